@@ -1,0 +1,111 @@
+"""Typed containers that pass between the layers, and the package's shape legend.
+
+``B`` local batch, ``G`` gathered batch, ``N`` paths, ``M`` path pairs, ``L`` tokens,
+``P`` prefix length, ``Y`` layers, ``K`` key/value heads, ``H`` head dim,
+``D`` embedding dim, ``C`` candidates per query. Order at every boundary: batch, path, feature.
+
+Containers only: reading is in ``data``, tokenisation in ``data.collate``, encoding in ``model``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+IMAGE_PLACEHOLDER = "<|image_1|>"
+"""The image token of every MMEB text (Phi-3's); the collator swaps in the backbone's own."""
+
+
+@dataclass(frozen=True)
+class RawInput:
+    """One query or candidate before tokenisation.
+
+    Attributes:
+        text: the prompt; every image stands in it as ``IMAGE_PLACEHOLDER``.
+        images: PIL images or image files, in the order of the placeholders.
+    """
+
+    text: str
+    images: tuple[Image.Image | str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RawPair:
+    """A training row: a query, its positive candidate and optional hard negatives.
+
+    Attributes:
+        query: what is asked.
+        candidate: the positive.
+        negatives: hard negatives of this query, possibly none.
+        subset: name of the training subset the row comes from.
+        row: row number inside the subset, for error messages.
+    """
+
+    query: RawInput
+    candidate: RawInput
+    negatives: tuple[RawInput, ...]
+    subset: str
+    row: int
+
+
+@dataclass(frozen=True)
+class EncoderInputs:
+    """Tokenised rows for one encoder call.
+
+    Attributes:
+        tokens: tensors of shape ``[B, L]`` by processor key; always ``input_ids`` and
+            ``attention_mask`` (1 = real token), plus what the backbone's processor adds.
+        vision: one mapping per row with that row's image tensors; empty for a text-only row.
+    """
+
+    tokens: Mapping[str, Tensor]
+    vision: tuple[Mapping[str, Tensor], ...]
+
+    def __len__(self) -> int:
+        return len(self.vision)
+
+    @property
+    def num_tokens(self) -> int:
+        """Real (unpadded) tokens in all rows."""
+        return int(self.tokens["attention_mask"].sum())
+
+    def rows(self, start: int, stop: int) -> EncoderInputs:
+        """Return rows ``start`` to ``stop``, still padded to the same length ``L``."""
+        tokens = {key: value[start:stop] for key, value in self.tokens.items()}
+        return EncoderInputs(tokens, self.vision[start:stop])
+
+    def to(self, device: torch.device | str) -> EncoderInputs:
+        """Move every tensor to ``device``."""
+        tokens = {key: value.to(device) for key, value in self.tokens.items()}
+        vision = tuple({key: value.to(device) for key, value in row.items()} for row in self.vision)
+        return EncoderInputs(tokens, vision)
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """What one training step sees.
+
+    Attributes:
+        query: ``B`` rows.
+        candidate: ``B`` positives in query order, then any hard negatives.
+        candidate_ids: ``[len(candidate)]`` int64; equal values are the same target.
+        subsets: the subset of each of the ``B`` queries.
+    """
+
+    query: EncoderInputs
+    candidate: EncoderInputs
+    candidate_ids: Tensor
+    subsets: tuple[str, ...]
+
+    def to(self, device: torch.device | str) -> PairBatch:
+        """Move every tensor to ``device``."""
+        return replace(
+            self,
+            query=self.query.to(device),
+            candidate=self.candidate.to(device),
+            candidate_ids=self.candidate_ids.to(device),
+        )
