@@ -1,0 +1,80 @@
+# Every target that has a "##" comment shows up in `make help`.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+SEED ?= 0
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+DEMO := runs/demo$(if $(filter-out 0,$(SEED)),_seed$(SEED))
+DEMO_SINGLE_PATH := runs/demo_single_path$(if $(filter-out 0,$(SEED)),_seed$(SEED))
+
+.PHONY: help install demo test test-slow lint types checks format golden backbone notebooks bench clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## make .venv with the package and its tools (every other target does this by itself)
+
+$(INSTALLED): setup.cfg
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing into .venv; the first time this takes several minutes, PyTorch is large."
+	@start=$$SECONDS; $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' \
+	  && touch $@ && echo "Installed in $$((SECONDS - start)) s."
+
+# $(call train_and_test,<config file>,<run folder>): a fresh fit, then its scores
+define train_and_test
+	rm -rf $(2)
+	$(BIN)/lightning fit --config $(1) $(call run_flags,$(2))
+	$(BIN)/lightning test --config $(1) $(call run_flags,$(2)) --ckpt_path $(2)/checkpoints/last.ckpt
+endef
+
+run_flags = --trainer.default_root_dir $(1) --trainer.logger.init_args.save_dir $(1) \
+  --seed_everything $(SEED) --model.seed $(SEED) --data.seed $(SEED)
+
+demo: $(INSTALLED) ## train and score one path and N paths on the embedded benchmark, then compare (SEED=1 for another seed)
+	$(BIN)/python -c 'from parallel_decoupling.data.world.benchmark import ensure_benchmark; print("benchmark:", ensure_benchmark())'
+	$(call train_and_test,lightning_configs/demo_single_path.yaml,$(DEMO_SINGLE_PATH))
+	$(call train_and_test,lightning_configs/demo.yaml,$(DEMO))
+	$(BIN)/lightning compare $(DEMO_SINGLE_PATH) $(DEMO) --output_dir $(DEMO)
+	@echo "checkpoints: $(DEMO_SINGLE_PATH)/checkpoints/ $(DEMO)/checkpoints/"
+	@echo "scores:      $(DEMO_SINGLE_PATH)/scores.json $(DEMO)/scores.json"
+	@echo "comparison:  $(DEMO)/comparison.json $(DEMO)/comparison.png"
+	@echo "curves:      $(BIN)/tensorboard --logdir runs"
+
+test: $(INSTALLED) ## the test suite without the slow tests
+	$(BIN)/pytest -q
+
+test-slow: $(INSTALLED) ## the slow tests: processes, notebooks, short trainings
+	$(BIN)/pytest -q -m slow
+
+lint: $(INSTALLED) ## ruff (rules and format) and the import layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(INSTALLED) ## mypy, strict
+	$(BIN)/mypy
+
+checks: lint types ## lint and types
+
+format: $(INSTALLED) ## rewrite the code in ruff's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+golden: $(INSTALLED) ## write the golden losses anew (say why in the commit)
+	UPDATE_GOLDEN=1 $(BIN)/pytest -q tests/training/test_golden.py
+
+backbone: $(INSTALLED) ## train the shipped tiny backbone anew
+	$(BIN)/python -m recipes.tiny_backbone
+
+notebooks: $(INSTALLED) ## execute every notebook in place
+	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
+
+bench: $(INSTALLED) ## cost of N paths, bias and variance of the vCLUB estimator
+	$(BIN)/python -m benchmarks.paths
+	$(BIN)/python -m benchmarks.vclub
+
+clean: ## remove caches and build output (keeps runs/ and .venv/)
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
