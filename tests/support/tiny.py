@@ -1,0 +1,124 @@
+"""A random-weight Qwen2-VL of stock classes with a small tokenizer, made from code.
+
+Everything that a real backbone folder holds (config, safetensors, tokenizer, image processor), two
+language layers wide 32, 64x64-pixel images. The shipped ``tiny`` backbone is trained and made elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from transformers import (
+    Qwen2Tokenizer,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+)
+
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+CORPUS = (
+    "describe the shapes the colors the positions the sizes the background the picture",
+    "read the word and count the objects: a red circle left of a small blue square",
+    "Represent the given image with the following question: what colour is the large triangle?",
+    "Find an image that matches the given caption. a green star above two yellow crosses",
+)
+
+
+def tiny_tokenizer(vocab_size: int = 400) -> Qwen2Tokenizer:
+    """Train a byte-level BPE on ``CORPUS`` and wrap it as the stock Qwen2 tokenizer."""
+    trainer = ByteLevelBPETokenizer(add_prefix_space=False)
+    trainer.train_from_iterator(CORPUS, vocab_size=vocab_size, min_frequency=1, show_progress=False)
+    vocab = trainer.get_vocab()
+    merges = [tuple(pair) for pair in json.loads(trainer._tokenizer.to_str())["model"]["merges"]]
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, padding_side="left")
+    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
+    return tokenizer
+
+
+def tiny_processor() -> Qwen2VLProcessor:
+    """Return the stock processor for images of at most 64x64 pixels (16 image tokens)."""
+    sizes = {"patch_size": 8, "temporal_patch_size": 2, "merge_size": 2}
+    size = {"shortest_edge": 16 * 16, "longest_edge": 64 * 64}
+    return Qwen2VLProcessor(
+        image_processor=Qwen2VLImageProcessor(size=size, **sizes),
+        tokenizer=tiny_tokenizer(),
+        video_processor=Qwen2VLVideoProcessor(size=size, **sizes),
+    )
+
+
+def tiny_config(tokenizer: Qwen2Tokenizer, *, num_layers: int = 2) -> Qwen2VLConfig:
+    """Return the stock config: text width 32, 4 heads, 2 key/value heads, one vision block."""
+
+    def token(name: str) -> int:
+        return int(tokenizer.convert_tokens_to_ids(name))
+
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+        "bos_token_id": token("<|endoftext|>"),
+        "eos_token_id": token("<|im_end|>"),
+        "initializer_range": 0.3,
+    }
+    vision = {
+        "depth": 1,
+        "embed_dim": 16,
+        "hidden_size": 32,
+        "mlp_ratio": 2,
+        "num_heads": 2,
+        "patch_size": 8,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "initializer_range": 0.3,
+    }
+    return Qwen2VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+        tie_word_embeddings=True,
+    )
+
+
+def save_tiny_backbone(folder: str | Path, *, num_layers: int = 2, seed: int = 0) -> str:
+    """Write a tiny backbone as a generation checkpoint, the form in which real ones are published.
+
+    Args:
+        folder: where to write; created if missing.
+        num_layers: language layers.
+        seed: of the random weights.
+
+    Returns:
+        ``folder`` as a string, ready for ``load_backbone``.
+    """
+    processor = tiny_processor()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Qwen2VLForConditionalGeneration(tiny_config(processor.tokenizer, num_layers=num_layers))
+        with torch.no_grad():  # zero biases and unit norms would hide a forgotten one
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias") or "norm" in name:
+                    parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
