@@ -16,18 +16,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the ``slow`` marker."""
-    config.addinivalue_line("markers", "slow: takes minutes; deselected unless --runslow is given")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect slow tests unless asked for."""
+    """Lift setup.cfg's ``-m "not slow"`` when ``--runslow`` is given."""
     if config.getoption("--runslow"):
-        return
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    if slow:
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in slow]
+        config.option.markexpr = ""
 
 
 @pytest.fixture(autouse=True)

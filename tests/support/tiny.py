@@ -7,9 +7,12 @@ language layers wide 32, 64x64-pixel images. The shipped ``tiny`` backbone is tr
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     Qwen2Tokenizer,
@@ -19,6 +22,8 @@ from transformers import (
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
 )
+
+from parallel_decoupling.batch import EncoderInputs
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -122,3 +127,31 @@ def save_tiny_backbone(folder: str | Path, *, num_layers: int = 2, seed: int = 0
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return str(folder)
+
+
+def noise_image(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Return an image of random pixels."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def tiny_inputs(
+    processor: Any, rows: Sequence[tuple[str, Sequence[Image.Image]]], *, padding_side: str = "left"
+) -> EncoderInputs:
+    """Tokenise rows of (text with ``<|image_pad|>``, images) with the stock processor, row by row."""
+    encoded = [
+        dict(processor(text=[text], images=list(images) or None, return_tensors="pt"))
+        for text, images in rows
+    ]
+    length = max(row["input_ids"].shape[1] for row in encoded)
+    tokens: dict[str, torch.Tensor] = {}
+    for key in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        padded = []
+        for row in encoded:
+            missing = length - row["input_ids"].shape[1]
+            sides = (missing, 0) if padding_side == "left" else (0, missing)
+            padded.append(torch.nn.functional.pad(row[key][0], sides))
+        tokens[key] = torch.stack(padded)
+    vision = tuple({key: value for key, value in row.items() if key not in tokens} for row in encoded)
+    return EncoderInputs(tokens, vision)

@@ -1,0 +1,207 @@
+"""Attention with a prefix: extra keys and values in front of the real ones, for N paths in one pass.
+
+Here: the attention functions registered with transformers, the states that they read
+(:class:`PrefixStates`) and the hooks that repeat a batch once per path. Elsewhere: the prefix parameters
+(``prefixes``), loading a backbone and choosing the attention function (``backbone``).
+
+Rows of a repeated batch are path-major: row ``n * B + b`` is path ``n`` of sample ``b``.
+Shapes as in ``batch``; ``R = N * B`` rows.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask, sdpa_mask
+
+
+class PrefixStates:
+    """The prefixes of one forward call, handed to every attention layer as ``prefix_states``.
+
+    Args:
+        key_values: ``[N, Y, 2, K, P, H]``, keys (post-rotary) and values of the prefixed layers.
+        first_layer: the layer that ``key_values[:, 0]`` belongs to. Layers below it have no prefix
+            and see ``B`` rows, the others ``N * B``.
+    """
+
+    def __init__(self, key_values: Tensor, first_layer: int = 0) -> None:
+        self.key_values = key_values
+        self.first_layer = first_layer
+        self.num_paths = key_values.shape[0]
+        self.prefix_length = key_values.shape[4]
+        self._memo: dict[tuple[str, int], tuple[Any, Any]] = {}
+
+    def layer(self, layer_index: int) -> tuple[Tensor, Tensor] | None:
+        """Keys and values ``[N, K, P, H]`` of a layer, or None when the layer has no prefix."""
+        row = layer_index - self.first_layer
+        if self.prefix_length == 0 or not 0 <= row < self.key_values.shape[1]:
+            return None
+        return self.key_values[:, row, 0], self.key_values[:, row, 1]
+
+    def once(self, purpose: str, source: Any, make: Callable[[], Any]) -> Any:
+        """Return ``make()``, computed once per ``source`` object in this forward call."""
+        key = (purpose, id(source))
+        if key not in self._memo:
+            self._memo[key] = (source, make())  # holding the source keeps its id from being reused
+        return self._memo[key][1]
+
+
+def prepend(prefix: Tensor, states: Tensor) -> Tensor:
+    """Put each path's prefix in front of the rows of that path.
+
+    Args:
+        prefix: ``[N, K, P, H]``.
+        states: ``[R, K, L, H]``, path-major.
+
+    Returns:
+        ``[R, K, P + L, H]`` in the dtype of ``states``.
+    """
+    states_NBKLH = states.reshape(prefix.shape[0], -1, *states.shape[1:])
+    prefix_NBKPH = prefix.to(states.dtype)[:, None].expand(-1, states_NBKLH.shape[1], -1, -1, -1)
+    return torch.cat((prefix_NBKPH, states_NBKLH), dim=3).flatten(0, 1)
+
+
+def extend_mask(mask: Tensor | None, query: Tensor, prefix_length: int, *, causal: bool) -> Tensor:
+    """Return a boolean or additive mask with ``prefix_length`` visible columns in front.
+
+    Args:
+        mask: ``[R or 1, 1, L, L]``, True or 0 where visible; None is plain causal (or no) masking, which
+            must become explicit: with more keys than queries SDPA's own causal mask hides real keys.
+        query: ``[R, heads, L, H]``, for the length and device.
+        prefix_length: ``P``.
+        causal: what None stands for.
+    """
+    if mask is None:
+        mask = torch.ones(1, 1, query.shape[2], query.shape[2], dtype=torch.bool, device=query.device)
+        mask = mask.tril() if causal else mask
+    visible = torch.ones if mask.dtype == torch.bool else torch.zeros
+    columns = visible(1, dtype=mask.dtype, device=mask.device).expand(*mask.shape[:-1], prefix_length)
+    return torch.cat((columns, mask), dim=-1)
+
+
+def _attend(
+    function: Callable[..., tuple[Tensor, Tensor | None]],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    prefix_states: PrefixStates | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    prefix = prefix_states.layer(cast(Any, module).layer_idx) if prefix_states else None
+    if prefix_states is None or prefix is None:
+        return function(module, query, key, value, attention_mask, **kwargs)
+    causal = kwargs.get("is_causal")
+    causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
+    mask = prefix_states.once(
+        f"mask of {query.shape[2]}, causal {causal}",  # None is one object whatever it stands for
+        attention_mask,
+        lambda: extend_mask(attention_mask, query, prefix_states.prefix_length, causal=causal),
+    )
+    return function(module, query, prepend(prefix[0], key), prepend(prefix[1], value), mask, **kwargs)
+
+
+def prefix_sdpa(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """Scaled dot-product attention of transformers, with the prefix of ``prefix_states`` if given."""
+    return _attend(sdpa_attention_forward, module, *args, **kwargs)
+
+
+def prefix_eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """The model family's own eager attention, with the prefix of ``prefix_states`` if given."""
+    for owner in type(module).__mro__:  # a sharded module is a subclass defined in another file
+        function = getattr(sys.modules[owner.__module__], "eager_attention_forward", None)
+        if function is not None:
+            return _attend(function, module, *args, **kwargs)
+    raise ValueError(
+        f"{type(module).__name__} has no eager attention; load the backbone with attention='sdpa'"
+    )
+
+
+_FUNCTIONS: dict[str, tuple[Any, Any]] = {
+    "sdpa": (prefix_sdpa, sdpa_mask),
+    "eager": (prefix_eager, eager_mask),
+}
+
+
+def register_prefix_attention(base: str = "sdpa") -> str:
+    """Register prefix attention on top of ``base`` with transformers; calling it again changes nothing.
+
+    Args:
+        base: ``"sdpa"`` or ``"eager"`` (the reference for tests).
+
+    Returns:
+        The name to pass as attention implementation of the text model.
+
+    Raises:
+        ValueError: for another ``base``.
+
+    Relations:
+        Without ``prefix_states`` the result equals ``base``. With them it equals ``base`` with a key/value
+        cache filled with the prefix.
+    """
+    if base not in _FUNCTIONS:
+        raise ValueError(f"attention {base!r} is unknown; choose one of {', '.join(map(repr, _FUNCTIONS))}")
+    name = f"prefix_{base}"
+    function, mask_function = _FUNCTIONS[base]
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, mask_function)
+    return name
+
+
+def _repeat(value: Any, batch_size: int, num_paths: int, *, dim: int = 0) -> Any:
+    """Repeat each tensor with ``batch_size`` rows in ``dim``, also inside a tuple; leave all else alone."""
+    if isinstance(value, tuple):
+        return tuple(_repeat(item, batch_size, num_paths, dim=dim) for item in value)
+    if not isinstance(value, Tensor) or value.ndim <= dim or value.shape[dim] != batch_size:
+        return value
+    return value.repeat(*(num_paths if axis == dim else 1 for axis in range(value.ndim)))
+
+
+def _repeat_all(arguments: Mapping[str, Any], states: PrefixStates, batch_size: int) -> dict[str, Any]:
+    """Repeat keyword arguments once per path; M-RoPE positions ``[3, B, L]`` have their batch in dim 1."""
+    repeated = {}
+    for name, value in arguments.items():
+        dim = 1 if name == "position_ids" and isinstance(value, Tensor) and value.ndim == 3 else 0
+        make = partial(_repeat, value, batch_size, states.num_paths, dim=dim)
+        repeated[name] = states.once("repeat", value, make) if isinstance(value, Tensor | tuple) else value
+    return repeated
+
+
+def language_model_hook(
+    states: PrefixStates, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Forward pre-hook on the language model: hand down ``states``.
+
+    It also repeats the batch once per path when the first layer has a prefix already.
+    """
+    if states.num_paths > 1 and states.first_layer == 0:
+        kwargs = _repeat_all(kwargs, states, kwargs["inputs_embeds"].shape[0])
+    return args, {**kwargs, "prefix_states": states}
+
+
+def decoder_layer_hook(
+    layer_index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Forward pre-hook on a decoder layer: at the first prefixed layer above 0, go from B to N * B rows.
+
+    The layer at ``first_layer`` repeats the hidden states; it and all above repeat the mask and position
+    embeddings, which the language model computed for ``B`` rows. Without ``prefix_states`` it does nothing.
+    """
+    states: PrefixStates | None = kwargs.get("prefix_states")
+    if states is None or states.num_paths == 1 or not 0 < states.first_layer <= layer_index:
+        return None
+    hidden, *rest = args
+    if layer_index == states.first_layer:
+        batch_size = hidden.shape[0]
+        hidden = _repeat(hidden, batch_size, states.num_paths)
+    else:
+        batch_size = hidden.shape[0] // states.num_paths
+    return (hidden, *rest), _repeat_all(kwargs, states, batch_size)

@@ -1,0 +1,207 @@
+"""ParallelEncoder: tokenised inputs to one embedding per path, and their aggregate.
+
+Here: pooling, normalisation, aggregation, how prefixes start. Elsewhere: the backbone call (``backbone``),
+the prefix parameters (``prefixes``), tokenisation (``data.collate``), losses (``objective``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from parallel_decoupling.batch import EncoderInputs
+from parallel_decoupling.model.attention import PrefixStates
+from parallel_decoupling.model.backbone import Backbone
+from parallel_decoupling.model.prefixes import META_PROMPTS, DeepPrefixes
+
+
+def last_token(states: Tensor, attention_mask: Tensor) -> Tensor:
+    """Return the state of each row's last real token.
+
+    Args:
+        states: ``[R, L, D]``.
+        attention_mask: ``[R, L]``, 1 = real token, padding on either side.
+
+    Returns:
+        ``[R, D]``.
+    """
+    length = attention_mask.shape[1]
+    last_R = length - 1 - attention_mask.flip(1).to(torch.int64).argmax(dim=1)
+    return states[torch.arange(states.shape[0], device=states.device), last_R]
+
+
+class ParallelEncoder(nn.Module):
+    """N unit-norm embeddings of each input, one per path, from one forward pass.
+
+    Path n is the backbone with the n-th prefix in its attention layers; the embedding is the last real
+    token's state after the final norm, L2-normalised ("ours": the pooling of the VLM2Vec baseline).
+
+    Args:
+        backbone: from ``load_backbone``. Its LoRA weights are drawn anew from ``seed``.
+        num_paths: N, at least 1.
+        prefix_length: P, tokens per prefix. 0 (no prefix) only with ``num_paths=1``.
+        prefix_layers: first layer with a prefix, 0 to ``backbone.num_layers - 1``. The layers below are
+            shared by all paths and computed once.
+        prefix_init: ``"meta"`` starts path n from the backbone's own states of ``META_PROMPTS[n]``,
+            ``"random"`` from normal noise at the scale of the backbone's states.
+        aggregation: ``"mean"``, ``"concat"`` or ``"learned"`` (trainable softmax weights).
+        seed: of random prefixes and LoRA weights.
+
+    Raises:
+        ValueError: for sizes out of range, or more paths than meta-prompts.
+
+    Relations:
+        ``num_paths=1, prefix_length=0`` equals the stock backbone with last-token pooling.
+        N paths in one forward equal N forwards with one path.
+        ``aggregation="learned"`` equals ``"mean"`` at the start.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        num_paths: int = 4,
+        prefix_length: int = 8,
+        prefix_layers: int = 0,
+        prefix_init: Literal["meta", "random"] = "meta",
+        aggregation: Literal["mean", "concat", "learned"] = "mean",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.num_paths = num_paths
+        self.prefix_length = prefix_length
+        self.prefix_layers = prefix_layers
+        self.aggregation = aggregation
+        self._check_sizes(prefix_init)
+        self.embed_dim: int = backbone.hidden_size
+        self.aggregate_dim: int = self.embed_dim * (num_paths if aggregation == "concat" else 1)
+        self.processor: Any = backbone.processor
+        self.image_token: str = backbone.image_token
+        backbone.reset_adapters(seed)
+        self.prefixes = self._make_prefixes(prefix_init, seed) if prefix_length else None
+        self.path_logits = nn.Parameter(torch.zeros(num_paths)) if aggregation == "learned" else None
+
+    def _check_sizes(self, prefix_init: str) -> None:
+        if self.num_paths < 1 or self.prefix_length < 0:
+            raise ValueError(
+                f"num_paths must be at least 1 and prefix_length at least 0, "
+                f"got {self.num_paths} and {self.prefix_length}"
+            )
+        if self.prefix_length == 0 and self.num_paths > 1:
+            raise ValueError(
+                f"prefix_length=0 makes all {self.num_paths} paths the same; set num_paths=1 or a prefix"
+            )
+        if not 0 <= self.prefix_layers < self.backbone.num_layers:
+            raise ValueError(
+                f"prefix_layers is the first layer with a prefix, 0 to {self.backbone.num_layers - 1} "
+                f"for this backbone, got {self.prefix_layers}"
+            )
+        if prefix_init not in ("meta", "random") or self.aggregation not in ("mean", "concat", "learned"):
+            raise ValueError(
+                f"prefix_init {prefix_init!r} must be meta or random, "
+                f"aggregation {self.aggregation!r} must be mean, concat or learned"
+            )
+        if prefix_init == "meta" and self.num_paths > len(META_PROMPTS):
+            raise ValueError(
+                f"num_paths={self.num_paths} but there are {len(META_PROMPTS)} meta-prompts; "
+                "use prefix_init='random' for more paths"
+            )
+
+    def _make_prefixes(self, prefix_init: str, seed: int) -> DeepPrefixes:
+        backbone, length = self.backbone, self.prefix_length
+        prefixes = DeepPrefixes(
+            num_paths=self.num_paths,
+            num_layers=backbone.num_layers - self.prefix_layers,
+            num_key_value_heads=backbone.num_key_value_heads,
+            prefix_length=length,
+            head_dim=backbone.head_dim,
+        )
+        prompts = META_PROMPTS if prefix_init == "random" else META_PROMPTS[: self.num_paths]
+        min_length = 1 if prefix_init == "random" else length
+        states = [backbone.text_states(prompt, min_length)[self.prefix_layers :] for prompt in prompts]
+        if prefix_init == "meta":
+            prefixes.init_from_states(torch.stack([state[..., :length, :] for state in states]))
+        else:
+            scale_Y2 = torch.cat(states, dim=3).std(dim=(2, 3, 4))
+            prefixes.init_random(scale_Y2, torch.Generator().manual_seed(seed))
+        return prefixes
+
+    def prefix_parameters(self) -> Iterator[nn.Parameter]:
+        """Trainable prefixes."""
+        return iter(()) if self.prefixes is None else self.prefixes.parameters()
+
+    def adapter_parameters(self) -> Iterator[nn.Parameter]:
+        """Trainable weights of the backbone: adapters, or all of them with ``kind="full"``."""
+        return (parameter for parameter in self.backbone.parameters() if parameter.requires_grad)
+
+    def aggregation_parameters(self) -> Iterator[nn.Parameter]:
+        """Trainable path weights of ``aggregation="learned"``."""
+        return iter(()) if self.path_logits is None else iter((self.path_logits,))
+
+    def forward(self, inputs: EncoderInputs, paths: Sequence[int] | None = None) -> Tensor:
+        """Embed the inputs, one embedding per path.
+
+        Args:
+            inputs: ``B`` tokenised rows.
+            paths: path numbers wanted, in that order; None is all. One path costs one row per input.
+
+        Returns:
+            ``[B, N', D]`` fp32, unit norm, ``N'`` the number of wanted paths.
+
+        Raises:
+            ValueError: when ``paths`` is empty or names a path that does not exist.
+
+        Relations:
+            ``forward(inputs, [i])`` equals column ``i`` of ``forward(inputs)``.
+        """
+        chosen = list(range(self.num_paths)) if paths is None else [int(path) for path in paths]
+        if not chosen or not all(0 <= path < self.num_paths for path in chosen):
+            raise ValueError(f"paths must name some of 0 to {self.num_paths - 1}, got {chosen}")
+        vision = _concatenate(inputs.vision)
+        states_RLD = self.backbone(inputs.tokens, vision, self._prefix_states(chosen))
+        mask_RL = inputs.tokens["attention_mask"].repeat(len(chosen), 1)
+        pooled_NBD = last_token(states_RLD, mask_RL).reshape(len(chosen), -1, self.embed_dim)
+        return F.normalize(pooled_NBD.transpose(0, 1).float(), dim=-1)
+
+    def _prefix_states(self, paths: Sequence[int]) -> PrefixStates | None:
+        if self.prefixes is None:
+            return None
+        return self.prefixes.states(paths, self.prefix_layers, self.backbone.dtype)
+
+    def aggregate(self, embeddings: Tensor) -> Tensor:
+        """Combine the paths' embeddings into one.
+
+        Args:
+            embeddings: ``[B, N, D]``, unit norm per path.
+
+        Returns:
+            ``[B, D]``, or ``[B, N * D]`` for concat; unit norm.
+
+        Raises:
+            ValueError: when learned weights meet another number of paths.
+
+        Relations:
+            With one path it equals that path. The dot product of two concatenations is the mean over
+            paths of the cosines of aligned paths.
+        """
+        if self.aggregation == "concat":
+            return F.normalize(embeddings.float().flatten(1), dim=-1)
+        if self.path_logits is None:
+            return F.normalize(embeddings.float().mean(dim=1), dim=-1)
+        if embeddings.shape[1] != self.num_paths:
+            raise ValueError(
+                f"learned aggregation weights {self.num_paths} paths, got embeddings of {embeddings.shape[1]}"
+            )
+        weight_N = self.path_logits.float().softmax(dim=0)
+        return F.normalize(torch.einsum("n,bnd->bd", weight_N, embeddings.float()), dim=-1)
+
+
+def _concatenate(rows: Sequence[Any]) -> dict[str, Tensor]:
+    """Join the rows' image tensors along dim 0, key by key; rows without images add nothing."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return {key: torch.cat([row[key] for row in rows if key in row]) for key in keys}

@@ -1,0 +1,201 @@
+"""Prefix attention against a pre-filled key/value cache in the stock model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModel, DynamicCache
+
+from parallel_decoupling.batch import EncoderInputs
+from parallel_decoupling.model.attention import PrefixStates, extend_mask, prepend, register_prefix_attention
+from parallel_decoupling.model.backbone import AdapterConfig, Backbone, load_backbone
+from parallel_decoupling.model.prefixes import DeepPrefixes
+from tests.support.tiny import noise_image, tiny_inputs
+
+FROZEN = AdapterConfig(kind="frozen")
+ROWS = [
+    ("<|image_pad|>what colour is the large triangle?", [noise_image(64, 64)]),
+    ("read the word", []),
+    ("<|image_pad|>a red circle<|image_pad|>", [noise_image(32, 64, 1), noise_image(64, 32, 2)]),
+]
+OTHER_SIZES = [
+    ("count the objects<|image_pad|>", [noise_image(48, 32, 3)]),
+    ("<|image_pad|>", [noise_image(64, 16, 4)]),
+]
+
+
+def random_prefixes(
+    backbone: Backbone, *, num_paths: int = 3, length: int = 5, num_layers: int = 2
+) -> DeepPrefixes:
+    prefixes = DeepPrefixes(
+        num_paths=num_paths,
+        num_layers=num_layers,
+        num_key_value_heads=backbone.num_key_value_heads,
+        prefix_length=length,
+        head_dim=backbone.head_dim,
+    )
+    prefixes.init_random(torch.ones(num_layers, 2), torch.Generator().manual_seed(1))
+    return prefixes
+
+
+def join(inputs: EncoderInputs) -> dict[str, Tensor]:
+    keys = {key for row in inputs.vision for key in row}
+    return {key: torch.cat([row[key] for row in inputs.vision if key in row]) for key in keys}
+
+
+def forward_with_cache(stock: Any, inputs: EncoderInputs, key_values: Tensor) -> Tensor:
+    """Slow version: one path, the prefix as an already filled cache of the stock model."""
+    mask, vision = inputs.tokens["attention_mask"], join(inputs)
+    batch_size = len(inputs)
+    cache = DynamicCache(config=stock.config.get_text_config())
+    for index, (key, value) in enumerate(key_values):
+        cache.update(key.expand(batch_size, -1, -1, -1), value.expand(batch_size, -1, -1, -1), index)
+    positions, _ = stock.get_rope_index(
+        inputs.tokens["input_ids"],
+        mm_token_type_ids=inputs.tokens["mm_token_type_ids"],
+        image_grid_thw=vision.get("image_grid_thw"),
+        attention_mask=mask,
+    )
+    output = stock(
+        input_ids=inputs.tokens["input_ids"],
+        attention_mask=torch.cat((mask.new_ones(batch_size, key_values.shape[3]), mask), dim=1),
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        **vision,
+    )
+    return output.last_hidden_state * mask[..., None]
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_prefix_equals_filled_cache_also_on_second_batch(
+    tiny_backbone_dir: str, attention: str, padding_side: str
+) -> None:
+    backbone = load_backbone(tiny_backbone_dir, attention=attention, adapter=FROZEN)
+    stock = AutoModel.from_pretrained(tiny_backbone_dir, attn_implementation=attention)
+    prefixes = random_prefixes(backbone)
+    for rows in (ROWS, OTHER_SIZES):
+        inputs = tiny_inputs(backbone.processor, rows, padding_side=padding_side)
+        states = prefixes.states(range(3), 0, torch.float32)
+        hidden = backbone(inputs.tokens, join(inputs), states).unflatten(0, (3, len(rows)))
+        for path in range(3):
+            expected = forward_with_cache(stock, inputs, prefixes.key_values[path])
+            actual = hidden[path] * inputs.tokens["attention_mask"][..., None]
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_unpadded_batch_has_no_mask_and_still_sees_every_token(tiny_backbone_dir: str) -> None:
+    # SDPA's causal flag with more keys than queries would drop the last P real keys.
+    backbone = load_backbone(tiny_backbone_dir, adapter=FROZEN)
+    stock = AutoModel.from_pretrained(tiny_backbone_dir, attn_implementation="sdpa")
+    prefixes = random_prefixes(backbone, num_paths=1)
+    inputs = tiny_inputs(backbone.processor, [("read the word and count", [])])
+    hidden = backbone(inputs.tokens, {}, prefixes.states([0], 0, torch.float32))
+    expected = forward_with_cache(stock, inputs, prefixes.key_values[0])
+    torch.testing.assert_close(hidden, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_only_the_language_model_gets_prefix_attention(tiny_backbone_dir: str) -> None:
+    config: Any = load_backbone(tiny_backbone_dir, adapter=FROZEN).config
+    assert config.text_config._attn_implementation == "prefix_sdpa"
+    assert config.vision_config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("first_layer", [0, 1])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_gradients_equal_with_and_without_checkpointing(
+    tiny_backbone_dir: str, attention: str, first_layer: int
+) -> None:
+    gradients = []
+    for gradient_checkpointing in (False, True):
+        backbone = load_backbone(
+            tiny_backbone_dir,
+            attention=attention,
+            adapter=AdapterConfig(kind="full"),
+            gradient_checkpointing=gradient_checkpointing,
+        )
+        calls = count_calls(backbone.language_model.get_submodule("layers.1.mlp"))
+        prefixes = random_prefixes(backbone, num_layers=2 - first_layer)
+        inputs = tiny_inputs(backbone.processor, ROWS)
+        hidden = backbone(inputs.tokens, join(inputs), prefixes.states(range(3), first_layer, torch.float32))
+        weight = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
+        (hidden * weight).sum().backward()
+        assert len(calls) == 1 + gradient_checkpointing
+        parameters = [prefixes.key_values, *backbone.parameters()]
+        gradients.append([parameter.grad for parameter in parameters])
+    assert gradients[0][0].abs().sum() > 0
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed, rtol=0, atol=0)
+
+
+def count_calls(module: torch.nn.Module) -> list[int]:
+    calls: list[int] = []
+    original = module.forward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    module.forward = counted  # type: ignore[method-assign]
+    return calls
+
+
+def test_prefix_gradient_equals_that_of_the_filled_cache(tiny_backbone_dir: str) -> None:
+    backbone = load_backbone(tiny_backbone_dir, adapter=FROZEN)
+    stock = AutoModel.from_pretrained(tiny_backbone_dir, attn_implementation="sdpa")
+    prefixes = random_prefixes(backbone)
+    inputs = tiny_inputs(backbone.processor, ROWS)
+    real = inputs.tokens["attention_mask"][..., None]
+    hidden = backbone(inputs.tokens, join(inputs), prefixes.states(range(3), 0, torch.float32))
+    weight = torch.randn(3, len(ROWS), *hidden.shape[1:])
+    (hidden.unflatten(0, (3, -1)) * real * weight).sum().backward()
+    for path in range(3):
+        key_values = prefixes.key_values[path].detach().requires_grad_()
+        (forward_with_cache(stock, inputs, key_values) * weight[path]).sum().backward()
+        torch.testing.assert_close(prefixes.key_values.grad[path], key_values.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_prepend_gives_each_row_the_prefix_of_its_path() -> None:
+    prefix, states = torch.randn(3, 2, 4, 5), torch.randn(3 * 2, 2, 7, 5)
+    actual = prepend(prefix, states)
+    for row in range(6):
+        torch.testing.assert_close(
+            actual[row], torch.cat((prefix[row // 2], states[row]), dim=1), rtol=0, atol=0
+        )
+
+
+def test_extended_mask_keeps_what_was_visible() -> None:
+    query = torch.zeros(1, 1, 3, 4)
+    causal = extend_mask(None, query, 2, causal=True)[0, 0]
+    assert causal.tolist() == [[True] * 3 + [False] * 2, [True] * 4 + [False], [True] * 5]
+    additive = extend_mask(torch.full((1, 1, 3, 3), -9.0), query, 2, causal=True)
+    assert additive[..., :2].eq(0).all()
+    assert additive[..., 2:].eq(-9).all()
+
+
+def test_mask_is_extended_once_per_forward(tiny_backbone_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import parallel_decoupling.model.attention as module
+
+    calls = []
+    monkeypatch.setattr(
+        module, "extend_mask", lambda *args, **kwargs: calls.append(1) or extend_mask(*args, **kwargs)
+    )
+    backbone = load_backbone(tiny_backbone_dir, adapter=FROZEN)
+    inputs = tiny_inputs(backbone.processor, ROWS)
+    backbone(inputs.tokens, join(inputs), random_prefixes(backbone).states(range(3), 0, torch.float32))
+    assert len(calls) == 1
+
+
+def test_layers_without_a_prefix_have_none() -> None:
+    states = PrefixStates(torch.zeros(1, 2, 2, 1, 3, 4), first_layer=1)
+    assert [states.layer(index) is None for index in range(4)] == [True, False, False, True]
+
+
+def test_registering_twice_changes_nothing_and_unknown_base_raises() -> None:
+    assert register_prefix_attention("sdpa") == register_prefix_attention("sdpa") == "prefix_sdpa"
+    with pytest.raises(ValueError, match="'sdpa', 'eager'"):
+        register_prefix_attention("flex")

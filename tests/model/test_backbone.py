@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, DynamicCache
+
+import parallel_decoupling.model.backbone as backbone_module
+from parallel_decoupling.model.backbone import AdapterConfig, load_backbone
+from tests.model.test_attention import FROZEN, OTHER_SIZES, ROWS, join
+from tests.support.tiny import tiny_inputs
+
+LANGUAGE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.mark.parametrize("adapter", [FROZEN, AdapterConfig(kind="lora"), AdapterConfig(kind="dora")])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_without_prefix_it_is_the_stock_model(
+    tiny_backbone_dir: str, attention: str, adapter: AdapterConfig
+) -> None:
+    backbone = load_backbone(tiny_backbone_dir, attention=attention, adapter=adapter)
+    stock = AutoModel.from_pretrained(tiny_backbone_dir, attn_implementation=attention)
+    tolerance = 1e-5 if adapter.kind == "dora" else 0  # DoRA divides by the norm and multiplies it back
+    for rows in (ROWS, OTHER_SIZES):
+        inputs = tiny_inputs(backbone.processor, rows)
+        actual = backbone(inputs.tokens, join(inputs))
+        expected = stock(**inputs.tokens, **join(inputs), use_cache=False).last_hidden_state
+        real = inputs.tokens["attention_mask"].bool()
+        torch.testing.assert_close(actual[real], expected[real], rtol=tolerance, atol=tolerance)
+
+
+def test_positions_of_images_follow_the_grid_and_text_starts_at_zero(tiny_backbone_dir: str) -> None:
+    backbone = load_backbone(tiny_backbone_dir, adapter=FROZEN)
+    inputs = tiny_inputs(backbone.processor, ROWS)
+    positions = backbone.position_ids(inputs.tokens, join(inputs))
+    real = inputs.tokens["attention_mask"].bool()
+    assert positions[:, 0, real[0]][:, :16].tolist() == [
+        [0] * 16,
+        [row for row in range(4) for _ in range(4)],
+        [column for _ in range(4) for column in range(4)],
+    ]
+    length = int(real[1].sum())
+    assert positions[:, 1, real[1]].tolist() == [list(range(length))] * 3
+    without_types = {key: value for key, value in inputs.tokens.items() if key != "mm_token_type_ids"}
+    assert torch.equal(backbone.position_ids(without_types, join(inputs)), positions)
+
+
+def test_text_states_equal_the_cache_of_the_stock_model(tiny_backbone_dir: str) -> None:
+    backbone = load_backbone(tiny_backbone_dir)
+    stock = AutoModel.from_pretrained(tiny_backbone_dir, attn_implementation="sdpa")
+    ids = backbone.processor.tokenizer("read the word read the word", return_tensors="pt")["input_ids"]
+    cache = DynamicCache(config=stock.config.get_text_config())
+    stock(input_ids=ids, past_key_values=cache, use_cache=True)
+    single = backbone.processor.tokenizer("read the word")["input_ids"]
+    states = backbone.text_states("read the word", min_length=len(single) + 1)
+    assert states.shape == (2, 2, 2, ids.shape[1], 8)
+    for layer in range(2):
+        torch.testing.assert_close(states[layer, 0], cache.layers[layer].keys[0], rtol=0, atol=0)
+        torch.testing.assert_close(states[layer, 1], cache.layers[layer].values[0], rtol=0, atol=0)
+    assert backbone.base.training
+
+
+@pytest.mark.parametrize(
+    ("adapter", "expected"),
+    [
+        (AdapterConfig(kind="lora"), (2 * len(LANGUAGE), "language_model.layers")),
+        (AdapterConfig(kind="lora", scope="vision"), (4, "visual.blocks")),
+        (AdapterConfig(kind="dora", scope="both"), (2 * len(LANGUAGE) + 4, "")),
+        (AdapterConfig(kind="lora", targets=("q_proj", "v_proj")), (4, "language_model.layers")),
+    ],
+)
+def test_adapters_go_where_the_scope_says(
+    tiny_backbone_dir: str, adapter: AdapterConfig, expected: tuple[int, str]
+) -> None:
+    backbone = load_backbone(tiny_backbone_dir, adapter=adapter)
+    count, root = expected
+    assert len(backbone.adapted_modules) == count
+    parts = ["lora_A.default.weight", "lora_B.default.weight"]
+    parts += ["lora_magnitude_vector.default.weight"] if adapter.kind == "dora" else []
+    wanted = {f"{module}.{part}" for module in backbone.adapted_modules for part in parts}
+    trainable = {name for name, parameter in backbone.base.named_parameters() if parameter.requires_grad}
+    assert trainable == wanted
+    assert all(name.startswith(root) for name in trainable)
+
+
+def test_frozen_trains_nothing_and_full_everything(tiny_backbone_dir: str) -> None:
+    frozen = load_backbone(tiny_backbone_dir, adapter=FROZEN)
+    full = load_backbone(tiny_backbone_dir, adapter=AdapterConfig(kind="full"))
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    assert all(parameter.requires_grad for parameter in full.parameters())
+
+
+def test_adapters_are_fp32_on_a_bfloat16_backbone(tiny_backbone_dir: str) -> None:
+    backbone = load_backbone(tiny_backbone_dir, dtype="bfloat16")
+    assert backbone.dtype == torch.bfloat16
+    for name, parameter in backbone.base.named_parameters():
+        assert parameter.dtype == (torch.float32 if "lora_" in name else torch.bfloat16)
+
+
+def test_adapter_weights_depend_on_the_seed_only(tiny_backbone_dir: str) -> None:
+    def weights(seed: int) -> list[torch.Tensor]:
+        torch.rand(seed + 1)
+        backbone = load_backbone(tiny_backbone_dir)
+        before = torch.get_rng_state()
+        backbone.reset_adapters(seed)
+        assert torch.equal(torch.get_rng_state(), before)
+        return [p.detach() for name, p in backbone.named_parameters() if "lora_A" in name]
+
+    for first, second, other in zip(weights(0), weights(0), weights(1), strict=True):
+        assert torch.equal(first, second)
+        assert not torch.equal(first, other)
+
+
+def test_loading_leaves_the_global_random_state_alone(tiny_backbone_dir: str) -> None:
+    before = torch.get_rng_state()
+    load_backbone(tiny_backbone_dir)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_unmatched_targets_raise(tiny_backbone_dir: str) -> None:
+    with pytest.raises(ValueError, match="no linear layer"):
+        load_backbone(tiny_backbone_dir, adapter=AdapterConfig(targets=("qkv",)))
+
+
+def test_missing_folder_raises(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not exist"):
+        load_backbone(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="no config.json"):
+        load_backbone(str(tmp_path))
+
+
+def test_unknown_family_raises(tiny_backbone_dir: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "novel_vl"}))
+    with pytest.raises(ValueError, match="novel_vl.*qwen2_vl"):
+        load_backbone(str(tmp_path))
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected"])
+def test_weights_that_do_not_fit_raise(tiny_backbone_dir: str, tmp_path: Path, change: str) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny_backbone_dir, folder)
+    weights = load_file(folder / "model.safetensors")
+    name = next(key for key in weights if key.endswith("layers.1.self_attn.q_proj.weight"))
+    tensor = weights.pop(name) if change == "missing" else weights[name].clone()
+    if change == "unexpected":
+        weights[name.replace("q_proj", "r_proj")] = tensor
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="q_proj" if change == "missing" else "r_proj"):
+        load_backbone(str(folder))
+
+
+def test_untied_language_head_is_ignored(tiny_backbone_dir: str, tmp_path: Path) -> None:
+    folder = tmp_path / "untied"
+    shutil.copytree(tiny_backbone_dir, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = torch.zeros(10, 32)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    load_backbone(str(folder))
+
+
+def test_tiny_names_the_shipped_folder(tiny_backbone_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backbone_module, "TINY_BACKBONE_DIR", Path(tiny_backbone_dir))
+    assert load_backbone("tiny").hidden_size == 32

@@ -1,0 +1,274 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModel
+
+from parallel_decoupling.batch import EncoderInputs
+from parallel_decoupling.model.backbone import AdapterConfig, load_backbone
+from parallel_decoupling.model.encoder import ParallelEncoder, last_token
+from parallel_decoupling.model.prefixes import META_PROMPTS
+from tests.model.test_attention import FROZEN, OTHER_SIZES, ROWS, count_calls, forward_with_cache, join
+from tests.support.tiny import save_tiny_backbone, tiny_inputs
+
+
+@pytest.fixture(scope="module")
+def three_layers_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny_backbone(tmp_path_factory.mktemp("three_layers"), num_layers=3)
+
+
+def make(
+    folder: str, *, adapter: AdapterConfig = FROZEN, attention: Any = "sdpa", **options: Any
+) -> ParallelEncoder:
+    return ParallelEncoder(load_backbone(folder, adapter=adapter, attention=attention), **options)
+
+
+def rows_of(encoder: ParallelEncoder, rows: Any = ROWS, **options: Any) -> EncoderInputs:
+    return tiny_inputs(encoder.processor, rows, **options)
+
+
+def test_n_paths_in_one_forward_equal_n_forwards(tiny_backbone_dir: str) -> None:
+    encoder = make(tiny_backbone_dir, num_paths=4)
+    inputs = rows_of(encoder)
+    together = encoder(inputs)
+    assert together.shape == (3, 4, 32)
+    for path in range(4):
+        torch.testing.assert_close(encoder(inputs, [path])[:, 0], together[:, path], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(encoder(inputs, [3, 1]), together[:, [3, 1]], rtol=1e-5, atol=1e-6)
+
+
+def test_each_path_equals_the_stock_model_with_a_filled_cache(tiny_backbone_dir: str) -> None:
+    encoder = make(tiny_backbone_dir, num_paths=3)
+    stock = AutoModel.from_pretrained(tiny_backbone_dir, attn_implementation="sdpa")
+    for rows in (ROWS, OTHER_SIZES):
+        inputs = rows_of(encoder, rows)
+        embeddings = encoder(inputs)
+        for path in range(3):
+            hidden = forward_with_cache(stock, inputs, encoder.prefixes.key_values[path])
+            expected = F.normalize(hidden[:, -1], dim=-1)  # left padding: the last column is real
+            torch.testing.assert_close(embeddings[:, path], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_no_prefix_equals_the_stock_model(tiny_backbone_dir: str) -> None:
+    encoder = make(tiny_backbone_dir, num_paths=1, prefix_length=0)
+    stock = AutoModel.from_pretrained(tiny_backbone_dir, attn_implementation="sdpa")
+    inputs = rows_of(encoder)
+    hidden = stock(**inputs.tokens, **join(inputs)).last_hidden_state
+    assert torch.equal(encoder(inputs)[:, 0], F.normalize(hidden[:, -1], dim=-1))
+    assert list(encoder.prefix_parameters()) == []
+
+
+def test_path_does_not_see_other_prefix(tiny_backbone_dir: str) -> None:
+    encoder = make(tiny_backbone_dir, num_paths=4)
+    inputs = rows_of(encoder)
+    before = encoder(inputs)
+    with torch.no_grad():
+        encoder.prefixes.key_values[2].add_(1.0)
+    after = encoder(inputs)
+    assert torch.equal(after[:, [0, 1, 3]], before[:, [0, 1, 3]])
+    assert not torch.allclose(after[:, 2], before[:, 2], atol=1e-2)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("first_layer", [1, 2])
+def test_shared_lower_layers_equal_separate_forwards(
+    three_layers_dir: str, first_layer: int, attention: str
+) -> None:
+    encoder = make(three_layers_dir, num_paths=3, prefix_layers=first_layer, attention=attention)
+    calls: dict[int, Tensor] = {}
+    layers: Any = encoder.backbone.language_model.get_submodule("layers")
+    for index, layer in enumerate(layers):
+        layer.register_forward_hook(
+            lambda module, args, output, index=index: calls.__setitem__(index, output), always_call=True
+        )
+    for rows in (ROWS, OTHER_SIZES, ROWS[:1], ROWS[1:2]):
+        inputs = rows_of(encoder, rows)
+        together = encoder(inputs)
+        widths = [calls[index].shape[0] // len(rows) for index in range(3)]
+        assert widths == [1] * first_layer + [3] * (3 - first_layer)
+        for path in range(3):
+            # slow: the path alone, so nothing is shared or repeated
+            torch.testing.assert_close(encoder(inputs, [path])[:, 0], together[:, path], rtol=1e-5, atol=1e-5)
+
+
+def test_prefix_from_layer_one_differs_from_layer_zero_only_there(three_layers_dir: str) -> None:
+    encoder = make(three_layers_dir, num_paths=2, prefix_layers=1)
+    everywhere = make(three_layers_dir, num_paths=2)
+    assert encoder.prefixes.key_values.shape[1] == 2
+    assert torch.equal(encoder.prefixes.key_values, everywhere.prefixes.key_values[:, 1:])
+    inputs = rows_of(encoder)
+    assert not torch.allclose(encoder(inputs), everywhere(inputs), atol=1e-3)
+
+
+def test_gradients_of_shared_layers_equal_separate_forwards(three_layers_dir: str) -> None:
+    options: dict[str, Any] = {"adapter": AdapterConfig(kind="full"), "num_paths": 3, "prefix_layers": 1}
+    together, apart = make(three_layers_dir, **options), make(three_layers_dir, **options)
+    inputs = rows_of(together)
+    weight = torch.randn(3, 3, 32)
+    (together(inputs) * weight).sum().backward()
+    for path in range(3):
+        (apart(inputs, [path])[:, 0] * weight[:, path]).sum().backward()
+    for (name, parameter), other in zip(together.named_parameters(), apart.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_batch_of_one_equals_batch_of_many(tiny_backbone_dir: str) -> None:
+    encoder = make(tiny_backbone_dir)
+    together = encoder(rows_of(encoder))
+    for index, row in enumerate(ROWS):
+        torch.testing.assert_close(encoder(rows_of(encoder, [row]))[0], together[index], rtol=1e-5, atol=1e-5)
+
+
+def test_padding_side_does_not_matter(tiny_backbone_dir: str) -> None:
+    encoder = make(tiny_backbone_dir)
+    left, right = (encoder(rows_of(encoder, padding_side=side)) for side in ("left", "right"))
+    torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
+
+
+def test_last_token_is_the_last_real_one() -> None:
+    states = torch.arange(12.0).view(3, 4, 1)
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]])
+    assert last_token(states, mask).flatten().tolist() == [3, 5, 11]
+
+
+def test_pooled_state_is_after_the_final_norm(tiny_backbone_dir: str) -> None:
+    encoder = make(tiny_backbone_dir, num_paths=2)
+    seen: list[Tensor] = []
+    language: Any = encoder.backbone.language_model
+    language.layers[-1].register_forward_hook(lambda module, args, output: seen.append(output))
+    embeddings = encoder(rows_of(encoder))
+    expected = F.normalize(language.norm(seen[0])[:, -1], dim=-1).view(2, 3, 32).transpose(0, 1)
+    torch.testing.assert_close(embeddings, expected, rtol=0, atol=0)
+    assert not torch.allclose(embeddings[0, 0], F.normalize(seen[0][0, -1], dim=-1), atol=1e-2)
+
+
+def test_vision_tower_runs_once_for_all_paths(tiny_backbone_dir: str) -> None:
+    encoder = make(tiny_backbone_dir, num_paths=4)
+    calls = count_calls(encoder.backbone.base.get_submodule("visual"))
+    encoder(rows_of(encoder))
+    assert len(calls) == 1
+
+
+def test_hooks_leave_no_trace_after_a_forward(tiny_backbone_dir: str) -> None:
+    encoder = make(tiny_backbone_dir)
+    encoder(rows_of(encoder))
+    assert not encoder.backbone.language_model._forward_pre_hooks
+    with pytest.raises(TypeError):  # no input_ids: the stock forward fails half-way
+        encoder(EncoderInputs({"attention_mask": torch.ones(1, 2)}, ({},)))
+    assert not encoder.backbone.language_model._forward_pre_hooks
+
+
+def test_meta_prefixes_equal_the_states_of_their_prompts(three_layers_dir: str) -> None:
+    encoder = make(three_layers_dir, num_paths=8, prefix_length=20, prefix_layers=1)
+    stock = AutoModel.from_pretrained(three_layers_dir, attn_implementation="sdpa")
+    for path, prompt in enumerate(META_PROMPTS):
+        text = " ".join([prompt] * 20)
+        ids = encoder.processor.tokenizer(text, return_tensors="pt")["input_ids"][:, :20]
+        cache = stock(input_ids=ids, use_cache=True).past_key_values
+        for layer in (1, 2):
+            keys, values = encoder.prefixes.key_values[path, layer - 1]
+            torch.testing.assert_close(keys, cache.layers[layer].keys[0], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(values, cache.layers[layer].values[0], rtol=1e-5, atol=1e-5)
+
+
+def test_random_prefixes_have_the_scale_of_real_states(tiny_backbone_dir: str) -> None:
+    encoder = make(tiny_backbone_dir, prefix_init="random", num_paths=12, prefix_length=16)
+    states = [encoder.backbone.text_states(prompt) for prompt in META_PROMPTS]
+    for layer in range(2):
+        for part in range(2):
+            real = torch.cat([state[layer, part].flatten() for state in states]).std()
+            ours = encoder.prefixes.key_values[:, layer, part].std()
+            torch.testing.assert_close(ours, real, rtol=0.1, atol=0)
+    embeddings = encoder(rows_of(encoder))
+    cosine = embeddings[0] @ embeddings[0].T
+    assert (cosine - torch.eye(12)).max() < 0.999
+
+
+def test_seed_decides_random_prefixes(tiny_backbone_dir: str) -> None:
+    first, again, other = (
+        make(tiny_backbone_dir, prefix_init="random", seed=seed).prefixes.key_values for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(
+    ("kind", "adapters"), [("frozen", 0), ("lora", 2 * 7 * 2), ("dora", 3 * 7 * 2), ("full", None)]
+)
+def test_trainable_names_are_exact(tiny_backbone_dir: str, kind: Any, adapters: int | None) -> None:
+    encoder = make(tiny_backbone_dir, adapter=AdapterConfig(kind=kind), aggregation="learned")
+    groups = [encoder.prefix_parameters(), encoder.adapter_parameters(), encoder.aggregation_parameters()]
+    counted = [list(group) for group in groups]
+    trainable = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
+    assert {id(p) for group in counted for p in group} == {id(p) for p in trainable.values()}
+    others = {name for name in trainable if not name.startswith("backbone.base.")}
+    assert others == {"prefixes.key_values", "path_logits"}
+    expected = len(list(encoder.backbone.parameters())) if adapters is None else adapters
+    assert [len(group) for group in counted] == [1, expected, 1]
+
+
+def test_embeddings_are_fp32_unit_norm_in_bfloat16(tiny_backbone_dir: str) -> None:
+    encoder = ParallelEncoder(load_backbone(tiny_backbone_dir, dtype="bfloat16"), num_paths=2)
+    embeddings = encoder(rows_of(encoder))
+    assert embeddings.dtype == torch.float32
+    torch.testing.assert_close(embeddings.norm(dim=-1), torch.ones(3, 2))
+    embeddings.sum().backward()
+    assert encoder.prefixes.key_values.grad.dtype == torch.float32
+
+
+def test_autocast_keeps_the_prefix(tiny_backbone_dir: str) -> None:
+    encoder = make(tiny_backbone_dir, num_paths=2)
+    inputs = rows_of(encoder)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = encoder(inputs)
+    assert F.cosine_similarity(mixed, encoder(inputs), dim=-1).min() > 0.99
+
+
+def test_aggregates_equal_their_definitions(tiny_backbone_dir: str) -> None:
+    embeddings = F.normalize(torch.randn(5, 4, 32), dim=-1)
+    mean, concat, learned = (
+        make(tiny_backbone_dir, aggregation=aggregation) for aggregation in ("mean", "concat", "learned")
+    )
+    expected = torch.stack([sum(row) / torch.stack(list(row)).sum(0).norm() for row in embeddings])
+    torch.testing.assert_close(mean.aggregate(embeddings), expected)
+    torch.testing.assert_close(learned.aggregate(embeddings), expected)
+    assert mean.aggregate_dim == learned.aggregate_dim == 32
+    assert concat.aggregate_dim == 128
+    together = concat.aggregate(embeddings)
+    torch.testing.assert_close(together.norm(dim=-1), torch.ones(5))
+    aligned = torch.einsum("and,bnd->abn", embeddings, embeddings).mean(-1)
+    torch.testing.assert_close(together @ together.T, aligned)
+    with torch.no_grad():
+        learned.path_logits.copy_(torch.tensor([0.0, 90.0, 0.0, 0.0]))
+    torch.testing.assert_close(learned.aggregate(embeddings), embeddings[:, 1])
+    for encoder in (mean, concat):
+        torch.testing.assert_close(encoder.aggregate(embeddings[:, :1]), embeddings[:, 0])
+    with pytest.raises(ValueError, match="learned aggregation"):
+        learned.aggregate(embeddings[:, :2])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_paths": 0}, "at least 1"),
+        ({"num_paths": 2, "prefix_length": 0}, "num_paths=1"),
+        ({"num_paths": 9}, "prefix_init='random'"),
+        ({"prefix_layers": 2}, "0 to 1"),
+        ({"aggregation": "sum"}, "mean, concat or learned"),
+    ],
+)
+def test_impossible_sizes_raise(tiny_backbone_dir: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(tiny_backbone_dir, **options)
+
+
+def test_unknown_path_raises(tiny_backbone_dir: str, tmp_path: Path) -> None:
+    encoder = make(tiny_backbone_dir)
+    for paths in ([], [4], [-1]):
+        with pytest.raises(ValueError, match="0 to 3"):
+            encoder(rows_of(encoder), paths)

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from parallel_decoupling.model.prefixes import META_PROMPTS, DeepPrefixes
+
+
+def make(num_paths: int = 3, prefix_length: int = 50) -> DeepPrefixes:
+    return DeepPrefixes(
+        num_paths=num_paths, num_layers=2, num_key_value_heads=4, prefix_length=prefix_length, head_dim=8
+    )
+
+
+def test_random_paths_differ_and_have_the_asked_scale() -> None:
+    prefixes, scale = make(), torch.tensor([[0.5, 2.0], [8.0, 0.1]])
+    prefixes.init_random(scale, torch.Generator().manual_seed(0))
+    std_NY2 = prefixes.key_values.detach().std(dim=(3, 4, 5))
+    torch.testing.assert_close(std_NY2, scale.expand(3, -1, -1), rtol=0.1, atol=0)
+    assert not torch.equal(prefixes.key_values[0], prefixes.key_values[1])
+
+
+def test_random_path_does_not_depend_on_the_number_of_paths() -> None:
+    few, many = make(2), make(5)
+    for prefixes in (few, many):
+        prefixes.init_random(torch.ones(2, 2), torch.Generator().manual_seed(3))
+    assert torch.equal(few.key_values, many.key_values[:2])
+
+
+def test_states_pick_paths_in_order_and_carry_gradient() -> None:
+    prefixes = make()
+    prefixes.init_random(torch.ones(2, 2), torch.Generator().manual_seed(0))
+    states = prefixes.states([2, 0], 1, torch.float32)
+    keys, values = states.layer(2)
+    assert torch.equal(keys, prefixes.key_values[[2, 0], 1, 0])
+    assert torch.equal(values, prefixes.key_values[[2, 0], 1, 1])
+    (keys.sum() + values.sum()).backward()
+    used = prefixes.key_values.grad.flatten(2).abs().sum(-1) > 0
+    assert used.tolist() == [[False, True], [False, False], [False, True]]
+
+
+def test_parameters_stay_fp32_and_states_follow_the_backbone() -> None:
+    prefixes = make()
+    assert prefixes.key_values.dtype == torch.float32
+    assert prefixes.states(range(3), 0, torch.bfloat16).key_values.dtype == torch.bfloat16
+
+
+def test_wrong_sizes_raise() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        make(prefix_length=0)
+    with pytest.raises(ValueError, match="states have shape"):
+        make().init_from_states(torch.zeros(3, 2, 2, 4, 49, 8))
+
+
+def test_meta_prompts_are_distinct() -> None:
+    assert len(set(META_PROMPTS)) == len(META_PROMPTS) == 8

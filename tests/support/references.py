@@ -1,0 +1,149 @@
+"""Slow, obvious forms of the objective: one loop per index of the equation, float64.
+
+Each reads like its equation and shares no code with ``parallel_decoupling.objective``. Gradients
+come from autograd through the loops.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def info_nce_loop(
+    query: Tensor,
+    candidate: Tensor,
+    positive: list[int],
+    candidate_ids: list[int],
+    temperature: float | Tensor,
+    symmetric: bool = False,
+) -> Tensor:
+    """``[N]``: InfoNCE of ``query [B, N, D]`` against ``candidate [G, N, D]``, path by path."""
+    losses = []
+    for n in range(query.shape[1]):
+        terms = []
+        for b, p in enumerate(positive):
+            denominator = torch.zeros((), dtype=query.dtype)
+            for j in range(len(candidate)):
+                if j == p or candidate_ids[j] != candidate_ids[p]:
+                    denominator = denominator + ((query[b, n] * candidate[j, n]).sum() / temperature).exp()
+            own = (query[b, n] * candidate[p, n]).sum() / temperature
+            forward = denominator.log() - own
+            if not symmetric:
+                terms.append(forward)
+                continue
+            denominator = torch.zeros((), dtype=query.dtype)
+            for c, other in enumerate(positive):
+                if c == b or candidate_ids[other] != candidate_ids[p]:
+                    denominator = denominator + ((query[c, n] * candidate[p, n]).sum() / temperature).exp()
+            terms.append((forward + denominator.log() - own) / 2)
+        losses.append(sum(terms, torch.zeros((), dtype=query.dtype)) / len(positive))
+    return torch.stack(losses)
+
+
+def hit_at_1_loop(query: Tensor, candidate: Tensor, positive: list[int], candidate_ids: list[int]) -> Tensor:
+    """``[N]``: share of queries whose positive beats each other target strictly."""
+    shares = []
+    for n in range(query.shape[1]):
+        hits = 0
+        for b, p in enumerate(positive):
+            own = (query[b, n] * candidate[p, n]).sum()
+            others = [j for j in range(len(candidate)) if candidate_ids[j] != candidate_ids[p]]
+            hits += all(own > (query[b, n] * candidate[j, n]).sum() for j in others)
+        shares.append(hits / len(positive))
+    return torch.tensor(shares, dtype=query.dtype)
+
+
+def log_density(y: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+    """Scalar: log-density of the vector ``y`` under a diagonal Gaussian."""
+    total = torch.zeros((), dtype=y.dtype)
+    for d in range(len(y)):
+        variance = log_variance[d].exp()
+        total = total - (y[d] - mean[d]) ** 2 / (2 * variance) - (2 * math.pi * variance).log() / 2
+    return total
+
+
+def gaussian_nll_loop(y: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+    """Scalar, per dimension; all arguments ``[B, D]``."""
+    terms = [-log_density(y[b], mean[b], log_variance[b]) for b in range(len(y))]
+    return torch.stack(terms).mean() / y.shape[1]
+
+
+def vclub_quadratic(y: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+    """Scalar, per dimension: vCLUB as written, with all ``B * B`` negatives. Arguments ``[B, D]``."""
+    terms = []
+    for b in range(len(y)):
+        positive = log_density(y[b], mean[b], log_variance[b])
+        negatives = [log_density(y[c], mean[b], log_variance[b]) for c in range(len(y))]
+        terms.append(positive - torch.stack(negatives).mean())
+    return torch.stack(terms).mean() / y.shape[1]
+
+
+def club_sample_loop(y: Tensor, mean: Tensor, log_variance: Tensor, negative: list[int]) -> Tensor:
+    """Scalar, per dimension: CLUB with the one negative ``negative[b]`` for row b."""
+    terms = [
+        log_density(y[b], mean[b], log_variance[b]) - log_density(y[c], mean[b], log_variance[b])
+        for b, c in enumerate(negative)
+    ]
+    return torch.stack(terms).mean() / y.shape[1]
+
+
+def leave_one_out_loop(y: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+    """Scalar, per dimension: ``y_b`` under its own Gaussian against the mixture of the others'."""
+    terms = []
+    for b in range(len(y)):
+        own = log_density(y[b], mean[b], log_variance[b])
+        others = [log_density(y[b], mean[c], log_variance[c]).exp() for c in range(len(y)) if c != b]
+        terms.append(own - torch.stack(others).mean().log())
+    return torch.stack(terms).mean() / y.shape[1]
+
+
+def unbiased_hsic_loop(x: Tensor, y: Tensor) -> Tensor:
+    """Scalar: the U-statistic of HSIC as sums over distinct rows (Song et al. 2012). ``[B, D]``."""
+    num_rows, embed_dim = x.shape
+
+    def kernel(value: Tensor) -> list[list[Tensor]]:
+        return [
+            [
+                (-((a - b) ** 2).sum() / (2 * embed_dim)).exp() if i != j else 0 * a.sum()
+                for j, b in enumerate(value)
+            ]
+            for i, a in enumerate(value)
+        ]
+
+    k, m = kernel(x), kernel(y)
+    rows = range(num_rows)
+    both = sum(k[i][j] * m[i][j] for i in rows for j in rows)
+    total = sum(k[i][j] for i in rows for j in rows) * sum(m[i][j] for i in rows for j in rows)
+    chained = sum(k[i][j] * m[j][c] for i in rows for j in rows for c in rows)
+    value = both + total / ((num_rows - 1) * (num_rows - 2)) - 2 * chained / (num_rows - 2)
+    return torch.as_tensor(value / (num_rows * (num_rows - 3)))
+
+
+def normalised_hsic_loop(x: Tensor, y: Tensor) -> Tensor:
+    """Scalar: unbiased HSIC over the geometric mean of both self-terms."""
+    return unbiased_hsic_loop(x, y) / (unbiased_hsic_loop(x, x) * unbiased_hsic_loop(y, y)).sqrt()
+
+
+def cross_covariance_loop(x: Tensor, y: Tensor) -> Tensor:
+    """Scalar: mean over all pairs of dimensions of the squared covariance. ``[B, D]``."""
+    terms = []
+    for i in range(x.shape[1]):
+        for j in range(y.shape[1]):
+            covariance = (x[:, i] * y[:, j]).mean() - x[:, i].mean() * y[:, j].mean()
+            terms.append(covariance**2)
+    return torch.stack(terms).mean()
+
+
+def standardise_loop(paths: Tensor) -> Tensor:
+    """``[B, N, D]``: each path and dimension minus its batch mean over its batch deviation."""
+    columns = []
+    for n in range(paths.shape[1]):
+        for d in range(paths.shape[2]):
+            value = paths[:, n, d]
+            center = sum(value) / len(value)
+            variance = sum((value - center) ** 2) / len(value)
+            columns.append((value - center) / variance**0.5)
+    return torch.stack(columns, dim=1).view(paths.shape)
