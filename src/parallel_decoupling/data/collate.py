@@ -1,0 +1,241 @@
+"""From raw rows to tensors: image decoding, tokenisation, padding, target identity.
+
+The processor is passed in, so nothing here knows a backbone. The placeholder ``IMAGE_PLACEHOLDER``
+and the prompt template are MMEB's; no chat template, system prompt or end token is added, as in
+VLM2Vec. Reading files of the benchmark is in ``tasks``, choosing rows in ``mixture``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from parallel_decoupling.batch import IMAGE_PLACEHOLDER, EncoderInputs, PairBatch, RawInput, RawPair
+
+
+@dataclass(frozen=True)
+class EvalBatch:
+    """Rows of one evaluation task, all of one side.
+
+    Attributes:
+        inputs: the encoder's input, ``B`` rows.
+        side: which list of the ``EvalTask`` the rows come from.
+        indices: ``[B]`` int64, places in that list.
+    """
+
+    inputs: EncoderInputs
+    side: Literal["query", "candidate"]
+    indices: Tensor
+
+    def to(self, device: torch.device | str) -> EvalBatch:
+        """Move every tensor to ``device``."""
+        return replace(self, inputs=self.inputs.to(device), indices=self.indices.to(device))
+
+
+def prompt(
+    text: str | None = None,
+    image: Image.Image | str | None = None,
+    instruction: str | None = None,
+    *,
+    images: Sequence[Image.Image | str] = (),
+) -> RawInput:
+    r"""Write an input the way MMEB's training data is written.
+
+    With images: ``"<|image_1|>\n{instruction} {text}\n"``, one placeholder line per image and a
+    trailing newline. Without: ``"{instruction} {text}"``, stripped, nothing added.
+
+    Args:
+        text: the text; None for an image alone.
+        image: a PIL image or an image file.
+        instruction: what is asked of the input; goes before the text.
+        images: several images instead of ``image``.
+
+    Raises:
+        ValueError: neither text nor image, or both ``image`` and ``images``.
+    """
+    if image is not None and images:
+        raise ValueError("Give image or images, not both.")
+    pictures = (image,) if image is not None else tuple(images)
+    body = " ".join(part.strip() for part in (instruction, text) if part and part.strip())
+    if not pictures:
+        if not text or not text.strip():
+            raise ValueError("An input needs a text or an image.")
+        return RawInput(body)
+    lines = [IMAGE_PLACEHOLDER] * len(pictures) + ([body] if body else [])
+    return RawInput("".join(f"{line}\n" for line in lines), pictures)
+
+
+class Collator:
+    """Turns rows into padded tensors with one processor call per side.
+
+    All texts and all images of a side go through the processor together; its image tensors are then
+    split by the images (or patches) of each row. Where they do not split that way, every row is
+    processed alone, which gives the same rows more slowly. Every key of the processor is kept.
+
+    Args:
+        processor: a Hugging Face multimodal processor with a ``tokenizer``.
+        image_token: what stands for an image in this backbone's text.
+
+    Relations:
+        Each row without its padding equals the processor's output for that row alone.
+    """
+
+    def __init__(self, processor: Any, *, image_token: str) -> None:
+        self.processor = processor
+        self.image_token = image_token
+
+    def __call__(self, pairs: Sequence[RawPair]) -> PairBatch:
+        """Batch training rows: the positives in query order, then all hard negatives row by row."""
+        candidates = [pair.candidate for pair in pairs]
+        candidates += [negative for pair in pairs for negative in pair.negatives]
+        return PairBatch(
+            query=self.encode_inputs([pair.query for pair in pairs]),
+            candidate=self.encode_inputs(candidates),
+            candidate_ids=torch.tensor([identity(candidate) for candidate in candidates]),
+            subsets=tuple(pair.subset for pair in pairs),
+        )
+
+    def encode_inputs(self, inputs: Sequence[RawInput]) -> EncoderInputs:
+        """Tokenise, decode images and pad at the tokenizer's padding side.
+
+        Raises:
+            ValueError: no rows; placeholders and images differ in number; the text holds the
+                backbone's own image token; an image that cannot be read or processed.
+        """
+        if not inputs:
+            raise ValueError("There are no inputs to encode.")
+        texts = [self._text(row) for row in inputs]
+        images = [[load_image(image) for image in row.images] for row in inputs]
+        try:
+            together = self._process(texts, images)
+        except ValueError:
+            together = None
+        if together is not None:
+            return together
+        return self._join([self._process_alone(*row) for row in zip(inputs, texts, images, strict=True)])
+
+    def _text(self, row: RawInput) -> str:
+        count = row.text.count(IMAGE_PLACEHOLDER)
+        if count != len(row.images):
+            raise ValueError(
+                f"{len(row.images)} images but {count} {IMAGE_PLACEHOLDER} in {_quote(row.text)}."
+            )
+        if self.image_token != IMAGE_PLACEHOLDER and self.image_token in row.text:
+            raise ValueError(
+                f"The text {_quote(row.text)} holds {self.image_token!r}, the backbone's own image token. "
+                f"Mark images with {IMAGE_PLACEHOLDER}."
+            )
+        return row.text.replace(IMAGE_PLACEHOLDER, self.image_token)
+
+    def _process(self, texts: list[str], images: list[list[Image.Image]]) -> EncoderInputs | None:
+        """All rows in one call, or None if the image tensors cannot be told apart by row."""
+        flat = [image for row in images for image in row]
+        data = self.processor(text=texts, images=flat or None, padding=True, return_tensors="pt")
+        shape = data["input_ids"].shape
+        tokens = {key: value for key, value in data.items() if value.shape == shape}
+        pixels = {key: value for key, value in data.items() if key not in tokens}
+        vision = _split(pixels, [len(row) for row in images])
+        return None if vision is None else EncoderInputs(tokens, vision)
+
+    def _process_alone(self, row: RawInput, text: str, images: list[Image.Image]) -> EncoderInputs:
+        try:
+            data = self.processor(text=[text], images=images or None, return_tensors="pt")
+        except ValueError as error:
+            raise ValueError(
+                f"The processor refuses {_quote(row.text)} with images {row.images}: {error}"
+            ) from error
+        shape = data["input_ids"].shape
+        tokens = {key: value for key, value in data.items() if value.shape == shape}
+        return EncoderInputs(tokens, ({key: value for key, value in data.items() if key not in tokens},))
+
+    def _join(self, rows: list[EncoderInputs]) -> EncoderInputs:
+        """Pad rows that were processed alone; a key that a row lacks is zero there."""
+        tokenizer = self.processor.tokenizer
+        length = max(row.tokens["input_ids"].shape[1] for row in rows)
+        keys = dict.fromkeys(key for row in rows for key in row.tokens)
+        tokens: dict[str, Tensor] = {}
+        for key in keys:
+            fill = tokenizer.pad_token_id if key == "input_ids" else 0
+            tokens[key] = torch.full((len(rows), length), fill, dtype=torch.int64)
+            for number, row in enumerate(rows):
+                width = row.tokens["input_ids"].shape[1]
+                place = slice(length - width, length) if tokenizer.padding_side == "left" else slice(width)
+                tokens[key][number, place] = row.tokens[key][0] if key in row.tokens else 0
+        return EncoderInputs(tokens, tuple(row.vision[0] for row in rows))
+
+
+def _split(pixels: Mapping[str, Tensor], counts: list[int]) -> tuple[Mapping[str, Tensor], ...] | None:
+    """Image tensors by row: those of one entry per image, and those of one entry per patch.
+
+    Patches are counted by ``image_grid_thw`` (time, height, width per image). None if some tensor
+    is neither.
+    """
+    total = sum(counts)
+    if not total:
+        return tuple({} for _ in counts) if not pixels else None
+    by_row: list[dict[str, Tensor]] = [{} for _ in counts]
+    for key, value in pixels.items():
+        sizes = counts
+        if len(value) != total:
+            if "image_grid_thw" not in pixels:
+                return None
+            patches = iter(pixels["image_grid_thw"].prod(-1).tolist())
+            sizes = [sum(next(patches) for _ in range(count)) for count in counts]
+            if sum(sizes) != len(value):
+                return None
+        for row, count, part in zip(by_row, counts, torch.split(value, sizes), strict=True):
+            if count:
+                row[key] = part
+    return tuple(by_row)
+
+
+def load_image(image: Image.Image | str) -> Image.Image:
+    """Decode to 8-bit RGB, turned as its EXIF orientation says.
+
+    16-bit greyscale is scaled to 8 bit (PIL alone would clip it to white).
+
+    Raises:
+        ValueError: the file is missing or broken; names it.
+    """
+    try:
+        if isinstance(image, str):
+            with Image.open(image) as file:
+                ImageOps.exif_transpose(file, in_place=True)
+                return _rgb(file)
+        return _rgb(ImageOps.exif_transpose(image))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"Cannot read image {image}: {error}. Replace the file or remove its row."
+        ) from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def identity(row: RawInput) -> int:
+    """A 64-bit signed number that is equal for equal targets: same text, same image files.
+
+    PIL images count by mode, size and pixels.
+    """
+    digest = blake2b(row.text.encode(), digest_size=8)
+    for image in row.images:
+        digest.update(b"\0")
+        if isinstance(image, str):
+            digest.update(image.encode())
+        else:
+            digest.update(f"{image.mode} {image.size} ".encode() + image.tobytes())
+    return int.from_bytes(digest.digest(), "big", signed=True)
+
+
+def _quote(text: str) -> str:
+    return repr(text if len(text) <= 80 else f"{text[:77]}...")

@@ -1,0 +1,181 @@
+"""The training mixture: which rows make up which batch.
+
+A batch is a pure function of (seed, step). World size, data-loader workers and prefetching have no
+part in it: every process computes the same GLOBAL batch and takes its own slice. So a run is
+resumed from a step number alone. Reading rows is in ``tasks``, tensors are made in ``collate``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from torch.utils.data import Sampler
+
+Policy: TypeAlias = Literal["mixed", "homogeneous", "sub_batch"]
+_Array: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
+
+# Streams of random numbers that must not meet: default_rng([seed, stream, ...]).
+_ORDER, _ROWS, _REPAIR = 0, 1, 2
+
+
+class MixtureSampler(Sampler[list[tuple[int, int]]]):
+    """Batches of ``(subset, row)`` from several subsets, as a pure function of (seed, step).
+
+    In an epoch subset s is drawn c_s times: all its rows, or its share by weight of the rows of all
+    subsets. Draws come in groups of g rows of one subset (g = 1 mixed, ``sub_batch_size``
+    sub_batch, ``batch_size`` homogeneous), so c_s is a multiple of g and at least g. The groups of
+    all subsets are shuffled by (seed, epoch) and cut into batches; an incomplete last batch is
+    dropped. Draw k of subset s, counted over all epochs, is
+    ``permutation(seed, s, k // n_s)[k mod n_s]``: a subset is used up before any row comes again.
+    Where two permutations meet inside one batch, a row that they share is replaced by another row of
+    the subset, so a batch repeats a row only if it draws more rows than the subset has.
+
+    Args:
+        sizes: rows n_s per subset, each >= 1.
+        batch_size: GLOBAL batch, over all processes.
+        weights: share of the epoch per SUBSET (not per row), each > 0; None is by size.
+        policy: ``mixed`` (any rows), ``homogeneous`` (one subset per batch) or ``sub_batch`` (blocks
+            of ``sub_batch_size`` rows of one subset).
+        sub_batch_size: block size of ``sub_batch``; divides ``batch_size``.
+        seed: >= 0.
+        start_step: first step of the first iteration.
+        rank: this process.
+        world_size: number of processes; divides ``batch_size``.
+
+    Raises:
+        ValueError: sizes, weights or divisions that do not work out.
+
+    Relations:
+        ``sub_batch`` with ``sub_batch_size=1`` equals ``mixed``, with ``batch_size`` equals
+        ``homogeneous``. The slices of all ranks, joined, equal the batch at ``world_size=1``.
+        ``start_step=k`` gives the tail of the epoch from its batch k.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        *,
+        batch_size: int,
+        weights: Sequence[float] | None = None,
+        policy: Policy = "mixed",
+        sub_batch_size: int | None = None,
+        seed: int = 0,
+        start_step: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if not sizes or min(sizes) < 1:
+            raise ValueError(
+                f"every subset needs at least one row, got sizes {list(sizes)}. Leave empty subsets out."
+            )
+        if batch_size < 1 or batch_size % world_size:
+            raise ValueError(
+                f"batch_size={batch_size} is the global batch and must be a positive multiple of the "
+                f"{world_size} processes."
+            )
+        self.sizes = list(sizes)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.start_step = start_step
+        self.rank = rank
+        self.world_size = world_size
+        self.group_size = _group_size(policy, batch_size, sub_batch_size)
+        self.groups = _groups_per_epoch(self.sizes, self.group_size, weights)
+        self.steps_per_epoch = sum(self.groups) * self.group_size // batch_size
+        if not self.steps_per_epoch:
+            raise ValueError(
+                f"{sum(self.sizes)} rows do not fill one batch of {batch_size}. Use a smaller batch_size."
+            )
+        self._epoch: tuple[int, _Array, _Array] | None = None
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        """This rank's slices from ``start_step`` to the end of that epoch; then the next epoch is up.
+
+        An iterator counts once its first batch is drawn: a loader with workers makes one and drops it.
+        """
+        first = self.start_step
+        stop = (first // self.steps_per_epoch + 1) * self.steps_per_epoch
+        self.start_step = stop
+        share = self.batch_size // self.world_size
+        mine = slice(self.rank * share, (self.rank + 1) * share)
+        for step in range(first, stop):
+            yield self.batch(step)[mine]
+
+    def batch(self, step: int) -> list[tuple[int, int]]:
+        """The GLOBAL batch of a step, as ``batch_size`` pairs ``(subset, row)``."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = (epoch, *self._plan(epoch))
+        _, subsets, rows = self._epoch
+        place = slice(index * self.batch_size, (index + 1) * self.batch_size)
+        return list(zip(subsets[place].tolist(), rows[place].tolist(), strict=True))
+
+    def _plan(self, epoch: int) -> tuple[_Array, _Array]:
+        """Subset and row of every draw of an epoch, in order."""
+        subset_of_group = np.repeat(np.arange(len(self.sizes)), self.groups)
+        np.random.default_rng([self.seed, _ORDER, epoch]).shuffle(subset_of_group)
+        subsets = np.repeat(subset_of_group, self.group_size)
+        rows = np.empty_like(subsets)
+        for subset in range(len(self.sizes)):
+            slots = np.flatnonzero(subsets == subset)
+            rows[slots] = self._draws(subset, epoch, slots // self.batch_size)
+        return subsets, rows
+
+    def _draws(self, subset: int, epoch: int, batch_of_draw: _Array) -> _Array:
+        """Rows of a subset for one epoch; ``batch_of_draw`` is non-decreasing."""
+        size, count = self.sizes[subset], len(batch_of_draw)
+        first = epoch * count
+        passes = range(first // size, (first + count - 1) // size + 1)
+        orders = [
+            np.random.default_rng([self.seed, _ROWS, subset, number]).permutation(size) for number in passes
+        ]
+        skipped = first - passes[0] * size
+        rows = np.concatenate(orders)[skipped : skipped + count]
+        for seam in range(size - skipped, count, size):
+            if batch_of_draw[seam - 1] == batch_of_draw[seam]:
+                start, stop = np.searchsorted(batch_of_draw, batch_of_draw[seam] + np.array([0, 1]))
+                if stop - start <= size:
+                    rng = np.random.default_rng([self.seed, _REPAIR, subset, first + seam])
+                    rows[seam:stop] = _without(rows[start:seam], rows[seam:stop], size, rng)
+        return rows
+
+
+def _without(before: _Array, after: _Array, size: int, rng: np.random.Generator) -> _Array:
+    """``after`` with every row that is in ``before`` replaced by one that is in neither."""
+    clash = np.isin(after, before)
+    free = np.setdiff1d(np.arange(size), np.concatenate([before, after]))
+    after = after.copy()
+    after[clash] = rng.permutation(free)[: int(clash.sum())]
+    return after
+
+
+def _group_size(policy: Policy, batch_size: int, sub_batch_size: int | None) -> int:
+    if policy == "sub_batch":
+        if not sub_batch_size or sub_batch_size < 1 or batch_size % sub_batch_size:
+            raise ValueError(
+                f"policy sub_batch needs a sub_batch_size that divides {batch_size=}, got {sub_batch_size}."
+            )
+        return sub_batch_size
+    if sub_batch_size is not None:
+        raise ValueError(
+            f"sub_batch_size={sub_batch_size} has no meaning for policy {policy!r}; use policy sub_batch."
+        )
+    if policy not in ("mixed", "homogeneous"):
+        raise ValueError(f"unknown policy {policy!r}; use mixed, homogeneous or sub_batch.")
+    return 1 if policy == "mixed" else batch_size
+
+
+def _groups_per_epoch(sizes: list[int], group_size: int, weights: Sequence[float] | None) -> list[int]:
+    if weights is None:
+        return [max(1, size // group_size) for size in sizes]
+    if len(weights) != len(sizes) or min(weights) <= 0:
+        raise ValueError(
+            f"weights must be one positive number per subset ({len(sizes)}), got {list(weights)}."
+        )
+    total = sum(sizes) / group_size / sum(weights)
+    return [max(1, round(total * weight)) for weight in weights]

@@ -1,0 +1,233 @@
+"""The collator: rows equal the processor's own output, whatever stands next to them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+
+from parallel_decoupling.batch import EncoderInputs, RawInput, RawPair
+from parallel_decoupling.data.collate import Collator, EvalBatch, identity, load_image, prompt
+from tests.data.mmeb_files import write_image
+
+TOKEN = "<|image_pad|>"
+
+
+@pytest.fixture(scope="module")
+def processor(tiny_backbone_dir: str) -> Any:
+    return AutoProcessor.from_pretrained(tiny_backbone_dir)
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> list[RawInput]:
+    noise = np.random.default_rng(0).integers(0, 255, (40, 30, 3), dtype=np.uint8)
+    small, wide = Image.fromarray(noise), write_image(tmp_path / "wide.png", "blue", (64, 32))
+    return [
+        prompt("a red circle"),
+        prompt("a green star above two yellow crosses", small, "Represent the given image"),
+        prompt(images=[wide, small, wide], text="which"),
+        prompt("x"),
+        prompt(image=wide),
+    ]
+
+
+def alone(processor: Any, row: RawInput) -> dict[str, torch.Tensor]:
+    images = [load_image(image) for image in row.images] or None
+    return dict(processor(text=[row.text.replace("<|image_1|>", TOKEN)], images=images, return_tensors="pt"))
+
+
+def assert_rows_equal_single_calls(
+    inputs: EncoderInputs, processor: Any, rows: list[RawInput], side: str
+) -> None:
+    for number, row in enumerate(rows):
+        expected = alone(processor, row)
+        width = expected["input_ids"].shape[1]
+        keep = slice(-width, None) if side == "left" else slice(width)
+        for key, tensor in inputs.tokens.items():
+            assert torch.equal(tensor[number, keep], expected.pop(key)[0]), key
+            assert tensor.dtype == torch.int64
+        assert inputs.tokens["attention_mask"][number].sum() == width
+        assert inputs.vision[number].keys() == expected.keys()
+        assert all(torch.equal(inputs.vision[number][key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("pick", [[0, 1, 2, 3, 4], [0, 3], [1], [2, 4], [3]])
+def test_mixed_rows_equal_single_processor_calls(
+    processor: Any, rows: list[RawInput], side: str, pick: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processor.tokenizer, "padding_side", side)
+    chosen = [rows[number] for number in pick]
+    inputs = Collator(processor, image_token=TOKEN).encode_inputs(chosen)
+    assert len(inputs) == len(chosen)
+    assert set(inputs.tokens) == {"input_ids", "attention_mask", "mm_token_type_ids"}
+    assert_rows_equal_single_calls(inputs, processor, chosen, side)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rows_processed_alone_equal_rows_processed_together(
+    processor: Any, rows: list[RawInput], side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processor.tokenizer, "padding_side", side)
+    collator = Collator(processor, image_token=TOKEN)
+    together = collator.encode_inputs(rows)
+    monkeypatch.setattr(collator, "_process", lambda *_: None)
+    single = collator.encode_inputs(rows)
+    assert together.tokens.keys() == single.tokens.keys()
+    assert all(torch.equal(together.tokens[key], single.tokens[key]) for key in together.tokens)
+    for one, other in zip(together.vision, single.vision, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_unsplittable_image_tensors_are_never_guessed(processor: Any, rows: list[RawInput]) -> None:
+    class Strange:
+        """A processor whose batch calls return one entry too many."""
+
+        tokenizer = processor.tokenizer
+
+        def __call__(self, text: list[str], **options: Any) -> dict[str, torch.Tensor]:
+            data = dict(processor(text=text, **options))
+            if len(text) > 1:
+                data["pixel_values"] = torch.cat([data["pixel_values"], data["pixel_values"][:1]])
+            return data
+
+    inputs = Collator(Strange(), image_token=TOKEN).encode_inputs(rows)
+    assert_rows_equal_single_calls(inputs, processor, rows, processor.tokenizer.padding_side)
+
+
+def test_placeholder_becomes_the_backbones_token_and_nothing_is_added(processor: Any) -> None:
+    image = Image.new("RGB", (16, 16))
+    inputs = Collator(processor, image_token=TOKEN).encode_inputs(
+        [prompt("a cat", image, "Find"), prompt("a cat")]
+    )
+    with_image, text_only = processor.batch_decode(inputs.tokens["input_ids"])
+    assert with_image == f"{TOKEN}\nFind a cat\n"
+    assert text_only.replace(processor.tokenizer.pad_token, "") == "a cat"
+
+
+def test_prompts_follow_mmebs_template() -> None:
+    assert prompt("q?", "x.png", "Answer:") == RawInput("<|image_1|>\nAnswer: q?\n", ("x.png",))
+    assert prompt(image="x.png", instruction="Look.") == RawInput("<|image_1|>\nLook.\n", ("x.png",))
+    assert prompt(image="x.png") == RawInput("<|image_1|>\n", ("x.png",))
+    assert prompt("t", images=["x", "y"]) == RawInput("<|image_1|>\n<|image_1|>\nt\n", ("x", "y"))
+    assert prompt(" a cat\n", instruction="Find:") == RawInput("Find: a cat")
+    assert prompt("a cat") == RawInput("a cat")
+    with pytest.raises(ValueError, match="a text or an image"):
+        prompt("  ", instruction="Find")
+    with pytest.raises(ValueError, match="not both"):
+        prompt(image="x", images=["y"])
+
+
+def test_pairs_keep_order_and_identity(processor: Any, tmp_path: Path) -> None:
+    image = write_image(tmp_path / "x.png")
+    cat, dog = RawInput("cat"), RawInput("dog")
+    pairs = [
+        RawPair(RawInput("q0"), cat, (dog, RawInput("owl")), "A", 0),
+        RawPair(RawInput("q1"), prompt(image=image), (cat, cat), "B", 7),
+        RawPair(RawInput("q2"), cat, (dog, dog), "A", 1),
+    ]
+    batch = Collator(processor, image_token=TOKEN)(pairs)
+    ids = batch.candidate_ids.tolist()
+    assert batch.candidate_ids.dtype == torch.int64
+    names = ["cat", "picture", "cat", "dog", "owl", "cat", "cat", "dog", "dog"]
+    assert [[a == b for b in ids] for a in ids] == [[a == b for b in names] for a in names]
+    texts = processor.batch_decode(batch.candidate.tokens["input_ids"], skip_special_tokens=True)
+    assert [text.strip() for text in texts] == [name.replace("picture", "") for name in names]
+    assert batch.subsets == ("A", "B", "A")
+    assert len(batch.query) == 3
+    assert batch.to("cpu").subsets == batch.subsets
+
+
+def test_identity_is_text_and_image() -> None:
+    black, white = Image.new("RGB", (4, 4)), Image.new("RGB", (4, 4), "white")
+    inputs = [
+        RawInput("a"),
+        RawInput("b"),
+        RawInput("a", ("x",)),
+        RawInput("a", ("y",)),
+        RawInput("a", (black,)),
+    ]
+    inputs += [
+        RawInput("a", (white,)),
+        RawInput("a", (black.resize((2, 8)),)),
+        RawInput("a", (black.convert("L"),)),
+    ]
+    assert len({identity(row) for row in inputs}) == len(inputs)
+    assert identity(RawInput("a", (black.copy(),))) == identity(RawInput("a", (black,)))
+    assert all(-(2**63) <= identity(row) < 2**63 for row in inputs)
+    assert identity(RawInput("a")) == 4681665781835383343  # stable over processes and runs
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "I;16"])
+def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    level = 200
+    if mode == "I;16":
+        image = Image.fromarray(np.full((8, 8), level * 257, dtype=np.uint16))
+    else:
+        image = Image.new("RGB", (8, 8), (level,) * 3).convert(mode)
+    file = tmp_path / ("x.tif" if mode in ("CMYK", "YCbCr") else "x.png")
+    image.save(file)
+    pixels = np.asarray(load_image(str(file)))
+    assert pixels.shape == (8, 8, 3)
+    assert abs(pixels.mean() - (255 if mode == "1" else level)) < (80 if mode == "1" else 3)
+    assert load_image(image).mode == "RGB"
+
+
+def test_exif_rotation_is_applied_and_the_input_untouched(tmp_path: Path) -> None:
+    image = Image.new("RGB", (8, 4), "red")
+    image.putpixel((0, 0), (0, 0, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it rotated clockwise
+    image.save(tmp_path / "x.png", exif=exif)
+    turned = load_image(str(tmp_path / "x.png"))
+    assert turned.size == (4, 8)
+    assert turned.getpixel((3, 0)) == (0, 0, 255)
+    opened = Image.open(tmp_path / "x.png")
+    assert load_image(opened).size == (4, 8)
+    assert opened.size == (8, 4)
+
+
+def test_broken_and_missing_images_are_named(processor: Any, tmp_path: Path) -> None:
+    whole = write_image(tmp_path / "whole.png", size=(64, 64))
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(Path(whole).read_bytes()[:-40])
+    junk = tmp_path / "junk.jpg"
+    junk.write_text("not an image")
+    collator = Collator(processor, image_token=TOKEN)
+    for file in (cut, junk, tmp_path / "missing.png"):
+        with pytest.raises(ValueError, match=f"Cannot read image .*{file.name}"):
+            collator.encode_inputs([prompt(image=whole), prompt(image=str(file))])
+
+
+def test_an_image_the_processor_refuses_is_named(processor: Any, tmp_path: Path) -> None:
+    thin = write_image(tmp_path / "thin.png", size=(2000, 2))
+    good = write_image(tmp_path / "good.png")
+    with pytest.raises(ValueError, match=r"The processor refuses .*thin\.png.*aspect ratio"):
+        Collator(processor, image_token=TOKEN).encode_inputs([prompt(image=good), prompt(image=thin)])
+
+
+def test_bad_texts_are_named(processor: Any) -> None:
+    collator = Collator(processor, image_token=TOKEN)
+    for row, message in [
+        (RawInput("<|image_1|> cat"), "0 images but 1"),
+        (RawInput("cat", ("x.png",)), "1 images but 0"),
+        (RawInput(f"cat {TOKEN}"), "own image token"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            collator.encode_inputs([row])
+    with pytest.raises(ValueError, match="no inputs"):
+        collator.encode_inputs([])
+
+
+def test_eval_batch_moves_its_tensors(processor: Any) -> None:
+    inputs = Collator(processor, image_token=TOKEN).encode_inputs([prompt("a")])
+    moved = EvalBatch(inputs, "query", torch.tensor([3])).to("meta")
+    assert moved.indices.is_meta
+    assert moved.inputs.tokens["input_ids"].is_meta
+    assert moved.side == "query"

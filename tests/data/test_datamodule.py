@@ -1,0 +1,300 @@
+"""The data module: same batches for any workers and processes, exact resume, clear errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from parallel_decoupling import distributed
+from parallel_decoupling.batch import PairBatch
+from parallel_decoupling.data.collate import EvalBatch
+from parallel_decoupling.data.datamodule import MMEBDataModule
+from tests.data.mmeb_files import eval_row, train_row, write_eval, write_train
+
+BATCH_SIZE = 8
+STEPS = 5  # per epoch: 40 rows
+
+
+class CharacterProcessor:
+    """A text-only stand-in for a processor: token ids are the code points."""
+
+    def __init__(self) -> None:
+        self.tokenizer = self
+
+    def __call__(self, text: list[str], images: None = None, **_: Any) -> dict[str, torch.Tensor]:
+        rows = [torch.tensor([ord(character) for character in one]) for one in text]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return {"input_ids": ids, "attention_mask": (ids > 0).long()}
+
+
+def texts(inputs: Any) -> list[str]:
+    return ["".join(chr(code) for code in row if code) for row in inputs.tokens["input_ids"].tolist()]
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    write_train(tmp_path, "A", [train_row(f"a{number}", f"A{number}") for number in range(25)])
+    write_train(tmp_path, "B", [train_row(f"b{number}", f"B{number}") for number in range(15)])
+    write_eval(tmp_path, "VOC2007", [eval_row(f"v{number}", ["cat", "dog", "owl"]) for number in range(5)])
+    write_eval(tmp_path, "GQA", [eval_row(f"g{number % 3}", [f"y{number}", "no"]) for number in range(4)])
+    return tmp_path
+
+
+def module(data_dir: Path, stage: str | None = "fit", **options: Any) -> MMEBDataModule:
+    data = MMEBDataModule(str(data_dir), batch_size=BATCH_SIZE, **options)
+    data.connect(CharacterProcessor(), "<image>")
+    if stage:
+        data.setup(stage)
+    return data
+
+
+def queries(batches: Any) -> list[list[str]]:
+    return [texts(batch.query) for batch in batches]
+
+
+class Toy(LightningModule):
+    """Records what each step saw; manual optimization that steps every second batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.seen: list[list[str]] = []
+        self.epochs: list[int] = []
+        self.tested: list[tuple[int, str, list[str]]] = []
+
+    def training_step(self, batch: PairBatch, batch_idx: int) -> None:
+        self.seen.append(texts(batch.query))
+        self.epochs.append(self.current_epoch)
+        self.manual_backward((self.weight**2).sum())
+        if batch_idx % 2:
+            self.optimizers().step()
+
+    def validation_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.tested.append((dataloader_idx, batch.side, texts(batch.inputs)))
+
+    test_step = validation_step
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def trainer(root: Path, **options: Any) -> Trainer:
+    defaults: dict[str, Any] = {"max_epochs": 3, "accelerator": "cpu", "logger": False}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "barebones": False}
+    return Trainer(default_root_dir=root, num_sanity_val_steps=0, **{**defaults, **quiet, **options})
+
+
+@pytest.fixture
+def uninterrupted(data_dir: Path, tmp_path: Path) -> Toy:
+    toy = Toy()
+    trainer(tmp_path, enable_checkpointing=False).fit(toy, datamodule=module(data_dir, None))
+    return toy
+
+
+def test_fit_sees_every_row_once_per_epoch(uninterrupted: Toy) -> None:
+    assert uninterrupted.epochs == [0] * STEPS + [1] * STEPS + [2] * STEPS
+    for number in range(3):
+        rows = sum(uninterrupted.seen[number * STEPS : (number + 1) * STEPS], [])
+        assert len(set(rows)) == len(rows) == 40
+    assert uninterrupted.seen[:STEPS] != uninterrupted.seen[STEPS : 2 * STEPS]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("stop", [2, 5, 7])
+def test_resumed_run_sees_the_remaining_batches(
+    data_dir: Path,
+    tmp_path: Path,
+    uninterrupted: Toy,
+    stop: int,
+    num_workers: int,
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    class StopAfter(ModelCheckpoint):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            if len(trainer.lightning_module.seen) == stop:
+                trainer.save_checkpoint(tmp_path / "stop.ckpt")
+                raise KeyboardInterrupt
+
+    first, second = Toy(), Toy()
+    data = module(data_dir, None, num_workers=num_workers)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        trainer(tmp_path, callbacks=[StopAfter()]).fit(first, datamodule=data)
+    data = module(data_dir, None, num_workers=num_workers)
+    trainer(tmp_path, enable_checkpointing=False).fit(
+        second, datamodule=data, ckpt_path=tmp_path / "stop.ckpt"
+    )
+    assert not [warning for warning in recwarn if "not resumable" in str(warning.message)]
+    assert first.seen == uninterrupted.seen[:stop]
+    assert second.seen == uninterrupted.seen[stop:]
+    assert second.epochs == uninterrupted.epochs[stop:]
+
+
+def test_run_continued_after_its_last_epoch_goes_on(
+    data_dir: Path, tmp_path: Path, uninterrupted: Toy
+) -> None:
+    first, second = Toy(), Toy()
+    saving = ModelCheckpoint(tmp_path / "c", save_last=True)
+    trainer(tmp_path, max_epochs=2, callbacks=[saving]).fit(first, datamodule=module(data_dir, None))
+    trainer(tmp_path, enable_checkpointing=False).fit(
+        second, datamodule=module(data_dir, None), ckpt_path=tmp_path / "c" / "last.ckpt"
+    )
+    assert first.seen + second.seen == uninterrupted.seen
+
+
+def test_short_epochs_walk_through_the_data(data_dir: Path, tmp_path: Path, uninterrupted: Toy) -> None:
+    toy = Toy()
+    short = trainer(tmp_path, enable_checkpointing=False, limit_train_batches=2, max_epochs=2)
+    short.fit(toy, datamodule=module(data_dir, None))
+    assert toy.seen == uninterrupted.seen[:4]
+
+
+def test_overfit_batches_repeat(data_dir: Path, tmp_path: Path) -> None:
+    toy = Toy()
+    trainer(tmp_path, enable_checkpointing=False, overfit_batches=2).fit(
+        toy, datamodule=module(data_dir, None)
+    )
+    assert toy.seen == toy.seen[:2] * 3
+
+
+@pytest.mark.parametrize("num_workers", [2, 4])
+def test_workers_do_not_change_the_batches(data_dir: Path, num_workers: int) -> None:
+    expected = queries(module(data_dir).train_dataloader())
+    assert len(expected) == STEPS
+    assert queries(module(data_dir, num_workers=num_workers).train_dataloader()) == expected
+
+
+@pytest.mark.parametrize("world_size", [2, 8])
+def test_processes_share_the_global_batch(
+    data_dir: Path, world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = queries(module(data_dir).train_dataloader())
+    monkeypatch.setattr(distributed, "world_size", lambda: world_size)
+    parts = []
+    for rank in range(world_size):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        parts.append(queries(module(data_dir).train_dataloader()))
+    assert [sum(step, []) for step in zip(*parts, strict=True)] == expected
+
+
+def test_loaders_leave_the_global_random_state_alone(data_dir: Path) -> None:
+    seed_everything(3)
+    before = torch.get_rng_state()
+    list(module(data_dir).train_dataloader())
+    data = module(data_dir, "test")
+    [list(loader) for loader in data.test_dataloader()]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_loader_outside_a_trainer_goes_on_to_the_next_epoch(data_dir: Path, uninterrupted: Toy) -> None:
+    loader = module(data_dir).train_dataloader()
+    iter(loader)  # made and dropped: takes nothing
+    assert len(loader) == STEPS
+    assert queries(loader) + queries(loader) == uninterrupted.seen[: 2 * STEPS]
+
+
+def test_positives_and_negatives_come_with_their_query(data_dir: Path) -> None:
+    for batch in module(data_dir, hard_negatives=1).train_dataloader():
+        assert texts(batch.candidate) == [text.upper() for text in texts(batch.query)] * 2
+        assert [subset.lower() for subset in batch.subsets] == [text[0] for text in texts(batch.query)]
+
+
+def test_subsets_weights_and_limits_are_passed_on(data_dir: Path) -> None:
+    data = module(data_dir, train_subsets=["B"], row_limit=8)
+    assert [len(subset) for subset in data.train_data] == [8]
+    rows = sum(queries(module(data_dir, weights={"B": 4.0}).train_dataloader()), [])
+    assert sum(row.startswith("b") for row in rows) == 32
+    batches = queries(module(data_dir, policy="homogeneous").train_dataloader())
+    assert all(len({row[0] for row in batch}) == 1 for batch in batches)
+
+
+def test_eval_loaders_give_unique_queries_then_unique_candidates(data_dir: Path, tmp_path: Path) -> None:
+    data, toy = module(data_dir, None, eval_batch_size=2), Toy()
+    trainer(tmp_path).test(toy, datamodule=data, verbose=False)
+    assert [task.task.name for task in data.eval_tasks_data] == ["VOC2007", "GQA"]
+    assert toy.tested == [
+        (0, "query", ["v0", "v1"]),
+        (0, "query", ["v2", "v3"]),
+        (0, "query", ["v4"]),
+        (0, "candidate", ["cat", "dog"]),
+        (0, "candidate", ["owl"]),
+        (1, "query", ["g0", "g1"]),
+        (1, "query", ["g2"]),
+        (1, "candidate", ["y0", "no"]),
+        (1, "candidate", ["y1", "y2"]),
+        (1, "candidate", ["y3"]),
+    ]
+
+
+def test_validation_tasks_run_during_fit(data_dir: Path, tmp_path: Path) -> None:
+    data, toy = module(data_dir, None, validation_tasks=["GQA"]), Toy()
+    trainer(tmp_path, max_epochs=1, enable_checkpointing=False).fit(toy, datamodule=data)
+    assert [(loader, side) for loader, side, _ in toy.tested] == [(0, "query"), (0, "candidate")]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 16])
+def test_processes_cover_an_eval_task_in_equally_many_batches(
+    data_dir: Path, world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "world_size", lambda: world_size)
+    data = module(data_dir, "test", eval_tasks=["VOC2007"], eval_batch_size=2)
+    found: dict[str, dict[int, str]] = {"query": {}, "candidate": {}}
+    lengths = set()
+    for rank in range(world_size):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        (loader,) = data.test_dataloader()
+        lengths.add(len(list(loader)))
+        for batch in loader:
+            found[batch.side].update(zip(batch.indices.tolist(), texts(batch.inputs), strict=True))
+    assert len(lengths) == 1
+    assert [found["query"][number] for number in range(5)] == ["v0", "v1", "v2", "v3", "v4"]
+    assert [found["candidate"][number] for number in range(3)] == ["cat", "dog", "owl"]
+
+
+def test_query_limit_and_processor_of_the_module(data_dir: Path, tmp_path: Path) -> None:
+    toy: Any = Toy()
+    toy.__dict__["encoder"] = type(
+        "Encoder", (), {"processor": CharacterProcessor(), "image_token": "<image>"}
+    )
+    data = MMEBDataModule(str(data_dir), eval_tasks=["VOC2007"], query_limit=2)
+    trainer(tmp_path).test(toy, datamodule=data, verbose=False)
+    assert toy.tested == [(0, "query", ["v0", "v2"]), (0, "candidate", ["cat", "dog", "owl"])]
+    assert data.collator.image_token == "<image>"
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "message"),
+    [
+        ("fit", {"train_subsets": ["a"]}, "Unknown training subset 'a'.*Found: A, B"),
+        ("fit", {"weights": {"C": 1.0}}, "Unknown subset in weights 'C'.*Found: A, B"),
+        ("fit", {"split": "diverse_instruction"}, "No training subset .*diverse_instruction"),
+        (
+            "fit",
+            {"validation_tasks": ["VOC2077"]},
+            "Unknown evaluation task 'VOC2077'. Did you mean 'VOC2007'",
+        ),
+        ("test", {"eval_tasks": ["DocVQA"]}, "Unknown evaluation task 'DocVQA'.*Found: GQA, VOC2007"),
+        ("test", {"data_dir": "no/such"}, "data_dir 'no/such' is no folder"),
+    ],
+)
+def test_unknown_names_list_what_exists(
+    data_dir: Path, stage: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        MMEBDataModule(**{"data_dir": str(data_dir), **options}).setup(stage)
+
+
+def test_bad_numbers_and_missing_processor_are_named(data_dir: Path) -> None:
+    with pytest.raises(ValueError, match="row_limit must be at least 1, got 0"):
+        MMEBDataModule(row_limit=0)
+    with pytest.raises(ValueError, match="hard_negatives must be at least 0, got -1"):
+        MMEBDataModule(hard_negatives=-1)
+    data = MMEBDataModule(str(data_dir))
+    data.setup("test")
+    with pytest.raises(ValueError, match=r"call connect\(processor, image_token\)"):
+        data.test_dataloader()
