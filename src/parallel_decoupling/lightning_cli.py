@@ -1,0 +1,209 @@
+"""The LightningCLI behind ``cli``: defaults of a run, and which value wins when a checkpoint is given.
+
+A value that is typed (in a config file or as an option) wins over the checkpoint's, the checkpoint's wins
+over a default, and every typed value that differs is shown. One exception: ``validate``, ``test`` and
+``predict`` cannot load trained parameters into another structure, so what shapes them is taken from the
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from rich.console import Console
+from rich.table import Table
+
+from parallel_decoupling.data.datamodule import MMEBDataModule
+from parallel_decoupling.training.callbacks import LAST_FILE
+from parallel_decoupling.training.embedder import PDFEmbedder
+
+STRUCTURE = (
+    "num_paths",
+    "prefix_length",
+    "prefix_layers",
+    "aggregation",
+    "adapter",
+    "mi.kind",
+    "mi.hidden_size",
+    "learn_temperature",
+)
+"""Settings of the model that decide names and shapes of what a checkpoint holds."""
+
+HARMLESS_WARNINGS = (
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    "Total length of `list` across ranks is zero",
+    "Checkpoint directory .* exists and is not empty",
+)
+"""Of Lightning, about itself, about a run without validation tasks, and about going on in the same folder."""
+
+
+def run(args: Sequence[str]) -> None:
+    """Run ``fit``, ``validate``, ``test`` or ``predict``."""
+    for message in HARMLESS_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    RunCLI(list(args))
+
+
+class RunCLI(LightningCLI):
+    """LightningCLI with this package's model and data, and everything of a run in one folder.
+
+    Without a logger of your own, ``trainer.default_root_dir`` is that folder: TensorBoard's files,
+    ``config.yaml``, ``checkpoints/last.ckpt``, ``scores.json``.
+    """
+
+    def __init__(self, args: list[str]) -> None:
+        self.typed: Any = None
+        super().__init__(
+            PDFEmbedder,
+            MMEBDataModule,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={"use_distributed_sampler": False, "default_root_dir": "runs/default"},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=args,
+        )
+
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand in ("validate", "test"):
+            parser.set_defaults({"verbose": False})  # the score table says it better
+        if subcommand == "predict":
+            parser.set_defaults({"return_predictions": False})
+        return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and parse again without defaults: what is left was typed."""
+        self.config = parser.parse_args(args)
+        self.typed = parser.parse_args(args, defaults=False)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Add TensorBoard and ``last.ckpt`` where the user asked for nothing else."""
+        config = self._get(self.config_init, "trainer")
+        if config.get("logger") in (None, True):
+            kwargs["logger"] = TensorBoardLogger(config["default_root_dir"], name="", version="")
+        callbacks = config.get("callbacks") or []
+        callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
+        if config.get("enable_checkpointing") is not False and not any(
+            isinstance(callback, Checkpoint) for callback in callbacks
+        ):
+            options: dict[str, Any] = {"save_last": True, "enable_version_counter": False}
+            callbacks.append(
+                ModelCheckpoint(filename="step={step}", auto_insert_metric_name=False, **options)
+            )
+        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    def _parse_ckpt_path(self) -> None:
+        """Find the checkpoint, take over its settings that were not typed, and show those that differ."""
+        config = self.config[self.config.subcommand]
+        file = self._checkpoint_file(config)
+        config["ckpt_path"] = None if file is None else str(file)
+        if file is None:
+            return
+        content = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
+        differences = []
+        for part, stored in (
+            ("model", content.get("hyper_parameters", {})),
+            ("data", content.get("data", {})),
+        ):
+            differences += self._merge(part, stored)
+        if differences:
+            _show(differences, file)
+
+    def _merge(self, part: str, stored: Mapping[str, Any]) -> list[tuple[str, Any, Any, str]]:
+        """Settings of one part; returns (name, yours, the checkpoint's, which is used) where they differ."""
+        subcommand = self.config.subcommand
+        config = self.config[subcommand][part]
+        typed = dict((self.typed.get(subcommand, {}).get(part) or {}).items())
+        differences = []
+        for name, value in _leaves(stored):
+            if not any(
+                name == key or key.startswith(f"{name}.") or name.startswith(f"{key}.") for key in typed
+            ):
+                config[name] = value
+                continue
+            yours = config[name]
+            if _comparable(name, yours) == _comparable(name, value):
+                continue
+            fixed = part == "model" and subcommand != "fit"
+            fixed = fixed and any(name == key or name.startswith(f"{key}.") for key in STRUCTURE)
+            if fixed:
+                config[name] = value
+            differences.append((f"{part}.{name}", yours, value, "the checkpoint's" if fixed else "yours"))
+        return differences
+
+    def _checkpoint_file(self, config: Any) -> Path | None:
+        """Resolve ``ckpt_path``; ``last`` is the run's own, and a fit without one starts from the beginning.
+
+        Raises:
+            ValueError: if there is no such file.
+        """
+        wanted = config.get("ckpt_path")
+        if not wanted:
+            return None
+        file = _checkpoint_dir(config["trainer"]) / LAST_FILE if wanted == "last" else Path(wanted)
+        if file.is_file():
+            return file
+        if wanted == "last" and self.config.subcommand == "fit":
+            rank_zero_info(
+                f"--ckpt_path last: {file} is not there yet, so this run starts from the beginning."
+            )
+            return None
+        raise ValueError(
+            f"--ckpt_path {wanted}: there is no checkpoint file {file}. Give a file, "
+            "or 'last' together with the trainer.default_root_dir of the run."
+        )
+
+
+def _checkpoint_dir(trainer: Any) -> Path:
+    """Where this configuration's run keeps its checkpoints."""
+    callbacks = trainer.get("callbacks") or []
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        dirpath = (callback.get("init_args") or {}).get("dirpath")
+        if callback["class_path"].endswith(".ModelCheckpoint") and dirpath:
+            return Path(dirpath)
+    logger = trainer.get("logger")
+    if logger in (None, True, False):
+        return Path(trainer["default_root_dir"]) / "checkpoints"
+    arguments = (logger[0] if isinstance(logger, list) else logger).get("init_args") or {}
+    parts = [arguments.get(name) for name in ("save_dir", "name", "version")]
+    if any(not isinstance(part, str) for part in parts):
+        raise ValueError(
+            "--ckpt_path last: this logger numbers its runs, so give the checkpoint file instead."
+        )
+    return Path(*parts) / "checkpoints"
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings by dotted name."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value and prefix + name in ("adapter", "mi", "optimizer"):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _comparable(name: str, value: Any) -> Any:
+    if name == "backbone" and Path(value).is_dir():
+        return str(Path(value).resolve())
+    return list(value) if isinstance(value, tuple) else value
+
+
+@rank_zero_only
+def _show(differences: Sequence[tuple[str, Any, Any, str]], file: Path) -> None:
+    table = Table("setting", "yours", "checkpoint's", "used", title=f"Settings that differ from {file}")
+    for name, yours, stored, used in differences:
+        table.add_row(name, repr(yours), repr(stored), used)
+    Console(file=sys.stderr).print(table)

@@ -1,0 +1,288 @@
+"""What a run shows of itself, and how it ends well: summary, throughput, pictures, alarm, saving on a signal.
+
+``PDFEmbedder.configure_callbacks`` adds all of them with their defaults; one that is listed in the
+Trainer's own callbacks replaces the default of its class. Here: watching. Elsewhere on purpose: the
+values of a step (``training.embedder`` logs them itself), the drawing (``retrieval.plots``).
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from rich.console import Console
+from rich.table import Table
+from torch.utils.tensorboard import SummaryWriter
+
+from parallel_decoupling.batch import PairBatch
+from parallel_decoupling.distributed import world_size
+from parallel_decoupling.objective.statistics import effective_rank, path_cosine
+from parallel_decoupling.retrieval.plots import path_similarity_figure
+from parallel_decoupling.training.terms import GatheredPairs, mean_path_cosine
+
+if TYPE_CHECKING:
+    from parallel_decoupling.training.embedder import PDFEmbedder
+
+LAST_FILE = "last.ckpt"
+
+
+def tensorboard_writer(trainer: Trainer) -> SummaryWriter | None:
+    """TensorBoard's writer on rank 0, ``None`` elsewhere and without a TensorBoard logger."""
+    loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+    return loggers[0].experiment if loggers and trainer.is_global_zero else None
+
+
+def console() -> Console:
+    """The terminal, or 120 columns of a file."""
+    terminal = Console()
+    return terminal if terminal.is_terminal else Console(width=120)
+
+
+class RunSummary(Callback):
+    """Print at the start what trains and how the batch is made up."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: PDFEmbedder) -> None:  # type: ignore[override]
+        """Print both tables on rank 0."""
+        if not trainer.is_global_zero:
+            return
+        console().print(self.parameters(pl_module), self.batches(trainer, pl_module))
+
+    @staticmethod
+    def parameters(module: PDFEmbedder) -> Table:
+        """Parameter counts by group."""
+        table = Table("part", "parameters", "learning rate", title="What trains")
+        frozen = sum(p.numel() for p in module.encoder.parameters() if not p.requires_grad)
+        table.add_row("backbone (frozen)", f"{frozen:,}", "")
+        for name, parameters in module.trainables().items():
+            rate = module.optimizer_config.prefix_learning_rate if name == "prefixes" else None
+            rate = module.optimizer_config.learning_rate if rate is None else rate
+            count = sum(p.numel() for p in parameters)
+            table.add_row(name, f"{count:,}", f"{rate:g}" if count else "")
+        count = sum(p.numel() for p in module.mutual_information.parameters())
+        table.add_row("estimator", f"{count:,}", f"{module.mi_config.learning_rate:g}" if count else "")
+        return table
+
+    @staticmethod
+    def batches(trainer: Trainer, module: PDFEmbedder) -> Table:
+        """How rows become steps."""
+        table = Table("quantity", "value", title="Batch arithmetic")
+        rows = getattr(trainer.datamodule, "batch_size", None)  # type: ignore[attr-defined]
+        accumulate = module.optimizer_config.accumulate_batches
+        if rows is not None:
+            table.add_row("global batch", f"{rows} = {world_size()} processes x {rows // world_size()} rows")
+            table.add_row("in-batch candidates per query", f"{rows} (plus hard negatives)")
+        table.add_row("batches per main step", str(accumulate))
+        chunks = f"query {module.query_chunk_size or 'all'}, candidate {module.candidate_chunk_size or 'all'}"
+        table.add_row("rows per forward pass", chunks)
+        table.add_row("language model rows per input", str(module.encoder.num_paths))
+        table.add_row("batches per epoch", str(trainer.num_training_batches))
+        table.add_row("main steps in this run", f"{module.total_steps():g}")
+        return table
+
+
+class Throughput(Callback):
+    """Log samples and tokens per second, data loading included and validation excluded."""
+
+    def __init__(self) -> None:
+        self._restart()
+
+    def _restart(self) -> None:
+        self._rows = self._tokens = self._batches = 0
+        self._since = time.perf_counter()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._restart()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the validation out."""
+        self._restart()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PairBatch, batch_idx: int
+    ) -> None:
+        """Count, and log as often as the Trainer logs."""
+        self._rows += len(batch.query) * world_size()
+        self._tokens += (batch.query.num_tokens + batch.candidate.num_tokens) * world_size()
+        self._batches += 1
+        if self._batches < trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        seconds = time.perf_counter() - self._since
+        pl_module.log("throughput/samples_per_second", self._rows / seconds)
+        pl_module.log("throughput/tokens_per_second", self._tokens / seconds)
+        self._restart()
+
+
+class CollapseAlarm(Callback):
+    """Warn, once per kind, when embeddings or paths are losing what they tell apart.
+
+    Args:
+        after_batches: do not look at the loss and at path cosines before this many batches of the run.
+        every_n_batches: how often to look.
+
+    Relations:
+        A loss within 2 % of ``log(candidates)`` is what a constant embedding has.
+    """
+
+    def __init__(self, after_batches: int = 200, every_n_batches: int = 20) -> None:
+        self.after_batches = after_batches
+        self.every_n_batches = every_n_batches
+        self.first_rank: float | None = None
+        self.warned: set[str] = set()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The effective rank that later ones are compared with."""
+        return {"first_rank": self.first_rank}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on comparing with the start of the run."""
+        self.first_rank = state_dict["first_rank"]
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: Trainer, pl_module: PDFEmbedder, outputs: Any, batch: PairBatch, batch_idx: int
+    ) -> None:
+        """Look at the step's loss, the cosine between paths and the effective rank."""
+        done = pl_module.batches_done
+        if done != 1 and done % self.every_n_batches:
+            return
+        pairs: GatheredPairs = outputs["pairs"]
+        query_GND = pairs.query
+        rank = float(effective_rank(query_GND[:, 0]))
+        pl_module.log("train/effective_rank", rank)
+        if self.first_rank is None:
+            self.first_rank = rank
+        if rank < 0.1 * self.first_rank:
+            self._warn(
+                "rank",
+                f"the effective rank of a batch of embeddings fell from {self.first_rank:.1f} to {rank:.1f}. "
+                "Lower learning rates or mi_weight, or warm up longer.",
+            )
+        if done < self.after_batches:
+            return
+        constant = math.log(len(pairs.candidate))
+        if abs(float(outputs["contrastive"]) - constant) < 0.02 * constant:
+            self._warn(
+                "loss",
+                f"the contrastive loss {float(outputs['contrastive']):.3f} is that of a constant embedding, "
+                f"log({outputs['num_candidates']}) = {constant:.3f}. "
+                "Lower learning rates or mi_weight, and check that rows and images are read as intended.",
+            )
+        num_paths = query_GND.shape[1]
+        if num_paths > 1 and (cosine := float(mean_path_cosine(query_GND))) > 0.99:
+            self._warn(
+                "paths",
+                f"the {num_paths} paths are nearly one path (mean cosine {cosine:.4f}). Raise "
+                "optimizer.prefix_learning_rate, prefix_length or mi_weight, or use prefix_init=meta.",
+            )
+
+    def _warn(self, kind: str, message: str) -> None:
+        if kind not in self.warned:
+            self.warned.add(kind)
+            rank_zero_warn(f"Collapse alarm: {message}", category=UserWarning)
+
+
+class PathPictures(Callback):
+    """Draw the path cosine matrix to TensorBoard.
+
+    Args:
+        every_n_batches: how often; the first batch of the run is always drawn.
+    """
+
+    def __init__(self, every_n_batches: int = 500) -> None:
+        self.every_n_batches = every_n_batches
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: Trainer, pl_module: PDFEmbedder, outputs: Any, batch: PairBatch, batch_idx: int
+    ) -> None:
+        """Draw this batch's queries."""
+        done, query_GND = pl_module.batches_done, outputs["pairs"].query
+        writer = tensorboard_writer(trainer)
+        if writer is None or query_GND.shape[1] == 1 or (done != 1 and done % self.every_n_batches):
+            return
+        figure = path_similarity_figure(path_cosine(query_GND).cpu())
+        writer.add_figure("paths/cosine", figure, global_step=trainer.global_step)
+
+
+class SaveOnSignal(Callback):
+    """Write ``last.ckpt`` when the run is told to stop: SIGTERM, or Ctrl+C.
+
+    A step that has begun is finished first, so the checkpoint is one that a run can be resumed from bit for
+    bit. A second Ctrl+C stops at once, without saving.
+    """
+
+    def __init__(self) -> None:
+        self._in_step = self._interrupted = self._saved = False
+        self._previous: Any = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take over Ctrl+C for the time of a fit."""
+        self._in_step = self._interrupted = self._saved = False
+        if stage == "fit" and threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._on_interrupt)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give Ctrl+C back."""
+        self._restore()
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """From here on the state is between two checkpoints."""
+        self._in_step = True
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save if a signal came during the step."""
+        self._in_step = False
+        stop = self._interrupted or trainer.received_sigterm
+        if world_size() > 1:
+            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+        if stop:
+            self._save(trainer)
+        if self._interrupted:
+            raise KeyboardInterrupt
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save if a signal came between two steps."""
+        told_to_stop = isinstance(exception, SIGTERMException | KeyboardInterrupt)
+        if told_to_stop and trainer.fit_loop.epoch_loop.batch_progress.total.ready and not self._in_step:
+            self._save(trainer)
+        self._restore()
+
+    def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:
+        if self._interrupted or not self._in_step:
+            raise KeyboardInterrupt
+        self._interrupted = True
+        rank_zero_info("Finishing this step, then saving. Ctrl+C again stops at once, without saving.")
+
+    def _save(self, trainer: Trainer) -> None:
+        if self._saved or trainer.fast_dev_run or trainer.sanity_checking:  # type: ignore[attr-defined]
+            return
+        self._saved = True
+        file = checkpoint_dir(trainer) / LAST_FILE
+        trainer.save_checkpoint(file)
+        rank_zero_info(f"Stopped at step {trainer.global_step}; go on with --ckpt_path last ({file}).")
+
+    def _restore(self) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None
+
+
+def checkpoint_dir(trainer: Trainer) -> Path:
+    """Folder of the run's checkpoints."""
+    callback = trainer.checkpoint_callback
+    if isinstance(callback, ModelCheckpoint) and callback.dirpath:
+        return Path(callback.dirpath)
+    return Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"

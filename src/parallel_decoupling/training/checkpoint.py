@@ -1,0 +1,91 @@
+"""What a training checkpoint holds beyond Lightning's own state, and the checks when it is loaded.
+
+Trainables, estimator, progress counters and the gradients of an unfinished accumulation; in place of the
+frozen backbone its fingerprint. Elsewhere on purpose: optimizers, schedules and loops (Lightning), which
+tensors of the encoder train and what the fingerprint covers (``model.checkpoint``). No generator state:
+see ``training.randomness``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from parallel_decoupling.model.checkpoint import (
+    backbone_fingerprint,
+    check_fingerprint,
+    load_trainable_state,
+    trainable_state,
+)
+
+if TYPE_CHECKING:
+    from parallel_decoupling.training.embedder import PDFEmbedder
+
+PROGRESS = ("batches_done", "steps_done", "token_passes", "rows_by_subset")
+_PLAIN = (str, int, float, bool, list, tuple, dict, type(None))
+
+
+def trained_state(module: PDFEmbedder) -> dict[str, Tensor]:
+    """CPU copies of all that trains, by name inside ``module``."""
+    state = {f"encoder.{name}": value for name, value in trainable_state(module.encoder).items()}
+    for name, value in module.mutual_information.state_dict().items():
+        state[f"mutual_information.{name}"] = value.detach().to("cpu", copy=True)
+    if module.log_temperature is not None:
+        state["log_temperature"] = module.log_temperature.detach().to("cpu", copy=True)
+    return state
+
+
+def save_into(checkpoint: dict[str, Any], module: PDFEmbedder) -> None:
+    """Replace Lightning's full ``state_dict`` and add what a resumed run needs."""
+    if module.fingerprint is None:
+        module.fingerprint = backbone_fingerprint(module.encoder.backbone)
+    unfinished = module.batches_done % module.optimizer_config.accumulate_batches > 0
+    checkpoint["state_dict"] = trained_state(module)
+    checkpoint["backbone"] = module.fingerprint
+    checkpoint["data"] = data_settings(module)
+    checkpoint["progress"] = {name: getattr(module, name) for name in PROGRESS}
+    checkpoint["accumulated_gradients"] = {
+        name: parameter.grad.detach().to("cpu", copy=True)
+        for name, parameter in module.named_parameters()
+        if unfinished and parameter.grad is not None
+    }
+
+
+def load_into(module: PDFEmbedder, checkpoint: Mapping[str, Any]) -> None:
+    """Check that the checkpoint belongs to this model, to the last key, and take it over.
+
+    Raises:
+        ValueError: another backbone, or parameters that are missing, left over or of another shape.
+    """
+    if not {"backbone", "progress", "state_dict"} <= checkpoint.keys():
+        raise ValueError("This is not a checkpoint of PDFEmbedder: it has no backbone fingerprint.")
+    check_fingerprint(checkpoint["backbone"], module.encoder.backbone)
+    stored: Mapping[str, Tensor] = checkpoint["state_dict"]
+    wanted = {
+        name: value.shape for name, value in trained_state(module).items() if not name.startswith("encoder.")
+    }
+    found = {name: value.shape for name, value in stored.items() if not name.startswith("encoder.")}
+    wrong = sorted({name for name, _ in wanted.items() ^ found.items()})
+    if wrong:
+        raise ValueError(
+            f"The checkpoint does not fit this model; missing, left over or of another shape: {wrong}. "
+            "Build the model with the num_paths, mi and learn_temperature it was trained with."
+        )
+    in_encoder = {k.removeprefix("encoder."): v for k, v in stored.items() if k.startswith("encoder.")}
+    load_trainable_state(module.encoder, in_encoder)
+    for name in PROGRESS:
+        setattr(module, name, checkpoint["progress"][name])
+    module.pending_gradients = dict(checkpoint["accumulated_gradients"])
+
+
+def data_settings(module: PDFEmbedder) -> dict[str, Any]:
+    """Arguments of the trainer's datamodule, as far as they are plain values."""
+    datamodule = getattr(module.trainer_or_none, "datamodule", None)
+    if datamodule is None:
+        return {}
+    names = inspect.signature(type(datamodule).__init__).parameters
+    values = {name: getattr(datamodule, name) for name in names if hasattr(datamodule, name)}
+    return {name: value for name, value in values.items() if isinstance(value, _PLAIN)}

@@ -1,0 +1,371 @@
+"""PDFEmbedder: the training algorithm of the Parallel Decoupling Framework, as a LightningModule.
+
+Here: the alternating step in order (``training_step``) and the set-up of a run. Elsewhere on purpose: the
+terms (``training.terms``), chunks (``training.grad_cache``), seeds (``training.randomness``: no generator
+state is saved), schedules (``training.optimization``), what a checkpoint holds (``training.checkpoint``),
+evaluation and ``encode`` (``training.evaluator``), what a run shows of itself (``training.callbacks``).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import Tensor, nn
+
+from parallel_decoupling.batch import EncoderInputs, PairBatch
+from parallel_decoupling.distributed import average_gradients, gather_with_grad, rank, world_size
+from parallel_decoupling.model.backbone import AdapterConfig, load_backbone
+from parallel_decoupling.model.encoder import ParallelEncoder
+from parallel_decoupling.objective.mutual_information import MutualInformation, mi_weight_schedule
+from parallel_decoupling.training import callbacks, checkpoint
+from parallel_decoupling.training.evaluation import git_commit
+from parallel_decoupling.training.evaluator import EvaluatedEncoder
+from parallel_decoupling.training.grad_cache import Encoding, encode_in_chunks
+from parallel_decoupling.training.optimization import (
+    MIConfig,
+    OptimizerConfig,
+    learning_rate_schedule,
+    main_optimizer,
+)
+from parallel_decoupling.training.randomness import seeded
+from parallel_decoupling.training.settings import as_config, as_plain, check_settings
+from parallel_decoupling.training.terms import (
+    GatheredPairs,
+    contrastive_terms,
+    estimator_nll,
+    gather_pairs,
+    monitored_values,
+    mutual_information_terms,
+    shared,
+)
+
+_ADAPTER, _MI, _OPTIMIZER = AdapterConfig(), MIConfig(), OptimizerConfig()
+
+
+class PDFEmbedder(EvaluatedEncoder):
+    """N embeddings per input from one multimodal LLM with N prefixes, trained to agree and to differ.
+
+    Parallel Decoupling Framework (arXiv 2511.01588): InfoNCE on every path, InfoNCE on the aggregate, and a
+    mutual-information bound between paths whose network q is fitted in an alternating step. Every default
+    here is ours; the paper's values are not known.
+
+    ``loss = mean_n info_nce_n + aggregate_weight * info_nce_aggregate + w(step) * mean_pairs mi``
+
+    Args:
+        backbone: tiny (shipped), a local folder, or a hub id such as Qwen/Qwen2-VL-2B-Instruct.
+        num_paths: N, paths per input.
+        prefix_length: P, key/value slots per layer and path; 0 is the plain backbone (num_paths=1 only).
+        prefix_layers: first layer with a prefix; the layers below run once for all paths.
+        prefix_init: meta (states of short meta-prompts) or random (at the scale of real states).
+        aggregation: of the paths' embeddings: mean, concat or learned weights.
+        adapter: what trains in the backbone.
+        mi: the estimator of mutual information and its schedule.
+        mi_weight: final weight of the mutual-information term; with 0 the estimator only watches.
+        aggregate_weight: weight of the aggregate's InfoNCE; 0 switches it off.
+        temperature: divides cosines in InfoNCE, above 0.
+        learn_temperature: train the temperature, starting from temperature.
+        symmetric: also contrast candidates with queries.
+        optimizer: rates, schedule, clipping, accumulation.
+        query_chunk_size: GradCache, queries per forward pass; null encodes the batch in one graph.
+        candidate_chunk_size: GradCache, candidates per forward pass; null encodes the batch in one graph.
+        query_instruction: put before every input of encode_query.
+        candidate_instruction: put before every input of encode_candidate.
+        backbone_revision: hub branch, tag or commit.
+        dtype: of the backbone's weights; adapters and prefixes are fp32.
+        attention: sdpa or eager.
+        gradient_checkpointing: recompute layers in the backward pass.
+        seed: of everything random in initialisation and training, but not of the data order.
+
+    Raises:
+        ValueError: for a combination that cannot work; says what to change.
+
+    Relations:
+        ``num_paths=1, prefix_length=0, mi_weight=0, aggregate_weight=0`` is the single-path VLM2Vec recipe.
+        Without dropout, loss and gradients do not depend on the chunk sizes or the number of processes.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "tiny",
+        num_paths: int = 4,
+        prefix_length: int = 8,
+        prefix_layers: int = 0,
+        prefix_init: Literal["meta", "random"] = "meta",
+        aggregation: Literal["mean", "concat", "learned"] = "mean",
+        adapter: AdapterConfig = _ADAPTER,
+        mi: MIConfig = _MI,
+        mi_weight: float = 0.1,
+        aggregate_weight: float = 1.0,
+        temperature: float = 0.02,
+        learn_temperature: bool = False,
+        symmetric: bool = False,
+        optimizer: OptimizerConfig = _OPTIMIZER,
+        query_chunk_size: int | None = None,
+        candidate_chunk_size: int | None = None,
+        query_instruction: str = "",
+        candidate_instruction: str = "",
+        backbone_revision: str | None = None,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        attention: Literal["sdpa", "eager"] = "sdpa",
+        gradient_checkpointing: bool = False,
+        seed: int = 0,
+    ) -> None:
+        settings = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        super().__init__()
+        self.automatic_optimization = False
+        self.strict_loading = (
+            False  # the frozen backbone is not in the checkpoint; load_into checks every key
+        )
+        adapter = as_config(AdapterConfig, adapter, "adapter")
+        self.mi_config = as_config(MIConfig, mi, "mi")
+        self.optimizer_config = as_config(OptimizerConfig, optimizer, "optimizer")
+        settings["backbone"] = str(Path(backbone).resolve()) if Path(backbone).is_dir() else backbone
+        settings |= {"adapter": as_plain(adapter), "mi": as_plain(self.mi_config)}
+        settings["optimizer"] = as_plain(self.optimizer_config)
+        check_settings(settings)
+        self.save_hyperparameters(settings, logger=False)
+        self.mi_weight, self.aggregate_weight, self.symmetric = mi_weight, aggregate_weight, symmetric
+        self.query_chunk_size, self.candidate_chunk_size = query_chunk_size, candidate_chunk_size
+        self.query_instruction, self.candidate_instruction = query_instruction, candidate_instruction
+        self.seed = seed
+        self.batches_done, self.steps_done, self.token_passes = 0, 0, 0.0
+        self.rows_by_subset: dict[str, int] = {}
+        self.fingerprint: dict[str, Any] | None = None
+        self.pending_gradients: dict[str, Tensor] = {}
+        model = load_backbone(
+            backbone,
+            revision=backbone_revision,
+            dtype=dtype,
+            attention=attention,
+            adapter=adapter,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+        sizes: dict[str, Any] = {"prefix_length": prefix_length, "prefix_layers": prefix_layers}
+        choices: dict[str, Any] = {"prefix_init": prefix_init, "aggregation": aggregation}
+        self.encoder = ParallelEncoder(model, num_paths=num_paths, **sizes, **choices, seed=seed)
+        with seeded(torch.device("cpu"), seed, "estimator"):
+            self.mutual_information = MutualInformation(
+                self.mi_config.kind,
+                num_paths=num_paths,
+                embed_dim=self.encoder.embed_dim,
+                hidden_size=self.mi_config.hidden_size,
+            )
+        log_temperature = torch.tensor(float(temperature)).log()
+        self.log_temperature = nn.Parameter(log_temperature) if learn_temperature else None
+        self.fixed_temperature = temperature
+        self.train()
+
+    def training_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Any]:
+        """One batch: encode, fit q, one gradient of the objective, and every few batches one main step."""
+        mi, accumulate = self.mi_config, self.optimizer_config.accumulate_batches
+        with seeded(self.device, self.seed, self.batches_done):
+            # 1. All paths of all rows, of all ranks. Under GradCache the embeddings are leaves.
+            query = self._encode(batch.query, "query", self.query_chunk_size)
+            candidate = self._encode(batch.candidate, "candidate", self.candidate_chunk_size)
+            embeddings = query.embeddings, candidate.embeddings
+            pairs = gather_pairs(*embeddings, batch.candidate_ids, self.encoder.aggregate)
+            # 2. The estimator's own steps, on detached embeddings.
+            held_out, nll = self._fit_estimator(pairs)
+            # 3. The objective, with the estimator frozen.
+            weight = mi_weight_schedule(
+                self.steps_done, weight=self.mi_weight, warmup_steps=mi.warmup_steps, ramp_steps=mi.ramp_steps
+            )
+            path_N, aggregate = contrastive_terms(
+                pairs,
+                shared(self.temperature),
+                symmetric=self.symmetric,
+                with_aggregate=self.aggregate_weight > 0,
+            )
+            with frozen(self.mutual_information), torch.set_grad_enabled(weight > 0):
+                mi_M = mutual_information_terms(self.mutual_information, pairs)
+            mean_mi = mi_M.sum() / max(1, len(mi_M))
+            loss = path_N.mean() + self.aggregate_weight * aggregate + weight * mean_mi
+            # 4. and 5. Gradient to the embeddings, then through the chunks to the parameters.
+            with self._own_gradients_only():
+                self.manual_backward(loss * world_size() / accumulate)
+                query.backward()
+                candidate.backward()
+        # 6. The main step; the rest is bookkeeping.
+        self.batches_done += 1
+        if self.batches_done % accumulate == 0:
+            self._main_step()
+        terms = {"loss": loss, "mi": mean_mi, "mi_weight": weight, "contrastive_aggregate": aggregate}
+        fit = {"estimator_nll": nll, "estimator_nll_held_out": held_out}
+        self._log_batch(batch, monitored_values(pairs, {**terms, **fit}, path_N, mi_M))
+        return {"loss": loss.detach(), "contrastive": path_N.detach().mean(), "pairs": pairs.detach()}
+
+    @property
+    def temperature(self) -> Tensor:
+        """What divides the cosines, 0-dim."""
+        if self.log_temperature is None:
+            return torch.tensor(self.fixed_temperature, device=self.device)
+        return self.log_temperature.exp()
+
+    def _encode(self, inputs: EncoderInputs, side: str, chunk_size: int | None) -> Encoding:
+        seed_parts = (self.seed, self.batches_done, rank(), side)
+        return encode_in_chunks(self.encoder, inputs, chunk_size=chunk_size, seed_parts=seed_parts)
+
+    def _fit_estimator(self, pairs: GatheredPairs) -> tuple[Tensor, Tensor]:
+        """Fit q; return its NLL on this batch before (held out) and after the fit.
+
+        The optimizer is stepped unwrapped, so that ``global_step`` counts main steps only. Every rank makes
+        the same steps on the same gathered embeddings.
+        """
+        held_out = nll = torch.zeros((), device=self.device)
+        if not self.mutual_information.needs_fit:
+            return held_out, nll
+        optimizer = cast(Any, self.optimizers())[1].optimizer
+        for step in range(self.mi_config.fit_steps):
+            nll = estimator_nll(self.mutual_information, pairs)
+            held_out = nll.detach() if step == 0 else held_out
+            optimizer.zero_grad()
+            with self._own_gradients_only():
+                nll.backward()
+            optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            return held_out, estimator_nll(self.mutual_information, pairs)
+
+    def _own_gradients_only(self) -> AbstractContextManager[None]:
+        """Keep DDP's hooks out of a backward pass; ``average_gradients`` does their work, once."""
+        block = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
+        return cast(AbstractContextManager[None], block())
+
+    def _main_step(self) -> None:
+        """Average over ranks, clip, step the embedder and its schedule."""
+        optimizers = self.optimizers()
+        optimizer = optimizers[0] if isinstance(optimizers, list) else optimizers
+        parameters = [parameter for group in self.trainables().values() for parameter in group]
+        average_gradients(parameters)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.optimizer_config.clip_norm or float("inf"))
+        rates = {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
+        optimizer.step()
+        cast(Any, self.lr_schedulers()).step()
+        optimizer.zero_grad()
+        self.steps_done += 1
+        if self.mutual_information.needs_fit:
+            rates["lr/estimator"] = self.mi_config.learning_rate
+        self.log_dict({**rates, "train/gradient_norm": norm})
+
+    def _log_batch(self, batch: PairBatch, values: dict[str, Any]) -> None:
+        """Log a batch's values and the counters of the run.
+
+        A token pass is one token of one path through all layers of the language model; shared lower layers
+        count once for all paths.
+        """
+        for subset in batch.subsets:
+            self.rows_by_subset[subset] = self.rows_by_subset.get(subset, 0) + 1
+        tokens = torch.tensor([batch.query.num_tokens + batch.candidate.num_tokens], device=self.device)
+        shared_share = self.encoder.prefix_layers / self.encoder.backbone.num_layers
+        passes = shared_share + self.encoder.num_paths * (1 - shared_share)
+        self.token_passes += float(gather_with_grad(tokens).sum()) * passes
+        rows = sum(self.rows_by_subset.values())
+        values |= {f"mix/{subset}": count / rows for subset, count in self.rows_by_subset.items()}
+        values |= {"compute/token_passes": self.token_passes, "train/temperature": self.temperature.detach()}
+        on_bar = ("train/loss", "train/hit_at_1_aggregate", "train/path_cosine")
+        self.log_dict({name: values.pop(name) for name in on_bar if name in values}, prog_bar=True)
+        self.log_dict(values)
+
+    def trainables(self) -> dict[str, list[nn.Parameter]]:
+        """What the main optimizer steps, by parameter group; groups may be empty."""
+        return {
+            "adapters": list(self.encoder.adapter_parameters()),
+            "prefixes": list(self.encoder.prefix_parameters()),
+            "aggregation": list(self.encoder.aggregation_parameters()),
+            "temperature": [] if self.log_temperature is None else [self.log_temperature],
+        }
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with its schedule for the embedder, Adam for the estimator."""
+        main = main_optimizer(self.trainables(), self.optimizer_config)
+        schedule = learning_rate_schedule(main, self.optimizer_config, self.total_steps())
+        optimizers: list[torch.optim.Optimizer] = [main]
+        if self.mutual_information.needs_fit:
+            parameters = self.mutual_information.parameters()
+            optimizers.append(torch.optim.Adam(parameters, lr=self.mi_config.learning_rate))
+        return optimizers, [schedule]
+
+    def total_steps(self) -> float:
+        """Main steps of the whole run; infinite without ``max_steps`` and ``max_epochs``."""
+        trainer = cast(Any, self.trainer)
+        steps = float("inf") if trainer.max_steps == -1 else float(trainer.max_steps)
+        if trainer.max_epochs not in (None, -1) and trainer.estimated_stepping_batches != float("inf"):
+            batches = trainer.num_training_batches * trainer.max_epochs
+            steps = min(steps, batches // self.optimizer_config.accumulate_batches)
+        return steps
+
+    def setup(self, stage: str) -> None:
+        """Refuse a strategy that cannot work before anything is trained."""
+        if isinstance(self.trainer.strategy, FSDPStrategy):
+            raise ValueError(
+                "strategy fsdp (FSDP1) does not work with two alternating optimizers; use ddp, "
+                "or ModelParallelStrategy (FSDP2) to shard a large backbone."
+            )
+
+    def configure_callbacks(self) -> list[Callback]:
+        """What every run has; the Trainer's own callback of the same class wins."""
+        return [
+            callbacks.RunSummary(),
+            callbacks.Throughput(),
+            callbacks.CollapseAlarm(),
+            callbacks.PathPictures(),
+            callbacks.SaveOnSignal(),
+        ]
+
+    def on_train_start(self) -> None:
+        """Log the settings and take up the gradients of an unfinished accumulation."""
+        warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
+        for logger in self.loggers:
+            logger.log_hyperparams({"model": dict(self.hparams), "data": checkpoint.data_settings(self)})
+        parameters = dict(self.named_parameters())
+        for name, gradient in self.pending_gradients.items():
+            parameters[name].grad = gradient.to(parameters[name].device)
+        self.pending_gradients = {}
+
+    def on_validation_model_zero_grad(self) -> None:
+        """Keep the gradients of an unfinished accumulation through a validation."""
+
+    def on_save_checkpoint(self, checkpoint_content: dict[str, Any]) -> None:  # type: ignore[override]
+        """Keep what trains; see ``training.checkpoint``."""
+        checkpoint.save_into(checkpoint_content, self)
+
+    def on_load_checkpoint(self, checkpoint_content: dict[str, Any]) -> None:  # type: ignore[override]
+        """Check every key and load; see ``training.checkpoint``."""
+        checkpoint.load_into(self, checkpoint_content)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load; without ``strict`` only what trains counts as missing."""
+        keys = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        trains = checkpoint.trained_state(self).keys()
+        keys.missing_keys[:] = [name for name in keys.missing_keys if strict or name in trains]
+        return keys
+
+    def run_info(self) -> dict[str, Any]:
+        """Settings, seed, commit, steps and compute behind the weights."""
+        return {
+            "model": dict(self.hparams),
+            "data": checkpoint.data_settings(self),
+            "seed": self.seed,
+            "commit": git_commit(),
+            "global_step": self.steps_done,
+            "token_passes": self.token_passes,
+        }
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Within the block no parameter of ``module`` gets a gradient; its inputs do."""
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        module.requires_grad_(True)

@@ -1,0 +1,161 @@
+"""From the embeddings of an evaluation loop to a score report, its files and its pictures.
+
+Here: collecting rows over batches and ranks, task by task. Elsewhere on purpose: the metric and the report
+(``retrieval``), which rows a task has (``data.tasks``), the loop itself (Lightning, ``training.embedder``).
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from parallel_decoupling.data.collate import EvalBatch
+from parallel_decoupling.data.tasks import EvalTask
+from parallel_decoupling.retrieval.plots import retrieval_examples_figure
+from parallel_decoupling.retrieval.report import SCORES_FILE, ScoreReport
+from parallel_decoupling.retrieval.score import TaskScore, path_columns, score_task
+
+CSV_FILE = "scores.csv"
+PROJECTOR_ROWS = 300
+
+
+class TaskEmbeddings:
+    """All rows of one task, filled batch by batch in any order.
+
+    Args:
+        task: the task.
+        reduce: sums a tensor over ranks.
+    """
+
+    def __init__(self, task: EvalTask, reduce: Callable[[Tensor], Tensor]) -> None:
+        self.task = task
+        self._reduce = reduce
+        self._sizes = {"query": len(task.queries), "candidate": len(task.candidates)}
+        self._sum_UND: dict[str, Tensor] = {}
+        self._count_U = {side: torch.zeros(size) for side, size in self._sizes.items()}
+
+    def add(self, batch: EvalBatch, embeddings_BND: Tensor) -> None:
+        """Put one batch in its place."""
+        rows, side = batch.indices.cpu(), batch.side
+        if side not in self._sum_UND:
+            self._sum_UND[side] = torch.zeros(self._sizes[side], *embeddings_BND.shape[1:])
+        self._sum_UND[side][rows] = embeddings_BND.float().cpu()
+        self._count_U[side][rows] = 1
+
+    def complete(self) -> tuple[Tensor, Tensor] | None:
+        """Queries ``[Uq, N, D]`` and candidates ``[Uc, N, D]`` of all ranks; ``None`` if rows are missing.
+
+        A row that two ranks encoded counts with its mean.
+        """
+        sides = []
+        for side in ("query", "candidate"):
+            count_U = self._reduce(self._count_U[side])
+            if side not in self._sum_UND or not bool((count_U > 0).all()):
+                return None
+            sides.append(self._reduce(self._sum_UND[side]) / count_U.view(-1, 1, 1))
+        return sides[0], sides[1]
+
+
+class Evaluation:
+    """Scores tasks one after the other, keeping the embeddings of only one at a time.
+
+    Args:
+        tasks: in the order of the evaluation loaders.
+        aggregate: combines paths, ``[U, N, D]`` to ``[U, D']``, on the CPU.
+        reduce: sums a tensor over ranks.
+        on_task: called with each complete task: task, its score, queries and candidates.
+    """
+
+    def __init__(
+        self,
+        tasks: list[EvalTask],
+        aggregate: Callable[[Tensor], Tensor],
+        reduce: Callable[[Tensor], Tensor],
+        on_task: Callable[[EvalTask, TaskScore, Tensor, Tensor], None] | None = None,
+    ) -> None:
+        self.tasks = tasks
+        self.scores: list[TaskScore] = []
+        self._aggregate, self._reduce, self._on_task = aggregate, reduce, on_task
+        self._index = -1
+        self._current: TaskEmbeddings | None = None
+
+    def add(self, index: int, batch: EvalBatch, embeddings_BND: Tensor) -> None:
+        """Take a batch of task ``index``; tasks come in order."""
+        if self._current is None or index != self._index:
+            self.finish_task()
+            self._index, self._current = index, TaskEmbeddings(self.tasks[index], self._reduce)
+        self._current.add(batch, embeddings_BND)
+
+    def finish_task(self) -> None:
+        """Score the task at hand; a task that a batch limit cut short is left out with a warning."""
+        if self._current is None:
+            return
+        task, sides = self._current.task, self._current.complete()
+        self._current = None
+        if sides is None:
+            rank_zero_warn(
+                f"{task.task.name}: not all rows were encoded (limited batches), so it has no score."
+            )
+            return
+        score = score_task(task, path_columns(*sides, self._aggregate))
+        self.scores.append(score)
+        if self._on_task is not None:
+            self._on_task(task, score, *sides)
+
+
+def write_report(report: ScoreReport, folder: Path) -> None:
+    """Write ``scores.json`` and ``scores.csv`` into ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    report.to_json_file(folder / SCORES_FILE)
+    report.to_csv_file(folder / CSV_FILE)
+
+
+def draw_examples(writer: SummaryWriter, task: EvalTask, score: TaskScore, step: int) -> None:
+    """Show a few queries with their best candidates in TensorBoard."""
+    writer.add_figure(f"retrieval/{task.task.name}", retrieval_examples_figure(task, score), global_step=step)
+
+
+class ProjectorSample:
+    """A few hundred aggregated embeddings of all tasks for TensorBoard's projector."""
+
+    def __init__(self, num_tasks: int) -> None:
+        self._rows_per_side = max(1, PROJECTOR_ROWS // max(1, 2 * num_tasks))
+        self._vectors: list[Tensor] = []
+        self._labels: list[list[str]] = []
+
+    def add(self, task: EvalTask, query_UD: Tensor, candidate_UD: Tensor) -> None:
+        """Take the first rows of both sides."""
+        sides = (("query", task.queries, query_UD), ("candidate", task.candidates, candidate_UD))
+        for side, inputs, vectors_UD in sides:
+            self._vectors.append(vectors_UD[: self._rows_per_side])
+            for row in inputs[: self._rows_per_side]:
+                text = " ".join(row.text.split())[:80]
+                self._labels.append([task.task.name, side, text])
+
+    def write(self, folder: Path) -> None:
+        """Write the sample as a TensorBoard run of its own: the projector puts files next to the events."""
+        if not self._vectors:
+            return
+        header = ["task", "side", "text"]
+        with SummaryWriter(str(folder)) as writer:
+            writer.add_embedding(torch.cat(self._vectors), self._labels, metadata_header=header)
+
+
+def git_commit() -> str | None:
+    """The commit of the working folder, with ``+changes`` if files differ from it; ``None`` outside git."""
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        status = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return None
+    if commit.returncode or status.returncode:
+        return None
+    return commit.stdout.strip() + ("+changes" if status.stdout.strip() else "")

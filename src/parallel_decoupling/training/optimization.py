@@ -1,0 +1,133 @@
+"""Both optimizers: parameter groups, the learning rate schedule, and how long a run is.
+
+Here: functions of named parameters. Elsewhere on purpose: when a step is taken (``training.embedder``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How the trainables of the embedder are stepped (AdamW).
+
+    Args:
+        learning_rate: peak rate of adapters, aggregation and temperature.
+        prefix_learning_rate: peak rate of the prefixes. Ours: much higher than the adapters', because weak
+            prefixes never separate the paths.
+        weight_decay: decoupled decay of the adapters; prefixes, aggregation and temperature have none.
+        warmup_steps: main steps over which both rates rise linearly from 0.
+        schedule: what follows the warm-up: linear or cosine to 0 at the end of the run, or constant.
+        clip_norm: largest norm of the whole gradient; 0 does not clip.
+        accumulate_batches: batches per main step. In-batch negatives are those of one batch; a larger batch
+            in chunks (``query_chunk_size``) is stronger where it fits.
+
+    Raises:
+        ValueError: if a number is out of its range.
+    """
+
+    learning_rate: float = 5e-5
+    prefix_learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    warmup_steps: int = 0
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    clip_norm: float = 1.0
+    accumulate_batches: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "prefix_learning_rate", "weight_decay", "warmup_steps", "clip_norm"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optimizer.{name} must be 0 or more, got {getattr(self, name)}.")
+        if self.accumulate_batches < 1:
+            raise ValueError(
+                f"optimizer.accumulate_batches must be 1 or more, got {self.accumulate_batches}."
+            )
+        if self.schedule not in ("linear", "cosine", "constant"):
+            raise ValueError(f"optimizer.schedule must be linear, cosine or constant, got {self.schedule!r}.")
+
+
+@dataclass(frozen=True)
+class MIConfig:
+    """The estimator of the mutual information between paths, and when its term counts.
+
+    Args:
+        kind: vclub (default), club_sample and l1out fit a network q; hsic and crosscov fit nothing;
+            none switches the term off.
+        hidden_size: width of q's hidden layer, per path pair.
+        fit_steps: steps of q on every batch, before the main step.
+        warmup_steps: main steps in which only q is fitted and the term has weight 0.
+        ramp_steps: main steps after the warm-up over which the weight rises linearly to ``mi_weight``.
+        learning_rate: of q (Adam, constant).
+
+    Raises:
+        ValueError: if a number is out of its range.
+    """
+
+    kind: Literal["vclub", "club_sample", "l1out", "hsic", "crosscov", "none"] = "vclub"
+    hidden_size: int = 64
+    fit_steps: int = 2
+    warmup_steps: int = 50
+    ramp_steps: int = 100
+    learning_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        for name, smallest in (("hidden_size", 1), ("fit_steps", 1), ("warmup_steps", 0), ("ramp_steps", 0)):
+            if getattr(self, name) < smallest:
+                raise ValueError(f"mi.{name} must be {smallest} or more, got {getattr(self, name)}.")
+        if self.learning_rate <= 0:
+            raise ValueError(f"mi.learning_rate must be above 0, got {self.learning_rate}.")
+
+
+def main_optimizer(groups: dict[str, Iterable[nn.Parameter]], config: OptimizerConfig) -> AdamW:
+    """Build AdamW over the non-empty ones of ``adapters``, ``prefixes``, ``aggregation``, ``temperature``.
+
+    Raises:
+        ValueError: if no group holds a parameter.
+    """
+    settings: list[dict[str, Any]] = []
+    for name, parameters in groups.items():
+        rate = config.prefix_learning_rate if name == "prefixes" else config.learning_rate
+        decay = config.weight_decay if name == "adapters" else 0.0
+        settings.append({"params": list(parameters), "lr": rate, "weight_decay": decay, "name": name})
+    settings = [group for group in settings if group["params"]]
+    if not settings:
+        raise ValueError(
+            "Nothing to train: the backbone is frozen and there is no prefix. "
+            "Set prefix_length to 1 or more, or adapter.kind to lora, dora or full."
+        )
+    return AdamW(settings)
+
+
+def learning_rate_schedule(optimizer: AdamW, config: OptimizerConfig, total_steps: float) -> LambdaLR:
+    """Warm-up, then ``config.schedule`` down to 0 at ``total_steps`` main steps.
+
+    Raises:
+        ValueError: if the schedule needs an end and the run has none.
+    """
+    if config.schedule != "constant" and math.isinf(total_steps):
+        raise ValueError(
+            f"optimizer.schedule={config.schedule} ends with the run, but the run has no end: "
+            "set trainer.max_steps or trainer.max_epochs, or optimizer.schedule=constant."
+        )
+    return LambdaLR(optimizer, _multiplier(config, total_steps))
+
+
+def _multiplier(config: OptimizerConfig, total_steps: float) -> Callable[[int], float]:
+    def multiplier(step: int) -> float:
+        if step < config.warmup_steps:
+            return (step + 1) / (config.warmup_steps + 1)
+        if config.schedule == "constant":
+            return 1.0
+        done = (step - config.warmup_steps) / max(1.0, total_steps - config.warmup_steps)
+        left = max(0.0, 1.0 - done)
+        return left if config.schedule == "linear" else 0.5 * (1.0 - math.cos(math.pi * left))
+
+    return multiplier

@@ -1,0 +1,34 @@
+"""Seeds as a pure function of where a run is, so that no generator state is ever saved.
+
+Every training step runs under ``seeded(device, seed, batch)``, and every forward pass inside it under
+``seeded(device, seed, batch, rank, side, first_row)``: ``batch`` counts from the start of the run (and is
+in the checkpoint), ``side`` is ``query`` or ``candidate``. So dropout in step 700 does not depend on how
+the run came to step 700, and the second forward pass of a GradCache chunk replays the dropout of the first.
+The objective, which is the same on every rank, draws the same numbers on every rank.
+The caller's own generators are put back afterwards.
+
+Which rows form a batch is decided by the sampler in ``data``, from its own seed and the step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def derive_seed(*parts: int | str) -> int:
+    """Hash ``parts`` to a seed: 63 bits, equal on every machine and Python version."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+@contextmanager
+def seeded(device: torch.device, *parts: int | str) -> Iterator[None]:
+    """Run the block with torch's generators (CPU and ``device``) seeded from ``parts``, then restore them."""
+    accelerators = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices=accelerators, device_type=device.type if accelerators else "cuda"):
+        torch.manual_seed(derive_seed(*parts))
+        yield

@@ -1,0 +1,78 @@
+"""The settings of ``PDFEmbedder`` as plain values, and the combinations that cannot work.
+
+Plain, because a checkpoint holds them and is read with ``torch.load(weights_only=True)``. Here: conversion
+and checks that need no model. Elsewhere on purpose: each part's own checks (``OptimizerConfig``,
+``ParallelEncoder``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any, TypeVar
+
+from parallel_decoupling.model.backbone import AdapterConfig
+from parallel_decoupling.training.optimization import MIConfig, OptimizerConfig
+
+Config = TypeVar("Config", AdapterConfig, MIConfig, OptimizerConfig)
+
+
+def as_config(kind: type[Config], value: Config | Mapping[str, Any], name: str) -> Config:
+    """Take a config as it is, or build it from the dictionary that a checkpoint holds.
+
+    Raises:
+        ValueError: for a key that ``kind`` does not have.
+    """
+    if isinstance(value, kind):
+        return value
+    known = {field.name for field in fields(kind)}
+    arguments = dict(value)  # type: ignore[arg-type]
+    unknown = sorted(arguments.keys() - known)
+    if unknown:
+        raise ValueError(f"{name} has no option {unknown}; its options are {sorted(known)}.")
+    return kind(**arguments)
+
+
+def as_plain(config: AdapterConfig | MIConfig | OptimizerConfig) -> dict[str, Any]:
+    """Turn a config into a dictionary of strings, numbers and lists."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()
+    }
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Refuse impossible combinations, each with one message that says what to change.
+
+    Args:
+        settings: all arguments of ``PDFEmbedder``, configs as dictionaries.
+
+    Raises:
+        ValueError: the first problem found.
+    """
+    num_paths, prefix_length = settings["num_paths"], settings["prefix_length"]
+    if num_paths < 1 or prefix_length < 0:
+        raise ValueError(
+            f"num_paths must be 1 or more and prefix_length 0 or more, got {num_paths} and {prefix_length}."
+        )
+    if prefix_length == 0 and num_paths > 1:
+        raise ValueError(
+            f"prefix_length=0 makes all {num_paths} paths the same: set num_paths=1, or a prefix_length above 0."
+        )
+    for name in ("mi_weight", "aggregate_weight"):
+        if settings[name] < 0:
+            raise ValueError(f"{name} must be 0 or more, got {settings[name]}.")
+    if num_paths == 1 and settings["mi_weight"] > 0:
+        raise ValueError("num_paths=1 has no pair of paths to decouple: set mi_weight=0.")
+    if num_paths == 1 and settings["aggregate_weight"] > 0:
+        raise ValueError("num_paths=1 has no aggregate beside its path: set aggregate_weight=0.")
+    if settings["mi_weight"] > 0 and settings["mi"]["kind"] == "none":
+        raise ValueError("mi.kind=none leaves nothing to weigh: set mi_weight=0, or choose an estimator.")
+    if settings["temperature"] <= 0:
+        raise ValueError(
+            f"temperature divides the cosines and must be above 0, got {settings['temperature']}."
+        )
+    for name in ("query_chunk_size", "candidate_chunk_size"):
+        if settings[name] is not None and settings[name] < 1:
+            raise ValueError(
+                f"{name} must be 1 or more (null: the whole batch at once), got {settings[name]}."
+            )

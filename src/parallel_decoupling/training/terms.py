@@ -1,0 +1,147 @@
+"""The terms of the objective for one batch: gather over ranks, then call ``objective``.
+
+Here: what meets what. Elsewhere on purpose: the formulas (``objective``), their weights and the order of the
+steps (``training.embedder``).
+
+Every rank computes the SAME terms, of all ranks' rows; gradient reaches its own rows only. So the sum over
+ranks of the gradients is that of one process with the whole batch. Parameters used after the gather (a
+learned temperature) see the whole gradient on every rank and take ``1 / world_size`` of it: ``shared``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parallel_decoupling.distributed import gather_with_grad, world_size
+from parallel_decoupling.objective.contrastive import in_batch_hit_at_1, info_nce
+from parallel_decoupling.objective.mutual_information import MutualInformation, path_pairs
+from parallel_decoupling.objective.statistics import path_cosine
+
+
+@dataclass(frozen=True)
+class GatheredPairs:
+    """All ranks' embeddings of one batch.
+
+    Attributes:
+        query: ``[G, N, D]``.
+        candidate: ``[C, N, D]``, positives and hard negatives.
+        query_aggregate: ``[G, 1, D']``.
+        candidate_aggregate: ``[C, 1, D']``.
+        positive: ``[G]`` int64, index into the candidates.
+        candidate_ids: ``[C]`` int64.
+    """
+
+    query: Tensor
+    candidate: Tensor
+    query_aggregate: Tensor
+    candidate_aggregate: Tensor
+    positive: Tensor
+    candidate_ids: Tensor
+
+    def detach(self) -> GatheredPairs:
+        """The same rows without graph."""
+        return GatheredPairs(**{field.name: getattr(self, field.name).detach() for field in fields(self)})
+
+
+def gather_pairs(
+    query: Tensor, candidate: Tensor, candidate_ids: Tensor, aggregate: Callable[[Tensor], Tensor]
+) -> GatheredPairs:
+    """Bring the rows of all ranks together.
+
+    Args:
+        query: ``[B, N, D]`` of this rank.
+        candidate: ``[B + J, N, D]`` of this rank, positives first; J is the same on every rank.
+        candidate_ids: ``[B + J]`` int64, comparable between ranks.
+        aggregate: ``[*, N, D]`` to ``[*, D']``; applied before the gather, so that its own parameters
+            get this rank's part of their gradient.
+    """
+    first_of_rank = torch.arange(world_size(), device=query.device) * len(candidate)
+    own_rows = torch.arange(len(query), device=query.device)
+    with torch.autocast(device_type=query.device.type, enabled=False):
+        query_aggregate, candidate_aggregate = aggregate(query), aggregate(candidate)
+    return GatheredPairs(
+        query=gather_with_grad(query),
+        candidate=gather_with_grad(candidate),
+        query_aggregate=gather_with_grad(query_aggregate.unsqueeze(1)),
+        candidate_aggregate=gather_with_grad(candidate_aggregate.unsqueeze(1)),
+        positive=(first_of_rank.unsqueeze(1) + own_rows).flatten(),
+        candidate_ids=gather_with_grad(candidate_ids),
+    )
+
+
+def shared(parameter: Tensor) -> Tensor:
+    """``parameter`` itself, with ``1 / world_size`` of its gradient; for use after a gather."""
+    if world_size() == 1:
+        return parameter
+    return parameter.detach() + (parameter - parameter.detach()) / world_size()
+
+
+def contrastive_terms(
+    pairs: GatheredPairs, temperature: Tensor | float, *, symmetric: bool, with_aggregate: bool
+) -> tuple[Tensor, Tensor]:
+    """InfoNCE of every path ``[N]`` and of the aggregate (0-dim; 0 without graph if not wanted)."""
+    shared_arguments = {"positive": pairs.positive, "candidate_ids": pairs.candidate_ids}
+    path_N = info_nce(
+        pairs.query, pairs.candidate, temperature=temperature, symmetric=symmetric, **shared_arguments
+    )
+    with torch.set_grad_enabled(with_aggregate and torch.is_grad_enabled()):
+        aggregate = info_nce(
+            pairs.query_aggregate,
+            pairs.candidate_aggregate,
+            temperature=temperature,
+            symmetric=symmetric,
+            **shared_arguments,
+        )
+    return path_N, aggregate.squeeze(0)
+
+
+def estimator_nll(estimator: MutualInformation, pairs: GatheredPairs) -> Tensor:
+    """NLL of one path given another on detached embeddings: 0-dim, mean over pairs and both sides."""
+    query_M = estimator.nll(pairs.query.detach())
+    candidate_M = estimator.nll(pairs.candidate[pairs.positive].detach())
+    return (query_M + candidate_M).mean() / 2
+
+
+def mutual_information_terms(estimator: MutualInformation, pairs: GatheredPairs) -> Tensor:
+    """The bound of every path pair ``[M]``, mean of query side and candidate side."""
+    mi_M: Tensor = estimator(pairs.query) + estimator(pairs.candidate[pairs.positive])
+    return mi_M / 2
+
+
+@torch.no_grad()
+def mean_path_cosine(paths: Tensor) -> Tensor:
+    """Mean over path pairs of the cosine between paths: 0-dim, 1 for one path."""
+    cosine_NN = path_cosine(paths)
+    first_M, second_M = torch.triu_indices(*cosine_NN.shape, offset=1)
+    return cosine_NN[first_M, second_M].mean() if len(first_M) else cosine_NN.mean()
+
+
+@torch.no_grad()
+def monitored_values(
+    pairs: GatheredPairs, terms: Mapping[str, Any], path_loss: Tensor, pair_mi: Tensor
+) -> dict[str, Any]:
+    """Everything worth a curve from one batch, by log key, without graph.
+
+    Args:
+        pairs: the batch.
+        terms: scalars, logged as ``train/<name>``.
+        path_loss: ``[N]``.
+        pair_mi: ``[M]``, in the order of ``path_pairs``.
+    """
+    arguments = {"positive": pairs.positive, "candidate_ids": pairs.candidate_ids}
+    path_hit_N = in_batch_hit_at_1(pairs.query, pairs.candidate, **arguments)
+    hit = in_batch_hit_at_1(pairs.query_aggregate, pairs.candidate_aggregate, **arguments)
+    values = {f"train/{name}": value for name, value in terms.items()}
+    values["train/hit_at_1_aggregate"] = hit[0]
+    values |= {f"train/hit_at_1_path_{path}": value for path, value in enumerate(path_hit_N)}
+    values |= {f"train/contrastive_path_{path}": value for path, value in enumerate(path_loss)}
+    pair_numbers = path_pairs(len(path_loss)).tolist()
+    values |= {f"train/mi_pair_{i}_{j}": mi for (i, j), mi in zip(pair_numbers, pair_mi, strict=True)}
+    if len(path_loss) > 1:
+        values["train/path_cosine"] = mean_path_cosine(pairs.query)
+    return {name: value.detach() if isinstance(value, Tensor) else value for name, value in values.items()}
