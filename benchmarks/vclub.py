@@ -1,0 +1,155 @@
+"""vCLUB: cost of its two forms, and bias and variance next to its alternatives.
+
+``python -m benchmarks.vclub`` prints two tables.
+
+Cost: the closed form, O(B D), against all B * B negatives, O(B^2 D). Both forms run in one process, forward
+and backward, taking turns within every repetition; the table shows medians. Seconds depend on the machine;
+the element counts (what every torch operation of a forward and backward pass wrote) do not. The network that
+predicts mean and log-variance is left out: both forms need the same one.
+
+Bias and spread: Gaussians of correlation rho in each dimension, the true conditional as q, many batches per
+batch size. vCLUB's limit is ``rho^2 / (1 - rho^2)`` per dimension, not the mutual information; in-batch
+negatives (b' = b counts) take 1 / B of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from parallel_decoupling.objective.mutual_information import club_sample_bound, l1out_bound, vclub_bound
+
+Bound = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def quadratic_vclub(target: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+    """The bound as written, vectorised over all pairs of rows: ``[M, B, D]`` each, returns ``[M]``."""
+    precision = (-log_variance).exp()
+    positive_MBD = -0.5 * (target - mean).square() * precision
+    negative_MBCD = -0.5 * (target.unsqueeze(1) - mean.unsqueeze(2)).square() * precision.unsqueeze(2)
+    return (positive_MBD - negative_MBCD.mean(dim=2)).mean(dim=(1, 2))
+
+
+class ElementCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the elements that torch operations write while it is active; views count nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.elements: int = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run ``func`` and add the size of its outputs."""
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            outputs = result if isinstance(result, tuple | list) else (result,)
+            self.elements += sum(output.numel() for output in outputs if isinstance(output, Tensor))
+        return result
+
+
+def inputs(num_pairs: int, batch_size: int, embed_dim: int) -> list[Tensor]:
+    """Seeded target, mean and log-variance, each ``[M, B, D]`` with gradient."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (num_pairs, batch_size, embed_dim)
+    return [torch.randn(shape, generator=generator).requires_grad_() for _ in range(3)]
+
+
+def step(bound: Bound, arguments: list[Tensor]) -> Tensor:
+    """One forward and backward pass; the value."""
+    value = bound(*arguments)
+    torch.autograd.grad(value.sum(), arguments)
+    return value.detach()
+
+
+def count_elements(bound: Bound, num_pairs: int, batch_size: int, embed_dim: int) -> int:
+    """Elements written in one forward and backward pass."""
+    arguments = inputs(num_pairs, batch_size, embed_dim)
+    counter = ElementCounter()
+    with counter:
+        step(bound, arguments)
+    return counter.elements
+
+
+def seconds(bounds: Sequence[Bound], arguments: list[Tensor], repetitions: int) -> list[float]:
+    """Median time of each form; the forms alternate, after one round that is not measured."""
+    times: list[list[float]] = [[] for _ in bounds]
+    for _ in range(repetitions + 1):
+        for bound, measured in zip(bounds, times, strict=True):
+            start = time.perf_counter()
+            step(bound, arguments)
+            measured.append(time.perf_counter() - start)
+    return [statistics.median(measured[1:]) for measured in times]
+
+
+def estimates(rho: float, batch_size: int, embed_dim: int, draws: int) -> dict[str, Tensor]:
+    """``[draws]`` values of each bound with a perfect q; the pair axis holds the draws."""
+    generator = torch.Generator().manual_seed(0)
+    x, noise = torch.randn(2, draws, batch_size, embed_dim, generator=generator)
+    y, mean = rho * x + math.sqrt(1 - rho**2) * noise, rho * x
+    log_variance = torch.full_like(x, math.log(1 - rho**2))
+    shifted = torch.arange(batch_size).roll(1)
+    return {
+        "vclub": vclub_bound(y, mean, log_variance),
+        "club_sample": club_sample_bound(y, mean, log_variance, shifted),
+        "l1out": l1out_bound(y, mean, log_variance),
+    }
+
+
+def print_costs(args: argparse.Namespace) -> None:
+    """Print time and element counts of both forms over B."""
+    where = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+    print(f"M = {args.num_pairs}, D = {args.embed_dim}, float32, median of {args.repetitions}, {where}")
+    print(f"{'B':>5} {'closed ms':>10} {'quadratic ms':>13} {'time ratio':>11}", end=" ")
+    print(f"{'closed elements':>16} {'quadratic elements':>19} {'count ratio':>12} {'max difference':>15}")
+    forms = (vclub_bound, quadratic_vclub)
+    for batch_size in args.batch_sizes:
+        size = (args.num_pairs, batch_size, args.embed_dim)
+        arguments = inputs(*size)
+        closed_s, quadratic_s = seconds(forms, arguments, args.repetitions)
+        closed_count, quadratic_count = (count_elements(form, *size) for form in forms)
+        difference = (step(vclub_bound, arguments) - step(quadratic_vclub, arguments)).abs().max().item()
+        print(f"{batch_size:>5} {1e3 * closed_s:>10.3f} {1e3 * quadratic_s:>13.3f}", end=" ")
+        print(f"{quadratic_s / closed_s:>11.1f} {closed_count:>16,} {quadratic_count:>19,}", end=" ")
+        print(f"{quadratic_count / closed_count:>12.1f} {difference:>15.1e}")
+
+
+def print_spread(args: argparse.Namespace) -> None:
+    """Print mean and standard deviation of one estimate, per dimension, over B."""
+    limit, information = args.rho**2 / (1 - args.rho**2), -0.5 * math.log(1 - args.rho**2)
+    print(f"D = {args.embed_dim}, rho = {args.rho}, {args.draws} batches, nats per dimension; ", end="")
+    print(f"vCLUB's limit {limit:.4f}, mutual information {information:.4f}")
+    print(f"{'B':>5} {'kind':>12} {'mean':>8} {'mean / limit':>13} {'std':>8}")
+    for batch_size in args.batch_sizes:
+        for kind, value in estimates(args.rho, batch_size, args.embed_dim, args.draws).items():
+            mean, std = value.mean().item(), value.std().item()
+            print(f"{batch_size:>5} {kind:>12} {mean:>8.4f} {mean / limit:>13.3f} {std:>8.4f}")
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[16, 32, 64, 128, 256, 512])
+    parser.add_argument("--embed_dim", type=int, default=64)
+    parser.add_argument("--num_pairs", type=int, default=1)
+    parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--rho", type=float, default=0.8)
+    parser.add_argument("--draws", type=int, default=200)
+    args = parser.parse_args()
+    print_costs(args)
+    print()
+    print_spread(args)
+
+
+if __name__ == "__main__":
+    main()

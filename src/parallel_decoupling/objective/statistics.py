@@ -1,0 +1,62 @@
+"""What the paths look like: numbers for the logs, never part of a loss.
+
+Shapes: ``B`` batch, ``N`` paths, ``D`` embedding dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def path_cosine(paths: Tensor) -> Tensor:
+    """Mean cosine between the paths of the same input.
+
+    Off-diagonal entries near 1 mean that the paths have become one path.
+
+    Args:
+        paths: ``[B, N, D]``, any norm.
+
+    Returns:
+        ``[N, N]``, symmetric with a diagonal of 1.
+
+    Raises:
+        ValueError: if ``paths`` has no three dimensions.
+    """
+    if paths.ndim != 3:
+        raise ValueError(f"paths must be [B, N, D], got {tuple(paths.shape)}.")
+    with torch.autocast(device_type=paths.device.type, enabled=False):
+        unit_BND = nn.functional.normalize(paths.to(torch.promote_types(paths.dtype, torch.float32)), dim=-1)
+        return torch.einsum("bnd,bmd->nm", unit_BND, unit_BND) / len(paths)
+
+
+@torch.no_grad()
+def effective_rank(embeddings: Tensor) -> Tensor:
+    """Effective number of directions that a batch of embeddings spreads over.
+
+    ``exp(entropy(s / sum(s)))`` with s the singular values of the centred matrix (Roy and
+    Vetterli 2007). Values below rounding of the uncentred matrix count as zero, so that collapsed
+    embeddings give 1 and not the rank of the noise.
+
+    Args:
+        embeddings: ``[B, D]``.
+
+    Returns:
+        0-dim, between 1 and ``min(B - 1, D)``.
+
+    Raises:
+        ValueError: if ``embeddings`` is no matrix.
+    """
+    if embeddings.ndim != 2:
+        raise ValueError(
+            f"embeddings must be [B, D], got {tuple(embeddings.shape)}; pass one path at a time."
+        )
+    with torch.autocast(device_type=embeddings.device.type, enabled=False):
+        value_BD = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+        singular = torch.linalg.svdvals(value_BD - value_BD.mean(dim=0))
+        limits = torch.finfo(value_BD.dtype)
+        singular = singular * (singular > limits.eps * value_BD.norm())
+        share = singular / singular.sum().clamp_min(limits.tiny)
+        entropy: Tensor = torch.special.entr(share).sum()
+        return entropy.exp()

@@ -1,0 +1,161 @@
+"""InfoNCE and hit@1 equal their loop forms, and mean what they say."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from parallel_decoupling.objective.contrastive import in_batch_hit_at_1, info_nce
+from tests.support.references import hit_at_1_loop, info_nce_loop
+
+CASES = {
+    "in_batch": ([0, 1, 2, 3], [10, 11, 12, 13]),
+    "repeated_label": ([0, 1, 2, 3], [10, 11, 10, 10]),
+    "all_one_label": ([0, 1, 2, 3], [5, 5, 5, 5]),
+    "hard_negatives": ([0, 1, 2, 3], [10, 11, 12, 13, 20, 21, 22]),
+    "hard_negative_is_a_positive": ([0, 1, 2, 3], [10, 11, 12, 13, 11, 20, 10, 20]),
+    "rows_of_rank_1_of_2": ([4, 5, 6, 7], [10, 11, 12, 13, 14, 11, 10, 14]),
+    "shuffled_and_shared_positive": ([5, 0, 2, 2], [10, 11, 12, 13, 10, 15]),
+}
+
+
+def unit(*shape: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    value = torch.randn(*shape, generator=generator, dtype=torch.float64)
+    return torch.nn.functional.normalize(value, dim=-1)
+
+
+def both(case: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    positive, ids = CASES[case]
+    labels: dict[str, Any] = {"positive": torch.tensor(positive), "candidate_ids": torch.tensor(ids)}
+    return unit(len(positive), 3, 5, seed=1), unit(len(ids), 3, 5, seed=2), labels
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_value_and_gradients_equal_the_loop(case: str, symmetric: bool) -> None:
+    query, candidate, labels = both(case)
+    weight_N = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    results = []
+    for function in (info_nce, info_nce_loop):
+        leaves = [query.clone(), candidate.clone(), torch.tensor(0.2, dtype=torch.float64)]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        if function is info_nce:
+            loss = info_nce(leaves[0], leaves[1], temperature=leaves[2], symmetric=symmetric, **labels)
+        else:
+            loss = info_nce_loop(leaves[0], leaves[1], *CASES[case], leaves[2], symmetric)
+        results.append((loss, *torch.autograd.grad((weight_N * loss).sum(), leaves)))
+    for ours, reference in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_hit_at_1_equals_the_loop(case: str) -> None:
+    query, candidate, labels = both(case)
+    assert torch.equal(
+        in_batch_hit_at_1(query, candidate, **labels), hit_at_1_loop(query, candidate, *CASES[case])
+    )
+
+
+def test_identical_embeddings_give_log_of_the_candidates_that_are_left() -> None:
+    one = unit(1, 1, 6, seed=3)
+    query, candidate = one.expand(3, 2, 6), one.expand(7, 2, 6)
+    labels: dict[str, Any] = {
+        "positive": torch.tensor([0, 1, 2]),
+        "candidate_ids": torch.tensor([4, 5, 4, 4, 6, 7, 8]),
+    }
+    expected = (math.log(5) + math.log(7) + math.log(5)) / 3
+    loss = info_nce(query, candidate, temperature=0.05, **labels)
+    torch.testing.assert_close(loss, torch.full((2,), expected, dtype=torch.float64))
+    both_ways = info_nce(query, candidate, temperature=0.05, symmetric=True, **labels)
+    expected = (expected + (math.log(2) + math.log(3) + math.log(2)) / 3) / 2
+    torch.testing.assert_close(both_ways, torch.full((2,), expected, dtype=torch.float64))
+
+
+def test_collapsed_embeddings_are_no_hit() -> None:
+    one = torch.ones(4, 1, 8) / math.sqrt(8)
+    labels: dict[str, Any] = {"positive": torch.arange(4), "candidate_ids": torch.arange(4)}
+    assert in_batch_hit_at_1(one, one, **labels).item() == 0.0
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_n_paths_equal_n_calls_with_one_path(symmetric: bool) -> None:
+    query, candidate, labels = both("hard_negative_is_a_positive")
+    options = {"temperature": 0.1, "symmetric": symmetric, **labels}
+    single = [info_nce(query[:, n : n + 1], candidate[:, n : n + 1], **options) for n in range(3)]
+    torch.testing.assert_close(info_nce(query, candidate, **options), torch.cat(single))
+
+
+def test_a_path_sees_no_other_path() -> None:
+    query, candidate, labels = both("in_batch")
+    query.requires_grad_()
+    (gradient,) = torch.autograd.grad(info_nce(query, candidate, temperature=0.1, **labels)[1], query)
+    assert gradient[:, 1].abs().min() > 0
+    assert gradient[:, [0, 2]].abs().max() == 0
+
+
+def test_a_copy_of_the_positive_among_the_candidates_changes_nothing() -> None:
+    query, candidate, labels = both("hard_negatives")
+    labels["positive"] = torch.tensor([2])
+    alone = info_nce(query[:1], candidate, temperature=0.1, **labels)
+    labels["candidate_ids"] = torch.cat([labels["candidate_ids"], labels["candidate_ids"][2:3]])
+    copied = info_nce(query[:1], torch.cat([candidate, unit(1, 3, 5, seed=9)]), temperature=0.1, **labels)
+    torch.testing.assert_close(alone, copied)
+
+
+def test_symmetric_loss_is_the_same_with_roles_swapped() -> None:
+    query, candidate, labels = both("repeated_label")
+    options = {"temperature": 0.1, "symmetric": True, **labels}
+    torch.testing.assert_close(info_nce(query, candidate, **options), info_nce(candidate, query, **options))
+    options["symmetric"] = False
+    assert not torch.allclose(info_nce(query, candidate, **options), info_nce(candidate, query, **options))
+
+
+def test_shards_that_see_all_queries_sum_to_the_gradient_of_one_process() -> None:
+    """Each rank holds its rows with gradient and the other ranks' rows as constants."""
+    query, candidate = unit(6, 2, 5, seed=1), unit(6, 2, 5, seed=2)
+    labels: dict[str, Any] = {"positive": torch.arange(6), "candidate_ids": torch.tensor([1, 2, 3, 1, 4, 5])}
+
+    def gradients(rows: slice) -> tuple[Tensor, ...]:
+        leaves = [query[rows].clone().requires_grad_(), candidate[rows].clone().requires_grad_()]
+        gathered = []
+        for leaf, constant in zip(leaves, (query, candidate), strict=True):
+            gathered.append(torch.cat([constant[: rows.start], leaf, constant[rows.stop :]]))
+        return torch.autograd.grad(info_nce(*gathered, temperature=0.1, **labels).sum(), leaves)
+
+    whole, shards = gradients(slice(0, 6)), [gradients(slice(0, 2)), gradients(slice(2, 6))]
+    for name in (0, 1):
+        torch.testing.assert_close(whole[name], torch.cat([shard[name] for shard in shards]))
+
+
+def test_half_precision_inputs_and_autocast_compute_in_float32() -> None:
+    query, candidate, labels = both("in_batch")
+    query, candidate = query.bfloat16(), candidate.bfloat16()
+    plain = info_nce(query.float(), candidate.float(), temperature=0.02, **labels)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = info_nce(query, candidate, temperature=0.02, **labels)
+        full = info_nce(query.float(), candidate.float(), temperature=0.02, **labels)
+    assert mixed.dtype == torch.float32
+    assert torch.equal(plain, mixed)
+    assert torch.equal(plain, full)
+
+
+def test_wrong_arguments_are_named() -> None:
+    query, candidate, labels = both("in_batch")
+    for function, options in ((info_nce, {"temperature": 0.1}), (in_batch_hit_at_1, {})):
+        call: Any = function
+        with pytest.raises(ValueError, match=r"must share N and D"):
+            call(query, candidate[:, :2], **labels, **options)
+        with pytest.raises(ValueError, match=r"must share N and D"):
+            call(query[:, 0], candidate[:, 0], **labels, **options)
+        with pytest.raises(ValueError, match=r"positive must be \[4\]"):
+            call(query, candidate, **{**labels, "positive": torch.arange(3)}, **options)
+        with pytest.raises(ValueError, match=r"candidate_ids must be \[4\]"):
+            call(query, candidate, **{**labels, "candidate_ids": torch.arange(5)}, **options)
+    with pytest.raises(ValueError, match="above 0"):
+        info_nce(query, candidate, temperature=0.0, **labels)
