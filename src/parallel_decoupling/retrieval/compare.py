@@ -1,0 +1,272 @@
+"""Several runs side by side: table, differences with intervals, ``comparison.json``, ``comparison.png``.
+
+Here: reading runs, checking that they scored the same tasks, paired bootstrap. Deliberately elsewhere:
+the means of one run (``report``) and the drawing (``plots``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from parallel_decoupling.retrieval.plots import comparison_figure
+from parallel_decoupling.retrieval.report import MEAN_TITLES, META_TASKS, SCORES_FILE, ScoreReport, percent
+
+INTERVAL_NOTE = "95 % by paired bootstrap over queries within tasks, one training seed"
+COMPARISON_FILE = "comparison.json"
+FIGURE_FILE = "comparison.png"
+RESAMPLES = 10_000
+_Sample = tuple[float, "np.ndarray[Any, Any] | None"]
+MEASURES = ("overall", "mean_of_meta_tasks", *META_TASKS, "in_distribution", "out_of_distribution")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A run's score minus the baseline's, in fractions.
+
+    Attributes:
+        difference: positive when the run is better.
+        low: 2.5 % quantile of the paired bootstrap; None without per-row hits.
+        high: 97.5 % quantile.
+    """
+
+    difference: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class RunDifferences:
+    """Headline scores of one run minus the baseline's, by mean and by task name."""
+
+    means: dict[str, Difference]
+    tasks: dict[str, Difference]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs that scored the same tasks; the first one is the baseline.
+
+    Attributes:
+        reports: score report by run name.
+        differences: of every other run to the baseline, first columns (the aggregates).
+    """
+
+    reports: dict[str, ScoreReport]
+    differences: dict[str, RunDifferences]
+
+    @property
+    def best(self) -> str:
+        """The run other than the baseline with the highest overall score.
+
+        Of three runs or more it is picked by the very scores it is then reported with, which flatters it;
+        its interval does not account for that.
+        """
+        return max(self.differences, key=lambda name: _headline(self.reports[name], "overall"))
+
+    @property
+    def title(self) -> str:
+        """The runs' names, and how far the best one is from the baseline overall."""
+        overall = _format(self.differences[self.best].means["overall"])
+        return f"{' vs '.join(self.reports)}: {self.best} {overall} points overall"
+
+    def table(self) -> Table:
+        """Means, then tasks, of every run and column in percent; the last column is best minus first."""
+        first = next(iter(self.reports))
+        table = Table(title="hit@1 in percent", caption=f"difference: {self.best} - {first}, {INTERVAL_NOTE}")
+        table.add_column("", no_wrap=True)
+        for name, report in self.reports.items():
+            for column in _shown_columns(report):
+                table.add_column(f"{name}\n{column}", justify="right")
+        table.add_column("difference\n[95 %]", justify="right", no_wrap=True)
+        means = {name: report.means for name, report in self.reports.items()}
+        best = self.differences[self.best]
+        for measure in _measures(self.reports[first]):
+            values = [
+                percent(means[name][measure][column])
+                for name, report in self.reports.items()
+                for column in _shown_columns(report)
+            ]
+            title = MEAN_TITLES[measure]
+            table.add_row(title, *values, _format(best.means[measure]), style="bold")
+        table.add_section()
+        for task in self.reports[first].tasks:
+            values = [
+                percent(report.tasks[task].hit_at_1[column])
+                for report in self.reports.values()
+                for column in _shown_columns(report)
+            ]
+            table.add_row(task, *values, _format(best.tasks[task]))
+        return table
+
+    def to_json_file(self, json_file: str | Path) -> None:
+        """Write means, task scores and differences, fractions unrounded."""
+        content: dict[str, Any] = {
+            "metric": "hit@1",
+            "baseline": next(iter(self.reports)),
+            "best": self.best,
+            "interval": INTERVAL_NOTE,
+            "runs": {
+                name: {
+                    "means": report.means,
+                    "tasks": {task: result.hit_at_1 for task, result in report.tasks.items()},
+                    "run": report.run,
+                }
+                for name, report in self.reports.items()
+            },
+            "differences": {name: asdict(difference) for name, difference in self.differences.items()},
+        }
+        Path(json_file).write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def compare(run_dirs: Sequence[str], output_dir: str | None = None) -> Comparison:
+    """Compare the score reports of finished runs.
+
+    Args:
+        run_dirs: at least two folders that hold a ``scores.json``; the first is the baseline.
+        output_dir: gets ``comparison.json`` and ``comparison.png``; None writes nothing.
+
+    Returns:
+        Reports and differences.
+
+    Raises:
+        ValueError: fewer than two runs, a run without scores, or runs that scored different tasks.
+    """
+    if isinstance(run_dirs, str) or len(run_dirs) < 2:
+        raise ValueError(f"compare needs a list of at least two runs, got {run_dirs!r}")
+    reports = {
+        name: ScoreReport.from_json_file(_scores_file(run_dir))
+        for name, run_dir in zip(_run_names(run_dirs), run_dirs, strict=True)
+    }
+    first, *others = reports
+    for name in others:
+        _check_same_tasks(first, reports[first], name, reports[name])
+    comparison = Comparison(reports, {name: differences(reports[first], reports[name]) for name in others})
+    if output_dir is not None:
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        comparison.to_json_file(folder / COMPARISON_FILE)
+        comparison_figure(reports, comparison.title).savefig(folder / FIGURE_FILE)
+    return comparison
+
+
+def differences(baseline: ScoreReport, other: ScoreReport, seed: int = 0) -> RunDifferences:
+    """Headline score of ``other`` minus that of ``baseline``, with paired bootstrap intervals.
+
+    Rows are resampled within each task and both runs keep their pairing. A row's difference is -1, 0
+    or 1, so a resample of a task is a draw of three multinomial counts. The interval covers the
+    choice of test queries; it says nothing about the training seed.
+
+    Args:
+        baseline: the run subtracted.
+        other: a run over the same tasks.
+        seed: of the resampling.
+
+    Returns:
+        By mean and by task; without an interval where per-row hits are not stored.
+    """
+    generator = np.random.default_rng(seed)
+    tasks: dict[str, _Sample] = {}
+    for name, theirs in baseline.tasks.items():
+        ours = other.tasks[name]
+        point = next(iter(ours.hit_at_1.values())) - next(iter(theirs.hit_at_1.values()))
+        resampled = None
+        if ours.hits and theirs.hits:
+            row_difference = _first_hits(ours.hits) - _first_hits(theirs.hits)
+            share = [float((row_difference == value).mean()) for value in (-1, 0, 1)]
+            counts = generator.multinomial(len(row_difference), share, size=RESAMPLES)
+            resampled = (counts[:, 2] - counts[:, 0]) / len(row_difference)
+        tasks[name] = point, resampled
+    means = {group: _mean([tasks[name] for name in names]) for group, names in baseline.groups.items()}
+    means["mean_of_meta_tasks"] = _mean([means[meta_task] for meta_task in META_TASKS if meta_task in means])
+    return RunDifferences(
+        {name: _difference(sample) for name, sample in means.items()},
+        {name: _difference(sample) for name, sample in tasks.items()},
+    )
+
+
+def _mean(samples: Sequence[_Sample]) -> _Sample:
+    """Mean of the point values and, if all are there, of the resampled values."""
+    resampled = [values for _, values in samples if values is not None]
+    point = fmean(point for point, _ in samples)
+    return point, np.mean(resampled, axis=0) if len(resampled) == len(samples) else None
+
+
+def _difference(sample: _Sample) -> Difference:
+    point, resampled = sample
+    if resampled is None:
+        return Difference(point)
+    low, high = np.quantile(resampled, (0.025, 0.975))
+    return Difference(point, float(low), float(high))
+
+
+def _scores_file(run_dir: str) -> Path:
+    scores_file = Path(run_dir) / SCORES_FILE
+    if not scores_file.is_file():
+        raise ValueError(f"no {SCORES_FILE} in {run_dir}; test that run first")
+    return scores_file
+
+
+def _run_names(run_dirs: Sequence[str]) -> list[str]:
+    """Folder names, or what was typed where two folders have the same name."""
+    names = [Path(run_dir).resolve().name for run_dir in run_dirs]
+    unique = [
+        name if names.count(name) == 1 else str(typed) for name, typed in zip(names, run_dirs, strict=True)
+    ]
+    if len(set(unique)) != len(unique):
+        raise ValueError(f"a run is compared with itself: {list(run_dirs)}")
+    return unique
+
+
+def _check_same_tasks(first: str, baseline: ScoreReport, name: str, other: ScoreReport) -> None:
+    for run, missing in (
+        (first, [task for task in other.tasks if task not in baseline.tasks]),
+        (name, [task for task in baseline.tasks if task not in other.tasks]),
+    ):
+        if missing:
+            raise ValueError(f"{first} and {name} scored different tasks: {run} lacks {', '.join(missing)}")
+    for task, result in baseline.tasks.items():
+        ours = other.tasks[task]
+        for what, left, right in (
+            ("meta-task", result.task.meta_task, ours.task.meta_task),
+            ("in_distribution", result.task.in_distribution, ours.task.in_distribution),
+            ("number of queries", result.num_queries, ours.num_queries),
+            ("chance level", result.chance, ours.chance),
+        ):
+            if left != right:
+                raise ValueError(
+                    f"{task}: {what} is {left} in {first} but {right} in {name}; score both on the same data"
+                )
+
+
+def _first_hits(hits: dict[str, str]) -> Any:
+    """The headline column's hits as an int8 array."""
+    return np.frombuffer(next(iter(hits.values())).encode("ascii"), dtype=np.int8) - ord("0")
+
+
+def _headline(report: ScoreReport, measure: str) -> float:
+    return report.means[measure][report.columns[0]]
+
+
+def _measures(report: ScoreReport) -> list[str]:
+    means = report.means
+    return [measure for measure in MEASURES if measure in means]
+
+
+def _shown_columns(report: ScoreReport) -> list[str]:
+    """A single path is its own aggregate and is shown once."""
+    return report.columns if len(report.path_columns) > 1 else report.columns[:1]
+
+
+def _format(difference: Difference) -> str:
+    point = f"{100 * difference.difference:+.1f}"
+    if difference.low is None or difference.high is None:
+        return point
+    return f"{point} [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"

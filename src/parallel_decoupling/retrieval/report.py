@@ -1,0 +1,251 @@
+"""Scores of one run: per task, means over tasks, and the files and the table that show them.
+
+Here: collecting, averaging, ``scores.json``, CSV, the terminal table. Deliberately elsewhere: the metric
+(``score``) and several runs side by side (``compare``).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from parallel_decoupling.data.tasks import Task
+from parallel_decoupling.retrieval.score import TaskScore
+
+SCORES_FILE = "scores.json"
+FORMAT = 1
+META_TASKS = ("classification", "vqa", "retrieval", "grounding")
+MEAN_TITLES = {
+    **{meta_task: f"mean of {meta_task}" for meta_task in META_TASKS},
+    "in_distribution": "mean in-distribution (IND)",
+    "out_of_distribution": "mean out-of-distribution (OOD)",
+    "overall": "overall (mean of tasks)",
+    "mean_of_meta_tasks": "mean of meta-tasks",
+}
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """Scores of one task.
+
+    Attributes:
+        task: name, meta-task and distribution.
+        num_queries: rows scored.
+        chance: hit@1 of a random choice, in [0, 1].
+        hit_at_1: by column (``"aggregate"``, ``"path_0"``, ...), in [0, 1].
+        hits: by column, one ``0`` or ``1`` per row; empty when only the score is known.
+    """
+
+    task: Task
+    num_queries: int
+    chance: float
+    hit_at_1: dict[str, float]
+    hits: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def at_chance(self) -> bool:
+        """Whether the first column is no better than a random choice."""
+        return next(iter(self.hit_at_1.values())) <= self.chance
+
+
+@dataclass(frozen=True)
+class ScoreReport:
+    """All scores of one run.
+
+    Attributes:
+        tasks: results by task name.
+        run: what produced them (configuration, seed, commit, steps, ...), plain values.
+    """
+
+    tasks: dict[str, TaskResult]
+    run: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check that every task has the same columns and a meta-task that a mean counts."""
+        if not self.tasks:
+            raise ValueError("a score report needs at least one task")
+        for name, result in self.tasks.items():
+            if list(result.hit_at_1) != self.columns:
+                raise ValueError(f"{name} has columns {list(result.hit_at_1)}, the first task {self.columns}")
+            if result.task.meta_task not in META_TASKS:
+                raise ValueError(
+                    f"{name} has meta-task {result.task.meta_task!r}; use one of {list(META_TASKS)}"
+                )
+
+    @classmethod
+    def from_scores(cls, scores: Sequence[TaskScore], run: Mapping[str, Any] | None = None) -> ScoreReport:
+        """Collect scored tasks.
+
+        Args:
+            scores: one per task, all with the same columns.
+            run: what produced them.
+
+        Raises:
+            ValueError: no task, a task twice, or columns that differ.
+        """
+        tasks: dict[str, TaskResult] = {}
+        for score in scores:
+            if score.task.name in tasks:
+                raise ValueError(f"task {score.task.name} is there twice")
+            tasks[score.task.name] = TaskResult(
+                task=score.task,
+                num_queries=len(next(iter(score.hits.values()))),
+                chance=score.chance,
+                hit_at_1={column: int(hits.sum()) / len(hits) for column, hits in score.hits.items()},
+                hits={
+                    column: "".join("01"[hit] for hit in hits.tolist()) for column, hits in score.hits.items()
+                },
+            )
+        return cls(tasks, dict(run or {}))
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the scored kinds of embeddings; the first one is the headline."""
+        return list(next(iter(self.tasks.values())).hit_at_1)
+
+    @property
+    def path_columns(self) -> list[str]:
+        """Columns of single paths."""
+        return [column for column in self.columns if column.startswith("path_")]
+
+    @property
+    def groups(self) -> dict[str, list[str]]:
+        """Task names by mean: meta-tasks, in- and out-of-distribution, overall; none empty."""
+        groups = {
+            meta_task: [name for name, result in self.tasks.items() if result.task.meta_task == meta_task]
+            for meta_task in META_TASKS
+        }
+        groups["in_distribution"] = [
+            name for name, result in self.tasks.items() if result.task.in_distribution
+        ]
+        groups["out_of_distribution"] = [
+            name for name, result in self.tasks.items() if not result.task.in_distribution
+        ]
+        groups["overall"] = list(self.tasks)
+        return {group: names for group, names in groups.items() if names}
+
+    @property
+    def means(self) -> dict[str, dict[str, float]]:
+        """Means by column: those of ``groups``, every task counting once, and ``mean_of_meta_tasks``.
+
+        MMEB's headline is ``overall``, the mean of tasks. ``mean_of_meta_tasks`` weighs four unequal
+        groups equally; publications mix the two up, so both are here under their own names.
+        """
+        means = {
+            group: {
+                column: fmean(self.tasks[name].hit_at_1[column] for name in names) for column in self.columns
+            }
+            for group, names in self.groups.items()
+        }
+        present = [means[meta_task] for meta_task in META_TASKS if meta_task in means]
+        means["mean_of_meta_tasks"] = {
+            column: fmean(mean[column] for mean in present) for column in self.columns
+        }
+        return means
+
+    def to_json_file(self, json_file: str | Path) -> None:
+        """Write everything, fractions unrounded; per-row hits come last as strings of 0 and 1."""
+        content = {
+            "format": FORMAT,
+            "metric": "hit@1",
+            "means": self.means,
+            "tasks": {
+                name: {
+                    "meta_task": result.task.meta_task,
+                    "in_distribution": result.task.in_distribution,
+                    "num_queries": result.num_queries,
+                    "chance": result.chance,
+                    "hit_at_1": result.hit_at_1,
+                }
+                for name, result in self.tasks.items()
+            },
+            "run": self.run,
+            "hits": {name: result.hits for name, result in self.tasks.items() if result.hits},
+        }
+        Path(json_file).write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_json_file(cls, json_file: str | Path) -> ScoreReport:
+        """Read what ``to_json_file`` wrote; means are computed again from the tasks.
+
+        Raises:
+            ValueError: not a score file, or of another format.
+        """
+        try:
+            content = json.loads(Path(json_file).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{json_file} is not JSON: {error}") from error
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError(
+                f"{json_file} is not a score file of format {FORMAT}; run the test again to write one"
+            )
+        tasks = {
+            name: TaskResult(
+                task=Task(name, row["meta_task"], row["in_distribution"]),
+                num_queries=row["num_queries"],
+                chance=row["chance"],
+                hit_at_1=row["hit_at_1"],
+                hits=content["hits"].get(name, {}),
+            )
+            for name, row in content["tasks"].items()
+        }
+        return cls(tasks, content["run"])
+
+    def to_csv_file(self, csv_file: str | Path) -> None:
+        """Write one line per task, then one per mean, fractions unrounded."""
+        with open(csv_file, "w", newline="", encoding="utf-8") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(
+                ["kind", "name", "meta_task", "in_distribution", "num_queries", "chance", *self.columns]
+            )
+            for name, result in self.tasks.items():
+                task = result.task
+                about = [task.meta_task, task.in_distribution, result.num_queries, result.chance]
+                writer.writerow(["task", name, *about, *result.hit_at_1.values()])
+            for name, mean in self.means.items():
+                writer.writerow(["mean", name, "", "", "", "", *mean.values()])
+
+    def table(self) -> Table:
+        """Tasks by meta-task, then means, in percent; tasks at or below chance are marked."""
+        flagged = [name for name, result in self.tasks.items() if result.at_chance]
+        table = Table(title="hit@1 in percent")
+        if flagged:
+            table.caption = "! at or below chance: " + ", ".join(flagged)
+        table.add_column("task", no_wrap=True)
+        for heading in ("split", "queries", "chance", *self.columns):
+            table.add_column(heading, justify="left" if heading == "split" else "right")
+        means = self.means
+        for meta_task in META_TASKS:
+            for name in self.groups.get(meta_task, ()):
+                result = self.tasks[name]
+                split = "IND" if result.task.in_distribution else "OOD"
+                about = [split, str(result.num_queries), percent(result.chance)]
+                scores = [percent(value) for value in result.hit_at_1.values()]
+                style = "red" if result.at_chance else ""
+                table.add_row(Text(f"{name} !" if result.at_chance else name), *about, *scores, style=style)
+            if meta_task in means:
+                _add_mean(table, meta_task, means)
+                table.add_section()
+        for mean in ("in_distribution", "out_of_distribution", "mean_of_meta_tasks", "overall"):
+            if mean in means:
+                _add_mean(table, mean, means)
+        return table
+
+
+def percent(fraction: float) -> str:
+    """Format a fraction as percent with one decimal."""
+    return f"{100 * fraction:.1f}"
+
+
+def _add_mean(table: Table, mean: str, means: Mapping[str, Mapping[str, float]]) -> None:
+    table.add_row(
+        MEAN_TITLES[mean], "", "", "", *(percent(value) for value in means[mean].values()), style="bold"
+    )

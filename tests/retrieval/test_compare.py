@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import io
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from parallel_decoupling.data.tasks import Task
+from parallel_decoupling.retrieval.compare import compare, differences
+from parallel_decoupling.retrieval.report import ScoreReport, TaskResult
+
+TASKS = (
+    Task("shape", "classification", True),
+    Task("digit", "classification", False),
+    Task("colour", "vqa", True),
+    Task("find", "retrieval", False),
+    Task("retrieval", "grounding", True),  # named like a mean on purpose
+)
+
+
+def make_report(seed: int, skill: float, num_paths: int, queries: int = 60) -> ScoreReport:
+    rng = random.Random(seed)
+    columns = ["aggregate", *(f"path_{path}" for path in range(num_paths))]
+    tasks = {}
+    for task in TASKS:
+        hits = {c: "".join("01"[rng.random() < skill] for _ in range(queries)) for c in columns}
+        scores = {column: string.count("1") / queries for column, string in hits.items()}
+        tasks[task.name] = TaskResult(task, queries, 0.05, scores, hits)
+    return ScoreReport(tasks, {"seed": seed})
+
+
+def save(report: ScoreReport, run_dir: Path) -> str:
+    run_dir.mkdir(parents=True)
+    report.to_json_file(run_dir / "scores.json")
+    return str(run_dir)
+
+
+def test_differences_are_the_headline_scores_subtracted() -> None:
+    baseline, other = make_report(0, 0.4, 1), make_report(1, 0.6, 3)
+    found = differences(baseline, other)
+    for name in baseline.tasks:
+        expected = other.tasks[name].hit_at_1["aggregate"] - baseline.tasks[name].hit_at_1["aggregate"]
+        assert found.tasks[name].difference == pytest.approx(expected)
+    assert set(found.means) == set(baseline.means)
+    for name, mean in baseline.means.items():
+        expected = other.means[name]["aggregate"] - mean["aggregate"]
+        assert found.means[name].difference == pytest.approx(expected)
+
+
+def test_interval_equals_resampling_rows_in_a_loop() -> None:
+    baseline, other = make_report(0, 0.4, 1), make_report(1, 0.6, 3)
+    found, rng = differences(baseline, other), np.random.default_rng(1)
+    pairs = {
+        name: np.array([[int(x) for x in r.tasks[name].hits["aggregate"]] for r in (baseline, other)])
+        for name in baseline.tasks
+    }
+    samples: dict[str, list[float]] = {"shape": [], "overall": [], "mean_of_meta_tasks": []}
+    for _ in range(3000):
+        resampled = {}
+        for name, hits in pairs.items():
+            rows = rng.integers(0, hits.shape[1], hits.shape[1])
+            resampled[name] = hits[1, rows].mean() - hits[0, rows].mean()
+        samples["shape"].append(resampled["shape"])
+        samples["overall"].append(float(np.mean(list(resampled.values()))))
+        classification = (resampled["shape"] + resampled["digit"]) / 2
+        rest = resampled["colour"] + resampled["find"] + resampled["retrieval"]
+        samples["mean_of_meta_tasks"].append((classification + rest) / 4)
+    for name, values in samples.items():
+        ours = found.tasks[name] if name == "shape" else found.means[name]
+        low, high = np.quantile(values, (0.025, 0.975))
+        assert (ours.low, ours.high) == pytest.approx((low, high), abs=0.012)
+
+
+def test_equal_runs_differ_by_exactly_zero() -> None:
+    report = make_report(0, 0.5, 2)
+    found = differences(report, report)
+    assert {(d.difference, d.low, d.high) for d in found.means.values()} == {(0.0, 0.0, 0.0)}
+
+
+def test_pairing_narrows_the_interval() -> None:
+    baseline = make_report(0, 0.5, 1, queries=200)
+    paired = replace(baseline, tasks=dict(baseline.tasks))
+    for name, result in baseline.tasks.items():
+        better = {c: "1111111111" + hits[10:] for c, hits in result.hits.items()}
+        paired.tasks[name] = replace(
+            result, hits=better, hit_at_1={c: hits.count("1") / 200 for c, hits in better.items()}
+        )
+    narrow = differences(baseline, paired).means["overall"]
+    wide = differences(baseline, make_report(1, 0.5, 1, queries=200)).means["overall"]
+    assert narrow.low is not None
+    assert narrow.high is not None
+    assert wide.low is not None
+    assert wide.high is not None
+    assert narrow.high - narrow.low < 0.5 * (wide.high - wide.low)
+
+
+def test_without_stored_hits_there_is_no_interval() -> None:
+    baseline = make_report(0, 0.4, 1)
+    bare = ScoreReport({name: replace(result, hits={}) for name, result in baseline.tasks.items()})
+    found = differences(bare, baseline)
+    assert found.means["overall"].low is None
+    assert found.means["overall"].difference == 0
+
+
+@pytest.mark.parametrize("runs", [2, 3])
+def test_compare_writes_both_files_and_a_table(runs: int, tmp_path: Path) -> None:
+    folders = [
+        save(make_report(number, 0.4 + 0.1 * number, (1, 4, 2)[number]), tmp_path / f"run_{number}")
+        for number in range(runs)
+    ]
+    comparison = compare(folders, str(tmp_path / "out"))
+    assert comparison.best == f"run_{runs - 1}"
+    content = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert content["baseline"] == "run_0"
+    assert list(content["runs"]) == [f"run_{number}" for number in range(runs)]
+    assert content["runs"]["run_1"]["means"] == comparison.reports["run_1"].means
+    overall = content["differences"]["run_1"]["means"]["overall"]
+    assert overall["low"] < overall["difference"] < overall["high"]
+    picture = Image.open(tmp_path / "out" / "comparison.png")
+    assert picture.width == 1600
+    stream = io.StringIO()
+    Console(file=stream, width=220).print(comparison.table())
+    lines = stream.getvalue().splitlines()
+    assert sum(line.count("aggregate") for line in lines) == runs
+    assert sum(line.count("path_0") for line in lines) == runs - 1, "a single path is shown once"
+    row = next(line for line in lines if line.startswith("│ overall"))
+    means = comparison.reports["run_0"].means["overall"]["aggregate"]
+    assert row.split("│")[2].strip() == f"{100 * means:.1f}"
+
+
+def test_compare_without_output_dir_writes_nothing(tmp_path: Path) -> None:
+    folders = [save(make_report(n, 0.5, 1), tmp_path / "runs" / str(n)) for n in range(2)]
+    compare(folders)
+    assert sorted(file.name for file in tmp_path.rglob("*") if file.is_file()) == ["scores.json"] * 2
+
+
+def test_runs_in_folders_of_the_same_name_keep_apart(tmp_path: Path) -> None:
+    folders = [save(make_report(n, 0.5, 1), tmp_path / str(n) / "demo") for n in range(2)]
+    assert list(compare(folders).reports) == folders
+    with pytest.raises(ValueError, match="compared with itself"):
+        compare([folders[0], folders[0]])
+
+
+def test_runs_over_different_tasks_are_an_error_that_names_the_difference(tmp_path: Path) -> None:
+    whole = make_report(0, 0.5, 1)
+    first = save(whole, tmp_path / "whole")
+    part = ScoreReport({name: result for name, result in whole.tasks.items() if name != "colour"})
+    with pytest.raises(ValueError, match="different tasks: part lacks colour"):
+        compare([first, save(part, tmp_path / "part")])
+    with pytest.raises(ValueError, match="shape: number of queries is 60 in whole but 40 in short"):
+        compare([first, save(make_report(0, 0.5, 1, queries=40), tmp_path / "short")])
+    moved = ScoreReport(dict(whole.tasks))
+    moved.tasks["find"] = replace(whole.tasks["find"], task=Task("find", "retrieval", True))
+    with pytest.raises(ValueError, match="find: in_distribution is False in whole but True in moved"):
+        compare([first, save(moved, tmp_path / "moved")])
+
+
+def test_missing_runs_are_an_error(tmp_path: Path) -> None:
+    folder = save(make_report(0, 0.5, 1), tmp_path / "run")
+    with pytest.raises(ValueError, match="no scores.json in .*nowhere"):
+        compare([folder, str(tmp_path / "nowhere")])
+    with pytest.raises(ValueError, match="at least two runs"):
+        compare([folder])
+    with pytest.raises(ValueError, match="at least two runs"):
+        compare(folder)
