@@ -1,0 +1,1 @@
+"""Recipes that make the files which the package ships."""

@@ -1,0 +1,256 @@
+"""Scenes with known factors: sampling, rendering, captions and one-attribute changes.
+
+A scene is a 64 x 64 picture of four quadrants on a plain background. A quadrant is empty or
+holds an object (shape, color, size) or, at most once, a written word. Everything is a pure
+function of a ``numpy`` generator. Questions are in ``questions``, files in ``benchmark``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cache
+
+import numpy as np
+from matplotlib import get_data_path
+from PIL import Image, ImageDraw, ImageFont
+
+COLORS = {
+    "red": (215, 35, 35),
+    "green": (35, 150, 55),
+    "blue": (35, 75, 225),
+    "yellow": (245, 215, 30),
+    "purple": (130, 45, 175),
+    "orange": (245, 135, 20),
+    "cyan": (35, 205, 215),
+    "pink": (250, 135, 195),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+SIZES = {"small": 15, "large": 26}
+POSITIONS = ("top left", "top right", "bottom left", "bottom right")
+BACKGROUNDS = {
+    "white": (255, 255, 255),
+    "black": (12, 12, 12),
+    "gray": (128, 128, 128),
+    "brown": (105, 65, 35),
+}
+WORDS = ("GO", "UP", "NO", "HI", "OK", "ME", "AX", "TV")
+NUMBERS = ("zero", "one", "two", "three", "four")
+
+HELD_OUT = frozenset(
+    {
+        ("circle", "purple"),
+        ("square", "orange"),
+        ("triangle", "cyan"),
+        ("star", "pink"),
+        ("cross", "green"),
+        ("ring", "red"),
+    }
+)
+"""Shape and color combinations that no training picture or caption shows."""
+
+IMAGE_SIZE = 64
+_CELL = IMAGE_SIZE // 2
+_OVERSAMPLE = 8
+
+
+@dataclass(frozen=True)
+class Item:
+    """One object of a scene.
+
+    Attributes:
+        shape: one of ``SHAPES``.
+        color: a key of ``COLORS``.
+        size: ``small`` or ``large``.
+    """
+
+    shape: str
+    color: str
+    size: str
+
+    def __str__(self) -> str:
+        return f"a {self.size} {self.color} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows; index ``i`` of ``cells`` is the quadrant ``POSITIONS[i]``.
+
+    Attributes:
+        cells: per quadrant an object, a word, or None for an empty one.
+        background: a key of ``BACKGROUNDS``.
+        offsets: per quadrant the drawing offset in pixels; not described by the caption.
+    """
+
+    cells: tuple[Item | str | None, ...]
+    background: str
+    offsets: tuple[tuple[int, int], ...] = ((0, 0),) * 4
+
+    @property
+    def objects(self) -> list[tuple[int, Item]]:
+        """Quadrant index and object, in reading order."""
+        return [(index, cell) for index, cell in enumerate(self.cells) if isinstance(cell, Item)]
+
+    @property
+    def word(self) -> str | None:
+        """The written word, if the scene has one."""
+        return next((cell for cell in self.cells if isinstance(cell, str)), None)
+
+    def caption(self) -> str:
+        """Describe every quadrant that is not empty, then the background."""
+        parts = [
+            f"{cell if isinstance(cell, Item) else f'the word {cell}'} at the {position}"
+            for cell, position in zip(self.cells, POSITIONS, strict=True)
+            if cell is not None
+        ]
+        return f"{', '.join(parts)}, on a {self.background} background"
+
+    def with_cell(self, index: int, cell: Item | str | None) -> Scene:
+        """Return the scene with another content of one quadrant."""
+        return replace(self, cells=self.cells[:index] + (cell,) + self.cells[index + 1 :])
+
+
+def sample_item(rng: np.random.Generator, *, held_out: bool = False) -> Item:
+    """Draw an object; with ``held_out`` from the unseen combinations, else never from them."""
+    pairs = _combinations(held_out)
+    shape, color = pairs[rng.integers(len(pairs))]
+    return Item(shape, color, str(rng.choice(list(SIZES))))
+
+
+def sample_scene(
+    rng: np.random.Generator,
+    *,
+    num_objects: int | None = None,
+    word_share: float = 0.35,
+    held_out: bool = False,
+) -> Scene:
+    """Draw a scene.
+
+    Args:
+        rng: source of randomness.
+        num_objects: 1 to 4; drawn with more weight on few objects if not given.
+        word_share: probability that a free quadrant holds a word.
+        held_out: whether the objects are of unseen shape and color combinations.
+
+    Returns:
+        A scene whose objects differ in shape and color taken together.
+    """
+    if num_objects is None:
+        num_objects = int(rng.choice([1, 2, 3, 4], p=[0.3, 0.35, 0.25, 0.1]))
+    items: list[Item] = []
+    while len(items) < num_objects:
+        item = sample_item(rng, held_out=held_out)
+        if all((item.shape, item.color) != (other.shape, other.color) for other in items):
+            items.append(item)
+    quadrants = [int(index) for index in rng.permutation(4)]
+    cells: list[Item | str | None] = [None] * 4
+    for item in items:
+        cells[quadrants.pop()] = item
+    if quadrants and rng.random() < word_share:
+        cells[quadrants.pop()] = str(rng.choice(WORDS))
+    return Scene(tuple(cells), str(rng.choice(list(BACKGROUNDS))), sample_offsets(rng))
+
+
+def sample_offsets(rng: np.random.Generator) -> tuple[tuple[int, int], ...]:
+    """Draw a drawing offset of up to 2 pixels for every quadrant."""
+    return tuple((int(dx), int(dy)) for dx, dy in rng.integers(-2, 3, size=(4, 2)))
+
+
+def change_item(rng: np.random.Generator, item: Item, *, held_out: bool = False) -> Item:
+    """Change exactly one attribute of an object; into an unseen combination only if ``held_out``."""
+    pairs = _combinations(False) + (_combinations(True) if held_out else ())
+    options = [Item(shape, item.color, item.size) for shape in SHAPES if (shape, item.color) in pairs]
+    options += [Item(item.shape, color, item.size) for color in COLORS if (item.shape, color) in pairs]
+    options += [replace(item, size=size) for size in SIZES]
+    options = [option for option in options if option != item]
+    return options[rng.integers(len(options))]
+
+
+def change_scene(rng: np.random.Generator, scene: Scene, *, held_out: bool = False) -> Scene:
+    """Change one attribute of one object, one object's quadrant, the word or the background."""
+    kind = rng.choice(["item", "item", "move", "background", "word"])
+    objects = scene.objects
+    index, item = objects[rng.integers(len(objects))]
+    empty = [i for i, cell in enumerate(scene.cells) if cell is None]
+    if kind == "move" and empty:
+        target = empty[rng.integers(len(empty))]
+        return scene.with_cell(index, None).with_cell(target, item)
+    if kind == "background":
+        others = [name for name in BACKGROUNDS if name != scene.background]
+        return replace(scene, background=str(rng.choice(others)))
+    if kind == "word" and scene.word is not None:
+        others = [word for word in WORDS if word != scene.word]
+        return scene.with_cell(scene.cells.index(scene.word), str(rng.choice(others)))
+    return scene.with_cell(index, change_item(rng, item, held_out=held_out))
+
+
+def render(scene: Scene) -> Image.Image:
+    """Draw a scene as a 64 x 64 RGB picture."""
+    picture = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), BACKGROUNDS[scene.background])
+    for index, cell in enumerate(scene.cells):
+        if cell is None:
+            continue
+        sprite = _word_sprite(cell, scene.background) if isinstance(cell, str) else _item_sprite(cell)
+        dx, dy = scene.offsets[index]
+        left, top = (index % 2) * _CELL + dx, (index // 2) * _CELL + dy
+        picture.paste(sprite, (left, top), sprite)
+    return picture
+
+
+def crop(picture: Image.Image, index: int) -> Image.Image:
+    """Cut one quadrant out of a picture: 32 x 32."""
+    left, top = (index % 2) * _CELL, (index // 2) * _CELL
+    return picture.crop((left, top, left + _CELL, top + _CELL))
+
+
+@cache
+def _combinations(held_out: bool) -> tuple[tuple[str, str], ...]:
+    every = [(shape, color) for shape in SHAPES for color in COLORS]
+    return tuple(pair for pair in every if (pair in HELD_OUT) == held_out)
+
+
+@cache
+def _item_sprite(item: Item) -> Image.Image:
+    side = _CELL * _OVERSAMPLE
+    mask = Image.new("L", (side, side), 0)
+    draw = ImageDraw.Draw(mask)
+    radius = SIZES[item.size] * _OVERSAMPLE / 2
+    center = side / 2
+    box = (center - radius, center - radius, center + radius, center + radius)
+    if item.shape == "circle":
+        draw.ellipse(box, fill=255)
+    elif item.shape == "ring":
+        draw.ellipse(box, outline=255, width=int(radius * 0.42))
+    elif item.shape == "square":
+        edge = radius * 0.9
+        draw.rectangle((center - edge, center - edge, center + edge, center + edge), fill=255)
+    elif item.shape == "cross":
+        arm = radius * 0.33
+        draw.rectangle((center - arm, center - radius, center + arm, center + radius), fill=255)
+        draw.rectangle((center - radius, center - arm, center + radius, center + arm), fill=255)
+    else:
+        corners, inner = (5, 0.42) if item.shape == "star" else (3, 0.5)
+        draw.polygon(_star(center, radius, corners, inner), fill=255)
+    sprite = Image.new("RGBA", (side, side), COLORS[item.color])
+    sprite.putalpha(mask)
+    return sprite.resize((_CELL, _CELL), Image.Resampling.BOX)
+
+
+def _star(center: float, radius: float, corners: int, inner: float) -> list[tuple[float, float]]:
+    points = []
+    for step in range(2 * corners):
+        distance = radius if step % 2 == 0 else radius * inner
+        angle = math.pi * step / corners - math.pi / 2
+        points.append((center + distance * math.cos(angle), center + distance * math.sin(angle)))
+    return points
+
+
+@cache
+def _word_sprite(word: str, background: str) -> Image.Image:
+    side = _CELL * 4
+    font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans-Bold.ttf", 72)
+    ink = "black" if background in ("white", "gray") else "white"
+    sprite = Image.new("RGBA", (side, side), (0, 0, 0, 0))
+    draw = ImageDraw.Draw(sprite)
+    draw.text((side / 2, side / 2), word, font=font, fill=ink, anchor="mm")
+    return sprite.resize((_CELL, _CELL), Image.Resampling.BOX)
