@@ -29,8 +29,7 @@ define train_and_test
 	$(BIN)/lightning test --config $(1) $(call run_flags,$(2)) --ckpt_path $(2)/checkpoints/last.ckpt
 endef
 
-run_flags = --trainer.default_root_dir $(1) --trainer.logger.init_args.save_dir $(1) \
-  --seed_everything $(SEED) --model.seed $(SEED) --data.seed $(SEED)
+run_flags = --trainer.default_root_dir $(1) --seed_everything $(SEED) --model.seed $(SEED) --data.seed $(SEED)
 
 demo: $(INSTALLED) ## train and score one path and N paths on the embedded benchmark, then compare (SEED=1 for another seed)
 	$(BIN)/python -c 'from parallel_decoupling.data.world.benchmark import ensure_benchmark; print("benchmark:", ensure_benchmark())'
