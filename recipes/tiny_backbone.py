@@ -119,10 +119,9 @@ def train_tokenizer(seed: int, vocabulary_size: int = 640) -> Qwen2TokenizerFast
     rng = np.random.default_rng([seed, 1])
     corpus = ["".join(text for text, _ in sample_example(rng).pieces) for _ in range(4000)]
     corpus += [f" {glyphs.unicode_name(character)}\n" for character in glyphs.CHARACTERS] * 20
-    corpus += [
-        "Represent the given image with the following question: select the portion of the picture\n"
-    ] * 20
-    corpus = [text.replace(IMAGE_TOKEN, "") for text in corpus]
+    rows = [task.draw(rng) for task in WORLD_TASKS for _ in range(20)]
+    corpus += [text for row in rows for text in (row.query.text, row.positive.text)]
+    corpus = [text.replace(IMAGE_TOKEN, "").replace(IMAGE_PLACEHOLDER, "") for text in corpus]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -55,14 +55,15 @@ def render_glyph(
     return Image.fromarray(np.repeat(pixels.round().astype(np.uint8), 3, axis=2))
 
 
-def handwritten_digits() -> tuple[list[Image.Image], list[int]]:
+@cache
+def handwritten_digits() -> tuple[tuple[Image.Image, ...], tuple[int, ...]]:
     """Return scikit-learn's 1,797 handwritten digits as 64 x 64 pictures, with their values."""
     digits = load_digits()
     pictures = []
     for pixels in digits.images:
         small = Image.fromarray((pixels * (255 / 16)).round().astype(np.uint8))
         pictures.append(small.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC).convert("RGB"))
-    return pictures, [int(value) for value in digits.target]
+    return tuple(pictures), tuple(int(value) for value in digits.target)
 
 
 @cache

@@ -70,8 +70,8 @@ def relation_questions(scene: Scene) -> list[Question]:
         below = index < 2
         right = index % 2 == 0
         for neighbor_index, where in (
-            (index + 2 if below else index - 2, "object below" if below else "object above"),
-            (index + 1 if right else index - 1, "object right of" if right else "object left of"),
+            (index + 2 if below else index - 2, "below" if below else "above"),
+            (index + 1 if right else index - 1, "right of" if right else "left of"),
         ):
             neighbor = scene.cells[neighbor_index]
             if not isinstance(neighbor, Item):

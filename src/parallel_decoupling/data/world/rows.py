@@ -184,7 +184,7 @@ def caption_to_scene(rng: Rng, *, held_out: bool = False) -> Row:
     """Find the picture of a caption among pictures that differ in one detail."""
     scene = sample_scene(rng, num_objects=int(rng.integers(1, 4)), held_out=held_out)
     positive = _picture(scene)
-    negatives = [_picture(other) for other in _changes(rng, scene, 5, held_out=held_out)]
+    negatives = [_picture(other) for other in _changes(rng, scene, 4, held_out=held_out)]
     query = Side(f"Find a picture that matches the caption: {scene.caption()}\n")
     return Row(query, positive, _distinct(positive, negatives))
 
@@ -199,7 +199,7 @@ def edited_scene(rng: Rng) -> Row:
     scene = sample_scene(rng)
     instruction, after = sample_edit(rng, scene)
     positive = _picture(after)
-    negatives = [_picture(scene), *(_picture(other) for other in _changes(rng, after, 4))]
+    negatives = [_picture(scene), *(_picture(other) for other in _changes(rng, after, 3))]
     query = _seen(f"Find a picture with the following change: {instruction}", render(scene))
     return Row(query, positive, _distinct(positive, negatives))
 
@@ -211,7 +211,7 @@ def same_scene(rng: Rng) -> Row:
     again = Scene(scene.cells, str(rng.choice(others)), sample_offsets(rng))
     positive = _picture(again)
     negatives = []
-    for _ in range(5):
+    for _ in range(4):
         index, item = again.objects[rng.integers(len(again.objects))]
         negatives.append(_picture(again.with_cell(index, change_item(rng, item))))
     query = _seen("Find a picture that shows the same objects", render(scene))
