@@ -22,9 +22,9 @@ def world_size() -> int:
 def gather_with_grad(local: Tensor) -> Tensor:
     """Concatenate ``local`` of all ranks along dim 0; gradient flows to the local shard only.
 
-    For rank 1 of 2 the result is ``[rank 0 (constant); rank 1 (with graph)]``. The sum over
-    ranks of the gradients of a loss that is a mean over LOCAL queries is then the gradient of
-    the loss over all queries with respect to local embeddings.
+    For rank 1 of 2 the result is ``[rank 0 (constant); rank 1 (with graph)]``. When every rank computes the
+    same loss from the gathered rows of ALL queries and candidates, the sum over ranks of the gradients is
+    the gradient of one process with the whole batch.
 
     Args:
         local: ``[B, ...]``, the same shape on every rank.

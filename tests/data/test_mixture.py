@@ -115,8 +115,9 @@ def test_start_step_gives_the_tail_and_then_whole_epochs(start: int) -> None:
 
 
 def test_order_is_shuffled_across_subsets() -> None:
-    subsets = [subset for subset, _ in chain(*epoch(sampler(batch_size=10)))]
-    assert subsets != sorted(subsets)
+    orders = [[subset for subset, _ in chain(*epoch(sampler(batch_size=10), number))] for number in (0, 1)]
+    assert orders[0] != sorted(orders[0])
+    assert orders[0] != orders[1]
     assert len({tuple(sorted(batch)) for batch in epoch(sampler())}) == 22
 
 

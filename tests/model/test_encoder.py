@@ -189,12 +189,21 @@ def test_random_prefixes_have_the_scale_of_real_states(tiny_backbone_dir: str) -
     assert (cosine - torch.eye(12)).max() < 0.999
 
 
-def test_seed_decides_random_prefixes(tiny_backbone_dir: str) -> None:
+def test_seed_decides_random_prefixes_and_adapters(tiny_backbone_dir: str) -> None:
     first, again, other = (
-        make(tiny_backbone_dir, prefix_init="random", seed=seed).prefixes.key_values for seed in (0, 0, 1)
+        [
+            parameter
+            for name, parameter in make(
+                tiny_backbone_dir, adapter=AdapterConfig(), prefix_init="random", seed=seed
+            ).named_parameters()
+            if parameter.requires_grad and "lora_B" not in name  # lora_B starts at zero
+        ]
+        for seed in (0, 0, 1)
     )
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
+    assert len(first) == 14 + 1
+    for parameter, same, different in zip(first, again, other, strict=True):
+        assert torch.equal(parameter, same)
+        assert not torch.equal(parameter, different)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""MMEB on disk, the training mixture, tokenisation, the embedded benchmark."""

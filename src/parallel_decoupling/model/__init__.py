@@ -1,0 +1,1 @@
+"""The encoder: backbone, prefixes, pooling, aggregation, slim checkpoints."""

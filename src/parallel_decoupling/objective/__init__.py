@@ -1,0 +1,1 @@
+"""InfoNCE over paths, mutual information between paths, statistics of embeddings."""

@@ -1,0 +1,1 @@
+"""Encoding, scoring and reports; importable without Lightning."""

@@ -77,7 +77,6 @@ def encode_in_chunks(
     bounds = [(start, min(start + chunk_size, len(inputs))) for start in range(0, len(inputs), chunk_size)]
     with torch.no_grad():
         embeddings_BND = torch.cat([forward(start, stop) for start, stop in bounds])
-    torch.clear_autocast_cache()  # weights cast without graph must not serve the second pass
 
     def replay() -> Iterator[tuple[slice, Tensor]]:
         for start, stop in bounds:

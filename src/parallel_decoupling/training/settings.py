@@ -56,7 +56,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         )
     if prefix_length == 0 and num_paths > 1:
         raise ValueError(
-            f"prefix_length=0 makes all {num_paths} paths the same: set num_paths=1, or a prefix_length above 0."
+            f"prefix_length=0 makes all {num_paths} paths the same: set num_paths=1 or prefix_length above 0."
         )
     for name in ("mi_weight", "aggregate_weight"):
         if settings[name] < 0:
