@@ -62,7 +62,7 @@ format: $(INSTALLED) ## rewrite the code in ruff's format
 	$(BIN)/ruff format .
 
 golden: $(INSTALLED) ## write the golden losses anew (say why in the commit)
-	UPDATE_GOLDEN=1 $(BIN)/pytest -q tests/training/test_golden.py
+	UPDATE_GOLDEN=1 $(BIN)/pytest -q -m "slow or not slow" tests/training/test_golden.py
 
 backbone: $(INSTALLED) ## train the shipped tiny backbone anew
 	$(BIN)/python -m recipes.tiny_backbone
