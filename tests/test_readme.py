@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from parallel_decoupling.cli import main
+from parallel_decoupling.data.world.benchmark import ensure_benchmark
 
 PROJECT_DIR = Path(__file__).parent.parent
 README = (PROJECT_DIR / "README.md").read_text(encoding="utf-8")
@@ -77,7 +78,8 @@ def test_lightning_command_parses(
 def test_python_block_runs_on_the_checkpoint_of_a_short_demo(
     readme_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    short = ["--trainer.max_steps", "2", "--model.mi.warmup_steps", "1"]
+    data_dir = ensure_benchmark(readme_dir / "data", train_rows=16, eval_rows=16)
+    short = ["--trainer.max_steps", "2", "--data.batch_size", "16", "--data.data_dir", str(data_dir)]
     main(["fit", "--config", "lightning_configs/demo.yaml", *short])
     assert (readme_dir / "runs/demo/checkpoints/last.ckpt").is_file()
     capsys.readouterr()
