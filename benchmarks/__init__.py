@@ -1,1 +1,1 @@
-"""Measurements behind the numbers of docs/experiments.md; each file is one command, ``python -m benchmarks.<file>``."""
+"""The measurements behind docs/experiments.md; each file is one command, ``python -m benchmarks.<name>``."""
