@@ -106,6 +106,10 @@ def test_without_stored_hits_there_is_no_interval() -> None:
     found = differences(bare, baseline)
     assert found.means["overall"].low is None
     assert found.means["overall"].difference == 0
+    partly = ScoreReport({**baseline.tasks, "shape": bare.tasks["shape"]})
+    found = differences(partly, baseline)
+    assert found.tasks["shape"].low is found.means["classification"].low is found.means["overall"].low is None
+    assert found.means["vqa"].low == 0
 
 
 @pytest.mark.parametrize("runs", [2, 3])

@@ -29,7 +29,7 @@ def texts(figure: Figure) -> list[str]:
 @pytest.fixture
 def task() -> EvalTask:
     image = Image.new("RGB", (8, 12), "red")
-    candidates = [RawInput(f"{IMAGE_PLACEHOLDER}\ncosts $1 or $2, {n}\n", (image,)) for n in range(6)]
+    candidates = [RawInput(f"{IMAGE_PLACEHOLDER}\ncosts $1 or \\frac $2 {n}\n", (image,)) for n in range(6)]
     queries = [RawInput(f"query {number}") for number in range(5)]
     return EvalTask(
         Task("toy", "retrieval", False), queries, candidates, list(range(5)), [[0, 1, 2, 3, 4, 5]] * 5
@@ -83,7 +83,7 @@ def test_examples_show_misses_first_and_half_of_each(task: EvalTask, score: Task
 def test_dollar_signs_are_not_formulas(task: EvalTask, score: TaskScore) -> None:
     figure = retrieval_examples_figure(task, score)
     figure.canvas.draw()
-    assert any("$1 or $2" in text for text in texts(figure))
+    assert any("$1 or \\frac $2" in text for text in texts(figure))
 
 
 def test_comparison_shows_each_run_once_and_paths_only_where_there_are_several() -> None:
