@@ -105,6 +105,10 @@ class RunCLI(LightningCLI):
             )
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
+    def predict(self, model: PDFEmbedder, datamodule: MMEBDataModule, **options: Any) -> None:
+        """Predict over the evaluation tasks, not over loaders of the user's."""
+        model.predict_tasks(self.trainer, datamodule, **options)
+
     def _parse_ckpt_path(self) -> None:
         """Find the checkpoint, take over its settings that were not typed, and show those that differ."""
         config = self.config[self.config.subcommand]

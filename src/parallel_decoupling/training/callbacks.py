@@ -1,7 +1,7 @@
 """What a run shows of itself, and how it ends well: summary, throughput, pictures, alarm, saving on a signal.
 
-``PDFEmbedder.configure_callbacks`` adds all of them with their defaults; one that is listed in the
-Trainer's own callbacks replaces the default of its class. Here: watching. Elsewhere on purpose: the
+``PDFEmbedder.configure_callbacks`` adds all of them with their defaults, except those whose class is among
+the Trainer's own callbacks. Here: watching. Elsewhere on purpose: the
 values of a step (``training.embedder`` logs them itself), the drawing (``retrieval.plots``).
 """
 
@@ -174,7 +174,7 @@ class CollapseAlarm(Callback):
             self._warn(
                 "loss",
                 f"the contrastive loss {float(outputs['contrastive']):.3f} is that of a constant embedding, "
-                f"log({outputs['num_candidates']}) = {constant:.3f}. "
+                f"log({len(pairs.candidate)}) = {constant:.3f}. "
                 "Lower learning rates or mi_weight, and check that rows and images are read as intended.",
             )
         num_paths = query_GND.shape[1]

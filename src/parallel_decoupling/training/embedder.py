@@ -311,13 +311,15 @@ class PDFEmbedder(EvaluatedEncoder):
 
     def configure_callbacks(self) -> list[Callback]:
         """What every run has; the Trainer's own callback of the same class wins."""
-        return [
-            callbacks.RunSummary(),
-            callbacks.Throughput(),
-            callbacks.CollapseAlarm(),
-            callbacks.PathPictures(),
-            callbacks.SaveOnSignal(),
-        ]
+        defaults = (
+            callbacks.RunSummary,
+            callbacks.Throughput,
+            callbacks.CollapseAlarm,
+            callbacks.PathPictures,
+            callbacks.SaveOnSignal,
+        )
+        own = [type(callback) for callback in cast(Any, self.trainer).callbacks]
+        return [default() for default in defaults if default not in own]
 
     def on_train_start(self) -> None:
         """Log the settings and take up the gradients of an unfinished accumulation."""

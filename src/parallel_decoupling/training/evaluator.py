@@ -16,6 +16,7 @@ from torch import Tensor
 
 from parallel_decoupling.batch import EncoderInputs
 from parallel_decoupling.data.collate import Collator, EvalBatch
+from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.data.tasks import EvalTask
 from parallel_decoupling.distributed import world_size
 from parallel_decoupling.model.encoder import ParallelEncoder
@@ -51,6 +52,7 @@ class EvaluatedEncoder(LightningModule):
     steps_done: int
     _evaluation: Evaluation
     _projector: ProjectorSample
+    _predict_tasks: list[EvalTask]
     _predicted: TaskEmbeddings | None
 
     def run_info(self) -> dict[str, Any]:
@@ -107,11 +109,19 @@ class EvaluatedEncoder(LightningModule):
             self._projector.write(folder / PROJECTOR_DIR)
         console().print(report.table())
 
-    def predict_dataloader(self) -> Any:
-        """The evaluation tasks of the datamodule."""
-        datamodule = cast(Any, self.trainer).datamodule
-        datamodule.setup("test")
-        return datamodule.test_dataloader()
+    def predict_tasks(self, trainer: Trainer, data: MMEBDataModule, **options: Any) -> Any:
+        """Run ``trainer.predict`` over the evaluation tasks; writes ``predictions/<task>.pt`` for each.
+
+        Args:
+            trainer: any Trainer.
+            data: not set up yet.
+            options: of ``trainer.predict``, such as ``ckpt_path``.
+        """
+        data.prepare_data()
+        data.connect(self.encoder.processor, self.encoder.image_token)
+        data.setup("test")
+        self._predict_tasks = data.eval_tasks_data
+        return trainer.predict(self, dataloaders=data.test_dataloader(), **options)
 
     def on_predict_start(self) -> None:
         """Begin with no task."""
@@ -120,7 +130,7 @@ class EvaluatedEncoder(LightningModule):
     def predict_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Embed one batch: its place, ``paths`` ``[B, N, D]`` and ``aggregate`` ``[B, D']``."""
         embeddings_BND = self.encoder(batch.inputs)
-        task = self._eval_tasks()[dataloader_idx]
+        task = self._predict_tasks[dataloader_idx]
         if self._predicted is None or self._predicted.task is not task:
             self._write_prediction()
             self._predicted = TaskEmbeddings(task, self._sum_over_ranks)

@@ -1,0 +1,178 @@
+"""The ``lightning`` command: runs in one folder, which value wins, and how mistakes are shown."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from parallel_decoupling import cli
+from parallel_decoupling.retrieval.report import ScoreReport
+from tests.support.mmeb import save_tiny_mmeb
+
+BLOCKED = (
+    "import sys; sys.modules.update(dict.fromkeys(('torch', 'lightning', 'transformers', 'jsonargparse')))\n"
+)
+
+
+def python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _environment() -> Iterator[None]:
+    """Undo what ``seed_everything`` leaves behind."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+            patch.setenv(name, "0")
+        yield
+
+
+@pytest.fixture(scope="module")
+def config_file(tiny_backbone_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    config = {
+        "model": {
+            "backbone": tiny_backbone_dir,
+            "num_paths": 2,
+            "prefix_length": 2,
+            "mi": {"warmup_steps": 1},
+        },
+        "data": {"data_dir": save_tiny_mmeb(folder / "data"), "batch_size": 8},
+        "trainer": {
+            "max_steps": 2,
+            "accelerator": "cpu",
+            "default_root_dir": str(folder / "runs" / "demo"),
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        },
+    }
+    (folder / "demo.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    return folder / "demo.yaml"
+
+
+@pytest.fixture(scope="module")
+def run_dir(config_file: Path) -> Path:
+    """A finished run with a temperature of its own."""
+    cli.main(["fit", "--config", str(config_file), "--model.temperature", "0.3"])
+    return config_file.parent / "runs" / "demo"
+
+
+def settings(run_dir: Path) -> dict[str, object]:
+    content = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
+    return dict(content["hyper_parameters"])
+
+
+def message(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Standard error of a command that must end with exit code 2."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_help_needs_neither_torch_nor_lightning() -> None:
+    help_text = python(BLOCKED + "from parallel_decoupling.cli import main; main(['--help'])")
+    assert all(f"  {name} " in help_text for name in ("fit", "validate", "test", "predict", "compare"))
+
+
+def test_importing_the_package_is_lazy_and_knows_its_version() -> None:
+    code = BLOCKED + "import parallel_decoupling as p; print(p.__version__, 'PDFEmbedder' in dir(p))"
+    version, found = python(code).split()
+    assert version[0].isdigit()
+    assert found == "True"
+
+
+def test_a_fit_keeps_everything_in_one_folder(run_dir: Path) -> None:
+    assert (run_dir / "checkpoints" / "last.ckpt").is_file()
+    assert (run_dir / "config.yaml").is_file()
+    assert list(run_dir.glob("events.out.tfevents.*"))
+    assert settings(run_dir)["temperature"] == 0.3
+
+
+def test_resuming_keeps_what_was_not_typed_and_shows_what_was(
+    run_dir: Path, config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = ["--trainer.max_steps", "3", "--model.mi_weight", "0.7", "--data.seed", "4"]
+    cli.main(["fit", "--config", str(config_file), "--ckpt_path", "last", *typed])
+    shown = capsys.readouterr().err
+    after = settings(run_dir)
+    assert (after["temperature"], after["mi_weight"]) == (0.3, 0.7)
+    for words in (("model.mi_weight", "0.7", "0.1", "yours"), ("data.seed", "4", "0", "yours")):
+        assert any(all(word in line for word in words) for line in shown.splitlines()), shown
+    assert "temperature" not in shown
+    content = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
+    assert content["global_step"] == 3
+
+
+def test_a_test_takes_the_structure_of_the_checkpoint(
+    run_dir: Path, config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(run_dir / "checkpoints" / "last.ckpt")
+    cli.main(["test", "--config", str(config_file), "--ckpt_path", file, "--model.num_paths", "3"])
+    captured = capsys.readouterr()
+    line = next(line for line in captured.err.splitlines() if "model.num_paths" in line)
+    assert "the checkpoint's" in line
+    report = ScoreReport.from_json_file(run_dir / "scores.json")
+    assert report.columns == ["aggregate", "path_0", "path_1"]
+    assert report.run["global_step"] >= 2
+    assert report.run["model"]["temperature"] == 0.3
+    assert "hit@1 in percent" in captured.out
+
+
+def test_predict_writes_every_task(run_dir: Path, config_file: Path) -> None:
+    cli.main(["predict", "--config", str(config_file), "--ckpt_path", "last"])
+    content = torch.load(run_dir / "predictions" / "colours_t2i.pt", weights_only=True)
+    assert content["query"].shape == (4, 2, 32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model.num_pats", "3"], "num_pats"),
+        (["--model.num_paths", "three"], "num_paths"),
+        (["--model.adapter.kind", "qlora"], "adapter.kind"),
+        (["--model.prefix_length", "0"], "set num_paths=1"),
+        (
+            ["--model.optimizer.schedule", "linear", "--trainer.max_steps=-1", "--trainer.max_epochs=-1"],
+            "no end",
+        ),
+        (["--data.data_dir", "nowhere"], "nowhere"),
+        (["--data.train_subsets", "[colors_i2t]"], "colours_i2t"),
+        (["--ckpt_path", "nowhere.ckpt"], "nowhere.ckpt"),
+    ],
+)
+def test_a_mistake_is_one_message_before_any_training(
+    arguments: list[str], words: str, config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = ["--trainer.default_root_dir", str(tmp_path)]
+    shown = message(["fit", "--config", str(config_file), *folder, *arguments], capsys)
+    assert words in shown
+    assert "Traceback" not in shown
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_last_is_an_error_for_a_test_without_checkpoint(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = ["--trainer.default_root_dir", str(tmp_path)]
+    shown = message(["test", "--config", str(config_file), "--ckpt_path", "last", *folder], capsys)
+    assert "last.ckpt" in shown
+
+
+def test_unknown_subcommands_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "'fti'" in message(["fti"], capsys)
+    assert "two runs" in message(["compare", "only_one"], capsys)
+
+
+def test_errors_of_other_packages_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    from parallel_decoupling import lightning_cli
+
+    monkeypatch.setattr(lightning_cli, "run", lambda _: int("x"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        cli.main(["fit"])

@@ -1,0 +1,116 @@
+"""What a run shows of itself."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from parallel_decoupling.training.callbacks import CollapseAlarm, PathPictures, RunSummary
+from parallel_decoupling.training.terms import GatheredPairs
+from tests.support.fit import make_trainer, small_data, small_embedder
+
+
+def outputs(query: Tensor, contrastive: float) -> dict[str, Any]:
+    empty = torch.zeros(len(query), 1, 1)
+    ids = torch.arange(len(query))
+    return {"pairs": GatheredPairs(query, query, empty, empty, ids, ids), "contrastive": contrastive}
+
+
+def alarms(alarm: CollapseAlarm, query: Tensor, contrastive: float, batches_done: int) -> list[str]:
+    module: Any = SimpleNamespace(batches_done=batches_done, log=lambda *_: None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        alarm.on_train_batch_end(None, module, outputs(query, contrastive), None, 0)  # type: ignore[arg-type]
+    return [str(warning.message) for warning in caught]
+
+
+def test_healthy_embeddings_raise_no_alarm() -> None:
+    alarm = CollapseAlarm(after_batches=20, every_n_batches=20)
+    for done in (1, 20, 40):
+        assert not alarms(alarm, torch.randn(32, 2, 16), 1.0, done)
+
+
+def test_each_kind_of_collapse_is_named_once() -> None:
+    alarm = CollapseAlarm(after_batches=20, every_n_batches=20)
+    assert not alarms(alarm, torch.randn(64, 2, 32), 1.0, 1)
+    one_path = torch.randn(64, 1, 32).expand(-1, 2, -1)
+    assert ["nearly one path" in text for text in alarms(alarm, one_path, 1.0, 20)] == [True]
+    assert ["constant embedding" in text for text in alarms(alarm, torch.randn(64, 2, 32), 4.15, 40)] == [
+        True
+    ]
+    line = torch.randn(64, 2, 1) * torch.randn(32)
+    assert ["effective rank" in text for text in alarms(alarm, line, 1.0, 60)] == [True]
+    assert not alarms(alarm, line, 4.15, 80)
+
+
+def test_the_loss_may_be_that_of_a_constant_before_the_alarm_is_armed() -> None:
+    assert not alarms(CollapseAlarm(after_batches=100), torch.randn(64, 2, 32), 4.15, 40)
+
+
+def test_the_alarm_remembers_its_start_through_a_checkpoint() -> None:
+    first, second = CollapseAlarm(), CollapseAlarm()
+    alarms(first, torch.randn(64, 2, 32), 1.0, 1)
+    second.load_state_dict(first.state_dict())
+    line = torch.randn(64, 2, 1) * torch.randn(32)
+    assert ["effective rank" in text for text in alarms(second, line, 1.0, 20)] == [True]
+
+
+def test_a_run_logs_its_terms_its_speed_and_its_pictures(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    trainer = make_trainer(tmp_path, PathPictures(every_n_batches=2), max_steps=4, logger=logger)
+    trainer.fit(
+        small_embedder(tiny_backbone_dir), small_data(tiny_mmeb_dir, validation_tasks=["colours_i2t"])
+    )
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    scalars = set(events.Tags()["scalars"])
+    assert scalars >= {
+        "train/loss",
+        "train/contrastive_path_0",
+        "train/contrastive_path_1",
+        "train/contrastive_aggregate",
+        "train/mi",
+        "train/mi_pair_0_1",
+        "train/mi_weight",
+        "train/estimator_nll",
+        "train/estimator_nll_held_out",
+        "train/hit_at_1_aggregate",
+        "train/hit_at_1_path_1",
+        "train/path_cosine",
+        "train/effective_rank",
+        "train/gradient_norm",
+        "train/temperature",
+        "lr/adapters",
+        "lr/prefixes",
+        "lr/estimator",
+        "compute/token_passes",
+        "throughput/samples_per_second",
+        "throughput/tokens_per_second",
+        "mix/colours_i2t",
+        "mix/colours_t2i",
+    }
+    assert events.Tags()["images"] == ["paths/cosine"]
+    assert len(events.Images("paths/cosine")) == 3
+    printed = capsys.readouterr().out
+    assert "What trains" in printed
+    assert "8 = 1 processes x 8 rows" in printed
+
+
+def test_the_summary_counts_every_parameter_once(tiny_backbone_dir: str) -> None:
+    module = small_embedder(tiny_backbone_dir)
+    console = Console(width=100, record=True, quiet=True)
+    console.print(RunSummary.parameters(module))
+    rows = RunSummary.parameters(module).columns[1]._cells
+    counted = sum(int(str(cell).replace(",", "")) for cell in rows)
+    assert counted == sum(p.numel() for p in module.parameters())

@@ -1,0 +1,246 @@
+"""What is in a checkpoint, what it refuses, and that a resumed run equals one that was not stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from parallel_decoupling.training.embedder import PDFEmbedder
+from tests.support.fit import Recorder, assert_equal, make_trainer, small_data, small_embedder, trained
+from tests.support.tiny import save_tiny_backbone
+
+DROPOUT: dict[str, Any] = {"adapter": {"dropout": 0.2}, "mi": {"kind": "club_sample"}}
+ALL_STEPS = 9  # an epoch has 6 batches
+
+
+@pytest.fixture(scope="module")
+def checkpoint_file(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    trainer = make_trainer(folder, max_steps=2)
+    trainer.fit(small_embedder(tiny_backbone_dir, learn_temperature=True), small_data(tiny_mmeb_dir))
+    trainer.save_checkpoint(folder / "two_steps.ckpt")
+    return folder / "two_steps.ckpt"
+
+
+def test_a_checkpoint_holds_what_trains_and_nothing_else(
+    checkpoint_file: Path, tiny_backbone_dir: str
+) -> None:
+    content = torch.load(checkpoint_file, weights_only=True)
+    module = small_embedder(tiny_backbone_dir, learn_temperature=True)
+    assert content["state_dict"].keys() == trained(module).keys()
+    assert content["backbone"].keys() >= {"name", "revision", "sha256"}
+    assert len(content["optimizer_states"]) == 2
+    assert content["progress"]["steps_done"] == 2
+    assert content["hyper_parameters"]["mi"]["hidden_size"] == 8
+
+
+def test_embeddings_after_loading_from_another_folder_are_equal_bit_for_bit(
+    checkpoint_file: Path, tiny_backbone_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first, second = (PDFEmbedder.load_from_checkpoint(checkpoint_file) for _ in range(2))
+    fresh = small_embedder(tiny_backbone_dir, learn_temperature=True)
+    texts = ["a red circle", "what colour?"]
+    assert torch.equal(first.encode(texts), second.encode(texts))
+    assert not torch.equal(first.encode(texts), fresh.encode(texts))
+    assert first.encode(texts).shape == (2, 2, 32)
+    assert first.encode_query(texts, paths="aggregate").shape == (2, 32)
+    assert first.encode_candidate(texts, paths=1).shape == (2, 32)
+    assert first.similarity(first.encode(texts), first.encode(texts)).shape == (2, 2)
+
+
+def test_instructions_are_put_before_queries_and_candidates(checkpoint_file: Path) -> None:
+    told = {"query_instruction": "find", "candidate_instruction": "show"}
+    module = PDFEmbedder.load_from_checkpoint(checkpoint_file, **told)
+    assert torch.equal(module.encode_query(["it"]), module.encode(["it"], instruction="find"))
+    assert torch.equal(module.encode_candidate(["it"]), module.encode(["it"], instruction="show"))
+    assert torch.equal(
+        module.encode_query(["it"], instruction="see"), module.encode(["it"], instruction="see")
+    )
+    assert not torch.equal(module.encode_query(["it"]), module.encode(["it"]))
+
+
+def changed(checkpoint_file: Path, folder: Path, change: Any) -> Path:
+    content = torch.load(checkpoint_file, weights_only=True)
+    change(content)
+    torch.save(content, folder / "changed.ckpt")
+    return folder / "changed.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content["state_dict"].pop("encoder.prefixes.key_values"), "missing .*prefixes"),
+        (lambda content: content["state_dict"].update({"encoder.extra": torch.zeros(1)}), "extra"),
+        (lambda content: content["state_dict"].pop("log_temperature"), "log_temperature"),
+        (
+            lambda content: content["state_dict"].update({"mutual_information.x": torch.zeros(1)}),
+            "information.x",
+        ),
+        (lambda content: content["backbone"].update({"sha256": "0" * 64}), "backbone"),
+        (lambda content: content.pop("progress"), "not a checkpoint of PDFEmbedder"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(
+    checkpoint_file: Path, tmp_path: Path, change: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        PDFEmbedder.load_from_checkpoint(changed(checkpoint_file, tmp_path, change))
+
+
+def test_another_structure_or_backbone_is_refused(checkpoint_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not fit this model"):
+        PDFEmbedder.load_from_checkpoint(checkpoint_file, num_paths=3)
+    other = save_tiny_backbone(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match="backbone"):
+        PDFEmbedder.load_from_checkpoint(checkpoint_file, backbone=other)
+
+
+class StopAt(Callback):
+    """Does something in a hook, once so many batches are done."""
+
+    def __init__(self, batches: int, action: Any, *, hook: str) -> None:
+        self.batches, self.action = batches, action
+        setattr(self, hook, self._act)
+
+    def _act(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if pl_module.batches_done == self.batches:
+            self.action(trainer)
+
+
+class SaveAll(Callback):
+    """A checkpoint after every batch, ``<batches done>.ckpt``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        trainer.save_checkpoint(self.folder / f"{pl_module.batches_done}.ckpt")
+
+
+def run(
+    backbone: str, data_dir: str, folder: Path, *extra: Callback, resume: Path | None = None, **options: Any
+) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+    """Fit to ``ALL_STEPS`` and return parameters and logged values."""
+    workers, accumulate = options.pop("num_workers", 0), options.pop("accumulate", 1)
+    optimizer = {"schedule": "cosine", "warmup_steps": 2, "accumulate_batches": accumulate}
+    module, recorder = small_embedder(backbone, **DROPOUT, optimizer=optimizer), Recorder()
+    data = small_data(data_dir, num_workers=workers, validation_tasks=["colours_i2t"])
+    options = {"max_steps": ALL_STEPS // accumulate, "val_check_interval": 3, **options}
+    trainer = make_trainer(folder, recorder, *extra, **options)
+    torch.manual_seed(len(list(folder.iterdir())))  # the surroundings must not matter
+    trainer.fit(module, data, ckpt_path=resume)
+    return trained(module), recorder.values
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Tensor], list[dict[str, float]]]:
+    """Folder with all checkpoints, parameters and logged values of the run that nothing stopped."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    state, values = run(tiny_backbone_dir, tiny_mmeb_dir, folder, SaveAll(folder))
+    assert len(values) == ALL_STEPS
+    return folder, state, values
+
+
+@pytest.mark.parametrize(("stop", "workers"), [(2, 0), (3, 0), (5, 2), (6, 0), (7, 0)])
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    uninterrupted: Any, tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path, stop: int, workers: int
+) -> None:
+    folder, state, values = uninterrupted
+    file = folder / f"{stop}.ckpt"
+    again, tail = run(tiny_backbone_dir, tiny_mmeb_dir, tmp_path, resume=file, num_workers=workers)
+    assert tail == values[stop:]
+    assert_equal(state, again)
+
+
+def test_a_run_stopped_inside_an_accumulation_goes_on_with_its_gradients(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    state, _ = run(tiny_backbone_dir, tiny_mmeb_dir, tmp_path, SaveAll(tmp_path), accumulate=2)
+    content = torch.load(tmp_path / "3.ckpt", weights_only=True)
+    assert content["accumulated_gradients"]
+    assert not torch.load(tmp_path / "4.ckpt", weights_only=True)["accumulated_gradients"]
+    again, _ = run(tiny_backbone_dir, tiny_mmeb_dir, tmp_path, resume=tmp_path / "3.ckpt", accumulate=2)
+    assert_equal(state, again)
+    content["accumulated_gradients"] = {}
+    torch.save(content, tmp_path / "lost.ckpt")
+    lost, _ = run(tiny_backbone_dir, tiny_mmeb_dir, tmp_path, resume=tmp_path / "lost.ckpt", accumulate=2)
+    assert any(not torch.equal(state[name], lost[name]) for name in state)
+
+
+@pytest.fixture
+def _interrupt_handler() -> Iterator[None]:
+    handler = signal.getsignal(signal.SIGINT)  # Lightning ignores Ctrl+C after the first
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("_interrupt_handler")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("hook", "batches"),
+    [("on_before_optimizer_step", 4), ("on_train_batch_start", 4), ("on_validation_batch_start", 3)],
+)
+def test_a_signal_leaves_a_checkpoint_to_go_on_from(
+    uninterrupted: Any,
+    tiny_backbone_dir: str,
+    tiny_mmeb_dir: str,
+    tmp_path: Path,
+    number: signal.Signals,
+    hook: str,
+    batches: int,
+) -> None:
+    _, state, values = uninterrupted
+    kill = StopAt(batches, lambda _: os.kill(os.getpid(), number), hook=hook)
+    with pytest.raises(SystemExit):
+        run(tiny_backbone_dir, tiny_mmeb_dir, tmp_path, kill)
+    file = tmp_path / "checkpoints" / "last.ckpt"
+    stop = torch.load(file, weights_only=True)["progress"]["batches_done"]
+    assert stop in (batches, batches + 1)
+    again, tail = run(tiny_backbone_dir, tiny_mmeb_dir, tmp_path, resume=file)
+    assert tail == values[stop:]
+    assert_equal(state, again)
+
+
+@pytest.mark.usefixtures("_interrupt_handler")
+def test_a_second_interrupt_stops_at_once_without_saving(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    def twice(trainer: Trainer) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(SystemExit):
+        run(tiny_backbone_dir, tiny_mmeb_dir, tmp_path, StopAt(2, twice, hook="on_before_optimizer_step"))
+    assert not (tmp_path / "checkpoints" / "last.ckpt").exists()
+
+
+def test_longer_training_goes_on_from_the_last_checkpoint_of_model_checkpoint(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    """The schedule is constant, so that 4 steps and then 5 more are 9 steps."""
+
+    def fit(folder: Path, steps: int, resume: Path | None = None) -> dict[str, Tensor]:
+        keep = ModelCheckpoint(folder / "checkpoints", save_last=True, enable_version_counter=False)
+        module = small_embedder(tiny_backbone_dir, **DROPOUT)
+        trainer = make_trainer(folder, keep, max_steps=steps, enable_checkpointing=True)
+        trainer.fit(module, small_data(tiny_mmeb_dir), ckpt_path=resume)
+        return trained(module)
+
+    state = fit(tmp_path / "at_once", ALL_STEPS)
+    fit(tmp_path / "in_two", 4)
+    last = tmp_path / "in_two" / "checkpoints" / "last.ckpt"
+    assert_equal(state, fit(tmp_path / "in_two", ALL_STEPS, last))

@@ -1,0 +1,104 @@
+"""Chunks against one graph, on a toy encoder with dropout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from parallel_decoupling.batch import EncoderInputs
+from parallel_decoupling.training.grad_cache import Encoding, encode_in_chunks
+
+ROWS, LENGTH, PATHS, WIDTH = 7, 5, 2, 6
+
+
+class ToyEncoder(nn.Module):
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, WIDTH)
+        self.dropout = nn.Dropout(dropout)
+        self.project = nn.Linear(WIDTH, PATHS * WIDTH)
+
+    def forward(self, inputs: EncoderInputs) -> Tensor:
+        states = self.dropout(self.embed(inputs.tokens["input_ids"]).tanh()).mean(dim=1)
+        return self.project(states).unflatten(1, (PATHS, WIDTH)).float()
+
+
+def toy_inputs() -> EncoderInputs:
+    ids = torch.randint(20, (ROWS, LENGTH))
+    return EncoderInputs({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ({},) * ROWS)
+
+
+def loss_of(embeddings: Tensor) -> Tensor:
+    scores = torch.einsum("bnd,cnd->nbc", embeddings, embeddings.roll(1, 0))
+    return scores.logsumexp(dim=-1).mean() + embeddings.var(dim=0).sum()
+
+
+def gradients(
+    encoder: ToyEncoder, inputs: EncoderInputs, chunk_size: int | None
+) -> tuple[Tensor, list[Tensor]]:
+    encoder.zero_grad()
+    encoding = encode_in_chunks(encoder, inputs, chunk_size=chunk_size, seed_parts=(0, "query"))
+    loss = loss_of(encoding.embeddings)
+    loss.backward()
+    encoding.backward()
+    return loss.detach(), [p.grad.clone() for p in encoder.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 7, 100])
+def test_chunks_give_the_gradient_of_one_graph(chunk_size: int) -> None:
+    encoder, inputs = ToyEncoder(dropout=0.0), toy_inputs()
+    plain_loss, plain = gradients(encoder, inputs, None)
+    loss, chunked = gradients(encoder, inputs, chunk_size)
+    torch.testing.assert_close(loss, plain_loss)
+    assert len(plain) == len(chunked) == 3
+    for one, other in zip(plain, chunked, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_chunk_that_is_left_out_would_be_noticed() -> None:
+    encoder, inputs = ToyEncoder(dropout=0.0), toy_inputs()
+    _, plain = gradients(encoder, inputs, None)
+    encoder.zero_grad()
+    encoding = encode_in_chunks(encoder, inputs, chunk_size=3, seed_parts=(0, "query"))
+    loss_of(encoding.embeddings).backward()
+    assert all(p.grad is None for p in encoder.parameters())
+    assert encoding.replay is not None
+    first, *_ = encoding.replay()
+    Encoding(encoding.embeddings, lambda: iter([first])).backward()
+    assert not torch.allclose(plain[0], encoder.embed.weight.grad)
+
+
+def test_the_second_pass_replays_the_dropout_of_the_first() -> None:
+    encoder, inputs = ToyEncoder(dropout=0.5), toy_inputs()
+    encoding = encode_in_chunks(encoder, inputs, chunk_size=2, seed_parts=(3, 1, "query"))
+    assert encoding.replay is not None
+    again = torch.cat([chunk for _, chunk in encoding.replay()])
+    assert torch.equal(again, encoding.embeddings)
+    other = encode_in_chunks(encoder, inputs, chunk_size=2, seed_parts=(3, 2, "query"))
+    assert not torch.equal(other.embeddings, encoding.embeddings)
+
+
+def test_one_chunk_of_all_rows_is_the_direct_graph_dropout_included() -> None:
+    encoder, inputs = ToyEncoder(dropout=0.5), toy_inputs()
+    plain_loss, plain = gradients(encoder, inputs, None)
+    loss, chunked = gradients(encoder, inputs, ROWS)
+    assert torch.equal(loss, plain_loss)
+    assert all(torch.equal(one, other) for one, other in zip(plain, chunked, strict=True))
+
+
+def test_autocast_weights_of_the_first_pass_do_not_cut_off_the_second() -> None:
+    encoder, inputs = ToyEncoder(dropout=0.0), toy_inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        _, plain = gradients(encoder, inputs, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, chunked = gradients(encoder, inputs, 3)
+    assert len(plain) == len(chunked) == 3
+    for one, other in zip(plain, chunked, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.05, atol=0.02)
+
+
+def test_a_loss_that_ignores_the_embeddings_costs_no_second_pass() -> None:
+    encoding = encode_in_chunks(ToyEncoder(0.0), toy_inputs(), chunk_size=2, seed_parts=(0,))
+    encoding.backward()
+    assert encoding.embeddings.grad is None

@@ -1,0 +1,80 @@
+"""Parameter groups and schedules."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from parallel_decoupling.training.optimization import (
+    MIConfig,
+    OptimizerConfig,
+    learning_rate_schedule,
+    main_optimizer,
+)
+
+
+def parameter() -> nn.Parameter:
+    return nn.Parameter(torch.zeros(2))
+
+
+def rates(config: OptimizerConfig, total_steps: float, steps: int) -> list[float]:
+    optimizer = main_optimizer({"adapters": [parameter()]}, config)
+    schedule = learning_rate_schedule(optimizer, config, total_steps)
+    seen = []
+    for _ in range(steps):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return seen
+
+
+def test_prefixes_have_their_own_rate_and_only_adapters_decay() -> None:
+    config = OptimizerConfig(learning_rate=0.1, prefix_learning_rate=0.7, weight_decay=0.3)
+    names = ("adapters", "prefixes", "aggregation", "temperature")
+    groups = main_optimizer({name: [parameter()] for name in names}, config).param_groups
+    found = {group["name"]: (group["lr"], group["weight_decay"]) for group in groups}
+    assert found == {
+        "adapters": (0.1, 0.3),
+        "prefixes": (0.7, 0.0),
+        "aggregation": (0.1, 0.0),
+        "temperature": (0.1, 0.0),
+    }
+
+
+def test_linear_schedule_rises_to_the_peak_and_ends_at_zero() -> None:
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=3, schedule="linear")
+    assert rates(config, 8, 9) == pytest.approx([0.25, 0.5, 0.75, 1.0, 0.8, 0.6, 0.4, 0.2, 0.0])
+
+
+def test_cosine_schedule_is_half_a_cosine() -> None:
+    config = OptimizerConfig(learning_rate=2.0, schedule="cosine")
+    expected = [1 + math.cos(math.pi * step / 4) for step in range(5)]
+    assert rates(config, 4, 5) == pytest.approx(expected)
+
+
+def test_constant_schedule_needs_no_end_and_the_others_do() -> None:
+    assert rates(OptimizerConfig(learning_rate=1.0, schedule="constant"), math.inf, 3) == [1.0, 1.0, 1.0]
+    with pytest.raises(ValueError, match=r"trainer\.max_steps"):
+        rates(OptimizerConfig(schedule="linear"), math.inf, 1)
+
+
+def test_nothing_to_train_is_an_error() -> None:
+    with pytest.raises(ValueError, match="Nothing to train"):
+        main_optimizer({"adapters": [], "prefixes": []}, OptimizerConfig())
+
+
+@pytest.mark.parametrize(
+    "options", [{"learning_rate": -1.0}, {"accumulate_batches": 0}, {"schedule": "step"}, {"clip_norm": -1.0}]
+)
+def test_numbers_out_of_range_are_named(options: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        OptimizerConfig(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [{"fit_steps": 0}, {"warmup_steps": -1}, {"learning_rate": 0.0}])
+def test_estimator_numbers_out_of_range_are_named(options: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        MIConfig(**options)  # type: ignore[arg-type]

@@ -1,0 +1,96 @@
+"""What meets what in the objective, with a second rank that is only imagined."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from parallel_decoupling.objective.contrastive import info_nce
+from parallel_decoupling.objective.mutual_information import MutualInformation
+from parallel_decoupling.training import terms
+from parallel_decoupling.training.terms import GatheredPairs, gather_pairs, mean_path_cosine, shared
+
+BATCH, NEGATIVES, PATHS, WIDTH = 4, 2, 3, 5
+
+
+def mean_of_paths(paths: Tensor) -> Tensor:
+    return paths.mean(dim=1)
+
+
+def local_pairs() -> GatheredPairs:
+    query = torch.randn(BATCH, PATHS, WIDTH, requires_grad=True)
+    candidate = torch.randn(BATCH + NEGATIVES, PATHS, WIDTH, requires_grad=True)
+    return gather_pairs(query, candidate, torch.arange(BATCH + NEGATIVES), mean_of_paths)
+
+
+def test_each_query_of_each_rank_finds_its_positive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terms, "world_size", lambda: 2)
+    monkeypatch.setattr(terms, "gather_with_grad", lambda local: torch.cat([local, local.detach() + 100]))
+    query = torch.arange(BATCH).view(-1, 1, 1).float()
+    candidate = torch.arange(BATCH + NEGATIVES).view(-1, 1, 1).float()
+    pairs = gather_pairs(query, candidate, torch.arange(BATCH + NEGATIVES), mean_of_paths)
+    assert torch.equal(pairs.candidate[pairs.positive], pairs.query)
+    assert pairs.query.flatten().tolist() == [0, 1, 2, 3, 100, 101, 102, 103]
+
+
+def test_a_shared_parameter_takes_its_share_of_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameter = torch.tensor(0.3, requires_grad=True)
+    assert shared(parameter) is parameter
+    monkeypatch.setattr(terms, "world_size", lambda: 4)
+    assert torch.equal(shared(parameter), parameter)
+    (shared(parameter) * 8).backward()
+    assert parameter.grad is not None
+    assert parameter.grad.item() == 2.0
+
+
+def test_an_aggregate_without_weight_has_a_value_but_no_graph() -> None:
+    pairs = local_pairs()
+    path_N, aggregate = terms.contrastive_terms(pairs, 0.5, symmetric=False, with_aggregate=False)
+    assert path_N.requires_grad
+    assert not aggregate.requires_grad
+    with_graph = terms.contrastive_terms(pairs, 0.5, symmetric=False, with_aggregate=True)[1]
+    expected = info_nce(
+        pairs.query.mean(dim=1, keepdim=True),
+        pairs.candidate.mean(dim=1, keepdim=True),
+        positive=torch.arange(BATCH),
+        candidate_ids=pairs.candidate_ids,
+        temperature=0.5,
+    )
+    torch.testing.assert_close(with_graph, expected.squeeze(0))
+    torch.testing.assert_close(aggregate, expected.squeeze(0).detach())
+
+
+def test_the_estimator_sees_detached_positives_of_both_sides() -> None:
+    pairs, estimator = (
+        local_pairs(),
+        MutualInformation("vclub", num_paths=PATHS, embed_dim=WIDTH, hidden_size=4),
+    )
+    nll = terms.estimator_nll(estimator, pairs)
+    sides = (pairs.query.detach(), pairs.candidate[:BATCH].detach())
+    torch.testing.assert_close(nll, torch.stack([estimator.nll(side) for side in sides]).mean())
+    nll.backward()
+    assert pairs.query.grad is None
+    mi_M = terms.mutual_information_terms(estimator, pairs)
+    torch.testing.assert_close(mi_M, torch.stack([estimator(side) for side in sides]).mean(dim=0))
+
+
+def test_mean_path_cosine_is_over_different_paths_of_one_input() -> None:
+    paths = torch.randn(6, 3, 4)
+    cosines = [
+        torch.cosine_similarity(paths[:, i], paths[:, j], dim=-1).mean()
+        for i in range(3)
+        for j in range(3)
+        if i < j
+    ]
+    torch.testing.assert_close(mean_path_cosine(paths), torch.stack(cosines).mean())
+    torch.testing.assert_close(mean_path_cosine(paths[:, :1]), torch.tensor(1.0))
+
+
+def test_monitored_values_carry_no_graph() -> None:
+    pairs = local_pairs()
+    path_N, _ = terms.contrastive_terms(pairs, 0.5, symmetric=False, with_aggregate=True)
+    values = terms.monitored_values(pairs, {"loss": path_N.sum(), "mi_weight": 0.5}, path_N, torch.zeros(3))
+    assert values["train/mi_weight"] == 0.5
+    assert {"train/mi_pair_0_1", "train/mi_pair_0_2", "train/mi_pair_1_2"} <= values.keys()
+    assert not any(value.requires_grad for value in values.values() if isinstance(value, Tensor))
