@@ -69,8 +69,11 @@ class Example:
         return sum(len(text) for text, _ in self.pieces)
 
 
-def sample_example(rng: np.random.Generator) -> Example:
-    """Draw one sequence of the pre-training mixture."""
+def sample_example(rng: np.random.Generator, questions_share: float = 0.0) -> Example:
+    """Draw one sequence of the mixture; with probability ``questions_share`` a picture with 5 questions."""
+    if questions_share and rng.random() < questions_share:
+        scene = scenes.sample_scene(rng, num_objects=int(rng.integers(2, 5)))
+        return Example([(f"{IMAGE_TOKEN}\n", False), *_turns(rng, scene, 5)], scenes.render(scene))
     kind = rng.choice(["ask", "aspect", "read", "edit", "crop", "glyph"], p=[0.44, 0.2, 0.08, 0.1, 0.08, 0.1])
     if kind == "glyph":
         character = str(rng.choice(list(glyphs.CHARACTERS)))
@@ -256,7 +259,12 @@ def accuracy_by_factor(
     return {factor: sum(hits) / len(hits) for factor, hits in sorted(right.items())}
 
 
-def train(
+CONTENTS = (None, *scenes.SHAPES, *scenes.WORDS)
+COLORS = (None, *scenes.COLORS)
+SIZES = (None, *scenes.SIZES)
+
+
+def train_vision(
     model: Qwen2VLForConditionalGeneration,
     processor: Qwen2VLProcessor,
     *,
@@ -265,15 +273,99 @@ def train(
     learning_rate: float,
     seed: int,
 ) -> None:
-    """Minimise the next-token loss of the answers; AdamW, warm-up, cosine to 1 %."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 150, 0.01 + 0.495 * (1 + math.cos(math.pi * step / steps)))
-    )
+    """Stage 1: every image token names its place and what its quadrant holds, through throw-away heads.
+
+    As published backbones, the tiny one starts language training with a vision tower that already sees.
+    """
+    visual = model.model.visual
+    classes = {"content": len(CONTENTS), "color": len(COLORS), "size": len(SIZES), "place": IMAGE_SLOTS}
+    classes["glyph"] = len(glyphs.CHARACTERS)
+    width = model.config.text_config.hidden_size
+    heads = torch.nn.ModuleDict({name: torch.nn.Linear(width, count) for name, count in classes.items()})
+    parameters = [*visual.parameters(), *heads.parameters()]
+    optimizer, schedule = build_optimizer(parameters, steps, learning_rate)
     started = time.monotonic()
     for step in range(steps):
-        rng = np.random.default_rng([seed, 3, step])
-        examples = sorted([sample_example(rng) for _ in range(batch_size)], key=Example.num_characters)
+        rng = np.random.default_rng([seed, 4, step])
+        pictures, labels = sample_labelled_pictures(rng, batch_size)
+        data = processor.image_processor(pictures, return_tensors="pt")
+        tokens = visual(data["pixel_values"], data["image_grid_thw"]).pooler_output.view(
+            -1, IMAGE_SLOTS, width
+        )
+        losses = {
+            name: torch.nn.functional.cross_entropy(
+                head(tokens).flatten(0, 1), labels[name].flatten(), ignore_index=-100
+            )
+            for name, head in heads.items()
+        }
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0:
+            text = " ".join(f"{name} {value.item():.2f}" for name, value in losses.items())
+            print(f"vision step {step} {text} {(time.monotonic() - started):.0f} s", flush=True)
+
+
+def sample_labelled_pictures(
+    rng: np.random.Generator, count: int
+) -> tuple[list[Image.Image], dict[str, Tensor]]:
+    """Draw scenes and one glyph in four; labels per image token ``[count, IMAGE_SLOTS]``, -100 for none."""
+    side = int(math.sqrt(IMAGE_SLOTS))
+    quadrant = [(slot // side * 2 // side) * 2 + (slot % side) * 2 // side for slot in range(IMAGE_SLOTS)]
+    labels = {
+        name: torch.full((count, IMAGE_SLOTS), -100)
+        for name in ("content", "color", "size", "place", "glyph")
+    }
+    pictures = []
+    for row in range(count):
+        if row % 4 == 0:
+            index = int(rng.integers(len(glyphs.CHARACTERS)))
+            font = str(rng.choice(glyphs.TRAINING_FONTS))
+            coarse = bool(rng.random() < 0.4)
+            pictures.append(glyphs.render_glyph(glyphs.CHARACTERS[index], font, rng, coarse=coarse))
+            labels["glyph"][row] = index
+            continue
+        scene = scenes.sample_scene(rng, num_objects=int(rng.integers(2, 5)), word_share=0.7)
+        pictures.append(scenes.render(scene))
+        labels["place"][row] = torch.arange(IMAGE_SLOTS)
+        for slot, index in enumerate(quadrant):
+            cell = scene.cells[index]
+            item = cell if isinstance(cell, scenes.Item) else None
+            labels["content"][row, slot] = CONTENTS.index(item.shape if item else cell)
+            labels["color"][row, slot] = COLORS.index(item.color if item else None)
+            labels["size"][row, slot] = SIZES.index(item.size if item else None)
+    return pictures, labels
+
+
+def build_optimizer(
+    parameters: list[torch.nn.Parameter], steps: int, learning_rate: float
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    """AdamW with 100 steps of warm-up, then cosine to 1 %."""
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 100, 0.01 + 0.495 * (1 + math.cos(math.pi * step / steps)))
+    )
+
+
+def train(
+    model: Qwen2VLForConditionalGeneration,
+    processor: Qwen2VLProcessor,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    questions_share: float = 0.0,
+) -> None:
+    """Stages 2 and 3: minimise the next-token loss of the answers, all weights trainable."""
+    optimizer, schedule = build_optimizer(list(model.parameters()), steps, learning_rate)
+    started = time.monotonic()
+    for step in range(steps):
+        rng = np.random.default_rng([seed, 5 if questions_share else 3, step])
+        examples = [sample_example(rng, questions_share) for _ in range(batch_size)]
+        examples.sort(key=Example.num_characters)
         middle = batch_size // 2  # two halves of similar length need less padding than one batch
         halves = [collate(examples[:middle], processor), collate(examples[middle:], processor)]
         predicted = sum(int((half["labels"] != -100).sum()) for half in halves)
@@ -296,20 +388,39 @@ def train(
 def main() -> None:
     """Train, save, reload and measure."""
     parser = argparse.ArgumentParser(description="Pre-train the tiny backbone and write it to a folder.")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--vision_steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--question_steps", type=int, default=600)
+    parser.add_argument("--start_dir", type=Path, help="skip stages 1 and 2, start from these weights")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=DEFAULT_OUTPUT_DIR)
     args = parser.parse_args()
-    recipe = {name: value for name, value in vars(args).items() if name != "output_dir"}
+    recipe = {name: value for name, value in vars(args).items() if name not in ("output_dir", "start_dir")}
     torch.manual_seed(args.seed)
     processor = build_processor(train_tokenizer(args.seed))
     model = build_model(processor.tokenizer).train()
     print(f"{model.num_parameters():,} parameters, {len(processor.tokenizer)} tokens")
     started = time.monotonic()
-    train(model, processor, **recipe)
+    common = {"batch_size": args.batch_size, "seed": args.seed}
+    if args.start_dir is None:
+        train_vision(model, processor, steps=args.vision_steps, learning_rate=args.learning_rate, **common)
+        train(model, processor, steps=args.steps, learning_rate=args.learning_rate, **common)
+    else:
+        model = Qwen2VLForConditionalGeneration.from_pretrained(args.start_dir, dtype=torch.float32).train()
+        processor = Qwen2VLProcessor.from_pretrained(args.start_dir)
+    train(
+        model,
+        processor,
+        steps=args.question_steps,
+        learning_rate=args.learning_rate / 2,
+        questions_share=0.7,
+        **common,
+    )
     minutes = (time.monotonic() - started) / 60
+    if args.start_dir is not None:
+        minutes += json.loads((args.start_dir / "training.json").read_text())["minutes"]
     model.to(torch.bfloat16).save_pretrained(args.output_dir)
     processor.save_pretrained(args.output_dir)
     saved = Qwen2VLForConditionalGeneration.from_pretrained(args.output_dir, dtype=torch.float32)

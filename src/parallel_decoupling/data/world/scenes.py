@@ -1,8 +1,10 @@
 """Scenes with known factors: sampling, rendering, captions and one-attribute changes.
 
-A scene is a 64 x 64 picture of four quadrants on a plain background. A quadrant is empty or
-holds an object (shape, color, size) or, at most once, a written word. Everything is a pure
-function of a ``numpy`` generator. Questions are in ``questions``, files in ``benchmark``.
+A scene is a 64 x 64 picture of four quadrants on a light background. A quadrant is empty or holds an
+outlined object (shape, color, size) or, at most once, a written word. The background is lit: redder to the
+right and bluer to the bottom, so that a patch of it tells its place, which a backbone with relative
+positions only would learn slowly. Everything is a pure function of a ``numpy`` generator. Questions are in
+``questions``, files in ``benchmark``.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from functools import cache
 
 import numpy as np
 from matplotlib import get_data_path
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 COLORS = {
     "red": (215, 35, 35),
@@ -26,13 +28,13 @@ COLORS = {
     "pink": (250, 135, 195),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-SIZES = {"small": 15, "large": 26}
+SIZES = {"small": 17, "large": 28}
 POSITIONS = ("top left", "top right", "bottom left", "bottom right")
 BACKGROUNDS = {
-    "white": (255, 255, 255),
-    "black": (12, 12, 12),
-    "gray": (128, 128, 128),
-    "brown": (105, 65, 35),
+    "white": (236, 236, 236),
+    "gray": (172, 172, 172),
+    "beige": (232, 212, 168),
+    "mint": (174, 228, 198),
 }
 WORDS = ("GO", "UP", "NO", "HI", "OK", "ME", "AX", "TV")
 NUMBERS = ("zero", "one", "two", "three", "four")
@@ -152,8 +154,8 @@ def sample_scene(
 
 
 def sample_offsets(rng: np.random.Generator) -> tuple[tuple[int, int], ...]:
-    """Draw a drawing offset of up to 2 pixels for every quadrant."""
-    return tuple((int(dx), int(dy)) for dx, dy in rng.integers(-2, 3, size=(4, 2)))
+    """Draw a drawing offset of up to 1 pixel for every quadrant."""
+    return tuple((int(dx), int(dy)) for dx, dy in rng.integers(-1, 2, size=(4, 2)))
 
 
 def change_item(rng: np.random.Generator, item: Item, *, held_out: bool = False) -> Item:
@@ -186,11 +188,11 @@ def change_scene(rng: np.random.Generator, scene: Scene, *, held_out: bool = Fal
 
 def render(scene: Scene) -> Image.Image:
     """Draw a scene as a 64 x 64 RGB picture."""
-    picture = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), BACKGROUNDS[scene.background])
+    picture = _background(scene.background).copy()
     for index, cell in enumerate(scene.cells):
         if cell is None:
             continue
-        sprite = _word_sprite(cell, scene.background) if isinstance(cell, str) else _item_sprite(cell)
+        sprite = _word_sprite(cell) if isinstance(cell, str) else _item_sprite(cell)
         dx, dy = scene.offsets[index]
         left, top = (index % 2) * _CELL + dx, (index // 2) * _CELL + dy
         picture.paste(sprite, (left, top), sprite)
@@ -210,30 +212,50 @@ def _combinations(held_out: bool) -> tuple[tuple[str, str], ...]:
 
 
 @cache
+def _background(name: str) -> Image.Image:
+    light = np.linspace(-16, 16, IMAGE_SIZE)
+    pixels = np.tile(np.array(BACKGROUNDS[name], dtype=np.float64), (IMAGE_SIZE, IMAGE_SIZE, 1))
+    pixels[..., 0] += light[None, :]
+    pixels[..., 2] += light[:, None]
+    return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+
+
+@cache
 def _item_sprite(item: Item) -> Image.Image:
+    side = _CELL * _OVERSAMPLE
+    radius = SIZES[item.size] * _OVERSAMPLE / 2
+    outline, inside = _mask(item.shape, radius), _mask(item.shape, radius - 2 * _OVERSAMPLE)
+    sprite = Image.new("RGBA", (side, side), (0, 0, 0, 0))
+    sprite.paste("black", mask=outline)
+    if item.shape == "ring":
+        inside = ImageChops.subtract(
+            _mask("circle", radius - 1.5 * _OVERSAMPLE), _mask("circle", radius * 0.5)
+        )
+    sprite.paste(COLORS[item.color], mask=inside)
+    return sprite.resize((_CELL, _CELL), Image.Resampling.BOX)
+
+
+def _mask(shape: str, radius: float) -> Image.Image:
     side = _CELL * _OVERSAMPLE
     mask = Image.new("L", (side, side), 0)
     draw = ImageDraw.Draw(mask)
-    radius = SIZES[item.size] * _OVERSAMPLE / 2
     center = side / 2
     box = (center - radius, center - radius, center + radius, center + radius)
-    if item.shape == "circle":
+    if shape == "circle":
         draw.ellipse(box, fill=255)
-    elif item.shape == "ring":
-        draw.ellipse(box, outline=255, width=int(radius * 0.42))
-    elif item.shape == "square":
+    elif shape == "ring":
+        draw.ellipse(box, outline=255, width=int(radius * 0.65))
+    elif shape == "square":
         edge = radius * 0.9
         draw.rectangle((center - edge, center - edge, center + edge, center + edge), fill=255)
-    elif item.shape == "cross":
-        arm = radius * 0.33
+    elif shape == "cross":
+        arm = radius * 0.4
         draw.rectangle((center - arm, center - radius, center + arm, center + radius), fill=255)
         draw.rectangle((center - radius, center - arm, center + radius, center + arm), fill=255)
     else:
-        corners, inner = (5, 0.42) if item.shape == "star" else (3, 0.5)
+        corners, inner = (5, 0.45) if shape == "star" else (3, 0.5)
         draw.polygon(_star(center, radius, corners, inner), fill=255)
-    sprite = Image.new("RGBA", (side, side), COLORS[item.color])
-    sprite.putalpha(mask)
-    return sprite.resize((_CELL, _CELL), Image.Resampling.BOX)
+    return mask
 
 
 def _star(center: float, radius: float, corners: int, inner: float) -> list[tuple[float, float]]:
@@ -246,11 +268,9 @@ def _star(center: float, radius: float, corners: int, inner: float) -> list[tupl
 
 
 @cache
-def _word_sprite(word: str, background: str) -> Image.Image:
+def _word_sprite(word: str) -> Image.Image:
     side = _CELL * 4
     font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans-Bold.ttf", 72)
-    ink = "black" if background in ("white", "gray") else "white"
     sprite = Image.new("RGBA", (side, side), (0, 0, 0, 0))
-    draw = ImageDraw.Draw(sprite)
-    draw.text((side / 2, side / 2), word, font=font, fill=ink, anchor="mm")
+    ImageDraw.Draw(sprite).text((side / 2, side / 2), word, font=font, fill="black", anchor="mm")
     return sprite.resize((_CELL, _CELL), Image.Resampling.BOX)
