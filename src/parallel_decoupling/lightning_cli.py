@@ -19,7 +19,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
@@ -182,8 +182,9 @@ def _checkpoint_dir(trainer: Any) -> Path:
     if logger in (None, True, False):
         return Path(trainer["default_root_dir"]) / "checkpoints"
     arguments = (logger[0] if isinstance(logger, list) else logger).get("init_args") or {}
-    parts = [arguments.get(name) for name in ("save_dir", "name", "version")]
-    if any(not isinstance(part, str) for part in parts):
+    places = [arguments.get(name) for name in ("save_dir", "name", "version")]
+    parts = [place for place in places if isinstance(place, str)]
+    if len(parts) < len(places):
         raise ValueError(
             "--ckpt_path last: this logger numbers its runs, so give the checkpoint file instead."
         )

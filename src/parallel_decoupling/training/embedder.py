@@ -227,7 +227,7 @@ class PDFEmbedder(EvaluatedEncoder):
             held_out = nll.detach() if step == 0 else held_out
             optimizer.zero_grad()
             with self._own_gradients_only():
-                nll.backward()
+                torch.autograd.backward(nll)
             optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
@@ -334,11 +334,11 @@ class PDFEmbedder(EvaluatedEncoder):
     def on_validation_model_zero_grad(self) -> None:
         """Keep the gradients of an unfinished accumulation through a validation."""
 
-    def on_save_checkpoint(self, checkpoint_content: dict[str, Any]) -> None:  # type: ignore[override]
+    def on_save_checkpoint(self, checkpoint_content: dict[str, Any]) -> None:
         """Keep what trains; see ``training.checkpoint``."""
         checkpoint.save_into(checkpoint_content, self)
 
-    def on_load_checkpoint(self, checkpoint_content: dict[str, Any]) -> None:  # type: ignore[override]
+    def on_load_checkpoint(self, checkpoint_content: dict[str, Any]) -> None:
         """Check every key and load; see ``training.checkpoint``."""
         checkpoint.load_into(self, checkpoint_content)
 

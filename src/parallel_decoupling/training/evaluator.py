@@ -62,7 +62,7 @@ class EvaluatedEncoder(LightningModule):
     @property
     def trainer_or_none(self) -> Trainer | None:
         """The attached Trainer, if there is one."""
-        return cast(Trainer, self._trainer) if self._trainer is not None else None
+        return self._trainer
 
     @property
     def run_dir(self) -> Path:

@@ -6,7 +6,7 @@ Here: functions of named parameters. Elsewhere on purpose: when a step is taken 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -86,7 +86,7 @@ class MIConfig:
             raise ValueError(f"mi.learning_rate must be above 0, got {self.learning_rate}.")
 
 
-def main_optimizer(groups: dict[str, Iterable[nn.Parameter]], config: OptimizerConfig) -> AdamW:
+def main_optimizer(groups: Mapping[str, Iterable[nn.Parameter]], config: OptimizerConfig) -> AdamW:
     """Build AdamW over the non-empty ones of ``adapters``, ``prefixes``, ``aggregation``, ``temperature``.
 
     Raises:

@@ -117,7 +117,7 @@ def mutual_information_terms(estimator: MutualInformation, pairs: GatheredPairs)
 def mean_path_cosine(paths: Tensor) -> Tensor:
     """Mean over path pairs of the cosine between paths: 0-dim, 1 for one path."""
     cosine_NN = path_cosine(paths)
-    first_M, second_M = torch.triu_indices(*cosine_NN.shape, offset=1)
+    first_M, second_M = torch.triu_indices(len(cosine_NN), len(cosine_NN), offset=1)
     return cosine_NN[first_M, second_M].mean() if len(first_M) else cosine_NN.mean()
 
 
