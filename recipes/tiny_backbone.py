@@ -70,16 +70,15 @@ class Example:
 
 
 def sample_example(rng: np.random.Generator, questions_share: float = 0.0) -> Example:
-    """Draw one sequence of the mixture; with probability ``questions_share`` a picture with 5 questions."""
+    """Draw one sequence of the mixture; with probability ``questions_share`` only questions or a glyph."""
     if questions_share and rng.random() < questions_share:
+        if rng.random() < 0.2:
+            return glyph_example(rng)
         scene = scenes.sample_scene(rng, num_objects=int(rng.integers(2, 5)))
         return Example([(f"{IMAGE_TOKEN}\n", False), *_turns(rng, scene, 5)], scenes.render(scene))
     kind = rng.choice(["ask", "aspect", "read", "edit", "crop", "glyph"], p=[0.44, 0.2, 0.08, 0.1, 0.08, 0.1])
     if kind == "glyph":
-        character = str(rng.choice(list(glyphs.CHARACTERS)))
-        font = str(rng.choice(glyphs.TRAINING_FONTS))
-        picture = glyphs.render_glyph(character, font, rng, coarse=bool(rng.random() < 0.4))
-        return Example([(f"{IMAGE_TOKEN}\n", False), (f"{glyphs.unicode_name(character)}\n", True)], picture)
+        return glyph_example(rng)
     scene = scenes.sample_scene(rng)
     picture = scenes.render(scene)
     if kind == "crop":
@@ -107,6 +106,14 @@ def sample_example(rng: np.random.Generator, questions_share: float = 0.0) -> Ex
     else:
         pieces = _turns(rng, scene, 4)
     return Example([(f"{IMAGE_TOKEN}\n", False), *pieces], picture)
+
+
+def glyph_example(rng: np.random.Generator) -> Example:
+    """Draw a rendered character, to be named."""
+    character = str(rng.choice(list(glyphs.CHARACTERS)))
+    font = str(rng.choice(glyphs.TRAINING_FONTS))
+    picture = glyphs.render_glyph(character, font, rng, coarse=bool(rng.random() < 0.4))
+    return Example([(f"{IMAGE_TOKEN}\n", False), (f"{glyphs.unicode_name(character)}\n", True)], picture)
 
 
 def _turns(rng: np.random.Generator, scene: scenes.Scene, count: int) -> list[tuple[str, bool]]:
@@ -390,7 +397,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Pre-train the tiny backbone and write it to a folder.")
     parser.add_argument("--vision_steps", type=int, default=800)
     parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--question_steps", type=int, default=600)
+    parser.add_argument("--question_steps", type=int, default=1000)
     parser.add_argument("--start_dir", type=Path, help="skip stages 1 and 2, start from these weights")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
