@@ -43,8 +43,19 @@ def test_object_is_drawn_in_its_color_at_its_place_and_nowhere_else(color: str, 
     pixels = np.asarray(render(Scene(tuple(cells), "white")))
     for index in range(4):
         left, top = (index % 2) * IMAGE_SIZE // 2, (index // 2) * IMAGE_SIZE // 2
-        middle = tuple(pixels[top + 16, left + 16])
-        assert middle == (COLORS[color] if index == position else BACKGROUNDS["white"])
+        middle = pixels[top + 16, left + 16].astype(int)
+        if index == position:
+            assert tuple(middle) == COLORS[color]
+        else:  # lit by up to 16 levels of red and blue
+            assert np.abs(middle - BACKGROUNDS["white"]).max() <= 16
+
+
+def test_a_patch_of_background_tells_its_place() -> None:
+    red, _, blue = np.moveaxis(np.asarray(render(Scene((None,) * 4, "gray"))).astype(int), 2, 0)
+    assert (np.diff(red, axis=1) >= 0).all()
+    assert (np.diff(red, axis=0) == 0).all()
+    assert (np.diff(blue, axis=0) >= 0).all()
+    assert red[0, -1] - red[0, 0] == blue[-1, 0] - blue[0, 0] == 32
 
 
 @pytest.mark.parametrize("shape", SHAPES)
