@@ -6,6 +6,7 @@ collecting rows (``training.evaluation``), the metric and the report (``retrieva
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -55,9 +56,9 @@ class EvaluatedEncoder(LightningModule):
     _predict_tasks: list[EvalTask]
     _predicted: TaskEmbeddings | None
 
+    @abstractmethod
     def run_info(self) -> dict[str, Any]:
-        """What the scores came from, as plain values."""
-        raise NotImplementedError
+        """What the scores came from, as plain values; the subclass knows."""
 
     @property
     def trainer_or_none(self) -> Trainer | None:
