@@ -397,7 +397,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Pre-train the tiny backbone and write it to a folder.")
     parser.add_argument("--vision_steps", type=int, default=800)
     parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--question_steps", type=int, default=1000)
+    parser.add_argument("--question_steps", type=int, default=1600)
     parser.add_argument("--start_dir", type=Path, help="skip stages 1 and 2, start from these weights")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=2e-3)

@@ -15,6 +15,9 @@ from parallel_decoupling.data.world.scenes import IMAGE_SIZE
 CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZΓΔΘΛΞΠΣΦΨΩαβλμ←↑→↓♠♣♥♦★☎☀☂♩♫"
 """Characters of the glyph family: digits, Latin and Greek letters, symbols."""
 
+UNSEEN_CHARACTERS = "0123456789ΓΔΘΛΞΠΣΦΨΩαβλμ"
+"""Characters whose pictures no training row of the benchmark shows: digits and Greek letters."""
+
 TRAINING_FONTS = ("DejaVuSans", "DejaVuSans-Bold")
 HELD_OUT_FONT = "DejaVuSans-BoldOblique"
 """The face of the evaluation pictures, which the tiny backbone never saw."""

@@ -60,6 +60,7 @@ def questions(scene: Scene) -> list[Question]:
             Question("color", f"what color is the object at the {place}?", item.color, tuple(COLORS))
         )
         found.append(Question("shape", f"what shape is the object at the {place}?", item.shape, SHAPES))
+        found.append(Question("size", f"what size is the object at the {place}?", item.size, tuple(SIZES)))
     return found
 
 

@@ -128,14 +128,22 @@ def sign(rng: Rng) -> Row:
     return Row(_seen("Identify the word in the picture", render(scene)), _answer(scene.word), negatives)
 
 
-def glyph(rng: Rng) -> Row:
-    """Name a rendered character by its Unicode name; a face that was never trained on."""
-    characters = list(glyphs.CHARACTERS)
-    character = str(rng.choice(characters))
-    picture = glyphs.render_glyph(character, glyphs.HELD_OUT_FONT, rng)
-    names = [glyphs.unicode_name(other) for other in rng.permutation(characters) if other != character]
-    query = _seen("Identify the character in the picture", picture)
-    return Row(query, _answer(glyphs.unicode_name(character)), [_answer(name) for name in names[:31]])
+def character(rng: Rng) -> Row:
+    """Name a rendered Latin letter or symbol by its Unicode name."""
+    seen = [each for each in glyphs.CHARACTERS if each not in glyphs.UNSEEN_CHARACTERS]
+    return _named_glyph(rng, seen, str(rng.choice(glyphs.TRAINING_FONTS)))
+
+
+def unseen_character(rng: Rng) -> Row:
+    """Name a digit or Greek letter, characters that no training row shows, in a face never trained on."""
+    return _named_glyph(rng, list(glyphs.UNSEEN_CHARACTERS), glyphs.HELD_OUT_FONT)
+
+
+def _named_glyph(rng: Rng, characters: list[str], font: str) -> Row:
+    chosen, *others = rng.permutation(characters)
+    query = _seen("Identify the character in the picture", glyphs.render_glyph(chosen, font, rng))
+    negatives = [_answer(glyphs.unicode_name(other)) for other in others]
+    return Row(query, _answer(glyphs.unicode_name(chosen)), negatives)
 
 
 def handwritten_digit(rng: Rng) -> Row:
@@ -244,13 +252,14 @@ def position_crop(rng: Rng) -> Row:
 WORLD_TASKS = (
     WorldTask("ObjectType", "classification", True, object_type),
     WorldTask("Sign", "classification", True, sign),
+    WorldTask("Character", "classification", True, character),
     WorldTask("SceneQA", "vqa", True, scene_question),
     WorldTask("Scene_i2t", "retrieval", True, scene_to_caption),
     WorldTask("Scene_t2i", "retrieval", True, caption_to_scene),
     WorldTask("SceneEdit", "retrieval", True, edited_scene),
     WorldTask("ObjectCrop", "grounding", True, object_crop),
     WorldTask("UnseenObject", "classification", False, unseen_object),
-    WorldTask("Glyph", "classification", False, glyph),
+    WorldTask("UnseenCharacter", "classification", False, unseen_character),
     WorldTask("HandwrittenDigit", "classification", False, handwritten_digit),
     WorldTask("RelationQA", "vqa", False, relation_question),
     WorldTask("UnseenScene_t2i", "retrieval", False, unseen_caption_to_scene),
