@@ -71,6 +71,7 @@ class RunCLI(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
+            parser_kwargs={"allow_abbrev": False},  # a mistyped option must not pass for another one
             args=args,
         )
 
