@@ -7,7 +7,7 @@ image placeholder, line break, instruction, text, line break.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
@@ -105,12 +105,17 @@ def _changes(rng: Rng, scene: Scene, count: int, *, held_out: bool = False) -> l
 
 
 def object_type(rng: Rng, *, held_out: bool = False) -> Row:
-    """Name the only object of a picture among objects that differ in one attribute."""
-    scene = sample_scene(rng, num_objects=1, word_share=0, held_out=held_out)
-    item = scene.objects[0][1]
-    positive = _answer(str(item))
-    negatives = [_answer(str(change_item(rng, item, held_out=held_out))) for _ in range(12)]
-    query = _seen("Identify the object in the picture", render(scene))
+    """Name the only large object of a picture, among its other objects and other colors and shapes."""
+    scene = sample_scene(rng, num_objects=int(rng.integers(2, 5)), word_share=0, held_out=held_out)
+    chosen = rng.integers(len(scene.objects))
+    for number, (index, item) in enumerate(scene.objects):
+        scene = scene.with_cell(index, replace(item, size="large" if number == chosen else "small"))
+    target = scene.objects[chosen][1]
+    others = [item for _, item in scene.objects if item != target]
+    others += [change_item(rng, target, held_out=held_out) for _ in range(12)]
+    positive = _answer(f"{target.color} {target.shape}")
+    negatives = [_answer(f"{other.color} {other.shape}") for other in others]
+    query = _seen("Identify the large object in the picture", render(scene))
     return Row(query, positive, _distinct(positive, negatives))
 
 
@@ -120,22 +125,25 @@ def unseen_object(rng: Rng) -> Row:
 
 
 def sign(rng: Rng) -> Row:
-    """Name the word that is written in a picture."""
+    """Name the word that is written in a picture, and its place."""
     while (scene := sample_scene(rng, word_share=1)).word is None:
         pass
-    assert scene.word is not None
-    negatives = [_answer(word) for word in WORDS if word != scene.word]
-    return Row(_seen("Identify the word in the picture", render(scene)), _answer(scene.word), negatives)
+    place = POSITIONS[scene.cells.index(scene.word)]
+    positive = _answer(f"{scene.word} at the {place}")
+    negatives = [_answer(f"{scene.word} at the {other}") for other in POSITIONS]
+    negatives += [_answer(f"{word} at the {place}") for word in WORDS]
+    query = _seen("Identify the word in the picture and its place", render(scene))
+    return Row(query, positive, _distinct(positive, negatives))
 
 
 def character(rng: Rng) -> Row:
-    """Name a rendered Latin letter or symbol by its Unicode name."""
+    """Name a rendered digit, letter or symbol by its Unicode name."""
     seen = [each for each in glyphs.CHARACTERS if each not in glyphs.UNSEEN_CHARACTERS]
     return _named_glyph(rng, seen, str(rng.choice(glyphs.TRAINING_FONTS)))
 
 
 def unseen_character(rng: Rng) -> Row:
-    """Name a digit or Greek letter, characters that no training row shows, in a face never trained on."""
+    """Name a character that no training row shows, in a face never trained on."""
     return _named_glyph(rng, list(glyphs.UNSEEN_CHARACTERS), glyphs.HELD_OUT_FONT)
 
 
