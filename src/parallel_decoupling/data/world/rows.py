@@ -105,18 +105,26 @@ def _changes(rng: Rng, scene: Scene, count: int, *, held_out: bool = False) -> l
 
 
 def object_type(rng: Rng, *, held_out: bool = False) -> Row:
-    """Name the only large object of a picture, among its other objects and other colors and shapes."""
-    scene = sample_scene(rng, num_objects=int(rng.integers(2, 5)), word_share=0, held_out=held_out)
-    chosen = rng.integers(len(scene.objects))
+    """Name the two large objects of a picture, among its small ones and other colors and shapes."""
+    scene = sample_scene(rng, num_objects=int(rng.integers(3, 5)), word_share=0, held_out=held_out)
+    chosen = sorted(rng.permutation(len(scene.objects))[:2].tolist())
     for number, (index, item) in enumerate(scene.objects):
-        scene = scene.with_cell(index, replace(item, size="large" if number == chosen else "small"))
-    target = scene.objects[chosen][1]
-    others = [item for _, item in scene.objects if item != target]
-    others += [change_item(rng, target, held_out=held_out) for _ in range(12)]
-    positive = _answer(f"{target.color} {target.shape}")
-    negatives = [_answer(f"{other.color} {other.shape}") for other in others]
-    query = _seen("Identify the large object in the picture", render(scene))
+        scene = scene.with_cell(index, replace(item, size="large" if number in chosen else "small"))
+    items = [item for _, item in scene.objects]
+    first, second = (items[number] for number in chosen)
+    small = [item for item in items if item.size == "small"]
+    positive = _pair(first, second)
+    negatives = [_pair(first, other) for other in small] + [_pair(other, second) for other in small]
+    for _ in range(6):
+        negatives.append(_pair(change_item(rng, first, held_out=held_out), second))
+        negatives.append(_pair(first, change_item(rng, second, held_out=held_out)))
+    rng.shuffle(negatives)
+    query = _seen("Identify the two large objects in the picture", render(scene))
     return Row(query, positive, _distinct(positive, negatives))
+
+
+def _pair(first: Item, second: Item) -> Side:
+    return _answer(f"{first.color} {first.shape} and {second.color} {second.shape}")
 
 
 def unseen_object(rng: Rng) -> Row:
@@ -125,21 +133,23 @@ def unseen_object(rng: Rng) -> Row:
 
 
 def sign(rng: Rng) -> Row:
-    """Name the word that is written in a picture, and its place."""
+    """Name the word that is written in a picture, its place and the background."""
     while (scene := sample_scene(rng, word_share=1)).word is None:
         pass
-    place = POSITIONS[scene.cells.index(scene.word)]
-    positive = _answer(f"{scene.word} at the {place}")
-    negatives = [_answer(f"{scene.word} at the {other}") for other in POSITIONS]
-    negatives += [_answer(f"{word} at the {place}") for word in WORDS]
-    query = _seen("Identify the word in the picture and its place", render(scene))
+    word, place, background = scene.word, POSITIONS[scene.cells.index(scene.word)], scene.background
+    positive = _answer(f"{word} at the {place} on {background}")
+    negatives = [_answer(f"{word} at the {other} on {background}") for other in POSITIONS]
+    negatives += [_answer(f"{other} at the {place} on {background}") for other in WORDS]
+    negatives += [_answer(f"{word} at the {place} on {other}") for other in BACKGROUNDS]
+    rng.shuffle(negatives)
+    query = _seen("Identify the word in the picture, its place and the background", render(scene))
     return Row(query, positive, _distinct(positive, negatives))
 
 
 def character(rng: Rng) -> Row:
-    """Name a rendered digit, letter or symbol by its Unicode name."""
+    """Name a rendered digit, letter or symbol by its Unicode name; half of them as a coarse scan."""
     seen = [each for each in glyphs.CHARACTERS if each not in glyphs.UNSEEN_CHARACTERS]
-    return _named_glyph(rng, seen, str(rng.choice(glyphs.TRAINING_FONTS)))
+    return _named_glyph(rng, seen, str(rng.choice(glyphs.TRAINING_FONTS)), coarse=bool(rng.random() < 0.5))
 
 
 def unseen_character(rng: Rng) -> Row:
@@ -147,9 +157,10 @@ def unseen_character(rng: Rng) -> Row:
     return _named_glyph(rng, list(glyphs.UNSEEN_CHARACTERS), glyphs.HELD_OUT_FONT)
 
 
-def _named_glyph(rng: Rng, characters: list[str], font: str) -> Row:
+def _named_glyph(rng: Rng, characters: list[str], font: str, *, coarse: bool = False) -> Row:
     chosen, *others = rng.permutation(characters)
-    query = _seen("Identify the character in the picture", glyphs.render_glyph(chosen, font, rng))
+    picture = glyphs.render_glyph(chosen, font, rng, coarse=coarse)
+    query = _seen("Identify the character in the picture", picture)
     negatives = [_answer(glyphs.unicode_name(other)) for other in others]
     return Row(query, _answer(glyphs.unicode_name(chosen)), negatives)
 
@@ -230,7 +241,8 @@ def same_scene(rng: Rng) -> Row:
     for _ in range(4):
         index, item = again.objects[rng.integers(len(again.objects))]
         negatives.append(_picture(again.with_cell(index, change_item(rng, item))))
-    query = _seen("Find a picture that shows the same objects", render(scene))
+    instruction = f"Find a picture that shows the same objects on a {again.background} background"
+    query = _seen(instruction, render(scene))
     return Row(query, positive, _distinct(positive, negatives))
 
 
