@@ -25,7 +25,6 @@ from parallel_decoupling.data.world.scenes import (
     change_scene,
     crop,
     render,
-    sample_offsets,
     sample_scene,
 )
 
@@ -231,19 +230,19 @@ def edited_scene(rng: Rng) -> Row:
     return Row(query, positive, _distinct(positive, negatives))
 
 
-def same_scene(rng: Rng) -> Row:
-    """Find the picture with the same objects on another background, a form never trained on."""
-    scene = sample_scene(rng)
-    others = [name for name in BACKGROUNDS if name != scene.background]
-    again = Scene(scene.cells, str(rng.choice(others)), sample_offsets(rng))
-    positive = _picture(again)
+def objects_to_scene(rng: Rng) -> Row:
+    """Find the picture of a list of objects without sizes and places, a form never trained on."""
+    scene = sample_scene(rng, num_objects=int(rng.integers(2, 4)), word_share=0)
+    pairs = {(item.color, item.shape) for _, item in scene.objects}
     negatives = []
-    for _ in range(4):
-        index, item = again.objects[rng.integers(len(again.objects))]
-        negatives.append(_picture(again.with_cell(index, change_item(rng, item))))
-    instruction = f"Find a picture that shows the same objects on a {again.background} background"
-    query = _seen(instruction, render(scene))
-    return Row(query, positive, _distinct(positive, negatives))
+    while len(negatives) < 4:
+        index, item = scene.objects[rng.integers(len(scene.objects))]
+        changed = change_item(rng, item)
+        if (changed.color, changed.shape) not in pairs:
+            negatives.append(_picture(scene.with_cell(index, changed)))
+    names = " and ".join(f"a {color} {shape}" for color, shape in sorted(pairs))
+    positive = _picture(scene)
+    return Row(Side(f"Find a picture that shows {names}\n"), positive, _distinct(positive, negatives))
 
 
 def _grounded(rng: Rng, phrase: Callable[[int, Item], str]) -> Row:
@@ -283,7 +282,7 @@ WORLD_TASKS = (
     WorldTask("HandwrittenDigit", "classification", False, handwritten_digit),
     WorldTask("RelationQA", "vqa", False, relation_question),
     WorldTask("UnseenScene_t2i", "retrieval", False, unseen_caption_to_scene),
-    WorldTask("SameScene", "retrieval", False, same_scene),
+    WorldTask("Objects_t2i", "retrieval", False, objects_to_scene),
     WorldTask("PositionCrop", "grounding", False, position_crop),
 )
 """All tasks; the in-distribution ones have a training subset of the same name."""
