@@ -234,7 +234,7 @@ def objects_to_scene(rng: Rng) -> Row:
     """Find the picture of a list of objects without sizes and places, a form never trained on."""
     scene = sample_scene(rng, num_objects=int(rng.integers(2, 4)), word_share=0)
     pairs = {(item.color, item.shape) for _, item in scene.objects}
-    negatives = []
+    negatives: list[Side] = []
     while len(negatives) < 4:
         index, item = scene.objects[rng.integers(len(scene.objects))]
         changed = change_item(rng, item)
