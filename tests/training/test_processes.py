@@ -1,4 +1,4 @@
-"""Two gloo processes with different rows against one process with all of them."""
+"""Two gloo processes with different rows against one process with all of them, in every layout."""
 
 from __future__ import annotations
 
@@ -7,66 +7,146 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.distributed.tensor import DTensor
 
-from parallel_decoupling.distributed import rank, world_size
+from parallel_decoupling.distributed import rank, whole, world_size
 from parallel_decoupling.training.embedder import PDFEmbedder
-from tests.support.fit import make_trainer, small_data
+from tests.support.fit import Recorder, make_trainer, small_data
+from tests.support.processes import run_ranks
 
 pytestmark = pytest.mark.slow
 
+SETTINGS: dict[str, Any] = {
+    "num_paths": 2,
+    "prefix_length": 3,
+    "aggregation": "learned",
+    "learn_temperature": True,
+    "temperature": 0.2,
+    "mi": {"hidden_size": 8, "warmup_steps": 0, "ramp_steps": 0},
+    "optimizer": {"learning_rate": 1e-3, "prefix_learning_rate": 1e-2, "clip_norm": 0.5},
+}
+LORA = {"kind": "lora", "scope": "both"}
+STEPS = 4
 
-class SavingEmbedder(PDFEmbedder):
-    """Writes the gradients that each main step uses."""
 
-    folder: Path
+class Recording(PDFEmbedder):
+    """Keeps the gradients that each main step uses, and which chunks of this process held an image."""
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
-        torch.save(gradients, self.folder / f"{world_size()}_{rank()}_{self.steps_done}.pt")
+        named = [(name, p) for name, p in self.named_parameters() if p.grad is not None]
+        self.sharded = {name for name, p in self.named_parameters() if isinstance(p, DTensor)}
+        self.gradients.append({name: whole(p.grad).clone() for name, p in named})
+
+    def _encode(self, inputs: Any, side: str, chunk_size: int | None) -> Any:
+        self.with_image.append(any(inputs.vision))
+        return super()._encode(inputs, side, chunk_size)
+
+
+class SaveAt(Callback):
+    """One checkpoint, ``<batches>.ckpt``."""
+
+    def __init__(self, folder: Path, batches: int) -> None:
+        self.folder, self.batches = folder, batches
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if pl_module.batches_done == self.batches:
+            trainer.save_checkpoint(self.folder / f"{self.batches}.ckpt")
+
+
+def train(
+    folder: Path,
+    backbone: str,
+    data_dir: str,
+    adapter: dict[str, Any],
+    strategy: str = "auto",
+    chunk_size: int | None = None,
+    resume: Path | None = None,
+    accumulate: int = 1,
+) -> None:
+    """Four batches; what happened on each rank is in ``<rank>.pt``, a checkpoint after three in ``3.ckpt``."""
+    settings = {**SETTINGS, "optimizer": {**SETTINGS["optimizer"], "accumulate_batches": accumulate}}
+    settings |= {"query_chunk_size": chunk_size, "candidate_chunk_size": chunk_size}
+    module = Recording(backbone=backbone, adapter=adapter, **settings)  # type: ignore[arg-type]
+    module.gradients, module.with_image, module.sharded = [], [], set()
+    recorder = Recorder()
+    options = {"devices": 1 if strategy == "auto" else 2, "strategy": strategy}
+    trainer = make_trainer(folder, recorder, SaveAt(folder, 3), max_steps=STEPS // accumulate, **options)
+    data = small_data(data_dir, policy="sub_batch", sub_batch_size=4)
+    trainer.fit(module, data, ckpt_path=resume)
+    torch.save(
+        {
+            "values": recorder.values,
+            "gradients": module.gradients,
+            "with_image": module.with_image,
+            "sharded": module.sharded,
+            "parameters": {name: whole(p.detach()) for name, p in module.named_parameters()},
+        },
+        folder / f"{rank()}.pt",
+    )
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    return [torch.load(file, weights_only=True) for file in sorted(folder.glob("[01].pt"))]
+
+
+def two(folder: Path, *args: Any, **options: Any) -> list[dict[str, Any]]:
+    folder.mkdir()
+    run_ranks(train_with, folder, args, options)
+    return results(folder)
+
+
+def train_with(folder: Path, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    train(folder, *args, **options)
+
+
+def assert_close(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """The same losses, gradients and parameters up to rounding; the tail of a run against its end."""
+    for name in ("values", "gradients"):
+        for ours, theirs in zip(found[name], wanted[name][-len(found[name]) :], strict=True):
+            assert ours.keys() == theirs.keys()
+            for key, value in ours.items():
+                torch.testing.assert_close(
+                    value, theirs[key], rtol=5e-3, atol=5e-5, msg=lambda text, key=key: f"{key}: {text}"
+                )
+    assert found["parameters"].keys() == wanted["parameters"].keys()
+
+
+@pytest.fixture(scope="module", params=["lora", "full"])
+def one_process(
+    request: pytest.FixtureRequest,
+    tiny_backbone_dir: str,
+    tiny_mmeb_dir: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, tuple[Any, ...], dict[str, Any]]:
+    """Folder with checkpoint, arguments and results of one process with the whole batches."""
+    folder = tmp_path_factory.mktemp(request.param)
+    args = (tiny_backbone_dir, tiny_mmeb_dir, LORA if request.param == "lora" else {"kind": "full"})
+    train(folder, *args)
+    (result,) = results(folder)
+    return folder, args, result
 
 
 @pytest.mark.parametrize("chunk_size", [None, 3])
-def test_two_processes_train_like_one(
-    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path, chunk_size: int | None
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_train_like_one_and_resume_each_others_checkpoints(
+    one_process: Any, tmp_path: Path, strategy: str, chunk_size: int | None
 ) -> None:
-    for processes in (1, 2):
-        still = {"learning_rate": 0.0, "prefix_learning_rate": 0.0, "clip_norm": 0.0, "schedule": "constant"}
-        module = SavingEmbedder(
-            backbone=tiny_backbone_dir,
-            num_paths=2,
-            prefix_length=3,
-            aggregation="learned",
-            learn_temperature=True,
-            temperature=0.2,
-            adapter={"scope": "both"},  # type: ignore[arg-type]
-            mi={"hidden_size": 8, "warmup_steps": 0, "ramp_steps": 0},  # type: ignore[arg-type]
-            optimizer=still,  # type: ignore[arg-type]
-            query_chunk_size=chunk_size if processes == 2 else None,
-            candidate_chunk_size=chunk_size if processes == 2 else None,
-        )
-        module.folder = tmp_path
-        options: dict[str, Any] = {"devices": processes, "max_steps": 3}
-        if processes == 2:
-            options["strategy"] = "ddp_fork"
-        make_trainer(tmp_path, **options).fit(module, small_data(tiny_mmeb_dir))
-    for step in range(3):
-        one, first, second = (
-            torch.load(tmp_path / f"{name}_{step}.pt", weights_only=True) for name in ("1_0", "2_0", "2_1")
-        )
-        assert {"log_temperature", "encoder.path_logits", "encoder.prefixes.key_values"} <= one.keys()
-        for name, gradient in one.items():
-            assert torch.equal(first[name], second[name])
-            torch.testing.assert_close(first[name], gradient, rtol=2e-3, atol=2e-5)
-
-
-def test_two_processes_score_like_one(tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path) -> None:
-    scores = []
-    for processes in (1, 2):
-        module = PDFEmbedder(backbone=tiny_backbone_dir, num_paths=2, prefix_length=3)
-        options: dict[str, Any] = {"devices": processes}
-        if processes == 2:
-            options["strategy"] = "ddp_fork"
-        trainer = make_trainer(tmp_path / str(processes), **options)
-        trainer.test(module, small_data(tiny_mmeb_dir, eval_batch_size=3), verbose=False)
-        scores.append((tmp_path / str(processes) / "scores.csv").read_text())
-    assert scores[0] == scores[1]
+    folder, args, one = one_process
+    first, second = two(tmp_path / "two", *args, strategy=strategy, chunk_size=chunk_size)
+    assert any(a != b for a, b in zip(first["with_image"], second["with_image"], strict=True))
+    assert {"log_temperature", "encoder.path_logits", "encoder.prefixes.key_values"} <= one["gradients"][0].keys()
+    for rank_result in (first, second):
+        assert_close(rank_result, one)
+        assert len(rank_result["values"]) == STEPS
+        assert bool(rank_result["sharded"]) == (strategy == "fsdp2")
+    for name, value in first["parameters"].items():
+        assert torch.equal(value, second["parameters"][name])
+    (tmp_path / "in_one").mkdir()
+    train(tmp_path / "in_one", *args, resume=tmp_path / "two" / "3.ckpt")
+    for result in results(tmp_path / "in_one"):
+        assert_close(result, one)
+        assert len(result["values"]) == 1
+    for result in two(tmp_path / "from_one", *args, strategy=strategy, resume=folder / "3.ckpt"):
+        assert_close(result, one)
+        assert len(result["values"]) == 1
