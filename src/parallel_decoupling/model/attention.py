@@ -11,7 +11,7 @@ Shapes as in ``batch``; ``R = N * B`` rows.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -156,47 +156,32 @@ def register_prefix_attention(base: str = "sdpa") -> str:
     return name
 
 
-def _repeat(value: Any, batch_size: int, num_paths: int, *, dim: int = 0) -> Any:
-    """Repeat each tensor with ``batch_size`` rows in ``dim``, also inside a tuple; leave all else alone."""
+def _repeat(value: Any, batch_size: int, num_paths: int) -> Any:
+    """Repeat each tensor with ``batch_size`` rows, also inside a tuple; leave all else alone."""
     if isinstance(value, tuple):
-        return tuple(_repeat(item, batch_size, num_paths, dim=dim) for item in value)
-    if not isinstance(value, Tensor) or value.ndim <= dim or value.shape[dim] != batch_size:
+        return tuple(_repeat(item, batch_size, num_paths) for item in value)
+    if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != batch_size:
         return value
-    return value.repeat(*(num_paths if axis == dim else 1 for axis in range(value.ndim)))
-
-
-def _repeat_all(arguments: Mapping[str, Any], states: PrefixStates, batch_size: int) -> dict[str, Any]:
-    """Repeat keyword arguments once per path; M-RoPE positions ``[3, B, L]`` have their batch in dim 1."""
-    repeated = {}
-    for name, value in arguments.items():
-        dim = 1 if name == "position_ids" and isinstance(value, Tensor) and value.ndim == 3 else 0
-        make = partial(_repeat, value, batch_size, states.num_paths, dim=dim)
-        repeated[name] = states.once("repeat", value, make) if isinstance(value, Tensor | tuple) else value
-    return repeated
+    return value.repeat(num_paths, *(1 for _ in value.shape[1:]))
 
 
 def language_model_hook(
     states: PrefixStates, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward pre-hook on the language model: hand down ``states``.
-
-    It also repeats the batch once per path when the first layer has a prefix already.
-    """
-    if states.num_paths > 1 and states.first_layer == 0:
-        kwargs = _repeat_all(kwargs, states, kwargs["inputs_embeds"].shape[0])
+    """Forward pre-hook on the language model: hand down ``states`` to every decoder layer."""
     return args, {**kwargs, "prefix_states": states}
 
 
 def decoder_layer_hook(
     layer_index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Forward pre-hook on a decoder layer: at the first prefixed layer above 0, go from B to N * B rows.
+    """Forward pre-hook on a decoder layer: at the first prefixed layer, go from B to N * B rows.
 
     The layer at ``first_layer`` repeats the hidden states; it and all above repeat the mask and position
     embeddings, which the language model computed for ``B`` rows. Without ``prefix_states`` it does nothing.
     """
     states: PrefixStates | None = kwargs.get("prefix_states")
-    if states is None or states.num_paths == 1 or not 0 < states.first_layer <= layer_index:
+    if states is None or states.num_paths == 1 or layer_index < states.first_layer:
         return None
     hidden, *rest = args
     if layer_index == states.first_layer:
@@ -204,4 +189,23 @@ def decoder_layer_hook(
         hidden = _repeat(hidden, batch_size, states.num_paths)
     else:
         batch_size = hidden.shape[0] // states.num_paths
-    return (hidden, *rest), _repeat_all(kwargs, states, batch_size)
+    repeated = {}
+    for name, value in kwargs.items():
+        make = partial(_repeat, value, batch_size, states.num_paths)
+        repeated[name] = states.once("repeat", value, make) if isinstance(value, Tensor | tuple) else value
+    return (hidden, *rest), repeated
+
+
+def deepstack(
+    process: Callable[[Tensor, Tensor, Tensor], Tensor], hidden: Tensor, mask: Tensor, visual: Tensor
+) -> Tensor:
+    """Add image features between decoder layers (Qwen3-VL) to the rows of every path.
+
+    Args:
+        process: the language model's own method, which adds ``visual`` to ``hidden`` where ``mask`` is set.
+        hidden: ``[B or N * B, L, D]``, path-major.
+        mask: ``[B, L]``, True at image tokens.
+        visual: ``[image tokens of the B rows, D]``.
+    """
+    num_paths = hidden.shape[0] // mask.shape[0]
+    return process(hidden, mask.repeat(num_paths, 1), visual.repeat(num_paths, 1))

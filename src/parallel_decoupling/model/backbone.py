@@ -1,96 +1,38 @@
-"""Loading a multimodal backbone: the family table, adapters, and one forward call to its last hidden state.
+"""Loading a multimodal backbone, and one forward call to its last hidden state.
 
-The only file that knows transformers' model classes and peft. Elsewhere: prefix attention (``attention``),
-pooling and paths (``encoder``), which weights a checkpoint holds (``checkpoint``).
+The only file that knows transformers' model classes. Elsewhere: names inside a family's models
+(``families``), adapters (``adapters``), prefix attention (``attention``), pooling and paths (``encoder``),
+which weights a checkpoint holds (``checkpoint``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import AutoModel, AutoProcessor, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig
 
+from parallel_decoupling.model.adapters import AdapterConfig, add_adapters, reset_adapters
 from parallel_decoupling.model.attention import (
     PrefixStates,
     decoder_layer_hook,
+    deepstack,
     language_model_hook,
     register_prefix_attention,
 )
+from parallel_decoupling.model.families import FAMILIES, Family
+from parallel_decoupling.model.geometries import GEOMETRIES
+
+__all__ = ["TINY_BACKBONE_DIR", "AdapterConfig", "Backbone", "load_backbone", "meta_backbone"]
 
 TINY_BACKBONE_DIR = Path(__file__).parent / "tiny"
 """The trained few-million-parameter Qwen2-VL that the package ships."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """What differs between model families; one row of ``FAMILIES``.
-
-    Attributes:
-        image_token: placeholder that the processor expands to an image's tokens.
-        language_module: name of the language model inside the base model.
-        vision_module: name of the vision tower inside the base model.
-        layers: name of the list of decoder layers inside the base model.
-        position_ids: ``"mrope"`` (time, height and width of each token) or ``"sequential"``.
-        lora_targets: default last names of the linear layers to adapt, per scope.
-        blocks: class names of the repeated blocks, for sharding.
-        ignored_weights: weights of the published checkpoint that the base model rightly leaves out.
-    """
-
-    image_token: str
-    language_module: str
-    vision_module: str
-    layers: str
-    position_ids: Literal["mrope", "sequential"]
-    lora_targets: Mapping[str, tuple[str, ...]]
-    blocks: tuple[str, ...]
-    ignored_weights: tuple[str, ...] = ("lm_head.weight",)
-
-
-FAMILIES: dict[str, Family] = {
-    "qwen2_vl": Family(
-        image_token="<|image_pad|>",
-        language_module="language_model",
-        vision_module="visual",
-        layers="language_model.layers",
-        position_ids="mrope",
-        lora_targets={
-            "language": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-            "vision": ("qkv", "proj", "fc1", "fc2"),
-        },
-        blocks=("Qwen2VLDecoderLayer", "Qwen2VLVisionBlock"),
-    ),
-}
-"""Supported families by ``model_type`` of their config."""
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """Which part of the backbone trains.
-
-    Attributes:
-        kind: ``"frozen"`` (nothing: prefixes only), ``"lora"``, ``"dora"`` or ``"full"`` (every weight).
-        rank: of the low-rank update, at least 1.
-        alpha: the update is scaled by ``alpha / rank``.
-        dropout: on the input of the update, in [0, 1).
-        scope: where LoRA and DoRA go: the language model, the vision tower or both.
-        targets: last names of the linear layers to adapt; None is the family's default.
-    """
-
-    kind: Literal["frozen", "lora", "dora", "full"] = "lora"
-    rank: int = 8
-    alpha: int = 16
-    dropout: float = 0.0
-    scope: Literal["language", "vision", "both"] = "language"
-    targets: tuple[str, ...] | None = None
 
 
 class Backbone(nn.Module):
@@ -108,9 +50,10 @@ class Backbone(nn.Module):
         self, base: nn.Module, processor: Any, family: Family, *, name: str, revision: str | None = None
     ) -> None:
         super().__init__()
+        layers = cast(nn.ModuleList, base.get_submodule(family.layers))
         self.base = base
         self.processor = processor
-        self.family = family
+        self.family = family if family.blocks else replace(family, blocks=(type(layers[0]).__name__,))
         self.name = name
         self.revision = revision
         self.adapter = AdapterConfig(kind="full")
@@ -122,13 +65,34 @@ class Backbone(nn.Module):
         self.num_key_value_heads: int = text.num_key_value_heads
         self.head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         self.image_token = family.image_token
-        for index, layer in enumerate(cast(nn.ModuleList, base.get_submodule(family.layers))):
+        for index, layer in enumerate(layers):
             layer.register_forward_pre_hook(partial(decoder_layer_hook, index), with_kwargs=True)
+        add_between_layers = getattr(self.language_model, "_deepstack_process", None)
+        if add_between_layers is not None:
+            cast(Any, self.language_model)._deepstack_process = partial(deepstack, add_between_layers)
+
+    def prepare(self, attention: str, *, gradient_checkpointing: bool) -> None:
+        """Give the language model prefix attention on top of ``attention``; switch checkpointing on."""
+        cast(Any, self.language_model).set_attn_implementation(register_prefix_attention(attention))
+        if gradient_checkpointing:
+            base = cast(Any, self.base)
+            enable = getattr(base, "activation_checkpointing_enable", None)
+            (enable or base.gradient_checkpointing_enable)({"use_reentrant": False})
+
+    def add_adapters(self, adapter: AdapterConfig) -> None:
+        """Set what trains; see ``adapters.add_adapters``."""
+        self.adapter = adapter
+        self.adapted_modules = add_adapters(self.base, self.family, adapter)
 
     @property
     def language_model(self) -> nn.Module:
         """The text decoder inside the base model."""
         return self.base.get_submodule(self.family.language_module)
+
+    @property
+    def is_meta(self) -> bool:
+        """Whether there are shapes only, as ``meta_backbone`` makes them."""
+        return next(self.base.parameters()).is_meta
 
     @property
     def dtype(self) -> torch.dtype:
@@ -221,21 +185,22 @@ class Backbone(nn.Module):
 
     def reset_adapters(self, seed: int) -> None:
         """Draw LoRA weights anew from ``seed`` alone, leaving the global random state untouched."""
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            for module in self.base.modules():
-                if isinstance(module, LoraLayer):
-                    cast(Any, module).reset_lora_parameters("default", True)
+        reset_adapters(self.base, seed)
+
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Attention = Literal["sdpa", "eager"]
 
 
 def load_backbone(
     name: str,
     *,
     revision: str | None = None,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    attention: Literal["sdpa", "eager"] = "sdpa",
+    dtype: Dtype = "float32",
+    attention: Attention = "sdpa",
     adapter: AdapterConfig | None = None,
     gradient_checkpointing: bool = False,
+    family: Family | None = None,
 ) -> Backbone:
     """Load a pretrained base model with prefix attention and the wanted trainable part.
 
@@ -246,6 +211,7 @@ def load_backbone(
         attention: of the language model; the vision tower uses the same without prefix.
         adapter: what trains; None is ``AdapterConfig()``, LoRA on the language model.
         gradient_checkpointing: recompute layers in the backward pass.
+        family: names inside a model that is not in ``FAMILIES``; None looks it up.
 
     Returns:
         The backbone in training mode, on the CPU.
@@ -255,7 +221,7 @@ def load_backbone(
             weights, adapter targets that match nothing.
     """
     source, options = _locate(name, revision)
-    family = _family(name, source, options)
+    family = family or _family(name, _model_type(name, source, options))
     base, info = AutoModel.from_pretrained(
         source,
         dtype=getattr(torch, dtype),
@@ -264,14 +230,55 @@ def load_backbone(
         **options,
     )
     _check_weights(name, info, family)
-    base.set_attn_implementation({"text_config": register_prefix_attention(attention)})
-    if gradient_checkpointing:
-        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
     processor = cast(Any, AutoProcessor).from_pretrained(source, **options)
     commit = getattr(base.config, "_commit_hash", None)
     backbone = Backbone(base, processor, family, name=name, revision=commit or revision)
-    _adapt(backbone, adapter or AdapterConfig())
+    backbone.prepare(attention, gradient_checkpointing=gradient_checkpointing)
+    backbone.add_adapters(adapter or AdapterConfig())
+    return backbone.train()
+
+
+def meta_backbone(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: Dtype = "float32",
+    attention: Attention = "sdpa",
+    adapter: AdapterConfig | None = None,
+    gradient_checkpointing: bool = False,
+    family: Family | None = None,
+) -> Backbone:
+    """Build a backbone on the meta device: all its shapes and names, no weights, no processor.
+
+    Args:
+        name: a key of ``GEOMETRIES`` (needs no file at all), or what ``load_backbone`` takes; of a folder or
+            hub model only the config is read.
+        revision: hub branch, tag or commit.
+        dtype: of the backbone's weights; adapters are fp32.
+        attention: as in ``load_backbone``.
+        adapter: as in ``load_backbone``.
+        gradient_checkpointing: as in ``load_backbone``.
+        family: as in ``load_backbone``.
+
+    Raises:
+        ValueError: as ``load_backbone``.
+
+    Relations:
+        Names, shapes and dtypes of all parameters and what trains equal those of ``load_backbone``.
+    """
+    if name in GEOMETRIES:
+        arguments = dict(GEOMETRIES[name])
+        config = AutoConfig.for_model(arguments.pop("model_type"), **arguments)
+    else:
+        source, options = _locate(name, revision)
+        _model_type(name, source, options)
+        config = AutoConfig.from_pretrained(source, **options)
+    family = family or _family(name, config.model_type)
+    with torch.device("meta"):
+        base = AutoModel.from_config(config, dtype=getattr(torch, dtype), attn_implementation=attention)
+        backbone = Backbone(base, None, family, name=name, revision=revision)
+        backbone.prepare(attention, gradient_checkpointing=gradient_checkpointing)
+        backbone.add_adapters(adapter or AdapterConfig())
     return backbone.train()
 
 
@@ -288,8 +295,8 @@ def _locate(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
     return name, {"revision": revision}
 
 
-def _family(name: str, source: str, options: Mapping[str, Any]) -> Family:
-    """Look up the family by the ``model_type`` of the config, before any weight is read."""
+def _model_type(name: str, source: str, options: Mapping[str, Any]) -> str:
+    """Read the ``model_type`` of the config, before any weight."""
     try:
         config, _ = PreTrainedConfig.get_config_dict(source, **options)
     except OSError as error:
@@ -297,10 +304,15 @@ def _family(name: str, source: str, options: Mapping[str, Any]) -> Family:
     model_type = config.get("model_type")
     if model_type is None:
         raise ValueError(f"backbone {name!r}: no config.json with a model_type in {source}")
+    return str(model_type)
+
+
+def _family(name: str, model_type: str) -> Family:
     if model_type not in FAMILIES:
         raise ValueError(
-            f"backbone {name!r} has model_type {model_type!r}; known: {', '.join(FAMILIES)}. "
-            "Another family needs a row in parallel_decoupling.model.backbone.FAMILIES."
+            f"backbone {name!r} has model_type {model_type!r}; known: {', '.join(FAMILIES)}. Another family "
+            "needs the option `family` with image_token, language_module, vision_module, layers and "
+            "position_ids, or a row in parallel_decoupling.model.families.FAMILIES."
         )
     return FAMILIES[model_type]
 
@@ -314,45 +326,3 @@ def _check_weights(name: str, info: Mapping[str, Any], family: Family) -> None:
             f"backbone {name!r} does not fit its config: missing weights {missing}, unexpected {unexpected}, "
             f"wrong shape {mismatched}. Missing ones would be random numbers, so this is an error."
         )
-
-
-def _adapt(backbone: Backbone, adapter: AdapterConfig) -> None:
-    """Set what trains, adding LoRA or DoRA layers if asked for."""
-    backbone.adapter = adapter
-    backbone.requires_grad_(adapter.kind == "full")
-    if adapter.kind not in ("lora", "dora"):
-        return
-    backbone.adapted_modules = _target_modules(backbone, adapter)
-    config = LoraConfig(
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,
-        lora_dropout=adapter.dropout,
-        target_modules=list(backbone.adapted_modules),
-        use_dora=adapter.kind == "dora",
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        inject_adapter_in_model(config, backbone.base)
-    for parameter_name, parameter in backbone.base.named_parameters():
-        is_adapter = "lora_" in parameter_name
-        parameter.requires_grad_(is_adapter)
-        if is_adapter:
-            parameter.data = parameter.data.float()
-
-
-def _target_modules(backbone: Backbone, adapter: AdapterConfig) -> tuple[str, ...]:
-    """Full names of the linear layers to adapt, in model order."""
-    family = backbone.family
-    roots = {"language": family.language_module, "vision": family.vision_module}
-    found = []
-    for scope in ("language", "vision") if adapter.scope == "both" else (adapter.scope,):
-        targets = adapter.targets or family.lora_targets[scope]
-        for module_name, module in backbone.base.get_submodule(roots[scope]).named_modules():
-            if isinstance(module, nn.Linear) and module_name.rsplit(".", 1)[-1] in targets:
-                found.append(f"{roots[scope]}.{module_name}")
-    if not found:
-        raise ValueError(
-            f"no linear layer in scope {adapter.scope!r} is called {list(adapter.targets or ())}; "
-            f"defaults are {dict(family.lora_targets)}"
-        )
-    return tuple(found)
