@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 SUBCOMMANDS = {
     "fit": "train (and validate, if data.validation_tasks names tasks)",
+    "plan": "what a fit with the same options would need: batch, parameters, memory, work",
     "validate": "score the validation tasks",
     "test": "score the evaluation tasks; writes scores.json and scores.csv",
     "predict": "write the embeddings of the evaluation tasks to predictions/",

@@ -115,7 +115,7 @@ def whole(value: Value) -> Value | Any:
 
 
 def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
-    """Return this rank's part of a whole ``value`` if ``parameter`` is sharded, else ``value``; on its device.
+    """Return this rank's part of ``value`` if ``parameter`` is sharded, else ``value``; on its device.
 
     Args:
         value: the same on every rank; of the shape of ``parameter``.

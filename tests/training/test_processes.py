@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed.tensor import DTensor
 
-from parallel_decoupling.distributed import rank, whole, world_size
+from parallel_decoupling.distributed import rank, whole
 from parallel_decoupling.training.embedder import PDFEmbedder
 from tests.support.fit import Recorder, make_trainer, small_data
 from tests.support.processes import run_ranks
@@ -64,7 +64,7 @@ def train(
     resume: Path | None = None,
     accumulate: int = 1,
 ) -> None:
-    """Four batches; what happened on each rank is in ``<rank>.pt``, a checkpoint after three in ``3.ckpt``."""
+    """Four batches; what happened on each rank is in ``<rank>.pt``, a checkpoint in ``3.ckpt``."""
     settings = {**SETTINGS, "optimizer": {**SETTINGS["optimizer"], "accumulate_batches": accumulate}}
     settings |= {"query_chunk_size": chunk_size, "candidate_chunk_size": chunk_size}
     module = Recording(backbone=backbone, adapter=adapter, **settings)  # type: ignore[arg-type]
@@ -135,7 +135,9 @@ def test_two_processes_train_like_one_and_resume_each_others_checkpoints(
     folder, args, one = one_process
     first, second = two(tmp_path / "two", *args, strategy=strategy, chunk_size=chunk_size)
     assert any(a != b for a, b in zip(first["with_image"], second["with_image"], strict=True))
-    assert {"log_temperature", "encoder.path_logits", "encoder.prefixes.key_values"} <= one["gradients"][0].keys()
+    assert {"log_temperature", "encoder.path_logits", "encoder.prefixes.key_values"} <= one["gradients"][
+        0
+    ].keys()
     for rank_result in (first, second):
         assert_close(rank_result, one)
         assert len(rank_result["values"]) == STEPS

@@ -1,33 +1,19 @@
-"""What a training step needs, by arithmetic: image tokens, bytes on one GPU, multiply-adds.
+"""The work of a training step, by arithmetic: image tokens and floating-point operations.
 
-Every number is a floor: what the algorithm must keep or compute, without padding, allocator and kernels'
-workspace. Shapes only: a backbone on the meta device is enough. Here: formulas. Elsewhere on purpose: which
-run is meant, and the tables (``training.plan``); ``benchmarks/plan.py`` compares with measured steps.
+Every number is a floor: what the algorithm must compute, without padding. Shapes only: a backbone on the meta
+device is enough. Here: formulas. Elsewhere on purpose: bytes (``training.memory``), which run is meant
+(``training.plan``).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from parallel_decoupling.model.backbone import Backbone
-from parallel_decoupling.objective.mutual_information import MutualInformation
-from parallel_decoupling.training.embedder import frozen
-from parallel_decoupling.training.strategies import sharded_blocks
-from parallel_decoupling.training.terms import (
-    contrastive_terms,
-    estimator_nll,
-    gather_pairs,
-    mutual_information_terms,
-)
-
-FP32 = 4
-"""Bytes."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +26,6 @@ class Stack:
         attention: query heads times head dim.
         key_value: key/value heads times head dim.
         intermediate: width inside the MLP.
-        gated: whether the MLP has a gate (SwiGLU) beside its input projection.
         matrix_weights: weights of all layers that a token is multiplied with, adapters among them.
     """
 
@@ -49,7 +34,6 @@ class Stack:
     attention: int
     key_value: int
     intermediate: int
-    gated: bool
     matrix_weights: int
 
     def forward_flops(self, tokens: float, context: float) -> float:
@@ -70,24 +54,25 @@ def language_stack(backbone: Backbone) -> Stack:
         attention=text.num_attention_heads * backbone.head_dim,
         key_value=backbone.num_key_value_heads * backbone.head_dim,
         intermediate=text.intermediate_size,
-        gated=True,
         matrix_weights=_matrix_weights(backbone.base.get_submodule(backbone.family.layers)),
     )
 
 
 def vision_stack(backbone: Backbone) -> Stack:
-    """The vision tower; its patch embedding and merger are counted with its weights."""
+    """The blocks of the vision tower, without its patch embedding and what joins its patches to tokens."""
     vision = backbone.config.vision_config
     hidden = getattr(vision, "embed_dim", None) or vision.hidden_size
     ratio = getattr(vision, "mlp_ratio", None)
+    layers = getattr(vision, "depth", None) or vision.num_hidden_layers
+    tower = backbone.base.get_submodule(backbone.family.vision_module)
+    blocks = next(m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) == layers)
     return Stack(
-        layers=getattr(vision, "depth", None) or vision.num_hidden_layers,
+        layers=layers,
         hidden=hidden,
         attention=hidden,
         key_value=hidden,
         intermediate=int(hidden * ratio) if ratio else vision.intermediate_size,
-        gated=False,
-        matrix_weights=_matrix_weights(backbone.base.get_submodule(backbone.family.vision_module)),
+        matrix_weights=_matrix_weights(blocks),
     )
 
 
@@ -97,7 +82,7 @@ def _matrix_weights(module: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class ImageCost:
-    """One image: ``tokens`` in the language model, ``patches`` in the vision tower, in rows of ``context``."""
+    """One image: ``tokens`` of the language model, ``patches`` of the vision tower in rows of ``context``."""
 
     tokens: int
     patches: int
@@ -155,45 +140,48 @@ def _best_grid(height: int, width: int, grids: Iterable[Sequence[int]]) -> tuple
     return best[0], best[1]
 
 
-def layer_bytes(stack: Stack, backbone: Backbone, *, element: int, context: float, keys_per_token: float) -> float:
-    """Bytes per token that the backward pass of one layer needs.
+def vision_trains(backbone: Backbone) -> bool:
+    """Whether any weight of the vision tower trains."""
+    return any(
+        p.requires_grad for p in backbone.base.get_submodule(backbone.family.vision_module).parameters()
+    )
 
-    In order: both norms keep their input in fp32 (and those of query and key heads, where a family has them);
-    attention keeps query and output, key and value repeated to all query heads, and its mask; the MLP keeps
-    what its activation function and its product meet. LoRA and DoRA keep the input of every adapted layer
-    (a copy each unless the weights are fp32 already), its low-rank image, and one byte per input for dropout.
-    ``full`` keeps the inputs of all layers, shared, and the normalised states.
+
+def step_flops(
+    backbone: Backbone,
+    *,
+    rows: int,
+    images: float,
+    text_tokens: int,
+    image: ImageCost,
+    paths_per_layer: float,
+    prefix_length: int,
+    replayed: bool,
+    checkpointing: bool,
+) -> float:
+    """Floating-point operations of encoding one batch and back, over all processes.
+
+    A forward pass counts once for itself, once more under GradCache and once more under checkpointing. The
+    backward pass counts once for the gradient of the inputs, and once for that of the weights if all of them
+    train (those of adapters are little). A vision tower without trainable weights has no backward pass and is
+    not recomputed.
 
     Args:
-        stack: the language model's.
-        backbone: what is adapted, and how.
-        element: bytes per value of the matrix products: 2 under bfloat16, 4 otherwise.
-        context: keys that a token meets; the mask's columns.
-        keys_per_token: keys and values per token, ``(P + L) / L``.
+        backbone: what trains.
+        rows: queries and candidates.
+        images: how many of the rows have one.
+        text_tokens: of every row.
+        image: cost of one image.
+        paths_per_layer: rows of the language model per input, mean over layers.
+        prefix_length: P.
+        replayed: GradCache.
+        checkpointing: whether layers are recomputed.
     """
-    width = stack.attention
-    norms = 2 * stack.hidden
-    if any(name.endswith("q_norm.weight") for name, _ in sharded_blocks(backbone)[0].named_parameters()):
-        norms += width + stack.key_value
-    kept = FP32 * norms + element * (2 * width + 2 * width * keys_per_token + context)
-    kept += element * (3 if stack.gated else 2) * stack.intermediate
-    if backbone.adapter.kind == "full":
-        kept += element * (4 * stack.hidden + stack.intermediate)
-    if backbone.adapter.kind in ("lora", "dora"):
-        kept += _adapter_bytes(backbone, stack, element)
-    return kept
-
-
-def _adapter_bytes(backbone: Backbone, stack: Stack, element: int) -> float:
-    adapter, layer = backbone.adapter, sharded_blocks(backbone)[0]
-    inputs = {
-        name.rsplit(".", 2)[0].rsplit(".", 1)[-1]: parameter.shape[1]
-        for name, parameter in layer.named_parameters()
-        if "lora_A" in name
-    }
-    del stack
-    copied = backbone.dtype != torch.float32 or element < FP32
-    shared = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
-    kept = inputs if copied else {shared.get(name, name): size for name, size in inputs.items() if name != "o_proj"}
-    dropout = sum(inputs.values()) if adapter.dropout else 0
-    return element * (sum(kept.values()) + adapter.rank * len(inputs)) + dropout
+    language, vision = language_stack(backbone), vision_stack(backbone)
+    long = text_tokens + image.tokens
+    forward = images * language.forward_flops(long, long + prefix_length)
+    forward += (rows - images) * language.forward_flops(text_tokens, text_tokens + prefix_length)
+    see = images * vision.forward_flops(image.patches, image.context)
+    backward = 2 if backbone.adapter.kind == "full" else 1
+    total = forward * paths_per_layer * (1 + replayed + checkpointing + backward)
+    return total + see * (1 + replayed + ((checkpointing + backward) if vision_trains(backbone) else 0))

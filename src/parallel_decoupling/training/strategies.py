@@ -67,7 +67,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Nothing: ``PDFEmbedder`` puts what trains into the checkpoint itself, and nothing else is gathered."""
+        """Nothing is gathered: ``PDFEmbedder`` puts what trains into the checkpoint itself."""
         return {}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -80,7 +80,9 @@ class FSDP2Strategy(ModelParallelStrategy):
         state = tree_map(gathered, getattr(optimizer, "optimizer", optimizer).state_dict())
         return state if rank() == 0 else {}
 
-    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         """Read the file as any single-process strategy would; the module shards what it takes from it."""
         return Strategy.load_checkpoint(self, checkpoint_path, weights_only=weights_only)
 
