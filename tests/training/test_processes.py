@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed.tensor import DTensor
 
 from parallel_decoupling.distributed import rank, whole
 from parallel_decoupling.training.embedder import PDFEmbedder
-from tests.support.fit import Recorder, make_trainer, small_data
+from tests.support.fit import Recorder, make_trainer, small_data, small_embedder
 from tests.support.processes import run_ranks
 
 pytestmark = pytest.mark.slow
@@ -135,13 +141,14 @@ def test_two_processes_train_like_one_and_resume_each_others_checkpoints(
     folder, args, one = one_process
     first, second = two(tmp_path / "two", *args, strategy=strategy, chunk_size=chunk_size)
     assert any(a != b for a, b in zip(first["with_image"], second["with_image"], strict=True))
-    assert {"log_temperature", "encoder.path_logits", "encoder.prefixes.key_values"} <= one["gradients"][
-        0
-    ].keys()
+    trained = one["gradients"][0].keys()
+    assert {"log_temperature", "encoder.path_logits", "encoder.prefixes.key_values"} <= trained
+    assert any("visual" in name for name in trained)
     for rank_result in (first, second):
         assert_close(rank_result, one)
         assert len(rank_result["values"]) == STEPS
         assert bool(rank_result["sharded"]) == (strategy == "fsdp2")
+        assert not any("visual" in name or "lora" in name for name in rank_result["sharded"])
     for name, value in first["parameters"].items():
         assert torch.equal(value, second["parameters"][name])
     (tmp_path / "in_one").mkdir()
@@ -149,6 +156,97 @@ def test_two_processes_train_like_one_and_resume_each_others_checkpoints(
     for result in results(tmp_path / "in_one"):
         assert_close(result, one)
         assert len(result["values"]) == 1
-    for result in two(tmp_path / "from_one", *args, strategy=strategy, resume=folder / "3.ckpt"):
+    other = {"ddp": "fsdp2", "fsdp2": "ddp"}[strategy]
+    for resume in (folder / "3.ckpt", tmp_path / "two" / "3.ckpt"):
+        for result in two(tmp_path / f"from_{resume.parent.name}", *args, strategy=other, resume=resume):
+            assert_close(result, one)
+            assert len(result["values"]) == 1
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_checkpoint_inside_an_accumulation_holds_the_gradients_of_all_processes(
+    one_process: Any, tmp_path: Path, strategy: str
+) -> None:
+    _, args, _ = one_process
+    (tmp_path / "one").mkdir()
+    train(tmp_path / "one", *args, accumulate=2)
+    (one,) = results(tmp_path / "one")
+    for result in two(tmp_path / "two", *args, strategy=strategy, accumulate=2):
         assert_close(result, one)
-        assert len(result["values"]) == 1
+    content = torch.load(tmp_path / "two" / "3.ckpt", weights_only=True)
+    assert content["accumulated_gradients"]
+    for result in two(
+        tmp_path / "again", *args, strategy=strategy, accumulate=2, resume=tmp_path / "two" / "3.ckpt"
+    ):
+        assert_close(result, one)
+        assert len(result["gradients"]) == 1
+
+
+def test_every_layout_scores_alike(tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path) -> None:
+    def test(strategy: str) -> None:
+        module = PDFEmbedder(backbone=tiny_backbone_dir, num_paths=2, prefix_length=3)
+        options = {"devices": 1 if strategy == "auto" else 2, "strategy": strategy}
+        trainer = make_trainer(tmp_path / strategy, **options)
+        trainer.test(module, small_data(tiny_mmeb_dir, eval_batch_size=3), verbose=False)
+
+    test("auto")
+    wanted = (tmp_path / "auto" / "scores.csv").read_text()
+    for strategy in ("ddp", "fsdp2"):
+        run_ranks(test, strategy)
+        assert (tmp_path / strategy / "scores.csv").read_text() == wanted
+
+
+class KillLastRank(Callback):
+    """The last process disappears, as when a node fails."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if trainer.global_step == 1 and rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_losing_a_process_ends_the_others_with_an_error(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path, strategy: str
+) -> None:
+    def fit() -> None:
+        module = small_embedder(tiny_backbone_dir)
+        options: dict[str, Any] = {"devices": 2, "strategy": strategy, "max_steps": 20}
+        make_trainer(tmp_path, KillLastRank(), **options).fit(module, small_data(tiny_mmeb_dir))
+
+    with pytest.raises(RuntimeError, match=r"exit codes \[1, -9\]"):
+        run_ranks(fit, timeout=120)
+
+
+def test_the_command_ends_when_one_of_its_processes_is_killed(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    settings = {
+        "model": {"backbone": tiny_backbone_dir, "num_paths": 2, "prefix_length": 3},
+        "data": {"data_dir": tiny_mmeb_dir, "batch_size": 8},
+        "trainer": {
+            "accelerator": "cpu",
+            "devices": 2,
+            "strategy": "fsdp2",
+            "max_steps": 100000,
+            "default_root_dir": str(tmp_path),
+            "enable_checkpointing": False,
+        },
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    command = [sys.executable, "-m", "parallel_decoupling", "fit", "--config", str(tmp_path / "run.yaml")]
+    log = (tmp_path / "log").open("w")
+    with subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as main:
+        try:
+            end = time.monotonic() + 300
+            while "main steps in this run" not in (tmp_path / "log").read_text():
+                assert main.poll() is None
+                assert time.monotonic() < end, (tmp_path / "log").read_text()
+                time.sleep(0.2)
+            listed = subprocess.run(
+                ["ps", "--ppid", str(main.pid), "-o", "pid="], capture_output=True, text=True, check=True
+            )
+            (child,) = map(int, listed.stdout.split())
+            os.kill(child, signal.SIGKILL)
+            assert main.wait(timeout=120) != 0
+        finally:
+            main.kill()
