@@ -90,6 +90,7 @@ class Collator:
     def __init__(self, processor: Any, *, image_token: str) -> None:
         self.processor = processor
         self.image_token = image_token
+        self._splits = True  # until the processor's image tensors are seen not to split by row
 
     def __call__(self, pairs: Sequence[RawPair]) -> PairBatch:
         """Batch training rows: the positives in query order, then all hard negatives row by row."""
@@ -136,17 +137,20 @@ class Collator:
 
     def _process(self, texts: list[str], images: list[list[Image.Image]]) -> EncoderInputs | None:
         """All rows in one call, or None if the image tensors cannot be told apart by row."""
-        flat = [image for row in images for image in row]
-        data = self.processor(text=texts, images=flat or None, padding=True, return_tensors="pt")
+        if any(images) and not self._splits:
+            return None
+        nested = images if any(images) else None  # by row: a family may treat several images of a row apart
+        data = self.processor(text=texts, images=nested, padding=True, return_tensors="pt")
         shape = data["input_ids"].shape
         tokens = {key: value for key, value in data.items() if value.shape == shape}
         pixels = {key: value for key, value in data.items() if key not in tokens}
         vision = _split(pixels, [len(row) for row in images])
+        self._splits = vision is not None
         return None if vision is None else EncoderInputs(tokens, vision)
 
     def _process_alone(self, row: RawInput, text: str, images: list[Image.Image]) -> EncoderInputs:
         try:
-            data = self.processor(text=[text], images=images or None, return_tensors="pt")
+            data = self.processor(text=[text], images=[images] if images else None, return_tensors="pt")
         except ValueError as error:
             raise ValueError(
                 f"The processor refuses {_quote(row.text)} with images {row.images}: {error}"
@@ -175,9 +179,12 @@ def _split(pixels: Mapping[str, Tensor], counts: list[int]) -> tuple[Mapping[str
     """Image tensors by row: those of one entry per image, and those of one entry per patch.
 
     Patches are counted by ``image_grid_thw`` (time, height, width per image). None if some tensor
-    is neither.
+    is neither, or could as well have one entry per row.
     """
     total = sum(counts)
+    by_image = "image_grid_thw" in pixels or "image_sizes" in pixels
+    if total == len(counts) and any(count != 1 for count in counts) and not by_image:
+        return None
     if not total:
         return tuple({} for _ in counts) if not pixels else None
     by_row: list[dict[str, Tensor]] = [{} for _ in counts]

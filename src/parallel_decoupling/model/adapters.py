@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, PeftConfig, PeftType, inject_adapter_in_model, load_peft_weights
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -63,6 +63,101 @@ def add_adapters(base: nn.Module, family: Family, adapter: AdapterConfig) -> tup
         inject_adapter_in_model(config, base)
     _train_adapters_only(base)
     return modules
+
+
+def load_adapter(
+    base: nn.Module, family: Family, adapter: AdapterConfig, source: str
+) -> tuple[AdapterConfig, tuple[str, ...]]:
+    """Continue from a published LoRA or DoRA adapter, such as VLM2Vec's.
+
+    Its ``adapter_config.json`` decides rank, alpha, dropout and targets, and whether it is DoRA; of
+    ``adapter`` only ``kind`` counts. Module paths of older transformers versions are translated. A base on
+    the meta device gets the shapes alone.
+
+    Args:
+        base: the stock base model, without adapters.
+        family: its family.
+        adapter: ``kind`` is what the adapter is (``"lora"`` or ``"dora"``: it goes on training), or
+            ``"frozen"`` (it stays as it is).
+        source: local folder or hub id, with ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Returns:
+        What the file says, as an ``AdapterConfig``, and the names of the adapted layers.
+
+    Raises:
+        ValueError: unreadable files, another kind of adapter, or a tensor that does not land.
+    """
+    config = _read_config(source, adapter)
+    model = cast(Any, base)
+    model.add_adapter(config, "default")
+    _train_adapters_only(base)
+    if not next(base.parameters()).is_meta:
+        _copy_weights(model, source, config)
+    if adapter.kind == "frozen":
+        base.requires_grad_(False)
+    names = tuple(name for name, module in base.named_modules() if isinstance(module, LoraLayer))
+    roots = {name.startswith(f"{family.vision_module}.") for name in names}
+    loaded = AdapterConfig(
+        kind=adapter.kind,
+        rank=config.r,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        scope="both" if len(roots) > 1 else "vision" if True in roots else "language",
+        targets=tuple(sorted({name.rsplit(".", 1)[-1] for name in names})),
+    )
+    return loaded, names
+
+
+def _read_config(source: str, adapter: AdapterConfig) -> Any:
+    """Read ``adapter_config.json`` and refuse what would not be continued faithfully."""
+    try:
+        config: Any = PeftConfig.from_pretrained(source)
+    except ValueError as error:
+        raise ValueError(f"initial adapter {source!r}: no readable adapter_config.json ({error})") from error
+    kind = "dora" if getattr(config, "use_dora", False) else "lora"
+    if config.peft_type != PeftType.LORA:
+        raise ValueError(f"initial adapter {source!r} is {config.peft_type}, not LoRA or DoRA")
+    if adapter.kind not in (kind, "frozen"):
+        raise ValueError(
+            f"initial adapter {source!r} is {kind}: set adapter.kind to {kind} (it trains on) or frozen, "
+            f"not {adapter.kind}"
+        )
+    for name, plain in (("bias", "none"), ("modules_to_save", None), ("alpha_pattern", {})):
+        if getattr(config, name) not in (plain, None):
+            raise ValueError(
+                f"initial adapter {source!r} has {name}={getattr(config, name)!r}, not supported"
+            )
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        raise ValueError(
+            f"initial adapter {source!r} was initialised by {config.init_lora_weights!r}, which changes the "
+            "backbone's own weights; convert it to a plain LoRA adapter first"
+        )
+    config.inference_mode = False
+    config.init_lora_weights = True
+    return config
+
+
+def _copy_weights(model: Any, source: str, config: Any) -> None:
+    """Copy every tensor of the file, exactly, into the fresh fp32 adapter layers."""
+    state = load_peft_weights(source, device="cpu")
+    # transformers knows a module's older paths, but not peft's short name for DoRA's magnitudes
+    weights = {
+        f"{name}.weight" if name.endswith("lora_magnitude_vector") else name: tensor
+        for name, tensor in state.items()
+    }
+    info = model.load_adapter(
+        peft_config=config,
+        adapter_state_dict=weights,
+        adapter_name="default",
+        is_trainable=True,
+        hotswap=True,
+    )
+    missing, unexpected = sorted(info.missing_keys), sorted(info.unexpected_keys)
+    if missing or unexpected or info.mismatched_keys:
+        raise ValueError(
+            f"initial adapter {source!r} does not fit this backbone: missing {missing}, "
+            f"unexpected {unexpected}, wrong shape {sorted(map(str, info.mismatched_keys))}"
+        )
 
 
 def target_modules(base: nn.Module, family: Family, adapter: AdapterConfig) -> tuple[str, ...]:

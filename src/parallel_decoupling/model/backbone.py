@@ -1,8 +1,8 @@
 """Loading a multimodal backbone, and one forward call to its last hidden state.
 
-The only file that knows transformers' model classes. Elsewhere: names inside a family's models
-(``families``), adapters (``adapters``), prefix attention (``attention``), pooling and paths (``encoder``),
-which weights a checkpoint holds (``checkpoint``).
+Elsewhere: names inside a family's models (``families``), folders and hub ids (``sources``), adapters
+(``adapters``), prefix attention (``attention``), pooling and paths (``encoder``), which weights a checkpoint
+holds (``checkpoint``).
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, AutoProcessor
 
-from parallel_decoupling.model.adapters import AdapterConfig, add_adapters, reset_adapters
+from parallel_decoupling.model.adapters import AdapterConfig, add_adapters, load_adapter, reset_adapters
 from parallel_decoupling.model.attention import (
     PrefixStates,
     decoder_layer_hook,
@@ -26,13 +25,22 @@ from parallel_decoupling.model.attention import (
     language_model_hook,
     register_prefix_attention,
 )
-from parallel_decoupling.model.families import FAMILIES, Family
+from parallel_decoupling.model.families import Family
 from parallel_decoupling.model.geometries import GEOMETRIES
+from parallel_decoupling.model.sources import (
+    TINY_BACKBONE_DIR,
+    Attention,
+    Dtype,
+    check_options,
+    check_weights,
+    family_of,
+    locate,
+    model_type,
+    quantized,
+    vision_attention,
+)
 
 __all__ = ["TINY_BACKBONE_DIR", "AdapterConfig", "Backbone", "load_backbone", "meta_backbone"]
-
-TINY_BACKBONE_DIR = Path(__file__).parent / "tiny"
-"""The trained few-million-parameter Qwen2-VL that the package ships."""
 
 
 class Backbone(nn.Module):
@@ -57,6 +65,7 @@ class Backbone(nn.Module):
         self.name = name
         self.revision = revision
         self.adapter = AdapterConfig(kind="full")
+        self.initial_adapter: str | None = None
         self.adapted_modules: tuple[str, ...] = ()
         self.config: Any = cast(Any, base).config
         text = self.config.get_text_config()
@@ -79,10 +88,15 @@ class Backbone(nn.Module):
             enable = getattr(base, "activation_checkpointing_enable", None)
             (enable or base.gradient_checkpointing_enable)({"use_reentrant": False})
 
-    def add_adapters(self, adapter: AdapterConfig) -> None:
-        """Set what trains; see ``adapters.add_adapters``."""
-        self.adapter = adapter
-        self.adapted_modules = add_adapters(self.base, self.family, adapter)
+    def add_adapters(self, adapter: AdapterConfig, initial_adapter: str | None = None) -> None:
+        """Set what trains; see ``adapters.add_adapters`` and ``adapters.load_adapter``."""
+        self.adapter, self.initial_adapter = adapter, initial_adapter
+        if initial_adapter is None:
+            self.adapted_modules = add_adapters(self.base, self.family, adapter)
+        else:
+            self.adapter, self.adapted_modules = load_adapter(
+                self.base, self.family, adapter, initial_adapter
+            )
 
     @property
     def language_model(self) -> nn.Module:
@@ -184,12 +198,12 @@ class Backbone(nn.Module):
         return torch.stack([torch.stack((layer.keys[0], layer.values[0])) for layer in layers]).float()
 
     def reset_adapters(self, seed: int) -> None:
-        """Draw LoRA weights anew from ``seed`` alone, leaving the global random state untouched."""
-        reset_adapters(self.base, seed)
+        """Draw fresh LoRA weights from ``seed`` alone; those of an initial adapter stay.
 
-
-Dtype = Literal["float32", "bfloat16", "float16"]
-Attention = Literal["sdpa", "eager"]
+        The global random state is left untouched.
+        """
+        if self.initial_adapter is None:
+            reset_adapters(self.base, seed)
 
 
 def load_backbone(
@@ -199,7 +213,9 @@ def load_backbone(
     dtype: Dtype = "float32",
     attention: Attention = "sdpa",
     adapter: AdapterConfig | None = None,
+    initial_adapter: str | None = None,
     gradient_checkpointing: bool = False,
+    quantization: Literal["4bit"] | None = None,
     family: Family | None = None,
 ) -> Backbone:
     """Load a pretrained base model with prefix attention and the wanted trainable part.
@@ -208,9 +224,15 @@ def load_backbone(
         name: ``"tiny"`` (shipped with the package), a local folder (never touches the network) or a hub id.
         revision: hub branch, tag or commit.
         dtype: of the backbone's weights; adapters and prefixes are always fp32.
-        attention: of the language model; the vision tower uses the same without prefix.
+        attention: of the language model; the vision tower uses the same without prefix (sdpa beside flex).
+            ``flash_attention_2`` (needs flash-attn and a half-precision dtype) and ``flex_attention`` train
+            on a GPU only.
         adapter: what trains; None is ``AdapterConfig()``, LoRA on the language model.
+        initial_adapter: folder or hub id of a published LoRA or DoRA adapter to continue from; see
+            ``adapters.load_adapter``.
         gradient_checkpointing: recompute layers in the backward pass.
+        quantization: ``"4bit"`` keeps frozen weights in 4 bits (NF4; needs bitsandbytes); not with
+            ``kind="full"``.
         family: names inside a model that is not in ``FAMILIES``; None looks it up.
 
     Returns:
@@ -218,23 +240,26 @@ def load_backbone(
 
     Raises:
         ValueError: a folder that does not exist, a family not in ``FAMILIES``, missing or unexpected
-            weights, adapter targets that match nothing.
+            weights, adapter targets that match nothing, a missing package.
     """
-    source, options = _locate(name, revision)
-    family = family or _family(name, _model_type(name, source, options))
+    adapter = adapter or AdapterConfig()
+    check_options(dtype, attention, adapter, quantization)
+    source, options = locate(name, revision)
+    family = family or family_of(name, model_type(name, source, options))
     base, info = AutoModel.from_pretrained(
         source,
         dtype=getattr(torch, dtype),
-        attn_implementation=attention,
+        attn_implementation=vision_attention(attention),
         output_loading_info=True,
         **options,
+        **(quantized(dtype) if quantization else {}),
     )
-    _check_weights(name, info, family)
+    check_weights(name, info, family)
     processor = cast(Any, AutoProcessor).from_pretrained(source, **options)
     commit = getattr(base.config, "_commit_hash", None)
     backbone = Backbone(base, processor, family, name=name, revision=commit or revision)
     backbone.prepare(attention, gradient_checkpointing=gradient_checkpointing)
-    backbone.add_adapters(adapter or AdapterConfig())
+    backbone.add_adapters(adapter, initial_adapter)
     return backbone.train()
 
 
@@ -245,19 +270,25 @@ def meta_backbone(
     dtype: Dtype = "float32",
     attention: Attention = "sdpa",
     adapter: AdapterConfig | None = None,
+    initial_adapter: str | None = None,
     gradient_checkpointing: bool = False,
+    quantization: Literal["4bit"] | None = None,
     family: Family | None = None,
 ) -> Backbone:
     """Build a backbone on the meta device: all its shapes and names, no weights, no processor.
+
+    It takes the options of ``load_backbone``, so that the settings of a run can be passed as they are.
 
     Args:
         name: a key of ``GEOMETRIES`` (needs no file at all), or what ``load_backbone`` takes; of a folder or
             hub model only the config is read.
         revision: hub branch, tag or commit.
         dtype: of the backbone's weights; adapters are fp32.
-        attention: as in ``load_backbone``.
+        attention: changes no shape.
         adapter: as in ``load_backbone``.
-        gradient_checkpointing: as in ``load_backbone``.
+        initial_adapter: as in ``load_backbone``; only its config counts.
+        gradient_checkpointing: changes no shape.
+        quantization: ignored; the weights keep the shape and dtype that they have without.
         family: as in ``load_backbone``.
 
     Raises:
@@ -270,59 +301,12 @@ def meta_backbone(
         arguments = dict(GEOMETRIES[name])
         config = AutoConfig.for_model(arguments.pop("model_type"), **arguments)
     else:
-        source, options = _locate(name, revision)
-        _model_type(name, source, options)
+        source, options = locate(name, revision)
+        model_type(name, source, options)
         config = AutoConfig.from_pretrained(source, **options)
-    family = family or _family(name, config.model_type)
+    family = family or family_of(name, config.model_type)
     with torch.device("meta"):
-        base = AutoModel.from_config(config, dtype=getattr(torch, dtype), attn_implementation=attention)
+        base = cast(Any, AutoModel).from_config(config, dtype=getattr(torch, dtype))
         backbone = Backbone(base, None, family, name=name, revision=revision)
-        backbone.prepare(attention, gradient_checkpointing=gradient_checkpointing)
-        backbone.add_adapters(adapter or AdapterConfig())
+        backbone.add_adapters(adapter or AdapterConfig(), initial_adapter)
     return backbone.train()
-
-
-def _locate(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
-    """Return what transformers should load, and how."""
-    folder = TINY_BACKBONE_DIR if name == "tiny" else Path(name).expanduser()
-    if folder.is_dir():
-        return str(folder), {"local_files_only": True}
-    looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    if not looks_like_hub_id:
-        raise ValueError(
-            f"backbone {name!r}: the folder {folder} does not exist, and it is not a hub id 'owner/model'"
-        )
-    return name, {"revision": revision}
-
-
-def _model_type(name: str, source: str, options: Mapping[str, Any]) -> str:
-    """Read the ``model_type`` of the config, before any weight."""
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(source, **options)
-    except OSError as error:
-        raise ValueError(f"backbone {name!r}: no readable model config there ({error})") from error
-    model_type = config.get("model_type")
-    if model_type is None:
-        raise ValueError(f"backbone {name!r}: no config.json with a model_type in {source}")
-    return str(model_type)
-
-
-def _family(name: str, model_type: str) -> Family:
-    if model_type not in FAMILIES:
-        raise ValueError(
-            f"backbone {name!r} has model_type {model_type!r}; known: {', '.join(FAMILIES)}. Another family "
-            "needs the option `family` with image_token, language_module, vision_module, layers and "
-            "position_ids, or a row in parallel_decoupling.model.families.FAMILIES."
-        )
-    return FAMILIES[model_type]
-
-
-def _check_weights(name: str, info: Mapping[str, Any], family: Family) -> None:
-    missing = sorted(map(str, info["missing_keys"]))
-    unexpected = sorted(map(str, set(info["unexpected_keys"]) - set(family.ignored_weights)))
-    mismatched = sorted(map(str, info["mismatched_keys"]))
-    if missing or unexpected or mismatched:
-        raise ValueError(
-            f"backbone {name!r} does not fit its config: missing weights {missing}, unexpected {unexpected}, "
-            f"wrong shape {mismatched}. Missing ones would be random numbers, so this is an error."
-        )

@@ -206,6 +206,19 @@ class ParallelEncoder(nn.Module):
 
 
 def _concatenate(rows: Sequence[Any]) -> dict[str, Tensor]:
-    """Join the rows' image tensors along dim 0, key by key; rows without images add nothing."""
+    """Join the rows' image tensors along dim 0, key by key; rows without images add nothing.
+
+    Other dims are filled up with zeros at their end, as the processors themselves pad tiles and pixels.
+    """
     keys = dict.fromkeys(key for row in rows for key in row)
-    return {key: torch.cat([row[key] for row in rows if key in row]) for key in keys}
+    return {key: _concatenate_padded([row[key] for row in rows if key in row]) for key in keys}
+
+
+def _concatenate_padded(tensors: Sequence[Tensor]) -> Tensor:
+    shape = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+    padded = []
+    for tensor in tensors:
+        missing = [size - own for size, own in zip(shape, tensor.shape[1:], strict=True)]
+        sides = [side for size in reversed(missing) for side in (0, size)]
+        padded.append(F.pad(tensor, sides) if any(missing) else tensor)
+    return torch.cat(padded)
