@@ -32,6 +32,9 @@ class TaskEmbeddings:
     Args:
         task: the task.
         reduce: sums a tensor over ranks.
+
+    Attributes:
+        missing: by side, the places whose images no rank could read; known once all rows are there.
     """
 
     def __init__(self, task: EvalTask, reduce: Callable[[Tensor], Tensor]) -> None:
@@ -41,6 +44,7 @@ class TaskEmbeddings:
         self._sum_UND: dict[str, Tensor] = {}
         self._count_U = {side: torch.zeros(size) for side, size in self._sizes.items()}
         self._missing_U = {side: torch.zeros(size) for side, size in self._sizes.items()}
+        self.missing: dict[str, list[int]] = {"query": [], "candidate": []}
 
     def add(self, batch: EvalBatch, embeddings_BND: Tensor) -> None:
         """Put one batch in its place."""
@@ -62,7 +66,8 @@ class TaskEmbeddings:
             if side not in self._sum_UND or not bool((count_U > 0).all()):
                 return None
             embeddings_UND = self._reduce(self._sum_UND[side]) / count_U.view(-1, 1, 1)
-            embeddings_UND[self._reduce(self._missing_U[side]) > 0] = torch.nan
+            self.missing[side] = self._reduce(self._missing_U[side]).nonzero()[:, 0].tolist()
+            embeddings_UND[self.missing[side]] = torch.nan
             sides.append(embeddings_UND)
         return sides[0], sides[1]
 
@@ -101,14 +106,14 @@ class Evaluation:
         """Score the task at hand; a task that a batch limit cut short is left out with a warning."""
         if self._current is None:
             return
-        task, sides = self._current.task, self._current.complete()
+        task, sides, missing = self._current.task, self._current.complete(), self._current.missing
         self._current = None
         if sides is None:
             rank_zero_warn(
                 f"{task.task.name}: not all rows were encoded (limited batches), so it has no score."
             )
             return
-        readable, num_skipped = _without_missing(task, *sides)
+        readable, num_skipped = _without_missing(task, **missing)
         if not readable.query_of_row:
             rank_zero_warn(f"{task.task.name}: no row's images could be read, so it has no score.")
             return
@@ -118,18 +123,14 @@ class Evaluation:
             self._on_task(readable, score, *sides)
 
 
-def _without_missing(task: EvalTask, query_UND: Tensor, candidate_UND: Tensor) -> tuple[EvalTask, int]:
-    """The task without the rows and candidates whose images could not be read, and the rows left out."""
-    queries, candidates = (
-        set(embeddings_UND.isnan().flatten(1).any(dim=1).nonzero()[:, 0].tolist())
-        for embeddings_UND in (query_UND, candidate_UND)
-    )
-    if not queries and not candidates:
+def _without_missing(task: EvalTask, query: list[int], candidate: list[int]) -> tuple[EvalTask, int]:
+    """The task without the inputs whose images could not be read, and the number of rows left out."""
+    if not query and not candidate:
         return task, 0
-    readable = task.without(queries, candidates)
+    readable = task.without(set(query), set(candidate))
     num_skipped = len(task.query_of_row) - len(readable.query_of_row)
     rank_zero_warn(
-        f"{task.task.name}: {len(queries)} queries and {len(candidates)} candidates have images that cannot "
+        f"{task.task.name}: {len(query)} queries and {len(candidate)} candidates have images that cannot "
         f"be read; {num_skipped} of {len(task.query_of_row)} rows are left out of the score."
     )
     return readable, num_skipped
