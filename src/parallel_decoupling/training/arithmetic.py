@@ -89,6 +89,13 @@ class ImageCost:
     context: int
 
 
+def image_factor(config: Any) -> int:
+    """Pixels of a token's side where patches are merged; 1 where the processor makes tiles of its own size."""
+    vision = config.vision_config
+    merge = getattr(vision, "spatial_merge_size", None)
+    return int(vision.patch_size * merge) if merge else 1
+
+
 def image_cost(config: Any, height: int, width: int) -> ImageCost:
     """Tokens and patches of an image that the processor is given at ``height`` x ``width`` pixels.
 
@@ -108,11 +115,11 @@ def image_cost(config: Any, height: int, width: int) -> ImageCost:
         Equals what the processor of the family makes of such an image.
     """
     vision = config.vision_config
-    merge = getattr(vision, "spatial_merge_size", None)
-    if merge:
-        factor = vision.patch_size * merge
+    factor = image_factor(config)
+    if factor > 1:
         tokens = max(1, round(height / factor)) * max(1, round(width / factor))
-        return ImageCost(tokens, tokens * merge**2, tokens * merge**2)
+        patches = tokens * vision.spatial_merge_size**2
+        return ImageCost(tokens, patches, patches)
     grids = getattr(config, "image_grid_pinpoints", None)
     if not grids:
         raise ValueError(f"how many tokens an image of {config.model_type} has is not known to the plan.")

@@ -8,7 +8,7 @@ compares with measured steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -38,7 +38,8 @@ def layer_bytes(backbone: Backbone, *, element: int, context: float, keys_per_to
     In order: both norms keep their input in fp32 (and those of query and key heads, where a family has them);
     attention keeps query and output, key and value repeated to all query heads, and its mask; the gated MLP
     keeps what its activation function and its product meet. LoRA and DoRA keep the input of every adapted
-    layer (a copy each, unless nothing is cast) and its low-rank image; with dropout also a byte per input.
+    layer (a copy each, unless nothing is cast) and its low-rank image; with dropout also a byte per input;
+    DoRA also both outputs of the layer.
     ``full`` keeps the inputs of all linear layers, shared, and the normalised states.
 
     Args:
@@ -59,20 +60,23 @@ def layer_bytes(backbone: Backbone, *, element: int, context: float, keys_per_to
     kept += element * 3 * stack.intermediate
     if adapter.kind == "full":
         return kept + element * (4 * stack.hidden + stack.intermediate)
-    inputs = [
-        (name.rsplit(".", 4)[0], parameter.shape[1])
-        for name, parameter in parameters.items()
-        if "lora_A" in name
-    ]
+    inputs = [(name.rsplit(".", 4)[0], p.shape[1]) for name, p in parameters.items() if "lora_A" in name]
     cast = element < FP32 or backbone.dtype != torch.float32
-    kept += element * (
-        sum(size for _, size in (inputs if cast else set(inputs))) + adapter.rank * len(inputs)
-    )
+    kept += element * (sum(size for _, size in (inputs if cast else set(inputs))) + adapter.rank * len(inputs))
+    if adapter.kind == "dora":
+        kept += element * 2 * sum(p.shape[0] for name, p in parameters.items() if "lora_B" in name)
     return kept + (sum(size for _, size in inputs) if adapter.dropout else 0)
 
 
-def saved_bytes(function: Callable[[], Any]) -> int:
-    """Run ``function`` and add up what autograd keeps for its backward pass, each storage once."""
+def saved_bytes(function: Callable[[], Any], without: Iterable[Tensor] = ()) -> int:
+    """Run ``function`` and add up what autograd keeps for its backward pass, each storage once.
+
+    Args:
+        function: its result is dropped.
+        without: tensors that exist anyway, such as parameters; their storages do not count.
+    """
+    storages = [tensor.untyped_storage() for tensor in without]
+    known = {storage._cdata for storage in storages}
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -82,7 +86,9 @@ def saved_bytes(function: Callable[[], Any]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         result = function()
     del result
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return sum(
+        tensor.untyped_storage().nbytes() for storage, tensor in kept.items() if storage not in known
+    )
 
 
 def objective_bytes(

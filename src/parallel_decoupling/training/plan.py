@@ -17,7 +17,9 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from PIL import Image
 
+from parallel_decoupling.data.images import ImagePolicy
 from parallel_decoupling.model.backbone import AdapterConfig, meta_backbone
 from parallel_decoupling.model.prefixes import DeepPrefixes
 from parallel_decoupling.objective.mutual_information import MutualInformation
@@ -29,8 +31,8 @@ from parallel_decoupling.training.strategies import sharded_blocks
 
 TEXT_TOKENS = 64
 """Of one input, instruction included (ours)."""
-NATURAL_IMAGE = (480, 640)
-"""Height and width of an image without an image policy (ours: the usual size of COCO's)."""
+NATURAL_IMAGE = (640, 480)
+"""Width and height of an image before the image policy (ours: the usual size of COCO's)."""
 QUERY_IMAGES, CANDIDATE_IMAGES = 0.77, 0.45
 """Shares of MMEB-train's 1.07 M rows whose query and whose positive candidate have an image."""
 USABLE = 0.9
@@ -109,6 +111,7 @@ class Plan:
         layout: processes and strategy.
         backbone: on the meta device.
         image: an image's tokens and patches.
+        text_tokens: of an input beside its image.
 
     Raises:
         ValueError: for settings that ``PDFEmbedder`` would refuse, a batch that the processes cannot share,
@@ -127,7 +130,7 @@ class Plan:
         self.accumulate: int = as_config(OptimizerConfig, model["optimizer"], "optimizer").accumulate_batches
         check_settings({**model, "mi": as_plain(self.mi)})
         self.model, self.data, self.trainer = model, data, trainer
-        self.gpu_memory_gib = gpu_memory_gib
+        self.gpu_memory_gib, self.text_tokens = gpu_memory_gib, TEXT_TOKENS
         self.layout = Layout.from_trainer(trainer)
         self.queries = int(data["batch_size"])
         self.candidates: int = self.queries * (1 + data["hard_negatives"])
@@ -140,12 +143,15 @@ class Plan:
         self.backbone = meta_backbone(
             model["backbone"], revision=model["backbone_revision"], adapter=adapter, **options
         )
-        self.image = arithmetic.image_cost(self.backbone.config, *NATURAL_IMAGE)
+        factor = arithmetic.image_factor(self.backbone.config)
+        resize = ImagePolicy(data["image_size"], data["min_pixels"], data["max_pixels"], factor=factor)
+        width, height = resize(Image.new("1", NATURAL_IMAGE)).size
+        self.image = arithmetic.image_cost(self.backbone.config, height, width)
 
     @property
     def row_tokens(self) -> int:
         """L of a row with an image."""
-        return TEXT_TOKENS + self.image.tokens
+        return self.text_tokens + self.image.tokens
 
     @property
     def element(self) -> int:
@@ -276,7 +282,7 @@ class Plan:
     @cached_property
     def tokens(self) -> float:
         """Tokens of one batch of all processes, without padding."""
-        return (self.queries + self.candidates) * TEXT_TOKENS + self.images * self.image.tokens
+        return (self.queries + self.candidates) * self.text_tokens + self.images * self.image.tokens
 
     @property
     def images(self) -> float:
@@ -296,7 +302,7 @@ class Plan:
             self.backbone,
             rows=self.queries + self.candidates,
             images=self.images,
-            text_tokens=TEXT_TOKENS,
+            text_tokens=self.text_tokens,
             image=self.image,
             paths_per_layer=self.paths_per_layer,
             prefix_length=self.model["prefix_length"],

@@ -10,7 +10,6 @@ from parallel_decoupling.training.plan import (
     CANDIDATE_IMAGES,
     PEAK_FLOPS,
     QUERY_IMAGES,
-    TEXT_TOKENS,
     USABLE,
     UTILISATION,
     Plan,
@@ -94,7 +93,7 @@ def _work(plan: Plan) -> Table:
 def _work_rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield (
         "assumed",
-        f"{TEXT_TOKENS} text tokens per input, {plan.image.tokens} per image; "
+        f"{plan.text_tokens} text tokens per input, {plan.image.tokens} per image; "
         f"{QUERY_IMAGES:.0%} of queries and {CANDIDATE_IMAGES:.0%} of candidates have one",
     )
     yield "tokens per main step", f"{plan.tokens * plan.accumulate:,.0f}"
@@ -103,7 +102,7 @@ def _work_rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "floating-point operations per main step", f"{plan.flops:.3g}"
     yield (
         f"seconds per main step, H100 at {UTILISATION:.0%} of {PEAK_FLOPS / 1e12:.0f} TFLOP/s",
-        f"{plan.seconds:.2g}",
+        f"{plan.seconds:,.1f}",
     )
     if plan.steps is not None:
         hours = plan.steps * plan.seconds / 3600
