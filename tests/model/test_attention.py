@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers.integrations.flex_attention as flex_integration
 import transformers.modeling_flash_attention_utils as flash_utils
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
-from transformers import AttentionInterface, AutoModel, DynamicCache
+from transformers import AttentionInterface, AutoModel, DynamicCache, masking_utils
 from transformers.integrations.flash_attention import flash_attention_forward
 
 from parallel_decoupling.batch import EncoderInputs
@@ -264,11 +265,37 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     AttentionInterface.register("flash_attention_2", flash_attention_forward)
 
 
+@pytest.fixture
+def flex(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flex attention's compiled kernel written in torch, under all that transformers does around it."""
+
+    def dense(
+        query: Tensor, key: Tensor, value: Tensor, *, block_mask: Any, scale: float, **_: Any
+    ) -> Tensor:
+        rows, _, length, _ = query.shape
+        assert block_mask.shape == (rows, 1, length, key.shape[2])
+        mask = create_mask(block_mask.mask_mod, rows, 1, length, key.shape[2], device="cpu")
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+
+    def uncompiled(*args: Any, _compile: bool = False, **options: Any) -> Any:
+        return create_block_mask(*args, **options)
+
+    monkeypatch.setattr(flex_integration, "compile_friendly_flex_attention", dense)
+    monkeypatch.setattr(masking_utils, "create_block_mask", uncompiled)
+
+
 @pytest.mark.parametrize("first_layer", [0, 1])
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 @pytest.mark.parametrize("rows", [ROWS, ROWS[1:2]])
-def test_flash_equals_sdpa(
-    tiny_backbone_dir: str, flash: None, rows: Any, padding_side: str, first_layer: int
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
+def test_gpu_attention_equals_sdpa(
+    tiny_backbone_dir: str,
+    flash: None,
+    flex: None,
+    attention: str,
+    rows: Any,
+    padding_side: str,
+    first_layer: int,
 ) -> None:
     backbone = load_backbone(tiny_backbone_dir, adapter=FROZEN)
     prefixes = random_prefixes(backbone, num_layers=2 - first_layer)
@@ -280,8 +307,8 @@ def test_flash_equals_sdpa(
         return backbone(inputs.tokens, join(inputs), states) * real
 
     expected = hidden()
-    name = register_prefix_attention("flash_attention_2")
-    backbone.language_model.config._attn_implementation_internal = name  # loading would ask for a GPU
+    name = register_prefix_attention(attention)
+    backbone.language_model.config._attn_implementation_internal = name  # loading flash would ask for a GPU
     torch.testing.assert_close(hidden(), expected, rtol=1e-5, atol=1e-5)
 
 
