@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+import transformers.integrations.flex_attention as flex_integration
+import transformers.modeling_flash_attention_utils as flash_utils
 from torch import Tensor
-from transformers import AutoModel, DynamicCache
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
+from transformers import AttentionInterface, AutoModel, DynamicCache, masking_utils
+from transformers.integrations.flash_attention import flash_attention_forward
 
 from parallel_decoupling.batch import EncoderInputs
-from parallel_decoupling.model.attention import PrefixStates, extend_mask, prepend, register_prefix_attention
+from parallel_decoupling.model.attention import (
+    PrefixStates,
+    extend_block_mask,
+    extend_mask,
+    prepend,
+    register_prefix_attention,
+)
 from parallel_decoupling.model.backbone import AdapterConfig, Backbone, load_backbone
 from parallel_decoupling.model.prefixes import DeepPrefixes
 from tests.support.tiny import noise_image, tiny_inputs
@@ -198,4 +210,118 @@ def test_layers_without_a_prefix_have_none() -> None:
 def test_registering_twice_changes_nothing_and_unknown_base_raises() -> None:
     assert register_prefix_attention("sdpa") == register_prefix_attention("sdpa") == "prefix_sdpa"
     with pytest.raises(ValueError, match="'sdpa', 'eager'"):
-        register_prefix_attention("flex")
+        register_prefix_attention("paged")
+
+
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    **_: Any,
+) -> Tensor:
+    """What FlashAttention documents: sequence after sequence, the causal mask aligned to the last key."""
+    assert causal
+    outputs = []
+    bounds = list(zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True))
+    for (query_start, key_start), (query_stop, key_stop) in zip(bounds, bounds[1:], strict=False):
+        queries = query[query_start:query_stop].transpose(0, 1)
+        keys, values = (part[key_start:key_stop].transpose(0, 1) for part in (key, value))
+        sizes = queries.shape[1], keys.shape[1]
+        mask = torch.ones(*sizes, dtype=torch.bool).tril(sizes[1] - sizes[0])
+        output = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, scale=softmax_scale, enable_gqa=True
+        )
+        outputs.append(output.transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def even_attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """The same for sequences of one length, ``[B, L, heads, H]``."""
+    rows = []
+    for row in zip(query, key, value, strict=True):
+        ends = {
+            "cu_seqlens_q": torch.tensor([0, len(row[0])]),
+            "cu_seqlens_k": torch.tensor([0, len(row[1])]),
+        }
+        rows.append(packed_attention(*row, **ends, **options))
+    return torch.stack(rows)
+
+
+@pytest.fixture
+def flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """FlashAttention's two kernels written in torch, under all that transformers does around them."""
+    kernels = (even_attention, packed_attention, None, flash_utils._pad_input, flash_utils._unpad_input)
+
+    def options(**given: Any) -> dict[str, Any]:
+        return {"causal": given["is_causal"], "softmax_scale": given["softmax_scale"]}
+
+    monkeypatch.setattr(flash_utils, "lazy_import_flash_attention", lambda _: (kernels, (options, options)))
+    yield
+    AttentionInterface.register("flash_attention_2", flash_attention_forward)
+
+
+@pytest.fixture
+def flex(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flex attention's compiled kernel written in torch, under all that transformers does around it."""
+
+    def dense(
+        query: Tensor, key: Tensor, value: Tensor, *, block_mask: Any, scale: float, **_: Any
+    ) -> Tensor:
+        rows, _, length, _ = query.shape
+        assert block_mask.shape == (rows, 1, length, key.shape[2])
+        mask = create_mask(block_mask.mask_mod, rows, 1, length, key.shape[2], device="cpu")
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+
+    def uncompiled(*args: Any, _compile: bool = False, **options: Any) -> Any:
+        return create_block_mask(*args, **options)
+
+    monkeypatch.setattr(flex_integration, "compile_friendly_flex_attention", dense)
+    monkeypatch.setattr(masking_utils, "create_block_mask", uncompiled)
+
+
+@pytest.mark.parametrize("first_layer", [0, 1])
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("rows", [ROWS, ROWS[1:2]])
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
+def test_gpu_attention_equals_sdpa(
+    tiny_backbone_dir: str,
+    flash: None,
+    flex: None,
+    attention: str,
+    rows: Any,
+    padding_side: str,
+    first_layer: int,
+) -> None:
+    backbone = load_backbone(tiny_backbone_dir, adapter=FROZEN)
+    prefixes = random_prefixes(backbone, num_layers=2 - first_layer)
+    inputs = tiny_inputs(backbone.processor, rows, padding_side=padding_side)
+
+    def hidden() -> Tensor:
+        states = prefixes.states(range(3), first_layer, torch.float32)
+        real = inputs.tokens["attention_mask"].repeat(3, 1)[..., None]
+        return backbone(inputs.tokens, join(inputs), states) * real
+
+    expected = hidden()
+    name = register_prefix_attention(attention)
+    backbone.language_model.config._attn_implementation_internal = name  # loading flash would ask for a GPU
+    torch.testing.assert_close(hidden(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_flex_mask_is_that_of_sdpa() -> None:
+    real = torch.tensor([[False, False, True, True, True], [True, True, True, True, False]])
+
+    def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & real[row, key]
+
+    dense = create_mask(visible, 2, 1, 5, 5, device="cpu")
+    query = torch.zeros(6, 4, 5, 8)  # three paths of two rows
+    extended = extend_block_mask(create_block_mask(visible, 2, None, 5, 5, "cpu"), query, 3, causal=True)
+    assert extended.shape == (6, 1, 5, 8)
+    actual = create_mask(extended.mask_mod, 6, 1, 5, 8, device="cpu")
+    expected = extend_mask(dense.repeat(3, 1, 1, 1), query, 3, causal=True)
+    assert torch.equal(actual, expected)

@@ -17,6 +17,7 @@ from tokenizers import ByteLevelBPETokenizer, SentencePieceBPETokenizer
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
+    CLIPImageProcessor,
     GotOcr2ImageProcessor,
     GPT2Tokenizer,
     Idefics3ImageProcessor,
@@ -29,6 +30,7 @@ from transformers import (
     LlavaOnevisionImageProcessor,
     LlavaOnevisionProcessor,
     LlavaOnevisionVideoProcessor,
+    LlavaProcessor,
     Qwen2_5_VLProcessor,
     Qwen2Tokenizer,
     Qwen2VLImageProcessor,
@@ -164,6 +166,30 @@ def llava_next_vicuna() -> Any:
     return llava_next({"model_type": "llama"})
 
 
+def llava() -> Any:
+    """LLaVA-1.5, which has no row in the family table."""
+    tokenizer = llama_tokenizer()
+    config = AutoConfig.for_model(
+        "llava",
+        text_config={"model_type": "llama", **TEXT, "vocab_size": len(tokenizer)},
+        vision_config={"model_type": "clip_vision_model", **CLIP, "image_size": 16, "patch_size": 8},
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=4,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )
+    size = {"height": 16, "width": 16}
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size),
+        tokenizer=tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    return processor, config
+
+
 def llava_onevision() -> Any:
     tokenizer = byte_level(Qwen2Tokenizer, ("<|endoftext|>", "<|im_end|>", "<image>", "<video>"))
     config = AutoConfig.for_model(
@@ -257,6 +283,7 @@ TINY_FAMILIES: dict[str, Callable[[], Any]] = {
         qwen3_vl,
         llava_next_mistral,
         llava_next_vicuna,
+        llava,
         llava_onevision,
         smolvlm,
         idefics3,

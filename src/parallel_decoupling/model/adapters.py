@@ -7,6 +7,7 @@ family's layers (``families``), loading the backbone itself (``backbone``).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -15,6 +16,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from parallel_decoupling.model.families import Family
+
+ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,10 @@ def load_adapter(
     """
     config = _read_config(source, adapter)
     model = cast(Any, base)
-    model.add_adapter(config, "default")
+    try:
+        model.add_adapter(config, "default")
+    except ValueError as error:
+        raise ValueError(f"initial adapter {source!r} does not fit this backbone: {error}") from error
     _train_adapters_only(base)
     if not next(base.parameters()).is_meta:
         _copy_weights(model, source, config)
@@ -110,10 +116,16 @@ def load_adapter(
 
 def _read_config(source: str, adapter: AdapterConfig) -> Any:
     """Read ``adapter_config.json`` and refuse what would not be continued faithfully."""
+    if Path(source).is_dir():
+        for file in (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE):
+            if not (Path(source) / file).is_file():
+                raise ValueError(f"initial adapter {source!r}: the folder has no {file}")
     try:
         config: Any = PeftConfig.from_pretrained(source)
     except ValueError as error:
-        raise ValueError(f"initial adapter {source!r}: no readable adapter_config.json ({error})") from error
+        raise ValueError(
+            f"initial adapter {source!r}: no readable {ADAPTER_CONFIG_FILE} ({error})"
+        ) from error
     kind = "dora" if getattr(config, "use_dora", False) else "lora"
     if config.peft_type != PeftType.LORA:
         raise ValueError(f"initial adapter {source!r} is {config.peft_type}, not LoRA or DoRA")
@@ -151,6 +163,7 @@ def _copy_weights(model: Any, source: str, config: Any) -> None:
         adapter_name="default",
         is_trainable=True,
         hotswap=True,
+        ignore_mismatched_sizes=True,  # they are reported below
     )
     missing, unexpected = sorted(info.missing_keys), sorted(info.unexpected_keys)
     if missing or unexpected or info.mismatched_keys:

@@ -179,7 +179,7 @@ _FUNCTIONS: dict[str, tuple[str, Any, Any]] = {
     "eager": ("prefix_eager", prefix_eager, eager_mask),
     # transformers finds the kernel by this very name, and without a prefix the function is the stock one
     "flash_attention_2": ("flash_attention_2", prefix_flash, flash_attention_mask),
-    "flex_attention": ("prefix_flex_attention", prefix_flex, flex_attention_mask),
+    "flex_attention": ("prefix_flex", prefix_flex, flex_attention_mask),
 }
 
 

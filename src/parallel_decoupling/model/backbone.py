@@ -236,7 +236,7 @@ def load_backbone(
         family: names inside a model that is not in ``FAMILIES``; None looks it up.
 
     Returns:
-        The backbone in training mode, on the CPU.
+        The backbone in training mode, on the CPU; quantized on this process's GPU.
 
     Raises:
         ValueError: a folder that does not exist, a family not in ``FAMILIES``, missing or unexpected

@@ -42,7 +42,7 @@ class Family:
     language_targets: tuple[str, ...] = LANGUAGE_TARGETS
     vision_targets: tuple[str, ...] = (*CLIP_TARGETS, "qkv", "proj")
     blocks: tuple[str, ...] = ()
-    ignored_weights: tuple[str, ...] = ("lm_head.weight",)
+    ignored_weights: tuple[str, ...] = ("lm_head.weight", "language_model.lm_head.weight")
 
 
 FAMILIES: dict[str, Family] = {
@@ -81,7 +81,6 @@ FAMILIES: dict[str, Family] = {
         position_ids="sequential",
         vision_targets=CLIP_TARGETS,
         blocks=("MistralDecoderLayer", "LlamaDecoderLayer", "CLIPEncoderLayer"),
-        ignored_weights=("lm_head.weight", "language_model.lm_head.weight"),
     ),
     "llava_onevision": Family(
         image_token="<image>",
@@ -91,7 +90,6 @@ FAMILIES: dict[str, Family] = {
         position_ids="sequential",
         vision_targets=CLIP_TARGETS,
         blocks=("Qwen2DecoderLayer", "SiglipEncoderLayer"),
-        ignored_weights=("lm_head.weight", "language_model.lm_head.weight"),
     ),
     "smolvlm": Family(
         image_token="<image>",
@@ -119,7 +117,6 @@ FAMILIES: dict[str, Family] = {
         position_ids="sequential",
         vision_targets=("q_proj", "k_proj", "v_proj", "projection_layer", "fc1", "fc2"),
         blocks=("Qwen2DecoderLayer", "Qwen3DecoderLayer", "LlamaDecoderLayer", "InternVLVisionLayer"),
-        ignored_weights=("lm_head.weight", "language_model.lm_head.weight"),
     ),
 }
 """Supported families by ``model_type`` of their config."""

@@ -6,6 +6,7 @@ Here: folders and hub ids, optional packages, weights that do not fit. Elsewhere
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,14 +53,19 @@ def vision_attention(attention: Attention) -> str:
 
 
 def quantized(dtype: Dtype) -> dict[str, Any]:
-    """Arguments of ``from_pretrained`` for frozen weights in 4 bits, computed with in ``dtype``."""
+    """Arguments of ``from_pretrained`` for frozen weights in 4 bits, computed with in ``dtype``.
+
+    They are made on this process's GPU. bitsandbytes repacks weights on a CPU in evaluation, after which they
+    cannot train there.
+    """
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     config = cast(Any, BitsAndBytesConfig)(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, dtype),
     )
-    return {"quantization_config": config, "device_map": {"": "cpu"}}
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def locate(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:

@@ -1,0 +1,337 @@
+"""Every backbone family, and one that is not in the table, passes the same battery.
+
+Tiny random weights in stock classes, saved and loaded by folder name. The slow obvious version is the stock
+model on one row alone, tokenised by the stock processor: no padding, no other rows, one path, the prefix as
+an already filled cache. fp32 sums in another order differ by about 1e-6 here; 1e-5 leaves room for that and
+for nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModel, AutoProcessor, DynamicCache
+from transformers.utils import logging
+
+from parallel_decoupling.batch import IMAGE_PLACEHOLDER, EncoderInputs, RawInput
+from parallel_decoupling.data.collate import Collator, prompt
+from parallel_decoupling.model.backbone import AdapterConfig, Backbone, load_backbone, meta_backbone
+from parallel_decoupling.model.checkpoint import load_trainable_state, trainable_state
+from parallel_decoupling.model.encoder import ParallelEncoder
+from parallel_decoupling.model.families import FAMILIES, Family
+from tests.support.families import TINY_FAMILIES, save_tiny_family
+from tests.support.tiny import noise_image
+
+FROZEN = AdapterConfig(kind="frozen")
+UNLISTED = Family(
+    image_token="<image>",
+    language_module="language_model",
+    vision_module="vision_tower",
+    layers="language_model.layers",
+    position_ids="sequential",
+)
+ROWS = [
+    prompt("read the word"),
+    prompt("what colour is the large triangle?", noise_image(64, 20)),
+    prompt("count the objects", images=[noise_image(20, 60, 1), noise_image(30, 30, 2)]),
+    prompt(image=noise_image(32, 48, 3)),
+]
+CLOSE: dict[str, float] = {"rtol": 1e-5, "atol": 1e-5}
+VISION_TARGETS = {
+    "qwen2_vl": {"qkv", "proj", "fc1", "fc2"},
+    "qwen2_5_vl": {"qkv", "proj", "gate_proj", "up_proj", "down_proj"},
+    "qwen3_vl": {"qkv", "proj", "linear_fc1", "linear_fc2"},
+    "internvl": {"q_proj", "k_proj", "v_proj", "projection_layer", "fc1", "fc2"},
+}
+CLIP_TARGETS = {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}
+
+
+@pytest.fixture(scope="module", params=list(TINY_FAMILIES))
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def folder(name: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    logging.disable_progress_bar()
+    return save_tiny_family(name, tmp_path_factory.mktemp(name))
+
+
+@pytest.fixture(scope="module")
+def load(name: str, folder: str) -> Callable[..., Backbone]:
+    return partial(load_backbone, folder, family=None if name != "llava" else UNLISTED)
+
+
+@pytest.fixture(scope="module")
+def frozen(load: Callable[..., Backbone]) -> Backbone:
+    return load(adapter=FROZEN)
+
+
+@pytest.fixture(scope="module")
+def inputs(frozen: Backbone) -> EncoderInputs:
+    return collate(frozen, ROWS)
+
+
+@pytest.fixture(scope="module")
+def stock(folder: str) -> Any:
+    return AutoModel.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def processor(folder: str) -> Any:
+    return AutoProcessor.from_pretrained(folder)
+
+
+def collate(backbone: Backbone, rows: list[RawInput]) -> EncoderInputs:
+    return Collator(backbone.processor, image_token=backbone.image_token).encode_inputs(rows)
+
+
+def encoder_of(backbone: Backbone, **options: Any) -> ParallelEncoder:
+    return ParallelEncoder(backbone, **{"num_paths": 3, "prefix_length": 4, **options})
+
+
+def stock_alone(stock: Any, processor: Any, image_token: str, row: RawInput, prefix: Tensor | None) -> Tensor:
+    """The slow version: one row, one path ``[Y, 2, K, P, H]`` or no prefix, the last token's unit state."""
+    text = row.text.replace(IMAGE_PLACEHOLDER, image_token)
+    images = [list(row.images)] if row.images else None
+    data = dict(processor(text=[text], images=images, return_tensors="pt"))
+    if prefix is None:
+        return F.normalize(stock(**data).last_hidden_state[0, -1], dim=-1)
+    ids, mask = data["input_ids"], data.pop("attention_mask")
+    positions = torch.arange(ids.shape[1])[None]
+    if hasattr(stock, "get_rope_index"):
+        types, grid = data["mm_token_type_ids"], data.get("image_grid_thw")
+        positions, _ = stock.get_rope_index(ids, types, image_grid_thw=grid, attention_mask=mask)
+    cache = DynamicCache(config=stock.config.get_text_config())
+    for index, (key, value) in enumerate(prefix):
+        cache.update(key[None], value[None], index)
+    mask = torch.cat((mask.new_ones(1, prefix.shape[3]), mask), dim=1)
+    output = stock(**data, attention_mask=mask, position_ids=positions, past_key_values=cache)
+    return F.normalize(output.last_hidden_state[0, -1], dim=-1)
+
+
+@torch.no_grad()
+def test_without_prefix_rows_equal_the_stock_model(
+    frozen: Backbone, inputs: EncoderInputs, stock: Any, processor: Any
+) -> None:
+    embeddings = encoder_of(frozen, num_paths=1, prefix_length=0)(inputs)
+    for row, embedding in zip(ROWS, embeddings[:, 0], strict=True):
+        torch.testing.assert_close(
+            embedding, stock_alone(stock, processor, frozen.image_token, row, None), **CLOSE
+        )
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_paths_of_a_mixed_batch_equal_the_stock_model_with_a_filled_cache(
+    frozen: Backbone, stock: Any, processor: Any, side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frozen.processor.tokenizer, "padding_side", side)
+    inputs = collate(frozen, ROWS)
+    assert inputs.tokens["attention_mask"][0, 0 if side == "left" else -1] == 0
+    encoder = encoder_of(frozen)
+    assert encoder.prefixes is not None
+    embeddings = encoder(inputs)
+    for path, prefix in enumerate(encoder.prefixes.key_values):
+        for row, embedding in zip(ROWS, embeddings[:, path], strict=True):
+            expected = stock_alone(stock, processor, frozen.image_token, row, prefix)
+            torch.testing.assert_close(embedding, expected, **CLOSE)
+    assert not torch.allclose(embeddings[:, 0], embeddings[:, 1], atol=1e-2)
+
+
+@pytest.mark.parametrize("prefix_layers", [0, 1])
+@torch.no_grad()
+def test_n_paths_in_one_pass_equal_n_passes(
+    frozen: Backbone, inputs: EncoderInputs, prefix_layers: int
+) -> None:
+    encoder = encoder_of(frozen, prefix_layers=prefix_layers)
+    together = encoder(inputs)
+    apart = torch.cat([encoder(inputs, [path]) for path in range(3)], dim=1)
+    torch.testing.assert_close(together, apart, **CLOSE)
+
+
+@torch.no_grad()
+def test_batch_of_one_equals_batch_of_many(frozen: Backbone, inputs: EncoderInputs) -> None:
+    encoder = encoder_of(frozen)
+    together = encoder(inputs)
+    for index, row in enumerate(ROWS):
+        torch.testing.assert_close(encoder(collate(frozen, [row]))[0], together[index], **CLOSE)
+        torch.testing.assert_close(encoder(inputs.rows(index, index + 1))[0], together[index], **CLOSE)
+
+
+@torch.no_grad()
+def test_eager_attention_and_a_second_batch_agree(
+    load: Callable[..., Backbone], frozen: Backbone, inputs: EncoderInputs
+) -> None:
+    encoder, eager = encoder_of(frozen), encoder_of(load(adapter=FROZEN, attention="eager"))
+    first = encoder(inputs)
+    torch.testing.assert_close(eager(inputs), first, **CLOSE)
+    encoder(collate(frozen, [ROWS[3], ROWS[0]]))  # other sizes in between must leave nothing behind
+    assert torch.equal(encoder(inputs), first)
+
+
+def test_vision_tower_runs_once_and_lower_layers_see_each_row_once(
+    frozen: Backbone, inputs: EncoderInputs
+) -> None:
+    encoder = encoder_of(frozen, prefix_layers=1)
+    rows: dict[str, list[int]] = {"vision": [], "0": [], "1": []}
+    hooks = [frozen.base.get_submodule(frozen.family.vision_module)]
+    hooks += list(frozen.base.get_submodule(frozen.family.layers).children())
+    handles = [
+        module.register_forward_hook(lambda _, args, output, key=key: rows[key].append(len(args[0])))
+        if key != "vision"
+        else module.register_forward_hook(lambda *_: rows["vision"].append(1))
+        for key, module in zip(rows, hooks, strict=True)
+    ]
+    encoder(inputs)
+    for handle in handles:
+        handle.remove()
+    assert rows == {"vision": [1], "0": [len(ROWS)], "1": [3 * len(ROWS)]}
+
+
+def gradients(encoder: ParallelEncoder, passes: list[list[int]], inputs: EncoderInputs) -> dict[str, Any]:
+    weight = torch.randn(len(ROWS), 3, encoder.embed_dim, generator=torch.Generator().manual_seed(0))
+    for paths in passes:
+        (encoder(inputs, paths) * weight[:, paths]).sum().backward()
+    return {name: parameter.grad for name, parameter in encoder.named_parameters()}
+
+
+@pytest.mark.parametrize("prefix_layers", [0, 1])
+def test_gradients_equal_with_checkpointing_and_with_separate_passes(
+    load: Callable[..., Backbone], inputs: EncoderInputs, prefix_layers: int
+) -> None:
+    def make(**options: Any) -> ParallelEncoder:
+        return encoder_of(load(adapter=AdapterConfig(kind="full"), **options), prefix_layers=prefix_layers)
+
+    plain = gradients(make(), [[0, 1, 2]], inputs)
+    checkpointed = gradients(make(gradient_checkpointing=True), [[0, 1, 2]], inputs)
+    apart = gradients(make(), [[0], [1], [2]], inputs)
+    assert plain["prefixes.key_values"].abs().sum() > 0
+    for parameter, gradient in plain.items():
+        if gradient is None:  # a layer of the vision tower above the one that is read
+            assert checkpointed[parameter] is None
+            assert apart[parameter] is None
+            continue
+        torch.testing.assert_close(checkpointed[parameter], gradient, rtol=1e-5, atol=1e-6, msg=parameter)
+        torch.testing.assert_close(apart[parameter], gradient, rtol=1e-3, atol=1e-4, msg=parameter)
+
+
+@pytest.mark.parametrize("kind", ["frozen", "lora", "dora", "full"])
+def test_training_step_and_checkpoint_round_trip(
+    load: Callable[..., Backbone], inputs: EncoderInputs, kind: Any
+) -> None:
+    adapter = AdapterConfig(kind=kind, scope="both")
+    encoder = encoder_of(load(adapter=adapter), num_paths=2)
+    before = {name: parameter.detach().clone() for name, parameter in encoder.named_parameters()}
+    trainable = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-2, weight_decay=0)
+
+    def loss() -> Tensor:
+        paths_NBD = encoder(inputs).transpose(0, 1)
+        scores = paths_NBD @ paths_NBD.roll(1, 0).transpose(1, 2) / 0.1
+        return F.cross_entropy(scores.flatten(0, 1), torch.arange(len(ROWS)).repeat(2))
+
+    for _ in range(2):  # LoRA's first step moves B alone, as B starts at zero
+        first = loss()
+        optimizer.zero_grad()
+        first.backward()
+        optimizer.step()
+    family = encoder.backbone.family
+    for name, parameter in encoder.named_parameters():
+        moved = not torch.equal(parameter, before[name])
+        if parameter.grad is not None:
+            assert moved or not parameter.grad.any(), name
+        else:  # frozen, or above the layer of the vision tower that is read
+            assert not moved
+            assert not parameter.requires_grad or family.vision_module in name, name
+    state = trainable_state(encoder)
+    again = encoder_of(load(adapter=adapter), num_paths=2, seed=7)
+    load_trainable_state(again, state)
+    assert torch.equal(again(inputs), encoder(inputs))
+    assert not torch.allclose(first, loss())
+
+
+@pytest.mark.parametrize("scope", ["language", "vision", "both"])
+def test_adapters_go_where_the_scope_says(load: Callable[..., Backbone], name: str, scope: Any) -> None:
+    backbone = load(adapter=AdapterConfig(scope=scope))
+    family, base = backbone.family, backbone.base
+    vision = VISION_TARGETS.get(name, CLIP_TARGETS)
+    roots = {"language": family.language_module, "vision": family.vision_module}
+    expected = set()
+    for part, targets in (("language", set(family.language_targets)), ("vision", vision)):
+        if scope in (part, "both"):
+            found = {path.rsplit(".", 1)[-1] for path in backbone.adapted_modules if roots[part] in path}
+            assert found == targets
+            expected.add(roots[part])
+    assert {path.split(".")[0] for path in backbone.adapted_modules} == expected
+    trains = {path.split(".")[0] for path, p in base.named_parameters() if p.requires_grad}
+    assert trains == expected
+
+
+def test_blocks_are_the_decoder_layers_and_those_of_the_vision_tower(frozen: Backbone, name: str) -> None:
+    def count(module: str) -> int:
+        parts = frozen.base.get_submodule(module).modules()
+        return sum(type(part).__name__ in frozen.family.blocks for part in parts)
+
+    assert count(frozen.family.language_module) == frozen.num_layers == 2
+    assert (count(frozen.family.vision_module) > 0) == (name != "llava")  # unlisted: decoder layers alone
+
+
+def test_meta_backbone_has_the_same_parameters(folder: str, name: str, frozen: Backbone) -> None:
+    meta = meta_backbone(folder, adapter=FROZEN, family=UNLISTED if name == "llava" else None)
+    shapes = {path: p.shape for path, p in meta.named_parameters()}
+    assert shapes == {path: p.shape for path, p in frozen.named_parameters()}
+
+
+def test_bfloat16_gives_unit_fp32_embeddings_near_those_of_fp32(
+    load: Callable[..., Backbone], frozen: Backbone, inputs: EncoderInputs
+) -> None:
+    half = encoder_of(load(adapter=FROZEN, dtype="bfloat16"))
+    embeddings = half(inputs)
+    assert embeddings.dtype == torch.float32
+    torch.testing.assert_close(embeddings.norm(dim=-1), torch.ones(len(ROWS), 3))
+    assert F.cosine_similarity(embeddings, encoder_of(frozen)(inputs), dim=-1).min() > 0.9
+
+
+@pytest.mark.parametrize("llava_name", ["llava_next_mistral", "llava_next_vicuna", "llava_onevision"])
+def test_older_names_of_published_weights_load(llava_name: str, tmp_path: Path) -> None:
+    """Towers lost a level of their paths in transformers 5; files on the hub, and an older head, have it."""
+    folder = save_tiny_family(llava_name, tmp_path)
+    saved = load_backbone(folder, adapter=FROZEN)
+    weights = load_file(tmp_path / "model.safetensors")
+    renamed = {key.replace("vision_tower.", "vision_tower.vision_model."): w for key, w in weights.items()}
+    assert renamed.keys() != weights.keys()
+    renamed["language_model.lm_head.weight"] = torch.zeros(2, 32)
+    save_file(renamed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    published = load_backbone(folder, adapter=FROZEN)
+    for own, other in zip(published.parameters(), saved.parameters(), strict=True):
+        assert torch.equal(own, other)
+
+
+def test_every_family_of_the_table_is_tested() -> None:
+    tested = {TINY_FAMILIES[name]()[1].model_type for name in TINY_FAMILIES}
+    assert tested == {*FAMILIES, "llava"}
+
+
+def test_deepstack_features_reach_every_path(tmp_path: Path) -> None:
+    """With the image features between the layers taken away, Qwen3-VL's embeddings change in all paths."""
+    backbone = load_backbone(save_tiny_family("qwen3_vl", tmp_path), adapter=FROZEN)
+    inputs = collate(backbone, ROWS)
+    for prefix_layers in (0, 1):
+        encoder = encoder_of(backbone, prefix_layers=prefix_layers)
+        full = encoder(inputs)
+        language: Any = backbone.language_model
+        process = language._deepstack_process
+        language._deepstack_process = lambda hidden, mask, visual: hidden
+        without = encoder(inputs)
+        language._deepstack_process = process
+        assert torch.equal(without[0], full[0])  # the row without an image
+        assert (without[1:] - full[1:]).abs().amax(-1).min() > 1e-3
