@@ -87,6 +87,14 @@ def test_rows_processed_alone_equal_rows_processed_together(
         assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+def test_image_tensors_are_told_from_tokens_of_the_same_shape(processor: Any) -> None:
+    image = Image.new("RGB", (32, 16))  # two image tokens and a newline: as many as a grid has numbers
+    inputs = Collator(processor, image_token=TOKEN).encode_inputs([prompt(image=image)])
+    assert inputs.tokens["input_ids"].shape == (1, 3)
+    assert_rows_equal_single_calls(inputs, processor, [prompt(image=image)], "left")
+    assert set(inputs.vision[0]) == {"pixel_values", "image_grid_thw"}
+
+
 def test_unsplittable_image_tensors_are_never_guessed(processor: Any, rows: list[RawInput]) -> None:
     class Strange:
         """A processor whose batch calls return one entry too many."""
@@ -111,19 +119,6 @@ def test_placeholder_becomes_the_backbones_token_and_nothing_is_added(processor:
     with_image, text_only = processor.batch_decode(inputs.tokens["input_ids"])
     assert with_image == f"{TOKEN}\nFind a cat\n"
     assert text_only.replace(processor.tokenizer.pad_token, "") == "a cat"
-
-
-def test_prompts_follow_mmebs_template() -> None:
-    assert prompt("q?", "x.png", "Answer:") == RawInput("<|image_1|>\nAnswer: q?\n", ("x.png",))
-    assert prompt(image="x.png", instruction="Look.") == RawInput("<|image_1|>\nLook.\n", ("x.png",))
-    assert prompt(image="x.png") == RawInput("<|image_1|>\n", ("x.png",))
-    assert prompt("t", images=["x", "y"]) == RawInput("<|image_1|>\n<|image_1|>\nt\n", ("x", "y"))
-    assert prompt(" a cat\n", instruction="Find:") == RawInput("Find: a cat")
-    assert prompt("a cat") == RawInput("a cat")
-    with pytest.raises(ValueError, match="a text or an image"):
-        prompt("  ", instruction="Find")
-    with pytest.raises(ValueError, match="not both"):
-        prompt(image="x", images=["y"])
 
 
 def test_pairs_keep_order_and_identity(processor: Any, tmp_path: Path) -> None:
@@ -164,35 +159,6 @@ def test_identity_is_text_and_image() -> None:
     assert identity(RawInput("a", (black.copy(),))) == identity(RawInput("a", (black,)))
     assert all(-(2**63) <= identity(row) < 2**63 for row in inputs)
     assert identity(RawInput("a")) == 4681665781835383343  # stable over processes and runs
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "I;16"])
-def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
-    level = 200
-    if mode == "I;16":
-        image = Image.fromarray(np.full((8, 8), level * 257, dtype=np.uint16))
-    else:
-        image = Image.new("RGB", (8, 8), (level,) * 3).convert(mode)
-    file = tmp_path / ("x.tif" if mode in ("CMYK", "YCbCr") else "x.png")
-    image.save(file)
-    pixels = np.asarray(load_image(str(file)))
-    assert pixels.shape == (8, 8, 3)
-    assert abs(pixels.mean() - (255 if mode == "1" else level)) < (80 if mode == "1" else 3)
-    assert load_image(image).mode == "RGB"
-
-
-def test_exif_rotation_is_applied_and_the_input_untouched(tmp_path: Path) -> None:
-    image = Image.new("RGB", (8, 4), "red")
-    image.putpixel((0, 0), (0, 0, 255))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: show it rotated clockwise
-    image.save(tmp_path / "x.png", exif=exif)
-    turned = load_image(str(tmp_path / "x.png"))
-    assert turned.size == (4, 8)
-    assert turned.getpixel((3, 0)) == (0, 0, 255)
-    opened = Image.open(tmp_path / "x.png")
-    assert load_image(opened).size == (4, 8)
-    assert opened.size == (8, 4)
 
 
 def test_broken_and_missing_images_are_named(processor: Any, tmp_path: Path) -> None:

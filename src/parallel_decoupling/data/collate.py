@@ -127,9 +127,7 @@ class Collator:
             return None
         nested = images if any(images) else None  # by row: a family may treat several images of a row apart
         data = self.processor(text=texts, images=nested, padding=True, return_tensors="pt")
-        shape = data["input_ids"].shape
-        tokens = {key: value for key, value in data.items() if value.shape == shape}
-        pixels = {key: value for key, value in data.items() if key not in tokens}
+        tokens, pixels = self._separate(data)
         vision = _split(pixels, [len(row) for row in images])
         self._splits = vision is not None
         return None if vision is None else EncoderInputs(tokens, vision)
@@ -143,9 +141,15 @@ class Collator:
             raise ValueError(
                 f"{where}The processor refuses {_quote(row.text)} with images {row.images}: {error}"
             ) from error
+        tokens, pixels = self._separate(data)
+        return EncoderInputs(tokens, (pixels,))
+
+    def _separate(self, data: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What has one entry per token, and the image tensors (whose shape may be the same by chance)."""
+        images = getattr(getattr(self.processor, "image_processor", None), "model_input_names", ())
         shape = data["input_ids"].shape
-        tokens = {key: value for key, value in data.items() if value.shape == shape}
-        return EncoderInputs(tokens, ({key: value for key, value in data.items() if key not in tokens},))
+        tokens = {key: value for key, value in data.items() if value.shape == shape and key not in images}
+        return tokens, {key: value for key, value in data.items() if key not in tokens}
 
     def _join(self, rows: list[EncoderInputs]) -> EncoderInputs:
         """Pad rows that were processed alone; a key that a row lacks is zero there."""

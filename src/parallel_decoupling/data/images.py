@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import struct
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,11 +27,9 @@ _DAMAGE = (
     OSError,
     SyntaxError,
     ValueError,
+    TypeError,
     EOFError,
-    IndexError,
-    OverflowError,
     struct.error,
-    zlib.error,
     Image.DecompressionBombError,
 )
 

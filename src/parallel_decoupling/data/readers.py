@@ -89,8 +89,13 @@ class TrainSubset:
     def __getitem__(self, index: int) -> RawPair:
         row = int(self.kept[index])
         cells = self.table[row]
-        query = self.inputs.query(_side(cells, "qry", "qry_image_path"), self.table.where(row, "qry"))
-        side, where = _side(cells, "pos_text", "pos_image_path"), self.table.where(row, "pos_text")
+        query = self.inputs.query(
+            _side(cells, "qry", "qry_image_path"), self.table.where(row, "qry", "qry_image_path")
+        )
+        side, where = (
+            _side(cells, "pos_text", "pos_image_path"),
+            self.table.where(row, "pos_text", "pos_image_path"),
+        )
         positive = self.inputs.candidate(side, where)
         return RawPair(query, positive, self._negatives(row, cells, positive), self.subset, row)
 
@@ -122,7 +127,7 @@ class TrainSubset:
     def _negatives(self, row: int, cells: Mapping[str, Any], positive: RawInput) -> tuple[RawInput, ...]:
         if not self.hard_negatives:
             return ()
-        where = self.table.where(row, "neg_text")
+        where = self.table.where(row, "neg_text", "neg_image_path")
         sides = aligned_sides(cells.get("neg_text"), cells.get("neg_image_path"), where)
         sides = [side for side in sides if any(side)][: self.hard_negatives]
         own = [self.inputs.candidate(side, where) for side in sides] or [positive]
@@ -178,9 +183,11 @@ def read_eval_task(
         key = (instruction, *query)
         if key not in query_index:
             query_index[key] = len(read.queries)
-            read.queries.append(inputs.query(query, table.where(row, "qry_text"), instruction))
+            read.queries.append(
+                inputs.query(query, table.where(row, "qry_text", "qry_img_path"), instruction)
+            )
         read.query_of_row.append(query_index[key])
-        where, instruction = table.where(row, "tgt_text"), cells.get("tgt_inst") or ""
+        where, instruction = table.where(row, "tgt_text", "tgt_img_path"), cells.get("tgt_inst") or ""
         sides = aligned_sides(cells.get("tgt_text"), cells.get("tgt_img_path"), where) + pool
         keys = _identities(known, sides)
         for side, identity in zip(sides, keys, strict=True):

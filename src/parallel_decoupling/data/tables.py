@@ -104,10 +104,13 @@ class Table:
             return None
         return pa.chunked_array([arrays[name] for arrays in self._arrays])
 
-    def where(self, row: int, column: str) -> str:
-        """Name the owner, file, row in that file and the file's column, for an error message."""
+    def where(self, row: int, *columns: str) -> str:
+        """Name the owner, file, row in that file and the first of some columns that the file has.
+
+        For an error message.
+        """
         file = int(np.searchsorted(self._first_rows, row, side="right")) - 1
-        name = self.columns.get(column, column)
+        name = next((self.columns[column] for column in columns if column in self.columns), columns[0])
         return f"{self.owner}, file {self.files[file]}, row {row - self._first_rows[file]}, column {name!r}"
 
 

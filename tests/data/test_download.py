@@ -1,0 +1,210 @@
+"""Download: only what is lacking, whole or not at all, never outside of the folder. No network."""
+
+from __future__ import annotations
+
+import fnmatch
+import io
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from lightning.pytorch import Trainer
+from PIL import Image
+
+from parallel_decoupling.data.datamodule import MMEBDataModule
+from parallel_decoupling.data.download import download_eval, download_train, unpack
+from tests.data.mmeb_files import eval_row, train_row, write_image
+
+
+def jpeg() -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(stream, "JPEG")
+    return stream.getvalue()
+
+
+def archive(names: list[str]) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as file:
+        for name in names:
+            file.writestr(name, jpeg())
+    return stream.getvalue()
+
+
+def table(rows: list[dict[str, Any]]) -> bytes:
+    stream = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), stream)
+    return stream.getvalue()
+
+
+class Hub:
+    """Stands in for the hub: two subsets, two tasks; notes what is asked for and writes what matches."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, list[str]]] = []
+        row = train_row("q", "p", qry_image_path="images/VisDial/Train/0.jpg")
+        cirr = train_row("q", "p", qry_image_path="images/CIRR/Train/0.jpg")
+        evaluation = eval_row("q", ["a", "b"])
+        self.files = {
+            "TIGER-Lab/MMEB-train": {
+                "VisDial/original-00000-of-00001.parquet": table([row]),
+                "VisDial/diverse_instruction-00000-of-00001.parquet": table([row]),
+                "CIRR/original-00000-of-00001.parquet": table([cirr]),
+                "images_zip/VisDial.zip": archive(["VisDial/Train/0.jpg", "__MACOSX/VisDial/Train/._0.jpg"]),
+                "images_zip/CIRR.zip": archive(["images/CIRR/Train/0.jpg", "images/CIRR/Train/._0.jpg"]),
+            },
+            "TIGER-Lab/MMEB-eval": {
+                "GQA/test-00000-of-00001.parquet": table([{**evaluation, "qry_img_path": "GQA/0.jpg"}]),
+                "CIRR/test-00000-of-00001.parquet": table([{**evaluation, "qry_img_path": "CIRR/0.jpg"}]),
+                "images.zip": archive(["GQA/0.jpg", "CIRR/0.jpg", "CIFAR-100/0.jpg", ".DS_Store"]),
+            },
+        }
+
+    def __call__(self, repo: str, *, repo_type: str, local_dir: Path, allow_patterns: list[str]) -> None:
+        assert repo_type == "dataset"
+        self.asked.append((repo, allow_patterns))
+        for name, content in self.files[repo].items():
+            if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                (local_dir / name).parent.mkdir(parents=True, exist_ok=True)
+                (local_dir / name).write_bytes(content)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
+    stand_in = Hub()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", stand_in)
+    return stand_in
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+
+
+def test_only_the_wanted_subsets_are_fetched_and_unpacked_once(tmp_path: Path, hub: Hub) -> None:
+    for _ in range(2):
+        download_train(tmp_path, ["VisDial"], "original")
+        assert files(tmp_path) == [
+            "MMEB-train/VisDial/original-00000-of-00001.parquet",
+            "MMEB-train/images/VisDial/Train/0.jpg",
+            "MMEB-train/images_zip/VisDial.zip",
+        ]
+    wanted = ["VisDial/original-*.parquet", "images_zip/VisDial.zip"]
+    assert hub.asked == [("TIGER-Lab/MMEB-train", wanted)], "the second call asks for nothing"
+    download_train(tmp_path, ["VisDial", "CIRR"], "original")
+    assert hub.asked[1][1] == ["CIRR/original-*.parquet", "images_zip/CIRR.zip"]
+    assert (tmp_path / "MMEB-train/images/CIRR/Train/0.jpg").is_file()
+    download_train(tmp_path, ["VisDial"], "diverse_instruction")
+    assert hub.asked[2][1] == ["VisDial/diverse_instruction-*.parquet"]
+
+
+def test_tasks_share_one_archive_of_pictures(tmp_path: Path, hub: Hub) -> None:
+    download_eval(tmp_path, ["GQA"])
+    assert files(tmp_path / "MMEB-eval/images") == ["GQA/0.jpg"]
+    download_eval(tmp_path, ["GQA", "CIRR"])
+    assert files(tmp_path / "MMEB-eval/images") == ["CIRR/0.jpg", "GQA/0.jpg"]
+    assert [patterns for _, patterns in hub.asked] == [
+        ["GQA/test-*.parquet", "images.zip"],
+        ["CIRR/test-*.parquet"],
+    ]
+
+
+@pytest.mark.parametrize("place", ["MMEB-train/images/VisDial/Train/0.jpg", "MMEB-train/VisDial/Train/0.jpg"])
+def test_a_local_copy_is_left_alone(tmp_path: Path, hub: Hub, place: str) -> None:
+    write_image(tmp_path / place)
+    (tmp_path / "MMEB-train/VisDial").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "MMEB-train/VisDial/original-00000-of-00001.parquet").write_bytes(b"mine")
+    write_image(tmp_path / "MMEB-eval/GQA/0.jpg")
+    (tmp_path / "MMEB-eval/GQA/test-00000-of-00001.parquet").write_bytes(b"mine")
+    before = files(tmp_path)
+    download_train(tmp_path, ["VisDial"], "original")
+    download_eval(tmp_path, ["GQA"])
+    assert hub.asked == []
+    assert files(tmp_path) == before
+
+
+def test_a_stopped_unpacking_leaves_no_folder_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"X/Train/{number}.jpg" for number in range(4)]
+    (tmp_path / "X.zip").write_bytes(archive(names))
+    opened: list[str] = []
+    plain = zipfile.ZipFile.open
+
+    def stop_at_the_third(self: zipfile.ZipFile, name: Any, *arguments: Any, **options: Any) -> Any:
+        opened.append(name.filename)
+        if len(opened) == 3:
+            raise KeyboardInterrupt
+        return plain(self, name, *arguments, **options)
+
+    monkeypatch.setattr(zipfile.ZipFile, "open", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        unpack(tmp_path / "X.zip", tmp_path / "images", ["X"], inside="X")
+    assert not (tmp_path / "images/X").exists()
+    unpack(tmp_path / "X.zip", tmp_path / "images", ["X"], inside="X")
+    assert files(tmp_path / "images") == names
+    assert opened[3:] == names[2:], "what was there is not unpacked again"
+
+
+def test_an_archive_without_its_folder_gets_it(tmp_path: Path) -> None:
+    (tmp_path / "X.zip").write_bytes(archive(["Train/0.jpg"]))
+    unpack(tmp_path / "X.zip", tmp_path / "images", ["X"], inside="X")
+    assert files(tmp_path / "images") == ["X/Train/0.jpg"]
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil.jpg", "X/../../evil.jpg", "/evil.jpg", "\\evil.jpg", "c:\\evil.jpg"]
+)
+def test_members_that_point_outside_are_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "X.zip").write_bytes(archive(["X/0.jpg", name]))
+    with pytest.raises(ValueError, match="points outside of the folder"):
+        unpack(tmp_path / "X.zip", tmp_path / "in/images", ["X"])
+    assert files(tmp_path) == ["X.zip"]
+
+
+def test_archives_that_are_broken_or_lack_a_folder_are_named(tmp_path: Path, hub: Hub) -> None:
+    (tmp_path / "X.zip").write_bytes(archive(["X/0.jpg"])[:-30])
+    with pytest.raises(ValueError, match=r"X.zip: .*Delete the file to have it fetched again"):
+        unpack(tmp_path / "X.zip", tmp_path / "images", ["X"])
+    (tmp_path / "X.zip").write_bytes(archive(["X/0.jpg"]))
+    with pytest.raises(ValueError, match=r"X.zip has no pictures of Y"):
+        unpack(tmp_path / "X.zip", tmp_path / "images", ["X", "Y"])
+    with pytest.raises(ValueError, match="TIGER-Lab/MMEB-train has no NIGHTS.zip"):
+        download_train(tmp_path, ["NIGHTS"], "original")
+
+
+def prepared(data: MMEBDataModule, stage: str | None) -> MMEBDataModule:
+    """Call ``prepare_data`` as a trainer in this stage would."""
+    if stage is not None:
+        trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+        trainer.state.fn = stage  # type: ignore[assignment]
+        data.trainer = trainer
+    data.prepare_data()
+    return data
+
+
+def test_prepare_data_fetches_what_the_stage_needs(tmp_path: Path, hub: Hub) -> None:
+    options: dict[str, Any] = {"train_subsets": ["VisDial"], "eval_tasks": ["GQA", "CIRR"], "download": True}
+    data = prepared(MMEBDataModule(str(tmp_path), **options, validation_tasks=["GQA"]), "fit")
+    assert {repo: patterns[0] for repo, patterns in hub.asked} == {
+        "TIGER-Lab/MMEB-train": "VisDial/original-*.parquet",
+        "TIGER-Lab/MMEB-eval": "GQA/test-*.parquet",
+    }
+    data.setup("fit")
+    assert data.train_data[0][0].query.images == (str(tmp_path / "MMEB-train/images/VisDial/Train/0.jpg"),)
+    hub.asked.clear()
+    prepared(MMEBDataModule(str(tmp_path), **options), "test")
+    assert hub.asked == [("TIGER-Lab/MMEB-eval", ["CIRR/test-*.parquet"])]
+    hub.asked.clear()
+    prepared(MMEBDataModule(str(tmp_path), **options), None)
+    assert hub.asked == []
+
+
+def test_nothing_is_fetched_unless_asked(tmp_path: Path, hub: Hub) -> None:
+    prepared(MMEBDataModule(str(tmp_path)), "test")
+    assert hub.asked == []
+    with pytest.raises(ValueError, match="download is for MMEB, 'mini-mmeb' is generated"):
+        prepared(MMEBDataModule(download=True), "test")

@@ -1,0 +1,226 @@
+"""Pictures: every kind that MMEB and users have, VLM2Vec's squares, pixel budgets, and finding files."""
+
+from __future__ import annotations
+
+import random
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+from parallel_decoupling.batch import RawInput
+from parallel_decoupling.data.collate import Collator
+from parallel_decoupling.data.images import (
+    ImageError,
+    ImageFolder,
+    ImagePolicy,
+    check_images,
+    load_image,
+    smart_size,
+)
+from parallel_decoupling.data.prompts import prompt
+from tests.data.mmeb_files import write_image
+
+
+def noise(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr", "I;16", "I"])
+def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    level = 200
+    if mode.startswith("I"):
+        image = Image.fromarray(np.full((8, 8), level * 257, np.uint16 if mode == "I;16" else np.int32))
+    else:
+        image = Image.new("RGB", (8, 8), (level,) * 3).convert("P" if mode == "PA" else mode).convert(mode)
+    file = tmp_path / ("x.tif" if mode in ("CMYK", "YCbCr", "PA", "I") else "x.png")
+    if mode != "PA":  # no format holds it
+        image.save(file)
+        image = Image.open(file)
+    pixels = np.asarray(load_image(str(file) if mode != "PA" else image))
+    assert pixels.shape == (8, 8, 3)
+    assert abs(pixels.mean() - (255 if mode == "1" else level)) < (80 if mode == "1" else 3)
+    assert load_image(image).mode == "RGB"
+
+
+def test_a_transparent_palette_keeps_its_colours(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    image = Image.new("P", (4, 4))
+    image.putpalette([10, 20, 30, 200, 0, 0])
+    image.putpixel((1, 1), 1)
+    image.save(tmp_path / "x.png", transparency=bytes([0, 128]))
+    pixels = np.asarray(load_image(str(tmp_path / "x.png")))
+    assert pixels[0, 0].tolist() == [10, 20, 30]
+    assert pixels[1, 1].tolist() == [200, 0, 0]
+    assert not recwarn.list
+
+
+def test_exif_rotation_is_applied_unless_told_otherwise_and_the_input_untouched(tmp_path: Path) -> None:
+    image = Image.new("RGB", (8, 4), "red")
+    image.putpixel((0, 0), (0, 0, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it rotated clockwise
+    image.save(tmp_path / "x.png", exif=exif)
+    turned = load_image(str(tmp_path / "x.png"))
+    assert turned.size == (4, 8)
+    assert turned.getpixel((3, 0)) == (0, 0, 255)
+    opened = Image.open(tmp_path / "x.png")
+    assert load_image(opened).size == (4, 8)
+    assert opened.size == (8, 4)
+    assert (
+        load_image(opened, turn=False).size == load_image(str(tmp_path / "x.png"), turn=False).size == (8, 4)
+    )
+
+
+def png_of_claimed_size(width: int, height: int) -> bytes:
+    """A small PNG file whose header claims any size."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pixels = chunk(b"IDAT", zlib.compress(b"\0" * 64))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
+
+
+def test_broken_missing_and_bomb_sized_files_are_named(tmp_path: Path) -> None:
+    whole = Path(write_image(tmp_path / "whole.png", size=(64, 64))).read_bytes()
+    noise(64, 64).save(tmp_path / "whole.jpg")
+    contents = {
+        "cut.png": whole[:-40],
+        "cut.jpg": (tmp_path / "whole.jpg").read_bytes()[:-600],
+        "junk.jpg": b"not an image",
+        "empty.jpg": b"",
+        "bomb.png": png_of_claimed_size(30_000, 30_000),
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    for name in (*contents, "missing.png"):
+        with pytest.raises(ImageError, match=f"Cannot read image .*{name}"):
+            load_image(str(tmp_path / name))
+        with pytest.raises(ImageError, match=name):
+            check_images(RawInput("x", (str(tmp_path / "whole.png"), str(tmp_path / name))))
+    check_images(RawInput("x", (str(tmp_path / "whole.png"),)))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "webp", "tif", "bmp"])
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_files_are_read_or_named_never_anything_else(tmp_path: Path, suffix: str) -> None:
+    rng, file = random.Random(0), tmp_path / f"x.{suffix}"
+    noise(48, 32).save(file)
+    whole, errors = file.read_bytes(), 0
+    for attempt in range(150):
+        damaged = bytearray(whole[: rng.randrange(len(whole)) if attempt % 3 == 0 else None])
+        for _ in range(3 if damaged else 0):
+            damaged[rng.randrange(min(len(damaged), 300))] = rng.randrange(256)
+        file.write_bytes(damaged)
+        try:
+            assert load_image(str(file)).mode == "RGB"
+        except ImageError:
+            errors += 1
+    assert errors > 10
+
+
+@pytest.mark.parametrize(("size", "side"), [("low", 128), ("mid", 672), ("high", 1344)])
+def test_vlm2vecs_squares_are_pillows_default_resize(size: str, side: int) -> None:
+    image = noise(90, 41)
+    resized = ImagePolicy(size)(image)  # type: ignore[arg-type]
+    assert np.array_equal(np.asarray(resized), np.asarray(image.resize((side, side))))
+
+
+@pytest.mark.parametrize("factor", [16, 28, 32])
+def test_smart_size_equals_transformers(factor: int) -> None:
+    rng = random.Random(factor)
+    for _ in range(500):
+        width, height = rng.randrange(factor, 3000), rng.randrange(factor, 3000)
+        if max(width, height) / min(width, height) > 190:
+            continue
+        low = rng.choice([factor**2, 4 * factor**2, 256 * factor**2])
+        high = rng.choice([low, 4 * low, 1280 * factor**2 + low])
+        expected = smart_resize(height, width, factor=factor, min_pixels=low, max_pixels=high)
+        ours = smart_size(width, height, factor=factor, min_pixels=low, max_pixels=high)
+        assert ours == expected[::-1], (width, height, low, high)
+
+
+def test_a_budget_bounds_the_pixels_and_keeps_the_aspect_ratio() -> None:
+    policy = ImagePolicy(min_pixels=56 * 56, max_pixels=280 * 280, factor=28)
+    for width, height in ((500, 375), (2000, 300), (30, 40), (29, 600), (56, 84)):
+        resized = policy(Image.new("RGB", (width, height)))
+        assert resized.width % 28 == resized.height % 28 == 0
+        assert 56 * 56 <= resized.width * resized.height <= 280 * 280
+        assert abs(np.log(resized.width / resized.height * height / width)) < 0.5
+    assert policy(Image.new("RGB", (20, 5))).size == (56, 56)  # VLM2Vec's rule for sides below 28
+    assert policy(Image.new("RGB", (27, 900))).size == (56, 56)
+    fitting = Image.new("RGB", (56, 84))
+    assert policy(fitting) is fitting
+
+
+def test_a_budget_of_one_bound_and_no_patches() -> None:
+    assert ImagePolicy(max_pixels=10_000)(Image.new("RGB", (400, 100))).size == (200, 50)
+    assert ImagePolicy(max_pixels=10_000)(Image.new("RGB", (3, 5))).size == (3, 5)
+    assert ImagePolicy(min_pixels=400)(Image.new("RGB", (10, 10))).size == (20, 20)
+    image = Image.new("RGB", (10, 10))
+    assert ImagePolicy()(image) is image
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": "large"}, "one of low, mid, high or null, got 'large'"),
+        ({"size": "low", "max_pixels": 9}, "min_pixels and max_pixels have no meaning"),
+        ({"min_pixels": 0}, "min_pixels must be at least 1"),
+        ({"min_pixels": 10, "max_pixels": 9}, "min_pixels=10 is above max_pixels=9"),
+    ],
+)
+def test_settings_that_contradict_are_errors(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ImagePolicy(**options)  # type: ignore[arg-type]
+
+
+def test_the_collator_resizes_before_the_processor_and_takes_its_factor(tiny_backbone_dir: str) -> None:
+    processor = AutoProcessor.from_pretrained(tiny_backbone_dir)  # patches of 8, merged 2 x 2
+    policy = ImagePolicy(max_pixels=32 * 32)
+    collator = Collator(processor, image_token="<|image_pad|>", images=policy)
+    assert collator.images.factor == 16
+    picture = noise(64, 40)
+    (vision,) = collator.encode_inputs([prompt(image=picture)]).vision
+    assert vision["image_grid_thw"].tolist() == [[1, 2, 4]]
+    (expected,) = (
+        Collator(processor, image_token="<|image_pad|>")
+        .encode_inputs([prompt(image=picture.resize((32, 16), Image.Resampling.BICUBIC))])
+        .vision
+    )
+    assert torch.equal(vision["pixel_values"], expected["pixel_values"])
+
+
+def test_squares_ignore_the_exif_orientation_as_vlm2vec_does(tiny_backbone_dir: str, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise(64, 32).save(tmp_path / "x.png", exif=exif)
+    processor = AutoProcessor.from_pretrained(tiny_backbone_dir)
+    collator = Collator(processor, image_token="<|image_pad|>", images=ImagePolicy("low"))
+    rows = [prompt(image=str(tmp_path / "x.png")), prompt(image=noise(64, 32))]
+    turned, plain = collator.encode_inputs(rows).vision
+    assert torch.equal(turned["pixel_values"], plain["pixel_values"])
+
+
+@pytest.mark.parametrize("prefix", ["images/", ""])
+@pytest.mark.parametrize("place", ["a", "a/images", "b"])
+def test_images_are_found_with_and_without_their_folder(tmp_path: Path, prefix: str, place: str) -> None:
+    file = write_image(tmp_path / place / "X" / "0.png")
+    folder = ImageFolder(tmp_path / "a", tmp_path / "b")
+    for _ in range(2):
+        assert folder.find(f"{prefix}X/0.png") == file
+    assert folder.find("X/1.png") is None
+    with pytest.raises(ImageError, match="row 3: no image file 'X/1.png' under .*a or .*b"):
+        folder.get("X/1.png", "row 3")
+
+
+def test_an_absolute_image_path_is_itself(tmp_path: Path) -> None:
+    file = write_image(tmp_path / "elsewhere.png")
+    assert ImageFolder(tmp_path / "a").find(file) == file

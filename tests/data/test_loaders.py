@@ -1,0 +1,154 @@
+"""Images that cannot be read: an error that says where, or skipped alike on every process, and counted."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from parallel_decoupling import distributed
+from parallel_decoupling.data.datamodule import MMEBDataModule
+from parallel_decoupling.retrieval.report import ScoreReport
+from tests.data.mmeb_files import eval_row, train_row, write_eval, write_image, write_train
+from tests.data.test_datamodule import CharacterProcessor, queries, texts
+from tests.support.fit import make_trainer, small_data, small_embedder
+from tests.support.mmeb import save_tiny_mmeb
+
+ROWS = 24
+GONE = (3, 4, 11, 23)
+BROKEN = 17
+
+
+class ImageProcessor(CharacterProcessor):
+    """Takes images and ignores them."""
+
+    def __call__(self, text: list[str], images: Any = None, **options: Any) -> Any:
+        return super().__call__(text, **options)
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    """Queries q0, q1, ... with an image each, some of which are not there."""
+    images = tmp_path / "MMEB-train" / "images"
+    for row in set(range(ROWS)) - set(GONE):
+        write_image(images / f"{row}.png")
+    (images / f"{BROKEN}.png").write_bytes(b"broken")
+    rows = [train_row(f"q{row}\n", f"p{row}", qry_image_path=f"images/{row}.png") for row in range(ROWS)]
+    write_train(tmp_path, "S", rows)
+    return tmp_path
+
+
+def module(data_dir: Path, **options: Any) -> MMEBDataModule:
+    data = MMEBDataModule(str(data_dir), batch_size=8, **options)
+    data.connect(ImageProcessor(), "<image>")
+    data.setup("fit")
+    return data
+
+
+def test_a_missing_image_stops_training_and_says_where(data_dir: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"subset 'S', file .*, row (3|4|11|23), column 'qry': no image file"
+    ):
+        list(module(data_dir).train_dataloader())
+    for row in GONE:
+        write_image(data_dir / f"MMEB-train/images/{row}.png")
+    with pytest.raises(ValueError, match=r"training subset 'S', row 17: Cannot read image .*17.png"):
+        list(module(data_dir).train_dataloader())
+
+
+def expected_queries(data_dir: Path) -> list[list[str]]:
+    """By hand: the sampler's rows, where a bad one is replaced by the next good one."""
+    sampler = module(data_dir).train_dataloader().batch_sampler
+    assert sampler is not None
+    batches = []
+    for step in range(ROWS // 8):
+        rows = [row for _, row in sampler.batch(step)]
+        for place, row in enumerate(rows):
+            while row in (*GONE, BROKEN):
+                row = (row + 1) % ROWS
+            rows[place] = row
+        batches.append([f"<image>\nq{row}\n" for row in rows])
+    return batches
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_skipping_is_the_same_for_all_processes_and_workers(
+    data_dir: Path, world_size: int, num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "world_size", lambda: world_size)
+    parts = []
+    for rank in range(world_size):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        data = module(data_dir, missing_images="skip", num_workers=num_workers)
+        parts.append(queries(data.train_dataloader()))
+    assert [sum(step, []) for step in zip(*parts, strict=True)] == expected_queries(data_dir)
+
+
+def test_skipped_rows_are_counted_in_the_log(data_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    loader = module(data_dir, missing_images="skip").train_dataloader()
+    with caplog.at_level(logging.WARNING):
+        list(loader)
+    assert loader.num_skipped == 6, "row 3 passes over 3 and 4"
+    assert "Training rows skipped so far: " in caplog.messages[0]
+    assert "training subset 'S', row" in caplog.messages[0]
+
+
+def test_the_positive_stays_with_its_query_and_a_repeated_row_is_no_negative(data_dir: Path) -> None:
+    for batch in module(data_dir, missing_images="skip").train_dataloader():
+        asked = [text.strip().removeprefix("<image>\nq") for text in texts(batch.query)]
+        assert texts(batch.candidate) == [f"p{row}" for row in asked]
+        ids = batch.candidate_ids.tolist()
+        assert [[a == b for b in ids] for a in ids] == [[a == b for b in asked] for a in asked]
+
+
+def test_blank_rows_are_reported_at_set_up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_train(tmp_path, "S", [train_row("q"), train_row("", "p"), train_row("q", "")])
+    with caplog.at_level(logging.WARNING):
+        MMEBDataModule(str(tmp_path)).setup("fit")
+    assert "training subset 'S': left out 2 rows with neither text nor image" in caplog.text
+
+
+def test_a_broken_evaluation_image_is_named_by_task_and_row(tmp_path: Path) -> None:
+    write_image(tmp_path / "MMEB-eval/GQA/0.png")
+    (tmp_path / "MMEB-eval/GQA/1.png").write_bytes(b"broken")
+    rows = [eval_row("q", ["a", "b"], qry_img_path=f"GQA/{row}.png") for row in range(2)]
+    write_eval(tmp_path, "GQA", rows)
+    data = MMEBDataModule(str(tmp_path))
+    data.connect(ImageProcessor(), "<image>")
+    data.setup("test")
+    (loader,) = data.test_dataloader()
+    with pytest.raises(ValueError, match=r"evaluation task 'GQA', row 1, query: Cannot read image .*1.png"):
+        list(loader)
+
+
+def test_skipped_evaluation_rows_are_left_out_of_the_score_and_counted(
+    tiny_backbone_dir: str, tmp_path: Path
+) -> None:
+    data_dir = Path(save_tiny_mmeb(tmp_path / "data"))
+    images = data_dir / "MMEB-eval"
+    whole, cut = small_data(str(data_dir), eval_batch_size=3), small_data(str(data_dir), eval_batch_size=3)
+    cut.missing_images = "skip"
+    module = small_embedder(tiny_backbone_dir)
+    make_trainer(tmp_path / "whole").test(module, whole, verbose=False)
+    (images / "red_0.png").unlink()  # one of four queries of i2t, one of four candidates of t2i
+    with pytest.raises(ValueError, match=r"row 0, column 'qry_text'.*: no image file 'red_0.png'"):
+        small_data(str(data_dir)).setup("test")
+    with pytest.warns(UserWarning, match="1 queries and 0 candidates have images .* 1 of 4 rows"):
+        make_trainer(tmp_path / "cut").test(module, cut, verbose=False)
+    before, after = (ScoreReport.from_json_file(tmp_path / name / "scores.json") for name in ("whole", "cut"))
+    for task in ("colours_i2t", "colours_t2i"):
+        assert (before.tasks[task].num_queries, before.tasks[task].num_skipped) == (4, 0)
+        assert (after.tasks[task].num_queries, after.tasks[task].num_skipped) == (3, 1)
+    assert json.loads((tmp_path / "cut/scores.json").read_text())["tasks"]["colours_t2i"]["num_skipped"] == 1
+    hits = before.tasks["colours_i2t"].hits["aggregate"]
+    assert after.tasks["colours_i2t"].hits["aggregate"] == hits[1:], "the other rows are scored as before"
+    assert after.tasks["colours_t2i"].chance == pytest.approx(1 / 3), "a lost candidate is in no list"
+    assert "colours_i2t 1, colours_t2i 1" in str(after.table().caption)
+    module.predict_tasks(make_trainer(tmp_path / "predict"), cut, return_predictions=False)
+    content = torch.load(tmp_path / "predict/predictions/colours_i2t.pt", weights_only=True)
+    assert content["query"].isnan().flatten(1).all(dim=1).tolist() == [True, False, False, False]

@@ -1,0 +1,185 @@
+"""Prompts to the letter: all 36 tasks in both published formats, every rule, every image token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from parallel_decoupling.batch import RawInput
+from parallel_decoupling.data.collate import Collator
+from parallel_decoupling.data.prompts import (
+    PromptRules,
+    prompt,
+    split_candidate,
+    split_query,
+    written_text,
+)
+from parallel_decoupling.data.readers import TrainSubset, read_eval_task
+from parallel_decoupling.data.tasks import MMEB_TASKS
+from tests.data.golden_prompts import GOLDEN
+from tests.data.mmeb_files import train_row, write_eval, write_image, write_train
+
+
+def write_both(folder: Path, task: str) -> tuple[Path, Path]:
+    """The golden row of a task, and a second candidate, in both formats; returns two data folders."""
+    query_inst, query_text, query, candidate_inst, candidate_text, candidate = GOLDEN[task]
+    has_query_image = query.startswith("<|image_1|>")
+    has_image = candidate.startswith("<|image_1|>")
+    images = [f"{task}/{number}.jpg" if has_image else "" for number in range(2)]
+    for part, place in (("v1", "MMEB-eval"), ("split", "image-tasks")):
+        for number in range(2):
+            write_image(folder / part / place / task / f"{number}.jpg")
+    lone = "<|image_1|>\n" if task in ("WebQA", "EDIS") else ""
+    write_eval(
+        folder / "v1",
+        task,
+        [
+            {
+                "qry_text": lone + query,
+                "qry_img_path": f"{task}/0.jpg" if has_query_image else "",
+                "tgt_text": [candidate, candidate if has_image else "other"],
+                "tgt_img_path": images,
+            }
+        ],
+    )
+    rows: dict[str, Any] = {"qry_inst": f"<|image_1|>\n{query_inst}", "qry_text": query_text}
+    if MMEB_TASKS[task].prompt.own_line:
+        rows["qry_inst"] = f" {query_inst} "
+    if not has_query_image and not lone:
+        rows["qry_inst"] = query_inst
+    if has_query_image:
+        rows["qry_img_path"] = f"{task}/0.jpg"
+    rows["tgt_text"] = [candidate_text, candidate_text if has_image else "other"]
+    if has_image:
+        rows |= {"tgt_inst": f"<|image_1|>\n{candidate_inst}", "tgt_img_path": images}
+    write_eval(folder / "split", task, [rows])
+    return folder / "v1", folder / "split"
+
+
+def test_every_task_is_golden() -> None:
+    assert list(GOLDEN) == list(MMEB_TASKS)
+
+
+@pytest.mark.parametrize("task", GOLDEN)
+def test_both_formats_give_the_golden_prompts(tmp_path: Path, task: str) -> None:
+    for data_dir in write_both(tmp_path, task):
+        read = read_eval_task(data_dir, task)
+        assert [row.text for row in read.queries] == [GOLDEN[task][2]]
+        assert read.candidates[0].text == GOLDEN[task][5]
+        assert [len(row.images) for row in read.queries] == [GOLDEN[task][2].count("<|image_1|>")]
+        assert len(read.candidates[0].images) == GOLDEN[task][5].count("<|image_1|>")
+
+
+class Recorder:
+    """A stand-in for a processor that keeps the texts it gets."""
+
+    def __init__(self) -> None:
+        self.tokenizer = self
+        self.texts: list[str] = []
+
+    def __call__(self, text: list[str], **_: Any) -> dict[str, torch.Tensor]:
+        self.texts += text
+        ids = torch.ones(len(text), 1, dtype=torch.int64)
+        return {"input_ids": ids, "attention_mask": ids}
+
+
+@pytest.mark.parametrize("token", ["<|image_pad|>", "<image>", "<IMG_CONTEXT>", "<|image_1|>"])
+@pytest.mark.parametrize("task", ["ImageNet-1K", "GQA", "VisDial", "CIRR", "WebQA", "MSCOCO", "MSCOCO_t2i"])
+def test_the_backbones_image_token_replaces_the_placeholder_and_nothing_else(
+    tmp_path: Path, task: str, token: str
+) -> None:
+    for data_dir in write_both(tmp_path, task):
+        read, processor = read_eval_task(data_dir, task), Recorder()
+        Collator(processor, image_token=token).encode_inputs([read.queries[0], read.candidates[0]])
+        expected = [GOLDEN[task][place].replace("<|image_1|>", token) for place in (2, 5)]
+        assert processor.texts == expected
+
+
+@pytest.mark.parametrize(
+    ("instruction", "text", "own_line", "expected"),
+    [
+        ("<|image_1|>\nName it", "", False, "<|image_1|>\nName it\n"),  # a newline as it is written
+        ("<|image_1|> Name it", "", False, "<|image_1|> Name it\n"),  # a space as it is written
+        ("Name it", "", False, "<|image_1|> Name it\n"),  # nothing written: a space
+        (
+            "<|image_1|> Name it ",
+            "",
+            True,
+            "<|image_1|>\nName it\n",
+        ),  # a line of its own
+        ("Name it: ", "cat", True, "<|image_1|>\nName it: cat\n"),  # one space before the text
+        (
+            "Name it:",
+            "a cat \nor \ndog",
+            True,
+            "<|image_1|>\nName it: a cat\nor\ndog\n",
+        ),
+        ("Name it:", "cat? ", True, "<|image_1|>\nName it: cat? \n"),  # the last newline comes after that
+        ("", "cat", True, "<|image_1|>\ncat\n"),
+        ("", "", True, "<|image_1|>\n"),
+    ],
+)
+def test_whitespace_of_a_split_query(instruction: str, text: str, own_line: bool, expected: str) -> None:
+    assert split_query(instruction, text, PromptRules(own_line=own_line), has_image=True) == expected
+
+
+def test_whitespace_of_split_texts_without_image_and_of_candidates() -> None:
+    two_ends, crop = PromptRules(query_end="\n\n"), PromptRules(candidate_end="")
+    assert split_query("<|image_1|>\nFind:", "a b \nc", two_ends, has_image=False) == "Find: a b \nc\n\n"
+    assert split_candidate("ignored", " a label ", crop, has_image=False) == " a label "
+    assert split_candidate("<|image_1|>\nShow \n", "", crop, has_image=True) == "<|image_1|>\nShow"
+    assert split_candidate("<|image_1|>\nShow", " ", PromptRules(), has_image=True) == "<|image_1|>\nShow\n"
+    assert split_candidate("<|image_1|>\nShow:", "it", crop, has_image=True) == "<|image_1|>\nShow: it\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "has_image", "drop", "expected"),
+    [
+        ("<|image_1|> a\n \n", True, False, "<|image_1|> a\n \n"),  # to the letter
+        ("see <|image_1|> here", True, False, "see <|image_1|> here"),  # diverse instructions
+        ("", True, False, "<|image_1|>\n"),
+        ("a dog.", True, False, "<|image_1|>\na dog."),
+        ("<|image_1|>\nFind it\n", False, True, "Find it\n"),
+        ("<|image_1|> Find it", False, True, "Find it"),
+        ("plain \n", False, False, "plain \n"),
+    ],
+)
+def test_written_prompts_are_kept(text: str, has_image: bool, drop: bool, expected: str) -> None:
+    assert written_text(text, has_image=has_image, drop_placeholder=drop) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "has_image", "message"),
+    [
+        ("<|image_1|>\nx", False, "in the text but no image"),
+        (" \n", False, "neither text nor image"),
+        ("<|image_1|><|image_1|>", True, "2 placeholders .* for one image"),
+    ],
+)
+def test_placeholders_that_do_not_fit_are_errors(text: str, has_image: bool, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        written_text(text, has_image=has_image)
+
+
+def test_a_lone_placeholder_is_dropped_in_training_where_queries_are_texts(tmp_path: Path) -> None:
+    for subset in ("WebQA", "Mine"):
+        write_train(tmp_path, subset, [train_row("<|image_1|>\nFind it: x\n", "that")])
+    assert TrainSubset(tmp_path, "WebQA")[0].query == RawInput("Find it: x\n")
+    with pytest.raises(ValueError, match="'Mine', file .*, row 0, column 'qry': .* in the text but no image"):
+        TrainSubset(tmp_path, "Mine")[0]
+
+
+def test_prompts_follow_mmebs_template() -> None:
+    assert prompt("q?", "x.png", "Answer:") == RawInput("<|image_1|>\nAnswer: q?\n", ("x.png",))
+    assert prompt(image="x.png", instruction="Look.") == RawInput("<|image_1|>\nLook.\n", ("x.png",))
+    assert prompt(image="x.png") == RawInput("<|image_1|>\n", ("x.png",))
+    assert prompt("t", images=["x", "y"]) == RawInput("<|image_1|>\n<|image_1|>\nt\n", ("x", "y"))
+    assert prompt(" a cat\n", instruction="Find:") == RawInput("Find: a cat")
+    assert prompt("a cat") == RawInput("a cat")
+    with pytest.raises(ValueError, match="a text or an image"):
+        prompt("  ", instruction="Find")
+    with pytest.raises(ValueError, match="not both"):
+        prompt(image="x", images=["y"])

@@ -1,0 +1,271 @@
+"""Rows of MMEB's files: prompts arrive verbatim, candidates are unique, bad rows are named or left out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from parallel_decoupling.batch import RawInput
+from parallel_decoupling.data.images import ImageError
+from parallel_decoupling.data.readers import TrainSubset, read_eval_task
+from parallel_decoupling.data.tasks import MMEB_TASKS, find_train_subsets
+from tests.data.mmeb_files import eval_row, train_row, write_eval, write_image, write_rows, write_train
+
+QUERY = "<|image_1|>\nRepresent the given image with the following question: What is it? \n"
+
+
+@pytest.mark.parametrize("root", ["MMEB-train/images", "MMEB-train"])
+@pytest.mark.parametrize("prefix", ["images/", ""])
+def test_training_prompt_is_verbatim_in_every_image_layout(tmp_path: Path, root: str, prefix: str) -> None:
+    image = write_image(tmp_path / root / "OK-VQA" / "Train" / "OK-VQA_image_0.jpg")
+    row = train_row(QUERY, "a cat", qry_image_path=f"{prefix}OK-VQA/Train/OK-VQA_image_0.jpg")
+    write_train(tmp_path, "OK-VQA", [row])
+    pair = TrainSubset(tmp_path, "OK-VQA")[0]
+    assert pair.query == RawInput(QUERY, (image,))
+    assert pair.candidate == RawInput("a cat")
+    assert (pair.negatives, pair.subset, pair.row) == ((), "OK-VQA", 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "<|image_1|>\n"),
+        (None, "<|image_1|>\n"),
+        ("a dog.", "<|image_1|>\na dog."),
+        ("<|image_1|> a\n", "<|image_1|> a\n"),
+    ],
+)
+def test_image_without_placeholder_gets_one_line(tmp_path: Path, text: str | None, expected: str) -> None:
+    image = write_image(tmp_path / "MMEB-train/images/x.png")
+    write_train(tmp_path, "S", [train_row(pos_text=text, pos_image_path="images/x.png")])
+    assert TrainSubset(tmp_path, "S")[0].candidate == RawInput(expected, (image,))
+
+
+def test_shards_are_one_table_and_errors_name_the_shard(tmp_path: Path) -> None:
+    folder = tmp_path / "MMEB-train/S"
+    write_rows(folder / "original-00001-of-00002.parquet", [train_row("c"), train_row("<|image_1|>")])
+    write_rows(folder / "original-00000-of-00002.parquet", [train_row("a"), train_row("b")])
+    write_rows(folder / "diverse_instruction-00000-of-00001.parquet", [train_row("z")])
+    subset = TrainSubset(tmp_path, "S")
+    assert [subset[row].query.text for row in range(3)] == ["a", "b", "c"]
+    with pytest.raises(
+        ValueError, match=r"subset 'S', file .*original-00001-of-00002.parquet, row 1, column 'qry'"
+    ):
+        subset[3]
+    assert TrainSubset(tmp_path, "S", "diverse_instruction")[0].query.text == "z"
+    assert find_train_subsets(tmp_path, "diverse_instruction") == ["S"]
+
+
+def test_limit_is_a_seeded_sample_in_file_order(tmp_path: Path) -> None:
+    write_train(tmp_path, "S", [train_row(str(number)) for number in range(50)])
+    kept = [
+        [int(subset[i].query.text) for i in range(len(subset))]
+        for subset in (
+            TrainSubset(tmp_path, "S", limit=20),
+            TrainSubset(tmp_path, "S", limit=20),
+            TrainSubset(tmp_path, "S", limit=20, seed=1),
+        )
+    ]
+    assert kept[0] == kept[1] != kept[2]
+    assert len(set(kept[0])) == 20
+    assert kept[0] == sorted(kept[0]) != list(range(20))
+    assert len(TrainSubset(tmp_path, "S", limit=99)) == 50
+
+
+@pytest.mark.parametrize(
+    ("negatives", "expected"),
+    [
+        ({"neg_text": "n", "neg_image_path": ""}, ["n", "n"]),
+        ({"neg_text": ["n", "m", "o"], "neg_image_path": ["", "", ""]}, ["n", "m"]),
+        ({"neg_text": ["n", "m"], "neg_image_path": None}, ["n", "m"]),
+        ({"neg_text": "", "neg_image_path": ""}, ["that", "that"]),
+        ({"neg_text": None, "neg_image_path": None}, ["that", "that"]),
+        ({}, ["that", "that"]),
+    ],
+)
+def test_every_row_has_the_asked_number_of_negatives(
+    tmp_path: Path, negatives: dict[str, Any], expected: list[str]
+) -> None:
+    write_train(tmp_path, "S", [train_row(**negatives)])
+    assert [
+        negative.text for negative in TrainSubset(tmp_path, "S", hard_negatives=2)[0].negatives
+    ] == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (train_row(" " * 9, "x"), "row 0, column 'qry': neither text nor image"),
+        (
+            train_row("x", qry_image_path="images/no.jpg"),
+            r"column 'qry': no image file 'images/no.jpg' under .*MMEB-train",
+        ),
+        (train_row("<|image_1|>\nx"), "in the text but no image"),
+        (train_row("<|image_1|><|image_1|>", qry_image_path="images/x.png"), "2 placeholders"),
+    ],
+)
+def test_bad_training_row_is_named_when_it_is_read(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    write_image(tmp_path / "MMEB-train/images/x.png")
+    write_train(tmp_path, "S", [row])
+    subset = TrainSubset(tmp_path, "S")
+    with pytest.raises(ValueError, match=message):
+        subset[0]
+
+
+def test_missing_column_and_file_are_named(tmp_path: Path) -> None:
+    row = train_row()
+    del row["pos_text"]
+    write_train(tmp_path, "S", [row])
+    with pytest.raises(
+        ValueError, match=r"training subset 'S', file .*: column 'pos_text' is missing; found qry"
+    ):
+        TrainSubset(tmp_path, "S")
+    with pytest.raises(ValueError, match=r"no file .*S.train-\*\.parquet; the folder holds original-00000"):
+        TrainSubset(tmp_path, "S", "train")
+    write_eval(tmp_path, "GQA", [{"qry_inst": "i", "qry_text": "q"}])
+    with pytest.raises(ValueError, match="column 'tgt_text' is missing; found qry_inst, qry_text"):
+        read_eval_task(tmp_path, "GQA")
+
+
+@pytest.mark.parametrize("root", ["MMEB-eval", "MMEB-eval/images"])
+def test_eval_inputs_are_unique_and_positive_comes_first(tmp_path: Path, root: str) -> None:
+    image = write_image(tmp_path / root / "RefCOCO-Matching" / "image_0.jpg")
+    pictures = {"tgt_img_path": ["RefCOCO-Matching/image_0.jpg"] * 3}
+    rows = [
+        eval_row("q", ["<|image_1|>\nb", "<|image_1|>\na", "<|image_1|>\nb"], **pictures),
+        eval_row("q", ["<|image_1|>\na", "<|image_1|>\nc", "<|image_1|>\nb"], **pictures),
+    ]
+    write_eval(tmp_path, "RefCOCO-Matching", rows)
+    task = read_eval_task(tmp_path, "RefCOCO-Matching")
+    assert task.task is MMEB_TASKS["RefCOCO-Matching"]
+    assert task.queries == [RawInput("q")]
+    assert task.candidates == [RawInput(f"<|image_1|>\n{letter}", (image,)) for letter in "bac"]
+    assert task.query_of_row == [0, 0]
+    assert task.candidates_of_row == [[0, 1, 0], [1, 2, 0]]
+
+
+def test_one_text_stands_for_a_list_of_images(tmp_path: Path) -> None:
+    names = ["NIGHTS/image_0.jpg", "NIGHTS/image_1.jpg"]
+    for name in names:
+        write_image(tmp_path / "MMEB-eval" / name)
+    write_eval(
+        tmp_path, "NIGHTS", [{"qry_text": "q", "qry_img_path": "", "tgt_text": "", "tgt_img_path": names}]
+    )
+    assert [row.text for row in read_eval_task(tmp_path, "NIGHTS").candidates] == ["<|image_1|>\n"] * 2
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (eval_row("q", ["a"]), "row 1, column 'tgt_text': 1 candidates"),
+        (eval_row("q", ["a", "b"], tgt_img_path=[""]), "2 texts but 1 image paths"),
+        (eval_row("", ["a", "b"]), "column 'qry_text': neither text nor image"),
+        (eval_row("q", ["a", ""]), "column 'tgt_text': neither text nor image"),
+        (
+            eval_row("q", ["a", "b"], tgt_img_path=["", "GQA/0.jpg"]),
+            "task 'GQA', file .*, row 1.*no image file",
+        ),
+    ],
+)
+def test_bad_eval_row_is_named(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    write_eval(tmp_path, "GQA", [eval_row("q", ["a", "b"]), row])
+    with pytest.raises(ValueError, match=message):
+        read_eval_task(tmp_path, "GQA")
+
+
+def test_query_limit_is_spread_over_the_file(tmp_path: Path) -> None:
+    write_eval(tmp_path, "GQA", [eval_row(str(number), ["a", "b"]) for number in range(10)])
+    assert [query.text for query in read_eval_task(tmp_path, "GQA", limit=3).queries] == ["0", "3", "6"]
+    assert len(read_eval_task(tmp_path, "GQA", limit=99).queries) == 10
+
+
+def test_unknown_task_names_the_closest(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Unknown evaluation task 'ImageNet_1K'. Did you mean 'ImageNet-1K'"):
+        read_eval_task(tmp_path, "ImageNet_1K")
+
+
+def test_blank_rows_are_left_out_and_counted(tmp_path: Path) -> None:
+    write_image(tmp_path / "MMEB-train/images/x.png")
+    rows = [
+        train_row("a"),
+        train_row("", "b"),
+        train_row("c", " \n"),
+        train_row("", "d", qry_image_path="images/x.png"),
+        train_row(None, "e"),  # type: ignore[arg-type]
+    ]
+    write_train(tmp_path, "S", rows)
+    subset = TrainSubset(tmp_path, "S")
+    assert [subset[row].row for row in range(len(subset))] == [0, 3]
+    assert subset.blank_rows == 3
+    write_train(tmp_path, "T", rows[1:3])
+    with pytest.raises(ValueError, match="subset 'T', .*every row has neither text nor image"):
+        TrainSubset(tmp_path, "T")
+
+
+def test_the_first_rows_are_vlm2vecs_cap(tmp_path: Path) -> None:
+    write_train(tmp_path, "S", [train_row(str(number) * (number != 2)) for number in range(9)])
+    subset = TrainSubset(tmp_path, "S", limit=5, limit_by="first")
+    assert [subset[row].query.text for row in range(len(subset))] == ["0", "1", "3", "4"]
+    assert len(TrainSubset(tmp_path, "S", limit=99, limit_by="first")) == 8
+
+
+def test_the_next_readable_row_stands_in(tmp_path: Path) -> None:
+    images = tmp_path / "MMEB-train/images"
+    for number in (0, 3):
+        write_image(images / f"{number}.png")
+    (images / "1.png").write_bytes(b"broken")
+    write_train(tmp_path, "S", [train_row("q", qry_image_path=f"images/{row}.png") for row in range(5)])
+    subset = TrainSubset(tmp_path, "S")
+    assert [subset.readable(row).row for row in range(5)] == [0, 3, 3, 3, 0]
+    assert subset.readable(0).skipped == ()
+    first, second = subset.readable(1).skipped
+    assert first.startswith("training subset 'S', row 1: Cannot read image")
+    assert second.startswith("training subset 'S', row 2: ")
+    assert "no image file 'images/2.png'" in second
+    write_train(tmp_path, "T", [train_row("q", qry_image_path="images/1.png")] * 3)
+    with pytest.raises(ValueError, match="3 rows in a row .* `lightning verify`"):
+        TrainSubset(tmp_path, "T").readable(1)
+    write_train(tmp_path, "U", [train_row("<|image_1|>")])
+    with pytest.raises(ValueError, match="in the text but no image"):
+        TrainSubset(tmp_path, "U").readable(0)
+
+
+def test_missing_evaluation_images_are_left_to_the_loader_on_demand(tmp_path: Path) -> None:
+    write_eval(tmp_path, "GQA", [eval_row("q", ["a", "b"], qry_img_path="GQA/0.jpg")])
+    with pytest.raises(ImageError, match="'GQA', file .*, row 0, column 'qry_text': no image file"):
+        read_eval_task(tmp_path, "GQA")
+    assert read_eval_task(tmp_path, "GQA", must_exist=False).queries[0].images == ("GQA/0.jpg",)
+
+
+@pytest.mark.parametrize(
+    ("task", "expected"),
+    [
+        ("GQA", [0, 1, 2, 3, 4]),  # text (no images there): all differ
+        ("MSCOCO_t2i", [0, 1, 0, 1, 1]),  # the image alone
+        ("RefCOCO-Matching", [0, 1, 2, 3, 3]),  # image and caption without its quotes
+    ],
+)
+def test_what_makes_candidates_the_same_is_the_tasks(tmp_path: Path, task: str, expected: list[int]) -> None:
+    texts, images = ["a", "a", "b", "b", '"b"'], ["0.png", "1.png", "0.png", "1.png", "1.png"]
+    for image in images:
+        write_image(tmp_path / "MMEB-eval" / image)
+    rows = {"qry_inst": "i", "qry_text": "q", "tgt_inst": "Show:", "tgt_text": texts, "tgt_img_path": images}
+    write_eval(tmp_path, task, [rows])
+    read = read_eval_task(tmp_path, task)
+    assert read.candidates_of_row == [expected]
+    assert read.candidates[0].text == "<|image_1|> Show: a\n", "the first one seen stands for all"
+
+
+def test_rows_and_candidates_can_be_left_out(tmp_path: Path) -> None:
+    rows = [eval_row("p", ["a", "b", "c"]), eval_row("q", ["b", "a"]), eval_row("r", ["c", "b"])]
+    write_eval(tmp_path, "GQA", rows)
+    task = read_eval_task(tmp_path, "GQA")
+    assert task.place("query", 2) == "evaluation task 'GQA', row 2, query"
+    assert task.place("candidate", 2) == "evaluation task 'GQA', row 0, candidate"
+    less = task.without({2}, set())
+    assert (less.query_of_row, less.candidates_of_row) == ([0, 1], task.candidates_of_row[:2])
+    less = task.without(set(), {0})  # the positive of p; q keeps nothing but its positive
+    assert (less.query_of_row, less.candidates_of_row) == ([2], [[2, 1]])
+    assert less.candidates == task.candidates

@@ -1,0 +1,156 @@
+"""Your own data: the worked example of docs/data.md, and entries of tasks.json that cannot be used."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from parallel_decoupling.batch import RawInput
+from parallel_decoupling.cli import main
+from parallel_decoupling.data.datamodule import MMEBDataModule
+from parallel_decoupling.data.readers import TrainSubset, read_eval_task
+from parallel_decoupling.data.tasks import find_eval_tasks, find_train_subsets, read_tasks
+from tests.data.mmeb_files import train_row, write_image, write_train
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+ENTRY: dict[str, Any] = {
+    "meta_task": "vqa",
+    "in_distribution": False,
+    "train_file": "a.csv",
+    "eval_file": "a.csv",
+    "columns": {"query_text": "q", "candidate_text": "a"},
+}
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Path:
+    """The example of the document, as it stands there."""
+    blocks = re.findall(r"^`(shop/[^`]+)`:\n\n```\w+\n(.*?)^```", DOCUMENT, flags=re.MULTILINE | re.DOTALL)
+    names = ("tasks.json", "train.jsonl", "test.csv", "labels.jsonl")
+    assert [name for name, _ in blocks] == [f"shop/{name}" for name in names]
+    for name, content in blocks:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    for name in ("chair_1", "chair_2", "lamp_1"):
+        write_image(tmp_path / "shop" / "photos" / f"{name}.jpg")
+    return tmp_path / "shop"
+
+
+def photo(shop: Path, name: str) -> str:
+    return str(shop / "photos" / f"{name}.jpg")
+
+
+def test_training_rows_are_what_the_document_shows(shop: Path) -> None:
+    assert find_train_subsets(shop) == ["ShopSearch"]
+    first, second, third = (TrainSubset(shop, "ShopSearch", hard_negatives=2)[row] for row in range(3))
+    query, candidate = re.findall(r"^```\n((?:Find|<).*?)^```", DOCUMENT, flags=re.MULTILINE | re.DOTALL)
+    assert first.query == RawInput(query.removesuffix("\n"))
+    assert first.candidate == RawInput(candidate.removesuffix("\n"), (photo(shop, "chair_1"),))
+    shown = "<|image_1|>\nRepresent the given product.\n"
+    assert first.negatives == (RawInput(shown, (photo(shop, "lamp_1"),)),) * 2
+    assert [negative.images[0] for negative in second.negatives] == [
+        photo(shop, "chair_1"),
+        photo(shop, "chair_2"),
+    ]
+    assert third.candidate == RawInput(shown, (photo(shop, "chair_2"),))
+    assert third.negatives == (third.candidate,) * 2
+
+
+def test_a_positive_alone_is_ranked_among_all_positives(shop: Path) -> None:
+    task = read_eval_task(shop, "ShopSearch")
+    assert [query.text for query in task.queries] == [
+        "Find a product that matches: a seat for the kitchen",
+        "Find a product that matches: a lamp",
+        "Find a product that matches: something red",
+    ]
+    assert [row.images for row in task.candidates] == [
+        (photo(shop, name),) for name in ("chair_2", "lamp_1", "chair_1")
+    ]
+    assert task.candidates_of_row == [[0, 1, 2], [1, 0, 2], [2, 0, 1]]
+    assert task.candidates[0].text == "<|image_1|>\nRepresent the given product. Stool\n"
+
+
+def test_lists_of_candidates_belong_to_their_row(shop: Path) -> None:
+    task = read_eval_task(shop, "ShopLabels")
+    assert task.queries[0] == RawInput("<|image_1|>\nName the product.\n", (photo(shop, "chair_1"),))
+    assert [row.text for row in task.candidates] == ["chair", "lamp", "table"]
+    assert task.candidates_of_row == [[0, 1, 2], [1, 0]]
+
+
+def test_the_example_goes_through_the_data_module(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = MMEBDataModule(str(shop), batch_size=2)
+    data.prepare_data()
+    data.setup("fit")
+    assert [len(subset) for subset in data.train_data] == [3]
+    data.setup("test")
+    assert [task.task.name for task in data.eval_tasks_data] == ["ShopSearch", "ShopLabels"]
+    assert find_eval_tasks(shop) == ["ShopSearch", "ShopLabels"]
+    main(["verify", str(shop)])
+    assert "problem" not in capsys.readouterr().out
+
+
+def test_own_subsets_stand_next_to_mmebs(shop: Path) -> None:
+    write_train(shop, "VOC2007", [train_row()])
+    assert find_train_subsets(shop) == ["ShopSearch", "VOC2007"]
+    assert find_train_subsets(shop, "diverse_instruction") == ["ShopSearch"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"colums": {}}, "unknown key 'colums'. Did you mean 'columns'"),
+        ({"train_file": 3}, "train_file: must be a text"),
+        ({"train_file": "a.xlsx"}, "train_file: a.xlsx must end with one of .parquet, .jsonl, .csv"),
+        ({"columns": None}, "columns: must name a column per role"),
+        ({"columns": {"query": "q"}}, "unknown role 'query'. Did you mean 'query_text'"),
+        ({"columns": {"query_text": "q"}}, "columns: candidate_text or candidate_image is needed"),
+        ({"train_file": None, "eval_file": None}, "without a file. Add train_file, eval_file or both"),
+    ],
+)
+def test_entries_that_cannot_be_used_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    entry = {
+        key: value for key, value in {**ENTRY, **change}.items() if value is not None or key == "columns"
+    }
+    (tmp_path / "tasks.json").write_text(json.dumps({"Mine": entry}))
+    with pytest.raises(ValueError, match=rf"tasks\.json, task 'Mine'.*{message}"):
+        read_tasks(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("q,b\nx,y\n", "training subset 'Mine', file .*a.csv: column 'a' is missing; found q, b"),
+        (
+            'q,a\nx,"[""y"", ""z""]"\n',
+            "column 'a': holds a list; a training row has one query and one positive",
+        ),
+        ("q,a\n,\n", "every row has neither text nor image"),
+    ],
+)
+def test_files_that_do_not_fit_their_columns_are_named(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "tasks.json").write_text(json.dumps({"Mine": ENTRY}))
+    (tmp_path / "a.csv").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        TrainSubset(tmp_path, "Mine")
+
+
+def test_a_pool_must_not_be_huge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("parallel_decoupling.data.readers.MAX_POOL_ENTRIES", 8)
+    (tmp_path / "tasks.json").write_text(json.dumps({"Mine": ENTRY}))
+    (tmp_path / "a.csv").write_text("q,a\n1,x\n2,y\n3,z\n")
+    with pytest.raises(ValueError, match="3 rows with 3 candidates each are too many"):
+        read_eval_task(tmp_path, "Mine")
+
+
+def test_missing_images_are_named_by_row_and_column(shop: Path) -> None:
+    (shop / "photos" / "chair_1.jpg").unlink()
+    with pytest.raises(ValueError, match=r"'ShopLabels', file .*, row 0, column 'photo': no image file"):
+        read_eval_task(shop, "ShopLabels")
+    with pytest.raises(
+        ValueError, match=r"'ShopSearch', file .*train.jsonl, row 0, column 'title': no image file"
+    ):
+        TrainSubset(shop, "ShopSearch")[0]

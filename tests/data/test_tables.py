@@ -1,0 +1,154 @@
+"""Tables: cells arrive as they are in the files, mapped and shared, and copies follow their source."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from parallel_decoupling.data.tables import Table, arrow_copy, cache_dir
+from parallel_decoupling.data.world.benchmark import default_cache_dir
+
+COLUMNS = {"text": "text", "more": "more"}
+
+
+def parquet(file: Path, columns: dict[str, Any]) -> Path:
+    pq.write_table(pa.table(columns), file, row_group_size=3)
+    return file
+
+
+def test_cells_equal_the_files_across_batches_and_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("parallel_decoupling.data.tables.ROWS_PER_BATCH", 4)
+    texts = [f"row {number}\n" for number in range(23)]
+    lists = [[f"{number}", ""] for number in range(23)]
+    files = [
+        parquet(tmp_path / "a.parquet", {"text": texts[:10], "more": lists[:10]}),
+        parquet(tmp_path / "b.parquet", {"more": lists[10:], "text": texts[10:], "other": [b"x"] * 13}),
+    ]
+    table = Table("subset 'S'", files, {"mine": "text", "more": "more", "absent": "none"})
+    assert len(table) == 23
+    assert [table[row] for row in range(23)] == [
+        {"mine": text, "more": cells} for text, cells in zip(texts, lists, strict=True)
+    ]
+    assert table.column("mine").to_pylist() == texts
+    assert table.column("absent") is None
+    assert table.where(12, "mine") == f"subset 'S', file {files[1]}, row 2, column 'text'"
+    assert table.where(9, "more").endswith("a.parquet, row 9, column 'more'")
+
+
+def test_a_row_does_not_load_the_file(tmp_path: Path) -> None:
+    file = parquet(tmp_path / "a.parquet", {"text": ["x" * 1000] * 2_000})
+    Table("S", [file], {"text": "text"})
+    before = pa.total_allocated_bytes()
+    table = Table("S", [file], {"text": "text"})
+    assert table[1_500]["text"] == "x" * 1000
+    assert pa.total_allocated_bytes() - before < 50_000, "mapped, not allocated"
+
+
+def test_copies_are_made_once_and_again_when_the_source_changes(tmp_path: Path) -> None:
+    file = parquet(tmp_path / "a.parquet", {"text": ["old"]})
+    copy = arrow_copy(file, ["text"], "S")
+    written = copy.stat().st_mtime_ns
+    assert arrow_copy(file, ["text"], "S") == copy
+    assert copy.stat().st_mtime_ns == written
+    assert arrow_copy(file, ["text", "more"], "S") != copy
+    parquet(file, {"text": ["new"]})
+    os.utime(file, ns=(0, 12345))
+    assert Table("S", [file], {"text": "text"})[0] == {"text": "new"}
+    assert not copy.exists(), "the copy of the earlier contents is gone"
+
+
+def test_a_pickled_table_maps_the_files_again(tmp_path: Path) -> None:
+    file = parquet(tmp_path / "a.parquet", {"text": ["x" * 100] * 1000})
+    data = pickle.dumps(Table("S", [file], {"text": "text"}))
+    assert len(data) < 1000
+    assert pickle.loads(data)[999] == {"text": "x" * 100}
+
+
+def test_every_kind_of_text_column_becomes_text(tmp_path: Path) -> None:
+    columns = {
+        "a": pa.array(["x", None]).cast(pa.large_string()),
+        "b": pa.array(["x", "y"]).dictionary_encode(),
+        "c": pa.array([1, 2]),
+        "d": pa.array([None, None]),
+        "e": pa.array([["x"], None], pa.large_list(pa.large_string())),
+    }
+    file = parquet(tmp_path / "a.parquet", columns)
+    table = Table("S", [file], {name: name for name in columns})
+    assert table[0] == {"a": "x", "b": "x", "c": "1", "d": None, "e": ["x"]}
+    assert table[1] == {"a": None, "b": "y", "c": "2", "d": None, "e": None}
+
+
+def test_jsonl_and_csv_read_like_parquet(tmp_path: Path) -> None:
+    rows = [
+        {"text": 'a "quoted", text\nof two lines', "more": ["p", "q, r"], "number": 1},
+        {"text": "", "more": ["[s]"], "number": 2},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cells = [[row["text"].replace('"', '""'), json.dumps(row["more"]).replace('"', '""')] for row in rows]
+    lines = "".join(f'"{text}","{more}",{number + 1}\n' for number, (text, more) in enumerate(cells))
+    (tmp_path / "a.csv").write_text("text,more,number\n" + lines)
+    parquet(tmp_path / "a.parquet", {name: [row[name] for row in rows] for name in rows[0]})
+    expected = [{**row, "number": str(row["number"])} for row in rows]
+    for suffix in ("jsonl", "csv", "parquet"):
+        table = Table("S", [tmp_path / f"a.{suffix}"], {name: name for name in rows[0]})
+        assert [table[row] for row in range(2)] == expected, suffix
+
+
+def test_a_csv_text_in_brackets_stays_a_text(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('text\n"[1] not a list"\n"[""x""]"\n')
+    table = Table("S", [tmp_path / "a.csv"], {"text": "text"})
+    assert [table[row]["text"] for row in range(2)] == ["[1] not a list", '["x"]']
+
+
+def test_missing_columns_are_named_with_those_that_are_there(tmp_path: Path) -> None:
+    files = [
+        parquet(tmp_path / "a.parquet", {"text": ["x"], "more": ["y"]}),
+        parquet(tmp_path / "b.parquet", {"text": ["x"], "else": ["y"]}),
+    ]
+    table = Table("S", files, COLUMNS)
+    table.require(["text"])
+    with pytest.raises(ValueError, match=r"S, file .*b.parquet: column 'more' is missing; found text, else"):
+        table.require(["more"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.parquet", b"PAR1 cut off", "cannot read .*a.parquet.*Is it complete"),
+        ("a.jsonl", b'{"text": 1}\nnot json\n', "cannot read .*a.jsonl"),
+        ("a.csv", b"text,more\nx\n", "cannot read .*a.csv"),
+        ("a.csv", b"text,more\n", "has no rows"),
+        ("a.txt", b"text", "must end with one of .parquet, .jsonl, .csv"),
+        ("none.csv", None, "cannot read .*none.csv.*Check data_dir"),
+    ],
+)
+def test_files_that_cannot_be_read_are_named(
+    tmp_path: Path, name: str, content: bytes | None, message: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        Table("subset 'S'", [tmp_path / name], COLUMNS)
+    assert not list((cache_dir() / "tables").glob("unfinished-*"))
+
+
+def test_a_column_of_anything_but_text_is_an_error(tmp_path: Path) -> None:
+    file = parquet(tmp_path / "a.parquet", {"text": [{"bytes": b"x", "path": "y"}]})
+    with pytest.raises(ValueError, match="column 'text': holds struct.*Images must be files"):
+        Table("S", [file], COLUMNS)
+
+
+def test_copies_lie_next_to_the_generated_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in (("XDG_CACHE_HOME", str(tmp_path)), ("PARALLEL_DECOUPLING_CACHE", "elsewhere")):
+        monkeypatch.delenv("PARALLEL_DECOUPLING_CACHE", raising=False)
+        monkeypatch.setenv(name, value)
+        assert cache_dir() == default_cache_dir()
