@@ -197,17 +197,18 @@ def test_tokens_are_open_clips_and_cut_texts_are_marked(tiny_clip_dir: str) -> N
 
 @pytest.mark.parametrize(("padding", "at_the_end"), [(1, []), (0, [7])])
 def test_cut_texts_are_marked_for_other_tokenizers(padding: int, at_the_end: list[int]) -> None:
-    """SigLIP pads with its end token 1; another one ends every row, padded or not, with a class token 7."""
+    """SigLIP drops signs and pads with its end token 1; another one ends every row with a class token 7."""
 
     def tokenizer(texts: list[str], context_length: int = 8) -> Tensor:
         room = context_length - len(at_the_end) - 1
-        rows = [[10 + len(word) for word in text.split()][:room] + [1] for text in texts]
+        words = [[word for word in text.split() if word.isalpha()] for text in texts]
+        rows = [[10 + len(word) for word in row][:room] + [1] for row in words]
         return torch.tensor([row + [padding] * (room + 1 - len(row)) + at_the_end for row in rows])
 
     processor = DualProcessor(tokenizer, lambda _: torch.zeros(3, 4, 4))
     room = 8 - len(at_the_end) - 1
-    data = processor(text=["a " * count for count in (1, room - 1, room, room + 1, 60)])
-    assert data["truncated"].bool().any(dim=1).tolist() == [False, False, False, True, True]
+    data = processor(text=["!", *("a " * count for count in (1, room - 1, room, room + 1, 60))])
+    assert data["truncated"].bool().any(dim=1).tolist() == [False, False, False, False, True, True]
     assert data["attention_mask"].any(dim=1).all()
 
 
