@@ -179,3 +179,11 @@ def test_settings_that_an_openclip_model_does_not_have_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=words):
         build(tiny_clip_dir, **{setting: value})
+
+
+def test_selected_rows_have_the_same_embeddings(tiny_clip_dir: str) -> None:
+    """Also rows without any text, of which no token is left."""
+    encoder = encoder_of(tiny_clip_dir)
+    inputs = inputs_of(encoder, ROWS)
+    for rows in ([1, 3], [0], [5, 4, 1]):
+        torch.testing.assert_close(encoder(inputs.select(rows)), encoder(inputs)[rows], rtol=1e-4, atol=1e-5)

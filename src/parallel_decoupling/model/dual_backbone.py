@@ -63,19 +63,23 @@ class DualProcessor:
         self.padding_id = int(empty_1L[0, -2])  # the very last one may be a class token
 
     def __call__(
-        self, text: Sequence[str], images: Sequence[Image.Image] | None = None, **options: Any
+        self,
+        text: Sequence[str],
+        images: Sequence[Image.Image | Sequence[Image.Image]] | None = None,
+        **options: Any,
     ) -> dict[str, Tensor]:
         """Tokenise rows and transform their images.
 
         Args:
             text: ``B`` prompts with one ``IMAGE_PLACEHOLDER`` per image.
-            images: of all rows, in the order of the placeholders.
+            images: of all rows in the order of the placeholders, in one list or in one per row.
             options: of Hugging Face processors; padding and the kind of tensor are always the same here.
 
         Returns:
-            ``input_ids``, ``attention_mask`` (all 0 for a row without text) and ``truncated`` (all 1 for a
-            row whose text has more than L tokens and is cut), each ``[B, L]``; ``pixel_values``, one entry
-            per image.
+            Each ``[B, L]``: ``input_ids``, padded; ``attention_mask``, all 1 for a row with text (the text
+            tower always runs over L tokens), all 0 for one without; ``truncated``, all 1 for a row whose
+            text has more than L tokens and is cut. One entry per image: ``pixel_values``, ``image_sizes``
+            (height and width as given).
 
         Raises:
             ValueError: a row with neither text nor image.
@@ -85,21 +89,20 @@ class DualProcessor:
             if not rest and IMAGE_PLACEHOLDER not in row:
                 raise ValueError("An input needs a text or an image.")
         ids_BL = self.tokenizer(texts)
-        real_BL = ids_BL != self.padding_id
-        truncated_B1 = self._truncated(texts, real_BL).unsqueeze(1)
-        real_BL[:, 0] = True  # a tokenizer may pad with its end token, and a text may have no other
-        has_text_B1 = torch.tensor([[bool(rest)] for rest in texts])
-        data = {
-            "input_ids": ids_BL,
-            "attention_mask": (real_BL & has_text_B1).long(),
-            "truncated": truncated_B1.long().repeat(1, self.context_length),
-        }
-        if images:
-            data["pixel_values"] = torch.stack([self.transform(image) for image in images])
+        has_text_B = torch.tensor([bool(rest) for rest in texts])
+        by_row = {"attention_mask": has_text_B, "truncated": self._truncated(texts, ids_BL)}
+        data = {key: value.long().unsqueeze(1).expand_as(ids_BL) for key, value in by_row.items()}
+        data["input_ids"] = ids_BL
+        rows = [[each] if isinstance(each, Image.Image) else each for each in images or ()]
+        flat = [image for row in rows for image in row]
+        if flat:
+            data["pixel_values"] = torch.stack([self.transform(image) for image in flat])
+            data["image_sizes"] = torch.tensor([[image.height, image.width] for image in flat])
         return data
 
-    def _truncated(self, texts: Sequence[str], real_BL: Tensor) -> Tensor:
+    def _truncated(self, texts: Sequence[str], ids_BL: Tensor) -> Tensor:
         """Whether each text has more tokens than fit: whether twice the room holds more of them, ``[B]``."""
+        real_BL = ids_BL != self.padding_id
         truncated_B = torch.zeros(len(texts), dtype=torch.bool)
         full = real_BL[:, -2:].any(dim=1).nonzero()[:, 0].tolist()  # the last may be an end token that pads
         if full:
