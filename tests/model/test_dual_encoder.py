@@ -152,10 +152,13 @@ def test_every_row_is_counted_once(tiny_clip_dir: str) -> None:
 
 
 def build(backbone: str, **settings: Any) -> ParallelEncoder | DualEncoder:
-    options: dict[str, Any] = {"num_paths": 1, "prefix_length": 0, "prefix_layers": 0, "prefix_init": "meta"}
-    options |= {"aggregation": "mean", "attention": "sdpa", "revision": None, "dtype": "float32", "seed": 0}
-    options |= {"adapter": AdapterConfig(kind="full"), "gradient_checkpointing": False}
-    return build_encoder(backbone, **{**options, **settings})
+    paths: dict[str, Any] = {"num_paths": 1, "prefix_length": 0, "prefix_layers": 0, "prefix_init": "meta"}
+    paths |= {"aggregation": "mean", "seed": 0}
+    loading: dict[str, Any] = {"attention": "sdpa", "revision": None, "dtype": "float32"}
+    loading |= {"adapter": AdapterConfig(kind="full"), "gradient_checkpointing": False}
+    for name, value in settings.items():
+        (paths if name in paths else loading)[name] = value
+    return build_encoder(backbone, loading, paths)
 
 
 def test_the_backbone_decides_which_encoder_is_built(tiny_clip_dir: str, tiny_backbone_dir: str) -> None:
@@ -171,7 +174,7 @@ def test_the_backbone_decides_which_encoder_is_built(tiny_clip_dir: str, tiny_ba
         ("prefix_layers", 1, "set prefix_layers=0"),
         ("aggregation", "learned", "set aggregation=mean"),
         ("attention", "eager", "set attention=sdpa"),
-        ("revision", "main", "set backbone_revision=None"),
+        ("revision", "main", "set revision=null"),
     ],
 )
 def test_settings_that_an_openclip_model_does_not_have_are_refused(

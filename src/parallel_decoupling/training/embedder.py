@@ -140,20 +140,11 @@ class PDFEmbedder(EvaluatedEncoder):
         self.rows_by_subset: dict[str, int] = {}
         self.fingerprint: dict[str, Any] | None = None
         self.pending_gradients: dict[str, Tensor] = {}
-        self.encoder = build_encoder(
-            backbone,
-            revision=backbone_revision,
-            dtype=dtype,
-            attention=attention,
-            adapter=adapter,
-            gradient_checkpointing=gradient_checkpointing,
-            num_paths=num_paths,
-            prefix_length=prefix_length,
-            prefix_layers=prefix_layers,
-            prefix_init=prefix_init,
-            aggregation=aggregation,
-            seed=seed,
-        )
+        loading: dict[str, Any] = {"revision": backbone_revision, "dtype": dtype, "attention": attention}
+        loading |= {"adapter": adapter, "gradient_checkpointing": gradient_checkpointing}
+        paths: dict[str, Any] = {"num_paths": num_paths, "aggregation": aggregation, "seed": seed}
+        paths |= {name: settings[name] for name in ("prefix_length", "prefix_layers", "prefix_init")}
+        self.encoder = build_encoder(backbone, loading, paths)
         with seeded(torch.device("cpu"), seed, "estimator"):
             self.mutual_information = MutualInformation(
                 self.mi_config.kind,
