@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.support.tiny import save_tiny_backbone
+from tests.support.tiny_clip import save_tiny_clip
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,3 +34,9 @@ def _seed() -> Iterator[None]:
 def tiny_backbone_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with a random-weight two-layer Qwen2-VL, tokenizer and processor."""
     return save_tiny_backbone(tmp_path_factory.mktemp("tiny_backbone"))
+
+
+@pytest.fixture(scope="session")
+def tiny_clip_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a random-weight OpenCLIP model."""
+    return save_tiny_clip(tmp_path_factory.mktemp("tiny_clip"))

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from parallel_decoupling.data.datamodule import MMEBDataModule
+from parallel_decoupling.model.dual_backbone import absolute_name
 from parallel_decoupling.training.callbacks import LAST_FILE, console
 from parallel_decoupling.training.embedder import PDFEmbedder
 from parallel_decoupling.training.plan import Plan
@@ -230,8 +231,8 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _comparable(name: str, value: Any) -> Any:
-    if name == "backbone" and Path(value).is_dir():
-        return str(Path(value).resolve())
+    if name == "backbone":
+        return absolute_name(value)
     return list(value) if isinstance(value, tuple) else value
 
 

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from parallel_decoupling.distributed import shard_like, whole
 from parallel_decoupling.model.backbone import Backbone
-from parallel_decoupling.model.encoder import ParallelEncoder
+from parallel_decoupling.model.dual_backbone import DualBackbone
 
 SAMPLED_VALUES = 2**18
 """Larger tensors are hashed at this many evenly spaced values, so that billions take seconds."""
@@ -24,7 +24,7 @@ VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "dtype", "torch_dtyp
 """Config entries that say how or from where a model was loaded, not what it is."""
 
 
-def trainable_state(encoder: ParallelEncoder) -> dict[str, Tensor]:
+def trainable_state(encoder: nn.Module) -> dict[str, Tensor]:
     """Return CPU copies of exactly the trainable tensors, by parameter name."""
     return {
         name: whole(parameter.detach()).to("cpu", copy=True)
@@ -34,7 +34,7 @@ def trainable_state(encoder: ParallelEncoder) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_trainable_state(encoder: ParallelEncoder, state: Mapping[str, Tensor]) -> None:
+def load_trainable_state(encoder: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy a state from ``trainable_state`` into ``encoder``.
 
     Args:
@@ -63,7 +63,7 @@ def load_trainable_state(encoder: ParallelEncoder, state: Mapping[str, Tensor]) 
         parameter.copy_(shard_like(state[name], parameter))
 
 
-def backbone_fingerprint(backbone: Backbone) -> dict[str, Any]:
+def backbone_fingerprint(backbone: Backbone | DualBackbone) -> dict[str, Any]:
     """Identify the frozen part of a backbone.
 
     The hash covers the config and the frozen weights, rounded to bfloat16 so that it does not depend on the

@@ -11,7 +11,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -29,8 +28,9 @@ from parallel_decoupling.distributed import (
     shard_like,
     world_size,
 )
-from parallel_decoupling.model.backbone import AdapterConfig, load_backbone
-from parallel_decoupling.model.encoder import ParallelEncoder
+from parallel_decoupling.model.backbone import AdapterConfig
+from parallel_decoupling.model.build import build_encoder
+from parallel_decoupling.model.dual_backbone import absolute_name
 from parallel_decoupling.objective.mutual_information import MutualInformation, mi_weight_schedule
 from parallel_decoupling.training import callbacks, checkpoint
 from parallel_decoupling.training.evaluation import git_commit
@@ -68,7 +68,8 @@ class PDFEmbedder(EvaluatedEncoder):
     ``loss = mean_n info_nce_n + aggregate_weight * info_nce_aggregate + w(step) * mean_pairs mi``
 
     Args:
-        backbone: tiny (shipped), a local folder, or a hub id such as Qwen/Qwen2-VL-2B-Instruct.
+        backbone: tiny (shipped), a local folder, a hub id such as Qwen/Qwen2-VL-2B-Instruct, or the baseline
+            open_clip:<architecture>/<pretrained tag> (docs/openclip.md).
         num_paths: N, paths per input.
         prefix_length: P, key/value slots per layer and path; 0 is the plain backbone (num_paths=1 only).
         prefix_layers: first layer with a prefix; the layers below run once for all paths.
@@ -135,7 +136,7 @@ class PDFEmbedder(EvaluatedEncoder):
         adapter = as_config(AdapterConfig, adapter, "adapter")
         self.mi_config = as_config(MIConfig, mi, "mi")
         self.optimizer_config = as_config(OptimizerConfig, optimizer, "optimizer")
-        settings["backbone"] = str(Path(backbone).resolve()) if Path(backbone).is_dir() else backbone
+        settings["backbone"] = absolute_name(backbone)
         settings |= {"adapter": as_plain(adapter), "mi": as_plain(self.mi_config)}
         settings["optimizer"] = as_plain(self.optimizer_config)
         check_settings(settings)
@@ -148,17 +149,11 @@ class PDFEmbedder(EvaluatedEncoder):
         self.rows_by_subset: dict[str, int] = {}
         self.fingerprint: dict[str, Any] | None = None
         self.pending_gradients: dict[str, Tensor] = {}
-        model = load_backbone(
-            backbone,
-            revision=backbone_revision,
-            dtype=dtype,
-            attention=attention,
-            adapter=adapter,
-            gradient_checkpointing=gradient_checkpointing,
-        )
-        sizes: dict[str, Any] = {"prefix_length": prefix_length, "prefix_layers": prefix_layers}
-        choices: dict[str, Any] = {"prefix_init": prefix_init, "aggregation": aggregation}
-        self.encoder = ParallelEncoder(model, num_paths=num_paths, **sizes, **choices, seed=seed)
+        loading: dict[str, Any] = {"revision": backbone_revision, "dtype": dtype, "attention": attention}
+        loading |= {"adapter": adapter, "gradient_checkpointing": gradient_checkpointing}
+        paths: dict[str, Any] = {"num_paths": num_paths, "aggregation": aggregation, "seed": seed}
+        paths |= {name: settings[name] for name in ("prefix_length", "prefix_layers", "prefix_init")}
+        self.encoder = build_encoder(backbone, loading, paths)
         with seeded(torch.device("cpu"), seed, "estimator"):
             self.mutual_information = MutualInformation(
                 self.mi_config.kind,

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from parallel_decoupling.batch import EncoderInputs
@@ -20,6 +21,7 @@ from parallel_decoupling.data.collate import Collator, EvalBatch
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.data.tasks import EvalTask
 from parallel_decoupling.distributed import world_size
+from parallel_decoupling.model.dual_encoder import DualEncoder
 from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.retrieval import encode as encoding
 from parallel_decoupling.retrieval.report import ScoreReport
@@ -38,7 +40,7 @@ PROJECTOR_DIR = "projector"
 
 
 class EvaluatedEncoder(LightningModule):
-    """A ``ParallelEncoder`` that a Trainer can validate, test and predict with.
+    """A ``ParallelEncoder`` or ``DualEncoder`` that a Trainer can validate, test and predict with.
 
     Attributes:
         encoder: set by the subclass.
@@ -47,7 +49,7 @@ class EvaluatedEncoder(LightningModule):
         steps_done: main steps behind the weights.
     """
 
-    encoder: ParallelEncoder
+    encoder: ParallelEncoder | DualEncoder
     query_instruction: str
     candidate_instruction: str
     steps_done: int
@@ -163,6 +165,20 @@ class EvaluatedEncoder(LightningModule):
             content[f"{side}_aggregate"] = self._cpu_aggregate(embeddings_UND)
         torch.save(content, folder / f"{task.task.name}.pt")
 
+    def teardown(self, stage: str) -> None:
+        """Say once per run how many texts did not fit into an OpenCLIP model."""
+        if isinstance(self.encoder, DualEncoder):
+            self._report_cut_texts(self._sum_over_ranks(self.encoder.take_text_counts()))
+
+    def _report_cut_texts(self, counts: Tensor) -> None:
+        texts, cut = counts.tolist()
+        if cut:
+            length = self.encoder.processor.context_length
+            rank_zero_warn(
+                f"{cut} of {texts} texts have more than the {length} tokens that this text tower takes; "
+                "the rest of each was cut off."
+            )
+
     def _eval_tasks(self) -> list[EvalTask]:
         return list(cast(Any, self.trainer).datamodule.eval_tasks_data)
 
@@ -220,9 +236,12 @@ class EvaluatedEncoder(LightningModule):
         """
         collator = Collator(self.encoder.processor, image_token=self.encoder.image_token)
         options: dict[str, Any] = {"batch_size": batch_size, "show_progress": show_progress}
-        return encoding.encode(
+        embeddings = encoding.encode(
             self.encoder, collator, inputs, instruction=instruction, paths=paths, **options
         )
+        if isinstance(self.encoder, DualEncoder):
+            self._report_cut_texts(self.encoder.take_text_counts())
+        return embeddings
 
     def encode_query(self, inputs: Iterable[Any], **options: Any) -> Tensor:
         """``encode`` with ``query_instruction`` unless ``instruction`` is given."""

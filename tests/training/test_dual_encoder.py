@@ -1,0 +1,295 @@
+"""OpenCLIP models under the trainer and the command: scores, training, checkpoints, comparison with PDF."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+import yaml
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from parallel_decoupling import cli
+from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
+from parallel_decoupling.data.collate import load_image
+from parallel_decoupling.data.tasks import read_eval_task
+from parallel_decoupling.model.dual_encoder import DualEncoder
+from parallel_decoupling.retrieval.report import ScoreReport
+from parallel_decoupling.training.embedder import PDFEmbedder
+from tests.support.fit import Recorder, assert_equal, make_trainer, small_data, small_embedder, trained
+from tests.support.tiny import noise_image
+from tests.support.tiny_clip import RESNET, save_tiny_clip
+
+CONFIG_DIR = Path(__file__).parent.parent.parent / "lightning_configs"
+TASKS = ("colours_i2t", "colours_t2i")
+ONE_PATH: dict[str, Any] = {
+    "num_paths": 1,
+    "prefix_length": 0,
+    "mi_weight": 0.0,
+    "aggregate_weight": 0.0,
+    "mi": {"kind": "none"},
+    "optimizer": {"learning_rate": 1e-3, "schedule": "constant"},
+}
+
+
+def embedder(backbone: str, kind: str = "full", **settings: Any) -> PDFEmbedder:
+    return PDFEmbedder(backbone, **{**ONE_PATH, "adapter": {"kind": kind}, **settings})
+
+
+class ByHand:
+    """Embeddings and hits with open_clip's calls only, one input at a time."""
+
+    def __init__(self, folder: str) -> None:
+        self.model, self.transform = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+        self.tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+        self.model.eval()
+
+    @torch.no_grad()
+    def embed(self, row: RawInput) -> Tensor:
+        """Unit-norm text plus unit-norm image, or the one there is."""
+        parts = []
+        text = row.text.replace(IMAGE_PLACEHOLDER, "").strip()
+        if text:
+            parts.append(self.model.encode_text(self.tokenizer(text), normalize=True)[0])
+        for image in row.images:
+            pixels = self.transform(load_image(image)).unsqueeze(0)
+            parts.append(self.model.encode_image(pixels, normalize=True)[0])
+        assert len(row.images) < 2
+        return sum(parts, torch.zeros(24))
+
+    def hit(self, query: RawInput, candidates: list[RawInput]) -> bool:
+        """Whether the first candidate has a higher cosine than each of the others."""
+        scores = [torch.cosine_similarity(self.embed(query), self.embed(each), dim=0) for each in candidates]
+        return all(bool(scores[0] > other) for other in scores[1:])
+
+
+def test_zero_shot_scores_are_those_of_open_clip_itself(
+    tiny_clip_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    module, reference = embedder(tiny_clip_dir, "frozen"), ByHand(tiny_clip_dir)
+    make_trainer(tmp_path).test(module, small_data(tiny_mmeb_dir, eval_batch_size=3), verbose=False)
+    report = ScoreReport.from_json_file(tmp_path / "scores.json")
+    assert report.columns == ["aggregate", "path_0"]
+    found, expected = [], []
+    for name in TASKS:
+        task = read_eval_task(tiny_mmeb_dir, name)
+        hits = [
+            reference.hit(task.queries[query], [task.candidates[each] for each in row])
+            for query, row in zip(task.query_of_row, task.candidates_of_row, strict=True)
+        ]
+        expected.append("".join("01"[hit] for hit in hits))
+        assert report.tasks[name].hits["path_0"] == report.tasks[name].hits["aggregate"]
+        found.append(report.tasks[name].hits["aggregate"])
+    assert found == expected
+    assert 0 < "".join(expected).count("1") < 8, "all hits or none would prove little"
+    assert report.run["model"]["backbone"] == tiny_clip_dir
+
+
+def fit(
+    folder: Path, backbone: str, data_dir: str, steps: int, resume: Path | None = None, **settings: Any
+) -> tuple[PDFEmbedder, list[dict[str, float]], Path]:
+    """Train to ``steps`` main steps; returns the module, what it logged, and its checkpoint."""
+    module, recorder = embedder(backbone, **settings), Recorder()
+    trainer = make_trainer(folder, recorder, max_steps=steps)
+    trainer.fit(module, small_data(data_dir), ckpt_path=resume)
+    trainer.save_checkpoint(folder / f"{steps}.ckpt")
+    return module, recorder.values, folder / f"{steps}.ckpt"
+
+
+@pytest.fixture(scope="module")
+def four_steps(tiny_clip_dir: str, tiny_mmeb_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return fit(tmp_path_factory.mktemp("fit"), tiny_clip_dir, tiny_mmeb_dir, 4)
+
+
+def test_training_moves_both_towers_and_lowers_the_loss(tiny_clip_dir: str, four_steps: Any) -> None:
+    module, values, _ = four_steps
+    before, after = trained(embedder(tiny_clip_dir)), trained(module)
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    assert values[-1]["train/loss"] < values[0]["train/loss"]
+    assert values[0]["compute/token_passes"] > 0
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    tiny_clip_dir: str, tiny_mmeb_dir: str, tmp_path: Path, four_steps: Any
+) -> None:
+    module, values, _ = four_steps
+    _, _, file = fit(tmp_path, tiny_clip_dir, tiny_mmeb_dir, 2)
+    resumed, tail, _ = fit(tmp_path, tiny_clip_dir, tiny_mmeb_dir, 4, resume=file)
+    assert tail == values[2:]
+    assert_equal(trained(module), trained(resumed))
+
+
+def test_loss_does_not_depend_on_chunks(
+    tiny_clip_dir: str, tiny_mmeb_dir: str, tmp_path: Path, four_steps: Any
+) -> None:
+    chunks = {"query_chunk_size": 3, "candidate_chunk_size": 3}
+    _, values, _ = fit(tmp_path, tiny_clip_dir, tiny_mmeb_dir, 4, **chunks)
+    for one, other in zip(four_steps[1], values, strict=True):
+        assert other["train/loss"] == pytest.approx(one["train/loss"], rel=1e-3)
+
+
+def test_a_checkpoint_gives_the_same_embeddings_from_any_folder(
+    tiny_clip_dir: str, four_steps: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, _, file = four_steps
+    monkeypatch.chdir(tmp_path)
+    loaded = PDFEmbedder.load_from_checkpoint(file)
+    assert isinstance(loaded.encoder, DualEncoder)
+    inputs = ["a red circle", {"text": "what colour?", "image": noise_image(40, 30)}]
+    assert torch.equal(loaded.encode(inputs), module.encode(inputs))
+    assert loaded.encode(inputs, paths="aggregate").shape == (2, 24)
+    assert not torch.equal(loaded.encode(inputs), embedder(tiny_clip_dir).encode(inputs))
+    other = save_tiny_clip(tmp_path / "other", init_logit_scale=1.0)
+    with pytest.raises(ValueError, match="trained on backbone"):
+        PDFEmbedder.load_from_checkpoint(file, backbone=other)
+
+
+def test_a_checkpoint_of_a_tower_with_batch_normalisation_is_complete(
+    tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    backbone = save_tiny_clip(tmp_path / "resnet", vision_cfg=RESNET)
+    module, _, file = fit(tmp_path, backbone, tiny_mmeb_dir, 2)
+    image = [noise_image(40, 30)]
+    assert torch.equal(PDFEmbedder.load_from_checkpoint(file).encode(image), module.encode(image))
+
+
+def test_a_run_says_once_how_many_texts_were_cut(
+    tiny_mmeb_dir: str, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    text = {"context_length": 8, "width": 16, "heads": 2, "layers": 1}
+    module = embedder(save_tiny_clip(tmp_path / "short", text_cfg=text), "frozen")
+    data = small_data(tiny_mmeb_dir, eval_batch_size=3)
+    make_trainer(tmp_path).test(module, data, verbose=False)
+    tasks = [read_eval_task(tiny_mmeb_dir, name) for name in TASKS]
+    rows = [row for task in tasks for row in (*task.queries, *task.candidates)]
+    tokenizer = open_clip.SimpleTokenizer()
+    texts = [row.text.replace(IMAGE_PLACEHOLDER, "").strip() for row in rows]
+    cut = sum(len(tokenizer.encode(text)) + 2 > 8 for text in texts)
+    assert 0 < cut < len(texts)
+    told = [str(warning.message) for warning in recwarn if "cut off" in str(warning.message)]
+    assert told == [
+        f"{cut} of {len(texts)} texts have more than the 8 tokens that this text tower takes; "
+        "the rest of each was cut off."
+    ]
+    recwarn.clear()
+    module.encode(["a red circle"])
+    assert not recwarn.list
+    module.encode(["word " * 9, "a red circle"])
+    assert [str(warning.message)[:6] for warning in recwarn] == ["1 of 2"]
+
+
+class LossesToFile(Recorder):
+    """Writes the losses of a run, in whose processes the test is not."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.file = file
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.file.write_text(json.dumps([values["train/loss"] for values in self.values]))
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_score_like_one(
+    tiny_clip_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    losses, scores = [], []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        options: dict[str, Any] = {"devices": processes}
+        if processes == 2:
+            options["strategy"] = "ddp_fork"
+        folder.mkdir()
+        module, data = embedder(tiny_clip_dir), small_data(tiny_mmeb_dir, eval_batch_size=3)
+        trainer = make_trainer(folder, LossesToFile(folder / "losses.json"), max_steps=4, **options)
+        trainer.fit(module, data)
+        losses.append(json.loads((folder / "losses.json").read_text()))
+        make_trainer(folder, **options).test(embedder(tiny_clip_dir, "frozen"), data, verbose=False)
+        scores.append((folder / "scores.csv").read_text())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert scores[0] == scores[1]
+
+
+@pytest.fixture
+def _environment() -> Iterator[None]:
+    """Undo what ``seed_everything`` leaves behind."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+            patch.setenv(name, "0")
+        yield
+
+
+@pytest.mark.usefixtures("_environment")
+def test_shipped_configs_score_train_resume_and_are_compared_with_pdf(
+    tiny_clip_dir: str,
+    tiny_backbone_dir: str,
+    tiny_mmeb_dir: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_clip_dir, "weights")
+    here = ["--data.data_dir", tiny_mmeb_dir, "--data.batch_size", "8", "--data.num_workers", "0"]
+    here += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+    clip = ["--model.backbone", "weights", *here]
+    cli.main(["test", "--config", str(CONFIG_DIR / "openclip_zero_shot.yaml"), *clip])
+    tuned = ["--config", str(CONFIG_DIR / "openclip.yaml"), *clip]
+    cli.main(["fit", *tuned, "--trainer.max_steps", "2"])
+    capsys.readouterr()
+    cli.main(["fit", *tuned, "--trainer.max_steps", "3", "--ckpt_path", "last"])
+    assert "Settings that differ" not in capsys.readouterr().err
+    cli.main(["test", *tuned, "--ckpt_path", "last"])
+    make_trainer(tmp_path / "runs" / "pdf").test(
+        small_embedder(tiny_backbone_dir), small_data(tiny_mmeb_dir), verbose=False
+    )
+    runs = [f"runs/{name}" for name in ("openclip_zero_shot", "openclip", "pdf")]
+    reports = [ScoreReport.from_json_file(Path(run) / "scores.json") for run in runs]
+    assert [report.run["global_step"] for report in reports] == [0, 3, 0]
+    cli.main(["compare", *runs, "--output_dir", "comparison"])
+    assert "openclip_zero_shot" in capsys.readouterr().out
+    assert Path("comparison/comparison.json").is_file()
+
+
+def test_a_test_of_a_frozen_model_trains_nothing_and_a_fit_says_so(
+    tiny_clip_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    module = embedder(tiny_clip_dir, "frozen")
+    with pytest.raises(ValueError, match="Nothing to train"):
+        make_trainer(tmp_path, max_steps=1).fit(module, small_data(tiny_mmeb_dir))
+
+
+def test_the_configs_differ_in_what_trains_only() -> None:
+    tuned, zero_shot = (
+        yaml.safe_load((CONFIG_DIR / f"{name}.yaml").read_text(encoding="utf-8"))
+        for name in ("openclip", "openclip_zero_shot")
+    )
+    assert (tuned["model"].pop("adapter"), zero_shot["model"].pop("adapter")) == (
+        {"kind": "full"},
+        {"kind": "frozen"},
+    )
+    for config in (tuned, zero_shot):
+        config["trainer"].pop("default_root_dir")
+    assert tuned == zero_shot
+
+
+def test_a_mistake_is_one_message(tiny_clip_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for options, words in (
+        (["--model.backbone", "open_clip:ViT-B-33/openai"], "no architecture 'ViT-B-33'"),
+        (["--model.backbone", tiny_clip_dir, "--model.adapter.kind", "lora"], "set full or frozen"),
+        (["--model.backbone", tiny_clip_dir, "--model.attention", "eager"], "set attention=sdpa"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["test", "--config", str(CONFIG_DIR / "openclip.yaml"), *options])
+        assert stop.value.code == 2
+        shown = capsys.readouterr().err
+        assert words in shown
+        assert "Traceback" not in shown
