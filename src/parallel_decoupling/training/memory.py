@@ -62,7 +62,9 @@ def layer_bytes(backbone: Backbone, *, element: int, context: float, keys_per_to
         return kept + element * (4 * stack.hidden + stack.intermediate)
     inputs = [(name.rsplit(".", 4)[0], p.shape[1]) for name, p in parameters.items() if "lora_A" in name]
     cast = element < FP32 or backbone.dtype != torch.float32
-    kept += element * (sum(size for _, size in (inputs if cast else set(inputs))) + adapter.rank * len(inputs))
+    kept += element * (
+        sum(size for _, size in (inputs if cast else set(inputs))) + adapter.rank * len(inputs)
+    )
     if adapter.kind == "dora":
         kept += element * 2 * sum(p.shape[0] for name, p in parameters.items() if "lora_B" in name)
     return kept + (sum(size for _, size in inputs) if adapter.dropout else 0)
@@ -86,9 +88,7 @@ def saved_bytes(function: Callable[[], Any], without: Iterable[Tensor] = ()) -> 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         result = function()
     del result
-    return sum(
-        tensor.untyped_storage().nbytes() for storage, tensor in kept.items() if storage not in known
-    )
+    return sum(tensor.untyped_storage().nbytes() for storage, tensor in kept.items() if storage not in known)
 
 
 def objective_bytes(
