@@ -43,6 +43,7 @@ class RawPair:
         negatives: hard negatives of this query, possibly none.
         subset: name of the training subset the row comes from.
         row: row number inside the subset, for error messages.
+        skipped: why rows before this one were passed over, one reason each.
     """
 
     query: RawInput
@@ -50,6 +51,7 @@ class RawPair:
     negatives: tuple[RawInput, ...]
     subset: str
     row: int
+    skipped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,12 +102,14 @@ class PairBatch:
         candidate: ``B`` positives in query order, then any hard negatives.
         candidate_ids: ``[len(candidate)]`` int64; equal values are the same target.
         subsets: the subset of each of the ``B`` queries.
+        skipped: why rows were passed over, one reason each.
     """
 
     query: EncoderInputs
     candidate: EncoderInputs
     candidate_ids: Tensor
     subsets: tuple[str, ...]
+    skipped: tuple[str, ...] = ()
 
     def to(self, device: torch.device | str) -> PairBatch:
         """Move every tensor to ``device``."""

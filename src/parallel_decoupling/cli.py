@@ -1,4 +1,4 @@
-"""The ``lightning`` command: a LightningCLI for ``PDFEmbedder`` and ``MMEBDataModule``, and ``compare``.
+"""The ``lightning`` command: a LightningCLI for ``PDFEmbedder`` and ``MMEBDataModule``, and two more.
 
 Here: dispatch, and how errors are shown. Elsewhere on purpose: options and runs (``lightning_cli``).
 torch and Lightning are imported only for the subcommand that needs them, so that the help is there at once.
@@ -15,10 +15,12 @@ if TYPE_CHECKING:
 
 SUBCOMMANDS = {
     "fit": "train (and validate, if data.validation_tasks names tasks)",
+    "plan": "what a fit with the same options would need: batch, parameters, memory, work",
     "validate": "score the validation tasks",
     "test": "score the evaluation tasks; writes scores.json and scores.csv",
     "predict": "write the embeddings of the evaluation tasks to predictions/",
     "compare": "several runs side by side: compare RUN_DIR RUN_DIR ... [--output_dir DIR]",
+    "verify": "check a data folder: verify DATA_DIR [--sample N] [--output_file FILE]",
 }
 
 
@@ -42,6 +44,8 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         if arguments[0] == "compare":
             _compare(arguments[1:])
+        elif arguments[0] == "verify":
+            _verify(arguments[1:])
         else:
             from parallel_decoupling.lightning_cli import run
 
@@ -89,3 +93,28 @@ def _compare(arguments: list[str]) -> None:
 
     comparison = compare(options.run_dirs, options.output_dir)
     Console().print(comparison.means_table(), comparison.task_table())
+
+
+def _verify(arguments: list[str]) -> None:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog="lightning verify", description=SUBCOMMANDS["verify"])
+    parser.add_argument("data_dir", type=str, help="what --data.data_dir takes")
+    parser.add_argument("--sample", type=int, default=20, help="images to decode per subset and task")
+    parser.add_argument("--output_file", type=str, help="gets everything as JSON")
+    options: Any = parser.parse_args(arguments)
+
+    from rich.console import Console
+
+    from parallel_decoupling.data.verify import verify
+
+    result = verify(options.data_dir, options.sample, show_progress=sys.stderr.isatty())
+    if options.output_file is not None:
+        result.to_json_file(options.output_file)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(result.table())
+    for title, lines in (("note", result.all_notes), ("problem", result.all_problems)):
+        for line in lines:
+            console.print(f"{title}: {line}", markup=False, highlight=False, soft_wrap=True)
+    if result.all_problems:
+        raise SystemExit(1)

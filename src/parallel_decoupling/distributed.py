@@ -1,12 +1,19 @@
-"""The package's only collectives. Every function is the identity in a single process."""
+"""The package's only collectives. Every function is the identity in a single process.
+
+Parameters are whole on every process, except those that FSDP2 shards (``DTensor``).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+Value = TypeVar("Value")
 
 
 def rank() -> int:
@@ -40,18 +47,84 @@ def gather_with_grad(local: Tensor) -> Tensor:
     return torch.cat(shards)
 
 
+def gather_objects(value: Value) -> list[Value]:
+    """List the ``value`` of every rank, in their order; any object that can be pickled."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Replace every trainable gradient by its mean over ranks, in place.
 
-    Called once after all backward passes of a step. A parameter without a gradient counts as
-    zero, so ranks whose chunks hold no image still agree on the collective.
+    Called once after all backward passes of a step. A parameter without a gradient on some ranks (their
+    chunks hold no image) counts as zero there; one without a gradient anywhere keeps none, as in a single
+    process. Sharded parameters are left alone: FSDP2 has averaged their gradients in the backward pass.
+
+    Relations:
+        Doing it twice equals doing it once.
     """
     if world_size() == 1:
         return
-    for parameter in parameters:
-        if not parameter.requires_grad:
+    own = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
+    if not own:
+        return
+    used = torch.tensor([p.grad is not None for p in own], dtype=torch.int32, device=own[0].device)
+    dist.all_reduce(used, dist.ReduceOp.MAX)
+    for parameter, anywhere in zip(own, used.tolist(), strict=True):
+        if not anywhere:
             continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         dist.all_reduce(parameter.grad)
         parameter.grad /= world_size()
+
+
+def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> Tensor:
+    """Scale all gradients together so that their norm is at most ``max_norm``; returns the norm before.
+
+    Relations:
+        Equals ``torch.nn.utils.clip_grad_norm_``, which takes whole or sharded parameters but not both.
+    """
+    with_gradient = [p for p in parameters if p.grad is not None]
+    sharded = [p for p in with_gradient if isinstance(p, DTensor)]
+    own = [p for p in with_gradient if not isinstance(p, DTensor)]
+    groups = [group for group in (own, sharded) if group]
+    norms = [whole(torch.nn.utils.get_total_norm([p.grad for p in group])) for group in groups]  # type: ignore[misc]
+    norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm() if norms else torch.zeros(())
+    for group in groups:
+        torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm)
+    return norm
+
+
+@torch.no_grad()
+def broadcast_parameters(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Give every rank the first rank's values of the trainable parameters that are not sharded."""
+    if world_size() == 1:
+        return
+    for parameter in parameters:
+        if parameter.requires_grad and not isinstance(parameter, DTensor):
+            dist.broadcast(parameter.data, src=0)
+
+
+def whole(value: Value) -> Value | Any:
+    """Return a sharded tensor gathered from all ranks, and anything else as it is."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """Return this rank's part of ``value`` if ``parameter`` is sharded, else ``value``; on its device.
+
+    Args:
+        value: the same on every rank; of the shape of ``parameter``.
+        parameter: sharded or not.
+
+    Relations:
+        ``whole(shard_like(value, parameter))`` equals ``value``.
+    """
+    value = value.to(parameter.device)
+    if not isinstance(parameter, DTensor):
+        return value
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -25,8 +25,10 @@ from rich.table import Table
 
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.model.dual_backbone import absolute_name
-from parallel_decoupling.training.callbacks import LAST_FILE
+from parallel_decoupling.training.callbacks import LAST_FILE, console
 from parallel_decoupling.training.embedder import PDFEmbedder
+from parallel_decoupling.training.plan import Plan
+from parallel_decoupling.training.plan_tables import plan_tables
 
 STRUCTURE = (
     "num_paths",
@@ -49,10 +51,13 @@ HARMLESS_WARNINGS = (
 
 
 def run(args: Sequence[str]) -> None:
-    """Run ``fit``, ``validate``, ``test`` or ``predict``."""
+    """Run ``fit``, ``validate``, ``test`` or ``predict``; ``plan`` takes the options of ``fit``."""
     for message in HARMLESS_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    RunCLI(list(args))
+    if args[0] == "plan":
+        PlanCLI(["fit", *args[1:]])
+    else:
+        RunCLI(list(args))
 
 
 class RunCLI(LightningCLI):
@@ -173,6 +178,27 @@ class RunCLI(LightningCLI):
             f"--ckpt_path {wanted}: there is no checkpoint file {file}. Give a file, "
             "or 'last' together with the trainer.default_root_dir of the run."
         )
+
+
+class PlanCLI(RunCLI):
+    """Parses what ``fit`` would, and prints its plan instead of building anything."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the plan's own option."""
+        parser.add_argument("--gpu_memory_gib", type=float, default=80.0, help="Memory of each GPU.")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse under the plan's name."""
+        self._parser("fit").prog = "lightning plan"
+        super().parse_arguments(parser, args)
+
+    def instantiate_classes(self) -> None:
+        """Build nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        config = self.config[subcommand].as_dict()
+        parts = (config["model"], config["data"], config["trainer"])
+        console().print(*plan_tables(Plan(*parts, gpu_memory_gib=config["gpu_memory_gib"])), sep="\n")
 
 
 def _checkpoint_dir(trainer: Any) -> Path:

@@ -12,7 +12,9 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from parallel_decoupling.batch import EncoderInputs, RawInput, RawPair
-from parallel_decoupling.data.collate import Collator, EvalBatch, identity, load_image, prompt
+from parallel_decoupling.data.collate import Collator, EvalBatch, identity
+from parallel_decoupling.data.images import load_image
+from parallel_decoupling.data.prompts import prompt
 from tests.data.mmeb_files import write_image
 
 TOKEN = "<|image_pad|>"

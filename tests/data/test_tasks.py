@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 
 from parallel_decoupling.batch import RawInput
+from parallel_decoupling.data.readers import TrainSubset, read_eval_task
 from parallel_decoupling.data.tasks import (
     MMEB_TASKS,
     MMEB_TRAIN_SUBSETS,
-    TrainSubset,
     find_eval_tasks,
     find_train_subsets,
-    read_eval_task,
     read_tasks,
 )
 from tests.data.mmeb_files import eval_row, train_row, write_eval, write_image, write_rows, write_train

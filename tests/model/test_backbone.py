@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, DynamicCache
 
-import parallel_decoupling.model.backbone as backbone_module
+import parallel_decoupling.model.sources as sources
 from parallel_decoupling.model.backbone import AdapterConfig, load_backbone
 from tests.model.test_attention import FROZEN, OTHER_SIZES, ROWS, join
 from tests.support.tiny import tiny_inputs
@@ -163,5 +163,5 @@ def test_untied_language_head_is_ignored(tiny_backbone_dir: str, tmp_path: Path)
 
 
 def test_tiny_names_the_shipped_folder(tiny_backbone_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backbone_module, "TINY_BACKBONE_DIR", Path(tiny_backbone_dir))
+    monkeypatch.setattr(sources, "TINY_BACKBONE_DIR", Path(tiny_backbone_dir))
     assert load_backbone("tiny").hidden_size == 32

@@ -71,20 +71,20 @@ def test_fingerprint_tells_backbones_apart_whatever_trains_or_dtype(
     fingerprint = backbone_fingerprint(load_backbone(tiny_backbone_dir))
     assert json.loads(json.dumps(fingerprint)) == fingerprint
     for options in ({"adapter": AdapterConfig(kind="frozen")}, {"dtype": "bfloat16"}, {"attention": "eager"}):
-        check_fingerprint(fingerprint, load_backbone(tiny_backbone_dir, **options))
+        check_fingerprint(fingerprint, backbone_fingerprint(load_backbone(tiny_backbone_dir, **options)))
     other = load_backbone(save_tiny_backbone(tmp_path / "other", seed=1))
     with pytest.raises(ValueError, match="config or frozen weights differ"):
-        check_fingerprint(fingerprint, other)
+        check_fingerprint(fingerprint, backbone_fingerprint(other))
     changed = load_backbone(tiny_backbone_dir)
     with torch.no_grad():
         changed.base.get_submodule("language_model.norm").weight[3] += 0.1
     with pytest.raises(ValueError, match="differ"):
-        check_fingerprint(fingerprint, changed)
+        check_fingerprint(fingerprint, backbone_fingerprint(changed))
 
 
 def test_fingerprint_follows_a_moved_folder(tiny_backbone_dir: str, tmp_path: Any) -> None:
     moved = save_tiny_backbone(tmp_path / "moved")
-    check_fingerprint(backbone_fingerprint(load_backbone(tiny_backbone_dir)), load_backbone(moved))
+    check_fingerprint(*(backbone_fingerprint(load_backbone(name)) for name in (tiny_backbone_dir, moved)))
 
 
 def test_training_does_not_change_the_fingerprint(tiny_backbone_dir: str) -> None:

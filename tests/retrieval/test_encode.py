@@ -10,7 +10,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, EncoderInputs, RawInput
-from parallel_decoupling.data.collate import Collator, prompt
+from parallel_decoupling.data.collate import Collator
+from parallel_decoupling.data.prompts import prompt
 from parallel_decoupling.model.backbone import load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.retrieval.encode import encode, similarity, to_raw_inputs

@@ -270,7 +270,7 @@ def test_fsdp1_is_refused_with_the_alternative(tiny_backbone_dir: str) -> None:
         strategy = FSDPStrategy()
 
     module._trainer = Fake()  # type: ignore[assignment]
-    with pytest.raises(ValueError, match="ModelParallelStrategy"):
+    with pytest.raises(ValueError, match="fsdp2"):
         module.setup("fit")
 
 

@@ -10,7 +10,8 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from parallel_decoupling.data.collate import EvalBatch
-from parallel_decoupling.data.tasks import EvalTask, read_eval_task
+from parallel_decoupling.data.readers import read_eval_task
+from parallel_decoupling.data.tasks import EvalTask
 from parallel_decoupling.retrieval.report import ScoreReport
 from parallel_decoupling.training.evaluation import Evaluation, TaskEmbeddings, git_commit
 from tests.support.fit import make_trainer, small_data, small_embedder

@@ -1,72 +1,252 @@
-"""Two gloo processes with different rows against one process with all of them."""
+"""Two gloo processes with different rows against one process with all of them, in every layout."""
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.distributed.tensor import DTensor
 
-from parallel_decoupling.distributed import rank, world_size
+from parallel_decoupling.distributed import rank, whole
 from parallel_decoupling.training.embedder import PDFEmbedder
-from tests.support.fit import make_trainer, small_data
+from tests.support.fit import Recorder, make_trainer, small_data, small_embedder
+from tests.support.processes import run_ranks
 
 pytestmark = pytest.mark.slow
 
+SETTINGS: dict[str, Any] = {
+    "num_paths": 2,
+    "prefix_length": 3,
+    "aggregation": "learned",
+    "learn_temperature": True,
+    "temperature": 0.2,
+    "mi": {"hidden_size": 8, "warmup_steps": 0, "ramp_steps": 0},
+    "optimizer": {"learning_rate": 1e-3, "prefix_learning_rate": 1e-2, "clip_norm": 0.5},
+}
+LORA = {"kind": "lora", "scope": "both"}
+STEPS = 4
 
-class SavingEmbedder(PDFEmbedder):
-    """Writes the gradients that each main step uses."""
 
-    folder: Path
+class Recording(PDFEmbedder):
+    """Keeps the gradients that each main step uses, and which chunks of this process held an image."""
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
-        torch.save(gradients, self.folder / f"{world_size()}_{rank()}_{self.steps_done}.pt")
+        named = [(name, p) for name, p in self.named_parameters() if p.grad is not None]
+        self.sharded = {name for name, p in self.named_parameters() if isinstance(p, DTensor)}
+        self.gradients.append({name: whole(p.grad).clone() for name, p in named})
+
+    def _encode(self, inputs: Any, side: str, chunk_size: int | None) -> Any:
+        self.with_image.append(any(inputs.vision))
+        return super()._encode(inputs, side, chunk_size)
+
+
+class SaveAt(Callback):
+    """One checkpoint, ``<batches>.ckpt``."""
+
+    def __init__(self, folder: Path, batches: int) -> None:
+        self.folder, self.batches = folder, batches
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if pl_module.batches_done == self.batches:
+            trainer.save_checkpoint(self.folder / f"{self.batches}.ckpt")
+
+
+def train(
+    folder: Path,
+    backbone: str,
+    data_dir: str,
+    adapter: dict[str, Any],
+    strategy: str = "auto",
+    chunk_size: int | None = None,
+    resume: Path | None = None,
+    accumulate: int = 1,
+) -> None:
+    """Four batches; what happened on each rank is in ``<rank>.pt``, a checkpoint in ``3.ckpt``."""
+    settings = {**SETTINGS, "optimizer": {**SETTINGS["optimizer"], "accumulate_batches": accumulate}}
+    settings |= {"query_chunk_size": chunk_size, "candidate_chunk_size": chunk_size}
+    module = Recording(backbone=backbone, adapter=adapter, **settings)  # type: ignore[arg-type]
+    module.gradients, module.with_image, module.sharded = [], [], set()
+    recorder = Recorder()
+    options = {"devices": 1 if strategy == "auto" else 2, "strategy": strategy}
+    trainer = make_trainer(folder, recorder, SaveAt(folder, 3), max_steps=STEPS // accumulate, **options)
+    data = small_data(data_dir, policy="sub_batch", sub_batch_size=4)
+    trainer.fit(module, data, ckpt_path=resume)
+    torch.save(
+        {
+            "values": recorder.values,
+            "gradients": module.gradients,
+            "with_image": module.with_image,
+            "sharded": module.sharded,
+            "parameters": {name: whole(p.detach()) for name, p in module.named_parameters()},
+        },
+        folder / f"{rank()}.pt",
+    )
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    return [torch.load(file, weights_only=True) for file in sorted(folder.glob("[01].pt"))]
+
+
+def two(folder: Path, *args: Any, **options: Any) -> list[dict[str, Any]]:
+    folder.mkdir()
+    run_ranks(train_with, folder, args, options)
+    return results(folder)
+
+
+def train_with(folder: Path, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    train(folder, *args, **options)
+
+
+def assert_close(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """The same losses, gradients and parameters up to rounding; the tail of a run against its end."""
+    for name in ("values", "gradients"):
+        for ours, theirs in zip(found[name], wanted[name][-len(found[name]) :], strict=True):
+            assert ours.keys() == theirs.keys()
+            for key, value in ours.items():
+                torch.testing.assert_close(
+                    value, theirs[key], rtol=5e-3, atol=5e-5, msg=lambda text, key=key: f"{key}: {text}"
+                )
+    assert found["parameters"].keys() == wanted["parameters"].keys()
+
+
+@pytest.fixture(scope="module", params=["lora", "full"])
+def one_process(
+    request: pytest.FixtureRequest,
+    tiny_backbone_dir: str,
+    tiny_mmeb_dir: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, tuple[Any, ...], dict[str, Any]]:
+    """Folder with checkpoint, arguments and results of one process with the whole batches."""
+    folder = tmp_path_factory.mktemp(request.param)
+    args = (tiny_backbone_dir, tiny_mmeb_dir, LORA if request.param == "lora" else {"kind": "full"})
+    train(folder, *args)
+    (result,) = results(folder)
+    return folder, args, result
 
 
 @pytest.mark.parametrize("chunk_size", [None, 3])
-def test_two_processes_train_like_one(
-    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path, chunk_size: int | None
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_train_like_one_and_resume_each_others_checkpoints(
+    one_process: Any, tmp_path: Path, strategy: str, chunk_size: int | None
 ) -> None:
-    for processes in (1, 2):
-        still = {"learning_rate": 0.0, "prefix_learning_rate": 0.0, "clip_norm": 0.0, "schedule": "constant"}
-        module = SavingEmbedder(
-            backbone=tiny_backbone_dir,
-            num_paths=2,
-            prefix_length=3,
-            aggregation="learned",
-            learn_temperature=True,
-            temperature=0.2,
-            adapter={"scope": "both"},  # type: ignore[arg-type]
-            mi={"hidden_size": 8, "warmup_steps": 0, "ramp_steps": 0},  # type: ignore[arg-type]
-            optimizer=still,  # type: ignore[arg-type]
-            query_chunk_size=chunk_size if processes == 2 else None,
-            candidate_chunk_size=chunk_size if processes == 2 else None,
-        )
-        module.folder = tmp_path
-        options: dict[str, Any] = {"devices": processes, "max_steps": 3}
-        if processes == 2:
-            options["strategy"] = "ddp_fork"
-        make_trainer(tmp_path, **options).fit(module, small_data(tiny_mmeb_dir))
-    for step in range(3):
-        one, first, second = (
-            torch.load(tmp_path / f"{name}_{step}.pt", weights_only=True) for name in ("1_0", "2_0", "2_1")
-        )
-        assert {"log_temperature", "encoder.path_logits", "encoder.prefixes.key_values"} <= one.keys()
-        for name, gradient in one.items():
-            assert torch.equal(first[name], second[name])
-            torch.testing.assert_close(first[name], gradient, rtol=2e-3, atol=2e-5)
+    folder, args, one = one_process
+    first, second = two(tmp_path / "two", *args, strategy=strategy, chunk_size=chunk_size)
+    assert any(a != b for a, b in zip(first["with_image"], second["with_image"], strict=True))
+    trained = one["gradients"][0].keys()
+    assert {"log_temperature", "encoder.path_logits", "encoder.prefixes.key_values"} <= trained
+    assert any("visual" in name for name in trained)
+    for rank_result in (first, second):
+        assert_close(rank_result, one)
+        assert len(rank_result["values"]) == STEPS
+        assert bool(rank_result["sharded"]) == (strategy == "fsdp2")
+        assert not any("visual" in name or "lora" in name for name in rank_result["sharded"])
+    for name, value in first["parameters"].items():
+        assert torch.equal(value, second["parameters"][name])
+    (tmp_path / "in_one").mkdir()
+    train(tmp_path / "in_one", *args, resume=tmp_path / "two" / "3.ckpt")
+    for result in results(tmp_path / "in_one"):
+        assert_close(result, one)
+        assert len(result["values"]) == 1
+    other = {"ddp": "fsdp2", "fsdp2": "ddp"}[strategy]
+    for resume in (folder / "3.ckpt", tmp_path / "two" / "3.ckpt"):
+        for result in two(tmp_path / f"from_{resume.parent.name}", *args, strategy=other, resume=resume):
+            assert_close(result, one)
+            assert len(result["values"]) == 1
 
 
-def test_two_processes_score_like_one(tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path) -> None:
-    scores = []
-    for processes in (1, 2):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_checkpoint_inside_an_accumulation_holds_the_gradients_of_all_processes(
+    one_process: Any, tmp_path: Path, strategy: str
+) -> None:
+    _, args, _ = one_process
+    (tmp_path / "one").mkdir()
+    train(tmp_path / "one", *args, accumulate=2)
+    (one,) = results(tmp_path / "one")
+    for result in two(tmp_path / "two", *args, strategy=strategy, accumulate=2):
+        assert_close(result, one)
+    content = torch.load(tmp_path / "two" / "3.ckpt", weights_only=True)
+    assert content["accumulated_gradients"]
+    for result in two(
+        tmp_path / "again", *args, strategy=strategy, accumulate=2, resume=tmp_path / "two" / "3.ckpt"
+    ):
+        assert_close(result, one)
+        assert len(result["gradients"]) == 1
+
+
+def test_every_layout_scores_alike(tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path) -> None:
+    def test(strategy: str) -> None:
         module = PDFEmbedder(backbone=tiny_backbone_dir, num_paths=2, prefix_length=3)
-        options: dict[str, Any] = {"devices": processes}
-        if processes == 2:
-            options["strategy"] = "ddp_fork"
-        trainer = make_trainer(tmp_path / str(processes), **options)
+        options = {"devices": 1 if strategy == "auto" else 2, "strategy": strategy}
+        trainer = make_trainer(tmp_path / strategy, **options)
         trainer.test(module, small_data(tiny_mmeb_dir, eval_batch_size=3), verbose=False)
-        scores.append((tmp_path / str(processes) / "scores.csv").read_text())
-    assert scores[0] == scores[1]
+
+    test("auto")
+    wanted = (tmp_path / "auto" / "scores.csv").read_text()
+    for strategy in ("ddp", "fsdp2"):
+        run_ranks(test, strategy)
+        assert (tmp_path / strategy / "scores.csv").read_text() == wanted
+
+
+class KillLastRank(Callback):
+    """The last process disappears, as when a node fails."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if trainer.global_step == 1 and rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_losing_a_process_ends_the_others_with_an_error(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path, strategy: str
+) -> None:
+    def fit() -> None:
+        module = small_embedder(tiny_backbone_dir)
+        options: dict[str, Any] = {"devices": 2, "strategy": strategy, "max_steps": 20}
+        make_trainer(tmp_path, KillLastRank(), **options).fit(module, small_data(tiny_mmeb_dir))
+
+    with pytest.raises(RuntimeError, match=r"exit codes \[1, -9\]"):
+        run_ranks(fit, timeout=120)
+
+
+def test_the_command_ends_when_one_of_its_processes_is_killed(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    settings = {
+        "model": {"backbone": tiny_backbone_dir, "num_paths": 2, "prefix_length": 3},
+        "data": {"data_dir": tiny_mmeb_dir, "batch_size": 8},
+        "trainer": {
+            "accelerator": "cpu",
+            "devices": 2,
+            "strategy": "fsdp2",
+            "max_steps": 100000,
+            "default_root_dir": str(tmp_path),
+            "enable_checkpointing": False,
+        },
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    command = [sys.executable, "-m", "parallel_decoupling", "fit", "--config", str(tmp_path / "run.yaml")]
+    log = (tmp_path / "log").open("w")
+    with subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as main:
+        try:
+            end = time.monotonic() + 300
+            while "main steps in this run" not in (tmp_path / "log").read_text():
+                assert main.poll() is None
+                assert time.monotonic() < end, (tmp_path / "log").read_text()
+                time.sleep(0.2)
+            listed = subprocess.run(
+                ["ps", "--ppid", str(main.pid), "-o", "pid="], capture_output=True, text=True, check=True
+            )
+            (child,) = map(int, listed.stdout.split())
+            os.kill(child, signal.SIGKILL)
+            assert main.wait(timeout=120) != 0
+        finally:
+            main.kill()

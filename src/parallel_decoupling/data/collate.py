@@ -1,8 +1,8 @@
-"""From raw rows to tensors: image decoding, tokenisation, padding, target identity.
+"""From raw rows to tensors: tokenisation, padding, target identity.
 
-The processor is passed in, so nothing here knows a backbone. The placeholder ``IMAGE_PLACEHOLDER``
-and the prompt template are MMEB's; no chat template, system prompt or end token is added, as in
-VLM2Vec. Reading files of the benchmark is in ``tasks``, choosing rows in ``mixture``.
+The processor is passed in, so nothing here knows a backbone. No chat template, system prompt or end token
+is added, as in VLM2Vec. Rows are read in ``readers`` and chosen in ``mixture``, texts are written in
+``prompts``, pictures are decoded and resized in ``images``.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, EncoderInputs, PairBatch, RawInput, RawPair
+from parallel_decoupling.data.images import ImageError, ImagePolicy, load_image
 
 
 @dataclass(frozen=True)
@@ -28,48 +28,17 @@ class EvalBatch:
         inputs: the encoder's input, ``B`` rows.
         side: which list of the ``EvalTask`` the rows come from.
         indices: ``[B]`` int64, places in that list.
+        missing: those of the places whose images cannot be read; another input stands there.
     """
 
     inputs: EncoderInputs
     side: Literal["query", "candidate"]
     indices: Tensor
+    missing: tuple[int, ...] = ()
 
     def to(self, device: torch.device | str) -> EvalBatch:
         """Move every tensor to ``device``."""
         return replace(self, inputs=self.inputs.to(device), indices=self.indices.to(device))
-
-
-def prompt(
-    text: str | None = None,
-    image: Image.Image | str | None = None,
-    instruction: str | None = None,
-    *,
-    images: Sequence[Image.Image | str] = (),
-) -> RawInput:
-    r"""Write an input the way MMEB's training data is written.
-
-    With images: ``"<|image_1|>\n{instruction} {text}\n"``, one placeholder line per image and a
-    trailing newline. Without: ``"{instruction} {text}"``, stripped, nothing added.
-
-    Args:
-        text: the text; None for an image alone.
-        image: a PIL image or an image file.
-        instruction: what is asked of the input; goes before the text.
-        images: several images instead of ``image``.
-
-    Raises:
-        ValueError: neither text nor image, or both ``image`` and ``images``.
-    """
-    if image is not None and images:
-        raise ValueError("Give image or images, not both.")
-    pictures = (image,) if image is not None else tuple(images)
-    body = " ".join(part.strip() for part in (instruction, text) if part and part.strip())
-    if not pictures:
-        if not text or not text.strip():
-            raise ValueError("An input needs a text or an image.")
-        return RawInput(body)
-    lines = [IMAGE_PLACEHOLDER] * len(pictures) + ([body] if body else [])
-    return RawInput("".join(f"{line}\n" for line in lines), pictures)
 
 
 class Collator:
@@ -82,28 +51,38 @@ class Collator:
     Args:
         processor: a Hugging Face multimodal processor with a ``tokenizer``.
         image_token: what stands for an image in this backbone's text.
+        images: what happens to a picture before the processor sees it; nothing by default.
 
     Relations:
         Each row without its padding equals the processor's output for that row alone.
     """
 
-    def __init__(self, processor: Any, *, image_token: str) -> None:
+    def __init__(self, processor: Any, *, image_token: str, images: ImagePolicy | None = None) -> None:
         self.processor = processor
         self.image_token = image_token
+        self.images = (images or ImagePolicy()).for_processor(processor)
+        self._splits = True  # until the processor's image tensors are seen not to split by row
 
     def __call__(self, pairs: Sequence[RawPair]) -> PairBatch:
         """Batch training rows: the positives in query order, then all hard negatives row by row."""
         candidates = [pair.candidate for pair in pairs]
         candidates += [negative for pair in pairs for negative in pair.negatives]
+        places = [f"training subset {pair.subset!r}, row {pair.row}" for pair in pairs]
+        negatives = [place for pair, place in zip(pairs, places, strict=True) for _ in pair.negatives]
         return PairBatch(
-            query=self.encode_inputs([pair.query for pair in pairs]),
-            candidate=self.encode_inputs(candidates),
+            query=self.encode_inputs([pair.query for pair in pairs], places),
+            candidate=self.encode_inputs(candidates, places + negatives),
             candidate_ids=torch.tensor([identity(candidate) for candidate in candidates]),
             subsets=tuple(pair.subset for pair in pairs),
+            skipped=tuple(reason for pair in pairs for reason in pair.skipped),
         )
 
-    def encode_inputs(self, inputs: Sequence[RawInput]) -> EncoderInputs:
+    def encode_inputs(self, inputs: Sequence[RawInput], places: Sequence[str] | None = None) -> EncoderInputs:
         """Tokenise, decode images and pad at the tokenizer's padding side.
+
+        Args:
+            inputs: at least one.
+            places: where each input comes from, for error messages.
 
         Raises:
             ValueError: no rows; placeholders and images differ in number; the text holds the
@@ -111,45 +90,58 @@ class Collator:
         """
         if not inputs:
             raise ValueError("There are no inputs to encode.")
-        texts = [self._text(row) for row in inputs]
-        images = [[load_image(image) for image in row.images] for row in inputs]
+        at = [""] * len(inputs) if places is None else [f"{place}: " for place in places]
+        texts = [self._text(row, where) for row, where in zip(inputs, at, strict=True)]
+        images = [self._images(row, where) for row, where in zip(inputs, at, strict=True)]
         try:
             together = self._process(texts, images)
         except ValueError:
             together = None
         if together is not None:
             return together
-        return self._join([self._process_alone(*row) for row in zip(inputs, texts, images, strict=True)])
+        rows = zip(inputs, texts, images, at, strict=True)
+        return self._join([self._process_alone(*row) for row in rows])
 
-    def _text(self, row: RawInput) -> str:
+    def _images(self, row: RawInput, where: str) -> list[Image.Image]:
+        try:
+            return [self.images(load_image(image, turn=self.images.size is None)) for image in row.images]
+        except ImageError as error:
+            raise ImageError(f"{where}{error}") from error
+
+    def _text(self, row: RawInput, where: str) -> str:
         count = row.text.count(IMAGE_PLACEHOLDER)
         if count != len(row.images):
             raise ValueError(
-                f"{len(row.images)} images but {count} {IMAGE_PLACEHOLDER} in {_quote(row.text)}."
+                f"{where}{len(row.images)} images but {count} {IMAGE_PLACEHOLDER} in {_quote(row.text)}."
             )
         if self.image_token != IMAGE_PLACEHOLDER and self.image_token in row.text:
             raise ValueError(
-                f"The text {_quote(row.text)} holds {self.image_token!r}, the backbone's own image token. "
-                f"Mark images with {IMAGE_PLACEHOLDER}."
+                f"{where}The text {_quote(row.text)} holds {self.image_token!r}, the backbone's own image "
+                f"token. Mark images with {IMAGE_PLACEHOLDER}."
             )
         return row.text.replace(IMAGE_PLACEHOLDER, self.image_token)
 
     def _process(self, texts: list[str], images: list[list[Image.Image]]) -> EncoderInputs | None:
         """All rows in one call, or None if the image tensors cannot be told apart by row."""
-        flat = [image for row in images for image in row]
-        data = self.processor(text=texts, images=flat or None, padding=True, return_tensors="pt")
+        if any(images) and not self._splits:
+            return None
+        nested = images if any(images) else None  # by row: a family may treat several images of a row apart
+        data = self.processor(text=texts, images=nested, padding=True, return_tensors="pt")
         shape = data["input_ids"].shape
         tokens = {key: value for key, value in data.items() if value.shape == shape}
         pixels = {key: value for key, value in data.items() if key not in tokens}
         vision = _split(pixels, [len(row) for row in images])
+        self._splits = vision is not None
         return None if vision is None else EncoderInputs(tokens, vision)
 
-    def _process_alone(self, row: RawInput, text: str, images: list[Image.Image]) -> EncoderInputs:
+    def _process_alone(
+        self, row: RawInput, text: str, images: list[Image.Image], where: str
+    ) -> EncoderInputs:
         try:
-            data = self.processor(text=[text], images=images or None, return_tensors="pt")
+            data = self.processor(text=[text], images=[images] if images else None, return_tensors="pt")
         except ValueError as error:
             raise ValueError(
-                f"The processor refuses {_quote(row.text)} with images {row.images}: {error}"
+                f"{where}The processor refuses {_quote(row.text)} with images {row.images}: {error}"
             ) from error
         shape = data["input_ids"].shape
         tokens = {key: value for key, value in data.items() if value.shape == shape}
@@ -175,9 +167,12 @@ def _split(pixels: Mapping[str, Tensor], counts: list[int]) -> tuple[Mapping[str
     """Image tensors by row: those of one entry per image, and those of one entry per patch.
 
     Patches are counted by ``image_grid_thw`` (time, height, width per image). None if some tensor
-    is neither.
+    is neither, or could as well have one entry per row.
     """
     total = sum(counts)
+    by_image = "image_grid_thw" in pixels or "image_sizes" in pixels
+    if total == len(counts) and any(count != 1 for count in counts) and not by_image:
+        return None
     if not total:
         return tuple({} for _ in counts) if not pixels else None
     by_row: list[dict[str, Tensor]] = [{} for _ in counts]
@@ -194,32 +189,6 @@ def _split(pixels: Mapping[str, Tensor], counts: list[int]) -> tuple[Mapping[str
             if count:
                 row[key] = part
     return tuple(by_row)
-
-
-def load_image(image: Image.Image | str) -> Image.Image:
-    """Decode to 8-bit RGB, turned as its EXIF orientation says.
-
-    16-bit greyscale is scaled to 8 bit (PIL alone would clip it to white).
-
-    Raises:
-        ValueError: the file is missing or broken; names it.
-    """
-    try:
-        if isinstance(image, str):
-            with Image.open(image) as file:
-                ImageOps.exif_transpose(file, in_place=True)
-                return _rgb(file)
-        return _rgb(ImageOps.exif_transpose(image))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"Cannot read image {image}: {error}. Replace the file or remove its row."
-        ) from error
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    return image.convert("RGB")
 
 
 def identity(row: RawInput) -> int:

@@ -1,128 +1,55 @@
-"""The LightningDataModule that wires ``tasks``, ``mixture`` and ``collate`` into loaders.
+"""The LightningDataModule that wires ``readers``, ``mixture`` and ``collate`` into ``loaders``.
 
-Wiring only: files are read in ``tasks``, batches are composed in ``mixture``, tensors are made in
-``collate``. The loaders are no ``torch.utils.data.DataLoader`` to Lightning, so it neither replaces
+Options and wiring only: files are read in ``readers``, batches are composed in ``mixture``, tensors are made
+in ``collate``. The loaders are no ``torch.utils.data.DataLoader`` to Lightning, so it neither replaces
 their sampler nor splits their rows: every process takes its own share here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from parallel_decoupling import distributed
-from parallel_decoupling.batch import PairBatch, RawPair
+from parallel_decoupling.batch import PairBatch
 from parallel_decoupling.data.collate import Collator, EvalBatch
+from parallel_decoupling.data.download import download_eval, download_train
+from parallel_decoupling.data.images import ImagePolicy, SquareSize
+from parallel_decoupling.data.inputs import prepare_tables
+from parallel_decoupling.data.loaders import Batches, EvalBatches, MissingImages, TrainRows
 from parallel_decoupling.data.mixture import MixtureSampler
+from parallel_decoupling.data.readers import LimitBy, TrainSubset, read_eval_task
 from parallel_decoupling.data.tasks import (
+    MMEB_TASKS,
+    MMEB_TRAIN_SUBSETS,
     EvalTask,
-    TrainSubset,
     check_names,
     find_eval_tasks,
     find_train_subsets,
-    read_eval_task,
 )
 
 EMBEDDED = "mini-mmeb"
 """Value of ``data_dir`` that stands for the benchmark this package generates."""
 
-Batch = TypeVar("Batch")
-
-
-class Batches(Generic[Batch]):
-    """A loader's batches, started anew by each iteration at the step that ``position`` says.
-
-    Iterating is lazy: workers start with the first batch, so an iterator that is made and dropped
-    (Lightning does so when it resumes at the end of an epoch) takes nothing from the sampler.
-
-    Args:
-        loader: the data loader.
-        sampler: its sampler, if the start can move.
-        position: number of batches consumed so far; None lets the sampler count its own epochs.
-    """
-
-    def __init__(
-        self,
-        loader: DataLoader[Any],
-        sampler: MixtureSampler | None = None,
-        position: Callable[[], int] | None = None,
-    ) -> None:
-        self.loader = loader
-        self.batch_sampler = sampler
-        self.position = position
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[Batch]:
-        if self.batch_sampler is not None and self.position is not None:
-            self.batch_sampler.start_step = self.position()
-        yield from self.loader
-
-    def state_dict(self) -> dict[str, int]:
-        """Nothing to save: the trainer's progress is the position. Tells Lightning that this resumes."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Nothing to restore."""
-
-
-class _Rows(Dataset[RawPair]):
-    """Rows of all subsets by ``(subset, row)``."""
-
-    def __init__(self, subsets: Sequence[TrainSubset]) -> None:
-        self.subsets = subsets
-
-    def __getitem__(self, place: tuple[int, int]) -> RawPair:
-        subset, row = place
-        return self.subsets[subset][row]
-
-
-class EvalBatches(Dataset[EvalBatch]):
-    """Batches of one task: unique queries, then unique candidates; a batch has one side.
-
-    Process r of W has batches r, r + W, ...; where they do not divide evenly the first ones come
-    again at the end, so every process has the same number and rows may be encoded twice.
-    """
-
-    def __init__(
-        self, task: EvalTask, collator: Collator, batch_size: int, rank: int, world_size: int
-    ) -> None:
-        self.sides = {"query": task.queries, "candidate": task.candidates}
-        self.collator = collator
-        places = [
-            (side, range(start, min(start + batch_size, len(rows))))
-            for side, rows in self.sides.items()
-            for start in range(0, len(rows), batch_size)
-        ]
-        count = -(-len(places) // world_size)
-        self.places = [places[(rank + number * world_size) % len(places)] for number in range(count)]
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, number: int) -> EvalBatch:
-        side, indices = self.places[number]
-        inputs = self.collator.encode_inputs([self.sides[side][index] for index in indices])
-        which: Literal["query", "candidate"] = "query" if side == "query" else "candidate"
-        return EvalBatch(inputs, which, torch.tensor(indices))
+log = logging.getLogger(__name__)
 
 
 class MMEBDataModule(LightningDataModule):
-    """MMEB, the embedded benchmark in the same layout, or your own data in that layout.
+    """MMEB, the embedded benchmark in the same layout, or your own data (``docs/data.md``).
 
     A training batch is a pure function of (seed, step): the same for any number of processes and
     workers, and a resumed run goes on with exactly the next one. Set the trainer's number of steps
     as usual; an epoch is one pass over the mixture.
 
     Args:
-        data_dir: Folder that holds MMEB-train/ and MMEB-eval/, or "mini-mmeb", the benchmark that the
-            package generates into its cache.
+        data_dir: Folder that holds MMEB-train/ and MMEB-eval/ or a tasks.json, or "mini-mmeb", the
+            benchmark that the package generates into its cache.
         train_subsets: Training subsets by folder name; null is all of MMEB-train.
         eval_tasks: Tasks of `test` by folder name; null is all of MMEB-eval that are in the task table
             (MMEB's 36, and those of data_dir/tasks.json).
@@ -133,14 +60,21 @@ class MMEBDataModule(LightningDataModule):
         split: Training split, the file name prefix: "original" or "diverse_instruction" in MMEB.
         weights: Share of the mixture per subset (not per row), by name; subsets not named weigh 1.
             Null draws every row once per epoch.
-        row_limit: Cap of rows per training subset, by seeded sampling. MMEB's recipes cap at 50000 or
-            100000 (the first rows).
+        row_limit: Cap of rows per training subset. VLM2Vec's recipes cap at 50000 or 100000, or not.
+        row_limit_by: "sample" draws the rows by the seed, "first" takes the first ones (as VLM2Vec does).
         query_limit: Cap of rows per evaluation task, evenly spaced; for quick looks only.
         policy: "mixed" batches of all subsets, "homogeneous" of one subset each, or "sub_batch" of
             blocks of sub_batch_size rows of one subset.
         sub_batch_size: Block size of the policy "sub_batch"; divides batch_size.
         hard_negatives: Candidates per row from the neg_text and neg_image_path columns.
         seed: Seed of mixture and row_limit, independent of the trainer's seed.
+        image_size: Force every image into a square: "low" (128 pixels), "mid" (672) or "high" (1344), as in
+            VLM2Vec. Null leaves that to min_pixels and max_pixels.
+        min_pixels: Smallest width times height of an image; the aspect ratio is kept.
+        max_pixels: Largest width times height of an image. With both null the processor decides alone.
+        missing_images: "error" stops at an image that is missing or broken, "skip" takes the next row of
+            the subset in training and leaves the row out of the score in evaluation, and counts.
+        download: Fetch what is not in data_dir from the Hugging Face hub and unpack it, once.
     """
 
     def __init__(
@@ -160,6 +94,12 @@ class MMEBDataModule(LightningDataModule):
         sub_batch_size: int | None = None,
         hard_negatives: int = 0,
         seed: int = 0,
+        row_limit_by: LimitBy = "sample",
+        image_size: SquareSize | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        missing_images: MissingImages = "error",
+        download: bool = False,
     ) -> None:
         super().__init__()
         numbers = {"eval_batch_size": eval_batch_size, "row_limit": row_limit, "query_limit": query_limit}
@@ -183,6 +123,10 @@ class MMEBDataModule(LightningDataModule):
         self.sub_batch_size = sub_batch_size
         self.hard_negatives = hard_negatives
         self.seed = seed
+        self.row_limit_by: LimitBy = row_limit_by
+        self.images = ImagePolicy(image_size, min_pixels, max_pixels)
+        self.missing_images: MissingImages = missing_images
+        self.download = download
         self.train_data: list[TrainSubset] = []
         self.eval_tasks_data: list[EvalTask] = []
         """The tasks of the current stage, in the order of the evaluation loaders."""
@@ -190,11 +134,25 @@ class MMEBDataModule(LightningDataModule):
 
     def connect(self, processor: Any, image_token: str) -> None:
         """Set the processor by hand; without it the trainer's module gives its encoder's."""
-        self._collator = Collator(processor, image_token=image_token)
+        self._collator = Collator(processor, image_token=image_token, images=self.images)
 
     def prepare_data(self) -> None:
-        """Generate the embedded benchmark if it is asked for and not there yet."""
-        self._folder()
+        """Make what is needed and not there yet: downloads, the embedded benchmark, mapped tables.
+
+        Lightning calls this on one process per node. Training data only before ``fit``.
+        """
+        stage = None if self.trainer is None else self.trainer.state.fn
+        subsets = self.train_subsets if stage == "fit" else []
+        tasks = self.validation_tasks if stage in ("fit", "validate") else self.eval_tasks
+        if self.download:
+            if self.data_dir == EMBEDDED:
+                raise ValueError(f"download is for MMEB, {EMBEDDED!r} is generated. Set data_dir.")
+            folder = Path(self.data_dir)
+            download_train(folder, _of(MMEB_TRAIN_SUBSETS, subsets), self.split)
+            download_eval(folder, _of(list(MMEB_TASKS), tasks))
+        folder = self._folder()
+        subsets = _of(find_train_subsets(folder, self.split), subsets)
+        prepare_tables(folder, subsets, self.split, _of(find_eval_tasks(folder), tasks))
 
     def setup(self, stage: str) -> None:
         """Open the files that ``stage`` needs: fit, validate or test.
@@ -212,7 +170,10 @@ class MMEBDataModule(LightningDataModule):
             if not names:
                 raise ValueError(f"No evaluation task under {folder / 'MMEB-eval'}. Check data_dir.")
         check_names(names, found, "evaluation task")
-        self.eval_tasks_data = [read_eval_task(folder, name, self.query_limit) for name in names]
+        must_exist = self.missing_images == "error"
+        self.eval_tasks_data = [
+            read_eval_task(folder, name, self.query_limit, must_exist=must_exist) for name in names
+        ]
 
     def train_dataloader(self) -> Batches[PairBatch]:
         """Batches of this process from the next step on: the trainer's count of processed ones."""
@@ -230,7 +191,7 @@ class MMEBDataModule(LightningDataModule):
             world_size=distributed.world_size(),
         )
         loader = DataLoader(
-            _Rows(self.train_data),
+            TrainRows(self.train_data, self.missing_images),
             batch_sampler=sampler,
             collate_fn=self.collator,
             num_workers=self.num_workers,
@@ -280,7 +241,7 @@ class MMEBDataModule(LightningDataModule):
             )
         return folder
 
-    def _open_subsets(self, folder: Path) -> list[TrainSubset]:
+    def _subset_names(self, folder: Path) -> list[str]:
         found = find_train_subsets(folder, self.split)
         names = found if self.train_subsets is None else self.train_subsets
         if not names:
@@ -290,14 +251,41 @@ class MMEBDataModule(LightningDataModule):
             )
         check_names(names, found, "training subset")
         check_names(list(self.weights or {}), names, "subset in weights")
-        options = {"hard_negatives": self.hard_negatives, "seed": self.seed}
-        return [TrainSubset(folder, name, self.split, self.row_limit, **options) for name in names]
+        return names
+
+    def _open_subsets(self, folder: Path) -> list[TrainSubset]:
+        subsets = []
+        for name in self._subset_names(folder):
+            subset = TrainSubset(
+                folder,
+                name,
+                self.split,
+                self.row_limit,
+                limit_by=self.row_limit_by,
+                hard_negatives=self.hard_negatives,
+                seed=self.seed,
+            )
+            if subset.blank_rows and distributed.rank() == 0:
+                owner, count = subset.table.owner, subset.blank_rows
+                log.warning("%s: left out %d rows with neither text nor image on a side", owner, count)
+            subsets.append(subset)
+        return subsets
 
     def _eval_loader(self, task: EvalTask) -> Batches[EvalBatch]:
         batches = EvalBatches(
-            task, self.collator, self.eval_batch_size, distributed.rank(), distributed.world_size()
+            task,
+            self.collator,
+            self.eval_batch_size,
+            distributed.rank(),
+            distributed.world_size(),
+            self.missing_images,
         )
         loader = DataLoader(
             batches, batch_size=None, num_workers=self.num_workers, generator=torch.Generator()
         )
         return Batches(loader)
+
+
+def _of(there: Sequence[str], wanted: Sequence[str] | None) -> list[str]:
+    """Those of the names that are wanted; None is all."""
+    return [name for name in there if wanted is None or name in wanted]

@@ -11,15 +11,18 @@ Shapes as in ``batch``; ``R = N * B`` rows.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.flash_attention import flash_attention_forward
+from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.masking_utils import eager_mask, flash_attention_mask, flex_attention_mask, sdpa_mask
 
 
 class PrefixStates:
@@ -86,13 +89,49 @@ def extend_mask(mask: Tensor | None, query: Tensor, prefix_length: int, *, causa
     return torch.cat((columns, mask), dim=-1)
 
 
+def extend_padding_mask(
+    mask: Tensor | None, query: Tensor, prefix_length: int, *, causal: bool
+) -> Tensor | None:
+    """Return FlashAttention's padding mask ``[R, P + L]``: ``prefix_length`` real keys, then the given ones.
+
+    None (no padding) stays None: FlashAttention aligns its causal mask to the last key, so that keys before
+    the first query are visible to all of them.
+    """
+    if mask is None:
+        return None
+    return torch.cat((mask.new_ones(mask.shape[0], prefix_length), mask), dim=1)
+
+
+def extend_block_mask(mask: BlockMask, query: Tensor, prefix_length: int, *, causal: bool) -> BlockMask:
+    """Return flex attention's mask for all rows of ``query``, with ``prefix_length`` visible keys in front.
+
+    Args:
+        mask: for ``B`` rows; row ``r`` of ``query`` is sample ``r % B``.
+        query: ``[R, heads, L, H]``.
+        prefix_length: ``P``.
+        causal: unused, the mask is always there.
+    """
+    visible, batch_size = mask.mask_mod, mask.shape[0]
+
+    def extended(row: Tensor, head: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
+        real_key = (key_index - prefix_length).clamp(min=0)
+        return (key_index < prefix_length) | visible(row % batch_size, head, query_index, real_key)
+
+    rows, _, length, _ = query.shape
+    compiled = query.device.type == "cuda"
+    return create_block_mask(
+        extended, rows, None, length, prefix_length + length, device=query.device, _compile=compiled
+    )
+
+
 def _attend(
     function: Callable[..., tuple[Tensor, Tensor | None]],
+    extend: Callable[..., Any],
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Any,
     prefix_states: PrefixStates | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
@@ -104,14 +143,14 @@ def _attend(
     mask = prefix_states.once(
         f"mask of {query.shape[2]}, causal {causal}",  # None is one object whatever it stands for
         attention_mask,
-        lambda: extend_mask(attention_mask, query, prefix_states.prefix_length, causal=causal),
+        lambda: extend(attention_mask, query, prefix_states.prefix_length, causal=causal),
     )
     return function(module, query, prepend(prefix[0], key), prepend(prefix[1], value), mask, **kwargs)
 
 
 def prefix_sdpa(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     """Scaled dot-product attention of transformers, with the prefix of ``prefix_states`` if given."""
-    return _attend(sdpa_attention_forward, module, *args, **kwargs)
+    return _attend(sdpa_attention_forward, extend_mask, module, *args, **kwargs)
 
 
 def prefix_eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -119,15 +158,28 @@ def prefix_eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, 
     for owner in type(module).__mro__:  # a sharded module is a subclass defined in another file
         function = getattr(sys.modules[owner.__module__], "eager_attention_forward", None)
         if function is not None:
-            return _attend(function, module, *args, **kwargs)
+            return _attend(function, extend_mask, module, *args, **kwargs)
     raise ValueError(
         f"{type(module).__name__} has no eager attention; load the backbone with attention='sdpa'"
     )
 
 
-_FUNCTIONS: dict[str, tuple[Any, Any]] = {
-    "sdpa": (prefix_sdpa, sdpa_mask),
-    "eager": (prefix_eager, eager_mask),
+def prefix_flash(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """FlashAttention 2 of transformers, with the prefix of ``prefix_states`` if given. Needs a GPU."""
+    return _attend(flash_attention_forward, extend_padding_mask, module, *args, **kwargs)
+
+
+def prefix_flex(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """Flex attention of transformers, with the prefix of ``prefix_states`` if given. Trains on a GPU only."""
+    return _attend(flex_attention_forward, extend_block_mask, module, *args, **kwargs)
+
+
+_FUNCTIONS: dict[str, tuple[str, Any, Any]] = {
+    "sdpa": ("prefix_sdpa", prefix_sdpa, sdpa_mask),
+    "eager": ("prefix_eager", prefix_eager, eager_mask),
+    # transformers finds the kernel by this very name, and without a prefix the function is the stock one
+    "flash_attention_2": ("flash_attention_2", prefix_flash, flash_attention_mask),
+    "flex_attention": ("prefix_flex_attention", prefix_flex, flex_attention_mask),
 }
 
 
@@ -135,7 +187,8 @@ def register_prefix_attention(base: str = "sdpa") -> str:
     """Register prefix attention on top of ``base`` with transformers; calling it again changes nothing.
 
     Args:
-        base: ``"sdpa"`` or ``"eager"`` (the reference for tests).
+        base: ``"sdpa"``, ``"eager"`` (the reference for tests), ``"flash_attention_2"`` or
+            ``"flex_attention"``.
 
     Returns:
         The name to pass as attention implementation of the text model.
@@ -149,54 +202,38 @@ def register_prefix_attention(base: str = "sdpa") -> str:
     """
     if base not in _FUNCTIONS:
         raise ValueError(f"attention {base!r} is unknown; choose one of {', '.join(map(repr, _FUNCTIONS))}")
-    name = f"prefix_{base}"
-    function, mask_function = _FUNCTIONS[base]
+    name, function, mask_function = _FUNCTIONS[base]
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, mask_function)
     return name
 
 
-def _repeat(value: Any, batch_size: int, num_paths: int, *, dim: int = 0) -> Any:
-    """Repeat each tensor with ``batch_size`` rows in ``dim``, also inside a tuple; leave all else alone."""
+def _repeat(value: Any, batch_size: int, num_paths: int) -> Any:
+    """Repeat each tensor with ``batch_size`` rows, also inside a tuple; leave all else alone."""
     if isinstance(value, tuple):
-        return tuple(_repeat(item, batch_size, num_paths, dim=dim) for item in value)
-    if not isinstance(value, Tensor) or value.ndim <= dim or value.shape[dim] != batch_size:
+        return tuple(_repeat(item, batch_size, num_paths) for item in value)
+    if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != batch_size:
         return value
-    return value.repeat(*(num_paths if axis == dim else 1 for axis in range(value.ndim)))
-
-
-def _repeat_all(arguments: Mapping[str, Any], states: PrefixStates, batch_size: int) -> dict[str, Any]:
-    """Repeat keyword arguments once per path; M-RoPE positions ``[3, B, L]`` have their batch in dim 1."""
-    repeated = {}
-    for name, value in arguments.items():
-        dim = 1 if name == "position_ids" and isinstance(value, Tensor) and value.ndim == 3 else 0
-        make = partial(_repeat, value, batch_size, states.num_paths, dim=dim)
-        repeated[name] = states.once("repeat", value, make) if isinstance(value, Tensor | tuple) else value
-    return repeated
+    return value.repeat(num_paths, *(1 for _ in value.shape[1:]))
 
 
 def language_model_hook(
     states: PrefixStates, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward pre-hook on the language model: hand down ``states``.
-
-    It also repeats the batch once per path when the first layer has a prefix already.
-    """
-    if states.num_paths > 1 and states.first_layer == 0:
-        kwargs = _repeat_all(kwargs, states, kwargs["inputs_embeds"].shape[0])
+    """Forward pre-hook on the language model: hand down ``states`` to every decoder layer."""
     return args, {**kwargs, "prefix_states": states}
 
 
 def decoder_layer_hook(
     layer_index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Forward pre-hook on a decoder layer: at the first prefixed layer above 0, go from B to N * B rows.
+    """Forward pre-hook on a decoder layer: at the first prefixed layer, go from B to N * B rows.
 
     The layer at ``first_layer`` repeats the hidden states; it and all above repeat the mask and position
     embeddings, which the language model computed for ``B`` rows. Without ``prefix_states`` it does nothing.
     """
     states: PrefixStates | None = kwargs.get("prefix_states")
-    if states is None or states.num_paths == 1 or not 0 < states.first_layer <= layer_index:
+    if states is None or states.num_paths == 1 or layer_index < states.first_layer:
         return None
     hidden, *rest = args
     if layer_index == states.first_layer:
@@ -204,4 +241,23 @@ def decoder_layer_hook(
         hidden = _repeat(hidden, batch_size, states.num_paths)
     else:
         batch_size = hidden.shape[0] // states.num_paths
-    return (hidden, *rest), _repeat_all(kwargs, states, batch_size)
+    repeated = {}
+    for name, value in kwargs.items():
+        make = partial(_repeat, value, batch_size, states.num_paths)
+        repeated[name] = states.once("repeat", value, make) if isinstance(value, Tensor | tuple) else value
+    return (hidden, *rest), repeated
+
+
+def deepstack(
+    process: Callable[[Tensor, Tensor, Tensor], Tensor], hidden: Tensor, mask: Tensor, visual: Tensor
+) -> Tensor:
+    """Add image features between decoder layers (Qwen3-VL) to the rows of every path.
+
+    Args:
+        process: the language model's own method, which adds ``visual`` to ``hidden`` where ``mask`` is set.
+        hidden: ``[B or N * B, L, D]``, path-major.
+        mask: ``[B, L]``, True at image tokens.
+        visual: ``[image tokens of the B rows, D]``.
+    """
+    num_paths = hidden.shape[0] // mask.shape[0]
+    return process(hidden, mask.repeat(num_paths, 1), visual.repeat(num_paths, 1))

@@ -1,96 +1,46 @@
-"""Loading a multimodal backbone: the family table, adapters, and one forward call to its last hidden state.
+"""Loading a multimodal backbone, and one forward call to its last hidden state.
 
-The only file that knows transformers' model classes and peft. Elsewhere: prefix attention (``attention``),
-pooling and paths (``encoder``), which weights a checkpoint holds (``checkpoint``).
+Elsewhere: names inside a family's models (``families``), folders and hub ids (``sources``), adapters
+(``adapters``), prefix attention (``attention``), pooling and paths (``encoder``), which weights a checkpoint
+holds (``checkpoint``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import AutoModel, AutoProcessor, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, AutoProcessor
 
+from parallel_decoupling.model.adapters import AdapterConfig, add_adapters, load_adapter, reset_adapters
 from parallel_decoupling.model.attention import (
     PrefixStates,
     decoder_layer_hook,
+    deepstack,
     language_model_hook,
     register_prefix_attention,
 )
+from parallel_decoupling.model.families import Family
+from parallel_decoupling.model.geometries import GEOMETRIES
+from parallel_decoupling.model.sources import (
+    TINY_BACKBONE_DIR,
+    Attention,
+    Dtype,
+    check_options,
+    check_weights,
+    family_of,
+    locate,
+    model_type,
+    quantized,
+    vision_attention,
+)
 
-TINY_BACKBONE_DIR = Path(__file__).parent / "tiny"
-"""The trained few-million-parameter Qwen2-VL that the package ships."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """What differs between model families; one row of ``FAMILIES``.
-
-    Attributes:
-        image_token: placeholder that the processor expands to an image's tokens.
-        language_module: name of the language model inside the base model.
-        vision_module: name of the vision tower inside the base model.
-        layers: name of the list of decoder layers inside the base model.
-        position_ids: ``"mrope"`` (time, height and width of each token) or ``"sequential"``.
-        lora_targets: default last names of the linear layers to adapt, per scope.
-        blocks: class names of the repeated blocks, for sharding.
-        ignored_weights: weights of the published checkpoint that the base model rightly leaves out.
-    """
-
-    image_token: str
-    language_module: str
-    vision_module: str
-    layers: str
-    position_ids: Literal["mrope", "sequential"]
-    lora_targets: Mapping[str, tuple[str, ...]]
-    blocks: tuple[str, ...]
-    ignored_weights: tuple[str, ...] = ("lm_head.weight",)
-
-
-FAMILIES: dict[str, Family] = {
-    "qwen2_vl": Family(
-        image_token="<|image_pad|>",
-        language_module="language_model",
-        vision_module="visual",
-        layers="language_model.layers",
-        position_ids="mrope",
-        lora_targets={
-            "language": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-            "vision": ("qkv", "proj", "fc1", "fc2"),
-        },
-        blocks=("Qwen2VLDecoderLayer", "Qwen2VLVisionBlock"),
-    ),
-}
-"""Supported families by ``model_type`` of their config."""
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """Which part of the backbone trains.
-
-    Attributes:
-        kind: ``"frozen"`` (nothing: prefixes only), ``"lora"``, ``"dora"`` or ``"full"`` (every weight).
-        rank: of the low-rank update, at least 1.
-        alpha: the update is scaled by ``alpha / rank``.
-        dropout: on the input of the update, in [0, 1).
-        scope: where LoRA and DoRA go: the language model, the vision tower or both.
-        targets: last names of the linear layers to adapt; None is the family's default.
-    """
-
-    kind: Literal["frozen", "lora", "dora", "full"] = "lora"
-    rank: int = 8
-    alpha: int = 16
-    dropout: float = 0.0
-    scope: Literal["language", "vision", "both"] = "language"
-    targets: tuple[str, ...] | None = None
+__all__ = ["TINY_BACKBONE_DIR", "AdapterConfig", "Backbone", "load_backbone", "meta_backbone"]
 
 
 class Backbone(nn.Module):
@@ -108,12 +58,14 @@ class Backbone(nn.Module):
         self, base: nn.Module, processor: Any, family: Family, *, name: str, revision: str | None = None
     ) -> None:
         super().__init__()
+        layers = cast(nn.ModuleList, base.get_submodule(family.layers))
         self.base = base
         self.processor = processor
-        self.family = family
+        self.family = family if family.blocks else replace(family, blocks=(type(layers[0]).__name__,))
         self.name = name
         self.revision = revision
         self.adapter = AdapterConfig(kind="full")
+        self.initial_adapter: str | None = None
         self.adapted_modules: tuple[str, ...] = ()
         self.config: Any = cast(Any, base).config
         text = self.config.get_text_config()
@@ -122,13 +74,39 @@ class Backbone(nn.Module):
         self.num_key_value_heads: int = text.num_key_value_heads
         self.head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         self.image_token = family.image_token
-        for index, layer in enumerate(cast(nn.ModuleList, base.get_submodule(family.layers))):
+        for index, layer in enumerate(layers):
             layer.register_forward_pre_hook(partial(decoder_layer_hook, index), with_kwargs=True)
+        add_between_layers = getattr(self.language_model, "_deepstack_process", None)
+        if add_between_layers is not None:
+            cast(Any, self.language_model)._deepstack_process = partial(deepstack, add_between_layers)
+
+    def prepare(self, attention: str, *, gradient_checkpointing: bool) -> None:
+        """Give the language model prefix attention on top of ``attention``; switch checkpointing on."""
+        cast(Any, self.language_model).set_attn_implementation(register_prefix_attention(attention))
+        if gradient_checkpointing:
+            base = cast(Any, self.base)
+            enable = getattr(base, "activation_checkpointing_enable", None)
+            (enable or base.gradient_checkpointing_enable)({"use_reentrant": False})
+
+    def add_adapters(self, adapter: AdapterConfig, initial_adapter: str | None = None) -> None:
+        """Set what trains; see ``adapters.add_adapters`` and ``adapters.load_adapter``."""
+        self.adapter, self.initial_adapter = adapter, initial_adapter
+        if initial_adapter is None:
+            self.adapted_modules = add_adapters(self.base, self.family, adapter)
+        else:
+            self.adapter, self.adapted_modules = load_adapter(
+                self.base, self.family, adapter, initial_adapter
+            )
 
     @property
     def language_model(self) -> nn.Module:
         """The text decoder inside the base model."""
         return self.base.get_submodule(self.family.language_module)
+
+    @property
+    def is_meta(self) -> bool:
+        """Whether there are shapes only, as ``meta_backbone`` makes them."""
+        return next(self.base.parameters()).is_meta
 
     @property
     def dtype(self) -> torch.dtype:
@@ -220,22 +198,25 @@ class Backbone(nn.Module):
         return torch.stack([torch.stack((layer.keys[0], layer.values[0])) for layer in layers]).float()
 
     def reset_adapters(self, seed: int) -> None:
-        """Draw LoRA weights anew from ``seed`` alone, leaving the global random state untouched."""
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            for module in self.base.modules():
-                if isinstance(module, LoraLayer):
-                    cast(Any, module).reset_lora_parameters("default", True)
+        """Draw fresh LoRA weights from ``seed`` alone; those of an initial adapter stay.
+
+        The global random state is left untouched.
+        """
+        if self.initial_adapter is None:
+            reset_adapters(self.base, seed)
 
 
 def load_backbone(
     name: str,
     *,
     revision: str | None = None,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    attention: Literal["sdpa", "eager"] = "sdpa",
+    dtype: Dtype = "float32",
+    attention: Attention = "sdpa",
     adapter: AdapterConfig | None = None,
+    initial_adapter: str | None = None,
     gradient_checkpointing: bool = False,
+    quantization: Literal["4bit"] | None = None,
+    family: Family | None = None,
 ) -> Backbone:
     """Load a pretrained base model with prefix attention and the wanted trainable part.
 
@@ -243,116 +224,89 @@ def load_backbone(
         name: ``"tiny"`` (shipped with the package), a local folder (never touches the network) or a hub id.
         revision: hub branch, tag or commit.
         dtype: of the backbone's weights; adapters and prefixes are always fp32.
-        attention: of the language model; the vision tower uses the same without prefix.
+        attention: of the language model; the vision tower uses the same without prefix (sdpa beside flex).
+            ``flash_attention_2`` (needs flash-attn and a half-precision dtype) and ``flex_attention`` train
+            on a GPU only.
         adapter: what trains; None is ``AdapterConfig()``, LoRA on the language model.
+        initial_adapter: folder or hub id of a published LoRA or DoRA adapter to continue from; see
+            ``adapters.load_adapter``.
         gradient_checkpointing: recompute layers in the backward pass.
+        quantization: ``"4bit"`` keeps frozen weights in 4 bits (NF4; needs bitsandbytes); not with
+            ``kind="full"``.
+        family: names inside a model that is not in ``FAMILIES``; None looks it up.
 
     Returns:
         The backbone in training mode, on the CPU.
 
     Raises:
         ValueError: a folder that does not exist, a family not in ``FAMILIES``, missing or unexpected
-            weights, adapter targets that match nothing.
+            weights, adapter targets that match nothing, a missing package.
     """
-    source, options = _locate(name, revision)
-    family = _family(name, source, options)
+    adapter = adapter or AdapterConfig()
+    check_options(dtype, attention, adapter, quantization)
+    source, options = locate(name, revision)
+    family = family or family_of(name, model_type(name, source, options))
     base, info = AutoModel.from_pretrained(
         source,
         dtype=getattr(torch, dtype),
-        attn_implementation=attention,
+        attn_implementation=vision_attention(attention),
         output_loading_info=True,
         **options,
+        **(quantized(dtype) if quantization else {}),
     )
-    _check_weights(name, info, family)
-    base.set_attn_implementation({"text_config": register_prefix_attention(attention)})
-    if gradient_checkpointing:
-        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+    check_weights(name, info, family)
     processor = cast(Any, AutoProcessor).from_pretrained(source, **options)
     commit = getattr(base.config, "_commit_hash", None)
     backbone = Backbone(base, processor, family, name=name, revision=commit or revision)
-    _adapt(backbone, adapter or AdapterConfig())
+    backbone.prepare(attention, gradient_checkpointing=gradient_checkpointing)
+    backbone.add_adapters(adapter, initial_adapter)
     return backbone.train()
 
 
-def _locate(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
-    """Return what transformers should load, and how."""
-    folder = TINY_BACKBONE_DIR if name == "tiny" else Path(name).expanduser()
-    if folder.is_dir():
-        return str(folder), {"local_files_only": True}
-    looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    if not looks_like_hub_id:
-        raise ValueError(
-            f"backbone {name!r}: the folder {folder} does not exist, and it is not a hub id 'owner/model'"
-        )
-    return name, {"revision": revision}
+def meta_backbone(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: Dtype = "float32",
+    attention: Attention = "sdpa",
+    adapter: AdapterConfig | None = None,
+    initial_adapter: str | None = None,
+    gradient_checkpointing: bool = False,
+    quantization: Literal["4bit"] | None = None,
+    family: Family | None = None,
+) -> Backbone:
+    """Build a backbone on the meta device: all its shapes and names, no weights, no processor.
 
+    It takes the options of ``load_backbone``, so that the settings of a run can be passed as they are.
 
-def _family(name: str, source: str, options: Mapping[str, Any]) -> Family:
-    """Look up the family by the ``model_type`` of the config, before any weight is read."""
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(source, **options)
-    except OSError as error:
-        raise ValueError(f"backbone {name!r}: no readable model config there ({error})") from error
-    model_type = config.get("model_type")
-    if model_type is None:
-        raise ValueError(f"backbone {name!r}: no config.json with a model_type in {source}")
-    if model_type not in FAMILIES:
-        raise ValueError(
-            f"backbone {name!r} has model_type {model_type!r}; known: {', '.join(FAMILIES)}. "
-            "Another family needs a row in parallel_decoupling.model.backbone.FAMILIES."
-        )
-    return FAMILIES[model_type]
+    Args:
+        name: a key of ``GEOMETRIES`` (needs no file at all), or what ``load_backbone`` takes; of a folder or
+            hub model only the config is read.
+        revision: hub branch, tag or commit.
+        dtype: of the backbone's weights; adapters are fp32.
+        attention: changes no shape.
+        adapter: as in ``load_backbone``.
+        initial_adapter: as in ``load_backbone``; only its config counts.
+        gradient_checkpointing: changes no shape.
+        quantization: ignored; the weights keep the shape and dtype that they have without.
+        family: as in ``load_backbone``.
 
+    Raises:
+        ValueError: as ``load_backbone``.
 
-def _check_weights(name: str, info: Mapping[str, Any], family: Family) -> None:
-    missing = sorted(map(str, info["missing_keys"]))
-    unexpected = sorted(map(str, set(info["unexpected_keys"]) - set(family.ignored_weights)))
-    mismatched = sorted(map(str, info["mismatched_keys"]))
-    if missing or unexpected or mismatched:
-        raise ValueError(
-            f"backbone {name!r} does not fit its config: missing weights {missing}, unexpected {unexpected}, "
-            f"wrong shape {mismatched}. Missing ones would be random numbers, so this is an error."
-        )
-
-
-def _adapt(backbone: Backbone, adapter: AdapterConfig) -> None:
-    """Set what trains, adding LoRA or DoRA layers if asked for."""
-    backbone.adapter = adapter
-    backbone.requires_grad_(adapter.kind == "full")
-    if adapter.kind not in ("lora", "dora"):
-        return
-    backbone.adapted_modules = _target_modules(backbone, adapter)
-    config = LoraConfig(
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,
-        lora_dropout=adapter.dropout,
-        target_modules=list(backbone.adapted_modules),
-        use_dora=adapter.kind == "dora",
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        inject_adapter_in_model(config, backbone.base)
-    for parameter_name, parameter in backbone.base.named_parameters():
-        is_adapter = "lora_" in parameter_name
-        parameter.requires_grad_(is_adapter)
-        if is_adapter:
-            parameter.data = parameter.data.float()
-
-
-def _target_modules(backbone: Backbone, adapter: AdapterConfig) -> tuple[str, ...]:
-    """Full names of the linear layers to adapt, in model order."""
-    family = backbone.family
-    roots = {"language": family.language_module, "vision": family.vision_module}
-    found = []
-    for scope in ("language", "vision") if adapter.scope == "both" else (adapter.scope,):
-        targets = adapter.targets or family.lora_targets[scope]
-        for module_name, module in backbone.base.get_submodule(roots[scope]).named_modules():
-            if isinstance(module, nn.Linear) and module_name.rsplit(".", 1)[-1] in targets:
-                found.append(f"{roots[scope]}.{module_name}")
-    if not found:
-        raise ValueError(
-            f"no linear layer in scope {adapter.scope!r} is called {list(adapter.targets or ())}; "
-            f"defaults are {dict(family.lora_targets)}"
-        )
-    return tuple(found)
+    Relations:
+        Names, shapes and dtypes of all parameters and what trains equal those of ``load_backbone``.
+    """
+    if name in GEOMETRIES:
+        arguments = dict(GEOMETRIES[name])
+        config = AutoConfig.for_model(arguments.pop("model_type"), **arguments)
+    else:
+        source, options = locate(name, revision)
+        model_type(name, source, options)
+        config = AutoConfig.from_pretrained(source, **options)
+    family = family or family_of(name, config.model_type)
+    with torch.device("meta"):
+        base = cast(Any, AutoModel).from_config(config, dtype=getattr(torch, dtype))
+        backbone = Backbone(base, None, family, name=name, revision=revision)
+        backbone.add_adapters(adapter or AdapterConfig(), initial_adapter)
+    return backbone.train()

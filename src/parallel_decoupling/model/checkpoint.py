@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from parallel_decoupling.distributed import shard_like, whole
 from parallel_decoupling.model.backbone import Backbone
 from parallel_decoupling.model.dual_backbone import DualBackbone
 
@@ -26,7 +27,7 @@ VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "dtype", "torch_dtyp
 def trainable_state(encoder: nn.Module) -> dict[str, Tensor]:
     """Return CPU copies of exactly the trainable tensors, by parameter name."""
     return {
-        name: parameter.detach().to("cpu", copy=True)
+        name: whole(parameter.detach()).to("cpu", copy=True)
         for name, parameter in encoder.named_parameters()
         if parameter.requires_grad
     }
@@ -59,7 +60,7 @@ def load_trainable_state(encoder: nn.Module, state: Mapping[str, Tensor]) -> Non
             f"wrong shape {reshaped}; build the model with the settings it was trained with"
         )
     for name, parameter in wanted.items():
-        parameter.copy_(state[name])
+        parameter.copy_(shard_like(state[name], parameter))
 
 
 def backbone_fingerprint(backbone: Backbone | DualBackbone) -> dict[str, Any]:
@@ -88,9 +89,8 @@ def backbone_fingerprint(backbone: Backbone | DualBackbone) -> dict[str, Any]:
     }
 
 
-def check_fingerprint(stored: Mapping[str, Any], backbone: Backbone | DualBackbone) -> None:
-    """Raise a ValueError when ``backbone`` is not the one that ``stored`` was taken from."""
-    current = backbone_fingerprint(backbone)
+def check_fingerprint(stored: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Raise a ValueError when two results of ``backbone_fingerprint`` are of different backbones."""
     if stored.get("sha256") != current["sha256"]:
         raise ValueError(
             f"the checkpoint was trained on backbone {_short(stored)}, but {_short(current)} was loaded: "

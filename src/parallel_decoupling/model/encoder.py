@@ -41,7 +41,8 @@ class ParallelEncoder(nn.Module):
     token's state after the final norm, L2-normalised ("ours": the pooling of the VLM2Vec baseline).
 
     Args:
-        backbone: from ``load_backbone``. Its LoRA weights are drawn anew from ``seed``.
+        backbone: from ``load_backbone``, or from ``meta_backbone`` for its shapes alone. Fresh LoRA weights
+            are drawn anew from ``seed``.
         num_paths: N, at least 1.
         prefix_length: P, tokens per prefix. 0 (no prefix) only with ``num_paths=1``.
         prefix_layers: first layer with a prefix, 0 to ``backbone.num_layers - 1``. The layers below are
@@ -114,13 +115,16 @@ class ParallelEncoder(nn.Module):
 
     def _make_prefixes(self, prefix_init: str, seed: int) -> DeepPrefixes:
         backbone, length = self.backbone, self.prefix_length
-        prefixes = DeepPrefixes(
-            num_paths=self.num_paths,
-            num_layers=backbone.num_layers - self.prefix_layers,
-            num_key_value_heads=backbone.num_key_value_heads,
-            prefix_length=length,
-            head_dim=backbone.head_dim,
-        )
+        with torch.device("meta" if backbone.is_meta else "cpu"):
+            prefixes = DeepPrefixes(
+                num_paths=self.num_paths,
+                num_layers=backbone.num_layers - self.prefix_layers,
+                num_key_value_heads=backbone.num_key_value_heads,
+                prefix_length=length,
+                head_dim=backbone.head_dim,
+            )
+        if backbone.is_meta:
+            return prefixes
         prompts = META_PROMPTS if prefix_init == "random" else META_PROMPTS[: self.num_paths]
         min_length = 1 if prefix_init == "random" else length
         states = [backbone.text_states(prompt, min_length)[self.prefix_layers :] for prompt in prompts]
@@ -202,6 +206,19 @@ class ParallelEncoder(nn.Module):
 
 
 def _concatenate(rows: Sequence[Any]) -> dict[str, Tensor]:
-    """Join the rows' image tensors along dim 0, key by key; rows without images add nothing."""
+    """Join the rows' image tensors along dim 0, key by key; rows without images add nothing.
+
+    Other dims are filled up with zeros at their end, as the processors themselves pad tiles and pixels.
+    """
     keys = dict.fromkeys(key for row in rows for key in row)
-    return {key: torch.cat([row[key] for row in rows if key in row]) for key in keys}
+    return {key: _concatenate_padded([row[key] for row in rows if key in row]) for key in keys}
+
+
+def _concatenate_padded(tensors: Sequence[Tensor]) -> Tensor:
+    shape = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+    padded = []
+    for tensor in tensors:
+        missing = [size - own for size, own in zip(shape, tensor.shape[1:], strict=True)]
+        sides = [side for size in reversed(missing) for side in (0, size)]
+        padded.append(F.pad(tensor, sides) if any(missing) else tensor)
+    return torch.cat(padded)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from parallel_decoupling.batch import EncoderInputs, RawInput
-from parallel_decoupling.data.collate import prompt
+from parallel_decoupling.data.prompts import prompt
 
 if TYPE_CHECKING:
     from parallel_decoupling.data.collate import Collator

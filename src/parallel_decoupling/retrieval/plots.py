@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
-from parallel_decoupling.data.collate import load_image
+from parallel_decoupling.data.images import load_image
 from parallel_decoupling.data.tasks import EvalTask
 from parallel_decoupling.retrieval.report import META_TASKS, ScoreReport
 from parallel_decoupling.retrieval.score import TaskScore

@@ -42,6 +42,7 @@ class TaskResult:
         chance: hit@1 of a random choice, in [0, 1].
         hit_at_1: by column (``"aggregate"``, ``"path_0"``, ...), in [0, 1].
         hits: by column, one ``0`` or ``1`` per row; empty when only the score is known.
+        num_skipped: rows left out because their images could not be read.
     """
 
     task: Task
@@ -49,6 +50,7 @@ class TaskResult:
     chance: float
     hit_at_1: dict[str, float]
     hits: dict[str, str] = field(default_factory=dict)
+    num_skipped: int = 0
 
     @property
     def at_chance(self) -> bool:
@@ -103,6 +105,7 @@ class ScoreReport:
                 hits={
                     column: "".join("01"[hit] for hit in hits.tolist()) for column, hits in score.hits.items()
                 },
+                num_skipped=score.num_skipped,
             )
         return cls(tasks, dict(run or {}))
 
@@ -162,6 +165,7 @@ class ScoreReport:
                     "meta_task": result.task.meta_task,
                     "in_distribution": result.task.in_distribution,
                     "num_queries": result.num_queries,
+                    "num_skipped": result.num_skipped,
                     "chance": result.chance,
                     "hit_at_1": result.hit_at_1,
                 }
@@ -194,6 +198,7 @@ class ScoreReport:
                 chance=row["chance"],
                 hit_at_1=row["hit_at_1"],
                 hits=content["hits"].get(name, {}),
+                num_skipped=row.get("num_skipped", 0),
             )
             for name, row in content["tasks"].items()
         }
@@ -216,9 +221,14 @@ class ScoreReport:
     def table(self) -> Table:
         """Tasks by meta-task, then means, in percent; tasks at or below chance are marked."""
         flagged = [name for name, result in self.tasks.items() if result.at_chance]
+        skipped = [
+            f"{name} {result.num_skipped}" for name, result in self.tasks.items() if result.num_skipped
+        ]
         table = Table(title="hit@1 in percent")
-        if flagged:
-            table.caption = "! at or below chance: " + ", ".join(flagged)
+        notes = ["! at or below chance: " + ", ".join(flagged)] if flagged else []
+        notes += ["rows skipped because of their images: " + ", ".join(skipped)] if skipped else []
+        if notes:
+            table.caption = "\n".join(notes)
         table.add_column("task", no_wrap=True)
         for heading in ("split", "queries", "chance", *self.columns):
             table.add_column(heading, justify="left" if heading == "split" else "right")

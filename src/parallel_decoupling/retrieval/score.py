@@ -29,12 +29,14 @@ class TaskScore:
         ranking: ``[rows, 10]`` int64, the first column's best candidates, best first, as indices
             into the task's candidates; copies of the positive are left out; -1 where a row has fewer.
         chance: hit@1 of a random choice, the mean over rows of 1 / number of distinct candidates.
+        num_skipped: rows left out because their images could not be read.
     """
 
     task: Task
     hits: dict[str, Tensor]
     ranking: Tensor
     chance: float
+    num_skipped: int = 0
 
 
 def path_columns(

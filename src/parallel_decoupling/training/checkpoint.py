@@ -12,8 +12,10 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+from parallel_decoupling.distributed import average_gradients, whole
 from parallel_decoupling.model.checkpoint import (
     backbone_fingerprint,
     check_fingerprint,
@@ -40,18 +42,25 @@ def trained_state(module: PDFEmbedder) -> dict[str, Tensor]:
 
 def save_into(checkpoint: dict[str, Any], module: PDFEmbedder) -> None:
     """Replace Lightning's full ``state_dict`` and add what a resumed run needs."""
-    if module.fingerprint is None:
-        module.fingerprint = backbone_fingerprint(module.encoder.backbone)
     unfinished = module.batches_done % module.optimizer_config.accumulate_batches > 0
+    if unfinished:
+        average_gradients(p for group in module.trainables().values() for p in group)
     checkpoint["state_dict"] = trained_state(module)
-    checkpoint["backbone"] = module.fingerprint
+    checkpoint["backbone"] = fingerprint(module)
     checkpoint["data"] = data_settings(module)
     checkpoint["progress"] = {name: getattr(module, name) for name in PROGRESS}
     checkpoint["accumulated_gradients"] = {
-        name: parameter.grad.detach().to("cpu", copy=True)
+        name: whole(parameter.grad.detach()).to("cpu", copy=True)
         for name, parameter in module.named_parameters()
         if unfinished and parameter.grad is not None
     }
+
+
+def fingerprint(module: PDFEmbedder) -> dict[str, Any]:
+    """What identifies the frozen weights, taken once: before they are sharded."""
+    if module.fingerprint is None:
+        module.fingerprint = backbone_fingerprint(module.encoder.backbone)
+    return module.fingerprint
 
 
 def load_into(module: PDFEmbedder, checkpoint: Mapping[str, Any]) -> None:
@@ -62,7 +71,7 @@ def load_into(module: PDFEmbedder, checkpoint: Mapping[str, Any]) -> None:
     """
     if not {"backbone", "progress", "state_dict"} <= checkpoint.keys():
         raise ValueError("This is not a checkpoint of PDFEmbedder: it has no backbone fingerprint.")
-    check_fingerprint(checkpoint["backbone"], module.encoder.backbone)
+    check_fingerprint(checkpoint["backbone"], fingerprint(module))
     stored: Mapping[str, Tensor] = checkpoint["state_dict"]
     wanted = {
         name: value.shape for name, value in trained_state(module).items() if not name.startswith("encoder.")
@@ -76,6 +85,10 @@ def load_into(module: PDFEmbedder, checkpoint: Mapping[str, Any]) -> None:
         )
     in_encoder = {k.removeprefix("encoder."): v for k, v in stored.items() if k.startswith("encoder.")}
     load_trainable_state(module.encoder, in_encoder)
+    parameters = dict(module.named_parameters())
+    with torch.no_grad():
+        for name in found:
+            parameters[name].copy_(stored[name])
     for name in PROGRESS:
         setattr(module, name, checkpoint["progress"][name])
     module.pending_gradients = dict(checkpoint["accumulated_gradients"])

@@ -15,14 +15,23 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
 from parallel_decoupling.batch import EncoderInputs, PairBatch
-from parallel_decoupling.distributed import average_gradients, gather_with_grad, rank, world_size
+from parallel_decoupling.distributed import (
+    average_gradients,
+    clip_gradients,
+    gather_objects,
+    gather_with_grad,
+    rank,
+    shard_like,
+    world_size,
+)
 from parallel_decoupling.model.backbone import AdapterConfig
 from parallel_decoupling.model.build import build_encoder
 from parallel_decoupling.model.dual_backbone import absolute_name
+from parallel_decoupling.model.dual_encoder import DualEncoder
 from parallel_decoupling.objective.mutual_information import MutualInformation, mi_weight_schedule
 from parallel_decoupling.training import callbacks, checkpoint
 from parallel_decoupling.training.evaluation import git_commit
@@ -36,6 +45,7 @@ from parallel_decoupling.training.optimization import (
 )
 from parallel_decoupling.training.randomness import seeded
 from parallel_decoupling.training.settings import as_config, as_plain, check_settings
+from parallel_decoupling.training.strategies import FSDP2Strategy, shard_backbone
 from parallel_decoupling.training.terms import (
     GatheredPairs,
     contrastive_terms,
@@ -239,7 +249,7 @@ class PDFEmbedder(EvaluatedEncoder):
         optimizer = optimizers[0] if isinstance(optimizers, list) else optimizers
         parameters = [parameter for group in self.trainables().values() for parameter in group]
         average_gradients(parameters)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.optimizer_config.clip_norm or float("inf"))
+        norm = clip_gradients(parameters, self.optimizer_config.clip_norm or float("inf"))
         rates = {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
         optimizer.step()
         cast(Any, self.lr_schedulers()).step()
@@ -255,7 +265,7 @@ class PDFEmbedder(EvaluatedEncoder):
         A token pass is one token of one path through all layers of the language model; shared lower layers
         count once for all paths.
         """
-        for subset in batch.subsets:
+        for subset in (subset for subsets in gather_objects(batch.subsets) for subset in subsets):
             self.rows_by_subset[subset] = self.rows_by_subset.get(subset, 0) + 1
         tokens = torch.tensor([batch.query.num_tokens + batch.candidate.num_tokens], device=self.device)
         shared_share = self.encoder.prefix_layers / self.encoder.backbone.num_layers
@@ -298,11 +308,25 @@ class PDFEmbedder(EvaluatedEncoder):
 
     def setup(self, stage: str) -> None:
         """Refuse a strategy that cannot work before anything is trained."""
-        if isinstance(self.trainer.strategy, FSDPStrategy):
+        strategy = self.trainer.strategy
+        if isinstance(strategy, FSDPStrategy):
             raise ValueError(
-                "strategy fsdp (FSDP1) does not work with two alternating optimizers; use ddp, "
-                "or ModelParallelStrategy (FSDP2) to shard a large backbone."
+                "strategy fsdp (FSDP1) does not work with two alternating optimizers: use strategy ddp, "
+                "or fsdp2 to shard a large backbone."
             )
+        if isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, FSDP2Strategy):
+            raise ValueError(
+                "ModelParallelStrategy writes checkpoints that only the same layout can read: use strategy "
+                "fsdp2, which is the same with checkpoints in one file."
+            )
+
+    def configure_model(self) -> None:
+        """Shard the backbone under FSDP2; nothing to do for one process and for DDP."""
+        if self.device_mesh is not None:
+            if isinstance(self.encoder, DualEncoder):
+                raise ValueError("strategy fsdp2 does not shard an OpenCLIP model: use strategy ddp.")
+            checkpoint.fingerprint(self)
+            shard_backbone(self.encoder.backbone, self.device_mesh["data_parallel"])
 
     def configure_callbacks(self) -> list[Callback]:
         """What every run has; the Trainer's own callback of the same class wins."""
@@ -323,7 +347,7 @@ class PDFEmbedder(EvaluatedEncoder):
             logger.log_hyperparams({"model": dict(self.hparams), "data": checkpoint.data_settings(self)})
         parameters = dict(self.named_parameters())
         for name, gradient in self.pending_gradients.items():
-            parameters[name].grad = gradient.to(parameters[name].device)
+            parameters[name].grad = shard_like(gradient, parameters[name])
         self.pending_gradients = {}
 
     def on_validation_model_zero_grad(self) -> None:

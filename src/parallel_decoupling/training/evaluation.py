@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,6 +32,9 @@ class TaskEmbeddings:
     Args:
         task: the task.
         reduce: sums a tensor over ranks.
+
+    Attributes:
+        missing: by side, the places whose images no rank could read; known once all rows are there.
     """
 
     def __init__(self, task: EvalTask, reduce: Callable[[Tensor], Tensor]) -> None:
@@ -39,6 +43,8 @@ class TaskEmbeddings:
         self._sizes = {"query": len(task.queries), "candidate": len(task.candidates)}
         self._sum_UND: dict[str, Tensor] = {}
         self._count_U = {side: torch.zeros(size) for side, size in self._sizes.items()}
+        self._missing_U = {side: torch.zeros(size) for side, size in self._sizes.items()}
+        self.missing: dict[str, list[int]] = {"query": [], "candidate": []}
 
     def add(self, batch: EvalBatch, embeddings_BND: Tensor) -> None:
         """Put one batch in its place."""
@@ -47,18 +53,22 @@ class TaskEmbeddings:
             self._sum_UND[side] = torch.zeros(self._sizes[side], *embeddings_BND.shape[1:])
         self._sum_UND[side][rows] = embeddings_BND.float().cpu()
         self._count_U[side][rows] = 1
+        self._missing_U[side][list(batch.missing)] = 1
 
     def complete(self) -> tuple[Tensor, Tensor] | None:
         """Queries ``[Uq, N, D]`` and candidates ``[Uc, N, D]`` of all ranks; ``None`` if rows are missing.
 
-        A row that two ranks encoded counts with its mean.
+        A row that two ranks encoded counts with its mean; one whose images could not be read is NaN.
         """
         sides = []
         for side in ("query", "candidate"):
             count_U = self._reduce(self._count_U[side])
             if side not in self._sum_UND or not bool((count_U > 0).all()):
                 return None
-            sides.append(self._reduce(self._sum_UND[side]) / count_U.view(-1, 1, 1))
+            embeddings_UND = self._reduce(self._sum_UND[side]) / count_U.view(-1, 1, 1)
+            self.missing[side] = self._reduce(self._missing_U[side]).nonzero()[:, 0].tolist()
+            embeddings_UND[self.missing[side]] = torch.nan
+            sides.append(embeddings_UND)
         return sides[0], sides[1]
 
 
@@ -96,17 +106,34 @@ class Evaluation:
         """Score the task at hand; a task that a batch limit cut short is left out with a warning."""
         if self._current is None:
             return
-        task, sides = self._current.task, self._current.complete()
+        task, sides, missing = self._current.task, self._current.complete(), self._current.missing
         self._current = None
         if sides is None:
             rank_zero_warn(
                 f"{task.task.name}: not all rows were encoded (limited batches), so it has no score."
             )
             return
-        score = score_task(task, path_columns(*sides, self._aggregate))
+        readable, num_skipped = _without_missing(task, **missing)
+        if not readable.query_of_row:
+            rank_zero_warn(f"{task.task.name}: no row's images could be read, so it has no score.")
+            return
+        score = replace(score_task(readable, path_columns(*sides, self._aggregate)), num_skipped=num_skipped)
         self.scores.append(score)
         if self._on_task is not None:
-            self._on_task(task, score, *sides)
+            self._on_task(readable, score, *sides)
+
+
+def _without_missing(task: EvalTask, query: list[int], candidate: list[int]) -> tuple[EvalTask, int]:
+    """The task without the inputs whose images could not be read, and the number of rows left out."""
+    if not query and not candidate:
+        return task, 0
+    readable = task.without(set(query), set(candidate))
+    num_skipped = len(task.query_of_row) - len(readable.query_of_row)
+    rank_zero_warn(
+        f"{task.task.name}: {len(query)} queries and {len(candidate)} candidates have images that cannot "
+        f"be read; {num_skipped} of {len(task.query_of_row)} rows are left out of the score."
+    )
+    return readable, num_skipped
 
 
 def write_report(report: ScoreReport, folder: Path) -> None:
@@ -133,9 +160,10 @@ class ProjectorSample:
         """Take the first rows of both sides."""
         sides = (("query", task.queries, query_UD), ("candidate", task.candidates, candidate_UD))
         for side, inputs, vectors_UD in sides:
-            self._vectors.append(vectors_UD[: self._rows_per_side])
-            for row in inputs[: self._rows_per_side]:
-                text = " ".join(row.text.split())[:80]
+            rows = (~vectors_UD.isnan().any(dim=1)).nonzero()[: self._rows_per_side, 0]
+            self._vectors.append(vectors_UD[rows])
+            for row in rows.tolist():
+                text = " ".join(inputs[row].text.split())[:80]
                 self._labels.append([task.task.name, side, text])
 
     def write(self, folder: Path) -> None:

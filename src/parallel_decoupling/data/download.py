@@ -1,0 +1,147 @@
+"""MMEB from the Hugging Face hub into a data folder, in the layout that ``readers`` reads.
+
+Nothing is fetched for a subset or task that is there already. The hub's client resumes a broken download and
+shows its progress; pictures are unpacked into a folder next to their place and moved there whole, so a
+stopped run leaves no half-filled folder behind.
+"""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from collections.abc import Collection, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from tqdm import tqdm
+
+TRAIN_REPO = "TIGER-Lab/MMEB-train"
+EVAL_REPO = "TIGER-Lab/MMEB-eval"
+EVAL_ZIP = "images.zip"
+GHOSTS = ("._", "__MACOSX", ".DS_Store")
+"""Beginnings of names that macOS puts into archives; no pictures."""
+
+
+def download_train(data_dir: Path, subsets: Sequence[str], split: str) -> None:
+    """Fetch tables and pictures of the training subsets that are not in ``data_dir/MMEB-train``.
+
+    Args:
+        data_dir: created if missing.
+        subsets: names of MMEB-train.
+        split: ``original`` or ``diverse_instruction``.
+
+    Raises:
+        ValueError: the hub has no such file, or an archive that is broken or unsafe.
+    """
+    root = data_dir / "MMEB-train"
+    tables = [name for name in subsets if not any((root / name).glob(f"{split}-*.parquet"))]
+    pictures = [name for name in subsets if not _any_folder(root / "images" / name, root / name / "Train")]
+    patterns = [f"{name}/{split}-*.parquet" for name in tables]
+    patterns += [f"images_zip/{name}.zip" for name in pictures]
+    _fetch(TRAIN_REPO, root, patterns)
+    for name in pictures:
+        archive_file = _fetched(root / "images_zip" / f"{name}.zip", TRAIN_REPO)
+        unpack(archive_file, root / "images", [name], inside=name)
+
+
+def download_eval(data_dir: Path, tasks: Sequence[str]) -> None:
+    """Fetch tables and pictures of the evaluation tasks that are not in ``data_dir/MMEB-eval``.
+
+    The pictures of all tasks are one archive; those asked for are unpacked.
+
+    Args:
+        data_dir: created if missing.
+        tasks: names of MMEB-eval.
+
+    Raises:
+        ValueError: the hub has no such file, or an archive that is broken or unsafe.
+    """
+    root = data_dir / "MMEB-eval"
+    tables = [name for name in tasks if not any((root / name).glob("test-*.parquet"))]
+    pictures = [
+        name
+        for name in tasks
+        if not _any_folder(root / "images" / name)
+        and all(file.suffix == ".parquet" for file in (root / name).glob("*"))
+    ]
+    patterns = [f"{name}/test-*.parquet" for name in tables]
+    if pictures and not (root / EVAL_ZIP).is_file():
+        patterns.append(EVAL_ZIP)
+    _fetch(EVAL_REPO, root, patterns)
+    if pictures:
+        unpack(_fetched(root / EVAL_ZIP, EVAL_REPO), root / "images", pictures)
+
+
+def _any_folder(*folders: Path) -> bool:
+    return any(folder.is_dir() for folder in folders)
+
+
+def _fetch(repo: str, root: Path, patterns: list[str]) -> None:
+    if not patterns:
+        return
+    from huggingface_hub import snapshot_download
+
+    snapshot_download(repo, repo_type="dataset", local_dir=root, allow_patterns=patterns)
+
+
+def _fetched(file: Path, repo: str) -> Path:
+    if not file.is_file():
+        raise ValueError(f"{repo} has no {file.name}. Check the names of subsets and tasks.")
+    return file
+
+
+def unpack(archive_file: Path, target_dir: Path, folders: Collection[str], inside: str | None = None) -> None:
+    """Unpack top-level folders of a zip archive of pictures; each appears whole or not at all.
+
+    Files that macOS adds are ignored, and so is a leading ``images/``. What an earlier, stopped run unpacked
+    is not unpacked again.
+
+    Args:
+        archive_file: the archive.
+        target_dir: where the folders go; a folder that is there already stays as it is.
+        folders: the ones to unpack.
+        inside: the folder whose contents an archive without it holds.
+
+    Raises:
+        ValueError: the archive is broken, lacks a folder, or has a member that points outside of it.
+    """
+    work_dir = target_dir / f".unpacking-{archive_file.stem}"
+    try:
+        with zipfile.ZipFile(archive_file) as archive:
+            members = [
+                (member, path)
+                for member in archive.infolist()
+                if not member.is_dir() and (path := _place(member.filename, archive_file, inside)) is not None
+            ]
+            wanted = [(member, path) for member, path in members if path.parts[0] in folders]
+            for member, path in tqdm(wanted, desc=f"unpack {archive_file.name}", unit="file", leave=False):
+                _extract(archive, member, work_dir / path)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{archive_file}: {error}. Delete the file to have it fetched again.") from error
+    lacking = sorted(set(folders) - {path.parts[0] for _, path in wanted})
+    if lacking:
+        raise ValueError(f"{archive_file} has no pictures of {', '.join(lacking)}.")
+    for folder in folders:
+        if not (target_dir / folder).exists():
+            (work_dir / folder).rename(target_dir / folder)
+    shutil.rmtree(work_dir)
+
+
+def _place(name: str, archive_file: Path, inside: str | None) -> PurePosixPath | None:
+    """Where a member goes, relative to the target; None for ghosts."""
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    if ".." in parts or name.startswith(("/", "\\")) or PureWindowsPath(name).drive:
+        raise ValueError(f"{archive_file}: the member {name!r} points outside of the folder. Do not use it.")
+    if any(part.startswith(GHOSTS) for part in parts):
+        return None
+    parts = parts[1:] if parts[0] == "images" else parts
+    if inside is not None and parts[0] != inside:
+        parts = (inside, *parts)
+    return PurePosixPath(*parts) if len(parts) > 1 else None
+
+
+def _extract(archive: zipfile.ZipFile, member: zipfile.ZipInfo, file: Path) -> None:
+    if file.is_file() and file.stat().st_size == member.file_size:
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with archive.open(member) as source, open(file, "wb") as target:
+        shutil.copyfileobj(source, target)

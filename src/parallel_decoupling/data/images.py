@@ -1,0 +1,219 @@
+"""Image files: finding them, decoding them to 8-bit RGB, and giving them the wanted size.
+
+The forced squares and the rule for tiny images are VLM2Vec's; the pixel budget is Qwen2-VL's "smart
+resize". Here: pictures. Elsewhere on purpose: which rows show which files (``readers``), the
+processor's own resizing and patches (``collate`` calls the processor).
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from parallel_decoupling.batch import RawInput
+
+SquareSize = Literal["low", "mid", "high"]
+SQUARES: dict[str, int] = {"low": 128, "mid": 672, "high": 1344}
+"""Side in pixels of VLM2Vec's forced squares."""
+
+# What Pillow's decoders raise on damaged files.
+_DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+class ImageError(ValueError):
+    """An image file that is missing or that cannot be decoded; the message names it."""
+
+
+@dataclass(frozen=True)
+class ImagePolicy:
+    """What happens to a picture before the processor sees it. Without any setting: nothing.
+
+    The processor's own resizing comes afterwards. It leaves a picture of the budget alone as long as
+    the budget lies within its own limits.
+
+    Attributes:
+        size: forces a square of 128, 672 or 1344 pixels, whatever the aspect ratio, and ignores the EXIF
+            orientation, as VLM2Vec does for the rows that it publishes.
+        min_pixels: width times height at least; needs no ``size``.
+        max_pixels: width times height at most. With either, the aspect ratio is kept as far as sides
+            that are multiples of ``factor`` allow, and a picture with a side below ``factor`` becomes a
+            square of twice that (VLM2Vec does so with the few such images of MMEB-eval).
+        factor: the processor's patch times merge size; 1 where it has none.
+
+    Raises:
+        ValueError: both kinds of size, or a budget that nothing fits.
+    """
+
+    size: SquareSize | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    factor: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.size is not None and self.size not in SQUARES:
+            raise ValueError(f"image_size must be one of {', '.join(SQUARES)} or null, got {self.size!r}.")
+        if self.size is not None and self.has_budget:
+            raise ValueError(
+                f"image_size={self.size!r} forces a square, so min_pixels and max_pixels have no meaning. "
+                "Set one or the other to null."
+            )
+        for name, value in (("min_pixels", self.min_pixels), ("max_pixels", self.max_pixels)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels={self.min_pixels} is above max_pixels={self.max_pixels}.")
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether a number of pixels is set."""
+        return self.min_pixels is not None or self.max_pixels is not None
+
+    def for_processor(self, processor: Any) -> ImagePolicy:
+        """Return the policy with this Hugging Face processor's patch times merge size as factor."""
+        images = getattr(processor, "image_processor", None)
+        patch, merge = getattr(images, "patch_size", None), getattr(images, "merge_size", None)
+        if not isinstance(patch, int) or not isinstance(merge, int):
+            return self
+        return replace(self, factor=patch * merge)
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """Resize with Pillow's bicubic filter, or return the image itself."""
+        if self.size is not None:
+            wanted = (SQUARES[self.size],) * 2
+        elif self.has_budget:
+            wanted = self._fitting(*image.size)
+        else:
+            return image
+        return image if image.size == wanted else image.resize(wanted, Image.Resampling.BICUBIC)
+
+    def _fitting(self, width: int, height: int) -> tuple[int, int]:
+        if min(width, height) < self.factor:
+            width = height = 2 * self.factor
+        low, high = self.min_pixels or 1, self.max_pixels or math.inf
+        return smart_size(width, height, factor=self.factor, min_pixels=low, max_pixels=high)
+
+
+def smart_size(
+    width: int, height: int, *, factor: int, min_pixels: float, max_pixels: float
+) -> tuple[int, int]:
+    """Width and height within a pixel budget, both multiples of ``factor``, near the aspect ratio.
+
+    Each side is rounded to the next multiple. If that breaks the budget, both sides are scaled by the
+    same number and rounded down (too many pixels) or up (too few); never below ``factor``.
+
+    Relations:
+        Equals transformers' ``smart_resize`` of Qwen2-VL wherever that accepts the aspect ratio.
+    """
+    new_width = max(factor, round(width / factor) * factor)
+    new_height = max(factor, round(height / factor) * factor)
+    if new_width * new_height > max_pixels:
+        scale = math.sqrt(max_pixels / (width * height))
+        new_width = max(factor, math.floor(width * scale / factor) * factor)
+        new_height = max(factor, math.floor(height * scale / factor) * factor)
+    elif new_width * new_height < min_pixels:
+        scale = math.sqrt(min_pixels / (width * height))
+        new_width = math.ceil(width * scale / factor) * factor
+        new_height = math.ceil(height * scale / factor) * factor
+    return new_width, new_height
+
+
+def load_image(image: Image.Image | str, *, turn: bool = True) -> Image.Image:
+    """Decode to 8-bit RGB; transparency is dropped, as processors do.
+
+    16-bit greyscale is scaled to 8 bit (PIL alone would clip it to white).
+
+    Args:
+        image: a PIL image or a file.
+        turn: apply the EXIF orientation.
+
+    Raises:
+        ImageError: the file is missing, broken or larger than Pillow's limit against decompression
+            bombs; names it.
+    """
+    try:
+        if not isinstance(image, str):
+            return _rgb(ImageOps.exif_transpose(image) if turn else image)
+        with Image.open(image) as file:
+            if turn:
+                ImageOps.exif_transpose(file, in_place=True)
+            return _rgb(file)
+    except _DAMAGE as error:
+        raise ImageError(
+            f"Cannot read image {image}: {error}. Replace the file or remove its row."
+        ) from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def check_images(row: RawInput) -> None:
+    """Decode every image file of an input and forget the pixels.
+
+    Raises:
+        ImageError: a file is missing or broken.
+    """
+    for image in row.images:
+        load_image(image)
+
+
+class ImageFolder:
+    """Finds the files that the image cells of a table name.
+
+    Each root is tried with the cell as it is, with ``images/`` before it and without a leading
+    ``images/``: MMEB-train's cells start with ``images/``, MMEB-eval's do not, and either may be
+    unpacked with or without that folder. The place that fitted last is tried first.
+
+    Args:
+        roots: folders, in order of preference.
+    """
+
+    def __init__(self, *roots: Path) -> None:
+        self.roots = roots
+        self._places = [(root, prefix) for root in roots for prefix in ("", "images/", None)]
+
+    def find(self, image: str) -> str | None:
+        """The file, or None if there is none."""
+        for number, (root, prefix) in enumerate(self._places):
+            file = root / (image.removeprefix("images/") if prefix is None else prefix + image)
+            if file.is_file():
+                self._places.insert(0, self._places.pop(number))
+                return str(file)
+        return None
+
+    def get(self, image: str, where: str) -> str:
+        """The file.
+
+        Raises:
+            ImageError: there is none; says ``where`` it is named.
+        """
+        file = self.find(image)
+        if file is None:
+            roots = " or ".join(str(root) for root in self.roots)
+            raise ImageError(
+                f"{where}: no image file {image!r} under {roots} (also tried with and without a leading "
+                "'images/'). Unpack the dataset's images there; a truncated download shows up like this."
+            )
+        return file

@@ -1,0 +1,202 @@
+"""What trains in a backbone: nothing, LoRA or DoRA layers, or every weight.
+
+Here: which linear layers get an adapter, adding fresh ones, loading published ones. Elsewhere: the names of a
+family's layers (``families``), loading the backbone itself (``backbone``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftType, inject_adapter_in_model, load_peft_weights
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from parallel_decoupling.model.families import Family
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Which part of the backbone trains.
+
+    Attributes:
+        kind: ``"frozen"`` (nothing: prefixes only), ``"lora"``, ``"dora"`` or ``"full"`` (every weight).
+        rank: of the low-rank update, at least 1.
+        alpha: the update is scaled by ``alpha / rank``.
+        dropout: on the input of the update, in [0, 1).
+        scope: where LoRA and DoRA go: the language model, the vision tower or both.
+        targets: last names of the linear layers to adapt; None is the family's default.
+    """
+
+    kind: Literal["frozen", "lora", "dora", "full"] = "lora"
+    rank: int = 8
+    alpha: int = 16
+    dropout: float = 0.0
+    scope: Literal["language", "vision", "both"] = "language"
+    targets: tuple[str, ...] | None = None
+
+
+def add_adapters(base: nn.Module, family: Family, adapter: AdapterConfig) -> tuple[str, ...]:
+    """Set what trains in ``base``, adding LoRA or DoRA layers in fp32 if asked for.
+
+    Returns:
+        Full names of the adapted linear layers, in model order.
+
+    Raises:
+        ValueError: when no linear layer matches the targets.
+    """
+    base.requires_grad_(adapter.kind == "full")
+    if adapter.kind not in ("lora", "dora"):
+        return ()
+    modules = target_modules(base, family, adapter)
+    config = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=list(modules),
+        use_dora=adapter.kind == "dora",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        inject_adapter_in_model(config, base)
+    _train_adapters_only(base)
+    return modules
+
+
+def load_adapter(
+    base: nn.Module, family: Family, adapter: AdapterConfig, source: str
+) -> tuple[AdapterConfig, tuple[str, ...]]:
+    """Continue from a published LoRA or DoRA adapter, such as VLM2Vec's.
+
+    Its ``adapter_config.json`` decides rank, alpha, dropout and targets, and whether it is DoRA; of
+    ``adapter`` only ``kind`` counts. Module paths of older transformers versions are translated. A base on
+    the meta device gets the shapes alone.
+
+    Args:
+        base: the stock base model, without adapters.
+        family: its family.
+        adapter: ``kind`` is what the adapter is (``"lora"`` or ``"dora"``: it goes on training), or
+            ``"frozen"`` (it stays as it is).
+        source: local folder or hub id, with ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Returns:
+        What the file says, as an ``AdapterConfig``, and the names of the adapted layers.
+
+    Raises:
+        ValueError: unreadable files, another kind of adapter, or a tensor that does not land.
+    """
+    config = _read_config(source, adapter)
+    model = cast(Any, base)
+    model.add_adapter(config, "default")
+    _train_adapters_only(base)
+    if not next(base.parameters()).is_meta:
+        _copy_weights(model, source, config)
+    if adapter.kind == "frozen":
+        base.requires_grad_(False)
+    names = tuple(name for name, module in base.named_modules() if isinstance(module, LoraLayer))
+    roots = {name.startswith(f"{family.vision_module}.") for name in names}
+    loaded = AdapterConfig(
+        kind=adapter.kind,
+        rank=config.r,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        scope="both" if len(roots) > 1 else "vision" if True in roots else "language",
+        targets=tuple(sorted({name.rsplit(".", 1)[-1] for name in names})),
+    )
+    return loaded, names
+
+
+def _read_config(source: str, adapter: AdapterConfig) -> Any:
+    """Read ``adapter_config.json`` and refuse what would not be continued faithfully."""
+    try:
+        config: Any = PeftConfig.from_pretrained(source)
+    except ValueError as error:
+        raise ValueError(f"initial adapter {source!r}: no readable adapter_config.json ({error})") from error
+    kind = "dora" if getattr(config, "use_dora", False) else "lora"
+    if config.peft_type != PeftType.LORA:
+        raise ValueError(f"initial adapter {source!r} is {config.peft_type}, not LoRA or DoRA")
+    if adapter.kind not in (kind, "frozen"):
+        raise ValueError(
+            f"initial adapter {source!r} is {kind}: set adapter.kind to {kind} (it trains on) or frozen, "
+            f"not {adapter.kind}"
+        )
+    for name, plain in (("bias", "none"), ("modules_to_save", None), ("alpha_pattern", {})):
+        if getattr(config, name) not in (plain, None):
+            raise ValueError(
+                f"initial adapter {source!r} has {name}={getattr(config, name)!r}, not supported"
+            )
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        raise ValueError(
+            f"initial adapter {source!r} was initialised by {config.init_lora_weights!r}, which changes the "
+            "backbone's own weights; convert it to a plain LoRA adapter first"
+        )
+    config.inference_mode = False
+    config.init_lora_weights = True
+    return config
+
+
+def _copy_weights(model: Any, source: str, config: Any) -> None:
+    """Copy every tensor of the file, exactly, into the fresh fp32 adapter layers."""
+    state = load_peft_weights(source, device="cpu")
+    # transformers knows a module's older paths, but not peft's short name for DoRA's magnitudes
+    weights = {
+        f"{name}.weight" if name.endswith("lora_magnitude_vector") else name: tensor
+        for name, tensor in state.items()
+    }
+    info = model.load_adapter(
+        peft_config=config,
+        adapter_state_dict=weights,
+        adapter_name="default",
+        is_trainable=True,
+        hotswap=True,
+    )
+    missing, unexpected = sorted(info.missing_keys), sorted(info.unexpected_keys)
+    if missing or unexpected or info.mismatched_keys:
+        raise ValueError(
+            f"initial adapter {source!r} does not fit this backbone: missing {missing}, "
+            f"unexpected {unexpected}, wrong shape {sorted(map(str, info.mismatched_keys))}"
+        )
+
+
+def target_modules(base: nn.Module, family: Family, adapter: AdapterConfig) -> tuple[str, ...]:
+    """Full names of the linear layers that ``adapter`` means, in model order.
+
+    Raises:
+        ValueError: when there are none.
+    """
+    scopes = {
+        "language": (family.language_module, family.language_targets),
+        "vision": (family.vision_module, family.vision_targets),
+    }
+    found = []
+    for scope in ("language", "vision") if adapter.scope == "both" else (adapter.scope,):
+        root, defaults = scopes[scope]
+        targets = adapter.targets or defaults
+        for name, module in base.get_submodule(root).named_modules():
+            if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in targets:
+                found.append(f"{root}.{name}")
+    if not found:
+        raise ValueError(
+            f"no linear layer in scope {adapter.scope!r} is called {list(adapter.targets or ())}; "
+            f"defaults are language {list(family.language_targets)}, vision {list(family.vision_targets)}"
+        )
+    return tuple(found)
+
+
+def reset_adapters(base: nn.Module, seed: int) -> None:
+    """Draw LoRA weights anew from ``seed`` alone, leaving the global random state untouched."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for module in base.modules():
+            if isinstance(module, LoraLayer):
+                cast(Any, module).reset_lora_parameters("default", True)
+
+
+def _train_adapters_only(base: nn.Module) -> None:
+    for name, parameter in base.named_parameters():
+        is_adapter = "lora_" in name
+        parameter.requires_grad_(is_adapter)
+        if is_adapter:
+            parameter.data = parameter.data.float()

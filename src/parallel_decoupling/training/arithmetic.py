@@ -1,0 +1,187 @@
+"""The work of a training step, by arithmetic: image tokens and floating-point operations.
+
+Every number is a floor: what the algorithm must compute, without padding. Shapes only: a backbone on the meta
+device is enough. Here: formulas. Elsewhere on purpose: bytes (``training.memory``), which run is meant
+(``training.plan``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from parallel_decoupling.model.backbone import Backbone
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A pile of equal transformer layers, in numbers.
+
+    Attributes:
+        layers: how many.
+        hidden: width of the residual stream.
+        attention: query heads times head dim.
+        key_value: key/value heads times head dim.
+        intermediate: width inside the MLP.
+        matrix_weights: weights of all layers that a token is multiplied with, adapters among them.
+    """
+
+    layers: int
+    hidden: int
+    attention: int
+    key_value: int
+    intermediate: int
+    matrix_weights: int
+
+    def forward_flops(self, tokens: float, context: float) -> float:
+        """Floating-point operations of a forward pass: two per weight and token, and the attention's.
+
+        ``tokens * (2 * matrix_weights + 4 * layers * attention * context)``, where every token meets
+        ``context`` keys (its row's, prefix included: a mask does not spare work).
+        """
+        return tokens * (2 * self.matrix_weights + 4 * self.layers * self.attention * context)
+
+
+def language_stack(backbone: Backbone) -> Stack:
+    """The decoder layers."""
+    text = backbone.config.get_text_config()
+    return Stack(
+        layers=backbone.num_layers,
+        hidden=backbone.hidden_size,
+        attention=text.num_attention_heads * backbone.head_dim,
+        key_value=backbone.num_key_value_heads * backbone.head_dim,
+        intermediate=text.intermediate_size,
+        matrix_weights=_matrix_weights(backbone.base.get_submodule(backbone.family.layers)),
+    )
+
+
+def vision_stack(backbone: Backbone) -> Stack:
+    """The blocks of the vision tower, without its patch embedding and what joins its patches to tokens."""
+    vision = backbone.config.vision_config
+    hidden = getattr(vision, "embed_dim", None) or vision.hidden_size
+    ratio = getattr(vision, "mlp_ratio", None)
+    layers = getattr(vision, "depth", None) or vision.num_hidden_layers
+    tower = backbone.base.get_submodule(backbone.family.vision_module)
+    blocks = next(m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) == layers)
+    return Stack(
+        layers=layers,
+        hidden=hidden,
+        attention=hidden,
+        key_value=hidden,
+        intermediate=int(hidden * ratio) if ratio else vision.intermediate_size,
+        matrix_weights=_matrix_weights(blocks),
+    )
+
+
+def _matrix_weights(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim > 1)
+
+
+@dataclass(frozen=True)
+class ImageCost:
+    """One image: ``tokens`` of the language model, ``patches`` of the vision tower in rows of ``context``."""
+
+    tokens: int
+    patches: int
+    context: int
+
+
+def image_cost(config: Any, height: int, width: int) -> ImageCost:
+    """Tokens and patches of an image that the processor is given at ``height`` x ``width`` pixels.
+
+    With a merger (the Qwen-VL families) sides are rounded to multiples of ``patch_size * merge_size``, one
+    token each. With any-resolution tiles (LLaVA-1.6): the whole image at the tower's size, and the best
+    fitting grid of tiles of that size, without the rows and columns that only pad, a newline after each row.
+
+    Args:
+        config: of the backbone.
+        height: in pixels, after the data's image policy.
+        width: in pixels, after the data's image policy.
+
+    Raises:
+        ValueError: for a family whose rule is not known here.
+
+    Relations:
+        Equals what the processor of the family makes of such an image.
+    """
+    vision = config.vision_config
+    merge = getattr(vision, "spatial_merge_size", None)
+    if merge:
+        factor = vision.patch_size * merge
+        tokens = max(1, round(height / factor)) * max(1, round(width / factor))
+        return ImageCost(tokens, tokens * merge**2, tokens * merge**2)
+    grids = getattr(config, "image_grid_pinpoints", None)
+    if not grids:
+        raise ValueError(f"how many tokens an image of {config.model_type} has is not known to the plan.")
+    side = vision.image_size // vision.patch_size
+    tile = side**2
+    best_height, best_width = _best_grid(height, width, grids)
+    rows, columns = best_height // vision.image_size * side, best_width // vision.image_size * side
+    if width / height > columns / rows:
+        rows -= (rows - int(round(height * columns / width, 7))) // 2 * 2
+    else:
+        columns -= (columns - int(round(width * rows / height, 7))) // 2 * 2
+    tiles = 1 + best_height * best_width // vision.image_size**2
+    return ImageCost(tile + rows * columns + rows, tiles * (tile + 1), tile + 1)
+
+
+def _best_grid(height: int, width: int, grids: Iterable[Sequence[int]]) -> tuple[int, int]:
+    """The grid in which most of the image's pixels survive, and among those the smallest."""
+
+    def quality(grid: Sequence[int]) -> tuple[int, int]:
+        scale = min(grid[1] / width, grid[0] / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        return kept, kept - grid[0] * grid[1]
+
+    best = max(grids, key=quality)
+    return best[0], best[1]
+
+
+def vision_trains(backbone: Backbone) -> bool:
+    """Whether any weight of the vision tower trains."""
+    return any(
+        p.requires_grad for p in backbone.base.get_submodule(backbone.family.vision_module).parameters()
+    )
+
+
+def step_flops(
+    backbone: Backbone,
+    *,
+    rows: int,
+    images: float,
+    text_tokens: int,
+    image: ImageCost,
+    paths_per_layer: float,
+    prefix_length: int,
+    replayed: bool,
+    checkpointing: bool,
+) -> float:
+    """Floating-point operations of encoding one batch and back, over all processes.
+
+    A forward pass counts once for itself, once more under GradCache and once more under checkpointing. The
+    backward pass counts once for the gradient of the inputs, and once for that of the weights if all of them
+    train (those of adapters are little). A vision tower without trainable weights has no backward pass and is
+    not recomputed.
+
+    Args:
+        backbone: what trains.
+        rows: queries and candidates.
+        images: how many of the rows have one.
+        text_tokens: of every row.
+        image: cost of one image.
+        paths_per_layer: rows of the language model per input, mean over layers.
+        prefix_length: P.
+        replayed: GradCache.
+        checkpointing: whether layers are recomputed.
+    """
+    language, vision = language_stack(backbone), vision_stack(backbone)
+    long = text_tokens + image.tokens
+    forward = images * language.forward_flops(long, long + prefix_length)
+    forward += (rows - images) * language.forward_flops(text_tokens, text_tokens + prefix_length)
+    see = images * vision.forward_flops(image.patches, image.context)
+    backward = 2 if backbone.adapter.kind == "full" else 1
+    total = forward * paths_per_layer * (1 + replayed + checkpointing + backward)
+    return total + see * (1 + replayed + ((checkpointing + backward) if vision_trains(backbone) else 0))

@@ -1,0 +1,313 @@
+"""``lightning plan``: what a run would need, before any weight is loaded.
+
+From the settings of ``lightning fit`` to numbers: how the batch is made up, what trains, the memory of one
+GPU by part, the work of one step. Floor arithmetic (``training.arithmetic``, ``training.memory``) on shapes
+of the meta device; the tables are in ``training.plan_tables``.
+
+Assumed, as no data is read: ``TEXT_TOKENS`` tokens of text per input; images as large as the data's image
+policy says, or ``NATURAL_IMAGE`` where it leaves them alone; every row of a forward pass has one (for the
+memory), and as many rows as in MMEB-train have one (for the work).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from parallel_decoupling.model.backbone import AdapterConfig, meta_backbone
+from parallel_decoupling.model.dual_backbone import is_dual_encoder
+from parallel_decoupling.model.prefixes import DeepPrefixes
+from parallel_decoupling.objective.mutual_information import MutualInformation
+from parallel_decoupling.training import arithmetic, memory
+from parallel_decoupling.training.memory import FP32
+from parallel_decoupling.training.optimization import MIConfig, OptimizerConfig
+from parallel_decoupling.training.settings import as_config, as_plain, check_settings
+from parallel_decoupling.training.strategies import sharded_blocks
+
+TEXT_TOKENS = 64
+"""Of one input, instruction included (ours)."""
+NATURAL_IMAGE = (480, 640)
+"""Height and width of an image without an image policy (ours: the usual size of COCO's)."""
+QUERY_IMAGES, CANDIDATE_IMAGES = 0.77, 0.45
+"""Shares of MMEB-train's 1.07 M rows whose query and whose positive candidate have an image."""
+USABLE = 0.9
+"""Share of a GPU's memory to plan with; kernels, fragments and the CUDA context need the rest (ours)."""
+PEAK_FLOPS, UTILISATION = 989e12, 0.4
+"""Dense bfloat16 of an H100, and the share of it that training reaches (ours)."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Processes, and how they share a model.
+
+    Attributes:
+        devices: per node, one process each.
+        nodes: how many.
+        strategy: ``single``, ``ddp`` or ``fsdp2``.
+    """
+
+    devices: int
+    nodes: int
+    strategy: str
+
+    @property
+    def processes(self) -> int:
+        """Of all nodes."""
+        return self.devices * self.nodes
+
+    @classmethod
+    def from_trainer(cls, trainer: Mapping[str, Any]) -> Layout:
+        """Read ``devices``, ``num_nodes`` and ``strategy``.
+
+        Raises:
+            ValueError: for a strategy that this package does not train with.
+        """
+        devices, nodes = _num_devices(trainer["devices"]), int(trainer["num_nodes"])
+        strategy = trainer["strategy"]
+        name = strategy if isinstance(strategy, str) else strategy["class_path"].rsplit(".", 1)[-1].lower()
+        if name == "auto":
+            name = "ddp" if devices * nodes > 1 else "single"
+        for known in ("single", "ddp", "fsdp2"):
+            if name.startswith(known):
+                return cls(devices, nodes, known)
+        raise ValueError(f"trainer.strategy={name} cannot be planned: use auto, ddp or fsdp2.")
+
+
+def _num_devices(devices: Any) -> int:
+    """What the Trainer would make of ``devices``; ``auto`` and -1 are this machine's GPUs, or 1."""
+    if str(devices) in ("auto", "-1"):
+        return max(1, torch.cuda.device_count())
+    if isinstance(devices, list):
+        return len(devices)
+    return len(devices.split(",")) if "," in str(devices) else int(devices)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """One group: how many values and bytes, whether they train, whether FSDP2 shards them."""
+
+    name: str
+    count: int
+    num_bytes: int
+    trains: bool
+    sharded: bool = False
+
+
+class Plan:
+    """What one run needs.
+
+    Args:
+        model: arguments of ``PDFEmbedder``, all of them.
+        data: arguments of ``MMEBDataModule``, all of them.
+        trainer: arguments of the Trainer, all of them.
+        gpu_memory_gib: of each GPU.
+
+    Attributes:
+        layout: processes and strategy.
+        backbone: on the meta device.
+        image: an image's tokens and patches.
+
+    Raises:
+        ValueError: for settings that ``PDFEmbedder`` would refuse, a batch that the processes cannot share,
+            or a backbone that cannot be planned.
+    """
+
+    def __init__(
+        self,
+        model: Mapping[str, Any],
+        data: Mapping[str, Any],
+        trainer: Mapping[str, Any],
+        gpu_memory_gib: float = 80.0,
+    ) -> None:
+        adapter = as_config(AdapterConfig, model["adapter"], "adapter")
+        self.mi = as_config(MIConfig, model["mi"], "mi")
+        self.accumulate: int = as_config(OptimizerConfig, model["optimizer"], "optimizer").accumulate_batches
+        check_settings({**model, "mi": as_plain(self.mi)})
+        self.model, self.data, self.trainer = model, data, trainer
+        self.gpu_memory_gib = gpu_memory_gib
+        self.layout = Layout.from_trainer(trainer)
+        self.queries = int(data["batch_size"])
+        self.candidates: int = self.queries * (1 + data["hard_negatives"])
+        if self.queries % self.layout.processes:
+            raise ValueError(
+                f"data.batch_size={self.queries} is the global batch and must be a multiple of the "
+                f"{self.layout.processes} processes."
+            )
+        if is_dual_encoder(model["backbone"]):
+            raise ValueError(f"backbone {model['backbone']!r} is an OpenCLIP model, which has no plan.")
+        options = {name: model[name] for name in ("dtype", "attention", "gradient_checkpointing")}
+        self.backbone = meta_backbone(
+            model["backbone"], revision=model["backbone_revision"], adapter=adapter, **options
+        )
+        self.image = arithmetic.image_cost(self.backbone.config, *NATURAL_IMAGE)
+
+    @property
+    def row_tokens(self) -> int:
+        """L of a row with an image."""
+        return TEXT_TOKENS + self.image.tokens
+
+    @property
+    def element(self) -> int:
+        """Bytes per value of matrix products and of what they leave for the backward pass."""
+        return 2 if "16" in str(self.trainer["precision"]) else self.backbone.dtype.itemsize
+
+    @property
+    def paths_per_layer(self) -> float:
+        """Rows per input in the average layer: layers below the first prefix see an input once."""
+        shared = float(self.model["prefix_layers"]) / self.backbone.num_layers
+        return shared + float(self.model["num_paths"]) * (1 - shared)
+
+    @property
+    def graph_rows(self) -> tuple[int, int]:
+        """Rows of one process whose activations are alive at once: without chunks, and in one chunk."""
+        sides = (
+            (self.model["query_chunk_size"], self.queries // self.layout.processes),
+            (self.model["candidate_chunk_size"], self.candidates // self.layout.processes),
+        )
+        whole = sum(rows for chunk, rows in sides if chunk is None)
+        return whole, max([min(chunk, rows) for chunk, rows in sides if chunk is not None], default=0)
+
+    @cached_property
+    def parameters(self) -> list[Parameters]:
+        """All groups that hold a parameter."""
+        backbone = self.backbone
+        language = {id(parameter) for parameter in backbone.language_model.parameters()}
+        full, fsdp2 = backbone.adapter.kind == "full", self.layout.strategy == "fsdp2"
+        groups = []
+        for part, inside in (("language model", True), ("vision tower and projector", False)):
+            own = [p for p in backbone.base.parameters() if (id(p) in language) == inside]
+            for trains in (False, True):
+                chosen = [p for p in own if p.requires_grad == trains]
+                name = f"{part}, adapters" if trains and not full else part
+                size = sum(p.numel() * p.itemsize for p in chosen)
+                sharded = fsdp2 and inside and (full or not trains)
+                groups.append(Parameters(name, sum(p.numel() for p in chosen), size, trains, sharded))
+        for name, count in self._added_parameters().items():
+            groups.append(Parameters(name, count, FP32 * count, trains=True))
+        return [group for group in groups if group.count]
+
+    def _added_parameters(self) -> dict[str, int]:
+        """What the package adds to a backbone; fp32, never sharded."""
+        model, backbone, num_paths = self.model, self.backbone, self.model["num_paths"]
+        sizes = {"num_paths": num_paths, "prefix_length": model["prefix_length"]}
+        sizes |= {"num_key_value_heads": backbone.num_key_value_heads, "head_dim": backbone.head_dim}
+        with torch.device("meta"):
+            num_layers = backbone.num_layers - model["prefix_layers"]
+            prefixes = DeepPrefixes(num_layers=num_layers, **sizes) if model["prefix_length"] else None
+            estimator = MutualInformation(
+                self.mi.kind,
+                num_paths=num_paths,
+                embed_dim=backbone.hidden_size,
+                hidden_size=self.mi.hidden_size,
+            )
+        return {
+            "prefixes": 0 if prefixes is None else prefixes.key_values.numel(),
+            "aggregation": num_paths if model["aggregation"] == "learned" else 0,
+            "temperature": int(model["learn_temperature"]),
+            "estimator": sum(parameter.numel() for parameter in estimator.parameters()),
+        }
+
+    @cached_property
+    def memory(self) -> dict[str, float]:
+        """Bytes on one GPU by part.
+
+        Weights: of every group, divided by the processes if FSDP2 shards it. Gathered: under FSDP2 the
+        current and the next block and the language model's embedding and norm; if they train, the gradients
+        of two blocks. Gradients: one value per trainable one; DDP's buckets: the same again. Optimizers: two.
+        Activations: of the most rows that are alive at once. The objective's parts: see ``training.memory``.
+        """
+        processes, strategy, model = self.layout.processes, self.layout.strategy, self.model
+        held = {g.name: g.num_bytes / (processes if g.sharded else 1) for g in self.parameters}
+        trained = [group for group in self.parameters if group.trains]
+        gradients = sum(held[group.name] for group in trained)
+        block = sum(p.numel() * p.itemsize for p in sharded_blocks(self.backbone)[0].parameters())
+        sharded = sum(group.num_bytes for group in self.parameters if group.sharded)
+        outside_blocks = sharded - block * self.backbone.num_layers
+        blocks = 4 if self.backbone.adapter.kind == "full" else 2
+        objective = memory.objective_bytes(
+            model["num_paths"],
+            self.backbone.hidden_size,
+            self.mi,
+            queries=self.queries,
+            candidates=self.candidates,
+            aggregate_dim=self.backbone.hidden_size
+            * (model["num_paths"] if model["aggregation"] == "concat" else 1),
+        )
+        return {
+            "weights": sum(held.values()),
+            "weights gathered by FSDP2": blocks * block + outside_blocks if strategy == "fsdp2" else 0,
+            "gradients": gradients,
+            "gradient buckets of DDP": gradients if strategy == "ddp" else 0,
+            "optimizer states": 2 * gradients,
+            "activations": memory.activation_bytes(
+                self.backbone,
+                rows=max(self.graph_rows),
+                paths_per_layer=self.paths_per_layer,
+                row_tokens=self.row_tokens,
+                prefix_length=model["prefix_length"],
+                patches=self.image.patches,
+                element=self.element,
+                checkpointing=model["gradient_checkpointing"],
+            ),
+            "gathered embeddings": objective["embeddings"],
+            "contrastive terms": objective["contrastive"],
+            "estimator": objective["estimator"],
+        }
+
+    @cached_property
+    def peak(self) -> float:
+        """Bytes on one GPU at the worst moment.
+
+        With GradCache on both sides the objective is done before the activations of a chunk exist, so the
+        larger of both counts; otherwise their sum.
+        """
+        parts = dict(self.memory)
+        activations = parts.pop("activations")
+        objective = parts.pop("contrastive terms") + parts.pop("estimator")
+        together = activations + objective if self.graph_rows[0] else max(activations, objective)
+        return sum(parts.values()) + together
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak leaves the reserve free."""
+        return self.peak <= USABLE * self.gpu_memory_gib * 2**30
+
+    @cached_property
+    def tokens(self) -> float:
+        """Tokens of one batch of all processes, without padding."""
+        return (self.queries + self.candidates) * TEXT_TOKENS + self.images * self.image.tokens
+
+    @property
+    def images(self) -> float:
+        """Images of one batch of all processes."""
+        return QUERY_IMAGES * self.queries + CANDIDATE_IMAGES * self.candidates
+
+    @property
+    def steps(self) -> int | None:
+        """Main steps of the run; None without ``max_steps``."""
+        steps = int(self.trainer["max_steps"])
+        return steps if steps > 0 else None
+
+    @cached_property
+    def flops(self) -> float:
+        """Floating-point operations of one main step of all processes; see ``arithmetic.step_flops``."""
+        return self.accumulate * arithmetic.step_flops(
+            self.backbone,
+            rows=self.queries + self.candidates,
+            images=self.images,
+            text_tokens=TEXT_TOKENS,
+            image=self.image,
+            paths_per_layer=self.paths_per_layer,
+            prefix_length=self.model["prefix_length"],
+            replayed=self.graph_rows[1] > 0,
+            checkpointing=self.model["gradient_checkpointing"],
+        )
+
+    @property
+    def seconds(self) -> float:
+        """Of one main step, on H100s at the assumed utilisation."""
+        return self.flops / (self.layout.processes * PEAK_FLOPS * UTILISATION)

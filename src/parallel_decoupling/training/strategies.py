@@ -1,0 +1,161 @@
+"""FSDP2 for ``PDFEmbedder``: what is sharded, and checkpoints that every layout can read.
+
+``trainer.strategy: fsdp2`` is Lightning's ``ModelParallelStrategy`` with all processes in one data-parallel
+group. Here: sharding and restoring. Elsewhere on purpose: averaging the gradients of what is not sharded
+(``distributed.average_gradients``), what a checkpoint holds (``training.checkpoint``), DDP (Lightning's own).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
+from torch import nn
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
+
+from parallel_decoupling.distributed import broadcast_parameters, rank, shard_like, whole
+from parallel_decoupling.model.backbone import Backbone
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Shard the language model over all processes (FSDP2); ``trainer.strategy: fsdp2``.
+
+    Unlike its parent it needs no sizes, and its checkpoint is the one file that a single process or DDP
+    would write: whole tensors, without the frozen backbone.
+
+    Args:
+        process_group_backend: as in the parent; null chooses nccl or gloo by the accelerator.
+        timeout: how long a collective may wait for a process that is gone.
+
+    Relations:
+        Losses, gradients and checkpoints are those of one process with the whole batch.
+    """
+
+    def __init__(
+        self, process_group_backend: str | None = None, timeout: timedelta | None = default_pg_timeout
+    ) -> None:
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+
+    def setup_environment(self) -> None:
+        """Start the processes' group; all of them share the data."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def setup(self, trainer: Trainer) -> None:
+        """Set up as the parent does, and start all processes from the same unsharded parameters."""
+        super().setup(trainer)
+        assert self.model is not None
+        broadcast_parameters(self.model.parameters())
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Yes: through ``load_optimizer_state_dict``."""
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Nothing is gathered: ``PDFEmbedder`` puts what trains into the checkpoint itself."""
+        return {}
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """State of one optimizer with whole tensors on the CPU of the first process, empty elsewhere."""
+
+        def gathered(value: Any) -> Any:
+            value = whole(value)
+            return value.cpu() if rank() == 0 and hasattr(value, "cpu") else value
+
+        state = tree_map(gathered, getattr(optimizer, "optimizer", optimizer).state_dict())
+        return state if rank() == 0 else {}
+
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read the file as any single-process strategy would; the module shards what it takes from it."""
+        return Strategy.load_checkpoint(self, checkpoint_path, weights_only=weights_only)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Give each process its part of the whole state of both optimizers."""
+        for optimizer, stored in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            state = {
+                number: {
+                    name: shard_like(value, parameters[number])
+                    if getattr(value, "shape", None) == parameters[number].shape
+                    else value
+                    for name, value in values.items()
+                }
+                for number, values in stored["state"].items()
+            }
+            optimizer.load_state_dict({**stored, "state": state})
+
+
+StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2, checkpoints in one file")
+
+
+def shard_backbone(backbone: Backbone, mesh: DeviceMesh) -> None:
+    """Shard the language model's weights over ``mesh``, block by block; doing it again changes nothing.
+
+    Every process must run every sharded block in every forward and backward pass, or the others wait for
+    ever. The vision tower runs only where a chunk has images, so it stays whole, with everything else outside
+    the language model. Adapters stay whole as well: they are small, and their gradients are averaged once per
+    step. With ``adapter.kind: full`` the language model's weights train sharded, and FSDP2 averages their
+    gradients.
+
+    Args:
+        backbone: on the CPU or on this process's device.
+        mesh: one-dimensional, all processes.
+
+    Raises:
+        ValueError: for weights that are no floating-point numbers (4-bit).
+    """
+    if isinstance(backbone.base, FSDPModule):
+        return
+    quantised = [name for name, p in backbone.base.named_parameters() if not p.is_floating_point()]
+    if quantised:
+        raise ValueError(
+            f"fsdp2 shards floating-point weights, but {quantised[0]} is quantised: use strategy ddp, "
+            "or load the backbone in bfloat16."
+        )
+    inside = set(backbone.language_model.parameters())
+    trains_whole = backbone.adapter.kind != "full"
+    kept_whole = {
+        p for p in backbone.base.parameters() if p not in inside or (trains_whole and p.requires_grad)
+    }
+    for block in sharded_blocks(backbone):
+        fully_shard(block, mesh=mesh, ignored_params=kept_whole)
+    fully_shard(backbone.base, mesh=mesh, ignored_params=kept_whole)
+    backbone.language_model.register_forward_pre_hook(_same_graph_everywhere, with_kwargs=True)
+
+
+def sharded_blocks(backbone: Backbone) -> list[nn.Module]:
+    """The language model's repeated blocks, by the class names of the family table."""
+    blocks = [m for m in backbone.language_model.modules() if type(m).__name__ in backbone.family.blocks]
+    assert blocks, f"no {backbone.family.blocks} in the language model"
+    return blocks
+
+
+def _same_graph_everywhere(
+    language_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Let the input require a gradient on every process.
+
+    With vision adapters it does where a chunk has images. FSDP2 frees a block's weights when the gradient of
+    its input is there, so elsewhere it would keep the first block's and gather them a different number of
+    times.
+    """
+    if torch.is_grad_enabled():
+        kwargs["inputs_embeds"].requires_grad_()
+    return args, kwargs

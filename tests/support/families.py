@@ -1,0 +1,290 @@
+"""A tiny random-weight model of every backbone family: stock classes, stock processors, made from code.
+
+Text models are 32 wide with two layers and grouped key/value heads; images have a few tokens each.
+``save_tiny_family`` writes what a published folder holds: a generation checkpoint with its processor.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers.models.smolvlm.processing_smolvlm as smolvlm_processing
+from tokenizers import ByteLevelBPETokenizer, SentencePieceBPETokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    GotOcr2ImageProcessor,
+    GPT2Tokenizer,
+    Idefics3ImageProcessor,
+    Idefics3Processor,
+    InternVLProcessor,
+    InternVLVideoProcessor,
+    LlamaTokenizer,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
+    LlavaOnevisionImageProcessor,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
+    Qwen2_5_VLProcessor,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+    SmolVLMImageProcessor,
+    SmolVLMProcessor,
+    SmolVLMVideoProcessor,
+)
+
+from tests.support.tiny import CORPUS, SPECIAL_TOKENS
+
+if smolvlm_processing.num2words is None:  # needed for videos alone, but demanded at construction
+    smolvlm_processing.num2words = str
+
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.3,
+}
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+CLIP = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "initializer_range": 0.3,
+}
+PINPOINTS = [[16, 32], [32, 16], [32, 32], [48, 16], [16, 48]]
+
+
+def byte_level(kind: type, special_tokens: tuple[str, ...], **options: Any) -> Any:
+    """Train a byte-level BPE on ``CORPUS`` and wrap it as a stock tokenizer class."""
+    trainer = ByteLevelBPETokenizer(add_prefix_space=False)
+    trainer.train_from_iterator(CORPUS, vocab_size=400, min_frequency=1, show_progress=False)
+    return wrap(kind, trainer, special_tokens, **options)
+
+
+def wrap(kind: type, trainer: Any, special_tokens: tuple[str, ...], **options: Any) -> Any:
+    merges = [tuple(pair) for pair in json.loads(trainer._tokenizer.to_str())["model"]["merges"]]
+    tokenizer = kind(vocab=trainer.get_vocab(), merges=merges, padding_side="left", **options)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special_tokens)})
+    return tokenizer
+
+
+def llama_tokenizer() -> LlamaTokenizer:
+    """As LLaVA-1.6 has it: spaces as in sentencepiece, a token at the start of every text."""
+    trainer = SentencePieceBPETokenizer()
+    special = ["<unk>", "<s>", "</s>"]
+    trainer.train_from_iterator(CORPUS, 400, 1, show_progress=False, special_tokens=special)
+    return wrap(LlamaTokenizer, trainer, ("<image>", "<pad>"), pad_token="<pad>")
+
+
+def qwen(model_type: str, vision: dict[str, Any], text: dict[str, Any], patch_size: int = 8) -> Any:
+    tokenizer = byte_level(Qwen2Tokenizer, SPECIAL_TOKENS)
+    token = tokenizer.convert_tokens_to_ids
+    sizes: dict[str, Any] = {"patch_size": patch_size, "temporal_patch_size": 2, "merge_size": 2}
+    sizes["size"] = {"shortest_edge": 16 * 16, "longest_edge": 64 * 64}
+    classes = {
+        "qwen2_vl": (Qwen2VLProcessor, Qwen2VLVideoProcessor),
+        "qwen2_5_vl": (Qwen2_5_VLProcessor, Qwen2VLVideoProcessor),
+        "qwen3_vl": (Qwen3VLProcessor, Qwen3VLVideoProcessor),
+    }
+    processor, video = classes[model_type]
+    config = AutoConfig.for_model(
+        model_type,
+        text_config={**TEXT, "vocab_size": len(tokenizer), **text},
+        vision_config={"patch_size": patch_size, "spatial_merge_size": 2, "temporal_patch_size": 2, **vision},
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+        tie_word_embeddings=True,
+    )
+    image = Qwen2VLImageProcessor(**sizes)
+    return processor(image_processor=image, tokenizer=tokenizer, video_processor=video(**sizes)), config
+
+
+def qwen2_vl() -> Any:
+    vision = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2, "num_heads": 2}
+    return qwen("qwen2_vl", {**vision, "initializer_range": 0.3}, {"rope_parameters": MROPE})
+
+
+def qwen2_5_vl() -> Any:
+    vision = {"depth": 2, "hidden_size": 16, "intermediate_size": 32, "out_hidden_size": 32, "num_heads": 2}
+    vision |= {"window_size": 32, "fullatt_block_indexes": [1], "initializer_range": 0.3}
+    return qwen("qwen2_5_vl", vision, {"rope_parameters": MROPE})
+
+
+def qwen3_vl() -> Any:
+    vision = {"depth": 3, "hidden_size": 16, "intermediate_size": 32, "out_hidden_size": 32, "num_heads": 2}
+    vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1], "initializer_range": 0.3}
+    return qwen("qwen3_vl", vision, {"rope_parameters": {**MROPE, "mrope_interleaved": True}})
+
+
+def llava_next(text: dict[str, Any]) -> Any:
+    tokenizer = llama_tokenizer()
+    config = AutoConfig.for_model(
+        "llava_next",
+        text_config={**TEXT, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **text},
+        vision_config={"model_type": "clip_vision_model", **CLIP, "image_size": 16, "patch_size": 8},
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_grid_pinpoints=PINPOINTS,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )
+    image = LlavaNextImageProcessor(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, image_grid_pinpoints=PINPOINTS
+    )
+    processor = LlavaNextProcessor(
+        image_processor=image,
+        tokenizer=tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    return processor, config
+
+
+def llava_next_mistral() -> Any:
+    return llava_next({"model_type": "mistral", "sliding_window": None})
+
+
+def llava_next_vicuna() -> Any:
+    return llava_next({"model_type": "llama"})
+
+
+def llava_onevision() -> Any:
+    tokenizer = byte_level(Qwen2Tokenizer, ("<|endoftext|>", "<|im_end|>", "<image>", "<video>"))
+    config = AutoConfig.for_model(
+        "llava_onevision",
+        text_config={"model_type": "qwen2", **TEXT, "vocab_size": len(tokenizer)},
+        vision_config={
+            "model_type": "siglip_vision_model",
+            **CLIP,
+            "image_size": 16,
+            "patch_size": 8,
+            "vision_use_head": False,
+        },
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=PINPOINTS,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        tie_word_embeddings=True,
+    )
+    size = {"height": 16, "width": 16}
+    processor = LlavaOnevisionProcessor(
+        image_processor=LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=PINPOINTS),
+        tokenizer=tokenizer,
+        video_processor=LlavaOnevisionVideoProcessor(size=size),
+        num_image_tokens=4,
+        vision_feature_select_strategy="full",
+    )
+    return processor, config
+
+
+def idefics(model_type: str, image: type, **videos: Any) -> Any:
+    rows = tuple(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2))
+    special = ("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *rows, "<pad>")
+    tokenizer = byte_level(GPT2Tokenizer, special, pad_token="<pad>")
+    processor_class = {"smolvlm": SmolVLMProcessor, "idefics3": Idefics3Processor}[model_type]
+    config = AutoConfig.for_model(
+        model_type,
+        text_config={"model_type": "llama", **TEXT, "vocab_size": len(tokenizer)},
+        vision_config={**CLIP, "image_size": 32, "patch_size": 8},
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        pad_token_id=tokenizer.pad_token_id,
+        scale_factor=2,
+        tie_word_embeddings=True,
+    )
+    images = image(size={"longest_edge": 64}, max_image_size={"longest_edge": 32}, do_image_splitting=True)
+    return processor_class(image_processor=images, tokenizer=tokenizer, image_seq_len=4, **videos), config
+
+
+def smolvlm() -> Any:
+    video = SmolVLMVideoProcessor(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
+    return idefics("smolvlm", SmolVLMImageProcessor, video_processor=video)
+
+
+def idefics3() -> Any:
+    return idefics("idefics3", Idefics3ImageProcessor)
+
+
+def internvl() -> Any:
+    named = {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    }
+    tokenizer = byte_level(
+        Qwen2Tokenizer, ("<|endoftext|>", "<|im_end|>", *named.values()), extra_special_tokens=named
+    )
+    config = AutoConfig.for_model(
+        "internvl",
+        text_config={"model_type": "qwen2", **TEXT, "vocab_size": len(tokenizer)},
+        vision_config={**CLIP, "image_size": [32, 32], "patch_size": [8, 8]},
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=4,
+        downsample_ratio=0.5,
+        tie_word_embeddings=False,
+    )
+    size = {"height": 32, "width": 32}
+    image = GotOcr2ImageProcessor(size=size, crop_to_patches=True, min_patches=1, max_patches=4)
+    video = InternVLVideoProcessor(size=size)
+    processor = InternVLProcessor(
+        image_processor=image, tokenizer=tokenizer, video_processor=video, image_seq_length=4
+    )
+    return processor, config
+
+
+TINY_FAMILIES: dict[str, Callable[[], Any]] = {
+    builder.__name__: builder
+    for builder in (
+        qwen2_vl,
+        qwen2_5_vl,
+        qwen3_vl,
+        llava_next_mistral,
+        llava_next_vicuna,
+        llava_onevision,
+        smolvlm,
+        idefics3,
+        internvl,
+    )
+}
+"""Builders of (processor, config) by name."""
+
+
+def save_tiny_family(name: str, folder: str | Path, *, seed: int = 0) -> str:
+    """Write a tiny backbone of a family as a generation checkpoint, as real ones are published.
+
+    Args:
+        name: a key of ``TINY_FAMILIES``.
+        folder: where to write; created if missing.
+        seed: of the random weights.
+
+    Returns:
+        ``folder`` as a string, ready for ``load_backbone``.
+    """
+    processor, config = TINY_FAMILIES[name]()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForImageTextToText.from_config(config)
+        with torch.no_grad():  # zero biases and unit norms would hide a forgotten one
+            for parameter_name, parameter in model.named_parameters():
+                if parameter_name.endswith("bias") or "norm" in parameter_name:
+                    parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
