@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from parallel_decoupling.batch import EncoderInputs
-from parallel_decoupling.data.collate import Collator, prompt
+from parallel_decoupling.data.collate import Collator
+from parallel_decoupling.data.prompts import prompt
 from parallel_decoupling.model.backbone import AdapterConfig, Backbone, load_backbone, meta_backbone
 from parallel_decoupling.model.checkpoint import load_trainable_state, trainable_state
 from parallel_decoupling.model.encoder import ParallelEncoder

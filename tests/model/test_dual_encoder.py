@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, EncoderInputs, RawInput
-from parallel_decoupling.data.collate import Collator, prompt
+from parallel_decoupling.data.collate import Collator
+from parallel_decoupling.data.prompts import prompt
 from parallel_decoupling.model.backbone import AdapterConfig
 from parallel_decoupling.model.build import build_encoder
 from parallel_decoupling.model.dual_backbone import load_dual_backbone

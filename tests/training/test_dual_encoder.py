@@ -17,8 +17,8 @@ from torch import Tensor
 
 from parallel_decoupling import cli
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
-from parallel_decoupling.data.collate import load_image
-from parallel_decoupling.data.tasks import read_eval_task
+from parallel_decoupling.data.images import load_image
+from parallel_decoupling.data.readers import read_eval_task
 from parallel_decoupling.model.dual_encoder import DualEncoder
 from parallel_decoupling.retrieval.report import ScoreReport
 from parallel_decoupling.training.embedder import PDFEmbedder
@@ -293,3 +293,15 @@ def test_a_mistake_is_one_message(tiny_clip_dir: str, capsys: pytest.CaptureFixt
         shown = capsys.readouterr().err
         assert words in shown
         assert "Traceback" not in shown
+
+
+def test_what_is_made_for_multimodal_llms_is_refused(
+    tiny_clip_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = embedder(tiny_clip_dir)
+    module._device_mesh = object()  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="use strategy ddp"):
+        module.configure_model()
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "--config", str(CONFIG_DIR / "openclip.yaml")])
+    assert "is an OpenCLIP model, which has no plan" in capsys.readouterr().err

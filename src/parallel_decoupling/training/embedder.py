@@ -31,7 +31,7 @@ from parallel_decoupling.distributed import (
 from parallel_decoupling.model.backbone import AdapterConfig
 from parallel_decoupling.model.build import build_encoder
 from parallel_decoupling.model.dual_backbone import absolute_name
-from parallel_decoupling.model.encoder import ParallelEncoder
+from parallel_decoupling.model.dual_encoder import DualEncoder
 from parallel_decoupling.objective.mutual_information import MutualInformation, mi_weight_schedule
 from parallel_decoupling.training import callbacks, checkpoint
 from parallel_decoupling.training.evaluation import git_commit
@@ -319,13 +319,12 @@ class PDFEmbedder(EvaluatedEncoder):
                 "ModelParallelStrategy writes checkpoints that only the same layout can read: use strategy "
                 "fsdp2, which is the same with checkpoints in one file."
             )
-        if isinstance(strategy, FSDP2Strategy) and not isinstance(self.encoder, ParallelEncoder):
-            raise ValueError("fsdp2 shards a language model, an OpenCLIP model has none: use strategy ddp.")
 
     def configure_model(self) -> None:
         """Shard the backbone under FSDP2; nothing to do for one process and for DDP."""
         if self.device_mesh is not None:
-            assert isinstance(self.encoder, ParallelEncoder)  # setup has refused the other
+            if isinstance(self.encoder, DualEncoder):
+                raise ValueError("strategy fsdp2 does not shard an OpenCLIP model: use strategy ddp.")
             checkpoint.fingerprint(self)
             shard_backbone(self.encoder.backbone, self.device_mesh["data_parallel"])
 

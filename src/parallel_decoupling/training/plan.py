@@ -21,6 +21,7 @@ from PIL import Image
 
 from parallel_decoupling.data.images import ImagePolicy
 from parallel_decoupling.model.backbone import AdapterConfig, meta_backbone
+from parallel_decoupling.model.dual_backbone import is_dual_encoder
 from parallel_decoupling.model.prefixes import DeepPrefixes
 from parallel_decoupling.objective.mutual_information import MutualInformation
 from parallel_decoupling.training import arithmetic, memory
@@ -139,6 +140,8 @@ class Plan:
                 f"data.batch_size={self.queries} is the global batch and must be a multiple of the "
                 f"{self.layout.processes} processes."
             )
+        if is_dual_encoder(model["backbone"]):
+            raise ValueError(f"backbone {model['backbone']!r} is an OpenCLIP model, which has no plan.")
         options = {name: model[name] for name in ("dtype", "attention", "gradient_checkpointing")}
         self.backbone = meta_backbone(
             model["backbone"], revision=model["backbone_revision"], adapter=adapter, **options
