@@ -22,7 +22,8 @@ from transformers import AutoModel, AutoProcessor, DynamicCache
 from transformers.utils import logging
 
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, EncoderInputs, RawInput
-from parallel_decoupling.data.collate import Collator, prompt
+from parallel_decoupling.data.collate import Collator
+from parallel_decoupling.data.prompts import prompt
 from parallel_decoupling.model.backbone import AdapterConfig, Backbone, load_backbone, meta_backbone
 from parallel_decoupling.model.checkpoint import load_trainable_state, trainable_state
 from parallel_decoupling.model.encoder import ParallelEncoder
