@@ -23,6 +23,7 @@ from parallel_decoupling.batch import EncoderInputs, PairBatch
 from parallel_decoupling.distributed import average_gradients, gather_with_grad, rank, world_size
 from parallel_decoupling.model.backbone import AdapterConfig, load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
+from parallel_decoupling.model.families import Family
 from parallel_decoupling.objective.mutual_information import MutualInformation, mi_weight_schedule
 from parallel_decoupling.training import callbacks, checkpoint
 from parallel_decoupling.training.evaluation import git_commit
@@ -79,8 +80,12 @@ class PDFEmbedder(EvaluatedEncoder):
         candidate_instruction: put before every input of encode_candidate.
         backbone_revision: hub branch, tag or commit.
         dtype: of the backbone's weights; adapters and prefixes are fp32.
-        attention: sdpa or eager.
+        attention: of the language model; flash_attention_2 and flex_attention need a GPU.
         gradient_checkpointing: recompute layers in the backward pass.
+        initial_adapter: folder or hub id of a published LoRA or DoRA adapter to continue from; its file
+            decides rank, alpha, dropout and targets.
+        quantization: 4bit keeps the frozen weights in four bits (needs bitsandbytes).
+        family: names inside a model whose family has no row in docs/backbones.md.
         seed: of everything random in initialisation and training, but not of the data order.
 
     Raises:
@@ -113,8 +118,11 @@ class PDFEmbedder(EvaluatedEncoder):
         candidate_instruction: str = "",
         backbone_revision: str | None = None,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-        attention: Literal["sdpa", "eager"] = "sdpa",
+        attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa",
         gradient_checkpointing: bool = False,
+        initial_adapter: str | None = None,
+        quantization: Literal["4bit"] | None = None,
+        family: Family | None = None,
         seed: int = 0,
     ) -> None:
         settings = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
@@ -126,9 +134,14 @@ class PDFEmbedder(EvaluatedEncoder):
         adapter = as_config(AdapterConfig, adapter, "adapter")
         self.mi_config = as_config(MIConfig, mi, "mi")
         self.optimizer_config = as_config(OptimizerConfig, optimizer, "optimizer")
-        settings["backbone"] = str(Path(backbone).resolve()) if Path(backbone).is_dir() else backbone
+        for name in ("backbone", "initial_adapter"):  # a folder is found again from anywhere
+            if settings[name] is not None and Path(settings[name]).is_dir():
+                settings[name] = str(Path(settings[name]).resolve())
         settings |= {"adapter": as_plain(adapter), "mi": as_plain(self.mi_config)}
         settings["optimizer"] = as_plain(self.optimizer_config)
+        if family is not None:
+            family = as_config(Family, family, "family")
+            settings["family"] = as_plain(family)
         check_settings(settings)
         self.save_hyperparameters(settings, logger=False)
         self.mi_weight, self.aggregate_weight, self.symmetric = mi_weight, aggregate_weight, symmetric
@@ -146,6 +159,9 @@ class PDFEmbedder(EvaluatedEncoder):
             attention=attention,
             adapter=adapter,
             gradient_checkpointing=gradient_checkpointing,
+            initial_adapter=initial_adapter,
+            quantization=quantization,
+            family=family,
         )
         sizes: dict[str, Any] = {"prefix_length": prefix_length, "prefix_layers": prefix_layers}
         choices: dict[str, Any] = {"prefix_init": prefix_init, "aggregation": aggregation}
