@@ -1,6 +1,6 @@
 """A tiny random-weight model of every backbone family: stock classes, stock processors, made from code.
 
-Text models are 32 wide with two layers and grouped key/value heads; images have a few tokens each.
+Text models are 32 wide with two or three layers and grouped key/value heads; images have a few tokens each.
 ``save_tiny_family`` writes what a published folder holds: a generation checkpoint with its processor.
 """
 
@@ -130,7 +130,8 @@ def qwen2_5_vl() -> Any:
 def qwen3_vl() -> Any:
     vision = {"depth": 3, "hidden_size": 16, "intermediate_size": 32, "out_hidden_size": 32, "num_heads": 2}
     vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1], "initializer_range": 0.3}
-    return qwen("qwen3_vl", vision, {"rope_parameters": {**MROPE, "mrope_interleaved": True}})
+    text = {"num_hidden_layers": 3, "rope_parameters": {**MROPE, "mrope_interleaved": True}}
+    return qwen("qwen3_vl", vision, text)  # features are added after the first two of three layers
 
 
 def llava_next(text: dict[str, Any]) -> Any:

@@ -32,6 +32,7 @@ from parallel_decoupling.model.backbone import AdapterConfig
 from parallel_decoupling.model.build import build_encoder
 from parallel_decoupling.model.dual_backbone import absolute_name
 from parallel_decoupling.model.dual_encoder import DualEncoder
+from parallel_decoupling.model.families import Family
 from parallel_decoupling.objective.mutual_information import MutualInformation, mi_weight_schedule
 from parallel_decoupling.training import callbacks, checkpoint
 from parallel_decoupling.training.evaluation import git_commit
@@ -90,8 +91,12 @@ class PDFEmbedder(EvaluatedEncoder):
         candidate_instruction: put before every input of encode_candidate.
         backbone_revision: hub branch, tag or commit.
         dtype: of the backbone's weights; adapters and prefixes are fp32.
-        attention: sdpa or eager.
+        attention: of the language model; flash_attention_2 and flex_attention need a GPU.
         gradient_checkpointing: recompute layers in the backward pass.
+        initial_adapter: folder or hub id of a published LoRA or DoRA adapter to continue from; its file
+            decides rank, alpha, dropout and targets.
+        quantization: 4bit keeps the frozen weights in four bits (needs bitsandbytes).
+        family: names inside a model whose family has no row in docs/backbones.md.
         seed: of everything random in initialisation and training, but not of the data order.
 
     Raises:
@@ -124,8 +129,11 @@ class PDFEmbedder(EvaluatedEncoder):
         candidate_instruction: str = "",
         backbone_revision: str | None = None,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-        attention: Literal["sdpa", "eager"] = "sdpa",
+        attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa",
         gradient_checkpointing: bool = False,
+        initial_adapter: str | None = None,
+        quantization: Literal["4bit"] | None = None,
+        family: Family | None = None,
         seed: int = 0,
     ) -> None:
         settings = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
@@ -138,8 +146,13 @@ class PDFEmbedder(EvaluatedEncoder):
         self.mi_config = as_config(MIConfig, mi, "mi")
         self.optimizer_config = as_config(OptimizerConfig, optimizer, "optimizer")
         settings["backbone"] = absolute_name(backbone)
+        if initial_adapter is not None:
+            settings["initial_adapter"] = absolute_name(initial_adapter)
         settings |= {"adapter": as_plain(adapter), "mi": as_plain(self.mi_config)}
         settings["optimizer"] = as_plain(self.optimizer_config)
+        if family is not None:
+            family = as_config(Family, family, "family")
+            settings["family"] = as_plain(family)
         check_settings(settings)
         self.save_hyperparameters(settings, logger=False)
         self.mi_weight, self.aggregate_weight, self.symmetric = mi_weight, aggregate_weight, symmetric
@@ -151,7 +164,8 @@ class PDFEmbedder(EvaluatedEncoder):
         self.fingerprint: dict[str, Any] | None = None
         self.pending_gradients: dict[str, Tensor] = {}
         loading: dict[str, Any] = {"revision": backbone_revision, "dtype": dtype, "attention": attention}
-        loading |= {"adapter": adapter, "gradient_checkpointing": gradient_checkpointing}
+        loading |= {"adapter": adapter, "gradient_checkpointing": gradient_checkpointing, "family": family}
+        loading |= {"initial_adapter": initial_adapter, "quantization": quantization}
         paths: dict[str, Any] = {"num_paths": num_paths, "aggregation": aggregation, "seed": seed}
         paths |= {name: settings[name] for name in ("prefix_length", "prefix_layers", "prefix_init")}
         self.encoder = build_encoder(backbone, loading, paths)

@@ -12,9 +12,10 @@ from dataclasses import asdict, fields
 from typing import Any, TypeVar
 
 from parallel_decoupling.model.backbone import AdapterConfig
+from parallel_decoupling.model.families import Family
 from parallel_decoupling.training.optimization import MIConfig, OptimizerConfig
 
-Config = TypeVar("Config", AdapterConfig, MIConfig, OptimizerConfig)
+Config = TypeVar("Config", AdapterConfig, Family, MIConfig, OptimizerConfig)
 
 
 def as_config(kind: type[Config], value: Config | Mapping[str, Any], name: str) -> Config:
@@ -33,7 +34,7 @@ def as_config(kind: type[Config], value: Config | Mapping[str, Any], name: str) 
     return kind(**arguments)
 
 
-def as_plain(config: AdapterConfig | MIConfig | OptimizerConfig) -> dict[str, Any]:
+def as_plain(config: AdapterConfig | Family | MIConfig | OptimizerConfig) -> dict[str, Any]:
     """Turn a config into a dictionary of strings, numbers and lists."""
     return {
         name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()
