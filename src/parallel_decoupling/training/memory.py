@@ -62,7 +62,9 @@ def layer_bytes(backbone: Backbone, *, element: int, context: float, keys_per_to
         return kept + element * (4 * stack.hidden + stack.intermediate)
     inputs = [(name.rsplit(".", 4)[0], p.shape[1]) for name, p in parameters.items() if "lora_A" in name]
     cast = element < FP32 or backbone.dtype != torch.float32
-    kept += element * (sum(size for _, size in (inputs if cast else set(inputs))) + adapter.rank * len(inputs))
+    kept += element * (
+        sum(size for _, size in (inputs if cast else set(inputs))) + adapter.rank * len(inputs)
+    )
     if adapter.kind == "dora":
         kept += element * 2 * sum(p.shape[0] for name, p in parameters.items() if "lora_B" in name)
     return kept + (sum(size for _, size in inputs) if adapter.dropout else 0)
@@ -86,9 +88,7 @@ def saved_bytes(function: Callable[[], Any], without: Iterable[Tensor] = ()) -> 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         result = function()
     del result
-    return sum(
-        tensor.untyped_storage().nbytes() for storage, tensor in kept.items() if storage not in known
-    )
+    return sum(tensor.untyped_storage().nbytes() for storage, tensor in kept.items() if storage not in known)
 
 
 def objective_bytes(
@@ -138,13 +138,14 @@ def activation_bytes(
     patches: int,
     element: int,
     checkpointing: bool,
-) -> float:
-    """Bytes that a forward pass keeps for its backward pass.
+) -> dict[str, float]:
+    """Bytes that a forward pass keeps for its backward pass, and those of a layer at work.
 
     Language model: ``rows * row_tokens * paths_per_layer`` tokens in every layer, ``layer_bytes`` each. With
     checkpointing every layer keeps its input only, and one layer at a time is as without. Vision tower: if it
     trains, per patch and layer the inputs of both norms, the attention's query, key, value and output, and
-    twice the width of its MLP; in any case two values of that width while a layer runs.
+    twice the width of its MLP. Workspace: two values of that width while a layer of the tower runs, or the
+    gradients of the three wide values in the MLP of a language layer that goes back.
 
     Args:
         backbone: what trains, and the dtype of the residual stream.
@@ -155,6 +156,9 @@ def activation_bytes(
         patches: of one image.
         element: bytes per value of the matrix products.
         checkpointing: whether layers are recomputed.
+
+    Returns:
+        ``activations`` and ``workspace of a layer``.
     """
     language, vision = language_stack(backbone), vision_stack(backbone)
     context = row_tokens + prefix_length
@@ -162,9 +166,9 @@ def activation_bytes(
     tokens = rows * row_tokens * paths_per_layer
     stream = language.hidden * backbone.dtype.itemsize
     kept = tokens * (language.layers * stream + layer if checkpointing else language.layers * layer)
-    per_patch = element * 2 * vision.intermediate
     if vision_trains(backbone):
         block = element * (6 * vision.hidden + 2 * vision.intermediate)
         stream = vision.hidden * backbone.dtype.itemsize
-        per_patch += vision.layers * stream + block if checkpointing else vision.layers * block
-    return kept + rows * patches * per_patch
+        kept += rows * patches * (vision.layers * stream + block if checkpointing else vision.layers * block)
+    tower, going_back = rows * patches * 2 * vision.intermediate, tokens * 3 * language.intermediate
+    return {"activations": kept, "workspace of a layer": element * max(tower, going_back)}
