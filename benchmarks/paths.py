@@ -69,7 +69,7 @@ def report_inference(backbone: Backbone, deep: ParallelEncoder, inputs: EncoderI
     for encoder in (plain, deep):
         encoder.eval()
     for batch_size in (BATCH_SIZE, 1):
-        rows = inputs.rows(0, batch_size)
+        rows = inputs.select(range(batch_size))
         with torch.inference_mode():
             rounds = measure([lambda: plain(rows), lambda: deep(rows, [0])], repeats=3)  # noqa: B023
         report(f"one path / plain backbone, batch {batch_size}", [r[1] / r[0] for r in rounds], 1.05)

@@ -135,6 +135,7 @@ def test_predict_writes_every_task(run_dir: Path, config_file: Path) -> None:
     ("arguments", "words"),
     [
         (["--model.num_pats", "3"], "num_pats"),
+        (["--model.num_path", "3"], "num_path"),
         (["--model.num_paths", "three"], "num_paths"),
         (["--model.adapter.kind", "qlora"], "adapter.kind"),
         (["--model.prefix_length", "0"], "set num_paths=1"),

@@ -9,7 +9,7 @@ Containers only: reading is in ``data``, tokenisation in ``data.collate``, encod
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -73,12 +73,18 @@ class EncoderInputs:
     @property
     def num_tokens(self) -> int:
         """Real (unpadded) tokens in all rows."""
-        return int(self.tokens["attention_mask"].sum())
+        return int(self.lengths.sum())
 
-    def rows(self, start: int, stop: int) -> EncoderInputs:
-        """Return rows ``start`` to ``stop``, still padded to the same length ``L``."""
-        tokens = {key: value[start:stop] for key, value in self.tokens.items()}
-        return EncoderInputs(tokens, self.vision[start:stop])
+    @property
+    def lengths(self) -> Tensor:
+        """Real (unpadded) tokens of each row, ``[B]``."""
+        return self.tokens["attention_mask"].sum(dim=1)
+
+    def select(self, rows: Sequence[int]) -> EncoderInputs:
+        """Return the given rows in that order, padded to the longest of them only."""
+        used = self.tokens["attention_mask"][list(rows)].any(dim=0)
+        tokens = {key: value[list(rows)][:, used] for key, value in self.tokens.items()}
+        return EncoderInputs(tokens, tuple(self.vision[row] for row in rows))
 
     def to(self, device: torch.device | str) -> EncoderInputs:
         """Move every tensor to ``device``."""

@@ -91,7 +91,8 @@ def _compare(arguments: list[str]) -> None:
 
     from parallel_decoupling.retrieval.compare import compare
 
-    Console().print(compare(options.run_dirs, options.output_dir).table())
+    comparison = compare(options.run_dirs, options.output_dir)
+    Console().print(comparison.means_table(), comparison.task_table())
 
 
 def _verify(arguments: list[str]) -> None:

@@ -76,6 +76,7 @@ class RunCLI(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
+            parser_kwargs={"allow_abbrev": False},  # a mistyped option must not pass for another one
             args=args,
         )
 
@@ -98,7 +99,9 @@ class RunCLI(LightningCLI):
         """Add TensorBoard and ``last.ckpt`` where the user asked for nothing else."""
         config = self._get(self.config_init, "trainer")
         if config.get("logger") in (None, True):
-            kwargs["logger"] = TensorBoardLogger(config["default_root_dir"], name="", version="")
+            kwargs["logger"] = TensorBoardLogger(
+                config["default_root_dir"], name="", version="", default_hp_metric=False
+            )
         callbacks = config.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         if config.get("enable_checkpointing") is not False and not any(

@@ -129,13 +129,20 @@ def test_compare_writes_both_files_and_a_table(runs: int, tmp_path: Path) -> Non
     picture = Image.open(tmp_path / "out" / "comparison.png")
     assert picture.width == 1600
     stream = io.StringIO()
-    Console(file=stream, width=220).print(comparison.table())
+    Console(file=stream, width=80).print(comparison.means_table(), comparison.task_table())
     lines = stream.getvalue().splitlines()
-    assert sum(line.count("aggregate") for line in lines) == runs
+    assert "…" not in stream.getvalue(), "nothing is cut on a terminal of 80 columns"
     assert sum(line.count("path_0") for line in lines) == runs - 1, "a single path is shown once"
-    row = next(line for line in lines if line.startswith("│ overall"))
+    row = next(line for line in lines if line.startswith("│ run_0"))
     means = comparison.reports["run_0"].means["overall"]["aggregate"]
     assert row.split("│")[2].strip() == f"{100 * means:.1f}"
+    row = next(line for line in lines if line.startswith("│ shape"))
+    scores = [
+        comparison.reports[f"run_{number}"].tasks["shape"].hit_at_1["aggregate"] for number in range(runs)
+    ]
+    assert [cell.strip() for cell in row.split("│")[2 : 2 + runs]] == [
+        f"{100 * score:.1f}" for score in scores
+    ]
 
 
 def test_compare_without_output_dir_writes_nothing(tmp_path: Path) -> None:

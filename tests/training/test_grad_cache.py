@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from parallel_decoupling.batch import EncoderInputs
-from parallel_decoupling.training.grad_cache import Encoding, encode_in_chunks
+from parallel_decoupling.training.grad_cache import LENGTH_GROUPS, Encoding, encode_in_chunks
 
 ROWS, LENGTH, PATHS, WIDTH = 7, 5, 2, 6
 
@@ -20,13 +22,16 @@ class ToyEncoder(nn.Module):
         self.project = nn.Linear(WIDTH, PATHS * WIDTH)
 
     def forward(self, inputs: EncoderInputs) -> Tensor:
-        states = self.dropout(self.embed(inputs.tokens["input_ids"]).tanh()).mean(dim=1)
+        mask_BL1 = inputs.tokens["attention_mask"][..., None]
+        states = (self.dropout(self.embed(inputs.tokens["input_ids"]).tanh()) * mask_BL1).sum(dim=1)
         return self.project(states).unflatten(1, (PATHS, WIDTH)).float()
 
 
 def toy_inputs() -> EncoderInputs:
-    ids = torch.randint(20, (ROWS, LENGTH))
-    return EncoderInputs({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ({},) * ROWS)
+    """Rows of 5, 2, 4, 1, 3, 5 and 2 tokens, padded on the left."""
+    ids = torch.randint(1, 20, (ROWS, LENGTH))
+    mask = torch.arange(LENGTH) >= LENGTH - torch.tensor([5, 2, 4, 1, 3, 5, 2])[:, None]
+    return EncoderInputs({"input_ids": ids * mask, "attention_mask": mask.long()}, ({},) * ROWS)
 
 
 def loss_of(embeddings: Tensor) -> Tensor:
@@ -56,6 +61,27 @@ def test_chunks_give_the_gradient_of_one_graph(chunk_size: int) -> None:
         torch.testing.assert_close(one, other)
 
 
+def test_embeddings_are_those_of_one_forward_in_the_order_of_the_rows() -> None:
+    encoder, inputs = ToyEncoder(dropout=0.0), toy_inputs()
+    for chunk_size in (None, 1, 3, 100):
+        encoding = encode_in_chunks(encoder, inputs, chunk_size=chunk_size, seed_parts=(0,))
+        torch.testing.assert_close(encoding.embeddings, encoder(inputs))
+
+
+def test_short_rows_are_not_padded_to_long_ones() -> None:
+    inputs, shapes = toy_inputs(), []
+
+    def encoder(chunk: EncoderInputs) -> Tensor:
+        shapes.append(tuple(chunk.tokens["input_ids"].shape))
+        return torch.zeros(len(chunk), PATHS, WIDTH)
+
+    encode_in_chunks(encoder, inputs, chunk_size=2, seed_parts=(0,))
+    assert shapes == [(2, 2), (2, 3), (2, 5), (1, 5)]
+    shapes.clear()
+    encode_in_chunks(encoder, inputs, chunk_size=None, seed_parts=(0,))
+    assert shapes == [(2, 2), (2, 3), (2, 5), (1, 5)], "7 rows in 4 groups"
+
+
 def test_a_chunk_that_is_left_out_would_be_noticed() -> None:
     encoder, inputs = ToyEncoder(dropout=0.0), toy_inputs()
     _, plain = gradients(encoder, inputs, None)
@@ -73,18 +99,19 @@ def test_the_second_pass_replays_the_dropout_of_the_first() -> None:
     encoder, inputs = ToyEncoder(dropout=0.5), toy_inputs()
     encoding = encode_in_chunks(encoder, inputs, chunk_size=2, seed_parts=(3, 1, "query"))
     assert encoding.replay is not None
-    again = torch.cat([chunk for _, chunk in encoding.replay()])
-    assert torch.equal(again, encoding.embeddings)
+    for rows, chunk_BND in encoding.replay():
+        assert torch.equal(chunk_BND, encoding.embeddings[rows])
     other = encode_in_chunks(encoder, inputs, chunk_size=2, seed_parts=(3, 2, "query"))
     assert not torch.equal(other.embeddings, encoding.embeddings)
 
 
-def test_one_chunk_of_all_rows_is_the_direct_graph_dropout_included() -> None:
+def test_chunks_as_large_as_length_groups_are_the_direct_graph_dropout_included() -> None:
     encoder, inputs = ToyEncoder(dropout=0.5), toy_inputs()
     plain_loss, plain = gradients(encoder, inputs, None)
-    loss, chunked = gradients(encoder, inputs, ROWS)
+    loss, chunked = gradients(encoder, inputs, math.ceil(ROWS / LENGTH_GROUPS))
     assert torch.equal(loss, plain_loss)
-    assert all(torch.equal(one, other) for one, other in zip(plain, chunked, strict=True))
+    for one, other in zip(plain, chunked, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_autocast_weights_of_the_first_pass_do_not_cut_off_the_second() -> None:

@@ -17,14 +17,24 @@ import numpy as np
 from rich.table import Table
 
 from parallel_decoupling.retrieval.plots import comparison_figure
-from parallel_decoupling.retrieval.report import MEAN_TITLES, META_TASKS, SCORES_FILE, ScoreReport, percent
+from parallel_decoupling.retrieval.report import META_TASKS, SCORES_FILE, ScoreReport, percent
 
 INTERVAL_NOTE = "95 % by paired bootstrap over queries within tasks, one training seed"
 COMPARISON_FILE = "comparison.json"
 FIGURE_FILE = "comparison.png"
 RESAMPLES = 10_000
 _Sample = tuple[float, "np.ndarray[Any, Any] | None"]
-MEASURES = ("overall", "mean_of_meta_tasks", *META_TASKS, "in_distribution", "out_of_distribution")
+SHORT_TITLES = {
+    "overall": "all",
+    "in_distribution": "IND",
+    "out_of_distribution": "OOD",
+    "classification": "class",
+    "vqa": "vqa",
+    "retrieval": "retr",
+    "grounding": "ground",
+    "mean_of_meta_tasks": "meta",
+}
+"""Means in the order of the table, with their headings."""
 
 
 @dataclass(frozen=True)
@@ -77,33 +87,43 @@ class Comparison:
         overall = _format(self.differences[self.best].means["overall"])
         return f"{' vs '.join(self.reports)}: {self.best} {overall} points overall"
 
-    def table(self) -> Table:
-        """Means, then tasks, of every run and column in percent; the last column is best minus first."""
-        first = next(iter(self.reports))
-        table = Table(title="hit@1 in percent", caption=f"difference: {self.best} - {first}, {INTERVAL_NOTE}")
-        table.add_column("", no_wrap=True)
+    def means_table(self) -> Table:
+        """Means in percent, every run and below it its paths; then best minus first, with its interval."""
+        table = Table(title="mean hit@1 in percent", padding=(0, 0, 0, 1))
+        table.add_column("run", no_wrap=True)
+        measures = _measures(next(iter(self.reports.values())))
+        for measure in measures:
+            table.add_column(SHORT_TITLES[measure], justify="right", no_wrap=True)
         for name, report in self.reports.items():
-            for column in _shown_columns(report):
-                table.add_column(f"{name}\n{column}", justify="right")
-        table.add_column("difference\n[95 %]", justify="right", no_wrap=True)
-        means = {name: report.means for name, report in self.reports.items()}
-        best = self.differences[self.best]
-        for measure in _measures(self.reports[first]):
-            values = [
-                percent(means[name][measure][column])
-                for name, report in self.reports.items()
-                for column in _shown_columns(report)
-            ]
-            title = MEAN_TITLES[measure]
-            table.add_row(title, *values, _format(best.means[measure]), style="bold")
-        table.add_section()
+            means, (first, *paths) = report.means, _shown_columns(report)
+            table.add_row(name, *(percent(means[measure][first]) for measure in measures))
+            for path in paths:
+                table.add_row(f"  {path}", *(percent(means[measure][path]) for measure in measures))
+            table.add_section()
+        found = [self.differences[self.best].means[measure] for measure in measures]
+        for title, values in (
+            ("difference", [each.difference for each in found]),
+            ("  2.5 %", [each.low for each in found]),
+            ("  97.5 %", [each.high for each in found]),
+        ):
+            table.add_row(title, *("" if value is None else f"{100 * value:+.1f}" for value in values))
+        return table
+
+    def task_table(self) -> Table:
+        """First column (the aggregate) of every run in percent by task; the last is best minus first."""
+        first = next(iter(self.reports))
+        table = Table(
+            title="hit@1 in percent by task", caption=f"difference: {self.best} - {first}, {INTERVAL_NOTE}"
+        )
+        table.add_column("task", no_wrap=True)
+        for name in self.reports:
+            table.add_column(name, justify="right", overflow="fold")
+        table.add_column("difference [95 %]", justify="right", no_wrap=True)
         for task in self.reports[first].tasks:
             values = [
-                percent(report.tasks[task].hit_at_1[column])
-                for report in self.reports.values()
-                for column in _shown_columns(report)
+                percent(next(iter(each.tasks[task].hit_at_1.values()))) for each in self.reports.values()
             ]
-            table.add_row(task, *values, _format(best.tasks[task]))
+            table.add_row(task, *values, _format(self.differences[self.best].tasks[task]))
         return table
 
     def to_json_file(self, json_file: str | Path) -> None:
@@ -257,7 +277,7 @@ def _headline(report: ScoreReport, measure: str) -> float:
 
 def _measures(report: ScoreReport) -> list[str]:
     means = report.means
-    return [measure for measure in MEASURES if measure in means]
+    return [measure for measure in SHORT_TITLES if measure in means]
 
 
 def _shown_columns(report: ScoreReport) -> list[str]:

@@ -246,17 +246,22 @@ def _draw_input(axes: Axes, item: RawInput, frame: str | None) -> None:
         inset = axes.inset_axes((0.04, 0.3 if text else 0.04, 0.92, 0.66 if text else 0.92))
         inset.imshow(_thumbnail(item.images[0]))
         inset.set_axis_off()
-    wrapped = "\n".join(textwrap.wrap(text, 24, max_lines=lines, placeholder=" ..."))
     axes.text(
         0.5,
         0.15 if item.images else 0.5,
-        wrapped,
+        _last_lines(text, lines),
         ha="center",
         va="center",
         fontsize=11 if len(text) < 16 and not item.images else 7.5,
         color=INK,
         parse_math=False,
     )
+
+
+def _last_lines(text: str, count: int) -> str:
+    """Wrap a text, leaving out its beginning if it is too long: what differs between prompts comes last."""
+    lines = textwrap.wrap(text, 24)
+    return "\n".join(lines if len(lines) <= count else ["...", *lines[1 - count :]])
 
 
 def _thumbnail(image: Image.Image | str) -> Image.Image:

@@ -198,7 +198,7 @@ class PathPictures(Callback):
         every_n_batches: how often; the first batch of the run is always drawn.
     """
 
-    def __init__(self, every_n_batches: int = 500) -> None:
+    def __init__(self, every_n_batches: int = 100) -> None:
         self.every_n_batches = every_n_batches
 
     def on_train_batch_end(  # type: ignore[override]

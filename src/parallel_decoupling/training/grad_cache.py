@@ -1,6 +1,7 @@
 """GradCache: the gradient of one big contrastive batch at the activation memory of a chunk.
 
-The loss needs the embeddings of all rows at once, the activations behind them only chunk by chunk:
+The loss needs the embeddings of all rows at once, the activations behind them only chunk by chunk. Rows of
+similar length share a chunk, because captions padded to the length of pictures are most of a batch's cost:
 
 1. forward every chunk without graph; the embeddings become one leaf tensor;
 2. the caller builds any loss of that leaf (InfoNCE, aggregate, mutual information) and back-propagates to it;
@@ -13,6 +14,7 @@ Here: the chunks. Elsewhere on purpose: the loss (``training.terms``), collectiv
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -23,6 +25,8 @@ from parallel_decoupling.batch import EncoderInputs
 from parallel_decoupling.training.randomness import seeded
 
 Encoder = Callable[[EncoderInputs], Tensor]
+LENGTH_GROUPS = 4
+"""Forward passes of a batch in one graph, the same on every rank: each pads to its own longest row."""
 
 
 @dataclass
@@ -31,11 +35,11 @@ class Encoding:
 
     Attributes:
         embeddings: ``[B, N, D]``. A leaf under GradCache, otherwise part of the encoder's graph.
-        replay: yields ``(rows, embeddings of these rows with graph)``; ``None`` for a direct graph.
+        replay: yields ``(row numbers, their embeddings with graph)``; ``None`` for a direct graph.
     """
 
     embeddings: Tensor
-    replay: Callable[[], Iterator[tuple[slice, Tensor]]] | None = None
+    replay: Callable[[], Iterator[tuple[list[int], Tensor]]] | None = None
 
     def backward(self) -> None:
         """Carry the gradient of ``embeddings`` on to the parameters; nothing to do for a direct graph.
@@ -51,35 +55,36 @@ class Encoding:
 def encode_in_chunks(
     encoder: Encoder, inputs: EncoderInputs, *, chunk_size: int | None, seed_parts: tuple[int | str, ...]
 ) -> Encoding:
-    """Encode all rows, with the activations of at most ``chunk_size`` rows alive at a time.
+    """Encode all rows by length, with the activations of at most ``chunk_size`` rows alive at a time.
 
     Args:
         encoder: inputs of b rows to ``[b, N, D]``.
         inputs: ``B`` rows.
-        chunk_size: rows per forward pass, at least 1; ``None`` encodes all rows in one graph.
-        seed_parts: what the dropout of this call is seeded from, together with a chunk's first row.
+        chunk_size: rows per forward pass, at least 1; ``None`` keeps one graph of all rows, made in
+            ``LENGTH_GROUPS`` forward passes.
+        seed_parts: what the dropout of this call is seeded from, together with a chunk's number.
 
     Returns:
-        The embeddings ``[B, N, D]``; call ``backward`` on it after the loss.
+        The embeddings ``[B, N, D]`` in the order of the rows; call ``backward`` on it after the loss.
 
     Relations:
-        ``chunk_size >= B`` gives the embeddings and gradients of ``chunk_size=None``, dropout included.
-        Without dropout every ``chunk_size`` gives the gradients of ``chunk_size=None`` (up to rounding).
+        ``chunk_size=ceil(B / LENGTH_GROUPS)`` gives the embeddings and gradients of ``chunk_size=None``,
+        dropout included. Without dropout every ``chunk_size`` gives them (up to rounding).
     """
     device = inputs.tokens["input_ids"].device
+    by_length: list[int] = inputs.lengths.argsort(stable=True).tolist()
+    size = chunk_size or math.ceil(len(inputs) / LENGTH_GROUPS)
+    chunks = [by_length[start : start + size] for start in range(0, len(inputs), size)]
+    in_order = torch.tensor(by_length, device=device).argsort()
 
-    def forward(start: int, stop: int) -> Tensor:
-        with seeded(device, *seed_parts, start):
-            return encoder(inputs.rows(start, stop))
+    def forward() -> Iterator[Tensor]:
+        for number, rows in enumerate(chunks):
+            with seeded(device, *seed_parts, number):
+                chunk_BND = encoder(inputs.select(rows))
+            yield chunk_BND
 
     if chunk_size is None:
-        return Encoding(forward(0, len(inputs)))
-    bounds = [(start, min(start + chunk_size, len(inputs))) for start in range(0, len(inputs), chunk_size)]
+        return Encoding(torch.cat(list(forward()))[in_order])
     with torch.no_grad():
-        embeddings_BND = torch.cat([forward(start, stop) for start, stop in bounds])
-
-    def replay() -> Iterator[tuple[slice, Tensor]]:
-        for start, stop in bounds:
-            yield slice(start, stop), forward(start, stop)
-
-    return Encoding(embeddings_BND.requires_grad_(), replay)
+        embeddings_BND = torch.cat(list(forward()))[in_order]
+    return Encoding(embeddings_BND.requires_grad_(), lambda: zip(chunks, forward(), strict=True))

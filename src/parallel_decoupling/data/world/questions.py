@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -121,6 +121,8 @@ def sample_edit(rng: np.random.Generator, scene: Scene) -> tuple[str, Scene]:
     options.append((f"make the {name} {color}", scene.with_cell(index, Item(item.shape, color, item.size))))
     size = "small" if item.size == "large" else "large"
     options.append((f"make the {name} {size}", scene.with_cell(index, Item(item.shape, item.color, size))))
+    background = str(rng.choice([name for name in BACKGROUNDS if name != scene.background]))
+    options.append((f"make the background {background}", replace(scene, background=background)))
     empty = [i for i, cell in enumerate(scene.cells) if cell is None]
     if empty:
         target = empty[rng.integers(len(empty))]

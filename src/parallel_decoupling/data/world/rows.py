@@ -7,7 +7,7 @@ image placeholder, line break, instruction, text, line break.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
@@ -25,7 +25,6 @@ from parallel_decoupling.data.world.scenes import (
     change_scene,
     crop,
     render,
-    sample_offsets,
     sample_scene,
 )
 
@@ -105,13 +104,26 @@ def _changes(rng: Rng, scene: Scene, count: int, *, held_out: bool = False) -> l
 
 
 def object_type(rng: Rng, *, held_out: bool = False) -> Row:
-    """Name the only object of a picture among objects that differ in one attribute."""
-    scene = sample_scene(rng, num_objects=1, word_share=0, held_out=held_out)
-    item = scene.objects[0][1]
-    positive = _answer(str(item))
-    negatives = [_answer(str(change_item(rng, item, held_out=held_out))) for _ in range(12)]
-    query = _seen("Identify the object in the picture", render(scene))
+    """Name the two large objects of a picture, among its small ones and other colors and shapes."""
+    scene = sample_scene(rng, num_objects=int(rng.integers(3, 5)), word_share=0, held_out=held_out)
+    chosen = sorted(rng.permutation(len(scene.objects))[:2].tolist())
+    for number, (index, item) in enumerate(scene.objects):
+        scene = scene.with_cell(index, replace(item, size="large" if number in chosen else "small"))
+    items = [item for _, item in scene.objects]
+    first, second = (items[number] for number in chosen)
+    small = [item for item in items if item.size == "small"]
+    positive = _pair(first, second)
+    negatives = [_pair(first, other) for other in small] + [_pair(other, second) for other in small]
+    for _ in range(6):
+        negatives.append(_pair(change_item(rng, first, held_out=held_out), second))
+        negatives.append(_pair(first, change_item(rng, second, held_out=held_out)))
+    rng.shuffle(negatives)
+    query = _seen("Identify the two large objects in the picture", render(scene))
     return Row(query, positive, _distinct(positive, negatives))
+
+
+def _pair(first: Item, second: Item) -> Side:
+    return _answer(f"{first.color} {first.shape} and {second.color} {second.shape}")
 
 
 def unseen_object(rng: Rng) -> Row:
@@ -120,28 +132,34 @@ def unseen_object(rng: Rng) -> Row:
 
 
 def sign(rng: Rng) -> Row:
-    """Name the word that is written in a picture."""
+    """Name the word that is written in a picture, its place and the background."""
     while (scene := sample_scene(rng, word_share=1)).word is None:
         pass
-    assert scene.word is not None
-    negatives = [_answer(word) for word in WORDS if word != scene.word]
-    return Row(_seen("Identify the word in the picture", render(scene)), _answer(scene.word), negatives)
+    word, place, background = scene.word, POSITIONS[scene.cells.index(scene.word)], scene.background
+    positive = _answer(f"{word} at the {place} on {background}")
+    negatives = [_answer(f"{word} at the {other} on {background}") for other in POSITIONS]
+    negatives += [_answer(f"{other} at the {place} on {background}") for other in WORDS]
+    negatives += [_answer(f"{word} at the {place} on {other}") for other in BACKGROUNDS]
+    rng.shuffle(negatives)
+    query = _seen("Identify the word in the picture, its place and the background", render(scene))
+    return Row(query, positive, _distinct(positive, negatives))
 
 
 def character(rng: Rng) -> Row:
-    """Name a rendered Latin letter or symbol by its Unicode name."""
+    """Name a rendered digit, letter or symbol by its Unicode name; half of them as a coarse scan."""
     seen = [each for each in glyphs.CHARACTERS if each not in glyphs.UNSEEN_CHARACTERS]
-    return _named_glyph(rng, seen, str(rng.choice(glyphs.TRAINING_FONTS)))
+    return _named_glyph(rng, seen, str(rng.choice(glyphs.TRAINING_FONTS)), coarse=bool(rng.random() < 0.5))
 
 
 def unseen_character(rng: Rng) -> Row:
-    """Name a digit or Greek letter, characters that no training row shows, in a face never trained on."""
+    """Name a character that no training row shows, in a face never trained on."""
     return _named_glyph(rng, list(glyphs.UNSEEN_CHARACTERS), glyphs.HELD_OUT_FONT)
 
 
-def _named_glyph(rng: Rng, characters: list[str], font: str) -> Row:
+def _named_glyph(rng: Rng, characters: list[str], font: str, *, coarse: bool = False) -> Row:
     chosen, *others = rng.permutation(characters)
-    query = _seen("Identify the character in the picture", glyphs.render_glyph(chosen, font, rng))
+    picture = glyphs.render_glyph(chosen, font, rng, coarse=coarse)
+    query = _seen("Identify the character in the picture", picture)
     negatives = [_answer(glyphs.unicode_name(other)) for other in others]
     return Row(query, _answer(glyphs.unicode_name(chosen)), negatives)
 
@@ -212,18 +230,19 @@ def edited_scene(rng: Rng) -> Row:
     return Row(query, positive, _distinct(positive, negatives))
 
 
-def same_scene(rng: Rng) -> Row:
-    """Find the picture with the same objects on another background, a form never trained on."""
-    scene = sample_scene(rng)
-    others = [name for name in BACKGROUNDS if name != scene.background]
-    again = Scene(scene.cells, str(rng.choice(others)), sample_offsets(rng))
-    positive = _picture(again)
-    negatives = []
-    for _ in range(4):
-        index, item = again.objects[rng.integers(len(again.objects))]
-        negatives.append(_picture(again.with_cell(index, change_item(rng, item))))
-    query = _seen("Find a picture that shows the same objects", render(scene))
-    return Row(query, positive, _distinct(positive, negatives))
+def objects_to_scene(rng: Rng) -> Row:
+    """Find the picture of a list of objects without sizes and places, a form never trained on."""
+    scene = sample_scene(rng, num_objects=int(rng.integers(2, 4)), word_share=0)
+    pairs = {(item.color, item.shape) for _, item in scene.objects}
+    negatives: list[Side] = []
+    while len(negatives) < 4:
+        index, item = scene.objects[rng.integers(len(scene.objects))]
+        changed = change_item(rng, item)
+        if (changed.color, changed.shape) not in pairs:
+            negatives.append(_picture(scene.with_cell(index, changed)))
+    names = " and ".join(f"a {color} {shape}" for color, shape in sorted(pairs))
+    positive = _picture(scene)
+    return Row(Side(f"Find a picture that shows {names}\n"), positive, _distinct(positive, negatives))
 
 
 def _grounded(rng: Rng, phrase: Callable[[int, Item], str]) -> Row:
@@ -263,7 +282,7 @@ WORLD_TASKS = (
     WorldTask("HandwrittenDigit", "classification", False, handwritten_digit),
     WorldTask("RelationQA", "vqa", False, relation_question),
     WorldTask("UnseenScene_t2i", "retrieval", False, unseen_caption_to_scene),
-    WorldTask("SameScene", "retrieval", False, same_scene),
+    WorldTask("Objects_t2i", "retrieval", False, objects_to_scene),
     WorldTask("PositionCrop", "grounding", False, position_crop),
 )
 """All tasks; the in-distribution ones have a training subset of the same name."""
