@@ -90,7 +90,7 @@ class ImageCost:
 
 
 def image_factor(config: Any) -> int:
-    """Pixels of a token's side where patches are merged; 1 where the processor makes its own tiles."""
+    """Pixels of a token's side where patches are merged, 1 where the processor makes tiles instead."""
     vision = config.vision_config
     merge = getattr(vision, "spatial_merge_size", None)
     return int(vision.patch_size * merge) if merge else 1

@@ -138,13 +138,14 @@ def activation_bytes(
     patches: int,
     element: int,
     checkpointing: bool,
-) -> float:
-    """Bytes that a forward pass keeps for its backward pass.
+) -> dict[str, float]:
+    """Bytes that a forward pass keeps for its backward pass, and those of a layer at work.
 
     Language model: ``rows * row_tokens * paths_per_layer`` tokens in every layer, ``layer_bytes`` each. With
     checkpointing every layer keeps its input only, and one layer at a time is as without. Vision tower: if it
     trains, per patch and layer the inputs of both norms, the attention's query, key, value and output, and
-    twice the width of its MLP; in any case two values of that width while a layer runs.
+    twice the width of its MLP. Workspace: two values of that width while a layer of the tower runs, or the
+    gradients of the three wide values in the MLP of a language layer that goes back.
 
     Args:
         backbone: what trains, and the dtype of the residual stream.
@@ -155,6 +156,9 @@ def activation_bytes(
         patches: of one image.
         element: bytes per value of the matrix products.
         checkpointing: whether layers are recomputed.
+
+    Returns:
+        ``activations`` and ``workspace of a layer``.
     """
     language, vision = language_stack(backbone), vision_stack(backbone)
     context = row_tokens + prefix_length
@@ -162,9 +166,9 @@ def activation_bytes(
     tokens = rows * row_tokens * paths_per_layer
     stream = language.hidden * backbone.dtype.itemsize
     kept = tokens * (language.layers * stream + layer if checkpointing else language.layers * layer)
-    per_patch = element * 2 * vision.intermediate
     if vision_trains(backbone):
         block = element * (6 * vision.hidden + 2 * vision.intermediate)
         stream = vision.hidden * backbone.dtype.itemsize
-        per_patch += vision.layers * stream + block if checkpointing else vision.layers * block
-    return kept + rows * patches * per_patch
+        kept += rows * patches * (vision.layers * stream + block if checkpointing else vision.layers * block)
+    tower, going_back = rows * patches * 2 * vision.intermediate, tokens * 3 * language.intermediate
+    return {"activations": kept, "workspace of a layer": element * max(tower, going_back)}

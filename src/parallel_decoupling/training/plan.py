@@ -224,7 +224,8 @@ class Plan:
         Weights: of every group, divided by the processes if FSDP2 shards it. Gathered: under FSDP2 the
         current and the next block and the language model's embedding and norm; if they train, the gradients
         of two blocks. Gradients: one value per trainable one; DDP's buckets: the same again. Optimizers: two.
-        Activations: of the most rows that are alive at once. The objective's parts: see ``training.memory``.
+        Activations: of the most rows that are alive at once. These and the objective's parts: see
+        ``training.memory``.
         """
         processes, strategy, model = self.layout.processes, self.layout.strategy, self.model
         held = {g.name: g.num_bytes / (processes if g.sharded else 1) for g in self.parameters}
@@ -249,7 +250,7 @@ class Plan:
             "gradients": gradients,
             "gradient buckets of DDP": gradients if strategy == "ddp" else 0,
             "optimizer states": 2 * gradients,
-            "activations": memory.activation_bytes(
+            **memory.activation_bytes(
                 self.backbone,
                 rows=max(self.graph_rows),
                 paths_per_layer=self.paths_per_layer,
@@ -272,7 +273,7 @@ class Plan:
         larger of both counts; otherwise their sum.
         """
         parts = dict(self.memory)
-        activations = parts.pop("activations")
+        activations = parts.pop("activations") + parts.pop("workspace of a layer")
         objective = parts.pop("contrastive terms") + parts.pop("estimator")
         together = activations + objective if self.graph_rows[0] else max(activations, objective)
         return sum(parts.values()) + together
