@@ -70,9 +70,10 @@ backbone: $(INSTALLED) ## train the shipped tiny backbone anew
 notebooks: $(INSTALLED) ## execute every notebook in place
 	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
 
-bench: $(INSTALLED) ## cost of N paths, bias and variance of the vCLUB estimator
+bench: $(INSTALLED) ## cost of N paths, bias and variance of the vCLUB estimator, start-up on MMEB's tables
 	$(BIN)/python -m benchmarks.paths
 	$(BIN)/python -m benchmarks.vclub
+	$(BIN)/python -m benchmarks.startup
 
 clean: ## remove caches and build output (keeps runs/ and .venv/)
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist

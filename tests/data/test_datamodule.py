@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,9 @@ from parallel_decoupling import distributed
 from parallel_decoupling.batch import PairBatch
 from parallel_decoupling.data.collate import EvalBatch
 from parallel_decoupling.data.datamodule import MMEBDataModule
+from parallel_decoupling.data.images import ImagePolicy
+from parallel_decoupling.data.loaders import TrainRows
+from parallel_decoupling.data.tables import cache_dir
 from tests.data.mmeb_files import eval_row, train_row, write_eval, write_train
 
 BATCH_SIZE = 8
@@ -265,6 +270,49 @@ def test_query_limit_and_processor_of_the_module(data_dir: Path, tmp_path: Path)
     trainer(tmp_path).test(toy, datamodule=data, verbose=False)
     assert toy.tested == [(0, "query", ["v0", "v2"]), (0, "candidate", ["cat", "dog", "owl"])]
     assert data.collator.image_token == "<image>"
+
+
+def test_image_options_and_the_kind_of_limit_are_passed_on(data_dir: Path) -> None:
+    data = module(data_dir, train_subsets=["A"], row_limit=8, row_limit_by="first", image_size="mid")
+    assert [data.train_data[0][row].row for row in range(8)] == list(range(8))
+    assert data.collator.images == ImagePolicy("mid")
+    budget = {"min_pixels": 9, "max_pixels": 99}
+    assert module(data_dir, None, **budget).collator.images == ImagePolicy(**budget)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="min_pixels and max_pixels have no meaning"):
+        MMEBDataModule(image_size="low", max_pixels=9)
+
+
+def test_every_option_can_be_read_back_for_the_checkpoint(data_dir: Path) -> None:
+    options: dict[str, Any] = {
+        "image_size": None,
+        "min_pixels": 4,
+        "max_pixels": 99,
+        "missing_images": "skip",
+        "row_limit": 7,
+        "row_limit_by": "first",
+        "download": True,
+        "split": "original",
+        "hard_negatives": 2,
+    }
+    data = MMEBDataModule(str(data_dir), **options)
+    assert {name: getattr(data, name) for name in options} == options
+    names = inspect.signature(MMEBDataModule).parameters
+    assert [name for name in names if not hasattr(data, name)] == []
+
+
+def test_a_spawned_worker_gets_the_same_rows(data_dir: Path) -> None:
+    rows = TrainRows(module(data_dir).train_data)
+    again = pickle.loads(pickle.dumps(rows))
+    assert [again[0, row] for row in range(25)] == [rows[0, row] for row in range(25)]
+
+
+def test_preparing_makes_the_mapped_tables_of_the_stage(data_dir: Path, tmp_path: Path) -> None:
+    tables = cache_dir() / "tables"
+    data = module(data_dir, None, train_subsets=["A"], eval_tasks=["GQA"])
+    data.prepare_data()
+    assert len(list(tables.glob("*.arrow"))) == 1, "without a trainer: evaluation tasks"
+    trainer(tmp_path, enable_checkpointing=False, max_epochs=1).fit(Toy(), datamodule=data)
+    assert len(list(tables.glob("*.arrow"))) == 2
 
 
 @pytest.mark.parametrize(

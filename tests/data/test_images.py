@@ -156,6 +156,7 @@ def test_a_budget_bounds_the_pixels_and_keeps_the_aspect_ratio() -> None:
         assert abs(np.log(resized.width / resized.height * height / width)) < 0.5
     assert policy(Image.new("RGB", (20, 5))).size == (56, 56)  # VLM2Vec's rule for sides below 28
     assert policy(Image.new("RGB", (27, 900))).size == (56, 56)
+    assert ImagePolicy(max_pixels=9999, factor=28)(Image.new("RGB", (20, 40))).size == (56, 56)
     fitting = Image.new("RGB", (56, 84))
     assert policy(fitting) is fitting
 

@@ -124,6 +124,9 @@ class MMEBDataModule(LightningDataModule):
         self.hard_negatives = hard_negatives
         self.seed = seed
         self.row_limit_by: LimitBy = row_limit_by
+        self.image_size = image_size
+        self.min_pixels = min_pixels
+        self.max_pixels = max_pixels
         self.images = ImagePolicy(image_size, min_pixels, max_pixels)
         self.missing_images: MissingImages = missing_images
         self.download = download
