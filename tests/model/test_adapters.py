@@ -149,7 +149,7 @@ def test_frozen_keeps_the_adapter_as_it_is(qwen: str, published: Path) -> None:
     frozen = load_backbone(qwen, adapter=AdapterConfig(kind="frozen"), initial_adapter=str(published))
     trains = load_backbone(qwen, adapter=AdapterConfig(kind="dora"), initial_adapter=str(published))
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
-    assert frozen.adapter.kind == "frozen"
+    assert (frozen.adapter.kind, frozen.adapter.dropout, trains.adapter.dropout) == ("frozen", 0.0, 0.1)
     for own, other in zip(frozen.parameters(), trains.parameters(), strict=True):
         assert torch.equal(own, other)
 

@@ -145,6 +145,8 @@ def _read_config(source: str, adapter: AdapterConfig) -> Any:
             "backbone's own weights; convert it to a plain LoRA adapter first"
         )
     config.inference_mode = False
+    if adapter.kind == "frozen":
+        config.lora_dropout = 0.0  # what does not train needs no noise
     config.init_lora_weights = True
     return config
 

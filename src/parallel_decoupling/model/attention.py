@@ -1,8 +1,8 @@
 """Attention with a prefix: extra keys and values in front of the real ones, for N paths in one pass.
 
-Here: the attention functions registered with transformers, the states that they read
-(:class:`PrefixStates`) and the hooks that repeat a batch once per path. Elsewhere: the prefix parameters
-(``prefixes``), loading a backbone and choosing the attention function (``backbone``).
+Here: the attention functions registered with transformers and the states that they read
+(:class:`PrefixStates`). Elsewhere: the prefix parameters (``prefixes``), repeating a batch once per path
+(``paths``), loading a backbone and choosing the attention function (``backbone``).
 
 Rows of a repeated batch are path-major: row ``n * B + b`` is path ``n`` of sample ``b``.
 Shapes as in ``batch``; ``R = N * B`` rows.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -206,58 +205,3 @@ def register_prefix_attention(base: str = "sdpa") -> str:
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, mask_function)
     return name
-
-
-def _repeat(value: Any, batch_size: int, num_paths: int) -> Any:
-    """Repeat each tensor with ``batch_size`` rows, also inside a tuple; leave all else alone."""
-    if isinstance(value, tuple):
-        return tuple(_repeat(item, batch_size, num_paths) for item in value)
-    if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != batch_size:
-        return value
-    return value.repeat(num_paths, *(1 for _ in value.shape[1:]))
-
-
-def language_model_hook(
-    states: PrefixStates, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward pre-hook on the language model: hand down ``states`` to every decoder layer."""
-    return args, {**kwargs, "prefix_states": states}
-
-
-def decoder_layer_hook(
-    layer_index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Forward pre-hook on a decoder layer: at the first prefixed layer, go from B to N * B rows.
-
-    The layer at ``first_layer`` repeats the hidden states; it and all above repeat the mask and position
-    embeddings, which the language model computed for ``B`` rows. Without ``prefix_states`` it does nothing.
-    """
-    states: PrefixStates | None = kwargs.get("prefix_states")
-    if states is None or states.num_paths == 1 or layer_index < states.first_layer:
-        return None
-    hidden, *rest = args
-    if layer_index == states.first_layer:
-        batch_size = hidden.shape[0]
-        hidden = _repeat(hidden, batch_size, states.num_paths)
-    else:
-        batch_size = hidden.shape[0] // states.num_paths
-    repeated = {}
-    for name, value in kwargs.items():
-        make = partial(_repeat, value, batch_size, states.num_paths)
-        repeated[name] = states.once("repeat", value, make) if isinstance(value, Tensor | tuple) else value
-    return (hidden, *rest), repeated
-
-
-def deepstack(
-    process: Callable[[Tensor, Tensor, Tensor], Tensor], hidden: Tensor, mask: Tensor, visual: Tensor
-) -> Tensor:
-    """Add image features between decoder layers (Qwen3-VL) to the rows of every path.
-
-    Args:
-        process: the language model's own method, which adds ``visual`` to ``hidden`` where ``mask`` is set.
-        hidden: ``[B or N * B, L, D]``, path-major.
-        mask: ``[B, L]``, True at image tokens.
-        visual: ``[image tokens of the B rows, D]``.
-    """
-    num_paths = hidden.shape[0] // mask.shape[0]
-    return process(hidden, mask.repeat(num_paths, 1), visual.repeat(num_paths, 1))

@@ -18,15 +18,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from parallel_decoupling.model.adapters import AdapterConfig, add_adapters, load_adapter, reset_adapters
-from parallel_decoupling.model.attention import (
-    PrefixStates,
-    decoder_layer_hook,
-    deepstack,
-    language_model_hook,
-    register_prefix_attention,
-)
+from parallel_decoupling.model.attention import PrefixStates, register_prefix_attention
 from parallel_decoupling.model.families import Family
 from parallel_decoupling.model.geometries import GEOMETRIES
+from parallel_decoupling.model.paths import decoder_layer_hook, deepstack, language_model_hook
 from parallel_decoupling.model.sources import (
     TINY_BACKBONE_DIR,
     Attention,

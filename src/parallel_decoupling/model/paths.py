@@ -1,0 +1,70 @@
+"""From B rows to N * B: what makes one forward call of a language model run N paths.
+
+Here: the hooks that hand the prefixes down and repeat the batch once per path, path-major. Elsewhere: the
+attention that reads the prefixes (``attention``), setting the hooks (``backbone``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from parallel_decoupling.model.attention import PrefixStates
+
+
+def _repeat(value: Any, batch_size: int, num_paths: int) -> Any:
+    """Repeat each tensor with ``batch_size`` rows, also inside a tuple; leave all else alone."""
+    if isinstance(value, tuple):
+        return tuple(_repeat(item, batch_size, num_paths) for item in value)
+    if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != batch_size:
+        return value
+    return value.repeat(num_paths, *(1 for _ in value.shape[1:]))
+
+
+def language_model_hook(
+    states: PrefixStates, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Forward pre-hook on the language model: hand down ``states`` to every decoder layer."""
+    return args, {**kwargs, "prefix_states": states}
+
+
+def decoder_layer_hook(
+    layer_index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Forward pre-hook on a decoder layer: at the first prefixed layer, go from B to N * B rows.
+
+    The layer at ``first_layer`` repeats the hidden states; it and all above repeat the mask and position
+    embeddings, which the language model computed for ``B`` rows. Without ``prefix_states`` it does nothing.
+    """
+    states: PrefixStates | None = kwargs.get("prefix_states")
+    if states is None or states.num_paths == 1 or layer_index < states.first_layer:
+        return None
+    hidden, *rest = args
+    if layer_index == states.first_layer:
+        batch_size = hidden.shape[0]
+        hidden = _repeat(hidden, batch_size, states.num_paths)
+    else:
+        batch_size = hidden.shape[0] // states.num_paths
+    repeated = {}
+    for name, value in kwargs.items():
+        make = partial(_repeat, value, batch_size, states.num_paths)
+        repeated[name] = states.once("repeat", value, make) if isinstance(value, Tensor | tuple) else value
+    return (hidden, *rest), repeated
+
+
+def deepstack(
+    process: Callable[[Tensor, Tensor, Tensor], Tensor], hidden: Tensor, mask: Tensor, visual: Tensor
+) -> Tensor:
+    """Add image features between decoder layers (Qwen3-VL) to the rows of every path.
+
+    Args:
+        process: the language model's own method, which adds ``visual`` to ``hidden`` where ``mask`` is set.
+        hidden: ``[B or N * B, L, D]``, path-major.
+        mask: ``[B, L]``, True at image tokens.
+        visual: ``[image tokens of the B rows, D]``.
+    """
+    num_paths = hidden.shape[0] // mask.shape[0]
+    return process(hidden, mask.repeat(num_paths, 1), visual.repeat(num_paths, 1))
