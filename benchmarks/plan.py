@@ -93,7 +93,7 @@ class Measure(Callback):
         return max(accumulate(changes))
 
     def _activations(self, trainer: Trainer, module: Any, batch: PairBatch) -> int:
-        rows = batch.query.rows(0, CHUNK)
+        rows = batch.query.select(range(CHUNK))
         with trainer.precision_plugin.forward_context():
             return saved_bytes(lambda: module.encoder(rows), module.parameters())
 
