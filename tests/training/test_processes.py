@@ -70,10 +70,12 @@ def train(
     chunk_size: int | None = None,
     resume: Path | None = None,
     accumulate: int = 1,
+    checkpointing: bool = False,
 ) -> None:
     """Four batches; what happened on each rank is in ``<rank>.pt``, a checkpoint in ``3.ckpt``."""
     settings = {**SETTINGS, "optimizer": {**SETTINGS["optimizer"], "accumulate_batches": accumulate}}
     settings |= {"query_chunk_size": chunk_size, "candidate_chunk_size": chunk_size}
+    settings["gradient_checkpointing"] = checkpointing
     module = Recording(backbone=backbone, adapter=adapter, **settings)  # type: ignore[arg-type]
     module.gradients, module.with_image, module.sharded = [], [], set()
     recorder = Recorder()
@@ -172,7 +174,7 @@ def test_other_families_train_sharded_like_in_one_process(
     (tmp_path / "one").mkdir()
     train(tmp_path / "one", *args)
     (one,) = results(tmp_path / "one")
-    for result in two(tmp_path / "two", *args, strategy="fsdp2", chunk_size=3):
+    for result in two(tmp_path / "two", *args, strategy="fsdp2", chunk_size=3, checkpointing=True):
         assert_close(result, one)
 
 
