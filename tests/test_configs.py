@@ -1,18 +1,22 @@
-"""Every shipped config file parses and builds its trainer, model and data."""
+"""Every shipped config file parses and builds trainer, model and data; every row of the docs plans."""
 
 from __future__ import annotations
 
 import logging
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from parallel_decoupling.data.datamodule import MMEBDataModule
-from parallel_decoupling.lightning_cli import RunCLI
+from parallel_decoupling.lightning_cli import PlanCLI, RunCLI
 from parallel_decoupling.training.embedder import PDFEmbedder
+from parallel_decoupling.training.plan import Plan
 
-CONFIG_DIR = Path(__file__).parent.parent / "lightning_configs"
+PROJECT_DIR = Path(__file__).parent.parent
+CONFIG_DIR = PROJECT_DIR / "lightning_configs"
 CONFIG_FILES = sorted(CONFIG_DIR.glob("*.yaml"))
 
 
@@ -80,3 +84,89 @@ def test_unknown_key_in_a_config_is_refused(
         BuiltCLI(["fit", "--config", str(config_file), *on_this_machine])
     assert stop.value.code == 2
     assert "num_branches" in capsys.readouterr().err
+
+
+REPRODUCE = (PROJECT_DIR / "docs" / "reproduce.md").read_text(encoding="utf-8")
+COMMANDS = {
+    line.rsplit("runs/", 1)[-1]: shlex.split(line)[2:]
+    for line in REPRODUCE.splitlines()
+    if line.startswith("lightning fit ")
+}
+
+
+def table_rows() -> dict[str, list[str]]:
+    lines = [line for line in REPRODUCE.splitlines() if line.startswith("| `") and line.count("|") == 11]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    return {row[0].strip("`"): row for row in cells}
+
+
+def in_project(arguments: list[str]) -> list[str]:
+    return [str(PROJECT_DIR / a) if a.startswith("lightning_configs/") else a for a in arguments]
+
+
+class PlannedCLI(PlanCLI):
+    """Keeps the plan instead of printing it."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        config = self.config[subcommand].as_dict()
+        self.plan = Plan(config["model"], config["data"], config["trainer"])
+
+
+def test_every_row_has_a_command_and_every_layered_file_a_use() -> None:
+    assert len(COMMANDS) == 13
+    assert COMMANDS.keys() == table_rows().keys()
+    docs = REPRODUCE + (PROJECT_DIR / "docs" / "layouts.md").read_text(encoding="utf-8")
+    files = [str(file.relative_to(CONFIG_DIR)) for file in CONFIG_DIR.glob("*/*.yaml")]
+    assert files
+    assert [file for file in files if file not in docs] == []
+    options = [
+        word for command in COMMANDS.values() for word in command if word.startswith("lightning_configs/")
+    ]
+    assert all((PROJECT_DIR / option).is_file() for option in options)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_row_instantiates_with_a_small_backbone_and_plans_as_documented(
+    name: str, on_this_machine: list[str]
+) -> None:
+    arguments = ["fit", *in_project(COMMANDS[name])]
+    built: Any = BuiltCLI([*arguments, *on_this_machine])
+    assert built.built == "fit"
+    assert built.model.encoder.num_paths == (4 if name.startswith("pdf") else 1)
+    plan = PlannedCLI(arguments).plan
+    assert plan.fits
+    assert plan.steps is not None
+    hours = plan.steps * plan.seconds / 3600
+    processes = plan.layout.processes
+    row = table_rows()[name]
+    assert row[2:8] == [
+        str(processes),
+        f"{plan.peak / 2**30:.0f}",
+        f"{hours:.1f}",
+        f"{hours * processes:.0f}",
+        f"{plan.tokens * plan.paths_per_layer * plan.steps / 1e9:.1f}",
+        f"{plan.steps * plan.queries / 1e6:.1f} M",
+    ]
+
+
+def test_single_path_and_pdf_rows_differ_in_the_paths_only() -> None:
+    for name, arguments in COMMANDS.items():
+        other = name.replace("pdf_", "single_path_")
+        if name.startswith("pdf_") and other in COMMANDS:
+            changed = [
+                word.replace("paths/pdf", "paths/single_path").replace(name, other) for word in arguments
+            ]
+            assert changed == COMMANDS[other]
+
+
+@pytest.mark.parametrize("layout", ["single", "ddp", "fsdp2"])
+def test_a_layout_changes_nothing_that_is_trained(layout: str) -> None:
+    command = in_project(COMMANDS["pdf_qwen2_vl_2b"])
+    plans = []
+    for name in ("ddp", layout):
+        changed = [word.replace("layout/ddp", f"layout/{name}") for word in command]
+        plans.append(PlannedCLI(["fit", *changed]).plan)
+    assert plans[1].layout.strategy == layout
+    assert plans[0].model == plans[1].model
+    assert plans[0].data == plans[1].data
+    assert plans[0].tokens == plans[1].tokens

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from parallel_decoupling.distributed import rank, whole
 from parallel_decoupling.training.embedder import PDFEmbedder
+from tests.support.families import save_tiny_family
 from tests.support.fit import Recorder, make_trainer, small_data, small_embedder
 from tests.support.processes import run_ranks
 
@@ -69,10 +70,12 @@ def train(
     chunk_size: int | None = None,
     resume: Path | None = None,
     accumulate: int = 1,
+    checkpointing: bool = False,
 ) -> None:
     """Four batches; what happened on each rank is in ``<rank>.pt``, a checkpoint in ``3.ckpt``."""
     settings = {**SETTINGS, "optimizer": {**SETTINGS["optimizer"], "accumulate_batches": accumulate}}
     settings |= {"query_chunk_size": chunk_size, "candidate_chunk_size": chunk_size}
+    settings["gradient_checkpointing"] = checkpointing
     module = Recording(backbone=backbone, adapter=adapter, **settings)  # type: ignore[arg-type]
     module.gradients, module.with_image, module.sharded = [], [], set()
     recorder = Recorder()
@@ -161,6 +164,18 @@ def test_two_processes_train_like_one_and_resume_each_others_checkpoints(
         for result in two(tmp_path / f"from_{resume.parent.name}", *args, strategy=other, resume=resume):
             assert_close(result, one)
             assert len(result["values"]) == 1
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "llava_next_mistral"])
+def test_other_families_train_sharded_like_in_one_process(
+    family: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    args = (save_tiny_family(family, tmp_path / "backbone"), tiny_mmeb_dir, {"kind": "dora", "scope": "both"})
+    (tmp_path / "one").mkdir()
+    train(tmp_path / "one", *args)
+    (one,) = results(tmp_path / "one")
+    for result in two(tmp_path / "two", *args, strategy="fsdp2", chunk_size=3, checkpointing=True):
+        assert_close(result, one)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])

@@ -36,13 +36,22 @@ class Stack:
     intermediate: int
     matrix_weights: int
 
-    def forward_flops(self, tokens: float, context: float) -> float:
-        """Floating-point operations of a forward pass: two per weight and token, and the attention's.
+    def flops(self, tokens: float, context: float, *, forward: int, backward: int) -> float:
+        """Floating-point operations of passing ``tokens`` through all layers, forth and back.
 
-        ``tokens * (2 * matrix_weights + 4 * layers * attention * context)``, where every token meets
-        ``context`` keys (its row's, prefix included: a mask does not spare work).
+        Per token ``2 * matrix_weights`` for each pass, forth or back, and for each forward pass
+        ``4 * layers * attention * context``, twice that for the way back. A token meets ``context`` keys, its
+        row's and the prefix: a mask does not spare work.
+
+        Args:
+            tokens: of all rows.
+            context: keys per token.
+            forward: how many forward passes, recomputed ones among them.
+            backward: 0 without, 1 for the gradient of the inputs, 2 also for that of the weights.
         """
-        return tokens * (2 * self.matrix_weights + 4 * self.layers * self.attention * context)
+        weights = 2 * self.matrix_weights * (forward + backward)
+        attention = 4 * self.layers * self.attention * context * (forward + (2 if backward else 0))
+        return tokens * (weights + attention)
 
 
 def language_stack(backbone: Backbone) -> Stack:
@@ -168,10 +177,9 @@ def step_flops(
 ) -> float:
     """Floating-point operations of encoding one batch and back, over all processes.
 
-    A forward pass counts once for itself, once more under GradCache and once more under checkpointing. The
-    backward pass counts once for the gradient of the inputs, and once for that of the weights if all of them
-    train (those of adapters are little). A vision tower without trainable weights has no backward pass and is
-    not recomputed.
+    A forward pass counts once for itself, once more under GradCache and once more under checkpointing.
+    Weights that do not train have no gradient of their own, and adapters' are little. A vision tower without
+    trainable weights has no backward pass and is not recomputed.
 
     Args:
         backbone: what trains.
@@ -185,10 +193,11 @@ def step_flops(
         checkpointing: whether layers are recomputed.
     """
     language, vision = language_stack(backbone), vision_stack(backbone)
-    long = text_tokens + image.tokens
-    forward = images * language.forward_flops(long, long + prefix_length)
-    forward += (rows - images) * language.forward_flops(text_tokens, text_tokens + prefix_length)
-    see = images * vision.forward_flops(image.patches, image.context)
-    backward = 2 if backbone.adapter.kind == "full" else 1
-    total = forward * paths_per_layer * (1 + replayed + checkpointing + backward)
-    return total + see * (1 + replayed + ((checkpointing + backward) if vision_trains(backbone) else 0))
+    backward, long = 2 if backbone.adapter.kind == "full" else 1, text_tokens + image.tokens
+    passes: dict[str, int] = {"forward": 1 + replayed + checkpointing, "backward": backward}
+    total = paths_per_layer * images * language.flops(long, long + prefix_length, **passes)
+    short = language.flops(text_tokens, text_tokens + prefix_length, **passes)
+    total += paths_per_layer * (rows - images) * short
+    if not vision_trains(backbone):
+        passes = {"forward": 1 + replayed, "backward": 0}
+    return total + images * vision.flops(image.patches, image.context, **passes)

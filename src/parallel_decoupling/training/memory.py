@@ -116,7 +116,7 @@ def objective_bytes(
             torch.zeros(queries, num_paths, embed_dim, requires_grad=True),
             torch.zeros(candidates, num_paths, embed_dim, requires_grad=True),
             torch.zeros(candidates, dtype=torch.int64),
-            lambda paths: paths.flatten(1)[:, :aggregate_dim],
+            lambda paths: paths.flatten(1)[:, :aggregate_dim].clone(),
         )
         contrastive = saved_bytes(
             lambda: contrastive_terms(pairs, torch.ones(()), symmetric=False, with_aggregate=True)

@@ -134,9 +134,9 @@ def shard_backbone(backbone: Backbone, mesh: DeviceMesh) -> None:
     kept_whole = {
         p for p in backbone.base.parameters() if p not in inside or (trains_whole and p.requires_grad)
     }
-    for block in sharded_blocks(backbone):
-        fully_shard(block, mesh=mesh, ignored_params=kept_whole)
-    fully_shard(backbone.base, mesh=mesh, ignored_params=kept_whole)
+    # The weights that a module shows between two calls are always the sharded ones, also after an evaluation.
+    for module in (*sharded_blocks(backbone), backbone.base):
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=kept_whole)
     backbone.language_model.register_forward_pre_hook(_same_graph_everywhere, with_kwargs=True)
 
 

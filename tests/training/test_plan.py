@@ -1,0 +1,278 @@
+"""The plan against what really exists: parameters, tensors that autograd keeps, operations, processors."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoProcessor
+
+from parallel_decoupling.cli import main
+from parallel_decoupling.data.datamodule import MMEBDataModule
+from parallel_decoupling.model.backbone import AdapterConfig, load_backbone, meta_backbone
+from parallel_decoupling.model.encoder import ParallelEncoder
+from parallel_decoupling.objective.mutual_information import MutualInformation
+from parallel_decoupling.training import arithmetic, memory
+from parallel_decoupling.training.embedder import PDFEmbedder, frozen
+from parallel_decoupling.training.optimization import MIConfig
+from parallel_decoupling.training.plan import Layout, Plan
+from parallel_decoupling.training.terms import contrastive_terms, gather_pairs, mutual_information_terms
+from tests.support.families import save_tiny_family
+from tests.support.tiny import noise_image, save_tiny_backbone, tiny_inputs
+
+GIB = 2**30
+
+
+def defaults(kind: type) -> dict[str, Any]:
+    return {name: parameter.default for name, parameter in inspect.signature(kind).parameters.items()}
+
+
+def make_plan(
+    model: dict[str, Any], data: dict[str, Any] | None = None, gpu_memory_gib: float = 80.0, **trainer: Any
+) -> Plan:
+    """A plan of settings that differ from the defaults; dictionaries of ``trainer`` win over one process."""
+    one = {"devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "bf16-mixed", "max_steps": 10}
+    return Plan(
+        defaults(PDFEmbedder) | model,
+        defaults(MMEBDataModule) | (data or {}),
+        {**one, **trainer},
+        gpu_memory_gib,
+    )
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "llava_next_mistral"])
+@pytest.mark.parametrize("size", [(16, 16), (32, 32), (48, 32), (40, 64), (90, 30)])
+def test_image_tokens_are_the_processors(tmp_path: Path, family: str, size: tuple[int, int]) -> None:
+    folder = save_tiny_family(family, tmp_path)
+    backbone = meta_backbone(folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    token = backbone.image_token
+    data = processor(text=[token], images=[Image.new("RGB", size)], return_tensors="pt")
+    cost = arithmetic.image_cost(backbone.config, size[1], size[0])
+    assert cost.tokens == int((data["input_ids"] == processor.tokenizer.convert_tokens_to_ids(token)).sum())
+    if arithmetic.image_factor(backbone.config) > 1:
+        assert cost.patches == data["pixel_values"].shape[0]
+    else:
+        assert cost.patches == data["pixel_values"].shape[1] * cost.context
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"num_paths": 3, "prefix_length": 5, "prefix_layers": 1, "aggregation": "learned"},
+        {"adapter": {"kind": "dora", "scope": "both"}, "learn_temperature": True, "mi": {"kind": "hsic"}},
+        {"adapter": {"kind": "full"}, "dtype": "bfloat16"},
+        {"num_paths": 1, "prefix_length": 0, "mi_weight": 0.0, "aggregate_weight": 0.0},
+    ],
+)
+def test_parameters_and_their_memory_are_the_embedders(model: dict[str, Any], tiny_backbone_dir: str) -> None:
+    model = {"backbone": tiny_backbone_dir, "prefix_init": "random", **model}
+    plan, module = make_plan(model), PDFEmbedder(**model)
+    language = {id(p) for p in module.encoder.backbone.language_model.parameters()}
+    base = list(module.encoder.backbone.base.parameters())
+    expected = {
+        "frozen": sum(p.numel() for p in module.parameters() if not p.requires_grad),
+        "language model": sum(p.numel() for p in base if p.requires_grad and id(p) in language),
+        "vision tower and projector": sum(
+            p.numel() for p in base if p.requires_grad and id(p) not in language
+        ),
+        "prefixes": sum(p.numel() for p in module.encoder.prefix_parameters()),
+        "aggregation": sum(p.numel() for p in module.encoder.aggregation_parameters()),
+        "temperature": 0 if module.log_temperature is None else 1,
+        "estimator": sum(p.numel() for p in module.mutual_information.parameters()),
+    }
+    found = dict.fromkeys(expected, 0)
+    for group in plan.parameters:
+        found[group.name.split(", ")[0] if group.trains else "frozen"] += group.count
+    assert found == expected
+    assert plan.memory["weights"] == sum(p.numel() * p.itemsize for p in module.parameters())
+    trained = sum(p.numel() * p.itemsize for p in module.parameters() if p.requires_grad)
+    assert plan.memory["gradients"] == trained
+    assert plan.memory["optimizer states"] == 2 * trained
+
+
+@pytest.mark.parametrize("kind", ["frozen", "lora", "dora", "full"])
+@pytest.mark.parametrize("low_precision", [False, True])
+def test_a_layers_activations_are_those_that_autograd_keeps(
+    tmp_path: Path, kind: Any, low_precision: bool
+) -> None:
+    sizes, rows = [], 6
+    for num_layers in (1, 2):
+        folder = save_tiny_backbone(tmp_path / str(num_layers), num_layers=num_layers)
+        options: dict[str, Any] = {"dtype": "bfloat16" if low_precision else "float32"}
+        backbone = load_backbone(folder, adapter=AdapterConfig(kind=kind, rank=2), **options)
+        encoder = ParallelEncoder(backbone, num_paths=2, prefix_length=3)
+        text = "<|image_pad|>\n" + "describe the shapes the colors the positions " * 30
+        inputs = tiny_inputs(backbone.processor, [(text, [noise_image(64, 64)])] * rows)
+        with torch.autocast("cpu", torch.bfloat16, enabled=low_precision):
+            sizes.append(memory.saved_bytes(lambda: encoder(inputs), encoder.parameters()))  # noqa: B023
+    length = inputs.tokens["input_ids"].shape[1]
+    per_token = (sizes[1] - sizes[0]) / (2 * rows * length)
+    element = 2 if low_precision else 4
+    context = (length + 3) / (2 * rows)  # without padding the mask is one for all rows
+    planned = memory.layer_bytes(
+        backbone, element=element, context=context, keys_per_token=(length + 3) / length
+    )
+    assert planned == pytest.approx(per_token, rel=0.06)
+
+
+@pytest.mark.parametrize("kind", ["vclub", "club_sample", "l1out", "hsic", "crosscov", "none"])
+def test_the_objectives_bytes_are_those_that_autograd_keeps(kind: Any) -> None:
+    estimator = MutualInformation(kind, num_paths=3, embed_dim=16, hidden_size=8)
+    planned = memory.objective_bytes(
+        3, 16, MIConfig(kind=kind, hidden_size=8), queries=12, candidates=24, aggregate_dim=16
+    )
+    pairs = gather_pairs(
+        torch.randn(12, 3, 16, requires_grad=True),
+        torch.randn(24, 3, 16, requires_grad=True),
+        torch.arange(24),
+        lambda paths: paths.mean(1),
+    )
+    temperature = torch.ones(())
+    real = memory.saved_bytes(
+        lambda: contrastive_terms(pairs, temperature, symmetric=False, with_aggregate=True)
+    )
+    assert planned["contrastive"] == real
+    with frozen(estimator):
+        term = memory.saved_bytes(lambda: mutual_information_terms(estimator, pairs))
+    assert planned["estimator"] >= term
+    assert planned["embeddings"] == 2 * 4 * (12 + 24) * (3 * 16 + 16)
+
+
+@pytest.mark.parametrize(("kind", "checkpointing"), [("lora", False), ("lora", True), ("full", False)])
+def test_operations_are_those_that_torch_counts(tmp_path: Path, kind: Any, checkpointing: bool) -> None:
+    folder = save_tiny_backbone(tmp_path, num_layers=4)
+    options: dict[str, Any] = {"attention": "eager", "gradient_checkpointing": checkpointing}
+    backbone = load_backbone(folder, adapter=AdapterConfig(kind=kind, rank=1), **options)
+    encoder = ParallelEncoder(backbone, num_paths=2, prefix_length=2)
+    text = "<|image_pad|>\n" + "describe the shapes the colors the positions " * 10
+    inputs = tiny_inputs(backbone.processor, [(text, [noise_image(64, 64)])] * 2)
+    with FlopCounterMode(display=False) as counter:
+        encoder(inputs).sum().backward()
+    image = arithmetic.image_cost(backbone.config, 64, 64)
+    planned = arithmetic.step_flops(
+        backbone,
+        rows=2,
+        images=2,
+        text_tokens=inputs.tokens["input_ids"].shape[1] - image.tokens,
+        image=image,
+        paths_per_layer=2,
+        prefix_length=2,
+        replayed=False,
+        checkpointing=checkpointing,
+    )
+    assert planned == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+def test_grad_cache_and_paths_cost_what_they_say(tiny_backbone_dir: str) -> None:
+    def flops(**model: Any) -> float:
+        return make_plan({"backbone": tiny_backbone_dir, **model}, {"batch_size": 16}).flops
+
+    chunks = {"query_chunk_size": 2, "candidate_chunk_size": 2}
+    assert flops(**chunks) > flops()
+    vision = 2 * flops(num_paths=2) - flops(num_paths=4)
+    assert 0 < vision < flops(num_paths=2)  # the tower runs once for all paths
+    half = (flops(num_paths=4) - vision) * (0.5 / 4 + 0.5) + vision
+    assert flops(num_paths=4, prefix_layers=1) == pytest.approx(half, rel=1e-3)
+    twice = make_plan(
+        {"backbone": tiny_backbone_dir, "optimizer": {"accumulate_batches": 2}}, {"batch_size": 16}
+    )
+    assert twice.flops == 2 * flops()
+
+
+def test_memory_follows_the_layout(tiny_backbone_dir: str) -> None:
+    model = {"backbone": tiny_backbone_dir, "adapter": {"kind": "full"}}
+    data = {"batch_size": 64}
+    one = make_plan(model, data)
+    ddp = make_plan(model, data, devices=2, num_nodes=2, strategy="ddp")
+    fsdp2 = make_plan(model, data, devices=4, strategy="fsdp2")
+    assert [plan.layout.processes for plan in (one, ddp, fsdp2)] == [1, 4, 4]
+    assert one.memory["gradient buckets of DDP"] == one.memory["weights gathered by FSDP2"] == 0
+    assert ddp.memory["weights"] == one.memory["weights"]
+    assert ddp.memory["gradient buckets of DDP"] == ddp.memory["gradients"]
+    (language,) = (group.num_bytes for group in one.parameters if group.name == "language model")
+    assert fsdp2.memory["weights"] == one.memory["weights"] - language * 3 / 4
+    assert fsdp2.memory["optimizer states"] == one.memory["optimizer states"] - 2 * language * 3 / 4
+    assert one.memory["activations"] == pytest.approx(4 * ddp.memory["activations"])
+    for part in ("gathered embeddings", "contrastive terms", "estimator"):
+        assert ddp.memory[part] == one.memory[part] > 0
+
+
+def test_the_worst_moment_and_whether_it_fits(tiny_backbone_dir: str) -> None:
+    chunks = {"query_chunk_size": 4, "candidate_chunk_size": 8}
+    chunked = make_plan({"backbone": tiny_backbone_dir, **chunks}, {"batch_size": 32, "hard_negatives": 1})
+    direct = make_plan({"backbone": tiny_backbone_dir}, {"batch_size": 32, "hard_negatives": 1})
+    assert chunked.graph_rows == (0, 8)
+    assert direct.graph_rows == (32 + 64, 0)
+    assert direct.memory["activations"] == pytest.approx(12 * chunked.memory["activations"])
+    assert direct.peak == pytest.approx(sum(direct.memory.values()))
+    assert chunked.peak < sum(chunked.memory.values())
+    exact = make_plan(
+        {"backbone": tiny_backbone_dir}, {"batch_size": 32, "hard_negatives": 1}, direct.peak / GIB
+    )
+    assert direct.fits
+    assert not exact.fits
+
+
+@pytest.mark.parametrize(
+    ("trainer", "layout"),
+    [
+        ({"devices": 1, "num_nodes": 1, "strategy": "auto"}, Layout(1, 1, "single")),
+        ({"devices": "8", "num_nodes": 2, "strategy": "auto"}, Layout(8, 2, "ddp")),
+        ({"devices": [0, 3], "num_nodes": 1, "strategy": "ddp_spawn"}, Layout(2, 1, "ddp")),
+        ({"devices": "0,1,2", "num_nodes": 1, "strategy": "fsdp2"}, Layout(3, 1, "fsdp2")),
+        (
+            {
+                "devices": 2,
+                "num_nodes": 1,
+                "strategy": {"class_path": "lightning.pytorch.strategies.DDPStrategy"},
+            },
+            Layout(2, 1, "ddp"),
+        ),
+        (
+            {"devices": 2, "num_nodes": 1, "strategy": {"class_path": "parallel_decoupling.FSDP2Strategy"}},
+            Layout(2, 1, "fsdp2"),
+        ),
+    ],
+)
+def test_layout_is_read_from_the_trainers_settings(trainer: dict[str, Any], layout: Layout) -> None:
+    assert Layout.from_trainer(trainer) == layout
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda name: make_plan({"backbone": name}, devices=2, strategy="fsdp"), "strategy=fsdp"),
+        (lambda name: make_plan({"backbone": name}, {"batch_size": 10}, devices=4), "multiple of the 4"),
+        (lambda name: make_plan({"backbone": name, "num_paths": 0}), "num_paths"),
+        (lambda name: make_plan({"backbone": name + "/nothing"}), "does not exist"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(
+    tiny_backbone_dir: str, make: Callable[[str], Plan], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(tiny_backbone_dir)
+
+
+def test_command_prints_a_plan_without_loading_anything(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
+        raise AssertionError("a weight was loaded")
+
+    monkeypatch.setattr("parallel_decoupling.training.embedder.load_backbone", refuse)
+    options = ["--model.backbone", "Qwen/Qwen2-VL-2B-Instruct", "--model.dtype", "bfloat16"]
+    options += ["--trainer.devices", "8", "--trainer.max_steps", "100", "--data.batch_size", "512"]
+    main(["plan", *options, "--gpu_memory_gib", "24"])
+    text = capsys.readouterr().out
+    assert "1,543,714,304" in text
+    assert "GPU of 24 GiB" in text
+    assert "512 pairs, 64 per process" in text
+    assert "gradient_checkpointing=true" in text  # the advice
