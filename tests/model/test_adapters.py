@@ -18,11 +18,10 @@ from transformers import AutoModelForImageTextToText
 
 from parallel_decoupling.batch import EncoderInputs
 from parallel_decoupling.data.collate import Collator
-from parallel_decoupling.data.prompts import prompt
 from parallel_decoupling.model.backbone import AdapterConfig, Backbone, load_backbone, meta_backbone
 from parallel_decoupling.model.checkpoint import load_trainable_state, trainable_state
 from parallel_decoupling.model.encoder import ParallelEncoder
-from tests.support.families import save_tiny_family
+from tests.support.families import raw_input, save_tiny_family
 from tests.support.tiny import noise_image
 
 # VLM2Vec's targets: of these, LLaVA's CLIP tower has q, k, v and out_proj, Qwen2-VL's tower none
@@ -76,7 +75,7 @@ def edit_config(folder: Path, **values: Any) -> None:
 
 
 def collate(backbone: Backbone) -> EncoderInputs:
-    rows = [prompt("read the word"), prompt("what colour?", noise_image(40, 32))]
+    rows = [raw_input("read the word"), raw_input("what colour?", noise_image(40, 32))]
     return Collator(backbone.processor, image_token=backbone.image_token).encode_inputs(rows)
 
 

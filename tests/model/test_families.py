@@ -23,12 +23,11 @@ from transformers.utils import logging
 
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, EncoderInputs, RawInput
 from parallel_decoupling.data.collate import Collator
-from parallel_decoupling.data.prompts import prompt
 from parallel_decoupling.model.backbone import AdapterConfig, Backbone, load_backbone, meta_backbone
 from parallel_decoupling.model.checkpoint import load_trainable_state, trainable_state
 from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.model.families import FAMILIES, Family
-from tests.support.families import TINY_FAMILIES, save_tiny_family
+from tests.support.families import TINY_FAMILIES, raw_input, save_tiny_family
 from tests.support.tiny import noise_image
 
 FROZEN = AdapterConfig(kind="frozen")
@@ -40,10 +39,10 @@ UNLISTED = Family(
     position_ids="sequential",
 )
 ROWS = [
-    prompt("read the word"),
-    prompt("what colour is the large triangle?", noise_image(64, 20)),
-    prompt("count the objects", images=[noise_image(20, 60, 1), noise_image(30, 30, 2)]),
-    prompt(image=noise_image(32, 48, 3)),
+    raw_input("read the word"),
+    raw_input("what colour is the large triangle?", noise_image(64, 20)),
+    raw_input("count the objects", noise_image(20, 60, 1), noise_image(30, 30, 2)),
+    raw_input("", noise_image(32, 48, 3)),
 ]
 CLOSE: dict[str, float] = {"rtol": 1e-5, "atol": 1e-5}
 VISION_TARGETS = {

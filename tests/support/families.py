@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers.models.smolvlm.processing_smolvlm as smolvlm_processing
+from PIL import Image
 from tokenizers import ByteLevelBPETokenizer, SentencePieceBPETokenizer
 from transformers import (
     AutoConfig,
@@ -43,6 +44,7 @@ from transformers import (
     SmolVLMVideoProcessor,
 )
 
+from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
 from tests.support.tiny import CORPUS, SPECIAL_TOKENS
 
 if smolvlm_processing.num2words is None:  # needed for videos alone, but demanded at construction
@@ -316,3 +318,9 @@ def save_tiny_family(name: str, folder: str | Path, *, seed: int = 0) -> str:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return str(folder)
+
+
+def raw_input(text: str, *images: Image.Image) -> RawInput:
+    """Write a row as MMEB does: a line per image, then the text; a text alone has nothing added."""
+    lines = [IMAGE_PLACEHOLDER] * len(images) + [text] * bool(text)
+    return RawInput("".join(f"{line}\n" for line in lines), images) if images else RawInput(text)
