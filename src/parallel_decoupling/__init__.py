@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from parallel_decoupling.data.datamodule import MMEBDataModule
+    from parallel_decoupling.retrieval.embedder import Embedder
     from parallel_decoupling.training.embedder import PDFEmbedder
 
-__all__ = ["MMEBDataModule", "PDFEmbedder", "__version__"]
+__all__ = ["Embedder", "MMEBDataModule", "PDFEmbedder", "__version__"]
 
 _HOMES = {
+    "Embedder": "parallel_decoupling.retrieval.embedder",
     "MMEBDataModule": "parallel_decoupling.data.datamodule",
     "PDFEmbedder": "parallel_decoupling.training.embedder",
 }

@@ -1,4 +1,4 @@
-"""The ``lightning`` command: a LightningCLI for ``PDFEmbedder`` and ``MMEBDataModule``, and two more.
+"""The ``lightning`` command: a LightningCLI for ``PDFEmbedder`` and ``MMEBDataModule``, and ``commands``.
 
 Here: dispatch, and how errors are shown. Elsewhere on purpose: options and runs (``lightning_cli``).
 torch and Lightning are imported only for the subcommand that needs them, so that the help is there at once.
@@ -8,20 +8,26 @@ from __future__ import annotations
 
 import sys
 import traceback
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-SUBCOMMANDS = {
+TRAINER_SUBCOMMANDS = {
     "fit": "train (and validate, if data.validation_tasks names tasks)",
     "plan": "what a fit with the same options would need: batch, parameters, memory, work",
     "validate": "score the validation tasks",
     "test": "score the evaluation tasks; writes scores.json and scores.csv",
     "predict": "write the embeddings of the evaluation tasks to predictions/",
+}
+COMMANDS = {
     "compare": "several runs side by side: compare RUN_DIR RUN_DIR ... [--output_dir DIR]",
     "verify": "check a data folder: verify DATA_DIR [--sample N] [--output_file FILE]",
 }
+"""Subcommands without a Trainer; each is a module of ``commands``."""
+
+SUBCOMMANDS = TRAINER_SUBCOMMANDS | COMMANDS
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -42,10 +48,8 @@ def main(args: Sequence[str] | None = None) -> None:
     if arguments[0] not in SUBCOMMANDS:
         _fail(f"there is no subcommand {arguments[0]!r}; choose from {', '.join(SUBCOMMANDS)}")
     try:
-        if arguments[0] == "compare":
-            _compare(arguments[1:])
-        elif arguments[0] == "verify":
-            _verify(arguments[1:])
+        if arguments[0] in COMMANDS:
+            _run_command(arguments[0], arguments[1:])
         else:
             from parallel_decoupling.lightning_cli import run
 
@@ -75,46 +79,10 @@ def _is_ours(error: ValueError) -> bool:
     return str(frame.f_globals.get("__name__", "")).startswith("parallel_decoupling")
 
 
-def _compare(arguments: list[str]) -> None:
+def _run_command(name: str, arguments: list[str]) -> None:
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(prog="lightning compare", description=SUBCOMMANDS["compare"])
-    parser.add_argument(
-        "run_dirs", nargs="+", type=str, help="runs with a scores.json; the first is the baseline"
-    )
-    parser.add_argument(
-        "--output_dir", type=str, help="gets comparison.json and comparison.png; none: the table only"
-    )
-    options: Any = parser.parse_args(arguments)
-
-    from rich.console import Console
-
-    from parallel_decoupling.retrieval.compare import compare
-
-    comparison = compare(options.run_dirs, options.output_dir)
-    Console().print(comparison.means_table(), comparison.task_table())
-
-
-def _verify(arguments: list[str]) -> None:
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(prog="lightning verify", description=SUBCOMMANDS["verify"])
-    parser.add_argument("data_dir", type=str, help="what --data.data_dir takes")
-    parser.add_argument("--sample", type=int, default=20, help="images to decode per subset and task")
-    parser.add_argument("--output_file", type=str, help="gets everything as JSON")
-    options: Any = parser.parse_args(arguments)
-
-    from rich.console import Console
-
-    from parallel_decoupling.data.verify import verify
-
-    result = verify(options.data_dir, options.sample, show_progress=sys.stderr.isatty())
-    if options.output_file is not None:
-        result.to_json_file(options.output_file)
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(result.table())
-    for title, lines in (("note", result.all_notes), ("problem", result.all_problems)):
-        for line in lines:
-            console.print(f"{title}: {line}", markup=False, highlight=False, soft_wrap=True)
-    if result.all_problems:
-        raise SystemExit(1)
+    command = import_module(f"parallel_decoupling.commands.{name}")
+    parser = ArgumentParser(prog=f"lightning {name}", description=COMMANDS[name])
+    command.add_arguments(parser)
+    command.run(parser.parse_args(arguments))

@@ -18,7 +18,7 @@ from parallel_decoupling.data.collate import EvalBatch
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.data.images import ImagePolicy
 from parallel_decoupling.data.loaders import TrainRows
-from parallel_decoupling.data.tables import cache_dir
+from parallel_decoupling.data.tables import default_cache_dir
 from tests.data.mmeb_files import eval_row, train_row, write_eval, write_train
 
 BATCH_SIZE = 8
@@ -307,7 +307,7 @@ def test_a_spawned_worker_gets_the_same_rows(data_dir: Path) -> None:
 
 
 def test_preparing_makes_the_mapped_tables_of_the_stage(data_dir: Path, tmp_path: Path) -> None:
-    tables = cache_dir() / "tables"
+    tables = default_cache_dir() / "tables"
     data = module(data_dir, None, train_subsets=["A"], eval_tasks=["GQA"])
     data.prepare_data()
     assert len(list(tables.glob("*.arrow"))) == 1, "without a trainer: evaluation tasks"

@@ -12,8 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from parallel_decoupling.data.tables import Table, arrow_copy, cache_dir
-from parallel_decoupling.data.world.benchmark import default_cache_dir
+from parallel_decoupling.data.tables import Table, arrow_copy, default_cache_dir
 
 COLUMNS = {"text": "text", "more": "more"}
 
@@ -138,7 +137,7 @@ def test_files_that_cannot_be_read_are_named(
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         Table("subset 'S'", [tmp_path / name], COLUMNS)
-    assert not list((cache_dir() / "tables").glob("unfinished-*"))
+    assert not list((default_cache_dir() / "tables").glob("unfinished-*"))
 
 
 def test_a_column_of_anything_but_text_is_an_error(tmp_path: Path) -> None:
@@ -147,8 +146,9 @@ def test_a_column_of_anything_but_text_is_an_error(tmp_path: Path) -> None:
         Table("S", [file], COLUMNS)
 
 
-def test_copies_lie_next_to_the_generated_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name, value in (("XDG_CACHE_HOME", str(tmp_path)), ("PARALLEL_DECOUPLING_CACHE", "elsewhere")):
-        monkeypatch.delenv("PARALLEL_DECOUPLING_CACHE", raising=False)
-        monkeypatch.setenv(name, value)
-        assert cache_dir() == default_cache_dir()
+def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("PARALLEL_DECOUPLING_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_cache_dir() == tmp_path / "parallel_decoupling"
+    monkeypatch.setenv("PARALLEL_DECOUPLING_CACHE", "elsewhere")
+    assert default_cache_dir() == Path("elsewhere")

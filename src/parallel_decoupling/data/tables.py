@@ -29,7 +29,7 @@ FORMAT = 1
 """Of the copies in the cache."""
 
 
-def cache_dir() -> Path:
+def default_cache_dir() -> Path:
     """Return ``$PARALLEL_DECOUPLING_CACHE``, or ``parallel_decoupling`` in the user's cache folder."""
     configured = os.environ.get("PARALLEL_DECOUPLING_CACHE")
     if configured:
@@ -141,7 +141,7 @@ def arrow_copy(file: Path, columns: Sequence[str], owner: str) -> Path:
         raise ValueError(f"{owner}: cannot read {file}: {error}. Check data_dir and the name.") from error
     place = _hash(str(file.resolve()), *columns)
     state = _hash(str(FORMAT), str(status.st_size), str(status.st_mtime_ns))
-    folder = cache_dir() / "tables"
+    folder = default_cache_dir() / "tables"
     copy = folder / f"{place}-{state}.arrow"
     if copy.is_file():
         return copy

@@ -7,23 +7,22 @@ collecting rows (``training.evaluation``), the metric and the report (``retrieva
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from parallel_decoupling.batch import EncoderInputs
-from parallel_decoupling.data.collate import Collator, EvalBatch
+from parallel_decoupling.data.collate import EvalBatch
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.data.tasks import EvalTask
 from parallel_decoupling.distributed import world_size
 from parallel_decoupling.model.dual_encoder import DualEncoder
 from parallel_decoupling.model.encoder import ParallelEncoder
-from parallel_decoupling.retrieval import encode as encoding
+from parallel_decoupling.retrieval.embedder import Embedder, warn_of_cut_texts
 from parallel_decoupling.retrieval.report import ScoreReport
 from parallel_decoupling.retrieval.score import TaskScore
 from parallel_decoupling.training.callbacks import console, tensorboard_writer
@@ -168,16 +167,9 @@ class EvaluatedEncoder(LightningModule):
     def teardown(self, stage: str) -> None:
         """Say once per run how many texts did not fit into an OpenCLIP model."""
         if isinstance(self.encoder, DualEncoder):
-            self._report_cut_texts(self._sum_over_ranks(self.encoder.take_text_counts()))
-
-    def _report_cut_texts(self, counts: Tensor) -> None:
-        texts, cut = counts.tolist()
-        if cut:
-            length = self.encoder.processor.context_length
-            rank_zero_warn(
-                f"{cut} of {texts} texts have more than the {length} tokens that this text tower takes; "
-                "the rest of each was cut off."
-            )
+            counts = self._sum_over_ranks(self.encoder.take_text_counts())
+            if self.trainer.is_global_zero:
+                warn_of_cut_texts(counts, self.encoder.processor.context_length)
 
     def _eval_tasks(self) -> list[EvalTask]:
         return list(cast(Any, self.trainer).datamodule.eval_tasks_data)
@@ -213,45 +205,24 @@ class EvaluatedEncoder(LightningModule):
         self.log_dict(values)
         return report
 
-    def encode(
-        self,
-        inputs: Iterable[str | Path | Mapping[str, Any] | Any],
-        *,
-        instruction: str | None = None,
-        paths: encoding.Paths = "all",
-        batch_size: int = 32,
-        show_progress: bool | None = None,
-    ) -> Tensor:
-        """Embed texts, images and dictionaries of both, on the CPU in the order given.
+    @property
+    def embedder(self) -> Embedder:
+        """The same weights without Lightning."""
+        return Embedder(self.encoder, self.query_instruction, self.candidate_instruction)
 
-        Args:
-            inputs: texts, PIL images, image files, or ``{"text", "image" or "images", "instruction"}``.
-            instruction: put before every text.
-            paths: ``all`` or a list of numbers for ``[B, N', D]``; ``aggregate`` or a number for ``[B, D]``.
-            batch_size: rows per forward pass.
-            show_progress: whether to show a bar; by default for long lists on a terminal.
-
-        Returns:
-            float32, unit norm.
-        """
-        collator = Collator(self.encoder.processor, image_token=self.encoder.image_token)
-        options: dict[str, Any] = {"batch_size": batch_size, "show_progress": show_progress}
-        embeddings = encoding.encode(
-            self.encoder, collator, inputs, instruction=instruction, paths=paths, **options
-        )
-        if isinstance(self.encoder, DualEncoder):
-            self._report_cut_texts(self.encoder.take_text_counts())
-        return embeddings
+    def encode(self, inputs: Iterable[Any], **options: Any) -> Tensor:
+        """Embed texts, images and dictionaries of both; see ``Embedder.encode``."""
+        return self.embedder.encode(inputs, **options)
 
     def encode_query(self, inputs: Iterable[Any], **options: Any) -> Tensor:
         """``encode`` with ``query_instruction`` unless ``instruction`` is given."""
-        return self.encode(inputs, **{"instruction": self.query_instruction or None, **options})
+        return self.embedder.encode_query(inputs, **options)
 
     def encode_candidate(self, inputs: Iterable[Any], **options: Any) -> Tensor:
         """``encode`` with ``candidate_instruction`` unless ``instruction`` is given."""
-        return self.encode(inputs, **{"instruction": self.candidate_instruction or None, **options})
+        return self.embedder.encode_candidate(inputs, **options)
 
     @staticmethod
     def similarity(a: Tensor, b: Tensor) -> Tensor:
         """Cosines of all pairs ``[A, B]``; mean over aligned paths for ``[A, N, D]`` and ``[B, N, D]``."""
-        return encoding.similarity(a, b)
+        return Embedder.similarity(a, b)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -21,19 +20,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from parallel_decoupling.data.tables import default_cache_dir
 from parallel_decoupling.data.world.rows import WORLD_TASKS, Row, Side, WorldTask
 
 TRAIN_ROWS = 1500
 EVAL_ROWS = 150
 CANDIDATES = 16
-
-
-def default_cache_dir() -> Path:
-    """Return ``$PARALLEL_DECOUPLING_CACHE``, or ``parallel_decoupling`` in the user's cache folder."""
-    configured = os.environ.get("PARALLEL_DECOUPLING_CACHE")
-    if configured:
-        return Path(configured)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "parallel_decoupling"
 
 
 def ensure_benchmark(

@@ -1,0 +1,100 @@
+"""An encoder with its tokenisation and its default instructions: all that a user of embeddings needs.
+
+Here: the public ``encode`` methods, without Lightning. Elsewhere on purpose: the loop behind them
+(``retrieval.encode``), training (``training.embedder``).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from parallel_decoupling.data.collate import Collator
+from parallel_decoupling.retrieval import encode as encoding
+
+if TYPE_CHECKING:
+    from parallel_decoupling.model.dual_encoder import DualEncoder
+    from parallel_decoupling.model.encoder import ParallelEncoder
+
+
+class Embedder:
+    """Embeds texts, images and both with one path, several, all, or their aggregate.
+
+    Args:
+        encoder: the model.
+        query_instruction: default instruction of ``encode_query``.
+        candidate_instruction: default instruction of ``encode_candidate``.
+    """
+
+    def __init__(
+        self,
+        encoder: ParallelEncoder | DualEncoder,
+        query_instruction: str = "",
+        candidate_instruction: str = "",
+    ) -> None:
+        self.encoder = encoder
+        self.query_instruction, self.candidate_instruction = query_instruction, candidate_instruction
+
+    def encode(
+        self,
+        inputs: Iterable[str | Path | Mapping[str, Any] | Any],
+        *,
+        instruction: str | None = None,
+        paths: encoding.Paths = "all",
+        batch_size: int = 32,
+        show_progress: bool | None = None,
+    ) -> Tensor:
+        """Embed texts, images and dictionaries of both, on the CPU in the order given.
+
+        Args:
+            inputs: texts, PIL images, image files, or ``{"text", "image" or "images", "instruction"}``.
+            instruction: put before every text.
+            paths: ``all`` or a list of numbers for ``[B, N', D]``; ``aggregate`` for ``[B, D]`` (``[B, N*D]``
+                if the encoder concatenates); a number for ``[B, D]``.
+            batch_size: rows per forward pass.
+            show_progress: whether to show a bar; by default for long lists on a terminal.
+
+        Returns:
+            float32, unit norm.
+
+        Raises:
+            ValueError: an input, a path or the batch size is not usable; names its index.
+        """
+        from parallel_decoupling.model.dual_encoder import DualEncoder
+
+        collator = Collator(self.encoder.processor, image_token=self.encoder.image_token)
+        options: dict[str, Any] = {"batch_size": batch_size, "show_progress": show_progress}
+        embeddings = encoding.encode(
+            self.encoder, collator, inputs, instruction=instruction, paths=paths, **options
+        )
+        if isinstance(self.encoder, DualEncoder):
+            warn_of_cut_texts(self.encoder.take_text_counts(), self.encoder.processor.context_length)
+        return embeddings
+
+    def encode_query(self, inputs: Iterable[Any], **options: Any) -> Tensor:
+        """``encode`` with ``query_instruction`` unless ``instruction`` is given."""
+        return self.encode(inputs, **{"instruction": self.query_instruction or None, **options})
+
+    def encode_candidate(self, inputs: Iterable[Any], **options: Any) -> Tensor:
+        """``encode`` with ``candidate_instruction`` unless ``instruction`` is given."""
+        return self.encode(inputs, **{"instruction": self.candidate_instruction or None, **options})
+
+    @staticmethod
+    def similarity(a: Tensor, b: Tensor) -> Tensor:
+        """Cosines of all pairs ``[A, B]``; mean over aligned paths for ``[A, N, D]`` and ``[B, N, D]``."""
+        return encoding.similarity(a, b)
+
+
+def warn_of_cut_texts(counts: Tensor, context_length: int) -> None:
+    """Say how many texts did not fit into an OpenCLIP model; ``counts`` are texts and cut texts."""
+    texts, cut = counts.tolist()
+    if cut:
+        warnings.warn(
+            f"{cut} of {texts} texts have more than the {context_length} tokens that this text tower takes; "
+            "the rest of each was cut off.",
+            stacklevel=3,
+        )
