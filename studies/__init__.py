@@ -1,0 +1,17 @@
+"""Studies: grids of runs times seeds, from one YAML file to a results file, tables and pictures.
+
+``python -m studies --list`` names them; docs/studies.md explains them. A study is either
+
+- ``studies/<name>.yaml``: base config, cells and seeds (``studies.study``), run by ``studies.runner``; or
+- a Python module named in ``MODULES`` with ``run(output_dir: Path) -> None``, which writes its tables and
+  pictures into ``output_dir`` (``docs/studies/<name>/``, there already) and its report with
+  ``studies.report.write_readme(output_dir, title, question, table, pictures)``.
+"""
+
+from __future__ import annotations
+
+MODULES = {
+    "estimators": "studies.estimators",
+    "path_differences": "studies.path_differences",
+}
+"""Studies that are no grid of runs, by name."""
