@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from studies.study import OUTPUT_DIR, load_study, study_files
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = _parser().parse_args(args)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs end with their study
     try:
         return _list(options) if options.list else _run(options)
     except ValueError as error:
