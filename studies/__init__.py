@@ -3,9 +3,9 @@
 ``python -m studies --list`` names them; docs/studies.md explains them. A study is either
 
 - ``studies/<name>.yaml``: base config, cells and seeds (``studies.study``), run by ``studies.runner``; or
-- a Python module named in ``MODULES`` with ``run(output_dir: Path) -> None``, which writes its tables and
-  pictures into ``output_dir`` (``docs/studies/<name>/``, there already) and its report with
-  ``studies.report.write_readme(output_dir, title, question, table, pictures)``.
+- a Python module named in ``MODULES`` with ``run(output_dir: Path)``, which writes ``table.md`` and PNGs into
+  ``output_dir`` (``docs/studies/<name>/``, there already). The README of the folder is made from these, from
+  the module's docstring (first line: title) and from a hand-written ``conclusion.md``.
 """
 
 from __future__ import annotations

@@ -51,12 +51,17 @@ def _list(options: Namespace) -> int:
 
 
 def _run(options: Namespace) -> int:
+    from studies.report import write_module_report, write_report
+
     if options.study is None:
         raise ValueError(f"which study? Choose from {sorted([*study_files(), *MODULES])}, or use --list")
     if options.study in MODULES:
         output_dir = OUTPUT_DIR / options.study
         output_dir.mkdir(parents=True, exist_ok=True)
-        import_module(MODULES[options.study]).run(output_dir)
+        module = import_module(MODULES[options.study])
+        if not options.report:
+            module.run(output_dir)
+        write_module_report(output_dir, module.__doc__ or options.study)
         return 0
     from studies.runner import run_study
 
@@ -64,6 +69,7 @@ def _run(options: Namespace) -> int:
     failed: list[str] = []
     if not options.report:
         failed = run_study(study, options.study, jobs=options.jobs, only=options.only, seeds=options.seeds)
+    sys.stdout.write(f"report: {write_report(study)}\n")
     return 1 if failed else 0
 
 

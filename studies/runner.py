@@ -1,7 +1,7 @@
 """Runs the cells of a study: K processes at a time, what is finished is skipped, what fails is reported.
 
 Every run is a process of its own (``studies.worker``) with one thread; its output is in
-``runs/studies/<study>/<cell>_seed<k>.log``. Results are in the study's results file as soon as they are scored.
+``runs/studies/<study>/<cell>_seed<k>.log``. A result is in the study's results file once it is scored.
 """
 
 from __future__ import annotations

@@ -229,9 +229,7 @@ def _steps(value: Any, base_steps: int, where: str) -> int:
     return steps
 
 
-def _difference(
-    entry: Mapping[str, Any], cells: Mapping[str, Cell], config: Any, where: str
-) -> Difference:
+def _difference(entry: Mapping[str, Any], cells: Mapping[str, Cell], config: Any, where: str) -> Difference:
     _check_keys(entry, {"name", "of", "over", "of_step", "over_step"}, where)
     base_steps = _read_config(config, where).get("trainer", {}).get("max_steps", -1)
     steps: dict[str, int] = {}
