@@ -37,6 +37,10 @@ COLOURS = (
     "#cc79a7",
     "#5b3a8c",
     "#7a5230",
+    "#f0c000",
+    "#1fb5b5",
+    "#a00030",
+    "#88a030",
 )
 """Okabe and Ito's palette, safe for colour-blind readers, and a few more."""
 INK = "#333333"
@@ -69,7 +73,7 @@ def cells_figure(study: Study, results: Sequence[Result]) -> Figure | None:
             single = fmean(fmean(path_scores(line)) for line in lines)
             axes.plot([single, single], [row - 0.38, row + 0.38], color=INK, linewidth=1.2)
     axes.set_yticks(range(len(scored)), [cell.label for cell, _ in scored])
-    axes.set_xlabel("hit@1 overall, percent (dots: seeds; tick: mean single path)")
+    axes.set_xlabel("hit@1 overall, percent; the axis is cut (dots: seeds; tick: mean single path)")
     return figure
 
 
@@ -157,7 +161,7 @@ def differences_figure(study: Study, results: Sequence[Result]) -> Figure | None
 
 
 def _bars(study: Study, axes: Axes, scored: Sequence[tuple[Cell, list[Result]]], group: str) -> None:
-    """Horizontal bars; the axis starts below the lowest seed, so differences can be seen."""
+    """Horizontal bars; the axis is cut below the lowest seed, so differences can be seen."""
     lowest, highest = 100.0, 0.0
     for row, (cell, lines) in enumerate(scored):
         values = [score for line in lines if (score := group_score(study, line, group)) is not None]

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
@@ -52,26 +53,26 @@ def run_study(
     """
     console = Console()
     runs = study.runs(only, seeds)
-    waiting = []
-    for run in runs:
-        take_over(run, study.results_file)
-        if missing_points(run, read_results(study.results_file)):
-            waiting.append(run)
+    waiting = [run for run in runs if _open(run, study)]
     console.print(f"study {study.name}: {len(runs)} runs, {len(runs) - len(waiting)} of them finished")
     progress = Progress(console, [work(run) for run in waiting])
     running: list[Started] = []
     failed: list[str] = []
     try:
         while waiting or running:
-            while waiting and len(running) < jobs:
-                running.append(_start(waiting.pop(0), source))
+            while len(running) < jobs and (run := _next(waiting, running)) is not None:
+                waiting.remove(run)
+                if _open(run, study):
+                    running.append(_start(run, source))
+                else:
+                    progress.finished(run, "taken over from a run of the same configuration")
             time.sleep(POLL_SECONDS)
             for started in [entry for entry in running if entry.process.poll() is not None]:
                 running.remove(started)
                 started.log.close()
                 if started.process.returncode:
                     failed.append(started.run.name)
-                progress.finished(started, _summary(study, started))
+                progress.finished(started.run, _summary(study, started))
     except BaseException:
         for started in running:
             started.process.terminate()
@@ -79,6 +80,18 @@ def run_study(
     if failed:
         console.print(f"[red]{len(failed)} failed: {', '.join(failed)}[/red]")
     return failed
+
+
+def _open(run: Run, study: Study) -> bool:
+    """Whether points are missing that no other study or cell has scored."""
+    take_over(run, study.results_file)
+    return bool(missing_points(run, read_results(study.results_file)))
+
+
+def _next(waiting: Sequence[Run], running: Sequence[Started]) -> Run | None:
+    """The first run whose twin (same configuration and seed in another cell) is not running."""
+    busy = {(started.run.cell.config_hash, started.run.seed) for started in running}
+    return next((run for run in waiting if (run.cell.config_hash, run.seed) not in busy), None)
 
 
 def work(run: Run) -> float:
@@ -95,18 +108,13 @@ class Progress:
         self._console, self._count, self._total = console, len(work_of_runs), sum(work_of_runs)
         self._done, self._finished, self._start = 0.0, 0, time.monotonic()
 
-    def finished(self, started: Started, summary: str) -> None:
+    def finished(self, run: Run, summary: str) -> None:
         """Count one run and print its line."""
         self._finished += 1
-        self._done += work(started.run)
-        now = time.monotonic()
-        left = (now - self._start) * (self._total - self._done) / self._done
-        self._console.print(
-            f"[{self._finished}/{self._count}] {started.run.name}: {summary} "
-            f"in {_clock(now - started.since)}, about {_clock(left)} left",
-            markup=False,
-            highlight=False,
-        )
+        self._done += work(run)
+        left = (time.monotonic() - self._start) * (self._total - self._done) / self._done
+        line = f"[{self._finished}/{self._count}] {run.name}: {summary}; about {_clock(left)} left"
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _clock(seconds: float) -> str:
@@ -118,22 +126,26 @@ def _start(run: Run, source: str) -> Started:
     log = open(run.folder.parent / f"{run.name}.log", "a", encoding="utf-8")  # noqa: SIM115
     paths = [str(PROJECT_DIR / "src"), str(PROJECT_DIR), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, **THREADS, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    command = [sys.executable, "-m", "studies.worker", source, run.cell.name, str(run.seed)]
-    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    process = subprocess.Popen(command(run, source), stdout=log, stderr=subprocess.STDOUT, env=environment)
     return Started(run, process, log, time.monotonic())
+
+
+def command(run: Run, source: str) -> list[str]:
+    """What executes a run in a process of its own."""
+    return [sys.executable, "-m", "studies.worker", source, run.cell.name, str(run.seed)]
 
 
 def _summary(study: Study, started: Started) -> str:
     run = started.run
     if started.process.returncode:
-        text = (run.folder.parent / f"{run.name}.log").read_text(encoding="utf-8", errors="replace")
+        text = Path(started.log.name).read_text(encoding="utf-8", errors="replace")
         return f"FAILED ({(text.strip().splitlines() or ['no output'])[-1]}; {started.log.name})"
     scores = [
         f"{100 * result['means']['overall']['aggregate']:.1f} at {result['step']}"
         for result in newest_results(study)
         if (result["cell"], result["seed"]) == (run.cell.name, run.seed)
     ]
-    return f"overall {', '.join(scores)}"
+    return f"overall {', '.join(scores)} in {_clock(time.monotonic() - started.since)}"
 
 
 def status_table(study: Study) -> Table:

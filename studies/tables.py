@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
-from parallel_decoupling.retrieval.report import MEAN_TITLES
 from studies.results import Result
 from studies.statistics import (
     Interval,
@@ -21,6 +20,12 @@ from studies.statistics import (
 from studies.study import Cell, Study
 
 NOTHING = "–"
+TITLES = {
+    "vqa": "VQA",
+    "in_distribution": "IND",
+    "out_of_distribution": "OOD",
+    "mean_of_meta_tasks": "mean of meta-tasks",
+}
 
 
 def study_tables(study: Study, results: Sequence[Result]) -> str:
@@ -48,9 +53,10 @@ def cell_table(study: Study, results: Sequence[Result]) -> str:
     heading += ["best path", "gain over best path", "gain over mean path"]
     rows = []
     for cell, lines in _last_points(study, results):
-        best = [max(path_scores(line)) for line in lines]
-        mean = [fmean(path_scores(line)) for line in lines]
-        overall = [100 * line["means"]["overall"]["aggregate"] for line in lines]
+        joined = [line for line in lines if len(path_scores(line)) > 1]
+        best = [max(path_scores(line)) for line in joined]
+        mean = [fmean(path_scores(line)) for line in joined]
+        overall = [100 * line["means"]["overall"]["aggregate"] for line in joined]
         rows.append(
             [
                 cell.label,
@@ -107,8 +113,10 @@ def path_table(study: Study, results: Sequence[Result]) -> str:
     }
     rows = []
     for cell, lines in _last_points(study, results):
-        values = [[line["monitored"].get(name) for line in lines] for name in names]
-        rows.append([cell.label, *(_mean([v for v in each if v is not None], "{:.3g}") for each in values)])
+        if cell.max_steps > 0:
+            values = [[line["monitored"].get(name) for line in lines] for name in names]
+            present = [[value for value in each if value is not None] for each in values]
+            rows.append([cell.label, *(_mean(each, "{:.3g}") for each in present)])
     return _markdown(["cell", *names.values()], rows)
 
 
@@ -167,10 +175,7 @@ def group_difference_table(study: Study, results: Sequence[Result]) -> str:
 
 def group_title(group: str) -> str:
     """Short heading of a group of tasks."""
-    short = {"in_distribution": "IND", "out_of_distribution": "OOD", "overall": "overall", "vqa": "VQA"}
-    if group in short:
-        return short[group]
-    return MEAN_TITLES[group].removeprefix("mean of ") if group == "mean_of_meta_tasks" else group
+    return TITLES.get(group, group)
 
 
 def _last_points(study: Study, results: Sequence[Result]) -> list[tuple[Cell, list[Result]]]:
