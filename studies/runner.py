@@ -73,10 +73,9 @@ def run_study(
                 if started.process.returncode:
                     failed.append(started.run.name)
                 progress.finished(started.run, _summary(study, started))
-    except BaseException:
+    finally:  # nothing is left running, unless the study is stopped
         for started in running:
             started.process.terminate()
-        raise
     if failed:
         console.print(f"[red]{len(failed)} failed: {', '.join(failed)}[/red]")
     return failed
