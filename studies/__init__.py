@@ -13,5 +13,6 @@ from __future__ import annotations
 MODULES = {
     "estimators": "studies.estimators",
     "path_differences": "studies.path_differences",
+    "search": "studies.search",
 }
 """Studies that are no grid of runs, by name."""
