@@ -1,0 +1,160 @@
+"""Runs the cells of a study: K processes at a time, what is finished is skipped, what fails is reported.
+
+Every run is a process of its own (``studies.worker``) with one thread; its output is in
+``runs/studies/<study>/<cell>_seed<k>.log``. A result is in the study's results file once it is scored.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+from rich.table import Table
+
+from studies.results import missing_points, newest_results, read_results, take_over
+from studies.study import PROJECT_DIR, Run, Study
+
+POLL_SECONDS = 0.3
+THREADS = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+
+
+@dataclass
+class Started:
+    """A run in its process."""
+
+    run: Run
+    process: subprocess.Popen[bytes]
+    log: TextIO
+    since: float
+
+
+def run_study(
+    study: Study, source: str, *, jobs: int = 1, only: Sequence[str] = (), seeds: Sequence[int] = ()
+) -> list[str]:
+    """Run what is missing.
+
+    Args:
+        study: the study.
+        source: the name or file it was loaded from, for the processes.
+        jobs: processes at a time.
+        only: cell names; empty is all.
+        seeds: empty is every cell's own.
+
+    Returns:
+        Names of the runs that failed; their logs say why.
+    """
+    console = Console()
+    runs = study.runs(only, seeds)
+    waiting = [run for run in runs if _open(run, study)]
+    console.print(f"study {study.name}: {len(runs)} runs, {len(runs) - len(waiting)} of them finished")
+    progress = Progress(console, [work(run) for run in waiting])
+    running: list[Started] = []
+    failed: list[str] = []
+    try:
+        while waiting or running:
+            while len(running) < jobs and (run := _next(waiting, running)) is not None:
+                waiting.remove(run)
+                if _open(run, study):
+                    running.append(_start(run, source))
+                else:
+                    progress.finished(run, "taken over from a run of the same configuration")
+            time.sleep(POLL_SECONDS)
+            for started in [entry for entry in running if entry.process.poll() is not None]:
+                running.remove(started)
+                started.log.close()
+                if started.process.returncode:
+                    failed.append(started.run.name)
+                progress.finished(started.run, _summary(study, started))
+    finally:  # nothing is left running, unless the study is stopped
+        for started in running:
+            started.process.terminate()
+    if failed:
+        console.print(f"[red]{len(failed)} failed: {', '.join(failed)}[/red]")
+    return failed
+
+
+def _open(run: Run, study: Study) -> bool:
+    """Whether points are missing that no other study or cell has scored."""
+    take_over(run, study.results_file)
+    return bool(missing_points(run, read_results(study.results_file)))
+
+
+def _next(waiting: Sequence[Run], running: Sequence[Started]) -> Run | None:
+    """The first run whose twin (same configuration and seed in another cell) is not running."""
+    busy = {(started.run.cell.config_hash, started.run.seed) for started in running}
+    return next((run for run in waiting if (run.cell.config_hash, run.seed) not in busy), None)
+
+
+def work(run: Run) -> float:
+    """Rough cost of a run in passes of one path, for the estimate of the time that is left."""
+    paths = run.cell.config.get("model", {}).get("num_paths", 4)
+    batch = run.cell.config.get("data", {}).get("batch_size", 64)
+    return float((1 + paths) * (run.cell.max_steps * batch + 2000 * len(run.cell.points)))
+
+
+class Progress:
+    """Prints a line per finished run with the time that is left; reads well in a log file, too."""
+
+    def __init__(self, console: Console, work_of_runs: Sequence[float]) -> None:
+        self._console, self._count, self._total = console, len(work_of_runs), sum(work_of_runs)
+        self._done, self._finished, self._start = 0.0, 0, time.monotonic()
+
+    def finished(self, run: Run, summary: str) -> None:
+        """Count one run and print its line."""
+        self._finished += 1
+        self._done += work(run)
+        left = (time.monotonic() - self._start) * (self._total - self._done) / self._done
+        line = f"[{self._finished}/{self._count}] {run.name}: {summary}; about {_clock(left)} left"
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+def _start(run: Run, source: str) -> Started:
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    log = open(run.folder.parent / f"{run.name}.log", "a", encoding="utf-8")  # noqa: SIM115
+    paths = [str(PROJECT_DIR / "src"), str(PROJECT_DIR), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, **THREADS, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    process = subprocess.Popen(command(run, source), stdout=log, stderr=subprocess.STDOUT, env=environment)
+    return Started(run, process, log, time.monotonic())
+
+
+def command(run: Run, source: str) -> list[str]:
+    """What executes a run in a process of its own."""
+    return [sys.executable, "-m", "studies.worker", source, run.cell.name, str(run.seed)]
+
+
+def _summary(study: Study, started: Started) -> str:
+    run = started.run
+    if started.process.returncode:
+        text = Path(started.log.name).read_text(encoding="utf-8", errors="replace")
+        return f"FAILED ({(text.strip().splitlines() or ['no output'])[-1]}; {started.log.name})"
+    scores = [
+        f"{100 * result['means']['overall']['aggregate']:.1f} at {result['step']}"
+        for result in newest_results(study)
+        if (result["cell"], result["seed"]) == (run.cell.name, run.seed)
+    ]
+    return f"overall {', '.join(scores)} in {_clock(time.monotonic() - started.since)}"
+
+
+def status_table(study: Study) -> Table:
+    """Cells, their seeds and steps, and how many of their points are scored."""
+    table = Table("cell", "steps", "scored at", "seeds", "finished", title=f"{study.name}: {study.title}")
+    results = read_results(study.results_file)
+    for cell in study.cells.values():
+        runs = [run for run in study.runs([cell.name])]
+        finished = sum(not missing_points(run, results) for run in runs)
+        points = ", ".join(map(str, cell.points))
+        seeds = " ".join(map(str, cell.seeds))
+        table.add_row(cell.name, str(cell.max_steps), points, seeds, f"{finished}/{len(runs)}")
+    return table

@@ -1,0 +1,276 @@
+"""A study as its YAML file says it: cells, seeds, and the configuration of every run.
+
+Here: reading and checking the file, resolving a run's configuration. Elsewhere on purpose: running it
+(``studies.runner``, ``studies.worker``), what came out (``studies.results``).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+STUDY_DIR = Path(__file__).parent
+PROJECT_DIR = STUDY_DIR.parent
+OUTPUT_DIR = Path("docs/studies")
+RUNS_DIR = Path("runs/studies")
+SEED_KEYS = ("seed_everything", "model.seed", "data.seed")
+STUDY_KEYS = {
+    "title",
+    "question",
+    "config",
+    "overrides",
+    "seeds",
+    "steps",
+    "curve",
+    "cells",
+    "differences",
+    "groups",
+}
+CELL_KEYS = {"config", "overrides", "seeds", "steps", "curve", "label"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One configuration of a study.
+
+    Attributes:
+        name: also of its run folders.
+        label: in tables and pictures.
+        overrides: by dotted key, on top of the base config.
+        config: the resolved configuration without seeds, nested.
+        config_hash: of ``config``; two cells with the same hash are the same run.
+        seeds: one run each.
+        max_steps: main steps of a run; 0 builds the model and scores it untrained.
+        points: steps that are scored, ascending; the last is ``max_steps``.
+    """
+
+    name: str
+    label: str
+    overrides: dict[str, Any]
+    config: dict[str, Any]
+    config_hash: str
+    seeds: tuple[int, ...]
+    max_steps: int
+    points: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A cell with a seed: one training, scored at the cell's points."""
+
+    study: str
+    cell: Cell
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """``<cell>_seed<k>``."""
+        return f"{self.cell.name}_seed{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        """Where checkpoints, scores and the log of this run are."""
+        return RUNS_DIR / self.study / self.name
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The configuration with this run's seed."""
+        config = copy.deepcopy(self.cell.config)
+        for key in SEED_KEYS:
+            set_dotted(config, key, self.seed)
+        return config
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A paired difference that the report shows: one point minus another, seed by seed.
+
+    Attributes:
+        name: what it compares, in words.
+        of: cell name.
+        over: cell name.
+        of_step: scored step; ``None`` is the cell's last.
+        over_step: likewise.
+    """
+
+    name: str
+    of: str
+    over: str
+    of_step: int | None = None
+    over_step: int | None = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """A grid of runs.
+
+    Attributes:
+        name: of the file.
+        title: heading of the report.
+        question: one sentence.
+        cells: by name, in the order of the file.
+        differences: that the report shows.
+        groups: further means of the report, by name: lists of tasks.
+    """
+
+    name: str
+    title: str
+    question: str
+    cells: dict[str, Cell]
+    differences: tuple[Difference, ...] = ()
+    groups: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def output_dir(self) -> Path:
+        """Where results, tables and pictures go."""
+        return OUTPUT_DIR / self.name
+
+    @property
+    def results_file(self) -> Path:
+        """One JSON line per scored point."""
+        return self.output_dir / "results.jsonl"
+
+    def runs(self, only: Sequence[str] = (), seeds: Sequence[int] = ()) -> list[Run]:
+        """Runs in the order seed, cell, so that a stopped study has whole seeds.
+
+        Args:
+            only: cell names; empty is all.
+            seeds: empty is every cell's own.
+
+        Raises:
+            ValueError: for a cell that is not in the study.
+        """
+        unknown = sorted(set(only) - set(self.cells))
+        if unknown:
+            raise ValueError(f"study {self.name} has no cell {unknown}; it has {list(self.cells)}")
+        runs = [
+            Run(self.name, cell, seed)
+            for cell in self.cells.values()
+            for seed in (seeds or cell.seeds)
+            if not only or cell.name in only
+        ]
+        return sorted(runs, key=lambda run: run.seed)
+
+
+def study_files() -> dict[str, Path]:
+    """The studies of this folder that are YAML files, by name."""
+    return {file.stem: file for file in sorted(STUDY_DIR.glob("*.yaml"))}
+
+
+def load_study(name: str) -> Study:
+    """Read a study.
+
+    Args:
+        name: of a file in ``studies/``, or the path of a YAML file.
+
+    Raises:
+        ValueError: no such study, or a file that says something impossible; names file and key.
+    """
+    file = Path(name) if name.endswith(".yaml") else study_files().get(name)
+    if file is None or not file.is_file():
+        raise ValueError(f"there is no study {name!r}; choose from {sorted(study_files())}")
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    _check_keys(content, STUDY_KEYS, str(file))
+    for key in ("title", "question", "config", "cells"):
+        if key not in content:
+            raise ValueError(f"{file}: the key {key!r} is missing")
+    cells = {
+        cell: _cell(cell, settings or {}, content, f"{file}: cells.{cell}")
+        for cell, settings in content["cells"].items()
+    }
+    differences = tuple(
+        _difference(entry, cells, content["config"], f"{file}: differences")
+        for entry in content.get("differences", ())
+    )
+    groups = content.get("groups", {})
+    return Study(file.stem, content["title"], content["question"], cells, differences, groups)
+
+
+def _cell(name: str, settings: Mapping[str, Any], study: Mapping[str, Any], where: str) -> Cell:
+    _check_keys(settings, CELL_KEYS, where)
+    config = _read_config(settings.get("config", study["config"]), where)
+    base_steps = config.get("trainer", {}).get("max_steps", -1)
+    overrides = {**study.get("overrides", {}), **settings.get("overrides", {})}
+    for key, value in overrides.items():
+        set_dotted(config, key, value)
+    curve = settings.get("curve", None if "steps" in settings else study.get("curve"))
+    if curve is not None:
+        points = tuple(sorted(_steps(entry, base_steps, where) for entry in curve))
+    else:
+        points = (_steps(settings.get("steps", study.get("steps", "1x")), base_steps, where),)
+    set_dotted(config, "trainer.max_steps", points[-1])
+    for key in ("default_root_dir", "callbacks", "logger"):
+        config["trainer"].pop(key, None)
+    for key in SEED_KEYS:
+        set_dotted(config, key, 0)
+    seeds = tuple(settings.get("seeds", study.get("seeds", [0])))
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+    label = settings.get("label", name.replace("_", " "))
+    return Cell(name, label, overrides, config, digest, seeds, points[-1], points)
+
+
+def _steps(value: Any, base_steps: int, where: str) -> int:
+    """Steps as a number, or as a multiple of the base config's ``trainer.max_steps``: ``0.5x``."""
+    if isinstance(value, int):
+        steps = value
+    elif isinstance(value, str) and value.endswith("x") and value[:-1].replace(".", "", 1).isdigit():
+        steps = round(float(value[:-1]) * base_steps)
+    else:
+        raise ValueError(f"{where}: steps are a number or a multiple such as 0.5x, got {value!r}")
+    if steps < 0:
+        raise ValueError(f"{where}: {value!r} steps need trainer.max_steps in the config, got {base_steps}")
+    return steps
+
+
+def _difference(entry: Mapping[str, Any], cells: Mapping[str, Cell], config: Any, where: str) -> Difference:
+    _check_keys(entry, {"name", "of", "over", "of_step", "over_step"}, where)
+    base_steps = _read_config(config, where).get("trainer", {}).get("max_steps", -1)
+    steps: dict[str, int] = {}
+    for side in ("of", "over"):
+        if entry[side] not in cells:
+            raise ValueError(f"{where}: there is no cell {entry[side]!r}")
+        if f"{side}_step" in entry:
+            step = steps[f"{side}_step"] = _steps(entry[f"{side}_step"], base_steps, where)
+            if step not in cells[entry[side]].points:
+                raise ValueError(f"{where}: {entry[side]} is not scored at step {step}")
+    return Difference(entry["name"], entry["of"], entry["over"], **steps)
+
+
+def _read_config(files: str | Sequence[str], where: str) -> dict[str, Any]:
+    """Merge config files, later ones over earlier ones; relative to the project."""
+    config: dict[str, Any] = {}
+    for name in [files] if isinstance(files, str) else files:
+        file = PROJECT_DIR / name
+        if not file.is_file():
+            raise ValueError(f"{where}: there is no config file {name}")
+        _merge(config, yaml.safe_load(file.read_text(encoding="utf-8")))
+    return config
+
+
+def _merge(config: dict[str, Any], other: Mapping[str, Any]) -> None:
+    for key, value in other.items():
+        if isinstance(value, Mapping) and isinstance(config.get(key), dict):
+            _merge(config[key], value)
+        else:
+            config[key] = copy.deepcopy(value)
+
+
+def set_dotted(config: dict[str, Any], key: str, value: Any) -> None:
+    """Set ``model.mi.kind`` and the like in a nested configuration."""
+    *parents, last = key.split(".")
+    for parent in parents:
+        config = config.setdefault(parent, {})
+    config[last] = value
+
+
+def _check_keys(entry: Mapping[str, Any], known: set[str], where: str) -> None:
+    unknown = sorted(set(entry) - known)
+    if unknown:
+        raise ValueError(f"{where}: unknown key {unknown}; known are {sorted(known)}")

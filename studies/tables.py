@@ -1,0 +1,216 @@
+"""Markdown tables of a study's results: cells, groups of tasks, paths, curves, paired differences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+
+from studies.results import Result
+from studies.statistics import (
+    Interval,
+    at_point,
+    group_score,
+    groups_of,
+    interval,
+    paired_difference,
+    path_scores,
+    sides_of,
+)
+from studies.study import Cell, Study
+
+NOTHING = "–"
+TITLES = {
+    "vqa": "VQA",
+    "in_distribution": "IND",
+    "out_of_distribution": "OOD",
+    "mean_of_meta_tasks": "mean of meta-tasks",
+}
+
+
+def study_tables(study: Study, results: Sequence[Result]) -> str:
+    """All tables that have rows, as Markdown; scores are hit@1 in percent."""
+    parts = [
+        "hit@1 in percent, mean over seeds ± half of the 95 % t interval. Token passes: tokens times paths "
+        "through the language model in training, in millions. Minutes: wall time of the training on one "
+        "thread, on a machine with other work.",
+        "### Cells\n\n" + cell_table(study, results),
+    ]
+    if study.differences:
+        parts.append("### Differences in points, paired by seed\n\n" + difference_table(study, results))
+        parts.append("### The same by group of tasks\n\n" + group_difference_table(study, results))
+    parts.append("### Groups of tasks\n\n" + group_table(study, results))
+    parts.append("### Every scored column, overall\n\n" + column_table(study, results))
+    parts.append("### Paths and mutual information at the end of training\n\n" + path_table(study, results))
+    if any(len(cell.points) > 1 for cell in study.cells.values()):
+        parts.append("### Curves\n\n" + curve_table(study, results))
+    return "\n\n".join(parts) + "\n"
+
+
+def cell_table(study: Study, results: Sequence[Result]) -> str:
+    """One row per cell at its last step: cost, aggregate, and what aggregation gains."""
+    heading = ["cell", "steps", "seeds", "token passes", "minutes", "overall", "IND", "OOD"]
+    heading += ["best path", "gain over best path", "gain over mean path"]
+    rows = []
+    for cell, lines in _last_points(study, results):
+        joined = [line for line in lines if len(path_scores(line)) > 1]
+        best = [max(path_scores(line)) for line in joined]
+        mean = [fmean(path_scores(line)) for line in joined]
+        overall = [100 * line["means"]["overall"]["aggregate"] for line in joined]
+        rows.append(
+            [
+                cell.label,
+                str(cell.max_steps),
+                str(len(lines)),
+                _mean([line["token_passes"] / 1e6 for line in lines], "{:.2f}"),
+                _mean([line["fit_seconds"] / 60 for line in lines if not line["resumed"]]),
+                *(
+                    _group_cell(study, lines, group)
+                    for group in ("overall", "in_distribution", "out_of_distribution")
+                ),
+                _mean(best),
+                _mean([a - b for a, b in zip(overall, best, strict=True)], "{:+.1f}"),
+                _mean([a - b for a, b in zip(overall, mean, strict=True)], "{:+.1f}"),
+            ]
+        )
+    return _markdown(heading, rows)
+
+
+def group_table(study: Study, results: Sequence[Result]) -> str:
+    """One row per cell at its last step, one column per group of tasks."""
+    groups = groups_of(study)
+    rows = [
+        [cell.label, *(_group_cell(study, lines, group) for group in groups)]
+        for cell, lines in _last_points(study, results)
+    ]
+    return _markdown(["cell", *map(group_title, groups)], rows)
+
+
+def column_table(study: Study, results: Sequence[Result]) -> str:
+    """One row per cell at its last step, one column per scored kind of embedding."""
+    found = _last_points(study, results)
+    columns = list(dict.fromkeys(column for _, lines in found for column in lines[0]["columns"]))
+    rows = []
+    for cell, lines in found:
+        scores = [
+            [100 * line["means"]["overall"].get(column, math.nan) for line in lines] for column in columns
+        ]
+        rows.append([cell.label, *(_mean([score for score in each if score == score]) for each in scores)])
+    return _markdown(["cell", *columns], rows)
+
+
+def path_table(study: Study, results: Sequence[Result]) -> str:
+    """One row per cell at its last step: what training logged of the paths and of q."""
+    names = {
+        "path_cosine_first": "path cosine, first logged",
+        "path_cosine": "path cosine, last",
+        "mi": "MI term",
+        "mi_weight": "its weight",
+        "estimator_nll_held_out": "held-out NLL of q",
+        "estimator_nll": "NLL of q after its fit",
+        "effective_rank": "effective rank",
+        "loss": "loss",
+    }
+    rows = []
+    for cell, lines in _last_points(study, results):
+        if cell.max_steps > 0:
+            values = [[line["monitored"].get(name) for line in lines] for name in names]
+            present = [[value for value in each if value is not None] for each in values]
+            rows.append([cell.label, *(_mean(each, "{:.3g}") for each in present)])
+    return _markdown(["cell", *names.values()], rows)
+
+
+def curve_table(study: Study, results: Sequence[Result]) -> str:
+    """One row per cell and scored step, for cells with several."""
+    rows = []
+    for cell in study.cells.values():
+        for step in cell.points if len(cell.points) > 1 else ():
+            lines = at_point(results, cell.name, step)
+            if lines:
+                passes = _mean([line["token_passes"] / 1e6 for line in lines], "{:.2f}")
+                scores = [_group_cell(study, lines, group) for group in _CURVE_GROUPS]
+                rows.append([cell.label, f"{step} of {cell.max_steps}", str(len(lines)), passes, *scores])
+    heading = ["cell", "step", "seeds", "token passes", *map(group_title, _CURVE_GROUPS)]
+    return _markdown(heading, rows)
+
+
+_CURVE_GROUPS = ("overall", "in_distribution", "out_of_distribution")
+
+
+def difference_table(study: Study, results: Sequence[Result]) -> str:
+    """One row per difference of the study, overall."""
+    heading = ["comparison", "of", "over", "steps", "token passes", "seeds", "difference", "95 % interval"]
+    rows = []
+    for difference in study.differences:
+        found = paired_difference(study, results, difference)
+        if found is None:
+            continue
+        sides = sides_of(study, difference)
+        passes = [fmean(line["token_passes"] for line in at_point(results, *side)) for side in sides]
+        rows.append(
+            [
+                difference.name,
+                study.cells[difference.of].label,
+                study.cells[difference.over].label,
+                " : ".join(str(step) for _, step in sides),
+                f"{passes[0] / passes[1]:.2f} : 1" if min(passes) > 0 else NOTHING,
+                str(len(found.values)),
+                f"{found.mean:+.1f}" + (" (excludes 0)" if found.excludes_zero else ""),
+                _range(found),
+            ]
+        )
+    return _markdown(heading, rows)
+
+
+def group_difference_table(study: Study, results: Sequence[Result]) -> str:
+    """One row per difference, one column per group of tasks; intervals that exclude 0 are bold."""
+    groups = groups_of(study)
+    rows = []
+    for difference in study.differences:
+        found = [paired_difference(study, results, difference, group) for group in groups]
+        if any(found):
+            rows.append([difference.name, *map(_difference_cell, found)])
+    return _markdown(["comparison", *map(group_title, groups)], rows)
+
+
+def group_title(group: str) -> str:
+    """Short heading of a group of tasks."""
+    return TITLES.get(group, group)
+
+
+def _last_points(study: Study, results: Sequence[Result]) -> list[tuple[Cell, list[Result]]]:
+    found = [(cell, at_point(results, cell.name, cell.points[-1])) for cell in study.cells.values()]
+    return [(cell, lines) for cell, lines in found if lines]
+
+
+def _group_cell(study: Study, lines: Sequence[Result], group: str) -> str:
+    scores = [group_score(study, line, group) for line in lines]
+    present = [score for score in scores if score is not None]
+    if not present:
+        return NOTHING
+    found = interval(present)
+    return f"{found.mean:.1f}" + ("" if math.isinf(found.half_width) else f" ± {found.half_width:.1f}")
+
+
+def _difference_cell(found: Interval | None) -> str:
+    if found is None:
+        return NOTHING
+    if math.isinf(found.half_width):
+        return f"{found.mean:+.1f}"
+    text = f"{found.mean:+.1f} ± {found.half_width:.1f}"
+    return f"**{text}**" if found.excludes_zero else text
+
+
+def _range(found: Interval) -> str:
+    if math.isinf(found.half_width):
+        return "one seed"
+    return f"{found.mean - found.half_width:+.1f} to {found.mean + found.half_width:+.1f}"
+
+
+def _mean(values: Sequence[float], form: str = "{:.1f}") -> str:
+    return form.format(fmean(values)) if values else NOTHING
+
+
+def _markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heading, ["---", *("---:" for _ in heading[1:])], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,73 @@
+"""The results file: what counts as finished, what is shared, what the report takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from studies.results import (
+    append_result,
+    missing_points,
+    newest_results,
+    outdated,
+    read_results,
+    take_over,
+)
+from studies.study import Run
+from tests.support.study import made_up_result, toy_study
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_point_is_finished_with_the_present_configuration_only(tmp_path: Path) -> None:
+    study = toy_study(tmp_path, cells={"a": {"curve": [5, 10]}})
+    run = Run("toy", study.cells["a"], 0)
+    assert missing_points(run, read_results(study.results_file)) == [5, 10]
+    append_result(study.results_file, made_up_result(run.cell, 0, 5, 50.0))
+    append_result(study.results_file, made_up_result(run.cell, 1, 10, 50.0))
+    append_result(
+        study.results_file, {**made_up_result(run.cell, 0, 10, 50.0), "config_hash": "an earlier one"}
+    )
+    assert missing_points(run, read_results(study.results_file)) == [10]
+
+
+def test_the_newest_line_counts_and_old_configurations_are_named(tmp_path: Path) -> None:
+    study = toy_study(tmp_path, cells={"a": None, "b": None})
+    a, b = study.cells.values()
+    for line in (
+        made_up_result(b, 0, 100, 1.0),
+        made_up_result(a, 0, 100, 2.0),
+        {**made_up_result(b, 0, 100, 3.0), "config_hash": "an earlier one"},
+        {**made_up_result(a, 0, 100, 4.0), "cell": "removed"},
+        made_up_result(a, 0, 99, 5.0),  # a step that is scored no longer
+    ):
+        append_result(study.results_file, line)
+    newest = newest_results(study)
+    assert [(line["cell"], line["means"]["overall"]["aggregate"]) for line in newest] == [
+        ("a", 0.02),
+        ("b", 0.03),
+    ]
+    assert outdated(study, newest) == ["b"]
+
+
+def test_the_same_run_of_another_study_is_taken_over_once(tmp_path: Path) -> None:
+    study = toy_study(tmp_path, cells={"a": None, "other": {"overrides": {"model.num_paths": 5}}})
+    elsewhere = Path("docs/studies/elsewhere/results.jsonl")
+    append_result(elsewhere, made_up_result(study.cells["a"], 0, 100, 42.0, study="elsewhere"))
+    for cell in study.cells.values():
+        for _ in range(2):
+            take_over(Run("toy", cell, 0), study.results_file)
+    (line,) = read_results(study.results_file)
+    assert (line["study"], line["cell"], line["copied_from"]) == ("toy", "a", "elsewhere/a")
+    assert line["means"]["overall"]["aggregate"] == 0.42
+
+
+def test_a_broken_line_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "results.jsonl"
+    file.write_text('{"study": "toy"}\n{"study": "to', encoding="utf-8")
+    with pytest.raises(ValueError, match="line 2 is not JSON"):
+        read_results(file)

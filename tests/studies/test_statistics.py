@@ -1,0 +1,61 @@
+"""Intervals and differences over seeds."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from studies.statistics import group_score, interval, paired_difference
+from studies.study import Difference
+from tests.support.study import made_up_result, toy_study
+
+
+def test_the_interval_is_the_textbook_one() -> None:
+    found = interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert found.mean == 3.0
+    assert found.half_width == pytest.approx(2.776 * math.sqrt(2.5) / math.sqrt(5), rel=1e-3)
+    assert found.excludes_zero
+    assert not interval([-1.0, 2.0, 0.5]).excludes_zero
+
+
+def test_one_seed_has_no_interval() -> None:
+    assert math.isinf(interval([7.0]).half_width)
+    assert not interval([7.0]).excludes_zero
+    with pytest.raises(ValueError, match="at least one value"):
+        interval([])
+
+
+def test_the_interval_covers_the_mean_in_95_percent_of_samples() -> None:
+    samples = torch.randn(2000, 4, generator=torch.Generator().manual_seed(0)).tolist()
+    covered = sum(not interval(sample).excludes_zero for sample in samples) / len(samples)
+    assert 0.93 < covered < 0.97
+
+
+def test_differences_pair_seeds_and_ignore_those_of_one_side(tmp_path: Path) -> None:
+    study = toy_study(tmp_path, cells={"a": None, "b": {"curve": ["0.5x", "1x"]}})
+    a, b = study.cells.values()
+    results = [made_up_result(a, seed, 100, 50.0 + 10 * seed) for seed in (0, 1, 2)]
+    results += [made_up_result(b, seed, 100, 48.0 + 10 * seed) for seed in (2, 1)]
+    results += [made_up_result(b, 1, 50, 30.0)]
+    found = paired_difference(study, results, Difference("d", "a", "b"))
+    assert found is not None
+    assert found.values == pytest.approx((2.0, 2.0))
+    swapped = paired_difference(study, results, Difference("d", "b", "a"))
+    assert swapped is not None
+    assert (swapped.mean, swapped.half_width) == pytest.approx((-found.mean, found.half_width))
+    early = paired_difference(study, results, Difference("d", "a", "b", over_step=50))
+    assert early is not None
+    assert early.values == pytest.approx((30.0,))
+    assert paired_difference(study, results, Difference("d", "a", "b"), "vqa") is None
+
+
+def test_a_group_of_the_study_needs_all_its_tasks(tmp_path: Path) -> None:
+    groups = {"both": ["easy", "hard"], "more": ["easy", "absent"]}
+    study = toy_study(tmp_path, cells={"a": None}, groups=groups)
+    line = made_up_result(study.cells["a"], 0, 100, 50.0)
+    assert group_score(study, line, "both") == pytest.approx(50.0)
+    assert group_score(study, line, "more") is None
+    assert group_score(study, line, "overall", "path_1") == pytest.approx(47.0)

@@ -1,0 +1,113 @@
+"""What a study's YAML file means, and that every shipped study means something."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from parallel_decoupling.data.datamodule import MMEBDataModule
+from parallel_decoupling.data.world.rows import WORLD_TASKS
+from parallel_decoupling.model.backbone import AdapterConfig
+from parallel_decoupling.objective.mutual_information import Kind
+from parallel_decoupling.training.embedder import PDFEmbedder
+from parallel_decoupling.training.optimization import MIConfig, OptimizerConfig
+from studies.study import Run, load_study, study_files
+from tests.support.study import save_study, toy_study
+
+
+def test_overrides_reach_the_configuration_and_leave_the_rest(tmp_path: Path) -> None:
+    study = toy_study(
+        tmp_path,
+        overrides={"data.batch_size": 8},
+        cells={"plain": None, "changed": {"overrides": {"model.mi.kind": "hsic"}}},
+    )
+    plain, changed = study.cells["plain"].config, study.cells["changed"].config
+    assert plain["model"]["mi"]["kind"] == "vclub"
+    assert changed["model"] == {"num_paths": 2, "mi": {"kind": "hsic"}, "seed": 0}
+    assert plain["data"]["batch_size"] == changed["data"]["batch_size"] == 8
+
+
+def test_steps_are_numbers_or_multiples_of_the_base_config(tmp_path: Path) -> None:
+    cells = {
+        "base": None,
+        "half": {"steps": "0.5x"},
+        "seven": {"steps": 7},
+        "untrained": {"steps": 0},
+        "curve": {"curve": ["1x", 10, "0.25x"]},
+    }
+    found = toy_study(tmp_path, cells=cells).cells
+    assert [cell.points for cell in found.values()] == [(100,), (50,), (7,), (0,), (10, 25, 100)]
+    assert [cell.max_steps for cell in found.values()] == [100, 50, 7, 0, 100]
+    assert found["half"].config["trainer"]["max_steps"] == 50
+
+
+def test_the_hash_tells_configurations_apart_and_not_names(tmp_path: Path) -> None:
+    cells = {
+        "one": None,
+        "same": {"overrides": {"model.num_paths": 2}, "label": "another", "seeds": [3]},
+        "other": {"overrides": {"model.num_paths": 3}},
+        "longer": {"steps": 101},
+        "curve": {"curve": ["0.5x", "1x"]},
+    }
+    hashes = {name: cell.config_hash for name, cell in toy_study(tmp_path, cells=cells).cells.items()}
+    assert hashes["one"] == hashes["same"] == hashes["curve"]
+    assert len({hashes["one"], hashes["other"], hashes["longer"]}) == 3
+
+
+def test_a_run_has_its_seed_everywhere(tmp_path: Path) -> None:
+    study = toy_study(tmp_path, seeds=[0, 4], cells={"plain": None, "own": {"seeds": [1]}})
+    names = [run.name for run in study.runs()]
+    assert names == ["plain_seed0", "own_seed1", "plain_seed4"]
+    config = Run("toy", study.cells["plain"], 4).config
+    assert (config["seed_everything"], config["model"]["seed"], config["data"]["seed"]) == (4, 4, 4)
+    assert study.cells["plain"].config["model"]["seed"] == 0
+    assert [run.name for run in study.runs(["own"], [7])] == ["own_seed7"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"cells": {"a": {"step": 3}}}, r"cells\.a: unknown key \['step'\]"),
+        ({"cells": {"a": {"steps": "half"}}}, "a multiple such as 0.5x, got 'half'"),
+        ({"cells": {"a": {"config": "nowhere.yaml"}}}, "no config file nowhere.yaml"),
+        ({"cells": {"a": None}, "differences": [{"name": "d", "of": "a", "over": "b"}]}, "no cell 'b'"),
+        (
+            {"cells": {"a": None}, "differences": [{"name": "d", "of": "a", "over": "a", "of_step": 7}]},
+            "a is not scored at step 7",
+        ),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, content: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_study(save_study(tmp_path, content))
+
+
+def test_unknown_names_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no study 'helpp'; choose from .*'help'"):
+        load_study("helpp")
+    with pytest.raises(ValueError, match="has no cell"):
+        toy_study(tmp_path, cells={"a": None}).runs(["b"])
+
+
+@pytest.mark.parametrize("name", study_files())
+def test_every_shipped_study_sets_options_that_exist(name: str) -> None:
+    options = {
+        "model": set(inspect.signature(PDFEmbedder).parameters),
+        "data": set(inspect.signature(MMEBDataModule).parameters),
+        "mi": set(MIConfig.__dataclass_fields__),
+        "optimizer": set(OptimizerConfig.__dataclass_fields__),
+        "adapter": set(AdapterConfig.__dataclass_fields__),
+    }
+    study, tasks = load_study(name), {task.name for task in WORLD_TASKS}
+    for cell in study.cells.values():
+        parts = {"model": cell.config["model"], "data": cell.config["data"]}
+        parts |= {part: cell.config["model"].get(part, {}) for part in ("mi", "optimizer", "adapter")}
+        for part, values in parts.items():
+            assert set(values) <= options[part], f"{cell.name}: {part}"
+        assert parts["mi"].get("kind", "none") in get_args(Kind)
+        assert set(cell.config["data"].get("eval_tasks") or ()) <= tasks
+        assert set(cell.config["data"].get("train_subsets") or ()) <= tasks
+    assert {task for group in study.groups.values() for task in group} <= tasks
