@@ -3,13 +3,14 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 SEED ?= 0
+STUDY_JOBS ?= 2
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 DEMO := runs/demo$(if $(filter-out 0,$(SEED)),_seed$(SEED))
 DEMO_SINGLE_PATH := runs/demo_single_path$(if $(filter-out 0,$(SEED)),_seed$(SEED))
 
-.PHONY: help install demo test test-slow lint types checks format golden backbone notebooks bench clean
+.PHONY: help install demo test test-slow lint types checks format golden backbone notebooks bench studies clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +75,11 @@ bench: $(INSTALLED) ## cost of N paths, bias and variance of the vCLUB estimator
 	$(BIN)/python -m benchmarks.paths
 	$(BIN)/python -m benchmarks.vclub
 	$(BIN)/python -m benchmarks.startup
+
+studies: $(INSTALLED) ## every study: runs what is missing, then tables and pictures in docs/studies/
+	@failed=0; for study in help paths prefix mutual_information little_data beyond; do \
+	  $(BIN)/python -m studies $$study --jobs $(STUDY_JOBS) || failed=1; done; \
+	for study in estimators path_differences search; do $(BIN)/python -m studies $$study || failed=1; done; exit $$failed
 
 clean: ## remove caches and build output (keeps runs/ and .venv/)
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist
