@@ -46,22 +46,32 @@ def path_similarity_figure(cosine_NN: Tensor) -> Figure:
     Args:
         cosine_NN: ``[N, N]`` in [-1, 1].
     """
-    paths = len(cosine_NN)
+    return path_matrices_figure({"mean cosine between paths": cosine_NN})
+
+
+def path_matrices_figure(matrices: Mapping[str, Tensor]) -> Figure:
+    """Draw values of pairs of paths, one matrix per title, all on the scale from -1 to 1.
+
+    Args:
+        matrices: title to ``[N, N]``; a nan stays white and says so.
+    """
+    paths = len(next(iter(matrices.values())))
     side = 2.2 + 0.55 * paths
-    figure = _figure(side + 0.8, side)
-    axes = figure.add_subplot()
-    picture = axes.imshow(cosine_NN.detach().float().cpu().numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
-    for row in range(paths):
-        for column in range(paths):
-            value = float(cosine_NN[row, column])
-            colour = "white" if abs(value) > 0.6 else INK
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=9)
-    axes.set_xticks(range(paths), [f"path {path}" for path in range(paths)])
-    axes.set_yticks(range(paths), [f"path {path}" for path in range(paths)])
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    axes.set_title("mean cosine between paths", fontsize=11)
-    figure.colorbar(picture, ax=axes, ticks=[-1, 0, 1], shrink=0.8).outline.set_visible(False)
+    figure = new_figure(side * len(matrices) + 0.8, side)
+    grid = figure.subplots(1, len(matrices), squeeze=False)[0]
+    for axes, (title, matrix_NN) in zip(grid, matrices.items(), strict=True):
+        picture = axes.imshow(matrix_NN.detach().float().cpu().numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
+        for row in range(paths):
+            for column in range(paths):
+                value = float(matrix_NN[row, column])
+                colour = "white" if abs(value) > 0.6 else INK
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=9)
+        axes.set_xticks(range(paths), [f"path {path}" for path in range(paths)])
+        axes.set_yticks(range(paths), [f"path {path}" for path in range(paths)])
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.set_title(title, fontsize=11)
+    figure.colorbar(picture, ax=grid, ticks=[-1, 0, 1], shrink=0.8).outline.set_visible(False)
     return figure
 
 
@@ -77,7 +87,7 @@ def retrieval_examples_figure(task: EvalTask, score: TaskScore, k: int = 5, rows
         rows: queries; half of them misses while both kinds last.
     """
     chosen = _example_rows(next(iter(score.hits.values())), rows)
-    figure = _figure(1.75 * (k + 2) + 0.4, 1.95 * len(chosen) + 0.6)
+    figure = new_figure(1.75 * (k + 2) + 0.4, 1.95 * len(chosen) + 0.6)
     grid = figure.subplots(len(chosen), k + 2, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
@@ -113,7 +123,7 @@ def comparison_figure(reports: Mapping[str, ScoreReport], title: str) -> Figure:
         title: above both panels.
     """
     tasks = len(next(iter(reports.values())).tasks)
-    figure = _figure(16, max(7.0, 2.4 + 0.36 * tasks))
+    figure = new_figure(16, max(7.0, 2.4 + 0.36 * tasks))
     left, right = figure.subplots(1, 2, width_ratios=[1.25, 1])
     colours = [COLOURS[number % len(COLOURS)] for number in range(len(reports))]
     _draw_means(left, reports, colours)
@@ -177,7 +187,7 @@ def _draw_means(axes: Axes, reports: Mapping[str, ScoreReport], colours: Sequenc
         axes.axvline(border, color=NEUTRAL, linewidth=0.8)
     axes.set_title("means over tasks, hit@1 in %", fontsize=12, color=INK, loc="left")
     axes.set_xlim(-0.5, len(groups) - 0.5)
-    _clean(axes, "y")
+    clean_axes(axes, "y")
     axes.tick_params(axis="x", length=0)
 
 
@@ -223,7 +233,7 @@ def _draw_tasks(axes: Axes, reports: Mapping[str, ScoreReport], colours: Sequenc
     axes.set_title(
         "tasks, hit@1 in %: aggregate, and range of single paths", fontsize=12, color=INK, loc="left"
     )
-    _clean(axes, "x")
+    clean_axes(axes, "x")
     axes.tick_params(axis="y", length=0)
 
 
@@ -270,7 +280,8 @@ def _thumbnail(image: Image.Image | str) -> Image.Image:
     return small
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty white figure of its own, in inches, that keeps its parts apart."""
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
     figure = Figure(figsize=(width, height), dpi=100, layout=layout, facecolor="white")
     FigureCanvasAgg(figure)
@@ -282,7 +293,8 @@ def _pale(colour: str) -> tuple[float, ...]:
     return tuple(0.4 * channel + 0.6 for channel in to_rgb(colour))
 
 
-def _clean(axes: Axes, grid: Literal["x", "y"]) -> None:
+def clean_axes(axes: Axes, grid: Literal["x", "y"]) -> None:
+    """Leave only data, labels and a pale grid."""
     axes.spines[:].set_visible(False)
     axes.grid(axis=grid, color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
