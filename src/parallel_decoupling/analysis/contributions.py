@@ -72,7 +72,7 @@ def patch_contributions(
 
 
 def occluded(picture: Image.Image, grid: int) -> list[Image.Image]:
-    """Copies of a picture, each with one of ``grid * grid`` patches in the median colour, in reading order."""
+    """Copies of a picture, each with one of ``grid * grid`` patches in the median colour, row by row."""
     width, height = picture.size
     if min(width, height) < grid:
         raise ValueError(

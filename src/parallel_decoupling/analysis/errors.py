@@ -23,9 +23,10 @@ class ErrorOverlap:
     """How the errors of a run's paths relate, over all tasks.
 
     Attributes:
-        jaccard: ``[N, N]``, queries that both paths miss over queries that either misses, all tasks pooled; nan
-            where neither misses any.
-        kappa: ``[N, N]``, Cohen's kappa of right or wrong, pooled: 0 what chance gives at these scores, 1 the same.
+        jaccard: ``[N, N]``, queries that both paths miss over queries that either misses, all tasks
+            pooled; nan where neither misses any.
+        kappa: ``[N, N]``, Cohen's kappa of right or wrong, pooled: 0 what chance gives at these scores, 1
+            the same.
         headline: name of the report's first column.
         scores: hit@1, mean over tasks: the headline, ``best_path`` (the one path with the best mean),
             ``mean_path``, ``oracle`` (a query counts if any path is right).

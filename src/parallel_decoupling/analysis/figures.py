@@ -43,6 +43,10 @@ def figures(analysis: PathAnalysis) -> dict[str, Figure]:
         maps = analysis.attention.patches[: len(analysis.pictures)]
         title = "attention of the pooled token to the image's tokens (share of the image's attention)"
         drawn["attention_maps"] = maps_figure(analysis.pictures, maps, title)
+        if analysis.num_paths > 1:
+            title = "attention to the image's tokens, minus the mean of the paths"
+            differences = [map_NHW - map_NHW.mean(dim=0) for map_NHW in maps]
+            drawn["attention_differences"] = maps_figure(analysis.pictures, differences, title)
     change, score = analysis.contributions.change, analysis.contributions.score
     shown = len(analysis.pictures)
     title = "change of the embedding without a patch (1 - cosine)"
@@ -78,7 +82,7 @@ def errors_figure(errors: ErrorOverlap) -> Figure:
 
 def angles_figure(similarity: PathSimilarity) -> Figure:
     """Draw the principal angles of each pair of paths, and those of random subspaces."""
-    figure = new_figure(6.6, 4.2)
+    figure = new_figure(7.6, 4.0)
     axes = figure.add_subplot()
     numbers = range(1, similarity.angles.shape[1] + 1)
     for row, ((i, j), angles_S) in enumerate(zip(similarity.pairs.tolist(), similarity.angles, strict=True)):
@@ -94,7 +98,7 @@ def angles_figure(similarity: PathSimilarity) -> Figure:
         f"angles between the {directions} leading directions of two paths", fontsize=11, loc="left", color=INK
     )
     clean_axes(axes, "y")
-    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    figure.legend(frameon=False, fontsize=9, loc="outside right center")
     return figure
 
 

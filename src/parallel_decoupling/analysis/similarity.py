@@ -26,8 +26,8 @@ class PathSimilarity:
 
     Attributes:
         cosine: ``[N, N]``, mean cosine between paths of one input, in [-1, 1].
-        centred_cosine: ``[N, N]``, the same after each path's mean embedding is subtracted: a direction that all
-            inputs share makes the plain cosine high whatever the paths say about an input.
+        centred_cosine: ``[N, N]``, the same after each path's mean embedding is subtracted: a direction that
+            all inputs share makes the plain cosine high whatever the paths say about an input.
         cka: ``[N, N]``, linear CKA, in [0, 1].
         angles: ``[M, S]``, principal angles in degrees, smallest first.
         chance_angles: ``[S]``, the same of two random subspaces of this size, their mean.
