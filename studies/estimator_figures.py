@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from parallel_decoupling.retrieval.plots import COLOURS, INK, clean_axes, new_figure
 
@@ -76,6 +77,9 @@ def _grid(
             axes.set_title(f"{setting}, D = {dim}", fontsize=10.5, color=INK, loc="left")
             if log:
                 axes.set_yscale("log")
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+                axes.yaxis.set_minor_locator(NullLocator())
+                axes.yaxis.set_major_formatter("{x:g}")
             clean_axes(axes, "y")
     for axes in grid[-1]:
         axes.set_xlabel("rows per batch", color=INK)
@@ -94,7 +98,9 @@ def _estimate(axes: Axes, rows: list[Row], number: int, count: int) -> None:
         return
     if number == 0:
         axes.axhline(rows[0]["exact"], color=INK, linewidth=1, label="exact mutual information")
-        axes.axhline(rows[0]["limit"], color=INK, linewidth=1, linestyle=":", label="limit of vCLUB")
+        if not rows[0]["cubed"]:
+            limit = rows[0]["limit"]
+            axes.axhline(limit, color=INK, linewidth=1, linestyle=":", label="limit of vCLUB with a true q")
     kind = rows[0]["kind"]
     shift = 1.13 ** (number - (count - 1) / 2)
     axes.errorbar(
@@ -128,9 +134,9 @@ def write_table(results: dict[str, Any], table_file: Path) -> None:
         "",
         f"`{results['command']}`, commit {results['commit']}, {results['machine']}, {results['seconds']} s; "
         f"{settings['draws']} batches per cell, q fitted on {settings['fit_steps']} batches. "
-        "Nats per dimension; hsic and crosscov have no unit of information, so they have no bias. Gradient: "
-        "cosine of one batch's gradient, and of the mean gradient, to the exact one; noise is the root of the "
-        "summed variance over the norm of the mean gradient.",
+        "Nats per dimension; hsic and crosscov have no q and no unit of information, so no bias. Gradient: "
+        "cosine of one batch's gradient, and of the mean gradient, to the exact one; noise is the root of "
+        "the summed variance over the norm of the mean gradient.",
     ]
     for setting, values in SETTINGS.items():
         for dim in sorted({row["embed_dim"] for row in rows}):

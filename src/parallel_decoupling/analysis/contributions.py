@@ -27,8 +27,8 @@ class Contributions:
     Attributes:
         change: ``[I, N, grid, grid]`` for ``I`` pictures: ``1 - cosine`` of each path's embedding with and
             without the patch, in [0, 2]; rows from top to bottom.
-        score: of the same shape, what the cosine to the text loses without the patch (negative where the patch hurts);
-            None without texts.
+        score: of the same shape, what the cosine to the text loses without the patch (negative where the
+            patch hurts); None without texts.
     """
 
     change: Tensor

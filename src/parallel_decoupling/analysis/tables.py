@@ -19,7 +19,6 @@ from parallel_decoupling.analysis.attention import GROUPS
 from parallel_decoupling.analysis.contributions import agreement
 from parallel_decoupling.analysis.study import PathAnalysis
 
-PATHS_FILE = "paths.json"
 FORMAT = 1
 
 

@@ -29,10 +29,11 @@ def run(options: Any) -> None:
     from rich.console import Console
 
     from parallel_decoupling.analysis.tables import sections
+    from parallel_decoupling.retrieval.html_report import PATHS_DIR
 
     run_dir, checkpoint_file = locate(options.run_or_checkpoint)
     analysis = analyse_checkpoint(checkpoint_file, run_dir, options.data_dir)
-    folder = Path(options.output_dir) if options.output_dir else run_dir / "paths"
+    folder = Path(options.output_dir) if options.output_dir else run_dir / PATHS_DIR
     write(analysis, folder)
     console = Console(width=None if sys.stdout.isatty() else 140)
     for section in sections(analysis):
@@ -93,7 +94,8 @@ def analyse_checkpoint(checkpoint_file: Path, run_dir: Path, data_dir: str | Non
 def write(analysis: PathAnalysis, folder: Path) -> None:
     """Write ``paths.json`` and one PNG per figure."""
     from parallel_decoupling.analysis.figures import figures
-    from parallel_decoupling.analysis.tables import PATHS_FILE, write_json
+    from parallel_decoupling.analysis.tables import write_json
+    from parallel_decoupling.retrieval.html_report import PATHS_FILE
 
     folder.mkdir(parents=True, exist_ok=True)
     write_json(analysis, folder / PATHS_FILE)

@@ -86,7 +86,7 @@ def retrieval_examples_figure(task: EvalTask, score: TaskScore, k: int = 5, rows
         k: candidates per query, 1 to 10.
         rows: queries; half of them misses while both kinds last.
     """
-    chosen = _example_rows(next(iter(score.hits.values())), rows)
+    chosen = example_rows(next(iter(score.hits.values())), rows)
     figure = new_figure(1.75 * (k + 2) + 0.4, 1.95 * len(chosen) + 0.6)
     grid = figure.subplots(len(chosen), k + 2, squeeze=False)
     for axes in grid.flat:
@@ -237,7 +237,7 @@ def _draw_tasks(axes: Axes, reports: Mapping[str, ScoreReport], colours: Sequenc
     axes.tick_params(axis="y", length=0)
 
 
-def _example_rows(hits: Tensor, rows: int) -> list[int]:
+def example_rows(hits: Tensor, rows: int) -> list[int]:
     """Misses then hits, half of each as far as there are enough."""
     wrong, right = (~hits).nonzero()[:, 0].tolist(), hits.nonzero()[:, 0].tolist()
     wrong_count = min(len(wrong), max(rows // 2, rows - len(right)))
@@ -254,7 +254,7 @@ def _draw_input(axes: Axes, item: RawInput, frame: str | None) -> None:
     lines = 3 if item.images else 9
     if item.images:
         inset = axes.inset_axes((0.04, 0.3 if text else 0.04, 0.92, 0.66 if text else 0.92))
-        inset.imshow(_thumbnail(item.images[0]))
+        inset.imshow(thumbnail(item.images[0]))
         inset.set_axis_off()
     axes.text(
         0.5,
@@ -274,9 +274,10 @@ def _last_lines(text: str, count: int) -> str:
     return "\n".join(lines if len(lines) <= count else ["...", *lines[1 - count :]])
 
 
-def _thumbnail(image: Image.Image | str) -> Image.Image:
-    small = load_image(image)
-    small.thumbnail((224, 224))
+def thumbnail(image: Image.Image | str, side: int = 224) -> Image.Image:
+    """Load an image and shrink it to at most ``side`` pixels; it is never enlarged."""
+    small = load_image(image).copy()
+    small.thumbnail((side, side))
     return small
 
 
