@@ -168,8 +168,8 @@ def _table_cells(row: Row) -> list[str]:
         str(row["batch_size"]),
         row["kind"],
         f"{row['exact']:.3f}",
-        f"{row['mean']:.4f}",
-        f"{row['bias']:+.3f}" if informative else "",
+        f"{round(row['mean'], 4) + 0:.4f}",  # no minus before a zero
+        f"{round(row['bias'], 3) + 0:+.3f}" if informative else "",
         f"{row['std']:.4f}",
         "" if independent else f"{row['gradient_cosine']:.2f}",
         "" if independent else f"{row['mean_gradient_cosine']:.2f}",

@@ -1,6 +1,6 @@
 """How good are the estimators of dependence, and the gradients that training takes from them?
 
-``python -m studies.estimators`` writes ``docs/studies/estimators/{results.json,table.md,*.png}``; about five
+``python -m studies.estimators`` writes ``docs/studies/estimators/{results.json,table.md,*.png}``; about two
 minutes on one thread.
 
 Two paths are D-dimensional Gaussians of correlation rho in each dimension, or the cubes of such Gaussians
@@ -157,7 +157,7 @@ def run(
     Returns:
         The content of ``results.json``.
     """
-    folder, start = Path(output_dir), time.perf_counter()
+    folder, start, commit = Path(output_dir), time.perf_counter(), git_commit()
     rows = []
     for cell in track(cells(rhos, embed_dims, batch_sizes), description="estimators"):
         network = fitted_network(cell, fit_steps)
@@ -166,7 +166,7 @@ def run(
     results = {
         "study": "estimators",
         "command": "python -m studies.estimators",
-        "commit": git_commit(),
+        "commit": commit,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "seconds": round(time.perf_counter() - start, 1),
         "settings": {"fit_steps": fit_steps, "draws": draws, "hidden_size": 64, "learning_rate": 1e-3},

@@ -54,7 +54,7 @@ def probe(columns: Mapping[str, Tensor], labels: Sequence[str], where: str) -> P
     """
     values, counts = np.unique(list(labels), return_counts=True)
     if len(values) < 2 or counts.min() < FOLDS:
-        rarest = f"{values[counts.argmin()]!r} {counts.min()} times" if len(values) else "nothing"
+        rarest = f"{str(values[counts.argmin()])!r} {counts.min()} times" if len(values) else "nothing"
         raise ValueError(
             f"probe of {where}: needs two values with {FOLDS} inputs each, has {len(values)} values "
             f"and the rarest is {rarest}; draw more inputs"
