@@ -74,7 +74,13 @@ def sections(analysis: PathAnalysis) -> list[Section]:
 
 
 def write_json(analysis: PathAnalysis, json_file: str | Path) -> None:
-    """Write every number, unrounded, except single maps; nan becomes null."""
+    """Write ``as_plain`` as JSON."""
+    text = json.dumps(as_plain(analysis), indent=1, default=str, allow_nan=False)
+    Path(json_file).write_text(text + "\n", encoding="utf-8")
+
+
+def as_plain(analysis: PathAnalysis) -> dict[str, Any]:
+    """Every number, unrounded, except single maps; nan becomes None."""
     similarity, errors, attention = analysis.similarity, analysis.errors, analysis.attention
     score = analysis.contributions.score
     content: dict[str, Any] = {
@@ -115,8 +121,8 @@ def write_json(analysis: PathAnalysis, json_file: str | Path) -> None:
         },
         "run": analysis.run,
     }
-    text = json.dumps(_without_nan(content), indent=1, default=str, allow_nan=False)
-    Path(json_file).write_text(text + "\n", encoding="utf-8")
+    plain: dict[str, Any] = _without_nan(content)
+    return plain
 
 
 def _paths(analysis: PathAnalysis) -> Section:
