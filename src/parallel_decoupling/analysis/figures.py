@@ -118,7 +118,8 @@ def probes_figure(probes: Mapping[str, ProbeResult]) -> Figure:
             colour = "white" if value > 0.6 else INK
             axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=9.5)
     axes.axvline(0.5, color="white", linewidth=4)
-    axes.axvline(1.5, color="white", linewidth=2)
+    if len(columns) > 1:
+        axes.axvline(1.5, color="white", linewidth=2)
     names = ["majority", *(column.replace("_", " ") for column in columns)]
     axes.set_xticks(range(len(names)), names, fontsize=10)
     axes.set_yticks(range(len(probes)), list(probes), fontsize=10)

@@ -87,8 +87,9 @@ def analyse_world(embedder: Embedder, report: ScoreReport | None, *, scenes: int
     for kind in kinds:
         embeddings_BND = embedder.encode(kind.pictures, instruction=INSTRUCTION)
         embeddings.append(embeddings_BND)
-        columns = {"aggregate": embedder.encoder.aggregate(embeddings_BND).detach()}
-        columns |= {f"path_{path}": embeddings_BND[:, path] for path in range(embeddings_BND.shape[1])}
+        columns = {f"path_{path}": embeddings_BND[:, path] for path in range(embeddings_BND.shape[1])}
+        if len(columns) > 1:
+            columns = {"aggregate": embedder.encoder.aggregate(embeddings_BND).detach(), **columns}
         probes |= {factor: probe(columns, labels, factor) for factor, labels in kind.labels.items()}
     mapped = _alternate(kinds, MAPPED)
     inputs = to_raw_inputs([picture for picture, _ in mapped], INSTRUCTION)
