@@ -130,8 +130,6 @@ def write_table(results: dict[str, Any], table_file: Path) -> None:
     """Write every row of the grid as Markdown, one table per setting and dimension."""
     rows, settings = results["rows"], results["settings"]
     lines = [
-        "# Estimators against the exact mutual information",
-        "",
         f"`{results['command']}`, commit {results['commit']}, {results['machine']}, {results['seconds']} s; "
         f"{settings['draws']} batches per cell, q fitted on {settings['fit_steps']} batches. "
         "Nats per dimension; hsic and crosscov have no q and no unit of information, so no bias. Gradient: "
@@ -152,7 +150,7 @@ def write_table(results: dict[str, Any], table_file: Path) -> None:
                 "of the mean",
                 "noise",
             ]
-            lines += ["", f"## {setting}, D = {dim}", "", "| " + " | ".join(heading) + " |"]
+            lines += ["", f"### {setting}, D = {dim}", "", "| " + " | ".join(heading) + " |"]
             lines.append("|" + "---:|" * len(heading))
             for row in sorted(chosen(rows, embed_dim=dim, **values), key=lambda row: row["rho"]):
                 lines.append("| " + " | ".join(_table_cells(row)) + " |")

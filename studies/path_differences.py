@@ -12,6 +12,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -102,14 +103,13 @@ def _overview_cells(analysis: PathAnalysis) -> list[str]:
 
 def _table(results: dict[str, Any], analyses: dict[str, PathAnalysis]) -> str:
     parts = [
-        "# Are the paths different?",
         f"`{results['command']}`, commit {results['commit']}, {results['seconds']} s.",
         overview(analyses).markdown(),
     ]
     for name, analysis in analyses.items():
-        parts += [f"## {name}", *(section.markdown() for section in sections(analysis))]
-        parts += [f"Left out: {note}" for note in analysis.notes]
-        parts += [f"![{picture}]({name}_{picture}.png)" for picture in figures(analysis)]
+        titled = [replace(part, title=f"{name}: {part.title}") for part in sections(analysis)]
+        parts += [part.markdown() for part in titled]
+        parts += [f"{name}, left out: {note}" for note in analysis.notes]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 

@@ -19,9 +19,9 @@ def test_runs_stand_side_by_side(tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp
     results = json.loads((folder / "results.json").read_text())
     assert {name: content["num_paths"] for name, content in results["runs"].items()} == {"one": 1, "two": 2}
     table = (folder / "table.md").read_text()
-    assert "## one\n" in table
-    pictures = {line.split("(")[1][:-1] for line in table.splitlines() if line.startswith("![")}
-    assert pictures == {file.name for file in folder.glob("*.png")}
+    assert "### one: Each path\n" in table
+    assert "### two: Pairs of paths\n" in table
+    pictures = {file.name for file in folder.glob("*.png")}
     assert "two_similarity.png" in pictures
     assert "one_similarity.png" not in pictures
 
