@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.model.backbone import load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.retrieval.encode import to_raw_inputs
+from tests.support.families import save_tiny_family
 from tests.support.tiny import noise_image
 
 
@@ -120,8 +122,14 @@ def test_inputs_without_one_image_are_named(tiny_backbone_dir: str, inputs: list
         attention_maps(encoder(tiny_backbone_dir), [inputs[0], RawInput("only text")])
 
 
-def test_tokens_without_a_grid_are_refused() -> None:
+def test_token_grid_of_merged_patches_of_a_square_and_of_neither() -> None:
     assert token_grid({"image_grid_thw": torch.tensor([[1, 4, 8]])}, 8) == (2, 4)
     assert token_grid({}, 9) == (3, 3)
-    with pytest.raises(ValueError, match="no 3 x 3 grid"):
-        token_grid({}, 10)
+    assert token_grid({}, 10) is None
+
+
+def test_a_backbone_that_cuts_images_into_tiles_has_masses_but_no_maps(tmp_path: Path) -> None:
+    model = encoder(save_tiny_family("llava_next_mistral", tmp_path))
+    found = attention_maps(model, to_raw_inputs([noise_image(64, 64)], "read"))
+    assert found.patches == []
+    assert (found.mass > 0).all()

@@ -35,7 +35,8 @@ class AttentionMaps:
     Attributes:
         mass: ``[N, Y, 3]``, share that goes to each of ``GROUPS``, mean over inputs; sums to 1 over groups.
         patches: per input ``[N, height, width]``, how the share of its image is spread over the image's
-            tokens, mean over layers; sums to 1 per path. In reading order of the (first) image.
+            tokens, mean over layers; sums to 1 per path. Empty for backbones whose image tokens are no grid
+            (LLaVA-NeXT cuts images into tiles and adds tokens at the ends of lines).
     """
 
     mass: Tensor
@@ -53,7 +54,7 @@ def attention_maps(
         batch_size: rows per forward pass; changes nothing in the result.
 
     Raises:
-        ValueError: an input has no or several images, or the processor's image tokens form no grid.
+        ValueError: an input has no or several images.
 
     Relations:
         Equal inputs and equal prefixes give equal maps. With uniform attention, image mass is the share of
@@ -77,10 +78,11 @@ def attention_maps(
         mass = mass + groups.sum(dim=1) / len(inputs)
         for row, vision in enumerate(tokenised.vision):
             shares_NT = image_NBYL[:, row].mean(dim=1)[:, is_image_BL[row]]
-            height, width = token_grid(vision, shares_NT.shape[1])
-            shares_NT = shares_NT / shares_NT.sum(dim=1, keepdim=True)
-            patches.append(shares_NT.reshape(-1, height, width))
-    return AttentionMaps(mass, patches)
+            grid = token_grid(vision, shares_NT.shape[1])
+            if grid is not None:
+                shares_NT = shares_NT / shares_NT.sum(dim=1, keepdim=True)
+                patches.append(shares_NT.reshape(-1, *grid))
+    return AttentionMaps(mass, patches if len(patches) == len(inputs) else [])
 
 
 @torch.no_grad()
@@ -115,11 +117,10 @@ def pooled_attention(encoder: ParallelEncoder, inputs: EncoderInputs) -> Tensor:
     return torch.stack(weights, dim=2)
 
 
-def token_grid(vision: Any, num_tokens: int) -> tuple[int, int]:
+def token_grid(vision: Any, num_tokens: int) -> tuple[int, int] | None:
     """Height and width of an image's tokens: the processor's grid after merging, or else a square.
 
-    Raises:
-        ValueError: the tokens fill neither.
+    None when the tokens fill neither.
     """
     if "image_grid_thw" in vision:
         _, height, width = vision["image_grid_thw"][0].tolist()
@@ -127,12 +128,7 @@ def token_grid(vision: Any, num_tokens: int) -> tuple[int, int]:
         height, width = height // merge, width // merge
     else:
         height = width = isqrt(num_tokens)
-    if height * width != num_tokens:
-        raise ValueError(
-            f"attention maps: {num_tokens} image tokens are no {height} x {width} grid; this backbone's "
-            "processor adds other tokens or cuts images into tiles"
-        )
-    return height, width
+    return (height, width) if height * width == num_tokens else None
 
 
 @contextmanager

@@ -40,6 +40,7 @@ def figures(analysis: PathAnalysis) -> dict[str, Figure]:
         drawn["probes"] = probes_figure(analysis.probes)
     if analysis.attention is not None:
         drawn["attention_mass"] = attention_mass_figure(analysis.attention)
+    if analysis.attention is not None and analysis.attention.patches:
         maps = analysis.attention.patches[: len(analysis.pictures)]
         title = "attention of the pooled token to the image's tokens (share of the image's attention)"
         drawn["attention_maps"] = maps_figure(analysis.pictures, maps, title)

@@ -151,6 +151,8 @@ def _analyse(
     attention = None
     if isinstance(embedder.encoder, ParallelEncoder):
         attention = attention_maps(embedder.encoder, mapped)
+        if not attention.patches:
+            notes.append("attention maps: the image tokens of this backbone are no grid of patches")
     else:
         notes.append("attention: an OpenCLIP model has no language model whose pooled token could be read")
     few = list(mapped[: len(mapped) // 4 or 1])

@@ -152,7 +152,7 @@ def _pairs(analysis: PathAnalysis) -> Section:
         "cosine, centred": similarity.centred_cosine,
         "linear CKA": similarity.cka,
     }
-    if analysis.attention is not None:
+    if analysis.attention is not None and analysis.attention.patches:
         columns["attention maps"] = _stacked_agreement(analysis.attention.patches)
     columns["patch contributions"] = agreement(analysis.contributions.change)
     if errors is not None:
@@ -203,8 +203,10 @@ def _errors(analysis: PathAnalysis) -> Section:
     )
 
 
-def _stacked_agreement(patches: list[Tensor]) -> list[list[float]]:
+def _stacked_agreement(patches: list[Tensor]) -> list[list[float]] | None:
     """Correlation of the paths' maps, ``[N][N]``; images may differ in their grids."""
+    if not patches:
+        return None
     by_image = [agreement(maps_NHW[None]) for maps_NHW in patches]
     mean: list[list[float]] = (sum(by_image[1:], by_image[0]) / len(by_image)).tolist()
     return mean
