@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from parallel_decoupling.analysis.study import PathAnalysis, analyse_inputs, ana
 from parallel_decoupling.analysis.tables import sections, write_json
 from parallel_decoupling.batch import RawInput
 from parallel_decoupling.cli import main
+from parallel_decoupling.commands.paths import analyse_checkpoint
 from parallel_decoupling.data.tasks import Task
 from parallel_decoupling.model.backbone import load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
@@ -81,7 +83,7 @@ def test_figures_draw(analysis: PathAnalysis) -> None:
 
 def test_one_path_and_no_scores_leave_out_what_needs_more(tiny_backbone_dir: str) -> None:
     found = analyse_world(embedder(tiny_backbone_dir, 1), None, scenes=100)
-    assert found.notes == ["errors: no scores.json next to the checkpoint; lightning test writes it"]
+    assert found.notes == ["errors: the run has no scores.json of this checkpoint; lightning test writes it"]
     assert [section.title for section in sections(found)] == [
         "Each path",
         "Linear probes, accuracy in percent",
@@ -113,6 +115,20 @@ def test_command_on_a_checkpoint_of_other_data(
     assert "left out: probes" in printed
     assert (tmp_path / "paths" / "paths.json").is_file()
     assert (tmp_path / "paths" / "contributions.png").is_file()
+    assert "left out: errors" in printed
+
+
+def test_scores_of_another_step_are_not_used(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.fit(small_embedder(tiny_backbone_dir), small_data(tiny_mmeb_dir))
+    checkpoint_file = tmp_path / "checkpoints" / "last.ckpt"
+    trainer.save_checkpoint(checkpoint_file)
+    for step, used in ((1, True), (2, False)):
+        replace(report(2), run={"global_step": step}).to_json_file(tmp_path / "scores.json")
+        found = analyse_checkpoint(checkpoint_file, tmp_path)
+        assert (found.errors is not None) == used
 
 
 def test_command_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -164,7 +164,7 @@ def _analyse(
         texts=None if captions is None else captions[: len(few)],
     )
     if report is None:
-        notes.append("errors: no scores.json next to the checkpoint; lightning test writes it")
+        notes.append("errors: the run has no scores.json of this checkpoint; lightning test writes it")
     return PathAnalysis(
         num_paths=embeddings_BND.shape[1],
         num_inputs=len(embeddings_BND),

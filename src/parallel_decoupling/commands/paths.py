@@ -65,7 +65,7 @@ def analyse_checkpoint(checkpoint_file: Path, run_dir: Path, data_dir: str | Non
 
     Args:
         checkpoint_file: of ``PDFEmbedder``.
-        run_dir: may hold the ``scores.json`` of that checkpoint.
+        run_dir: may hold the ``scores.json`` of that checkpoint; one of another step is not used.
         data_dir: as ``--data.data_dir``.
 
     Raises:
@@ -79,13 +79,15 @@ def analyse_checkpoint(checkpoint_file: Path, run_dir: Path, data_dir: str | Non
     from parallel_decoupling.training.loading import load_embedder
 
     embedder = load_embedder(checkpoint_file)
+    checkpoint = torch.load(checkpoint_file, map_location="cpu", weights_only=True)
     if data_dir is None:
-        data = torch.load(checkpoint_file, map_location="cpu", weights_only=True).get("data", {})
-        data_dir = data.get("data_dir")
+        data_dir = checkpoint.get("data", {}).get("data_dir")
     if data_dir is None:
         raise ValueError(f"{checkpoint_file} does not name its data; pass --data_dir")
     scores_file = run_dir / SCORES_FILE
     report = ScoreReport.from_json_file(scores_file) if scores_file.is_file() else None
+    if report is not None and report.run.get("global_step") != checkpoint["global_step"]:
+        report = None
     if data_dir == EMBEDDED or Path(data_dir).name.startswith(f"{EMBEDDED}-"):
         return analyse_world(embedder, report)
     return analyse_inputs(embedder, benchmark_inputs(data_dir), report)
