@@ -1,21 +1,16 @@
-"""vCLUB: cost of its two forms, and bias and variance next to its alternatives.
+"""vCLUB: cost of its two forms. Bias and variance next to its alternatives are in ``studies.estimators``.
 
-``python -m benchmarks.vclub`` prints two tables.
+``python -m benchmarks.vclub`` prints a table.
 
 Cost: the closed form, O(B D), against all B * B negatives, O(B^2 D). Both forms run in one process, forward
 and backward, taking turns within every repetition; the table shows medians. Seconds depend on the machine;
 the element counts (what every torch operation of a forward and backward pass wrote) do not. The network that
 predicts mean and log-variance is left out: both forms need the same one.
-
-Bias and spread: Gaussians of correlation rho in each dimension, the true conditional as q, many batches per
-batch size. vCLUB's limit is ``rho^2 / (1 - rho^2)`` per dimension, not the mutual information; in-batch
-negatives (b' = b counts) take 1 / B of it.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from parallel_decoupling.objective.mutual_information import club_sample_bound, l1out_bound, vclub_bound
+from parallel_decoupling.objective.mutual_information import vclub_bound
 
 Bound = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -90,20 +85,6 @@ def seconds(bounds: Sequence[Bound], arguments: list[Tensor], repetitions: int) 
     return [statistics.median(measured[1:]) for measured in times]
 
 
-def estimates(rho: float, batch_size: int, embed_dim: int, draws: int) -> dict[str, Tensor]:
-    """``[draws]`` values of each bound with a perfect q; the pair axis holds the draws."""
-    generator = torch.Generator().manual_seed(0)
-    x, noise = torch.randn(2, draws, batch_size, embed_dim, generator=generator)
-    y, mean = rho * x + math.sqrt(1 - rho**2) * noise, rho * x
-    log_variance = torch.full_like(x, math.log(1 - rho**2))
-    shifted = torch.arange(batch_size).roll(1)
-    return {
-        "vclub": vclub_bound(y, mean, log_variance),
-        "club_sample": club_sample_bound(y, mean, log_variance, shifted),
-        "l1out": l1out_bound(y, mean, log_variance),
-    }
-
-
 def print_costs(args: argparse.Namespace) -> None:
     """Print time and element counts of both forms over B."""
     where = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
@@ -122,20 +103,8 @@ def print_costs(args: argparse.Namespace) -> None:
         print(f"{quadratic_count / closed_count:>12.1f} {difference:>15.1e}")
 
 
-def print_spread(args: argparse.Namespace) -> None:
-    """Print mean and standard deviation of one estimate, per dimension, over B."""
-    limit, information = args.rho**2 / (1 - args.rho**2), -0.5 * math.log(1 - args.rho**2)
-    print(f"D = {args.embed_dim}, rho = {args.rho}, {args.draws} batches, nats per dimension; ", end="")
-    print(f"vCLUB's limit {limit:.4f}, mutual information {information:.4f}")
-    print(f"{'B':>5} {'kind':>12} {'mean':>8} {'mean / limit':>13} {'std':>8}")
-    for batch_size in args.batch_sizes:
-        for kind, value in estimates(args.rho, batch_size, args.embed_dim, args.draws).items():
-            mean, std = value.mean().item(), value.std().item()
-            print(f"{batch_size:>5} {kind:>12} {mean:>8.4f} {mean / limit:>13.3f} {std:>8.4f}")
-
-
 def main() -> None:
-    """Print both tables."""
+    """Print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -143,12 +112,8 @@ def main() -> None:
     parser.add_argument("--embed_dim", type=int, default=64)
     parser.add_argument("--num_pairs", type=int, default=1)
     parser.add_argument("--repetitions", type=int, default=15)
-    parser.add_argument("--rho", type=float, default=0.8)
-    parser.add_argument("--draws", type=int, default=200)
     args = parser.parse_args()
     print_costs(args)
-    print()
-    print_spread(args)
 
 
 if __name__ == "__main__":

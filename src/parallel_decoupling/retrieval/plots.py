@@ -46,22 +46,32 @@ def path_similarity_figure(cosine_NN: Tensor) -> Figure:
     Args:
         cosine_NN: ``[N, N]`` in [-1, 1].
     """
-    paths = len(cosine_NN)
+    return path_matrices_figure({"mean cosine between paths": cosine_NN})
+
+
+def path_matrices_figure(matrices: Mapping[str, Tensor]) -> Figure:
+    """Draw values of pairs of paths, one matrix per title, all on the scale from -1 to 1.
+
+    Args:
+        matrices: title to ``[N, N]``; a nan stays white and says so.
+    """
+    paths = len(next(iter(matrices.values())))
     side = 2.2 + 0.55 * paths
-    figure = _figure(side + 0.8, side)
-    axes = figure.add_subplot()
-    picture = axes.imshow(cosine_NN.detach().float().cpu().numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
-    for row in range(paths):
-        for column in range(paths):
-            value = float(cosine_NN[row, column])
-            colour = "white" if abs(value) > 0.6 else INK
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=9)
-    axes.set_xticks(range(paths), [f"path {path}" for path in range(paths)])
-    axes.set_yticks(range(paths), [f"path {path}" for path in range(paths)])
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    axes.set_title("mean cosine between paths", fontsize=11)
-    figure.colorbar(picture, ax=axes, ticks=[-1, 0, 1], shrink=0.8).outline.set_visible(False)
+    figure = new_figure(side * len(matrices) + 0.8, side)
+    grid = figure.subplots(1, len(matrices), squeeze=False)[0]
+    for axes, (title, matrix_NN) in zip(grid, matrices.items(), strict=True):
+        picture = axes.imshow(matrix_NN.detach().float().cpu().numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
+        for row in range(paths):
+            for column in range(paths):
+                value = float(matrix_NN[row, column])
+                colour = "white" if abs(value) > 0.6 else INK
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=9)
+        axes.set_xticks(range(paths), [f"path {path}" for path in range(paths)])
+        axes.set_yticks(range(paths), [f"path {path}" for path in range(paths)])
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.set_title(title, fontsize=11)
+    figure.colorbar(picture, ax=grid, ticks=[-1, 0, 1], shrink=0.8).outline.set_visible(False)
     return figure
 
 
@@ -76,8 +86,8 @@ def retrieval_examples_figure(task: EvalTask, score: TaskScore, k: int = 5, rows
         k: candidates per query, 1 to 10.
         rows: queries; half of them misses while both kinds last.
     """
-    chosen = _example_rows(next(iter(score.hits.values())), rows)
-    figure = _figure(1.75 * (k + 2) + 0.4, 1.95 * len(chosen) + 0.6)
+    chosen = example_rows(next(iter(score.hits.values())), rows)
+    figure = new_figure(1.75 * (k + 2) + 0.4, 1.95 * len(chosen) + 0.6)
     grid = figure.subplots(len(chosen), k + 2, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
@@ -113,7 +123,7 @@ def comparison_figure(reports: Mapping[str, ScoreReport], title: str) -> Figure:
         title: above both panels.
     """
     tasks = len(next(iter(reports.values())).tasks)
-    figure = _figure(16, max(7.0, 2.4 + 0.36 * tasks))
+    figure = new_figure(16, max(7.0, 2.4 + 0.36 * tasks))
     left, right = figure.subplots(1, 2, width_ratios=[1.25, 1])
     colours = [COLOURS[number % len(COLOURS)] for number in range(len(reports))]
     _draw_means(left, reports, colours)
@@ -177,7 +187,7 @@ def _draw_means(axes: Axes, reports: Mapping[str, ScoreReport], colours: Sequenc
         axes.axvline(border, color=NEUTRAL, linewidth=0.8)
     axes.set_title("means over tasks, hit@1 in %", fontsize=12, color=INK, loc="left")
     axes.set_xlim(-0.5, len(groups) - 0.5)
-    _clean(axes, "y")
+    clean_axes(axes, "y")
     axes.tick_params(axis="x", length=0)
 
 
@@ -223,11 +233,11 @@ def _draw_tasks(axes: Axes, reports: Mapping[str, ScoreReport], colours: Sequenc
     axes.set_title(
         "tasks, hit@1 in %: aggregate, and range of single paths", fontsize=12, color=INK, loc="left"
     )
-    _clean(axes, "x")
+    clean_axes(axes, "x")
     axes.tick_params(axis="y", length=0)
 
 
-def _example_rows(hits: Tensor, rows: int) -> list[int]:
+def example_rows(hits: Tensor, rows: int) -> list[int]:
     """Misses then hits, half of each as far as there are enough."""
     wrong, right = (~hits).nonzero()[:, 0].tolist(), hits.nonzero()[:, 0].tolist()
     wrong_count = min(len(wrong), max(rows // 2, rows - len(right)))
@@ -244,7 +254,7 @@ def _draw_input(axes: Axes, item: RawInput, frame: str | None) -> None:
     lines = 3 if item.images else 9
     if item.images:
         inset = axes.inset_axes((0.04, 0.3 if text else 0.04, 0.92, 0.66 if text else 0.92))
-        inset.imshow(_thumbnail(item.images[0]))
+        inset.imshow(thumbnail(item.images[0]))
         inset.set_axis_off()
     axes.text(
         0.5,
@@ -264,13 +274,15 @@ def _last_lines(text: str, count: int) -> str:
     return "\n".join(lines if len(lines) <= count else ["...", *lines[1 - count :]])
 
 
-def _thumbnail(image: Image.Image | str) -> Image.Image:
-    small = load_image(image)
-    small.thumbnail((224, 224))
+def thumbnail(image: Image.Image | str, side: int = 224) -> Image.Image:
+    """Load an image and shrink it to at most ``side`` pixels; it is never enlarged."""
+    small = load_image(image).copy()
+    small.thumbnail((side, side))
     return small
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty white figure of its own, in inches, that keeps its parts apart."""
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
     figure = Figure(figsize=(width, height), dpi=100, layout=layout, facecolor="white")
     FigureCanvasAgg(figure)
@@ -282,7 +294,8 @@ def _pale(colour: str) -> tuple[float, ...]:
     return tuple(0.4 * channel + 0.6 for channel in to_rgb(colour))
 
 
-def _clean(axes: Axes, grid: Literal["x", "y"]) -> None:
+def clean_axes(axes: Axes, grid: Literal["x", "y"]) -> None:
+    """Leave only data, labels and a pale grid."""
     axes.spines[:].set_visible(False)
     axes.grid(axis=grid, color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)

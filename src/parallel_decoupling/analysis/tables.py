@@ -1,0 +1,220 @@
+"""An analysis of paths as tables, for the terminal and for Markdown, and as ``paths.json``.
+
+Here: rounding, wording, layout of the file. Elsewhere: the numbers (``study``), pictures (``figures``).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from torch import Tensor
+
+from parallel_decoupling.analysis.attention import GROUPS
+from parallel_decoupling.analysis.contributions import agreement
+from parallel_decoupling.analysis.study import PathAnalysis
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Section:
+    """One table.
+
+    Attributes:
+        title: what it shows.
+        headings: of the columns.
+        rows: cells as text; the first one names the row.
+        caption: how to read it.
+    """
+
+    title: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str
+
+    def terminal(self) -> Table:
+        """As a rich table."""
+        table = Table(title=self.title, caption=self.caption)
+        for number, heading in enumerate(self.headings):
+            table.add_column(heading, justify="right" if number else "left")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+    def markdown(self) -> str:
+        """As a Markdown section."""
+        lines = [
+            f"### {self.title}",
+            "",
+            self.caption,
+            "",
+            "| " + " | ".join(self.headings) + " |",
+            "|---|" + "---:|" * (len(self.headings) - 1),
+            *("| " + " | ".join(row) + " |" for row in self.rows),
+        ]
+        return "\n".join(lines) + "\n"
+
+
+def sections(analysis: PathAnalysis) -> list[Section]:
+    """All tables that the analysis has numbers for."""
+    parts = [_paths(analysis)]
+    if analysis.num_paths > 1:
+        parts.append(_pairs(analysis))
+    if analysis.probes:
+        parts.append(_probes(analysis))
+    if analysis.errors is not None:
+        parts.append(_errors(analysis))
+    return parts
+
+
+def write_json(analysis: PathAnalysis, json_file: str | Path) -> None:
+    """Write ``as_plain`` as JSON."""
+    text = json.dumps(as_plain(analysis), indent=1, default=str, allow_nan=False)
+    Path(json_file).write_text(text + "\n", encoding="utf-8")
+
+
+def as_plain(analysis: PathAnalysis) -> dict[str, Any]:
+    """Every number, unrounded, except single maps; nan becomes None."""
+    similarity, errors, attention = analysis.similarity, analysis.errors, analysis.attention
+    score = analysis.contributions.score
+    content: dict[str, Any] = {
+        "format": FORMAT,
+        "num_paths": analysis.num_paths,
+        "num_inputs": analysis.num_inputs,
+        "notes": analysis.notes,
+        "similarity": {
+            "cosine": similarity.cosine.tolist(),
+            "centred_cosine": similarity.centred_cosine.tolist(),
+            "linear_cka": similarity.cka.tolist(),
+            "pairs": similarity.pairs.tolist(),
+            "principal_angles": similarity.angles.tolist(),
+            "random_principal_angles": similarity.chance_angles.tolist(),
+            "effective_rank": similarity.rank.tolist(),
+            "joined_effective_rank": similarity.joined_rank,
+        },
+        "probes": {factor: asdict(result) for factor, result in analysis.probes.items()},
+        "attention": attention
+        and {
+            "groups": list(GROUPS),
+            "mass_by_path_and_layer": attention.mass.tolist(),
+            "patch_correlation": _stacked_agreement(attention.patches),
+        },
+        "contributions": {
+            "mean_change": analysis.contributions.change.mean(dim=(0, 2, 3)).tolist(),
+            "patch_correlation": agreement(analysis.contributions.change).tolist(),
+            "score_patch_correlation": None if score is None else agreement(score).tolist(),
+        },
+        "errors": errors
+        and {
+            "num_queries": errors.num_queries,
+            "jaccard": errors.jaccard.tolist(),
+            "kappa": errors.kappa.tolist(),
+            "headline": errors.headline,
+            "hit_at_1": errors.scores,
+            "tasks": errors.tasks,
+        },
+        "run": analysis.run,
+    }
+    plain: dict[str, Any] = _without_nan(content)
+    return plain
+
+
+def _paths(analysis: PathAnalysis) -> Section:
+    headings, rows = ["path", "effective rank", "mean change without a patch"], []
+    if analysis.attention is not None:
+        headings += [f"attention to {group}" for group in GROUPS]
+    change_N = analysis.contributions.change.mean(dim=(0, 2, 3))
+    for path in range(analysis.num_paths):
+        row = [str(path), f"{float(analysis.similarity.rank[path]):.1f}", f"{float(change_N[path]):.4f}"]
+        if analysis.attention is not None:
+            row += [f"{100 * float(share):.1f} %" for share in analysis.attention.mass[path].mean(dim=0)]
+        rows.append(row)
+    joined = f"The paths side by side have effective rank {analysis.similarity.joined_rank:.1f}"
+    return Section(
+        "Each path",
+        headings,
+        rows,
+        f"{joined} ({analysis.num_inputs} inputs). Attention is that of the pooled token, mean over layers "
+        "and heads.",
+    )
+
+
+def _pairs(analysis: PathAnalysis) -> Section:
+    similarity, errors = analysis.similarity, analysis.errors
+    columns: dict[str, Any] = {
+        "cosine": similarity.cosine,
+        "cosine, centred": similarity.centred_cosine,
+        "linear CKA": similarity.cka,
+    }
+    if analysis.attention is not None and analysis.attention.patches:
+        columns["attention maps"] = _stacked_agreement(analysis.attention.patches)
+    columns["patch contributions"] = agreement(analysis.contributions.change)
+    if errors is not None:
+        columns |= {"misses, Jaccard": errors.jaccard, "misses, kappa": errors.kappa}
+    rows = []
+    for (i, j), angles_S in zip(similarity.pairs.tolist(), similarity.angles, strict=True):
+        values = [f"{float(matrix[i][j]):.3f}" for matrix in columns.values()]
+        rows.append([f"{i} and {j}", *values[:3], f"{float(angles_S.mean()):.0f}", *values[3:]])
+    headings = list(columns)
+    chance = float(similarity.chance_angles.mean())
+    return Section(
+        "Pairs of paths",
+        ["paths", *headings[:3], "mean angle", *headings[3:]],
+        rows,
+        f"Mean principal angle in degrees between {similarity.angles.shape[1]} leading directions each "
+        f"(random subspaces: {chance:.0f}); maps and contributions: correlation over patches.",
+    )
+
+
+def _probes(analysis: PathAnalysis) -> Section:
+    columns = list(next(iter(analysis.probes.values())).accuracy)
+    rows = []
+    for factor, result in analysis.probes.items():
+        cells = [f"{100 * result.accuracy[c]:.1f} ± {100 * result.spread[c]:.1f}" for c in columns]
+        rows.append([factor, str(result.num_values), f"{100 * result.majority:.1f}", *cells])
+    inputs = next(iter(analysis.probes.values())).num_inputs
+    return Section(
+        "Linear probes, accuracy in percent",
+        ["factor", "values", "majority", *columns],
+        rows,
+        f"Mean ± standard deviation over 5 folds of {inputs} scenes.",
+    )
+
+
+def _errors(analysis: PathAnalysis) -> Section:
+    errors = analysis.errors
+    assert errors is not None
+    names = ("best_path", "mean_path", errors.headline, "oracle")
+    rows = [
+        [name, *(f"{100 * values[key]:.1f}" for key in names)]
+        for name, values in {**errors.tasks, "mean of tasks": errors.scores}.items()
+    ]
+    return Section(
+        "hit@1 in percent: paths, aggregate, oracle",
+        ["task", "best path", "mean path", errors.headline, "oracle"],
+        rows,
+        "The oracle counts a query as right if any path is right; more paths raise it even by chance.",
+    )
+
+
+def _stacked_agreement(patches: list[Tensor]) -> list[list[float]] | None:
+    """Correlation of the paths' maps, ``[N][N]``; images may differ in their grids."""
+    if not patches:
+        return None
+    by_image = [agreement(maps_NHW[None]) for maps_NHW in patches]
+    mean: list[list[float]] = (sum(by_image[1:], by_image[0]) / len(by_image)).tolist()
+    return mean
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

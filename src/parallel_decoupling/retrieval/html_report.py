@@ -1,0 +1,238 @@
+"""One run as one HTML file: facts, scores, bars, paths, retrieved examples.
+
+Here: what the page shows, as plain values for the template ``run_report.html``. Nothing is loaded from
+elsewhere, no script is needed, pictures are inside; light and dark follow the reader's browser. Elsewhere:
+the numbers (``report``, ``compare``), ``paths.json`` (written by ``lightning paths``).
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from torch import Tensor
+
+from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
+from parallel_decoupling.data.tasks import EvalTask
+from parallel_decoupling.retrieval.compare import Difference, differences
+from parallel_decoupling.retrieval.plots import example_rows, thumbnail
+from parallel_decoupling.retrieval.report import MEAN_TITLES, META_TASKS, ScoreReport
+from parallel_decoupling.retrieval.score import TaskScore
+
+REPORT_FILE = "report.html"
+PATHS_DIR = "paths"
+PATHS_FILE = "paths.json"
+"""What ``lightning paths`` writes into ``PATHS_DIR`` of the run folder."""
+PATH_PICTURES = {
+    "attention_maps.png": "Attention of the pooled token to the image, path by path",
+    "contributions.png": "Change of the embedding without a patch, path by path",
+}
+FACTS = ("model.backbone", "model.num_paths", "model.prefix_length", "model.mi_weight", "global_step", "seed")
+"""Run facts above the fold, as far as the run has them; all others are folded away."""
+MEANS = ("overall", "in_distribution", "out_of_distribution", "mean_of_meta_tasks")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One input as the page shows it.
+
+    Attributes:
+        text: without image placeholders.
+        image: data URI of a small JPEG, "" without an image.
+        verdict: ``"truth"``, ``"above"`` (ranked above the truth), ``"below"`` or "" for a query.
+    """
+
+    text: str
+    image: str
+    verdict: str
+
+
+@dataclass(frozen=True)
+class TaskExamples:
+    """A few queries of one task, misses first.
+
+    Attributes:
+        task: its name.
+        rows: per query the query itself, the best candidates in order, and the truth last.
+    """
+
+    task: str
+    rows: list[list[Shown]]
+
+
+def task_examples(task: EvalTask, score: TaskScore, k: int = 4, rows: int = 3) -> TaskExamples:
+    """Choose queries and shrink their pictures, so that the task itself need not be kept.
+
+    Args:
+        task: the inputs.
+        score: of that task; its ranking is shown.
+        k: candidates per query, 1 to 10.
+        rows: queries; half of them misses while both kinds last.
+    """
+    shown = []
+    for row in example_rows(next(iter(score.hits.values())), rows):
+        positive = task.candidates_of_row[row][0]
+        line, verdict = [_shown(task.queries[task.query_of_row[row]], "")], "above"
+        for candidate in score.ranking[row, :k].tolist():
+            if candidate == positive:
+                line.append(_shown(task.candidates[candidate], "truth"))
+                verdict = "below"
+            elif candidate >= 0:
+                line.append(_shown(task.candidates[candidate], verdict))
+        line += [Shown("", "", "")] * (k + 1 - len(line))
+        shown.append([*line, _shown(task.candidates[positive], "truth")])
+    return TaskExamples(task.task.name, shown)
+
+
+def write_html_report(
+    report: ScoreReport,
+    folder: str | Path,
+    *,
+    baseline: ScoreReport | None = None,
+    baseline_name: str = "baseline",
+    examples: Sequence[TaskExamples] = (),
+    path_cosine: Tensor | None = None,
+) -> Path:
+    """Write ``report.html`` into a run folder.
+
+    Args:
+        report: of the run.
+        folder: its name is the title; a ``paths/paths.json`` in it adds probes and pictures of the paths.
+        baseline: a run over the same tasks, for bars and differences.
+        baseline_name: what the page calls it.
+        examples: from ``task_examples``, in the order to be shown.
+        path_cosine: ``[N, N]``, used when there is no ``paths.json``.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: the baseline scored other tasks.
+    """
+    folder = Path(folder)
+    if baseline is not None and baseline.tasks.keys() != report.tasks.keys():
+        different = sorted(baseline.tasks.keys() ^ report.tasks.keys())
+        raise ValueError(f"run and {baseline_name} scored different tasks: {', '.join(different)}")
+    environment = Environment(
+        loader=PackageLoader("parallel_decoupling", "retrieval"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    facts = flattened(report.run)
+    page = environment.get_template("run_report.html").render(
+        name=folder.resolve().name,
+        facts={key: facts[key] for key in FACTS if key in facts},
+        all_facts=facts,
+        columns=_shown_columns(report),
+        groups=_groups(report, baseline),
+        overall=report.means["overall"][report.columns[0]],
+        baseline_name=None if baseline is None else baseline_name,
+        paths=_paths(folder / PATHS_DIR, path_cosine),
+        examples=examples,
+    )
+    file = folder / REPORT_FILE
+    file.write_text(page, encoding="utf-8")
+    return file
+
+
+def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings as ``model.mi.kind: vclub``; what is not set is left out."""
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flattened(value, f"{prefix}{key}.")
+        elif value is not None:
+            flat[f"{prefix}{key}"] = str(value)
+    return flat
+
+
+def _shown_columns(report: ScoreReport) -> list[str]:
+    """A single path is its own aggregate and is shown once."""
+    return report.columns if len(report.path_columns) > 1 else report.columns[:1]
+
+
+def _groups(report: ScoreReport, baseline: ScoreReport | None) -> list[dict[str, Any]]:
+    """Tasks by meta-task with their mean, then the means; everything a line of the table needs."""
+    found = None if baseline is None else differences(baseline, report)
+    headline, columns = report.columns[0], _shown_columns(report)
+
+    def line(name: str, title: str, scores: Mapping[str, float], kind: str) -> dict[str, Any]:
+        is_task = kind == "task"
+        result = report.tasks[name] if is_task else None
+        theirs = gap = None
+        if baseline is not None and found is not None:
+            source: Any = baseline.tasks[name].hit_at_1 if is_task else baseline.means[name]
+            theirs = source[baseline.columns[0]]
+            gap = _gap((found.tasks if is_task else found.means)[name])
+        return {
+            "title": title,
+            "kind": kind,
+            "score": scores[headline],
+            "scores": [scores[column] for column in columns],
+            "split": ("IND" if result.task.in_distribution else "OOD") if result else "",
+            "queries": result.num_queries if result else "",
+            "chance": result.chance if result else None,
+            "at_chance": bool(result and result.at_chance),
+            "baseline": theirs,
+            "gap": gap,
+        }
+
+    groups = []
+    for meta_task in META_TASKS:
+        names = report.groups.get(meta_task, ())
+        lines = [line(name, name, report.tasks[name].hit_at_1, "task") for name in names]
+        if lines:
+            lines.append(line(meta_task, MEAN_TITLES[meta_task], report.means[meta_task], "mean"))
+            groups.append({"title": meta_task, "lines": lines})
+    means = [line(n, MEAN_TITLES[n], report.means[n], "mean") for n in MEANS if n in report.means]
+    return [*groups, {"title": "means over all tasks", "lines": means}]
+
+
+def _gap(difference: Difference) -> dict[str, Any]:
+    """A difference as text, and whether its interval excludes zero."""
+    text = f"{100 * difference.difference:+.1f}"
+    if difference.low is None or difference.high is None:
+        return {"text": text, "sign": ""}
+    text += f" [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
+    return {"text": text, "sign": "up" if difference.low > 0 else "down" if difference.high < 0 else ""}
+
+
+def _paths(folder: Path, path_cosine: Tensor | None) -> dict[str, Any] | None:
+    """Matrices, probes and pictures of ``lightning paths``, or the one matrix that is given."""
+    paths_file = folder / PATHS_FILE
+    if not paths_file.is_file():
+        if path_cosine is None:
+            return None
+        return {"matrices": {"mean cosine": path_cosine.tolist()}, "probes": {}, "pictures": {}}
+    content = json.loads(paths_file.read_text(encoding="utf-8"))
+    similarity, errors = content["similarity"], content["errors"]
+    matrices = {"mean cosine": similarity["cosine"], "linear CKA": similarity["linear_cka"]}
+    if errors:
+        matrices["misses: Cohen's kappa"] = errors["kappa"]
+    pictures = {
+        title: _data_uri((folder / name).read_bytes(), "png")
+        for name, title in PATH_PICTURES.items()
+        if (folder / name).is_file()
+    }
+    return {"matrices": matrices, "probes": content["probes"], "pictures": pictures}
+
+
+def _shown(item: RawInput, verdict: str) -> Shown:
+    text = " ".join(item.text.replace(IMAGE_PLACEHOLDER, " ").split())
+    if not item.images:
+        return Shown(text, "", verdict)
+    buffer = io.BytesIO()
+    thumbnail(item.images[0], 128).convert("RGB").save(buffer, "JPEG", quality=90)
+    return Shown(text, _data_uri(buffer.getvalue(), "jpeg"), verdict)
+
+
+def _data_uri(content: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"

@@ -1,0 +1,195 @@
+"""How good are the estimators of dependence, and the gradients that training takes from them?
+
+``python -m studies.estimators`` writes ``docs/studies/estimators/{results.json,table.md,*.png}``; about two
+minutes on one thread.
+
+Two paths are D-dimensional Gaussians of correlation rho in each dimension, or the cubes of such Gaussians
+(the mutual information is the same, no Gaussian q fits). q is either the true conditional (Gaussians only)
+or ``MutualInformation``'s own network, fitted by Adam on fresh batches of the same size, as in training. Then
+q is frozen, and every estimator sees the same fresh batches.
+
+- Bias: mean estimate minus the exact mutual information per dimension, ``-log(1 - rho^2) / 2`` nats. vCLUB's
+  limit is not that but ``rho^2 / (1 - rho^2)`` (with a perfect q); hsic and crosscov are in no unit of
+  information, so only their spread and their gradients compare.
+- Gradient: path 2 is ``R^T x + sqrt(1 - rho^2) noise`` at ``R = rho I``; the gradient is that of the
+  estimate with respect to the D x D matrix R, q frozen, as in a main step. The exact gradient of the mutual
+  information per dimension is ``rho I / D``, nothing at rho = 0. Reported: the cosine between one batch's
+  gradient and the exact one, and the noise: root of the summed variance over the norm of the mean gradient.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+from parallel_decoupling.objective.mutual_information import Kind, MutualInformation
+from parallel_decoupling.training.evaluation import git_commit
+from studies.estimator_figures import write_figures, write_table
+
+KINDS = tuple(kind for kind in get_args(Kind) if kind != "none")
+OUTPUT_DIR = Path("docs/studies/estimators")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One setting: what is drawn, and what q is."""
+
+    rho: float
+    embed_dim: int
+    batch_size: int
+    cubed: bool
+    perfect_q: bool
+
+
+class TrueConditional(nn.Module):
+    """q(y | x) of standardised Gaussians of correlation rho, in place of the fitted network."""
+
+    def __init__(self, rho: float) -> None:
+        super().__init__()
+        self.rho = rho
+
+    def forward(self, x_MBD: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of y, each of the shape of x."""
+        return self.rho * x_MBD, torch.full_like(x_MBD, math.log(1 - self.rho**2))
+
+
+def draw(cell: Cell, mixing_DD: Tensor, generator: torch.Generator) -> Tensor:
+    """One batch of two paths, ``[B, 2, D]``, differentiable in the mixing matrix R."""
+    x, noise = torch.randn(2, cell.batch_size, cell.embed_dim, generator=generator)
+    paths = torch.stack((x, x @ mixing_DD + math.sqrt(1 - cell.rho**2) * noise), dim=1)
+    return paths**3 if cell.cubed else paths
+
+
+def fitted_network(cell: Cell, fit_steps: int, learning_rate: float = 1e-3) -> nn.Module:
+    """Fit q on ``fit_steps`` batches, or take the true conditional; frozen."""
+    if cell.perfect_q:
+        return TrueConditional(cell.rho)
+    torch.manual_seed(0)
+    estimator = MutualInformation("vclub", num_paths=2, embed_dim=cell.embed_dim)
+    optimizer = torch.optim.Adam(estimator.parameters(), lr=learning_rate)
+    generator = torch.Generator().manual_seed(1)
+    mixing = cell.rho * torch.eye(cell.embed_dim)
+    for _ in range(fit_steps):
+        optimizer.zero_grad()
+        estimator.nll(draw(cell, mixing, generator)).sum().backward()
+        optimizer.step()
+    assert estimator.network is not None
+    return estimator.network.requires_grad_(False)
+
+
+def measure(kind: Kind, cell: Cell, network: nn.Module, draws: int) -> dict[str, Any]:
+    """Bias and spread of the estimates, direction and noise of their gradients, over fresh batches."""
+    estimator = MutualInformation(kind, num_paths=2, embed_dim=cell.embed_dim)
+    if estimator.needs_fit:
+        estimator.network = network  # type: ignore[assignment]
+    generator = torch.Generator().manual_seed(2)
+    torch.manual_seed(3)  # club_sample draws its negatives from the global generator
+    mixing = (cell.rho * torch.eye(cell.embed_dim)).requires_grad_()
+    values, gradients = [], []
+    for _ in range(draws):
+        value = estimator(draw(cell, mixing, generator)).sum()
+        gradients.append(torch.autograd.grad(value, mixing)[0].flatten())
+        values.append(value.detach())
+    value_S, gradient_SW = torch.stack(values).double(), torch.stack(gradients).double()
+    exact = 0.5 * math.log(1 / (1 - cell.rho**2))
+    mean_W = gradient_SW.mean(dim=0)
+    variance = float(gradient_SW.var(dim=0).sum())
+    signal = max(float(mean_W.square().sum()) - variance / draws, 0.0)
+    direction_W = torch.eye(cell.embed_dim, dtype=torch.float64).flatten()
+    cosine = nn.functional.cosine_similarity
+    cosine_S = cosine(gradient_SW, direction_W[None], dim=1)
+    has_direction = cell.rho > 0
+    return {
+        "kind": kind,
+        **vars(cell),
+        "exact": exact,
+        "limit": cell.rho**2 / (1 - cell.rho**2),
+        "mean": float(value_S.mean()),
+        "bias": float(value_S.mean()) - exact,
+        "std": float(value_S.std()),
+        "gradient_cosine": float(cosine_S.mean()) if has_direction else None,
+        "mean_gradient_cosine": float(cosine(mean_W, direction_W, dim=0)) if has_direction else None,
+        "gradient_noise": math.sqrt(variance / signal) if has_direction and signal > 0 else None,
+    }
+
+
+def cells(rhos: Sequence[float], embed_dims: Sequence[int], batch_sizes: Sequence[int]) -> list[Cell]:
+    """The grid; cubes have no true q, and hsic and crosscov no q at all."""
+    return [
+        Cell(rho, embed_dim, batch_size, cubed, perfect_q)
+        for embed_dim in embed_dims
+        for batch_size in batch_sizes
+        for rho in rhos
+        for cubed, perfect_q in ((False, True), (False, False), (True, False))
+    ]
+
+
+def run(
+    output_dir: str | Path = OUTPUT_DIR,
+    *,
+    rhos: Sequence[float] = (0.0, 0.5, 0.9),
+    embed_dims: Sequence[int] = (4, 16, 64),
+    batch_sizes: Sequence[int] = (16, 64, 256),
+    fit_steps: int = 800,
+    draws: int = 100,
+) -> dict[str, Any]:
+    """Measure the whole grid and write results, table and pictures.
+
+    Args:
+        output_dir: gets ``results.json``, ``table.md`` and PNGs.
+        rhos: correlations, in [0, 1).
+        embed_dims: D.
+        batch_sizes: B, at least 4.
+        fit_steps: batches that the fitted q sees.
+        draws: fresh batches per cell.
+
+    Returns:
+        The content of ``results.json``.
+    """
+    folder, start, commit = Path(output_dir), time.perf_counter(), git_commit()
+    rows = []
+    for cell in track(cells(rhos, embed_dims, batch_sizes), description="estimators"):
+        network = fitted_network(cell, fit_steps)
+        kinds = [kind for kind in KINDS if not cell.perfect_q or kind not in ("hsic", "crosscov")]
+        rows += [measure(kind, cell, network, draws) for kind in kinds]
+    results = {
+        "study": "estimators",
+        "command": "python -m studies.estimators",
+        "commit": commit,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "seconds": round(time.perf_counter() - start, 1),
+        "settings": {"fit_steps": fit_steps, "draws": draws, "hidden_size": 64, "learning_rate": 1e-3},
+        "rows": rows,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_table(results, folder / "table.md")
+    write_figures(rows, folder)
+    return results
+
+
+def main() -> None:
+    """Run with the defaults."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output_dir", default=str(OUTPUT_DIR))
+    parser.add_argument("--draws", type=int, default=100)
+    parser.add_argument("--fit_steps", type=int, default=800)
+    args = parser.parse_args()
+    run(args.output_dir, draws=args.draws, fit_steps=args.fit_steps)
+
+
+if __name__ == "__main__":
+    main()

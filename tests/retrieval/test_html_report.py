@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import base64
+import io
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
+from parallel_decoupling.data.tasks import EvalTask, Task
+from parallel_decoupling.retrieval.html_report import flattened, task_examples, write_html_report
+from parallel_decoupling.retrieval.report import ScoreReport, TaskResult
+from parallel_decoupling.retrieval.score import TaskScore
+
+VOID = ("meta", "img", "br")
+
+
+class Page(HTMLParser):
+    """Tags, attributes and texts of a page; fails on tags that do not match."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(file.read_text(encoding="utf-8"))
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.texts.append(" ".join(data.split()))
+
+
+def report(skill: int, num_paths: int = 2) -> ScoreReport:
+    """Of ten queries, the aggregate finds ``skill`` and path n one fewer per n + 1."""
+    tasks = {}
+    for name, meta_task, seen in (("shape", "classification", True), ("find", "retrieval", False)):
+        hits = {"aggregate": skill} | {f"path_{path}": skill - path - 1 for path in range(num_paths)}
+        rows = {column: "1" * count + "0" * (10 - count) for column, count in hits.items()}
+        scores = {column: count / 10 for column, count in hits.items()}
+        tasks[name] = TaskResult(Task(name, meta_task, seen), 10, 0.25, scores, rows)  # type: ignore[arg-type]
+    return ScoreReport(
+        tasks, {"model": {"backbone": "tiny", "num_paths": num_paths, "dtype": None}, "seed": 4}
+    )
+
+
+@pytest.fixture
+def examples() -> tuple[EvalTask, TaskScore]:
+    """One query whose truth, candidate 0, comes second."""
+    picture = Image.new("RGB", (200, 100), "red")
+    queries = [RawInput(f"{IMAGE_PLACEHOLDER}\n<script>alert(1)</script> & more", (picture,))]
+    candidates = [RawInput("truth"), RawInput("better"), RawInput("worse")]
+    task = EvalTask(Task("find", "retrieval", False), queries, candidates, [0], [[0, 1, 2]])
+    ranking = torch.tensor([[1, 0, 2, -1, -1, -1, -1, -1, -1, -1]])
+    return task, TaskScore(task.task, {"aggregate": torch.tensor([False])}, ranking, 1 / 3)
+
+
+def test_page_stands_alone(tmp_path: Path, examples: tuple[EvalTask, TaskScore]) -> None:
+    file = write_html_report(report(6), tmp_path, examples=[task_examples(*examples)])
+    page = Page(file)
+    assert not any(tag in ("script", "link", "iframe") for tag, _ in page.tags)
+    sources = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
+    assert len(sources) == 1
+    assert all(source.startswith("data:image/") for source in sources)
+    picture = Image.open(io.BytesIO(base64.b64decode(sources[0].split(",")[1])))
+    assert picture.size == (128, 64)
+    text = file.read_text(encoding="utf-8")
+    assert "http" not in text
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_scores_and_facts_are_on_the_page(tmp_path: Path) -> None:
+    texts = Page(write_html_report(report(6), tmp_path)).texts
+    for shown in ("shape", "find", "60.0", "50.0", "40.0", "25.0", "model.num_paths", "model.backbone"):
+        assert shown in texts
+    assert "model.dtype" not in texts
+    assert "overall (mean of tasks)" in texts
+
+
+def test_a_single_path_is_shown_once(tmp_path: Path) -> None:
+    texts = Page(write_html_report(report(6, num_paths=1), tmp_path)).texts
+    assert "path 0" not in texts
+
+
+def test_baseline_adds_bars_and_differences(tmp_path: Path) -> None:
+    file = write_html_report(report(6), tmp_path, baseline=report(2), baseline_name="one path")
+    page = Page(file)
+    bars = [a.get("style") for _, a in page.tags if a.get("class") in ("bar", "bar theirs")]
+    assert bars == ["width: 60.00%", "width: 20.00%"] * (len(bars) // 2)
+    assert len(bars) == 2 * (2 + 4)  # two tasks, four means
+    assert any(text.startswith("+40.0 [") for text in page.texts)
+    chance = [a["style"] for tag, a in page.tags if a.get("class") == "chance"]
+    assert chance == ["left: 25.00%"] * 2
+
+
+def test_scores_at_chance_are_marked(tmp_path: Path) -> None:
+    texts = Page(write_html_report(report(2, num_paths=1), tmp_path)).texts
+    assert "shape (at or below chance)" in texts
+
+
+def test_examples_mark_the_truth_and_escape_text(
+    tmp_path: Path, examples: tuple[EvalTask, TaskScore]
+) -> None:
+    shown = task_examples(*examples, k=3)
+    assert [item.verdict for item in shown.rows[0]] == ["", "above", "truth", "below", "truth"]
+    assert [item.text for item in shown.rows[0][1:]] == ["better", "truth", "worse", "truth"]
+    texts = Page(write_html_report(report(6), tmp_path, examples=[shown])).texts
+    assert "<script>alert(1)</script> & more" in texts
+
+
+def test_short_rankings_leave_cells_empty(examples: tuple[EvalTask, TaskScore]) -> None:
+    shown = task_examples(*examples, k=4)
+    assert [item.text for item in shown.rows[0][1:]] == ["better", "truth", "worse", "", "truth"]
+
+
+def test_paths_come_from_the_matrix_or_from_the_file(tmp_path: Path) -> None:
+    file = write_html_report(report(6), tmp_path, path_cosine=torch.tensor([[1.0, 0.37], [0.37, 1.0]]))
+    assert Page(file).texts.count("0.37") == 2
+    probe = {"accuracy": {"aggregate": 0.93, "path_0": 0.91}, "spread": {"aggregate": 0.02, "path_0": 0.03}}
+    content = {
+        "similarity": {"cosine": [[1, 0.21], [0.21, 1]], "linear_cka": [[1, 0.5], [0.5, 1]]},
+        "errors": {"kappa": [[1, None], [None, 1]]},
+        "probes": {"color": {**probe, "majority": 0.13}},
+    }
+    (tmp_path / "paths").mkdir()
+    (tmp_path / "paths" / "paths.json").write_text(json.dumps(content))
+    Image.new("RGB", (4, 4)).save(tmp_path / "paths" / "attention_maps.png")
+    page = Page(write_html_report(report(6), tmp_path, path_cosine=torch.eye(2)))
+    assert page.texts.count("0.21") == 2
+    assert page.texts.count("no value") == 2
+    assert "93" in page.texts
+    assert sum(tag == "img" for tag, _ in page.tags) == 1
+
+
+def test_a_baseline_with_other_tasks_is_refused(tmp_path: Path) -> None:
+    other = report(2)
+    with pytest.raises(ValueError, match="scored different tasks: find"):
+        write_html_report(report(6), tmp_path, baseline=ScoreReport({"shape": other.tasks["shape"]}))
+
+
+def test_flattened_settings() -> None:
+    assert flattened({"a": {"b": {"c": 1}, "d": None}, "e": [2]}) == {"a.b.c": "1", "e": "[2]"}
