@@ -71,7 +71,7 @@ backbone: $(INSTALLED) ## train the shipped tiny backbone anew
 notebooks: $(INSTALLED) ## execute every notebook in place
 	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
 
-bench: $(INSTALLED) ## cost of N paths, bias and variance of the vCLUB estimator, start-up on MMEB's tables
+bench: $(INSTALLED) ## cost of N paths and of the vCLUB estimator, start-up on MMEB's tables
 	$(BIN)/python -m benchmarks.paths
 	$(BIN)/python -m benchmarks.vclub
 	$(BIN)/python -m benchmarks.startup
