@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from parallel_decoupling.index.lance_index import LanceIndex
 from parallel_decoupling.index.protocol import Index
 from parallel_decoupling.index.settings import IndexSettings
 from parallel_decoupling.index.torch_index import TorchIndex
@@ -15,5 +16,6 @@ def load_index(folder: str | Path) -> Index:
     Raises:
         ValueError: the folder holds none, or its extra is not installed.
     """
-    IndexSettings.from_folder(folder)
+    if IndexSettings.from_folder(folder).kind == "lance":
+        return LanceIndex.load(folder)
     return TorchIndex.load(folder)

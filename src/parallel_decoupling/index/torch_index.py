@@ -159,7 +159,7 @@ class TorchIndex:
         check_filter(conditions, self._fields.schema)
         table = self._fields.select(list(conditions))
         numbered = table.append_column("_row", pa.array(np.arange(len(self))))
-        return torch.from_numpy(numbered.filter(to_arrow(conditions))["_row"].to_numpy())
+        return torch.from_numpy(numbered.filter(to_arrow(conditions))["_row"].to_numpy().copy())
 
     def _shortlist(self, queries_QND: Tensor, top_k: int, scoring: str, rows: Tensor | None) -> Tensor:
         """Row numbers ``[Q, K']`` of the best items by codes, K' as far as there are items."""
