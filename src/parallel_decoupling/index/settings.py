@@ -50,7 +50,7 @@ class IndexSettings:
         for name in self.path_names:
             if name in (SUM, MAXSIM) or (name == AGGREGATE and self.num_paths > 1):
                 raise ValueError(f"path_names {list(self.path_names)}: {name!r} is the name of a scoring")
-        if self.path_weights and len(self.path_weights) != self.num_paths:
+        if self.path_weights and self.path_names and len(self.path_weights) != self.num_paths:
             raise ValueError(f"{len(self.path_weights)} path_weights for {self.num_paths} paths")
 
     @property
@@ -74,7 +74,9 @@ class IndexSettings:
         Raises:
             ValueError: the items do not have the index's number of paths or dimensions.
         """
-        names = self.path_names or tuple(f"path_{path}" for path in range(num_paths))
+        names = self.path_names or tuple(
+            f"path_{path}" for path in range(len(self.path_weights) or num_paths)
+        )
         if len(names) != num_paths or self.dim not in (0, dim):
             raise ValueError(
                 f"embeddings [B, {num_paths}, {dim}] do not fit an index of "
