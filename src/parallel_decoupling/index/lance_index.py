@@ -86,6 +86,7 @@ class LanceIndex:
         self._folder = Path(index_dir)
         self._database = _lancedb().connect(self._folder)
         self._table: LanceTable | None = None
+        self._fields_schema: pa.Schema | None = None
         self._ids: set[str] | None = set()  # None: not read yet
 
     @property
@@ -171,23 +172,27 @@ class LanceIndex:
 
     def _schema(self) -> pa.Schema:
         """Ids and fields."""
-        vectors = _vector_columns(self._settings)
-        return pa.schema([field for field in self._opened().schema if field.name not in vectors])
+        if self._fields_schema is None:
+            vectors = _vector_columns(self._settings)
+            fields = [field for field in self._opened().schema if field.name not in vectors]
+            self._fields_schema = pa.schema(fields)
+        return self._fields_schema
 
     def _search_one(self, query_ND: Tensor, top_k: int, scoring: str, conditions: Filter | None) -> list[Hit]:
         settings = self._settings
         single = settings.num_paths == 1
         column = settings.path_names[0] if single else scoring
+        names = self._schema().names
         vectors = settings.path_names[0] if single else MAXSIM
         search = self._opened().search(_query_vector(query_ND, scoring, settings), vector_column_name=column)
         search = search.distance_type("cosine").limit(top_k * settings.oversample)
         if conditions is not None:
             search = search.where(to_sql(conditions))
-        found = search.select([*self._schema().names, vectors, "_distance"]).to_arrow()
+        found = search.select([*names, vectors, "_distance"]).to_arrow()
         items_KND = _tensor(found[vectors]).view(-1, settings.num_paths, settings.dim)
         scores_K, similarities_KN = exact_scores(query_ND, items_KND, scoring, settings)
         order = scores_K.argsort(descending=True, stable=True)[:top_k]
-        table = found.select(self._schema().names).take(pa.array(order.numpy()))
+        table = found.select(names).take(pa.array(order.numpy()))
         return make_hits(table, scores_K[order], similarities_KN[order], scoring, settings)
 
 
