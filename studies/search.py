@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,7 @@ from lancedb.index import IvfPq
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
+from tqdm import tqdm
 
 from parallel_decoupling.data.world.scenes import render, sample_scene
 from parallel_decoupling.index.lance_index import TABLE, LanceIndex
@@ -113,7 +115,8 @@ def run(output_dir: Path, checkpoint: str = "runs/demo/checkpoints/last.ckpt") -
         for scoring in SCORINGS
     }
     results: Results = {}
-    for measure_some in (measure_torch, measure_numpy, measure_lance, measure_plain_lance):
+    parts = (measure_torch, measure_numpy, measure_lance, measure_plain_lance)
+    for measure_some in tqdm(parts, unit="part", disable=not sys.stderr.isatty()):
         results |= measure_some(world, expected)
     write_results(results, output_dir, world)
 
@@ -203,8 +206,9 @@ def measure_plain_lance(world: World, expected: Expected) -> Results:
         table = lancedb.connect(folder).create_table(TABLE, rows)
 
         def best(query: int) -> list[int]:
-            search = table.search(queries[query].numpy()).distance_type("cosine").limit(TOP_K)
-            return [int(row) for row in search.select(["id", "_distance"]).to_arrow()["id"].to_pylist()]
+            search: Any = table.search(queries[query].numpy(), query_type="vector")
+            search = search.distance_type("cosine").limit(TOP_K).select(["id", "_distance"])
+            return [int(row) for row in search.to_arrow()["id"].to_pylist()]
 
         exact = Contender("plain lance exact", AGGREGATE, "float32", 1, dimensions, 4.0 * dimensions)
         results = {exact: measure(best, world, expected[AGGREGATE])}
@@ -342,7 +346,7 @@ def _columns(scoring: str, world: World) -> int:
 def _index_bytes(folder: str) -> dict[str, int]:
     """Size of LanceDB's index of each column."""
     table = lancedb.connect(folder).open_table(TABLE)
-    return {config.columns[0]: config.size_bytes for config in table.list_indices()}
+    return {config.columns[0]: config.size_bytes or 0 for config in table.list_indices()}
 
 
 def _rounded(value: str | float) -> str:
