@@ -113,6 +113,10 @@ def test_mistakes_are_one_line(table_dir: Path, tmp_path: Path, capsys: pytest.C
         (["index", str(tmp_path), "x"], "write one with lightning predict"),
         (["index", str(table_dir), "x", "--approximate", "true"], "--approximate needs --kind lance"),
         (["index", str(table_dir), "x", "--kind", "lance", "--precision", "int8"], "set approximate"),
+        (
+            ["index", str(table_dir), str(tmp_path / "index"), "--kind", "lance"],
+            "holds an index of kind 'torch'",
+        ),
         (["search", str(tmp_path / "index")], "give --text, --image or both"),
         (["search", str(tmp_path), "--text", "a"], "holds no index"),
         (["search", str(tmp_path / "unnamed"), "--text", "a"], "give --model"),

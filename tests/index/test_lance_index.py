@@ -115,6 +115,11 @@ def test_kinds_do_not_mix(tmp_path: Path) -> None:
     exact().save(tmp_path)
     with pytest.raises(ValueError, match="of kind 'torch', not 'lance'"):
         LanceIndex.load(tmp_path)
+    with pytest.raises(ValueError, match="holds an index of kind 'torch'; delete it"):
+        lance().save(tmp_path)
+    with pytest.raises(ValueError, match="holds an index of kind 'torch'; delete it"):
+        LanceIndex(tmp_path).add(["x"], ITEMS[:1], {"group": [1]})
+    assert len(load_index(tmp_path)) == 400
 
 
 def test_damaged_folder(tmp_path: Path) -> None:

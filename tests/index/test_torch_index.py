@@ -116,6 +116,16 @@ def test_saved_and_loaded_index_finds_the_same(precision: Precision, tmp_path: P
     assert len(TorchIndex.load(tmp_path)) == 151
 
 
+def test_codes_of_a_replaced_index_are_gone(tmp_path: Path) -> None:
+    filled("binary").save(tmp_path)
+    filled().save(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "fields.parquet",
+        "index.json",
+        "vectors.safetensors",
+    ]
+
+
 def test_metadata_travels_with_the_index(tmp_path: Path) -> None:
     index = TorchIndex(metadata={"model": "runs/demo/checkpoints/last.ckpt"})
     index.add(["a"], ITEMS[:1])

@@ -42,6 +42,7 @@ def run(options: Any) -> None:
 
     table = open_embeddings(options.embeddings)
     index = _new_index(options, table)
+    index.settings.check_folder(options.index_dir)
     with tqdm(total=table.num_rows, unit="item", disable=not sys.stderr.isatty()) as progress:
         for ids, embeddings, fields in table.batches():
             index.add(ids, embeddings, fields)

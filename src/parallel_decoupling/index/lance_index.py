@@ -138,6 +138,7 @@ class LanceIndex:
         """See ``Index``. An approximate index is trained here."""
         table = self._opened()
         folder = Path(folder)
+        self._settings.check_folder(folder)
         if folder.resolve() != self._folder.resolve():
             copy = folder / f"{TABLE}.lance"
             shutil.rmtree(copy, ignore_errors=True)
@@ -166,6 +167,7 @@ class LanceIndex:
 
     def _start_table(self, rows: pa.Table) -> None:
         """Write the first items; what the folder held before is gone."""
+        self._settings.check_folder(self._folder)
         (self._folder / SETTINGS_FILE).unlink(missing_ok=True)
         shutil.rmtree(self._folder / f"{TABLE}.lance", ignore_errors=True)
         self._table = self._database.create_table(TABLE, rows)

@@ -85,6 +85,20 @@ class IndexSettings:
         weights = self.path_weights or (1 / num_paths,) * num_paths
         return replace(self, path_names=names, path_weights=weights, dim=dim)
 
+    def check_folder(self, folder: str | Path) -> None:
+        """Refuse to write beside an index of another kind, whose files would stay.
+
+        Raises:
+            ValueError: the folder holds one.
+        """
+        if Path(folder, SETTINGS_FILE).is_file():
+            other = IndexSettings.from_folder(folder).kind
+            if other != self.kind:
+                raise ValueError(
+                    f"{folder} holds an index of kind {other!r}; delete it, or name another folder "
+                    f"for the kind {self.kind!r}"
+                )
+
     def to_folder(self, folder: Path) -> None:
         """Write ``index.json``."""
         text = json.dumps(asdict(self), indent=2)

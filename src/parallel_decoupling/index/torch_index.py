@@ -115,9 +115,11 @@ class TorchIndex:
         if self._fields is None:
             raise ValueError("the index is empty; add items before saving it")
         folder = Path(folder)
+        self._settings.check_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
         columns = self._columns()
         _save_tensors({name: columns[name] for name in self._settings.columns}, folder / VECTORS_FILE)
+        (folder / CODES_FILE).unlink(missing_ok=True)
         if self._settings.precision != "float32":
             codes = {name: columns[_code(name)] for name in self._settings.columns}
             _save_tensors(codes, folder / CODES_FILE)
