@@ -85,7 +85,7 @@ def gallery_html(
 
 def _card(rank: int, hit: Hit, best: Mapping[str, float], image_dir: Path) -> str:
     name = hit.fields.get(IMAGE_FIELD)
-    picture = _picture(str(image_dir / name)) if name else ""
+    picture = _picture(str(image_dir / name)) if isinstance(name, str) and name else ""
     bars = "".join(
         _bar(path, value, _COLOURS[number % len(_COLOURS)], value >= best[path])
         for number, (path, value) in enumerate(hit.similarities.items())
