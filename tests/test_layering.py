@@ -30,7 +30,7 @@ for layer, modules in json.loads({layers!r}).items():
     loaded[layer] = [name for name in {watched!r} if name in sys.modules]
 print(json.dumps({{"loaded": loaded, "calls": calls}}))
 """
-WATCHED = ("torch", "lightning", "pytorch_lightning", "transformers", "peft", "matplotlib.pyplot")
+WATCHED = ("torch", "lightning", "pytorch_lightning", "transformers", "peft", "matplotlib.pyplot", "lancedb")
 
 
 def modules(layer: str) -> list[str]:
@@ -46,7 +46,7 @@ def modules(layer: str) -> list[str]:
 @pytest.fixture(scope="module")
 def imported() -> dict[str, dict[str, list[str]]]:
     layers = {"package": ["parallel_decoupling"]}
-    layers |= {layer: modules(layer) for layer in ("objective", "data", "retrieval", "model")}
+    layers |= {layer: modules(layer) for layer in ("objective", "data", "retrieval", "index", "model")}
     assert all(layers.values()), "a layer without modules would check nothing"
     script = SCRIPT.format(folder=str(ROOT.parent), layers=json.dumps(layers), watched=WATCHED)
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
@@ -60,12 +60,12 @@ def test_package_itself_imports_neither_torch_nor_lightning(
     assert imported["loaded"]["package"] == []
 
 
-@pytest.mark.parametrize("layer", ["objective", "data", "retrieval", "model"])
+@pytest.mark.parametrize("layer", ["objective", "data", "retrieval", "index", "model"])
 def test_layer_does_not_import_lightning(layer: str, imported: dict[str, dict[str, list[str]]]) -> None:
     assert not {"lightning", "pytorch_lightning"} & set(imported["loaded"][layer])
 
 
-@pytest.mark.parametrize("layer", ["objective", "data", "retrieval"])
+@pytest.mark.parametrize("layer", ["objective", "data", "retrieval", "index"])
 def test_layer_does_not_import_transformers(layer: str, imported: dict[str, dict[str, list[str]]]) -> None:
     assert not {"transformers", "peft"} & set(imported["loaded"][layer])
 
@@ -76,6 +76,10 @@ def test_model_layer_does_import_transformers(imported: dict[str, dict[str, list
 
 def test_retrieval_does_not_import_pyplot(imported: dict[str, dict[str, list[str]]]) -> None:
     assert "matplotlib.pyplot" not in imported["loaded"]["retrieval"]
+
+
+def test_index_does_not_import_its_extra(imported: dict[str, dict[str, list[str]]]) -> None:
+    assert "lancedb" not in imported["loaded"]["index"]
 
 
 def test_importing_makes_no_network_call(imported: dict[str, dict[str, list[str]]]) -> None:

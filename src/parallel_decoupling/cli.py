@@ -24,6 +24,8 @@ TRAINER_SUBCOMMANDS = {
 COMMANDS = {
     "compare": "several runs side by side: compare RUN_DIR RUN_DIR ... [--output_dir DIR]",
     "paths": "how the paths of a model differ: paths RUN_OR_CHECKPOINT [--output_dir DIR] [--data_dir DIR]",
+    "index": "make an index of embeddings: index EMBEDDINGS INDEX_DIR [--kind torch|lance]",
+    "search": "search an index: search INDEX_DIR --text TEXT | --image FILE [--gallery FILE]",
     "verify": "check a data folder: verify DATA_DIR [--sample N] [--output_file FILE]",
 }
 """Subcommands without a Trainer; each is a module of ``commands``."""

@@ -1,0 +1,133 @@
+"""``lightning index`` and ``lightning search`` on a checkpoint of a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import Tensor
+
+from parallel_decoupling import cli
+from parallel_decoupling.index.loading import load_index
+from parallel_decoupling.retrieval.embedder import Embedder
+from parallel_decoupling.training import loading
+from parallel_decoupling.training.embedder import PDFEmbedder
+from tests.support.tiny import noise_image
+
+COUNT = 12
+
+
+def column(vectors_BD: Tensor) -> pa.FixedSizeListArray:
+    return pa.FixedSizeListArray.from_arrays(pa.array(vectors_BD.flatten().numpy()), vectors_BD.shape[1])
+
+
+@pytest.fixture(scope="module")
+def embedder(tiny_backbone_dir: str) -> Embedder:
+    torch.manual_seed(0)
+    model = PDFEmbedder(backbone=tiny_backbone_dir, num_paths=2, prefix_length=2)
+    model.eval()
+    return model.embedder
+
+
+@pytest.fixture(scope="module")
+def table_dir(embedder: Embedder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("search")
+    for number in range(COUNT):
+        noise_image(32, 32, seed=number).save(folder / f"{number}.png")
+    vectors = embedder.encode_candidate([folder / f"{number}.png" for number in range(COUNT)])
+    table = pa.table(
+        {
+            "id": [f"picture {number}" for number in range(COUNT)],
+            "image": [f"{number}.png" for number in range(COUNT)],
+            "part": [number % 2 for number in range(COUNT)],
+            "aggregate": column(embedder.encoder.aggregate(vectors)),
+            "path_0": column(vectors[:, 0]),
+            "path_1": column(vectors[:, 1]),
+        }
+    )
+    metadata = {"parallel_decoupling": json.dumps({"model": "tiny.ckpt", "image_dir": str(folder)})}
+    pq.write_table(table.replace_schema_metadata(metadata), folder / "embeddings-00000.parquet")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def loaded(embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The models that a command loads."""
+    names: list[str] = []
+    monkeypatch.setattr(loading, "load_embedder", lambda name: names.append(name) or embedder)
+    return names
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--precision", "int8", "--oversample", "2"],
+        ["--kind", "lance"],
+        ["--kind", "lance", "--approximate", "true"],
+    ],
+)
+def test_index_then_search(
+    options: list[str],
+    table_dir: Path,
+    tmp_path: Path,
+    loaded: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cli.main(["index", str(table_dir), str(tmp_path / "index"), *options])
+    assert "12 items, 2 x 32 (path_0, path_1)" in capsys.readouterr().out
+    gallery = tmp_path / "gallery.html"
+    query = ["--image", str(table_dir / "7.png"), "--top_k", "3", "--gallery", str(gallery)]
+    for scoring in ("aggregate", "sum", "maxsim", "path_1"):
+        cli.main(["search", str(tmp_path / "index"), *query, "--scoring", scoring])
+        rows = [line for line in capsys.readouterr().out.splitlines() if "picture" in line]
+        assert len(rows) == 3
+        assert "picture 7 " in rows[0]
+        assert "1.000" in rows[0]
+    assert gallery.read_text().count("data:image/jpeg") == 4
+    assert set(loaded) == {"tiny.ckpt"}
+
+
+def test_text_filter_and_another_model(
+    table_dir: Path, tmp_path: Path, loaded: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.main(["index", str(table_dir / "embeddings-00000.parquet"), str(tmp_path)])
+    search = ["search", str(tmp_path), "--text", "a red circle", "--model", "other.ckpt"]
+    capsys.readouterr()
+    cli.main([*search, "--where", "{part: 1, image: [1.png, 3.png, 4.png]}"])
+    found = capsys.readouterr().out
+    assert [number for number in range(COUNT) if f"picture {number} " in found] == [1, 3]
+    assert loaded == ["other.ckpt"]
+
+
+def test_mistakes_are_one_line(table_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["index", str(table_dir), str(tmp_path / "index")])
+    unnamed = load_index(tmp_path / "index")
+    unnamed.settings.metadata.clear()  # type: ignore[attr-defined]
+    unnamed.save(tmp_path / "unnamed")
+    for arguments, message in (
+        (["index", str(tmp_path), "x"], "write one with lightning predict"),
+        (["index", str(table_dir), "x", "--approximate", "true"], "--approximate needs --kind lance"),
+        (["index", str(table_dir), "x", "--kind", "lance", "--precision", "int8"], "set approximate"),
+        (
+            ["index", str(table_dir), str(tmp_path / "index"), "--kind", "lance"],
+            "holds an index of kind 'torch'",
+        ),
+        (["search", str(tmp_path / "index")], "give --text, --image or both"),
+        (["search", str(tmp_path), "--text", "a"], "holds no index"),
+        (["search", str(tmp_path / "unnamed"), "--text", "a"], "give --model"),
+        (["search", str(tmp_path / "index"), "--image", "no.png"], "no image file 'no.png'"),
+        (["search", str(tmp_path / "index"), "--text", "a", "--where", "{x: 1}"], "no field 'x'"),
+        (["search", str(tmp_path / "index"), "--text", "a", "--scoring", "best"], "scoring is 'best'"),
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(arguments)
+        assert stopped.value.code == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert "Traceback" not in error
