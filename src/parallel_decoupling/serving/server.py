@@ -1,6 +1,8 @@
 """The server: LitServe's queue and batches around ``Embedder``."""
 
 # No "from __future__ import annotations": LitServe reads the annotations of decode_request as types.
+import multiprocessing
+import os
 import signal
 from typing import Any
 
@@ -107,9 +109,16 @@ def build_server(model: str, path: Selection = 0, limits: Limits | None = None) 
 
 def run_server(server: LitServer, host: str, port: int) -> None:
     """Answer requests until SIGTERM or Ctrl-C; the server's processes end with it."""
+    main_process = os.getpid()
 
     def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
+        if os.getpid() == main_process:
+            raise KeyboardInterrupt
+        raise SystemExit(0)  # a forked process inherits this handler
 
     signal.signal(signal.SIGTERM, stop)
-    server.run(host=host, port=port, num_api_servers=1, generate_client_file=False, log_level="warning")
+    try:
+        server.run(host=host, port=port, num_api_servers=1, generate_client_file=False, log_level="warning")
+    except KeyboardInterrupt:  # before all workers were ready
+        for process in multiprocessing.active_children():
+            process.terminate()
