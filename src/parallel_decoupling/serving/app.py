@@ -96,7 +96,7 @@ def build_app(searcher: Searcher, image_dir: str | Path) -> gradio.Blocks:
                 button = gradio.Button("Search", variant="primary", elem_id="search")
             with gradio.Column(scale=3):
                 gallery = gradio.Gallery(
-                    label="Best first", columns=6, height=360, object_fit="contain", elem_id="gallery"
+                    show_label=False, columns=6, height=310, object_fit="contain", elem_id="gallery"
                 )
                 gradio.Markdown("Cosine of query and hit on each path")
                 bars = gradio.HTML(elem_id="bars")
