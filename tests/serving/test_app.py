@@ -45,7 +45,8 @@ def test_a_query_shows_hits_and_another_scoring_shows_others(
         page.wait_for_selector("#bars .bars")
         page.wait_for_selector("#gallery img")
         before = page.locator("#bars").inner_text()
-        assert "path_0" in before and "path_1" in before
+        assert "path_0" in before
+        assert "path_1" in before
         page.get_by_label("path_1", exact=True).check()
         page.wait_for_function("text => document.querySelector('#bars').innerText !== text", arg=before)
         browser.close()
