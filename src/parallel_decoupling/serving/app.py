@@ -86,7 +86,8 @@ def build_app(searcher: Searcher, image_dir: str | Path) -> gradio.Blocks:
         except ValueError as error:
             raise gradio.Error(str(error)) from error
 
-    with gradio.Blocks(title="Search by paths", analytics_enabled=False) as app:
+    page: gradio.Blocks = gradio.Blocks(title="Search by paths", analytics_enabled=False)
+    with page:
         gradio.Markdown(f"## Search {len(searcher.index):,} items by text, image or both")
         with gradio.Row():
             with gradio.Column(scale=1, min_width=280):
@@ -107,7 +108,7 @@ def build_app(searcher: Searcher, image_dir: str | Path) -> gradio.Blocks:
             [gallery, bars],
             api_name=False,
         )
-    return app
+    return page
 
 
 def run_app(app: gradio.Blocks, host: str, port: int) -> None:
