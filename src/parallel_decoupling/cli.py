@@ -22,6 +22,7 @@ TRAINER_SUBCOMMANDS = {
     "predict": "write the embeddings of the evaluation tasks to predictions/",
 }
 COMMANDS = {
+    "audit": "recompute means of score files or published rows: audit [FILE, FOLDER or CSV]",
     "compare": "several runs side by side: compare RUN_DIR RUN_DIR ... [--output_dir DIR]",
     "paths": "how the paths of a model differ: paths RUN_OR_CHECKPOINT [--output_dir DIR] [--data_dir DIR]",
     "index": "make an index of embeddings: index EMBEDDINGS INDEX_DIR [--kind torch|lance]",

@@ -38,20 +38,20 @@ PROMPT_ROWS = 64
 
 ADVICE: dict[Check, str] = {
     "chance": (
-        "hit@1 is no better than a random choice. Check that the checkpoint was loaded (--ckpt_path), that the "
-        "images reach the model, and that the prompts are those of training."
+        "hit@1 is no better than a random choice. Check that the checkpoint was loaded (--ckpt_path), that "
+        "the images reach the model, and that the prompts are those of training."
     ),
     "collapsed_paths": (
         "all paths give the same embedding, so N paths cost N times as much and add nothing. Raise "
         "optimizer.prefix_learning_rate or mi_weight; look at train/path_cosine."
     ),
     "collapsed_embeddings": (
-        "different inputs have nearly the same embedding. Lower the learning rate or mi_weight, and check that "
-        "texts and images differ after tokenisation."
+        "different inputs have nearly the same embedding. Lower the learning rate or mi_weight, and check "
+        "that texts and images differ after tokenisation."
     ),
     "pre_norm_pooling": (
-        "the pooled state is not the output of the final norm, which is known to cost 2 to 7 points. Give the "
-        "backbone's family the base model's language model, whose last_hidden_state is after the norm."
+        "the pooled state is not the output of the final norm, which is known to cost 2 to 7 points. Give "
+        "the backbone's family the base model's language model, whose last_hidden_state is after the norm."
     ),
     "prompt_mismatch": (
         "instructions of evaluation and training differ. Use the data and the split that the checkpoint was "
@@ -238,11 +238,11 @@ def prompt_mismatches(data_dir: str | Path, split: str, tasks: Sequence[EvalTask
         tasks: to be scored.
     """
     known = read_tasks(data_dir)
-    subset_of = {
-        task.name: subset
-        for subset in find_train_subsets(data_dir, split)
-        if (task := task_of_subset(known, subset)) is not None
-    }
+    subset_of = {}
+    for name in find_train_subsets(data_dir, split):
+        trained_task = task_of_subset(known, name)
+        if trained_task is not None:
+            subset_of[trained_task.name] = name
     details, where = [], []
     for task in tasks:
         subset_name = subset_of.get(task.task.name)

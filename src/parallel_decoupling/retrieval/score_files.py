@@ -1,9 +1,9 @@
 """Score files of VLM2Vec's two versions and of the MMEB leaderboard: written, recognised, read.
 
-First version: ``<task>_pred.txt`` and ``<task>_score.json`` with ``acc``, ``num_correct``, ``num_pred``. Second
-version: ``<task>_pred.jsonl`` and ``<task>_score.json`` with ``hit@1``, ``ndcg_linear@5`` and others. Leaderboard:
-one JSON of ``metadata`` and ``metrics``. Here: formats only. Deliberately elsewhere: means (``report``), what is
-inconsistent (``audit``), tables of published rows (``published``).
+First version: ``<task>_pred.txt`` and ``<task>_score.json`` with ``acc``, ``num_correct``, ``num_pred``.
+Second version: ``<task>_pred.jsonl`` and ``<task>_score.json`` with ``hit@1``, ``ndcg_linear@5`` and others.
+Leaderboard: one JSON of ``metadata`` and ``metrics``. Here: formats only. Deliberately elsewhere: means
+(``report``), what is inconsistent (``audit``), tables of published rows (``published``).
 """
 
 from __future__ import annotations

@@ -83,8 +83,8 @@ class EmbeddingCache:
                 missing = json.loads(content.metadata()["missing"])
         except (OSError, SafetensorError) as error:
             raise ValueError(
-                f"{task.task.name}: cannot read the cached embeddings {file}: {error}. Delete the file and run "
-                "again; every process must see the same folder."
+                f"{task.task.name}: cannot read the cached embeddings {file}: {error}. Delete the file and "
+                "run again; every process must see the same folder."
             ) from error
         return CachedTask(query, candidate, missing)
 
@@ -114,7 +114,7 @@ def model_hash(encoder: nn.Module, fingerprint: Mapping[str, Any], settings: Map
     digest = sha256(json.dumps(about, sort_keys=True, default=str).encode())
     for name, value in sorted(trainable_state(encoder).items()):
         digest.update(f"{name} {list(value.shape)} {value.dtype}".encode())
-        digest.update(value.contiguous().flatten().view(uint8).numpy())
+        digest.update(value.contiguous().flatten().view(uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
