@@ -119,7 +119,7 @@ def test_a_test_takes_the_structure_of_the_checkpoint(
     line = next(line for line in captured.err.splitlines() if "model.num_paths" in line)
     assert "the checkpoint's" in line
     report = ScoreReport.from_json_file(run_dir / "scores.json")
-    assert report.columns == ["aggregate", "path_0", "path_1"]
+    assert report.columns == ["aggregate", "path_0", "path_1", "mean", "concat", "maxsim"]
     assert report.run["global_step"] >= 2
     assert report.run["model"]["temperature"] == 0.3
     assert "hit@1 in percent" in captured.out

@@ -73,7 +73,7 @@ def test_a_test_run_writes_and_logs_the_scores_of_its_embeddings(
     trainer.test(module, small_data(tiny_mmeb_dir, eval_batch_size=3), verbose=False)
     report = ScoreReport.from_json_file(tmp_path / "scores.json")
     assert list(report.tasks) == list(TASKS)
-    assert report.columns == ["aggregate", "path_0", "path_1"]
+    assert report.columns == ["aggregate", "path_0", "path_1", "mean", "concat", "maxsim"]
     for name in TASKS:
         rows = read_eval_task(tiny_mmeb_dir, name)
         similarity = module.similarity(

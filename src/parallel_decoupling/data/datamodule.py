@@ -17,7 +17,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from parallel_decoupling import distributed
-from parallel_decoupling.batch import PairBatch
+from parallel_decoupling.batch import EncoderInputs, PairBatch
 from parallel_decoupling.data.collate import Collator, EvalBatch
 from parallel_decoupling.data.download import download_eval, download_train
 from parallel_decoupling.data.images import ImagePolicy, SquareSize
@@ -38,6 +38,12 @@ EMBEDDED = "mini-mmeb"
 """Value of ``data_dir`` that stands for the benchmark this package generates."""
 
 log = logging.getLogger(__name__)
+
+_NO_ROWS = EvalBatch(
+    EncoderInputs({"input_ids": torch.empty(0, 1).long(), "attention_mask": torch.empty(0, 1).long()}, ()),
+    "query",
+    torch.empty(0, dtype=torch.int64),
+)
 
 
 class MMEBDataModule(LightningDataModule):
@@ -75,6 +81,8 @@ class MMEBDataModule(LightningDataModule):
         missing_images: "error" stops at an image that is missing or broken, "skip" takes the next row of
             the subset in training and leaves the row out of the score in evaluation, and counts.
         download: Fetch what is not in data_dir from the Hugging Face hub and unpack it, once.
+        embedding_cache: Keep the embeddings of `test` by checkpoint and data, so that a test that was stopped
+            goes on with the tasks not done: true for `embeddings` in the run's folder, or a folder.
     """
 
     def __init__(
@@ -100,6 +108,7 @@ class MMEBDataModule(LightningDataModule):
         max_pixels: int | None = None,
         missing_images: MissingImages = "error",
         download: bool = False,
+        embedding_cache: bool | str = False,
     ) -> None:
         super().__init__()
         numbers = {"eval_batch_size": eval_batch_size, "row_limit": row_limit, "query_limit": query_limit}
@@ -130,6 +139,7 @@ class MMEBDataModule(LightningDataModule):
         self.images = ImagePolicy(image_size, min_pixels, max_pixels)
         self.missing_images: MissingImages = missing_images
         self.download = download
+        self.embedding_cache = embedding_cache
         self.train_data: list[TrainSubset] = []
         self.eval_tasks_data: list[EvalTask] = []
         """The tasks of the current stage, in the order of the evaluation loaders."""
@@ -207,8 +217,23 @@ class MMEBDataModule(LightningDataModule):
         return [self._eval_loader(task) for task in self.eval_tasks_data]
 
     def test_dataloader(self) -> list[Batches[EvalBatch]]:
-        """One loader per evaluation task."""
-        return [self._eval_loader(task) for task in self.eval_tasks_data]
+        """One loader per evaluation task; one empty batch for a task whose embeddings are in the cache."""
+        cached: set[str] = set()
+        if self.embedding_cache and self.trainer is not None:
+            module: Any = self.trainer.lightning_module
+            folder = self.embedding_cache if isinstance(self.embedding_cache, str) else None
+            cached = module.cached_tasks(self.eval_tasks_data, folder)
+        return [
+            Batches(DataLoader([_NO_ROWS], batch_size=None))  # type: ignore[arg-type]
+            if task.task.name in cached
+            else self._eval_loader(task)
+            for task in self.eval_tasks_data
+        ]
+
+    @property
+    def folder(self) -> Path:
+        """Where the data is; the embedded benchmark's place in the cache."""
+        return self._folder()
 
     @property
     def collator(self) -> Collator:
