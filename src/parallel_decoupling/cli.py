@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 TRAINER_SUBCOMMANDS = {
-    "app": "a page to search an index by text and image: app INDEX_DIR [--model MODEL]",
     "fit": "train (and validate, if data.validation_tasks names tasks)",
     "plan": "what a fit with the same options would need: batch, parameters, memory, work",
     "validate": "score the validation tasks",
@@ -26,8 +25,8 @@ COMMANDS = {
     "app": "a page to search an index by text and image: app INDEX_DIR [--model MODEL]",
     "audit": "recompute means of score files or published rows: audit [FILE, FOLDER or CSV]",
     "compare": "several runs side by side: compare RUN_DIR RUN_DIR ... [--output_dir DIR]",
-    "paths": "how the paths of a model differ: paths RUN_OR_CHECKPOINT [--output_dir DIR] [--data_dir DIR]",
     "index": "make an index of embeddings: index EMBEDDINGS INDEX_DIR [--kind torch|lance]",
+    "paths": "how the paths of a model differ: paths RUN_OR_CHECKPOINT [--output_dir DIR] [--data_dir DIR]",
     "search": "search an index: search INDEX_DIR --text TEXT | --image FILE [--gallery FILE]",
     "serve": "embeddings over HTTP in OpenAI's form: serve MODEL [--host HOST] [--port PORT] [--path PATH]",
     "verify": "check a data folder: verify DATA_DIR [--sample N] [--output_file FILE]",
