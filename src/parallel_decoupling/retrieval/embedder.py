@@ -7,7 +7,7 @@ Here: the public ``encode`` methods, without Lightning. Elsewhere on purpose: th
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,9 @@ class Embedder:
         encoder: the model.
         query_instruction: default instruction of ``encode_query``.
         candidate_instruction: default instruction of ``encode_candidate``.
+
+    Attributes:
+        run: what trained the weights, as plain values; empty if not known.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class Embedder:
     ) -> None:
         self.encoder = encoder
         self.query_instruction, self.candidate_instruction = query_instruction, candidate_instruction
+        self.run: dict[str, Any] = {}
 
     def encode(
         self,
@@ -87,6 +91,48 @@ class Embedder:
     def similarity(a: Tensor, b: Tensor) -> Tensor:
         """Cosines of all pairs ``[A, B]``; mean over aligned paths for ``[A, N, D]`` and ``[B, N, D]``."""
         return encoding.similarity(a, b)
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        paths: Sequence[int] | None = None,
+        merge_adapters: bool = False,
+        *,
+        include_backbone: bool = False,
+    ) -> None:
+        """Write a folder to share: safetensors, processor, ``config.json`` and a model card.
+
+        Args:
+            folder: made if missing; must not hold a model yet.
+            paths: which paths, in that order; None is all. The aggregate is then that of these paths.
+            merge_adapters: write a full backbone with the adapters in its weights.
+            include_backbone: write the backbone, too; otherwise the folder refers to it by name.
+
+        Raises:
+            ValueError: a folder that holds a model, a path that does not exist, weights that cannot be written.
+
+        Relations:
+            ``from_pretrained`` gives the same embeddings bit for bit in the same dtype, path n those of
+            ``paths[n]``; with ``merge_adapters`` up to rounding.
+        """
+        from parallel_decoupling.retrieval.sharing import save_embedder
+
+        options = {"merge_adapters": merge_adapters, "include_backbone": include_backbone}
+        save_embedder(self, folder, paths=paths, **options)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Embedder:
+        """Load what ``save_pretrained`` wrote, on the CPU: without Lightning, pickle and network.
+
+        Raises:
+            ValueError: files that are missing or changed, or another backbone than the one trained on.
+        """
+        from parallel_decoupling.model.pretrained import load_encoder
+
+        encoder, config = load_encoder(folder)
+        embedder = cls(encoder, config["query_instruction"], config["candidate_instruction"])
+        embedder.run = config["run"]
+        return embedder
 
 
 def warn_of_cut_texts(counts: Tensor, context_length: int) -> None:

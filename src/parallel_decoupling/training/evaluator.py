@@ -319,3 +319,14 @@ class EvaluatedEncoder(LightningModule):
     def similarity(a: Tensor, b: Tensor) -> Tensor:
         """Cosines of all pairs ``[A, B]``; mean over aligned paths for ``[A, N, D]`` and ``[B, N, D]``."""
         return Embedder.similarity(a, b)
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+        """Write a folder to share; see ``Embedder.save_pretrained``."""
+        embedder = self.embedder
+        embedder.run = self.run_info()
+        embedder.save_pretrained(folder, **options)
+
+    @staticmethod
+    def from_pretrained(folder: str | Path) -> Embedder:
+        """Load a shared folder: an ``Embedder``, as what is shared does not train."""
+        return Embedder.from_pretrained(folder)
