@@ -39,7 +39,8 @@ demo: $(INSTALLED) ## train and score one path and N paths on the embedded bench
 	$(BIN)/lightning compare $(DEMO_SINGLE_PATH) $(DEMO) --output_dir $(DEMO)
 	@echo "checkpoints: $(DEMO_SINGLE_PATH)/checkpoints/ $(DEMO)/checkpoints/"
 	@echo "scores:      $(DEMO_SINGLE_PATH)/scores.json $(DEMO)/scores.json"
-	@echo "comparison:  $(DEMO)/comparison.json $(DEMO)/comparison.png"
+	@echo "comparison:  $(DEMO)/comparison.json $(DEMO)/comparison.png $(DEMO)/comparison.html"
+	@echo "report:      $(DEMO)/report.html"
 	@echo "curves:      $(BIN)/tensorboard --logdir runs"
 
 test: $(INSTALLED) ## the test suite without the slow tests

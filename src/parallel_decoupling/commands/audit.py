@@ -16,8 +16,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         "path",
         nargs="?",
         type=str,
-        help="a leaderboard JSON, a scores.json, a run's folder, a folder of VLM2Vec's *_score.json, or a "
-        "CSV of published rows; none: the published rows that ship with the package",
+        help="a leaderboard JSON, a scores.json, a run's folder, a folder of VLM2Vec's *_score.json, a CSV "
+        "of published rows; without it the published rows that ship with the package",
     )
 
 

@@ -294,11 +294,12 @@ class ScoreReport:
     def metrics_table(self) -> Table:
         """Means over tasks of every metric of the headline column, in percent, by meta-task and overall."""
         column, means = self.columns[0], self.metric_means
-        shown = [metric for metric in METRICS if metric not in ("ndcg_linear@1", "ndcg_exponential@1")]
-        table = Table(title=f"metrics of {column}, means over tasks in percent")
+        shown = [name for name in METRICS if "exponential" not in name and name != "ndcg_linear@1"]
+        table = Table(title=Text(f"metrics of {column}, means over tasks in percent"))
+        table.caption = "nDCG of linear and of exponential gain agree where one candidate is right"
         table.add_column("mean", no_wrap=True)
         for metric in shown:
-            table.add_column(metric.replace("exponential", "exp").replace("linear", "lin"), justify="right")
+            table.add_column(metric.replace("_linear", ""), justify="right")
         for group, by_column in means.items():
             values = (percent(by_column[column][metric]) for metric in shown)
             table.add_row(MEAN_TITLES[group], *values)

@@ -24,7 +24,9 @@ from parallel_decoupling.distributed import gather_objects, world_size
 from parallel_decoupling.model.checkpoint import backbone_fingerprint
 from parallel_decoupling.model.dual_encoder import DualEncoder
 from parallel_decoupling.model.encoder import ParallelEncoder
+from parallel_decoupling.objective.statistics import path_cosine
 from parallel_decoupling.retrieval.embedder import Embedder, warn_of_cut_texts
+from parallel_decoupling.retrieval.html_report import TaskExamples, task_examples, write_html_report
 from parallel_decoupling.retrieval.modes import mode_costs
 from parallel_decoupling.retrieval.report import ScoreReport
 from parallel_decoupling.retrieval.sanity import (
@@ -73,6 +75,8 @@ class EvaluatedEncoder(LightningModule):
     _predicted: TaskEmbeddings | None
     _cache: EmbeddingCache | None = None
     _health: list[TaskHealth]
+    _examples: list[TaskExamples]
+    _path_cosines: list[Tensor]
     _final_norm: FinalNormCheck
 
     @abstractmethod
@@ -115,6 +119,7 @@ class EvaluatedEncoder(LightningModule):
         """Begin with no scores, a sample for the projector, and what the sanity checks watch."""
         tasks = self._eval_tasks()
         self._projector, self._health = ProjectorSample(len(tasks)), []
+        self._examples, self._path_cosines = [], []
         self._final_norm = FinalNormCheck(self.encoder.backbone)
         self._evaluation = Evaluation(
             tasks, self._cpu_aggregate, self._sum_over_ranks, self._show_task, cache=self._cache
@@ -136,6 +141,8 @@ class EvaluatedEncoder(LightningModule):
         warnings = [finding.plain() for finding in self._findings()]
         report = replace(report, modes=mode_costs(self._evaluation.shapes), warnings=warnings)
         write_report(report, folder)
+        cosine_NN = torch.stack(self._path_cosines).mean(dim=0)
+        write_html_report(report, folder, examples=self._examples, path_cosine=cosine_NN)
         if tensorboard_writer(self.trainer) is not None:
             self._projector.write(folder / PROJECTOR_DIR)
         tables = [report.table(), report.metrics_table(), report.modes_table()]
@@ -278,6 +285,8 @@ class EvaluatedEncoder(LightningModule):
         candidate_UD = self._cpu_aggregate(candidate_UND)
         self._health.append(task_health(score, query_UND, candidate_UND, candidate_UD))
         write_predictions(self.run_dir / SCORE_FILES_DIR, task, score)
+        self._examples.append(task_examples(task, score))
+        self._path_cosines.append(path_cosine(query_UND))
         writer = tensorboard_writer(self.trainer)
         if writer is not None:
             draw_examples(writer, task, score, self.steps_done)
