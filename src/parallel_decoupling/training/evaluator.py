@@ -286,7 +286,8 @@ class EvaluatedEncoder(LightningModule):
         self._health.append(task_health(score, query_UND, candidate_UND, candidate_UD))
         write_predictions(self.run_dir / SCORE_FILES_DIR, task, score)
         self._examples.append(task_examples(task, score))
-        self._path_cosines.append(path_cosine(query_UND))
+        read_U = ~query_UND.isnan().flatten(1).any(dim=1)
+        self._path_cosines.append(path_cosine(query_UND[read_U]))
         writer = tensorboard_writer(self.trainer)
         if writer is not None:
             draw_examples(writer, task, score, self.steps_done)
