@@ -18,13 +18,13 @@ from tests.support.mmeb import save_tiny_mmeb
 
 
 class Counting(PDFEmbedder):
-    """Counts encoded rows, and can stop in a task as if killed."""
+    """Counts encoded rows, and can stop at the second batch of a task as if killed."""
 
     rows = 0
     stop_at: int | None = None
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        if dataloader_idx == self.stop_at:
+        if (dataloader_idx, batch_idx) == (self.stop_at, 1):
             raise KeyError("killed")
         self.rows += len(batch.indices)
         super().validation_step(batch, batch_idx, dataloader_idx)

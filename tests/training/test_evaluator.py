@@ -145,7 +145,7 @@ def test_lightnings_sanity_check_of_several_tasks_is_quiet(
     tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
 ) -> None:
     data = small_data(tiny_mmeb_dir, validation_tasks=list(TASKS), eval_batch_size=1)
-    trainer = make_trainer(tmp_path, max_steps=1, num_sanity_val_steps=2)
+    trainer = make_trainer(tmp_path, max_steps=1, num_sanity_val_steps=2, val_check_interval=1)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*not all rows")
         trainer.fit(small_embedder(tiny_backbone_dir), data)
