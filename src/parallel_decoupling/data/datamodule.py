@@ -25,6 +25,8 @@ from parallel_decoupling.data.inputs import prepare_tables
 from parallel_decoupling.data.loaders import Batches, EvalBatches, MissingImages, TrainRows
 from parallel_decoupling.data.mixture import MixtureSampler
 from parallel_decoupling.data.readers import LimitBy, TrainSubset, read_eval_task
+from parallel_decoupling.data.row_loaders import RowBatches, RowLoader, RowPlan, Shards, chosen_columns
+from parallel_decoupling.data.rows import open_rows
 from parallel_decoupling.data.tasks import (
     MMEB_TASKS,
     MMEB_TRAIN_SUBSETS,
@@ -155,6 +157,8 @@ class MMEBDataModule(LightningDataModule):
         Lightning calls this on one process per node. Training data only before ``fit``.
         """
         stage = None if self.trainer is None else self.trainer.state.fn
+        if stage == "predict" and self.predict_source is not None:
+            return
         subsets = self.train_subsets if stage == "fit" else []
         tasks = self.validation_tasks if stage in ("fit", "validate") else self.eval_tasks
         if self.download:
@@ -173,6 +177,8 @@ class MMEBDataModule(LightningDataModule):
         Raises:
             ValueError: unknown subset or task, or files that do not have MMEB's layout.
         """
+        if stage == "predict" and self.predict_source is not None:
+            return
         folder = self._folder()
         if stage == "fit":
             self.train_data = self._open_subsets(folder)
@@ -234,6 +240,31 @@ class MMEBDataModule(LightningDataModule):
     def folder(self) -> Path:
         """Where the data is; the embedded benchmark's place in the cache."""
         return self._folder()
+
+    def predict_dataloader(self) -> RowLoader:
+        """Batches of this process of the rows of predict_source that are not done yet.
+
+        Raises:
+            ValueError: no predict_source, or one that cannot be read; unknown predict_columns.
+        """
+        if self.predict_source is None:
+            raise ValueError("Nothing to predict: set predict_source, or use PDFEmbedder.predict_tasks.")
+        assert self.trainer is not None, "predict_dataloader needs the model of a Trainer"
+        module: Any = self.trainer.lightning_module
+        source = open_rows(self.predict_source)
+        shards = Shards(len(source), self.predict_rows_per_shard)
+        instruction = self.predict_instruction
+        rows = RowBatches(
+            source,
+            self.collator,
+            module.candidate_instruction if instruction is None else instruction,
+            chosen_columns(self.predict_columns, module.encoder.num_paths),
+        )
+        finished = self.finished_shards(rows, shards)
+        place = distributed.rank(), distributed.world_size()
+        return RowLoader(
+            rows, RowPlan(source, shards, finished, self.eval_batch_size, *place), self.num_workers
+        )
 
     @property
     def collator(self) -> Collator:

@@ -19,6 +19,7 @@ from torch import Tensor
 from parallel_decoupling.batch import EncoderInputs
 from parallel_decoupling.data.collate import EvalBatch
 from parallel_decoupling.data.datamodule import MMEBDataModule
+from parallel_decoupling.data.row_loaders import RowBatch
 from parallel_decoupling.data.tasks import EvalTask
 from parallel_decoupling.distributed import gather_objects, world_size
 from parallel_decoupling.model.checkpoint import backbone_fingerprint
@@ -46,6 +47,7 @@ from parallel_decoupling.training.evaluation import (
     draw_examples,
     write_report,
 )
+from parallel_decoupling.training.prediction_writer import row_embeddings
 
 PREDICTIONS_DIR = "predictions"
 EMBEDDINGS_DIR = "embeddings"
@@ -206,8 +208,15 @@ class EvaluatedEncoder(LightningModule):
         """Begin with no task."""
         self._predicted = None
 
-    def predict_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Embed one batch: its place, ``paths`` ``[B, N, D]`` and ``aggregate`` ``[B, D']``."""
+    def predict_step(
+        self, batch: EvalBatch | RowBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, Any]:
+        """Embed one batch: its place, ``paths`` ``[B, N, D]`` and ``aggregate`` ``[B, D']``.
+
+        Of a ``RowBatch`` the wanted columns, each ``[B, D]`` or ``[B, D']``.
+        """
+        if isinstance(batch, RowBatch):
+            return row_embeddings(self.encoder, batch)
         embeddings_BND = self.encoder(batch.inputs)
         task = self._predict_tasks[dataloader_idx]
         if self._predicted is None or self._predicted.task is not task:
