@@ -108,10 +108,12 @@ class RunCLI(LightningCLI):
         callbacks = config.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         if writer is not None and writer.output_dir is not None:
-            kwargs |= {"default_root_dir": writer.output_dir, "logger": config.get("logger") or False}
+            kwargs |= {"default_root_dir": writer.output_dir, "enable_checkpointing": False}
+            kwargs["logger"] = config.get("logger") or False
             if config.get("enable_progress_bar") is not False:
                 callbacks.append(RowProgressBar())
-        elif config.get("logger") in (None, True):
+            return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        if config.get("logger") in (None, True):
             kwargs["logger"] = TensorBoardLogger(
                 config["default_root_dir"], name="", version="", default_hp_metric=False
             )

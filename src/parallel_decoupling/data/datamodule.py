@@ -8,7 +8,7 @@ their sampler nor splits their rows: every process takes its own share here.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,6 +85,11 @@ class MMEBDataModule(LightningDataModule):
         download: Fetch what is not in data_dir from the Hugging Face hub and unpack it, once.
         embedding_cache: Keep the embeddings of `test` by checkpoint and data, so that a test that was stopped
             goes on with the tasks not done: true for `embeddings` in the run's folder, or a folder.
+        predict_source: What `predict` embeds in place of the evaluation tasks: a folder of images, or a
+            Parquet, JSONL or CSV file with columns text, image or both (`docs/embedding_files.md`).
+        predict_columns: Embeddings to compute: aggregate, path_0, ...; null is the aggregate and all paths.
+        predict_instruction: Before every text of predict_source; null is the model's candidate_instruction.
+        predict_rows_per_shard: Rows per file of embeddings, which one process batches by size.
     """
 
     def __init__(
@@ -111,9 +116,14 @@ class MMEBDataModule(LightningDataModule):
         missing_images: MissingImages = "error",
         download: bool = False,
         embedding_cache: bool | str = False,
+        predict_source: str | None = None,
+        predict_columns: list[str] | None = None,
+        predict_instruction: str | None = None,
+        predict_rows_per_shard: int = 4096,
     ) -> None:
         super().__init__()
         numbers = {"eval_batch_size": eval_batch_size, "row_limit": row_limit, "query_limit": query_limit}
+        numbers["predict_rows_per_shard"] = predict_rows_per_shard
         for name, value in numbers.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
@@ -142,6 +152,12 @@ class MMEBDataModule(LightningDataModule):
         self.missing_images: MissingImages = missing_images
         self.download = download
         self.embedding_cache = embedding_cache
+        self.predict_source = predict_source
+        self.predict_columns = predict_columns
+        self.predict_instruction = predict_instruction
+        self.predict_rows_per_shard = predict_rows_per_shard
+        self.finished_shards: Callable[[RowBatches, Shards], Collection[int]] = lambda *_: ()
+        """Which shards of predict_source are done already; whoever writes them knows."""
         self.train_data: list[TrainSubset] = []
         self.eval_tasks_data: list[EvalTask] = []
         """The tasks of the current stage, in the order of the evaluation loaders."""

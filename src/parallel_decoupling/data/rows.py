@@ -92,8 +92,8 @@ def open_rows(path: str | Path) -> RowSource:
     """Open a folder of images (with all folders in it), or a Parquet, JSONL or CSV file.
 
     A table has a column ``text``, a column ``image`` with names of files relative to the table, or both; a
-    column ``id`` if rows are not to be called by their numbers (from 0). Image files of a folder are called by
-    their names relative to it.
+    column ``id`` if rows are not to be called by their numbers (from 0). Image files of a folder are called
+    by their names relative to it.
 
     Raises:
         ValueError: nothing there to embed, or a table that cannot be read; says what to do.

@@ -151,10 +151,13 @@ class EvaluatedEncoder(LightningModule):
             folder: of the cache; ``None`` is ``embeddings`` in the run's folder.
         """
         cache_dir = self.run_dir / EMBEDDINGS_DIR if folder is None else Path(folder)
-        identity = model_hash(self.encoder, self._frozen_part(), self._plain_settings())
-        self._cache = EmbeddingCache(cache_dir, identity)
+        self._cache = EmbeddingCache(cache_dir, self.embedding_hash())
         found = {task.task.name for task in tasks if self._cache.file(task).is_file()}
         return gather_objects(found)[0]
+
+    def embedding_hash(self) -> str:
+        """Identify what turns inputs into embeddings, to know which of an earlier run are still good."""
+        return model_hash(self.encoder, self._frozen_part(), self._plain_settings())
 
     def _frozen_part(self) -> dict[str, Any]:
         fingerprint = getattr(self, "fingerprint", None)

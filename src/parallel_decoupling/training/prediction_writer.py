@@ -6,7 +6,6 @@ Elsewhere on purpose: which rows are a shard and who does it (``data.row_loaders
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 import warnings
@@ -21,13 +20,11 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import Tensor
 
 from parallel_decoupling.data.row_loaders import RowBatch, RowBatches, RowLoader, Shards
 from parallel_decoupling.data.rows import AGGREGATE
 from parallel_decoupling.distributed import gather_objects, rank
-from parallel_decoupling.model.checkpoint import trainable_state
-from parallel_decoupling.training.checkpoint import fingerprint
 
 if TYPE_CHECKING:
     from parallel_decoupling.training.evaluator import EvaluatedEncoder
@@ -41,11 +38,8 @@ SAME_IN_ALL_FILES = (
     "dtype",
     "instruction",
     "rows_per_shard",
-    "images",
 )
 """Metadata that a file of an earlier run must share with this one."""
-SHAPING_SETTINGS = ("dtype", "quantization", "adapter", "aggregation", "prefix_layers")
-"""Settings of the model that change embeddings without being weights."""
 HARMLESS_WARNINGS = ("Couldn't infer the batch indices", "Total length of `RowLoader` across ranks is zero")
 """Of Lightning, about loaders of our own, and about a run with nothing left to do."""
 
@@ -137,12 +131,11 @@ class EmbeddingWriter(BasePredictionWriter):
         checkpoint = trainer.ckpt_path
         self._metadata = {
             "model": None if checkpoint is None else str(Path(checkpoint).resolve()),
-            "model_sha256": model_sha256(module),
+            "model_sha256": module.embedding_hash(),
             "num_paths": module.encoder.num_paths,
             "columns": rows.columns,
             "dtype": self.dtype,
             "instruction": rows.instruction,
-            "images": repr(rows.collator.images),
             "source": str(rows.source.path.resolve()),
             "source_sha256": rows.source.sha256(),
             "image_dir": str(rows.source.image_dir),
@@ -221,7 +214,7 @@ class EmbeddingWriter(BasePredictionWriter):
 class RowProgressBar(TQDMProgressBar):
     """Lightning's bar counting rows in ``predict``: rows of the main process done, rows/s, time left."""
 
-    def on_predict_batch_start(self, trainer: Trainer, *args: Any) -> None:  # type: ignore[override]
+    def on_predict_batch_start(self, trainer: Trainer, *args: Any) -> None:
         """Begin with the rows that this process is going to embed."""
         super().on_predict_batch_start(trainer, *args)
         bar, loader = self.predict_progress_bar, cast(Any, trainer).predict_dataloaders
@@ -229,7 +222,7 @@ class RowProgressBar(TQDMProgressBar):
             bar.unit, bar.total = "row", loader.plan.num_rows
             bar.set_description("Embedding")
 
-    def on_predict_batch_end(  # type: ignore[override]
+    def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
     ) -> None:
         """Count the rows of the batch."""
@@ -264,14 +257,3 @@ def read_metadata(file: Path) -> dict[str, Any]:
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"cannot read {file}: {error}. Delete it and run again.") from error
     return cast(dict[str, Any], json.loads(metadata.get(METADATA_KEY, b"{}")))
-
-
-def model_sha256(module: Any) -> str:
-    """Identify what turns inputs into embeddings: trained tensors, frozen backbone, settings of the model."""
-    settings = {name: module.hparams.get(name) for name in SHAPING_SETTINGS}
-    about = [settings, fingerprint(module)["sha256"]]
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
-    for name, value in sorted(trainable_state(cast(nn.Module, module.encoder)).items()):
-        digest.update(f"{name} {list(value.shape)} {value.dtype}".encode())
-        digest.update(value.contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
