@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from parallel_decoupling.batch import EncoderInputs, RawInput
+from parallel_decoupling.data.images import IMAGE_SUFFIXES
 from parallel_decoupling.data.prompts import prompt
 
 if TYPE_CHECKING:
     from parallel_decoupling.data.collate import Collator
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 INPUT_KEYS = ("text", "image", "images", "instruction")
 BATCHES_WITHOUT_PROGRESS = 4
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from parallel_decoupling.batch import EncoderInputs
 from parallel_decoupling.data.collate import EvalBatch
 from parallel_decoupling.data.datamodule import MMEBDataModule
+from parallel_decoupling.data.row_loaders import RowBatch
 from parallel_decoupling.data.tasks import EvalTask
 from parallel_decoupling.distributed import gather_objects, world_size
 from parallel_decoupling.model.checkpoint import backbone_fingerprint
@@ -48,6 +49,7 @@ from parallel_decoupling.training.evaluation import (
     draw_examples,
     write_report,
 )
+from parallel_decoupling.training.prediction_writer import row_embeddings
 
 PREDICTIONS_DIR = "predictions"
 EMBEDDINGS_DIR = "embeddings"
@@ -156,10 +158,13 @@ class EvaluatedEncoder(LightningModule):
             folder: of the cache; ``None`` is ``embeddings`` in the run's folder.
         """
         cache_dir = self.run_dir / EMBEDDINGS_DIR if folder is None else Path(folder)
-        identity = model_hash(self.encoder, self._frozen_part(), self._plain_settings())
-        self._cache = EmbeddingCache(cache_dir, identity)
+        self._cache = EmbeddingCache(cache_dir, self.embedding_hash())
         found = {task.task.name for task in tasks if self._cache.file(task).is_file()}
         return gather_objects(found)[0]
+
+    def embedding_hash(self) -> str:
+        """Identify what turns inputs into embeddings, to know which of an earlier run are still good."""
+        return model_hash(self.encoder, self._frozen_part(), self._plain_settings())
 
     def _frozen_part(self) -> dict[str, Any]:
         fingerprint = getattr(self, "fingerprint", None)
@@ -213,8 +218,15 @@ class EvaluatedEncoder(LightningModule):
         """Begin with no task."""
         self._predicted = None
 
-    def predict_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Embed one batch: its place, ``paths`` ``[B, N, D]`` and ``aggregate`` ``[B, D']``."""
+    def predict_step(
+        self, batch: EvalBatch | RowBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, Any]:
+        """Embed one batch: its place, ``paths`` ``[B, N, D]`` and ``aggregate`` ``[B, D']``.
+
+        Of a ``RowBatch`` the wanted columns, each ``[B, D]`` or ``[B, D']``.
+        """
+        if isinstance(batch, RowBatch):
+            return row_embeddings(self.encoder, batch)
         embeddings_BND = self.encoder(batch.inputs)
         task = self._predict_tasks[dataloader_idx]
         if self._predicted is None or self._predicted.task is not task:
