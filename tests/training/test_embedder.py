@@ -18,6 +18,7 @@ from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.mixture import MixtureSampler
 from parallel_decoupling.training.embedder import PDFEmbedder
 from parallel_decoupling.training.settings import check_settings
+from tests.model.test_attention import count_calls
 from tests.support.fit import (
     Recorder,
     RecordingEmbedder,
@@ -130,7 +131,10 @@ def test_mutual_information_reaches_the_prefixes_only_with_its_weight(
     assert not torch.allclose(*gradients)
 
 
-def test_chunks_train_like_one_graph(tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("extra", [{}, {"prefix_type": "shallow"}])
+def test_chunks_train_like_one_graph(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path, extra: dict[str, Any]
+) -> None:
     gradients = []
     for chunks in ({}, {"query_chunk_size": 3, "candidate_chunk_size": 2}):
         settings = {
@@ -139,7 +143,7 @@ def test_chunks_train_like_one_graph(tiny_backbone_dir: str, tiny_mmeb_dir: str,
             "aggregation": "learned",
         }
         module = small_embedder(
-            tiny_backbone_dir, kind=RecordingEmbedder, temperature=0.2, **settings, **chunks
+            tiny_backbone_dir, kind=RecordingEmbedder, temperature=0.2, **settings, **chunks, **extra
         )
         make_trainer(tmp_path, max_steps=1).fit(module, small_data(tiny_mmeb_dir))
         assert isinstance(module, RecordingEmbedder)
@@ -210,12 +214,28 @@ def test_shared_layers_count_once_in_the_compute_counter(
     tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
 ) -> None:
     passes = []
-    for settings in (SINGLE_PATH, {}, {"prefix_layers": 1}):
+    for settings in (SINGLE_PATH, {}, {"prefix_layers": 1}, {"prefix_layers": [0, 1]}):
         recorder, module = Recorder(), small_embedder(tiny_backbone_dir, **settings)
         make_trainer(tmp_path, recorder, max_steps=2).fit(module, small_data(tiny_mmeb_dir))
         passes.append(recorder.values[-1]["compute/token_passes"])
     assert passes[1] == 2 * passes[0]
     assert passes[2] == 1.5 * passes[0]
+    assert passes[3] == passes[1]
+
+
+def test_a_shallow_prompt_counts_once_per_forward_pass(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    passes = []
+    chunks = {"query_chunk_size": 3, "candidate_chunk_size": 8}
+    for settings in ({}, {"prefix_type": "shallow"}, {"prefix_type": "shallow", **chunks}):
+        recorder, module = Recorder(), small_embedder(tiny_backbone_dir, **settings)
+        calls = count_calls(module.encoder)
+        make_trainer(tmp_path, recorder, max_steps=1).fit(module, small_data(tiny_mmeb_dir))
+        passes.append(recorder.values[-1]["compute/token_passes"])
+        assert len(calls) == 8, "4 + 4 groups, or 3 + 1 chunks twice"
+    assert passes[1] - passes[0] == (4 + 4) * 2 * 3  # forward passes, paths, prompt tokens
+    assert passes[2] - passes[0] == (3 + 1) * 2 * 3
 
 
 def test_learned_temperature_moves_and_a_fixed_one_does_not(

@@ -19,10 +19,15 @@ from parallel_decoupling.model.backbone import AdapterConfig, load_backbone, met
 from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.objective.mutual_information import MutualInformation
 from parallel_decoupling.training import arithmetic, memory
-from parallel_decoupling.training.embedder import PDFEmbedder, frozen
+from parallel_decoupling.training.embedder import PDFEmbedder
 from parallel_decoupling.training.optimization import MIConfig
 from parallel_decoupling.training.plan import Layout, Plan
-from parallel_decoupling.training.terms import contrastive_terms, gather_pairs, mutual_information_terms
+from parallel_decoupling.training.terms import (
+    contrastive_terms,
+    frozen,
+    gather_pairs,
+    mutual_information_terms,
+)
 from tests.support.families import save_tiny_family
 from tests.support.tiny import noise_image, save_tiny_backbone, tiny_inputs
 
@@ -122,7 +127,7 @@ def test_a_layers_activations_are_those_that_autograd_keeps(
     assert planned == pytest.approx(per_token, rel=0.06)
 
 
-@pytest.mark.parametrize("kind", ["vclub", "club_sample", "l1out", "hsic", "crosscov", "none"])
+@pytest.mark.parametrize("kind", ["vclub", "club_sample", "l1out", "hsic", "crosscov", "orthogonal", "none"])
 def test_the_objectives_bytes_are_those_that_autograd_keeps(kind: Any) -> None:
     estimator = MutualInformation(kind, num_paths=3, embed_dim=16, hidden_size=8)
     planned = memory.objective_bytes(

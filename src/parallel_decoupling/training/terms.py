@@ -10,12 +10,13 @@ learned temperature) see the whole gradient on every rank and take ``1 / world_s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from parallel_decoupling.distributed import gather_with_grad, world_size
 from parallel_decoupling.objective.contrastive import in_batch_hit_at_1, info_nce
@@ -111,6 +112,16 @@ def mutual_information_terms(estimator: MutualInformation, pairs: GatheredPairs)
     """The bound of every path pair ``[M]``, mean of query side and candidate side."""
     mi_M: Tensor = estimator(pairs.query) + estimator(pairs.candidate[pairs.positive])
     return mi_M / 2
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Within the block no parameter of ``module`` gets a gradient; its inputs do."""
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        module.requires_grad_(True)
 
 
 @torch.no_grad()
