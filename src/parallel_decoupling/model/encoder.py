@@ -7,6 +7,7 @@ the prefix parameters (``prefixes``), tokenisation (``data.collate``), losses (`
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -205,8 +206,9 @@ class ParallelEncoder(nn.Module):
         Relations:
             ``forward(inputs, [i])`` equals column ``i`` of ``forward(inputs)``.
         """
-        chosen = list(range(self.num_paths)) if paths is None else [int(path) for path in paths]
-        if not chosen or not all(0 <= path < self.num_paths for path in chosen):
+        chosen = list(range(self.num_paths) if paths is None else paths)
+        whole = all(isinstance(path, Integral) and not isinstance(path, bool) for path in chosen)
+        if not chosen or not whole or not all(0 <= path < self.num_paths for path in chosen):
             raise ValueError(f"paths must name some of 0 to {self.num_paths - 1}, got {chosen}")
         vision = _concatenate(inputs.vision)
         states_RLD = self.backbone(inputs.tokens, vision, self._prefix_states(chosen))

@@ -32,6 +32,7 @@ from parallel_decoupling.model.backbone import AdapterConfig
 from parallel_decoupling.model.build import build_encoder
 from parallel_decoupling.model.dual_encoder import DualEncoder
 from parallel_decoupling.model.families import Family
+from parallel_decoupling.model.matryoshka import nested_dims
 from parallel_decoupling.model.prefixes import ShallowPrefixes
 from parallel_decoupling.objective.mutual_information import MutualInformation, mi_weight_schedule
 from parallel_decoupling.training import arithmetic, callbacks, checkpoint
@@ -84,6 +85,8 @@ class PDFEmbedder(EvaluatedEncoder):
         mi: the estimator of mutual information and its schedule.
         mi_weight: final weight of the mutual-information term; with 0 the estimator only watches.
         aggregate_weight: weight of the aggregate's InfoNCE; 0 switches it off.
+        matryoshka_dims: smaller dimensions at which every path and the aggregate are contrasted, too, so that
+            truncate_dim of encode works well; the terms are means over these and the full dimension.
         temperature: divides cosines in InfoNCE, above 0.
         learn_temperature: train the temperature, starting from temperature.
         symmetric: also contrast candidates with queries.
@@ -108,6 +111,7 @@ class PDFEmbedder(EvaluatedEncoder):
     Relations:
         ``num_paths=1, prefix_length=0, mi_weight=0, aggregate_weight=0`` is the single-path VLM2Vec recipe.
         Without dropout, loss and gradients do not depend on the chunk sizes or the number of processes.
+        ``matryoshka_dims=[D]`` is none.
     """
 
     def __init__(
@@ -123,6 +127,7 @@ class PDFEmbedder(EvaluatedEncoder):
         mi: MIConfig = _MI,
         mi_weight: float = 0.1,
         aggregate_weight: float = 1.0,
+        matryoshka_dims: list[int] | None = None,
         temperature: float = 0.02,
         learn_temperature: bool = False,
         symmetric: bool = False,
@@ -143,9 +148,8 @@ class PDFEmbedder(EvaluatedEncoder):
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         self.automatic_optimization = False
-        self.strict_loading = (
-            False  # the frozen backbone is not in the checkpoint; load_into checks every key
-        )
+        # the frozen backbone is not in the checkpoint; load_into checks every key
+        self.strict_loading = False
         typed, plain = read_settings(arguments)
         self.save_hyperparameters(plain, logger=False)
         self.mi_config: MIConfig = typed["mi"]
@@ -160,6 +164,7 @@ class PDFEmbedder(EvaluatedEncoder):
         self.pending_gradients: dict[str, Tensor] = {}
         loading = {"revision": backbone_revision} | {name: typed[name] for name in LOADING}
         self.encoder = build_encoder(backbone, loading, {name: typed[name] for name in PATHS})
+        self.nested_dims = nested_dims(matryoshka_dims, self.encoder.embed_dim)
         with seeded(torch.device("cpu"), seed, "estimator"):
             self.mutual_information = MutualInformation(
                 self.mi_config.kind,
@@ -180,7 +185,7 @@ class PDFEmbedder(EvaluatedEncoder):
             query = self._encode(batch.query, "query", self.query_chunk_size)
             candidate = self._encode(batch.candidate, "candidate", self.candidate_chunk_size)
             embeddings = query.embeddings, candidate.embeddings
-            pairs = gather_pairs(*embeddings, batch.candidate_ids, self.encoder.aggregate)
+            pairs = gather_pairs(*embeddings, batch.candidate_ids, self.encoder.aggregate, self.nested_dims)
             # 2. The estimator's own steps, on detached embeddings.
             held_out, nll = self._fit_estimator(pairs)
             # 3. The objective, with the estimator frozen.
