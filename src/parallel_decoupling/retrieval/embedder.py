@@ -49,16 +49,20 @@ class Embedder:
         *,
         instruction: str | None = None,
         paths: encoding.Paths = "all",
+        truncate_dim: int | None = None,
         batch_size: int = 32,
         show_progress: bool | None = None,
     ) -> Tensor:
         """Embed texts, images and dictionaries of both, on the CPU in the order given.
 
         Args:
-            inputs: texts, PIL images, image files, or ``{"text", "image" or "images", "instruction"}``.
-            instruction: put before every text.
-            paths: ``all`` or a list of numbers for ``[B, N', D]``; ``aggregate`` for ``[B, D]`` (``[B, N*D]``
-                if the encoder concatenates); a number for ``[B, D]``.
+            inputs: a list of texts, PIL images, image files, or dictionaries with ``text``, ``image`` or
+                ``images``, and ``instruction``. A string that ends like an image file is one, and must exist.
+            instruction: put before every text or after every image; a dictionary's own one wins.
+            paths: ``all`` or a list of numbers for ``[B, N', D]``; ``aggregate`` (of all paths) for
+                ``[B, D]`` (``[B, N*D]`` if the encoder concatenates); a number for ``[B, D]``.
+            truncate_dim: keep the first so many coordinates of every path in place of all D, renormalised;
+                the aggregate is that of the shorter paths.
             batch_size: rows per forward pass.
             show_progress: whether to show a bar; by default for long lists on a terminal.
 
@@ -66,15 +70,14 @@ class Embedder:
             float32, unit norm.
 
         Raises:
-            ValueError: an input, a path or the batch size is not usable; names its index.
+            ValueError: an input (named by its index), a path, the dimension or the batch size is not usable.
         """
         from parallel_decoupling.model.dual_encoder import DualEncoder
 
         collator = Collator(self.encoder.processor, image_token=self.encoder.image_token)
         options: dict[str, Any] = {"batch_size": batch_size, "show_progress": show_progress}
-        embeddings = encoding.encode(
-            self.encoder, collator, inputs, instruction=instruction, paths=paths, **options
-        )
+        options |= {"instruction": instruction, "paths": paths, "truncate_dim": truncate_dim}
+        embeddings = encoding.encode(self.encoder, collator, inputs, **options)
         if isinstance(self.encoder, DualEncoder):
             warn_of_cut_texts(self.encoder.take_text_counts(), self.encoder.processor.context_length)
         return embeddings

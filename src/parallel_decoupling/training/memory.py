@@ -18,12 +18,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from parallel_decoupling.model.backbone import Backbone
 from parallel_decoupling.objective.mutual_information import MutualInformation
 from parallel_decoupling.training.arithmetic import language_stack, vision_stack, vision_trains
-from parallel_decoupling.training.embedder import frozen
 from parallel_decoupling.training.optimization import MIConfig
 from parallel_decoupling.training.strategies import sharded_blocks
 from parallel_decoupling.training.terms import (
     contrastive_terms,
     estimator_nll,
+    frozen,
     gather_pairs,
     mutual_information_terms,
 )
@@ -138,6 +138,7 @@ def activation_bytes(
     patches: int,
     element: int,
     checkpointing: bool,
+    prompt_tokens: int = 0,
 ) -> dict[str, float]:
     """Bytes that a forward pass keeps for its backward pass, and those of a layer at work.
 
@@ -156,6 +157,7 @@ def activation_bytes(
         patches: of one image.
         element: bytes per value of the matrix products.
         checkpointing: whether layers are recomputed.
+        prompt_tokens: of shallow prefixes in all forward passes that are alive; never recomputed.
 
     Returns:
         ``activations`` and ``workspace of a layer``.
@@ -166,6 +168,7 @@ def activation_bytes(
     tokens = rows * row_tokens * paths_per_layer
     stream = language.hidden * backbone.dtype.itemsize
     kept = tokens * (language.layers * stream + layer if checkpointing else language.layers * layer)
+    kept += prompt_tokens * language.layers * layer
     if vision_trains(backbone):
         block = element * (6 * vision.hidden + 2 * vision.intermediate)
         stream = vision.hidden * backbone.dtype.itemsize

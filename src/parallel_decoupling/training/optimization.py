@@ -59,8 +59,8 @@ class MIConfig:
     """The estimator of the mutual information between paths, and when its term counts.
 
     Args:
-        kind: vclub (default), club_sample and l1out fit a network q; hsic and crosscov fit nothing;
-            none switches the term off.
+        kind: vclub (default), club_sample and l1out fit a network q; hsic, crosscov and orthogonal (squared
+            cosine between the paths of an input) fit nothing; none switches the term off.
         hidden_size: width of q's hidden layer, per path pair.
         fit_steps: steps of q on every batch, before the main step.
         warmup_steps: main steps in which only q is fitted and the term has weight 0.
@@ -71,7 +71,7 @@ class MIConfig:
         ValueError: if a number is out of its range.
     """
 
-    kind: Literal["vclub", "club_sample", "l1out", "hsic", "crosscov", "none"] = "vclub"
+    kind: Literal["vclub", "club_sample", "l1out", "hsic", "crosscov", "orthogonal", "none"] = "vclub"
     hidden_size: int = 64
     fit_steps: int = 2
     warmup_steps: int = 50
