@@ -131,7 +131,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"no folder {str(folder)!r}; name one that save_pretrained or lightning export wrote")
+        raise ValueError(
+            f"no folder {str(folder)!r}; name one that save_pretrained or lightning export wrote"
+        )
     if not is_pretrained(folder):
         raise ValueError(
             f"{folder} holds no exported model: no {CONFIG_FILE} with model_type {MODEL_TYPE!r}; "
@@ -202,9 +204,7 @@ def _check_exportable(backbone: Backbone, *, merge: bool, include: bool) -> None
         )
 
 
-def _save_parallel(
-    encoder: ParallelEncoder, folder: Path, *, merge: bool, include: bool
-) -> dict[str, Any]:
+def _save_parallel(encoder: ParallelEncoder, folder: Path, *, merge: bool, include: bool) -> dict[str, Any]:
     backbone = encoder.backbone
     adapter = AdapterConfig(kind="frozen") if merge else backbone.adapter
     settings: dict[str, Any] = {

@@ -71,7 +71,9 @@ def model_card(config: Mapping[str, Any], report: ScoreReport | None = None) -> 
     count = len(config["paths"])
     title = f"# {count} {'paths' if count > 1 else 'path'} of {name}"
     text = "\n\n".join(f"## {title}\n\n" + "\n".join(lines).strip() for title, lines in sections if lines)
-    return f"{HEADER}\n{title}\n\nMultimodal embeddings by parallel decoupling (arXiv 2511.01588).\n\n{text}\n"
+    return (
+        f"{HEADER}\n{title}\n\nMultimodal embeddings by parallel decoupling (arXiv 2511.01588).\n\n{text}\n"
+    )
 
 
 def _model(config: Mapping[str, Any]) -> list[str]:
@@ -164,7 +166,9 @@ def _own_limits(config: Mapping[str, Any], report: ScoreReport | None) -> list[s
     if not backbone["included"]:
         limits.append(f"It needs the backbone {backbone['name']} on the machine that loads it.")
     if backbone["fingerprint"]["name"] == "tiny":
-        limits.append("The tiny backbone knows small generated scenes only, no photographs and little language.")
+        limits.append(
+            "The tiny backbone knows small generated scenes only, no photographs and little language."
+        )
     if report is None:
         limits.append("No scores were recorded for these weights.")
     return limits
