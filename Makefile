@@ -10,7 +10,7 @@ INSTALLED := .venv/.installed
 DEMO := runs/demo$(if $(filter-out 0,$(SEED)),_seed$(SEED))
 DEMO_SINGLE_PATH := runs/demo_single_path$(if $(filter-out 0,$(SEED)),_seed$(SEED))
 
-.PHONY: help install demo test test-slow lint types checks format golden backbone notebooks bench studies clean
+.PHONY: help install demo test test-slow lint types checks format golden backbone notebooks bench studies app clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,15 @@ demo: $(INSTALLED) ## train and score one path and N paths on the embedded bench
 	@echo "comparison:  $(DEMO)/comparison.json $(DEMO)/comparison.png $(DEMO)/comparison.html"
 	@echo "report:      $(DEMO)/report.html"
 	@echo "curves:      $(BIN)/tensorboard --logdir runs"
+
+app: $(INSTALLED) ## search pictures of the embedded benchmark in a browser, with the demo's model (after make demo)
+	@test -f $(DEMO)/checkpoints/last.ckpt || (echo "no $(DEMO)/checkpoints/last.ckpt: run make demo first" && exit 1)
+	@test -f $(DEMO)/index/index.json || ( \
+	  pictures=$$($(BIN)/python -c 'from parallel_decoupling.data.world.benchmark import ensure_benchmark; print(ensure_benchmark())')/MMEB-eval/Scene_t2i && \
+	  $(BIN)/lightning predict --config lightning_configs/demo.yaml --ckpt_path $(DEMO)/checkpoints/last.ckpt \
+	    --trainer.default_root_dir $(DEMO) --data.predict_source $$pictures --writer.output_dir $(DEMO)/embeddings && \
+	  $(BIN)/lightning index $(DEMO)/embeddings $(DEMO)/index )
+	$(BIN)/lightning app $(DEMO)/index --model $(DEMO)/checkpoints/last.ckpt
 
 test: $(INSTALLED) ## the test suite without the slow tests
 	$(BIN)/pytest -q
