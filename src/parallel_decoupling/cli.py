@@ -26,7 +26,7 @@ COMMANDS = {
     "app": "a page to search an index by text and image: app INDEX_DIR [--model MODEL]",
     "compare": "several runs side by side: compare RUN_DIR RUN_DIR ... [--output_dir DIR]",
     "paths": "how the paths of a model differ: paths RUN_OR_CHECKPOINT [--output_dir DIR] [--data_dir DIR]",
-    "export": "a folder to share: export MODEL FOLDER [--paths 0] [--merge_adapters true] [--include_backbone true]",
+    "export": "a folder to share: export MODEL FOLDER [--paths 0] [--merge_adapters] [--include_backbone]",
     "index": "make an index of embeddings: index EMBEDDINGS INDEX_DIR [--kind torch|lance]",
     "search": "search an index: search INDEX_DIR --text TEXT | --image FILE [--gallery FILE]",
     "serve": "embeddings over HTTP in OpenAI's form: serve MODEL [--host HOST] [--port PORT] [--path PATH]",
