@@ -17,12 +17,11 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--paths", type=list[int] | int | None, help="numbers of the paths to keep, 0 or [0,2]; none: all"
     )
     parser.add_argument(
-        "--merge_adapters", type=bool, default=False, help="write a full backbone with the adapters in it"
+        "--merge_adapters", action="store_true", help="write a full backbone with the adapters in it"
     )
     parser.add_argument(
         "--include_backbone",
-        type=bool,
-        default=False,
+        action="store_true",
         help="write the backbone, too; otherwise it is referred to by its name",
     )
 

@@ -50,12 +50,12 @@ class PathEmbedding(InputModule):
     """With ``message``, one batch may hold texts and images; chat messages themselves are refused."""
 
     def __init__(self, embedder: Embedder, paths: Output = "aggregate") -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.embedder = embedder
         self.encoder = embedder.encoder
         self.paths = self._checked(paths)
         self.collator = Collator(self.encoder.processor, image_token=self.encoder.image_token)
-        self.tokenizer = getattr(self.encoder.processor, "tokenizer", None)
+        self.tokenizer = self.encoder.processor.tokenizer
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **options: Any) -> dict[str, Any]:
         """Tokenise texts, images and dictionaries of both.
@@ -100,6 +100,7 @@ class PathEmbedding(InputModule):
         cache_folder: str | None = None,
         revision: str | None = None,
         local_files_only: bool = False,
+        init_defaults: dict[str, Any] | None = None,
         **options: Any,
     ) -> PathEmbedding:
         """Load an exported folder, local or from the hub; sentence-transformers calls this."""

@@ -200,7 +200,7 @@ def _check_exportable(backbone: Backbone, *, merge: bool, include: bool) -> None
     if backbone.initial_adapter is not None and not merge:
         raise ValueError(
             f"the backbone goes on from the published adapter {backbone.initial_adapter!r}, whose settings "
-            f"{CONFIG_FILE} does not hold: export with merge_adapters=True (--merge_adapters true)"
+            f"{CONFIG_FILE} does not hold: export with merge_adapters=True (--merge_adapters)"
         )
 
 
@@ -350,12 +350,13 @@ def _adapter(config: Mapping[str, Any]) -> AdapterConfig:
 def _loading(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Options of ``load_backbone`` beside the adapter."""
     options = {name: settings[name] for name in ("dtype", "attention", "quantization")}
-    family = settings["family"]
-    if family is not None:
-        family = Family(
-            **{name: tuple(value) if isinstance(value, list) else value for name, value in family.items()}
-        )
-    return options | {"family": family}
+    family: dict[str, Any] | None = settings["family"]
+    if family is None:
+        return options
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in family.items()
+    }
+    return options | {"family": Family(**values)}
 
 
 def _attention(backbone: Backbone) -> str:

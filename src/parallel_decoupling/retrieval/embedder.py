@@ -112,7 +112,7 @@ class Embedder:
             include_backbone: write the backbone, too; otherwise the folder refers to it by name.
 
         Raises:
-            ValueError: a folder that holds a model, a path that does not exist, weights that cannot be written.
+            ValueError: a folder that holds a model, a path that does not exist, weights that are not written.
 
         Relations:
             ``from_pretrained`` gives the same embeddings bit for bit in the same dtype, path n those of
@@ -120,7 +120,7 @@ class Embedder:
         """
         from parallel_decoupling.retrieval.sharing import save_embedder
 
-        options = {"merge_adapters": merge_adapters, "include_backbone": include_backbone}
+        options: dict[str, Any] = {"merge_adapters": merge_adapters, "include_backbone": include_backbone}
         save_embedder(self, folder, paths=paths, **options)
 
     @classmethod
