@@ -73,6 +73,7 @@ class EvaluatedEncoder(LightningModule):
     _predicted: TaskEmbeddings | None
     _cache: EmbeddingCache | None = None
     _health: list[TaskHealth]
+    _score_files_dir: Path
     _final_norm: FinalNormCheck
 
     @abstractmethod
@@ -86,7 +87,7 @@ class EvaluatedEncoder(LightningModule):
 
     @property
     def run_dir(self) -> Path:
-        """Folder of everything that the Trainer writes."""
+        """Folder of everything that the Trainer writes; a collective, so all ranks must ask."""
         return Path(self.trainer.log_dir or self.trainer.default_root_dir)
 
     def forward(self, inputs: EncoderInputs, paths: Sequence[int] | None = None) -> Tensor:
@@ -115,6 +116,7 @@ class EvaluatedEncoder(LightningModule):
         """Begin with no scores, a sample for the projector, and what the sanity checks watch."""
         tasks = self._eval_tasks()
         self._projector, self._health = ProjectorSample(len(tasks)), []
+        self._score_files_dir = self.run_dir / SCORE_FILES_DIR
         self._final_norm = FinalNormCheck(self.encoder.backbone)
         self._evaluation = Evaluation(
             tasks, self._cpu_aggregate, self._sum_over_ranks, self._show_task, cache=self._cache
@@ -277,7 +279,7 @@ class EvaluatedEncoder(LightningModule):
             return
         candidate_UD = self._cpu_aggregate(candidate_UND)
         self._health.append(task_health(score, query_UND, candidate_UND, candidate_UD))
-        write_predictions(self.run_dir / SCORE_FILES_DIR, task, score)
+        write_predictions(self._score_files_dir, task, score)
         writer = tensorboard_writer(self.trainer)
         if writer is not None:
             draw_examples(writer, task, score, self.steps_done)
