@@ -36,7 +36,7 @@ def test_two_processes_score_exactly_like_one(
     def two() -> None:
         run(*args, tmp_path / "two", 2, eval_batch_size=batch_size)
 
-    run_ranks(two, timeout=120)
+    run_ranks(two, timeout=60)
     assert scores(tmp_path / "two") == scores(tmp_path / "one")
 
 
@@ -48,14 +48,14 @@ def test_the_cache_of_two_processes_serves_one_and_the_other_way_round(
     def two() -> None:
         run(*args, tmp_path / "two", 2, embedding_cache=str(tmp_path / "cache"))
 
-    run_ranks(two, timeout=120)
+    run_ranks(two, timeout=60)
     files = sorted((tmp_path / "cache").iterdir())
     assert len(files) == 2
     times = [file.stat().st_mtime_ns for file in files]
     run(*args, tmp_path / "one", 1, embedding_cache=str(tmp_path / "cache"))
     files[0].unlink()
     (tmp_path / "two" / "scores.json").unlink()
-    run_ranks(two, timeout=120)
+    run_ranks(two, timeout=60)
     assert sorted((tmp_path / "cache").iterdir()) == files
     assert files[1].stat().st_mtime_ns == times[1]
     assert scores(tmp_path / "two") == scores(tmp_path / "one")

@@ -54,6 +54,20 @@ def test_rows_that_two_ranks_encoded_count_once(task: EvalTask) -> None:
     assert torch.equal(found[0], query)
 
 
+def test_ranks_with_one_side_each_take_part_in_the_same_collectives(task: EvalTask) -> None:
+    asked: dict[str, list[torch.Size]] = {"query": [], "candidate": []}
+    for side, shapes in asked.items():
+
+        def reduce(value: torch.Tensor, shapes: list[torch.Size] = shapes) -> torch.Tensor:
+            shapes.append(value.shape)
+            return value + 1 if value.ndim == 1 else value  # as if the other rank had all the rest
+
+        rows = TaskEmbeddings(task, reduce)
+        rows.add(batch_of(side, [0, 1, 2, 3]), torch.randn(4, 2, 3))
+        assert rows.complete() is not None
+    assert asked["query"] == asked["candidate"]
+
+
 def test_perfect_embeddings_score_one_and_a_cut_task_has_no_score(task: EvalTask) -> None:
     evaluation = Evaluation([task, task], lambda paths: paths.mean(dim=1), lambda value: value)
     perfect = torch.eye(4).unsqueeze(1)

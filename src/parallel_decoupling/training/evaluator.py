@@ -79,6 +79,7 @@ class EvaluatedEncoder(LightningModule):
     _health: list[TaskHealth]
     _examples: list[TaskExamples]
     _path_cosines: list[Tensor]
+    _score_files_dir: Path
     _final_norm: FinalNormCheck
 
     @abstractmethod
@@ -92,7 +93,7 @@ class EvaluatedEncoder(LightningModule):
 
     @property
     def run_dir(self) -> Path:
-        """Folder of everything that the Trainer writes."""
+        """Folder of everything that the Trainer writes; a collective, so all ranks must ask."""
         return Path(self.trainer.log_dir or self.trainer.default_root_dir)
 
     def forward(self, inputs: EncoderInputs, paths: Sequence[int] | None = None) -> Tensor:
@@ -122,6 +123,7 @@ class EvaluatedEncoder(LightningModule):
         tasks = self._eval_tasks()
         self._projector, self._health = ProjectorSample(len(tasks)), []
         self._examples, self._path_cosines = [], []
+        self._score_files_dir = self.run_dir / SCORE_FILES_DIR
         self._final_norm = FinalNormCheck(self.encoder.backbone)
         self._evaluation = Evaluation(
             tasks, self._cpu_aggregate, self._sum_over_ranks, self._show_task, cache=self._cache
@@ -296,10 +298,10 @@ class EvaluatedEncoder(LightningModule):
             return
         candidate_UD = self._cpu_aggregate(candidate_UND)
         self._health.append(task_health(score, query_UND, candidate_UND, candidate_UD))
-        write_predictions(self.run_dir / SCORE_FILES_DIR, task, score)
         self._examples.append(task_examples(task, score))
         read_U = ~query_UND.isnan().flatten(1).any(dim=1)
         self._path_cosines.append(path_cosine(query_UND[read_U]))
+        write_predictions(self._score_files_dir, task, score)
         writer = tensorboard_writer(self.trainer)
         if writer is not None:
             draw_examples(writer, task, score, self.steps_done)
