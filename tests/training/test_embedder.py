@@ -335,5 +335,12 @@ def test_fsdp1_is_refused_with_the_alternative(tiny_backbone_dir: str) -> None:
         module.setup("fit")
 
 
+def test_shallow_prompts_are_refused_under_fsdp2_with_the_alternative(tiny_backbone_dir: str) -> None:
+    module = small_embedder(tiny_backbone_dir, prefix_type="shallow")
+    module._device_mesh = object()  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="use strategy ddp"):
+        module.configure_model()
+
+
 def test_training_step_is_short_enough_to_read() -> None:
     assert len(inspect.getsource(PDFEmbedder.training_step).splitlines()) <= 45

@@ -152,6 +152,20 @@ def test_the_objectives_bytes_are_those_that_autograd_keeps(kind: Any) -> None:
     assert planned["embeddings"] == 2 * 4 * (12 + 24) * (3 * 16 + 16)
 
 
+def test_nested_dimensions_add_their_terms_and_no_pass_of_the_model(tiny_backbone_dir: str) -> None:
+    data = {"batch_size": 64}
+    plain, nested = (
+        make_plan({"backbone": tiny_backbone_dir, "matryoshka_dims": dims}, data)
+        for dims in (None, [16, 8, 32])
+    )
+    assert nested.flops == plain.flops
+    assert nested.token_passes == plain.token_passes
+    assert nested.parameters == plain.parameters
+    assert nested.memory["gathered embeddings"] == plain.memory["gathered embeddings"] * 1.75
+    # the scores of every dimension are as large as those of the full one, the embeddings behind them are not
+    assert 2 < nested.memory["contrastive terms"] / plain.memory["contrastive terms"] < 3
+
+
 @pytest.mark.parametrize(("kind", "checkpointing"), [("lora", False), ("lora", True), ("full", False)])
 def test_operations_are_those_that_torch_counts(tmp_path: Path, kind: Any, checkpointing: bool) -> None:
     folder = save_tiny_backbone(tmp_path, num_layers=4)

@@ -44,6 +44,7 @@ from parallel_decoupling.training.optimization import (
     OptimizerConfig,
     learning_rate_schedule,
     main_optimizer,
+    total_steps,
 )
 from parallel_decoupling.training.randomness import seeded
 from parallel_decoupling.training.settings import LOADING, PATHS, read_settings
@@ -312,12 +313,7 @@ class PDFEmbedder(EvaluatedEncoder):
 
     def total_steps(self) -> float:
         """Main steps of the whole run; infinite without ``max_steps`` and ``max_epochs``."""
-        trainer = cast(Any, self.trainer)
-        steps = float("inf") if trainer.max_steps == -1 else float(trainer.max_steps)
-        if trainer.max_epochs not in (None, -1) and trainer.estimated_stepping_batches != float("inf"):
-            batches = trainer.num_training_batches * trainer.max_epochs
-            steps = min(steps, batches // self.optimizer_config.accumulate_batches)
-        return steps
+        return total_steps(self.trainer, self.optimizer_config.accumulate_batches)
 
     def setup(self, stage: str) -> None:
         """Refuse a strategy that cannot work before anything is trained."""

@@ -120,6 +120,20 @@ def learning_rate_schedule(optimizer: AdamW, config: OptimizerConfig, total_step
     return LambdaLR(optimizer, _multiplier(config, total_steps))
 
 
+def total_steps(trainer: Any, accumulate_batches: int) -> float:
+    """Main steps of the whole run; infinite without ``max_steps`` and ``max_epochs``.
+
+    Args:
+        trainer: Lightning's, with its training data attached.
+        accumulate_batches: batches per main step.
+    """
+    steps = math.inf if trainer.max_steps == -1 else float(trainer.max_steps)
+    if trainer.max_epochs not in (None, -1) and trainer.estimated_stepping_batches != math.inf:
+        batches = trainer.num_training_batches * trainer.max_epochs
+        steps = min(steps, batches // accumulate_batches)
+    return steps
+
+
 def _multiplier(config: OptimizerConfig, total_steps: float) -> Callable[[int], float]:
     def multiplier(step: int) -> float:
         if step < config.warmup_steps:

@@ -22,6 +22,7 @@ from PIL import Image
 from parallel_decoupling.data.images import ImagePolicy
 from parallel_decoupling.model.backbone import AdapterConfig, meta_backbone
 from parallel_decoupling.model.dual_backbone import is_dual_encoder
+from parallel_decoupling.model.matryoshka import nested_dims
 from parallel_decoupling.model.prefixes import prefix_range
 from parallel_decoupling.objective.mutual_information import MutualInformation
 from parallel_decoupling.training import arithmetic, memory
@@ -258,6 +259,7 @@ class Plan:
             candidates=self.candidates,
             aggregate_dim=self.backbone.hidden_size
             * (model["num_paths"] if model["aggregation"] == "concat" else 1),
+            dims=nested_dims(model["matryoshka_dims"], self.backbone.hidden_size),
         )
         return {
             "weights": sum(held.values()),
