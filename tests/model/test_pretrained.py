@@ -1,4 +1,4 @@
-"""Exported folders: the same embeddings, only what belongs to the chosen paths, and files that are checked."""
+"""Exported folders: the same embeddings, only what belongs to the chosen paths, checked files."""
 
 from __future__ import annotations
 

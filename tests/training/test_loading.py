@@ -113,3 +113,5 @@ def test_module_has_both_names(checkpoint: Path, tmp_path: Path) -> None:
     assert type(loaded) is Embedder
     assert torch.equal(loaded.encode(TEXTS, paths=0), module.encode(TEXTS, paths=1))
     assert loaded.run["global_step"] == 2
+    assert sum(loaded.run["rows_by_subset"].values()) == 16
+    assert "commit" not in loaded.run, "of the training, which the checkpoint does not say"

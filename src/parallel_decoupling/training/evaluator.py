@@ -65,12 +65,14 @@ class EvaluatedEncoder(LightningModule):
         query_instruction: default instruction of ``encode_query``.
         candidate_instruction: default instruction of ``encode_candidate``.
         steps_done: main steps behind the weights.
+        rows_by_subset: training rows behind the weights, by subset.
     """
 
     encoder: ParallelEncoder | DualEncoder
     query_instruction: str
     candidate_instruction: str
     steps_done: int
+    rows_by_subset: dict[str, int]
     _evaluation: Evaluation
     _projector: ProjectorSample
     _predict_tasks: list[EvalTask]
@@ -347,7 +349,9 @@ class EvaluatedEncoder(LightningModule):
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
         """Write a folder to share; see ``Embedder.save_pretrained``."""
         embedder = self.embedder
-        embedder.run = self.run_info()
+        embedder.run = {**self.run_info(), "rows_by_subset": self.rows_by_subset}
+        if self.trainer_or_none is None:
+            del embedder.run["commit"]  # this one did not train the weights
         embedder.save_pretrained(folder, **options)
 
     @staticmethod
