@@ -67,12 +67,16 @@ def test_a_folder_of_images_is_searched_to_the_bottom(tmp_path: Path) -> None:
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("no picture")
     source = open_rows(tmp_path)
-    assert source.columns([0, 1]).to_pydict() == {name: ["a.png", "b/c/second.JPG"] for name in ("id", "image")}
+    assert source.columns([0, 1]).to_pydict() == {
+        name: ["a.png", "b/c/second.JPG"] for name in ("id", "image")
+    }
     assert source.raw_input(1) == to_raw_inputs([tmp_path / "b/c/second.JPG"])[0]
 
 
 def test_an_empty_row_has_no_input(tmp_path: Path) -> None:
-    source = open_rows(save(tmp_path / "rows.csv", [{"text": "one", "image": ""}, {"text": " ", "image": ""}]))
+    source = open_rows(
+        save(tmp_path / "rows.csv", [{"text": "one", "image": ""}, {"text": " ", "image": ""}])
+    )
     assert source.raw_input(0) == RawInput("one")
     with pytest.raises(ValueError, match="text or an image"):
         source.raw_input(1)
