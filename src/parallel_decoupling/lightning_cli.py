@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
@@ -47,8 +47,9 @@ HARMLESS_WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     "Total length of `list` across ranks is zero",
     "Checkpoint directory .* exists and is not empty",
+    "The dirpath has changed from",
 )
-"""Of Lightning, about itself, about a run without validation tasks, and about going on in the same folder."""
+"""Of Lightning, about itself, a run without validation tasks, going on in the same or in another folder."""
 
 
 def run(args: Sequence[str]) -> None:
@@ -108,12 +109,12 @@ class RunCLI(LightningCLI):
         callbacks = config.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         if writer is not None and writer.output_dir is not None:
-            kwargs |= {"default_root_dir": writer.output_dir, "enable_checkpointing": False}
-            kwargs["logger"] = config.get("logger") or False
-            if config.get("enable_progress_bar") is not False:
+            kwargs |= {"default_root_dir": writer.output_dir, "logger": config.get("logger") or False}
+            if config.get("enable_progress_bar") is not False and not any(
+                isinstance(callback, ProgressBar) for callback in callbacks
+            ):
                 callbacks.append(RowProgressBar())
-            return super().instantiate_trainer(callbacks=callbacks, **kwargs)
-        if config.get("logger") in (None, True):
+        elif config.get("logger") in (None, True):
             kwargs["logger"] = TensorBoardLogger(
                 config["default_root_dir"], name="", version="", default_hp_metric=False
             )

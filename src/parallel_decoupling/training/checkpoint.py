@@ -95,7 +95,7 @@ def load_into(module: PDFEmbedder, checkpoint: Mapping[str, Any]) -> None:
 
 
 def data_settings(module: PDFEmbedder) -> dict[str, Any]:
-    """Arguments of the trainer's datamodule, as far as they are plain values, without those of ``predict``."""
+    """Arguments of the trainer's datamodule, as far as they are plain values; not those of predict."""
     datamodule = getattr(module.trainer_or_none, "datamodule", None)
     if datamodule is None:
         return {}

@@ -127,6 +127,7 @@ class EmbeddingWriter(BasePredictionWriter):
         """Describe this run; find the shards that are done, on all processes before one writes."""
         assert self.output_dir is not None
         folder, self._shards = Path(self.output_dir), shards
+        self._rows, self._bad_rows, self._vectors = [], {}, {}
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint = trainer.ckpt_path
         self._metadata = {
