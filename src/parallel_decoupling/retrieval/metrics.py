@@ -12,7 +12,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torchmetrics.functional import retrieval
 
 DEPTHS = (1, 5, 10)
 METRICS = (
@@ -64,6 +63,8 @@ def ndcg(relevance: Tensor, depth: int, gain: Gain) -> float:
     Relations:
         Both conventions agree when all relevances are 0 or 1, as in MMEB's image tasks.
     """
+    from torchmetrics.functional import retrieval  # imports transformers and pyplot
+
     worth = relevance if gain == "linear" else 2**relevance - 1
     return float(retrieval.retrieval_normalized_dcg(_in_order(len(worth)), worth, top_k=depth))
 
@@ -77,6 +78,8 @@ def metrics_of_rank(rank: int) -> MappingProxyType[str, float]:
     Args:
         rank: 1 is best.
     """
+    from torchmetrics.functional import retrieval
+
     relevance = torch.zeros(max(rank, *DEPTHS), dtype=torch.int64)
     relevance[rank - 1] = 1
     scores = _in_order(len(relevance))
