@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from parallel_decoupling import cli
+from parallel_decoupling.index.tables import open_embeddings
 from parallel_decoupling.retrieval.report import ScoreReport
 from tests.support.mmeb import save_tiny_mmeb
 
@@ -129,6 +130,23 @@ def test_predict_writes_every_task(run_dir: Path, config_file: Path) -> None:
     cli.main(["predict", "--config", str(config_file), "--ckpt_path", "last"])
     content = torch.load(run_dir / "predictions" / "colours_t2i.pt", weights_only=True)
     assert content["query"].shape == (4, 2, 32)
+
+
+def test_predict_embeds_a_folder_of_images_and_goes_on(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, embeddings = str(run_dir.parents[1] / "data" / "MMEB-eval"), tmp_path / "embeddings"
+    file = str(run_dir / "checkpoints" / "last.ckpt")
+    command = ["predict", "--ckpt_path", file, "--data.predict_source", images]
+    command += ["--writer.output_dir", str(embeddings)]
+    cli.main(command)
+    table = open_embeddings(embeddings)
+    assert (table.num_rows, table.path_names) == (24, ("path_0", "path_1"))
+    assert table.metadata["model"] == file
+    assert (embeddings / "config.yaml").is_file()
+    assert not list(embeddings.glob("events*"))
+    shown = message([*command, "--writer.dtype", "float16"], capsys)
+    assert "embeddings-00000.parquet was written with dtype 'float32', not 'float16'" in shown
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,8 @@ SHAPING_SETTINGS = (
     "num_paths",
     "prefix_length",
     "prefix_layers",
+    "aggregation",
+    "adapter",
     "dtype",
     "attention",
     "quantization",

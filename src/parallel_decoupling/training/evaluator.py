@@ -19,12 +19,15 @@ from torch import Tensor
 from parallel_decoupling.batch import EncoderInputs
 from parallel_decoupling.data.collate import EvalBatch
 from parallel_decoupling.data.datamodule import MMEBDataModule
+from parallel_decoupling.data.row_loaders import RowBatch
 from parallel_decoupling.data.tasks import EvalTask
 from parallel_decoupling.distributed import gather_objects, world_size
 from parallel_decoupling.model.checkpoint import backbone_fingerprint
 from parallel_decoupling.model.dual_encoder import DualEncoder
 from parallel_decoupling.model.encoder import ParallelEncoder
+from parallel_decoupling.objective.statistics import path_cosine
 from parallel_decoupling.retrieval.embedder import Embedder, warn_of_cut_texts
+from parallel_decoupling.retrieval.html_report import TaskExamples, task_examples, write_html_report
 from parallel_decoupling.retrieval.modes import mode_costs
 from parallel_decoupling.retrieval.report import ScoreReport
 from parallel_decoupling.retrieval.sanity import (
@@ -46,6 +49,7 @@ from parallel_decoupling.training.evaluation import (
     draw_examples,
     write_report,
 )
+from parallel_decoupling.training.prediction_writer import row_embeddings
 
 PREDICTIONS_DIR = "predictions"
 EMBEDDINGS_DIR = "embeddings"
@@ -61,18 +65,22 @@ class EvaluatedEncoder(LightningModule):
         query_instruction: default instruction of ``encode_query``.
         candidate_instruction: default instruction of ``encode_candidate``.
         steps_done: main steps behind the weights.
+        rows_by_subset: training rows behind the weights, by subset.
     """
 
     encoder: ParallelEncoder | DualEncoder
     query_instruction: str
     candidate_instruction: str
     steps_done: int
+    rows_by_subset: dict[str, int]
     _evaluation: Evaluation
     _projector: ProjectorSample
     _predict_tasks: list[EvalTask]
     _predicted: TaskEmbeddings | None
     _cache: EmbeddingCache | None = None
     _health: list[TaskHealth]
+    _examples: list[TaskExamples]
+    _path_cosines: list[Tensor]
     _score_files_dir: Path
     _final_norm: FinalNormCheck
 
@@ -116,6 +124,7 @@ class EvaluatedEncoder(LightningModule):
         """Begin with no scores, a sample for the projector, and what the sanity checks watch."""
         tasks = self._eval_tasks()
         self._projector, self._health = ProjectorSample(len(tasks)), []
+        self._examples, self._path_cosines = [], []
         self._score_files_dir = self.run_dir / SCORE_FILES_DIR
         self._final_norm = FinalNormCheck(self.encoder.backbone)
         self._evaluation = Evaluation(
@@ -138,6 +147,8 @@ class EvaluatedEncoder(LightningModule):
         warnings = [finding.plain() for finding in self._findings()]
         report = replace(report, modes=mode_costs(self._evaluation.shapes), warnings=warnings)
         write_report(report, folder)
+        cosine_NN = torch.stack(self._path_cosines).mean(dim=0)
+        write_html_report(report, folder, examples=self._examples, path_cosine=cosine_NN)
         if tensorboard_writer(self.trainer) is not None:
             self._projector.write(folder / PROJECTOR_DIR)
         tables = [report.table(), report.metrics_table(), report.modes_table()]
@@ -151,10 +162,13 @@ class EvaluatedEncoder(LightningModule):
             folder: of the cache; ``None`` is ``embeddings`` in the run's folder.
         """
         cache_dir = self.run_dir / EMBEDDINGS_DIR if folder is None else Path(folder)
-        identity = model_hash(self.encoder, self._frozen_part(), self._plain_settings())
-        self._cache = EmbeddingCache(cache_dir, identity)
+        self._cache = EmbeddingCache(cache_dir, self.embedding_hash())
         found = {task.task.name for task in tasks if self._cache.file(task).is_file()}
         return gather_objects(found)[0]
+
+    def embedding_hash(self) -> str:
+        """Identify what turns inputs into embeddings, to know which of an earlier run are still good."""
+        return model_hash(self.encoder, self._frozen_part(), self._plain_settings())
 
     def _frozen_part(self) -> dict[str, Any]:
         fingerprint = getattr(self, "fingerprint", None)
@@ -208,8 +222,15 @@ class EvaluatedEncoder(LightningModule):
         """Begin with no task."""
         self._predicted = None
 
-    def predict_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Embed one batch: its place, ``paths`` ``[B, N, D]`` and ``aggregate`` ``[B, D']``."""
+    def predict_step(
+        self, batch: EvalBatch | RowBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, Any]:
+        """Embed one batch: its place, ``paths`` ``[B, N, D]`` and ``aggregate`` ``[B, D']``.
+
+        Of a ``RowBatch`` the wanted columns, each ``[B, D]`` or ``[B, D']``.
+        """
+        if isinstance(batch, RowBatch):
+            return row_embeddings(self.encoder, batch)
         embeddings_BND = self.encoder(batch.inputs)
         task = self._predict_tasks[dataloader_idx]
         if self._predicted is None or self._predicted.task is not task:
@@ -279,6 +300,9 @@ class EvaluatedEncoder(LightningModule):
             return
         candidate_UD = self._cpu_aggregate(candidate_UND)
         self._health.append(task_health(score, query_UND, candidate_UND, candidate_UD))
+        self._examples.append(task_examples(task, score))
+        read_U = ~query_UND.isnan().flatten(1).any(dim=1)
+        self._path_cosines.append(path_cosine(query_UND[read_U]))
         write_predictions(self._score_files_dir, task, score)
         writer = tensorboard_writer(self.trainer)
         if writer is not None:
@@ -321,3 +345,16 @@ class EvaluatedEncoder(LightningModule):
     def similarity(a: Tensor, b: Tensor) -> Tensor:
         """Cosines of all pairs ``[A, B]``; mean over aligned paths for ``[A, N, D]`` and ``[B, N, D]``."""
         return Embedder.similarity(a, b)
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+        """Write a folder to share; see ``Embedder.save_pretrained``."""
+        embedder = self.embedder
+        embedder.run = {**self.run_info(), "rows_by_subset": self.rows_by_subset}
+        if self.trainer_or_none is None:
+            del embedder.run["commit"]  # this one did not train the weights
+        embedder.save_pretrained(folder, **options)
+
+    @staticmethod
+    def from_pretrained(folder: str | Path) -> Embedder:
+        """Load a shared folder: an ``Embedder``, as what is shared does not train."""
+        return Embedder.from_pretrained(folder)
