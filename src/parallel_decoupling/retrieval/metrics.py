@@ -1,7 +1,8 @@
 """Metrics of a ranking with one right answer, as functions of its rank.
 
 Here: the pessimistic rank, and what torchmetrics makes of it. Deliberately elsewhere: scores of candidates
-(``score``), means over tasks (``report``).
+(``score``), means over tasks (``report``). torchmetrics, which loads transformers, is
+imported where it is used.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def ndcg(relevance: Tensor, depth: int, gain: Gain) -> float:
     Relations:
         Both conventions agree when all relevances are 0 or 1, as in MMEB's image tasks.
     """
-    from torchmetrics.functional import retrieval  # imports transformers and pyplot
+    from torchmetrics.functional import retrieval
 
     worth = relevance if gain == "linear" else 2**relevance - 1
     return float(retrieval.retrieval_normalized_dcg(_in_order(len(worth)), worth, top_k=depth))
