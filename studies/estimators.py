@@ -38,6 +38,7 @@ from parallel_decoupling.training.evaluation import git_commit
 from studies.estimator_figures import write_figures, write_table
 
 KINDS = tuple(kind for kind in get_args(Kind) if kind != "none")
+WITHOUT_Q = ("hsic", "crosscov", "orthogonal")
 OUTPUT_DIR = Path("docs/studies/estimators")
 
 
@@ -161,7 +162,7 @@ def run(
     rows = []
     for cell in track(cells(rhos, embed_dims, batch_sizes), description="estimators"):
         network = fitted_network(cell, fit_steps)
-        kinds = [kind for kind in KINDS if not cell.perfect_q or kind not in ("hsic", "crosscov", "orthogonal")]
+        kinds = [kind for kind in KINDS if not cell.perfect_q or kind not in WITHOUT_Q]
         rows += [measure(kind, cell, network, draws) for kind in kinds]
     results = {
         "study": "estimators",
