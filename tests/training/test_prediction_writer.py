@@ -198,8 +198,8 @@ def test_files_of_another_run_are_not_gone_on_with(
 
 def predict_on_a_rank(module: PDFEmbedder, source: Path, folder: Path, data: dict[str, Any]) -> None:
     counter = Counter()
-    options = {"devices": 2, "strategy": "ddp"}
-    predict(module, source, folder, counter, trainer=options, **data)
+    options = {"devices": 2, "strategy": "ddp", "enable_progress_bar": True}
+    predict(module, source, folder, counter, RowProgressBar(), trainer=options, **data)
     (folder / f"rows_of_{rank()}.json").write_text(json.dumps(counter.rows))
 
 

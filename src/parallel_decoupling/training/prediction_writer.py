@@ -215,11 +215,13 @@ class EmbeddingWriter(BasePredictionWriter):
 class RowProgressBar(TQDMProgressBar):
     """Lightning's bar counting rows in ``predict``: rows of the main process done, rows/s, time left."""
 
-    def on_predict_batch_start(self, trainer: Trainer, *args: Any) -> None:
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, *args: Any
+    ) -> None:
         """Begin with the rows that this process is going to embed."""
-        super().on_predict_batch_start(trainer, *args)
+        super().on_predict_batch_start(trainer, pl_module, batch, batch_idx, *args)
         bar, loader = self.predict_progress_bar, cast(Any, trainer).predict_dataloaders
-        if isinstance(loader, RowLoader) and bar.unit != "row":
+        if batch_idx == 0 and isinstance(loader, RowLoader):
             bar.unit, bar.total = "row", loader.plan.num_rows
             bar.set_description("Embedding")
 
