@@ -47,8 +47,8 @@ app: $(INSTALLED) ## search pictures of the embedded benchmark in a browser, wit
 	@test -f $(DEMO)/checkpoints/last.ckpt || (echo "no $(DEMO)/checkpoints/last.ckpt: run make demo first" && exit 1)
 	@test -f $(DEMO)/index/index.json || ( \
 	  pictures=$$($(BIN)/python -c 'from parallel_decoupling.data.world.benchmark import ensure_benchmark; print(ensure_benchmark())')/MMEB-eval/Scene_t2i && \
-	  $(BIN)/lightning predict --config lightning_configs/demo.yaml --ckpt_path $(DEMO)/checkpoints/last.ckpt \
-	    --trainer.default_root_dir $(DEMO) --data.predict_source $$pictures --writer.output_dir $(DEMO)/embeddings && \
+	  $(BIN)/lightning predict --ckpt_path $(DEMO)/checkpoints/last.ckpt \
+	    --data.predict_source $$pictures --writer.output_dir $(DEMO)/embeddings && \
 	  $(BIN)/lightning index $(DEMO)/embeddings $(DEMO)/index )
 	$(BIN)/lightning app $(DEMO)/index --model $(DEMO)/checkpoints/last.ckpt
 
