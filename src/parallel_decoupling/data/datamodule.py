@@ -89,7 +89,7 @@ class MMEBDataModule(LightningDataModule):
             Parquet, JSONL or CSV file with columns text, image or both (`docs/embedding_files.md`).
         predict_columns: Embeddings to compute: aggregate, path_0, ...; null is the aggregate and all paths.
         predict_instruction: Before every text of predict_source; null is the model's candidate_instruction.
-        predict_rows_per_shard: Rows per file of embeddings, which one process batches by size.
+        predict_rows_per_shard: Rows per file of embeddings, which one process batches by length.
     """
 
     def __init__(
@@ -279,7 +279,9 @@ class MMEBDataModule(LightningDataModule):
         finished = self.finished_shards(rows, shards)
         place = distributed.rank(), distributed.world_size()
         return RowLoader(
-            rows, RowPlan(source, shards, finished, self.eval_batch_size, *place), self.num_workers
+            rows,
+            RowPlan(source, shards, self.collator.images, finished, self.eval_batch_size, *place),
+            self.num_workers,
         )
 
     @property

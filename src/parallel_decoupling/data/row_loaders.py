@@ -1,6 +1,6 @@
 """Batches of the rows of a source, shard by shard.
 
-A shard is a run of consecutive rows. It belongs to one process, which sorts its rows by size into batches:
+A shard is a run of consecutive rows. It belongs to one process, which sorts its rows by length into batches:
 so batches have little padding, while files come in the order of the source, whatever the number of processes.
 """
 
@@ -14,9 +14,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from parallel_decoupling.batch import EncoderInputs, RawInput
 from parallel_decoupling.data.collate import Collator
+from parallel_decoupling.data.images import ImagePolicy
 from parallel_decoupling.data.loaders import Batches
 from parallel_decoupling.data.rows import AGGREGATE, RowSource
 
+CHARACTERS_PER_TOKEN = 4
+FIXED_IMAGE_TOKENS = 576
+"""Of a picture whose tokens do not depend on its size; only the order of rows depends on this number."""
 STAND_IN = RawInput("missing")
 """Encoded where a batch has no row, so that every process makes as many steps."""
 
@@ -80,7 +84,7 @@ class Shards:
 
 
 class RowPlan(Sampler[RowPlace]):
-    """Batches of one process: the largest rows of a shard first.
+    """Batches of one process: the longest rows of a shard first.
 
     Process r of W has every W-th of the shards that are to be done. All processes have as many batches:
     those with less to do end with batches without rows.
@@ -88,6 +92,7 @@ class RowPlan(Sampler[RowPlace]):
     Args:
         source: the rows.
         shards: of the source.
+        images: what happens to pictures.
         finished: shards that are done, the same on all processes.
         batch_size: rows per batch.
         rank: this process.
@@ -98,12 +103,13 @@ class RowPlan(Sampler[RowPlace]):
         self,
         source: RowSource,
         shards: Shards,
+        images: ImagePolicy,
         finished: Collection[int],
         batch_size: int,
         rank: int,
         world_size: int,
     ) -> None:
-        self.source, self.shards, self.batch_size = source, shards, batch_size
+        self.source, self.shards, self.images, self.batch_size = source, shards, images, batch_size
         to_do = [shard for shard in range(len(shards)) if shard not in finished]
         self.to_do = to_do[rank::world_size]
         self._length = max(self._count(to_do[start::world_size]) for start in range(world_size))
@@ -118,12 +124,20 @@ class RowPlan(Sampler[RowPlace]):
 
     def __iter__(self) -> Iterator[RowPlace]:
         for shard in self.to_do:
-            rows = sorted(self.shards.rows(shard), key=self.source.size, reverse=True)
+            rows = sorted(self.shards.rows(shard), key=self.estimated_tokens, reverse=True)
             batches = [rows[at : at + self.batch_size] for at in range(0, len(rows), self.batch_size)]
             for number, batch in enumerate(batches, start=1):
                 yield RowPlace(shard, tuple(batch), last=number == len(batches))
         for _ in range(self._length - self._count(self.to_do)):
             yield RowPlace(None, (), last=False)
+
+    def estimated_tokens(self, row: int) -> float:
+        """Roughly the length of a row, from the header of its picture and the characters of its text."""
+        pixels, characters = self.source.size(row)
+        picture = float(min(pixels, FIXED_IMAGE_TOKENS))
+        if self.images.size is None and self.images.factor > 1:
+            picture = min(pixels, self.images.max_pixels or pixels) / self.images.factor**2
+        return picture + characters / CHARACTERS_PER_TOKEN
 
     def _count(self, shards: Sequence[int]) -> int:
         return sum(-(-len(self.shards.rows(shard)) // self.batch_size) for shard in shards)

@@ -59,7 +59,7 @@ class RowSource:
         return prompt(self.texts[row].as_py(), self._image_file(row), instruction or None)
 
     def size(self, row: int) -> tuple[int, int]:
-        """Pixels of the image and characters of the text: rows near in this order take similar time."""
+        """Pixels of the image, from the header of its file, and characters of the text."""
         image, text = self._image_file(row), self.texts[row].as_py()
         return (0 if image is None else pixel_count(image)), len(text or "")
 
