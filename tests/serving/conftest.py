@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import subprocess
 import sys
@@ -27,26 +28,40 @@ def checkpoint(tiny_backbone_dir: str, tmp_path_factory: pytest.TempPathFactory)
     return folder / "tiny.ckpt"
 
 
+def said(process: subprocess.Popen[bytes]) -> str:
+    """What a process of ``start`` has written to its standard error, without the bars of loading weights."""
+    assert process.stderr is not None
+    process.stderr.seek(0)
+    return re.sub(r"\rLoading weights.*|(?<=it/s])\n", "", process.stderr.read().decode()).lstrip("\n")
+
+
 @pytest.fixture
-def start() -> Iterator[Start]:
-    """``start("serve", ...)`` runs a subcommand on a free port: the process and its address."""
+def start(tmp_path: Path) -> Iterator[Start]:
+    """``start("serve", ...)`` runs a subcommand on a free port: the process and its address.
+
+    Returns once ``answers`` does, or at once for None.
+    """
     started = []
 
-    def run(*arguments: object, answers: str = "/") -> tuple[subprocess.Popen[bytes], str]:
+    def run(*arguments: object, answers: str | None = "/") -> tuple[subprocess.Popen[bytes], str]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         command = [sys.executable, "-m", "parallel_decoupling", *map(str, arguments), "--port", str(port)]
-        process = subprocess.Popen(command)
+        errors = (tmp_path / f"errors_{len(started)}.txt").open("wb+")
+        process = subprocess.Popen(command, stderr=errors)
+        process.stderr = errors
         started.append(process)
         address, end = f"http://127.0.0.1:{port}", time.monotonic() + 120
-        while time.monotonic() < end and process.poll() is None:
+        while answers is not None and time.monotonic() < end and process.poll() is None:
             try:
                 urllib.request.urlopen(address + answers, timeout=5).close()
                 return process, address
             except OSError:
                 time.sleep(0.2)
-        raise RuntimeError(f"{command} does not answer, exit code {process.poll()}")
+        if answers is None:
+            return process, address
+        raise RuntimeError(f"{command} does not answer: {said(process)}")
 
     yield run
     for process in started:

@@ -6,6 +6,9 @@ import asyncio
 import base64
 import io
 import json
+import math
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +20,7 @@ from parallel_decoupling.serving.requests import Catalog, Limits, RequestError, 
 from parallel_decoupling.serving.responses import response_body
 
 CATALOG = Catalog(num_paths=3, path_dim=8, aggregate_dim=8, default=1)
+OPEN = SimpleNamespace(value=math.inf)
 LIMITS = Limits(body_bytes=2000, inputs=2, characters=20, pixels=64, waiting=1)
 
 
@@ -135,7 +139,7 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
 
 def test_gate_passes_the_whole_body_and_frees_its_place() -> None:
     """A good request reaches the application unchanged, again and again."""
-    gate = Gate(echo, CATALOG, LIMITS)
+    gate = Gate(echo, CATALOG, LIMITS, OPEN)
     body = json.dumps({"input": "a", "user": "u" * 500}).encode()
     for _ in range(3):
         assert call_gate(gate, body) == (200, json.loads(body))
@@ -145,9 +149,29 @@ def test_gate_passes_the_whole_body_and_frees_its_place() -> None:
 
 def test_gate_limits() -> None:
     """413 by the declared and by the true size, 429 with a full queue."""
-    gate = Gate(echo, CATALOG, LIMITS)
+    gate = Gate(echo, CATALOG, LIMITS, OPEN)
     assert call_gate(gate, b"{}", declared=2001)[0] == 413
     assert call_gate(gate, b" " * 2001)[0] == 413
     gate.waiting = 1
     status, body = call_gate(gate, b'{"input": "a"}')
     assert (status, body["error"]["type"]) == (429, "rate_limit_error")
+
+
+@pytest.mark.parametrize("seconds", [0, 0.3])
+def test_gate_refuses_when_the_server_closes(seconds: float) -> None:
+    """A request that is not answered by then has 503, and what answers it is stopped."""
+    stopped = []
+
+    async def never(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            stopped.append(True)
+            raise
+
+    gate = Gate(never, CATALOG, LIMITS, SimpleNamespace(value=time.monotonic() + seconds))
+    status, body = call_gate(gate, b'{"input": "a"}')
+    assert (status, body["error"]["type"]) == (503, "server_error")
+    assert stopped == [True]
+    assert gate.waiting == 0

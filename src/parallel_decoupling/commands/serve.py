@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -29,12 +30,21 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(options: Any) -> None:
     """Serve until SIGTERM or Ctrl-C."""
     try:
-        from parallel_decoupling.serving.server import build_server, run_server
+        import litserve  # noqa: F401
     except ModuleNotFoundError as error:
-        if error.name not in ("litserve", "fastapi", "starlette"):
+        if error.name != "litserve":
             raise
         raise ValueError("serving needs LitServe: pip install 'parallel-decoupling[serve]'") from error
-    from parallel_decoupling.serving.requests import Limits
+    from parallel_decoupling.serving.lifetime import run_server
 
-    server = build_server(options.model, options.path, Limits(**options.limits.as_dict()))
-    run_server(server, options.host, options.port)
+    run_server(partial(_build, options), options.host, options.port)
+
+
+def _build(options: Any) -> Any:
+    from parallel_decoupling.serving.requests import Limits
+    from parallel_decoupling.serving.server import build_server
+    from parallel_decoupling.training.loading import load_embedder
+
+    return build_server(
+        partial(load_embedder, options.model), options.path, Limits(**options.limits.as_dict())
+    )

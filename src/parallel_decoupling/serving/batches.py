@@ -13,19 +13,26 @@ from parallel_decoupling.batch import EncoderInputs, RawInput
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.retrieval.embedder import Embedder
 from parallel_decoupling.retrieval.encode import encode, to_raw_inputs
-from parallel_decoupling.serving.requests import EmbeddingRequest, Selection
+from parallel_decoupling.serving.requests import EmbeddingRequest, RequestError, Selection
 
 
 class CountingCollator(Collator):
-    """A collator that remembers every row's number of tokens, image tokens included."""
+    """A collator that remembers every row's number of tokens, image tokens included, and cuts no text."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.num_tokens: dict[int, int] = {}
 
     def encode_inputs(self, inputs: Sequence[RawInput], places: Sequence[str] | None = None) -> EncoderInputs:
-        """Tokenise as ``Collator`` does."""
+        """Tokenise as ``Collator`` does.
+
+        Raises:
+            ValueError: also for a text that the model (OpenCLIP's text towers) would cut.
+        """
         encoded = super().encode_inputs(inputs, places)
+        if "truncated" in encoded.tokens and encoded.tokens["truncated"].any():
+            length = encoded.tokens["input_ids"].shape[1]
+            raise ValueError(f"a text has more than the {length} tokens that this model takes; shorten it")
         for row, count in zip(inputs, encoded.tokens["attention_mask"].sum(dim=1).tolist(), strict=True):
             self.num_tokens[id(row)] = int(count)
         return encoded
@@ -33,7 +40,7 @@ class CountingCollator(Collator):
 
 def embed_requests(
     embedder: Embedder, requests: Sequence[EmbeddingRequest], batch_rows: int
-) -> list[tuple[Tensor, int]]:
+) -> list[tuple[Tensor, int] | RequestError]:
     """Embed the inputs of several requests together.
 
     Args:
@@ -42,11 +49,23 @@ def embed_requests(
         batch_rows: inputs per forward pass.
 
     Returns:
-        For every request, in order, embeddings ``[B, D]`` and the number of tokens.
+        For every request, in order, embeddings ``[B, D]`` and the number of tokens, or the error that it
+        causes. Where a batch fails, its requests are embedded one by one.
 
     Relations:
         The embeddings are those of ``Embedder.encode`` on the request's inputs alone.
     """
+    try:
+        return list(_embed_together(embedder, requests, batch_rows))
+    except ValueError as error:
+        if len(requests) == 1:
+            return [RequestError(str(error), param="input")]
+    return [embed_requests(embedder, [request], batch_rows)[0] for request in requests]
+
+
+def _embed_together(
+    embedder: Embedder, requests: Sequence[EmbeddingRequest], batch_rows: int
+) -> list[tuple[Tensor, int]]:
     collator = CountingCollator(embedder.encoder.processor, image_token=embedder.encoder.image_token)
     rows = [to_raw_inputs(request.inputs) for request in requests]
     groups: dict[Selection, list[int]] = defaultdict(list)

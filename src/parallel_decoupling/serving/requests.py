@@ -1,7 +1,7 @@
 """From the body of ``POST /v1/embeddings`` to inputs, or to one error in OpenAI's form.
 
 Here: what a request may say, and its limits. Elsewhere on purpose: the size of the body and the queue
-(``gate``), embedding (``api``).
+(``gate``), images behind addresses (``fetch``), embedding (``batches``).
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ class Limits:
         waiting: requests that are being answered or wait; further ones get status 429.
         batch_requests: requests that are embedded together.
         batch_rows: inputs per forward pass.
+        allowed_hosts: from which images are fetched, each as it stands in the address (``example.org``,
+            ``10.0.0.7:8080``).
     """
 
     body_bytes: int = 20_000_000
@@ -74,11 +76,12 @@ class Limits:
     waiting: int = 256
     batch_requests: int = 32
     batch_rows: int = 32
+    allowed_hosts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the values."""
         for name, value in vars(self).items():
-            if value < 1:
+            if name != "allowed_hosts" and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
 
 
@@ -243,7 +246,8 @@ def _image(uri: str, where: str, limits: Limits) -> Image.Image:
     head, comma, data = uri.partition(",")
     if not (comma and head.startswith("data:image/") and head.endswith(";base64")):
         raise RequestError(
-            f"{where}: image must be a data URI (data:image/png;base64,...); addresses are not fetched",
+            f"{where}: image must be a data URI (data:image/png;base64,...); addresses are fetched only "
+            "from allowed hosts",
             param="input",
         )
     try:
