@@ -10,7 +10,7 @@ INSTALLED := .venv/.installed
 DEMO := runs/demo$(if $(filter-out 0,$(SEED)),_seed$(SEED))
 DEMO_SINGLE_PATH := runs/demo_single_path$(if $(filter-out 0,$(SEED)),_seed$(SEED))
 
-.PHONY: help install demo test test-slow lint types checks format golden backbone notebooks bench studies clean
+.PHONY: help install demo test test-slow lint types checks format golden backbone notebooks bench studies app clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,8 +39,18 @@ demo: $(INSTALLED) ## train and score one path and N paths on the embedded bench
 	$(BIN)/lightning compare $(DEMO_SINGLE_PATH) $(DEMO) --output_dir $(DEMO)
 	@echo "checkpoints: $(DEMO_SINGLE_PATH)/checkpoints/ $(DEMO)/checkpoints/"
 	@echo "scores:      $(DEMO_SINGLE_PATH)/scores.json $(DEMO)/scores.json"
-	@echo "comparison:  $(DEMO)/comparison.json $(DEMO)/comparison.png"
+	@echo "comparison:  $(DEMO)/comparison.json $(DEMO)/comparison.png $(DEMO)/comparison.html"
+	@echo "report:      $(DEMO)/report.html"
 	@echo "curves:      $(BIN)/tensorboard --logdir runs"
+
+app: $(INSTALLED) ## search pictures of the embedded benchmark in a browser, with the demo's model (after make demo)
+	@test -f $(DEMO)/checkpoints/last.ckpt || (echo "no $(DEMO)/checkpoints/last.ckpt: run make demo first" && exit 1)
+	@test -f $(DEMO)/index/index.json || ( \
+	  pictures=$$($(BIN)/python -c 'from parallel_decoupling.data.world.benchmark import ensure_benchmark; print(ensure_benchmark())')/MMEB-eval/Scene_t2i && \
+	  $(BIN)/lightning predict --ckpt_path $(DEMO)/checkpoints/last.ckpt \
+	    --data.predict_source $$pictures --writer.output_dir $(DEMO)/embeddings && \
+	  $(BIN)/lightning index $(DEMO)/embeddings $(DEMO)/index )
+	$(BIN)/lightning app $(DEMO)/index --model $(DEMO)/checkpoints/last.ckpt
 
 test: $(INSTALLED) ## the test suite without the slow tests
 	$(BIN)/pytest -q

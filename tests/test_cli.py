@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from parallel_decoupling import cli
+from parallel_decoupling.index.tables import open_embeddings
 from parallel_decoupling.retrieval.report import ScoreReport
 from tests.support.mmeb import save_tiny_mmeb
 
@@ -119,7 +120,7 @@ def test_a_test_takes_the_structure_of_the_checkpoint(
     line = next(line for line in captured.err.splitlines() if "model.num_paths" in line)
     assert "the checkpoint's" in line
     report = ScoreReport.from_json_file(run_dir / "scores.json")
-    assert report.columns == ["aggregate", "path_0", "path_1"]
+    assert report.columns == ["aggregate", "path_0", "path_1", "mean", "concat", "maxsim"]
     assert report.run["global_step"] >= 2
     assert report.run["model"]["temperature"] == 0.3
     assert "hit@1 in percent" in captured.out
@@ -129,6 +130,27 @@ def test_predict_writes_every_task(run_dir: Path, config_file: Path) -> None:
     cli.main(["predict", "--config", str(config_file), "--ckpt_path", "last"])
     content = torch.load(run_dir / "predictions" / "colours_t2i.pt", weights_only=True)
     assert content["query"].shape == (4, 2, 32)
+
+
+def test_predict_embeds_a_folder_of_images_and_goes_on(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first command of docs/embedding_files.md."""
+    embeddings, file = tmp_path / "embeddings", str(run_dir / "checkpoints" / "last.ckpt")
+    places = {"runs/demo/checkpoints/last.ckpt": file, "embeddings/": str(embeddings)}
+    places["photos/"] = str(run_dir.parents[1] / "data" / "MMEB-eval")
+    text = (Path(__file__).parents[1] / "docs" / "embedding_files.md").read_text(encoding="utf-8")
+    words = next(line for line in text.splitlines() if line.startswith("lightning predict")).split()
+    command = [places.get(word, word) for word in words[1:]]
+    assert set(places.values()) < set(command)
+    cli.main(command)
+    table = open_embeddings(embeddings)
+    assert (table.num_rows, table.path_names) == (24, ("path_0", "path_1"))
+    assert table.metadata["model"] == file
+    assert (embeddings / "config.yaml").is_file()
+    assert not list(embeddings.glob("events*"))
+    shown = message([*command, "--writer.dtype", "float16"], capsys)
+    assert "embeddings-00000.parquet was written with dtype 'float32', not 'float16'" in shown
 
 
 @pytest.mark.parametrize(

@@ -19,13 +19,17 @@ TRAINER_SUBCOMMANDS = {
     "plan": "what a fit with the same options would need: batch, parameters, memory, work",
     "validate": "score the validation tasks",
     "test": "score the evaluation tasks; writes scores.json and scores.csv",
-    "predict": "write the embeddings of the evaluation tasks to predictions/",
+    "predict": "embed a folder of images or a table as Parquet files, or the evaluation tasks",
 }
 COMMANDS = {
+    "app": "a page to search an index by text and image: app INDEX_DIR [--model MODEL]",
+    "audit": "recompute means of score files or published rows: audit [FILE, FOLDER or CSV]",
     "compare": "several runs side by side: compare RUN_DIR RUN_DIR ... [--output_dir DIR]",
-    "paths": "how the paths of a model differ: paths RUN_OR_CHECKPOINT [--output_dir DIR] [--data_dir DIR]",
+    "export": "a folder to share: export MODEL FOLDER [--paths 0] [--merge_adapters true]",
     "index": "make an index of embeddings: index EMBEDDINGS INDEX_DIR [--kind torch|lance]",
+    "paths": "how the paths of a model differ: paths RUN_OR_CHECKPOINT [--output_dir DIR] [--data_dir DIR]",
     "search": "search an index: search INDEX_DIR --text TEXT | --image FILE [--gallery FILE]",
+    "serve": "embeddings over HTTP in OpenAI's form: serve MODEL [--host HOST] [--port PORT] [--path PATH]",
     "verify": "check a data folder: verify DATA_DIR [--sample N] [--output_file FILE]",
 }
 """Subcommands without a Trainer; each is a module of ``commands``."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
@@ -29,11 +29,13 @@ from parallel_decoupling.training.callbacks import LAST_FILE, console
 from parallel_decoupling.training.embedder import PDFEmbedder
 from parallel_decoupling.training.plan import Plan
 from parallel_decoupling.training.plan_tables import plan_tables
+from parallel_decoupling.training.prediction_writer import EmbeddingWriter, RowProgressBar
 
 STRUCTURE = (
     "num_paths",
     "prefix_length",
     "prefix_layers",
+    "prefix_type",
     "aggregation",
     "adapter",
     "mi.kind",
@@ -46,8 +48,9 @@ HARMLESS_WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     "Total length of `list` across ranks is zero",
     "Checkpoint directory .* exists and is not empty",
+    "The dirpath has changed from",
 )
-"""Of Lightning, about itself, about a run without validation tasks, and about going on in the same folder."""
+"""Of Lightning, about itself, a run without validation tasks, going on in the same or in another folder."""
 
 
 def run(args: Sequence[str]) -> None:
@@ -89,6 +92,7 @@ class RunCLI(LightningCLI):
             parser.set_defaults({"verbose": False})  # the score table says it better
         if subcommand == "predict":
             parser.set_defaults({"return_predictions": False})
+            parser.add_lightning_class_args(EmbeddingWriter, "writer")
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -97,14 +101,24 @@ class RunCLI(LightningCLI):
         self.typed = parser.parse_args(args, defaults=False)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Add TensorBoard and ``last.ckpt`` where the user asked for nothing else."""
+        """Add TensorBoard and ``last.ckpt`` where the user asked for nothing else.
+
+        Embedding files are no run: nothing is logged, and ``config.yaml`` goes where the embeddings go.
+        """
         config = self._get(self.config_init, "trainer")
-        if config.get("logger") in (None, True):
+        writer = self._get(self.config_init, "writer", default=None)
+        callbacks = config.get("callbacks") or []
+        callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
+        if writer is not None and writer.output_dir is not None:
+            kwargs |= {"default_root_dir": writer.output_dir, "logger": config.get("logger") or False}
+            if config.get("enable_progress_bar") is not False and not any(
+                isinstance(callback, ProgressBar) for callback in callbacks
+            ):
+                callbacks.append(RowProgressBar())
+        elif config.get("logger") in (None, True):
             kwargs["logger"] = TensorBoardLogger(
                 config["default_root_dir"], name="", version="", default_hp_metric=False
             )
-        callbacks = config.get("callbacks") or []
-        callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         if config.get("enable_checkpointing") is not False and not any(
             isinstance(callback, Checkpoint) for callback in callbacks
         ):
@@ -115,7 +129,10 @@ class RunCLI(LightningCLI):
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     def predict(self, model: PDFEmbedder, datamodule: MMEBDataModule, **options: Any) -> None:
-        """Predict over the evaluation tasks, not over loaders of the user's."""
+        """Predict over ``data.predict_source``, or else over the evaluation tasks."""
+        if datamodule.predict_source is not None:
+            self.trainer.predict(model, datamodule=datamodule, **options)
+            return
         model.predict_tasks(self.trainer, datamodule, **options)
 
     def _parse_ckpt_path(self) -> None:

@@ -278,6 +278,6 @@ def test_impossible_sizes_raise(tiny_backbone_dir: str, options: dict[str, Any],
 
 def test_unknown_path_raises(tiny_backbone_dir: str, tmp_path: Path) -> None:
     encoder = make(tiny_backbone_dir)
-    for paths in ([], [4], [-1]):
+    for paths in ([], [4], [-1], [0.5], [True]):
         with pytest.raises(ValueError, match="0 to 3"):
             encoder(rows_of(encoder), paths)

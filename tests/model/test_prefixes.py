@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from parallel_decoupling.model.prefixes import META_PROMPTS, DeepPrefixes
+from parallel_decoupling.model.prefixes import META_PROMPTS, DeepPrefixes, ShallowPrefixes, prefix_range
 
 
 def make(num_paths: int = 3, prefix_length: int = 50) -> DeepPrefixes:
@@ -54,3 +56,28 @@ def test_wrong_sizes_raise() -> None:
 
 def test_meta_prompts_are_distinct() -> None:
     assert len(set(META_PROMPTS)) == len(META_PROMPTS) == 8
+
+
+@pytest.mark.parametrize(
+    ("prefix_layers", "layers"),
+    [(0, [0, 1, 2]), (2, [2]), ([0, 3], [0, 1, 2]), ([0, 1], [0]), ((1, 2), [1]), ([1, 3], [1, 2])],
+)
+def test_layers_with_a_prefix(prefix_layers: Any, layers: list[int]) -> None:
+    assert list(prefix_range(prefix_layers, 3)) == layers
+
+
+@pytest.mark.parametrize("prefix_layers", [3, -1, [1, 1], [2, 1], [0, 4], [-1, 2], [1], [0, 1, 2], [0.5, 2]])
+def test_layers_that_do_not_exist_raise(prefix_layers: Any) -> None:
+    with pytest.raises(ValueError, match=r"0 to 2 .* stop <= 3; got"):
+        prefix_range(prefix_layers, 3)
+
+
+def test_prompts_pick_paths_in_order_and_do_not_depend_on_their_number() -> None:
+    few, many = (ShallowPrefixes(num_paths=n, prefix_length=4, hidden_size=8) for n in (2, 5))
+    for prompts in (few, many):
+        prompts.init_random(torch.tensor(3.0), torch.Generator().manual_seed(3))
+    assert torch.equal(few.embeddings, many.embeddings[:2])
+    assert 2 < many.embeddings.std() < 4
+    assert torch.equal(many.prompts([3, 0], torch.bfloat16), many.embeddings[[3, 0]].bfloat16())
+    with pytest.raises(ValueError, match="at least 1"):
+        ShallowPrefixes(num_paths=2, prefix_length=0, hidden_size=8)

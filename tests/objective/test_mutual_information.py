@@ -25,6 +25,7 @@ from parallel_decoupling.objective.mutual_information import (
     l1out_bound,
     mi_weight_schedule,
     path_pairs,
+    squared_cosine,
     standardise,
     vclub_bound,
 )
@@ -47,6 +48,10 @@ BOUNDS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "crosscov": (
         lambda x, y, _: cross_covariance(x, y),
         lambda x, y, _: references.cross_covariance_loop(x, y),
+    ),
+    "orthogonal": (
+        lambda x, y, _: squared_cosine(x, y),
+        lambda x, y, _: references.squared_cosine_loop(x, y),
     ),
 }
 
@@ -263,7 +268,7 @@ def test_hsic_sees_dependence_without_correlation() -> None:
 # --- scale and dimension --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "orthogonal"])
 def test_shrinking_or_moving_the_embeddings_cannot_lower_the_value(kind: Kind) -> None:
     """The trap that collapsed a prototype: the value must not depend on scale or shift."""
     estimator = MutualInformation(kind, num_paths=3, embed_dim=4, hidden_size=8).double()
@@ -282,6 +287,19 @@ def test_shrinking_or_moving_the_embeddings_cannot_lower_the_value(kind: Kind) -
     assert gradient.abs().max() > 1e-4
     assert (gradient * paths).sum(dim=0).abs().max() < 1e-12
     assert gradient.sum(dim=0).abs().max() < 1e-12
+
+
+def test_orthogonal_looks_at_the_angle_of_each_row_alone() -> None:
+    estimator = MutualInformation("orthogonal", num_paths=3, embed_dim=400).double()
+    paths = random(50, 3, 400, seed=1)
+    value_M = estimator(paths)
+    torch.testing.assert_close(value_M, torch.full_like(value_M, 1 / 400), rtol=0.5, atol=0)
+    torch.testing.assert_close(estimator(paths * torch.tensor([0.01, 1.0, 7.0])[:, None]), value_M)
+    assert (estimator(paths + 5) > 0.9).all()  # a common mean is a common direction
+    turned = torch.stack([paths[:, 0], -paths[:, 0], paths[:, 0].roll(200, 1)], dim=1)
+    assert estimator(turned)[0].item() == pytest.approx(1)
+    expected = [references.squared_cosine_loop(paths[:, i], paths[:, j]) for i, j in [(0, 1), (0, 2), (1, 2)]]
+    torch.testing.assert_close(value_M, torch.stack(expected))
 
 
 def test_tiny_unit_norm_spread_still_counts() -> None:

@@ -172,6 +172,30 @@ def test_runs_over_different_tasks_are_an_error_that_names_the_difference(tmp_pa
         compare([first, save(moved, tmp_path / "moved")])
 
 
+def test_other_rows_under_the_same_name_are_an_error_and_unknown_ones_are_not(tmp_path: Path) -> None:
+    whole = make_report(0, 0.5, 1)
+    asked = {
+        name: ScoreReport({**whole.tasks, "find": replace(whole.tasks["find"], rows_sha256=name)})
+        for name in ("one", "other")
+    }
+    folders = {name: save(report, tmp_path / name) for name, report in asked.items()}
+    with pytest.raises(ValueError, match="find: hash of the rows is one in one but other in other"):
+        compare(list(folders.values()))
+    compare([folders["one"], save(whole, tmp_path / "older")])
+
+
+def test_run_and_task_names_with_markup_are_shown_as_they_are(tmp_path: Path) -> None:
+    whole = make_report(0, 0.5, 1)
+    task = replace(whole.tasks["find"], task=Task("[red]find[/red]", "retrieval", False))
+    report = ScoreReport({**whole.tasks, "[red]find[/red]": task})
+    folders = [save(report, tmp_path / name) for name in ("[bold]a", "[b")]
+    comparison = compare(folders)
+    stream = io.StringIO()
+    Console(file=stream, width=120).print(comparison.means_table(), comparison.task_table())
+    for name in ("[bold]a", "[red]find[/red]"):
+        assert stream.getvalue().count(name) >= 1, name
+
+
 def test_missing_runs_are_an_error(tmp_path: Path) -> None:
     folder = save(make_report(0, 0.5, 1), tmp_path / "run")
     with pytest.raises(ValueError, match="no scores.json in .*nowhere"):

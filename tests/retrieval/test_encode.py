@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import zlib
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,8 +14,9 @@ from torch import Tensor, nn
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, EncoderInputs, RawInput
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.prompts import prompt
-from parallel_decoupling.model.backbone import load_backbone
+from parallel_decoupling.model.backbone import AdapterConfig, load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
+from parallel_decoupling.retrieval.embedder import Embedder
 from parallel_decoupling.retrieval.encode import encode, similarity, to_raw_inputs
 from tests.support.tiny import save_tiny_backbone
 
@@ -138,6 +141,12 @@ def test_result_can_be_used_in_training() -> None:
     [
         (3, "no path 3; the encoder has paths 0 to 2"),
         (-1, "no path -1"),
+        (True, "no path True"),
+        ([0.5], r"no path 0\.5"),
+        ([0.0], r"no path 0\.0"),
+        ([0, True], "no path True"),
+        (1.0, r"no path 1\.0"),
+        (["0"], "no path '0'"),
         ([], "paths is empty"),
         ("mean", "'mean'; use 'all', 'aggregate'"),
     ],
@@ -145,6 +154,64 @@ def test_result_can_be_used_in_training() -> None:
 def test_wrong_path_is_an_error(paths: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         encode(HashEncoder(), HashCollator(), [], paths=paths)  # type: ignore[arg-type]
+
+
+def test_numbers_of_numpy_are_path_numbers() -> None:
+    encoder, inputs = HashEncoder(), raw(["one", "two"])
+    every = encode(encoder, HashCollator(), inputs)
+    assert torch.equal(encode(encoder, HashCollator(), inputs, paths=np.int64(1)), every[:, 1])
+    assert torch.equal(encode(encoder, HashCollator(), inputs, paths=np.arange(2)), every[:, :2])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("concatenated", [True, False])
+def test_truncated_embeddings_are_first_coordinates_and_their_aggregate(concatenated: bool) -> None:
+    encoder, inputs = HashEncoder(), raw(["one", "two", "three"])
+    if not concatenated:
+        encoder.aggregate_dim = 5  # type: ignore[misc]
+        encoder.aggregate = lambda paths: F.normalize(paths.mean(1), dim=-1)  # type: ignore[method-assign]
+    every = encode(encoder, HashCollator(), inputs)
+    short = torch.zeros(3, 3, 2)
+    for row in range(3):
+        for path in range(3):
+            short[row, path] = every[row, path, :2] / every[row, path, :2].norm()
+    options = {"truncate_dim": 2}
+    torch.testing.assert_close(encode(encoder, HashCollator(), inputs, **options), short)
+    torch.testing.assert_close(encode(encoder, HashCollator(), inputs, paths=1, **options), short[:, 1])
+    torch.testing.assert_close(encode(encoder, HashCollator(), inputs, paths=[2], **options), short[:, [2]])
+    aggregate = encode(encoder, HashCollator(), inputs, paths="aggregate", **options)
+    assert aggregate.shape == (3, 6 if concatenated else 2)
+    torch.testing.assert_close(aggregate, encoder.aggregate(short))
+    for paths in ("all", "aggregate", 1):
+        whole = encode(encoder, HashCollator(), inputs, paths=paths)
+        assert torch.equal(encode(encoder, HashCollator(), inputs, paths=paths, truncate_dim=5), whole)
+
+
+@pytest.mark.parametrize("dim", [0, 6, -1, 2.0, True])
+def test_a_dimension_that_does_not_exist_is_an_error(dim: Any) -> None:
+    with pytest.raises(ValueError, match="embeddings have 5 dimensions"):
+        encode(HashEncoder(), HashCollator(), raw(["a"]), truncate_dim=dim)
+
+
+@pytest.mark.parametrize("prefix_type", ["deep", "shallow"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_models_encode_outside_autocast(
+    tiny_backbone_dir: str, image_file: str, dtype: Any, prefix_type: Any
+) -> None:
+    inputs = ["a red circle", {"text": "what colour is it?", "image": image_file}]
+    results = []
+    for kind in (dtype, "float32"):
+        backbone = load_backbone(tiny_backbone_dir, dtype=kind, adapter=AdapterConfig(kind="dora"))
+        encoder = ParallelEncoder(backbone, num_paths=2, prefix_type=prefix_type, aggregation="learned")
+        with torch.no_grad():  # an adapter that adds nothing would hide a wrong dtype
+            for name, parameter in encoder.named_parameters():
+                if "lora_B" in name:
+                    parameter.copy_(torch.arange(parameter.numel()).view_as(parameter) % 3 * 0.01)
+        embedder = Embedder(encoder)
+        results.append((embedder.encode(inputs), embedder.encode(inputs, paths="aggregate")))
+    for half, full in zip(*results, strict=True):
+        assert half.dtype == torch.float32
+        torch.testing.assert_close(half.norm(dim=-1), torch.ones(half.shape[:-1]))
+        assert F.cosine_similarity(half, full, dim=-1).min() > 0.98
 
 
 def test_wrong_batch_size_is_an_error() -> None:
@@ -210,8 +277,8 @@ def test_finished_prompts_pass_unchanged() -> None:
         to_raw_inputs([RawInput("x")], instruction="more")
 
 
-def test_text_that_only_ends_like_an_image_is_a_text() -> None:
-    assert to_raw_inputs(["logo.png"]) == [RawInput("logo.png")]
+def test_text_that_only_ends_like_an_image_is_a_text_in_a_dictionary() -> None:
+    assert to_raw_inputs([{"text": "logo.png"}]) == [RawInput("logo.png")]
     assert to_raw_inputs([{"text": "see images/logo.png"}]) == [RawInput("see images/logo.png")]
     assert to_raw_inputs(["one/two of a text"]) == [RawInput("one/two of a text")]
 
@@ -220,6 +287,7 @@ def test_text_that_only_ends_like_an_image_is_a_text() -> None:
     ("item", "message"),
     [
         ("images/missing.jpg", "no image file 'images/missing.jpg'; if this is a text"),
+        ("cat.PNG", "no image file 'cat.PNG'; if this is a text, pass {'text': 'cat.PNG'}"),
         (Path("missing.jpg"), "no image file 'missing.jpg'"),
         ({"image": "missing.jpg"}, "no image file 'missing.jpg'"),
         ({"txt": "typo"}, r"unknown keys \['txt'\]"),

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,52 @@ def test_another_file_is_an_error(text: str, message: str, tmp_path: Path) -> No
     (tmp_path / "scores.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         ScoreReport.from_json_file(tmp_path / "scores.json")
+
+
+def test_files_of_before_metrics_and_hashes_still_load(report: ScoreReport, tmp_path: Path) -> None:
+    report.to_json_file(tmp_path / "scores.json")
+    content = json.loads((tmp_path / "scores.json").read_text())
+    for name in ("metric_means", "modes", "warnings"):
+        del content[name]
+    for row in content["tasks"].values():
+        del row["metrics"], row["rows_sha256"]
+    (tmp_path / "scores.json").write_text(json.dumps(content))
+    assert ScoreReport.from_json_file(tmp_path / "scores.json").means == report.means
+    del content["tasks"]["digit"]["chance"]
+    (tmp_path / "scores.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="lacks 'chance': .* run the test again"):
+        ScoreReport.from_json_file(tmp_path / "scores.json")
+
+
+def test_metrics_of_ranks_are_averaged_and_shown(report: ScoreReport, tmp_path: Path) -> None:
+    ranked = [
+        replace(
+            task_score(name, "vqa", True, {"aggregate": "10"}, 0.1),
+            ranks={"aggregate": torch.tensor(ranks)},
+            rows_sha256=name,
+        )
+        for name, ranks in (("a", [1, 4]), ("b", [1, 2]))
+    ]
+    found = ScoreReport.from_scores(ranked)
+    assert found.tasks["a"].metrics["aggregate"]["mrr"] == pytest.approx((1 + 1 / 4) / 2)
+    assert found.metric_means["overall"]["aggregate"]["mrr"] == pytest.approx((0.625 + 0.75) / 2)
+    found.to_json_file(tmp_path / "scores.json")
+    assert ScoreReport.from_json_file(tmp_path / "scores.json") == found
+    stream = io.StringIO()
+    Console(file=stream, width=150).print(found.metrics_table(), found.modes_table())
+    assert "68.8" in stream.getvalue()
+    assert report.metric_means == {}
+
+
+def test_names_with_markup_are_shown_as_they_are() -> None:
+    score = task_score("[red]shape[/red]", "vqa", True, {"aggregate": "00"}, 0.1)
+    warning = {"check": "chance", "detail": "[bold]x[/bold]", "advice": "[/]", "tasks": []}
+    report = replace(ScoreReport.from_scores([score]), warnings=[warning])
+    assert "[red]shape[/red] !" in rendered(report)
+    stream = io.StringIO()
+    Console(file=stream, width=100).print(*report.warning_panels())
+    assert "[bold]x[/bold]" in stream.getvalue()
+    assert "[/]" in stream.getvalue()
 
 
 def test_csv_has_a_line_per_task_and_per_mean(report: ScoreReport, tmp_path: Path) -> None:

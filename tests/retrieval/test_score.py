@@ -9,7 +9,8 @@ from PIL import Image
 
 from parallel_decoupling.batch import RawInput
 from parallel_decoupling.data.tasks import EvalTask, Task
-from parallel_decoupling.retrieval.score import hit_at_1, path_columns, score_task
+from parallel_decoupling.retrieval.metrics import positive_rank
+from parallel_decoupling.retrieval.score import score_task
 
 TASK = Task("toy", "vqa", True)
 
@@ -58,8 +59,9 @@ def test_hits_equal_a_slow_loop_with_ties_and_copies(seed: int) -> None:
 
 def test_a_tie_with_another_candidate_is_a_miss() -> None:
     rivals = torch.tensor([[False, True, True]])
-    assert hit_at_1(torch.tensor([[0.5, 0.4, 0.3]]), rivals).tolist() == [True]
-    assert hit_at_1(torch.tensor([[0.5, 0.5, 0.3]]), rivals).tolist() == [False]
+    assert positive_rank(torch.tensor([[0.5, 0.4, 0.3]]), rivals).tolist() == [1]
+    assert positive_rank(torch.tensor([[0.5, 0.5, 0.3]]), rivals).tolist() == [2]
+    assert positive_rank(torch.tensor([[0.5, 0.5, 0.5]]), rivals).tolist() == [3]
 
 
 def test_copies_of_the_positive_do_not_count_against_it() -> None:
@@ -100,7 +102,7 @@ def test_a_collapsed_model_scores_zero_at_any_size() -> None:
 def test_nan_is_a_miss() -> None:
     rivals = torch.tensor([[False, True], [False, True], [False, False]])
     scores = torch.tensor([[torch.nan, 0.1], [0.2, torch.nan], [torch.nan, 0.0]])
-    assert hit_at_1(scores, rivals).tolist() == [False, False, False]
+    assert positive_rank(scores, rivals).tolist() == [3, 2, 3]
 
 
 def test_scores_do_not_depend_on_row_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,14 +138,6 @@ def test_chance_is_the_mean_over_rows_of_one_by_distinct_candidates() -> None:
     task = EvalTask(TASK, [RawInput("q")], candidates, [0, 0], [[0, 1], [0, 1, 2, 3]])
     score = score_task(task, {"aggregate": (torch.randn(1, 3), torch.randn(4, 3))})
     assert score.chance == pytest.approx((1 / 2 + 1 / 4) / 2)
-
-
-def test_columns_are_the_aggregate_then_every_path() -> None:
-    query, candidate = torch.randn(2, 3, 4), torch.randn(5, 3, 4)
-    columns = path_columns(query, candidate, lambda embeddings: embeddings.flatten(1))
-    assert list(columns) == ["aggregate", "path_0", "path_1", "path_2"]
-    assert columns["aggregate"][1].shape == (5, 12)
-    assert torch.equal(columns["path_1"][0], query[:, 1])
 
 
 def test_half_precision_embeddings_are_scored_in_float32() -> None:

@@ -137,6 +137,15 @@ def cross_covariance_loop(x: Tensor, y: Tensor) -> Tensor:
     return torch.stack(terms).mean()
 
 
+def squared_cosine_loop(x: Tensor, y: Tensor) -> Tensor:
+    """Scalar: mean over rows of the squared cosine between a row of x and the same row of y. ``[B, D]``."""
+    terms = []
+    for a, b in zip(x, y, strict=True):
+        dot = sum(a[d] * b[d] for d in range(len(a)))
+        terms.append(dot**2 / (sum(a**2) * sum(b**2)))
+    return torch.stack(terms).mean()
+
+
 def standardise_loop(paths: Tensor) -> Tensor:
     """``[B, N, D]``: each path and dimension minus its batch mean over its batch deviation."""
     columns = []

@@ -16,8 +16,10 @@ from transformers import AutoModel, AutoProcessor
 from parallel_decoupling.batch import EncoderInputs, PairBatch
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.mixture import MixtureSampler
+from parallel_decoupling.model.prefixes import META_PROMPTS
 from parallel_decoupling.training.embedder import PDFEmbedder
 from parallel_decoupling.training.settings import check_settings
+from tests.model.test_attention import count_calls
 from tests.support.fit import (
     Recorder,
     RecordingEmbedder,
@@ -130,7 +132,10 @@ def test_mutual_information_reaches_the_prefixes_only_with_its_weight(
     assert not torch.allclose(*gradients)
 
 
-def test_chunks_train_like_one_graph(tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("extra", [{}, {"prefix_type": "shallow"}, {"matryoshka_dims": [16, 8]}])
+def test_chunks_train_like_one_graph(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path, extra: dict[str, Any]
+) -> None:
     gradients = []
     for chunks in ({}, {"query_chunk_size": 3, "candidate_chunk_size": 2}):
         settings = {
@@ -139,7 +144,7 @@ def test_chunks_train_like_one_graph(tiny_backbone_dir: str, tiny_mmeb_dir: str,
             "aggregation": "learned",
         }
         module = small_embedder(
-            tiny_backbone_dir, kind=RecordingEmbedder, temperature=0.2, **settings, **chunks
+            tiny_backbone_dir, kind=RecordingEmbedder, temperature=0.2, **settings, **chunks, **extra
         )
         make_trainer(tmp_path, max_steps=1).fit(module, small_data(tiny_mmeb_dir))
         assert isinstance(module, RecordingEmbedder)
@@ -147,6 +152,46 @@ def test_chunks_train_like_one_graph(tiny_backbone_dir: str, tiny_mmeb_dir: str,
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_matryoshka_at_the_full_dimension_alone_is_none(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    states = []
+    for dims in (None, [32], [32, 4]):
+        module = small_embedder(tiny_backbone_dir, matryoshka_dims=dims)
+        make_trainer(tmp_path, max_steps=2).fit(module, small_data(tiny_mmeb_dir))
+        states.append(trained(module))
+    assert_equal(states[0], states[1])
+    name = "encoder.prefixes.key_values"
+    assert not torch.equal(states[0][name], states[2][name])
+
+
+def test_meta_prompts_without_learning_need_no_checkpoint(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    frozen = {"adapter": {"kind": "frozen"}, "mi": {"kind": "none"}, "mi_weight": 0.0}
+    module = PDFEmbedder(tiny_backbone_dir, num_paths=3, prefix_init="meta", **frozen)  # type: ignore[arg-type]
+    prefixes = module.encoder.prefixes.key_values.detach().clone()
+    results = make_trainer(tmp_path).test(module, small_data(tiny_mmeb_dir), verbose=False)
+    assert 0 <= results[0]["test/overall"] <= 1
+    assert torch.equal(module.encoder.prefixes.key_values, prefixes)
+    texts = [prompt.split()[-1] for prompt in META_PROMPTS[:3]]
+    cosine = torch.einsum("bnd,bmd->nm", *(2 * [module.encode(texts)])) / 3
+    assert (cosine - torch.eye(3)).max() < 0.9999, "the paths differ before any training"
+
+
+@pytest.mark.parametrize("prefix_type", ["deep", "shallow"])
+def test_prefix_type_survives_a_checkpoint(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path, prefix_type: str
+) -> None:
+    module = small_embedder(tiny_backbone_dir, prefix_type=prefix_type, prefix_layers=[0, 2])
+    trainer = make_trainer(tmp_path, max_steps=2)
+    trainer.fit(module, small_data(tiny_mmeb_dir))
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    again = PDFEmbedder.load_from_checkpoint(tmp_path / "two.ckpt")
+    assert torch.equal(again.encode(["a red circle"]), module.encode(["a red circle"]))
+    assert again.hparams["prefix_layers"] == [0, 2]
 
 
 class Steps(Callback):
@@ -210,12 +255,28 @@ def test_shared_layers_count_once_in_the_compute_counter(
     tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
 ) -> None:
     passes = []
-    for settings in (SINGLE_PATH, {}, {"prefix_layers": 1}):
+    for settings in (SINGLE_PATH, {}, {"prefix_layers": 1}, {"prefix_layers": [0, 1]}):
         recorder, module = Recorder(), small_embedder(tiny_backbone_dir, **settings)
         make_trainer(tmp_path, recorder, max_steps=2).fit(module, small_data(tiny_mmeb_dir))
         passes.append(recorder.values[-1]["compute/token_passes"])
     assert passes[1] == 2 * passes[0]
     assert passes[2] == 1.5 * passes[0]
+    assert passes[3] == passes[1]
+
+
+def test_a_shallow_prompt_counts_once_per_forward_pass(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    passes = []
+    chunks = {"query_chunk_size": 3, "candidate_chunk_size": 8}
+    for settings in ({}, {"prefix_type": "shallow"}, {"prefix_type": "shallow", **chunks}):
+        recorder, module = Recorder(), small_embedder(tiny_backbone_dir, **settings)
+        calls = count_calls(module.encoder)
+        make_trainer(tmp_path, recorder, max_steps=1).fit(module, small_data(tiny_mmeb_dir))
+        passes.append(recorder.values[-1]["compute/token_passes"])
+        assert len(calls) == 8, "4 + 4 groups, or 3 + 1 chunks twice"
+    assert passes[1] - passes[0] == (4 + 4) * 2 * 3  # forward passes, paths, prompt tokens
+    assert passes[2] - passes[0] == (3 + 1) * 2 * 3
 
 
 def test_learned_temperature_moves_and_a_fixed_one_does_not(
@@ -272,6 +333,13 @@ def test_fsdp1_is_refused_with_the_alternative(tiny_backbone_dir: str) -> None:
     module._trainer = Fake()  # type: ignore[assignment]
     with pytest.raises(ValueError, match="fsdp2"):
         module.setup("fit")
+
+
+def test_shallow_prompts_are_refused_under_fsdp2_with_the_alternative(tiny_backbone_dir: str) -> None:
+    module = small_embedder(tiny_backbone_dir, prefix_type="shallow")
+    module._device_mesh = object()  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="use strategy ddp"):
+        module.configure_model()
 
 
 def test_training_step_is_short_enough_to_read() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from parallel_decoupling.data.collate import EvalBatch
 from parallel_decoupling.data.readers import read_eval_task
 from parallel_decoupling.data.tasks import EvalTask
 from parallel_decoupling.retrieval.report import ScoreReport
+from parallel_decoupling.retrieval.score_files import read_scores
 from parallel_decoupling.training.evaluation import Evaluation, TaskEmbeddings, git_commit
 from tests.support.fit import make_trainer, small_data, small_embedder
 
@@ -51,6 +54,20 @@ def test_rows_that_two_ranks_encoded_count_once(task: EvalTask) -> None:
     assert torch.equal(found[0], query)
 
 
+def test_ranks_with_one_side_each_take_part_in_the_same_collectives(task: EvalTask) -> None:
+    asked: dict[str, list[torch.Size]] = {"query": [], "candidate": []}
+    for side, shapes in asked.items():
+
+        def reduce(value: torch.Tensor, shapes: list[torch.Size] = shapes) -> torch.Tensor:
+            shapes.append(value.shape)
+            return value + 1 if value.ndim == 1 else value  # as if the other rank had all the rest
+
+        rows = TaskEmbeddings(task, reduce)
+        rows.add(batch_of(side, [0, 1, 2, 3]), torch.randn(4, 2, 3))
+        assert rows.complete() is not None
+    assert asked["query"] == asked["candidate"]
+
+
 def test_perfect_embeddings_score_one_and_a_cut_task_has_no_score(task: EvalTask) -> None:
     evaluation = Evaluation([task, task], lambda paths: paths.mean(dim=1), lambda value: value)
     perfect = torch.eye(4).unsqueeze(1)
@@ -73,7 +90,7 @@ def test_a_test_run_writes_and_logs_the_scores_of_its_embeddings(
     trainer.test(module, small_data(tiny_mmeb_dir, eval_batch_size=3), verbose=False)
     report = ScoreReport.from_json_file(tmp_path / "scores.json")
     assert list(report.tasks) == list(TASKS)
-    assert report.columns == ["aggregate", "path_0", "path_1"]
+    assert report.columns == ["aggregate", "path_0", "path_1", "mean", "concat", "maxsim"]
     for name in TASKS:
         rows = read_eval_task(tiny_mmeb_dir, name)
         similarity = module.similarity(
@@ -115,6 +132,77 @@ def test_predictions_are_the_embeddings_of_every_task(
         torch.testing.assert_close(content["query"], module.encode(rows.queries), rtol=1e-4, atol=1e-5)
         expected = module.encode(rows.candidates, paths="aggregate")
         torch.testing.assert_close(content["candidate_aggregate"], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("limit", [{"limit_predict_batches": 1}, {"fast_dev_run": True}])
+def test_a_prediction_of_limited_batches_is_an_error(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path, limit: dict[str, Any]
+) -> None:
+    data = small_data(tiny_mmeb_dir, eval_batch_size=3)
+    with pytest.raises(ValueError, match="colours_i2t: not all rows were encoded.*limit_predict_batches"):
+        small_embedder(tiny_backbone_dir).predict_tasks(
+            make_trainer(tmp_path, **limit), data, return_predictions=False
+        )
+
+
+def test_loaders_without_a_datamodule_are_an_error(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    module, data = small_embedder(tiny_backbone_dir), small_data(tiny_mmeb_dir)
+    data.connect(module.encoder.processor, module.encoder.image_token)
+    data.setup("test")
+    with pytest.raises(ValueError, match="datamodule=MMEBDataModule"):
+        make_trainer(tmp_path).test(module, dataloaders=data.test_dataloader(), verbose=False)
+
+
+def test_lightnings_sanity_check_of_several_tasks_is_quiet(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    data = small_data(tiny_mmeb_dir, validation_tasks=list(TASKS), eval_batch_size=1)
+    trainer = make_trainer(tmp_path, max_steps=1, num_sanity_val_steps=2, val_check_interval=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*not all rows")
+        trainer.fit(small_embedder(tiny_backbone_dir), data)
+    assert "val/overall" in trainer.callback_metrics
+
+
+def test_a_test_writes_score_files_modes_and_warnings(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = make_trainer(tmp_path)
+    trainer.test(small_embedder(tiny_backbone_dir), small_data(tiny_mmeb_dir), verbose=False)
+    report = ScoreReport.from_json_file(tmp_path / "scores.json")
+    assert list(report.modes) == report.columns
+    assert report.modes["maxsim"]["bytes_per_item"] == 2 * report.modes["aggregate"]["bytes_per_item"]
+    for found in (
+        tmp_path / "score_files" / "v1",
+        tmp_path / "score_files" / "v2",
+        tmp_path / "leaderboard.json",
+    ):
+        scores = read_scores(found)
+        assert {name: values["hit@1"] for name, values in scores.tasks.items()} == {
+            name: result.hit_at_1["aggregate"] for name, result in report.tasks.items()
+        }
+    assert all(result.rows_sha256 for result in report.tasks.values())
+    (chance,) = [warning for warning in report.warnings if warning["check"] == "chance"]
+    assert set(chance["tasks"]) == set(TASKS), "random weights and four candidates"
+    shown = capsys.readouterr().out
+    assert "WARNING: chance" in shown
+    assert "inference modes" in shown
+
+
+def test_images_of_another_size_than_in_training_are_reported(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.fit(small_embedder(tiny_backbone_dir), small_data(tiny_mmeb_dir))
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    for size, details in ((None, []), ("low", ["image_size: trained None, asked low"])):
+        module, data = small_embedder(tiny_backbone_dir), small_data(tiny_mmeb_dir, image_size=size)
+        make_trainer(tmp_path).test(module, data, ckpt_path=tmp_path / "one.ckpt", verbose=False)
+        report = ScoreReport.from_json_file(tmp_path / "scores.json")
+        found = [each["detail"] for each in report.warnings if each["check"] == "prompt_mismatch"]
+        assert found == details
 
 
 def test_outside_git_there_is_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,10 +19,15 @@ from parallel_decoupling.model.backbone import AdapterConfig, load_backbone, met
 from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.objective.mutual_information import MutualInformation
 from parallel_decoupling.training import arithmetic, memory
-from parallel_decoupling.training.embedder import PDFEmbedder, frozen
+from parallel_decoupling.training.embedder import PDFEmbedder
 from parallel_decoupling.training.optimization import MIConfig
 from parallel_decoupling.training.plan import Layout, Plan
-from parallel_decoupling.training.terms import contrastive_terms, gather_pairs, mutual_information_terms
+from parallel_decoupling.training.terms import (
+    contrastive_terms,
+    frozen,
+    gather_pairs,
+    mutual_information_terms,
+)
 from tests.support.families import save_tiny_family
 from tests.support.tiny import noise_image, save_tiny_backbone, tiny_inputs
 
@@ -66,6 +71,8 @@ def test_image_tokens_are_the_processors(tmp_path: Path, family: str, size: tupl
     "model",
     [
         {"num_paths": 3, "prefix_length": 5, "prefix_layers": 1, "aggregation": "learned"},
+        {"num_paths": 3, "prefix_length": 5, "prefix_layers": [0, 1]},
+        {"num_paths": 3, "prefix_length": 5, "prefix_type": "shallow"},
         {"adapter": {"kind": "dora", "scope": "both"}, "learn_temperature": True, "mi": {"kind": "hsic"}},
         {"adapter": {"kind": "full"}, "dtype": "bfloat16"},
         {"num_paths": 1, "prefix_length": 0, "mi_weight": 0.0, "aggregate_weight": 0.0},
@@ -122,7 +129,7 @@ def test_a_layers_activations_are_those_that_autograd_keeps(
     assert planned == pytest.approx(per_token, rel=0.06)
 
 
-@pytest.mark.parametrize("kind", ["vclub", "club_sample", "l1out", "hsic", "crosscov", "none"])
+@pytest.mark.parametrize("kind", ["vclub", "club_sample", "l1out", "hsic", "crosscov", "orthogonal", "none"])
 def test_the_objectives_bytes_are_those_that_autograd_keeps(kind: Any) -> None:
     estimator = MutualInformation(kind, num_paths=3, embed_dim=16, hidden_size=8)
     planned = memory.objective_bytes(
@@ -143,6 +150,20 @@ def test_the_objectives_bytes_are_those_that_autograd_keeps(kind: Any) -> None:
         term = memory.saved_bytes(lambda: mutual_information_terms(estimator, pairs))
     assert planned["estimator"] >= term
     assert planned["embeddings"] == 2 * 4 * (12 + 24) * (3 * 16 + 16)
+
+
+def test_nested_dimensions_add_their_terms_and_no_pass_of_the_model(tiny_backbone_dir: str) -> None:
+    data = {"batch_size": 64}
+    plain, nested = (
+        make_plan({"backbone": tiny_backbone_dir, "matryoshka_dims": dims}, data)
+        for dims in (None, [16, 8, 32])
+    )
+    assert nested.flops == plain.flops
+    assert nested.token_passes == plain.token_passes
+    assert nested.parameters == plain.parameters
+    assert nested.memory["gathered embeddings"] == plain.memory["gathered embeddings"] * 1.75
+    # the scores of every dimension are as large as those of the full one, the embeddings behind them are not
+    assert 2 < nested.memory["contrastive terms"] / plain.memory["contrastive terms"] < 3
 
 
 @pytest.mark.parametrize(("kind", "checkpointing"), [("lora", False), ("lora", True), ("full", False)])
@@ -184,6 +205,32 @@ def test_grad_cache_and_paths_cost_what_they_say(tiny_backbone_dir: str) -> None
         {"backbone": tiny_backbone_dir, "optimizer": {"accumulate_batches": 2}}, {"batch_size": 16}
     )
     assert twice.flops == 2 * flops()
+
+
+@pytest.mark.parametrize("chunks", [{}, {"query_chunk_size": 3, "candidate_chunk_size": 4}])
+def test_shallow_prompts_cost_their_tokens_in_every_forward_pass(
+    tiny_backbone_dir: str, chunks: dict[str, int]
+) -> None:
+    settings = {"backbone": tiny_backbone_dir, "num_paths": 3, "prefix_length": 5, **chunks}
+    data = {"batch_size": 16}
+    deep, shallow = (make_plan({**settings, "prefix_type": kind}, data) for kind in ("deep", "shallow"))
+    passes = 6 + 4 if chunks else 4 + 4
+    assert shallow.token_passes - deep.token_passes == pytest.approx(passes * 3 * 5)
+    assert deep.token_passes == pytest.approx(deep.tokens * 3)
+    assert shallow.flops > deep.flops
+    assert shallow.memory["activations"] > deep.memory["activations"]
+    two = make_plan({**settings, "prefix_type": "shallow"}, data, devices=2)
+    per_process = (3 + 2) if chunks else 8
+    assert two.token_passes - deep.token_passes == pytest.approx(2 * per_process * 3 * 5)
+
+
+def test_layers_above_a_range_cost_every_path(tiny_backbone_dir: str) -> None:
+    low, start = (
+        make_plan({"backbone": tiny_backbone_dir, "num_paths": 4, "prefix_layers": layers})
+        for layers in ([0, 1], 0)
+    )
+    assert low.token_passes == start.token_passes
+    assert low.flops == start.flops
 
 
 def test_memory_follows_the_layout(tiny_backbone_dir: str) -> None:

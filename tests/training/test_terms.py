@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from parallel_decoupling.objective.contrastive import info_nce
 from parallel_decoupling.objective.mutual_information import MutualInformation
 from parallel_decoupling.training import terms
 from parallel_decoupling.training.terms import GatheredPairs, gather_pairs, mean_path_cosine, shared
+from tests.support.references import info_nce_loop
 
 BATCH, NEGATIVES, PATHS, WIDTH = 4, 2, 3, 5
 
@@ -94,3 +97,42 @@ def test_monitored_values_carry_no_graph() -> None:
     assert values["train/mi_weight"] == 0.5
     assert {"train/mi_pair_0_1", "train/mi_pair_0_2", "train/mi_pair_1_2"} <= values.keys()
     assert not any(value.requires_grad for value in values.values() if isinstance(value, Tensor))
+
+
+def concatenated(paths: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(paths.flatten(1), dim=-1)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("aggregate", [mean_of_paths, concatenated])
+def test_nested_terms_equal_the_loop_over_dimensions(
+    aggregate: Callable[[Tensor], Tensor], symmetric: bool
+) -> None:
+    paths = [torch.randn(rows, PATHS, WIDTH, dtype=torch.float64) for rows in (BATCH, BATCH + NEGATIVES)]
+    query, candidate = (torch.nn.functional.normalize(each, dim=-1).requires_grad_() for each in paths)
+    ids = torch.tensor([0, 1, 0, 2, 3, 1])
+    pairs = gather_pairs(query, candidate, ids, aggregate, dims=(4, 2))
+    losses = terms.contrastive_terms(pairs, 0.5, symmetric=symmetric, with_aggregate=True)
+    expected_N, expected = [], []
+    for dim in (WIDTH, 4, 2):
+        sides = [query, candidate]  # the encoder has brought all coordinates to unit norm
+        if dim < WIDTH:
+            rows = [[[path[:dim] / path[:dim].norm() for path in row] for row in side] for side in sides]
+            sides = [torch.stack([torch.stack(row) for row in side]) for side in rows]
+        arguments = (list(range(BATCH)), ids.tolist(), 0.5, symmetric)
+        expected_N.append(info_nce_loop(*sides, *arguments))
+        expected.append(info_nce_loop(*(aggregate(side)[:, None] for side in sides), *arguments)[0])
+    reference = sum(expected_N) / 3, sum(expected) / 3
+    for actual, slow in zip(losses, reference, strict=True):
+        torch.testing.assert_close(actual, slow)
+        for leaf in (query, candidate):
+            gradients = [torch.autograd.grad(x.sum(), leaf, retain_graph=True)[0] for x in (actual, slow)]
+            torch.testing.assert_close(*gradients)
+
+
+def test_nested_rows_are_gone_after_detaching() -> None:
+    pairs = gather_pairs(
+        torch.randn(2, 2, 4), torch.randn(2, 2, 4), torch.arange(2), mean_of_paths, dims=(2,)
+    )
+    assert len(pairs.nested) == 1
+    assert pairs.detach().nested == ()

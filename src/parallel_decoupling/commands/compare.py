@@ -14,7 +14,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         "run_dirs", nargs="+", type=str, help="runs with a scores.json; the first is the baseline"
     )
     parser.add_argument(
-        "--output_dir", type=str, help="gets comparison.json and comparison.png; none: the table only"
+        "--output_dir",
+        type=str,
+        help="gets comparison.json, .png and .html (the best run against the first); none: the tables only",
     )
 
 
@@ -23,6 +25,17 @@ def run(options: Any) -> None:
     from rich.console import Console
 
     from parallel_decoupling.retrieval.compare import compare
+    from parallel_decoupling.retrieval.html_report import write_html_report
 
     comparison = compare(options.run_dirs, options.output_dir)
+    if options.output_dir is not None:
+        name, *_ = comparison.reports
+        write_html_report(
+            comparison.reports[comparison.best],
+            options.output_dir,
+            baseline=comparison.reports[name],
+            baseline_name=name,
+            file_name="comparison.html",
+            title=comparison.best,
+        )
     Console().print(comparison.means_table(), comparison.task_table())

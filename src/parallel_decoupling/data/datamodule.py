@@ -8,7 +8,7 @@ their sampler nor splits their rows: every process takes its own share here.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from parallel_decoupling import distributed
-from parallel_decoupling.batch import PairBatch
+from parallel_decoupling.batch import EncoderInputs, PairBatch
 from parallel_decoupling.data.collate import Collator, EvalBatch
 from parallel_decoupling.data.download import download_eval, download_train
 from parallel_decoupling.data.images import ImagePolicy, SquareSize
@@ -25,6 +25,8 @@ from parallel_decoupling.data.inputs import prepare_tables
 from parallel_decoupling.data.loaders import Batches, EvalBatches, MissingImages, TrainRows
 from parallel_decoupling.data.mixture import MixtureSampler
 from parallel_decoupling.data.readers import LimitBy, TrainSubset, read_eval_task
+from parallel_decoupling.data.row_loaders import RowBatches, RowLoader, RowPlan, Shards, chosen_columns
+from parallel_decoupling.data.rows import open_rows
 from parallel_decoupling.data.tasks import (
     MMEB_TASKS,
     MMEB_TRAIN_SUBSETS,
@@ -38,6 +40,12 @@ EMBEDDED = "mini-mmeb"
 """Value of ``data_dir`` that stands for the benchmark this package generates."""
 
 log = logging.getLogger(__name__)
+
+_NO_ROWS = EvalBatch(
+    EncoderInputs({"input_ids": torch.empty(0, 1).long(), "attention_mask": torch.empty(0, 1).long()}, ()),
+    "query",
+    torch.empty(0, dtype=torch.int64),
+)
 
 
 class MMEBDataModule(LightningDataModule):
@@ -75,6 +83,13 @@ class MMEBDataModule(LightningDataModule):
         missing_images: "error" stops at an image that is missing or broken, "skip" takes the next row of
             the subset in training and leaves the row out of the score in evaluation, and counts.
         download: Fetch what is not in data_dir from the Hugging Face hub and unpack it, once.
+        embedding_cache: Keep the embeddings of `test` by checkpoint and data, so that a test that was stopped
+            goes on with the tasks not done: true for `embeddings` in the run's folder, or a folder.
+        predict_source: What `predict` embeds in place of the evaluation tasks: a folder of images, or a
+            Parquet, JSONL or CSV file with columns text, image or both (`docs/embedding_files.md`).
+        predict_columns: Embeddings to compute: aggregate, path_0, ...; null is the aggregate and all paths.
+        predict_instruction: Before every text of predict_source; null is the model's candidate_instruction.
+        predict_rows_per_shard: Rows per file of embeddings, which one process batches by length.
     """
 
     def __init__(
@@ -100,9 +115,15 @@ class MMEBDataModule(LightningDataModule):
         max_pixels: int | None = None,
         missing_images: MissingImages = "error",
         download: bool = False,
+        embedding_cache: bool | str = False,
+        predict_source: str | None = None,
+        predict_columns: list[str] | None = None,
+        predict_instruction: str | None = None,
+        predict_rows_per_shard: int = 4096,
     ) -> None:
         super().__init__()
         numbers = {"eval_batch_size": eval_batch_size, "row_limit": row_limit, "query_limit": query_limit}
+        numbers["predict_rows_per_shard"] = predict_rows_per_shard
         for name, value in numbers.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
@@ -130,6 +151,13 @@ class MMEBDataModule(LightningDataModule):
         self.images = ImagePolicy(image_size, min_pixels, max_pixels)
         self.missing_images: MissingImages = missing_images
         self.download = download
+        self.embedding_cache = embedding_cache
+        self.predict_source = predict_source
+        self.predict_columns = predict_columns
+        self.predict_instruction = predict_instruction
+        self.predict_rows_per_shard = predict_rows_per_shard
+        self.finished_shards: Callable[[RowBatches, Shards], Collection[int]] = lambda *_: ()
+        """Which shards of predict_source are done already; whoever writes them knows."""
         self.train_data: list[TrainSubset] = []
         self.eval_tasks_data: list[EvalTask] = []
         """The tasks of the current stage, in the order of the evaluation loaders."""
@@ -145,6 +173,8 @@ class MMEBDataModule(LightningDataModule):
         Lightning calls this on one process per node. Training data only before ``fit``.
         """
         stage = None if self.trainer is None else self.trainer.state.fn
+        if stage == "predict" and self.predict_source is not None:
+            return
         subsets = self.train_subsets if stage == "fit" else []
         tasks = self.validation_tasks if stage in ("fit", "validate") else self.eval_tasks
         if self.download:
@@ -163,6 +193,8 @@ class MMEBDataModule(LightningDataModule):
         Raises:
             ValueError: unknown subset or task, or files that do not have MMEB's layout.
         """
+        if stage == "predict" and self.predict_source is not None:
+            return
         folder = self._folder()
         if stage == "fit":
             self.train_data = self._open_subsets(folder)
@@ -207,8 +239,50 @@ class MMEBDataModule(LightningDataModule):
         return [self._eval_loader(task) for task in self.eval_tasks_data]
 
     def test_dataloader(self) -> list[Batches[EvalBatch]]:
-        """One loader per evaluation task."""
-        return [self._eval_loader(task) for task in self.eval_tasks_data]
+        """One loader per evaluation task; one empty batch for a task whose embeddings are in the cache."""
+        cached: set[str] = set()
+        if self.embedding_cache and self.trainer is not None:
+            module: Any = self.trainer.lightning_module
+            folder = self.embedding_cache if isinstance(self.embedding_cache, str) else None
+            cached = module.cached_tasks(self.eval_tasks_data, folder)
+        return [
+            Batches(DataLoader([_NO_ROWS], batch_size=None))  # type: ignore[arg-type]
+            if task.task.name in cached
+            else self._eval_loader(task)
+            for task in self.eval_tasks_data
+        ]
+
+    @property
+    def folder(self) -> Path:
+        """Where the data is; the embedded benchmark's place in the cache."""
+        return self._folder()
+
+    def predict_dataloader(self) -> RowLoader:
+        """Batches of this process of the rows of predict_source that are not done yet.
+
+        Raises:
+            ValueError: no predict_source, or one that cannot be read; unknown predict_columns.
+        """
+        if self.predict_source is None:
+            raise ValueError("Nothing to predict: set predict_source, or use PDFEmbedder.predict_tasks.")
+        assert self.trainer is not None, "predict_dataloader needs the model of a Trainer"
+        module: Any = self.trainer.lightning_module
+        source = open_rows(self.predict_source)
+        shards = Shards(len(source), self.predict_rows_per_shard)
+        instruction = self.predict_instruction
+        rows = RowBatches(
+            source,
+            self.collator,
+            module.candidate_instruction if instruction is None else instruction,
+            chosen_columns(self.predict_columns, module.encoder.num_paths),
+        )
+        finished = self.finished_shards(rows, shards)
+        place = distributed.rank(), distributed.world_size()
+        return RowLoader(
+            rows,
+            RowPlan(source, shards, self.collator.images, finished, self.eval_batch_size, *place),
+            self.num_workers,
+        )
 
     @property
     def collator(self) -> Collator:

@@ -18,6 +18,8 @@ from PIL import Image, ImageOps
 
 from parallel_decoupling.batch import RawInput
 
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
 SquareSize = Literal["low", "mid", "high"]
 SQUARES: dict[str, int] = {"low": 128, "mid": 672, "high": 1344}
 """Side in pixels of VLM2Vec's forced squares."""
@@ -164,6 +166,15 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
+
+
+def pixel_count(file: str) -> int:
+    """Width times height from the header of an image file; 0 if there is none."""
+    try:
+        with Image.open(file) as image:
+            return image.width * image.height
+    except _DAMAGE:
+        return 0
 
 
 def check_images(row: RawInput) -> None:

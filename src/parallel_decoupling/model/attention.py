@@ -136,6 +136,11 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:
     prefix = prefix_states.layer(cast(Any, module).layer_idx) if prefix_states else None
     if prefix_states is None or prefix is None:
+        if prefix_states and isinstance(attention_mask, BlockMask) and len(query) > attention_mask.shape[0]:
+            mask = attention_mask  # of B rows: a layer above the prefixes has N * B
+            attention_mask = prefix_states.once(
+                "mask without prefix", mask, lambda: extend_block_mask(mask, query, 0, causal=True)
+            )
         return function(module, query, key, value, attention_mask, **kwargs)
     causal = kwargs.get("is_causal")
     causal = bool(getattr(module, "is_causal", True) if causal is None else causal)

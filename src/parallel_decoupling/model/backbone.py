@@ -166,31 +166,51 @@ class Backbone(nn.Module):
         return cast(Tensor, positions)
 
     @torch.no_grad()
-    def text_states(self, text: str, min_length: int = 1) -> Tensor:
-        """Keys (post-rotary) and values that the language model itself computes for a text.
+    def text_embeddings(self, text: str, min_length: int = 1) -> Tensor:
+        """Input embeddings of a text.
 
         Args:
-            text: run alone, without special tokens.
+            text: without special tokens.
             min_length: the text is repeated until it has that many tokens.
 
         Returns:
-            ``[Y, 2, K, T, H]`` fp32 for all layers, ``T >= min_length``.
+            ``[T, D]`` fp32, ``T >= min_length``.
         """
         ids: list[int] = []
         repeats = 0
         while len(ids) < min_length:
             repeats += 1
             ids = self.processor.tokenizer(" ".join([text] * repeats), add_special_tokens=False)["input_ids"]
-        was_training = self.base.training
-        self.base.eval()  # gradient checkpointing drops caches in training mode
+        embed = cast(Any, self.language_model).get_input_embeddings()
+        return cast(Tensor, embed(torch.tensor(ids, device=embed.weight.device))).float()
+
+    @torch.no_grad()
+    def text_states(self, text: str, min_length: int = 1) -> Tensor:
+        """``prompt_states`` of ``text_embeddings``: ``[Y, 2, K, T, H]`` fp32, without graph."""
+        embeddings_1TD = self.text_embeddings(text, min_length).unsqueeze(0)
+        return self.prompt_states(embeddings_1TD.to(self.dtype))[0].float()
+
+    def prompt_states(self, embeddings: Tensor) -> Tensor:
+        """Keys (post-rotary) and values that the language model itself computes for prompts run alone.
+
+        Positions are 0 to P - 1. Modules are in evaluation mode meanwhile (no dropout on prompts), as
+        gradient checkpointing drops caches in training mode.
+
+        Args:
+            embeddings: ``[N, P, D]`` in the backbone's dtype; gradient flows back to them and to the weights.
+
+        Returns:
+            ``[N, Y, 2, K, P, H]`` for all layers.
+        """
+        training = [module for module in self.base.modules() if module.training]
+        self.base.eval()
         try:
-            output = self.language_model(
-                input_ids=torch.tensor([ids], device=next(self.base.parameters()).device), use_cache=True
-            )
+            output = self.language_model(inputs_embeds=embeddings, use_cache=True)
         finally:
-            self.base.train(was_training)
+            for module in training:
+                module.training = True
         layers = output.past_key_values.layers
-        return torch.stack([torch.stack((layer.keys[0], layer.values[0])) for layer in layers]).float()
+        return torch.stack([torch.stack((layer.keys, layer.values), 1) for layer in layers], 1)
 
     def reset_adapters(self, seed: int) -> None:
         """Draw fresh LoRA weights from ``seed`` alone; those of an initial adapter stay.

@@ -16,7 +16,7 @@ from parallel_decoupling.model.encoder import ParallelEncoder
 
 DUAL_OPTIONS = ("dtype", "adapter", "gradient_checkpointing")
 """What loading an OpenCLIP model takes."""
-WITHOUT_MEANING = ("prefix_init", "seed")
+WITHOUT_MEANING = ("prefix_type", "prefix_init", "seed")
 """Without a prefix and without LoRA weights these change nothing."""
 ONLY_VALUES = {
     "num_paths": 1,

@@ -7,6 +7,7 @@ the prefix parameters (``prefixes``), tokenisation (``data.collate``), losses (`
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -16,7 +17,13 @@ from torch import Tensor, nn
 from parallel_decoupling.batch import EncoderInputs
 from parallel_decoupling.model.attention import PrefixStates
 from parallel_decoupling.model.backbone import Backbone
-from parallel_decoupling.model.prefixes import META_PROMPTS, DeepPrefixes
+from parallel_decoupling.model.prefixes import (
+    META_PROMPTS,
+    DeepPrefixes,
+    PrefixLayers,
+    ShallowPrefixes,
+    prefix_range,
+)
 
 
 def last_token(states: Tensor, attention_mask: Tensor) -> Tensor:
@@ -45,10 +52,14 @@ class ParallelEncoder(nn.Module):
             are drawn anew from ``seed``.
         num_paths: N, at least 1.
         prefix_length: P, tokens per prefix. 0 (no prefix) only with ``num_paths=1``.
-        prefix_layers: first layer with a prefix, 0 to ``backbone.num_layers - 1``. The layers below are
-            shared by all paths and computed once.
+        prefix_layers: first layer with a prefix, 0 to ``backbone.num_layers - 1``, or ``[start, stop]``:
+            layers start to stop - 1 have one. The layers below are shared by all paths and computed once;
+            those above see no prefix, but every path.
+        prefix_type: ``"deep"`` trains keys and values of each of these layers, ``"shallow"`` input embeddings
+            alone, whose keys and values the language model computes (prompt tuning; all layers).
         prefix_init: ``"meta"`` starts path n from the backbone's own states of ``META_PROMPTS[n]``,
-            ``"random"`` from normal noise at the scale of the backbone's states.
+            ``"random"`` from normal noise at the scale of the backbone's states. Embeddings in place of
+            states with ``"shallow"``.
         aggregation: ``"mean"``, ``"concat"`` or ``"learned"`` (trainable softmax weights).
         seed: of random prefixes and LoRA weights.
 
@@ -58,6 +69,8 @@ class ParallelEncoder(nn.Module):
     Relations:
         ``num_paths=1, prefix_length=0`` equals the stock backbone with last-token pooling.
         N paths in one forward equal N forwards with one path.
+        ``prefix_type="shallow"`` equals the stock backbone on [prompt embeddings; tokens], and at the start,
+        with ``prefix_init="meta"``, ``"deep"``.
         ``aggregation="learned"`` equals ``"mean"`` at the start.
     """
 
@@ -67,7 +80,8 @@ class ParallelEncoder(nn.Module):
         *,
         num_paths: int = 4,
         prefix_length: int = 8,
-        prefix_layers: int = 0,
+        prefix_layers: PrefixLayers = 0,
+        prefix_type: Literal["deep", "shallow"] = "deep",
         prefix_init: Literal["meta", "random"] = "meta",
         aggregation: Literal["mean", "concat", "learned"] = "mean",
         seed: int = 0,
@@ -76,7 +90,9 @@ class ParallelEncoder(nn.Module):
         self.backbone = backbone
         self.num_paths = num_paths
         self.prefix_length = prefix_length
+        self.prefix_type = prefix_type
         self.prefix_layers = prefix_layers
+        self.prefix_range = prefix_range(prefix_layers, backbone.num_layers)
         self.aggregation = aggregation
         self._check_sizes(prefix_init)
         self.embed_dim: int = backbone.hidden_size
@@ -84,7 +100,10 @@ class ParallelEncoder(nn.Module):
         self.processor: Any = backbone.processor
         self.image_token: str = backbone.image_token
         backbone.reset_adapters(seed)
-        self.prefixes = self._make_prefixes(prefix_init, seed) if prefix_length else None
+        self.prefixes: DeepPrefixes | ShallowPrefixes | None = None
+        if prefix_length:
+            make = self._make_deep if prefix_type == "deep" else self._make_shallow
+            self.prefixes = make(prefix_init, seed)
         self.path_logits = nn.Parameter(torch.zeros(num_paths)) if aggregation == "learned" else None
 
     def _check_sizes(self, prefix_init: str) -> None:
@@ -97,10 +116,12 @@ class ParallelEncoder(nn.Module):
             raise ValueError(
                 f"prefix_length=0 makes all {self.num_paths} paths the same; set num_paths=1 or a prefix"
             )
-        if not 0 <= self.prefix_layers < self.backbone.num_layers:
+        if self.prefix_type not in ("deep", "shallow"):
+            raise ValueError(f"prefix_type {self.prefix_type!r} must be deep or shallow")
+        if self.prefix_type == "shallow" and len(self.prefix_range) < self.backbone.num_layers:
             raise ValueError(
-                f"prefix_layers is the first layer with a prefix, 0 to {self.backbone.num_layers - 1} "
-                f"for this backbone, got {self.prefix_layers}"
+                "prefix_type='shallow' enters at the input and reaches every layer: set prefix_layers=0, "
+                f"got {self.prefix_layers}"
             )
         if prefix_init not in ("meta", "random") or self.aggregation not in ("mean", "concat", "learned"):
             raise ValueError(
@@ -113,27 +134,50 @@ class ParallelEncoder(nn.Module):
                 "use prefix_init='random' for more paths"
             )
 
-    def _make_prefixes(self, prefix_init: str, seed: int) -> DeepPrefixes:
-        backbone, length = self.backbone, self.prefix_length
+    def _make_deep(self, prefix_init: str, seed: int) -> DeepPrefixes:
+        backbone, length, layers = self.backbone, self.prefix_length, self.prefix_range
         with torch.device("meta" if backbone.is_meta else "cpu"):
             prefixes = DeepPrefixes(
                 num_paths=self.num_paths,
-                num_layers=backbone.num_layers - self.prefix_layers,
+                num_layers=len(layers),
                 num_key_value_heads=backbone.num_key_value_heads,
                 prefix_length=length,
                 head_dim=backbone.head_dim,
             )
         if backbone.is_meta:
             return prefixes
-        prompts = META_PROMPTS if prefix_init == "random" else META_PROMPTS[: self.num_paths]
-        min_length = 1 if prefix_init == "random" else length
-        states = [backbone.text_states(prompt, min_length)[self.prefix_layers :] for prompt in prompts]
+        prompts, min_length = self._start(prefix_init)
+        states = [backbone.text_states(text, min_length)[layers.start : layers.stop] for text in prompts]
         if prefix_init == "meta":
             prefixes.init_from_states(torch.stack([state[..., :length, :] for state in states]))
         else:
             scale_Y2 = torch.cat(states, dim=3).std(dim=(2, 3, 4))
             prefixes.init_random(scale_Y2, torch.Generator().manual_seed(seed))
         return prefixes
+
+    def _make_shallow(self, prefix_init: str, seed: int) -> ShallowPrefixes:
+        backbone, length = self.backbone, self.prefix_length
+        with torch.device("meta" if backbone.is_meta else "cpu"):
+            prefixes = ShallowPrefixes(
+                num_paths=self.num_paths,
+                prefix_length=length,
+                hidden_size=backbone.hidden_size,
+            )
+        if backbone.is_meta:
+            return prefixes
+        prompts, min_length = self._start(prefix_init)
+        embeddings = [backbone.text_embeddings(text, min_length) for text in prompts]
+        if prefix_init == "meta":
+            prefixes.init_from_embeddings(torch.stack([each_TD[:length] for each_TD in embeddings]))
+        else:
+            prefixes.init_random(torch.cat(embeddings).std(), torch.Generator().manual_seed(seed))
+        return prefixes
+
+    def _start(self, prefix_init: str) -> tuple[tuple[str, ...], int]:
+        """Meta-prompts that prefixes start from or take their scale from, and their least length."""
+        if prefix_init == "random":
+            return META_PROMPTS, 1
+        return META_PROMPTS[: self.num_paths], self.prefix_length
 
     def prefix_parameters(self) -> Iterator[nn.Parameter]:
         """Trainable prefixes."""
@@ -163,8 +207,9 @@ class ParallelEncoder(nn.Module):
         Relations:
             ``forward(inputs, [i])`` equals column ``i`` of ``forward(inputs)``.
         """
-        chosen = list(range(self.num_paths)) if paths is None else [int(path) for path in paths]
-        if not chosen or not all(0 <= path < self.num_paths for path in chosen):
+        chosen = list(range(self.num_paths) if paths is None else paths)
+        whole = all(isinstance(path, Integral) and not isinstance(path, bool) for path in chosen)
+        if not chosen or not whole or not all(0 <= path < self.num_paths for path in chosen):
             raise ValueError(f"paths must name some of 0 to {self.num_paths - 1}, got {chosen}")
         vision = _concatenate(inputs.vision)
         states_RLD = self.backbone(inputs.tokens, vision, self._prefix_states(chosen))
@@ -175,7 +220,10 @@ class ParallelEncoder(nn.Module):
     def _prefix_states(self, paths: Sequence[int]) -> PrefixStates | None:
         if self.prefixes is None:
             return None
-        return self.prefixes.states(paths, self.prefix_layers, self.backbone.dtype)
+        if isinstance(self.prefixes, ShallowPrefixes):
+            prompts_NPD = self.prefixes.prompts(paths, self.backbone.dtype)
+            return PrefixStates(self.backbone.prompt_states(prompts_NPD))
+        return self.prefixes.states(paths, self.prefix_range.start, self.backbone.dtype)
 
     def aggregate(self, embeddings: Tensor) -> Tensor:
         """Combine the paths' embeddings into one.

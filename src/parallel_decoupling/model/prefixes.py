@@ -1,7 +1,8 @@
-"""Deep prefixes: the trainable keys and values that make one backbone see one input in N ways.
+"""Prefixes: the trainable part that makes one backbone see one input in N ways.
 
-Here: the parameters and their initialisation from given statistics or states. Elsewhere: how attention uses
-them (``attention``), how the states of a meta-prompt are measured (``backbone``).
+Here: their parameters, deep (keys and values of every layer) or shallow (input embeddings), their
+initialisation from given statistics or states, and which layers have one. Elsewhere: how attention uses them
+(``attention``), what the language model makes of an input embedding or a meta-prompt (``backbone``).
 """
 
 from __future__ import annotations
@@ -24,6 +25,33 @@ META_PROMPTS: tuple[str, ...] = (
     "describe the picture",
 )
 """What path n is told to look at when prefixes start from meta-prompts ("ours")."""
+
+
+PrefixLayers = int | Sequence[int]
+"""The first layer with a prefix, or ``[start, stop]``: layers start to stop - 1 have one."""
+
+
+def prefix_range(prefix_layers: PrefixLayers, num_layers: int) -> range:
+    """Layers that have a prefix. Those below run once for all paths, those above once per path without it.
+
+    Args:
+        prefix_layers: the first layer, or ``[start, stop]`` with stop excluded.
+        num_layers: of the backbone.
+
+    Raises:
+        ValueError: for layers that the backbone does not have, or none at all.
+
+    Relations:
+        ``start`` and ``[start, num_layers]`` are the same.
+    """
+    bounds = (prefix_layers, num_layers) if isinstance(prefix_layers, int) else tuple(prefix_layers)
+    whole = all(isinstance(bound, int) for bound in bounds)
+    if len(bounds) != 2 or not whole or not 0 <= bounds[0] < bounds[1] <= num_layers:
+        raise ValueError(
+            f"prefix_layers is the first layer with a prefix, 0 to {num_layers - 1} for this backbone, or "
+            f"[start, stop] with 0 <= start < stop <= {num_layers}; got {prefix_layers}"
+        )
+    return range(*bounds)
 
 
 class DeepPrefixes(nn.Module):
@@ -90,7 +118,58 @@ class DeepPrefixes(nn.Module):
             first_layer: layer that the first stored layer belongs to.
             dtype: of the backbone.
         """
-        chosen: Tensor = self.key_values
-        if list(paths) != list(range(chosen.shape[0])):
-            chosen = chosen[list(paths)]
-        return PrefixStates(chosen.to(dtype), first_layer)
+        return PrefixStates(_chosen(self.key_values, paths).to(dtype), first_layer)
+
+
+class ShallowPrefixes(nn.Module):
+    """N prompts of P trainable input embeddings (prompt tuning): a baseline for ``DeepPrefixes``.
+
+    What a layer's attention finds in front of the real keys and values is what the language model itself
+    computes there for the prompt, anew in every forward pass, so that gradient flows back through all layers
+    to the embeddings. Prompts have positions 0 to P - 1, as a meta-prompt has, and real tokens keep the
+    positions that they have without a prompt (both ours). Parameters are fp32 whatever the backbone's dtype.
+
+    Args:
+        num_paths: N, at least 1.
+        prefix_length: P in tokens, at least 1.
+        hidden_size: D of the backbone.
+
+    Raises:
+        ValueError: when a size is below 1.
+    """
+
+    def __init__(self, *, num_paths: int, prefix_length: int, hidden_size: int) -> None:
+        super().__init__()
+        shape = (num_paths, prefix_length, hidden_size)
+        if min(shape) < 1:
+            raise ValueError(f"prompts need sizes of at least 1, got [N, P, D] = {list(shape)}")
+        self.embeddings = nn.Parameter(torch.zeros(shape, dtype=torch.float32))
+
+    @torch.no_grad()
+    def init_random(self, scale: Tensor, generator: torch.Generator) -> None:
+        """Draw normal embeddings at the scale of real ones.
+
+        Args:
+            scale: 0-dim, standard deviation of real embeddings.
+            generator: on the CPU; paths are drawn one after the other, so path n does not depend on how many
+                paths follow it.
+        """
+        for path in self.embeddings.unbind():
+            noise = torch.randn(path.shape, generator=generator, dtype=torch.float32)
+            path.copy_(noise * scale.to("cpu", torch.float32))
+
+    @torch.no_grad()
+    def init_from_embeddings(self, embeddings: Tensor) -> None:
+        """Copy ``[N, P, D]``, e.g. the token embeddings of one meta-prompt per path."""
+        self.embeddings.copy_(embeddings)
+
+    def prompts(self, paths: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Embeddings ``[N', P, D]`` of the chosen paths in that order, in the backbone's dtype."""
+        return _chosen(self.embeddings, paths).to(dtype)
+
+
+def _chosen(parameter: Tensor, paths: Sequence[int]) -> Tensor:
+    """Rows of the paths in the order wanted; the parameter itself for all of them."""
+    if list(paths) == list(range(parameter.shape[0])):
+        return parameter
+    return parameter[list(paths)]

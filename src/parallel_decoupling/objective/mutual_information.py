@@ -5,8 +5,8 @@ pairs. Elsewhere on purpose: detaching the paths for the fit, freezing q for the
 both optimizers (``training``); gathering over ranks (``distributed``).
 
 Shapes: ``B`` batch, ``N`` paths, ``M`` path pairs, ``D`` embedding dim. In a pair (i, j) path i is
-the input x of q and path j its target y. Every value is a mean over dimensions, so that its weight
-in the loss does not depend on ``D``.
+the input x of q and path j its target y. Every estimate is a mean over dimensions, so that its weight
+in the loss does not depend on ``D``; ``squared_cosine`` is no estimate of dependence, but of the angle.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-Kind = Literal["vclub", "club_sample", "l1out", "hsic", "crosscov", "none"]
+Kind = Literal["vclub", "club_sample", "l1out", "hsic", "crosscov", "orthogonal", "none"]
 _FITTED = ("vclub", "club_sample", "l1out")
 _LOG_VARIANCE_LIMIT = 6.0
 _SMALLEST_VARIANCE = 1e-12
@@ -200,6 +200,23 @@ def cross_covariance(x: Tensor, y: Tensor) -> Tensor:
     return covariance_MDD.square().mean(dim=(1, 2))
 
 
+def squared_cosine(x: Tensor, y: Tensor) -> Tensor:
+    """Penalty on paths that are not orthogonal: ``mean_b (<x_b, y_b> / (|x_b| |y_b|))^2``.
+
+    Row by row and without centring: only the angle between an input's two embeddings counts, whatever they do
+    over the batch. Independent embeddings with a common mean have a high value, and orthogonal ones that
+    determine each other have 0.
+
+    Args:
+        x: ``[M, B, D]``, any scale.
+        y: ``[M, B, D]``, any scale.
+
+    Returns:
+        ``[M]`` between 0 and 1; 1 for identical inputs, mean ``1 / D`` for independent directions.
+    """
+    return nn.functional.cosine_similarity(x, y, dim=2).square().mean(dim=1)
+
+
 class PairNetwork(nn.Module):
     """Mean and log-variance of q(z_j | z_i) for all M pairs in one batched network.
 
@@ -241,8 +258,8 @@ class MutualInformation(nn.Module):
     of it is ours. Runs in fp32 (fp64 for fp64 inputs), also under autocast.
 
     Args:
-        kind: ``vclub``, ``club_sample`` and ``l1out`` fit a network q; ``hsic`` and ``crosscov``
-            need no fit; ``none`` is zero.
+        kind: ``vclub``, ``club_sample`` and ``l1out`` fit a network q; ``hsic``, ``crosscov`` and
+            ``orthogonal`` (``squared_cosine``) need no fit; ``none`` is zero.
         num_paths: N.
         embed_dim: D.
         hidden_size: width of q's hidden layer, per pair.
@@ -257,7 +274,8 @@ class MutualInformation(nn.Module):
     Relations:
         ``num_paths=1`` has no pairs: values of shape ``[0]``, no parameters, nothing to fit.
         ``M`` pairs in one call equal ``M`` separate networks.
-        Values do not change when a path is scaled by a positive number or shifted.
+        Values do not change when a path is scaled by a positive number, nor, but for ``orthogonal``, when it
+        is shifted.
     """
 
     pairs: Tensor
@@ -309,6 +327,8 @@ class MutualInformation(nn.Module):
             x_MBD, y_MBD = self._inputs_and_targets(paths)
             if self.kind == "none" or len(self.pairs) == 0:
                 return x_MBD.new_zeros(len(self.pairs))
+            if self.kind == "orthogonal":
+                return squared_cosine(x_MBD, y_MBD)
             if self.kind == "hsic":
                 return hsic(x_MBD, y_MBD)
             if self.kind == "crosscov":
@@ -326,11 +346,15 @@ class MutualInformation(nn.Module):
         return vclub_bound(y_MBD, mean_MBD, log_variance_MBD)
 
     def _inputs_and_targets(self, paths: Tensor) -> tuple[Tensor, Tensor]:
-        """Standardised ``x`` and ``y`` of every pair, each ``[M, B, D]``."""
+        """``x`` and ``y`` of every pair, each ``[M, B, D]``; standardised but for ``orthogonal``."""
         if paths.ndim != 3 or paths.shape[1:] != (self.num_paths, self.embed_dim):
             expected = f"[B, {self.num_paths}, {self.embed_dim}]"
             raise ValueError(f"paths must be {expected}, got {tuple(paths.shape)}.")
-        path_NBD = standardise(paths).transpose(0, 1)
+        if self.kind == "orthogonal":
+            path_BND = paths.to(torch.promote_types(paths.dtype, torch.float32))
+        else:
+            path_BND = standardise(paths)
+        path_NBD = path_BND.transpose(0, 1)
         return path_NBD[self.pairs[:, 0]], path_NBD[self.pairs[:, 1]]
 
 

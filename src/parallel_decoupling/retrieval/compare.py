@@ -14,7 +14,9 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from parallel_decoupling.retrieval.plots import comparison_figure
 from parallel_decoupling.retrieval.report import META_TASKS, SCORES_FILE, ScoreReport, percent
@@ -96,7 +98,7 @@ class Comparison:
             table.add_column(SHORT_TITLES[measure], justify="right", no_wrap=True)
         for name, report in self.reports.items():
             means, (first, *paths) = report.means, _shown_columns(report)
-            table.add_row(name, *(percent(means[measure][first]) for measure in measures))
+            table.add_row(Text(name), *(percent(means[measure][first]) for measure in measures))
             for path in paths:
                 table.add_row(f"  {path}", *(percent(means[measure][path]) for measure in measures))
             table.add_section()
@@ -113,17 +115,18 @@ class Comparison:
         """First column (the aggregate) of every run in percent by task; the last is best minus first."""
         first = next(iter(self.reports))
         table = Table(
-            title="hit@1 in percent by task", caption=f"difference: {self.best} - {first}, {INTERVAL_NOTE}"
+            title="hit@1 in percent by task",
+            caption=Text(f"difference: {self.best} - {first}, {INTERVAL_NOTE}"),
         )
         table.add_column("task", no_wrap=True)
         for name in self.reports:
-            table.add_column(name, justify="right", overflow="fold")
+            table.add_column(escape(name), justify="right", overflow="fold")
         table.add_column("difference [95 %]", justify="right", no_wrap=True)
         for task in self.reports[first].tasks:
             values = [
                 percent(next(iter(each.tasks[task].hit_at_1.values()))) for each in self.reports.values()
             ]
-            table.add_row(task, *values, _format(self.differences[self.best].tasks[task]))
+            table.add_row(Text(task), *values, _format(self.differences[self.best].tasks[task]))
         return table
 
     def to_json_file(self, json_file: str | Path) -> None:
@@ -259,8 +262,9 @@ def _check_same_tasks(first: str, baseline: ScoreReport, name: str, other: Score
             ("in_distribution", result.task.in_distribution, ours.task.in_distribution),
             ("number of queries", result.num_queries, ours.num_queries),
             ("chance level", result.chance, ours.chance),
+            ("hash of the rows", result.rows_sha256 or None, ours.rows_sha256 or None),
         ):
-            if left != right:
+            if left != right and None not in (left, right):
                 raise ValueError(
                     f"{task}: {what} is {left} in {first} but {right} in {name}; score both on the same data"
                 )

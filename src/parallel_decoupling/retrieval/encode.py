@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -20,12 +21,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from parallel_decoupling.batch import EncoderInputs, RawInput
+from parallel_decoupling.data.images import IMAGE_SUFFIXES
 from parallel_decoupling.data.prompts import prompt
+from parallel_decoupling.model.matryoshka import check_dim, truncate
 
 if TYPE_CHECKING:
     from parallel_decoupling.data.collate import Collator
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 INPUT_KEYS = ("text", "image", "images", "instruction")
 BATCHES_WITHOUT_PROGRESS = 4
 
@@ -67,10 +69,11 @@ def to_raw_inputs(inputs: Iterable[Any], instruction: str | None = None) -> list
     """Turn texts, images and dictionaries into prompts.
 
     Args:
-        inputs: a list whose items are a text; a PIL image; an image file, as ``Path`` or as a string
-            that ends with an image suffix and exists; a dictionary with ``text``, ``image`` or
-            ``images``, and optionally its own ``instruction``; or a finished ``RawInput``.
-        instruction: put before every text; a dictionary's own instruction wins.
+        inputs: a list whose items are a text; a PIL image; an image file, as ``Path`` or as a string that
+            ends with an image suffix (which is never taken for a text); a dictionary with ``text``,
+            ``image`` or ``images``, and optionally its own ``instruction``; or a finished ``RawInput``.
+        instruction: put before every text and after the placeholder of every image; a dictionary's own
+            instruction wins. Not with a ``RawInput``.
 
     Returns:
         One ``RawInput`` per item, in order.
@@ -92,6 +95,7 @@ def encode(
     *,
     instruction: str | None = None,
     paths: Paths = "all",
+    truncate_dim: int | None = None,
     batch_size: int = 32,
     show_progress: bool | None = None,
 ) -> Tensor:
@@ -107,22 +111,29 @@ def encode(
         inputs: see ``to_raw_inputs``.
         instruction: see ``to_raw_inputs``.
         paths: ``"all"``; ``"aggregate"``; one path's number (the cost of the plain backbone); or several.
+        truncate_dim: keep this many coordinates of every path, renormalised; the aggregate is that of the
+            shorter paths. None keeps all D. Made for models trained with ``matryoshka_dims``.
         batch_size: rows per forward call, at least 1.
         show_progress: None shows a bar on a terminal when there are more than a few batches.
 
     Returns:
-        CPU float32, unit norm: ``[B, N, D]`` for ``"all"`` or a sequence of paths, ``[B, D]`` for one
-        path or the aggregate (``[B, N * D]`` if the encoder concatenates).
+        CPU float32, unit norm: ``[B, N', D]`` for ``"all"`` or a sequence of ``N'`` paths, in its order;
+        ``[B, D]`` for one path or the aggregate of all (``[B, N * D]`` if the encoder concatenates). With
+        ``truncate_dim`` it takes the place of D.
 
     Raises:
-        ValueError: an input, a path number or the batch size is not usable.
+        ValueError: an input, a path, the dimension or the batch size is not usable.
 
     Relations:
         ``paths=n`` equals column ``n`` of ``paths="all"``. The result does not depend on ``batch_size``.
+        ``truncate_dim=D`` changes nothing. A single truncated path is the first ``truncate_dim`` coordinates
+        of the whole one, renormalised.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     selected = _selected_paths(paths, encoder.num_paths)
+    embed_dim = encoder.embed_dim
+    dim = embed_dim if truncate_dim is None else check_dim(truncate_dim, embed_dim, "truncate_dim")
     rows = to_raw_inputs(inputs, instruction)
     order = sorted(
         range(len(rows)), key=lambda row: (len(rows[row].images), len(rows[row].text)), reverse=True
@@ -132,15 +143,17 @@ def encode(
         show_progress = len(batches) > BATCHES_WITHOUT_PROGRESS and sys.stderr.isatty()
     first_parameter = next(encoder.parameters(), None)
     device = torch.device("cpu") if first_parameter is None else first_parameter.device
-    result = torch.empty(len(rows), *_trailing_shape(encoder, paths))
+    result = torch.empty(len(rows), *_trailing_shape(encoder, paths, selected, dim))
     with _evaluating(encoder), torch.inference_mode():
         for batch in tqdm(batches, desc="encode", unit="batch", leave=False, disable=not show_progress):
             tokenised = collator.encode_inputs([rows[row] for row in batch]).to(device)
             embeddings_BND = encoder(tokenised, selected)
-            if paths == "aggregate":
+            if dim < embed_dim:
+                embeddings_BND = truncate(embeddings_BND, dim)
+            if isinstance(paths, str) and paths == "aggregate":
                 embeddings = encoder.aggregate(embeddings_BND)
             else:
-                embeddings = embeddings_BND[:, 0] if isinstance(paths, int) else embeddings_BND
+                embeddings = embeddings_BND[:, 0] if isinstance(paths, Integral) else embeddings_BND
             result[batch] = embeddings.float().cpu()
     return result
 
@@ -218,14 +231,12 @@ def _raw_input_from_mapping(item: Mapping[str, Any], instruction: str | None, wh
 
 
 def _is_image_file(text: str, where: str) -> bool:
-    """Whether a string names an image; a missing image file is an error, not a text."""
+    """Whether a string names an image; one that only looks like it is an error, not a text."""
     if not text.lower().endswith(IMAGE_SUFFIXES):
         return False
-    if os.path.isfile(text):
-        return True
-    if "/" in text or os.sep in text:
-        raise ValueError(f"{where}: no image file {text!r}; if this is a text, pass {{'text': ...}}")
-    return False
+    if not os.path.isfile(text):
+        raise ValueError(f"{where}: no image file {text!r}; if this is a text, pass {{'text': {text!r}}}")
+    return True
 
 
 def _image(image: Any, where: str) -> Image.Image | str:
@@ -244,21 +255,24 @@ def _selected_paths(paths: Paths, num_paths: int) -> list[int] | None:
         if paths not in ("all", "aggregate"):
             raise ValueError(f"paths is {paths!r}; use 'all', 'aggregate', a path number or a list of them")
         return None
-    selected = [paths] if isinstance(paths, int) else list(paths)
+    selected = list(paths) if isinstance(paths, Iterable) else [paths]
     if not selected:
         raise ValueError("paths is empty; select at least one path")
     for path in selected:
-        if not 0 <= path < num_paths:
-            raise ValueError(f"there is no path {path}; the encoder has paths 0 to {num_paths - 1}")
-    return selected
+        whole = isinstance(path, Integral) and not isinstance(path, bool)
+        if not whole or not 0 <= path < num_paths:
+            raise ValueError(f"there is no path {path!r}; the encoder has paths 0 to {num_paths - 1}")
+    return [int(path) for path in selected]
 
 
-def _trailing_shape(encoder: PathEncoder, paths: Paths) -> tuple[int, ...]:
-    if paths == "aggregate":
-        return (encoder.aggregate_dim,)
-    if isinstance(paths, int):
-        return (encoder.embed_dim,)
-    return (encoder.num_paths if paths == "all" else len(paths), encoder.embed_dim)
+def _trailing_shape(
+    encoder: PathEncoder, paths: Paths, selected: list[int] | None, dim: int
+) -> tuple[int, ...]:
+    if isinstance(paths, str) and paths == "aggregate":
+        return (encoder.aggregate_dim // encoder.embed_dim * dim,)
+    if isinstance(paths, Integral):
+        return (dim,)
+    return (encoder.num_paths if selected is None else len(selected), dim)
 
 
 @contextmanager

@@ -98,16 +98,20 @@ def write_html_report(
     baseline_name: str = "baseline",
     examples: Sequence[TaskExamples] = (),
     path_cosine: Tensor | None = None,
+    file_name: str = REPORT_FILE,
+    title: str | None = None,
 ) -> Path:
     """Write ``report.html`` into a run folder.
 
     Args:
         report: of the run.
-        folder: its name is the title; a ``paths/paths.json`` in it adds probes and pictures of the paths.
+        folder: a ``paths/paths.json`` in it adds probes and pictures of the paths.
         baseline: a run over the same tasks, for bars and differences.
         baseline_name: what the page calls it.
         examples: from ``task_examples``, in the order to be shown.
         path_cosine: ``[N, N]``, used when there is no ``paths.json``.
+        file_name: in ``folder``.
+        title: by default the folder's name.
 
     Returns:
         The file.
@@ -128,7 +132,7 @@ def write_html_report(
     )
     facts = flattened(report.run)
     page = environment.get_template("run_report.html").render(
-        name=folder.resolve().name,
+        name=title or folder.resolve().name,
         facts={key: facts[key] for key in FACTS if key in facts},
         all_facts=facts,
         columns=_shown_columns(report),
@@ -138,7 +142,7 @@ def write_html_report(
         paths=_paths(folder / PATHS_DIR, path_cosine),
         examples=examples,
     )
-    file = folder / REPORT_FILE
+    file = folder / file_name
     file.write_text(page, encoding="utf-8")
     return file
 

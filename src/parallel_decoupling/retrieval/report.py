@@ -14,10 +14,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from parallel_decoupling.data.tasks import Task
+from parallel_decoupling.retrieval.metrics import METRICS, mean_metrics
 from parallel_decoupling.retrieval.score import TaskScore
 
 SCORES_FILE = "scores.json"
@@ -43,6 +45,8 @@ class TaskResult:
         hit_at_1: by column (``"aggregate"``, ``"path_0"``, ...), in [0, 1].
         hits: by column, one ``0`` or ``1`` per row; empty when only the score is known.
         num_skipped: rows left out because their images could not be read.
+        metrics: by column, means of ``metrics.METRICS``; empty when only hit@1 is known.
+        rows_sha256: identifies the rows (``score.rows_hash``); "" in files of before it was kept.
     """
 
     task: Task
@@ -51,6 +55,8 @@ class TaskResult:
     hit_at_1: dict[str, float]
     hits: dict[str, str] = field(default_factory=dict)
     num_skipped: int = 0
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    rows_sha256: str = ""
 
     @property
     def at_chance(self) -> bool:
@@ -65,10 +71,14 @@ class ScoreReport:
     Attributes:
         tasks: results by task name.
         run: what produced them (configuration, seed, commit, steps, ...), plain values.
+        modes: by column, what it costs: ``modes.mode_costs``.
+        warnings: what makes the scores doubtful: ``sanity.Finding`` as plain values.
     """
 
     tasks: dict[str, TaskResult]
     run: dict[str, Any] = field(default_factory=dict)
+    modes: dict[str, dict[str, float]] = field(default_factory=dict)
+    warnings: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Check that every task has the same columns and a meta-task that a mean counts."""
@@ -106,6 +116,8 @@ class ScoreReport:
                     column: "".join("01"[hit] for hit in hits.tolist()) for column, hits in score.hits.items()
                 },
                 num_skipped=score.num_skipped,
+                metrics={column: mean_metrics(rank_R) for column, rank_R in score.ranks.items()},
+                rows_sha256=score.rows_sha256,
             )
         return cls(tasks, dict(run or {}))
 
@@ -154,6 +166,22 @@ class ScoreReport:
         }
         return means
 
+    @property
+    def metric_means(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Means of every metric over tasks, by group and column; empty unless every task has them."""
+        if not all(result.metrics for result in self.tasks.values()):
+            return {}
+        return {
+            group: {
+                column: {
+                    metric: fmean(self.tasks[name].metrics[column][metric] for name in names)
+                    for metric in METRICS
+                }
+                for column in self.columns
+            }
+            for group, names in self.groups.items()
+        }
+
     def to_json_file(self, json_file: str | Path) -> None:
         """Write everything, fractions unrounded; per-row hits come last as strings of 0 and 1."""
         content = {
@@ -168,9 +196,14 @@ class ScoreReport:
                     "num_skipped": result.num_skipped,
                     "chance": result.chance,
                     "hit_at_1": result.hit_at_1,
+                    "metrics": result.metrics,
+                    "rows_sha256": result.rows_sha256,
                 }
                 for name, result in self.tasks.items()
             },
+            "metric_means": self.metric_means,
+            "modes": self.modes,
+            "warnings": self.warnings,
             "run": self.run,
             "hits": {name: result.hits for name, result in self.tasks.items() if result.hits},
         }
@@ -191,18 +224,26 @@ class ScoreReport:
             raise ValueError(
                 f"{json_file} is not a score file of format {FORMAT}; run the test again to write one"
             )
-        tasks = {
-            name: TaskResult(
-                task=Task(name, row["meta_task"], row["in_distribution"]),
-                num_queries=row["num_queries"],
-                chance=row["chance"],
-                hit_at_1=row["hit_at_1"],
-                hits=content["hits"].get(name, {}),
-                num_skipped=row.get("num_skipped", 0),
-            )
-            for name, row in content["tasks"].items()
-        }
-        return cls(tasks, content["run"])
+        try:
+            tasks = {
+                name: TaskResult(
+                    task=Task(name, row["meta_task"], row["in_distribution"]),
+                    num_queries=row["num_queries"],
+                    chance=row["chance"],
+                    hit_at_1=row["hit_at_1"],
+                    hits=content.get("hits", {}).get(name, {}),
+                    num_skipped=row.get("num_skipped", 0),
+                    metrics=row.get("metrics", {}),
+                    rows_sha256=row.get("rows_sha256", ""),
+                )
+                for name, row in content["tasks"].items()
+            }
+        except KeyError as error:
+            raise ValueError(
+                f"{json_file} lacks {error}: an earlier version wrote it, or it was cut; run the test again"
+            ) from error
+        known = {name: content[name] for name in ("run", "modes", "warnings") if name in content}
+        return cls(tasks, **known)
 
     def to_csv_file(self, csv_file: str | Path) -> None:
         """Write one line per task, then one per mean, fractions unrounded."""
@@ -219,7 +260,8 @@ class ScoreReport:
                 writer.writerow(["mean", name, "", "", "", "", *mean.values()])
 
     def table(self) -> Table:
-        """Tasks by meta-task, then means, in percent; tasks at or below chance are marked."""
+        """Tasks by meta-task, then means, of aggregate and paths in percent; tasks at chance are marked."""
+        shown = [self.columns[0], *self.path_columns]
         flagged = [name for name, result in self.tasks.items() if result.at_chance]
         skipped = [
             f"{name} {result.num_skipped}" for name, result in self.tasks.items() if result.num_skipped
@@ -228,9 +270,9 @@ class ScoreReport:
         notes = ["! at or below chance: " + ", ".join(flagged)] if flagged else []
         notes += ["rows skipped because of their images: " + ", ".join(skipped)] if skipped else []
         if notes:
-            table.caption = "\n".join(notes)
+            table.caption = Text("\n".join(notes))
         table.add_column("task", no_wrap=True)
-        for heading in ("split", "queries", "chance", *self.columns):
+        for heading in ("split", "queries", "chance", *shown):
             table.add_column(heading, justify="left" if heading == "split" else "right")
         means = self.means
         for meta_task in META_TASKS:
@@ -238,16 +280,58 @@ class ScoreReport:
                 result = self.tasks[name]
                 split = "IND" if result.task.in_distribution else "OOD"
                 about = [split, str(result.num_queries), percent(result.chance)]
-                scores = [percent(value) for value in result.hit_at_1.values()]
+                scores = [percent(result.hit_at_1[column]) for column in shown]
                 style = "red" if result.at_chance else ""
                 table.add_row(Text(f"{name} !" if result.at_chance else name), *about, *scores, style=style)
             if meta_task in means:
-                _add_mean(table, meta_task, means)
+                _add_mean(table, meta_task, means, shown)
                 table.add_section()
         for mean in ("in_distribution", "out_of_distribution", "mean_of_meta_tasks", "overall"):
             if mean in means:
-                _add_mean(table, mean, means)
+                _add_mean(table, mean, means, shown)
         return table
+
+    def metrics_table(self) -> Table:
+        """Means over tasks of every metric of the headline column, in percent, by meta-task and overall."""
+        column, means = self.columns[0], self.metric_means
+        shown = [name for name in METRICS if "exponential" not in name and name != "ndcg_linear@1"]
+        table = Table(title=Text(f"metrics of {column}, means over tasks in percent"))
+        table.caption = "nDCG of linear and of exponential gain agree where one candidate is right"
+        table.add_column("mean", no_wrap=True)
+        for metric in shown:
+            table.add_column(metric.replace("_linear", ""), justify="right")
+        for group, by_column in means.items():
+            values = (percent(by_column[column][metric]) for metric in shown)
+            table.add_row(MEAN_TITLES[group], *values)
+        return table
+
+    def modes_table(self) -> Table:
+        """Every inference mode: overall hit@1 in percent, and what it costs."""
+        table = Table(title="inference modes, from one encoding pass")
+        for heading in ("mode", "hit@1", "IND", "OOD", "MRR", "bytes per item", "us per query*"):
+            table.add_column(heading, justify="left" if heading == "mode" else "right", no_wrap=True)
+        means, metrics = self.means, self.metric_means.get("overall", {})
+        for column in self.columns:
+            scores = [
+                percent(means[group][column]) if group in means else ""
+                for group in ("overall", "in_distribution", "out_of_distribution")
+            ]
+            mrr = percent(metrics[column]["mrr"]) if metrics else ""
+            cost = self.modes.get(column)
+            costs = [f"{cost['bytes_per_item']:,}", f"{cost['microseconds_per_query']:.0f}"] if cost else []
+            table.add_row(column, *scores, mrr, *costs)
+        if self.modes:
+            table.caption = Text("* exact float32 scoring of 1,000 items on this machine's CPU")
+        return table
+
+    def warning_panels(self) -> list[Panel]:
+        """What makes the scores doubtful, each with what was seen and what to do."""
+        panels = []
+        for warning in self.warnings:
+            title = f"WARNING: {str(warning['check']).replace('_', ' ')}"
+            text = Text(f"{warning['detail']}\n{warning['advice']}")
+            panels.append(Panel(text, title=title, border_style="bold yellow", title_align="left"))
+        return panels
 
 
 def percent(fraction: float) -> str:
@@ -255,7 +339,8 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.1f}"
 
 
-def _add_mean(table: Table, mean: str, means: Mapping[str, Mapping[str, float]]) -> None:
-    table.add_row(
-        MEAN_TITLES[mean], "", "", "", *(percent(value) for value in means[mean].values()), style="bold"
-    )
+def _add_mean(
+    table: Table, mean: str, means: Mapping[str, Mapping[str, float]], columns: Sequence[str]
+) -> None:
+    values = (percent(means[mean][column]) for column in columns)
+    table.add_row(MEAN_TITLES[mean], "", "", "", *values, style="bold")

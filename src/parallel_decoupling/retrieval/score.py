@@ -1,19 +1,25 @@
-"""hit@1 by MMEB's protocol: each query ranks the candidates of its own row.
+"""Ranks by MMEB's protocol: each query ranks the candidates of its own row.
 
-Here: the metric on embeddings. Deliberately elsewhere: encoding (``encode``), means over tasks (``report``).
+Here: from embeddings to the rank of every row's positive. Deliberately elsewhere: encoding (``encode``), what
+is scored (``modes``), metrics of a rank (``metrics``), means over tasks (``report``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from parallel_decoupling.batch import RawInput
 from parallel_decoupling.data.collate import identity
 from parallel_decoupling.data.tasks import EvalTask, Task
+from parallel_decoupling.retrieval.metrics import positive_rank
+from parallel_decoupling.retrieval.modes import similarities
 
 RANKING_DEPTH = 10
 ROWS_AT_ONCE = 256
@@ -30,6 +36,8 @@ class TaskScore:
             into the task's candidates; copies of the positive are left out; -1 where a row has fewer.
         chance: hit@1 of a random choice, the mean over rows of 1 / number of distinct candidates.
         num_skipped: rows left out because their images could not be read.
+        ranks: by column, int64 ``[rows]``: the positive's rank after all rivals that it does not beat.
+        rows_sha256: what was asked, see ``rows_hash``; "" if unknown.
     """
 
     task: Task
@@ -37,42 +45,8 @@ class TaskScore:
     ranking: Tensor
     chance: float
     num_skipped: int = 0
-
-
-def path_columns(
-    query: Tensor, candidate: Tensor, aggregate: Callable[[Tensor], Tensor]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Name what is scored: the aggregate, then every path on its own.
-
-    Args:
-        query: ``[Uq, N, D]``, all paths.
-        candidate: ``[Uc, N, D]``.
-        aggregate: combines paths; ``ParallelEncoder.aggregate``.
-
-    Returns:
-        Column name to a pair of ``[Uq, D]`` and ``[Uc, D]``; the aggregate may have another ``D``.
-    """
-    columns = {"aggregate": (aggregate(query), aggregate(candidate))}
-    columns |= {f"path_{path}": (query[:, path], candidate[:, path]) for path in range(query.shape[1])}
-    return columns
-
-
-def hit_at_1(scores_RC: Tensor, rivals_RC: Tensor) -> Tensor:
-    """Whether the positive, column 0, scores strictly above every rival of its row.
-
-    A tie is a miss: MMEB keeps the positive at index 0, so that breaking ties by index would call a
-    collapsed model perfect. NaN anywhere that matters is a miss as well.
-
-    Args:
-        scores_RC: ``[R, C]`` scores, higher is better.
-        rivals_RC: ``[R, C]`` bool; False for the positive, its copies and padding.
-
-    Returns:
-        bool ``[R]``.
-    """
-    positive_R1 = scores_RC[:, :1]
-    beaten_RC = (scores_RC < positive_R1) | ~rivals_RC
-    return beaten_RC.all(dim=1) & ~positive_R1[:, 0].isnan()
+    ranks: dict[str, Tensor] = field(default_factory=dict)
+    rows_sha256: str = ""
 
 
 def score_task(task: EvalTask, columns: Mapping[str, tuple[Tensor, Tensor]]) -> TaskScore:
@@ -84,10 +58,11 @@ def score_task(task: EvalTask, columns: Mapping[str, tuple[Tensor, Tensor]]) -> 
     Args:
         task: rows as indices into unique queries and candidates, each row's positive first.
         columns: name to (``[Uq, D]`` of the queries, ``[Uc, D]`` of the candidates), see
-            ``path_columns``; the ranking is that of the first column.
+            ``modes.path_columns``; several vectors ``[U, N, D]`` are scored by MaxSim. The ranking is that
+            of the first column.
 
     Returns:
-        Hits per row and column, the ranking, and the level of chance.
+        Ranks and hits per row and column, the ranking, and the level of chance.
 
     Raises:
         ValueError: no rows, a row without candidates, or embeddings that do not fit the task.
@@ -98,24 +73,48 @@ def score_task(task: EvalTask, columns: Mapping[str, tuple[Tensor, Tensor]]) -> 
     identity_U = torch.tensor([identity(candidate) for candidate in task.candidates])
     identity_RC = identity_U[index_RC]
     rivals_RC = identity_RC != identity_RC[:, :1]
-    hits, ranking = {}, torch.empty(0)
+    ranks, ranking = {}, torch.empty(0)
     for number, (name, (query, candidate)) in enumerate(columns.items()):
-        distinct_UD, distinct_of_candidate = _distinct_rows(
+        distinct, distinct_of_candidate = _distinct_rows(
             F.normalize(candidate.detach().float().cpu(), dim=-1)
         )
         unit_query = F.normalize(query.detach().float().cpu(), dim=-1)
-        hits_by_chunk, ranking_by_chunk = [], []
+        ranks_by_chunk, ranking_by_chunk = [], []
         for start in range(0, len(query_of_row), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
-            all_scores = unit_query[query_of_row[rows]] @ distinct_UD.T
+            all_scores = similarities(unit_query[query_of_row[rows]], distinct)
             scores_RC = all_scores.gather(1, distinct_of_candidate[index_RC[rows]])
-            hits_by_chunk.append(hit_at_1(scores_RC, rivals_RC[rows]))
+            ranks_by_chunk.append(positive_rank(scores_RC, rivals_RC[rows]))
             if number == 0:
                 ranking_by_chunk.append(_ranking(scores_RC, rivals_RC[rows], index_RC[rows]))
-        hits[name] = torch.cat(hits_by_chunk)
+        ranks[name] = torch.cat(ranks_by_chunk)
         ranking = torch.cat(ranking_by_chunk) if number == 0 else ranking
     chance = sum(1 / len(set(identity_U[row].tolist())) for row in task.candidates_of_row) / len(query_of_row)
-    return TaskScore(task.task, hits, ranking, chance)
+    hits = {name: rank_R == 1 for name, rank_R in ranks.items()}
+    return TaskScore(task.task, hits, ranking, chance, ranks=ranks, rows_sha256=rows_hash(task))
+
+
+def rows_hash(task: EvalTask) -> str:
+    """Identify what a task asks: the texts and images of every row's query and candidates, in order.
+
+    Image files count by their last two path parts, so that a benchmark may move; their content does not
+    count, PIL images count by their pixels.
+
+    Returns:
+        The first 16 hexadecimal digits of a SHA-256.
+    """
+    queries, candidates = ([_input_hash(each) for each in side] for side in (task.queries, task.candidates))
+    digest = sha256()
+    for query, row in zip(task.query_of_row, task.candidates_of_row, strict=True):
+        digest.update(queries[query] + b"".join(candidates[index] for index in row) + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def _input_hash(row: RawInput) -> bytes:
+    images = tuple(
+        "/".join(Path(image).parts[-2:]) if isinstance(image, str) else image for image in row.images
+    )
+    return identity(RawInput(row.text, images)).to_bytes(8, "big", signed=True)
 
 
 def _check(task: EvalTask, columns: Mapping[str, tuple[Tensor, Tensor]]) -> None:
@@ -135,7 +134,7 @@ def _check(task: EvalTask, columns: Mapping[str, tuple[Tensor, Tensor]]) -> None
         if (
             (len(query), len(candidate)) != expected
             or query.shape[1:] != candidate.shape[1:]
-            or query.ndim != 2
+            or query.ndim not in (2, 3)
         ):
             raise ValueError(
                 f"{name}, {column}: embeddings of shape {tuple(query.shape)}, {tuple(candidate.shape)} "
@@ -149,12 +148,12 @@ def _padded(candidates_of_row: list[list[int]]) -> Tensor:
     return torch.tensor([row + row[:1] * (longest - len(row)) for row in candidates_of_row])
 
 
-def _distinct_rows(embedding_UD: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows that differ in at least one bit, and each row's index among them."""
+def _distinct_rows(embeddings: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows ``[U, ...]`` that differ in at least one bit, and each row's index among them."""
     numbers: dict[bytes, int] = {}
-    of_row = [numbers.setdefault(row.numpy().tobytes(), len(numbers)) for row in embedding_UD]
+    of_row = [numbers.setdefault(row.numpy().tobytes(), len(numbers)) for row in embeddings]
     first = {number: row for row, number in reversed(list(enumerate(of_row)))}
-    return embedding_UD[[first[number] for number in range(len(numbers))]], torch.tensor(of_row)
+    return embeddings[[first[number] for number in range(len(numbers))]], torch.tensor(of_row)
 
 
 def _ranking(scores_RC: Tensor, rivals_RC: Tensor, index_RC: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The work of a training step, by arithmetic: image tokens and floating-point operations.
+"""The work of a training step, by arithmetic: image tokens, token passes and floating-point operations.
 
 Every number is a floor: what the algorithm must compute, without padding. Shapes only: a backbone on the meta
 device is enough. Here: formulas. Elsewhere on purpose: bytes (``training.memory``), which run is meant
@@ -7,13 +7,16 @@ device is enough. Here: formulas. Elsewhere on purpose: bytes (``training.memory
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from parallel_decoupling.model.backbone import Backbone
+from parallel_decoupling.model.prefixes import prefix_range
+from parallel_decoupling.training.grad_cache import LENGTH_GROUPS
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,42 @@ def vision_trains(backbone: Backbone) -> bool:
     )
 
 
+def paths_per_layer(settings: Mapping[str, Any], num_layers: int) -> float:
+    """Rows per input in the average layer: layers below the first prefix see an input once."""
+    shared = prefix_range(settings["prefix_layers"], num_layers).start / num_layers
+    return shared + float(settings["num_paths"]) * (1 - shared)
+
+
+def forward_passes(settings: Mapping[str, Any], queries: int, candidates: int) -> int:
+    """Calls of the encoder for one batch of one process, without GradCache's second ones."""
+    sides = ((settings["query_chunk_size"], queries), (settings["candidate_chunk_size"], candidates))
+    return sum(math.ceil(rows / (chunk or math.ceil(rows / LENGTH_GROUPS))) for chunk, rows in sides)
+
+
+def prompt_tokens(settings: Mapping[str, Any], forward_passes: int) -> int:
+    """Tokens of shallow prefixes: each forward pass runs every path's prompt once, whatever its rows."""
+    if settings["prefix_type"] == "deep":
+        return 0
+    return int(settings["num_paths"] * settings["prefix_length"] * forward_passes)
+
+
+def token_passes(
+    settings: Mapping[str, Any], num_layers: int, *, tokens: float, forward_passes: int
+) -> float:
+    """Tokens times paths through all layers of the language model: the unit of compute of a run.
+
+    Shared lower layers count once for all paths; a deep prefix costs none; a repeated pass (GradCache,
+    checkpointing) does not count.
+
+    Args:
+        settings: arguments of ``PDFEmbedder``.
+        num_layers: of the language model.
+        tokens: of the inputs, without padding.
+        forward_passes: calls of the encoder.
+    """
+    return tokens * paths_per_layer(settings, num_layers) + prompt_tokens(settings, forward_passes)
+
+
 def step_flops(
     backbone: Backbone,
     *,
@@ -174,6 +213,7 @@ def step_flops(
     prefix_length: int,
     replayed: bool,
     checkpointing: bool,
+    prompt_tokens: int = 0,
 ) -> float:
     """Floating-point operations of encoding one batch and back, over all processes.
 
@@ -191,6 +231,7 @@ def step_flops(
         prefix_length: P.
         replayed: GradCache.
         checkpointing: whether layers are recomputed.
+        prompt_tokens: of shallow prefixes, in all forward passes; never recomputed by checkpointing.
     """
     language, vision = language_stack(backbone), vision_stack(backbone)
     backward, long = 2 if backbone.adapter.kind == "full" else 1, text_tokens + image.tokens
@@ -198,6 +239,7 @@ def step_flops(
     total = paths_per_layer * images * language.flops(long, long + prefix_length, **passes)
     short = language.flops(text_tokens, text_tokens + prefix_length, **passes)
     total += paths_per_layer * (rows - images) * short
+    total += language.flops(prompt_tokens, prefix_length, forward=1 + replayed, backward=backward)
     if not vision_trains(backbone):
         passes = {"forward": 1 + replayed, "backward": 0}
     return total + images * vision.flops(image.patches, image.context, **passes)

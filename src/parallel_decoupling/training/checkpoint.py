@@ -95,10 +95,14 @@ def load_into(module: PDFEmbedder, checkpoint: Mapping[str, Any]) -> None:
 
 
 def data_settings(module: PDFEmbedder) -> dict[str, Any]:
-    """Arguments of the trainer's datamodule, as far as they are plain values."""
+    """Arguments of the trainer's datamodule, as far as they are plain values; not those of predict."""
     datamodule = getattr(module.trainer_or_none, "datamodule", None)
     if datamodule is None:
         return {}
     names = inspect.signature(type(datamodule).__init__).parameters
     values = {name: getattr(datamodule, name) for name in names if hasattr(datamodule, name)}
-    return {name: value for name, value in values.items() if isinstance(value, _PLAIN)}
+    return {
+        name: value
+        for name, value in values.items()
+        if isinstance(value, _PLAIN) and not name.startswith("predict_")
+    }

@@ -9,8 +9,8 @@ evaluation and ``encode`` (``training.evaluator``), what a run shows of itself (
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, cast
 
 import torch
@@ -30,11 +30,12 @@ from parallel_decoupling.distributed import (
 )
 from parallel_decoupling.model.backbone import AdapterConfig
 from parallel_decoupling.model.build import build_encoder
-from parallel_decoupling.model.dual_backbone import absolute_name
 from parallel_decoupling.model.dual_encoder import DualEncoder
 from parallel_decoupling.model.families import Family
+from parallel_decoupling.model.matryoshka import nested_dims
+from parallel_decoupling.model.prefixes import ShallowPrefixes
 from parallel_decoupling.objective.mutual_information import MutualInformation, mi_weight_schedule
-from parallel_decoupling.training import callbacks, checkpoint
+from parallel_decoupling.training import arithmetic, callbacks, checkpoint
 from parallel_decoupling.training.evaluation import git_commit
 from parallel_decoupling.training.evaluator import EvaluatedEncoder
 from parallel_decoupling.training.grad_cache import Encoding, encode_in_chunks
@@ -43,14 +44,16 @@ from parallel_decoupling.training.optimization import (
     OptimizerConfig,
     learning_rate_schedule,
     main_optimizer,
+    total_steps,
 )
 from parallel_decoupling.training.randomness import seeded
-from parallel_decoupling.training.settings import as_config, as_plain, check_settings
+from parallel_decoupling.training.settings import LOADING, PATHS, read_settings
 from parallel_decoupling.training.strategies import FSDP2Strategy, shard_backbone
 from parallel_decoupling.training.terms import (
     GatheredPairs,
     contrastive_terms,
     estimator_nll,
+    frozen,
     gather_pairs,
     monitored_values,
     mutual_information_terms,
@@ -74,13 +77,17 @@ class PDFEmbedder(EvaluatedEncoder):
             open_clip:<architecture>/<pretrained tag> (docs/openclip.md).
         num_paths: N, paths per input.
         prefix_length: P, key/value slots per layer and path; 0 is the plain backbone (num_paths=1 only).
-        prefix_layers: first layer with a prefix; the layers below run once for all paths.
+        prefix_layers: first layer with a prefix; the layers below run once for all paths. Or [start, stop]:
+            layers start to stop - 1 have one.
+        prefix_type: deep (trained keys and values in every layer) or shallow (trained input embeddings).
         prefix_init: meta (states of short meta-prompts) or random (at the scale of real states).
         aggregation: of the paths' embeddings: mean, concat or learned weights.
         adapter: what trains in the backbone.
         mi: the estimator of mutual information and its schedule.
         mi_weight: final weight of the mutual-information term; with 0 the estimator only watches.
         aggregate_weight: weight of the aggregate's InfoNCE; 0 switches it off.
+        matryoshka_dims: smaller dimensions at which every path and the aggregate are contrasted, too, so that
+            truncate_dim of encode works well; the terms are means over these and the full dimension.
         temperature: divides cosines in InfoNCE, above 0.
         learn_temperature: train the temperature, starting from temperature.
         symmetric: also contrast candidates with queries.
@@ -105,6 +112,7 @@ class PDFEmbedder(EvaluatedEncoder):
     Relations:
         ``num_paths=1, prefix_length=0, mi_weight=0, aggregate_weight=0`` is the single-path VLM2Vec recipe.
         Without dropout, loss and gradients do not depend on the chunk sizes or the number of processes.
+        ``matryoshka_dims=[D]`` is none.
     """
 
     def __init__(
@@ -112,13 +120,15 @@ class PDFEmbedder(EvaluatedEncoder):
         backbone: str = "tiny",
         num_paths: int = 4,
         prefix_length: int = 8,
-        prefix_layers: int = 0,
+        prefix_layers: int | list[int] = 0,
+        prefix_type: Literal["deep", "shallow"] = "deep",
         prefix_init: Literal["meta", "random"] = "meta",
         aggregation: Literal["mean", "concat", "learned"] = "mean",
         adapter: AdapterConfig = _ADAPTER,
         mi: MIConfig = _MI,
         mi_weight: float = 0.1,
         aggregate_weight: float = 1.0,
+        matryoshka_dims: list[int] | None = None,
         temperature: float = 0.02,
         learn_temperature: bool = False,
         symmetric: bool = False,
@@ -136,25 +146,15 @@ class PDFEmbedder(EvaluatedEncoder):
         family: Family | None = None,
         seed: int = 0,
     ) -> None:
-        settings = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         self.automatic_optimization = False
-        self.strict_loading = (
-            False  # the frozen backbone is not in the checkpoint; load_into checks every key
-        )
-        adapter = as_config(AdapterConfig, adapter, "adapter")
-        self.mi_config = as_config(MIConfig, mi, "mi")
-        self.optimizer_config = as_config(OptimizerConfig, optimizer, "optimizer")
-        settings["backbone"] = absolute_name(backbone)
-        if initial_adapter is not None:
-            settings["initial_adapter"] = absolute_name(initial_adapter)
-        settings |= {"adapter": as_plain(adapter), "mi": as_plain(self.mi_config)}
-        settings["optimizer"] = as_plain(self.optimizer_config)
-        if family is not None:
-            family = as_config(Family, family, "family")
-            settings["family"] = as_plain(family)
-        check_settings(settings)
-        self.save_hyperparameters(settings, logger=False)
+        # the frozen backbone is not in the checkpoint; load_into checks every key
+        self.strict_loading = False
+        typed, plain = read_settings(arguments)
+        self.save_hyperparameters(plain, logger=False)
+        self.mi_config: MIConfig = typed["mi"]
+        self.optimizer_config: OptimizerConfig = typed["optimizer"]
         self.mi_weight, self.aggregate_weight, self.symmetric = mi_weight, aggregate_weight, symmetric
         self.query_chunk_size, self.candidate_chunk_size = query_chunk_size, candidate_chunk_size
         self.query_instruction, self.candidate_instruction = query_instruction, candidate_instruction
@@ -163,12 +163,9 @@ class PDFEmbedder(EvaluatedEncoder):
         self.rows_by_subset: dict[str, int] = {}
         self.fingerprint: dict[str, Any] | None = None
         self.pending_gradients: dict[str, Tensor] = {}
-        loading: dict[str, Any] = {"revision": backbone_revision, "dtype": dtype, "attention": attention}
-        loading |= {"adapter": adapter, "gradient_checkpointing": gradient_checkpointing, "family": family}
-        loading |= {"initial_adapter": initial_adapter, "quantization": quantization}
-        paths: dict[str, Any] = {"num_paths": num_paths, "aggregation": aggregation, "seed": seed}
-        paths |= {name: settings[name] for name in ("prefix_length", "prefix_layers", "prefix_init")}
-        self.encoder = build_encoder(backbone, loading, paths)
+        loading = {"revision": backbone_revision} | {name: typed[name] for name in LOADING}
+        self.encoder = build_encoder(backbone, loading, {name: typed[name] for name in PATHS})
+        self.nested_dims = nested_dims(matryoshka_dims, self.encoder.embed_dim)
         with seeded(torch.device("cpu"), seed, "estimator"):
             self.mutual_information = MutualInformation(
                 self.mi_config.kind,
@@ -189,7 +186,7 @@ class PDFEmbedder(EvaluatedEncoder):
             query = self._encode(batch.query, "query", self.query_chunk_size)
             candidate = self._encode(batch.candidate, "candidate", self.candidate_chunk_size)
             embeddings = query.embeddings, candidate.embeddings
-            pairs = gather_pairs(*embeddings, batch.candidate_ids, self.encoder.aggregate)
+            pairs = gather_pairs(*embeddings, batch.candidate_ids, self.encoder.aggregate, self.nested_dims)
             # 2. The estimator's own steps, on detached embeddings.
             held_out, nll = self._fit_estimator(pairs)
             # 3. The objective, with the estimator frozen.
@@ -276,15 +273,18 @@ class PDFEmbedder(EvaluatedEncoder):
     def _log_batch(self, batch: PairBatch, values: dict[str, Any]) -> None:
         """Log a batch's values and the counters of the run.
 
-        A token pass is one token of one path through all layers of the language model; shared lower layers
-        count once for all paths.
+        For the compute counter see ``arithmetic.token_passes``.
         """
         for subset in (subset for subsets in gather_objects(batch.subsets) for subset in subsets):
             self.rows_by_subset[subset] = self.rows_by_subset.get(subset, 0) + 1
         tokens = torch.tensor([batch.query.num_tokens + batch.candidate.num_tokens], device=self.device)
-        shared_share = self.encoder.prefix_layers / self.encoder.backbone.num_layers
-        passes = shared_share + self.encoder.num_paths * (1 - shared_share)
-        self.token_passes += float(gather_with_grad(tokens).sum()) * passes
+        sizes = len(batch.query), len(batch.candidate)
+        self.token_passes += arithmetic.token_passes(
+            self.hparams,
+            self.encoder.backbone.num_layers,
+            tokens=float(gather_with_grad(tokens).sum()),
+            forward_passes=world_size() * arithmetic.forward_passes(self.hparams, *sizes),
+        )
         rows = sum(self.rows_by_subset.values())
         values |= {f"mix/{subset}": count / rows for subset, count in self.rows_by_subset.items()}
         values |= {"compute/token_passes": self.token_passes, "train/temperature": self.temperature.detach()}
@@ -313,12 +313,7 @@ class PDFEmbedder(EvaluatedEncoder):
 
     def total_steps(self) -> float:
         """Main steps of the whole run; infinite without ``max_steps`` and ``max_epochs``."""
-        trainer = cast(Any, self.trainer)
-        steps = float("inf") if trainer.max_steps == -1 else float(trainer.max_steps)
-        if trainer.max_epochs not in (None, -1) and trainer.estimated_stepping_batches != float("inf"):
-            batches = trainer.num_training_batches * trainer.max_epochs
-            steps = min(steps, batches // self.optimizer_config.accumulate_batches)
-        return steps
+        return total_steps(self.trainer, self.optimizer_config.accumulate_batches)
 
     def setup(self, stage: str) -> None:
         """Refuse a strategy that cannot work before anything is trained."""
@@ -339,6 +334,11 @@ class PDFEmbedder(EvaluatedEncoder):
         if self.device_mesh is not None:
             if isinstance(self.encoder, DualEncoder):
                 raise ValueError("strategy fsdp2 does not shard an OpenCLIP model: use strategy ddp.")
+            if isinstance(self.encoder.prefixes, ShallowPrefixes):
+                raise ValueError(
+                    "strategy fsdp2 does not train prefix_type=shallow, whose keys and values leave the "
+                    "sharded layers on the side: use strategy ddp."
+                )
             checkpoint.fingerprint(self)
             shard_backbone(self.encoder.backbone, self.device_mesh["data_parallel"])
 
@@ -394,13 +394,3 @@ class PDFEmbedder(EvaluatedEncoder):
             "global_step": self.steps_done,
             "token_passes": self.token_passes,
         }
-
-
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Within the block no parameter of ``module`` gets a gradient; its inputs do."""
-    module.requires_grad_(False)
-    try:
-        yield
-    finally:
-        module.requires_grad_(True)

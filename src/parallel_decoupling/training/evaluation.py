@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -18,12 +19,22 @@ from torch.utils.tensorboard import SummaryWriter
 
 from parallel_decoupling.data.collate import EvalBatch
 from parallel_decoupling.data.tasks import EvalTask
+from parallel_decoupling.distributed import rank
+from parallel_decoupling.retrieval.modes import path_columns
 from parallel_decoupling.retrieval.plots import retrieval_examples_figure
 from parallel_decoupling.retrieval.report import SCORES_FILE, ScoreReport
-from parallel_decoupling.retrieval.score import TaskScore, path_columns, score_task
+from parallel_decoupling.retrieval.score import TaskScore, score_task
+from parallel_decoupling.retrieval.score_files import (
+    LEADERBOARD_FILE,
+    SCORE_FILES_DIR,
+    write_leaderboard,
+    write_score_files,
+)
+from parallel_decoupling.training.embedding_cache import CachedTask, EmbeddingCache
 
 CSV_FILE = "scores.csv"
 PROJECTOR_ROWS = 300
+SIDES: tuple[Literal["query", "candidate"], ...] = ("query", "candidate")
 
 
 class TaskEmbeddings:
@@ -41,7 +52,7 @@ class TaskEmbeddings:
         self.task = task
         self._reduce = reduce
         self._sizes = {"query": len(task.queries), "candidate": len(task.candidates)}
-        self._sum_UND: dict[str, Tensor] = {}
+        self._sum_UND: dict[str, Tensor] = {}  # both sides, from the first batch on
         self._count_U = {side: torch.zeros(size) for side, size in self._sizes.items()}
         self._missing_U = {side: torch.zeros(size) for side, size in self._sizes.items()}
         self.missing: dict[str, list[int]] = {"query": [], "candidate": []}
@@ -49,8 +60,9 @@ class TaskEmbeddings:
     def add(self, batch: EvalBatch, embeddings_BND: Tensor) -> None:
         """Put one batch in its place."""
         rows, side = batch.indices.cpu(), batch.side
-        if side not in self._sum_UND:
-            self._sum_UND[side] = torch.zeros(self._sizes[side], *embeddings_BND.shape[1:])
+        if not self._sum_UND:
+            trailing = embeddings_BND.shape[1:]
+            self._sum_UND = {each: torch.zeros(size, *trailing) for each, size in self._sizes.items()}
         self._sum_UND[side][rows] = embeddings_BND.float().cpu()
         self._count_U[side][rows] = 1
         self._missing_U[side][list(batch.missing)] = 1
@@ -58,18 +70,18 @@ class TaskEmbeddings:
     def complete(self) -> tuple[Tensor, Tensor] | None:
         """Queries ``[Uq, N, D]`` and candidates ``[Uc, N, D]`` of all ranks; ``None`` if rows are missing.
 
-        A row that two ranks encoded counts with its mean; one whose images could not be read is NaN.
+        A row that two ranks encoded counts with its mean; one whose images could not be read is NaN. Every
+        rank takes part in the same collectives, whichever sides its own batches had.
         """
-        sides = []
-        for side in ("query", "candidate"):
-            count_U = self._reduce(self._count_U[side])
-            if side not in self._sum_UND or not bool((count_U > 0).all()):
-                return None
-            embeddings_UND = self._reduce(self._sum_UND[side]) / count_U.view(-1, 1, 1)
+        counts = {side: self._reduce(self._count_U[side]) for side in SIDES}
+        if not all(bool((count_U > 0).all()) for count_U in counts.values()):
+            return None
+        sides = {}
+        for side in SIDES:
+            sides[side] = self._reduce(self._sum_UND[side]) / counts[side].view(-1, 1, 1)
             self.missing[side] = self._reduce(self._missing_U[side]).nonzero()[:, 0].tolist()
-            embeddings_UND[self.missing[side]] = torch.nan
-            sides.append(embeddings_UND)
-        return sides[0], sides[1]
+            sides[side][self.missing[side]] = torch.nan
+        return sides["query"], sides["candidate"]
 
 
 class Evaluation:
@@ -80,6 +92,12 @@ class Evaluation:
         aggregate: combines paths, ``[U, N, D]`` to ``[U, D']``, on the CPU.
         reduce: sums a tensor over ranks.
         on_task: called with each complete task: task, its score, queries and candidates.
+        cache: takes every complete task, on the first rank; ``None`` keeps nothing.
+        quiet: say nothing about tasks that a batch limit cut short.
+
+    Attributes:
+        scores: of the tasks done.
+        shapes: of one candidate's embedding by column, known after the first task.
     """
 
     def __init__(
@@ -88,10 +106,15 @@ class Evaluation:
         aggregate: Callable[[Tensor], Tensor],
         reduce: Callable[[Tensor], Tensor],
         on_task: Callable[[EvalTask, TaskScore, Tensor, Tensor], None] | None = None,
+        *,
+        cache: EmbeddingCache | None = None,
+        quiet: bool = False,
     ) -> None:
         self.tasks = tasks
         self.scores: list[TaskScore] = []
+        self.shapes: dict[str, torch.Size] = {}
         self._aggregate, self._reduce, self._on_task = aggregate, reduce, on_task
+        self._cache, self._quiet = cache, quiet
         self._index = -1
         self._current: TaskEmbeddings | None = None
 
@@ -102,6 +125,14 @@ class Evaluation:
             self._index, self._current = index, TaskEmbeddings(self.tasks[index], self._reduce)
         self._current.add(batch, embeddings_BND)
 
+    def add_cached(self, index: int) -> None:
+        """Score task ``index`` from the cache."""
+        assert self._cache is not None, "only a cache makes loaders of cached tasks"
+        self.finish_task()
+        self._index = index
+        content = self._cache.load(self.tasks[index])
+        self._score(self.tasks[index], (content.query, content.candidate), content.missing)
+
     def finish_task(self) -> None:
         """Score the task at hand; a task that a batch limit cut short is left out with a warning."""
         if self._current is None:
@@ -109,16 +140,24 @@ class Evaluation:
         task, sides, missing = self._current.task, self._current.complete(), self._current.missing
         self._current = None
         if sides is None:
-            rank_zero_warn(
-                f"{task.task.name}: not all rows were encoded (limited batches), so it has no score."
-            )
+            if not self._quiet:
+                rank_zero_warn(
+                    f"{task.task.name}: not all rows were encoded (limited batches), so it has no score."
+                )
             return
+        if self._cache is not None and rank() == 0:
+            self._cache.save(task, CachedTask(*sides, missing))
+        self._score(task, sides, missing)
+
+    def _score(self, task: EvalTask, sides: tuple[Tensor, Tensor], missing: dict[str, list[int]]) -> None:
         readable, num_skipped = _without_missing(task, **missing)
         if not readable.query_of_row:
             rank_zero_warn(f"{task.task.name}: no row's images could be read, so it has no score.")
             return
-        score = replace(score_task(readable, path_columns(*sides, self._aggregate)), num_skipped=num_skipped)
+        columns = path_columns(*sides, self._aggregate)
+        score = replace(score_task(readable, columns), num_skipped=num_skipped)
         self.scores.append(score)
+        self.shapes = {name: candidate.shape[1:] for name, (_, candidate) in columns.items()}
         if self._on_task is not None:
             self._on_task(readable, score, *sides)
 
@@ -137,10 +176,17 @@ def _without_missing(task: EvalTask, query: list[int], candidate: list[int]) -> 
 
 
 def write_report(report: ScoreReport, folder: Path) -> None:
-    """Write ``scores.json`` and ``scores.csv`` into ``folder``."""
+    """Write ``scores.json``, ``scores.csv``, VLM2Vec's score files and the leaderboard's into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     report.to_json_file(folder / SCORES_FILE)
     report.to_csv_file(folder / CSV_FILE)
+    write_score_files(report, folder / SCORE_FILES_DIR)
+    model = report.run.get("model", {})
+    shape = report.modes.get(report.columns[0], {})
+    metadata = {"model_name": folder.resolve().name, "model_backbone": model.get("backbone")}
+    if shape:
+        metadata["embedding_dimension"] = int(shape["bytes_per_item"]) // 4
+    write_leaderboard(report, folder / LEADERBOARD_FILE, metadata)
 
 
 def draw_examples(writer: SummaryWriter, task: EvalTask, score: TaskScore, step: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,14 +19,29 @@ from torch import Tensor
 from parallel_decoupling.batch import EncoderInputs
 from parallel_decoupling.data.collate import EvalBatch
 from parallel_decoupling.data.datamodule import MMEBDataModule
+from parallel_decoupling.data.row_loaders import RowBatch
 from parallel_decoupling.data.tasks import EvalTask
-from parallel_decoupling.distributed import world_size
+from parallel_decoupling.distributed import gather_objects, world_size
+from parallel_decoupling.model.checkpoint import backbone_fingerprint
 from parallel_decoupling.model.dual_encoder import DualEncoder
 from parallel_decoupling.model.encoder import ParallelEncoder
+from parallel_decoupling.objective.statistics import path_cosine
 from parallel_decoupling.retrieval.embedder import Embedder, warn_of_cut_texts
+from parallel_decoupling.retrieval.html_report import TaskExamples, task_examples, write_html_report
+from parallel_decoupling.retrieval.modes import mode_costs
 from parallel_decoupling.retrieval.report import ScoreReport
+from parallel_decoupling.retrieval.sanity import (
+    FinalNormCheck,
+    Finding,
+    TaskHealth,
+    findings,
+    prompt_mismatches,
+    task_health,
+)
 from parallel_decoupling.retrieval.score import TaskScore
+from parallel_decoupling.retrieval.score_files import SCORE_FILES_DIR, write_predictions
 from parallel_decoupling.training.callbacks import console, tensorboard_writer
+from parallel_decoupling.training.embedding_cache import EmbeddingCache, model_hash
 from parallel_decoupling.training.evaluation import (
     Evaluation,
     ProjectorSample,
@@ -33,8 +49,11 @@ from parallel_decoupling.training.evaluation import (
     draw_examples,
     write_report,
 )
+from parallel_decoupling.training.prediction_writer import row_embeddings
 
 PREDICTIONS_DIR = "predictions"
+EMBEDDINGS_DIR = "embeddings"
+IMAGE_SETTINGS = ("image_size", "min_pixels", "max_pixels")
 PROJECTOR_DIR = "projector"
 
 
@@ -46,16 +65,24 @@ class EvaluatedEncoder(LightningModule):
         query_instruction: default instruction of ``encode_query``.
         candidate_instruction: default instruction of ``encode_candidate``.
         steps_done: main steps behind the weights.
+        rows_by_subset: training rows behind the weights, by subset.
     """
 
     encoder: ParallelEncoder | DualEncoder
     query_instruction: str
     candidate_instruction: str
     steps_done: int
+    rows_by_subset: dict[str, int]
     _evaluation: Evaluation
     _projector: ProjectorSample
     _predict_tasks: list[EvalTask]
     _predicted: TaskEmbeddings | None
+    _cache: EmbeddingCache | None = None
+    _health: list[TaskHealth]
+    _examples: list[TaskExamples]
+    _path_cosines: list[Tensor]
+    _score_files_dir: Path
+    _final_norm: FinalNormCheck
 
     @abstractmethod
     def run_info(self) -> dict[str, Any]:
@@ -68,7 +95,7 @@ class EvaluatedEncoder(LightningModule):
 
     @property
     def run_dir(self) -> Path:
-        """Folder of everything that the Trainer writes."""
+        """Folder of everything that the Trainer writes; a collective, so all ranks must ask."""
         return Path(self.trainer.log_dir or self.trainer.default_root_dir)
 
     def forward(self, inputs: EncoderInputs, paths: Sequence[int] | None = None) -> Tensor:
@@ -77,7 +104,9 @@ class EvaluatedEncoder(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Begin with no scores."""
-        self._evaluation = Evaluation(self._eval_tasks(), self._cpu_aggregate, self._sum_over_ranks)
+        quiet = bool(self.trainer.sanity_checking)
+        tasks = self._eval_tasks()
+        self._evaluation = Evaluation(tasks, self._cpu_aggregate, self._sum_over_ranks, quiet=quiet)
 
     def validation_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Embed one batch of task ``dataloader_idx``."""
@@ -92,24 +121,88 @@ class EvaluatedEncoder(LightningModule):
             console().print(report.table())
 
     def on_test_epoch_start(self) -> None:
-        """Begin with no scores, and keep a sample for the projector."""
+        """Begin with no scores, a sample for the projector, and what the sanity checks watch."""
         tasks = self._eval_tasks()
-        self._projector = ProjectorSample(len(tasks))
-        self._evaluation = Evaluation(tasks, self._cpu_aggregate, self._sum_over_ranks, self._show_task)
+        self._projector, self._health = ProjectorSample(len(tasks)), []
+        self._examples, self._path_cosines = [], []
+        self._score_files_dir = self.run_dir / SCORE_FILES_DIR
+        self._final_norm = FinalNormCheck(self.encoder.backbone)
+        self._evaluation = Evaluation(
+            tasks, self._cpu_aggregate, self._sum_over_ranks, self._show_task, cache=self._cache
+        )
 
     def test_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Embed one batch of task ``dataloader_idx``."""
-        self.validation_step(batch, batch_idx, dataloader_idx)
+        """Embed one batch of task ``dataloader_idx``; an empty one says that the task is in the cache."""
+        if len(batch.indices):
+            self.validation_step(batch, batch_idx, dataloader_idx)
+        else:
+            self._evaluation.add_cached(dataloader_idx)
 
     def on_test_epoch_end(self) -> None:
-        """Log the scores, write ``scores.json`` and ``scores.csv``, print the table."""
+        """Log the scores, write the score files, print the tables and what makes them doubtful."""
         report, folder = self._log_scores("test"), self.run_dir
+        self._final_norm.remove()
         if report is None or not self.trainer.is_global_zero:
             return
+        warnings = [finding.plain() for finding in self._findings()]
+        report = replace(report, modes=mode_costs(self._evaluation.shapes), warnings=warnings)
         write_report(report, folder)
+        cosine_NN = torch.stack(self._path_cosines).mean(dim=0)
+        write_html_report(report, folder, examples=self._examples, path_cosine=cosine_NN)
         if tensorboard_writer(self.trainer) is not None:
             self._projector.write(folder / PROJECTOR_DIR)
-        console().print(report.table())
+        tables = [report.table(), report.metrics_table(), report.modes_table()]
+        console().print(*tables, *report.warning_panels(), sep="\n")
+
+    def cached_tasks(self, tasks: Sequence[EvalTask], folder: str | Path | None) -> set[str]:
+        """Open the embedding cache of a test and say which tasks it holds; all ranks agree.
+
+        Args:
+            tasks: to be scored.
+            folder: of the cache; ``None`` is ``embeddings`` in the run's folder.
+        """
+        cache_dir = self.run_dir / EMBEDDINGS_DIR if folder is None else Path(folder)
+        self._cache = EmbeddingCache(cache_dir, self.embedding_hash())
+        found = {task.task.name for task in tasks if self._cache.file(task).is_file()}
+        return gather_objects(found)[0]
+
+    def embedding_hash(self) -> str:
+        """Identify what turns inputs into embeddings, to know which of an earlier run are still good."""
+        return model_hash(self.encoder, self._frozen_part(), self._plain_settings())
+
+    def _frozen_part(self) -> dict[str, Any]:
+        fingerprint = getattr(self, "fingerprint", None)
+        return fingerprint or backbone_fingerprint(self.encoder.backbone)
+
+    def _plain_settings(self) -> dict[str, Any]:
+        info = self.run_info()
+        return {**info.get("data", {}), **info.get("model", {})}
+
+    def _findings(self) -> list[Finding]:
+        """What makes the scores doubtful. An encoder that never trained has no prompts to differ from."""
+        found = [*findings(self._health), *self._final_norm.findings()]
+        data = cast(Any, self.trainer).datamodule
+        if self.steps_done == 0 or not isinstance(data, MMEBDataModule):
+            return found
+        settings = {name: getattr(data, name) for name in (*IMAGE_SETTINGS, "split")}
+        trained = {**settings, "data_dir": data.data_dir, **self._trained_data()}
+        changed = [
+            f"{name}: trained {trained[name]}, asked {settings[name]}"
+            for name in IMAGE_SETTINGS
+            if trained[name] != settings[name]
+        ]
+        if changed:
+            found.append(Finding("prompt_mismatch", "; ".join(changed)))
+        folder = data.folder if trained["data_dir"] == data.data_dir else Path(trained["data_dir"])
+        return [*found, *prompt_mismatches(folder, trained["split"], self._evaluation.tasks)]
+
+    def _trained_data(self) -> dict[str, Any]:
+        """Settings of the data that the loaded checkpoint was trained with."""
+        file = getattr(self.trainer, "ckpt_path", None)
+        if not file or not Path(file).is_file():
+            return {}
+        content = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
+        return dict(content.get("data", {}))
 
     def predict_tasks(self, trainer: Trainer, data: MMEBDataModule, **options: Any) -> Any:
         """Run ``trainer.predict`` over the evaluation tasks; writes ``predictions/<task>.pt`` for each.
@@ -129,8 +222,15 @@ class EvaluatedEncoder(LightningModule):
         """Begin with no task."""
         self._predicted = None
 
-    def predict_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Embed one batch: its place, ``paths`` ``[B, N, D]`` and ``aggregate`` ``[B, D']``."""
+    def predict_step(
+        self, batch: EvalBatch | RowBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, Any]:
+        """Embed one batch: its place, ``paths`` ``[B, N, D]`` and ``aggregate`` ``[B, D']``.
+
+        Of a ``RowBatch`` the wanted columns, each ``[B, D]`` or ``[B, D']``.
+        """
+        if isinstance(batch, RowBatch):
+            return row_embeddings(self.encoder, batch)
         embeddings_BND = self.encoder(batch.inputs)
         task = self._predict_tasks[dataloader_idx]
         if self._predicted is None or self._predicted.task is not task:
@@ -155,7 +255,12 @@ class EvaluatedEncoder(LightningModule):
             return
         task, sides = self._predicted.task, self._predicted.complete()
         self._predicted, folder = None, self.run_dir / PREDICTIONS_DIR
-        if sides is None or not self.trainer.is_global_zero:
+        if sides is None:
+            raise ValueError(
+                f"{task.task.name}: not all rows were encoded, so there is nothing to write. Remove "
+                "trainer.limit_predict_batches and fast_dev_run; --data.query_limit makes tasks shorter."
+            )
+        if not self.trainer.is_global_zero:
             return
         folder.mkdir(parents=True, exist_ok=True)
         content = {}
@@ -172,7 +277,13 @@ class EvaluatedEncoder(LightningModule):
                 warn_of_cut_texts(counts, self.encoder.processor.context_length)
 
     def _eval_tasks(self) -> list[EvalTask]:
-        return list(cast(Any, self.trainer).datamodule.eval_tasks_data)
+        data = getattr(self.trainer, "datamodule", None)
+        if not hasattr(data, "eval_tasks_data"):
+            raise ValueError(
+                "Scoring needs to know which rows belong together, and loaders alone do not say: pass "
+                "datamodule=MMEBDataModule(...) instead of dataloaders=..."
+            )
+        return list(cast(Any, data).eval_tasks_data)
 
     def _cpu_aggregate(self, embeddings: Tensor) -> Tensor:
         with torch.no_grad():
@@ -185,10 +296,18 @@ class EvaluatedEncoder(LightningModule):
         return cast(Tensor, total).cpu()
 
     def _show_task(self, task: EvalTask, score: TaskScore, query_UND: Tensor, candidate_UND: Tensor) -> None:
+        if not self.trainer.is_global_zero:
+            return
+        candidate_UD = self._cpu_aggregate(candidate_UND)
+        self._health.append(task_health(score, query_UND, candidate_UND, candidate_UD))
+        self._examples.append(task_examples(task, score))
+        read_U = ~query_UND.isnan().flatten(1).any(dim=1)
+        self._path_cosines.append(path_cosine(query_UND[read_U]))
+        write_predictions(self._score_files_dir, task, score)
         writer = tensorboard_writer(self.trainer)
         if writer is not None:
             draw_examples(writer, task, score, self.steps_done)
-            self._projector.add(task, self._cpu_aggregate(query_UND), self._cpu_aggregate(candidate_UND))
+            self._projector.add(task, self._cpu_aggregate(query_UND), candidate_UD)
 
     def _log_scores(self, stage: str) -> ScoreReport | None:
         self._evaluation.finish_task()
@@ -226,3 +345,16 @@ class EvaluatedEncoder(LightningModule):
     def similarity(a: Tensor, b: Tensor) -> Tensor:
         """Cosines of all pairs ``[A, B]``; mean over aligned paths for ``[A, N, D]`` and ``[B, N, D]``."""
         return Embedder.similarity(a, b)
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+        """Write a folder to share; see ``Embedder.save_pretrained``."""
+        embedder = self.embedder
+        embedder.run = {**self.run_info(), "rows_by_subset": self.rows_by_subset}
+        if self.trainer_or_none is None:
+            del embedder.run["commit"]  # this one did not train the weights
+        embedder.save_pretrained(folder, **options)
+
+    @staticmethod
+    def from_pretrained(folder: str | Path) -> Embedder:
+        """Load a shared folder: an ``Embedder``, as what is shared does not train."""
+        return Embedder.from_pretrained(folder)

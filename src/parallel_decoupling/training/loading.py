@@ -3,26 +3,76 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from parallel_decoupling.model.pretrained import is_pretrained
 from parallel_decoupling.retrieval.embedder import Embedder
+from parallel_decoupling.retrieval.report import SCORES_FILE, ScoreReport
 from parallel_decoupling.training.embedder import PDFEmbedder
+
+LAST_CHECKPOINT = Path("checkpoints", "last.ckpt")
 
 
 def load_embedder(model_path: str | Path) -> Embedder:
     """Load a trained model for encoding, on the CPU.
 
     Args:
-        model_path: a Lightning checkpoint (``runs/demo/checkpoints/last.ckpt``).
+        model_path: a Lightning checkpoint (``runs/demo/checkpoints/last.ckpt``), the folder of a run (its
+            last checkpoint), or a folder that ``save_pretrained`` or ``lightning export`` wrote.
 
     Returns:
-        In evaluation mode.
+        In evaluation mode, with what is known of the run that trained it.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: there is nothing of that kind; what ``from_pretrained`` refuses.
     """
     path = Path(model_path)
-    if not path.is_file():
-        raise ValueError(f"no checkpoint {str(path)!r}; name a file such as runs/demo/checkpoints/last.ckpt")
-    module = PDFEmbedder.load_from_checkpoint(path, map_location="cpu")
+    if is_pretrained(path):
+        return Embedder.from_pretrained(path)
+    file = checkpoint_file(path)
+    module = PDFEmbedder.load_from_checkpoint(file, map_location="cpu")
     module.eval()
-    return module.embedder
+    embedder = module.embedder
+    embedder.run = run_of(file)
+    return embedder
+
+
+def checkpoint_file(path: Path) -> Path:
+    """The checkpoint that a user means with a file or the folder of a run.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if path.is_file():
+        return path
+    if (path / LAST_CHECKPOINT).is_file():
+        return path / LAST_CHECKPOINT
+    raise ValueError(
+        f"no checkpoint {str(path)!r}; name a file such as runs/demo/checkpoints/last.ckpt, a run folder "
+        f"with {LAST_CHECKPOINT}, or a folder that lightning export wrote"
+    )
+
+
+def run_of(file: Path) -> dict[str, Any]:
+    """What a checkpoint says of the run that wrote it: settings, data, mixture, steps and compute."""
+    checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    progress = checkpoint["progress"]
+    return {
+        "model": checkpoint["hyper_parameters"],
+        "data": checkpoint["data"],
+        "seed": checkpoint["hyper_parameters"]["seed"],
+        "global_step": progress["steps_done"],
+        "token_passes": progress["token_passes"],
+        "rows_by_subset": progress["rows_by_subset"],
+    }
+
+
+def scores_of(file: Path) -> ScoreReport | None:
+    """Scores that a run folder holds for exactly the weights of a checkpoint; None without."""
+    run_dir = file.parent.parent if file.parent.name == LAST_CHECKPOINT.parent.name else file.parent
+    if not (run_dir / SCORES_FILE).is_file():
+        return None
+    report = ScoreReport.from_json_file(run_dir / SCORES_FILE)
+    return report if report.run.get("global_step") == run_of(file)["global_step"] else None

@@ -8,7 +8,7 @@ compares with measured steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,12 +18,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from parallel_decoupling.model.backbone import Backbone
 from parallel_decoupling.objective.mutual_information import MutualInformation
 from parallel_decoupling.training.arithmetic import language_stack, vision_stack, vision_trains
-from parallel_decoupling.training.embedder import frozen
 from parallel_decoupling.training.optimization import MIConfig
 from parallel_decoupling.training.strategies import sharded_blocks
 from parallel_decoupling.training.terms import (
     contrastive_terms,
     estimator_nll,
+    frozen,
     gather_pairs,
     mutual_information_terms,
 )
@@ -92,7 +92,14 @@ def saved_bytes(function: Callable[[], Any], without: Iterable[Tensor] = ()) -> 
 
 
 def objective_bytes(
-    num_paths: int, embed_dim: int, mi: MIConfig, *, queries: int, candidates: int, aggregate_dim: int
+    num_paths: int,
+    embed_dim: int,
+    mi: MIConfig,
+    *,
+    queries: int,
+    candidates: int,
+    aggregate_dim: int,
+    dims: Sequence[int] = (),
 ) -> dict[str, int]:
     """Bytes that the objective keeps on every process, which all see all rows; counted on fake tensors.
 
@@ -103,6 +110,7 @@ def objective_bytes(
         queries: of all processes.
         candidates: of all processes, hard negatives among them.
         aggregate_dim: D'.
+        dims: smaller ones of Matryoshka training.
 
     Returns:
         ``embeddings`` (all rows and aggregates, as received and joined), ``contrastive`` and ``estimator``
@@ -116,7 +124,8 @@ def objective_bytes(
             torch.zeros(queries, num_paths, embed_dim, requires_grad=True),
             torch.zeros(candidates, num_paths, embed_dim, requires_grad=True),
             torch.zeros(candidates, dtype=torch.int64),
-            lambda paths: paths.flatten(1)[:, :aggregate_dim].clone(),
+            lambda paths: paths.flatten(1)[:, : aggregate_dim * paths.shape[2] // embed_dim].clone(),
+            dims,
         )
         contrastive = saved_bytes(
             lambda: contrastive_terms(pairs, torch.ones(()), symmetric=False, with_aggregate=True)
@@ -125,6 +134,7 @@ def objective_bytes(
         with frozen(estimator):
             term = saved_bytes(lambda: mutual_information_terms(estimator, pairs))
     joined = FP32 * (queries + candidates) * (num_paths * embed_dim + aggregate_dim)
+    joined += joined * sum(dims) // embed_dim
     return {"embeddings": 2 * joined, "contrastive": contrastive, "estimator": max(term, fit)}
 
 
@@ -138,6 +148,7 @@ def activation_bytes(
     patches: int,
     element: int,
     checkpointing: bool,
+    prompt_tokens: int = 0,
 ) -> dict[str, float]:
     """Bytes that a forward pass keeps for its backward pass, and those of a layer at work.
 
@@ -156,6 +167,7 @@ def activation_bytes(
         patches: of one image.
         element: bytes per value of the matrix products.
         checkpointing: whether layers are recomputed.
+        prompt_tokens: of shallow prefixes in all forward passes that are alive; never recomputed.
 
     Returns:
         ``activations`` and ``workspace of a layer``.
@@ -166,6 +178,7 @@ def activation_bytes(
     tokens = rows * row_tokens * paths_per_layer
     stream = language.hidden * backbone.dtype.itemsize
     kept = tokens * (language.layers * stream + layer if checkpointing else language.layers * layer)
+    kept += prompt_tokens * language.layers * layer
     if vision_trains(backbone):
         block = element * (6 * vision.hidden + 2 * vision.intermediate)
         stream = vision.hidden * backbone.dtype.itemsize

@@ -59,8 +59,8 @@ class MIConfig:
     """The estimator of the mutual information between paths, and when its term counts.
 
     Args:
-        kind: vclub (default), club_sample and l1out fit a network q; hsic and crosscov fit nothing;
-            none switches the term off.
+        kind: vclub (default), club_sample and l1out fit a network q; hsic, crosscov and orthogonal (squared
+            cosine between the paths of an input) fit nothing; none switches the term off.
         hidden_size: width of q's hidden layer, per path pair.
         fit_steps: steps of q on every batch, before the main step.
         warmup_steps: main steps in which only q is fitted and the term has weight 0.
@@ -71,7 +71,7 @@ class MIConfig:
         ValueError: if a number is out of its range.
     """
 
-    kind: Literal["vclub", "club_sample", "l1out", "hsic", "crosscov", "none"] = "vclub"
+    kind: Literal["vclub", "club_sample", "l1out", "hsic", "crosscov", "orthogonal", "none"] = "vclub"
     hidden_size: int = 64
     fit_steps: int = 2
     warmup_steps: int = 50
@@ -118,6 +118,20 @@ def learning_rate_schedule(optimizer: AdamW, config: OptimizerConfig, total_step
             "set trainer.max_steps or trainer.max_epochs, or optimizer.schedule=constant."
         )
     return LambdaLR(optimizer, _multiplier(config, total_steps))
+
+
+def total_steps(trainer: Any, accumulate_batches: int) -> float:
+    """Main steps of the whole run; infinite without ``max_steps`` and ``max_epochs``.
+
+    Args:
+        trainer: Lightning's, with its training data attached.
+        accumulate_batches: batches per main step.
+    """
+    steps = math.inf if trainer.max_steps == -1 else float(trainer.max_steps)
+    if trainer.max_epochs not in (None, -1) and trainer.estimated_stepping_batches != math.inf:
+        batches = trainer.num_training_batches * trainer.max_epochs
+        steps = min(steps, batches // accumulate_batches)
+    return steps
 
 
 def _multiplier(config: OptimizerConfig, total_steps: float) -> Callable[[int], float]:

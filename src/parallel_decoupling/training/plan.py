@@ -22,9 +22,11 @@ from PIL import Image
 from parallel_decoupling.data.images import ImagePolicy
 from parallel_decoupling.model.backbone import AdapterConfig, meta_backbone
 from parallel_decoupling.model.dual_backbone import is_dual_encoder
-from parallel_decoupling.model.prefixes import DeepPrefixes
+from parallel_decoupling.model.matryoshka import nested_dims
+from parallel_decoupling.model.prefixes import prefix_range
 from parallel_decoupling.objective.mutual_information import MutualInformation
 from parallel_decoupling.training import arithmetic, memory
+from parallel_decoupling.training.grad_cache import LENGTH_GROUPS
 from parallel_decoupling.training.memory import FP32
 from parallel_decoupling.training.optimization import MIConfig, OptimizerConfig
 from parallel_decoupling.training.settings import as_config, as_plain, check_settings
@@ -36,6 +38,7 @@ NATURAL_IMAGE = (640, 480)
 """Width and height of an image before the image policy (ours: the usual size of COCO's)."""
 QUERY_IMAGES, CANDIDATE_IMAGES = 0.77, 0.45
 """Shares of MMEB-train's 1.07 M rows whose query and whose positive candidate have an image."""
+SIDES = ("query", "candidate")
 USABLE = 0.9
 """Share of a GPU's memory to plan with; kernels, fragments and the CUDA context need the rest (ours)."""
 PEAK_FLOPS, UTILISATION = 989e12, 0.4
@@ -164,8 +167,7 @@ class Plan:
     @property
     def paths_per_layer(self) -> float:
         """Rows per input in the average layer: layers below the first prefix see an input once."""
-        shared = float(self.model["prefix_layers"]) / self.backbone.num_layers
-        return shared + float(self.model["num_paths"]) * (1 - shared)
+        return arithmetic.paths_per_layer(self.model, self.backbone.num_layers)
 
     @property
     def graph_rows(self) -> tuple[int, int]:
@@ -176,6 +178,18 @@ class Plan:
         )
         whole = sum(rows for chunk, rows in sides if chunk is None)
         return whole, max([min(chunk, rows) for chunk, rows in sides if chunk is not None], default=0)
+
+    @property
+    def forward_passes(self) -> int:
+        """Calls of the encoder for one batch, of all processes."""
+        processes = self.layout.processes
+        rows = self.queries // processes, self.candidates // processes
+        return processes * arithmetic.forward_passes(self.model, *rows)
+
+    @property
+    def _passes_alive(self) -> int:
+        """Forward passes of one process whose activations are alive at once."""
+        return max(1, LENGTH_GROUPS * sum(self.model[f"{side}_chunk_size"] is None for side in SIDES))
 
     @cached_property
     def parameters(self) -> list[Parameters]:
@@ -199,11 +213,13 @@ class Plan:
     def _added_parameters(self) -> dict[str, int]:
         """What the package adds to a backbone; fp32, never sharded."""
         model, backbone, num_paths = self.model, self.backbone, self.model["num_paths"]
-        sizes = {"num_paths": num_paths, "prefix_length": model["prefix_length"]}
-        sizes |= {"num_key_value_heads": backbone.num_key_value_heads, "head_dim": backbone.head_dim}
+        slots = num_paths * model["prefix_length"]
+        num_layers = len(prefix_range(model["prefix_layers"], backbone.num_layers))
+        of_a_slot = {
+            "deep": num_layers * 2 * backbone.num_key_value_heads * backbone.head_dim,
+            "shallow": backbone.hidden_size,
+        }
         with torch.device("meta"):
-            num_layers = backbone.num_layers - model["prefix_layers"]
-            prefixes = DeepPrefixes(num_layers=num_layers, **sizes) if model["prefix_length"] else None
             estimator = MutualInformation(
                 self.mi.kind,
                 num_paths=num_paths,
@@ -211,7 +227,7 @@ class Plan:
                 hidden_size=self.mi.hidden_size,
             )
         return {
-            "prefixes": 0 if prefixes is None else prefixes.key_values.numel(),
+            "prefixes": slots * of_a_slot[model["prefix_type"]],
             "aggregation": num_paths if model["aggregation"] == "learned" else 0,
             "temperature": int(model["learn_temperature"]),
             "estimator": sum(parameter.numel() for parameter in estimator.parameters()),
@@ -243,6 +259,7 @@ class Plan:
             candidates=self.candidates,
             aggregate_dim=self.backbone.hidden_size
             * (model["num_paths"] if model["aggregation"] == "concat" else 1),
+            dims=nested_dims(model["matryoshka_dims"], self.backbone.hidden_size),
         )
         return {
             "weights": sum(held.values()),
@@ -259,6 +276,7 @@ class Plan:
                 patches=self.image.patches,
                 element=self.element,
                 checkpointing=model["gradient_checkpointing"],
+                prompt_tokens=arithmetic.prompt_tokens(model, self._passes_alive),
             ),
             "gathered embeddings": objective["embeddings"],
             "contrastive terms": objective["contrastive"],
@@ -289,6 +307,13 @@ class Plan:
         return (self.queries + self.candidates) * self.text_tokens + self.images * self.image.tokens
 
     @property
+    def token_passes(self) -> float:
+        """Of one batch of all processes; see ``arithmetic.token_passes``."""
+        return arithmetic.token_passes(
+            self.model, self.backbone.num_layers, tokens=self.tokens, forward_passes=self.forward_passes
+        )
+
+    @property
     def images(self) -> float:
         """Images of one batch of all processes."""
         return QUERY_IMAGES * self.queries + CANDIDATE_IMAGES * self.candidates
@@ -312,6 +337,7 @@ class Plan:
             prefix_length=self.model["prefix_length"],
             replayed=self.graph_rows[1] > 0,
             checkpointing=self.model["gradient_checkpointing"],
+            prompt_tokens=arithmetic.prompt_tokens(self.model, self.forward_passes),
         )
 
     @property

@@ -97,7 +97,7 @@ def _work_rows(plan: Plan) -> Iterator[tuple[str, str]]:
         f"{QUERY_IMAGES:.0%} of queries and {CANDIDATE_IMAGES:.0%} of candidates have one",
     )
     yield "tokens per main step", f"{plan.tokens * plan.accumulate:,.0f}"
-    passes = plan.tokens * plan.accumulate * plan.paths_per_layer
+    passes = plan.token_passes * plan.accumulate
     yield "token passes per main step", f"{passes:,.0f} ({plan.paths_per_layer:g} paths)"
     yield "floating-point operations per main step", f"{plan.flops:.3g}"
     yield (

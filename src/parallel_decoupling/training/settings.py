@@ -12,10 +12,65 @@ from dataclasses import asdict, fields
 from typing import Any, TypeVar
 
 from parallel_decoupling.model.backbone import AdapterConfig
+from parallel_decoupling.model.dual_backbone import absolute_name
 from parallel_decoupling.model.families import Family
 from parallel_decoupling.training.optimization import MIConfig, OptimizerConfig
 
 Config = TypeVar("Config", AdapterConfig, Family, MIConfig, OptimizerConfig)
+
+CONFIGS: dict[str, Any] = {
+    "adapter": AdapterConfig,
+    "mi": MIConfig,
+    "optimizer": OptimizerConfig,
+    "family": Family,
+}
+"""Arguments of ``PDFEmbedder`` that have options of their own."""
+LOADING = (
+    "dtype",
+    "attention",
+    "adapter",
+    "gradient_checkpointing",
+    "initial_adapter",
+    "quantization",
+    "family",
+)
+"""Arguments of ``PDFEmbedder`` that load a backbone, beside its name and revision."""
+PATHS = (
+    "num_paths",
+    "prefix_length",
+    "prefix_layers",
+    "prefix_type",
+    "prefix_init",
+    "aggregation",
+    "seed",
+)
+"""Arguments of ``PDFEmbedder`` that make its encoder from a backbone."""
+
+
+def read_settings(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Check all arguments of ``PDFEmbedder``.
+
+    Args:
+        arguments: by name; configs as objects or as the dictionaries that a checkpoint holds.
+
+    Returns:
+        The arguments with configs as objects; and as plain values, with local folders as absolute paths.
+
+    Raises:
+        ValueError: unknown options, or a combination that cannot work.
+    """
+    typed = dict(arguments)
+    for name, kind in CONFIGS.items():
+        if typed[name] is not None:
+            typed[name] = as_config(kind, typed[name], name)
+    plain: dict[str, Any] = {
+        name: as_plain(typed[name]) if name in CONFIGS and typed[name] else typed[name] for name in typed
+    }
+    for name in ("backbone", "initial_adapter"):
+        if plain[name] is not None:
+            plain[name] = absolute_name(plain[name])
+    check_settings(plain)
+    return typed, plain
 
 
 def as_config(kind: type[Config], value: Config | Mapping[str, Any], name: str) -> Config:

@@ -10,14 +10,16 @@ learned temperature) see the whole gradient on every rank and take ``1 / world_s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from parallel_decoupling.distributed import gather_with_grad, world_size
+from parallel_decoupling.model.matryoshka import truncate
 from parallel_decoupling.objective.contrastive import in_batch_hit_at_1, info_nce
 from parallel_decoupling.objective.mutual_information import MutualInformation, path_pairs
 from parallel_decoupling.objective.statistics import path_cosine
@@ -34,6 +36,7 @@ class GatheredPairs:
         candidate_aggregate: ``[C, 1, D']``.
         positive: ``[G]`` int64, index into the candidates.
         candidate_ids: ``[C]`` int64.
+        nested: the same rows at each smaller dimension of Matryoshka training.
     """
 
     query: Tensor
@@ -42,14 +45,20 @@ class GatheredPairs:
     candidate_aggregate: Tensor
     positive: Tensor
     candidate_ids: Tensor
+    nested: tuple[GatheredPairs, ...] = ()
 
     def detach(self) -> GatheredPairs:
-        """The same rows without graph."""
-        return GatheredPairs(**{field.name: getattr(self, field.name).detach() for field in fields(self)})
+        """The same rows without graph, and without nested ones."""
+        tensors = [field.name for field in fields(self) if field.name != "nested"]
+        return GatheredPairs(**{name: getattr(self, name).detach() for name in tensors})
 
 
 def gather_pairs(
-    query: Tensor, candidate: Tensor, candidate_ids: Tensor, aggregate: Callable[[Tensor], Tensor]
+    query: Tensor,
+    candidate: Tensor,
+    candidate_ids: Tensor,
+    aggregate: Callable[[Tensor], Tensor],
+    dims: Sequence[int] = (),
 ) -> GatheredPairs:
     """Bring the rows of all ranks together.
 
@@ -59,11 +68,13 @@ def gather_pairs(
         candidate_ids: ``[B + J]`` int64, comparable between ranks.
         aggregate: ``[*, N, D]`` to ``[*, D']``; applied before the gather, so that its own parameters
             get this rank's part of their gradient.
+        dims: smaller dimensions; there the aggregate is that of truncated paths.
     """
     first_of_rank = torch.arange(world_size(), device=query.device) * len(candidate)
     own_rows = torch.arange(len(query), device=query.device)
     with torch.autocast(device_type=query.device.type, enabled=False):
         query_aggregate, candidate_aggregate = aggregate(query), aggregate(candidate)
+        shorter = [(truncate(query, dim), truncate(candidate, dim)) for dim in dims]
     return GatheredPairs(
         query=gather_with_grad(query),
         candidate=gather_with_grad(candidate),
@@ -71,6 +82,7 @@ def gather_pairs(
         candidate_aggregate=gather_with_grad(candidate_aggregate.unsqueeze(1)),
         positive=(first_of_rank.unsqueeze(1) + own_rows).flatten(),
         candidate_ids=gather_with_grad(candidate_ids),
+        nested=tuple(gather_pairs(*sides, candidate_ids, aggregate) for sides in shorter),
     )
 
 
@@ -84,7 +96,17 @@ def shared(parameter: Tensor) -> Tensor:
 def contrastive_terms(
     pairs: GatheredPairs, temperature: Tensor | float, *, symmetric: bool, with_aggregate: bool
 ) -> tuple[Tensor, Tensor]:
-    """InfoNCE of every path ``[N]`` and of the aggregate (0-dim; 0 without graph if not wanted)."""
+    """InfoNCE of every path ``[N]`` and of the aggregate (0-dim; without graph if not wanted).
+
+    With nested rows the mean over their dimensions and the full one, each with the same weight.
+    """
+    if pairs.nested:
+        dims = (replace(pairs, nested=()), *pairs.nested)
+        options = {"symmetric": symmetric, "with_aggregate": with_aggregate}
+        paths, aggregates = zip(
+            *(contrastive_terms(each, temperature, **options) for each in dims), strict=True
+        )
+        return torch.stack(paths).mean(dim=0), torch.stack(aggregates).mean(dim=0)
     shared_arguments = {"positive": pairs.positive, "candidate_ids": pairs.candidate_ids}
     path_N = info_nce(
         pairs.query, pairs.candidate, temperature=temperature, symmetric=symmetric, **shared_arguments
@@ -111,6 +133,16 @@ def mutual_information_terms(estimator: MutualInformation, pairs: GatheredPairs)
     """The bound of every path pair ``[M]``, mean of query side and candidate side."""
     mi_M: Tensor = estimator(pairs.query) + estimator(pairs.candidate[pairs.positive])
     return mi_M / 2
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Within the block no parameter of ``module`` gets a gradient; its inputs do."""
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        module.requires_grad_(True)
 
 
 @torch.no_grad()

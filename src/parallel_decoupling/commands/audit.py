@@ -1,0 +1,49 @@
+"""``lightning audit``: means of score files and published tables, recomputed; exit code 1 for problems."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument(
+        "path",
+        nargs="?",
+        type=str,
+        help="a leaderboard JSON, a scores.json, a run's folder, a folder of VLM2Vec's *_score.json, a CSV "
+        "of published rows; without it the published rows that ship with the package",
+    )
+
+
+def run(options: Any) -> None:
+    """Print the recomputed means and what does not fit."""
+    from rich.console import Console
+
+    from parallel_decoupling.retrieval import audit
+    from parallel_decoupling.retrieval.published import SHIPPED_TABLE, read_table
+    from parallel_decoupling.retrieval.score_files import read_scores
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    path = Path(options.path) if options.path else SHIPPED_TABLE
+    if path.suffix == ".csv":
+        if not path.is_file():
+            raise ValueError(f"no table {str(path)!r}")
+        audits = [audit.audit_row(row) for row in read_table(path)]
+        console.print(audit.row_table(audits))
+        problems = [f"{each.row.model}: {problem}" for each in audits for problem in each.problems]
+    else:
+        scores = read_scores(path)
+        report, problems = audit.audit_scores(scores)
+        console.print(f"{path}: {scores.format}, {len(scores.tasks)} tasks", markup=False, highlight=False)
+        if report is not None:
+            console.print(audit.means_table(report))
+    for problem in problems:
+        console.print(f"problem: {problem}", markup=False, highlight=False, soft_wrap=True)
+    if problems:
+        raise SystemExit(1)

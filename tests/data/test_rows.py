@@ -1,0 +1,122 @@
+"""Folders of images and tables of rows as sources of ``predict``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from parallel_decoupling.batch import RawInput
+from parallel_decoupling.data.rows import open_rows
+from parallel_decoupling.retrieval.encode import to_raw_inputs
+
+ROWS: list[dict[str, Any]] = [
+    {"id": "b", "text": "2024-05-01", "image": None, "year": 1999, "shape": "square"},
+    {"id": "a", "text": None, "image": "pictures/red.png", "year": 2001, "shape": "circle"},
+    {"id": "c", "text": "2024-05-02", "image": "pictures/red.png", "year": 2002, "shape": None},
+]
+
+
+def save(file: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
+    (file.parent / "pictures").mkdir(exist_ok=True)
+    Image.new("RGB", (20, 30), "red").save(file.parent / "pictures" / "red.png")
+    if file.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    elif file.suffix == ".csv":
+        pa.csv.write_csv(pa.Table.from_pylist(rows), file)
+    else:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl"])
+def test_a_table_gives_the_inputs_that_encode_makes_of_its_rows(suffix: str, tmp_path: Path) -> None:
+    source = open_rows(save(tmp_path / f"rows{suffix}"))
+    picture = str(tmp_path / "pictures" / "red.png")
+    plain = [{"text": "2024-05-01"}, {"image": picture}, {"text": "2024-05-02", "image": picture}]
+    for instruction in ("", "Find the same."):
+        found = [source.raw_input(row, instruction) for row in range(len(source))]
+        assert found == to_raw_inputs(plain, instruction or None)
+    assert [source.size(row) for row in range(3)] == [(0, 10), (600, 0), (600, 10)]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl"])
+def test_fields_keep_their_types_and_rows_their_order(suffix: str, tmp_path: Path) -> None:
+    columns = open_rows(save(tmp_path / f"rows{suffix}")).columns([0, 2])
+    assert columns.column_names == ["id", "text", "image", "year", "shape"]
+    assert columns["id"].to_pylist() == ["b", "c"]
+    assert columns["year"].to_pylist() == [1999, 2002]
+    assert columns.schema.field("year").type == pa.int64()
+    assert open_rows(tmp_path / f"rows{suffix}").columns([]).schema == columns.schema
+
+
+def test_rows_without_id_are_called_by_their_number(tmp_path: Path) -> None:
+    file = save(tmp_path / "rows.jsonl", [{"text": "one"}, {"text": "two"}])
+    assert open_rows(file).columns([0, 1]).to_pydict() == {"id": ["0", "1"], "text": ["one", "two"]}
+
+
+def test_a_folder_of_images_is_searched_to_the_bottom(tmp_path: Path) -> None:
+    (tmp_path / "b" / "c").mkdir(parents=True)
+    for name in ("b/c/second.JPG", "a.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no picture")
+    source = open_rows(tmp_path)
+    assert source.columns([0, 1]).to_pydict() == {
+        name: ["a.png", "b/c/second.JPG"] for name in ("id", "image")
+    }
+    assert source.raw_input(1) == to_raw_inputs([tmp_path / "b/c/second.JPG"])[0]
+
+
+def test_an_empty_row_has_no_input(tmp_path: Path) -> None:
+    source = open_rows(
+        save(tmp_path / "rows.csv", [{"text": "one", "image": ""}, {"text": " ", "image": ""}])
+    )
+    assert source.raw_input(0) == RawInput("one")
+    with pytest.raises(ValueError, match="text or an image"):
+        source.raw_input(1)
+
+
+def test_the_hash_follows_the_content(tmp_path: Path) -> None:
+    file = save(tmp_path / "rows.jsonl")
+    before = open_rows(file).sha256(), open_rows(tmp_path / "pictures").sha256()
+    save(file)
+    assert (open_rows(file).sha256(), open_rows(tmp_path / "pictures").sha256()) == before
+    save(file, ROWS[:2])
+    Image.new("RGB", (9, 9)).save(tmp_path / "pictures" / "blue.png")
+    after = open_rows(file).sha256(), open_rows(tmp_path / "pictures").sha256()
+    assert all(one != other for one, other in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"caption": "x"}], "needs a column text, image .* found caption"),
+        ([{"text": "x", "path_3": 1}], "a column 'path_3' holds embeddings"),
+        ([{"text": "x", "aggregate": 1}], "a column 'aggregate' holds embeddings"),
+        ([{"text": "x", "id": "1"}, {"text": "y", "id": None}], "row 1: no id"),
+        ([{"text": "x", "id": "1"}, {"text": "y", "id": "1"}], "row 0: the id '1' stands in other rows"),
+        ([{"text": "x", "image": {"bytes": b"x", "path": "y"}}], "column 'image': holds struct<.*names of"),
+        ([{"text": ["x"]}], "column 'text': holds list"),
+    ],
+)
+def test_unusable_tables(rows: list[dict[str, Any]], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        open_rows(save(tmp_path / "rows.parquet", rows))
+
+
+def test_unusable_places(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="neither a folder of images nor a file"):
+        open_rows(tmp_path / "rows.xlsx")
+    with pytest.raises(ValueError, match="cannot read .*rows.csv"):
+        open_rows(tmp_path / "rows.csv")
+    with pytest.raises(ValueError, match="holds no file that ends with one of"):
+        open_rows(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"text": "x"}\n{"text": 3}\n')
+    with pytest.raises(ValueError, match="cannot read .*rows.jsonl: .*text.*number"):
+        open_rows(tmp_path / "rows.jsonl")

@@ -1,0 +1,244 @@
+"""Where prefixes enter: at the input alone (prompt tuning), or in a range of layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModel, DynamicCache
+
+from parallel_decoupling.batch import EncoderInputs
+from parallel_decoupling.model.attention import register_prefix_attention
+from parallel_decoupling.model.backbone import AdapterConfig, load_backbone, meta_backbone
+from parallel_decoupling.model.encoder import ParallelEncoder
+from tests.model.test_attention import OTHER_SIZES, ROWS, flash, flex
+from tests.model.test_encoder import make, rows_of
+from tests.support.tiny import save_tiny_backbone
+
+__all__ = ["flash", "flex"]  # fixtures
+
+
+@pytest.fixture(scope="module")
+def three_layers_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny_backbone(tmp_path_factory.mktemp("three_layers"), num_layers=3)
+
+
+def stock_with_prompt(stock: Any, inputs: EncoderInputs, prompt_PD: Tensor) -> Tensor:
+    """Slow version: one row after the other, [prompt embeddings; token embeddings] in one sequence."""
+    embeddings = []
+    for row, vision in enumerate(inputs.vision):
+        real = inputs.tokens["attention_mask"][row].bool()
+        ids_1L = inputs.tokens["input_ids"][row, real].unsqueeze(0)
+        tokens_1LD = stock.get_input_embeddings()(ids_1L)
+        if vision:
+            features = stock.get_image_features(vision["pixel_values"], vision["image_grid_thw"])
+            pictures = torch.cat(list(features.pooler_output))
+            tokens_1LD = tokens_1LD.masked_scatter(
+                (ids_1L == stock.config.image_token_id)[..., None], pictures
+            )
+        positions, _ = stock.get_rope_index(
+            ids_1L,
+            mm_token_type_ids=inputs.tokens["mm_token_type_ids"][row, real].unsqueeze(0),
+            image_grid_thw=vision.get("image_grid_thw"),
+        )
+        of_prompt = torch.arange(len(prompt_PD)).expand(3, 1, -1)
+        length = len(prompt_PD) + ids_1L.shape[1]
+        output = stock.language_model(
+            inputs_embeds=torch.cat((prompt_PD[None], tokens_1LD), dim=1),
+            position_ids=torch.cat((of_prompt, positions), dim=2),
+            # the order in the sequence, not the positions, says what a token may see
+            attention_mask=torch.ones(length, length).tril().log()[None, None],
+        )
+        embeddings.append(F.normalize(output.last_hidden_state[0, -1], dim=-1))
+    return torch.stack(embeddings)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_shallow_prompt_equals_the_stock_model_on_prompt_and_tokens(
+    tiny_backbone_dir: str, attention: str, padding_side: str
+) -> None:
+    options: dict[str, Any] = {"num_paths": 3, "prefix_length": 4, "prefix_init": "random"}
+    encoder = make(tiny_backbone_dir, prefix_type="shallow", attention=attention, **options)
+    stock = AutoModel.from_pretrained(tiny_backbone_dir, attn_implementation=attention)
+    for rows in (ROWS, OTHER_SIZES):
+        inputs = rows_of(encoder, rows, padding_side=padding_side)
+        embeddings = encoder(inputs)
+        for path in range(3):
+            expected = stock_with_prompt(stock, inputs, encoder.prefixes.embeddings[path])
+            torch.testing.assert_close(embeddings[:, path], expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                encoder(inputs, [path])[:, 0], embeddings[:, path], rtol=1e-4, atol=1e-5
+            )
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradient_of_a_shallow_prompt_is_that_of_the_stock_model(
+    tiny_backbone_dir: str, checkpointing: bool
+) -> None:
+    backbone = load_backbone(
+        tiny_backbone_dir, adapter=AdapterConfig(kind="full"), gradient_checkpointing=checkpointing
+    )
+    encoder = ParallelEncoder(backbone, num_paths=2, prefix_length=4, prefix_type="shallow")
+    stock = AutoModel.from_pretrained(tiny_backbone_dir, attn_implementation="sdpa")
+    inputs, weight = rows_of(encoder), torch.randn(3, 2, 32)
+    assert encoder.training
+    (encoder(inputs) * weight).sum().backward()
+    assert all(module.training for module in backbone.modules())
+    for path in range(2):
+        prompt_PD = encoder.prefixes.embeddings[path].detach().requires_grad_()
+        (stock_with_prompt(stock, inputs, prompt_PD) * weight[:, path]).sum().backward()
+        torch.testing.assert_close(
+            encoder.prefixes.embeddings.grad[path], prompt_PD.grad, rtol=1e-3, atol=1e-4
+        )
+    for (name, parameter), other in zip(backbone.base.named_parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-3, atol=1e-3, msg=name)
+
+
+def test_shallow_and_deep_start_as_one_model_from_meta_prompts(tiny_backbone_dir: str) -> None:
+    shallow, deep = (make(tiny_backbone_dir, num_paths=4, prefix_type=kind) for kind in ("shallow", "deep"))
+    inputs = rows_of(shallow)
+    torch.testing.assert_close(shallow(inputs), deep(inputs), rtol=1e-5, atol=1e-6)
+
+
+def test_shallow_prompts_train_input_embeddings_alone(tiny_backbone_dir: str) -> None:
+    encoder = make(tiny_backbone_dir, num_paths=3, prefix_length=5, prefix_type="shallow")
+    trainable = {name: p.shape for name, p in encoder.named_parameters() if p.requires_grad}
+    assert trainable == {"prefixes.embeddings": (3, 5, 32)}
+    assert [id(p) for p in encoder.prefix_parameters()] == [id(encoder.prefixes.embeddings)]
+    shapes = ParallelEncoder(
+        meta_backbone(tiny_backbone_dir), num_paths=3, prefix_length=5, prefix_type="shallow"
+    )
+    assert shapes.prefixes.embeddings.shape == (3, 5, 32)
+
+
+def test_random_prompts_have_the_scale_of_real_embeddings(tiny_backbone_dir: str) -> None:
+    encoder = make(
+        tiny_backbone_dir, num_paths=12, prefix_length=16, prefix_type="shallow", prefix_init="random"
+    )
+    real = encoder.backbone.text_embeddings("describe the shapes the colors the positions the sizes").std()
+    torch.testing.assert_close(encoder.prefixes.embeddings.std(), real, rtol=0.1, atol=0)
+    again = make(
+        tiny_backbone_dir, num_paths=12, prefix_length=16, prefix_type="shallow", prefix_init="random", seed=1
+    )
+    assert not torch.equal(encoder.prefixes.embeddings, again.prefixes.embeddings)
+
+
+def test_shallow_prompt_in_bfloat16_and_under_autocast(tiny_backbone_dir: str) -> None:
+    encoder = ParallelEncoder(load_backbone(tiny_backbone_dir), num_paths=2, prefix_type="shallow")
+    half = ParallelEncoder(
+        load_backbone(tiny_backbone_dir, dtype="bfloat16"), num_paths=2, prefix_type="shallow"
+    )
+    inputs = rows_of(encoder)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = encoder(inputs)
+    for other in (mixed, half(inputs)):
+        assert other.dtype == torch.float32
+        assert F.cosine_similarity(other, encoder(inputs), dim=-1).min() > 0.98
+    half(inputs).sum().backward()
+    assert half.prefixes.embeddings.grad.dtype == torch.float32
+
+
+def forward_with_cache_in_some_layers(
+    stock: Any, inputs: EncoderInputs, row: int, states: dict[int, Tensor]
+) -> Tensor:
+    """Slow version: one unpadded row; the cache of layers without a prefix is empty."""
+    tokens = {key: value[row : row + 1] for key, value in inputs.tokens.items()}
+    positions, _ = stock.get_rope_index(
+        tokens["input_ids"],
+        mm_token_type_ids=tokens["mm_token_type_ids"],
+        image_grid_thw=inputs.vision[row].get("image_grid_thw"),
+        attention_mask=tokens["attention_mask"],
+    )
+    cache = DynamicCache(config=stock.config.get_text_config())
+    length = tokens["input_ids"].shape[1]
+    masks = []
+
+    def own_mask(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        slots = states[module.layer_idx].shape[2] if module.layer_idx in states else 0
+        causal = torch.ones(length, length, dtype=torch.bool).tril()
+        mask = torch.cat((torch.ones(length, slots, dtype=torch.bool), causal), dim=1)
+        masks.append(mask.shape)
+        return args, {**kwargs, "attention_mask": mask[None, None]}
+
+    for layer, (key, value) in states.items():
+        cache.update(key[None], value[None], layer)
+    attentions = [layer.self_attn for layer in stock.language_model.layers]
+    hooks = [each.register_forward_pre_hook(own_mask, with_kwargs=True) for each in attentions]
+    vision = {key: value for key, value in inputs.vision[row].items()}
+    output = stock(
+        **{key: tokens[key] for key in ("input_ids", "attention_mask")},
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        **vision,
+    )
+    for hook in hooks:
+        hook.remove()
+    assert len(masks) == len(attentions)
+    return F.normalize(output.last_hidden_state[0, -1], dim=-1)
+
+
+@pytest.mark.parametrize("bounds", [[0, 1], [1, 2], [0, 2], [1, 3]])
+def test_a_range_of_layers_equals_a_cache_in_these_layers(three_layers_dir: str, bounds: list[int]) -> None:
+    encoder = make(three_layers_dir, num_paths=2, prefix_length=4, prefix_layers=bounds)
+    stock = AutoModel.from_pretrained(three_layers_dir, attn_implementation="sdpa")
+    assert encoder.prefixes.key_values.shape[1] == bounds[1] - bounds[0]
+    inputs = rows_of(encoder, ROWS[:1] * 2)  # of one length
+    embeddings = encoder(inputs)
+    for path in range(2):
+        states = dict(zip(range(*bounds), encoder.prefixes.key_values[path].detach(), strict=True))
+        expected = forward_with_cache_in_some_layers(stock, inputs, 0, states)
+        for row in range(2):
+            torch.testing.assert_close(embeddings[row, path], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_above_a_range_see_every_path_once(three_layers_dir: str) -> None:
+    encoder = make(three_layers_dir, num_paths=3, prefix_layers=[1, 2])
+    widths: list[int] = []
+    for layer in encoder.backbone.language_model.layers:
+        layer.register_forward_hook(lambda module, args, output: widths.append(output.shape[0]))
+    inputs = rows_of(encoder)
+    together = encoder(inputs)
+    assert widths == [3, 9, 9]
+    for path in range(3):
+        torch.testing.assert_close(encoder(inputs, [path])[:, 0], together[:, path], rtol=1e-5, atol=1e-5)
+
+
+def test_a_range_up_to_the_last_layer_is_a_start_layer(three_layers_dir: str) -> None:
+    start, bounds = (make(three_layers_dir, num_paths=2, prefix_layers=each) for each in (1, [1, 3]))
+    inputs = rows_of(start)
+    assert torch.equal(start(inputs), bounds(inputs))
+    low = make(three_layers_dir, num_paths=2, prefix_layers=[0, 1])
+    everywhere = make(three_layers_dir, num_paths=2)
+    assert torch.equal(low.prefixes.key_values, everywhere.prefixes.key_values[:, :1])
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("attention", ["eager", "flash_attention_2", "flex_attention"])
+def test_every_attention_leaves_the_layers_above_a_range_alone(
+    three_layers_dir: str, flash: None, flex: None, attention: str, padding_side: str
+) -> None:
+    encoder = make(three_layers_dir, num_paths=3, prefix_layers=[1, 2])
+    inputs = rows_of(encoder, padding_side=padding_side)
+    expected = encoder(inputs)
+    name = register_prefix_attention(attention)
+    encoder.backbone.language_model.config._attn_implementation_internal = name
+    torch.testing.assert_close(encoder(inputs), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prefix_layers": [1, 1]}, r"\[start, stop\]"),
+        ({"prefix_type": "shallow", "prefix_layers": 1}, "set prefix_layers=0"),
+        ({"prefix_type": "shallow", "prefix_layers": [0, 1]}, "set prefix_layers=0"),
+        ({"prefix_type": "broad"}, "deep or shallow"),
+    ],
+)
+def test_impossible_placements_raise(tiny_backbone_dir: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(tiny_backbone_dir, **options)

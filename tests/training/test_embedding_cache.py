@@ -1,0 +1,106 @@
+"""The embedding cache: what a key covers, and a test run that goes on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from parallel_decoupling.data.readers import read_eval_task
+from parallel_decoupling.training.embedder import PDFEmbedder
+from parallel_decoupling.training.embedding_cache import CachedTask, EmbeddingCache, model_hash, task_hash
+from tests.support.fit import make_trainer, small_data, small_embedder
+from tests.support.mmeb import save_tiny_mmeb
+
+
+class Counting(PDFEmbedder):
+    """Counts encoded rows, and can stop at the second batch of a task as if killed."""
+
+    rows = 0
+    stop_at: int | None = None
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if (dataloader_idx, batch_idx) == (self.stop_at, 1):
+            raise KeyError("killed")
+        self.rows += len(batch.indices)
+        super().validation_step(batch, batch_idx, dataloader_idx)
+
+
+def run(backbone: str, data_dir: str, folder: Path, stop_at: int | None = None, **settings: Any) -> Counting:
+    module = small_embedder(backbone, kind=Counting)
+    assert isinstance(module, Counting)
+    module.stop_at = stop_at
+    make_trainer(folder).test(module, small_data(data_dir, **settings), verbose=False)
+    return module
+
+
+def scores(folder: Path) -> dict[str, Any]:
+    content = json.loads((folder / "scores.json").read_text())
+    return {name: content[name] for name in ("means", "tasks", "metric_means", "hits", "warnings")}
+
+
+def test_a_stopped_test_goes_on_with_the_tasks_not_done(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    run(tiny_backbone_dir, tiny_mmeb_dir, tmp_path / "plain")
+    with pytest.raises(KeyError, match="killed"):
+        run(tiny_backbone_dir, tiny_mmeb_dir, tmp_path / "run", stop_at=1, embedding_cache=True)
+    assert len(list((tmp_path / "run" / "embeddings").iterdir())) == 1
+    again = run(tiny_backbone_dir, tiny_mmeb_dir, tmp_path / "run", embedding_cache=True)
+    assert again.rows == 8  # the second task's queries and candidates
+    assert scores(tmp_path / "run") == scores(tmp_path / "plain")
+    whole = run(tiny_backbone_dir, tiny_mmeb_dir, tmp_path / "run", embedding_cache=True)
+    assert whole.rows == 0
+    assert scores(tmp_path / "run") == scores(tmp_path / "plain")
+
+
+def test_another_checkpoint_in_the_same_folder_is_encoded_anew(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    cache = str(tmp_path / "cache")
+    run(tiny_backbone_dir, tiny_mmeb_dir, tmp_path, embedding_cache=cache)
+    other = small_embedder(tiny_backbone_dir, kind=Counting)
+    with torch.no_grad():
+        next(other.encoder.prefix_parameters()).view(-1)[0] += 1e-6
+    make_trainer(tmp_path).test(other, small_data(tiny_mmeb_dir, embedding_cache=cache), verbose=False)
+    assert other.rows == 16
+    assert len(list(Path(cache).iterdir())) == 4
+
+
+def test_the_model_hash_covers_weights_backbone_and_settings(tiny_backbone_dir: str) -> None:
+    encoder = small_embedder(tiny_backbone_dir).encoder
+    first = model_hash(encoder, {"sha256": "a"}, {"image_size": None, "batch_size": 8})
+    assert first == model_hash(encoder, {"sha256": "a"}, {"image_size": None, "batch_size": 9})
+    assert first != model_hash(encoder, {"sha256": "b"}, {"image_size": None})
+    assert first != model_hash(encoder, {"sha256": "a"}, {"image_size": "low"})
+    with torch.no_grad():
+        next(encoder.adapter_parameters()).view(-1)[0] += 1e-6
+    assert first != model_hash(encoder, {"sha256": "a"}, {"image_size": None})
+
+
+def test_the_task_hash_covers_prompts_and_image_files(tmp_path: Path) -> None:
+    data_dir = save_tiny_mmeb(tmp_path / "data")
+    first = task_hash(read_eval_task(data_dir, "colours_i2t"))
+    assert first == task_hash(read_eval_task(data_dir, "colours_i2t"))
+    assert first != task_hash(read_eval_task(data_dir, "colours_t2i"))
+    image = next(iter(read_eval_task(data_dir, "colours_i2t").queries)).images[0]
+    os.utime(str(image), ns=(1, 1))
+    assert first != task_hash(read_eval_task(data_dir, "colours_i2t"))
+
+
+def test_a_broken_file_is_an_error_that_says_what_to_do(tiny_mmeb_dir: str, tmp_path: Path) -> None:
+    task = read_eval_task(tiny_mmeb_dir, "colours_i2t")
+    cache = EmbeddingCache(tmp_path, "model")
+    content = CachedTask(torch.randn(4, 2, 3), torch.randn(4, 2, 3), {"query": [1], "candidate": []})
+    cache.save(task, content)
+    found = cache.load(task)
+    assert torch.equal(found.query, content.query)
+    assert found.missing == content.missing
+    assert [file.suffix for file in tmp_path.iterdir()] == [".safetensors"]
+    cache.file(task).write_bytes(b"half")
+    with pytest.raises(ValueError, match="colours_i2t: cannot read the cached embeddings .*Delete the file"):
+        cache.load(task)

@@ -1,0 +1,61 @@
+"""Scores of two processes against those of one, also where a process has batches of one side only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.fit import make_trainer, small_data, small_embedder
+from tests.support.processes import run_ranks
+
+pytestmark = pytest.mark.slow
+
+
+def scores(folder: Path) -> dict[str, Any]:
+    """Everything but times and what a run is called."""
+    content = json.loads((folder / "scores.json").read_text())
+    return {name: content[name] for name in ("means", "tasks", "metric_means", "hits", "warnings")}
+
+
+def run(backbone: str, data_dir: str, folder: Path, devices: int, **settings: Any) -> None:
+    trainer = make_trainer(folder, devices=devices, strategy="ddp" if devices > 1 else "auto")
+    trainer.test(small_embedder(backbone), small_data(data_dir, **settings), verbose=False)
+
+
+@pytest.mark.parametrize("batch_size", [8, 3, 1])
+def test_two_processes_score_exactly_like_one(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path, batch_size: int
+) -> None:
+    """Of four queries and four candidates, batches of 8 give each process one side of every task."""
+    args = tiny_backbone_dir, tiny_mmeb_dir
+    run(*args, tmp_path / "one", 1, eval_batch_size=batch_size)
+
+    def two() -> None:
+        run(*args, tmp_path / "two", 2, eval_batch_size=batch_size)
+
+    run_ranks(two, timeout=60)
+    assert scores(tmp_path / "two") == scores(tmp_path / "one")
+
+
+def test_the_cache_of_two_processes_serves_one_and_the_other_way_round(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    args = tiny_backbone_dir, tiny_mmeb_dir
+
+    def two() -> None:
+        run(*args, tmp_path / "two", 2, embedding_cache=str(tmp_path / "cache"))
+
+    run_ranks(two, timeout=60)
+    files = sorted((tmp_path / "cache").iterdir())
+    assert len(files) == 2
+    times = [file.stat().st_mtime_ns for file in files]
+    run(*args, tmp_path / "one", 1, embedding_cache=str(tmp_path / "cache"))
+    files[0].unlink()
+    (tmp_path / "two" / "scores.json").unlink()
+    run_ranks(two, timeout=60)
+    assert sorted((tmp_path / "cache").iterdir()) == files
+    assert files[1].stat().st_mtime_ns == times[1]
+    assert scores(tmp_path / "two") == scores(tmp_path / "one")

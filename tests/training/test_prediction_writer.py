@@ -1,0 +1,248 @@
+"""Embeddings on disk: the same as ``encode``, in order, resumed, from several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from PIL import Image
+from torch import Tensor
+
+from parallel_decoupling.distributed import rank
+from parallel_decoupling.index.tables import open_embeddings
+from parallel_decoupling.training.embedder import PDFEmbedder
+from parallel_decoupling.training.prediction_writer import EmbeddingWriter, RowProgressBar, read_metadata
+from tests.support.fit import make_trainer, small_data, small_embedder
+from tests.support.processes import run_ranks
+
+NUM_ROWS = 20
+BAD = {5: "missing.png", 11: "broken.png", 16: "text or an image"}
+SIZES = (16, 48, 32)
+
+
+@pytest.fixture(scope="module")
+def module(tiny_backbone_dir: str) -> PDFEmbedder:
+    return small_embedder(tiny_backbone_dir, candidate_instruction="Describe.")
+
+
+@pytest.fixture(scope="module")
+def table_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty rows: texts, images and both of several sizes; three of them bad."""
+    folder = tmp_path_factory.mktemp("rows")
+    texts, images = [], []
+    for row in range(NUM_ROWS):
+        name = f"{row}.png" if row % 2 else ""
+        if name:
+            Image.new("RGB", (SIZES[row % 3], SIZES[row // 3 % 3]), (9 * row, 100, 50)).save(folder / name)
+        texts.append("" if row % 4 == 1 else "a picture " * (1 + row % 3))
+        images.append(name)
+    images[5], images[11], texts[16] = "missing.png", "broken.png", "  "
+    (folder / "broken.png").write_bytes(b"no picture")
+    columns = {"id": [f"row {row}" for row in range(NUM_ROWS)], "text": texts, "image": images}
+    pq.write_table(pa.table({**columns, "number": list(range(NUM_ROWS))}), folder / "rows.parquet")
+    return folder / "rows.parquet"
+
+
+def predict(
+    module: PDFEmbedder,
+    source: Path,
+    folder: Path,
+    *callbacks: Callback,
+    dtype: str = "float32",
+    trainer: dict[str, Any] | None = None,
+    **data: Any,
+) -> None:
+    options = {"predict_rows_per_shard": 6, "eval_batch_size": 4, **data}
+    writer = EmbeddingWriter(str(folder), dtype)  # type: ignore[arg-type]
+    lightning = make_trainer(folder, writer, *callbacks, **(trainer or {}))
+    lightning.predict(
+        module, small_data("unused", predict_source=str(source), **options), return_predictions=False
+    )
+
+
+def read(folder: Path) -> pa.Table:
+    files = sorted(folder.glob("embeddings-*.parquet"))
+    return pa.concat_tables([pq.read_table(file).replace_schema_metadata(None) for file in files])
+
+
+def vectors(table: pa.Table, name: str) -> Tensor:
+    return torch.tensor(table[name].to_pylist(), dtype=torch.float32)
+
+
+def expected(module: PDFEmbedder, source: Path) -> tuple[list[int], Tensor, Tensor]:
+    """Good rows, and their embeddings one by one."""
+    rows = [row for row in range(NUM_ROWS) if row not in BAD]
+    cells = pq.read_table(source, columns=["text", "image"]).to_pylist()
+    inputs = []
+    for row in rows:
+        text, image = cells[row]["text"], cells[row]["image"]
+        given = {"text": text or None, "image": str(source.parent / image) if image else None}
+        inputs.append({key: value for key, value in given.items() if value is not None})
+    paths = module.encode_candidate(inputs, batch_size=1)
+    return rows, paths, module.encode_candidate(inputs, paths="aggregate", batch_size=1)
+
+
+def test_files_hold_what_encode_gives_in_the_order_of_the_source(
+    module: PDFEmbedder, table_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    predict(module, table_file, tmp_path)
+    rows, paths, aggregate = expected(module, table_file)
+    assert [file.name for file in sorted(tmp_path.glob("*.parquet"))] == [
+        f"embeddings-{shard:05d}.parquet" for shard in range(4)
+    ]
+    table = read(tmp_path)
+    assert table.column_names == ["id", "text", "image", "number", "aggregate", "path_0", "path_1"]
+    assert table["number"].to_pylist() == rows
+    assert table["id"].to_pylist() == [f"row {row}" for row in rows]
+    assert table.schema.field("path_1").type == pa.list_(pa.float32(), 32)
+    assert torch.allclose(vectors(table, "aggregate"), aggregate, atol=1e-5)
+    for path in range(2):
+        assert torch.allclose(vectors(table, f"path_{path}"), paths[:, path], atol=1e-5)
+    bad_rows = [json.loads(line) for line in (tmp_path / "bad_rows.jsonl").read_text().splitlines()]
+    assert [(row["row"], row["id"]) for row in bad_rows] == [(row, f"row {row}") for row in BAD]
+    assert all(BAD[row["row"]] in row["reason"] for row in bad_rows)
+    assert "17 rows embedded in 4 files" in caplog.text
+    assert "per second. 3 rows could not be embedded" in caplog.text
+
+
+def test_metadata_says_what_made_a_file(module: PDFEmbedder, table_file: Path, tmp_path: Path) -> None:
+    predict(module, table_file, tmp_path)
+    metadata = read_metadata(tmp_path / "embeddings-00002.parquet")
+    assert (metadata["shard"], metadata["first_row"], metadata["num_rows"]) == (2, 12, NUM_ROWS)
+    assert metadata["instruction"] == "Describe."
+    assert metadata["image_dir"] == str(table_file.parent)
+    assert [row["row"] for row in metadata["bad_rows"]] == [16]
+    opened = open_embeddings(tmp_path)
+    assert opened.num_rows == NUM_ROWS - len(BAD)
+    assert opened.path_weights == pytest.approx((0.5, 0.5))
+
+
+def test_chosen_columns_in_half_precision(module: PDFEmbedder, table_file: Path, tmp_path: Path) -> None:
+    predict(module, table_file, tmp_path, dtype="float16", predict_columns=["path_1"])
+    table = read(tmp_path)
+    assert table.column_names == ["id", "text", "image", "number", "path_1"]
+    assert table.schema.field("path_1").type == pa.list_(pa.float16(), 32)
+    assert torch.allclose(vectors(table, "path_1"), expected(module, table_file)[1][:, 1], atol=1e-3)
+
+
+def test_a_shard_of_bad_rows_only_is_a_file_without_rows(
+    module: PDFEmbedder, table_file: Path, tmp_path: Path
+) -> None:
+    predict(module, table_file, tmp_path, predict_rows_per_shard=1)
+    files = sorted(tmp_path.glob("embeddings-*.parquet"))
+    assert [row for row, file in enumerate(files) if not pq.read_metadata(file).num_rows] == list(BAD)
+    assert open_embeddings(tmp_path).num_rows == NUM_ROWS - len(BAD), "the same columns in all files"
+
+
+class KillAt(Callback):
+    """Ends the process as ``kill -9`` does."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        if batch_idx == self.batch:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Counter(Callback):
+    """Rows that were embedded."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self.rows += args[1].rows
+
+
+def test_a_killed_run_goes_on_where_it_stopped(module: PDFEmbedder, table_file: Path, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    predict(module, table_file, whole)
+    with pytest.raises(RuntimeError, match="-9"):  # two batches per shard: in the middle of the third
+        run_ranks(predict, module, table_file, killed, KillAt(4), processes=1)
+    assert len(list(killed.glob("*.parquet"))) == 2
+    (killed / ".embeddings-00002.0.unfinished").write_bytes(b"half")
+    counter = Counter()
+    predict(module, table_file, killed, counter)
+    assert sorted(counter.rows) == [row for row in range(12, NUM_ROWS) if row not in BAD]
+    assert read(killed).equals(read(whole))
+    assert (killed / "bad_rows.jsonl").read_text() == (whole / "bad_rows.jsonl").read_text()
+    assert not list(killed.glob(".*"))
+    counter.rows.clear()
+    predict(module, table_file, killed, counter)
+    assert not counter.rows, "nothing left to do"
+
+
+def test_files_of_another_run_are_not_gone_on_with(
+    module: PDFEmbedder, table_file: Path, tiny_backbone_dir: str, tmp_path: Path
+) -> None:
+    predict(module, table_file, tmp_path, trainer={"limit_predict_batches": 2})
+    assert len(list(tmp_path.glob("*.parquet"))) == 1
+    for changes in ({"dtype": "float16"}, {"predict_instruction": ""}, {"predict_rows_per_shard": 7}):
+        with pytest.raises(ValueError, match=r"embeddings-00000\.parquet was written with .* another writer"):
+            predict(module, table_file, tmp_path, **changes)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="columns"):
+        predict(module, table_file, tmp_path, predict_columns=["aggregate"])
+    with pytest.raises(ValueError, match="source_sha256"):
+        predict(module, table_file.parent, tmp_path)
+    other = small_embedder(tiny_backbone_dir, candidate_instruction="Describe.")
+    with torch.no_grad():
+        next(iter(other.encoder.prefix_parameters())).add_(1.0)
+    with pytest.raises(ValueError, match="model_sha256"):
+        predict(other, table_file, tmp_path)
+    (tmp_path / "embeddings-00001.parquet").write_bytes(b"half a file")
+    with pytest.raises(ValueError, match="cannot read .*embeddings-00001"):
+        predict(module, table_file, tmp_path)
+
+
+def predict_on_a_rank(module: PDFEmbedder, source: Path, folder: Path, data: dict[str, Any]) -> None:
+    counter = Counter()
+    options = {"devices": 2, "strategy": "ddp", "enable_progress_bar": True}
+    predict(module, source, folder, counter, RowProgressBar(), trainer=options, **data)
+    (folder / f"rows_of_{rank()}.json").write_text(json.dumps(counter.rows))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows_per_shard", [6, 100])
+def test_two_processes_write_what_one_writes(
+    rows_per_shard: int, module: PDFEmbedder, table_file: Path, tmp_path: Path
+) -> None:
+    one, two, options = tmp_path / "one", tmp_path / "two", {"predict_rows_per_shard": rows_per_shard}
+    predict(module, table_file, one, **options)
+    two.mkdir()
+    run_ranks(predict_on_a_rank, module, table_file, two, options)
+    assert read(two).equals(read(one))
+    assert (two / "bad_rows.jsonl").read_text() == (one / "bad_rows.jsonl").read_text()
+    shares = [json.loads((two / f"rows_of_{process}.json").read_text()) for process in range(2)]
+    assert sorted(shares[0] + shares[1]) == [row for row in range(NUM_ROWS) if row not in BAD]
+    assert bool(shares[1]) == (rows_per_shard == 6), "a single shard is one process's"
+
+
+def test_the_bar_counts_rows(
+    module: PDFEmbedder, table_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    bar = RowProgressBar()
+    predict(module, table_file, tmp_path, bar, trainer={"enable_progress_bar": True})
+    assert (bar.predict_progress_bar.n, bar.predict_progress_bar.total) == (NUM_ROWS, NUM_ROWS)
+    assert "row/s" in capfd.readouterr().out
+
+
+def test_source_and_folder_belong_together(
+    module: PDFEmbedder, table_file: Path, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    trainer = make_trainer(tmp_path, EmbeddingWriter())
+    with pytest.raises(ValueError, match="belong together"):
+        trainer.predict(module, small_data("unused", predict_source=str(table_file)))
+    trainer = make_trainer(tmp_path, EmbeddingWriter(str(tmp_path)))
+    with pytest.raises(ValueError, match="belong together"):
+        trainer.predict(module, small_data(tiny_mmeb_dir))
