@@ -35,6 +35,7 @@ def test_text_image_and_scoring_change_what_is_shown(checkpoint: Path, start: St
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page()
+        page.set_default_timeout(20_000)
         asked: list[str] = []
         page.on("request", lambda request: asked.append(request.url))
         page.goto(address)
@@ -42,14 +43,14 @@ def test_text_image_and_scoring_change_what_is_shown(checkpoint: Path, start: St
         page.locator("#search").click()
         page.wait_for_selector("#bars .bars")
         page.wait_for_selector("#gallery img")
-        bars = [page.locator("#bars").inner_text()]
+        bars = [page.locator("#bars .bars").inner_text()]
         assert "path_0" in bars[0]
         assert "path_1" in bars[0]
 
         def changed() -> list[str]:
             """Wait for other bars; the addresses of the pictures that are shown then."""
-            page.wait_for_function("text => document.querySelector('#bars').innerText !== text", arg=bars[-1])
-            bars.append(page.locator("#bars").inner_text())
+            page.wait_for_function("text => document.querySelector('#bars .bars').innerText !== text", arg=bars[-1])
+            bars.append(page.locator("#bars .bars").inner_text())
             page.wait_for_timeout(300)
             images = page.locator("#gallery img").all()
             return [str(each.get_attribute("src")) for each in images]

@@ -99,13 +99,11 @@ def build_app(searcher: Searcher, image_dir: str | Path, instruction: str = "") 
         with gradio.Row():
             with gradio.Column(scale=1, min_width=280):
                 prefix = gradio.Textbox(
-                    instruction, label="Instruction (before the text)", max_lines=1, elem_id="instruction"
+                    instruction, label="Instruction (before the text)", elem_id="instruction"
                 )
-                text = gradio.Textbox(
-                    label="Text", placeholder="what to look for", max_lines=1, elem_id="text"
-                )
+                text = gradio.Textbox(label="Text", placeholder="what to look for", elem_id="text")
                 image = gradio.Image(
-                    label="Image", type="pil", sources=["upload", "clipboard"], height=160, elem_id="image"
+                    label="Image", type="pil", sources=["upload", "clipboard"], height=180, elem_id="image"
                 )
                 scoring = gradio.Radio(scorings, value=scorings[0], label="Score by", elem_id="scoring")
                 button = gradio.Button("Search", variant="primary", elem_id="search")
