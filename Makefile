@@ -81,13 +81,14 @@ backbone: $(INSTALLED) ## train the shipped tiny backbone anew
 notebooks: $(INSTALLED) ## execute every notebook in place
 	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
 
-bench: $(INSTALLED) ## cost of N paths and of the vCLUB estimator, start-up on MMEB's tables
+bench: $(INSTALLED) ## cost of N paths and of the vCLUB estimator, start-up on MMEB tables, throughput of predict
 	$(BIN)/python -m benchmarks.paths
 	$(BIN)/python -m benchmarks.vclub
 	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.predict
 
 studies: $(INSTALLED) ## every study: runs what is missing, then tables and pictures in docs/studies/
-	@failed=0; for study in help paths prefix mutual_information little_data beyond; do \
+	@failed=0; for study in help full_data paths prefix mutual_information little_data beyond; do \
 	  $(BIN)/python -m studies $$study --jobs $(STUDY_JOBS) || failed=1; done; \
 	for study in estimators path_differences search; do $(BIN)/python -m studies $$study || failed=1; done; exit $$failed
 

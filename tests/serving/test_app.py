@@ -20,10 +20,8 @@ pytestmark = [
 ]
 
 
-def test_a_query_shows_hits_and_another_scoring_shows_others(
-    checkpoint: Path, start: Start, tmp_path: Path
-) -> None:
-    """Pictures and bars appear, change with the path, and nothing is asked of another host."""
+def test_text_image_and_scoring_change_what_is_shown(checkpoint: Path, start: Start, tmp_path: Path) -> None:
+    """Pictures and bars follow every part of the query, and nothing is asked of another host."""
     from playwright.sync_api import sync_playwright
 
     names = [f"{number}.png" for number in range(20)]
@@ -37,6 +35,7 @@ def test_a_query_shows_hits_and_another_scoring_shows_others(
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page()
+        page.set_default_timeout(20_000)
         asked: list[str] = []
         page.on("request", lambda request: asked.append(request.url))
         page.goto(address)
@@ -44,10 +43,28 @@ def test_a_query_shows_hits_and_another_scoring_shows_others(
         page.locator("#search").click()
         page.wait_for_selector("#bars .bars")
         page.wait_for_selector("#gallery img")
-        before = page.locator("#bars").inner_text()
-        assert "path_0" in before
-        assert "path_1" in before
-        page.get_by_label("path_1", exact=True).check()
-        page.wait_for_function("text => document.querySelector('#bars').innerText !== text", arg=before)
+        bars = [page.locator("#bars .bars").inner_text()]
+        assert "path_0" in bars[0]
+        assert "path_1" in bars[0]
+
+        def changed() -> list[str]:
+            """Wait for other bars; the addresses of the pictures that are shown then."""
+            page.wait_for_function("text => document.querySelector('#bars .bars').innerText !== text", arg=bars[-1])
+            bars.append(page.locator("#bars .bars").inner_text())
+            page.wait_for_timeout(300)
+            images = page.locator("#gallery img").all()
+            return [str(each.get_attribute("src")) for each in images]
+
+        for scoring in ("path_1", "maxsim", "aggregate"):
+            page.get_by_label(scoring, exact=True).check()
+            by_text = changed()
+        page.locator("#image input[type=file]").set_input_files(str(tmp_path / "7.png"))
+        by_both = changed()
+        page.locator("#text textarea").fill("")
+        page.locator("#search").click()
+        changed()
+        assert bars[-1].startswith("1. 1.000")  # the picture itself
+        assert by_text != by_both
+        assert len(set(bars)) == len(bars)
         browser.close()
     assert not [url for url in asked if not url.startswith((address, "data:", "blob:"))]

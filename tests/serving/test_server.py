@@ -123,8 +123,8 @@ def test_full_queue_and_lost_worker(checkpoint: Path, start: Start) -> None:
         errors = [future.exception() for future in asked]
     assert [getattr(error, "status_code", error) for error in errors] == [503] * 3
     assert process.wait(timeout=60) == 1
-    assert said(process) == "error: the worker with the model ended with exit code -9\n"
     assert not psutil.wait_procs(before, timeout=5)[1]
+    assert said(process) == "error: the worker with the model ended with exit code -9\n"
 
 
 def children(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
@@ -138,5 +138,6 @@ def stopped_cleanly(process: subprocess.Popen[bytes]) -> bool:
     assert before
     process.terminate()
     code = process.wait(timeout=60)
+    left = psutil.wait_procs(before, timeout=5)[1]
     assert (code, said(process)) == (0, "")
-    return not psutil.wait_procs(before, timeout=5)[1]
+    return not left

@@ -14,6 +14,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("index_dir", type=str, help="what lightning index wrote")
     parser.add_argument("--model", type=str, help="by default the one that the index names")
     parser.add_argument("--image_dir", type=str, help="of pictures with relative names; default: the index's")
+    parser.add_argument(
+        "--instruction", type=str, help="in its field at first; by default the model's own for queries"
+    )
     parser.add_argument("--host", type=str, default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=7860, help="of the page")
 
@@ -37,4 +40,6 @@ def run(options: Any) -> None:
     if model is None:
         raise ValueError(f"{options.index_dir} does not say which model made it: give --model")
     image_dir = options.image_dir or metadata.get("image_dir", ".")
-    run_app(build_app(Searcher(load_embedder(model), index), image_dir), options.host, options.port)
+    embedder = load_embedder(model)
+    instruction = embedder.query_instruction if options.instruction is None else options.instruction
+    run_app(build_app(Searcher(embedder, index), image_dir, instruction), options.host, options.port)

@@ -25,7 +25,14 @@ from parallel_decoupling.data.inputs import prepare_tables
 from parallel_decoupling.data.loaders import Batches, EvalBatches, MissingImages, TrainRows
 from parallel_decoupling.data.mixture import MixtureSampler
 from parallel_decoupling.data.readers import LimitBy, TrainSubset, read_eval_task
-from parallel_decoupling.data.row_loaders import RowBatches, RowLoader, RowPlan, Shards, chosen_columns
+from parallel_decoupling.data.row_loaders import (
+    RowBatches,
+    RowLoader,
+    RowPlan,
+    Shards,
+    TokenEstimate,
+    chosen_columns,
+)
 from parallel_decoupling.data.rows import open_rows
 from parallel_decoupling.data.tasks import (
     MMEB_TASKS,
@@ -278,11 +285,9 @@ class MMEBDataModule(LightningDataModule):
         )
         finished = self.finished_shards(rows, shards)
         place = distributed.rank(), distributed.world_size()
-        return RowLoader(
-            rows,
-            RowPlan(source, shards, self.collator.images, finished, self.eval_batch_size, *place),
-            self.num_workers,
-        )
+        estimate = TokenEstimate.of(self.collator)
+        plan = RowPlan(source, shards, estimate, finished, self.eval_batch_size, *place)
+        return RowLoader(rows, plan, self.num_workers)
 
     @property
     def collator(self) -> Collator:

@@ -6,21 +6,21 @@ so batches have little padding, while files come in the order of the source, wha
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from parallel_decoupling.batch import EncoderInputs, RawInput
 from parallel_decoupling.data.collate import Collator
-from parallel_decoupling.data.images import ImagePolicy
+from parallel_decoupling.data.images import smart_size
 from parallel_decoupling.data.loaders import Batches
 from parallel_decoupling.data.rows import AGGREGATE, RowSource
 
 CHARACTERS_PER_TOKEN = 4
 FIXED_IMAGE_TOKENS = 576
-"""Of a picture whose tokens do not depend on its size; only the order of rows depends on this number."""
 STAND_IN = RawInput("missing")
 """Encoded where a batch has no row, so that every process makes as many steps."""
 
@@ -63,6 +63,43 @@ class RowBatch:
         return replace(self, inputs=self.inputs.to(device))
 
 
+@dataclass(frozen=True)
+class TokenEstimate:
+    """Roughly how many tokens a row has, without decoding its picture; only the order of rows depends on it.
+
+    Attributes:
+        min_pixels: width times height of a resized picture at least.
+        max_pixels: and at most.
+        factor: side in pixels of a token; 0 where all pictures have the same number of tokens.
+    """
+
+    min_pixels: int = 1
+    max_pixels: int = 1
+    factor: int = 0
+
+    @classmethod
+    def of(cls, collator: Collator) -> TokenEstimate:
+        """That of a processor with a pixel budget (Qwen's); elsewhere all pictures count alike."""
+        images, processor = collator.images, getattr(collator.processor, "image_processor", None)
+        if images.size is not None or images.factor == 1:
+            return cls()
+        budget: Mapping[str, int] = cast(Any, processor).size
+        least, most = budget["shortest_edge"], budget["longest_edge"]
+        least = min(most, max(least, images.min_pixels or 1))
+        return cls(least, max(least, min(most, images.max_pixels or most)), images.factor)
+
+    def __call__(self, image_size: tuple[int, int] | None, characters: int) -> float:
+        """The estimate for a row from what ``RowSource.size`` says of it."""
+        tokens = characters / CHARACTERS_PER_TOKEN
+        if image_size is None:
+            return tokens
+        if not self.factor:
+            return tokens + FIXED_IMAGE_TOKENS
+        limits = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
+        width, height = smart_size(*image_size, factor=self.factor, **limits)
+        return tokens + width * height / self.factor**2
+
+
 class Shards:
     """How a source is cut into shards.
 
@@ -92,7 +129,7 @@ class RowPlan(Sampler[RowPlace]):
     Args:
         source: the rows.
         shards: of the source.
-        images: what happens to pictures.
+        estimate: of the tokens of a row.
         finished: shards that are done, the same on all processes.
         batch_size: rows per batch.
         rank: this process.
@@ -103,13 +140,13 @@ class RowPlan(Sampler[RowPlace]):
         self,
         source: RowSource,
         shards: Shards,
-        images: ImagePolicy,
+        estimate: TokenEstimate,
         finished: Collection[int],
         batch_size: int,
         rank: int,
         world_size: int,
     ) -> None:
-        self.source, self.shards, self.images, self.batch_size = source, shards, images, batch_size
+        self.source, self.shards, self.estimate, self.batch_size = source, shards, estimate, batch_size
         to_do = [shard for shard in range(len(shards)) if shard not in finished]
         self.to_do = to_do[rank::world_size]
         self._length = max(self._count(to_do[start::world_size]) for start in range(world_size))
@@ -124,20 +161,15 @@ class RowPlan(Sampler[RowPlace]):
 
     def __iter__(self) -> Iterator[RowPlace]:
         for shard in self.to_do:
-            rows = sorted(self.shards.rows(shard), key=self.estimated_tokens, reverse=True)
+            rows = sorted(self.shards.rows(shard), key=self._tokens, reverse=True)
             batches = [rows[at : at + self.batch_size] for at in range(0, len(rows), self.batch_size)]
             for number, batch in enumerate(batches, start=1):
                 yield RowPlace(shard, tuple(batch), last=number == len(batches))
         for _ in range(self._length - self._count(self.to_do)):
             yield RowPlace(None, (), last=False)
 
-    def estimated_tokens(self, row: int) -> float:
-        """Roughly the length of a row, from the header of its picture and the characters of its text."""
-        pixels, characters = self.source.size(row)
-        picture = float(min(pixels, FIXED_IMAGE_TOKENS))
-        if self.images.size is None and self.images.factor > 1:
-            picture = min(pixels, self.images.max_pixels or pixels) / self.images.factor**2
-        return picture + characters / CHARACTERS_PER_TOKEN
+    def _tokens(self, row: int) -> float:
+        return self.estimate(*self.source.size(row))
 
     def _count(self, shards: Sequence[int]) -> int:
         return sum(-(-len(self.shards.rows(shard)) // self.batch_size) for shard in shards)

@@ -18,22 +18,28 @@ from parallel_decoupling.index.searcher import Searcher
 HITS = 12
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _STYLE = """
-.bars { display: grid; grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); gap: 14px; }
-.bars h4 { margin: 0 0 4px; font-size: 14px; }
-.bars div div { display: grid; grid-template-columns: 70px 1fr 44px; gap: 6px; align-items: center;
-                font-size: 12px; font-variant-numeric: tabular-nums; }
-.bars span { background: #8883; height: 9px; border-radius: 3px; overflow: hidden; }
+.bars { display: grid; grid-template-columns: repeat(6, 1fr); gap: 14px 12px; }
+.bars h4 { margin: 0 0 4px; font-size: 13px; }
+.bars div div { display: grid; grid-template-columns: 42px 1fr 30px; gap: 4px; align-items: center;
+                font-size: 11px; font-variant-numeric: tabular-nums; }
+.bars div.scored { font-weight: bold; }
+.bars span { background: #8883; height: 8px; border-radius: 3px; overflow: hidden; }
 .bars i { display: block; height: 100%; }
-.bars b { text-align: right; font-weight: normal; }
+.bars b { text-align: right; font-weight: inherit; }
+footer { display: none !important; }
+@media (max-width: 900px) { .bars { grid-template-columns: repeat(2, 1fr); } }
 """
 
 
-def find(searcher: Searcher, image_dir: Path, text: str, image: Image.Image | None, scoring: str) -> Any:
+def find(
+    searcher: Searcher, image_dir: Path, instruction: str, text: str, image: Image.Image | None, scoring: str
+) -> Any:
     """Answer one query.
 
     Args:
         searcher: model and index.
         image_dir: where pictures with relative names are.
+        instruction: put before the text; may be empty.
         text: may be empty.
         image: may be None.
         scoring: see ``Index.search``.
@@ -45,7 +51,7 @@ def find(searcher: Searcher, image_dir: Path, text: str, image: Image.Image | No
     query = {key: value for key, value in query.items() if value is not None}
     if not query:
         return [], ""
-    (hits,) = searcher.search([query], HITS, scoring)
+    (hits,) = searcher.search([query], HITS, scoring, instruction=instruction.strip())
     pictures = []
     for rank, hit in enumerate(hits, start=1):
         name = hit.fields.get(IMAGE_FIELD)
@@ -55,34 +61,35 @@ def find(searcher: Searcher, image_dir: Path, text: str, image: Image.Image | No
         except ImageError:
             picture, caption = Image.new("RGB", (64, 64), "#eeeeee"), f"{caption} (picture not readable)"
         pictures.append((picture, caption if name else f"{caption} {hit.id}"))
-    return pictures, bars_html(hits)
+    return pictures, bars_html(hits, scoring)
 
 
-def bars_html(hits: Sequence[Hit]) -> str:
-    """Cosine of query and hit on each path as a bar from 0 to 1, per hit."""
+def bars_html(hits: Sequence[Hit], scoring: str) -> str:
+    """Cosine of query and hit on each path as a bar from 0 to 1, per hit; the path of the scoring is bold."""
     cards = []
     for rank, hit in enumerate(hits, start=1):
-        rows = "".join(
-            f"<div>{escape(name)}<span><i style='width:{max(0.0, min(1.0, value)):.1%};"
-            f"background:{_COLOURS[number % len(_COLOURS)]}'></i></span><b>{value:.3f}</b></div>"
-            for number, (name, value) in enumerate(hit.similarities.items())
-        )
+        rows = ""
+        for number, (name, value) in enumerate(hit.similarities.items()):
+            mark, width = " class=scored" if name == scoring else "", max(0.0, min(1.0, value))
+            bar = f"<i style='width:{width:.1%};background:{_COLOURS[number % len(_COLOURS)]}'></i>"
+            rows += f"<div{mark}>{escape(name)}<span>{bar}</span><b>{value:.2f}</b></div>"
         cards.append(f"<div><h4>{rank}. {hit.score:.3f}</h4>{rows}</div>")
     return f"<div class='bars'>{''.join(cards)}</div>"
 
 
-def build_app(searcher: Searcher, image_dir: str | Path) -> gradio.Blocks:
+def build_app(searcher: Searcher, image_dir: str | Path, instruction: str = "") -> gradio.Blocks:
     """Make the page.
 
     Args:
         searcher: model and index.
         image_dir: where pictures with relative names are.
+        instruction: that stands in its field at first.
     """
     scorings = list(searcher.index.settings.scorings)
 
-    def answer(text: str, image: Image.Image | None, scoring: str) -> Any:
+    def answer(instruction: str, text: str, image: Image.Image | None, scoring: str) -> Any:
         try:
-            return find(searcher, Path(image_dir), text, image, scoring)
+            return find(searcher, Path(image_dir), instruction, text, image, scoring)
         except ValueError as error:
             raise gradio.Error(str(error)) from error
 
@@ -91,20 +98,25 @@ def build_app(searcher: Searcher, image_dir: str | Path) -> gradio.Blocks:
         gradio.Markdown(f"## Search {len(searcher.index):,} items by text, image or both")
         with gradio.Row():
             with gradio.Column(scale=1, min_width=280):
-                text = gradio.Textbox(label="Text", placeholder="a red circle", elem_id="text")
-                image = gradio.Image(label="Image", type="pil", sources=["upload", "clipboard"], height=180)
+                prefix = gradio.Textbox(
+                    instruction, label="Instruction (before the text)", elem_id="instruction"
+                )
+                text = gradio.Textbox(label="Text", placeholder="what to look for", elem_id="text")
+                image = gradio.Image(
+                    label="Image", type="pil", sources=["upload", "clipboard"], height=180, elem_id="image"
+                )
                 scoring = gradio.Radio(scorings, value=scorings[0], label="Score by", elem_id="scoring")
                 button = gradio.Button("Search", variant="primary", elem_id="search")
             with gradio.Column(scale=3):
                 gallery = gradio.Gallery(
                     show_label=False, columns=6, height=310, object_fit="contain", elem_id="gallery"
                 )
-                gradio.Markdown("Cosine of query and hit on each path")
+                gradio.Markdown("Cosine of query and hit on each path, in the order of the pictures")
                 bars = gradio.HTML(elem_id="bars")
         gradio.on(
-            [button.click, text.submit, scoring.change, image.change],
+            [button.click, prefix.submit, text.submit, scoring.change, image.change],
             answer,
-            [text, image, scoring],
+            [prefix, text, image, scoring],
             [gallery, bars],
             api_name=False,
         )

@@ -70,6 +70,7 @@ def _watch_worker(server: LitServer, lost: list[int | None]) -> None:
         time.sleep(0.1)
     (worker,) = server.inference_workers
     wait([worker.sentinel])
+    worker.join()
     stopping = server.closes_at.value != float("inf")
     server.closes_at.value = 0
     if not stopping:

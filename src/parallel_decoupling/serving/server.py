@@ -3,6 +3,7 @@
 # No "from __future__ import annotations": LitServe reads the annotations of decode_request as types.
 import math
 import signal
+import threading
 from collections.abc import Callable
 from multiprocessing.sharedctypes import RawValue
 from typing import Any
@@ -11,6 +12,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 from litserve import LitAPI, LitServer
 from starlette.exceptions import HTTPException
+from tqdm import tqdm
 
 from parallel_decoupling.retrieval.embedder import Embedder
 from parallel_decoupling.serving.batches import embed_requests
@@ -47,6 +49,7 @@ class EmbeddingAPI(LitAPI):  # type: ignore[misc]  # litserve has no types
     def setup(self, device: str) -> None:
         """Load the model; Ctrl-C, which the terminal sends to every process, is the main process's."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed worker would leave behind
         self.embedder = self.load()
         self.embedder.encoder.to(device)
 
