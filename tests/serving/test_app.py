@@ -49,7 +49,8 @@ def test_text_image_and_scoring_change_what_is_shown(checkpoint: Path, start: St
 
         def changed() -> list[str]:
             """Wait for other bars; the addresses of the pictures that are shown then."""
-            page.wait_for_function("text => document.querySelector('#bars .bars').innerText !== text", arg=bars[-1])
+            other = "text => document.querySelector('#bars .bars').innerText !== text"
+            page.wait_for_function(other, arg=bars[-1])
             bars.append(page.locator("#bars .bars").inner_text())
             page.wait_for_timeout(300)
             images = page.locator("#gallery img").all()
