@@ -47,8 +47,8 @@ app: $(INSTALLED) ## search pictures of the embedded benchmark in a browser, wit
 	@test -f $(DEMO)/checkpoints/last.ckpt || (echo "no $(DEMO)/checkpoints/last.ckpt: run make demo first" && exit 1)
 	@test -f $(DEMO)/index/index.json || ( \
 	  pictures=$$($(BIN)/python -c 'from parallel_decoupling.data.world.benchmark import ensure_benchmark; print(ensure_benchmark())')/MMEB-eval/Scene_t2i && \
-	  $(BIN)/lightning predict --config lightning_configs/demo.yaml --ckpt_path $(DEMO)/checkpoints/last.ckpt \
-	    --trainer.default_root_dir $(DEMO) --data.predict_source $$pictures --writer.output_dir $(DEMO)/embeddings && \
+	  $(BIN)/lightning predict --ckpt_path $(DEMO)/checkpoints/last.ckpt \
+	    --data.predict_source $$pictures --writer.output_dir $(DEMO)/embeddings && \
 	  $(BIN)/lightning index $(DEMO)/embeddings $(DEMO)/index )
 	$(BIN)/lightning app $(DEMO)/index --model $(DEMO)/checkpoints/last.ckpt
 
@@ -81,13 +81,14 @@ backbone: $(INSTALLED) ## train the shipped tiny backbone anew
 notebooks: $(INSTALLED) ## execute every notebook in place
 	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
 
-bench: $(INSTALLED) ## cost of N paths and of the vCLUB estimator, start-up on MMEB's tables
+bench: $(INSTALLED) ## cost of N paths and of the vCLUB estimator, start-up on MMEB tables, throughput of predict
 	$(BIN)/python -m benchmarks.paths
 	$(BIN)/python -m benchmarks.vclub
 	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.predict
 
 studies: $(INSTALLED) ## every study: runs what is missing, then tables and pictures in docs/studies/
-	@failed=0; for study in help paths prefix mutual_information little_data beyond; do \
+	@failed=0; for study in help full_data paths prefix mutual_information little_data beyond; do \
 	  $(BIN)/python -m studies $$study --jobs $(STUDY_JOBS) || failed=1; done; \
 	for study in estimators path_differences search; do $(BIN)/python -m studies $$study || failed=1; done; exit $$failed
 

@@ -10,8 +10,9 @@ other on the same rows and with the same weights:
   folder, in float32 as the others.
 
 The model is the package's tiny backbone: bare (one path without prefix) or with three paths. Rows are texts
-of 3 to 60 words, or those, pictures of 32 to 128 pixels a side, and both. Ratios are medians over the rounds:
-more than 1 is in favour of predict. Wants about ten minutes.
+of 3 to 60 words, or those, pictures of 32 to 128 pixels a side, and both. Numbers are medians over the
+rounds of the other's seconds over predict's, by the clock and of the processor (steadier where the machine
+does other work): more than 1 is in favour of predict. Wants about ten minutes.
 """
 
 from __future__ import annotations
@@ -131,15 +132,15 @@ def ways(module: PDFEmbedder, table_file: Path, batch_size: int) -> dict[str, Ca
     return timed
 
 
-def measure(timed: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each, in every round; a first round does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in timed}
+def measure(timed: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """Seconds by the clock and of the processor, of each in every round; a first round does not count."""
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in timed}
     for number in range(rounds + 1):
         for name, call in timed.items():
-            began = time.perf_counter()
+            began = time.perf_counter(), time.process_time()
             call()
             if number:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append((time.perf_counter() - began[0], time.process_time() - began[1]))
     return seconds
 
 
@@ -152,7 +153,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    lines = ["| model | rows | predict, rows/s | against | ratio |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| model | rows | predict, rows/s | against | time | processor time |", "| --- " * 6 + "|"]
     with tempfile.TemporaryDirectory() as folder:
         files = {
             name: save_rows(Path(folder) / name, options.rows, mixed=name == "mixed")
@@ -162,11 +163,17 @@ def main() -> None:
             module = PDFEmbedder(backbone="tiny", mi={"kind": "none"}, mi_weight=0.0, **settings).eval()
             for kind, table_file in files.items():
                 seconds = measure(ways(module, table_file, options.batch_size), options.rounds)
-                speed = options.rows / statistics.median(seconds["predict"])
+                own = seconds["predict"]
+                speed = options.rows / statistics.median(clock for clock, _ in own)
                 for name, values in list(seconds.items())[1:]:
-                    pairs = zip(values, seconds["predict"], strict=True)
-                    ratio = statistics.median(other / own for other, own in pairs)
-                    lines.append(f"| {model} | {kind} | {speed:.0f} | {name} | {ratio:.2f} |")
+                    ratios = [
+                        statistics.median(
+                            value[of] / mine[of] for value, mine in zip(values, own, strict=True)
+                        )
+                        for of in (0, 1)
+                    ]
+                    cells = (model, kind, f"{speed:.0f}", name, *(f"{ratio:.2f}" for ratio in ratios))
+                    lines.append(f"| {' | '.join(cells)} |")
     sys.stdout.write("\n".join(lines) + "\n")
 
 

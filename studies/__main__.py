@@ -17,12 +17,15 @@ from studies.study import OUTPUT_DIR, load_study, study_files
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = _parser().parse_args(args)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs end with their study
+    # so that the runs end with their study
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         return _list(options) if options.list else _run(options)
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> ArgumentParser:

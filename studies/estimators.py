@@ -38,6 +38,7 @@ from parallel_decoupling.training.evaluation import git_commit
 from studies.estimator_figures import write_figures, write_table
 
 KINDS = tuple(kind for kind in get_args(Kind) if kind != "none")
+WITHOUT_Q = ("hsic", "crosscov", "orthogonal")
 OUTPUT_DIR = Path("docs/studies/estimators")
 
 
@@ -125,7 +126,7 @@ def measure(kind: Kind, cell: Cell, network: nn.Module, draws: int) -> dict[str,
 
 
 def cells(rhos: Sequence[float], embed_dims: Sequence[int], batch_sizes: Sequence[int]) -> list[Cell]:
-    """The grid; cubes have no true q, and hsic and crosscov no q at all."""
+    """The grid; cubes have no true q, and hsic, crosscov and orthogonal no q at all."""
     return [
         Cell(rho, embed_dim, batch_size, cubed, perfect_q)
         for embed_dim in embed_dims
@@ -161,7 +162,7 @@ def run(
     rows = []
     for cell in track(cells(rhos, embed_dims, batch_sizes), description="estimators"):
         network = fitted_network(cell, fit_steps)
-        kinds = [kind for kind in KINDS if not cell.perfect_q or kind not in ("hsic", "crosscov")]
+        kinds = [kind for kind in KINDS if not cell.perfect_q or kind not in WITHOUT_Q]
         rows += [measure(kind, cell, network, draws) for kind in kinds]
     results = {
         "study": "estimators",

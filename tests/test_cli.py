@@ -135,10 +135,14 @@ def test_predict_writes_every_task(run_dir: Path, config_file: Path) -> None:
 def test_predict_embeds_a_folder_of_images_and_goes_on(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    images, embeddings = str(run_dir.parents[1] / "data" / "MMEB-eval"), tmp_path / "embeddings"
-    file = str(run_dir / "checkpoints" / "last.ckpt")
-    command = ["predict", "--ckpt_path", file, "--data.predict_source", images]
-    command += ["--writer.output_dir", str(embeddings)]
+    """The first command of docs/embedding_files.md."""
+    embeddings, file = tmp_path / "embeddings", str(run_dir / "checkpoints" / "last.ckpt")
+    places = {"runs/demo/checkpoints/last.ckpt": file, "embeddings/": str(embeddings)}
+    places["photos/"] = str(run_dir.parents[1] / "data" / "MMEB-eval")
+    text = (Path(__file__).parents[1] / "docs" / "embedding_files.md").read_text(encoding="utf-8")
+    words = next(line for line in text.splitlines() if line.startswith("lightning predict")).split()
+    command = [places.get(word, word) for word in words[1:]]
+    assert set(places.values()) < set(command)
     cli.main(command)
     table = open_embeddings(embeddings)
     assert (table.num_rows, table.path_names) == (24, ("path_0", "path_1"))

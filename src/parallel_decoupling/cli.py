@@ -19,7 +19,7 @@ TRAINER_SUBCOMMANDS = {
     "plan": "what a fit with the same options would need: batch, parameters, memory, work",
     "validate": "score the validation tasks",
     "test": "score the evaluation tasks; writes scores.json and scores.csv",
-    "predict": "write the embeddings of the evaluation tasks to predictions/",
+    "predict": "embed a folder of images or a table as Parquet files, or the evaluation tasks",
 }
 COMMANDS = {
     "app": "a page to search an index by text and image: app INDEX_DIR [--model MODEL]",

@@ -35,6 +35,7 @@ STRUCTURE = (
     "num_paths",
     "prefix_length",
     "prefix_layers",
+    "prefix_type",
     "aggregation",
     "adapter",
     "mi.kind",

@@ -39,7 +39,7 @@ def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
         image = Image.fromarray(np.full((8, 8), level * 257, np.uint16 if mode == "I;16" else np.int32))
     else:
         image = Image.new("RGB", (8, 8), (level,) * 3).convert("P" if mode == "PA" else mode).convert(mode)
-    file = tmp_path / ("x.tif" if mode in ("CMYK", "YCbCr", "PA", "I") else "x.png")
+    file = tmp_path / ("x.tif" if mode in ("CMYK", "PA", "I") else "x.jpg" if mode == "YCbCr" else "x.png")
     if mode != "PA":  # no format holds it
         image.save(file)
         image = Image.open(file)

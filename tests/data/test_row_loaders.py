@@ -14,7 +14,15 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from parallel_decoupling.data.collate import Collator
-from parallel_decoupling.data.row_loaders import RowBatches, RowLoader, RowPlan, Shards, chosen_columns
+from parallel_decoupling.data.images import ImagePolicy
+from parallel_decoupling.data.row_loaders import (
+    RowBatches,
+    RowLoader,
+    RowPlan,
+    Shards,
+    TokenEstimate,
+    chosen_columns,
+)
 from parallel_decoupling.data.rows import RowSource, open_rows
 
 
@@ -32,7 +40,9 @@ def test_every_row_is_done_once_whatever_the_number_of_processes(
     source: RowSource, world_size: int, finished: tuple[int, ...]
 ) -> None:
     shards = Shards(len(source), 8)
-    plans = [RowPlan(source, shards, finished, 3, rank, world_size) for rank in range(world_size)]
+    plans = [
+        RowPlan(source, shards, TokenEstimate(), finished, 3, rank, world_size) for rank in range(world_size)
+    ]
     batches = [list(plan) for plan in plans]
     assert len({len(each) for each in batches}) == 1, "as many steps on every process"
     assert [len(plan) for plan in plans] == [len(each) for each in batches]
@@ -44,13 +54,14 @@ def test_every_row_is_done_once_whatever_the_number_of_processes(
 
 def test_a_shard_is_one_process_s_from_its_largest_row_to_its_last_batch(source: RowSource) -> None:
     shards = Shards(len(source), 20)
-    plan = list(RowPlan(source, shards, (), 6, 0, 1))
+    row_plan = RowPlan(source, shards, TokenEstimate(), (), 6, 0, 1)
+    plan = list(row_plan)
     for shard in range(3):
         batches = [place for place in plan if place.shard == shard]
         rows = [row for place in batches for row in place.rows]
         assert sorted(rows) == list(shards.rows(shard))
-        sizes = [source.size(row) for row in rows]
-        assert sizes == sorted(sizes, reverse=True)
+        lengths = [row_plan.estimate(*source.size(row)) for row in rows]
+        assert lengths == sorted(lengths, reverse=True)
         assert [place.last for place in batches] == [False] * (len(batches) - 1) + [True]
     assert [place.shard for place in plan] == sorted(cast(int, place.shard) for place in plan)
 
@@ -60,13 +71,31 @@ def test_sorting_saves_padding(source: RowSource) -> None:
         return sum(len(rows) * max(source.size(row)[1] for row in rows) for rows in batches)
 
     in_order = [tuple(range(start, min(start + 5, 50))) for start in range(0, 50, 5)]
-    plan = [place.rows for place in RowPlan(source, Shards(50, 50), (), 5, 0, 1)]
+    plan = [place.rows for place in RowPlan(source, Shards(50, 50), TokenEstimate(), (), 5, 0, 1)]
     assert padded(plan) < 0.75 * padded(in_order)
 
 
 @pytest.fixture
 def collator(tiny_backbone_dir: str) -> Collator:
     return Collator(AutoProcessor.from_pretrained(tiny_backbone_dir), image_token="<|image_pad|>")
+
+
+def test_the_estimate_is_near_the_tokens_of_a_row(collator: Collator, tmp_path: Path) -> None:
+    sides = {"small.png": (16, 24), "medium.png": (32, 32), "large.png": (40, 64), "huge.png": (200, 50)}
+    for name, side in sides.items():
+        Image.new("RGB", side).save(tmp_path / name)
+    pq.write_table(pa.table({"image": list(sides)}), tmp_path / "rows.parquet")
+    source = open_rows(tmp_path / "rows.parquet")
+    for policy in (ImagePolicy(), ImagePolicy(max_pixels=32 * 32), ImagePolicy(min_pixels=48 * 48)):
+        limited = Collator(collator.processor, image_token="<|image_pad|>", images=policy)
+        estimate = TokenEstimate.of(limited)
+        around = int(limited.encode_inputs([source.raw_input(0)]).lengths) - estimate(*source.size(0))
+        for row in range(1, 4):
+            tokens = int(limited.encode_inputs([source.raw_input(row)]).lengths)
+            assert estimate(*source.size(row)) + around == tokens
+    squares = TokenEstimate.of(Collator(collator.processor, image_token="x", images=ImagePolicy("low")))
+    assert squares((10, 10), 0) == squares((100, 100), 0) > squares(None, 0) == 0
+    assert squares((10, 10), 80) == squares((10, 10), 0) + 20
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -82,14 +111,16 @@ def test_bad_rows_are_named_and_the_others_are_as_without_them(
     pq.write_table(pa.table(cells), tmp_path / "rows.parquet")
     source = open_rows(tmp_path / "rows.parquet")
     batches = RowBatches(source, collator, "", ("aggregate",))
-    (batch,) = RowLoader(batches, RowPlan(source, Shards(6, 6), (), 6, 0, 1), num_workers)
+    (batch,) = RowLoader(batches, RowPlan(source, Shards(6, 6), TokenEstimate(), (), 6, 0, 1), num_workers)
     assert sorted(batch.rows) == [0, 2]
     assert sorted(batch.bad_rows) == [1, 3, 4, 5]
     words = ("missing.png", "broken.png", "text or an image", "own image token")
     assert all(word in batch.bad_rows[row] for row, word in zip((1, 3, 4, 5), words, strict=True))
     alone = collator.encode_inputs([source.raw_input(row) for row in batch.rows])
     assert torch.equal(batch.inputs.tokens["input_ids"], alone.tokens["input_ids"])
-    (only_bad,) = RowLoader(batches, RowPlan(source, Shards(6, 1), (0, 2, 3, 4, 5), 6, 0, 1), num_workers)
+    (only_bad,) = RowLoader(
+        batches, RowPlan(source, Shards(6, 1), TokenEstimate(), (0, 2, 3, 4, 5), 6, 0, 1), num_workers
+    )
     assert (only_bad.rows, set(only_bad.bad_rows), len(only_bad.inputs)) == ((), {1}, 1)
 
 

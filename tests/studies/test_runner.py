@@ -120,7 +120,10 @@ def test_a_curve_is_one_training_scored_at_its_points(small_study: Study) -> Non
     results = read_results(small_study.results_file)
     assert [line["step"] for line in results] == [2, 4]
     assert 0 < results[0]["token_passes"] < results[1]["token_passes"]
-    assert list(results[0]["means"]["overall"]) == ["aggregate", "path_0", "path_1"]
+    assert list(results[0]["means"]["overall"]) == [
+        *("aggregate", "path_0", "path_1"),
+        *("mean", "concat", "maxsim"),
+    ]
     assert set(results[0]["tasks"]) == {"colours_i2t", "colours_t2i"}
     assert {"path_cosine", "path_cosine_first", "mi", "estimator_nll_held_out"} <= set(
         results[1]["monitored"]

@@ -191,6 +191,20 @@ def test_a_test_writes_score_files_modes_and_warnings(
     assert "inference modes" in shown
 
 
+def test_images_of_another_size_than_in_training_are_reported(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.fit(small_embedder(tiny_backbone_dir), small_data(tiny_mmeb_dir))
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    for size, details in ((None, []), ("low", ["image_size: trained None, asked low"])):
+        module, data = small_embedder(tiny_backbone_dir), small_data(tiny_mmeb_dir, image_size=size)
+        make_trainer(tmp_path).test(module, data, ckpt_path=tmp_path / "one.ckpt", verbose=False)
+        report = ScoreReport.from_json_file(tmp_path / "scores.json")
+        found = [each["detail"] for each in report.warnings if each["check"] == "prompt_mismatch"]
+        assert found == details
+
+
 def test_outside_git_there_is_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))

@@ -133,6 +133,15 @@ def test_chosen_columns_in_half_precision(module: PDFEmbedder, table_file: Path,
     assert torch.allclose(vectors(table, "path_1"), expected(module, table_file)[1][:, 1], atol=1e-3)
 
 
+def test_a_shard_of_bad_rows_only_is_a_file_without_rows(
+    module: PDFEmbedder, table_file: Path, tmp_path: Path
+) -> None:
+    predict(module, table_file, tmp_path, predict_rows_per_shard=1)
+    files = sorted(tmp_path.glob("embeddings-*.parquet"))
+    assert [row for row, file in enumerate(files) if not pq.read_metadata(file).num_rows] == list(BAD)
+    assert open_embeddings(tmp_path).num_rows == NUM_ROWS - len(BAD), "the same columns in all files"
+
+
 class KillAt(Callback):
     """Ends the process as ``kill -9`` does."""
 
@@ -198,8 +207,8 @@ def test_files_of_another_run_are_not_gone_on_with(
 
 def predict_on_a_rank(module: PDFEmbedder, source: Path, folder: Path, data: dict[str, Any]) -> None:
     counter = Counter()
-    options = {"devices": 2, "strategy": "ddp"}
-    predict(module, source, folder, counter, trainer=options, **data)
+    options = {"devices": 2, "strategy": "ddp", "enable_progress_bar": True}
+    predict(module, source, folder, counter, RowProgressBar(), trainer=options, **data)
     (folder / f"rows_of_{rank()}.json").write_text(json.dumps(counter.rows))
 
 

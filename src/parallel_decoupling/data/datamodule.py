@@ -25,7 +25,14 @@ from parallel_decoupling.data.inputs import prepare_tables
 from parallel_decoupling.data.loaders import Batches, EvalBatches, MissingImages, TrainRows
 from parallel_decoupling.data.mixture import MixtureSampler
 from parallel_decoupling.data.readers import LimitBy, TrainSubset, read_eval_task
-from parallel_decoupling.data.row_loaders import RowBatches, RowLoader, RowPlan, Shards, chosen_columns
+from parallel_decoupling.data.row_loaders import (
+    RowBatches,
+    RowLoader,
+    RowPlan,
+    Shards,
+    TokenEstimate,
+    chosen_columns,
+)
 from parallel_decoupling.data.rows import open_rows
 from parallel_decoupling.data.tasks import (
     MMEB_TASKS,
@@ -89,7 +96,7 @@ class MMEBDataModule(LightningDataModule):
             Parquet, JSONL or CSV file with columns text, image or both (`docs/embedding_files.md`).
         predict_columns: Embeddings to compute: aggregate, path_0, ...; null is the aggregate and all paths.
         predict_instruction: Before every text of predict_source; null is the model's candidate_instruction.
-        predict_rows_per_shard: Rows per file of embeddings, which one process batches by size.
+        predict_rows_per_shard: Rows per file of embeddings, which one process batches by length.
     """
 
     def __init__(
@@ -278,9 +285,9 @@ class MMEBDataModule(LightningDataModule):
         )
         finished = self.finished_shards(rows, shards)
         place = distributed.rank(), distributed.world_size()
-        return RowLoader(
-            rows, RowPlan(source, shards, finished, self.eval_batch_size, *place), self.num_workers
-        )
+        estimate = TokenEstimate.of(self.collator)
+        plan = RowPlan(source, shards, estimate, finished, self.eval_batch_size, *place)
+        return RowLoader(rows, plan, self.num_workers)
 
     @property
     def collator(self) -> Collator:

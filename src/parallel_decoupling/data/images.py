@@ -168,13 +168,13 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def pixel_count(file: str) -> int:
-    """Width times height from the header of an image file; 0 if there is none."""
+def image_size(file: str) -> tuple[int, int] | None:
+    """Width and height from the header of an image file; None if it has none."""
     try:
         with Image.open(file) as image:
-            return image.width * image.height
+            return image.size
     except _DAMAGE:
-        return 0
+        return None
 
 
 def check_images(row: RawInput) -> None:

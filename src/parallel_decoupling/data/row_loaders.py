@@ -1,22 +1,26 @@
 """Batches of the rows of a source, shard by shard.
 
-A shard is a run of consecutive rows. It belongs to one process, which sorts its rows by size into batches:
+A shard is a run of consecutive rows. It belongs to one process, which sorts its rows by length into batches:
 so batches have little padding, while files come in the order of the source, whatever the number of processes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from parallel_decoupling.batch import EncoderInputs, RawInput
 from parallel_decoupling.data.collate import Collator
+from parallel_decoupling.data.images import smart_size
 from parallel_decoupling.data.loaders import Batches
 from parallel_decoupling.data.rows import AGGREGATE, RowSource
 
+CHARACTERS_PER_TOKEN = 4
+FIXED_IMAGE_TOKENS = 576
 STAND_IN = RawInput("missing")
 """Encoded where a batch has no row, so that every process makes as many steps."""
 
@@ -59,6 +63,43 @@ class RowBatch:
         return replace(self, inputs=self.inputs.to(device))
 
 
+@dataclass(frozen=True)
+class TokenEstimate:
+    """Roughly how many tokens a row has, without decoding its picture; only the order of rows depends on it.
+
+    Attributes:
+        min_pixels: width times height of a resized picture at least.
+        max_pixels: and at most.
+        factor: side in pixels of a token; 0 where all pictures have the same number of tokens.
+    """
+
+    min_pixels: int = 1
+    max_pixels: int = 1
+    factor: int = 0
+
+    @classmethod
+    def of(cls, collator: Collator) -> TokenEstimate:
+        """That of a processor with a pixel budget (Qwen's); elsewhere all pictures count alike."""
+        images, processor = collator.images, getattr(collator.processor, "image_processor", None)
+        if images.size is not None or images.factor == 1:
+            return cls()
+        budget: Mapping[str, int] = cast(Any, processor).size
+        least, most = budget["shortest_edge"], budget["longest_edge"]
+        least = min(most, max(least, images.min_pixels or 1))
+        return cls(least, max(least, min(most, images.max_pixels or most)), images.factor)
+
+    def __call__(self, image_size: tuple[int, int] | None, characters: int) -> float:
+        """The estimate for a row from what ``RowSource.size`` says of it."""
+        tokens = characters / CHARACTERS_PER_TOKEN
+        if image_size is None:
+            return tokens
+        if not self.factor:
+            return tokens + FIXED_IMAGE_TOKENS
+        limits = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
+        width, height = smart_size(*image_size, factor=self.factor, **limits)
+        return tokens + width * height / self.factor**2
+
+
 class Shards:
     """How a source is cut into shards.
 
@@ -80,7 +121,7 @@ class Shards:
 
 
 class RowPlan(Sampler[RowPlace]):
-    """Batches of one process: the largest rows of a shard first.
+    """Batches of one process: the longest rows of a shard first.
 
     Process r of W has every W-th of the shards that are to be done. All processes have as many batches:
     those with less to do end with batches without rows.
@@ -88,6 +129,7 @@ class RowPlan(Sampler[RowPlace]):
     Args:
         source: the rows.
         shards: of the source.
+        estimate: of the tokens of a row.
         finished: shards that are done, the same on all processes.
         batch_size: rows per batch.
         rank: this process.
@@ -98,12 +140,13 @@ class RowPlan(Sampler[RowPlace]):
         self,
         source: RowSource,
         shards: Shards,
+        estimate: TokenEstimate,
         finished: Collection[int],
         batch_size: int,
         rank: int,
         world_size: int,
     ) -> None:
-        self.source, self.shards, self.batch_size = source, shards, batch_size
+        self.source, self.shards, self.estimate, self.batch_size = source, shards, estimate, batch_size
         to_do = [shard for shard in range(len(shards)) if shard not in finished]
         self.to_do = to_do[rank::world_size]
         self._length = max(self._count(to_do[start::world_size]) for start in range(world_size))
@@ -118,12 +161,15 @@ class RowPlan(Sampler[RowPlace]):
 
     def __iter__(self) -> Iterator[RowPlace]:
         for shard in self.to_do:
-            rows = sorted(self.shards.rows(shard), key=self.source.size, reverse=True)
+            rows = sorted(self.shards.rows(shard), key=self._tokens, reverse=True)
             batches = [rows[at : at + self.batch_size] for at in range(0, len(rows), self.batch_size)]
             for number, batch in enumerate(batches, start=1):
                 yield RowPlace(shard, tuple(batch), last=number == len(batches))
         for _ in range(self._length - self._count(self.to_do)):
             yield RowPlace(None, (), last=False)
+
+    def _tokens(self, row: int) -> float:
+        return self.estimate(*self.source.size(row))
 
     def _count(self, shards: Sequence[int]) -> int:
         return sum(-(-len(self.shards.rows(shard)) // self.batch_size) for shard in shards)

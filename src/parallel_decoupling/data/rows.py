@@ -19,7 +19,7 @@ import pyarrow.json
 import pyarrow.parquet as pq
 
 from parallel_decoupling.batch import RawInput
-from parallel_decoupling.data.images import IMAGE_SUFFIXES, pixel_count
+from parallel_decoupling.data.images import IMAGE_SUFFIXES, image_size
 from parallel_decoupling.data.prompts import prompt
 from parallel_decoupling.data.tables import JSON_BLOCK_BYTES, SUFFIXES
 
@@ -58,10 +58,10 @@ class RowSource:
         """
         return prompt(self.texts[row].as_py(), self._image_file(row), instruction or None)
 
-    def size(self, row: int) -> tuple[int, int]:
-        """Pixels of the image and characters of the text: rows near in this order take similar time."""
+    def size(self, row: int) -> tuple[tuple[int, int] | None, int]:
+        """Width and height of the image, from the header of its file, and characters of the text."""
         image, text = self._image_file(row), self.texts[row].as_py()
-        return (0 if image is None else pixel_count(image)), len(text or "")
+        return (None if image is None else image_size(image)), len(text or "")
 
     def columns(self, rows: Sequence[int]) -> pa.Table:
         """Ids and source fields of rows in ascending order."""

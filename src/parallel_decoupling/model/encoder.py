@@ -90,10 +90,11 @@ class ParallelEncoder(nn.Module):
         self.backbone = backbone
         self.num_paths = num_paths
         self.prefix_length = prefix_length
+        self.prefix_type = prefix_type
         self.prefix_layers = prefix_layers
         self.prefix_range = prefix_range(prefix_layers, backbone.num_layers)
         self.aggregation = aggregation
-        self._check_sizes(prefix_type, prefix_init)
+        self._check_sizes(prefix_init)
         self.embed_dim: int = backbone.hidden_size
         self.aggregate_dim: int = self.embed_dim * (num_paths if aggregation == "concat" else 1)
         self.processor: Any = backbone.processor
@@ -105,7 +106,7 @@ class ParallelEncoder(nn.Module):
             self.prefixes = make(prefix_init, seed)
         self.path_logits = nn.Parameter(torch.zeros(num_paths)) if aggregation == "learned" else None
 
-    def _check_sizes(self, prefix_type: str, prefix_init: str) -> None:
+    def _check_sizes(self, prefix_init: str) -> None:
         if self.num_paths < 1 or self.prefix_length < 0:
             raise ValueError(
                 f"num_paths must be at least 1 and prefix_length at least 0, "
@@ -115,9 +116,9 @@ class ParallelEncoder(nn.Module):
             raise ValueError(
                 f"prefix_length=0 makes all {self.num_paths} paths the same; set num_paths=1 or a prefix"
             )
-        if prefix_type not in ("deep", "shallow"):
-            raise ValueError(f"prefix_type {prefix_type!r} must be deep or shallow")
-        if prefix_type == "shallow" and len(self.prefix_range) < self.backbone.num_layers:
+        if self.prefix_type not in ("deep", "shallow"):
+            raise ValueError(f"prefix_type {self.prefix_type!r} must be deep or shallow")
+        if self.prefix_type == "shallow" and len(self.prefix_range) < self.backbone.num_layers:
             raise ValueError(
                 "prefix_type='shallow' enters at the input and reaches every layer: set prefix_layers=0, "
                 f"got {self.prefix_layers}"

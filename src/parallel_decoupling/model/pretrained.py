@@ -43,7 +43,7 @@ FORMAT = 1
 MODEL_TYPE = "parallel_decoupling"
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 PROCESSOR_DIR, BACKBONE_DIR = "processor", "backbone"
-ENCODER_OPTIONS = ("prefix_length", "prefix_layers", "aggregation")
+ENCODER_OPTIONS = ("prefix_length", "prefix_layers", "prefix_type", "aggregation")
 """Options of ``ParallelEncoder`` beside the number of paths that say what an encoder computes."""
 PER_PATH = ("prefixes.", "path_logits")
 """Parameters whose first dimension is the path."""
@@ -185,8 +185,8 @@ def load_encoder(folder: str | Path) -> tuple[ParallelEncoder | DualEncoder, dic
 
 
 def _checked_paths(paths: Sequence[int] | None, num_paths: int) -> list[int]:
-    chosen = list(range(num_paths)) if paths is None else [int(path) for path in paths]
-    wrong = [path for path in chosen if not 0 <= path < num_paths]
+    chosen = list(range(num_paths)) if paths is None else list(paths)
+    wrong = [path for path in chosen if isinstance(path, bool) or path not in range(num_paths)]
     if not chosen or wrong or len(set(chosen)) < len(chosen):
         raise ValueError(f"paths must name some of 0 to {num_paths - 1}, each once, got {chosen}")
     return chosen

@@ -1,7 +1,8 @@
 """Metrics of a ranking with one right answer, as functions of its rank.
 
 Here: the pessimistic rank, and what torchmetrics makes of it. Deliberately elsewhere: scores of candidates
-(``score``), means over tasks (``report``).
+(``score``), means over tasks (``report``). torchmetrics, which loads transformers, is
+imported where it is used.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torchmetrics.functional import retrieval
 
 DEPTHS = (1, 5, 10)
 METRICS = (
@@ -64,6 +64,8 @@ def ndcg(relevance: Tensor, depth: int, gain: Gain) -> float:
     Relations:
         Both conventions agree when all relevances are 0 or 1, as in MMEB's image tasks.
     """
+    from torchmetrics.functional import retrieval
+
     worth = relevance if gain == "linear" else 2**relevance - 1
     return float(retrieval.retrieval_normalized_dcg(_in_order(len(worth)), worth, top_k=depth))
 
@@ -77,6 +79,8 @@ def metrics_of_rank(rank: int) -> MappingProxyType[str, float]:
     Args:
         rank: 1 is best.
     """
+    from torchmetrics.functional import retrieval
+
     relevance = torch.zeros(max(rank, *DEPTHS), dtype=torch.int64)
     relevance[rank - 1] = 1
     scores = _in_order(len(relevance))

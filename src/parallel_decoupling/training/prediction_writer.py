@@ -7,6 +7,7 @@ Elsewhere on purpose: which rows are a shard and who does it (``data.row_loaders
 from __future__ import annotations
 
 import json
+import re
 import time
 import warnings
 from collections.abc import Collection, Sequence
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 METADATA_KEY = b"parallel_decoupling"
 BAD_ROWS_FILE = "bad_rows.jsonl"
+FILE_NAME = re.compile(r"embeddings-(\d{5,})\.parquet")
 SAME_IN_ALL_FILES = (
     "source_sha256",
     "model_sha256",
@@ -74,7 +76,7 @@ class EmbeddingWriter(BasePredictionWriter):
             ValueError: rows to embed and no folder for them, or the reverse.
         """
         data: Any = getattr(trainer, "datamodule", None)
-        source = getattr(data, "predict_source", None)
+        source, self._metadata = getattr(data, "predict_source", None), {}
         if stage != "predict" or (source is None and self.output_dir is None):
             return
         if source is None or self.output_dir is None:
@@ -147,10 +149,12 @@ class EmbeddingWriter(BasePredictionWriter):
         if rank() == 0:
             for unfinished in folder.glob(".embeddings-*.unfinished"):
                 unfinished.unlink()
-        there = {int(file.stem.split("-")[1]): file for file in folder.glob("embeddings-*.parquet")}
-        for file in there.values():
-            self._check(file)
-        self._finished = frozenset(gather_objects(set(there))[0])
+        there = set()
+        for file in folder.iterdir():
+            if found := FILE_NAME.fullmatch(file.name):
+                self._check(file)
+                there.add(int(found[1]))
+        self._finished = frozenset(gather_objects(there)[0])
         if self._finished:
             rank_zero_info(f"{folder}: {len(self._finished)} of {len(shards)} files are there and kept.")
         return self._finished
@@ -215,11 +219,13 @@ class EmbeddingWriter(BasePredictionWriter):
 class RowProgressBar(TQDMProgressBar):
     """Lightning's bar counting rows in ``predict``: rows of the main process done, rows/s, time left."""
 
-    def on_predict_batch_start(self, trainer: Trainer, *args: Any) -> None:
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, *args: Any
+    ) -> None:
         """Begin with the rows that this process is going to embed."""
-        super().on_predict_batch_start(trainer, *args)
+        super().on_predict_batch_start(trainer, pl_module, batch, batch_idx, *args)
         bar, loader = self.predict_progress_bar, cast(Any, trainer).predict_dataloaders
-        if isinstance(loader, RowLoader) and bar.unit != "row":
+        if batch_idx == 0 and isinstance(loader, RowLoader):
             bar.unit, bar.total = "row", loader.plan.num_rows
             bar.set_description("Embedding")
 
