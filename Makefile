@@ -50,7 +50,7 @@ app: $(INSTALLED) ## search pictures of the embedded benchmark in a browser, wit
 	  $(BIN)/lightning predict --ckpt_path $(DEMO)/checkpoints/last.ckpt \
 	    --data.predict_source $$pictures --writer.output_dir $(DEMO)/embeddings && \
 	  $(BIN)/lightning index $(DEMO)/embeddings $(DEMO)/index )
-	$(BIN)/lightning app $(DEMO)/index --model $(DEMO)/checkpoints/last.ckpt
+	$(BIN)/lightning app $(DEMO)/index --model $(DEMO)/checkpoints/last.ckpt --instruction 'Find a picture that matches the caption:'
 
 test: $(INSTALLED) ## the test suite without the slow tests
 	$(BIN)/pytest -q
