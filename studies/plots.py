@@ -44,6 +44,12 @@ COLOURS = (
 )
 """Okabe and Ito's palette, safe for colour-blind readers, and a few more."""
 INK = "#333333"
+TRAINING_PANELS = {
+    "path_cosine": "cosine between paths",
+    "estimator_nll_held_out": "NLL of q on held-out rows",
+    "mi": "MI term, before its weight",
+}
+"""Logged series and their titles in the picture of training."""
 LEAST_SEEDS = 3
 """Fewer seeds give a t interval too wide to draw; the tables have it."""
 
@@ -56,6 +62,7 @@ def study_figures(study: Study, results: Sequence[Result]) -> dict[str, Figure]:
         "curves": curves_figure(study, results),
         "groups": groups_figure(study, results),
         "group_curves": group_curves_figure(study, results),
+        "training": training_figure(study, results),
     }
     return {name: figure for name, figure in figures.items() if figure is not None}
 
@@ -133,6 +140,37 @@ def group_curves_figure(study: Study, results: Sequence[Result]) -> Figure | Non
         if place >= len(groups) - 3:
             axes.set_xlabel("token passes, millions")
     return figure
+
+
+def training_figure(study: Study, results: Sequence[Result]) -> Figure | None:
+    """What training logged of the paths and of q against steps: a line per cell, the mean over seeds."""
+    drawn = [
+        (cell, runs)
+        for cell, lines in _scored(study, results)
+        if (runs := [line["logged"] for line in lines if line.get("logged", {}).get("path_cosine")])
+    ]
+    if not drawn:
+        return None
+    figure = _figure(12.0, 3.6)
+    for place, (name, title) in enumerate(TRAINING_PANELS.items()):
+        axes = figure.add_subplot(1, len(TRAINING_PANELS), place + 1)
+        for cell, runs in drawn:
+            means = _mean_series([run[name] for run in runs if name in run])
+            if any(means.values()):  # a term that a cell has not is logged as 0
+                axes.plot(list(means), list(means.values()), color=_colour(study, cell), label=cell.label)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("main steps")
+        _tidy(axes)
+        if place == 0:
+            axes.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def _mean_series(runs: Sequence[Sequence[tuple[int, float]]]) -> dict[int, float]:
+    """Mean over runs at the steps that all of them have."""
+    values = [dict(run) for run in runs]
+    common = set.intersection(*map(set, values)) if values else set()
+    return {step: fmean(run[step] for run in values) for step in sorted(common)}
 
 
 def differences_figure(study: Study, results: Sequence[Result]) -> Figure | None:
