@@ -2,8 +2,9 @@
 
 ``python -m studies.path_differences RUN_OR_CHECKPOINT ...`` writes
 ``docs/studies/path_differences/{results.json,table.md,<run>_*.png}``; half a minute per checkpoint. Without
-arguments it takes the runs of ``make demo``. The measures are those of ``lightning paths``; here several
-checkpoints stand side by side.
+arguments it takes the runs of ``make demo``; the folders of a study's runs (``runs/studies/<study>/<run>``)
+can be named as well. The measures are those of ``lightning paths``; here several checkpoints stand side by
+side.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     analyses = {}
     for name, (run_dir, checkpoint_file) in zip(names, found, strict=True):
-        analyses[name] = analyse_checkpoint(checkpoint_file, run_dir)
+        analyses[name] = analyse_checkpoint(checkpoint_file, _scores_dir(run_dir))
         for picture, figure in figures(analyses[name]).items():
             figure.savefig(folder / f"{name}_{picture}.png")
     results = {
@@ -65,6 +66,12 @@ def run(
     (folder / "results.json").write_text(json.dumps(results, indent=1, default=str) + "\n", encoding="utf-8")
     (folder / "table.md").write_text(_table(results, analyses), encoding="utf-8")
     return {name: as_plain(analysis) for name, analysis in analyses.items()}
+
+
+def _scores_dir(run_dir: Path) -> Path:
+    """A run of a study keeps its scores by step; those of the last step belong to its last checkpoint."""
+    scored = [file.parent for file in run_dir.glob("step_*/scores.json")]
+    return max(scored, key=lambda folder: int(folder.name.removeprefix("step_")), default=run_dir)
 
 
 def overview(analyses: dict[str, PathAnalysis]) -> Section:
