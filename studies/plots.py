@@ -50,8 +50,6 @@ TRAINING_PANELS = {
     "mi": "MI term, before its weight",
 }
 """Logged series and their titles in the picture of training."""
-LEAST_SEEDS = 3
-"""Fewer seeds give a t interval too wide to draw; the tables have it."""
 
 
 def study_figures(study: Study, results: Sequence[Result]) -> dict[str, Figure]:
@@ -187,7 +185,7 @@ def differences_figure(study: Study, results: Sequence[Result]) -> Figure | None
     axes.axvline(0, color=INK, linewidth=0.8)
     for row, (_, pair) in enumerate(found):
         colour = COLOURS[1] if pair.excludes_zero else COLOURS[0]
-        if len(pair.values) >= LEAST_SEEDS:
+        if math.isfinite(pair.half_width):
             axes.errorbar(pair.mean, row, xerr=pair.half_width, color=colour, capsize=3, linewidth=1.5)
         axes.plot(pair.values, [row] * len(pair.values), "o", color=INK, markersize=3, alpha=0.6)
         axes.plot(pair.mean, row, "D", color=colour, markersize=6)
@@ -208,8 +206,7 @@ def _bars(study: Study, axes: Axes, scored: Sequence[tuple[Cell, list[Result]]],
         lowest, highest = min(lowest, *values), max(highest, *values)
         colour = _colour(study, cell)
         axes.barh(row, fmean(values), color=colour, alpha=0.55, height=0.7)
-        if len(values) >= LEAST_SEEDS:
-            found = interval(values)
+        if math.isfinite((found := interval(values)).half_width):
             axes.errorbar(found.mean, row, xerr=found.half_width, color=INK, capsize=2, linewidth=0.9)
         axes.plot(values, [row] * len(values), "o", color=colour, markersize=4, markeredgecolor="white")
     margin = max(2.0, 0.15 * (highest - lowest))
@@ -226,7 +223,7 @@ def _curve(study: Study, axes: Axes, results: Sequence[Result], cell: Cell, x: s
         if not values:
             continue
         found = interval(values)
-        half_width = found.half_width if len(values) >= LEAST_SEEDS else 0.0
+        half_width = found.half_width if math.isfinite(found.half_width) else 0.0
         xs.append(step if x == "step" else fmean(line["token_passes"] for line in lines) / 1e6)
         means.append(found.mean)
         lows.append(found.mean - half_width)

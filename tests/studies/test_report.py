@@ -11,7 +11,7 @@ from studies.plots import training_figure
 from studies.report import write_module_report, write_report
 from studies.results import append_result, newest_results
 from studies.study import Study
-from studies.tables import cell_table, difference_table
+from studies.tables import cell_table, column_table, difference_table
 from tests.support.study import made_up_result, toy_study
 
 
@@ -54,6 +54,15 @@ def test_cells_show_the_last_step_and_the_gain_of_aggregation(study: Study) -> N
     )
     assert row["token passes"] == "100.00"
     assert second[0] == "b"
+
+
+def test_columns_are_the_aggregate_the_paths_in_order_and_the_rest(study: Study) -> None:
+    lines = lines_of(study)
+    more = made_up_result(study.cells["later"], 0, 100, 50.0)
+    more["columns"] = ["aggregate", "path_0", "path_1", "mean", "path_2"]
+    heading, _, *cells = rows(column_table(study, [*lines, more]))
+    assert heading == ["cell", "aggregate", "path_0", "path_1", "path_2", "mean"]
+    assert cells[0] == ["cell A", "63.0", "62.0", "60.0", "–", "–"]
 
 
 def test_differences_are_paired(study: Study) -> None:
