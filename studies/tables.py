@@ -31,7 +31,7 @@ TITLES = {
 def study_tables(study: Study, results: Sequence[Result]) -> str:
     """All tables that have rows, as Markdown; scores are hit@1 in percent."""
     parts = [
-        "hit@1 in percent, mean over seeds ± half of the 95 % t interval (from three seeds on). Token passes: "
+        "hit@1 in percent, mean over seeds ± half of the 95 % t interval, from three seeds on. Token passes: "
         "tokens times paths through the language model in training, in millions. Minutes: wall time of the "
         "training on one thread, on a machine with other work.",
         "### Cells\n\n" + cell_table(study, results),
