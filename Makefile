@@ -23,11 +23,11 @@ $(INSTALLED): setup.cfg
 	@start=$$SECONDS; $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' \
 	  && touch $@ && echo "Installed in $$((SECONDS - start)) s."
 
-# $(call train_and_test,<config file>,<run folder>): a fresh fit, then its scores
+# $(call train_and_test,<config file>,<run folder>,<more options of test>): a fresh fit, then its scores
 define train_and_test
 	rm -rf $(2)
 	$(BIN)/lightning fit --config $(1) $(call run_flags,$(2))
-	$(BIN)/lightning test --config $(1) $(call run_flags,$(2)) --ckpt_path $(2)/checkpoints/last.ckpt
+	$(BIN)/lightning test --config $(1) $(call run_flags,$(2)) --ckpt_path $(2)/checkpoints/last.ckpt $(3)
 endef
 
 run_flags = --trainer.default_root_dir $(1) --seed_everything $(SEED) --model.seed $(SEED) --data.seed $(SEED)
@@ -35,7 +35,8 @@ run_flags = --trainer.default_root_dir $(1) --seed_everything $(SEED) --model.se
 demo: $(INSTALLED) ## train and score one path and N paths on the embedded benchmark, then compare (SEED=1 for another seed)
 	$(BIN)/python -c 'from parallel_decoupling.data.world.benchmark import ensure_benchmark; print("benchmark:", ensure_benchmark())'
 	$(call train_and_test,lightning_configs/demo_single_path.yaml,$(DEMO_SINGLE_PATH))
-	$(call train_and_test,lightning_configs/demo.yaml,$(DEMO))
+	$(call train_and_test,lightning_configs/demo.yaml,$(DEMO),--baseline $(DEMO_SINGLE_PATH))
+	$(BIN)/lightning paths $(DEMO)
 	$(BIN)/lightning compare $(DEMO_SINGLE_PATH) $(DEMO) --output_dir $(DEMO)
 	@echo "checkpoints: $(DEMO_SINGLE_PATH)/checkpoints/ $(DEMO)/checkpoints/"
 	@echo "scores:      $(DEMO_SINGLE_PATH)/scores.json $(DEMO)/scores.json"
@@ -88,6 +89,7 @@ bench: $(INSTALLED) ## cost of N paths and of the vCLUB estimator, start-up on M
 	$(BIN)/python -m benchmarks.predict
 
 studies: $(INSTALLED) ## every study: runs what is missing, then tables and pictures in docs/studies/
+	@test -f $(DEMO)/checkpoints/last.ckpt || $(MAKE) demo  # path_differences and search look at its models
 	@failed=0; for study in help full_data paths prefix mutual_information little_data beyond; do \
 	  $(BIN)/python -m studies $$study --jobs $(STUDY_JOBS) || failed=1; done; \
 	for study in estimators path_differences search; do $(BIN)/python -m studies $$study || failed=1; done; exit $$failed

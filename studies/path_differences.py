@@ -2,8 +2,8 @@
 
 ``python -m studies.path_differences RUN_OR_CHECKPOINT ...`` writes
 ``docs/studies/path_differences/{results.json,table.md,<run>_*.png}``; half a minute per checkpoint. Without
-arguments it takes the runs of ``make demo``. The measures are those of ``lightning paths``; here several
-checkpoints stand side by side.
+arguments it takes the runs of ``make demo`` and, of the study ``help``, one with the mutual-information term
+and one without. The measures are those of ``lightning paths``; here several checkpoints stand side by side.
 """
 
 from __future__ import annotations
@@ -26,12 +26,15 @@ from parallel_decoupling.commands.paths import analyse_checkpoint, locate
 from parallel_decoupling.training.evaluation import git_commit
 
 OUTPUT_DIR = Path("docs/studies/path_differences")
-DEMO_RUNS = ("runs/demo_single_path", "runs/demo")
+RUNS = (
+    "runs/demo_single_path",
+    "runs/demo",
+    "runs/studies/help/pdf_seed0",
+    "runs/studies/help/without_mim_seed0",
+)
 
 
-def run(
-    output_dir: str | Path = OUTPUT_DIR, runs: Sequence[str | Path] = DEMO_RUNS
-) -> dict[str, dict[str, Any]]:
+def run(output_dir: str | Path = OUTPUT_DIR, runs: Sequence[str | Path] = RUNS) -> dict[str, dict[str, Any]]:
     """Analyse checkpoints and write results, tables and pictures.
 
     Args:
@@ -52,7 +55,7 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     analyses = {}
     for name, (run_dir, checkpoint_file) in zip(names, found, strict=True):
-        analyses[name] = analyse_checkpoint(checkpoint_file, run_dir)
+        analyses[name] = analyse_checkpoint(checkpoint_file, _scores_dir(run_dir))
         for picture, figure in figures(analyses[name]).items():
             figure.savefig(folder / f"{name}_{picture}.png")
     results = {
@@ -65,6 +68,12 @@ def run(
     (folder / "results.json").write_text(json.dumps(results, indent=1, default=str) + "\n", encoding="utf-8")
     (folder / "table.md").write_text(_table(results, analyses), encoding="utf-8")
     return {name: as_plain(analysis) for name, analysis in analyses.items()}
+
+
+def _scores_dir(run_dir: Path) -> Path:
+    """A run of a study keeps its scores by step; those of the last step belong to its last checkpoint."""
+    scored = [file.parent for file in run_dir.glob("step_*/scores.json")]
+    return max(scored, key=lambda folder: int(folder.name.removeprefix("step_")), default=run_dir)
 
 
 def overview(analyses: dict[str, PathAnalysis]) -> Section:
@@ -114,11 +123,11 @@ def _table(results: dict[str, Any], analyses: dict[str, PathAnalysis]) -> str:
 
 
 def main() -> None:
-    """Run on the checkpoints named, or on the demo's."""
+    """Run on the checkpoints named, or on ``RUNS``."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="*", default=list(DEMO_RUNS))
+    parser.add_argument("runs", nargs="*", default=list(RUNS))
     parser.add_argument("--output_dir", default=str(OUTPUT_DIR))
     options = parser.parse_args()
     run(options.output_dir, options.runs)

@@ -44,8 +44,12 @@ COLOURS = (
 )
 """Okabe and Ito's palette, safe for colour-blind readers, and a few more."""
 INK = "#333333"
-LEAST_SEEDS = 3
-"""Fewer seeds give a t interval too wide to draw; the tables have it."""
+TRAINING_PANELS = {
+    "path_cosine": "cosine between paths",
+    "estimator_nll_held_out": "NLL of q on held-out rows",
+    "mi": "MI term, before its weight",
+}
+"""Logged series and their titles in the picture of training."""
 
 
 def study_figures(study: Study, results: Sequence[Result]) -> dict[str, Figure]:
@@ -56,6 +60,7 @@ def study_figures(study: Study, results: Sequence[Result]) -> dict[str, Figure]:
         "curves": curves_figure(study, results),
         "groups": groups_figure(study, results),
         "group_curves": group_curves_figure(study, results),
+        "training": training_figure(study, results),
     }
     return {name: figure for name, figure in figures.items() if figure is not None}
 
@@ -135,6 +140,37 @@ def group_curves_figure(study: Study, results: Sequence[Result]) -> Figure | Non
     return figure
 
 
+def training_figure(study: Study, results: Sequence[Result]) -> Figure | None:
+    """What training logged of the paths and of q against steps: a line per cell, the mean over seeds."""
+    drawn = [
+        (cell, runs)
+        for cell, lines in _scored(study, results)
+        if (runs := [line["logged"] for line in lines if line.get("logged", {}).get("path_cosine")])
+    ]
+    if not drawn:
+        return None
+    figure = _figure(12.0, 3.6)
+    for place, (name, title) in enumerate(TRAINING_PANELS.items()):
+        axes = figure.add_subplot(1, len(TRAINING_PANELS), place + 1)
+        for cell, runs in drawn:
+            means = _mean_series([run[name] for run in runs if name in run])
+            if any(means.values()):  # a term that a cell has not is logged as 0
+                axes.plot(list(means), list(means.values()), color=_colour(study, cell), label=cell.label)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("main steps")
+        _tidy(axes)
+        if place == 0:
+            axes.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def _mean_series(runs: Sequence[Sequence[tuple[int, float]]]) -> dict[int, float]:
+    """Mean over runs at the steps that all of them have."""
+    values = [dict(run) for run in runs]
+    common = set.intersection(*map(set, values)) if values else set()
+    return {step: fmean(run[step] for run in values) for step in sorted(common)}
+
+
 def differences_figure(study: Study, results: Sequence[Result]) -> Figure | None:
     """Paired differences overall: a dot per seed, the mean, and the 95 % interval from three seeds on."""
     found = [
@@ -149,7 +185,7 @@ def differences_figure(study: Study, results: Sequence[Result]) -> Figure | None
     axes.axvline(0, color=INK, linewidth=0.8)
     for row, (_, pair) in enumerate(found):
         colour = COLOURS[1] if pair.excludes_zero else COLOURS[0]
-        if len(pair.values) >= LEAST_SEEDS:
+        if math.isfinite(pair.half_width):
             axes.errorbar(pair.mean, row, xerr=pair.half_width, color=colour, capsize=3, linewidth=1.5)
         axes.plot(pair.values, [row] * len(pair.values), "o", color=INK, markersize=3, alpha=0.6)
         axes.plot(pair.mean, row, "D", color=colour, markersize=6)
@@ -170,8 +206,7 @@ def _bars(study: Study, axes: Axes, scored: Sequence[tuple[Cell, list[Result]]],
         lowest, highest = min(lowest, *values), max(highest, *values)
         colour = _colour(study, cell)
         axes.barh(row, fmean(values), color=colour, alpha=0.55, height=0.7)
-        if len(values) >= LEAST_SEEDS:
-            found = interval(values)
+        if math.isfinite((found := interval(values)).half_width):
             axes.errorbar(found.mean, row, xerr=found.half_width, color=INK, capsize=2, linewidth=0.9)
         axes.plot(values, [row] * len(values), "o", color=colour, markersize=4, markeredgecolor="white")
     margin = max(2.0, 0.15 * (highest - lowest))
@@ -188,7 +223,7 @@ def _curve(study: Study, axes: Axes, results: Sequence[Result], cell: Cell, x: s
         if not values:
             continue
         found = interval(values)
-        half_width = found.half_width if len(values) >= LEAST_SEEDS else 0.0
+        half_width = found.half_width if math.isfinite(found.half_width) else 0.0
         xs.append(step if x == "step" else fmean(line["token_passes"] for line in lines) / 1e6)
         means.append(found.mean)
         lows.append(found.mean - half_width)

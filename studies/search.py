@@ -101,7 +101,7 @@ Results = dict[Contender, Measurement]
 
 
 def run(output_dir: Path, checkpoint: str = "runs/demo/checkpoints/last.ckpt") -> None:
-    """Measure everything and write ``results.csv``, ``search.png`` and ``README.md``.
+    """Measure everything and write ``results.csv``, ``table.md`` and ``search.png``.
 
     Args:
         output_dir: is there already.
@@ -243,7 +243,7 @@ def single_vectors(world: World) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def write_results(results: Results, output_dir: Path, world: World) -> None:
-    """Write the numbers, the picture and the page."""
+    """Write the numbers and the picture."""
     rows = [
         {key: _rounded(value) for key, value in {**asdict(contender), **asdict(measurement)}.items()}
         for contender, measurement in results.items()
@@ -255,18 +255,12 @@ def write_results(results: Results, output_dir: Path, world: World) -> None:
     draw(results).savefig(output_dir / "search.png", dpi=110)
     table = ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
     table += ["| " + " | ".join(row.values()) + " |" for row in rows]
-    assert __doc__ is not None
-    page = [
-        "# Search: quality, bytes and time",
-        __doc__.partition("\n")[2].strip(),
-        f"Written by `studies.search.run`: {len(world.items):,} items with {world.items.shape[1]} paths of "
-        f"{world.items.shape[2]} dimensions, {NUM_SCENES:,} of them pictures; {len(world.right)} queries, "
-        "one by one; one thread. "
-        "What follows from it is in [search.md](../../search.md).",
-        "![recall, truth, bytes and time](search.png)",
-        "\n".join(table),
-    ]
-    (output_dir / "README.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
+    note = (
+        f"{len(world.items):,} items with {world.items.shape[1]} paths of {world.items.shape[2]} dimensions, "
+        f"{NUM_SCENES:,} of them pictures; {len(world.right)} queries, one by one; one thread. "
+        "docs/search.md says what follows from it."
+    )
+    (output_dir / "table.md").write_text(f"{note}\n\n" + "\n".join(table) + "\n", encoding="utf-8")
 
 
 def draw(results: Results) -> Figure:

@@ -23,11 +23,13 @@ GROUPS = (
     "mean_of_meta_tasks",
 )
 """Means that a score report has, in the order of the tables."""
+LEAST_SEEDS = 3
+"""With two seeds the t interval is 12.7 standard errors wide: no more than the two values themselves say."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over seeds with its 95 % t interval, both infinite for one seed.
+    """A mean over seeds with its 95 % t interval, which is infinite below ``LEAST_SEEDS`` seeds.
 
     Attributes:
         mean: of the values.
@@ -55,7 +57,7 @@ def interval(values: Sequence[float]) -> Interval:
         raise ValueError("an interval needs at least one value")
     count = len(values)
     half_width = math.inf
-    if count > 1:
+    if count >= LEAST_SEEDS:
         half_width = float(student_t.ppf(0.975, count - 1)) * stdev(values) / math.sqrt(count)
     return Interval(fmean(values), half_width, tuple(values))
 

@@ -31,9 +31,9 @@ TITLES = {
 def study_tables(study: Study, results: Sequence[Result]) -> str:
     """All tables that have rows, as Markdown; scores are hit@1 in percent."""
     parts = [
-        "hit@1 in percent, mean over seeds ± half of the 95 % t interval. Token passes: tokens times paths "
-        "through the language model in training, in millions. Minutes: wall time of the training on one "
-        "thread, on a machine with other work.",
+        "hit@1 in percent, mean over seeds ± half of the 95 % t interval, from three seeds on. Token passes: "
+        "tokens times paths through the language model in training, in millions. Minutes: wall time of the "
+        "training on one thread, on a machine with other work.",
         "### Cells\n\n" + cell_table(study, results),
     ]
     if study.differences:
@@ -89,7 +89,9 @@ def group_table(study: Study, results: Sequence[Result]) -> str:
 def column_table(study: Study, results: Sequence[Result]) -> str:
     """One row per cell at its last step, one column per scored kind of embedding."""
     found = _last_points(study, results)
-    columns = list(dict.fromkeys(column for _, lines in found for column in lines[0]["columns"]))
+    names = list(dict.fromkeys(column for _, lines in found for column in lines[0]["columns"]))
+    paths = [f"path_{number}" for number in range(len(names)) if f"path_{number}" in names]
+    columns = ["aggregate", *paths, *(name for name in names if name not in ("aggregate", *paths))]
     rows = []
     for cell, lines in found:
         scores = [
@@ -203,7 +205,7 @@ def _difference_cell(found: Interval | None) -> str:
 
 def _range(found: Interval) -> str:
     if math.isinf(found.half_width):
-        return "one seed"
+        return f"{len(found.values)} seed{'s' if len(found.values) > 1 else ''}: no interval"
     return f"{found.mean - found.half_width:+.1f} to {found.mean + found.half_width:+.1f}"
 
 

@@ -55,6 +55,7 @@ def execute(run: Run, results_file: Path) -> None:
             "test_seconds": round(time.perf_counter() - started, 1),
             "resumed": resumed,
             "monitored": monitored(run.folder, step),
+            "logged": logged(run.folder) if step == run.cell.max_steps else {},
         }
         append_result(results_file, result)
 
@@ -145,25 +146,47 @@ def _score(run: Run, step: int) -> ScoreReport:
     return ScoreReport.from_json_file(folder / SCORES_FILE)
 
 
+SERIES = ("path_cosine", "mi", "estimator_nll_held_out", "estimator_nll", "effective_rank")
+"""What is kept of all of training, not only its last value."""
+
+
 def monitored(run_dir: Path, step: int) -> dict[str, float]:
     """Last values up to ``step`` of everything that training logged under ``train/``.
 
     ``path_cosine_first`` is the first logged path cosine; empty without TensorBoard's files.
     """
+    values = {}
+    for name, points in _scalars(run_dir).items():
+        before = [value for at, value in points if at <= step]
+        if before:
+            values[name] = before[-1]
+            if name == "path_cosine":
+                values["path_cosine_first"] = before[0]
+    return values
+
+
+def logged(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """``SERIES`` over all of training: pairs of step and value, four digits; empty if none is."""
+    scalars = _scalars(run_dir)
+    return {
+        name: [(step, float(f"{value:.4g}")) for step, value in scalars[name]]
+        for name in SERIES
+        if name in scalars
+    }
+
+
+def _scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """What training logged under ``train/``, as pairs of step and value in TensorBoard's order."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    if step == 0 or not list(run_dir.glob("events.out.tfevents.*")):
+    if not list(run_dir.glob("events.out.tfevents.*")):
         return {}
     events: Any = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-    values = {}
-    for tag in events.Tags()["scalars"]:
-        name = tag.removeprefix("train/")
-        points = [point for point in events.Scalars(tag) if point.step <= step]
-        if name != tag and points:
-            values[name] = points[-1].value
-            if name == "path_cosine":
-                values["path_cosine_first"] = points[0].value
-    return values
+    return {
+        tag.removeprefix("train/"): [(point.step, point.value) for point in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+        if tag.startswith("train/")
+    }
 
 
 def code_version() -> tuple[str | None, bool]:

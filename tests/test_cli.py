@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -124,6 +125,31 @@ def test_a_test_takes_the_structure_of_the_checkpoint(
     assert report.run["global_step"] >= 2
     assert report.run["model"]["temperature"] == 0.3
     assert "hit@1 in percent" in captured.out
+    fitted = (run_dir / "config.yaml").read_text(encoding="utf-8")
+    assert "verbose" not in fitted  # a test has written beside it, so fit still takes it
+    assert (run_dir / "test_config.yaml").is_file()
+
+
+def test_a_test_draws_its_baseline_and_paths_are_added_to_the_page(
+    run_dir: Path, config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["test", "--config", str(config_file), "--ckpt_path", "last"]
+    cli.main(command)
+    baseline, page = tmp_path / "plain", run_dir / "report.html"
+    assert "against" not in page.read_text(encoding="utf-8")
+    baseline.mkdir()
+    shutil.copy(run_dir / "scores.json", baseline)
+    cli.main([*command, "--baseline", str(baseline)])
+    shutil.rmtree(baseline)
+    assert "against plain" in page.read_text(encoding="utf-8")
+    before = page.read_text(encoding="utf-8")
+    cli.main(["paths", str(run_dir)])
+    assert f"added to {page}" in capsys.readouterr().out
+    after = page.read_text(encoding="utf-8")
+    assert "against plain" in after
+    assert after.count("data:image/png") > before.count("data:image/png")
+    assert after.count("data:image/jpeg") == before.count("data:image/jpeg") > 0
+    assert "test that run first" in message([*command, "--baseline", str(tmp_path)], capsys)
 
 
 def test_predict_writes_every_task(run_dir: Path, config_file: Path) -> None:
@@ -147,7 +173,7 @@ def test_predict_embeds_a_folder_of_images_and_goes_on(
     table = open_embeddings(embeddings)
     assert (table.num_rows, table.path_names) == (24, ("path_0", "path_1"))
     assert table.metadata["model"] == file
-    assert (embeddings / "config.yaml").is_file()
+    assert (embeddings / "predict_config.yaml").is_file()
     assert not list(embeddings.glob("events*"))
     shown = message([*command, "--writer.dtype", "float16"], capsys)
     assert "embeddings-00000.parquet was written with dtype 'float32', not 'float16'" in shown

@@ -25,6 +25,7 @@ from rich.table import Table
 
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.model.dual_backbone import absolute_name
+from parallel_decoupling.retrieval.html_report import Baseline
 from parallel_decoupling.training.callbacks import LAST_FILE, console
 from parallel_decoupling.training.embedder import PDFEmbedder
 from parallel_decoupling.training.plan import Plan
@@ -67,7 +68,8 @@ class RunCLI(LightningCLI):
     """LightningCLI with this package's model and data, and everything of a run in one folder.
 
     Without a logger of your own, ``trainer.default_root_dir`` is that folder: TensorBoard's files,
-    ``config.yaml``, ``checkpoints/last.ckpt``, ``scores.json``.
+    ``config.yaml``, ``checkpoints/last.ckpt``, ``scores.json``. ``config.yaml`` is that of ``fit`` and can be
+    given to ``fit`` again; the other subcommands write theirs beside it, as ``test_config.yaml``.
     """
 
     def __init__(self, args: list[str]) -> None:
@@ -75,7 +77,7 @@ class RunCLI(LightningCLI):
         super().__init__(
             PDFEmbedder,
             MMEBDataModule,
-            save_config_kwargs={"overwrite": True},
+            save_config_kwargs={"overwrite": True, "config_filename": _config_file(args[0])},
             trainer_defaults={"use_distributed_sampler": False, "default_root_dir": "runs/default"},
             seed_everything_default=0,
             auto_configure_optimizers=False,
@@ -90,6 +92,13 @@ class RunCLI(LightningCLI):
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand in ("validate", "test"):
             parser.set_defaults({"verbose": False})  # the score table says it better
+        if subcommand == "test":
+            parser.add_argument(
+                "--baseline",
+                type=str | None,
+                default=None,
+                help="A run that was tested on the same tasks: report.html draws it beside this one.",
+            )
         if subcommand == "predict":
             parser.set_defaults({"return_predictions": False})
             parser.add_lightning_class_args(EmbeddingWriter, "writer")
@@ -103,7 +112,7 @@ class RunCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add TensorBoard and ``last.ckpt`` where the user asked for nothing else.
 
-        Embedding files are no run: nothing is logged, and ``config.yaml`` goes where the embeddings go.
+        Embedding files are no run: nothing is logged, and the configuration goes where the embeddings go.
         """
         config = self._get(self.config_init, "trainer")
         writer = self._get(self.config_init, "writer", default=None)
@@ -127,6 +136,11 @@ class RunCLI(LightningCLI):
                 ModelCheckpoint(filename="step={step}", auto_insert_metric_name=False, **options)
             )
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    def before_test(self) -> None:
+        """Read the baseline of the report before anything is encoded."""
+        baseline = self._get(self.config_init, "baseline")
+        self.model.baseline = None if baseline is None else Baseline.read(baseline)
 
     def predict(self, model: PDFEmbedder, datamodule: MMEBDataModule, **options: Any) -> None:
         """Predict over ``data.predict_source``, or else over the evaluation tasks."""
@@ -195,6 +209,10 @@ class RunCLI(LightningCLI):
             f"--ckpt_path {wanted}: there is no checkpoint file {file}. Give a file, "
             "or 'last' together with the trainer.default_root_dir of the run."
         )
+
+
+def _config_file(subcommand: str) -> str:
+    return "config.yaml" if subcommand == "fit" else f"{subcommand}_config.yaml"
 
 
 class PlanCLI(RunCLI):

@@ -12,7 +12,14 @@ from PIL import Image
 
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
 from parallel_decoupling.data.tasks import EvalTask, Task
-from parallel_decoupling.retrieval.html_report import flattened, task_examples, write_html_report
+from parallel_decoupling.retrieval.html_report import (
+    Baseline,
+    PageParts,
+    flattened,
+    task_examples,
+    write_html_report,
+    write_run_report,
+)
 from parallel_decoupling.retrieval.report import ScoreReport, TaskResult
 from parallel_decoupling.retrieval.score import TaskScore
 
@@ -68,7 +75,7 @@ def examples() -> tuple[EvalTask, TaskScore]:
 
 
 def test_page_stands_alone(tmp_path: Path, examples: tuple[EvalTask, TaskScore]) -> None:
-    file = write_html_report(report(6), tmp_path, examples=[task_examples(*examples)])
+    file = write_html_report(report(6), tmp_path, PageParts([task_examples(*examples)]))
     page = Page(file)
     assert not any(tag in ("script", "link", "iframe") for tag, _ in page.tags)
     sources = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
@@ -95,7 +102,7 @@ def test_a_single_path_is_shown_once(tmp_path: Path) -> None:
 
 
 def test_baseline_adds_bars_and_differences(tmp_path: Path) -> None:
-    file = write_html_report(report(6), tmp_path, baseline=report(2), baseline_name="one path")
+    file = write_html_report(report(6), tmp_path, PageParts(baseline=Baseline("one path", report(2))))
     page = Page(file)
     bars = [a.get("style") for _, a in page.tags if a.get("class") in ("bar", "bar theirs")]
     assert bars == ["width: 60.00%", "width: 20.00%"] * (len(bars) // 2)
@@ -116,7 +123,7 @@ def test_examples_mark_the_truth_and_escape_text(
     shown = task_examples(*examples, k=3)
     assert [item.verdict for item in shown.rows[0]] == ["", "above", "truth", "below", "truth"]
     assert [item.text for item in shown.rows[0][1:]] == ["better", "truth", "worse", "truth"]
-    texts = Page(write_html_report(report(6), tmp_path, examples=[shown])).texts
+    texts = Page(write_html_report(report(6), tmp_path, PageParts([shown]))).texts
     assert "<script>alert(1)</script> & more" in texts
 
 
@@ -126,7 +133,7 @@ def test_short_rankings_leave_cells_empty(examples: tuple[EvalTask, TaskScore]) 
 
 
 def test_paths_come_from_the_matrix_or_from_the_file(tmp_path: Path) -> None:
-    file = write_html_report(report(6), tmp_path, path_cosine=torch.tensor([[1.0, 0.37], [0.37, 1.0]]))
+    file = write_html_report(report(6), tmp_path, PageParts(path_cosine=[[1.0, 0.37], [0.37, 1.0]]))
     assert Page(file).texts.count("0.37") == 2
     probe = {"accuracy": {"aggregate": 0.93, "path_0": 0.91}, "spread": {"aggregate": 0.02, "path_0": 0.03}}
     content = {
@@ -137,7 +144,7 @@ def test_paths_come_from_the_matrix_or_from_the_file(tmp_path: Path) -> None:
     (tmp_path / "paths").mkdir()
     (tmp_path / "paths" / "paths.json").write_text(json.dumps(content))
     Image.new("RGB", (4, 4)).save(tmp_path / "paths" / "attention_maps.png")
-    page = Page(write_html_report(report(6), tmp_path, path_cosine=torch.eye(2)))
+    page = Page(write_html_report(report(6), tmp_path, PageParts(path_cosine=[[1.0, 0.0], [0.0, 1.0]])))
     assert page.texts.count("0.21") == 2
     assert page.texts.count("no value") == 2
     assert "93" in page.texts
@@ -145,9 +152,24 @@ def test_paths_come_from_the_matrix_or_from_the_file(tmp_path: Path) -> None:
 
 
 def test_a_baseline_with_other_tasks_is_refused(tmp_path: Path) -> None:
-    other = report(2)
-    with pytest.raises(ValueError, match="scored different tasks: find"):
-        write_html_report(report(6), tmp_path, baseline=ScoreReport({"shape": other.tasks["shape"]}))
+    other = Baseline("other", ScoreReport({"shape": report(2).tasks["shape"]}))
+    with pytest.raises(ValueError, match="scored different tasks: other lacks find"):
+        write_html_report(report(6), tmp_path, PageParts(baseline=other))
+
+
+def test_a_page_can_be_written_again_from_the_run_s_folder(
+    tmp_path: Path, examples: tuple[EvalTask, TaskScore]
+) -> None:
+    with pytest.raises(ValueError, match=r"no scores\.json .* test that run first"):
+        write_run_report(tmp_path)
+    assert PageParts.read(tmp_path) == PageParts()
+    parts = PageParts([task_examples(*examples)], [[1.0, 0.37], [0.37, 1.0]], Baseline("plain", report(2)))
+    parts.write(tmp_path)
+    assert PageParts.read(tmp_path) == parts
+    report(6).to_json_file(tmp_path / "scores.json")
+    again = write_run_report(tmp_path).read_text(encoding="utf-8")
+    assert again == write_html_report(report(6), tmp_path, parts, tmp_path / "other.html").read_text()
+    assert "against plain" in again
 
 
 def test_flattened_settings() -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from studies.plots import training_figure
 from studies.report import write_module_report, write_report
 from studies.results import append_result, newest_results
 from studies.study import Study
-from studies.tables import cell_table, difference_table
+from studies.tables import cell_table, column_table, difference_table
 from tests.support.study import made_up_result, toy_study
 
 
@@ -55,6 +56,15 @@ def test_cells_show_the_last_step_and_the_gain_of_aggregation(study: Study) -> N
     assert second[0] == "b"
 
 
+def test_columns_are_the_aggregate_the_paths_in_order_and_the_rest(study: Study) -> None:
+    lines = lines_of(study)
+    more = made_up_result(study.cells["later"], 0, 100, 50.0)
+    more["columns"] = ["aggregate", "path_0", "path_1", "mean", "path_2"]
+    heading, _, *cells = rows(column_table(study, [*lines, more]))
+    assert heading == ["cell", "aggregate", "path_0", "path_1", "path_2", "mean"]
+    assert cells[0] == ["cell A", "63.0", "62.0", "60.0", "–", "–"]
+
+
 def test_differences_are_paired(study: Study) -> None:
     heading, _, row = rows(difference_table(study, lines_of(study)))
     entries = dict(zip(heading, row, strict=True))
@@ -75,6 +85,24 @@ def test_the_report_has_pictures_table_conclusion_and_what_is_missing(study: Stu
         with Image.open(study.output_dir / f"{name}.png") as picture:
             assert len(picture.convert("RGB").getcolors(maxcolors=1 << 24) or []) > 10
     assert (study.output_dir / "table.md").read_text(encoding="utf-8").strip() in readme
+
+
+def test_training_is_drawn_as_the_mean_over_seeds_of_what_was_logged(study: Study) -> None:
+    cell = study.cells["a"]
+    for seed, height in ((0, 0.2), (1, 0.4)):
+        line = made_up_result(cell, seed, 100, 60.0)
+        cosine, nll, absent = [(9, height), (99, 2 * height)], [(9, height), (19, 1.0)], [(9, 0.0), (99, 0.0)]
+        line["logged"] = {"path_cosine": cosine, "estimator_nll_held_out": nll, "mi": absent}
+        append_result(study.results_file, line)
+    figure = training_figure(study, newest_results(study))
+    assert figure is not None
+    cosine_axes, nll_axes, mi_axes = figure.axes
+    (line,) = cosine_axes.get_lines()
+    assert line.get_label() == "cell A"
+    assert list(line.get_xdata()) == [9, 99]
+    assert list(line.get_ydata()) == pytest.approx([0.3, 0.6])
+    assert list(nll_axes.get_lines()[0].get_ydata()) == pytest.approx([0.3, 1.0])
+    assert not mi_axes.get_lines()  # a term that was never on is not drawn as a line at 0
 
 
 def test_a_report_says_that_the_configuration_has_changed_since(

@@ -129,6 +129,10 @@ def test_a_curve_is_one_training_scored_at_its_points(small_study: Study) -> Non
         results[1]["monitored"]
     )
     assert results[0]["monitored"]["loss"] != results[1]["monitored"]["loss"]
+    assert results[0]["logged"] == {}
+    cosines = results[1]["logged"]["path_cosine"]
+    assert len(cosines) == 4
+    assert cosines[-1][1] == pytest.approx(results[1]["monitored"]["path_cosine"], rel=1e-3)
     assert saved_steps(run.folder / "checkpoints") == [2, 4]
     execute(run, small_study.results_file)
     assert read_results(small_study.results_file) == results

@@ -73,11 +73,11 @@ def test_fewer_dimensions_and_shorter_lists_find_less(results: search.Results) -
     assert recall("binary", 1, 32) < recall("binary", 4, 32) < recall("binary", 16, 32)
 
 
-def test_page_has_every_line(results: search.Results, world: World, tmp_path: Path) -> None:
+def test_table_has_every_line(results: search.Results, world: World, tmp_path: Path) -> None:
     search.write_results(results, tmp_path, world)
     with (tmp_path / "results.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(results)
-    page = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert sum(line.startswith("| ") for line in page.splitlines()) == len(results) + 2
+    table = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert sum(line.startswith("| ") for line in table.splitlines()) == len(results) + 2
     assert (tmp_path / "search.png").stat().st_size > 10_000

@@ -21,9 +21,14 @@ def test_the_interval_is_the_textbook_one() -> None:
     assert not interval([-1.0, 2.0, 0.5]).excludes_zero
 
 
-def test_one_seed_has_no_interval() -> None:
-    assert math.isinf(interval([7.0]).half_width)
-    assert not interval([7.0]).excludes_zero
+@pytest.mark.parametrize("values", [[7.0], [7.0, 7.0]])
+def test_one_and_two_seeds_have_no_interval(values: list[float]) -> None:
+    assert interval(values).mean == 7.0
+    assert math.isinf(interval(values).half_width)
+    assert not interval(values).excludes_zero
+
+
+def test_no_value_is_an_error() -> None:
     with pytest.raises(ValueError, match="at least one value"):
         interval([])
 

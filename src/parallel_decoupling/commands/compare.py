@@ -22,20 +22,18 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Any) -> None:
     """Print the tables and write the files."""
+    from dataclasses import replace
+    from pathlib import Path
+
     from rich.console import Console
 
     from parallel_decoupling.retrieval.compare import compare
-    from parallel_decoupling.retrieval.html_report import write_html_report
+    from parallel_decoupling.retrieval.html_report import Baseline, PageParts, write_html_report
 
     comparison = compare(options.run_dirs, options.output_dir)
     if options.output_dir is not None:
-        name, *_ = comparison.reports
-        write_html_report(
-            comparison.reports[comparison.best],
-            options.output_dir,
-            baseline=comparison.reports[name],
-            baseline_name=name,
-            file_name="comparison.html",
-            title=comparison.best,
-        )
+        run_dir = dict(zip(comparison.reports, options.run_dirs, strict=True))[comparison.best]
+        parts = replace(PageParts.read(run_dir), baseline=Baseline(*next(iter(comparison.reports.items()))))
+        page = Path(options.output_dir) / "comparison.html"
+        write_html_report(comparison.reports[comparison.best], run_dir, parts, page)
     Console().print(comparison.means_table(), comparison.task_table())

@@ -29,7 +29,7 @@ def run(options: Any) -> None:
     from rich.console import Console
 
     from parallel_decoupling.analysis.tables import sections
-    from parallel_decoupling.retrieval.html_report import PATHS_DIR
+    from parallel_decoupling.retrieval.html_report import PARTS_FILE, PATHS_DIR, write_run_report
 
     run_dir, checkpoint_file = locate(options.run_or_checkpoint)
     analysis = analyse_checkpoint(checkpoint_file, run_dir, options.data_dir)
@@ -41,6 +41,9 @@ def run(options: Any) -> None:
     for note in analysis.notes:
         console.print(f"left out: {note}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"written to {folder}", markup=False, highlight=False, soft_wrap=True)
+    if folder == run_dir / PATHS_DIR and (run_dir / PARTS_FILE).is_file():
+        page = write_run_report(run_dir)
+        console.print(f"probes and pictures added to {page}", markup=False, highlight=False, soft_wrap=True)
 
 
 def locate(run_or_checkpoint: str | Path) -> tuple[Path, Path]:

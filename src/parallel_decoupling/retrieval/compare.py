@@ -165,12 +165,12 @@ def compare(run_dirs: Sequence[str], output_dir: str | None = None) -> Compariso
     if isinstance(run_dirs, str) or len(run_dirs) < 2:
         raise ValueError(f"compare needs a list of at least two runs, got {run_dirs!r}")
     reports = {
-        name: ScoreReport.from_json_file(_scores_file(run_dir))
+        name: ScoreReport.from_json_file(scores_file(run_dir))
         for name, run_dir in zip(_run_names(run_dirs), run_dirs, strict=True)
     }
     first, *others = reports
     for name in others:
-        _check_same_tasks(first, reports[first], name, reports[name])
+        check_same_tasks(first, reports[first], name, reports[name])
     comparison = Comparison(reports, {name: differences(reports[first], reports[name]) for name in others})
     if output_dir is not None:
         folder = Path(output_dir)
@@ -230,11 +230,16 @@ def _difference(sample: _Sample) -> Difference:
     return Difference(point, float(low), float(high))
 
 
-def _scores_file(run_dir: str) -> Path:
-    scores_file = Path(run_dir) / SCORES_FILE
-    if not scores_file.is_file():
+def scores_file(run_dir: str) -> Path:
+    """The scores of a tested run.
+
+    Raises:
+        ValueError: there are none.
+    """
+    file = Path(run_dir) / SCORES_FILE
+    if not file.is_file():
         raise ValueError(f"no {SCORES_FILE} in {run_dir}; test that run first")
-    return scores_file
+    return file
 
 
 def _run_names(run_dirs: Sequence[str]) -> list[str]:
@@ -248,7 +253,12 @@ def _run_names(run_dirs: Sequence[str]) -> list[str]:
     return unique
 
 
-def _check_same_tasks(first: str, baseline: ScoreReport, name: str, other: ScoreReport) -> None:
+def check_same_tasks(first: str, baseline: ScoreReport, name: str, other: ScoreReport) -> None:
+    """Two runs can be compared only over the same rows.
+
+    Raises:
+        ValueError: names the tasks that one of them lacks, or what differs.
+    """
     for run, missing in (
         (first, [task for task in other.tasks if task not in baseline.tasks]),
         (name, [task for task in baseline.tasks if task not in other.tasks]),

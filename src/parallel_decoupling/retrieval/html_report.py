@@ -1,8 +1,9 @@
 """One run as one HTML file: facts, scores, bars, paths, retrieved examples.
 
 Here: what the page shows, as plain values for the template ``run_report.html``. Nothing is loaded from
-elsewhere, no script is needed, pictures are inside; light and dark follow the reader's browser. Elsewhere:
-the numbers (``report``, ``compare``), ``paths.json`` (written by ``lightning paths``).
+elsewhere, no script is needed, pictures are inside; light and dark follow the reader's browser. ``lightning
+test`` writes it from ``scores.json`` and ``report_parts.json``, ``lightning paths`` again with what it found.
+Elsewhere: the numbers (``report``, ``compare``), ``paths.json`` (written by ``lightning paths``).
 """
 
 from __future__ import annotations
@@ -11,21 +12,22 @@ import base64
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from torch import Tensor
 
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
 from parallel_decoupling.data.tasks import EvalTask
-from parallel_decoupling.retrieval.compare import Difference, differences
+from parallel_decoupling.retrieval.compare import Difference, check_same_tasks, differences, scores_file
 from parallel_decoupling.retrieval.plots import example_rows, thumbnail
 from parallel_decoupling.retrieval.report import MEAN_TITLES, META_TASKS, ScoreReport
 from parallel_decoupling.retrieval.score import TaskScore
 
 REPORT_FILE = "report.html"
+PARTS_FILE = "report_parts.json"
+BASELINE_FILE = "baseline_scores.json"
 PATHS_DIR = "paths"
 PATHS_FILE = "paths.json"
 """What ``lightning paths`` writes into ``PATHS_DIR`` of the run folder."""
@@ -66,6 +68,69 @@ class TaskExamples:
     rows: list[list[Shown]]
 
 
+@dataclass(frozen=True)
+class Baseline:
+    """The run that a report compares with.
+
+    Attributes:
+        name: of its folder.
+        report: its scores.
+    """
+
+    name: str
+    report: ScoreReport
+
+    @classmethod
+    def read(cls, run_dir: str) -> Baseline:
+        """Read the scores of a tested run.
+
+        Raises:
+            ValueError: no ``scores.json`` in the folder.
+        """
+        return cls(Path(run_dir).resolve().name, ScoreReport.from_json_file(scores_file(run_dir)))
+
+
+@dataclass(frozen=True)
+class PageParts:
+    """What a page needs beside scores, kept in the run's folder so that it can be written again.
+
+    Attributes:
+        examples: in the order to be shown.
+        path_cosine: ``[N][N]``, mean cosine between the paths' queries; shown if there is no ``paths.json``.
+        baseline: kept whole, as its folder may be gone later.
+    """
+
+    examples: Sequence[TaskExamples] = ()
+    path_cosine: list[list[float]] | None = None
+    baseline: Baseline | None = None
+
+    @classmethod
+    def read(cls, run_dir: str | Path) -> PageParts:
+        """Of a run's folder; a run without ``report_parts.json`` has no parts."""
+        folder = Path(run_dir)
+        if not (folder / PARTS_FILE).is_file():
+            return cls()
+        content = json.loads((folder / PARTS_FILE).read_text(encoding="utf-8"))
+        examples = [
+            TaskExamples(each["task"], [[Shown(**shown) for shown in row] for row in each["rows"]])
+            for each in content["examples"]
+        ]
+        name = content["baseline"]
+        baseline = name and Baseline(name, ScoreReport.from_json_file(folder / BASELINE_FILE))
+        return cls(examples, content["path_cosine"], baseline)
+
+    def write(self, run_dir: str | Path) -> None:
+        """Write ``report_parts.json``, and the baseline's scores if there is one."""
+        content = {
+            "examples": [asdict(each) for each in self.examples],
+            "path_cosine": self.path_cosine,
+            "baseline": self.baseline and self.baseline.name,
+        }
+        (Path(run_dir) / PARTS_FILE).write_text(json.dumps(content) + "\n", encoding="utf-8")
+        if self.baseline is not None:
+            self.baseline.report.to_json_file(Path(run_dir) / BASELINE_FILE)
+
+
 def task_examples(task: EvalTask, score: TaskScore, k: int = 4, rows: int = 3) -> TaskExamples:
     """Choose queries and shrink their pictures, so that the task itself need not be kept.
 
@@ -90,28 +155,32 @@ def task_examples(task: EvalTask, score: TaskScore, k: int = 4, rows: int = 3) -
     return TaskExamples(task.task.name, shown)
 
 
+def write_run_report(run_dir: str | Path) -> Path:
+    """Write ``report.html`` of a tested run from what its folder holds.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: the run was not tested, or its baseline scored other tasks.
+    """
+    report = ScoreReport.from_json_file(scores_file(str(run_dir)))
+    return write_html_report(report, run_dir, PageParts.read(run_dir))
+
+
 def write_html_report(
     report: ScoreReport,
-    folder: str | Path,
-    *,
-    baseline: ScoreReport | None = None,
-    baseline_name: str = "baseline",
-    examples: Sequence[TaskExamples] = (),
-    path_cosine: Tensor | None = None,
-    file_name: str = REPORT_FILE,
-    title: str | None = None,
+    run_dir: str | Path,
+    parts: PageParts | None = None,
+    html_file: str | Path | None = None,
 ) -> Path:
-    """Write ``report.html`` into a run folder.
+    """Write the page of a run.
 
     Args:
         report: of the run.
-        folder: a ``paths/paths.json`` in it adds probes and pictures of the paths.
-        baseline: a run over the same tasks, for bars and differences.
-        baseline_name: what the page calls it.
-        examples: from ``task_examples``, in the order to be shown.
-        path_cosine: ``[N, N]``, used when there is no ``paths.json``.
-        file_name: in ``folder``.
-        title: by default the folder's name.
+        run_dir: the page is named after it; ``paths/paths.json`` in it adds probes and pictures of the paths.
+        parts: what else is shown.
+        html_file: by default ``report.html`` in ``run_dir``.
 
     Returns:
         The file.
@@ -119,10 +188,10 @@ def write_html_report(
     Raises:
         ValueError: the baseline scored other tasks.
     """
-    folder = Path(folder)
-    if baseline is not None and baseline.tasks.keys() != report.tasks.keys():
-        different = sorted(baseline.tasks.keys() ^ report.tasks.keys())
-        raise ValueError(f"run and {baseline_name} scored different tasks: {', '.join(different)}")
+    run_dir, parts = Path(run_dir), parts or PageParts()
+    name, baseline = run_dir.resolve().name, parts.baseline
+    if baseline is not None:
+        check_same_tasks(baseline.name, baseline.report, name, report)
     environment = Environment(
         loader=PackageLoader("parallel_decoupling", "retrieval"),
         autoescape=True,
@@ -132,17 +201,17 @@ def write_html_report(
     )
     facts = flattened(report.run)
     page = environment.get_template("run_report.html").render(
-        name=title or folder.resolve().name,
+        name=name,
         facts={key: facts[key] for key in FACTS if key in facts},
         all_facts=facts,
         columns=_shown_columns(report),
-        groups=_groups(report, baseline),
+        groups=_groups(report, None if baseline is None else baseline.report),
         overall=report.means["overall"][report.columns[0]],
-        baseline_name=None if baseline is None else baseline_name,
-        paths=_paths(folder / PATHS_DIR, path_cosine),
-        examples=examples,
+        baseline_name=None if baseline is None else baseline.name,
+        paths=_paths(run_dir / PATHS_DIR, parts.path_cosine),
+        examples=parts.examples,
     )
-    file = folder / file_name
+    file = run_dir / REPORT_FILE if html_file is None else Path(html_file)
     file.write_text(page, encoding="utf-8")
     return file
 
@@ -209,13 +278,13 @@ def _gap(difference: Difference) -> dict[str, Any]:
     return {"text": text, "sign": "up" if difference.low > 0 else "down" if difference.high < 0 else ""}
 
 
-def _paths(folder: Path, path_cosine: Tensor | None) -> dict[str, Any] | None:
+def _paths(folder: Path, path_cosine: list[list[float]] | None) -> dict[str, Any] | None:
     """Matrices, probes and pictures of ``lightning paths``, or the one matrix that is given."""
     paths_file = folder / PATHS_FILE
     if not paths_file.is_file():
         if path_cosine is None:
             return None
-        return {"matrices": {"mean cosine": path_cosine.tolist()}, "probes": {}, "pictures": {}}
+        return {"matrices": {"mean cosine": path_cosine}, "probes": {}, "pictures": {}}
     content = json.loads(paths_file.read_text(encoding="utf-8"))
     similarity, errors = content["similarity"], content["errors"]
     matrices = {"mean cosine": similarity["cosine"], "linear CKA": similarity["linear_cka"]}

@@ -27,7 +27,13 @@ from parallel_decoupling.model.dual_encoder import DualEncoder
 from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.objective.statistics import path_cosine
 from parallel_decoupling.retrieval.embedder import Embedder, warn_of_cut_texts
-from parallel_decoupling.retrieval.html_report import TaskExamples, task_examples, write_html_report
+from parallel_decoupling.retrieval.html_report import (
+    Baseline,
+    PageParts,
+    TaskExamples,
+    task_examples,
+    write_run_report,
+)
 from parallel_decoupling.retrieval.modes import mode_costs
 from parallel_decoupling.retrieval.report import ScoreReport
 from parallel_decoupling.retrieval.sanity import (
@@ -66,6 +72,7 @@ class EvaluatedEncoder(LightningModule):
         candidate_instruction: default instruction of ``encode_candidate``.
         steps_done: main steps behind the weights.
         rows_by_subset: training rows behind the weights, by subset.
+        baseline: a tested run that the report of a test compares with.
     """
 
     encoder: ParallelEncoder | DualEncoder
@@ -73,6 +80,7 @@ class EvaluatedEncoder(LightningModule):
     candidate_instruction: str
     steps_done: int
     rows_by_subset: dict[str, int]
+    baseline: Baseline | None = None
     _evaluation: Evaluation
     _projector: ProjectorSample
     _predict_tasks: list[EvalTask]
@@ -123,6 +131,12 @@ class EvaluatedEncoder(LightningModule):
     def on_test_epoch_start(self) -> None:
         """Begin with no scores, a sample for the projector, and what the sanity checks watch."""
         tasks = self._eval_tasks()
+        if self.baseline is not None and (
+            different := {task.task.name for task in tasks} ^ self.baseline.report.tasks.keys()
+        ):
+            raise ValueError(
+                f"--baseline {self.baseline.name} scored other tasks; the difference: {sorted(different)}"
+            )
         self._projector, self._health = ProjectorSample(len(tasks)), []
         self._examples, self._path_cosines = [], []
         self._score_files_dir = self.run_dir / SCORE_FILES_DIR
@@ -148,7 +162,8 @@ class EvaluatedEncoder(LightningModule):
         report = replace(report, modes=mode_costs(self._evaluation.shapes), warnings=warnings)
         write_report(report, folder)
         cosine_NN = torch.stack(self._path_cosines).mean(dim=0)
-        write_html_report(report, folder, examples=self._examples, path_cosine=cosine_NN)
+        PageParts(self._examples, cosine_NN.tolist(), self.baseline).write(folder)
+        write_run_report(folder)
         if tensorboard_writer(self.trainer) is not None:
             self._projector.write(folder / PROJECTOR_DIR)
         tables = [report.table(), report.metrics_table(), report.modes_table()]
