@@ -27,7 +27,9 @@ def write_report(study: Study) -> Path:
     """
     results = newest_results(study)
     if not results:
-        raise ValueError(f"study {study.name} has no results in {study.results_file}; run it first")
+        raise ValueError(
+            f"study {study.name} has no results of its present cells in {study.results_file}; run it first"
+        )
     folder = study.output_dir
     (folder / TABLE_FILE).write_text(study_tables(study, results), encoding="utf-8")
     for old in folder.glob("*.png"):
@@ -43,7 +45,7 @@ def write_report(study: Study) -> Path:
     ]
     if absent := _unfinished(study, results):
         notes.append(f"Not finished: {', '.join(absent)}.")
-    if old_cells := outdated(study, results):
+    if old_cells := outdated(study):
         notes.append(f"**Results of an earlier configuration**, run the study again: {', '.join(old_cells)}.")
     return write_readme(folder, study.title, study.question, pictures, notes)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from studies.study import OUTPUT_DIR, Run, Study
 
@@ -17,26 +19,53 @@ Result = dict[str, Any]
 def read_results(results_file: Path) -> list[Result]:
     """All lines, oldest first; none if there is no file.
 
+    A last line that ends in the middle is an interrupted write: it is left out, with a warning.
+
     Raises:
-        ValueError: for a line that is not JSON, with its number.
+        ValueError: for another line that is not JSON, with its number.
     """
     if not results_file.is_file():
         return []
+    with open(results_file, encoding="utf-8") as stream:
+        fcntl.flock(stream, fcntl.LOCK_SH)
+        lines = stream.readlines()
     results = []
-    for number, line in enumerate(results_file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         try:
             results.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{results_file}, line {number} is not JSON ({error}); remove it") from error
+            if line.endswith("\n"):
+                raise ValueError(f"{results_file}, line {number} is not JSON ({error}); remove it") from error
+            warnings.warn(
+                f"{results_file}, line {number} is the start of an interrupted write; left out", stacklevel=2
+            )
     return results
 
 
 def append_result(results_file: Path, result: Result) -> None:
-    """Add one line; safe from several processes at once."""
+    """Add one line; safe from several processes at once, and after a write that was interrupted."""
     results_file.parent.mkdir(parents=True, exist_ok=True)
-    with open(results_file, "a", encoding="utf-8") as stream:
+    with open(results_file, "a+b") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
-        stream.write(json.dumps(result) + "\n")
+        _end_the_last_line(stream)
+        stream.write(json.dumps(result).encode() + b"\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _end_the_last_line(stream: BinaryIO) -> None:
+    """Add the newline that a whole last line lacks; cut off a torn one, which never was a result."""
+    stream.seek(0)
+    content = stream.read()
+    start = content.rfind(b"\n") + 1
+    if not content[start:]:
+        return
+    try:
+        json.loads(content[start:])
+    except ValueError:  # not JSON, or not even UTF-8
+        stream.truncate(start)
+    else:
+        stream.write(b"\n")
 
 
 def missing_points(run: Run, results: Iterable[Result]) -> list[int]:
@@ -67,21 +96,32 @@ def take_over(run: Run, results_file: Path) -> None:
 
 
 def newest_results(study: Study) -> list[Result]:
-    """The last line of every cell, seed and step that the study has now."""
+    """The last line of every cell, seed and step that the study has now, of the cell's configuration."""
     newest: dict[tuple[str, int, int], Result] = {}
     for result in read_results(study.results_file):
         cell = study.cells.get(result["cell"])
-        if cell is not None and result["step"] in cell.points:
-            newest[result["cell"], result["seed"], result["step"]] = result
+        if (
+            cell is not None
+            and result["config_hash"] == cell.config_hash
+            and result["seed"] in cell.seeds
+            and result["step"] in cell.points
+        ):
+            newest[cell.name, result["seed"], result["step"]] = result
     order = list(study.cells)
     return sorted(newest.values(), key=lambda line: (order.index(line["cell"]), line["seed"], line["step"]))
 
 
-def outdated(study: Study, results: Iterable[Result]) -> list[str]:
-    """Cells with results of another configuration than the one they have now."""
-    names = {
-        result["cell"]
+def outdated(study: Study) -> list[str]:
+    """Cells with a seed that an earlier configuration has results of, and the present one not all."""
+    results = read_results(study.results_file)
+    earlier = {
+        (result["cell"], result["seed"])
         for result in results
-        if result["config_hash"] != study.cells[result["cell"]].config_hash
+        if (cell := study.cells.get(result["cell"])) is not None and result["config_hash"] != cell.config_hash
     }
+    names = [
+        run.cell.name
+        for run in study.runs()
+        if (run.cell.name, run.seed) in earlier and missing_points(run, results)
+    ]
     return [name for name in study.cells if name in names]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,23 +38,26 @@ def test_a_point_is_finished_with_the_present_configuration_only(tmp_path: Path)
     assert missing_points(run, read_results(study.results_file)) == [10]
 
 
-def test_the_newest_line_counts_and_old_configurations_are_named(tmp_path: Path) -> None:
-    study = toy_study(tmp_path, cells={"a": None, "b": None})
+def test_only_the_newest_lines_of_present_configurations_and_seeds_count(tmp_path: Path) -> None:
+    study = toy_study(tmp_path, seeds=[0, 1], cells={"a": None, "b": {"seeds": [0]}})
     a, b = study.cells.values()
     for line in (
         made_up_result(b, 0, 100, 1.0),
         made_up_result(a, 0, 100, 2.0),
         {**made_up_result(b, 0, 100, 3.0), "config_hash": "an earlier one"},
-        {**made_up_result(a, 0, 100, 4.0), "cell": "removed"},
-        made_up_result(a, 0, 99, 5.0),  # a step that is scored no longer
+        {**made_up_result(a, 1, 100, 4.0), "config_hash": "an earlier one"},
+        {**made_up_result(a, 0, 100, 5.0), "cell": "removed"},
+        made_up_result(a, 0, 99, 6.0),  # a step that is scored no longer
+        made_up_result(b, 1, 100, 7.0),  # a seed that is not the cell's
+        made_up_result(a, 0, 100, 8.0),
     ):
         append_result(study.results_file, line)
-    newest = newest_results(study)
-    assert [(line["cell"], line["means"]["overall"]["aggregate"]) for line in newest] == [
-        ("a", 0.02),
-        ("b", 0.03),
-    ]
-    assert outdated(study, newest) == ["b"]
+    assert [
+        (line["cell"], line["seed"], line["means"]["overall"]["aggregate"]) for line in newest_results(study)
+    ] == [("a", 0, 0.08), ("b", 0, 0.01)]
+    assert outdated(study) == ["a"]  # seed 0 of b has a line of the present configuration
+    append_result(study.results_file, made_up_result(a, 1, 100, 9.0))
+    assert outdated(study) == []
 
 
 def test_the_same_run_of_another_study_is_taken_over_once(tmp_path: Path) -> None:
@@ -68,6 +74,47 @@ def test_the_same_run_of_another_study_is_taken_over_once(tmp_path: Path) -> Non
 
 def test_a_broken_line_is_named(tmp_path: Path) -> None:
     file = tmp_path / "results.jsonl"
-    file.write_text('{"study": "toy"}\n{"study": "to', encoding="utf-8")
+    file.write_text('{"study": "toy"}\n{"study": "to\n', encoding="utf-8")
     with pytest.raises(ValueError, match="line 2 is not JSON"):
         read_results(file)
+
+
+@pytest.mark.parametrize("tail", ['{"study": "to', '{"cell": "a"}', ""])
+def test_an_interrupted_write_is_left_out_and_cut_off_by_the_next(tmp_path: Path, tail: str) -> None:
+    file = tmp_path / "results.jsonl"
+    file.write_text(f'{{"study": "toy"}}\n{tail}', encoding="utf-8")
+    whole = [{"study": "toy"}, *([{"cell": "a"}] if tail.endswith("}") else [])]
+    if tail.endswith("to"):
+        with pytest.warns(UserWarning, match=r"results\.jsonl, line 2 is the start of an interrupted write"):
+            assert read_results(file) == whole
+    else:
+        assert read_results(file) == whole
+    append_result(file, {"seed": 1})
+    append_result(file, {"seed": 2})
+    assert read_results(file) == [*whole, {"seed": 1}, {"seed": 2}]
+
+
+@pytest.mark.parametrize(("mine", "waits"), [(fcntl.LOCK_EX, True), (fcntl.LOCK_SH, False)])
+def test_readers_wait_for_a_writer_only(tmp_path: Path, mine: int, waits: bool) -> None:
+    file = tmp_path / "results.jsonl"
+    append_result(file, {"seed": 1})
+    assert _waits(file, mine, lambda: read_results(file)) == waits
+
+
+def test_a_writer_waits_for_readers(tmp_path: Path) -> None:
+    file = tmp_path / "results.jsonl"
+    append_result(file, {"seed": 1})
+    assert _waits(file, fcntl.LOCK_SH, lambda: append_result(file, {"seed": 2}))
+    assert read_results(file) == [{"seed": 1}, {"seed": 2}]
+
+
+def _waits(file: Path, mine: int, action: Callable[[], object]) -> bool:
+    """Whether an action in another thread ends only once this one has given up its lock of the file."""
+    thread = threading.Thread(target=action)
+    with open(file, encoding="utf-8") as stream:
+        fcntl.flock(stream, mine)
+        thread.start()
+        thread.join(timeout=0.3)
+        waited = thread.is_alive()
+    thread.join()
+    return waited
