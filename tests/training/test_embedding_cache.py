@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,16 @@ import pytest
 import torch
 
 from parallel_decoupling.data.readers import read_eval_task
+from parallel_decoupling.model.dual_backbone import DualProcessor
 from parallel_decoupling.training.embedder import PDFEmbedder
-from parallel_decoupling.training.embedding_cache import CachedTask, EmbeddingCache, model_hash, task_hash
+from parallel_decoupling.training.embedding_cache import (
+    SHAPING_SETTINGS,
+    CachedTask,
+    EmbeddingCache,
+    model_hash,
+    processor_hash,
+    task_hash,
+)
 from tests.support.fit import make_trainer, small_data, small_embedder
 from tests.support.mmeb import save_tiny_mmeb
 
@@ -71,15 +80,110 @@ def test_another_checkpoint_in_the_same_folder_is_encoded_anew(
     assert len(list(Path(cache).iterdir())) == 4
 
 
-def test_the_model_hash_covers_weights_backbone_and_settings(tiny_backbone_dir: str) -> None:
-    encoder = small_embedder(tiny_backbone_dir).encoder
-    first = model_hash(encoder, {"sha256": "a"}, {"image_size": None, "batch_size": 8})
-    assert first == model_hash(encoder, {"sha256": "a"}, {"image_size": None, "batch_size": 9})
-    assert first != model_hash(encoder, {"sha256": "b"}, {"image_size": None})
-    assert first != model_hash(encoder, {"sha256": "a"}, {"image_size": "low"})
+def test_a_cache_is_of_one_test_and_of_its_weights(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    cache = str(tmp_path / "cache")
+    module = run(tiny_backbone_dir, tiny_mmeb_dir, tmp_path, embedding_cache=cache)
+    before = {file.name: file.read_bytes() for file in Path(cache).iterdir()}
     with torch.no_grad():
-        next(encoder.adapter_parameters()).view(-1)[0] += 1e-6
-    assert first != model_hash(encoder, {"sha256": "a"}, {"image_size": None})
+        next(module.encoder.prefix_parameters()).view(-1)[0] += 1
+    make_trainer(tmp_path).test(module, small_data(tiny_mmeb_dir), verbose=False)
+    assert {file.name: file.read_bytes() for file in Path(cache).iterdir()} == before
+    make_trainer(tmp_path).test(module, small_data(tiny_mmeb_dir, embedding_cache=cache), verbose=False)
+    assert module.rows == 3 * 16
+    assert len(list(Path(cache).iterdir())) == 4
+    assert all((Path(cache) / name).read_bytes() == content for name, content in before.items())
+
+
+def test_what_was_skipped_does_not_serve_a_run_that_skips_nothing(
+    tiny_backbone_dir: str, tmp_path: Path
+) -> None:
+    data_dir, cache = save_tiny_mmeb(tmp_path / "data"), str(tmp_path / "cache")
+    (Path(data_dir) / "MMEB-eval" / "red_0.png").write_bytes(b"no picture")
+    for rows in (16, 0):
+        with pytest.warns(UserWarning, match="1 of 4 rows"):
+            skipping = run(
+                tiny_backbone_dir, data_dir, tmp_path, embedding_cache=cache, missing_images="skip"
+            )
+        assert skipping.rows == rows
+    with pytest.raises(ValueError, match="Cannot read image .*red_0.png"):
+        run(tiny_backbone_dir, data_dir, tmp_path, embedding_cache=cache)
+
+
+def hash_of(encoder: Any, **changed: Any) -> str:
+    settings = {"image_size": None, "batch_size": 8, **changed.get("settings", {})}
+    precision = changed.get("precision", "32-true")
+    return model_hash(encoder, {"sha256": changed.get("sha256", "a")}, settings, precision)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"precision": "bf16-mixed"},
+        {"sha256": "b"},
+        *({"settings": {name: "other"}} for name in SHAPING_SETTINGS),
+    ],
+    ids=str,
+)
+def test_the_model_hash_covers_precision_backbone_and_settings(
+    tiny_backbone_dir: str, changed: dict[str, Any]
+) -> None:
+    encoder = small_embedder(tiny_backbone_dir).encoder
+    assert hash_of(encoder) == hash_of(encoder, settings={"batch_size": 9})
+    assert hash_of(encoder) != hash_of(encoder, **changed)
+
+
+def change_adapter(encoder: Any) -> None:
+    next(iter(encoder.adapter_parameters())).data.view(-1)[0] += 1e-6
+
+
+def change_lora_alpha(encoder: Any) -> None:
+    next(module for module in encoder.modules() if hasattr(module, "lora_A")).scaling["default"] *= 2
+
+
+def change_family(encoder: Any) -> None:
+    encoder.backbone.family = replace(encoder.backbone.family, position_ids="sequential")
+
+
+def change_vocabulary(encoder: Any) -> None:
+    encoder.processor.tokenizer.add_tokens(["<new>"])
+
+
+def change_tokenizer_config(encoder: Any) -> None:
+    encoder.processor.tokenizer.padding_side = "right"
+
+
+def change_image_processor(encoder: Any) -> None:
+    encoder.processor.image_processor.image_mean = [0.1, 0.2, 0.3]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_adapter,
+        change_lora_alpha,
+        change_family,
+        change_vocabulary,
+        change_tokenizer_config,
+        change_image_processor,
+    ],
+)
+def test_the_model_hash_covers_what_the_encoder_holds(tiny_backbone_dir: str, change: Any) -> None:
+    encoder = small_embedder(tiny_backbone_dir).encoder
+    before = hash_of(encoder)
+    encoder.processor(text=["a", "a longer text"], padding=True)  # a tokenizer remembers how it padded
+    assert hash_of(encoder) == before
+    change(encoder)
+    assert hash_of(encoder) != before
+
+
+def test_the_hash_of_an_open_clip_processor_covers_its_vocabulary() -> None:
+    found = []
+    for words in ({"a": 1}, {"b": 1}):
+        tokenizer = type("Words", (), {"encoder": words, "__call__": lambda *_: torch.zeros(1, 4).long()})()
+        found.append(processor_hash(DualProcessor(tokenizer, lambda image: torch.zeros(3, 2, 2))))
+    assert found[0] != found[1]
 
 
 def test_the_task_hash_covers_prompts_and_image_files(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Embeddings of evaluation tasks on disk, so that a test that was stopped goes on with the tasks not done.
 
 A file belongs to one model and one task's rows: its name has a hash of the trainable tensors, of the frozen
-backbone, of the settings that shape embeddings, and of the task's prompts and image files. Another
-checkpoint, other data or another version never finds it. Elsewhere on purpose: filling a task
+backbone, of processor and tokenizer, of the precision and the settings that shape embeddings, and of the
+task's prompts and image files. Another checkpoint, other data or another version never finds it. Elsewhere on purpose: filling a task
 (``training.evaluation``), which loaders are then short (``data.datamodule``).
 """
 
@@ -11,23 +11,28 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn, uint8
+from torch import Tensor, uint8
 
 from parallel_decoupling.data.tasks import EvalTask
 from parallel_decoupling.model.checkpoint import trainable_state
+from parallel_decoupling.model.dual_backbone import DualProcessor
+from parallel_decoupling.model.dual_encoder import DualEncoder
+from parallel_decoupling.model.encoder import ParallelEncoder
 
 SHAPING_SETTINGS = (
     "num_paths",
     "prefix_length",
     "prefix_layers",
+    "prefix_type",
     "aggregation",
     "adapter",
     "dtype",
@@ -72,6 +77,12 @@ class EmbeddingCache:
         key = sha256(f"{self.model_hash} {task_hash(task)}".encode()).hexdigest()[:32]
         return self.folder / f"{task.task.name}-{key}.safetensors"
 
+    def holds(self, task: EvalTask, *, whole: bool) -> bool:
+        """Whether a task's embeddings are there; with ``whole``, those with unreadable rows are not."""
+        if not self.file(task).is_file():
+            return False
+        return not whole or not any(self.load(task).missing.values())
+
     def load(self, task: EvalTask) -> CachedTask:
         """Read a task's embeddings.
 
@@ -100,24 +111,68 @@ class EmbeddingCache:
         unfinished.replace(file)
 
 
-def model_hash(encoder: nn.Module, fingerprint: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+def model_hash(
+    encoder: ParallelEncoder | DualEncoder,
+    fingerprint: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    precision: str,
+) -> str:
     """Identify what turns inputs into embeddings.
 
     Args:
-        encoder: its trainable tensors count, all of their bits.
+        encoder: its trainable tensors count with all of their bits, the scale of its adapters, its family and
+            its processor.
         fingerprint: of the frozen backbone, ``model.checkpoint.backbone_fingerprint``.
         settings: of model and data; those in ``SHAPING_SETTINGS`` count.
+        precision: of the Trainer.
 
     Returns:
         Hexadecimal SHA-256. Versions of this package, torch and transformers count as well.
     """
-    shaping = {name: settings.get(name) for name in SHAPING_SETTINGS}
-    about = [shaping, fingerprint["sha256"], {name: _version(name) for name in PACKAGES}]
+    about = {
+        "settings": {name: settings.get(name) for name in SHAPING_SETTINGS},
+        "precision": precision,
+        "fingerprint": fingerprint["sha256"],
+        "family": None if isinstance(encoder, DualEncoder) else asdict(encoder.backbone.family),
+        "adapters": _adapter_scales(encoder),
+        "processor": processor_hash(encoder.processor),
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
     digest = sha256(json.dumps(about, sort_keys=True, default=str).encode())
     for name, value in sorted(trainable_state(encoder).items()):
         digest.update(f"{name} {list(value.shape)} {value.dtype}".encode())
         digest.update(value.contiguous().flatten().view(uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def processor_hash(processor: Any) -> str:
+    """Identify a processor and its tokenizer by the files they save, vocabulary included.
+
+    Padding and truncation of the last call, which a tokenizer saves too, do not count. An OpenCLIP
+    processor saves nothing: its configuration is in the backbone's fingerprint, its vocabulary counts here.
+    """
+    digest = sha256()
+    if isinstance(processor, DualProcessor):
+        tokenizer: Any = getattr(processor.tokenizer, "tokenizer", processor.tokenizer)
+        vocabulary = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else tokenizer.encoder
+        about = [type(tokenizer).__name__, processor.context_length, sorted(vocabulary.items())]
+        return sha256(json.dumps(about).encode()).hexdigest()
+    with TemporaryDirectory() as folder:
+        processor.save_pretrained(folder)
+        for file in sorted(Path(folder).rglob("*")):
+            if file.is_file():
+                content = file.read_bytes()
+                if file.name == "tokenizer.json":
+                    kept = {**json.loads(content), "padding": None, "truncation": None}
+                    content = json.dumps(kept, sort_keys=True).encode()
+                digest.update(f"{file.relative_to(folder)} {len(content)} ".encode() + content)
+    return digest.hexdigest()
+
+
+def _adapter_scales(encoder: ParallelEncoder | DualEncoder) -> dict[str, Any]:
+    """What each LoRA layer multiplies its update with, which no tensor tells."""
+    scales = {name: getattr(module, "scaling", None) for name, module in encoder.named_modules()}
+    return {name: scale for name, scale in scales.items() if isinstance(scale, dict)}
 
 
 def task_hash(task: EvalTask) -> str:

@@ -130,6 +130,7 @@ class EvaluatedEncoder(LightningModule):
 
     def on_test_epoch_start(self) -> None:
         """Begin with no scores, a sample for the projector, and what the sanity checks watch."""
+        cache, self._cache = self._cache, None  # of the loaders of this test alone
         tasks = self._eval_tasks()
         if self.baseline is not None and (
             different := {task.task.name for task in tasks} ^ self.baseline.report.tasks.keys()
@@ -142,7 +143,7 @@ class EvaluatedEncoder(LightningModule):
         self._score_files_dir = self.run_dir / SCORE_FILES_DIR
         self._final_norm = FinalNormCheck(self.encoder.backbone)
         self._evaluation = Evaluation(
-            tasks, self._cpu_aggregate, self._sum_over_ranks, self._show_task, cache=self._cache
+            tasks, self._cpu_aggregate, self._sum_over_ranks, self._show_task, cache=cache
         )
 
     def test_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -172,18 +173,24 @@ class EvaluatedEncoder(LightningModule):
     def cached_tasks(self, tasks: Sequence[EvalTask], folder: str | Path | None) -> set[str]:
         """Open the embedding cache of a test and say which tasks it holds; all ranks agree.
 
+        Where ``missing_images`` is an error, embeddings with unreadable rows do not count: the rows are
+        read again.
+
         Args:
             tasks: to be scored.
             folder: of the cache; ``None`` is ``embeddings`` in the run's folder.
         """
         cache_dir = self.run_dir / EMBEDDINGS_DIR if folder is None else Path(folder)
         self._cache = EmbeddingCache(cache_dir, self.embedding_hash())
-        found = {task.task.name for task in tasks if self._cache.file(task).is_file()}
+        whole = cast(Any, self.trainer).datamodule.missing_images == "error"
+        found = {task.task.name for task in tasks if self._cache.holds(task, whole=whole)}
         return gather_objects(found)[0]
 
     def embedding_hash(self) -> str:
         """Identify what turns inputs into embeddings, to know which of an earlier run are still good."""
-        return model_hash(self.encoder, self._frozen_part(), self._plain_settings())
+        return model_hash(
+            self.encoder, self._frozen_part(), self._plain_settings(), str(self.trainer.precision)
+        )
 
     def _frozen_part(self) -> dict[str, Any]:
         fingerprint = getattr(self, "fingerprint", None)
