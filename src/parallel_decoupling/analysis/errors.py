@@ -6,12 +6,12 @@ the hits (``retrieval.score``), several runs side by side (``retrieval.compare``
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import cohen_kappa_score
 
 from parallel_decoupling.retrieval.report import ScoreReport
 
@@ -25,12 +25,14 @@ class ErrorOverlap:
     Attributes:
         jaccard: ``[N, N]``, queries that both paths miss over queries that either misses, all tasks
             pooled; nan where neither misses any.
-        kappa: ``[N, N]``, Cohen's kappa of right or wrong, pooled: 0 what chance gives at these scores, 1
-            the same.
+        kappa: ``[N, N]``, ``stratified_kappa`` of the misses: 0 what chance gives at the paths' scores in
+            every task, 1 the same misses.
         headline: name of the report's first column.
         scores: hit@1, mean over tasks: the headline, ``best_path`` (the one path with the best mean),
-            ``mean_path``, ``oracle`` (a query counts if any path is right).
-        tasks: the same four by task.
+            ``mean_path``, ``oracle`` (a query counts if any path is right), ``independent_oracle`` (the
+            oracle that paths of these scores would reach if they missed independently within each task).
+            Copies of one path have its own score as oracle.
+        tasks: the same five by task.
         num_queries: rows of all tasks.
     """
 
@@ -67,12 +69,13 @@ def error_overlap(report: ScoreReport) -> ErrorOverlap:
             "best_path": float(rates[best]),
             "mean_path": float(rates.mean()),
             "oracle": float(hits[name].any(axis=0).mean()),
+            "independent_oracle": float(1 - (1 - rates).prod()),
         }
     misses = ~np.concatenate(list(hits.values()), axis=1)
     numbers = range(len(paths))
     return ErrorOverlap(
         jaccard=np.array([[jaccard(misses[i], misses[j]) for j in numbers] for i in numbers]),
-        kappa=np.array([[kappa(misses[i], misses[j]) for j in numbers] for i in numbers]),
+        kappa=np.mean([stratified_kappa([~h]) for h in hits.values()], axis=0),
         headline=headline,
         scores={key: fmean(task[key] for task in tasks.values()) for key in next(iter(tasks.values()))},
         tasks=tasks,
@@ -86,6 +89,29 @@ def jaccard(first: Misses, second: Misses) -> float:
     return float((first & second).sum() / either) if either else float("nan")
 
 
-def kappa(first: Misses, second: Misses) -> float:
-    """Cohen's kappa; 1 for equal columns, also where both are constant and the formula has no value."""
-    return 1.0 if bool((first == second).all()) else float(cohen_kappa_score(first, second))
+def stratified_kappa(misses: Sequence[Misses]) -> NDArray[np.float64]:
+    """Cohen's kappa of all pairs of paths, with the agreement that chance gives counted within each task.
+
+    Pooled rows would call paths alike that only find the same tasks hard.
+
+    Args:
+        misses: per task ``[N, R]``, R differs.
+
+    Returns:
+        ``[N, N]``, at most 1; 1 where two paths are right or wrong throughout every task alike, which leaves
+        chance nothing to differ in.
+
+    Relations:
+        On one task it equals ``sklearn.metrics.cohen_kappa_score``.
+    """
+    rows = sum(miss_NR.shape[1] for miss_NR in misses)
+    observed_NN, chance_NN = np.zeros((2, len(misses[0]), len(misses[0])))
+    for miss_NR in misses:
+        for each_NR in (miss_NR.astype(float), (~miss_NR).astype(float)):
+            rate_N = each_NR.mean(axis=1)
+            observed_NN += each_NR @ each_NR.T
+            chance_NN += each_NR.shape[1] * np.outer(rate_N, rate_N)
+    room_NN = rows - chance_NN
+    kappa_NN = np.ones_like(room_NN)
+    np.divide(observed_NN - chance_NN, room_NN, out=kappa_NN, where=room_NN > 1e-9 * rows)
+    return kappa_NN
