@@ -66,12 +66,17 @@ def _run(options: Namespace) -> int:
             module.run(output_dir)
         write_module_report(output_dir, module.__doc__ or options.study)
         return 0
+    from studies.results import newest_results
     from studies.runner import run_study
 
     study = load_study(options.study)
     failed: list[str] = []
     if not options.report:
         failed = run_study(study, options.study, jobs=options.jobs, only=options.only, seeds=options.seeds)
+    if failed and not newest_results(study):
+        names = ", ".join(failed)
+        sys.stderr.write(f"error: no report, nothing is scored yet; failed, as said above: {names}\n")
+        return 1
     sys.stdout.write(f"report: {write_report(study)}\n")
     return 1 if failed else 0
 

@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from studies.plots import study_figures
-from studies.results import newest_results, outdated
+from studies.results import commits_of, newest_results, outdated
 from studies.statistics import at_point
 from studies.study import Study
 from studies.tables import study_tables
@@ -38,9 +39,9 @@ def write_report(study: Study) -> Path:
     for name, figure in study_figures(study, results).items():
         figure.savefig(folder / f"{name}.png", dpi=110)
         pictures.append(f"{name}.png")
-    commits = {f"{line['commit']}{' with changes' if line['dirty'] else ''}"[:24] for line in results}
+    commits = {_short(commit) for line in results for commit in commits_of(line)}
     notes = [
-        f"Made by `python -m studies {study.name}` at commit {', '.join(sorted(commits))}; "
+        f"Made by `python -m studies {study.name}` at commits {', '.join(sorted(commits))}; "
         "docs/studies.md says how to read it."
     ]
     if absent := _unfinished(study, results):
@@ -48,6 +49,10 @@ def write_report(study: Study) -> Path:
     if old_cells := outdated(study):
         notes.append(f"**Results of an earlier configuration**, run the study again: {', '.join(old_cells)}.")
     return write_readme(folder, study.title, study.question, pictures, notes)
+
+
+def _short(commit: str) -> str:
+    return re.sub(r"^([0-9a-f]{12})[0-9a-f]+", r"\1", commit)
 
 
 def _unfinished(study: Study, results: list[dict[str, object]]) -> list[str]:

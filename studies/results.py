@@ -14,6 +14,8 @@ from studies.study import OUTPUT_DIR, Run, Study
 
 Result = dict[str, Any]
 """A line: study, cell, seed, step, overrides, config_hash, commit, scores and costs (docs/studies.md)."""
+UNKNOWN_COMMIT = "unknown"
+"""Of a training that was started before its commit was recorded."""
 
 
 def read_results(results_file: Path) -> list[Result]:
@@ -66,6 +68,16 @@ def _end_the_last_line(stream: BinaryIO) -> None:
         stream.truncate(start)
     else:
         stream.write(b"\n")
+
+
+def commit_name(commit: str | None, dirty: bool) -> str:
+    """A version of the code as the report names it."""
+    return f"{commit or 'no commit'}{' with changes' if dirty else ''}"
+
+
+def commits_of(result: Result) -> set[str]:
+    """Versions of the code that trained (known since lines have ``fit_commits``) and scored it."""
+    return {commit_name(result["commit"], result["dirty"]), *result.get("fit_commits", ())}
 
 
 def missing_points(run: Run, results: Iterable[Result]) -> list[int]:

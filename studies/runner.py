@@ -19,10 +19,14 @@ from typing import TextIO
 from rich.console import Console
 from rich.table import Table
 
-from studies.results import missing_points, newest_results, read_results, take_over
+from studies.results import missing_points, read_results, take_over
 from studies.study import PROJECT_DIR, Run, Study
+from studies.training_log import last_logged_step
 
 POLL_SECONDS = 0.3
+PROGRESS_SECONDS = 60.0
+STOP_SECONDS = 30.0
+"""What a process has to end by itself: Lightning ends a training after the present step."""
 THREADS = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 
 
@@ -64,21 +68,37 @@ def run_study(
                 waiting.remove(run)
                 if _open(run, study):
                     running.append(_start(run, source))
+                    progress.started(running[-1])
                 else:
-                    progress.finished(run, "taken over from a run of the same configuration")
+                    progress.left_out(run, "taken over from a run of the same configuration")
             time.sleep(POLL_SECONDS)
+            progress.running(running)
             for started in [entry for entry in running if entry.process.poll() is not None]:
                 running.remove(started)
                 started.log.close()
-                if started.process.returncode:
+                if problem := _problem(study, started):
                     failed.append(started.run.name)
-                progress.finished(started.run, _summary(study, started))
+                    progress.left_out(started.run, problem)
+                else:
+                    progress.finished(started.run, _summary(study, started))
     finally:  # nothing is left running, unless the study is stopped
-        for started in running:
-            started.process.terminate()
+        _stop(running)
     if failed:
         console.print(f"[red]{len(failed)} failed: {', '.join(failed)}[/red]")
     return failed
+
+
+def _stop(running: Sequence[Started]) -> None:
+    """End the processes, which give up their runs' locks with that, and wait until they have ended."""
+    for started in running:
+        started.process.terminate()
+    for started in running:
+        try:
+            started.process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            started.process.kill()
+            started.process.wait()
+        started.log.close()
 
 
 def _open(run: Run, study: Study) -> bool:
@@ -101,19 +121,50 @@ def work(run: Run) -> float:
 
 
 class Progress:
-    """Prints a line per finished run with the time that is left; reads well in a log file, too."""
+    """Prints lines that read well in a log file, too.
+
+    One per run that starts or ends, with the time that is left, and one a minute for those that are running.
+    """
 
     def __init__(self, console: Console, work_of_runs: Sequence[float]) -> None:
-        self._console, self._count, self._total = console, len(work_of_runs), sum(work_of_runs)
-        self._done, self._finished, self._start = 0.0, 0, time.monotonic()
+        self._console, self._count, self._left = console, len(work_of_runs), sum(work_of_runs)
+        self._done, self._ended, self._start = 0.0, 0, time.monotonic()
+        self._shown = self._start
+
+    def started(self, started: Started) -> None:
+        """Print where a run's output goes."""
+        self._print(f"{started.run.name}: started, log in {started.log.name}")
+
+    def running(self, running: Sequence[Started]) -> None:
+        """Print how far the running ones are, once in ``PROGRESS_SECONDS``."""
+        if running and time.monotonic() - self._shown >= PROGRESS_SECONDS:
+            self._shown = time.monotonic()
+            self._print(f"running: {', '.join(_step(started.run) for started in running)}")
 
     def finished(self, run: Run, summary: str) -> None:
-        """Count one run and print its line."""
-        self._finished += 1
+        """Count a run that was trained and scored."""
         self._done += work(run)
-        left = (time.monotonic() - self._start) * (self._total - self._done) / self._done
-        line = f"[{self._finished}/{self._count}] {run.name}: {summary}; about {_clock(left)} left"
+        self._end(run, summary)
+
+    def left_out(self, run: Run, reason: str) -> None:
+        """Count a run that is not to be done any more, and says nothing of the time that runs take."""
+        self._end(run, reason)
+
+    def _end(self, run: Run, text: str) -> None:
+        self._ended += 1
+        self._left -= work(run)
+        line = f"[{self._ended}/{self._count}] {run.name}: {text}"
+        if self._done:
+            line += f"; about {_clock((time.monotonic() - self._start) * self._left / self._done)} left"
+        self._print(line)
+
+    def _print(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _step(run: Run) -> str:
+    step = last_logged_step(run.folder)
+    return f"{run.name} {'before its first step' if step is None else f'at {step} of {run.cell.max_steps}'}"
 
 
 def _clock(seconds: float) -> str:
@@ -134,17 +185,28 @@ def command(run: Run, source: str) -> list[str]:
     return [sys.executable, "-m", "studies.worker", source, run.cell.name, str(run.seed)]
 
 
+def _problem(study: Study, started: Started) -> str:
+    """Why a run that has ended has failed; empty if it has not."""
+    absent = missing_points(started.run, read_results(study.results_file))
+    if not started.process.returncode and not absent:
+        return ""
+    text = Path(started.log.name).read_text(encoding="utf-8", errors="replace")
+    last = (text.strip().splitlines() or ["no output"])[-1]
+    if not started.process.returncode:
+        last = f"no error, but not scored at {', '.join(map(str, absent))}: {last}"
+    return f"FAILED ({last}; {started.log.name})"
+
+
 def _summary(study: Study, started: Started) -> str:
     run = started.run
-    if started.process.returncode:
-        text = Path(started.log.name).read_text(encoding="utf-8", errors="replace")
-        return f"FAILED ({(text.strip().splitlines() or ['no output'])[-1]}; {started.log.name})"
-    scores = [
-        f"{100 * result['means']['overall']['aggregate']:.1f} at {result['step']}"
-        for result in newest_results(study)
-        if (result["cell"], result["seed"]) == (run.cell.name, run.seed)
-    ]
-    return f"overall {', '.join(scores)} in {_clock(time.monotonic() - started.since)}"
+    scores = {
+        result["step"]: f"{100 * result['means']['overall']['aggregate']:.1f} at {result['step']}"
+        for result in read_results(study.results_file)
+        if (result["cell"], result["seed"], result["config_hash"])
+        == (run.cell.name, run.seed, run.cell.config_hash)
+    }
+    text = ", ".join(scores[step] for step in run.cell.points)
+    return f"overall {text} in {_clock(time.monotonic() - started.since)}"
 
 
 def status_table(study: Study) -> Table:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
-from studies.results import Result
+from studies.results import UNKNOWN_COMMIT, Result
 from studies.statistics import (
     Interval,
     at_point,
@@ -63,7 +63,7 @@ def cell_table(study: Study, results: Sequence[Result]) -> str:
                 str(cell.max_steps),
                 str(len(lines)),
                 _mean([line["token_passes"] / 1e6 for line in lines], "{:.2f}"),
-                _mean([line["fit_seconds"] / 60 for line in lines if not line["resumed"]]),
+                _mean([line["fit_seconds"] / 60 for line in lines if _is_whole(line)]),
                 *(
                     _group_cell(study, lines, group)
                     for group in ("overall", "in_distribution", "out_of_distribution")
@@ -74,6 +74,11 @@ def cell_table(study: Study, results: Sequence[Result]) -> str:
             ]
         )
     return _markdown(heading, rows)
+
+
+def _is_whole(line: Result) -> bool:
+    """Whether the seconds are those of the whole training; some early lines have only the last part."""
+    return not line.get("resumed") and UNKNOWN_COMMIT not in line.get("fit_commits", ())
 
 
 def group_table(study: Study, results: Sequence[Result]) -> str:

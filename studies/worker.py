@@ -6,25 +6,39 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import math
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from parallel_decoupling.lightning_cli import run as run_lightning
 from parallel_decoupling.retrieval.report import SCORES_FILE, ScoreReport
-from studies.results import Result, append_result, missing_points, read_results
+from studies.results import UNKNOWN_COMMIT, Result, append_result, commit_name, missing_points, read_results
 from studies.study import PROJECT_DIR, Run, load_study
+from studies.training_log import logged, monitored
 
 CODE = ("src", "studies", "lightning_configs", "setup.cfg")
 """What a result depends on: changes elsewhere, such as in docs/, do not make a commit dirty."""
+SAVE_EVERY = 60
+"""Main steps after which ``last.ckpt`` is renewed, from which a stopped training goes on."""
 HASH_FILE = "config_hash.txt"
 CONFIG_FILE = "study_config.yaml"
+FITS_FILE = "fits.json"
+"""Of a run's training: commit, start and seconds of every part, a part from one start to the next stop."""
+
+
+class BusyError(ValueError):
+    """Another process executes the run."""
 
 
 def execute(run: Run, results_file: Path) -> None:
@@ -35,29 +49,67 @@ def execute(run: Run, results_file: Path) -> None:
     Args:
         run: the run.
         results_file: gets one line per scored step.
+
+    Raises:
+        BusyError: another process executes the run.
     """
-    missing = missing_points(run, read_results(results_file))
-    if not missing:
-        return
-    _own_folder(run)
-    commit, dirty = code_version()
-    fit_seconds, resumed = _fit(run) if any(missing) else (0.0, False)
-    for step in missing:
-        started = time.perf_counter()
-        report = _score(run, step)
-        result = {
-            **_identity(run, step),
-            "commit": commit,
-            "dirty": dirty,
-            **_scores(report),
-            "token_passes": report.run["token_passes"],
-            "fit_seconds": round(fit_seconds, 1),
-            "test_seconds": round(time.perf_counter() - started, 1),
-            "resumed": resumed,
-            "monitored": monitored(run.folder, step),
-            "logged": logged(run.folder) if step == run.cell.max_steps else {},
-        }
-        append_result(results_file, result)
+    with _only_process(run):
+        missing = missing_points(run, read_results(results_file))
+        if not missing:
+            return
+        _own_folder(run)
+        commit, dirty = code_version()
+        fits = _fit(run) if any(missing) else []
+        for step in missing:
+            started = time.perf_counter()
+            report = _score(run, step)
+            result = {
+                **_identity(run, step),
+                "commit": commit,
+                "dirty": dirty,
+                "fit_commits": [fit["commit"] for fit in fits],
+                **_scores(report),
+                "token_passes": report.run["token_passes"],
+                "fit_seconds": round(sum(fit["seconds"] for fit in fits), 1),
+                "test_seconds": round(time.perf_counter() - started, 1),
+                "monitored": monitored(run.folder, step),
+                "logged": logged(run.folder) if step == run.cell.max_steps else {},
+            }
+            append_result(results_file, result)
+
+
+def is_scored(run: Run) -> bool:
+    """Whether the run's folder has checkpoint and scores of the last step, of the present configuration."""
+    step = run.cell.max_steps
+    return _is_own(run) and _checkpoint(run, step).is_file() and _scores_file(run, step).is_file()
+
+
+def train_and_score(run: Run) -> None:
+    """Train and score the last step, for the files in the run's folder: nothing is added to any results.
+
+    Raises:
+        BusyError: another process executes the run.
+    """
+    with _only_process(run):
+        _own_folder(run)
+        _fit(run)
+        _score(run, run.cell.max_steps)
+
+
+@contextmanager
+def _only_process(run: Run) -> Iterator[None]:
+    """Hold the run's lock, beside its folder because that may be emptied."""
+    lock_file = run.folder.with_name(f"{run.name}.lock")
+    lock_file.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock_file, "w", encoding="utf-8") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BusyError(
+                f"{run.folder}: another process executes this run and holds {lock_file}; "
+                "wait until it has ended, or stop it"
+            ) from error
+        yield
 
 
 def _identity(run: Run, step: int) -> Result:
@@ -81,15 +133,18 @@ def _scores(report: ScoreReport) -> Result:
     }
 
 
+def _is_own(run: Run) -> bool:
+    """Whether the run's folder is there and of its present configuration."""
+    hash_file = run.folder / HASH_FILE
+    return hash_file.is_file() and hash_file.read_text().strip() == run.cell.config_hash
+
+
 def _own_folder(run: Run) -> None:
     """Make the run's folder, with its configuration for ``fit`` and ``test``."""
-    hash_file = run.folder / HASH_FILE
-    if run.folder.exists() and (
-        not hash_file.is_file() or hash_file.read_text().strip() != run.cell.config_hash
-    ):
+    if run.folder.exists() and not _is_own(run):
         shutil.rmtree(run.folder)
     run.folder.mkdir(parents=True, exist_ok=True)
-    hash_file.write_text(run.cell.config_hash + "\n")
+    (run.folder / HASH_FILE).write_text(run.cell.config_hash + "\n")
     config = run.config
     config["trainer"] |= {"enable_progress_bar": False, "enable_model_summary": False}
     (run.folder / CONFIG_FILE).write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
@@ -99,36 +154,61 @@ def _checkpoint(run: Run, step: int) -> Path:
     return run.folder / "checkpoints" / f"step={step}.ckpt"
 
 
-def _fit(run: Run) -> tuple[float, bool]:
-    """Train once, keeping a checkpoint at every scored step; returns seconds and whether it went on."""
+def _fit(run: Run) -> list[dict[str, Any]]:
+    """Train once, keeping a checkpoint at every scored step; returns the parts of the training."""
     wanted = [step for step in run.cell.points if step > 0]
-    absent = [step for step in wanted if not _checkpoint(run, step).is_file()]
+    folder, fits = run.folder / "checkpoints", _fits(run)
+    absent = set(wanted) - set(saved_steps(folder))
     if not absent:
-        return 0.0, True
-    folder = run.folder / "checkpoints"
-    saved = [int(file.stem.removeprefix("step=")) for file in folder.glob("step=*.ckpt")]
-    resumed = bool(saved) and max(saved) < min(absent) and (folder / "last.ckpt").is_file()
-    if not resumed and folder.exists():
-        shutil.rmtree(folder)
-    options = {
-        "filename": "step={step}",
-        "auto_insert_metric_name": False,
-        "every_n_train_steps": math.gcd(*wanted),
-        "save_top_k": -1,
-        "save_last": True,
-        "enable_version_counter": False,
-    }
-    callback = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": options}
+        return fits
+    last_file = folder / "last.ckpt"
+    resumed = last_file.is_file() and _step_of(last_file) < min(absent)
+    if resumed:  # a stopped part lasted until its last checkpoint; what it did after that is done again
+        fits[-1]["seconds"] = max(0.0, last_file.stat().st_mtime - fits[-1]["started"])
+    else:
+        fits = []
+        shutil.rmtree(folder, ignore_errors=True)
+    fits.append({"commit": commit_name(*code_version()), "started": time.time(), "seconds": 0.0})
+    _save_fits(run, fits)
     callbacks_file = run.folder / "checkpoints.yaml"
-    callbacks_file.write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}), encoding="utf-8")
+    callbacks_file.write_text(yaml.safe_dump({"trainer": {"callbacks": _callbacks(wanted)}}), "utf-8")
     arguments = ["fit", "--config", str(run.folder / CONFIG_FILE), "--config", str(callbacks_file)]
     arguments += ["--trainer.default_root_dir", str(run.folder)]
-    started = time.perf_counter()
-    run_lightning([*arguments, *(["--ckpt_path", "last"] if resumed else [])])
-    seconds = time.perf_counter() - started
+    _lightning([*arguments, *(["--ckpt_path", "last"] if resumed else [])])
+    fits[-1]["seconds"] = time.time() - fits[-1]["started"]
+    _save_fits(run, fits)
     for step in set(saved_steps(folder)) - set(wanted):
         _checkpoint(run, step).unlink()
-    return seconds, resumed
+    return fits
+
+
+def _callbacks(wanted: Sequence[int]) -> list[dict[str, Any]]:
+    """Checkpoints of their own at scored steps (and, between them, some to be deleted), and ``last.ckpt``."""
+    every = math.gcd(*wanted)
+    options = {"auto_insert_metric_name": False, "enable_version_counter": False}
+    scored = {"filename": "step={step}", "every_n_train_steps": every, "save_top_k": -1, "save_last": True}
+    between = {"filename": "last", "every_n_train_steps": SAVE_EVERY, "save_top_k": 1}
+    return [
+        {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {**options, **own}}
+        for own in ([scored, between] if every > SAVE_EVERY else [scored])
+    ]
+
+
+def _fits(run: Run) -> list[dict[str, Any]]:
+    """Parts of the training so far; a run folder without the file has one that nothing is known of."""
+    file = run.folder / FITS_FILE
+    if file.is_file():
+        fits: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+        return fits
+    return [{"commit": UNKNOWN_COMMIT, "started": time.time(), "seconds": 0.0}]
+
+
+def _save_fits(run: Run, fits: list[dict[str, Any]]) -> None:
+    (run.folder / FITS_FILE).write_text(json.dumps(fits, indent=1) + "\n", encoding="utf-8")
+
+
+def _step_of(checkpoint_file: Path) -> int:
+    return int(torch.load(checkpoint_file, map_location="cpu", mmap=True, weights_only=True)["global_step"])
 
 
 def saved_steps(checkpoint_dir: Path) -> list[int]:
@@ -136,57 +216,24 @@ def saved_steps(checkpoint_dir: Path) -> list[int]:
     return sorted(int(file.stem.removeprefix("step=")) for file in checkpoint_dir.glob("step=*.ckpt"))
 
 
+def _scores_file(run: Run, step: int) -> Path:
+    return run.folder / f"step_{step}" / SCORES_FILE
+
+
 def _score(run: Run, step: int) -> ScoreReport:
     """Score one checkpoint; step 0 is the untrained model."""
-    folder = run.folder / f"step_{step}"
+    scores_file = _scores_file(run, step)
     arguments = ["test", "--config", str(run.folder / CONFIG_FILE), "--trainer.logger=false"]
-    arguments += ["--trainer.default_root_dir", str(folder)]
+    arguments += ["--trainer.default_root_dir", str(scores_file.parent)]
     arguments += ["--ckpt_path", str(_checkpoint(run, step))] if step else []
+    _lightning(arguments)
+    return ScoreReport.from_json_file(scores_file)
+
+
+def _lightning(arguments: list[str]) -> None:
+    """Run ``lightning`` in this process, which must have no arguments of its own: LightningCLI warns."""
+    sys.argv = sys.argv[:1]
     run_lightning(arguments)
-    return ScoreReport.from_json_file(folder / SCORES_FILE)
-
-
-SERIES = ("path_cosine", "mi", "estimator_nll_held_out", "estimator_nll", "effective_rank")
-"""What is kept of all of training, not only its last value."""
-
-
-def monitored(run_dir: Path, step: int) -> dict[str, float]:
-    """Last values up to ``step`` of everything that training logged under ``train/``.
-
-    ``path_cosine_first`` is the first logged path cosine; empty without TensorBoard's files.
-    """
-    values = {}
-    for name, points in _scalars(run_dir).items():
-        before = [value for at, value in points if at <= step]
-        if before:
-            values[name] = before[-1]
-            if name == "path_cosine":
-                values["path_cosine_first"] = before[0]
-    return values
-
-
-def logged(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
-    """``SERIES`` over all of training: pairs of step and value, four digits; empty if none is."""
-    scalars = _scalars(run_dir)
-    return {
-        name: [(step, float(f"{value:.4g}")) for step, value in scalars[name]]
-        for name in SERIES
-        if name in scalars
-    }
-
-
-def _scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
-    """What training logged under ``train/``, as pairs of step and value in TensorBoard's order."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    if not list(run_dir.glob("events.out.tfevents.*")):
-        return {}
-    events: Any = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-    return {
-        tag.removeprefix("train/"): [(point.step, point.value) for point in events.Scalars(tag)]
-        for tag in events.Tags()["scalars"]
-        if tag.startswith("train/")
-    }
 
 
 def code_version() -> tuple[str | None, bool]:
@@ -204,8 +251,10 @@ def main(arguments: list[str]) -> None:
     """Execute one run of a study; ``seed`` need not be one of the study's."""
     study_name, cell_name, seed = arguments
     study = load_study(study_name)
-    sys.argv = sys.argv[:1]  # LightningCLI takes arguments from its caller only
-    execute(Run(study.name, study.cells[cell_name], int(seed)), study.results_file)
+    try:
+        execute(Run(study.name, study.cells[cell_name], int(seed)), study.results_file)
+    except BusyError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

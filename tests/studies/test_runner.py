@@ -1,29 +1,25 @@
-"""Running a study: what is started, skipped, shared, resumed and reported."""
+"""Running a study: what is started, skipped, shared, stopped and reported."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
-import torch
+from rich.console import Console
 
 import studies.__main__ as command_line
 from studies import runner
 from studies.results import append_result, read_results
-from studies.study import Run, Study, load_study
-from studies.worker import execute, saved_steps
-from tests.support.mmeb import save_tiny_mmeb
+from studies.study import Run, load_study
 from tests.support.study import made_up_result, save_study, toy_study
 
 
 @pytest.fixture(autouse=True)
 def _environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs of this test in its own folder; undo what ``seed_everything`` leaves behind."""
     monkeypatch.chdir(tmp_path)
-    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
-        monkeypatch.setenv(name, "0")
 
 
 @pytest.fixture
@@ -96,83 +92,81 @@ def test_the_command_line_runs_lists_and_reports(
     assert {"help", "paths", "estimators"} <= set(capsys.readouterr().out.split())
 
 
-@pytest.fixture
-def small_study(tiny_backbone_dir: str, tmp_path: Path) -> Study:
-    """Real runs of four steps."""
-    base = {
-        "model": {
-            "backbone": tiny_backbone_dir,
-            "num_paths": 2,
-            "prefix_length": 2,
-            "optimizer": {"learning_rate": 1e-2, "schedule": "constant"},
-            "mi": {"warmup_steps": 1},
-        },
-        "data": {"data_dir": save_tiny_mmeb(tmp_path / "data"), "batch_size": 8},
-        "trainer": {"max_steps": 4, "accelerator": "cpu", "devices": 1, "log_every_n_steps": 1},
-    }
-    cells = {"curve": {"curve": [2, 4]}, "plain": {"steps": 4}, "untrained": {"steps": 0}}
-    return load_study(save_study(tmp_path, {"cells": cells}, base))
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_a_stopped_study_ends_its_runs_and_waits_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stubborn: bool
+) -> None:
+    reaction = "lambda *_: None" if stubborn else "lambda *_: sys.exit(open('ended', 'w').close())"
+    code = (
+        f"import os, signal, sys, time; signal.signal(signal.SIGTERM, {reaction}); "
+        "open('pid.part', 'w').write(str(os.getpid())); os.rename('pid.part', 'pid')\n"
+        "while True: time.sleep(0.05)"
+    )
+    monkeypatch.setattr(runner, "command", lambda run, source: [sys.executable, "-c", code])
+    monkeypatch.setattr(runner, "STOP_SECONDS", 0.5 if stubborn else 60)
+
+    def stop(self: runner.Progress, running: list[runner.Started]) -> None:
+        if (tmp_path / "pid").exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner.Progress, "running", stop)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run_study(toy_study(tmp_path, cells={"a": None}), "toy")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+    assert (tmp_path / "ended").exists() != stubborn
 
 
-def test_a_curve_is_one_training_scored_at_its_points(small_study: Study) -> None:
-    run = Run("toy", small_study.cells["curve"], 0)
-    execute(run, small_study.results_file)
-    results = read_results(small_study.results_file)
-    assert [line["step"] for line in results] == [2, 4]
-    assert 0 < results[0]["token_passes"] < results[1]["token_passes"]
-    assert list(results[0]["means"]["overall"]) == [
-        *("aggregate", "path_0", "path_1"),
-        *("mean", "concat", "maxsim"),
+def test_every_run_has_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import os; print(os.environ['OMP_NUM_THREADS'], os.environ['MKL_NUM_THREADS'])"
+    monkeypatch.setattr(runner, "command", lambda run, source: [sys.executable, "-c", code])
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    runner.run_study(toy_study(tmp_path, cells={"a": None}), "toy")
+    assert (tmp_path / "runs/studies/toy/a_seed0.log").read_text() == "1 1\n"
+
+
+def test_a_run_that_leaves_points_out_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = save_study(tmp_path, {"cells": {"a": {"curve": [1, 2]}}})
+    study = load_study(file)
+    append_result(study.results_file, made_up_result(study.cells["a"], 0, 1, 50.0))
+    monkeypatch.setattr(runner, "command", lambda run, source: [sys.executable, "-c", "print('the end')"])
+    assert runner.run_study(study, file) == ["a_seed0"]
+    assert "a_seed0: FAILED (no error, but not scored at 2: the end; " in capsys.readouterr().out
+    study.results_file.unlink()
+    assert command_line.main([file]) == 1
+    assert "nothing is scored yet; failed, as said above: a_seed0" in capsys.readouterr().err
+
+
+def test_the_log_says_what_is_running_and_how_far_it_is(
+    started: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = iter([None, 12])
+    monkeypatch.setattr(runner, "last_logged_step", lambda run_dir: next(steps, 99))
+    monkeypatch.setattr(runner, "PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0.0)
+    runner.run_study(toy_study(tmp_path, cells={"a": None}), "toy")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:4] == [
+        "a_seed0: started, log in runs/studies/toy/a_seed0.log",
+        "running: a_seed0 before its first step",
+        "running: a_seed0 at 12 of 100",
     ]
-    assert set(results[0]["tasks"]) == {"colours_i2t", "colours_t2i"}
-    assert {"path_cosine", "path_cosine_first", "mi", "estimator_nll_held_out"} <= set(
-        results[1]["monitored"]
-    )
-    assert results[0]["monitored"]["loss"] != results[1]["monitored"]["loss"]
-    assert results[0]["logged"] == {}
-    cosines = results[1]["logged"]["path_cosine"]
-    assert len(cosines) == 4
-    assert cosines[-1][1] == pytest.approx(results[1]["monitored"]["path_cosine"], rel=1e-3)
-    assert saved_steps(run.folder / "checkpoints") == [2, 4]
-    execute(run, small_study.results_file)
-    assert read_results(small_study.results_file) == results
 
 
-def test_no_steps_is_the_untrained_model(small_study: Study) -> None:
-    run = Run("toy", small_study.cells["untrained"], 0)
-    execute(run, small_study.results_file)
-    (line,) = read_results(small_study.results_file)
-    assert (line["step"], line["token_passes"], line["fit_seconds"], line["monitored"]) == (0, 0.0, 0.0, {})
-    assert not (run.folder / "checkpoints").exists()
-
-
-@pytest.mark.slow
-def test_a_stopped_run_goes_on_and_ends_where_an_uninterrupted_one_does(small_study: Study) -> None:
-    curve, plain = (Run("toy", small_study.cells[name], 0) for name in ("curve", "plain"))
-    execute(plain, small_study.results_file)
-    execute(curve, small_study.results_file)
-    folder = curve.folder / "checkpoints"
-    (folder / "step=4.ckpt").unlink()
-    (folder / "step=2.ckpt").replace(folder / "last.ckpt")
-    torch.save(torch.load(folder / "last.ckpt", weights_only=True), folder / "step=2.ckpt")
-    first, *others = read_results(small_study.results_file)
-    small_study.results_file.write_text(json.dumps(first) + "\n", encoding="utf-8")
-    assert first["cell"] == "plain"
-    assert len(others) == 2
-    execute(curve, small_study.results_file)
-    assert [line["resumed"] for line in read_results(small_study.results_file)] == [False, True, True]
-    resumed, whole = (
-        torch.load(run.folder / "checkpoints" / "step=4.ckpt", weights_only=True)["state_dict"]
-        for run in (curve, plain)
-    )
-    assert resumed.keys() == whole.keys()
-    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
-
-
-@pytest.mark.slow
-def test_a_study_in_processes(small_study: Study, tmp_path: Path) -> None:
-    assert command_line.main([str(tmp_path / "toy.yaml"), "--jobs", "2"]) == 0
-    lines = read_results(small_study.results_file)
-    assert {(line["cell"], line["step"]) for line in lines} >= {("curve", 2), ("curve", 4), ("plain", 4)}
-    assert (tmp_path / "docs/studies/toy/README.md").is_file()
-    assert (tmp_path / "runs/studies/toy/curve_seed0.log").stat().st_size > 0
+def test_only_runs_that_were_done_count_in_the_time_that_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = iter([0.0, 100.0, 200.0])
+    monkeypatch.setattr(runner.time, "monotonic", lambda: next(now))
+    runs = toy_study(tmp_path, seeds=[0, 1, 2, 3], cells={"a": None}).runs()
+    progress = runner.Progress(Console(), [runner.work(run) for run in runs])
+    progress.left_out(runs[0], "taken over")
+    progress.finished(runs[1], "done")  # after 100 s, two of the same size to come
+    progress.left_out(runs[2], "failed")
+    assert capsys.readouterr().out.splitlines() == [
+        "[1/4] a_seed0: taken over",
+        "[2/4] a_seed1: done; about 0:03:20 left",
+        "[3/4] a_seed2: failed; about 0:03:20 left",
+    ]

@@ -38,12 +38,12 @@ def made_up_result(cell: Cell, seed: int, step: int, score: float, study: str = 
         "config_hash": cell.config_hash,
         "commit": "0" * 40,
         "dirty": False,
+        "fit_commits": ["0" * 40],
         "columns": list(columns),
         "means": dict.fromkeys(groups, columns),
         "tasks": {"easy": {"aggregate": 0.9}, "hard": {"aggregate": 0.1}},
         "token_passes": 1e6 * step,
         "fit_seconds": 60.0,
         "test_seconds": 1.0,
-        "resumed": False,
         "monitored": {"path_cosine": 0.5},
     }
