@@ -75,7 +75,7 @@ def error_overlap(report: ScoreReport) -> ErrorOverlap:
     numbers = range(len(paths))
     return ErrorOverlap(
         jaccard=np.array([[jaccard(misses[i], misses[j]) for j in numbers] for i in numbers]),
-        kappa=np.mean([stratified_kappa([~h]) for h in hits.values()], axis=0),
+        kappa=stratified_kappa([~hits_NR for hits_NR in hits.values()]),
         headline=headline,
         scores={key: fmean(task[key] for task in tasks.values()) for key in next(iter(tasks.values()))},
         tasks=tasks,
