@@ -1,14 +1,13 @@
 """Are the paths different? Similarity, probes, attention, contributions and errors of trained checkpoints.
 
-``python -m studies.path_differences RUN_OR_CHECKPOINT ...`` writes
-``docs/studies/path_differences/{results.json,table.md,<run>_*.png}``; half a minute per checkpoint. Without
-arguments it takes the runs of ``make demo`` and, of the study ``help``, one with the mutual-information term
-and one without. The measures are those of ``lightning paths``; here several checkpoints stand side by side.
+``python -m studies path_differences`` takes the two runs of ``make demo`` and, of the study ``help``, one run
+with the mutual-information term and one without, which it trains if they are not there (some minutes each);
+half a minute per checkpoint. The measures are those of ``lightning paths``, which takes any checkpoint; here
+several stand side by side.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from parallel_decoupling.analysis.figures import figures
@@ -24,25 +24,49 @@ from parallel_decoupling.analysis.study import PathAnalysis
 from parallel_decoupling.analysis.tables import Section, as_plain, sections
 from parallel_decoupling.commands.paths import analyse_checkpoint, locate
 from parallel_decoupling.training.evaluation import git_commit
+from studies.study import Run, load_study
+from studies.worker import is_scored, train_and_score
 
-OUTPUT_DIR = Path("docs/studies/path_differences")
-RUNS = (
-    "runs/demo_single_path",
-    "runs/demo",
-    "runs/studies/help/pdf_seed0",
-    "runs/studies/help/without_mim_seed0",
-)
+DEMO_RUNS = (Path("runs/demo_single_path"), Path("runs/demo"))
+STUDY, CELLS, SEED = "help", ("pdf", "without_mim"), 0
+PICTURE_DPI = 150
 
 
-def run(output_dir: str | Path = OUTPUT_DIR, runs: Sequence[str | Path] = RUNS) -> dict[str, dict[str, Any]]:
+def run(output_dir: Path) -> None:
+    """Train what is missing of the study's runs, then compare all runs.
+
+    Args:
+        output_dir: gets ``results.json``, ``table.md`` and PNGs named after the runs.
+
+    Raises:
+        ValueError: the demo has not been run.
+    """
+    for folder in DEMO_RUNS:
+        if not (folder / "checkpoints" / "last.ckpt").is_file():
+            raise ValueError(f"{folder} has no checkpoints/last.ckpt: run make demo first")
+    study = load_study(STUDY)
+    study_runs = [Run(STUDY, study.cells[cell], SEED) for cell in CELLS]
+    for each in study_runs:
+        _ensure_scored(each)
+    compare_runs(output_dir, [*DEMO_RUNS, *(each.folder for each in study_runs)])
+
+
+def _ensure_scored(run: Run) -> None:
+    """Train and score a run that is not there, or is of another configuration."""
+    if is_scored(run):
+        return
+    text = f"{run.folder} is missing: training {run.cell.max_steps} steps, then scoring them"
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+    torch.set_num_threads(1)  # as in the processes of studies.runner, so that the run is the study's
+    train_and_score(run)
+
+
+def compare_runs(output_dir: Path, runs: Sequence[Path]) -> None:
     """Analyse checkpoints and write results, tables and pictures.
 
     Args:
         output_dir: gets ``results.json``, ``table.md`` and PNGs named after the runs.
         runs: run folders or checkpoint files; a folder's name stands for its run.
-
-    Returns:
-        What ``lightning paths`` would write, by run name.
 
     Raises:
         ValueError: no runs, two of one name, or one without a checkpoint.
@@ -51,23 +75,23 @@ def run(output_dir: str | Path = OUTPUT_DIR, runs: Sequence[str | Path] = RUNS) 
     names = [run_dir.resolve().name for run_dir, _ in found]
     if len(set(names)) < len(names) or not names:
         raise ValueError(f"the runs' folders need different names, at least one; got {names}")
-    folder, start, commit = Path(output_dir), time.perf_counter(), git_commit()
-    folder.mkdir(parents=True, exist_ok=True)
+    start, commit = time.perf_counter(), git_commit()
+    output_dir.mkdir(parents=True, exist_ok=True)
     analyses = {}
     for name, (run_dir, checkpoint_file) in zip(names, found, strict=True):
         analyses[name] = analyse_checkpoint(checkpoint_file, _scores_dir(run_dir))
         for picture, figure in figures(analyses[name]).items():
-            figure.savefig(folder / f"{name}_{picture}.png")
+            figure.savefig(output_dir / f"{name}_{picture}.png", dpi=PICTURE_DPI)
     results = {
         "study": "path_differences",
-        "command": f"python -m studies.path_differences {' '.join(str(path) for path in runs)}",
+        "command": "python -m studies path_differences",
         "commit": commit,
         "seconds": round(time.perf_counter() - start, 1),
         "runs": {name: as_plain(analysis) for name, analysis in analyses.items()},
     }
-    (folder / "results.json").write_text(json.dumps(results, indent=1, default=str) + "\n", encoding="utf-8")
-    (folder / "table.md").write_text(_table(results, analyses), encoding="utf-8")
-    return {name: as_plain(analysis) for name, analysis in analyses.items()}
+    content = json.dumps(results, indent=1, default=str) + "\n"
+    (output_dir / "results.json").write_text(content, encoding="utf-8")
+    (output_dir / "table.md").write_text(_table(results, analyses), encoding="utf-8")
 
 
 def _scores_dir(run_dir: Path) -> Path:
@@ -120,19 +144,3 @@ def _table(results: dict[str, Any], analyses: dict[str, PathAnalysis]) -> str:
         parts += [part.markdown() for part in titled]
         parts += [f"{name}, left out: {note}" for note in analysis.notes]
     return "\n\n".join(part.strip() for part in parts) + "\n"
-
-
-def main() -> None:
-    """Run on the checkpoints named, or on ``RUNS``."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", nargs="*", default=list(RUNS))
-    parser.add_argument("--output_dir", default=str(OUTPUT_DIR))
-    options = parser.parse_args()
-    run(options.output_dir, options.runs)
-    Console().print((Path(options.output_dir) / "table.md").read_text(), markup=False, highlight=False)
-
-
-if __name__ == "__main__":
-    main()

@@ -16,6 +16,8 @@ from typing import Any
 
 import yaml
 
+from studies import MODULES
+
 STUDY_DIR = Path(__file__).parent
 PROJECT_DIR = STUDY_DIR.parent
 OUTPUT_DIR = Path("docs/studies")
@@ -176,26 +178,25 @@ def load_study(name: str) -> Study:
     file = Path(name) if name.endswith(".yaml") else study_files().get(name)
     if file is None or not file.is_file():
         raise ValueError(f"there is no study {name!r}; choose from {sorted(study_files())}")
+    if file.stem in {*study_files(), *MODULES} and file.resolve().parent != STUDY_DIR.resolve():
+        raise ValueError(f"{file}: {file.stem!r} is a study of {STUDY_DIR}; give the file another name")
     content = yaml.safe_load(file.read_text(encoding="utf-8"))
     _check_keys(content, STUDY_KEYS, str(file))
     for key in ("title", "question", "config", "cells"):
         if key not in content:
             raise ValueError(f"{file}: the key {key!r} is missing")
-    cells = {
-        cell: _cell(cell, settings or {}, content, f"{file}: cells.{cell}")
-        for cell, settings in content["cells"].items()
-    }
+    cells = {cell: _cell(cell, settings or {}, content, file) for cell, settings in content["cells"].items()}
     differences = tuple(
-        _difference(entry, cells, content["config"], f"{file}: differences")
-        for entry in content.get("differences", ())
+        _difference(entry, cells, content["config"], file) for entry in content.get("differences", ())
     )
     groups = content.get("groups", {})
     return Study(file.stem, content["title"], content["question"], cells, differences, groups)
 
 
-def _cell(name: str, settings: Mapping[str, Any], study: Mapping[str, Any], where: str) -> Cell:
+def _cell(name: str, settings: Mapping[str, Any], study: Mapping[str, Any], file: Path) -> Cell:
+    where = f"{file}: cells.{name}"
     _check_keys(settings, CELL_KEYS, where)
-    config = _read_config(settings.get("config", study["config"]), where)
+    config = _read_config(settings.get("config", study["config"]), file.parent, where)
     base_steps = config.get("trainer", {}).get("max_steps", -1)
     overrides = {**study.get("overrides", {}), **settings.get("overrides", {})}
     for key, value in overrides.items():
@@ -206,8 +207,10 @@ def _cell(name: str, settings: Mapping[str, Any], study: Mapping[str, Any], wher
     else:
         points = (_steps(settings.get("steps", study.get("steps", "1x")), base_steps, where),)
     set_dotted(config, "trainer.max_steps", points[-1])
-    for key in ("default_root_dir", "callbacks", "logger"):
-        config["trainer"].pop(key, None)
+    config["trainer"].pop("default_root_dir", None)  # a run has its own
+    for key in ("callbacks", "logger"):
+        if config["trainer"].pop(key, None) is not None:
+            raise ValueError(f"{where}: remove trainer.{key} from its config; a study's runs have their own")
     for key in SEED_KEYS:
         set_dotted(config, key, 0)
     seeds = tuple(settings.get("seeds", study.get("seeds", [0])))
@@ -229,9 +232,10 @@ def _steps(value: Any, base_steps: int, where: str) -> int:
     return steps
 
 
-def _difference(entry: Mapping[str, Any], cells: Mapping[str, Cell], config: Any, where: str) -> Difference:
+def _difference(entry: Mapping[str, Any], cells: Mapping[str, Cell], config: Any, file: Path) -> Difference:
+    where = f"{file}: differences"
     _check_keys(entry, {"name", "of", "over", "of_step", "over_step"}, where)
-    base_steps = _read_config(config, where).get("trainer", {}).get("max_steps", -1)
+    base_steps = _read_config(config, file.parent, where).get("trainer", {}).get("max_steps", -1)
     steps: dict[str, int] = {}
     for side in ("of", "over"):
         if entry[side] not in cells:
@@ -243,13 +247,14 @@ def _difference(entry: Mapping[str, Any], cells: Mapping[str, Cell], config: Any
     return Difference(entry["name"], entry["of"], entry["over"], **steps)
 
 
-def _read_config(files: str | Sequence[str], where: str) -> dict[str, Any]:
-    """Merge config files, later ones over earlier ones; relative to the project."""
+def _read_config(files: str | Sequence[str], folder: Path, where: str) -> dict[str, Any]:
+    """Merge config files, later ones over earlier ones; relative to the study's folder, or to the project."""
     config: dict[str, Any] = {}
     for name in [files] if isinstance(files, str) else files:
-        file = PROJECT_DIR / name
-        if not file.is_file():
-            raise ValueError(f"{where}: there is no config file {name}")
+        file = next((place / name for place in (folder, PROJECT_DIR) if (place / name).is_file()), None)
+        if file is None:
+            places = f"in {folder.resolve()} nor in {PROJECT_DIR}"
+            raise ValueError(f"{where}: there is no config file {name}, neither {places}")
         _merge(config, yaml.safe_load(file.read_text(encoding="utf-8")))
     return config
 

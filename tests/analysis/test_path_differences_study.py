@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 
-from studies.path_differences import run
+from studies import path_differences
+from studies.path_differences import compare_runs
+from studies.study import Run, load_study
 from tests.support.fit import make_trainer, small_data, small_embedder
 
 
@@ -20,12 +21,10 @@ def test_runs_stand_side_by_side(tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp
         small_embedder(tiny_backbone_dir), data, ckpt_path=tmp_path / "two" / "checkpoints" / "last.ckpt"
     )
     scores_file = next((tmp_path / "two").rglob("scores.json"))
-    for step in (0, 1):  # as a study leaves them
-        (tmp_path / "two" / f"step_{step}").mkdir()
-        shutil.copy(scores_file, tmp_path / "two" / f"step_{step}")
-    scores_file.unlink()
+    (tmp_path / "two" / "step_1").mkdir()  # as a study leaves it
+    scores_file.rename(tmp_path / "two" / "step_1" / "scores.json")
     folder = tmp_path / "study"
-    run(folder, [tmp_path / "one", tmp_path / "two" / "checkpoints" / "last.ckpt"])
+    compare_runs(folder, [tmp_path / "one", tmp_path / "two" / "checkpoints" / "last.ckpt"])
     results = json.loads((folder / "results.json").read_text())
     assert {name: content["num_paths"] for name, content in results["runs"].items()} == {"one": 1, "two": 2}
     assert results["runs"]["one"]["errors"] is None
@@ -43,4 +42,38 @@ def test_runs_of_one_name_are_refused(tmp_path: Path) -> None:
         (tmp_path / parent / "run" / "checkpoints").mkdir(parents=True)
         (tmp_path / parent / "run" / "checkpoints" / "last.ckpt").touch()
     with pytest.raises(ValueError, match="different names"):
-        run(tmp_path / "study", [tmp_path / "a" / "run", tmp_path / "b" / "run"])
+        compare_runs(tmp_path / "study", [tmp_path / "a" / "run", tmp_path / "b" / "run"])
+
+
+def test_a_run_s_scores_are_those_of_its_last_step(tmp_path: Path) -> None:
+    assert path_differences._scores_dir(tmp_path) == tmp_path
+    for step in (9, 10, 2):
+        (tmp_path / f"step_{step}").mkdir()
+        (tmp_path / f"step_{step}" / "scores.json").touch()
+    assert path_differences._scores_dir(tmp_path) == tmp_path / "step_10"
+
+
+def test_the_study_needs_the_demo_and_trains_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trained: list[Run] = []
+    compared: list[list[Path]] = []
+    monkeypatch.setattr(path_differences, "train_and_score", trained.append)
+    monkeypatch.setattr(path_differences, "is_scored", lambda run: run.cell.name == "pdf")
+    monkeypatch.setattr(path_differences, "compare_runs", lambda output_dir, runs: compared.append(runs))
+    with pytest.raises(ValueError, match=r"runs/demo_single_path has no .*last\.ckpt: run make demo first"):
+        path_differences.run(tmp_path)
+    assert not trained
+    for name in ("demo_single_path", "demo"):
+        (tmp_path / "runs" / name / "checkpoints").mkdir(parents=True)
+        (tmp_path / "runs" / name / "checkpoints" / "last.ckpt").touch()
+    path_differences.run(tmp_path)
+    assert [(run.name, run.cell) for run in trained] == [
+        ("without_mim_seed0", load_study("help").cells["without_mim"])
+    ]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == "runs/studies/help/without_mim_seed0 is missing: training 480 steps, then scoring them"
+    names = ["demo_single_path", "demo", "pdf_seed0", "without_mim_seed0"]
+    assert [path.name for path in compared[0]] == names
+    assert compared[0][2] == Path("runs/studies/help/pdf_seed0")

@@ -14,7 +14,7 @@ from parallel_decoupling.model.backbone import AdapterConfig
 from parallel_decoupling.objective.mutual_information import Kind
 from parallel_decoupling.training.embedder import PDFEmbedder
 from parallel_decoupling.training.optimization import MIConfig, OptimizerConfig
-from studies.study import Run, load_study, study_files
+from studies.study import PROJECT_DIR, STUDY_DIR, Run, load_study, study_files
 from tests.support.study import save_study, toy_study
 
 
@@ -72,7 +72,12 @@ def test_a_run_has_its_seed_everywhere(tmp_path: Path) -> None:
     [
         ({"cells": {"a": {"step": 3}}}, r"cells\.a: unknown key \['step'\]"),
         ({"cells": {"a": {"steps": "half"}}}, "a multiple such as 0.5x, got 'half'"),
-        ({"cells": {"a": {"config": "nowhere.yaml"}}}, "no config file nowhere.yaml"),
+        (
+            {"cells": {"a": {"config": "nowhere.yaml"}}},
+            rf"cells\.a: there is no config file nowhere\.yaml, neither in .* nor in {PROJECT_DIR}",
+        ),
+        ({"cells": {"a": {"overrides": {"trainer.callbacks": []}}}}, r"cells\.a: remove trainer\.callbacks"),
+        ({"cells": {"a": {"overrides": {"trainer.logger": False}}}}, r"cells\.a: remove trainer\.logger"),
         ({"cells": {"a": None}, "differences": [{"name": "d", "of": "a", "over": "b"}]}, "no cell 'b'"),
         (
             {"cells": {"a": None}, "differences": [{"name": "d", "of": "a", "over": "a", "of_step": 7}]},
@@ -90,6 +95,28 @@ def test_unknown_names_are_refused(tmp_path: Path) -> None:
         load_study("helpp")
     with pytest.raises(ValueError, match="has no cell"):
         toy_study(tmp_path, cells={"a": None}).runs(["b"])
+
+
+def test_configs_are_looked_for_beside_the_study_and_then_in_the_project(tmp_path: Path) -> None:
+    cells = {
+        "beside": {"config": "base.yaml"},
+        "project": {"config": "lightning_configs/demo_single_path.yaml"},
+        "both": {"config": "lightning_configs/demo.yaml"},
+    }
+    (tmp_path / "lightning_configs").mkdir()
+    (tmp_path / "lightning_configs" / "demo.yaml").write_text("trainer: {max_steps: 7}", encoding="utf-8")
+    found = toy_study(tmp_path, cells=cells).cells
+    assert found["beside"].max_steps == 100
+    assert found["project"].config["model"]["backbone"] == "tiny"
+    assert found["both"].max_steps == 7
+
+
+@pytest.mark.parametrize("name", ["help", "estimators"])
+def test_the_names_of_shipped_studies_are_taken(tmp_path: Path, name: str) -> None:
+    file = Path(save_study(tmp_path, {"cells": {"a": None}})).rename(tmp_path / f"{name}.yaml")
+    with pytest.raises(ValueError, match=f"{name}.yaml: '{name}' is a study of .*; give the file another"):
+        load_study(str(file))
+    assert load_study(str(STUDY_DIR / "help.yaml")) == load_study("help")
 
 
 @pytest.mark.parametrize("name", study_files())
