@@ -11,9 +11,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from parallel_decoupling.retrieval.plots import COLOURS, INK, clean_axes, new_figure
+from studies.plots import DPI
 
 Row = dict[str, Any]
-KIND_COLOURS = dict(zip(("vclub", "club_sample", "l1out", "hsic", "crosscov"), COLOURS[1:], strict=False))
+WITH_Q, WITHOUT_Q = ("vclub", "club_sample", "l1out"), ("hsic", "crosscov", "orthogonal")
+"""Kinds that estimate nats by way of q, and kinds in no unit of information."""
+KIND_COLOURS = dict(zip((*WITH_Q, *WITHOUT_Q), COLOURS[1:], strict=True))
 SETTINGS = {
     "Gaussians, true q": {"cubed": False, "perfect_q": True},
     "Gaussians, fitted q": {"cubed": False, "perfect_q": False},
@@ -30,27 +33,27 @@ def chosen(rows: Sequence[Row], **values: Any) -> list[Row]:
 def write_figures(rows: Sequence[Row], folder: Path) -> None:
     """Write ``estimates.png``, ``gradient_cosine.png`` and ``gradient_noise.png``."""
     rho = max(row["rho"] for row in rows)
-    in_nats = [row for row in rows if row["kind"] not in ("hsic", "crosscov")]
+    in_nats = [row for row in rows if row["kind"] in WITH_Q]
     _grid(
         in_nats,
         rho,
         _estimate,
         f"estimates at correlation {rho}, nats per dimension: mean ± one standard deviation over batches",
         log=True,
-    ).savefig(folder / "estimates.png")
+    ).savefig(folder / "estimates.png", dpi=DPI)
     _grid(
         rows,
         rho,
         _line("gradient_cosine"),
         f"cosine between one batch's gradient and that of the exact mutual information, correlation {rho}",
-    ).savefig(folder / "gradient_cosine.png")
+    ).savefig(folder / "gradient_cosine.png", dpi=DPI)
     _grid(
         rows,
         rho,
         _line("gradient_noise"),
         f"noise of one batch's gradient over its mean's norm, correlation {rho}",
         log=True,
-    ).savefig(folder / "gradient_noise.png")
+    ).savefig(folder / "gradient_noise.png", dpi=DPI)
 
 
 def _grid(
@@ -132,7 +135,8 @@ def write_table(results: dict[str, Any], table_file: Path) -> None:
     lines = [
         f"`{results['command']}`, commit {results['commit']}, {results['machine']}, {results['seconds']} s; "
         f"{settings['draws']} batches per cell, q fitted on {settings['fit_steps']} batches. "
-        "Nats per dimension; hsic and crosscov have no q and no unit of information, so no bias. Gradient: "
+        "Nats per dimension; hsic, crosscov and orthogonal have no q and no unit of information, so no bias. "
+        "Gradient: "
         "cosine of one batch's gradient, and of the mean gradient, to the exact one; noise is the root of "
         "the summed variance over the norm of the mean gradient.",
     ]
@@ -158,7 +162,6 @@ def write_table(results: dict[str, Any], table_file: Path) -> None:
 
 
 def _table_cells(row: Row) -> list[str]:
-    informative = row["kind"] not in ("hsic", "crosscov")
     independent = row["rho"] == 0
     noise = row["gradient_noise"]
     return [
@@ -167,7 +170,7 @@ def _table_cells(row: Row) -> list[str]:
         row["kind"],
         f"{row['exact']:.3f}",
         f"{round(row['mean'], 4) + 0:.4f}",  # no minus before a zero
-        f"{round(row['bias'], 3) + 0:+.3f}" if informative else "",
+        "" if row["bias"] is None else f"{round(row['bias'], 3) + 0:+.3f}",
         f"{row['std']:.4f}",
         "" if independent else f"{row['gradient_cosine']:.2f}",
         "" if independent else f"{row['mean_gradient_cosine']:.2f}",

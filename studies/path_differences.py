@@ -24,12 +24,12 @@ from parallel_decoupling.analysis.study import PathAnalysis
 from parallel_decoupling.analysis.tables import Section, as_plain, sections
 from parallel_decoupling.commands.paths import analyse_checkpoint, locate
 from parallel_decoupling.training.evaluation import git_commit
+from studies.plots import DPI
 from studies.study import Run, load_study
 from studies.worker import is_scored, train_and_score
 
 DEMO_RUNS = (Path("runs/demo_single_path"), Path("runs/demo"))
 STUDY, CELLS, SEED = "help", ("pdf", "without_mim"), 0
-PICTURE_DPI = 150
 
 
 def run(output_dir: Path) -> None:
@@ -81,7 +81,7 @@ def compare_runs(output_dir: Path, runs: Sequence[Path]) -> None:
     for name, (run_dir, checkpoint_file) in zip(names, found, strict=True):
         analyses[name] = analyse_checkpoint(checkpoint_file, _scores_dir(run_dir))
         for picture, figure in figures(analyses[name]).items():
-            figure.savefig(output_dir / f"{name}_{picture}.png", dpi=PICTURE_DPI)
+            figure.savefig(output_dir / f"{name}_{picture}.png", dpi=DPI)
     results = {
         "study": "path_differences",
         "command": "python -m studies path_differences",

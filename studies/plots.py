@@ -44,6 +44,8 @@ COLOURS = (
 )
 """Okabe and Ito's palette, safe for colour-blind readers, and a few more."""
 INK = "#333333"
+DPI = 150
+"""Of every saved picture."""
 TRAINING_PANELS = {
     "path_cosine": "cosine between paths",
     "estimator_nll_held_out": "NLL of q on held-out rows",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from studies.plots import study_figures
+from studies.plots import DPI, study_figures
 from studies.results import commits_of, newest_results, outdated
 from studies.statistics import at_point
 from studies.study import Study
@@ -37,7 +37,7 @@ def write_report(study: Study) -> Path:
         old.unlink()
     pictures = []
     for name, figure in study_figures(study, results).items():
-        figure.savefig(folder / f"{name}.png", dpi=110)
+        figure.savefig(folder / f"{name}.png", dpi=DPI)
         pictures.append(f"{name}.png")
     commits = {_short(commit) for line in results for commit in commits_of(line)}
     notes = [
