@@ -1,4 +1,4 @@
-"""Signs that scores are not what they seem: chance, collapse, pooling before the norm, other prompts.
+"""Signs that scores are not what they seem: chance, NaN, collapse, pooling before the norm, other prompts.
 
 Here: the checks, each with what to do about it. Deliberately elsewhere: when they run (``training``), how the
 report shows them (``report``).
@@ -7,8 +7,10 @@ report shows them (``report``).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,11 +20,18 @@ from torch import Tensor, nn
 
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER
 from parallel_decoupling.data.readers import TrainSubset
-from parallel_decoupling.data.tasks import EvalTask, find_train_subsets, read_tasks, task_of_subset
+from parallel_decoupling.data.tasks import EvalTask, Task, find_train_subsets, read_tasks, task_of_subset
 from parallel_decoupling.objective.statistics import effective_rank, path_cosine
 from parallel_decoupling.retrieval.score import TaskScore
 
-Check = Literal["chance", "collapsed_paths", "collapsed_embeddings", "pre_norm_pooling", "prompt_mismatch"]
+Check = Literal[
+    "chance",
+    "non_finite",
+    "collapsed_paths",
+    "collapsed_embeddings",
+    "pre_norm_pooling",
+    "prompt_mismatch",
+]
 
 SAMPLED_ROWS = 512
 SAME = 0.99
@@ -34,15 +43,24 @@ FEWEST_ROWS = 8
 CHANCE_ERRORS = 2.0
 """Standard errors above chance up to which a score is no better than chance."""
 SHORTEST_INSTRUCTION = 12
+INSTRUCTION_ENDS = ':.?!"\n'
+"""An instruction that a text follows ends with one of these."""
+SPECIAL_TOKEN = re.compile(r"<[^<>\s]+>|\[/?[A-Z]+\]")
 PROMPT_ROWS = 64
+PARAPHRASED_SPLIT = "diverse_instruction"
+"""MMEB's training split whose rows have no common instruction."""
 
 ADVICE: dict[Check, str] = {
     "chance": (
         "hit@1 is no better than a random choice. Check that the checkpoint was loaded (--ckpt_path), that "
         "the images reach the model, and that the prompts are those of training."
     ),
+    "non_finite": (
+        "embeddings are NaN or infinite, and their rows count as misses. Use trainer.precision bf16-mixed or "
+        "32-true in place of 16, and check the checkpoint's weights."
+    ),
     "collapsed_paths": (
-        "all paths give the same embedding, so N paths cost N times as much and add nothing. Raise "
+        "paths give the same embedding, so the second one costs as much again and adds nothing. Raise "
         "optimizer.prefix_learning_rate or mi_weight; look at train/path_cosine."
     ),
     "collapsed_embeddings": (
@@ -80,6 +98,29 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class SideHealth:
+    """What the checks need to know of the queries or the candidates of one task.
+
+    Attributes:
+        side: ``"query"`` or ``"candidate"``.
+        num_rows: embeddings that should be there.
+        non_finite: those of them with a NaN or an infinite value.
+        path_cosine: mean cosine between the two most similar paths of the same input; None with one path.
+        paths: those two.
+        mean_cosine: between aggregates of different inputs; None for a few.
+        effective_rank: of the aggregates; None for a few.
+    """
+
+    side: str
+    num_rows: int
+    non_finite: int = 0
+    path_cosine: float | None = None
+    paths: tuple[int, int] = (0, 0)
+    mean_cosine: float | None = None
+    effective_rank: float | None = None
+
+
+@dataclass(frozen=True)
 class TaskHealth:
     """What the checks need to know of one task.
 
@@ -88,45 +129,47 @@ class TaskHealth:
         hit_at_1: of the first column.
         chance: of a random choice.
         num_queries: rows scored.
-        path_cosine: mean cosine between different paths of the same input; None with one path.
-        mean_cosine: between aggregates of different candidates; None for a few.
-        effective_rank: of the candidates' aggregates; None for a few.
+        sides: queries and candidates.
     """
 
     task: str
     hit_at_1: float
     chance: float
     num_queries: int
-    path_cosine: float | None
-    mean_cosine: float | None
-    effective_rank: float | None
+    sides: tuple[SideHealth, ...] = ()
 
 
-def task_health(score: TaskScore, query: Tensor, candidate: Tensor, aggregate_UD: Tensor) -> TaskHealth:
-    """Measure one task; costs a singular value decomposition of a few hundred rows.
+def task_health(score: TaskScore, sides: Iterable[SideHealth]) -> TaskHealth:
+    """Put together what is known of a scored task."""
+    hits = next(iter(score.hits.values()))
+    return TaskHealth(score.task.name, float(hits.float().mean()), score.chance, len(hits), tuple(sides))
+
+
+def side_health(side: str, paths: Tensor, aggregate_UD: Tensor, num_missing: int = 0) -> SideHealth:
+    """Measure one side of a task; costs a singular value decomposition of a few hundred rows.
 
     Args:
-        score: of the task.
-        query: ``[Uq, N, D]``; rows that could not be read are NaN and left out.
-        candidate: ``[Uc, N, D]``.
-        aggregate_UD: of the candidates.
+        side: ``"query"`` or ``"candidate"``.
+        paths: ``[U, N, D]``; rows that are not finite are left out of all but their count.
+        aggregate_UD: of these paths.
+        num_missing: rows that could not be read, which are NaN and no fault of the model.
     """
-    paths = torch.cat([_sample(query), _sample(candidate)])
-    num_paths = paths.shape[1]
-    between = None
-    if num_paths > 1 and len(paths):
-        cosine_NN = path_cosine(paths)
-        between = float((cosine_NN.sum() - cosine_NN.trace()) / (num_paths * (num_paths - 1)))
-    unit = F.normalize(torch.unique(_sample(aggregate_UD.float()), dim=0), dim=-1)
+    finite_U = paths.flatten(1).isfinite().all(dim=1) & aggregate_UD.isfinite().all(dim=1)
+    sampled, num_paths = _sample(paths[finite_U]), paths.shape[1]
+    closest, pair = None, (0, 0)
+    if num_paths > 1 and len(sampled):
+        cosine_NN = path_cosine(sampled)
+        pair = max(combinations(range(num_paths), 2), key=lambda both: float(cosine_NN[both]))
+        closest = float(cosine_NN[pair])
+    aggregates = _sample(aggregate_UD[finite_U].float())
     mean_cosine = rank = None
-    if len(aggregate_UD) >= FEWEST_ROWS and len(unit):
-        count = len(unit)
-        total = float(unit.double().sum(dim=0).square().sum())
+    if len(aggregates) >= FEWEST_ROWS:
+        unit = F.normalize(torch.unique(aggregates, dim=0), dim=-1)
+        count, total = len(unit), float(unit.double().sum(dim=0).square().sum())
         mean_cosine = 1.0 if count == 1 else (total - count) / (count * (count - 1))
         rank = 1.0 if count == 1 else float(effective_rank(unit))
-    hits = next(iter(score.hits.values()))
-    hit_at_1 = float(hits.float().mean())
-    return TaskHealth(score.task.name, hit_at_1, score.chance, len(hits), between, mean_cosine, rank)
+    non_finite = int((~finite_U).sum()) - num_missing
+    return SideHealth(side, len(paths) - num_missing, non_finite, closest, pair, mean_cosine, rank)
 
 
 def findings(tasks: Sequence[TaskHealth]) -> list[Finding]:
@@ -137,40 +180,39 @@ def findings(tasks: Sequence[TaskHealth]) -> list[Finding]:
     Returns:
         At most one finding per check, naming its tasks.
     """
-
-    def found(
-        check: Check, detail: Callable[[TaskHealth], str], where: Iterable[TaskHealth]
-    ) -> list[Finding]:
-        hit = list(where)
-        if not hit:
-            return []
-        return [Finding(check, "; ".join(map(detail, hit)), tuple(each.task for each in hit))]
-
+    details: dict[Check, dict[str, list[str]]] = {}
+    for task in tasks:
+        if task.hit_at_1 <= _chance_limit(task):
+            seen = f"{100 * task.hit_at_1:.1f} % (chance {100 * task.chance:.1f} %)"
+            details.setdefault("chance", {})[task.task] = [seen]
+        for side in task.sides:
+            for check, seen in _side_findings(side):
+                details.setdefault(check, {}).setdefault(task.task, []).append(seen)
     return [
-        *found(
-            "chance",
-            lambda each: f"{each.task} {100 * each.hit_at_1:.1f} % (chance {100 * each.chance:.1f} %)",
-            (each for each in tasks if each.hit_at_1 <= _chance_limit(each)),
-        ),
-        *found(
-            "collapsed_paths",
-            lambda each: f"{each.task} cosine {each.path_cosine:.3f}",
-            (each for each in tasks if each.path_cosine is not None and each.path_cosine > SAME),
-        ),
-        *found(
-            "collapsed_embeddings",
-            lambda each: (
-                f"{each.task} cosine {each.mean_cosine:.3f}, effective rank {each.effective_rank:.1f}"
-            ),
-            (
-                each
-                for each in tasks
-                if each.mean_cosine is not None
-                and each.effective_rank is not None
-                and (each.mean_cosine > SAME or each.effective_rank < LOW_RANK)
-            ),
-        ),
+        Finding(
+            check,
+            "; ".join(f"{task} {', '.join(seen)}" for task, seen in details[check].items()),
+            tuple(details[check]),
+        )
+        for check in ADVICE
+        if check in details
     ]
+
+
+def _side_findings(side: SideHealth) -> list[tuple[Check, str]]:
+    found: list[tuple[Check, str]] = []
+    if side.non_finite:
+        found.append(("non_finite", f"{side.side} {side.non_finite} of {side.num_rows} rows"))
+    if side.path_cosine is not None and side.path_cosine > SAME:
+        first, second = side.paths
+        found.append(
+            ("collapsed_paths", f"{side.side} cosine {side.path_cosine:.3f} of paths {first} and {second}")
+        )
+    if side.mean_cosine is not None and side.effective_rank is not None:
+        if side.mean_cosine > SAME or side.effective_rank < LOW_RANK:
+            seen = f"{side.side} cosine {side.mean_cosine:.3f}, effective rank {side.effective_rank:.1f}"
+            found.append(("collapsed_embeddings", seen))
+    return found
 
 
 def _chance_limit(each: TaskHealth) -> float:
@@ -179,9 +221,8 @@ def _chance_limit(each: TaskHealth) -> float:
 
 
 def _sample(rows: Tensor) -> Tensor:
-    """Evenly spaced finite rows."""
-    finite = rows[rows.flatten(1).isfinite().all(dim=1)]
-    return finite[:: max(1, -(-len(finite) // SAMPLED_ROWS))]
+    """Evenly spaced rows."""
+    return rows[:: max(1, -(-len(rows) // SAMPLED_ROWS))]
 
 
 class FinalNormCheck:
@@ -228,13 +269,13 @@ class FinalNormCheck:
 def prompt_mismatches(data_dir: str | Path, split: str, tasks: Sequence[EvalTask]) -> list[Finding]:
     """Compare the instructions of evaluation tasks with those of the training subsets of the same name.
 
-    An instruction is what the first prompts of a side have in common, image placeholder and whitespace
-    included. Where it is short (paraphrased instructions, plain texts) or a subset is not there, nothing is
-    said.
+    The instructions of your own data are in ``tasks.json``. Of MMEB's finished prompts they are guessed: what
+    the first prompts of a side have in common at their start or end, up to a mark that ends a sentence.
+    Subsets that are not there are passed over.
 
     Args:
         data_dir: of training.
-        split: of training.
+        split: of training; nothing is missing from paraphrased instructions.
         tasks: to be scored.
     """
     known = read_tasks(data_dir)
@@ -245,35 +286,81 @@ def prompt_mismatches(data_dir: str | Path, split: str, tasks: Sequence[EvalTask
             subset_of[trained_task.name] = name
     details, where = [], []
     for task in tasks:
-        subset_name = subset_of.get(task.task.name)
-        if subset_name is None:
+        name = task.task.name
+        if name not in subset_of:
             continue
-        subset = TrainSubset(data_dir, subset_name, split)
-        rows = [subset[row] for row in range(0, len(subset), max(1, len(subset) // PROMPT_ROWS))]
-        for side, trained, asked in (
-            ("query", [row.query.text for row in rows], [row.text for row in task.queries[:PROMPT_ROWS]]),
-            (
-                "candidate",
-                [row.candidate.text for row in rows],
-                [row.text for row in task.candidates[:PROMPT_ROWS]],
-            ),
-        ):
-            ours, theirs = _instruction(trained), _instruction(asked)
-            if ours and theirs and not (ours.startswith(theirs) or theirs.startswith(ours)):
-                details.append(f"{task.task.name} {side}: trained {_short(ours)}, asked {_short(theirs)}")
-                where.append(task.task.name)
+        found = _own_mismatch(known[name], task.task)
+        if found is None:
+            subset = TrainSubset(data_dir, subset_of[name], split)
+            rows = [subset[row] for row in range(0, len(subset), max(1, len(subset) // PROMPT_ROWS))]
+            paraphrased = split == PARAPHRASED_SPLIT
+            found = {
+                side: _mismatch([row.text for row in trained], [row.text for row in asked], paraphrased)
+                for side, trained, asked in (
+                    ("query", [row.query for row in rows], task.queries[:PROMPT_ROWS]),
+                    ("candidate", [row.candidate for row in rows], task.candidates[:PROMPT_ROWS]),
+                )
+            }
+        details += [f"{name} {side}: {seen}" for side, seen in found.items() if seen]
+        where += [name for seen in found.values() if seen]
     if not details:
         return []
     return [Finding("prompt_mismatch", "; ".join(details), tuple(dict.fromkeys(where)))]
 
 
-def _instruction(texts: Sequence[str]) -> str:
-    """The common start of texts, "" if it is too short to be an instruction."""
-    distinct = sorted(set(texts))
-    if len(distinct) == 1 and len(texts) == 1:
+def _own_mismatch(trained: Task, asked: Task) -> dict[str, str] | None:
+    """What differs by side for a task whose instructions are in ``tasks.json``; None for another one."""
+    ours, theirs = trained.source, asked.source
+    if ours is None or theirs is None or ours.train_file is None or theirs.eval_file is None:
+        return None
+    sides = {
+        "query": (ours.query_instruction, theirs.query_instruction),
+        "candidate": (ours.candidate_instruction, theirs.candidate_instruction),
+    }
+    return {side: _difference(*both) if both[0] != both[1] else "" for side, both in sides.items()}
+
+
+def _mismatch(trained: Sequence[str], asked: Sequence[str], paraphrased: bool) -> str:
+    """How the prompts of evaluation differ from those of training; "" if they do not."""
+    for backwards in (False, True):
+        ours, theirs = _instruction(trained, backwards), _instruction(asked, backwards)
+        if ours and theirs:
+            common = len(os.path.commonprefix([text[::-1] if backwards else text for text in (ours, theirs)]))
+            differ = common < min(len(ours), len(theirs))
+        else:
+            instruction, others = ours or theirs, asked if ours else trained
+            has = str.endswith if backwards else str.startswith
+            absent = bool(instruction) and not any(has(text, instruction) for text in others)
+            differ = absent and not (theirs and paraphrased)
+        if differ:
+            return _difference(ours, theirs)
+    endings = [{_ending(text) for text in texts} for texts in (trained, asked)]
+    if endings[0].isdisjoint(endings[1]):
+        return _difference(*("".join(min(each)) for each in endings)) + " at the end"
+    return ""
+
+
+def _instruction(texts: Sequence[str], backwards: bool) -> str:
+    """The common start (or end) of texts up to the last mark that ends a sentence.
+
+    "" for a single text, and if it is too short to be an instruction.
+    """
+    if len(texts) < 2:
         return ""
-    start = os.path.commonprefix(distinct)
-    return start if len(start.replace(IMAGE_PLACEHOLDER, "").strip()) >= SHORTEST_INSTRUCTION else ""
+    common = os.path.commonprefix(sorted({text[::-1] if backwards else text for text in texts}))
+    common = common[: 1 + max(common.rfind(mark) for mark in INSTRUCTION_ENDS)]
+    common = common[::-1] if backwards else common
+    return common if len(common.replace(IMAGE_PLACEHOLDER, "").strip()) >= SHORTEST_INSTRUCTION else ""
+
+
+def _ending(text: str) -> tuple[str, str]:
+    """Special tokens of a text, as chat templates add, and the whitespace at its end."""
+    special = SPECIAL_TOKEN.findall(text.replace(IMAGE_PLACEHOLDER, ""))
+    return " ".join(special), text[len(text.rstrip()) :]
+
+
+def _difference(trained: str, asked: str) -> str:
+    return f"trained {_short(trained)}, asked {_short(asked)}"
 
 
 def _short(text: str) -> str:

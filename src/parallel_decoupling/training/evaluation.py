@@ -91,7 +91,7 @@ class Evaluation:
         tasks: in the order of the evaluation loaders.
         aggregate: combines paths, ``[U, N, D]`` to ``[U, D']``, on the CPU.
         reduce: sums a tensor over ranks.
-        on_task: called with each complete task: task, its score, queries and candidates.
+        on_task: called with each complete task: task, its score, its embeddings.
         cache: takes every complete task, on the first rank; ``None`` keeps nothing.
         quiet: say nothing about tasks that a batch limit cut short.
 
@@ -105,7 +105,7 @@ class Evaluation:
         tasks: list[EvalTask],
         aggregate: Callable[[Tensor], Tensor],
         reduce: Callable[[Tensor], Tensor],
-        on_task: Callable[[EvalTask, TaskScore, Tensor, Tensor], None] | None = None,
+        on_task: Callable[[EvalTask, TaskScore, CachedTask], None] | None = None,
         *,
         cache: EmbeddingCache | None = None,
         quiet: bool = False,
@@ -130,8 +130,7 @@ class Evaluation:
         assert self._cache is not None, "only a cache makes loaders of cached tasks"
         self.finish_task()
         self._index = index
-        content = self._cache.load(self.tasks[index])
-        self._score(self.tasks[index], (content.query, content.candidate), content.missing)
+        self._score(self.tasks[index], self._cache.load(self.tasks[index]))
 
     def finish_task(self) -> None:
         """Score the task at hand; a task that a batch limit cut short is left out with a warning."""
@@ -145,21 +144,22 @@ class Evaluation:
                     f"{task.task.name}: not all rows were encoded (limited batches), so it has no score."
                 )
             return
+        content = CachedTask(*sides, missing)
         if self._cache is not None and rank() == 0:
-            self._cache.save(task, CachedTask(*sides, missing))
-        self._score(task, sides, missing)
+            self._cache.save(task, content)
+        self._score(task, content)
 
-    def _score(self, task: EvalTask, sides: tuple[Tensor, Tensor], missing: dict[str, list[int]]) -> None:
-        readable, num_skipped = _without_missing(task, **missing)
+    def _score(self, task: EvalTask, content: CachedTask) -> None:
+        readable, num_skipped = _without_missing(task, **content.missing)
         if not readable.query_of_row:
             rank_zero_warn(f"{task.task.name}: no row's images could be read, so it has no score.")
             return
-        columns = path_columns(*sides, self._aggregate)
+        columns = path_columns(content.query, content.candidate, self._aggregate)
         score = replace(score_task(readable, columns), num_skipped=num_skipped)
         self.scores.append(score)
         self.shapes = {name: candidate.shape[1:] for name, (_, candidate) in columns.items()}
         if self._on_task is not None:
-            self._on_task(readable, score, *sides)
+            self._on_task(readable, score, content)
 
 
 def _without_missing(task: EvalTask, query: list[int], candidate: list[int]) -> tuple[EvalTask, int]:
@@ -206,7 +206,7 @@ class ProjectorSample:
         """Take the first rows of both sides."""
         sides = (("query", task.queries, query_UD), ("candidate", task.candidates, candidate_UD))
         for side, inputs, vectors_UD in sides:
-            rows = (~vectors_UD.isnan().any(dim=1)).nonzero()[: self._rows_per_side, 0]
+            rows = vectors_UD.isfinite().all(dim=1).nonzero()[: self._rows_per_side, 0]
             self._vectors.append(vectors_UD[rows])
             for row in rows.tolist():
                 text = " ".join(inputs[row].text.split())[:80]

@@ -42,12 +42,13 @@ from parallel_decoupling.retrieval.sanity import (
     TaskHealth,
     findings,
     prompt_mismatches,
+    side_health,
     task_health,
 )
 from parallel_decoupling.retrieval.score import TaskScore
 from parallel_decoupling.retrieval.score_files import SCORE_FILES_DIR, write_predictions
 from parallel_decoupling.training.callbacks import console, tensorboard_writer
-from parallel_decoupling.training.embedding_cache import EmbeddingCache, model_hash
+from parallel_decoupling.training.embedding_cache import CachedTask, EmbeddingCache, model_hash
 from parallel_decoupling.training.evaluation import (
     Evaluation,
     ProjectorSample,
@@ -162,8 +163,8 @@ class EvaluatedEncoder(LightningModule):
         warnings = [finding.plain() for finding in self._findings()]
         report = replace(report, modes=mode_costs(self._evaluation.shapes), warnings=warnings)
         write_report(report, folder)
-        cosine_NN = torch.stack(self._path_cosines).mean(dim=0)
-        PageParts(self._examples, cosine_NN.tolist(), self.baseline).write(folder)
+        cosines = torch.stack(self._path_cosines).mean(dim=0).tolist() if self._path_cosines else None
+        PageParts(self._examples, cosines, self.baseline).write(folder)
         write_run_report(folder)
         if tensorboard_writer(self.trainer) is not None:
             self._projector.write(folder / PROJECTOR_DIR)
@@ -317,19 +318,24 @@ class EvaluatedEncoder(LightningModule):
         total = self.trainer.strategy.reduce(value.to(self.device), reduce_op="sum")
         return cast(Tensor, total).cpu()
 
-    def _show_task(self, task: EvalTask, score: TaskScore, query_UND: Tensor, candidate_UND: Tensor) -> None:
+    def _show_task(self, task: EvalTask, score: TaskScore, content: CachedTask) -> None:
         if not self.trainer.is_global_zero:
             return
-        candidate_UD = self._cpu_aggregate(candidate_UND)
-        self._health.append(task_health(score, query_UND, candidate_UND, candidate_UD))
+        sides = {"query": content.query, "candidate": content.candidate}
+        aggregates = {side: self._cpu_aggregate(paths_UND) for side, paths_UND in sides.items()}
+        health = [
+            side_health(side, sides[side], aggregates[side], len(content.missing[side])) for side in sides
+        ]
+        self._health.append(task_health(score, health))
         self._examples.append(task_examples(task, score))
-        read_U = ~query_UND.isnan().flatten(1).any(dim=1)
-        self._path_cosines.append(path_cosine(query_UND[read_U]))
+        finite_U = content.query.isfinite().flatten(1).all(dim=1)
+        if finite_U.any():
+            self._path_cosines.append(path_cosine(content.query[finite_U]))
         write_predictions(self._score_files_dir, task, score)
         writer = tensorboard_writer(self.trainer)
         if writer is not None:
             draw_examples(writer, task, score, self.steps_done)
-            self._projector.add(task, self._cpu_aggregate(query_UND), candidate_UD)
+            self._projector.add(task, aggregates["query"], aggregates["candidate"])
 
     def _log_scores(self, stage: str) -> ScoreReport | None:
         self._evaluation.finish_task()
