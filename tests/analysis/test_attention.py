@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from parallel_decoupling.analysis.attention import attention_maps, pooled_attention, token_grid
-from parallel_decoupling.batch import RawInput
+from parallel_decoupling.batch import EncoderInputs, RawInput
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.model.backbone import load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
@@ -68,6 +68,33 @@ def test_mass_and_patches_are_shares(tiny_backbone_dir: str, inputs: list[RawInp
     assert shapes == [(2, 4, 4), (2, 2, 4), (2, 4, 4)]
     for patches in found.patches:
         torch.testing.assert_close(patches.sum(dim=(1, 2)), torch.ones(2))
+
+
+def test_maps_are_the_mean_over_layers_with_each_token_in_its_place(
+    tiny_backbone_dir: str, inputs: list[RawInput], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layer 0 looks with weight 0.6 at row 0, column 1 of the tokens, layer 1 with 0.2 at row 1, column 2."""
+    model = encoder(tiny_backbone_dir)
+    image_id = model.processor.tokenizer.convert_tokens_to_ids(model.image_token)
+
+    def planted(model: ParallelEncoder, tokenised: EncoderInputs) -> torch.Tensor:
+        is_image = tokenised.tokens["input_ids"] == image_id
+        weights = torch.zeros(2, len(is_image), 2, 3 + is_image.shape[1])
+        weights[..., 0] = torch.tensor([0.4, 0.8])
+        for row, vision in enumerate(tokenised.vision):
+            first = 3 + int(is_image[row].nonzero()[0])
+            _, width = token_grid(vision, int(is_image[row].sum())) or (0, 0)
+            weights[:, row, 0, first + 1] = 0.6
+            weights[:, row, 1, first + width + 2] = 0.2
+        return weights
+
+    monkeypatch.setattr("parallel_decoupling.analysis.attention.pooled_attention", planted)
+    found = attention_maps(model, inputs)
+    torch.testing.assert_close(found.mass[0], torch.tensor([[0.4, 0.6, 0.0], [0.8, 0.2, 0.0]]))
+    for patches in found.patches:
+        expected = torch.zeros_like(patches)
+        expected[:, 0, 1], expected[:, 1, 2] = 0.75, 0.25
+        torch.testing.assert_close(patches, expected)
 
 
 def test_equal_prefixes_give_equal_maps_and_batches_change_nothing(

@@ -26,10 +26,10 @@ class QuadrantEmbedder:
 
 @pytest.fixture
 def picture() -> Image.Image:
-    """Black with a white dot in the top left and in the bottom right quadrant."""
+    """Black with a white dot in the top left and in the bottom right quadrant, both off the diagonal."""
     picture = Image.new("RGB", (8, 8), "black")
-    picture.putpixel((1, 1), (255, 255, 255))
-    picture.putpixel((6, 7), (255, 255, 255))
+    picture.putpixel((2, 1), (255, 255, 255))
+    picture.putpixel((5, 7), (255, 255, 255))
     return picture
 
 
@@ -39,10 +39,10 @@ def test_each_path_depends_on_what_it_sees(picture: Image.Image) -> None:
     assert found.score is None
     assert found.change.shape == (1, 2, 4, 4)
     changed = found.change > 1e-5
-    assert changed[0, 0].nonzero().tolist() == [[0, 0]]
-    assert changed[0, 1].nonzero().tolist() == [[3, 3]]
-    off_diagonal = agreement(found.change)[0, 1]
-    assert off_diagonal == pytest.approx(-1 / 15)
+    assert changed[0, 0].nonzero().tolist() == [[0, 1]]
+    assert changed[0, 1].nonzero().tolist() == [[3, 2]]
+    same, _ = agreement(list(found.change))
+    assert same[0, 1] == pytest.approx(-1 / 15)
 
 
 def test_the_score_loses_what_the_text_asks_for(picture: Image.Image) -> None:
@@ -50,9 +50,9 @@ def test_the_score_loses_what_the_text_asks_for(picture: Image.Image) -> None:
     found = patch_contributions(embedder, [picture, picture], grid=4, texts=["white", "white"])
     assert found.score is not None
     whole, text = embedder.encode([picture]), embedder.encode(["white"])
-    without = embedder.encode([occluded(picture, 4)[0]])
+    without = embedder.encode([occluded(picture, 4)[1]])
     expected = float((whole[0, 0] * text[0, 0]).sum() - (without[0, 0] * text[0, 0]).sum())
-    assert float(found.score[1, 0, 0, 0]) == pytest.approx(expected)
+    assert float(found.score[1, 0, 0, 1]) == pytest.approx(expected)
     assert float(found.score[1, 0, 3, 3]) == pytest.approx(0, abs=1e-6)
 
 
@@ -69,9 +69,38 @@ def test_patches_cover_the_picture_once(picture: Image.Image) -> None:
 
 def test_agreement_of_equal_and_constant_maps() -> None:
     maps = torch.rand(3, 1, 4, 4)
-    found = agreement(torch.cat((maps, maps, torch.ones_like(maps)), dim=1))
+    found, _ = agreement(list(torch.cat((maps, maps, torch.ones_like(maps)), dim=1)))
     assert found[0, 1] == pytest.approx(1)
     assert found[0, 2] == pytest.approx(0)
+
+
+def test_agreement_on_different_pictures_is_the_mean_over_all_pairs_of_one_grid() -> None:
+    generator = torch.Generator().manual_seed(0)
+    maps = [torch.rand(2, 3, 4, generator=generator) for _ in range(3)]
+    maps += [torch.rand(2, 2, 2, generator=generator) for _ in range(2)]
+    pairs = [(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1), (3, 4), (4, 3)]
+    same, different = agreement(maps)
+    for i in range(2):
+        for j in range(2):
+            expected = [correlation(picture[i], picture[j]) for picture in maps]
+            assert same[i, j] == pytest.approx(np.mean(expected))
+            expected = [correlation(maps[k][i], maps[m][j]) for k, m in pairs]
+            assert different[i, j] == pytest.approx(np.mean(expected))
+    assert torch.isnan(agreement(maps[:1])[1]).all()
+
+
+def test_maps_that_ignore_the_picture_agree_on_different_ones_as_well() -> None:
+    place, generator = torch.rand(2, 4, 4, generator=torch.Generator().manual_seed(1)), torch.Generator()
+    fixed_same, fixed_different = agreement([place] * 5)
+    torch.testing.assert_close(fixed_different, fixed_same)
+    seen = torch.rand(40, 1, 4, 4, generator=generator.manual_seed(2)).expand(-1, 2, -1, -1)
+    same, different = agreement(list(seen))
+    assert same[0, 1] == pytest.approx(1)
+    assert abs(different[0, 1]) < 0.1
+
+
+def correlation(first: Tensor, second: Tensor) -> float:
+    return float(np.corrcoef(first.flatten().numpy(), second.flatten().numpy())[0, 1])
 
 
 def test_small_pictures_and_missing_texts_are_named(picture: Image.Image) -> None:

@@ -28,6 +28,13 @@ def test_a_planted_factor_is_found_in_the_path_that_has_it_and_nowhere_else() ->
     assert found.num_inputs == 300
 
 
+def test_rows_that_are_scored_are_not_fitted() -> None:
+    """In 200 dimensions any labels of 100 rows can be fitted without an error."""
+    labels = [str(index % 2) for index in range(100)]
+    found = probe({"path_0": noise(100, dim=200)}, labels, "count")
+    assert found.accuracy["path_0"] < 0.7
+
+
 def test_the_baseline_is_the_share_of_the_most_frequent_value() -> None:
     labels = ["often"] * 80 + ["rarely"] * 20
     found = probe({"path_0": noise(100)}, labels, "size")

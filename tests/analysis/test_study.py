@@ -8,6 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from parallel_decoupling.analysis.contributions import agreement
 from parallel_decoupling.analysis.figures import figures, probes_figure
 from parallel_decoupling.analysis.study import PathAnalysis, analyse_inputs, analyse_world, benchmark_inputs
 from parallel_decoupling.analysis.tables import sections, write_json
@@ -51,7 +52,10 @@ def test_everything_is_there_for_the_embedded_world(analysis: PathAnalysis, tmp_
     assert content["similarity"]["cosine"] == analysis.similarity.cosine.tolist()
     assert content["probes"]["color"]["accuracy"].keys() == {"aggregate", "path_0", "path_1", "path_2"}
     assert len(content["attention"]["mass_by_path_and_layer"]) == 3
+    assert content["similarity"]["shuffled_linear_cka"] == analysis.similarity.shuffled_cka.tolist()
     assert content["contributions"]["score_patch_correlation"][0][0] == pytest.approx(1)
+    for part in ("attention", "contributions"):
+        assert content[part]["patch_correlation_different_pictures"][0][0] < 1
     assert content["errors"]["hit_at_1"]["oracle"] == 0.5
 
 
@@ -62,6 +66,19 @@ def test_tables_show_the_numbers(analysis: PathAnalysis) -> None:
     assert [row[0] for row in pairs.rows] == ["0 and 1", "0 and 2", "1 and 2"]
     assert pairs.rows[0][1] == f"{float(analysis.similarity.cosine[0, 1]):.3f}"
     assert pairs.rows[2][pairs.headings.index("misses, kappa")] == "1.000"
+    same, different = (float(matrix[0, 2]) for matrix in agreement(list(analysis.contributions.change)))
+    expected = {
+        "linear CKA, shuffled": float(analysis.similarity.shuffled_cka[0, 2]),
+        "mean angle": float(analysis.similarity.angles[1].mean()),
+        "patch contributions": same,
+        "patch contributions, different pictures": different,
+    }
+    for heading, value in expected.items():
+        shown = float(pairs.rows[1][pairs.headings.index(heading)])
+        assert shown == pytest.approx(value, abs=0.5 if heading == "mean angle" else 0.0005)
+    errors = sections(analysis)[3]
+    assert errors.headings[-2:] == ["oracle", "oracle if independent"]
+    assert errors.rows[0][-2:] == ["50.0", "87.5"]
     for section in sections(analysis):
         assert all(len(row) == len(section.headings) for row in section.rows)
         lines = section.markdown().splitlines()

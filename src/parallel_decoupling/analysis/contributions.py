@@ -95,12 +95,31 @@ def occluded(picture: Image.Image, grid: int) -> list[Image.Image]:
     return copies
 
 
-def agreement(maps_INGG: Tensor) -> Tensor:
-    """Correlation of the paths' maps over patches, ``[N, N]``, mean over images; 0 for a constant map."""
-    value_INV = maps_INGG.flatten(2).double()
-    value_INV = value_INV - value_INV.mean(dim=2, keepdim=True)
-    unit_INV = torch.nn.functional.normalize(value_INV, dim=2)
-    return torch.einsum("inv,imv->nm", unit_INV, unit_INV) / len(maps_INGG)
+def agreement(maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Correlation of the paths' maps over patches, for the same picture and for different ones.
+
+    Paths that look at the same places whatever the picture shows agree on different pictures, too; only what
+    the same picture adds to that is agreement about it.
+
+    Args:
+        maps: per picture ``[N, height, width]``; pictures may differ in their grids.
+
+    Returns:
+        Two ``[N, N]``, symmetric, in [-1, 1]: the mean over pictures, and the mean over ordered pairs of
+        different pictures of one grid (nan without such a pair). A constant map counts as 0.
+    """
+    num_paths, pairs = len(maps[0]), 0
+    same_NN, different_NN = torch.zeros(2, num_paths, num_paths, dtype=torch.float64)
+    for grid in dict.fromkeys(map_NHW.shape for map_NHW in maps):
+        value_INV = torch.stack([map_NHW for map_NHW in maps if map_NHW.shape == grid]).flatten(2).double()
+        value_INV = value_INV - value_INV.mean(dim=2, keepdim=True)
+        unit_INV = torch.nn.functional.normalize(value_INV, dim=2)
+        own_NN = torch.einsum("inv,imv->nm", unit_INV, unit_INV)
+        sum_NV = unit_INV.sum(dim=0)
+        same_NN = same_NN + own_NN
+        different_NN = different_NN + sum_NV @ sum_NV.T - own_NN
+        pairs += len(unit_INV) * (len(unit_INV) - 1)
+    return same_NN / len(maps), different_NN / pairs if pairs else torch.full_like(same_NN, torch.nan)
 
 
 def _maps(value_IVN: Tensor, grid: int) -> Tensor:

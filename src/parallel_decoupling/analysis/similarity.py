@@ -29,6 +29,8 @@ class PathSimilarity:
         centred_cosine: ``[N, N]``, the same after each path's mean embedding is subtracted: a direction that
             all inputs share makes the plain cosine high whatever the paths say about an input.
         cka: ``[N, N]``, linear CKA, in [0, 1].
+        shuffled_cka: ``[N, N]``, the same with the inputs of the second path in another order: what unrelated
+            embeddings of these ranks would show.
         angles: ``[M, S]``, principal angles in degrees, smallest first.
         chance_angles: ``[S]``, the same of two random subspaces of this size, their mean.
         pairs: ``[M, 2]``, the paths of each row of ``angles``.
@@ -39,6 +41,7 @@ class PathSimilarity:
     cosine: Tensor
     centred_cosine: Tensor
     cka: Tensor
+    shuffled_cka: Tensor
     angles: Tensor
     chance_angles: Tensor
     pairs: Tensor
@@ -66,6 +69,7 @@ def path_similarity(embeddings_BND: Tensor) -> PathSimilarity:
         cosine=path_cosine(value_BND),
         centred_cosine=path_cosine(value_BND - value_BND.mean(dim=0)),
         cka=linear_cka(value_BND),
+        shuffled_cka=shuffled_cka(value_BND),
         angles=principal_angles(value_BND, subspace_dim),
         chance_angles=random_angles(dim, subspace_dim),
         pairs=path_pairs(value_BND.shape[1]),
@@ -94,6 +98,13 @@ def linear_cka(embeddings_BND: Tensor) -> Tensor:
     cross_NN = torch.einsum("nbd,mbe->nmde", centred_NBD, centred_NBD).square().sum(dim=(2, 3))
     own_N = cross_NN.diagonal().sqrt().clamp_min(torch.finfo(cross_NN.dtype).tiny)
     return cross_NN / (own_N[:, None] * own_N[None, :])
+
+
+def shuffled_cka(embeddings_BND: Tensor) -> Tensor:
+    """Linear CKA ``[N, N]`` of path i with path j of other inputs: one seeded order of the B rows."""
+    order_B = torch.randperm(len(embeddings_BND), generator=torch.Generator().manual_seed(0))
+    num_paths = embeddings_BND.shape[1]
+    return linear_cka(torch.cat((embeddings_BND, embeddings_BND[order_B]), dim=1))[:num_paths, num_paths:]
 
 
 def principal_angles(embeddings_BND: Tensor, subspace_dim: int) -> Tensor:

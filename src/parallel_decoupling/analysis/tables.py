@@ -92,6 +92,7 @@ def as_plain(analysis: PathAnalysis) -> dict[str, Any]:
             "cosine": similarity.cosine.tolist(),
             "centred_cosine": similarity.centred_cosine.tolist(),
             "linear_cka": similarity.cka.tolist(),
+            "shuffled_linear_cka": similarity.shuffled_cka.tolist(),
             "pairs": similarity.pairs.tolist(),
             "principal_angles": similarity.angles.tolist(),
             "random_principal_angles": similarity.chance_angles.tolist(),
@@ -103,12 +104,12 @@ def as_plain(analysis: PathAnalysis) -> dict[str, Any]:
         and {
             "groups": list(GROUPS),
             "mass_by_path_and_layer": attention.mass.tolist(),
-            "patch_correlation": _stacked_agreement(attention.patches),
+            **_correlations("patch_correlation", attention.patches),
         },
         "contributions": {
             "mean_change": analysis.contributions.change.mean(dim=(0, 2, 3)).tolist(),
-            "patch_correlation": agreement(analysis.contributions.change).tolist(),
-            "score_patch_correlation": None if score is None else agreement(score).tolist(),
+            **_correlations("patch_correlation", analysis.contributions.change),
+            **_correlations("score_patch_correlation", () if score is None else score),
         },
         "errors": errors
         and {
@@ -151,24 +152,29 @@ def _pairs(analysis: PathAnalysis) -> Section:
         "cosine": similarity.cosine,
         "cosine, centred": similarity.centred_cosine,
         "linear CKA": similarity.cka,
+        "linear CKA, shuffled": similarity.shuffled_cka,
     }
-    if analysis.attention is not None and analysis.attention.patches:
-        columns["attention maps"] = _stacked_agreement(analysis.attention.patches)
-    columns["patch contributions"] = agreement(analysis.contributions.change)
+    maps = {} if analysis.attention is None else {"attention maps": analysis.attention.patches}
+    maps["patch contributions"] = list(analysis.contributions.change)
+    for name, found in maps.items():
+        if found:
+            columns[name], columns[f"{name}, different pictures"] = agreement(found)
     if errors is not None:
         columns |= {"misses, Jaccard": errors.jaccard, "misses, kappa": errors.kappa}
     rows = []
     for (i, j), angles_S in zip(similarity.pairs.tolist(), similarity.angles, strict=True):
         values = [f"{float(matrix[i][j]):.3f}" for matrix in columns.values()]
-        rows.append([f"{i} and {j}", *values[:3], f"{float(angles_S.mean()):.0f}", *values[3:]])
+        rows.append([f"{i} and {j}", *values[:4], f"{float(angles_S.mean()):.0f}", *values[4:]])
     headings = list(columns)
     chance = float(similarity.chance_angles.mean())
     return Section(
         "Pairs of paths",
-        ["paths", *headings[:3], "mean angle", *headings[3:]],
+        ["paths", *headings[:4], "mean angle", *headings[4:]],
         rows,
         f"Mean principal angle in degrees between {similarity.angles.shape[1]} leading directions each "
-        f"(random subspaces: {chance:.0f}); maps and contributions: correlation over patches.",
+        f"(random subspaces: {chance:.0f}). Shuffled: the second path's inputs in another order, so what "
+        "unrelated paths would have. Maps and contributions: correlation over patches; different pictures: "
+        "the second path's map is of another picture, so what does not depend on the picture.",
     )
 
 
@@ -204,13 +210,10 @@ def _errors(analysis: PathAnalysis) -> Section:
     )
 
 
-def _stacked_agreement(patches: list[Tensor]) -> list[list[float]] | None:
-    """Correlation of the paths' maps, ``[N][N]``; images may differ in their grids."""
-    if not patches:
-        return None
-    by_image = [agreement(maps_NHW[None]) for maps_NHW in patches]
-    mean: list[list[float]] = (sum(by_image[1:], by_image[0]) / len(by_image)).tolist()
-    return mean
+def _correlations(name: str, maps: Sequence[Tensor] | Tensor) -> dict[str, list[list[float]] | None]:
+    """``agreement`` under ``name`` and ``<name>_different_pictures``; None without maps."""
+    found = [matrix.tolist() for matrix in agreement(list(maps))] if len(maps) else (None, None)
+    return dict(zip((name, f"{name}_different_pictures"), found, strict=True))
 
 
 def _without_nan(value: Any) -> Any:
