@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +10,13 @@ import torch.nn.functional as F
 from parallel_decoupling.batch import RawInput
 from parallel_decoupling.data.tasks import EvalTask, Task
 from parallel_decoupling.retrieval.encode import similarity
-from parallel_decoupling.retrieval.modes import mode_costs, path_columns, similarities
+from parallel_decoupling.retrieval.modes import (
+    EncodingTimes,
+    encoding_times,
+    mode_costs,
+    path_columns,
+    similarities,
+)
 from parallel_decoupling.retrieval.score import score_task
 
 
@@ -66,3 +75,17 @@ def test_costs_follow_the_shapes() -> None:
     costs = mode_costs({"path_0": torch.Size([8]), "concat": torch.Size([24]), "maxsim": torch.Size([3, 8])})
     assert [cost["bytes_per_item"] for cost in costs.values()] == [32, 96, 96]
     assert all(cost["microseconds_per_query"] > 0 for cost in costs.values())
+
+
+def test_encoding_one_path_and_all_of_them_are_timed_apart() -> None:
+    def encode(chosen: Sequence[int] | None) -> torch.Tensor:
+        time.sleep(0.01 if chosen == (0,) else 0.05)
+        return torch.zeros(2, 1)
+
+    times = encoding_times(encode, num_items=2)
+    assert 5 <= times.one_path < 20
+    assert 25 <= times.all_paths
+    shapes = {"aggregate": torch.Size([8]), "path_1": torch.Size([8]), "maxsim": torch.Size([3, 8])}
+    costs = mode_costs(shapes, EncodingTimes(1.5, 4.0))
+    assert [cost["encoding_milliseconds_per_item"] for cost in costs.values()] == [4.0, 1.5, 4.0]
+    assert "encoding_milliseconds_per_item" not in mode_costs(shapes)["maxsim"]

@@ -173,6 +173,9 @@ def test_a_test_writes_score_files_modes_and_warnings(
     trainer.test(small_embedder(tiny_backbone_dir), small_data(tiny_mmeb_dir), verbose=False)
     report = ScoreReport.from_json_file(tmp_path / "scores.json")
     assert list(report.modes) == report.columns
+    encoding = {name: mode["encoding_milliseconds_per_item"] for name, mode in report.modes.items()}
+    assert encoding["path_0"] == encoding["path_1"] > 0
+    assert encoding["aggregate"] == encoding["maxsim"] > 0
     assert report.modes["maxsim"]["bytes_per_item"] == 2 * report.modes["aggregate"]["bytes_per_item"]
     for found in (
         tmp_path / "score_files" / "v1",
@@ -189,6 +192,7 @@ def test_a_test_writes_score_files_modes_and_warnings(
     shown = capsys.readouterr().out
     assert "WARNING: chance" in shown
     assert "inference modes" in shown
+    assert "ms/item" in shown
 
 
 def test_images_of_another_size_than_in_training_are_reported(

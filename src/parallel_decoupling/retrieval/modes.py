@@ -1,13 +1,14 @@
 """Inference modes: what can be made of N paths, and what each costs in an index.
 
-Here: the embeddings of every mode from one encoding pass, bytes per item, time per query. Deliberately
-elsewhere: the aggregate itself (``model.encoder``), how modes are scored (``score``).
+Here: the embeddings of every mode from one encoding pass, time to encode an item, bytes per item, time per
+search. Deliberately elsewhere: the aggregate itself (``model.encoder``), how modes are scored (``score``).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import median
 
 import torch
@@ -71,17 +72,49 @@ def similarities(query: Tensor, candidate: Tensor) -> Tensor:
     return best.mean(dim=1)
 
 
-def mode_costs(shapes: Mapping[str, torch.Size]) -> dict[str, dict[str, float]]:
-    """What each column costs an exact float32 search on this machine's CPU.
+@dataclass(frozen=True)
+class EncodingTimes:
+    """Milliseconds per item to encode one batch, after a warm-up.
+
+    Attributes:
+        one_path: with a single path.
+        all_paths: with all of them.
+    """
+
+    one_path: float
+    all_paths: float
+
+
+def encoding_times(encode: Callable[[Sequence[int] | None], Tensor], num_items: int) -> EncodingTimes:
+    """Time one batch with one path and one with all paths, on the device and in the precision at hand.
+
+    Args:
+        encode: embeds the batch with some paths, None is all; the batch was encoded before.
+        num_items: in the batch.
+    """
+    milliseconds = []
+    for paths in ((0,), None):
+        start = time.perf_counter()
+        encode(paths).cpu()  # a copy waits for the device
+        milliseconds.append(1e3 * (time.perf_counter() - start) / num_items)
+    return EncodingTimes(*milliseconds)
+
+
+def mode_costs(
+    shapes: Mapping[str, torch.Size], encoding: EncodingTimes | None = None
+) -> dict[str, dict[str, float]]:
+    """What each column costs: encoding, and an exact float32 search on this machine's CPU.
 
     Args:
         shapes: by column, that of one item: ``[D]`` or ``[N, D]``.
+        encoding: measured times; None if nothing was encoded.
 
     Returns:
-        By column ``bytes_per_item`` and ``microseconds_per_query``: the median time to score one query
-        against 1,000 items.
+        By column ``bytes_per_item``, ``microseconds_per_query`` (the median time to score one query against
+        1,000 items) and, if it was measured, ``encoding_milliseconds_per_item``: of one path for ``path_n``,
+        of all paths for the others.
     """
-    costs = {}
+    costs: dict[str, dict[str, float]] = {}
     for name, shape in shapes.items():
         generator = torch.Generator().manual_seed(0)
         items = torch.randn(LATENCY_CANDIDATES, *shape, generator=generator)
@@ -93,4 +126,9 @@ def mode_costs(shapes: Mapping[str, torch.Size]) -> dict[str, dict[str, float]]:
             similarities(query, items)
             times.append(time.perf_counter() - start)
         costs[name] = {"bytes_per_item": 4 * shape.numel(), "microseconds_per_query": 1e6 * median(times)}
+        if encoding is not None:
+            single = name.startswith("path_")
+            costs[name]["encoding_milliseconds_per_item"] = (
+                encoding.one_path if single else encoding.all_paths
+            )
     return costs

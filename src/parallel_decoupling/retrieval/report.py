@@ -308,7 +308,8 @@ class ScoreReport:
     def modes_table(self) -> Table:
         """Every inference mode: overall hit@1 in percent, and what it costs."""
         table = Table(title="inference modes, from one encoding pass")
-        for heading in ("mode", "hit@1", "IND", "OOD", "MRR", "bytes per item", "us per query*"):
+        headings = ("hit@1", "IND", "OOD", "MRR", "encode\nms/item", "bytes\nper item", "search\nus/query*")
+        for heading in ("mode", *headings):
             table.add_column(heading, justify="left" if heading == "mode" else "right", no_wrap=True)
         means, metrics = self.means, self.metric_means.get("overall", {})
         for column in self.columns:
@@ -318,10 +319,17 @@ class ScoreReport:
             ]
             mrr = percent(metrics[column]["mrr"]) if metrics else ""
             cost = self.modes.get(column)
-            costs = [f"{cost['bytes_per_item']:,}", f"{cost['microseconds_per_query']:.0f}"] if cost else []
+            costs = []
+            if cost:
+                encoding = cost.get("encoding_milliseconds_per_item")
+                costs = ["" if encoding is None else f"{encoding:.2f}"]
+                costs += [f"{cost['bytes_per_item']:,}", f"{cost['microseconds_per_query']:.0f}"]
             table.add_row(column, *scores, mrr, *costs)
         if self.modes:
-            table.caption = Text("* exact float32 scoring of 1,000 items on this machine's CPU")
+            table.caption = Text(
+                "encode: one batch of this run, one path or all; * exact float32 scoring of 1,000 items on "
+                "this machine's CPU"
+            )
         return table
 
     def warning_panels(self) -> list[Panel]:

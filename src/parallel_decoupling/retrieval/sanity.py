@@ -247,6 +247,11 @@ class FinalNormCheck:
                 backbone.register_forward_hook(lambda module, args, output: self._compare(output)),
             ]
 
+    @property
+    def waiting(self) -> bool:
+        """Whether it still watches for its first call."""
+        return bool(self._hooks)
+
     def _compare(self, states: Tensor) -> None:
         if self._normed:
             normed = self._normed[-1]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,7 +35,7 @@ from parallel_decoupling.retrieval.html_report import (
     task_examples,
     write_run_report,
 )
-from parallel_decoupling.retrieval.modes import mode_costs
+from parallel_decoupling.retrieval.modes import EncodingTimes, encoding_times, mode_costs
 from parallel_decoupling.retrieval.report import ScoreReport
 from parallel_decoupling.retrieval.sanity import (
     FinalNormCheck,
@@ -92,6 +93,7 @@ class EvaluatedEncoder(LightningModule):
     _path_cosines: list[Tensor]
     _score_files_dir: Path
     _final_norm: FinalNormCheck
+    _encoding: EncodingTimes | None
 
     @abstractmethod
     def run_info(self) -> dict[str, Any]:
@@ -140,7 +142,7 @@ class EvaluatedEncoder(LightningModule):
                 f"--baseline {self.baseline.name} scored other tasks; the difference: {sorted(different)}"
             )
         self._projector, self._health = ProjectorSample(len(tasks)), []
-        self._examples, self._path_cosines = [], []
+        self._examples, self._path_cosines, self._encoding = [], [], None
         self._score_files_dir = self.run_dir / SCORE_FILES_DIR
         self._final_norm = FinalNormCheck(self.encoder.backbone)
         self._evaluation = Evaluation(
@@ -149,19 +151,24 @@ class EvaluatedEncoder(LightningModule):
 
     def test_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Embed one batch of task ``dataloader_idx``; an empty one says that the task is in the cache."""
-        if len(batch.indices):
-            self.validation_step(batch, batch_idx, dataloader_idx)
-        else:
+        if not len(batch.indices):
             self._evaluation.add_cached(dataloader_idx)
+            return
+        self.validation_step(batch, batch_idx, dataloader_idx)
+        if self._encoding is None and isinstance(self.encoder, ParallelEncoder):  # the other one counts texts
+            self._encoding = encoding_times(partial(self.encoder, batch.inputs), len(batch.indices))
 
     def on_test_epoch_end(self) -> None:
         """Log the scores, write the score files, print the tables and what makes them doubtful."""
         report, folder = self._log_scores("test"), self.run_dir
+        if self._final_norm.waiting:  # every task was in the cache
+            self.encode(["What are the states of one forward pass?"])
         self._final_norm.remove()
         if report is None or not self.trainer.is_global_zero:
             return
         warnings = [finding.plain() for finding in self._findings()]
-        report = replace(report, modes=mode_costs(self._evaluation.shapes), warnings=warnings)
+        modes = mode_costs(self._evaluation.shapes, self._encoding)
+        report = replace(report, modes=modes, warnings=warnings)
         write_report(report, folder)
         cosines = torch.stack(self._path_cosines).mean(dim=0).tolist() if self._path_cosines else None
         PageParts(self._examples, cosines, self.baseline).write(folder)
