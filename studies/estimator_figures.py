@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from parallel_decoupling.retrieval.plots import COLOURS, INK, clean_axes, new_figure
-from studies.plots import DPI
+from studies.plots import DPI, shared_legend
 
 Row = dict[str, Any]
 WITH_Q, WITHOUT_Q = ("vclub", "club_sample", "l1out"), ("hsic", "crosscov", "orthogonal")
@@ -86,12 +86,7 @@ def _grid(
             clean_axes(axes, "y")
     for axes in grid[-1]:
         axes.set_xlabel("rows per batch", color=INK)
-    handles = {
-        label: h for axes in grid.flat for h, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(
-        list(handles.values()), list(handles), loc="outside lower center", ncols=len(handles), frameon=False
-    )
+    shared_legend(figure, 8)
     figure.suptitle(title, fontsize=12.5, color=INK)
     return figure
 

@@ -8,8 +8,8 @@ or ``MutualInformation``'s own network, fitted by Adam on fresh batches of the s
 q is frozen, and every estimator sees the same fresh batches.
 
 - Bias: mean estimate minus the exact mutual information per dimension, ``-log(1 - rho^2) / 2`` nats. vCLUB's
-  limit is not that but ``rho^2 / (1 - rho^2)`` (with a perfect q); hsic, crosscov and orthogonal need no q and
-  are in no unit of information, so they have no bias: only their spread and their gradients compare.
+  limit is not that but ``rho^2 / (1 - rho^2)`` (with a perfect q); hsic, crosscov and orthogonal have no q,
+  no unit of information and so no bias: only their spread and their gradients compare.
 - Gradient: path 2 is ``R^T x + sqrt(1 - rho^2) noise`` at ``R = rho I``; the gradient is that of the
   estimate with respect to the D x D matrix R, q frozen, as in a main step. The exact gradient of the mutual
   information per dimension is ``rho I / D``, nothing at rho = 0. Reported: the cosine between one batch's

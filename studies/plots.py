@@ -1,4 +1,4 @@
-"""Pictures of a study's results: curves, bars with a dot per seed, groups of tasks, differences.
+"""Pictures of a study's results: cells and groups of tasks as points, differences, curves, training.
 
 Every function returns a Figure of its own, or ``None`` if there is nothing to draw.
 """
@@ -6,50 +6,39 @@ Every function returns a Figure of its own, or ``None`` if there is nothing to d
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from statistics import fmean
+from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from parallel_decoupling.retrieval.plots import COLOURS, INK, clean_axes, new_figure
 from studies.results import Result
 from studies.statistics import (
+    Interval,
     at_point,
     group_score,
     groups_of,
     interval,
+    last_points,
     paired_difference,
     path_scores,
 )
 from studies.study import Cell, Study
 from studies.tables import group_title
 
-COLOURS = (
-    "#8c8c8c",
-    "#0072b2",
-    "#333333",
-    "#009e73",
-    "#56b4e9",
-    "#d55e00",
-    "#e69f00",
-    "#cc79a7",
-    "#5b3a8c",
-    "#7a5230",
-    "#f0c000",
-    "#1fb5b5",
-    "#a00030",
-    "#88a030",
-)
-"""Okabe and Ito's palette, safe for colour-blind readers, and a few more."""
-INK = "#333333"
 DPI = 150
 """Of every saved picture."""
+NEUTRAL, ACCENT = COLOURS[:2]
+STROKES = (("-", "o"), ("--", "s"), (":", "^"))
+"""Line style and marker of the first seven lines, of the next seven, and of those after them."""
+LABEL_LENGTH = 42
 TRAINING_PANELS = {
     "path_cosine": "cosine between paths",
-    "estimator_nll_held_out": "NLL of q on held-out rows",
-    "mi": "MI term, before its weight",
+    "estimator_nll_held_out": "NLL of q before its fit to the batch",
+    "mi": "term between paths (its own unit),\nbefore its weight",
 }
 """Logged series and their titles in the picture of training."""
 
@@ -68,56 +57,61 @@ def study_figures(study: Study, results: Sequence[Result]) -> dict[str, Figure]:
 
 
 def cells_figure(study: Study, results: Sequence[Result]) -> Figure | None:
-    """Overall score per cell: a bar for the mean, a dot per seed, a tick for the mean single path."""
-    scored = _scored(study, results)
+    """Overall score per cell: mean, 95 % interval, a dot per seed, and a tick for the mean single path."""
+    scored = last_points(study, results)
     if not scored:
         return None
-    figure = _figure(8.4, 1.1 + 0.36 * len(scored))
+    figure = new_figure(8.4, 1.5 + 0.36 * len(scored))
     axes = figure.add_subplot()
-    _bars(study, axes, scored, "overall")
+    _cell_points(study, axes, scored, "overall")
     for row, (_, lines) in enumerate(scored):
         if len(path_scores(lines[0])) > 1:
             single = fmean(fmean(path_scores(line)) for line in lines)
-            axes.plot([single, single], [row - 0.38, row + 0.38], color=INK, linewidth=1.2)
-    axes.set_yticks(range(len(scored)), [cell.label for cell, _ in scored])
-    axes.set_xlabel("hit@1 overall, percent; the axis is cut (dots: seeds; tick: mean single path)")
+            axes.plot(single, row, "|", color=INK, markersize=13, label="mean single path")
+    axes.set_yticks(range(len(scored)), [_wrapped(cell.label) for cell, _ in scored], fontsize=9)
+    axes.set_xlabel("hit@1 overall, percent")
+    shared_legend(figure, 4)
     return figure
 
 
 def groups_figure(study: Study, results: Sequence[Result]) -> Figure | None:
-    """The bars of ``cells_figure`` for every group of tasks."""
-    scored = _scored(study, results)
-    groups = [group for group in groups_of(study)[1:] if group != "mean_of_meta_tasks"]
+    """The points of ``cells_figure`` for every group of tasks."""
+    scored = last_points(study, results)
     if not scored:
         return None
+    groups = _panel_groups(study)
     columns = 3
     rows = math.ceil(len(groups) / columns)
-    figure = _figure(12.0, rows * (0.9 + 0.28 * len(scored)))
+    figure = new_figure(12.0, 0.5 + rows * (0.9 + 0.3 * len(scored)))
     for number, group in enumerate(groups):
         axes = figure.add_subplot(rows, columns, number + 1)
-        _bars(study, axes, scored, group)
-        labels = [cell.label for cell, _ in scored] if number % columns == 0 else []
+        _cell_points(study, axes, scored, group)
+        labels = [_wrapped(cell.label) for cell, _ in scored] if number % columns == 0 else [""] * len(scored)
         axes.set_yticks(range(len(labels)), labels, fontsize=8)
         axes.set_title(group_title(group), fontsize=10)
+        if number >= len(groups) - columns:
+            axes.set_xlabel("hit@1, percent")
+    shared_legend(figure, 3)
     return figure
 
 
 def curves_figure(study: Study, results: Sequence[Result]) -> Figure | None:
-    """Overall score against steps and against token passes, with a 95 % band from three seeds on."""
+    """Overall score against steps and against token passes.
+
+    From three seeds on with a 95 % band; with fewer, a dot per seed.
+    """
     curved = _curved(study, results)
     if not curved:
         return None
-    figure = _figure(11.0, 4.6)
-    panels = [figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)]
+    figure = new_figure(11.0, 5.2)
+    by_step, by_passes = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
     for cell in curved:
-        _curve(study, panels[0], results, cell, "step", "overall")
-        _curve(study, panels[1], results, cell, "token_passes", "overall")
-    panels[0].set_xlabel("main steps")
-    panels[0].set_ylabel("hit@1 overall, percent")
-    panels[1].set_xlabel("language-model token passes, millions")
-    for axes in panels:
-        _tidy(axes)
-    panels[0].legend(fontsize=8, frameon=False)
+        _curve(study, by_step, results, cell, "step", "overall")
+        _curve(study, by_passes, results, cell, "token_passes", "overall")
+    by_step.set_xlabel("main steps")
+    by_step.set_ylabel("hit@1 overall, percent")
+    by_passes.set_xlabel("language-model token passes, millions")
+    shared_legend(figure, 3)
     return figure
 
 
@@ -126,19 +120,19 @@ def group_curves_figure(study: Study, results: Sequence[Result]) -> Figure | Non
     curved = _curved(study, results)
     if not curved:
         return None
-    groups = [group for group in groups_of(study)[1:] if group != "mean_of_meta_tasks"]
+    groups = _panel_groups(study)
     rows = math.ceil(len(groups) / 3)
-    figure = _figure(12.0, 3.2 * rows)
+    figure = new_figure(12.0, 0.6 + 3.2 * rows)
     for place, group in enumerate(groups):
         axes = figure.add_subplot(rows, 3, place + 1)
         for cell in curved:
             _curve(study, axes, results, cell, "token_passes", group)
         axes.set_title(group_title(group), fontsize=10)
-        _tidy(axes)
-        if place == 0:
-            axes.legend(fontsize=7, frameon=False)
+        if place % 3 == 0:
+            axes.set_ylabel("hit@1, percent")
         if place >= len(groups) - 3:
             axes.set_xlabel("token passes, millions")
+    shared_legend(figure, 3)
     return figure
 
 
@@ -146,23 +140,24 @@ def training_figure(study: Study, results: Sequence[Result]) -> Figure | None:
     """What training logged of the paths and of q against steps: a line per cell, the mean over seeds."""
     drawn = [
         (cell, runs)
-        for cell, lines in _scored(study, results)
+        for cell, lines in last_points(study, results)
         if (runs := [line["logged"] for line in lines if line.get("logged", {}).get("path_cosine")])
     ]
     if not drawn:
         return None
-    figure = _figure(12.0, 3.6)
+    figure = new_figure(12.0, 3.9 + 0.22 * math.ceil(len(drawn) / 3))
     for place, (name, title) in enumerate(TRAINING_PANELS.items()):
         axes = figure.add_subplot(1, len(TRAINING_PANELS), place + 1)
         for cell, runs in drawn:
             means = _mean_series([run[name] for run in runs if name in run])
             if any(means.values()):  # a term that a cell has not is logged as 0
-                axes.plot(list(means), list(means.values()), color=_colour(study, cell), label=cell.label)
+                label = f"{cell.label} ({len(runs)} seed{'s' if len(runs) > 1 else ''})"
+                style = {**_style(study, cell), "marker": ""}
+                axes.plot(list(means), list(means.values()), label=label, **style)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("main steps")
-        _tidy(axes)
-        if place == 0:
-            axes.legend(fontsize=7, frameon=False)
+        clean_axes(axes, "y")
+    shared_legend(figure, 3)
     return figure
 
 
@@ -182,80 +177,115 @@ def differences_figure(study: Study, results: Sequence[Result]) -> Figure | None
     ]
     if not found:
         return None
-    figure = _figure(8.4, 1.1 + 0.36 * len(found))
+    figure = new_figure(8.4, 1.5 + 0.4 * len(found))
     axes = figure.add_subplot()
     axes.axvline(0, color=INK, linewidth=0.8)
     for row, (_, pair) in enumerate(found):
-        colour = COLOURS[1] if pair.excludes_zero else COLOURS[0]
-        if math.isfinite(pair.half_width):
-            axes.errorbar(pair.mean, row, xerr=pair.half_width, color=colour, capsize=3, linewidth=1.5)
-        axes.plot(pair.values, [row] * len(pair.values), "o", color=INK, markersize=3, alpha=0.6)
-        axes.plot(pair.mean, row, "D", color=colour, markersize=6)
-    axes.set_yticks(range(len(found)), [difference.name for difference, _ in found])
-    axes.invert_yaxis()
+        _interval_points(axes, pair, row, ACCENT if pair.excludes_zero else NEUTRAL)
+    axes.set_yticks(range(len(found)), [_wrapped(difference.name) for difference, _ in found], fontsize=9)
     axes.set_xlabel("difference in points (blue: the interval excludes 0)")
-    _tidy(axes)
+    _clean_rows(axes, len(found))
+    shared_legend(figure, 3)
     return figure
 
 
-def _bars(study: Study, axes: Axes, scored: Sequence[tuple[Cell, list[Result]]], group: str) -> None:
-    """Horizontal bars; the axis is cut below the lowest seed, so differences can be seen."""
-    lowest, highest = 100.0, 0.0
-    for row, (cell, lines) in enumerate(scored):
+def _cell_points(study: Study, axes: Axes, scored: Sequence[tuple[Cell, list[Result]]], group: str) -> None:
+    """One row per cell that has a score of the group."""
+    for row, (_, lines) in enumerate(scored):
         values = [score for line in lines if (score := group_score(study, line, group)) is not None]
-        if not values:
-            continue
-        lowest, highest = min(lowest, *values), max(highest, *values)
-        colour = _colour(study, cell)
-        axes.barh(row, fmean(values), color=colour, alpha=0.55, height=0.7)
-        if math.isfinite((found := interval(values)).half_width):
-            axes.errorbar(found.mean, row, xerr=found.half_width, color=INK, capsize=2, linewidth=0.9)
-        axes.plot(values, [row] * len(values), "o", color=colour, markersize=4, markeredgecolor="white")
-    margin = max(2.0, 0.15 * (highest - lowest))
-    axes.set_xlim(max(0.0, lowest - 2 * margin), min(100.0, highest + margin) if highest else 100.0)
-    axes.set_ylim(len(scored) - 0.4, -0.6)
-    _tidy(axes)
+        if values:
+            _interval_points(axes, interval(values), row, ACCENT)
+    _clean_rows(axes, len(scored))
+
+
+def _clean_rows(axes: Axes, count: int) -> None:
+    """The first row on top, and a pale line for every row, by which to find its label."""
+    axes.set_ylim(count - 0.4, -0.6)
+    clean_axes(axes, "x")
+    axes.grid(axis="y", color="#f2f2f2", linewidth=0.8)
+    axes.tick_params(axis="y", length=0)
+
+
+def _interval_points(axes: Axes, found: Interval, row: int, colour: str) -> None:
+    """Seeds as small dots below the line of the interval and the mean."""
+    low, high = found.mean - found.half_width, found.mean + found.half_width
+    if math.isfinite(found.half_width):
+        axes.plot([low, high], [row, row], color=colour, linewidth=1.6, label="95 % interval")
+    axes.plot(found.mean, row, "o", color=colour, markersize=8, label="mean over seeds")
+    below = [row + 0.27] * len(found.values)
+    axes.plot(found.values, below, "o", color=INK, markersize=3, alpha=0.6, label="seed")
 
 
 def _curve(study: Study, axes: Axes, results: Sequence[Result], cell: Cell, x: str, group: str) -> None:
     xs, means, lows, highs = [], [], [], []
+    style = _style(study, cell)
     for step in cell.points:
-        lines = at_point(results, cell.name, step)
-        values = [score for line in lines if (score := group_score(study, line, group)) is not None]
-        if not values:
+        seeds = [
+            (_place(line, x), score)
+            for line in at_point(results, cell.name, step)
+            if (score := group_score(study, line, group)) is not None
+        ]
+        if not seeds:
             continue
-        found = interval(values)
-        half_width = found.half_width if math.isfinite(found.half_width) else 0.0
-        xs.append(step if x == "step" else fmean(line["token_passes"] for line in lines) / 1e6)
+        found = interval([score for _, score in seeds])
+        half_width = found.half_width
+        if math.isinf(half_width):
+            half_width = 0.0
+            axes.plot(*zip(*seeds, strict=True), ".", color=style["color"], markersize=5, alpha=0.7)
+        xs.append(fmean(place for place, _ in seeds))
         means.append(found.mean)
         lows.append(found.mean - half_width)
         highs.append(found.mean + half_width)
-    colour = _colour(study, cell)
-    axes.plot(xs, means, "o-", color=colour, label=cell.label, markersize=4)
-    axes.fill_between(xs, lows, highs, color=colour, alpha=0.18, linewidth=0)
+    axes.plot(xs, means, label=cell.label, markersize=5, **style)
+    axes.fill_between(xs, lows, highs, color=style["color"], alpha=0.18, linewidth=0)
+    clean_axes(axes, "y")
 
 
-def _scored(study: Study, results: Sequence[Result]) -> list[tuple[Cell, list[Result]]]:
-    cells = [(cell, at_point(results, cell.name, cell.points[-1])) for cell in study.cells.values()]
-    return [(cell, lines) for cell, lines in cells if lines]
+def _place(line: Result, x: str) -> float:
+    """Where a line of the results is on the x axis."""
+    return float(line["step"]) if x == "step" else line["token_passes"] / 1e6
 
 
 def _curved(study: Study, results: Sequence[Result]) -> list[Cell]:
     """Cells with results that are scored at several steps."""
-    return [cell for cell, _ in _scored(study, results) if len(cell.points) > 1]
+    return [cell for cell, _ in last_points(study, results) if len(cell.points) > 1]
 
 
-def _colour(study: Study, cell: Cell) -> str:
-    return COLOURS[list(study.cells).index(cell.name) % len(COLOURS)]
+def _panel_groups(study: Study) -> list[str]:
+    """Groups with a panel of their own: all but the whole."""
+    return [group for group in groups_of(study) if group not in ("overall", "mean_of_meta_tasks")]
 
 
-def _tidy(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8)
-    axes.grid(axis="x", alpha=0.25)
+def _style(study: Study, cell: Cell) -> dict[str, Any]:
+    """The same in every picture; cells that are a line in none (untrained, one path at one step) lack it."""
+    lines = [
+        each.name
+        for each in study.cells.values()
+        if len(each.points) > 1 or (each.max_steps and each.config.get("model", {}).get("num_paths") != 1)
+    ]
+    stroke, colour = divmod(lines.index(cell.name), len(COLOURS))
+    linestyle, marker = STROKES[stroke % len(STROKES)]
+    return {"color": COLOURS[colour], "linestyle": linestyle, "marker": marker}
 
 
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine())
-    FigureCanvasAgg(figure)
-    return figure
+def _wrapped(label: str) -> str:
+    """In lines of about the same length."""
+    lines = math.ceil(len(label) / LABEL_LENGTH)
+    return textwrap.fill(label, LABEL_LENGTH if lines == 1 else len(label) // lines + 5)
+
+
+def shared_legend(figure: Figure, columns: int) -> None:
+    """One legend for all panels, below them; a label that occurs again stands once."""
+    found = {
+        label: handle
+        for axes in figure.axes
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        list(found.values()),
+        list(found),
+        loc="outside lower center",
+        ncols=columns,
+        frameon=False,
+        fontsize=9,
+    )

@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 from scipy.stats import t as student_t
 
 from studies.results import Result
-from studies.study import Difference, Study
+from studies.study import Cell, Difference, Study
 
 GROUPS = (
     "overall",
@@ -67,6 +67,12 @@ def at_point(results: Sequence[Result], cell: str, step: int) -> list[Result]:
     return [result for result in results if (result["cell"], result["step"]) == (cell, step)]
 
 
+def last_points(study: Study, results: Sequence[Result]) -> list[tuple[Cell, list[Result]]]:
+    """Cells with results at their last step, and these."""
+    found = [(cell, at_point(results, cell.name, cell.points[-1])) for cell in study.cells.values()]
+    return [(cell, lines) for cell, lines in found if lines]
+
+
 def group_score(study: Study, result: Result, group: str, column: str = "aggregate") -> float | None:
     """Mean score of a group of tasks in percent.
 
@@ -105,15 +111,47 @@ def paired_difference(
     Relations:
         Swapping the sides changes the sign and nothing else.
     """
-    sides = []
-    for cell, step in sides_of(study, difference):
-        scores = {
-            result["seed"]: group_score(study, result, group) for result in at_point(results, cell, step)
+    pairs = paired_scores(study, results, difference, group).values()
+    return interval([of - over for of, over in pairs]) if pairs else None
+
+
+def paired_scores(
+    study: Study, results: Sequence[Result], difference: Difference, group: str = "overall"
+) -> dict[int, tuple[float, float]]:
+    """Scores of both sides by seed, for the seeds that both have."""
+    of, over = (
+        {
+            line["seed"]: score
+            for line in at_point(results, cell, step)
+            if (score := group_score(study, line, group)) is not None
         }
-        sides.append({seed: score for seed, score in scores.items() if score is not None})
-    of, over = sides
-    values = [of[seed] - over[seed] for seed in sorted(of.keys() & over.keys())]
-    return interval(values) if values else None
+        for cell, step in sides_of(study, difference)
+    )
+    return {seed: (of[seed], over[seed]) for seed in sorted(of.keys() & over.keys())}
+
+
+def p_value(found: Interval) -> float:
+    """Of the two-sided t test of the mean against 0; the interval excludes 0 where it is below 0.05.
+
+    Raises:
+        ValueError: with fewer than ``LEAST_SEEDS`` values.
+    """
+    count = len(found.values)
+    if count < LEAST_SEEDS:
+        raise ValueError(f"a p value needs at least {LEAST_SEEDS} seeds, got {count}")
+    error = stdev(found.values) / math.sqrt(count)
+    if error == 0:
+        return 0.0 if found.mean else 1.0
+    return float(2 * student_t.sf(abs(found.mean) / error, count - 1))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Correct for the number of tests by Holm's method: the i-th smallest of m times m - i + 1, ascending."""
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        corrected[place] = largest
+    return corrected
 
 
 def sides_of(study: Study, difference: Difference) -> list[tuple[str, int]]:

@@ -12,12 +12,16 @@ from studies.statistics import (
     at_point,
     group_score,
     groups_of,
+    holm,
     interval,
+    last_points,
+    p_value,
     paired_difference,
+    paired_scores,
     path_scores,
     sides_of,
 )
-from studies.study import Cell, Study
+from studies.study import Study
 
 NOTHING = "–"
 TITLES = {
@@ -37,11 +41,17 @@ def study_tables(study: Study, results: Sequence[Result]) -> str:
         "### Cells\n\n" + cell_table(study, results),
     ]
     if study.differences:
-        parts.append("### Differences in points, paired by seed\n\n" + difference_table(study, results))
+        parts.append(
+            "### Differences in points, paired by seed\n\nHolm p: two-sided t test of the paired differences "
+            "against 0, corrected by Holm's method for all differences here that have an interval.\n\n"
+            + difference_table(study, results)
+        )
         parts.append("### The same by group of tasks\n\n" + group_difference_table(study, results))
     parts.append("### Groups of tasks\n\n" + group_table(study, results))
     parts.append("### Every scored column, overall\n\n" + column_table(study, results))
-    parts.append("### Paths and mutual information at the end of training\n\n" + path_table(study, results))
+    parts.append(
+        "### Paths, the term between them and q at the end of training\n\n" + path_table(study, results)
+    )
     if any(len(cell.points) > 1 for cell in study.cells.values()):
         parts.append("### Curves\n\n" + curve_table(study, results))
     return "\n\n".join(parts) + "\n"
@@ -52,7 +62,7 @@ def cell_table(study: Study, results: Sequence[Result]) -> str:
     heading = ["cell", "steps", "seeds", "token passes", "minutes", "overall", "IND", "OOD"]
     heading += ["best path", "gain over best path", "gain over mean path"]
     rows = []
-    for cell, lines in _last_points(study, results):
+    for cell, lines in last_points(study, results):
         joined = [line for line in lines if len(path_scores(line)) > 1]
         best = [max(path_scores(line)) for line in joined]
         mean = [fmean(path_scores(line)) for line in joined]
@@ -86,14 +96,14 @@ def group_table(study: Study, results: Sequence[Result]) -> str:
     groups = groups_of(study)
     rows = [
         [cell.label, *(_group_cell(study, lines, group) for group in groups)]
-        for cell, lines in _last_points(study, results)
+        for cell, lines in last_points(study, results)
     ]
     return _markdown(["cell", *map(group_title, groups)], rows)
 
 
 def column_table(study: Study, results: Sequence[Result]) -> str:
     """One row per cell at its last step, one column per scored kind of embedding."""
-    found = _last_points(study, results)
+    found = last_points(study, results)
     names = list(dict.fromkeys(column for _, lines in found for column in lines[0]["columns"]))
     paths = [f"path_{number}" for number in range(len(names)) if f"path_{number}" in names]
     columns = ["aggregate", *paths, *(name for name in names if name not in ("aggregate", *paths))]
@@ -111,15 +121,15 @@ def path_table(study: Study, results: Sequence[Result]) -> str:
     names = {
         "path_cosine_first": "path cosine, first logged",
         "path_cosine": "path cosine, last",
-        "mi": "MI term",
+        "mi": "term between paths",
         "mi_weight": "its weight",
-        "estimator_nll_held_out": "held-out NLL of q",
-        "estimator_nll": "NLL of q after its fit",
+        "estimator_nll_held_out": "NLL of q before its fit to the batch",
+        "estimator_nll": "after its fit",
         "effective_rank": "effective rank",
         "loss": "loss",
     }
     rows = []
-    for cell, lines in _last_points(study, results):
+    for cell, lines in last_points(study, results):
         if cell.max_steps > 0:
             values = [[line["monitored"].get(name) for line in lines] for name in names]
             present = [[value for value in each if value is not None] for each in values]
@@ -147,13 +157,20 @@ _CURVE_GROUPS = ("overall", "in_distribution", "out_of_distribution")
 def difference_table(study: Study, results: Sequence[Result]) -> str:
     """One row per difference of the study, overall."""
     heading = ["comparison", "of", "over", "steps", "token passes", "seeds", "difference", "95 % interval"]
+    found = [
+        (difference, pair)
+        for difference in study.differences
+        if (pair := paired_difference(study, results, difference)) is not None
+    ]
+    tested = [pair for _, pair in found if math.isfinite(pair.half_width)]
+    corrected = iter(holm([p_value(pair) for pair in tested]))
     rows = []
-    for difference in study.differences:
-        found = paired_difference(study, results, difference)
-        if found is None:
-            continue
-        sides = sides_of(study, difference)
-        passes = [fmean(line["token_passes"] for line in at_point(results, *side)) for side in sides]
+    for difference, pair in found:
+        seeds, sides = paired_scores(study, results, difference), sides_of(study, difference)
+        passes = [
+            fmean(line["token_passes"] for line in at_point(results, *side) if line["seed"] in seeds)
+            for side in sides
+        ]
         rows.append(
             [
                 difference.name,
@@ -161,12 +178,13 @@ def difference_table(study: Study, results: Sequence[Result]) -> str:
                 study.cells[difference.over].label,
                 " : ".join(str(step) for _, step in sides),
                 f"{passes[0] / passes[1]:.2f} : 1" if min(passes) > 0 else NOTHING,
-                str(len(found.values)),
-                f"{found.mean:+.1f}" + (" (excludes 0)" if found.excludes_zero else ""),
-                _range(found),
+                str(len(pair.values)),
+                f"{pair.mean:+.1f}" + (" (excludes 0)" if pair.excludes_zero else ""),
+                _range(pair),
+                f"{next(corrected):.3f}" if math.isfinite(pair.half_width) else NOTHING,
             ]
         )
-    return _markdown(heading, rows)
+    return _markdown([*heading, "Holm p"], rows)
 
 
 def group_difference_table(study: Study, results: Sequence[Result]) -> str:
@@ -183,11 +201,6 @@ def group_difference_table(study: Study, results: Sequence[Result]) -> str:
 def group_title(group: str) -> str:
     """Short heading of a group of tasks."""
     return TITLES.get(group, group)
-
-
-def _last_points(study: Study, results: Sequence[Result]) -> list[tuple[Cell, list[Result]]]:
-    found = [(cell, at_point(results, cell.name, cell.points[-1])) for cell in study.cells.values()]
-    return [(cell, lines) for cell, lines in found if lines]
 
 
 def _group_cell(study: Study, lines: Sequence[Result], group: str) -> str:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from scipy.stats import ttest_1samp
 
-from studies.plots import training_figure
 from studies.report import write_module_report, write_report
 from studies.results import append_result, newest_results
 from studies.study import Study
@@ -72,6 +72,51 @@ def test_differences_are_paired(study: Study) -> None:
     assert entries["95 % interval"] == "+3.0 to +3.0"
     assert entries["seeds"] == "3"
     assert entries["token passes"] == "1.00 : 1"
+    assert entries["Holm p"] == "0.000"
+
+
+def test_the_ratio_of_token_passes_is_of_over_over_and_of_the_seeds_that_both_have(study: Study) -> None:
+    lines = lines_of(study)
+    for line in lines:
+        if line["cell"] == "a":
+            line["token_passes"] *= 3 if line["seed"] < 2 else 100
+    lines = [line for line in lines if (line["cell"], line["seed"]) != ("b", 2)]
+    heading, _, row = rows(difference_table(study, lines))
+    entries = dict(zip(heading, row, strict=True))
+    assert (entries["seeds"], entries["token passes"]) == ("2", "3.00 : 1")
+    assert entries["Holm p"] == "–"
+
+
+def test_p_values_are_corrected_for_the_differences_that_have_one(tmp_path: Path) -> None:
+    study = toy_study(
+        tmp_path,
+        seeds=[0, 1, 2],
+        cells={"a": None, "b": None, "two_seeds": None},
+        differences=[
+            {"name": "two seeds", "of": "two_seeds", "over": "b"},
+            {"name": "one way", "of": "a", "over": "b"},
+            {"name": "the other", "of": "b", "over": "a"},
+        ],
+    )
+    values = (1.0, 2.0, 4.0)
+    lines = [made_up_result(study.cells["b"], seed, 100, 50.0) for seed in range(3)]
+    lines += [made_up_result(study.cells["a"], seed, 100, 50.0 + value) for seed, value in enumerate(values)]
+    lines += [made_up_result(study.cells["two_seeds"], seed, 100, 60.0) for seed in range(2)]
+    expected = f"{2 * ttest_1samp(values, 0).pvalue:.3f}"
+    assert [row[-1] for row in rows(difference_table(study, lines))] == [
+        *("Holm p", "---:"),
+        *("–", expected, expected),
+    ]
+
+
+def test_minutes_are_of_whole_trainings(study: Study) -> None:
+    lines = lines_of(study)
+    lines[1]["resumed"] = True  # an early line, with the seconds of its last part
+    lines[3]["fit_commits"] = ["unknown", "a" * 40]
+    for line in (lines[1], lines[3]):
+        line["fit_seconds"] = 6000.0
+    heading, _, first, _ = rows(cell_table(study, lines))
+    assert dict(zip(heading, first, strict=True))["minutes"] == "1.0"
 
 
 def test_the_report_has_pictures_table_conclusion_and_what_is_missing(study: Study) -> None:
@@ -83,26 +128,8 @@ def test_the_report_has_pictures_table_conclusion_and_what_is_missing(study: Stu
     for name in ("cells", "differences", "curves", "groups", "group_curves"):
         assert f"({name}.png)" in readme
         with Image.open(study.output_dir / f"{name}.png") as picture:
-            assert len(picture.convert("RGB").getcolors(maxcolors=1 << 24) or []) > 10
+            assert picture.info["dpi"] == pytest.approx((150, 150), abs=0.1)
     assert (study.output_dir / "table.md").read_text(encoding="utf-8").strip() in readme
-
-
-def test_training_is_drawn_as_the_mean_over_seeds_of_what_was_logged(study: Study) -> None:
-    cell = study.cells["a"]
-    for seed, height in ((0, 0.2), (1, 0.4)):
-        line = made_up_result(cell, seed, 100, 60.0)
-        cosine, nll, absent = [(9, height), (99, 2 * height)], [(9, height), (19, 1.0)], [(9, 0.0), (99, 0.0)]
-        line["logged"] = {"path_cosine": cosine, "estimator_nll_held_out": nll, "mi": absent}
-        append_result(study.results_file, line)
-    figure = training_figure(study, newest_results(study))
-    assert figure is not None
-    cosine_axes, nll_axes, mi_axes = figure.axes
-    (line,) = cosine_axes.get_lines()
-    assert line.get_label() == "cell A"
-    assert list(line.get_xdata()) == [9, 99]
-    assert list(line.get_ydata()) == pytest.approx([0.3, 0.6])
-    assert list(nll_axes.get_lines()[0].get_ydata()) == pytest.approx([0.3, 1.0])
-    assert not mi_axes.get_lines()  # a term that was never on is not drawn as a line at 0
 
 
 def test_a_report_says_that_the_configuration_has_changed_since(
@@ -114,6 +141,21 @@ def test_a_report_says_that_the_configuration_has_changed_since(
     )
     readme = write_report(changed).read_text(encoding="utf-8")
     assert "**Results of an earlier configuration**, run the study again: a." in readme
+
+
+def test_a_report_names_the_commits_that_trained_and_that_scored(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("studies.report.study_figures", lambda study, results: {})
+    line = made_up_result(study.cells["later"], 0, 100, 50.0)
+    line |= {"commit": "c" * 40, "dirty": True, "fit_commits": ["a" * 40, "b" * 40 + " with changes"]}
+    append_result(study.results_file, line)
+    early = made_up_result(study.cells["later"], 0, 50, 50.0)
+    del early["fit_commits"]
+    append_result(study.results_file, early)
+    readme = write_report(study).read_text(encoding="utf-8")
+    names = f"{'0' * 12}, {'a' * 12}, {'b' * 12} with changes, {'c' * 12} with changes"
+    assert f"at commits {names};" in readme
 
 
 def test_no_results_no_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from scipy.stats import ttest_1samp
 
-from studies.statistics import group_score, interval, paired_difference
+from studies.statistics import group_score, holm, interval, p_value, paired_difference
 from studies.study import Difference
 from tests.support.study import made_up_result, toy_study
 
@@ -64,3 +65,21 @@ def test_a_group_of_the_study_needs_all_its_tasks(tmp_path: Path) -> None:
     assert group_score(study, line, "both") == pytest.approx(50.0)
     assert group_score(study, line, "more") is None
     assert group_score(study, line, "overall", "path_1") == pytest.approx(47.0)
+
+
+@pytest.mark.parametrize("values", [(1.0, 2.0, 4.0), (-0.5, 0.1, 0.3, -2.0)])
+def test_the_p_value_is_that_of_the_t_test(values: tuple[float, ...]) -> None:
+    assert p_value(interval(values)) == pytest.approx(ttest_1samp(values, 0).pvalue)
+
+
+def test_p_values_without_spread_and_without_seeds() -> None:
+    assert (p_value(interval([0.0] * 3)), p_value(interval([1.0] * 3))) == (1.0, 0.0)
+    with pytest.raises(ValueError, match="at least 3 seeds, got 2"):
+        p_value(interval([1.0, 2.0]))
+
+
+def test_holm_multiplies_the_smallest_most_and_keeps_the_order() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.4]) == pytest.approx([0.8, 0.8])
+    assert holm([0.9, 0.8, 0.9]) == [1.0, 1.0, 1.0]
+    assert holm([]) == []
