@@ -19,6 +19,7 @@ from parallel_decoupling.data.tasks import Task
 from parallel_decoupling.model.backbone import load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.retrieval.embedder import Embedder
+from parallel_decoupling.retrieval.html_report import write_html_report
 from parallel_decoupling.retrieval.report import ScoreReport, TaskResult
 from tests.support.fit import make_trainer, small_data, small_embedder
 
@@ -146,6 +147,22 @@ def test_scores_of_another_step_are_not_used(
         replace(report(2), run={"global_step": step}).to_json_file(tmp_path / "scores.json")
         found = analyse_checkpoint(checkpoint_file, tmp_path)
         assert (found.errors is not None) == used
+        assert (found.run["global_step"], found.run["checkpoint"]) == (1, "last.ckpt")
+        assert found.run["model"]["num_paths"] == found.num_paths
+
+
+def test_the_command_s_file_is_accepted_by_the_report_of_the_same_step_only(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.fit(small_embedder(tiny_backbone_dir), small_data(tiny_mmeb_dir))
+    trainer.save_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
+    main(["paths", str(tmp_path)])
+    for step, shown in ((1, True), (2, False)):
+        page_file = write_html_report(replace(report(2), run={"global_step": step}), tmp_path)
+        page = page_file.read_text(encoding="utf-8")
+        assert ("linear CKA" in page) == shown
+        assert ("run lightning paths" in page) != shown
 
 
 def test_command_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -61,6 +62,11 @@ def report(skill: int, num_paths: int = 2) -> ScoreReport:
     return ScoreReport(
         tasks, {"model": {"backbone": "tiny", "num_paths": num_paths, "dtype": None}, "seed": 4}
     )
+
+
+def at_step(step: int | None, num_paths: int = 2) -> ScoreReport:
+    made = report(6, num_paths)
+    return replace(made, run={**made.run, "global_step": step})
 
 
 @pytest.fixture
@@ -137,6 +143,8 @@ def test_paths_come_from_the_matrix_or_from_the_file(tmp_path: Path) -> None:
     assert Page(file).texts.count("0.37") == 2
     probe = {"accuracy": {"aggregate": 0.93, "path_0": 0.91}, "spread": {"aggregate": 0.02, "path_0": 0.03}}
     content = {
+        "num_paths": 2,
+        "run": {"global_step": 480, "checkpoint": "last.ckpt"},
         "similarity": {"cosine": [[1, 0.21], [0.21, 1]], "linear_cka": [[1, 0.5], [0.5, 1]]},
         "errors": {"kappa": [[1, None], [None, 1]]},
         "probes": {"color": {**probe, "majority": 0.13}},
@@ -144,11 +152,30 @@ def test_paths_come_from_the_matrix_or_from_the_file(tmp_path: Path) -> None:
     (tmp_path / "paths").mkdir()
     (tmp_path / "paths" / "paths.json").write_text(json.dumps(content))
     Image.new("RGB", (4, 4)).save(tmp_path / "paths" / "attention_maps.png")
-    page = Page(write_html_report(report(6), tmp_path, PageParts(path_cosine=[[1.0, 0.0], [0.0, 1.0]])))
+    parts = PageParts(path_cosine=[[1.0, 0.37], [0.37, 1.0]])
+    page = Page(write_html_report(at_step(480), tmp_path, parts))
     assert page.texts.count("0.21") == 2
     assert page.texts.count("no value") == 2
     assert "93" in page.texts
     assert sum(tag == "img" for tag, _ in page.tags) == 1
+    assert not any("lightning paths" in text for text in page.texts)
+
+
+@pytest.mark.parametrize(("step", "num_paths"), [(960, 2), (480, 3), (None, 2)])
+def test_paths_of_another_step_or_number_are_not_shown(
+    step: int | None, num_paths: int, tmp_path: Path
+) -> None:
+    (tmp_path / "paths").mkdir()
+    content = {"num_paths": 2, "run": {"global_step": 480}, "similarity": {"cosine": [[1, 0.21], [0.21, 1]]}}
+    (tmp_path / "paths" / "paths.json").write_text(json.dumps(content))
+    Image.new("RGB", (4, 4)).save(tmp_path / "paths" / "attention_maps.png")
+    for parts in (PageParts(), PageParts(path_cosine=[[1.0, 0.37], [0.37, 1.0]])):
+        page = Page(write_html_report(at_step(step, num_paths), tmp_path, parts))
+        (note,) = (text for text in page.texts if "lightning paths" in text)
+        assert f"of step 480 and 2 paths, the scores are of step {step} and {num_paths} paths" in note
+        assert "0.21" not in page.texts
+        assert page.texts.count("0.37") == 2 * (parts.path_cosine is not None)
+        assert not any(tag == "img" for tag, _ in page.tags)
 
 
 def test_a_baseline_with_other_tasks_is_refused(tmp_path: Path) -> None:

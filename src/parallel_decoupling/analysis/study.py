@@ -58,7 +58,7 @@ class PathAnalysis:
         errors: from the run's scores.
         pictures: the first ones of ``attention`` and ``contributions``.
         notes: what was left out, and why.
-        run: what the embeddings came from, plain values.
+        run: what trained the weights, plain values: ``Embedder.run``, and the file name of the checkpoint.
     """
 
     num_paths: int
@@ -175,7 +175,7 @@ def _analyse(
         errors=None if report is None else error_overlap(report),
         pictures=pictures[:SHOWN],
         notes=notes,
-        run={} if report is None else report.run,
+        run=embedder.run,
     )
 
 

@@ -43,7 +43,7 @@ def run(options: Any) -> None:
     console.print(f"written to {folder}", markup=False, highlight=False, soft_wrap=True)
     if folder == run_dir / PATHS_DIR and (run_dir / PARTS_FILE).is_file():
         page = write_run_report(run_dir)
-        console.print(f"probes and pictures added to {page}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{page} written again", markup=False, highlight=False, soft_wrap=True)
 
 
 def locate(run_or_checkpoint: str | Path) -> tuple[Path, Path]:
@@ -71,25 +71,26 @@ def analyse_checkpoint(checkpoint_file: Path, run_dir: Path, data_dir: str | Non
         run_dir: may hold the ``scores.json`` of that checkpoint; one of another step is not used.
         data_dir: as ``--data.data_dir``.
 
+    Returns:
+        With the checkpoint's step and name in ``run``.
+
     Raises:
         ValueError: the checkpoint does not say on what data it was trained.
     """
-    import torch
-
     from parallel_decoupling.analysis.study import analyse_inputs, analyse_world, benchmark_inputs
     from parallel_decoupling.data.datamodule import EMBEDDED
     from parallel_decoupling.retrieval.report import SCORES_FILE, ScoreReport
     from parallel_decoupling.training.loading import load_embedder
 
     embedder = load_embedder(checkpoint_file)
-    checkpoint = torch.load(checkpoint_file, map_location="cpu", weights_only=True)
+    embedder.run = {**embedder.run, "checkpoint": checkpoint_file.name}
     if data_dir is None:
-        data_dir = checkpoint.get("data", {}).get("data_dir")
+        data_dir = embedder.run["data"].get("data_dir")
     if data_dir is None:
         raise ValueError(f"{checkpoint_file} does not name its data; pass --data_dir")
     scores_file = run_dir / SCORES_FILE
     report = ScoreReport.from_json_file(scores_file) if scores_file.is_file() else None
-    if report is not None and report.run.get("global_step") != checkpoint["global_step"]:
+    if report is not None and report.run.get("global_step") != embedder.run["global_step"]:
         report = None
     if data_dir == EMBEDDED or Path(data_dir).name.startswith(f"{EMBEDDED}-"):
         return analyse_world(embedder, report)

@@ -96,7 +96,8 @@ class PageParts:
 
     Attributes:
         examples: in the order to be shown.
-        path_cosine: ``[N][N]``, mean cosine between the paths' queries; shown if there is no ``paths.json``.
+        path_cosine: ``[N][N]``, mean cosine between the paths' queries; shown without a ``paths.json`` of the
+            same step.
         baseline: kept whole, as its folder may be gone later.
     """
 
@@ -178,7 +179,8 @@ def write_html_report(
 
     Args:
         report: of the run.
-        run_dir: the page is named after it; ``paths/paths.json`` in it adds probes and pictures of the paths.
+        run_dir: the page is named after it; ``paths/paths.json`` in it adds probes and pictures of the paths
+            if it is of the same step and number of paths as the scores.
         parts: what else is shown.
         html_file: by default ``report.html`` in ``run_dir``.
 
@@ -208,7 +210,7 @@ def write_html_report(
         groups=_groups(report, None if baseline is None else baseline.report),
         overall=report.means["overall"][report.columns[0]],
         baseline_name=None if baseline is None else baseline.name,
-        paths=_paths(run_dir / PATHS_DIR, parts.path_cosine),
+        paths=_paths(run_dir, report, parts.path_cosine),
         examples=parts.examples,
     )
     file = run_dir / REPORT_FILE if html_file is None else Path(html_file)
@@ -278,14 +280,20 @@ def _gap(difference: Difference) -> dict[str, Any]:
     return {"text": text, "sign": "up" if difference.low > 0 else "down" if difference.high < 0 else ""}
 
 
-def _paths(folder: Path, path_cosine: list[list[float]] | None) -> dict[str, Any] | None:
+def _paths(
+    run_dir: Path, report: ScoreReport, path_cosine: list[list[float]] | None
+) -> dict[str, Any] | None:
     """Matrices, probes and pictures of ``lightning paths``, or the one matrix that is given."""
-    paths_file = folder / PATHS_FILE
-    if not paths_file.is_file():
-        if path_cosine is None:
-            return None
-        return {"matrices": {"mean cosine": path_cosine}, "probes": {}, "pictures": {}}
-    content = json.loads(paths_file.read_text(encoding="utf-8"))
+    folder, note = run_dir / PATHS_DIR, ""
+    content: dict[str, Any] = {}
+    if (folder / PATHS_FILE).is_file():
+        content = json.loads((folder / PATHS_FILE).read_text(encoding="utf-8"))
+        note = _mismatch(content, report, run_dir)
+    if note or not content:
+        matrices = {} if path_cosine is None else {"mean cosine": path_cosine}
+        return (
+            {"matrices": matrices, "probes": {}, "pictures": {}, "note": note} if note or matrices else None
+        )
     similarity, errors = content["similarity"], content["errors"]
     matrices = {"mean cosine": similarity["cosine"], "linear CKA": similarity["linear_cka"]}
     if errors:
@@ -295,7 +303,19 @@ def _paths(folder: Path, path_cosine: list[list[float]] | None) -> dict[str, Any
         for name, title in PATH_PICTURES.items()
         if (folder / name).is_file()
     }
-    return {"matrices": matrices, "probes": content["probes"], "pictures": pictures}
+    return {"matrices": matrices, "probes": content["probes"], "pictures": pictures, "note": ""}
+
+
+def _mismatch(content: Mapping[str, Any], report: ScoreReport, run_dir: Path) -> str:
+    """What differs between the weights of ``paths.json`` and those of the scores; "" if they agree."""
+    theirs = content.get("run", {}).get("global_step"), content["num_paths"]
+    ours = report.run.get("global_step"), len(report.path_columns)
+    if theirs == ours:
+        return ""
+    return (
+        f"{PATHS_DIR}/{PATHS_FILE} is of step {theirs[0]} and {theirs[1]} paths, the scores are of step "
+        f"{ours[0]} and {ours[1]} paths; run lightning paths {run_dir} again"
+    )
 
 
 def _shown(item: RawInput, verdict: str) -> Shown:
