@@ -100,6 +100,7 @@ def test_scores_and_facts_are_on_the_page(tmp_path: Path) -> None:
         assert shown in texts
     assert "model.dtype" not in texts
     assert "overall (mean of tasks)" in texts
+    assert "Paths" not in texts
 
 
 def test_a_single_path_is_shown_once(tmp_path: Path) -> None:

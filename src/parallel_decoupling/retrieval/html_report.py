@@ -280,9 +280,7 @@ def _gap(difference: Difference) -> dict[str, Any]:
     return {"text": text, "sign": "up" if difference.low > 0 else "down" if difference.high < 0 else ""}
 
 
-def _paths(
-    run_dir: Path, report: ScoreReport, path_cosine: list[list[float]] | None
-) -> dict[str, Any] | None:
+def _paths(run_dir: Path, report: ScoreReport, path_cosine: list[list[float]] | None) -> dict[str, Any]:
     """Matrices, probes and pictures of ``lightning paths``, or the one matrix that is given."""
     folder, note = run_dir / PATHS_DIR, ""
     content: dict[str, Any] = {}
@@ -291,9 +289,7 @@ def _paths(
         note = _mismatch(content, report, run_dir)
     if note or not content:
         matrices = {} if path_cosine is None else {"mean cosine": path_cosine}
-        return (
-            {"matrices": matrices, "probes": {}, "pictures": {}, "note": note} if note or matrices else None
-        )
+        return {"matrices": matrices, "probes": {}, "pictures": {}, "note": note}
     similarity, errors = content["similarity"], content["errors"]
     matrices = {"mean cosine": similarity["cosine"], "linear CKA": similarity["linear_cka"]}
     if errors:
