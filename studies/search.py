@@ -39,6 +39,7 @@ from parallel_decoupling.index.scoring import aggregate, unit
 from parallel_decoupling.index.settings import AGGREGATE, MAXSIM, SUM, Precision
 from parallel_decoupling.index.torch_index import TorchIndex
 from parallel_decoupling.training.loading import load_embedder
+from studies.plots import DPI
 
 NUM_ITEMS, NUM_SCENES, NUM_QUERIES = 100_000, 10_000, 200
 TOP_K = 10
@@ -252,7 +253,7 @@ def write_results(results: Results, output_dir: Path, world: World) -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    draw(results).savefig(output_dir / "search.png", dpi=110)
+    draw(results).savefig(output_dir / "search.png", dpi=DPI)
     table = ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
     table += ["| " + " | ".join(row.values()) + " |" for row in rows]
     note = (
