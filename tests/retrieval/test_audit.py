@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from parallel_decoupling import cli
-from parallel_decoupling.data.tasks import MMEB_TASKS
+from parallel_decoupling.data.tasks import MMEB_TASKS, Task
 from parallel_decoupling.retrieval.audit import audit_row, audit_scores
 from parallel_decoupling.retrieval.published import PublishedRow, read_table
-from parallel_decoupling.retrieval.score_files import TaskScores
+from parallel_decoupling.retrieval.report import ScoreReport, TaskResult
+from parallel_decoupling.retrieval.score_files import TaskScores, read_scores
 from tests.retrieval.test_report import PUBLISHED
 
 PERCENT = {
@@ -56,10 +59,11 @@ def test_a_wrong_split_is_told_from_a_wrong_meta_task() -> None:
 
 @pytest.mark.parametrize(("place", "overall"), [(0, 59.7), (1, 65.4)])
 def test_published_task_scores_aggregate_to_the_published_means(place: int, overall: float) -> None:
-    report, problems = audit_scores(TaskScores("leaderboard", scores(place)))
-    assert report is not None
-    assert 100 * report.means["overall"]["hit@1"] == pytest.approx(overall, abs=0.05)
-    assert not problems
+    found = audit_scores(TaskScores("leaderboard", scores(place)))
+    assert found.report is not None
+    assert 100 * found.report.means["overall"]["hit@1"] == pytest.approx(overall, abs=0.05)
+    assert not found.problems
+    assert not found.notes
 
 
 def test_odd_task_scores_are_named() -> None:
@@ -68,20 +72,85 @@ def test_odd_task_scores_are_named() -> None:
     tasks["CIFAR-100"] = {"hit@1": 0.5}
     tasks["DocVQA"] = {"hit@1": 0.5, "hit@5": 0.4, "num_correct": 400, "num_pred": 1000}
     tasks["EDIS"] = {"hit@1": 81.4}
-    report, problems = audit_scores(TaskScores("leaderboard", tasks))
-    assert report is not None
-    assert "CIFAR-100" not in report.tasks
+    found = audit_scores(TaskScores("leaderboard", tasks))
+    assert found.report is not None
+    assert "CIFAR-100" not in found.report.tasks
     for words in ("CIFAR-100", "GQA", "DocVQA: 400 of 1000", "DocVQA: hit@k falls", "EDIS: no fraction"):
-        assert any(words in problem for problem in problems), words
+        assert any(words in problem for problem in found.problems), words
 
 
 def test_percent_instead_of_fractions_is_said_and_read() -> None:
-    tasks = {name: {"hit@1": values[0]} for name, values in PERCENT.items()}
-    report, problems = audit_scores(TaskScores("leaderboard", tasks))
-    assert report is not None
-    assert 100 * report.means["overall"]["hit@1"] == pytest.approx(59.7, abs=0.05)
-    assert problems == ["hit@1 is in percent; the formats have fractions"]
-    assert set(report.tasks) == set(MMEB_TASKS)
+    tasks = {name: {"hit@1": values[0], "hit@5": 99.0} for name, values in PERCENT.items()}
+    tasks["FashionIQ"] = {"hit@1": 0.8, "hit@5": 3.0, "num_pred": 1000, "num_correct": 8}
+    found = audit_scores(TaskScores("leaderboard", tasks))
+    assert found.problems == ("hit@1 is in percent; the formats have fractions",)
+    assert found.report is not None
+    assert found.report.tasks["FashionIQ"].hit_at_1["hit@1"] == pytest.approx(0.008)
+    assert set(found.report.tasks) == set(MMEB_TASKS)
+
+
+def own_report(names: Iterable[str]) -> ScoreReport:
+    hits = {"aggregate": "1100"}
+    return ScoreReport(
+        {
+            name: TaskResult(MMEB_TASKS.get(name, Task(name, "vqa", True)), 4, 0.1, {"aggregate": 0.5}, hits)
+            for name in names
+        }
+    )
+
+
+def changed(content: dict[str, Any], place: str, value: Any) -> None:
+    *keys, last = place.split("/")
+    for key in keys:
+        content = content[key]
+    content[last] = value
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "problem"),
+    [
+        ("means/overall/aggregate", 0.6, "means, overall, aggregate: 0.6 is stored, the tasks give 0.5"),
+        ("means/vqa/path_0", 0.6, "means, vqa, path_0: 0.6 is stored, the tasks give 'nothing'"),
+        ("hits/GQA/aggregate", "1110", "task GQA, column aggregate: the mean of the hits is 0.75"),
+        ("tasks/GQA/metrics", {"aggregate": {"hit@1": 0.7}}, "task GQA, metrics, hit@1, aggregate: 0.7"),
+        ("tasks/GQA/meta_task", "grounding", "GQA counts as grounding, OOD; MMEB has it in vqa, OOD"),
+        ("tasks/GQA/in_distribution", True, "GQA counts as vqa, IND; MMEB has it in vqa, OOD"),
+    ],
+)
+def test_a_changed_score_file_of_this_package_is_found(
+    place: str, value: Any, problem: str, tmp_path: Path
+) -> None:
+    own_report(MMEB_TASKS).to_json_file(tmp_path / "scores.json")
+    assert audit_scores(read_scores(tmp_path)).problems == ()
+    content = json.loads((tmp_path / "scores.json").read_text())
+    changed(content, place, value)
+    (tmp_path / "scores.json").write_text(json.dumps(content))
+    assert any(problem in each for each in audit_scores(read_scores(tmp_path)).problems)
+
+
+def test_missing_tasks_are_those_of_files_with_a_task_of_mmeb(tmp_path: Path) -> None:
+    own_report(["mine", "other"]).to_json_file(tmp_path / "scores.json")
+    assert audit_scores(read_scores(tmp_path)).problems == ()
+    own_report(["mine", "GQA"]).to_json_file(tmp_path / "scores.json")
+    (problem,) = audit_scores(read_scores(tmp_path)).problems
+    assert problem.startswith("35 of MMEB's 36 tasks are missing")
+    (tmp_path / "mine_score.json").write_text('{"hit@1": 0.5}')
+    alone = audit_scores(read_scores(tmp_path / "mine_score.json"))
+    assert (alone.report, alone.problems, len(alone.notes)) == (None, (), 1)
+
+
+def test_tasks_that_upstream_marks_as_not_run_are_missing_and_noted(tmp_path: Path) -> None:
+    image: dict[str, Any] = {**scores(), "GQA": "FILE_N/A", "EDIS": "DIR_N/A"}
+    content = {"metrics": {"image": image, "video": {"K700": "FILE_N/A"}, "visdoc": {}}}
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    found = audit_scores(read_scores(tmp_path / "x.json"))
+    (problem,) = found.problems
+    assert "2 of MMEB's 36 tasks are missing" in problem
+    assert "GQA is FILE_N/A: it was not run" in found.notes
+    assert "1 video tasks are not part of the image means and were not read" in found.notes
+    content["metrics"]["image"] = scores()
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    cli.main(["audit", str(tmp_path / "x.json")])  # notes are no reason for another exit code
 
 
 def test_the_leaderboards_own_headings_are_read(tmp_path: Path) -> None:
@@ -97,6 +166,13 @@ def test_the_leaderboards_own_headings_are_read(tmp_path: Path) -> None:
     assert second.means == {"overall": 50.0}
     table.write_text("model,overall\nx,much\n")
     with pytest.raises(ValueError, match=r"results.csv, line 2, column overall: 'much'"):
+        read_table(table)
+    for row, words in (("y", "1 cells under 2 headings"), ("x,1,2", "3 cells under 2 headings")):
+        table.write_text(f"overall,model\n{row}\n")
+        with pytest.raises(ValueError, match=f"results.csv, line 2: {words}"):
+            read_table(table)
+    table.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"results.csv is no CSV file in UTF-8"):
         read_table(table)
     table.write_text("name,score\nx,1\n")
     with pytest.raises(ValueError, match="no table of results"):

@@ -184,6 +184,42 @@ def test_other_rows_under_the_same_name_are_an_error_and_unknown_ones_are_not(tm
     compare([folders["one"], save(whole, tmp_path / "older")])
 
 
+def test_a_score_file_stands_for_its_run(tmp_path: Path) -> None:
+    folders = [save(make_report(number, 0.5, 1), tmp_path / name) for number, name in enumerate("ab")]
+    assert list(compare([folders[0], f"{folders[1]}/scores.json"]).reports) == ["a", "b"]
+    with pytest.raises(ValueError, match="compared with itself"):
+        compare([folders[0], f"{folders[0]}/scores.json"])
+
+
+def test_hits_that_do_not_fit_the_scores_are_an_error_with_run_and_task(tmp_path: Path) -> None:
+    folders = [save(make_report(number, 0.5, 1), tmp_path / str(number)) for number in range(2)]
+    file = tmp_path / "1" / "scores.json"
+    content = json.loads(file.read_text())
+    whole = content["hits"]["find"]["path_0"]
+    score = content["tasks"]["find"]["hit_at_1"]["path_0"]
+    for hits, message in (
+        (whole[:-1], "59 hits of 60 queries"),
+        ("2" + whole[1:], "hits other than 0 and 1"),
+        ("01"[whole[0] == "0"] + whole[1:], f"mean of the hits is .*, but hit_at_1 is {score:.6g}"),
+    ):
+        content["hits"]["find"]["path_0"] = hits
+        file.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=rf"1.scores\.json, task find, column path_0: (the )?{message}"):
+            compare(folders)
+    del content["hits"]["find"]["aggregate"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"task find: hits of \['path_0'\], but scores of"):
+        compare(folders)
+
+
+@pytest.mark.parametrize("runs", [2, 3])
+def test_the_best_of_several_runs_is_said_to_be_picked_by_its_score(runs: int, tmp_path: Path) -> None:
+    folders = [save(make_report(number, 0.5, 1), tmp_path / str(number)) for number in range(runs)]
+    comparison = compare(folders)
+    for table in (comparison.means_table(), comparison.task_table()):
+        assert ("is the best of 2 runs by the same score" in str(table.caption)) == (runs == 3)
+
+
 def test_run_and_task_names_with_markup_are_shown_as_they_are(tmp_path: Path) -> None:
     whole = make_report(0, 0.5, 1)
     task = replace(whole.tasks["find"], task=Task("[red]find[/red]", "retrieval", False))

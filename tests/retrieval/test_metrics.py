@@ -48,6 +48,7 @@ def test_means_equal_slow_loops_over_random_ranks(seed: int) -> None:
     found = mean_metrics(torch.tensor(ranks))
     for depth in (1, 5, 10):
         assert found[f"hit@{depth}"] == pytest.approx(sum(rank <= depth for rank in ranks) / 60)
+        assert found[f"mrr@{depth}"] == pytest.approx(sum(1 / rank for rank in ranks if rank <= depth) / 60)
         gains = [1 / math.log2(1 + rank) if rank <= depth else 0.0 for rank in ranks]
         for gain in ("linear", "exponential"):
             assert found[f"ndcg_{gain}@{depth}"] == pytest.approx(sum(gains) / 60)

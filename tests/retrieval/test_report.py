@@ -5,6 +5,7 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -120,6 +121,61 @@ def test_another_file_is_an_error(text: str, message: str, tmp_path: Path) -> No
     (tmp_path / "scores.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         ScoreReport.from_json_file(tmp_path / "scores.json")
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("tasks",), [], r"tasks: \[\] is not an object"),
+        (("tasks",), {}, "at least one task"),
+        (("tasks", "digit"), 3, "task digit: 3 is not an object"),
+        (("tasks", "digit", "hit_at_1"), 0.5, "task digit, hit_at_1: 0.5 is not an object"),
+        (("tasks", "digit", "hit_at_1", "path_0"), "high", "hit_at_1, path_0: 'high' is not a number"),
+        (("tasks", "digit", "num_queries"), "2", "num_queries: '2' is not a whole number"),
+        (("tasks", "digit", "meta_task"), "video", "digit has meta-task 'video'"),
+        (("hits",), [], r"hits: \[\] is not an object"),
+        (("hits", "digit"), "10", "task digit, hits: '10' is not an object"),
+        (("hits", "digit", "path_0"), [0, 1], "hits, path_0: .* is not a text"),
+        (("hits", "digit", "path_0"), "0", "task digit, column path_0: 1 hits of 2 queries"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named_with_its_place(
+    place: tuple[str, ...], value: Any, message: str, report: ScoreReport, tmp_path: Path
+) -> None:
+    file = tmp_path / "scores.json"
+    report.to_json_file(file)
+    content = part = json.loads(file.read_text())
+    for key in place[:-1]:
+        part = part[key]
+    part[place[-1]] = value
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"scores\.json.*{message}"):
+        ScoreReport.from_json_file(file)
+
+
+def test_a_binary_file_is_an_error_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "scores.json").write_bytes(b"\x93NUMPY\xff")
+    with pytest.raises(ValueError, match=r"scores\.json is not JSON"):
+        ScoreReport.from_json_file(tmp_path / "scores.json")
+
+
+def test_means_over_some_of_mmebs_tasks_are_marked(report: ScoreReport, tmp_path: Path) -> None:
+    results = {name: TaskResult(MMEB_TASKS[name], 9, 0.1, {"aggregate": 0.5}) for name in MMEB_TASKS}
+    some = ScoreReport({name: results[name] for name in ("GQA", "MSCOCO", "EDIS")})
+    some.to_json_file(tmp_path / "scores.json")
+    marks = json.loads((tmp_path / "scores.json").read_text())["partial_means"]
+    assert marks["overall"] == "of 3 of MMEB's 36 tasks"
+    assert marks["grounding"] == "of 1 of MMEB's 4 tasks"
+    assert "overall (mean of tasks), 3/36" in rendered(some)
+    assert "means over 3 of MMEB's 36 tasks: not MMEB's means" in rendered(some)
+    for whole in (report, ScoreReport(results)):
+        assert whole.partial_means == {}
+        assert "/36" not in rendered(whole)
+
+
+def test_files_of_before_cut_reciprocal_ranks_still_have_their_means(report: ScoreReport) -> None:
+    old = replace(report.tasks["shape"], metrics={column: {"mrr": 0.5} for column in report.columns})
+    assert ScoreReport({"shape": old}).metric_means["overall"]["path_0"] == {"mrr": 0.5}
 
 
 def test_files_of_before_metrics_and_hashes_still_load(report: ScoreReport, tmp_path: Path) -> None:

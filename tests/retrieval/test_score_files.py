@@ -51,7 +51,12 @@ def test_score_files_of_both_versions_come_back(version: str, report: ScoreRepor
     assert v2["f1@10"] == pytest.approx(
         2 * v2["precision@10"] * v2["recall@10"] / (v2["precision@10"] + v2["recall@10"])
     )
-    assert {"ndcg_linear@5", "ndcg_exponential@10", "map", "mrr", "num_data"} <= v2.keys()
+    kinds = ("hit", "ndcg_linear", "ndcg_exponential", "precision", "recall", "f1", "map", "mrr")
+    keys = {f"{kind}@{depth}" for kind in kinds for depth in (1, 5, 10)}
+    assert v2.keys() == keys | {"num_pred", "num_data"}, "VLM2Vec's keys"
+    ranks = [1 / rank if rank <= 5 else 0 for rank in scored("GQA", 0)[1].ranks["aggregate"].tolist()]
+    assert v2["mrr@5"] == v2["map@5"] == pytest.approx(sum(ranks) / 20)
+    assert v2["mrr@1"] == v2["hit@1"]
 
 
 def test_the_leaderboards_file_comes_back_with_its_metadata(report: ScoreReport, tmp_path: Path) -> None:
@@ -93,6 +98,8 @@ def test_candidates_are_named_by_their_identity() -> None:
         identity: candidate_name(Task("t", "vqa", True, identity=identity), candidate)  # type: ignore[arg-type]
         for identity in ("text", "image", "image_and_text")
     }
+    text = RawInput('"a  cup" \n')
+    assert candidate_name(Task("t", "vqa", True, identity="text"), text) == text.text, "to the letter"
     assert names == {"text": '"a cup"', "image": "cups/1.png", "image_and_text": "cups/1.png:a cup"}
 
 

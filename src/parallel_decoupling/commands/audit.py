@@ -37,13 +37,15 @@ def run(options: Any) -> None:
         audits = [audit.audit_row(row) for row in read_table(path)]
         console.print(audit.row_table(audits))
         problems = [f"{each.row.model}: {problem}" for each in audits for problem in each.problems]
+        notes: list[str] = []
     else:
         scores = read_scores(path)
-        report, problems = audit.audit_scores(scores)
+        found = audit.audit_scores(scores)
+        problems, notes = list(found.problems), list(found.notes)
         console.print(f"{path}: {scores.format}, {len(scores.tasks)} tasks", markup=False, highlight=False)
-        if report is not None:
-            console.print(audit.means_table(report))
-    for problem in problems:
-        console.print(f"problem: {problem}", markup=False, highlight=False, soft_wrap=True)
+        if found.report is not None:
+            console.print(audit.means_table(found.report))
+    for line in (*(f"note: {note}" for note in notes), *(f"problem: {problem}" for problem in problems)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     if problems:
         raise SystemExit(1)

@@ -11,7 +11,10 @@ if TYPE_CHECKING:
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument(
-        "run_dirs", nargs="+", type=str, help="runs with a scores.json; the first is the baseline"
+        "run_dirs",
+        nargs="+",
+        type=str,
+        help="runs with a scores.json, or such files; the first is the baseline",
     )
     parser.add_argument(
         "--output_dir",
@@ -27,12 +30,13 @@ def run(options: Any) -> None:
 
     from rich.console import Console
 
-    from parallel_decoupling.retrieval.compare import compare
+    from parallel_decoupling.retrieval.compare import compare, scores_file
     from parallel_decoupling.retrieval.html_report import Baseline, PageParts, write_html_report
 
     comparison = compare(options.run_dirs, options.output_dir)
     if options.output_dir is not None:
-        run_dir = dict(zip(comparison.reports, options.run_dirs, strict=True))[comparison.best]
+        typed = dict(zip(comparison.reports, options.run_dirs, strict=True))[comparison.best]
+        run_dir = scores_file(typed).parent
         parts = replace(PageParts.read(run_dir), baseline=Baseline(*next(iter(comparison.reports.items()))))
         page = Path(options.output_dir) / "comparison.html"
         write_html_report(comparison.reports[comparison.best], run_dir, parts, page)

@@ -8,22 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, median
 
 from rich.table import Table
 from rich.text import Text
 
 from parallel_decoupling.data.tasks import MMEB_TASKS, Task
 from parallel_decoupling.retrieval.published import PublishedRow
-from parallel_decoupling.retrieval.report import MEAN_TITLES, META_TASKS, ScoreReport, TaskResult
+from parallel_decoupling.retrieval.report import (
+    MEAN_TITLES,
+    META_TASKS,
+    MMEB_COUNTS,
+    ScoreReport,
+    TaskResult,
+)
 from parallel_decoupling.retrieval.score_files import TaskScores
 
-COUNTS = {
-    **{name: sum(task.meta_task == name for task in MMEB_TASKS.values()) for name in META_TASKS},
-    "in_distribution": sum(task.in_distribution for task in MMEB_TASKS.values()),
-    "out_of_distribution": sum(not task.in_distribution for task in MMEB_TASKS.values()),
-}
-"""MMEB's tasks behind each mean: 10 + 10 + 12 + 4 and 20 + 16."""
 SPLITS = ("in_distribution", "out_of_distribution")
 ROUNDING = 0.1
 """Points: parts and whole printed with one decimal differ by at most this much."""
@@ -81,35 +81,51 @@ def audit_row(row: PublishedRow) -> RowAudit:
     return RowAudit(row, from_meta_tasks, from_splits, unweighted, tuple(problems))
 
 
-def audit_scores(scores: TaskScores) -> tuple[ScoreReport | None, list[str]]:
+@dataclass(frozen=True)
+class ScoresAudit:
+    """A score file against its own parts.
+
+    Attributes:
+        report: the means of its tasks, recomputed, MMEB's tasks in MMEB's groups; None without a usable task.
+        problems: what does not fit; empty for a consistent file of all of MMEB's tasks or of own ones.
+        notes: what is not wrong but good to know.
+    """
+
+    report: ScoreReport | None
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def audit_scores(scores: TaskScores) -> ScoresAudit:
     """Recompute the means of a score file's tasks, and list what is odd about it.
 
-    Tasks of no known meta-task are left out of the means and named. Values above 1 in every task count as
-    percent.
-
-    Returns:
-        The means as a report (None without a usable task), and the problems.
+    Tasks of no known meta-task are left out of the means and named. A median of hit@1 above 1 means that all
+    rates are in percent. Tasks of MMEB are only missing from a file that has one of them.
     """
-    known = {**MMEB_TASKS, **scores.known}
-    problems = list(scores.notes)
-    tasks = {name: dict(values) for name, values in scores.tasks.items()}
-    if tasks and all(values["hit@1"] > 1 for values in tasks.values()):
+    known = {**scores.known, **MMEB_TASKS}
+    problems, notes = list(scores.problems), list(scores.notes)
+    tasks = scores.tasks
+    if tasks and median(values["hit@1"] for values in tasks.values()) > 1:
         problems.append("hit@1 is in percent; the formats have fractions")
-        tasks = {name: {**values, "hit@1": values["hit@1"] / 100} for name, values in tasks.items()}
+        tasks = {name: _fractions(values) for name, values in tasks.items()}
     for name, values in tasks.items():
         problems += [f"{name}: {problem}" for problem in _value_problems(values)]
+    for name, task in scores.known.items():
+        if task != known[name]:
+            problems.append(f"{name} counts as {_groups(task)}; MMEB has it in {_groups(known[name])}")
     unknown = [name for name in tasks if name not in known]
-    if unknown:
+    if unknown and len(unknown) == len(tasks):
+        notes.append("no task of MMEB and no meta-task of any other one, so there are no means")
+    elif unknown:
         problems.append(f"not tasks of MMEB, left out of the means: {', '.join(unknown)}")
-    if not scores.known:
-        missing = [name for name in MMEB_TASKS if name not in tasks]
-        if missing:
-            problems.append(
-                f"{len(missing)} of MMEB's {len(MMEB_TASKS)} tasks are missing, so the means are not MMEB's: "
-                f"{', '.join(missing)}"
-            )
+    missing = [name for name in MMEB_TASKS if name not in tasks]
+    if missing and (len(missing) < len(MMEB_TASKS) or not tasks):
+        problems.append(
+            f"{len(missing)} of MMEB's {len(MMEB_TASKS)} tasks are missing, so the means are not MMEB's: "
+            f"{', '.join(missing)}"
+        )
     usable = {name: values for name, values in tasks.items() if name in known}
-    return (_report(usable, known) if usable else None), problems
+    return ScoresAudit(_report(usable, known) if usable else None, tuple(problems), tuple(notes))
 
 
 def row_table(audits: Sequence[RowAudit]) -> Table:
@@ -139,7 +155,7 @@ def means_table(report: ScoreReport) -> Table:
     for name, mean in report.means.items():
         names = report.groups.get(name)
         count = "" if names is None else str(len(names))
-        whole = COUNTS.get(name, len(MMEB_TASKS) if name == "overall" else None)
+        whole = MMEB_COUNTS.get(name) if any(task in MMEB_TASKS for task in report.tasks) else None
         value = f"{100 * mean[report.columns[0]]:.1f}"
         table.add_row(MEAN_TITLES[name], count, "" if whole is None else str(whole), value)
     return table
@@ -148,7 +164,7 @@ def means_table(report: ScoreReport) -> Table:
 def _weighted(means: Mapping[str, float], parts: Collection[str]) -> float | None:
     if not all(part in means for part in parts):
         return None
-    return sum(COUNTS[part] * means[part] for part in parts) / sum(COUNTS[part] for part in parts)
+    return sum(MMEB_COUNTS[part] * means[part] for part in parts) / sum(MMEB_COUNTS[part] for part in parts)
 
 
 def _differ(first: float | None, second: float | None) -> bool:
@@ -157,10 +173,23 @@ def _differ(first: float | None, second: float | None) -> bool:
     return abs(first - second) > ROUNDING + SLACK
 
 
+def _is_rate(name: str) -> bool:
+    return "@" in name or name in ("acc", "mrr", "map")
+
+
+def _fractions(values: Mapping[str, float]) -> dict[str, float]:
+    """Rates in percent as fractions, counts as they are."""
+    return {name: value / 100 if _is_rate(name) else value for name, value in values.items()}
+
+
+def _groups(task: Task) -> str:
+    return f"{task.meta_task}, {'IND' if task.in_distribution else 'OOD'}"
+
+
 def _value_problems(values: Mapping[str, float]) -> list[str]:
     """Values of one task that contradict each other or are no fractions."""
     problems = []
-    rates = [name for name in values if "@" in name or name in ("acc", "mrr", "map")]
+    rates = [name for name in values if _is_rate(name)]
     out = [f"{name} {values[name]:g}" for name in rates if not 0 <= values[name] <= 1]
     if out:
         problems.append(f"no fraction between 0 and 1: {', '.join(out)}")

@@ -84,6 +84,17 @@ class Comparison:
         return max(self.differences, key=lambda name: _headline(self.reports[name], "overall"))
 
     @property
+    def note(self) -> str:
+        """What the differences are, and how the best run was picked if there was a choice."""
+        note = f"difference: {self.best} - {next(iter(self.reports))}, {INTERVAL_NOTE}"
+        if len(self.differences) == 1:
+            return note
+        return (
+            f"{note}; {self.best} is the best of {len(self.differences)} runs by the same score, which "
+            "flatters its difference and its interval"
+        )
+
+    @property
     def title(self) -> str:
         """The runs' names, and how far the best one is from the baseline overall."""
         overall = _format(self.differences[self.best].means["overall"])
@@ -91,7 +102,7 @@ class Comparison:
 
     def means_table(self) -> Table:
         """Means in percent, every run and below it its paths; then best minus first, with its interval."""
-        table = Table(title="mean hit@1 in percent", padding=(0, 0, 0, 1))
+        table = Table(title="mean hit@1 in percent", padding=(0, 0, 0, 1), caption=Text(self.note))
         table.add_column("run", no_wrap=True)
         measures = _measures(next(iter(self.reports.values())))
         for measure in measures:
@@ -114,10 +125,7 @@ class Comparison:
     def task_table(self) -> Table:
         """First column (the aggregate) of every run in percent by task; the last is best minus first."""
         first = next(iter(self.reports))
-        table = Table(
-            title="hit@1 in percent by task",
-            caption=Text(f"difference: {self.best} - {first}, {INTERVAL_NOTE}"),
-        )
+        table = Table(title="hit@1 in percent by task", caption=Text(self.note))
         table.add_column("task", no_wrap=True)
         for name in self.reports:
             table.add_column(escape(name), justify="right", overflow="fold")
@@ -153,7 +161,7 @@ def compare(run_dirs: Sequence[str], output_dir: str | None = None) -> Compariso
     """Compare the score reports of finished runs.
 
     Args:
-        run_dirs: at least two folders that hold a ``scores.json``; the first is the baseline.
+        run_dirs: at least two folders that hold a ``scores.json``, or such files; the first is the baseline.
         output_dir: gets ``comparison.json`` and ``comparison.png``; None writes nothing.
 
     Returns:
@@ -233,10 +241,15 @@ def _difference(sample: _Sample) -> Difference:
 def scores_file(run_dir: str) -> Path:
     """The scores of a tested run.
 
+    Args:
+        run_dir: its folder, or the file itself.
+
     Raises:
         ValueError: there are none.
     """
-    file = Path(run_dir) / SCORES_FILE
+    file = Path(run_dir)
+    if not file.is_file():
+        file = file / SCORES_FILE
     if not file.is_file():
         raise ValueError(f"no {SCORES_FILE} in {run_dir}; test that run first")
     return file
@@ -244,13 +257,13 @@ def scores_file(run_dir: str) -> Path:
 
 def _run_names(run_dirs: Sequence[str]) -> list[str]:
     """Folder names, or what was typed where two folders have the same name."""
-    names = [Path(run_dir).resolve().name for run_dir in run_dirs]
-    unique = [
+    files = [scores_file(run_dir).resolve() for run_dir in run_dirs]
+    if len(set(files)) != len(files):
+        raise ValueError(f"a run is compared with itself: {list(run_dirs)}")
+    names = [file.parent.name if file.name == SCORES_FILE else file.stem for file in files]
+    return [
         name if names.count(name) == 1 else str(typed) for name, typed in zip(names, run_dirs, strict=True)
     ]
-    if len(set(unique)) != len(unique):
-        raise ValueError(f"a run is compared with itself: {list(run_dirs)}")
-    return unique
 
 
 def check_same_tasks(first: str, baseline: ScoreReport, name: str, other: ScoreReport) -> None:

@@ -18,9 +18,10 @@ DEPTHS = (1, 5, 10)
 METRICS = (
     *(f"hit@{depth}" for depth in DEPTHS),
     "mrr",
+    *(f"mrr@{depth}" for depth in DEPTHS),
     *(f"ndcg_{gain}@{depth}" for gain in ("linear", "exponential") for depth in DEPTHS),
 )
-"""Metrics of every report, in its order; names as in VLM2Vec's score files."""
+"""Metrics of every report, in its order; names as in VLM2Vec's score files, which have no ``mrr`` uncut."""
 
 Gain = Literal["linear", "exponential"]
 
@@ -89,6 +90,7 @@ def metrics_of_rank(rank: int) -> MappingProxyType[str, float]:
         for depth in DEPTHS
     }
     values["mrr"] = float(retrieval.retrieval_reciprocal_rank(scores.double(), relevance))
+    values |= {f"mrr@{depth}": values["mrr"] if rank <= depth else 0.0 for depth in DEPTHS}
     for gain in ("linear", "exponential"):
         values |= {f"ndcg_{gain}@{depth}": ndcg(relevance, depth, gain) for depth in DEPTHS}
     return MappingProxyType(values)

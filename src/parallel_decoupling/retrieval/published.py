@@ -56,10 +56,14 @@ def read_table(csv_file: str | Path = SHIPPED_TABLE) -> list[PublishedRow]:
             not known. Other columns are ignored.
 
     Raises:
-        ValueError: no such columns, or a cell that is no percentage; names line and column.
+        ValueError: no text, no such columns, a line of another length, or a cell that is no percentage;
+            names line and column.
     """
-    with open(csv_file, newline="", encoding="utf-8-sig") as stream:
-        lines = list(csv.reader(stream))
+    try:
+        with open(csv_file, newline="", encoding="utf-8-sig") as stream:
+            lines = list(csv.reader(stream))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{csv_file} is no CSV file in UTF-8: {error}") from error
     headings = [_HEADINGS.get(cell.strip().lower(), "") for cell in lines[0]] if lines else []
     twice = [name for name in set(headings) - {""} if headings.count(name) > 1]
     if "model" not in headings or "overall" not in headings or twice:
@@ -67,11 +71,17 @@ def read_table(csv_file: str | Path = SHIPPED_TABLE) -> list[PublishedRow]:
             f"{csv_file} is no table of results: its first line must have a column model (or Models) and a "
             f"column overall, each once, beside {', '.join(META_TASKS)}, IND, OOD; found {lines[:1]}"
         )
-    return [
-        _row(dict(zip(headings, cells, strict=False)), f"{csv_file}, line {number}")
-        for number, cells in enumerate(lines[1:], start=2)
-        if any(cells)
-    ]
+    rows = []
+    for number, cells in enumerate(lines[1:], start=2):
+        if not any(cells):
+            continue
+        if len(cells) != len(headings):
+            raise ValueError(
+                f"{csv_file}, line {number}: {len(cells)} cells under {len(headings)} headings; leave a cell "
+                "empty (two commas) where nothing is known"
+            )
+        rows.append(_row(dict(zip(headings, cells, strict=True)), f"{csv_file}, line {number}"))
+    return rows
 
 
 def _row(cells: dict[str, str], where: str) -> PublishedRow:

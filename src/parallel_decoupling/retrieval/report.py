@@ -18,12 +18,12 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from parallel_decoupling.data.tasks import Task
+from parallel_decoupling.data.tasks import MMEB_TASKS, Task
 from parallel_decoupling.retrieval.metrics import METRICS, mean_metrics
+from parallel_decoupling.retrieval.report_format import FORMAT, check_content, hit_problems, read_json
 from parallel_decoupling.retrieval.score import TaskScore
 
 SCORES_FILE = "scores.json"
-FORMAT = 1
 META_TASKS = ("classification", "vqa", "retrieval", "grounding")
 MEAN_TITLES = {
     **{meta_task: f"mean of {meta_task}" for meta_task in META_TASKS},
@@ -32,6 +32,14 @@ MEAN_TITLES = {
     "overall": "overall (mean of tasks)",
     "mean_of_meta_tasks": "mean of meta-tasks",
 }
+_IND = sum(task.in_distribution for task in MMEB_TASKS.values())
+MMEB_COUNTS = {
+    **{name: sum(task.meta_task == name for task in MMEB_TASKS.values()) for name in META_TASKS},
+    "in_distribution": _IND,
+    "out_of_distribution": len(MMEB_TASKS) - _IND,
+    "overall": len(MMEB_TASKS),
+}
+"""MMEB's tasks behind each mean: 10 + 10 + 12 + 4, 20 + 16, and 36."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +156,14 @@ class ScoreReport:
         return {group: names for group, names in groups.items() if names}
 
     @property
+    def partial_means(self) -> dict[str, int]:
+        """Means over some of MMEB's tasks but not all of ``MMEB_COUNTS``: how many of them there are."""
+        counts = {
+            group: sum(name in MMEB_TASKS for name in self.groups.get(group, ())) for group in MMEB_COUNTS
+        }
+        return {group: count for group, count in counts.items() if 0 < count < MMEB_COUNTS[group]}
+
+    @property
     def means(self) -> dict[str, dict[str, float]]:
         """Means by column: those of ``groups``, every task counting once, and ``mean_of_meta_tasks``.
 
@@ -168,14 +184,18 @@ class ScoreReport:
 
     @property
     def metric_means(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Means of every metric over tasks, by group and column; empty unless every task has them."""
-        if not all(result.metrics for result in self.tasks.values()):
+        """Means of the metrics that every task has, by group and column; empty if there are none."""
+        results = [
+            result.metrics.get(column, {}) for result in self.tasks.values() for column in self.columns
+        ]
+        shared = [metric for metric in METRICS if all(metric in values for values in results)]
+        if not shared:
             return {}
         return {
             group: {
                 column: {
                     metric: fmean(self.tasks[name].metrics[column][metric] for name in names)
-                    for metric in METRICS
+                    for metric in shared
                 }
                 for column in self.columns
             }
@@ -188,6 +208,10 @@ class ScoreReport:
             "format": FORMAT,
             "metric": "hit@1",
             "means": self.means,
+            "partial_means": {
+                group: f"of {count} of MMEB's {MMEB_COUNTS[group]} tasks"
+                for group, count in self.partial_means.items()
+            },
             "tasks": {
                 name: {
                     "meta_task": result.task.meta_task,
@@ -214,36 +238,45 @@ class ScoreReport:
         """Read what ``to_json_file`` wrote; means are computed again from the tasks.
 
         Raises:
-            ValueError: not a score file, or of another format.
+            ValueError: not a score file, of another format, or hits that do not fit the scores; names the
+                file and the task.
         """
-        try:
-            content = json.loads(Path(json_file).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{json_file} is not JSON: {error}") from error
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError(
-                f"{json_file} is not a score file of format {FORMAT}; run the test again to write one"
+        content = read_json(json_file)
+        report = cls.from_content(content, json_file)
+        if problems := hit_problems(content):
+            raise ValueError(f"{json_file}, {problems[0]}; the file was changed, run the test again")
+        return report
+
+    @classmethod
+    def from_content(cls, content: Any, file: str | Path) -> ScoreReport:
+        """The report that a ``scores.json`` holds, its hits not compared with its scores.
+
+        Args:
+            content: of the file.
+            file: for the errors.
+
+        Raises:
+            ValueError: not a score file, of another format, or a value of the wrong kind.
+        """
+        check_content(content, file)
+        tasks = {
+            name: TaskResult(
+                task=Task(name, row["meta_task"], row["in_distribution"]),
+                num_queries=row["num_queries"],
+                chance=row["chance"],
+                hit_at_1=row["hit_at_1"],
+                hits=content.get("hits", {}).get(name, {}),
+                num_skipped=row.get("num_skipped", 0),
+                metrics=row.get("metrics", {}),
+                rows_sha256=row.get("rows_sha256", ""),
             )
-        try:
-            tasks = {
-                name: TaskResult(
-                    task=Task(name, row["meta_task"], row["in_distribution"]),
-                    num_queries=row["num_queries"],
-                    chance=row["chance"],
-                    hit_at_1=row["hit_at_1"],
-                    hits=content.get("hits", {}).get(name, {}),
-                    num_skipped=row.get("num_skipped", 0),
-                    metrics=row.get("metrics", {}),
-                    rows_sha256=row.get("rows_sha256", ""),
-                )
-                for name, row in content["tasks"].items()
-            }
-        except KeyError as error:
-            raise ValueError(
-                f"{json_file} lacks {error}: an earlier version wrote it, or it was cut; run the test again"
-            ) from error
+            for name, row in content["tasks"].items()
+        }
         known = {name: content[name] for name in ("run", "modes", "warnings") if name in content}
-        return cls(tasks, **known)
+        try:
+            return cls(tasks, **known)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
 
     def to_csv_file(self, csv_file: str | Path) -> None:
         """Write one line per task, then one per mean, fractions unrounded."""
@@ -268,6 +301,10 @@ class ScoreReport:
         ]
         table = Table(title="hit@1 in percent")
         notes = ["! at or below chance: " + ", ".join(flagged)] if flagged else []
+        if "overall" in self.partial_means:
+            notes.append(
+                f"means over {self.partial_means['overall']} of MMEB's {len(MMEB_TASKS)} tasks: not MMEB's means"
+            )
         notes += ["rows skipped because of their images: " + ", ".join(skipped)] if skipped else []
         if notes:
             table.caption = Text("\n".join(notes))
@@ -284,17 +321,23 @@ class ScoreReport:
                 style = "red" if result.at_chance else ""
                 table.add_row(Text(f"{name} !" if result.at_chance else name), *about, *scores, style=style)
             if meta_task in means:
-                _add_mean(table, meta_task, means, shown)
+                _add_mean(table, self._mean_title(meta_task), means[meta_task], shown)
                 table.add_section()
         for mean in ("in_distribution", "out_of_distribution", "mean_of_meta_tasks", "overall"):
             if mean in means:
-                _add_mean(table, mean, means, shown)
+                _add_mean(table, self._mean_title(mean), means[mean], shown)
         return table
+
+    def _mean_title(self, mean: str) -> str:
+        count = self.partial_means.get(mean)
+        return MEAN_TITLES[mean] + ("" if count is None else f", {count}/{MMEB_COUNTS[mean]}")
 
     def metrics_table(self) -> Table:
         """Means over tasks of every metric of the headline column, in percent, by meta-task and overall."""
         column, means = self.columns[0], self.metric_means
-        shown = [name for name in METRICS if "exponential" not in name and name != "ndcg_linear@1"]
+        found = means["overall"][column] if means else {}
+        hidden = ("mrr@", "ndcg_exponential")
+        shown = [name for name in found if not name.startswith(hidden) and name != "ndcg_linear@1"]
         table = Table(title=Text(f"metrics of {column}, means over tasks in percent"))
         table.caption = "nDCG of linear and of exponential gain agree where one candidate is right"
         table.add_column("mean", no_wrap=True)
@@ -347,8 +390,5 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.1f}"
 
 
-def _add_mean(
-    table: Table, mean: str, means: Mapping[str, Mapping[str, float]], columns: Sequence[str]
-) -> None:
-    values = (percent(means[mean][column]) for column in columns)
-    table.add_row(MEAN_TITLES[mean], "", "", "", *values, style="bold")
+def _add_mean(table: Table, title: str, mean: Mapping[str, float], columns: Sequence[str]) -> None:
+    table.add_row(title, "", "", "", *(percent(mean[column]) for column in columns), style="bold")

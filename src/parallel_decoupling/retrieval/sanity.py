@@ -208,10 +208,10 @@ def _side_findings(side: SideHealth) -> list[tuple[Check, str]]:
         found.append(
             ("collapsed_paths", f"{side.side} cosine {side.path_cosine:.3f} of paths {first} and {second}")
         )
-    if side.mean_cosine is not None and side.effective_rank is not None:
-        if side.mean_cosine > SAME or side.effective_rank < LOW_RANK:
-            seen = f"{side.side} cosine {side.mean_cosine:.3f}, effective rank {side.effective_rank:.1f}"
-            found.append(("collapsed_embeddings", seen))
+    cosine, rank = side.mean_cosine, side.effective_rank
+    if cosine is not None and rank is not None and (cosine > SAME or rank < LOW_RANK):
+        seen = f"{side.side} cosine {cosine:.3f}, effective rank {rank:.1f}"
+        found.append(("collapsed_embeddings", seen))
     return found
 
 

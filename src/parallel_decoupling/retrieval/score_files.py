@@ -19,6 +19,7 @@ from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
 from parallel_decoupling.data.tasks import EvalTask, Task
 from parallel_decoupling.retrieval.metrics import DEPTHS
 from parallel_decoupling.retrieval.report import SCORES_FILE, ScoreReport, TaskResult
+from parallel_decoupling.retrieval.report_format import ROUNDING_ERROR, hit_problems, read_json
 from parallel_decoupling.retrieval.score import TaskScore
 
 SCORE_FILES_DIR = "score_files"
@@ -47,22 +48,27 @@ class TaskScores:
         tasks: task name to metric name to value; ``hit@1`` is always there.
         known: meta-task and distribution by task, where the file says them.
         notes: of the reader: what it passed over.
+        problems: of the reader: parts of the file that contradict each other.
     """
 
     format: str
     tasks: dict[str, dict[str, float]]
     known: dict[str, Task] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
 
 
 def candidate_name(task: Task, candidate: RawInput) -> str:
     """What VLM2Vec's second version calls a candidate: its text, its image, or ``image:text``.
 
-    Prompts stand in for the raw cells, without image placeholder and outer whitespace.
+    A candidate without image is its text to the letter. Prompts of the others stand in for the raw cells,
+    without image placeholder and outer whitespace, and image files have their whole path.
     """
+    if not candidate.images:
+        return candidate.text
     text = " ".join(candidate.text.replace(IMAGE_PLACEHOLDER, " ").split())
     image = ",".join(each if isinstance(each, str) else "image" for each in candidate.images)
-    if task.identity == "text" or not image:
+    if task.identity == "text":
         return text
     return image if task.identity == "image" else f"{image}:{text.strip(chr(34))}"
 
@@ -79,7 +85,7 @@ def write_predictions(folder: Path, task: EvalTask, score: TaskScore) -> None:
     best, lines = [], []
     for ranking, candidates in zip(score.ranking.tolist(), task.candidates_of_row, strict=True):
         predicted = [names[index] for index in ranking if index >= 0]
-        best.append(predicted[0])
+        best.append(" ".join(predicted[0].split()))  # a line each
         line = {"prediction": predicted, "label": [names[candidates[0]]], "rel_scores": None}
         lines.append(json.dumps(line, ensure_ascii=False))
     name = task.task.name
@@ -131,7 +137,7 @@ def read_scores(path: str | Path) -> TaskScores:
     if isinstance(content, dict) and isinstance(content.get("metrics"), dict):
         return _from_leaderboard(content["metrics"], path)
     if isinstance(content, dict) and "tasks" in content and "format" in content:
-        return _from_report(ScoreReport.from_json_file(path))
+        return _from_report(ScoreReport.from_content(content, path), content)
     if isinstance(content, dict) and {"acc", "hit@1"} & content.keys():
         return _from_folder([path])
     raise ValueError(
@@ -146,15 +152,16 @@ def _v1(result: TaskResult, column: str) -> dict[str, Any]:
 
 
 def _v2(result: TaskResult, column: str) -> dict[str, Any]:
-    """With one positive precision is hit / depth, recall is hit, and average precision is 1 / rank."""
+    """With one positive precision is hit / depth, recall is hit, average precision is 1 / rank; all are cut."""
     values: dict[str, Any] = {**result.metrics.get(column, {}), "hit@1": result.hit_at_1[column]}
+    values.pop("mrr", None)
     for depth in DEPTHS:
         hit = values.get(f"hit@{depth}")
         if hit is not None:
             values |= {f"precision@{depth}": hit / depth, f"recall@{depth}": hit}
             values[f"f1@{depth}"] = 2 * hit / (depth + 1)
-    if "mrr" in values:
-        values["map"] = values["mrr"]
+        if f"mrr@{depth}" in values:
+            values[f"map@{depth}"] = values[f"mrr@{depth}"]
     return {
         **values,
         "num_pred": result.num_queries,
@@ -183,8 +190,11 @@ def _from_leaderboard(metrics: dict[str, Any], file: Path) -> TaskScores:
     image = metrics.get("image")
     if not isinstance(image, dict) or not image:
         raise ValueError(f"{file}: metrics.image has no tasks; MMEB's 36 image tasks belong there")
-    tasks = {}
+    tasks, not_run = {}, {}
     for name, values in image.items():
+        if isinstance(values, str):  # upstream's FILE_N/A, DIR_N/A, JSON_ERROR, READ_ERROR
+            not_run[name] = values
+            continue
         if isinstance(values, (int, float)):
             values = {"hit@1": values}
         if not isinstance(values, dict) or "hit@1" not in values:
@@ -195,10 +205,11 @@ def _from_leaderboard(metrics: dict[str, Any], file: Path) -> TaskScores:
         for kind in ("video", "visdoc")
         if metrics.get(kind)
     ]
+    notes += [f"{name} is {mark}: it was not run" for name, mark in not_run.items()]
     return TaskScores("leaderboard", tasks, notes=notes)
 
 
-def _from_report(report: ScoreReport) -> TaskScores:
+def _from_report(report: ScoreReport, content: Mapping[str, Any]) -> TaskScores:
     column = report.columns[0]
     tasks = {
         name: {
@@ -208,7 +219,38 @@ def _from_report(report: ScoreReport) -> TaskScores:
         }
         for name, result in report.tasks.items()
     }
-    return TaskScores(SCORES_FILE, tasks, {name: result.task for name, result in report.tasks.items()})
+    known = {name: result.task for name, result in report.tasks.items()}
+    problems = hit_problems(content)
+    for name, result in report.tasks.items():
+        found = {each: values["hit@1"] for each, values in result.metrics.items() if "hit@1" in values}
+        problems += _contradictions(found, result.hit_at_1, f"task {name}, metrics, hit@1", "hit_at_1")
+    for stored, computed, where in (
+        (content.get("means", {}), report.means, "means"),
+        (content.get("metric_means", {}), report.metric_means, "metric_means"),
+    ):
+        problems += _contradictions(_flat(stored), _flat(computed), where, "the tasks")
+    return TaskScores(SCORES_FILE, tasks, known, problems=problems)
+
+
+def _flat(values: Any, place: str = "") -> dict[str, Any]:
+    """Nested objects as one, keys joined with commas."""
+    if not isinstance(values, dict):
+        return {place: values}
+    parts = [_flat(value, f"{place}, {key}" if place else str(key)) for key, value in values.items()]
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def _contradictions(
+    stored: Mapping[str, Any], computed: Mapping[str, float], where: str, source: str
+) -> list[str]:
+    """Stored values that are not the computed ones."""
+    return [
+        f"{where}, {key}: {value!r:.20} is stored, {source} give {computed.get(key, 'nothing')!r:.20}"
+        for key, value in stored.items()
+        if key not in computed
+        or not isinstance(value, (int, float))
+        or not abs(value - computed[key]) <= ROUNDING_ERROR
+    ]
 
 
 def _numbers(values: Mapping[str, Any], file: Path, task: str = "") -> dict[str, float]:
@@ -225,10 +267,7 @@ def _numbers(values: Mapping[str, Any], file: Path, task: str = "") -> dict[str,
 def _load(file: Path) -> Any:
     if not file.is_file():
         raise ValueError(f"no score file {str(file)!r}")
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
+    return read_json(file)
 
 
 def _write(file: Path, content: Any) -> None:
