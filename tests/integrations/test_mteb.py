@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ pytest.importorskip("mteb", minversion="2")
 
 import mteb
 
+from parallel_decoupling.data.world.glyphs import handwritten_digits
 from parallel_decoupling.integrations.mteb import PROMPTS, evaluate, mteb_model, world_tasks
 from parallel_decoupling.retrieval.embedder import Embedder
 from tests.support.embedders import tiny_embedder
@@ -62,6 +64,23 @@ def test_retrieval_score_against_our_own_ranks(tasks: list[Any], embedder: Embed
     assert torch.isfinite(query).all()
 
 
-def test_too_few_rows() -> None:
-    with pytest.raises(ValueError, match="num_rows is 5"):
-        world_tasks(5)
+def test_digits_that_are_scored_are_not_fitted_on() -> None:
+    digits = world_tasks(300)[1]
+    digits.load_data()
+    halves = [digits.dataset[name] for name in ("train", "test")]
+    train, test = ({image.tobytes() for image in half["image"]} for half in halves)
+    assert len(train) == len(test) == 300
+    assert not train & test
+    counts = Counter(halves[1]["label"])
+    assert counts.keys() == set(range(10))
+    assert max(counts.values()) - min(counts.values()) <= 2
+    pictures, values = handwritten_digits()
+    value_of = dict(zip((picture.tobytes() for picture in pictures), values, strict=True))
+    found = [value_of[image.tobytes()] for image in halves[0]["image"]]
+    assert found == list(halves[0]["label"])
+
+
+@pytest.mark.parametrize("num_rows", [5, 899])
+def test_too_few_and_too_many_rows(num_rows: int) -> None:
+    with pytest.raises(ValueError, match=f"num_rows is {num_rows}"):
+        world_tasks(num_rows)

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sklearn.model_selection import train_test_split
 
-from parallel_decoupling.data.world.rows import WORLD_TASKS, Row
+from parallel_decoupling.data.world.glyphs import handwritten_digits
+from parallel_decoupling.data.world.rows import caption_to_scene
 from parallel_decoupling.integrations.sentence_transformers import Output, as_sentence_transformer
 from parallel_decoupling.retrieval.embedder import Embedder
 
@@ -37,7 +39,7 @@ def mteb_model(
     """Make a model that ``mteb.evaluate`` takes; of a plain ``SentenceTransformer`` it assumes texts only.
 
     Args:
-        model: an embedder, or an exported folder.
+        model: an embedder, or an exported folder; see ``as_sentence_transformer`` for a checkpoint.
         paths: a path's number, or ``aggregate``.
         prompts: by ``query``, ``document`` or the name of a task or of its type; None is the model's own.
     """
@@ -70,14 +72,18 @@ def world_tasks(num_rows: int = NUM_ROWS, seed: int = 0) -> list[Any]:
     """Captions to pictures (nDCG@10) and handwritten digits (accuracy), generated anew.
 
     Args:
-        num_rows: queries of the first, test pictures of the second, at least 20.
+        num_rows: queries of the first, test pictures of the second, 20 to 898.
         seed: of all that is drawn.
 
     Raises:
-        ValueError: too few rows.
+        ValueError: too few rows, or too many.
     """
-    if num_rows < 20:
-        raise ValueError(f"num_rows is {num_rows}; two pictures of each of ten digits need at least 20")
+    most = len(handwritten_digits()[0]) // 2
+    if not 20 <= num_rows <= most:
+        raise ValueError(
+            f"num_rows is {num_rows}; two pictures of each of ten digits need at least 20, and {most} is half of "
+            "all digits, whose other half is fitted on"
+        )
     return [WorldPictures(num_rows, seed), WorldDigits(num_rows, seed)]
 
 
@@ -96,12 +102,6 @@ def _metadata(name: str, kind: str, category: str, modalities: list[str], main_s
     return TaskMetadata(**values)
 
 
-def _draw(name: str, num_rows: int, seed: int) -> list[Row]:
-    (draw,) = (task.draw for task in WORLD_TASKS if task.name == name)
-    rng = np.random.default_rng(seed)
-    return [draw(rng) for _ in range(num_rows)]
-
-
 class WorldPictures(AbsTaskRetrieval):
     """Find the picture of a caption among the pictures of all captions and one near miss of each."""
 
@@ -113,7 +113,8 @@ class WorldPictures(AbsTaskRetrieval):
 
     def load_data(self, num_proc: int | None = None, **options: Any) -> None:
         """Draw captions and pictures; equal captions share their pictures' relevance."""
-        rows = _draw("Scene_t2i", self.num_rows, self.data_seed)
+        rng = np.random.default_rng(self.data_seed)
+        rows = [caption_to_scene(rng) for _ in range(self.num_rows)]
         sides = [side for row in rows for side in (row.positive, row.negatives[0])]
         captions = [row.query.text.split(": ", 1)[1].strip() for row in rows]
         relevant: dict[str, dict[str, int]] = {}
@@ -140,16 +141,18 @@ class WorldDigits(AbsTaskClassification):
         self.num_rows, self.data_seed = num_rows, seed
 
     def load_data(self, num_proc: int | None = None, **options: Any) -> None:
-        """Draw test pictures, and as many other ones to fit on."""
-        rows = _draw("HandwrittenDigit", 2 * self.num_rows, self.data_seed)
-        names = sorted({row.positive.text for row in rows})
-        columns = [
-            {
-                "image": [row.query.picture for row in half],
-                "label": [names.index(row.positive.text) for row in half],
-            }
-            for half in (rows[: self.num_rows], rows[self.num_rows :])
-        ]
-        test, train = (Dataset.from_dict(each) for each in columns)
+        """Choose test pictures and as many other ones to fit on, of each digit alike."""
+        pictures, values = handwritten_digits()
+        halves = train_test_split(
+            range(len(pictures)),
+            train_size=self.num_rows,
+            test_size=self.num_rows,
+            random_state=self.data_seed,
+            stratify=values,
+        )
+        train, test = (
+            Dataset.from_dict({"image": [pictures[n] for n in half], "label": [values[n] for n in half]})
+            for half in halves
+        )
         self.dataset = DatasetDict({"test": test, "train": train})
         self.data_loaded = True

@@ -134,15 +134,21 @@ def as_sentence_transformer(
     it before it imports any class that is not its own, even an installed one.
 
     Args:
-        model: shared with the result, not copied; a folder is loaded with ``Embedder.from_pretrained``.
+        model: shared with the result, not copied; a folder is loaded with ``Embedder.from_pretrained``, a
+            checkpoint with ``training.loading.load_embedder`` before.
         paths: what ``encode`` gives: a path's number, or ``aggregate``.
         prompts: by name; None is ``query`` and ``document``, the embedder's own instructions.
         truncate_dim: numbers to keep of every embedding.
         device: where it runs.
 
     Raises:
-        ValueError: there is no such path; what ``Embedder.from_pretrained`` refuses.
+        ValueError: there is no such path; ``model`` is a file; what ``Embedder.from_pretrained`` refuses.
     """
+    if not isinstance(model, Embedder) and Path(model).is_file():
+        raise ValueError(
+            f"{model} is a file; a checkpoint is loaded first: pass load_embedder({str(model)!r}) of "
+            f"parallel_decoupling.training.loading, or write a folder with lightning export {model} FOLDER"
+        )
     embedder = model if isinstance(model, Embedder) else Embedder.from_pretrained(model)
     own = {"query": embedder.query_instruction, "document": embedder.candidate_instruction}
     return SentenceTransformer(
