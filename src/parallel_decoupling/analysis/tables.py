@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ def sections(analysis: PathAnalysis) -> list[Section]:
     """All tables that the analysis has numbers for."""
     parts = [_paths(analysis)]
     if analysis.num_paths > 1:
-        parts.append(_pairs(analysis))
+        parts += [_pairs(analysis), _maps(analysis)]
     if analysis.probes:
         parts.append(_probes(analysis))
     if analysis.errors is not None:
@@ -154,28 +154,41 @@ def _pairs(analysis: PathAnalysis) -> Section:
         "linear CKA": similarity.cka,
         "linear CKA, shuffled": similarity.shuffled_cka,
     }
-    maps = {} if analysis.attention is None else {"attention maps": analysis.attention.patches}
-    maps["patch contributions"] = list(analysis.contributions.change)
-    for name, found in maps.items():
-        if found:
-            columns[name], columns[f"{name}, different pictures"] = agreement(found)
     if errors is not None:
         columns |= {"misses, Jaccard": errors.jaccard, "misses, kappa": errors.kappa}
-    rows = []
-    for (i, j), angles_S in zip(similarity.pairs.tolist(), similarity.angles, strict=True):
-        values = [f"{float(matrix[i][j]):.3f}" for matrix in columns.values()]
-        rows.append([f"{i} and {j}", *values[:4], f"{float(angles_S.mean()):.0f}", *values[4:]])
-    headings = list(columns)
+    angles = [f"{float(angles_S.mean()):.0f}" for angles_S in similarity.angles]
+    rows = [[*row, angle] for row, angle in zip(_pair_rows(analysis, columns), angles, strict=True)]
     chance = float(similarity.chance_angles.mean())
     return Section(
         "Pairs of paths",
-        ["paths", *headings[:4], "mean angle", *headings[4:]],
+        ["paths", *columns, "mean angle"],
         rows,
-        f"Mean principal angle in degrees between {similarity.angles.shape[1]} leading directions each "
-        f"(random subspaces: {chance:.0f}). Shuffled: the second path's inputs in another order, so what "
-        "unrelated paths would have. Maps and contributions: correlation over patches; different pictures: "
-        "the second path's map is of another picture, so what does not depend on the picture.",
+        "Shuffled: the second path's inputs in another order, so what unrelated paths would have. Mean "
+        f"principal angle in degrees between {similarity.angles.shape[1]} leading directions each (random "
+        f"subspaces: {chance:.0f}).",
     )
+
+
+def _maps(analysis: PathAnalysis) -> Section:
+    maps = {} if analysis.attention is None else {"attention maps": analysis.attention.patches}
+    maps["patch contributions"] = list(analysis.contributions.change)
+    columns: dict[str, Any] = {}
+    for name, found in maps.items():
+        if found:
+            columns[name], columns[f"{name}, different pictures"] = agreement(found)
+    return Section(
+        "Pairs of paths: correlation of their maps over patches",
+        ["paths", *columns],
+        _pair_rows(analysis, columns),
+        "Different pictures: the second path's map is of another picture, mean over all such pairs, so what "
+        "does not depend on the picture.",
+    )
+
+
+def _pair_rows(analysis: PathAnalysis, columns: Mapping[str, Any]) -> list[list[str]]:
+    """A row per pair of paths, a cell per ``[N, N]``."""
+    pairs = analysis.similarity.pairs.tolist()
+    return [[f"{i} and {j}", *(f"{float(cells[i][j]):.3f}" for cells in columns.values())] for i, j in pairs]
 
 
 def _probes(analysis: PathAnalysis) -> Section:
