@@ -88,7 +88,7 @@ GOLDEN: dict[str, tuple[str, str, str, str, str, str]] = {
         "Show three bottles of soft drink.",
         "<|image_1|>\nGiven an image, find a similar everyday image with the described changes: "
         "Show three bottles of soft drink.\n",
-        "Represent the given image.",
+        "Represent the given image.\n",
         "",
         SHOW,
     ),
@@ -129,7 +129,7 @@ GOLDEN: dict[str, tuple[str, str, str, str, str, str]] = {
         "Find a day-to-day image that looks similar to the provided image.",
         "",
         "<|image_1|>\nFind a day-to-day image that looks similar to the provided image.\n",
-        "Represent the given image.",
+        "Represent the given image.\n",
         "",
         SHOW,
     ),
@@ -147,7 +147,7 @@ GOLDEN: dict[str, tuple[str, str, str, str, str, str]] = {
         "Is shiny and silver with shorter sleeves and fit and flare.",
         "<|image_1|>\nFind an image to match the fashion image and style note: "
         "Is shiny and silver with shorter sleeves and fit and flare.\n",
-        "Represent the given image.",
+        "Represent the given image.\n",
         "",
         SHOW,
     ),

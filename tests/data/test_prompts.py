@@ -130,7 +130,13 @@ def test_whitespace_of_split_texts_without_image_and_of_candidates() -> None:
     two_ends, crop = PromptRules(query_end="\n\n"), PromptRules(candidate_end="")
     assert split_query("<|image_1|>\nFind:", "a b \nc", two_ends, has_image=False) == "Find: a b \nc\n\n"
     assert split_candidate("ignored", " a label ", crop, has_image=False) == " a label "
-    assert split_candidate("<|image_1|>\nShow \n", "", crop, has_image=True) == "<|image_1|>\nShow"
+    for written, expected in (
+        ("<|image_1|>\nShow", "<|image_1|>\nShow"),
+        ("<|image_1|>\nShow \n", "<|image_1|>\nShow\n"),  # the end is kept, and nothing is added
+        ("Show", "<|image_1|> Show"),
+        ("", "<|image_1|>"),
+    ):
+        assert split_candidate(written, "", crop, has_image=True) == expected
     assert split_candidate("<|image_1|>\nShow", " ", PromptRules(), has_image=True) == "<|image_1|>\nShow\n"
     assert split_candidate("<|image_1|>\nShow:", "it", crop, has_image=True) == "<|image_1|>\nShow: it\n"
 

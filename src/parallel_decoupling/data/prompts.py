@@ -28,8 +28,8 @@ class PromptRules:
         own_line: split columns only: the query's instruction starts a line of its own. Otherwise it
             does if it is written so, and follows the placeholder after a space if not.
         query_end: split columns only: what ends a query.
-        candidate_end: split columns only: what ends a candidate with an image and no text. With a text
-            it is a newline; a candidate without an image is its text alone.
+        candidate_end: split columns only: what follows the instruction of a candidate with an image and no
+            text. With a text it is a newline; a candidate without an image is its text alone.
     """
 
     query_image: bool = True
@@ -82,14 +82,18 @@ def split_query(instruction: str, text: str, rules: PromptRules, *, has_image: b
 def split_candidate(instruction: str, text: str, rules: PromptRules, *, has_image: bool) -> str:
     """Put a candidate together; one without an image is its text alone, to the letter.
 
+    With an image: placeholder, space, instruction, space, text, where every space before a newline goes, then
+    a newline or, without a text, ``candidate_end``. The instruction keeps its whitespace, at its end as well:
+    VLM2Vec strips that of queries only.
+
     Relations:
         Equals the written prompt of the same candidate in MMEB-eval.
     """
     if not has_image:
         return text
-    if not text.strip():
-        return _with_image(instruction, "", own_line=False) + rules.candidate_end
-    return _with_image(instruction, text, own_line=False) + "\n"
+    body = _joined(instruction.replace(IMAGE_PLACEHOLDER, ""), text if text.strip() else "")
+    start = f"{IMAGE_PLACEHOLDER} {body}".replace(" \n", "\n") if body else IMAGE_PLACEHOLDER
+    return start + ("\n" if text.strip() else rules.candidate_end)
 
 
 def _with_image(instruction: str, text: str, *, own_line: bool) -> str:

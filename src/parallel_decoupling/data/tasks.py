@@ -51,8 +51,7 @@ _FORMS: dict[str, tuple[Identity, PromptRules]] = {
     "caption": ("text", PromptRules()),
     "dialogue": ("image", PromptRules(query_image=False, query_end="\n\n")),
     "picture": ("image", PromptRules(query_image=False)),
-    "similar": ("image_and_text", PromptRules(own_line=True)),
-    "crop": ("image_and_text", PromptRules(own_line=True, candidate_end="")),
+    "similar": ("image_and_text", PromptRules(own_line=True, candidate_end="")),
 }
 """What the candidates of a task are: their identity, and the rules of the prompts."""
 
@@ -74,8 +73,8 @@ retrieval      OOD similar  FashionIQ
 retrieval      OOD picture  Wiki-SS-NQ
 retrieval      OOD similar  OVEN
 retrieval      OOD picture  EDIS
-grounding      IND crop     MSCOCO
-grounding      OOD crop     RefCOCO RefCOCO-Matching Visual7W-Pointing
+grounding      IND similar  MSCOCO
+grounding      OOD similar  RefCOCO RefCOCO-Matching Visual7W-Pointing
 """
 
 
