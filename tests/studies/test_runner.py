@@ -103,7 +103,7 @@ def test_a_stopped_study_ends_its_runs_and_waits_for_them(
         "while True: time.sleep(0.05)"
     )
     monkeypatch.setattr(runner, "command", lambda run, source: [sys.executable, "-c", code])
-    monkeypatch.setattr(runner, "STOP_SECONDS", 0.5 if stubborn else 60)
+    monkeypatch.setattr(runner, "STOP_SECONDS", 0.5 if stubborn else 20)
 
     def stop(self: runner.Progress, running: list[runner.Started]) -> None:
         if (tmp_path / "pid").exists():
