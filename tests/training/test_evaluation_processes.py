@@ -1,4 +1,4 @@
-"""Scores of two processes against those of one, also where a process has batches of one side only."""
+"""Embeddings and scores of two processes against those of one, also where a process has one side only."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.support.fit import make_trainer, small_data, small_embedder
 from tests.support.processes import run_ranks
-
-pytestmark = pytest.mark.slow
 
 
 def scores(folder: Path) -> dict[str, Any]:
@@ -25,21 +25,35 @@ def run(backbone: str, data_dir: str, folder: Path, devices: int, **settings: An
     trainer.test(small_embedder(backbone), small_data(data_dir, **settings), verbose=False)
 
 
-@pytest.mark.parametrize("batch_size", [8, 3, 1])
-def test_two_processes_score_exactly_like_one(
+def assert_same_embeddings(first: Path, second: Path) -> None:
+    """Same files, same bits."""
+    names = sorted(file.name for file in first.iterdir())
+    assert len(names) == 2
+    assert names == sorted(file.name for file in second.iterdir())
+    for name in names:
+        one, two = load_file(first / name), load_file(second / name)
+        for side in ("query", "candidate"):
+            assert one[side].shape == two[side].shape == (4, 2, 32)
+            assert torch.equal(one[side], two[side]), (name, side)
+
+
+@pytest.mark.parametrize("batch_size", [8, pytest.param(3, marks=pytest.mark.slow), 1])
+def test_two_processes_embed_and_score_exactly_like_one(
     tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path, batch_size: int
 ) -> None:
     """Of four queries and four candidates, batches of 8 give each process one side of every task."""
-    args = tiny_backbone_dir, tiny_mmeb_dir
-    run(*args, tmp_path / "one", 1, eval_batch_size=batch_size)
+    args, settings = (tiny_backbone_dir, tiny_mmeb_dir), {"eval_batch_size": batch_size}
+    run(*args, tmp_path / "one", 1, embedding_cache=True, **settings)
 
     def two() -> None:
-        run(*args, tmp_path / "two", 2, eval_batch_size=batch_size)
+        run(*args, tmp_path / "two", 2, embedding_cache=True, **settings)
 
     run_ranks(two, timeout=60)
+    assert_same_embeddings(tmp_path / "one" / "embeddings", tmp_path / "two" / "embeddings")
     assert scores(tmp_path / "two") == scores(tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_the_cache_of_two_processes_serves_one_and_the_other_way_round(
     tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
 ) -> None:
