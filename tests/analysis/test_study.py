@@ -9,7 +9,8 @@ import torch
 from rich.console import Console
 
 from parallel_decoupling.analysis.contributions import agreement
-from parallel_decoupling.analysis.figures import figures, probes_figure
+from parallel_decoupling.analysis.figures import angles_figure, figures, maps_figure, probes_figure
+from parallel_decoupling.analysis.similarity import path_similarity
 from parallel_decoupling.analysis.study import PathAnalysis, analyse_inputs, analyse_world, benchmark_inputs
 from parallel_decoupling.analysis.tables import sections, write_json
 from parallel_decoupling.batch import RawInput
@@ -94,6 +95,24 @@ def test_figures_draw(analysis: PathAnalysis) -> None:
     cells = [text.get_text() for text in probes_figure(analysis.probes).axes[0].texts]
     assert cells[0] == f"{100 * analysis.probes['shape'].majority:.0f}"
     assert len(cells) == len(FACTORS) * 5
+
+
+def test_maps_of_one_figure_share_their_colours_and_long_titles_are_wrapped(analysis: PathAnalysis) -> None:
+    """A picture without negative values beside one with them."""
+    maps = [torch.rand(1, 4, 4), torch.randn(1, 4, 4)]
+    figure = maps_figure(analysis.pictures[:2], maps, "a title of many words " * 4)
+    overlays = [axes.images[1] for axes in figure.axes if len(axes.images) == 2]
+    assert {overlay.get_cmap().name for overlay in overlays} == {"RdBu_r"}
+    for overlay, map_NHW in zip(overlays, maps, strict=True):
+        assert overlay.get_clim() == pytest.approx((-map_NHW.abs().max(), map_NHW.abs().max()))
+    assert "\n" in figure.get_suptitle()
+
+
+def test_many_pairs_have_one_entry_in_the_legend() -> None:
+    similarity = path_similarity(torch.randn(20, 5, 8))
+    figure = angles_figure(similarity)
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["mean of 10 pairs", "random subspaces"]
 
 
 def test_one_path_and_no_scores_leave_out_what_needs_more(tiny_backbone_dir: str) -> None:

@@ -5,6 +5,7 @@ Elsewhere: the numbers (``study``), the style that all figures share (``retrieva
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
@@ -28,6 +30,9 @@ from parallel_decoupling.retrieval.plots import (
     new_figure,
     path_matrices_figure,
 )
+
+DPI = 150
+"""For ``savefig``: the labels of maps are small."""
 
 
 def figures(analysis: PathAnalysis) -> dict[str, Figure]:
@@ -66,7 +71,7 @@ def similarity_figure(similarity: PathSimilarity) -> Figure:
         {
             "mean cosine": similarity.cosine,
             "mean cosine, centred": similarity.centred_cosine,
-            "linear CKA": similarity.cka,
+            f"linear CKA (shuffled: {float(similarity.shuffled_cka.mean()):.2f})": similarity.cka,
         }
     )
 
@@ -86,9 +91,14 @@ def angles_figure(similarity: PathSimilarity) -> Figure:
     figure = new_figure(7.6, 4.0)
     axes = figure.add_subplot()
     numbers = range(1, similarity.angles.shape[1] + 1)
-    for row, ((i, j), angles_S) in enumerate(zip(similarity.pairs.tolist(), similarity.angles, strict=True)):
-        colour = COLOURS[1 + row % (len(COLOURS) - 1)]
-        axes.plot(numbers, angles_S.numpy(), "o-", color=colour, markersize=4, label=f"paths {i} and {j}")
+    pairs, colours = similarity.pairs.tolist(), COLOURS[1:]
+    if len(pairs) <= len(colours):
+        for (i, j), angles_S, colour in zip(pairs, similarity.angles, colours, strict=False):
+            axes.plot(numbers, angles_S.numpy(), "o-", color=colour, markersize=4, label=f"paths {i} and {j}")
+    else:
+        axes.plot(numbers, similarity.angles.T.numpy(), "-", color=NEUTRAL, linewidth=0.8)
+        mean_S, label = similarity.angles.mean(dim=0), f"mean of {len(pairs)} pairs"
+        axes.plot(numbers, mean_S.numpy(), "o-", color=colours[0], markersize=4, label=label)
     axes.plot(numbers, similarity.chance_angles.numpy(), "--", color=COLOURS[0], label="random subspaces")
     axes.set(ylim=(0, 92), yticks=range(0, 91, 15))
     axes.set_xticks(list(numbers))
@@ -146,20 +156,20 @@ def attention_mass_figure(attention: AttentionMaps) -> Figure:
             bottom = bottom + share
         axes.set_title(f"path {path}", fontsize=11, color=INK)
         axes.set_xlabel("layer", color=INK)
-        axes.set_xticks(range(num_layers))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.set_ylim(0, 100)
         clean_axes(axes, "y")
     grid[0].set_ylabel("% of the pooled token's attention", color=INK)
     handles, labels = grid[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=10)
+    figure.legend(handles[::-1], labels[::-1], loc="outside right center", frameon=False, fontsize=10)
     return figure
 
 
 def maps_figure(pictures: Sequence[Image.Image], maps: Sequence[Tensor], title: str) -> Figure:
     """Draw pictures (rows) with each path's map over a grey copy.
 
-    Maps of one picture share their colour scale, so paths can be compared along a row; maps with values
-    below zero are shown from blue (negative) to red.
+    Maps of one picture share their colour scale, so paths can be compared along a row; with values below
+    zero, the maps of all pictures are shown from blue (negative) to red.
 
     Args:
         pictures: up to ``SHOWN``.
@@ -168,12 +178,14 @@ def maps_figure(pictures: Sequence[Image.Image], maps: Sequence[Tensor], title: 
     """
     pictures, maps = pictures[:SHOWN], maps[:SHOWN]
     num_paths = len(maps[0])
-    figure = new_figure(2.2 * (num_paths + 1) + 1.0, 2.15 * len(pictures) + 0.8)
+    width = 2.2 * (num_paths + 1) + 1.0
+    figure = new_figure(width, 2.15 * len(pictures) + 0.8)
     grid = figure.subplots(len(pictures), num_paths + 1, squeeze=False)
+    signed = any(float(map_NHW.min()) < -0.05 * float(map_NHW.max()) for map_NHW in maps)
+    grid[0, 0].set_title("picture", fontsize=11, color=INK)
     for row, (cells, picture, map_NHW) in enumerate(zip(grid, pictures, maps, strict=True)):
         cells[0].imshow(picture)
         low, high = float(map_NHW.min()), float(map_NHW.max())
-        signed = low < -0.05 * high
         limit = max(abs(low), abs(high))
         for path, axes in enumerate(cells[1:]):
             drawn = _overlay(axes, picture, map_NHW[path], (-limit, limit) if signed else (0.0, high), signed)
@@ -188,7 +200,7 @@ def maps_figure(pictures: Sequence[Image.Image], maps: Sequence[Tensor], title: 
         for axes in cells:
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
-    figure.suptitle(title, fontsize=12, color=INK)
+    figure.suptitle(textwrap.fill(title, int(10 * width)), fontsize=12, color=INK)
     return figure
 
 
@@ -197,13 +209,13 @@ def _overlay(
 ) -> AxesImage:
     width, height = picture.size
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
-    axes.imshow(picture.convert("L"), cmap="gray", vmin=0, vmax=255)
+    axes.imshow(picture.convert("L"), cmap="gray", vmin=-160, vmax=255)
     return axes.imshow(
         map_HW.numpy(),
         extent=extent,
         vmin=limits[0],
         vmax=limits[1],
-        cmap="RdBu_r" if signed else "inferno",
+        cmap="RdBu_r" if signed else "YlOrRd",
         alpha=0.65,
         interpolation="nearest",
     )

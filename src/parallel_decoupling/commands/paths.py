@@ -99,11 +99,11 @@ def analyse_checkpoint(checkpoint_file: Path, run_dir: Path, data_dir: str | Non
 
 def write(analysis: PathAnalysis, folder: Path) -> None:
     """Write ``paths.json`` and one PNG per figure."""
-    from parallel_decoupling.analysis.figures import figures
+    from parallel_decoupling.analysis.figures import DPI, figures
     from parallel_decoupling.analysis.tables import write_json
     from parallel_decoupling.retrieval.html_report import PATHS_FILE
 
     folder.mkdir(parents=True, exist_ok=True)
     write_json(analysis, folder / PATHS_FILE)
     for name, figure in figures(analysis).items():
-        figure.savefig(folder / f"{name}.png")
+        figure.savefig(folder / f"{name}.png", dpi=DPI)

@@ -81,8 +81,8 @@ def world_tasks(num_rows: int = NUM_ROWS, seed: int = 0) -> list[Any]:
     most = len(handwritten_digits()[0]) // 2
     if not 20 <= num_rows <= most:
         raise ValueError(
-            f"num_rows is {num_rows}; two pictures of each of ten digits need at least 20, and {most} is half of "
-            "all digits, whose other half is fitted on"
+            f"num_rows is {num_rows}; two pictures of each of ten digits need 20, and {most} are half "
+            "of all digits, whose other half is fitted on"
         )
     return [WorldPictures(num_rows, seed), WorldDigits(num_rows, seed)]
 
