@@ -104,7 +104,8 @@ def test_maps_of_one_figure_share_their_colours_and_long_titles_are_wrapped(anal
     overlays = [axes.images[1] for axes in figure.axes if len(axes.images) == 2]
     assert {overlay.get_cmap().name for overlay in overlays} == {"RdBu_r"}
     for overlay, map_NHW in zip(overlays, maps, strict=True):
-        assert overlay.get_clim() == pytest.approx((-map_NHW.abs().max(), map_NHW.abs().max()))
+        limit = float(map_NHW.abs().max())
+        assert overlay.get_clim() == pytest.approx((-limit, limit))
     assert "\n" in figure.get_suptitle()
 
 

@@ -112,6 +112,6 @@ def stratified_kappa(misses: Sequence[Misses]) -> NDArray[np.float64]:
             observed_NN += each_NR @ each_NR.T
             chance_NN += each_NR.shape[1] * np.outer(rate_N, rate_N)
     room_NN = rows - chance_NN
-    kappa_NN = np.ones_like(room_NN)
+    kappa_NN: NDArray[np.float64] = np.ones(room_NN.shape)
     np.divide(observed_NN - chance_NN, room_NN, out=kappa_NN, where=room_NN > 1e-9 * rows)
     return kappa_NN
