@@ -83,8 +83,9 @@ def test_encoding_one_path_and_all_of_them_are_timed_apart() -> None:
         return torch.zeros(2, 1)
 
     times = encoding_times(encode, num_items=2)
-    assert 5 <= times.one_path < 20
-    assert 25 <= times.all_paths
+    assert times.one_path >= 5
+    assert times.all_paths >= 25
+    assert times.one_path < times.all_paths
     shapes = {"aggregate": torch.Size([8]), "path_1": torch.Size([8]), "maxsim": torch.Size([3, 8])}
     costs = mode_costs(shapes, EncodingTimes(1.5, 4.0))
     assert [cost["encoding_milliseconds_per_item"] for cost in costs.values()] == [4.0, 1.5, 4.0]

@@ -303,7 +303,8 @@ class ScoreReport:
         notes = ["! at or below chance: " + ", ".join(flagged)] if flagged else []
         if "overall" in self.partial_means:
             notes.append(
-                f"means over {self.partial_means['overall']} of MMEB's {len(MMEB_TASKS)} tasks: not MMEB's means"
+                f"means over {self.partial_means['overall']} of MMEB's {len(MMEB_TASKS)} tasks: "
+                "not MMEB's means"
             )
         notes += ["rows skipped because of their images: " + ", ".join(skipped)] if skipped else []
         if notes:

@@ -1,7 +1,7 @@
 """What a ``scores.json`` must hold: kinds of values, and hits that fit the scores.
 
-Here: checks of the parsed JSON. Elsewhere on purpose: what it means (``report``), means that were changed by hand
-(``audit``).
+Here: checks of the parsed JSON. Elsewhere on purpose: what it means (``report``), means that were changed by
+hand (``audit``).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ROUNDING_ERROR = 1e-9
 """Two fractions of the same counts differ by at most this much."""
 
 _NUMBER = (int, float)
-_PARTS = {"tasks": dict, "hits": dict, "run": dict, "modes": dict, "warnings": list}
+_PARTS: dict[str, Any] = {"tasks": dict, "hits": dict, "run": dict, "modes": dict, "warnings": list}
 _ROW: dict[str, Any] = {
     "meta_task": str,
     "in_distribution": bool,

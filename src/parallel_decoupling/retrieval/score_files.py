@@ -152,7 +152,7 @@ def _v1(result: TaskResult, column: str) -> dict[str, Any]:
 
 
 def _v2(result: TaskResult, column: str) -> dict[str, Any]:
-    """With one positive precision is hit / depth, recall is hit, average precision is 1 / rank; all are cut."""
+    """With one positive precision is hit / depth, recall is hit, average precision is 1 / rank; all cut."""
     values: dict[str, Any] = {**result.metrics.get(column, {}), "hit@1": result.hit_at_1[column]}
     values.pop("mrr", None)
     for depth in DEPTHS:

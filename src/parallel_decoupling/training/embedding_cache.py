@@ -2,8 +2,8 @@
 
 A file belongs to one model and one task's rows: its name has a hash of the trainable tensors, of the frozen
 backbone, of processor and tokenizer, of the precision and the settings that shape embeddings, and of the
-task's prompts and image files. Another checkpoint, other data or another version never finds it. Elsewhere on purpose: filling a task
-(``training.evaluation``), which loaders are then short (``data.datamodule``).
+task's prompts and image files. Another checkpoint, other data or another version never finds it. Elsewhere on
+purpose: filling a task (``training.evaluation``), which loaders are then short (``data.datamodule``).
 """
 
 from __future__ import annotations
