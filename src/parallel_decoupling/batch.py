@@ -19,6 +19,9 @@ from torch import Tensor
 IMAGE_PLACEHOLDER = "<|image_1|>"
 """The image token of every MMEB text (Phi-3's); the collator swaps in the backbone's own."""
 
+PADDING_ID = torch.iinfo(torch.int64).min
+"""The ``candidate_ids`` entry of a candidate that stands in for a missing hard negative; nobody's negative."""
+
 
 @dataclass(frozen=True)
 class RawInput:
@@ -40,7 +43,7 @@ class RawPair:
     Attributes:
         query: what is asked.
         candidate: the positive.
-        negatives: hard negatives of this query, possibly none.
+        negatives: hard negatives of this query, possibly none; None pads to the number asked for.
         subset: name of the training subset the row comes from.
         row: row number inside the subset, for error messages.
         skipped: why rows before this one were passed over, one reason each.
@@ -48,7 +51,7 @@ class RawPair:
 
     query: RawInput
     candidate: RawInput
-    negatives: tuple[RawInput, ...]
+    negatives: tuple[RawInput | None, ...]
     subset: str
     row: int
     skipped: tuple[str, ...] = ()
@@ -100,7 +103,8 @@ class PairBatch:
     Attributes:
         query: ``B`` rows.
         candidate: ``B`` positives in query order, then any hard negatives.
-        candidate_ids: ``[len(candidate)]`` int64; equal values are the same target.
+        candidate_ids: ``[len(candidate)]`` int64; equal values are the same target, and
+            ``PADDING_ID`` is none.
         subsets: the subset of each of the ``B`` queries.
         skipped: why rows were passed over, one reason each.
     """

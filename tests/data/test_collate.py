@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor
 
-from parallel_decoupling.batch import EncoderInputs, RawInput, RawPair
+from parallel_decoupling.batch import PADDING_ID, EncoderInputs, RawInput, RawPair
 from parallel_decoupling.data.collate import Collator, EvalBatch, identity
 from parallel_decoupling.data.images import load_image
 from parallel_decoupling.data.prompts import prompt
@@ -139,6 +139,19 @@ def test_pairs_keep_order_and_identity(processor: Any, tmp_path: Path) -> None:
     assert batch.subsets == ("A", "B", "A")
     assert len(batch.query) == 3
     assert batch.to("cpu").subsets == batch.subsets
+
+
+def test_a_missing_negative_is_a_short_text_that_is_no_target(processor: Any, tmp_path: Path) -> None:
+    dash, picture = RawInput("-"), prompt(image=write_image(tmp_path / "x.png"))
+    pairs = [
+        RawPair(RawInput("q0"), dash, (None, dash), "A", 0),
+        RawPair(RawInput("q1"), picture, (None, None), "A", 1),
+    ]
+    batch = Collator(processor, image_token=TOKEN)(pairs)
+    own, other = identity(dash), identity(picture)
+    assert batch.candidate_ids.tolist() == [own, other, PADDING_ID, own, PADDING_ID, PADDING_ID]
+    assert batch.candidate.lengths.tolist()[2:] == [1] * 4
+    assert [bool(row) for row in batch.candidate.vision] == [False, True, False, False, False, False]
 
 
 def test_identity_is_text_and_image() -> None:

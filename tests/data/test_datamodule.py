@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from parallel_decoupling import distributed
-from parallel_decoupling.batch import PairBatch
+from parallel_decoupling.batch import PADDING_ID, PairBatch
 from parallel_decoupling.data.collate import EvalBatch
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.data.images import ImagePolicy
@@ -204,8 +204,15 @@ def test_loader_outside_a_trainer_goes_on_to_the_next_epoch(data_dir: Path, unin
 
 
 def test_positives_and_negatives_come_with_their_query(data_dir: Path) -> None:
+    rows = [train_row(f"b{number}", f"B{number}", neg_text=f"not B{number}") for number in range(15)]
+    write_train(data_dir, "B", rows)
     for batch in module(data_dir, hard_negatives=1).train_dataloader():
-        assert texts(batch.candidate) == [text.upper() for text in texts(batch.query)] * 2
+        positives = [text.upper() for text in texts(batch.query)]
+        negatives = [f"not {text}" if text[0] == "B" else "-" for text in positives]
+        assert texts(batch.candidate) == positives + negatives
+        assert (batch.candidate_ids == PADDING_ID).tolist() == [
+            text == "-" for text in texts(batch.candidate)
+        ]
         assert [subset.lower() for subset in batch.subsets] == [text[0] for text in texts(batch.query)]
 
 

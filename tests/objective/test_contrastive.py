@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from parallel_decoupling.batch import PADDING_ID
 from parallel_decoupling.objective.contrastive import in_batch_hit_at_1, info_nce
 from tests.support.references import hit_at_1_loop, info_nce_loop
 
@@ -20,6 +21,8 @@ CASES = {
     "hard_negative_is_a_positive": ([0, 1, 2, 3], [10, 11, 12, 13, 11, 20, 10, 20]),
     "rows_of_rank_1_of_2": ([4, 5, 6, 7], [10, 11, 12, 13, 14, 11, 10, 14]),
     "shuffled_and_shared_positive": ([5, 0, 2, 2], [10, 11, 12, 13, 10, 15]),
+    "some_negatives_are_padding": ([0, 1, 2, 3], [10, 11, 12, 13, 20, PADDING_ID, 11, PADDING_ID]),
+    "all_negatives_are_padding": ([0, 1, 2, 3], [10, 11, 10, 13, PADDING_ID, PADDING_ID]),
 }
 
 
@@ -81,6 +84,22 @@ def test_collapsed_embeddings_are_no_hit() -> None:
     one = torch.ones(4, 1, 8) / math.sqrt(8)
     labels: dict[str, Any] = {"positive": torch.arange(4), "candidate_ids": torch.arange(4)}
     assert in_batch_hit_at_1(one, one, **labels).item() == 0.0
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("case", ["some_negatives_are_padding", "all_negatives_are_padding"])
+def test_padding_is_as_if_it_were_not_there(case: str, symmetric: bool) -> None:
+    query, candidate, labels = both(case)
+    candidate.requires_grad_()
+    there = labels["candidate_ids"] != PADDING_ID
+    without = {**labels, "candidate_ids": labels["candidate_ids"][there]}
+    options: dict[str, Any] = {"temperature": 0.1, "symmetric": symmetric}
+    loss_N = info_nce(query, candidate, **labels, **options)
+    torch.testing.assert_close(loss_N, info_nce(query, candidate[there], **without, **options))
+    (gradient,) = torch.autograd.grad(loss_N.sum(), candidate)
+    assert gradient[~there].abs().max() == 0
+    hits_N = in_batch_hit_at_1(candidate[:4], candidate, **labels)
+    assert torch.equal(hits_N, in_batch_hit_at_1(candidate[:4], candidate[there], **without))
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

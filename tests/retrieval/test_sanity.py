@@ -104,7 +104,9 @@ def test_rows_that_are_not_finite_are_counted_beyond_the_missing_ones(value: flo
     query[:2] = torch.nan
     assert "non_finite" not in checks(health(query, candidate, missing=2))
     query[5, 1, 3] = candidate[7, 0, 0] = candidate[8] = value
-    (found,) = [each for each in findings([health(query, candidate, missing=2)]) if each.check == "non_finite"]
+    (found,) = [
+        each for each in findings([health(query, candidate, missing=2)]) if each.check == "non_finite"
+    ]
     assert found.detail == "toy query 1 of 22 rows, candidate 2 of 24 rows"
 
 
@@ -238,7 +240,12 @@ def test_paraphrased_instructions_are_none_that_training_lacks(tmp_path: Path) -
 
 def test_own_instructions_are_compared_as_they_are_written(tmp_path: Path) -> None:
     source = Source(eval_file=tmp_path / "own.csv", query_instruction="Find it")
-    entry = {"meta_task": "vqa", "in_distribution": True, "train_file": "own.csv", "query_instruction": "Find"}
+    entry = {
+        "meta_task": "vqa",
+        "in_distribution": True,
+        "train_file": "own.csv",
+        "query_instruction": "Find",
+    }
     entry["columns"] = {"query_text": "q", "candidate_text": "c"}
     (tmp_path / "tasks.json").write_text(json.dumps({"own": entry}))
     (tmp_path / "own.csv").write_text("q,c\nx,y\n")

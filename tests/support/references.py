@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from parallel_decoupling.batch import PADDING_ID
+
 
 def info_nce_loop(
     query: Tensor,
@@ -27,7 +29,7 @@ def info_nce_loop(
         for b, p in enumerate(positive):
             denominator = torch.zeros((), dtype=query.dtype)
             for j in range(len(candidate)):
-                if j == p or candidate_ids[j] != candidate_ids[p]:
+                if j == p or candidate_ids[j] not in (candidate_ids[p], PADDING_ID):
                     denominator = denominator + ((query[b, n] * candidate[j, n]).sum() / temperature).exp()
             own = (query[b, n] * candidate[p, n]).sum() / temperature
             forward = denominator.log() - own
@@ -50,7 +52,9 @@ def hit_at_1_loop(query: Tensor, candidate: Tensor, positive: list[int], candida
         hits = 0
         for b, p in enumerate(positive):
             own = (query[b, n] * candidate[p, n]).sum()
-            others = [j for j in range(len(candidate)) if candidate_ids[j] != candidate_ids[p]]
+            others = [
+                j for j in range(len(candidate)) if candidate_ids[j] not in (candidate_ids[p], PADDING_ID)
+            ]
             hits += all(own > (query[b, n] * candidate[j, n]).sum() for j in others)
         shares.append(hits / len(positive))
     return torch.tensor(shares, dtype=query.dtype)

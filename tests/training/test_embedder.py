@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -87,6 +88,25 @@ def test_the_loss_is_the_sum_of_its_logged_terms(
         expected = paths + 0.7 * values["train/contrastive_aggregate"] + mi
         assert values["train/loss"] == pytest.approx(expected, rel=1e-5)
         assert values["train/estimator_nll"] < values["train/estimator_nll_held_out"]
+
+
+def test_hard_negatives_of_rows_that_have_none_change_nothing(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    settings = {"temperature": 0.5, "symmetric": True, "mi": {"warmup_steps": 0, "ramp_steps": 0}}
+    values, gradients = [], []
+    for number in (0, 2):
+        recorder = Recorder()
+        module = small_embedder(tiny_backbone_dir, kind=RecordingEmbedder, **settings)
+        data = small_data(tiny_mmeb_dir, hard_negatives=number)
+        make_trainer(tmp_path, recorder, max_steps=1).fit(module, data)
+        assert isinstance(module, RecordingEmbedder)
+        named = recorder.values[0].items()
+        values.append({name: value for name, value in named if not name.startswith("compute/")})
+        gradients.append(module.gradients)
+    assert values[1] == pytest.approx(values[0], rel=1e-4, abs=1e-6)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-6)
 
 
 class Watch(RecordingEmbedder):
@@ -308,6 +328,9 @@ def test_the_defaults_can_work() -> None:
         ({"mi": {"kind": "none"}}, "set mi_weight=0"),
         ({"mi_weight": -1.0}, "mi_weight must be 0 or more"),
         ({"temperature": 0.0}, "above 0"),
+        ({"temperature": float("nan")}, "above 0"),
+        ({"mi_weight": float("nan")}, "mi_weight must be 0 or more"),
+        ({"aggregate_weight": float("inf")}, "aggregate_weight must be 0 or more"),
         ({"query_chunk_size": 0}, "query_chunk_size must be 1"),
         ({"candidate_chunk_size": -2}, "candidate_chunk_size must be 1"),
     ],
@@ -315,6 +338,42 @@ def test_the_defaults_can_work() -> None:
 def test_impossible_combinations_say_what_to_change(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_settings(settings_with(**changes))
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-true", "16-true", "64-true"])
+def test_other_precisions_are_refused(tiny_backbone_dir: str, precision: str) -> None:
+    module = small_embedder(tiny_backbone_dir)
+    module._trainer = SimpleNamespace(strategy=None, precision=precision)  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=rf"precision={precision} .*use 32-true or bf16-mixed"):
+        module.setup("test")
+
+
+def test_full_training_in_half_precision_is_refused_and_scoring_is_not(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    module = small_embedder(tiny_backbone_dir, adapter={"kind": "full"}, dtype="bfloat16")
+    with pytest.raises(ValueError, match=r"model\.dtype=float32 with trainer\.precision=bf16-mixed"):
+        make_trainer(tmp_path, max_steps=1).fit(module, small_data(tiny_mmeb_dir))
+    module._trainer = SimpleNamespace(strategy=None, precision="32-true")  # type: ignore[assignment]
+    module.setup("test")
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_its_step(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    class Broken(PDFEmbedder):
+        def _main_step(self) -> None:
+            if self.steps_done == 2:
+                parameter = self.trainables()["prefixes"][0]
+                assert parameter.grad is not None
+                parameter.grad.view(-1)[0] = float("nan")
+                self.before = trained(self)
+            super()._main_step()
+
+    module = small_embedder(tiny_backbone_dir, kind=Broken)
+    with pytest.raises(ValueError, match=r"main step 3 is not finite \(norm nan\)"):
+        make_trainer(tmp_path, max_steps=4).fit(module, small_data(tiny_mmeb_dir))
+    assert_equal(module.before, trained(module))
 
 
 def test_an_unknown_option_of_a_config_is_named() -> None:
@@ -329,6 +388,7 @@ def test_fsdp1_is_refused_with_the_alternative(tiny_backbone_dir: str) -> None:
         from lightning.pytorch.strategies import FSDPStrategy
 
         strategy = FSDPStrategy()
+        precision = "32-true"
 
     module._trainer = Fake()  # type: ignore[assignment]
     with pytest.raises(ValueError, match="fsdp2"):

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from parallel_decoupling.batch import PADDING_ID
+from parallel_decoupling.distributed import rank
 from parallel_decoupling.objective.contrastive import info_nce
 from parallel_decoupling.objective.mutual_information import MutualInformation
 from parallel_decoupling.training import terms
 from parallel_decoupling.training.terms import GatheredPairs, gather_pairs, mean_path_cosine, shared
-from tests.support.references import info_nce_loop
+from tests.support.processes import run_ranks
+from tests.support.references import hit_at_1_loop, info_nce_loop
 
 BATCH, NEGATIVES, PATHS, WIDTH = 4, 2, 3, 5
 
@@ -35,6 +40,35 @@ def test_each_query_of_each_rank_finds_its_positive(monkeypatch: pytest.MonkeyPa
     pairs = gather_pairs(query, candidate, torch.arange(BATCH + NEGATIVES), mean_of_paths)
     assert torch.equal(pairs.candidate[pairs.positive], pairs.query)
     assert pairs.query.flatten().tolist() == [0, 1, 2, 3, 100, 101, 102, 103]
+
+
+def test_padding_of_each_rank_stays_padding_after_the_gather() -> None:
+    query, candidate = (
+        torch.nn.functional.normalize(torch.randn(2 * rows, PATHS, WIDTH, dtype=torch.float64), dim=-1)
+        for rows in (BATCH, BATCH + NEGATIVES)
+    )
+    ids = torch.tensor([0, 1, 0, 2, PADDING_ID, 1, 3, 4, 1, 5, 6, PADDING_ID])
+    positive = [0, 1, 2, 3, 6, 7, 8, 9]
+    labels = positive, ids.tolist()
+
+    def in_two_processes() -> None:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", rank=int(os.environ["LOCAL_RANK"]), world_size=2)
+        mine = candidate.chunk(2)[rank()].clone().requires_grad_()
+        pairs = gather_pairs(query.chunk(2)[rank()], mine, ids.chunk(2)[rank()], concatenated)
+        path_N, aggregate = terms.contrastive_terms(pairs, 0.5, symmetric=False, with_aggregate=True)
+        torch.testing.assert_close(path_N, info_nce_loop(query, candidate, *labels, 0.5))
+        sides = concatenated(query)[:, None], concatenated(candidate)[:, None]
+        torch.testing.assert_close(aggregate, info_nce_loop(*sides, *labels, 0.5)[0])
+        (gradient,) = torch.autograd.grad(path_N.sum() + aggregate, mine)
+        padding = ids.chunk(2)[rank()] == PADDING_ID
+        assert torch.equal(gradient.flatten(1).abs().sum(dim=1) == 0, padding)
+        values = terms.monitored_values(pairs, {}, path_N, torch.zeros(3))
+        hits_N = torch.stack([values[f"train/hit_at_1_path_{path}"] for path in range(PATHS)])
+        assert torch.equal(hits_N, hit_at_1_loop(query, candidate, *labels))
+        dist.destroy_process_group()
+
+    run_ranks(in_two_processes, timeout=60)
 
 
 def test_a_shared_parameter_takes_its_share_of_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from parallel_decoupling.batch import IMAGE_PLACEHOLDER, EncoderInputs, PairBatch, RawInput, RawPair
+from parallel_decoupling.batch import (
+    IMAGE_PLACEHOLDER,
+    PADDING_ID,
+    EncoderInputs,
+    PairBatch,
+    RawInput,
+    RawPair,
+)
 from parallel_decoupling.data.images import ImageError, ImagePolicy, load_image
+
+PADDING = RawInput("-")
+"""What is encoded in place of a missing hard negative; as short as a text can be."""
 
 
 @dataclass(frozen=True)
@@ -64,15 +74,18 @@ class Collator:
         self._splits = True  # until the processor's image tensors are seen not to split by row
 
     def __call__(self, pairs: Sequence[RawPair]) -> PairBatch:
-        """Batch training rows: the positives in query order, then all hard negatives row by row."""
-        candidates = [pair.candidate for pair in pairs]
+        """Batch training rows: the positives in query order, then all hard negatives row by row.
+
+        A missing hard negative is the text ``PADDING`` with the identity ``PADDING_ID``.
+        """
+        candidates: list[RawInput | None] = [pair.candidate for pair in pairs]
         candidates += [negative for pair in pairs for negative in pair.negatives]
         places = [f"training subset {pair.subset!r}, row {pair.row}" for pair in pairs]
         negatives = [place for pair, place in zip(pairs, places, strict=True) for _ in pair.negatives]
         return PairBatch(
             query=self.encode_inputs([pair.query for pair in pairs], places),
-            candidate=self.encode_inputs(candidates, places + negatives),
-            candidate_ids=torch.tensor([identity(candidate) for candidate in candidates]),
+            candidate=self.encode_inputs([each or PADDING for each in candidates], places + negatives),
+            candidate_ids=torch.tensor([identity(each) if each else PADDING_ID for each in candidates]),
             subsets=tuple(pair.subset for pair in pairs),
             skipped=tuple(reason for pair in pairs for reason in pair.skipped),
         )

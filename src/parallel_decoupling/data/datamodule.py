@@ -81,7 +81,8 @@ class MMEBDataModule(LightningDataModule):
         policy: "mixed" batches of all subsets, "homogeneous" of one subset each, or "sub_batch" of
             blocks of sub_batch_size rows of one subset.
         sub_batch_size: Block size of the policy "sub_batch"; divides batch_size.
-        hard_negatives: Candidates per row from the neg_text and neg_image_path columns.
+        hard_negatives: Candidates per row from the neg_text and neg_image_path columns; a row with fewer gets
+            stand-ins that are nobody's negative.
         seed: Seed of mixture and row_limit, independent of the trainer's seed.
         image_size: Force every image into a square: "low" (128 pixels), "mid" (672) or "high" (1344), as in
             VLM2Vec. Null leaves that to min_pixels and max_pixels.

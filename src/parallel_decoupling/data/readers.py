@@ -43,9 +43,8 @@ class TrainSubset:
         split: file name prefix, ``original`` or ``diverse_instruction`` in MMEB.
         limit: keep at most this many rows, in file order.
         limit_by: ``sample`` draws them once with ``seed``, ``first`` takes the first (VLM2Vec's caps).
-        hard_negatives: negatives per row. A row with fewer repeats its own; a row without any
-            repeats its positive, whose equal id masks it for that row, so that every batch of
-            every process has ``batch size * (1 + hard_negatives)`` candidates.
+        hard_negatives: negatives per row. A row with fewer is padded with None, so that every batch of
+            every process has ``batch size * (1 + hard_negatives)`` candidates; padding is nobody's negative.
         seed: seed of the ``limit`` draw, >= 0.
 
     Raises:
@@ -97,7 +96,7 @@ class TrainSubset:
             self.table.where(row, "pos_text", "pos_image_path"),
         )
         positive = self.inputs.candidate(side, where)
-        return RawPair(query, positive, self._negatives(row, cells, positive), self.subset, row)
+        return RawPair(query, positive, self._negatives(row, cells), self.subset, row)
 
     def readable(self, index: int) -> RawPair:
         """The row, or the next one of the subset (the first after the last) whose images can all be read.
@@ -113,7 +112,7 @@ class TrainSubset:
             place = (index + step) % len(self)
             try:
                 pair = self[place]
-                for side in (pair.query, pair.candidate, *pair.negatives):
+                for side in (pair.query, pair.candidate, *filter(None, pair.negatives)):
                     check_images(side)
             except ImageError as error:
                 reasons.append(f"training subset {self.subset!r}, row {self.kept[place]}: {error}")
@@ -124,14 +123,14 @@ class TrainSubset:
             "Skipping is for single files; find out with `lightning verify` what is wrong with the folder."
         )
 
-    def _negatives(self, row: int, cells: Mapping[str, Any], positive: RawInput) -> tuple[RawInput, ...]:
+    def _negatives(self, row: int, cells: Mapping[str, Any]) -> tuple[RawInput | None, ...]:
         if not self.hard_negatives:
             return ()
         where = self.table.where(row, "neg_text", "neg_image_path")
         sides = aligned_sides(cells.get("neg_text"), cells.get("neg_image_path"), where)
         sides = [side for side in sides if any(side)][: self.hard_negatives]
-        own = [self.inputs.candidate(side, where) for side in sides] or [positive]
-        return tuple(own[number % len(own)] for number in range(self.hard_negatives))
+        own = [self.inputs.candidate(side, where) for side in sides]
+        return (*own, *[None] * (self.hard_negatives - len(own)))
 
 
 def _side(cells: Mapping[str, Any], text: str, image: str) -> Side:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from parallel_decoupling.batch import PADDING_ID
+
 
 def info_nce(
     query: Tensor,
@@ -26,8 +28,8 @@ def info_nce(
 
     For path n: ``loss_n = mean_b -log( exp(s_bp / t) / sum_j exp(s_bj / t) )`` with
     ``s_bj = <query_bn, candidate_jn>`` and p the positive of query b. The sum over j leaves out
-    every other candidate with the positive's id: the same target is not a negative (ours; labels
-    repeat inside a batch in each classification task). Path n of a query never meets another
+    padding and every other candidate with the positive's id: the same target is not a negative (ours;
+    labels repeat inside a batch in each classification task). Path n of a query never meets another
     path of a candidate. Computed in fp32 (fp64 for fp64 inputs), also under autocast.
 
     Gathering: where gradient reaches only the local rows, a candidate must still meet the queries
@@ -38,7 +40,7 @@ def info_nce(
         query: ``[B, N, D]``, unit norm for a cosine score. Not detached here.
         candidate: ``[G, N, D]``, unit norm. Not detached here.
         positive: ``[B]`` int64, index into ``candidate`` of each query's positive.
-        candidate_ids: ``[G]`` int64; equal ids are the same target.
+        candidate_ids: ``[G]`` int64; equal ids are the same target, ``PADDING_ID`` is none.
         temperature: divides the scores, above 0; a 0-dim tensor receives gradient.
         symmetric: also contrast each of the B positives with the B queries, duplicates left out
             the same way, and return the mean of both directions.
@@ -53,34 +55,35 @@ def info_nce(
         ``N`` paths equal ``N`` calls with one path each.
         The loss of the aggregate is a call with ``[B, 1, D]`` and ``[G, 1, D]``.
         A further copy of a query's own target among the candidates leaves its loss as it is.
+        Padding among the candidates leaves every loss as it is.
         ``symmetric`` without extra candidates does not change if query and candidate swap roles.
     """
     _check_shapes(query, candidate, positive, candidate_ids)
     if isinstance(temperature, float | int) and temperature <= 0:
         raise ValueError(f"temperature divides the scores and must be above 0, got {temperature}.")
     score_NBG = _scores(query, candidate) / temperature
-    duplicate_BG = _duplicates(positive, candidate_ids)
-    loss_N = _cross_entropy(score_NBG, duplicate_BG, positive)
+    left_out_BG = _left_out(positive, candidate_ids)
+    loss_N = _cross_entropy(score_NBG, left_out_BG, positive)
     if not symmetric:
         return loss_N
     reverse_NBB = score_NBG[:, :, positive].transpose(1, 2)  # [n, b, c]: positive of b, query c
     own_B = torch.arange(len(positive), device=positive.device)
-    duplicate_BB = _duplicates(own_B, candidate_ids[positive])
-    return (loss_N + _cross_entropy(reverse_NBB, duplicate_BB, own_B)) / 2
+    left_out_BB = _left_out(own_B, candidate_ids[positive])
+    return (loss_N + _cross_entropy(reverse_NBB, left_out_BB, own_B)) / 2
 
 
 @torch.no_grad()
 def in_batch_hit_at_1(query: Tensor, candidate: Tensor, *, positive: Tensor, candidate_ids: Tensor) -> Tensor:
     """Share of queries whose positive scores strictly above all other targets.
 
-    A tie is a miss, so collapsed embeddings do not look perfect. Duplicates of the positive are
-    left out as in ``info_nce``.
+    A tie is a miss, so collapsed embeddings do not look perfect. Duplicates of the positive and
+    padding are left out as in ``info_nce``.
 
     Args:
         query: ``[B, N, D]``.
         candidate: ``[G, N, D]``.
         positive: ``[B]`` int64, index into ``candidate`` of each query's positive.
-        candidate_ids: ``[G]`` int64; equal ids are the same target.
+        candidate_ids: ``[G]`` int64; equal ids are the same target, ``PADDING_ID`` is none.
 
     Returns:
         ``[N]`` between 0 and 1, without gradient.
@@ -91,7 +94,7 @@ def in_batch_hit_at_1(query: Tensor, candidate: Tensor, *, positive: Tensor, can
     _check_shapes(query, candidate, positive, candidate_ids)
     score_NBG = _scores(query, candidate)
     own_B = torch.arange(len(positive), device=positive.device)
-    left_out_BG = _duplicates(positive, candidate_ids)
+    left_out_BG = _left_out(positive, candidate_ids)
     left_out_BG[own_B, positive] = True
     best_other_NB = score_NBG.masked_fill(left_out_BG, -torch.inf).amax(dim=2)
     hit_NB = score_NBG[:, own_B, positive] > best_other_NB
@@ -105,10 +108,11 @@ def _scores(query: Tensor, candidate: Tensor) -> Tensor:
         return torch.einsum("bnd,gnd->nbg", query.to(dtype), candidate.to(dtype))
 
 
-def _duplicates(positive: Tensor, candidate_ids: Tensor) -> Tensor:
-    """``[B, G]``: True where a candidate is the positive's target but not the positive itself."""
+def _left_out(positive: Tensor, candidate_ids: Tensor) -> Tensor:
+    """``[B, G]``: True where a candidate is padding, or the positive's target but not the positive itself."""
     same_BG = candidate_ids[positive].unsqueeze(1) == candidate_ids.unsqueeze(0)
-    return same_BG.scatter(1, positive.unsqueeze(1), False)
+    left_out_BG = same_BG | (candidate_ids == PADDING_ID)
+    return left_out_BG.scatter(1, positive.unsqueeze(1), False)
 
 
 def _cross_entropy(score_NBG: Tensor, left_out_BG: Tensor, positive: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class GatheredPairs:
         query_aggregate: ``[G, 1, D']``.
         candidate_aggregate: ``[C, 1, D']``.
         positive: ``[G]`` int64, index into the candidates.
-        candidate_ids: ``[C]`` int64.
+        candidate_ids: ``[C]`` int64; ``PADDING_ID`` where a hard negative is missing.
         nested: the same rows at each smaller dimension of Matryoshka training.
     """
 
