@@ -20,7 +20,7 @@ IMAGE_PLACEHOLDER = "<|image_1|>"
 """The image token of every MMEB text (Phi-3's); the collator swaps in the backbone's own."""
 
 PADDING_ID = torch.iinfo(torch.int64).min
-"""The ``candidate_ids`` entry of a candidate that stands in for a missing hard negative; nobody's negative."""
+"""In ``candidate_ids``: the candidate stands in for a missing hard negative and is nobody's negative."""
 
 
 @dataclass(frozen=True)
