@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -124,6 +126,26 @@ def test_loading_leaves_the_global_random_state_alone(tiny_backbone_dir: str) ->
 def test_unmatched_targets_raise(tiny_backbone_dir: str) -> None:
     with pytest.raises(ValueError, match="no linear layer"):
         load_backbone(tiny_backbone_dir, adapter=AdapterConfig(targets=("qkv",)))
+    with pytest.raises(ValueError, match=r"called 'k_porj'; there are \['k_proj'"):
+        load_backbone(tiny_backbone_dir, adapter=AdapterConfig(targets=("q_proj", "k_porj")))
+    every_family = AdapterConfig(targets=("q_proj", "qkv_proj", "out_proj"))  # VLM2Vec's list has the last two
+    assert len(load_backbone(tiny_backbone_dir, adapter=every_family).adapted_modules) == 2
+
+
+@pytest.mark.parametrize("options", [{"rank": 0}, {"alpha": 0}, {"dropout": 1.5}, {"dropout": math.nan}])
+def test_adapter_numbers_out_of_range_are_named(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"adapter\.{next(iter(options))} must be"):
+        AdapterConfig(**options)
+
+
+def test_building_asks_no_gpu_for_its_state(tiny_backbone_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(*_: Any) -> None:
+        raise AssertionError("a GPU would be initialised in every process")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", asked)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", asked)
+    load_backbone(tiny_backbone_dir).reset_adapters(3)
 
 
 def test_missing_folder_raises(tmp_path: Path) -> None:

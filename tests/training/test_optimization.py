@@ -67,14 +67,23 @@ def test_nothing_to_train_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"learning_rate": -1.0}, {"accumulate_batches": 0}, {"schedule": "step"}, {"clip_norm": -1.0}]
+    "options",
+    [
+        {"learning_rate": -1.0},
+        {"prefix_learning_rate": math.nan},
+        {"accumulate_batches": 0},
+        {"schedule": "step"},
+        {"clip_norm": -1.0},
+    ],
 )
 def test_numbers_out_of_range_are_named(options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         OptimizerConfig(**options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("options", [{"fit_steps": 0}, {"warmup_steps": -1}, {"learning_rate": 0.0}])
+@pytest.mark.parametrize(
+    "options", [{"fit_steps": 0}, {"warmup_steps": -1}, {"learning_rate": 0.0}, {"learning_rate": math.nan}]
+)
 def test_estimator_numbers_out_of_range_are_named(options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         MIConfig(**options)  # type: ignore[arg-type]

@@ -33,10 +33,10 @@ def test_other_ways_of_sharding_are_refused_with_the_alternative(
     tiny_backbone_dir: str, strategy: Any, message: str
 ) -> None:
     module = small_embedder(tiny_backbone_dir)
-    module._trainer = SimpleNamespace(strategy=strategy)  # type: ignore[assignment]
+    module._trainer = SimpleNamespace(strategy=strategy, precision="32-true")  # type: ignore[assignment]
     with pytest.raises(ValueError, match=message):
         module.setup("fit")
-    module._trainer = SimpleNamespace(strategy=FSDP2Strategy())  # type: ignore[assignment]
+    module._trainer = SimpleNamespace(strategy=FSDP2Strategy(), precision="32-true")  # type: ignore[assignment]
     module.setup("fit")
 
 

@@ -6,6 +6,9 @@ family's layers (``families``), loading the backbone itself (``backbone``).
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -18,6 +21,8 @@ from torch import nn
 from parallel_decoupling.model.families import Family
 
 ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+OTHER_TARGETS = frozenset(("out_proj", "qkv_proj", "gate_up_proj"))
+"""Targets that a family may lack: VLM2Vec's one list serves CLIP towers and fused layers as well."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,9 @@ class AdapterConfig:
         dropout: on the input of the update, in [0, 1).
         scope: where LoRA and DoRA go: the language model, the vision tower or both.
         targets: last names of the linear layers to adapt; None is the family's default.
+
+    Raises:
+        ValueError: if a number is out of its range.
     """
 
     kind: Literal["frozen", "lora", "dora", "full"] = "lora"
@@ -40,6 +48,14 @@ class AdapterConfig:
     scope: Literal["language", "vision", "both"] = "language"
     targets: tuple[str, ...] | None = None
 
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"adapter.rank must be 1 or more, got {self.rank}.")
+        if not self.alpha > 0:
+            raise ValueError(f"adapter.alpha must be above 0, got {self.alpha}; the update is scaled by it.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"adapter.dropout must be 0 or more and below 1, got {self.dropout}.")
+
 
 def add_adapters(base: nn.Module, family: Family, adapter: AdapterConfig) -> tuple[str, ...]:
     """Set what trains in ``base``, adding LoRA or DoRA layers in fp32 if asked for.
@@ -48,7 +64,7 @@ def add_adapters(base: nn.Module, family: Family, adapter: AdapterConfig) -> tup
         Full names of the adapted linear layers, in model order.
 
     Raises:
-        ValueError: when no linear layer matches the targets.
+        ValueError: when targets match no linear layer.
     """
     base.requires_grad_(adapter.kind == "full")
     if adapter.kind not in ("lora", "dora"):
@@ -61,8 +77,7 @@ def add_adapters(base: nn.Module, family: Family, adapter: AdapterConfig) -> tup
         target_modules=list(modules),
         use_dora=adapter.kind == "dora",
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with _seeded(base, 0):
         inject_adapter_in_model(config, base)
     _train_adapters_only(base)
     return modules
@@ -179,19 +194,29 @@ def target_modules(base: nn.Module, family: Family, adapter: AdapterConfig) -> t
     """Full names of the linear layers that ``adapter`` means, in model order.
 
     Raises:
-        ValueError: when there are none.
+        ValueError: when there are none, or a target is a name that neither they nor ``OTHER_TARGETS`` have.
     """
     scopes = {
         "language": (family.language_module, family.language_targets),
         "vision": (family.vision_module, family.vision_targets),
     }
-    found = []
+    found, names = [], set()
     for scope in ("language", "vision") if adapter.scope == "both" else (adapter.scope,):
         root, defaults = scopes[scope]
         targets = adapter.targets or defaults
         for name, module in base.get_submodule(root).named_modules():
-            if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in targets:
-                found.append(f"{root}.{name}")
+            last = name.rsplit(".", 1)[-1]
+            if isinstance(module, nn.Linear):
+                names.add(last)
+                if last in targets:
+                    found.append(f"{root}.{name}")
+    for target in adapter.targets or ():
+        if target not in names | OTHER_TARGETS:
+            close = difflib.get_close_matches(target, sorted(names)) or sorted(names)
+            raise ValueError(
+                f"adapter.targets: no linear layer in scope {adapter.scope!r} is called {target!r}; "
+                f"there are {close}."
+            )
     if not found:
         raise ValueError(
             f"no linear layer in scope {adapter.scope!r} is called {list(adapter.targets or ())}; "
@@ -202,11 +227,25 @@ def target_modules(base: nn.Module, family: Family, adapter: AdapterConfig) -> t
 
 def reset_adapters(base: nn.Module, seed: int) -> None:
     """Draw LoRA weights anew from ``seed`` alone, leaving the global random state untouched."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with _seeded(base, seed):
         for module in base.modules():
             if isinstance(module, LoraLayer):
                 cast(Any, module).reset_lora_parameters("default", True)
+
+
+@contextmanager
+def _seeded(base: nn.Module, seed: int) -> Iterator[None]:
+    """Draw from ``seed`` on the CPU, and on the GPU that quantised weights are on; put the states back.
+
+    No other GPU is touched, and none is initialised: a process that did could not be forked.
+    """
+    device = next(base.parameters()).device
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_gpu else []):
+        torch.default_generator.manual_seed(seed)
+        if on_gpu:
+            torch.cuda.default_generators[device.index].manual_seed(seed)
+        yield
 
 
 def _train_adapters_only(base: nn.Module) -> None:

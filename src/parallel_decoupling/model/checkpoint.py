@@ -66,8 +66,8 @@ def load_trainable_state(encoder: nn.Module, state: Mapping[str, Tensor]) -> Non
 def backbone_fingerprint(backbone: Backbone | DualBackbone) -> dict[str, Any]:
     """Identify the frozen part of a backbone.
 
-    The hash covers the config and the frozen weights, rounded to bfloat16 so that it does not depend on the
-    dtype they are loaded in. Call it before the weights are sharded.
+    The hash covers the config and the frozen weights, rounded to bfloat16 so that float32 and bfloat16 give
+    the same; float16, which rounds otherwise, does not. Call it before the weights are sharded.
 
     Returns:
         ``name``, ``revision``, ``model_type``, ``num_frozen`` (parameters) and ``sha256``, plain types only.

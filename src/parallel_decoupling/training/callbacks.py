@@ -63,6 +63,10 @@ class RunSummary(Callback):
         table = Table("part", "parameters", "learning rate", title="What trains")
         frozen = sum(p.numel() for p in module.encoder.parameters() if not p.requires_grad)
         table.add_row("backbone (frozen)", f"{frozen:,}", "")
+        adapted = getattr(module.encoder.backbone, "adapted_modules", ())
+        if adapted:
+            names = ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in adapted))
+            table.add_row(f"adapted layers: {len(adapted)} ({names})", "", "")
         for name, parameters in module.trainables().items():
             rate = module.optimizer_config.prefix_learning_rate if name == "prefixes" else None
             rate = module.optimizer_config.learning_rate if rate is None else rate

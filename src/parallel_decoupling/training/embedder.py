@@ -15,7 +15,6 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
 from parallel_decoupling.batch import EncoderInputs, PairBatch
@@ -42,13 +41,20 @@ from parallel_decoupling.training.grad_cache import Encoding, encode_in_chunks
 from parallel_decoupling.training.optimization import (
     MIConfig,
     OptimizerConfig,
+    check_gradient_norm,
     learning_rate_schedule,
     main_optimizer,
     total_steps,
 )
 from parallel_decoupling.training.randomness import seeded
-from parallel_decoupling.training.settings import LOADING, PATHS, read_settings
-from parallel_decoupling.training.strategies import FSDP2Strategy, shard_backbone
+from parallel_decoupling.training.settings import (
+    LOADING,
+    PATHS,
+    check_trained_dtype,
+    check_trainer,
+    read_settings,
+)
+from parallel_decoupling.training.strategies import shard_backbone
 from parallel_decoupling.training.terms import (
     GatheredPairs,
     contrastive_terms,
@@ -261,6 +267,7 @@ class PDFEmbedder(EvaluatedEncoder):
         parameters = [parameter for group in self.trainables().values() for parameter in group]
         average_gradients(parameters)
         norm = clip_gradients(parameters, self.optimizer_config.clip_norm or float("inf"))
+        check_gradient_norm(float(norm), self.steps_done)
         rates = {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
         optimizer.step()
         cast(Any, self.lr_schedulers()).step()
@@ -316,18 +323,10 @@ class PDFEmbedder(EvaluatedEncoder):
         return total_steps(self.trainer, self.optimizer_config.accumulate_batches)
 
     def setup(self, stage: str) -> None:
-        """Refuse a strategy that cannot work before anything is trained."""
-        strategy = self.trainer.strategy
-        if isinstance(strategy, FSDPStrategy):
-            raise ValueError(
-                "strategy fsdp (FSDP1) does not work with two alternating optimizers: use strategy ddp, "
-                "or fsdp2 to shard a large backbone."
-            )
-        if isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, FSDP2Strategy):
-            raise ValueError(
-                "ModelParallelStrategy writes checkpoints that only the same layout can read: use strategy "
-                "fsdp2, which is the same with checkpoints in one file."
-            )
+        """Refuse a Trainer that cannot work before anything is trained; see ``training.settings``."""
+        check_trainer(self.trainer.strategy, self.trainer.precision)
+        if stage == "fit":
+            check_trained_dtype(self.hparams)
 
     def configure_model(self) -> None:
         """Shard the backbone under FSDP2; nothing to do for one process and for DDP."""

@@ -44,7 +44,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "prefix_learning_rate", "weight_decay", "warmup_steps", "clip_norm"):
-            if getattr(self, name) < 0:
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"optimizer.{name} must be 0 or more, got {getattr(self, name)}.")
         if self.accumulate_batches < 1:
             raise ValueError(
@@ -82,7 +82,7 @@ class MIConfig:
         for name, smallest in (("hidden_size", 1), ("fit_steps", 1), ("warmup_steps", 0), ("ramp_steps", 0)):
             if getattr(self, name) < smallest:
                 raise ValueError(f"mi.{name} must be {smallest} or more, got {getattr(self, name)}.")
-        if self.learning_rate <= 0:
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise ValueError(f"mi.learning_rate must be above 0, got {self.learning_rate}.")
 
 
@@ -118,6 +118,20 @@ def learning_rate_schedule(optimizer: AdamW, config: OptimizerConfig, total_step
             "set trainer.max_steps or trainer.max_epochs, or optimizer.schedule=constant."
         )
     return LambdaLR(optimizer, _multiplier(config, total_steps))
+
+
+def check_gradient_norm(norm: float, steps_done: int) -> None:
+    """Stop a run before a step that would make its parameters NaN.
+
+    Raises:
+        ValueError: if the norm is NaN or infinite.
+    """
+    if not math.isfinite(norm):
+        raise ValueError(
+            f"The gradient of main step {steps_done + 1} is not finite (norm {norm}); the step is not made, and "
+            "checkpoints hold the weights before it. Likely causes: learning rates or mi_weight too high, a "
+            "temperature near 0, model.dtype=float16, or an initial adapter or backbone with NaN weights."
+        )
 
 
 def total_steps(trainer: Any, accumulate_batches: int) -> float:

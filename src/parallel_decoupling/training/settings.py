@@ -1,20 +1,24 @@
 """The settings of ``PDFEmbedder`` as plain values, and the combinations that cannot work.
 
 Plain, because a checkpoint holds them and is read with ``torch.load(weights_only=True)``. Here: conversion
-and checks that need no model. Elsewhere on purpose: each part's own checks (``OptimizerConfig``,
+and checks that need no model, of the Trainer as well. Elsewhere on purpose: each part's own checks (``OptimizerConfig``,
 ``ParallelEncoder``).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any, TypeVar
+
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from parallel_decoupling.model.backbone import AdapterConfig
 from parallel_decoupling.model.dual_backbone import absolute_name
 from parallel_decoupling.model.families import Family
 from parallel_decoupling.training.optimization import MIConfig, OptimizerConfig
+from parallel_decoupling.training.strategies import FSDP2Strategy
 
 Config = TypeVar("Config", AdapterConfig, Family, MIConfig, OptimizerConfig)
 
@@ -45,6 +49,8 @@ PATHS = (
     "seed",
 )
 """Arguments of ``PDFEmbedder`` that make its encoder from a backbone."""
+PRECISIONS = ("32-true", "bf16-mixed")
+"""Values of ``trainer.precision`` that train."""
 
 
 def read_settings(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -115,7 +121,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             f"prefix_length=0 makes all {num_paths} paths the same: set num_paths=1 or prefix_length above 0."
         )
     for name in ("mi_weight", "aggregate_weight"):
-        if settings[name] < 0:
+        if not (math.isfinite(settings[name]) and settings[name] >= 0):
             raise ValueError(f"{name} must be 0 or more, got {settings[name]}.")
     if num_paths == 1 and settings["mi_weight"] > 0:
         raise ValueError("num_paths=1 has no pair of paths to decouple: set mi_weight=0.")
@@ -123,7 +129,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         raise ValueError("num_paths=1 has no aggregate beside its path: set aggregate_weight=0.")
     if settings["mi_weight"] > 0 and settings["mi"]["kind"] == "none":
         raise ValueError("mi.kind=none leaves nothing to weigh: set mi_weight=0, or choose an estimator.")
-    if settings["temperature"] <= 0:
+    if not (math.isfinite(settings["temperature"]) and settings["temperature"] > 0):
         raise ValueError(
             f"temperature divides the cosines and must be above 0, got {settings['temperature']}."
         )
@@ -132,3 +138,39 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{name} must be 1 or more (null: the whole batch at once), got {settings[name]}."
             )
+
+
+def check_trainer(strategy: Any, precision: str) -> None:
+    """Refuse what a Trainer may be given but ``PDFEmbedder`` does not work with.
+
+    Raises:
+        ValueError: another way of sharding than FSDP2, or another precision than the two that train.
+    """
+    if isinstance(strategy, FSDPStrategy):
+        raise ValueError(
+            "strategy fsdp (FSDP1) does not work with two alternating optimizers: use strategy ddp, "
+            "or fsdp2 to shard a large backbone."
+        )
+    if isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, FSDP2Strategy):
+        raise ValueError(
+            "ModelParallelStrategy writes checkpoints that only the same layout can read: use strategy "
+            "fsdp2, which is the same with checkpoints in one file."
+        )
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"trainer.precision={precision} does not work with fp32 prefixes and clipping by hand: use "
+            f"{' or '.join(PRECISIONS)}, and model.dtype=bfloat16 for a frozen backbone in half the memory."
+        )
+
+
+def check_trained_dtype(settings: Mapping[str, Any]) -> None:
+    """Refuse to train weights that are kept in half precision.
+
+    Raises:
+        ValueError: ``adapter.kind=full`` with another dtype than float32.
+    """
+    if settings["adapter"]["kind"] == "full" and settings["dtype"] != "float32":
+        raise ValueError(
+            f"adapter.kind=full with dtype={settings['dtype']} would round most updates away: use "
+            "model.dtype=float32 with trainer.precision=bf16-mixed."
+        )

@@ -75,7 +75,9 @@ class FSDP2Strategy(ModelParallelStrategy):
 
         def gathered(value: Any) -> Any:
             value = whole(value)
-            return value.cpu() if rank() == 0 and hasattr(value, "cpu") else value
+            if not isinstance(value, torch.Tensor):
+                return value
+            return value.cpu() if rank() == 0 else None  # elsewhere, each whole tensor is freed at once
 
         state = tree_map(gathered, getattr(optimizer, "optimizer", optimizer).state_dict())
         return state if rank() == 0 else {}
