@@ -151,9 +151,8 @@ def training_figure(study: Study, results: Sequence[Result]) -> Figure | None:
         for cell, runs in drawn:
             means = _mean_series([run[name] for run in runs if name in run])
             if any(means.values()):  # a term that a cell has not is logged as 0
-                label = f"{cell.label} ({len(runs)} seed{'s' if len(runs) > 1 else ''})"
                 style = {**_style(study, cell), "marker": ""}
-                axes.plot(list(means), list(means.values()), label=label, **style)
+                axes.plot(list(means), list(means.values()), label=_line_label(cell, len(runs)), **style)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("main steps")
         clean_axes(axes, "y")
@@ -217,7 +216,7 @@ def _interval_points(axes: Axes, found: Interval, row: int, colour: str) -> None
 
 
 def _curve(study: Study, axes: Axes, results: Sequence[Result], cell: Cell, x: str, group: str) -> None:
-    xs, means, lows, highs = [], [], [], []
+    xs, means, lows, highs, count = [], [], [], [], 0
     style = _style(study, cell)
     for step in cell.points:
         seeds = [
@@ -227,7 +226,7 @@ def _curve(study: Study, axes: Axes, results: Sequence[Result], cell: Cell, x: s
         ]
         if not seeds:
             continue
-        found = interval([score for _, score in seeds])
+        found, count = interval([score for _, score in seeds]), max(count, len(seeds))
         half_width = found.half_width
         if math.isinf(half_width):
             half_width = 0.0
@@ -236,9 +235,14 @@ def _curve(study: Study, axes: Axes, results: Sequence[Result], cell: Cell, x: s
         means.append(found.mean)
         lows.append(found.mean - half_width)
         highs.append(found.mean + half_width)
-    axes.plot(xs, means, label=cell.label, markersize=5, **style)
-    axes.fill_between(xs, lows, highs, color=style["color"], alpha=0.18, linewidth=0)
+    if xs:
+        axes.plot(xs, means, label=_line_label(cell, count), markersize=5, **style)
+        axes.fill_between(xs, lows, highs, color=style["color"], alpha=0.18, linewidth=0)
     clean_axes(axes, "y")
+
+
+def _line_label(cell: Cell, seeds: int) -> str:
+    return f"{cell.label} ({seeds} seed{'s' if seeds > 1 else ''})"
 
 
 def _place(line: Result, x: str) -> float:

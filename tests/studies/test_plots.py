@@ -88,15 +88,19 @@ def test_every_panel_shows_its_own_group(study: Study, results: list[Result]) ->
     curves = panels(drawn(plots.group_curves_figure(study, results)))
     for title, mean in (("classification", 63.0), ("IND", 62.0)):
         assert points(groups[title], "mean over seeds")[0] == [pytest.approx((mean, 0))]
-        assert points(curves[title], "cell A")[0][1] == pytest.approx((301.0, mean))
+        assert points(curves[title], "cell A (3 seeds)")[0][1] == pytest.approx((301.0, mean))
     assert not points(groups["VQA"], "mean over seeds")  # no result has it
+    assert not curves["VQA"].get_lines()
 
 
 def test_curves_run_over_steps_and_over_token_passes(study: Study, results: list[Result]) -> None:
     by_step, by_passes = drawn(plots.curves_figure(study, results)).axes
-    assert points(by_step, "cell A") == [[pytest.approx((50, 63.0)), pytest.approx((100, 64.0))]]
-    assert points(by_passes, "cell A") == [[pytest.approx((151, 63.0)), pytest.approx((301, 64.0))]]
-    assert not points(by_step, "plain")
+    assert points(by_step, "cell A (3 seeds)") == [[pytest.approx((50, 63.0)), pytest.approx((100, 64.0))]]
+    assert points(by_passes, "cell A (3 seeds)") == [[pytest.approx((151, 63.0)), pytest.approx((301, 64.0))]]
+    assert {line.get_label() for line in by_step.get_lines() if line.get_marker() != "."} == {
+        "cell A (3 seeds)",
+        "b (2 seeds)",
+    }
 
 
 def test_curves_have_a_band_from_three_seeds_on_and_a_dot_per_seed_below(
