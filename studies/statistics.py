@@ -23,6 +23,8 @@ GROUPS = (
     "mean_of_meta_tasks",
 )
 """Means that a score report has, in the order of the tables."""
+ONE_PATH = "one_path"
+"""A column that no result has: the mean over the columns of its single paths."""
 LEAST_SEEDS = 3
 """With two seeds the t interval is 12.7 standard errors wide: no more than the two values themselves say."""
 
@@ -80,11 +82,15 @@ def group_score(study: Study, result: Result, group: str, column: str = "aggrega
         study: knows the groups of its own.
         result: a line of the results.
         group: one of ``GROUPS`` or of the study's.
-        column: ``aggregate``, ``path_0``, ...
+        column: ``aggregate``, ``path_0``, ..., or ``one_path``: the mean score of the single paths.
 
     Returns:
         ``None`` if the result lacks a task of the group, or the column.
     """
+    if column == ONE_PATH:
+        paths = [group_score(study, result, group, name) for name in path_columns(result)]
+        present = [score for score in paths if score is not None]
+        return fmean(present) if present else None
     if group in study.groups:
         scores = [result["tasks"].get(task, {}).get(column) for task in study.groups[group]]
         return None if None in scores else 100 * fmean(scores)
@@ -99,8 +105,12 @@ def groups_of(study: Study) -> list[str]:
 
 def path_scores(result: Result) -> list[float]:
     """Overall score of every single path in percent."""
-    overall = result["means"]["overall"]
-    return [100 * float(overall[column]) for column in result["columns"] if column.startswith("path_")]
+    return [100 * float(result["means"]["overall"][column]) for column in path_columns(result)]
+
+
+def path_columns(result: Result) -> list[str]:
+    """Columns of the single paths."""
+    return [column for column in result["columns"] if column.startswith("path_")]
 
 
 def paired_difference(
@@ -109,7 +119,7 @@ def paired_difference(
     """Difference in points over the seeds that both sides have; ``None`` if there is none.
 
     Relations:
-        Swapping the sides changes the sign and nothing else.
+        Swapping the sides changes the sign and nothing else, if both are aggregates.
     """
     pairs = paired_scores(study, results, difference, group).values()
     return interval([of - over for of, over in pairs]) if pairs else None
@@ -119,13 +129,14 @@ def paired_scores(
     study: Study, results: Sequence[Result], difference: Difference, group: str = "overall"
 ) -> dict[int, tuple[float, float]]:
     """Scores of both sides by seed, for the seeds that both have."""
+    columns = difference.of_column, "aggregate"
     of, over = (
         {
             line["seed"]: score
             for line in at_point(results, cell, step)
-            if (score := group_score(study, line, group)) is not None
+            if (score := group_score(study, line, group, column)) is not None
         }
-        for cell, step in sides_of(study, difference)
+        for (cell, step), column in zip(sides_of(study, difference), columns, strict=True)
     )
     return {seed: (of[seed], over[seed]) for seed in sorted(of.keys() & over.keys())}
 

@@ -100,6 +100,8 @@ class Difference:
         over: cell name.
         of_step: scored step; ``None`` is the cell's last.
         over_step: likewise.
+        of_column: what is scored of ``of``: ``aggregate``, ``concat``, ``path_0``, ..., or ``one_path`` for
+            the mean score of its single paths. Of ``over`` it is the aggregate.
     """
 
     name: str
@@ -107,6 +109,7 @@ class Difference:
     over: str
     of_step: int | None = None
     over_step: int | None = None
+    of_column: str = "aggregate"
 
 
 @dataclass(frozen=True)
@@ -234,7 +237,7 @@ def _steps(value: Any, base_steps: int, where: str) -> int:
 
 def _difference(entry: Mapping[str, Any], cells: Mapping[str, Cell], config: Any, file: Path) -> Difference:
     where = f"{file}: differences"
-    _check_keys(entry, {"name", "of", "over", "of_step", "over_step"}, where)
+    _check_keys(entry, {"name", "of", "over", "of_step", "over_step", "of_column"}, where)
     base_steps = _read_config(config, file.parent, where).get("trainer", {}).get("max_steps", -1)
     steps: dict[str, int] = {}
     for side in ("of", "over"):
@@ -244,7 +247,8 @@ def _difference(entry: Mapping[str, Any], cells: Mapping[str, Cell], config: Any
             step = steps[f"{side}_step"] = _steps(entry[f"{side}_step"], base_steps, where)
             if step not in cells[entry[side]].points:
                 raise ValueError(f"{where}: {entry[side]} is not scored at step {step}")
-    return Difference(entry["name"], entry["of"], entry["over"], **steps)
+    column = entry.get("of_column", "aggregate")
+    return Difference(entry["name"], entry["of"], entry["over"], **steps, of_column=column)
 
 
 def _read_config(files: str | Sequence[str], folder: Path, where: str) -> dict[str, Any]:

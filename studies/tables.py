@@ -21,7 +21,7 @@ from studies.statistics import (
     path_scores,
     sides_of,
 )
-from studies.study import Study
+from studies.study import Difference, Study
 
 NOTHING = "–"
 TITLES = {
@@ -174,7 +174,7 @@ def difference_table(study: Study, results: Sequence[Result]) -> str:
         rows.append(
             [
                 difference.name,
-                study.cells[difference.of].label,
+                _of_label(study, difference),
                 study.cells[difference.over].label,
                 " : ".join(str(step) for _, step in sides),
                 f"{passes[0] / passes[1]:.2f} : 1" if min(passes) > 0 else NOTHING,
@@ -185,6 +185,11 @@ def difference_table(study: Study, results: Sequence[Result]) -> str:
             ]
         )
     return _markdown([*heading, "Holm p"], rows)
+
+
+def _of_label(study: Study, difference: Difference) -> str:
+    label, column = study.cells[difference.of].label, difference.of_column
+    return label if column == "aggregate" else f"{label}: {column.replace('_', ' ')}"
 
 
 def group_difference_table(study: Study, results: Sequence[Result]) -> str:

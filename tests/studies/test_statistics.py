@@ -58,6 +58,20 @@ def test_differences_pair_seeds_and_ignore_those_of_one_side(tmp_path: Path) -> 
     assert paired_difference(study, results, Difference("d", "a", "b"), "vqa") is None
 
 
+@pytest.mark.parametrize(("column", "difference"), [("path_1", -1.0), ("one_path", 0.0), ("concat", None)])
+def test_a_column_of_one_side_against_the_aggregate_of_the_other(
+    tmp_path: Path, column: str, difference: float | None
+) -> None:
+    differences = [{"name": "d", "of": "a", "of_column": column, "over": "b"}]
+    study = toy_study(tmp_path, cells={"a": None, "b": {"steps": 50}}, differences=differences)
+    a, b = study.cells.values()
+    results = [made_up_result(a, 0, 100, 50.0), made_up_result(b, 0, 50, 48.0)]
+    found = paired_difference(study, results, study.differences[0])
+    assert (found.values if found else None) == (
+        difference if difference is None else pytest.approx((difference,))
+    )
+
+
 def test_a_group_of_the_study_needs_all_its_tasks(tmp_path: Path) -> None:
     groups = {"both": ["easy", "hard"], "more": ["easy", "absent"]}
     study = toy_study(tmp_path, cells={"a": None}, groups=groups)
