@@ -330,6 +330,11 @@ def test_preparing_makes_the_mapped_tables_of_the_stage(data_dir: Path, tmp_path
         ("fit", {"split": "diverse_instruction"}, "No training subset .*diverse_instruction"),
         (
             "fit",
+            {"eval_tasks": ["GQA", "VOC2077"]},
+            "Unknown evaluation task 'VOC2077'. Did you mean 'VOC2007'",
+        ),
+        (
+            "fit",
             {"validation_tasks": ["VOC2077"]},
             "Unknown evaluation task 'VOC2077'. Did you mean 'VOC2007'",
         ),
@@ -344,11 +349,19 @@ def test_unknown_names_list_what_exists(
         MMEBDataModule(**{"data_dir": str(data_dir), **options}).setup(stage)
 
 
+def test_tasks_that_a_later_download_fetches_are_known_to_fit(data_dir: Path) -> None:
+    module(data_dir, "fit", eval_tasks=["CIRR"], download=True)
+
+
 def test_bad_numbers_and_missing_processor_are_named(data_dir: Path) -> None:
-    with pytest.raises(ValueError, match="row_limit must be at least 1, got 0"):
-        MMEBDataModule(row_limit=0)
-    with pytest.raises(ValueError, match="hard_negatives must be at least 0, got -1"):
-        MMEBDataModule(hard_negatives=-1)
+    for name in ("batch_size", "eval_batch_size", "row_limit", "query_limit", "predict_rows_per_shard"):
+        options: dict[str, Any] = {name: 0}
+        with pytest.raises(ValueError, match=rf"data\.{name} must be at least 1, got 0"):
+            MMEBDataModule(**options)
+    for name in ("hard_negatives", "num_workers", "seed"):
+        options = {name: -1}
+        with pytest.raises(ValueError, match=rf"data\.{name} must be at least 0, got -1"):
+            MMEBDataModule(**options)
     data = MMEBDataModule(str(data_dir))
     data.setup("test")
     with pytest.raises(ValueError, match=r"call connect\(processor, image_token\)"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import io
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -125,9 +126,7 @@ def test_a_local_copy_is_left_alone(tmp_path: Path, hub: Hub, place: str) -> Non
     assert files(tmp_path) == before
 
 
-def test_a_stopped_unpacking_leaves_no_folder_and_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_unpacking_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [f"X/Train/{number}.jpg" for number in range(4)]
     (tmp_path / "X.zip").write_bytes(archive(names))
     opened: list[str] = []
@@ -142,10 +141,43 @@ def test_a_stopped_unpacking_leaves_no_folder_and_goes_on(
     monkeypatch.setattr(zipfile.ZipFile, "open", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         unpack(tmp_path / "X.zip", tmp_path / "images", ["X"], inside="X")
-    assert not (tmp_path / "images/X").exists()
+    assert list((tmp_path / "images").iterdir()) == []
     unpack(tmp_path / "X.zip", tmp_path / "images", ["X"], inside="X")
     assert files(tmp_path / "images") == names
-    assert opened[3:] == names[2:], "what was there is not unpacked again"
+
+
+@pytest.mark.parametrize("at", ["0.jpg", "last move"])
+def test_a_second_process_may_unpack_the_same_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    names = [f"X/Train/{number}.jpg" for number in range(4)]
+    (tmp_path / "X.zip").write_bytes(archive(names))
+    arguments: Any = (tmp_path / "X.zip", tmp_path / "images", ["X"], "X")
+    copy, rename = shutil.copyfileobj, Path.rename
+    inodes: list[int] = []
+
+    def other_process() -> None:
+        if not inodes:
+            inodes.append(0)
+            unpack(*arguments)
+            inodes.append((tmp_path / "images/X").stat().st_ino)
+
+    def copy_later(source: Any, target: Any) -> None:
+        other_process()
+        copy(source, target)
+
+    def rename_later(self: Path, target: Path) -> Path:
+        other_process()
+        return rename(self, target)
+
+    if at == "0.jpg":
+        monkeypatch.setattr(shutil, "copyfileobj", copy_later)
+    else:
+        monkeypatch.setattr(Path, "rename", rename_later)
+    unpack(*arguments)
+    assert files(tmp_path / "images") == names
+    assert [entry.name for entry in (tmp_path / "images").iterdir()] == ["X"]
+    assert (tmp_path / "images/X").stat().st_ino == inodes[1], "the first one's folder stays"
 
 
 def test_an_archive_without_its_folder_gets_it(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ their sampler nor splits their rows: every process takes its own share here.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -130,13 +130,11 @@ class MMEBDataModule(LightningDataModule):
         predict_rows_per_shard: int = 4096,
     ) -> None:
         super().__init__()
-        numbers = {"eval_batch_size": eval_batch_size, "row_limit": row_limit, "query_limit": query_limit}
-        numbers["predict_rows_per_shard"] = predict_rows_per_shard
-        for name, value in numbers.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
-        if hard_negatives < 0:
-            raise ValueError(f"hard_negatives must be at least 0, got {hard_negatives}.")
+        numbers = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "row_limit": row_limit}
+        numbers |= {"query_limit": query_limit, "predict_rows_per_shard": predict_rows_per_shard}
+        _check_numbers(numbers, at_least=1)
+        numbers = {"hard_negatives": hard_negatives, "num_workers": num_workers, "seed": seed}
+        _check_numbers(numbers, at_least=0)
         self.data_dir = data_dir
         self.train_subsets = train_subsets
         self.eval_tasks = eval_tasks
@@ -196,7 +194,7 @@ class MMEBDataModule(LightningDataModule):
         prepare_tables(folder, subsets, self.split, _of(find_eval_tasks(folder), tasks))
 
     def setup(self, stage: str) -> None:
-        """Open the files that ``stage`` needs: fit, validate or test.
+        """Open the files that ``stage`` needs: fit, validate or test. ``fit`` checks the names of all three.
 
         Raises:
             ValueError: unknown subset or task, or files that do not have MMEB's layout.
@@ -204,9 +202,11 @@ class MMEBDataModule(LightningDataModule):
         if stage == "predict" and self.predict_source is not None:
             return
         folder = self._folder()
-        if stage == "fit":
-            self.train_data = self._open_subsets(folder)
         found = find_eval_tasks(folder)
+        if stage == "fit":
+            to_come = list(MMEB_TASKS) if self.download else []
+            check_names(self.eval_tasks or [], [*found, *to_come], "evaluation task")
+            self.train_data = self._open_subsets(folder)
         names = self.validation_tasks
         if stage == "test":
             names = found if self.eval_tasks is None else self.eval_tasks
@@ -367,6 +367,12 @@ class MMEBDataModule(LightningDataModule):
             batches, batch_size=None, num_workers=self.num_workers, generator=torch.Generator()
         )
         return Batches(loader)
+
+
+def _check_numbers(numbers: Mapping[str, int | None], at_least: int) -> None:
+    for name, value in numbers.items():
+        if value is not None and value < at_least:
+            raise ValueError(f"data.{name} must be at least {at_least}, got {value}.")
 
 
 def _of(there: Sequence[str], wanted: Sequence[str] | None) -> list[str]:

@@ -11,6 +11,7 @@ import shutil
 import zipfile
 from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from tempfile import TemporaryDirectory
 
 from tqdm import tqdm
 
@@ -92,8 +93,8 @@ def _fetched(file: Path, repo: str) -> Path:
 def unpack(archive_file: Path, target_dir: Path, folders: Collection[str], inside: str | None = None) -> None:
     """Unpack top-level folders of a zip archive of pictures; each appears whole or not at all.
 
-    Files that macOS adds are ignored, and so is a leading ``images/``. What an earlier, stopped run unpacked
-    is not unpacked again.
+    Files that macOS adds are ignored, and so is a leading ``images/``. Several processes may do the same at
+    once: each unpacks into a folder of its own, and the first to be done with a folder moves it there.
 
     Args:
         archive_file: the archive.
@@ -104,7 +105,18 @@ def unpack(archive_file: Path, target_dir: Path, folders: Collection[str], insid
     Raises:
         ValueError: the archive is broken, lacks a folder, or has a member that points outside of it.
     """
-    work_dir = target_dir / f".unpacking-{archive_file.stem}"
+    target_dir.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".unpacking-{archive_file.stem}-", dir=target_dir) as work_dir:
+        there = _extract(archive_file, Path(work_dir), folders, inside)
+        lacking = sorted(set(folders) - there)
+        if lacking:
+            raise ValueError(f"{archive_file} has no pictures of {', '.join(lacking)}.")
+        for folder in folders:
+            _move(Path(work_dir) / folder, target_dir / folder)
+
+
+def _extract(archive_file: Path, work_dir: Path, folders: Collection[str], inside: str | None) -> set[str]:
+    """Unpack into ``work_dir``; return those of the folders that the archive has."""
     try:
         with zipfile.ZipFile(archive_file) as archive:
             members = [
@@ -114,16 +126,24 @@ def unpack(archive_file: Path, target_dir: Path, folders: Collection[str], insid
             ]
             wanted = [(member, path) for member, path in members if path.parts[0] in folders]
             for member, path in tqdm(wanted, desc=f"unpack {archive_file.name}", unit="file", leave=False):
-                _extract(archive, member, work_dir / path)
+                file = work_dir / path
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(member) as source, open(file, "wb") as target:
+                    shutil.copyfileobj(source, target)
     except zipfile.BadZipFile as error:
         raise ValueError(f"{archive_file}: {error}. Delete the file to have it fetched again.") from error
-    lacking = sorted(set(folders) - {path.parts[0] for _, path in wanted})
-    if lacking:
-        raise ValueError(f"{archive_file} has no pictures of {', '.join(lacking)}.")
-    for folder in folders:
-        if not (target_dir / folder).exists():
-            (work_dir / folder).rename(target_dir / folder)
-    shutil.rmtree(work_dir)
+    return {path.parts[0] for _, path in wanted}
+
+
+def _move(folder: Path, target: Path) -> None:
+    """Move a folder to its place; one that is there, or comes there meanwhile, stays."""
+    if target.exists():
+        return
+    try:
+        folder.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
 
 
 def _place(name: str, archive_file: Path, inside: str | None) -> PurePosixPath | None:
@@ -137,11 +157,3 @@ def _place(name: str, archive_file: Path, inside: str | None) -> PurePosixPath |
     if inside is not None and parts[0] != inside:
         parts = (inside, *parts)
     return PurePosixPath(*parts) if len(parts) > 1 else None
-
-
-def _extract(archive: zipfile.ZipFile, member: zipfile.ZipInfo, file: Path) -> None:
-    if file.is_file() and file.stat().st_size == member.file_size:
-        return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with archive.open(member) as source, open(file, "wb") as target:
-        shutil.copyfileobj(source, target)
