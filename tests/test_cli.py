@@ -97,6 +97,62 @@ def test_a_fit_keeps_everything_in_one_folder(run_dir: Path) -> None:
     assert settings(run_dir)["temperature"] == 0.3
 
 
+def test_the_same_fit_again_refuses_to_overwrite_the_run(
+    run_dir: Path, config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = run_dir / "checkpoints" / "last.ckpt"
+    before = file.read_bytes()
+    shown = message(["fit", "--config", str(config_file)], capsys)
+    assert str(file) in shown
+    assert all(way in shown for way in ("--ckpt_path last", "default_root_dir", "remove the folder"))
+    assert file.read_bytes() == before
+    cli.main(["fit", "--config", str(config_file), "--trainer.fast_dev_run", "1"])
+    cli.main(["plan", "--config", str(config_file)])
+    assert file.read_bytes() == before
+
+
+def test_a_killed_run_has_a_last_checkpoint_of_inside_the_epoch(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from parallel_decoupling import lightning_cli
+    from parallel_decoupling.training.embedder import PDFEmbedder
+
+    class KilledError(Exception):
+        pass
+
+    def killed(self: PDFEmbedder) -> None:
+        if self.steps_done == 5:
+            raise KilledError
+        step(self)
+
+    step = PDFEmbedder._main_step
+    monkeypatch.setattr(lightning_cli, "SAVE_EVERY", 2)
+    monkeypatch.setattr(PDFEmbedder, "_main_step", killed)
+    command = ["fit", "--config", str(config_file), "--trainer.default_root_dir", str(tmp_path)]
+    with pytest.raises(KilledError):
+        cli.main([*command, "--trainer.max_steps", "6"])
+    (file,) = (tmp_path / "checkpoints").iterdir()
+    assert file.name == "last.ckpt"
+    assert torch.load(file, weights_only=True)["global_step"] == 4
+    monkeypatch.setattr(PDFEmbedder, "_main_step", step)
+    cli.main([*command, "--trainer.max_steps", "6", "--ckpt_path", "last"])
+    names = sorted(file.name for file in (tmp_path / "checkpoints").iterdir())
+    assert names == ["last.ckpt", "step=6.ckpt"]
+
+
+def test_a_broken_image_is_one_message_from_a_worker_too(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data_dir = tmp_path / "data"
+    shutil.copytree(config_file.parent / "data", data_dir)
+    for file in (data_dir / "MMEB-train").rglob("*.png"):
+        file.write_bytes(b"broken")
+    places = ["--trainer.default_root_dir", str(tmp_path), "--data.data_dir", str(data_dir)]
+    shown = message(["fit", "--config", str(config_file), *places, "--data.num_workers", "1"], capsys)
+    assert "Traceback" not in shown
+    assert "error: training subset 'colours_" in shown
+
+
 def test_resuming_keeps_what_was_not_typed_and_shows_what_was(
     run_dir: Path, config_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -194,6 +250,14 @@ def test_predict_embeds_a_folder_of_images_and_goes_on(
         (["--data.data_dir", "nowhere"], "nowhere"),
         (["--data.train_subsets", "[colors_i2t]"], "colours_i2t"),
         (["--ckpt_path", "nowhere.ckpt"], "nowhere.ckpt"),
+        (["--ckpt_path", __file__], "this file is no checkpoint"),
+        (["--data.num_workers=-1"], "data.num_workers must be 0 or more"),
+        (["--data.seed=-1"], "data.seed must be 0 or more"),
+        (["--trainer.gradient_clip_val", "1.0"], "model.optimizer.clip_norm"),
+        (["--trainer.accumulate_grad_batches", "2"], "model.optimizer.accumulate_batches"),
+        (["--trainer.precision", "16-true"], "bf16-mixed"),
+        (["--model.temperature", ".nan"], "above 0"),
+        (["--model.adapter.dropout", "1.5"], "adapter.dropout"),
     ],
 )
 def test_a_mistake_is_one_message_before_any_training(

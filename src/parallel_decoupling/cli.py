@@ -6,9 +6,11 @@ torch and Lightning are imported only for the subcommand that needs them, so tha
 
 from __future__ import annotations
 
+import re
 import sys
 import traceback
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ COMMANDS = {
     "verify": "check a data folder: verify DATA_DIR [--sample N] [--output_file FILE]",
 }
 """Subcommands without a Trainer; each is a module of ``commands``."""
+
+WORKER_TRACEBACK = "Original Traceback (most recent call last):"
 
 SUBCOMMANDS = TRAINER_SUBCOMMANDS | COMMANDS
 
@@ -64,7 +68,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except ValueError as error:
         if not _is_ours(error):
             raise
-        _fail(str(error))
+        _fail(_message(error))
 
 
 def _help() -> str:
@@ -81,9 +85,20 @@ def _fail(message: str) -> None:
 
 
 def _is_ours(error: ValueError) -> bool:
-    """Whether this package raised the error: then it speaks to the user. Others keep their traceback."""
+    """Whether this package raised the error: then it speaks to the user. Others keep their traceback.
+
+    What a worker of the DataLoader raises, torch raises again here with the worker's traceback as its text.
+    """
+    if WORKER_TRACEBACK in str(error):
+        return "parallel_decoupling" in Path(re.findall(r'File "(.+)", line', str(error))[-1]).parts
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return str(frame.f_globals.get("__name__", "")).startswith("parallel_decoupling")
+
+
+def _message(error: ValueError) -> str:
+    """The error's own words, without a worker's traceback."""
+    text = str(error)
+    return text.rsplit(f"{type(error).__name__}: ", 1)[-1].strip() if WORKER_TRACEBACK in text else text
 
 
 def _run_command(name: str, arguments: list[str]) -> None:

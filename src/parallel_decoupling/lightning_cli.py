@@ -8,6 +8,7 @@ checkpoint.
 
 from __future__ import annotations
 
+import pickle
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,6 +45,9 @@ STRUCTURE = (
     "learn_temperature",
 )
 """Settings of the model that decide names and shapes of what a checkpoint holds."""
+
+SAVE_EVERY = 50
+"""Main steps after which ``last.ckpt`` is renewed inside an epoch."""
 
 HARMLESS_WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
@@ -109,6 +113,14 @@ class RunCLI(LightningCLI):
         self.config = parser.parse_args(args)
         self.typed = parser.parse_args(args, defaults=False)
 
+    def instantiate_classes(self) -> None:
+        """Refuse what cannot work, then build."""
+        config = self.config[self.config.subcommand]
+        _check(config)
+        if self.config.subcommand == "fit" and not config.ckpt_path and not config.trainer.fast_dev_run:
+            _check_nothing_is_overwritten(config.trainer)
+        super().instantiate_classes()
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add TensorBoard and ``last.ckpt`` where the user asked for nothing else.
 
@@ -128,13 +140,11 @@ class RunCLI(LightningCLI):
             kwargs["logger"] = TensorBoardLogger(
                 config["default_root_dir"], name="", version="", default_hp_metric=False
             )
-        if config.get("enable_checkpointing") is not False and not any(
-            isinstance(callback, Checkpoint) for callback in callbacks
-        ):
-            options: dict[str, Any] = {"save_last": True, "enable_version_counter": False}
-            callbacks.append(
-                ModelCheckpoint(filename="step={step}", auto_insert_metric_name=False, **options)
-            )
+        wants_files = config.get("enable_checkpointing") is not False and not config.get("fast_dev_run")
+        if wants_files and not any(isinstance(callback, Checkpoint) for callback in callbacks):
+            options: dict[str, Any] = {"enable_version_counter": False, "auto_insert_metric_name": False}
+            callbacks.append(ModelCheckpoint(filename="step={step}", save_last=True, **options))
+            callbacks.append(ModelCheckpoint(filename="last", every_n_train_steps=SAVE_EVERY, **options))
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     def before_test(self) -> None:
@@ -156,7 +166,7 @@ class RunCLI(LightningCLI):
         config["ckpt_path"] = None if file is None else str(file)
         if file is None:
             return
-        content = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
+        content = _read_checkpoint(file)
         differences = []
         for part, stored in (
             ("model", content.get("hyper_parameters", {})),
@@ -197,7 +207,12 @@ class RunCLI(LightningCLI):
         wanted = config.get("ckpt_path")
         if not wanted:
             return None
-        file = _checkpoint_dir(config["trainer"]) / LAST_FILE if wanted == "last" else Path(wanted)
+        folder = _checkpoint_dir(config["trainer"]) if wanted == "last" else Path()
+        if folder is None:
+            raise ValueError(
+                "--ckpt_path last: this logger numbers its runs, so give the checkpoint file instead."
+            )
+        file = folder / LAST_FILE if wanted == "last" else Path(wanted)
         if file.is_file():
             return file
         if wanted == "last" and self.config.subcommand == "fit":
@@ -236,8 +251,53 @@ class PlanCLI(RunCLI):
         console().print(*plan_tables(Plan(*parts, gpu_memory_gib=config["gpu_memory_gib"])), sep="\n")
 
 
-def _checkpoint_dir(trainer: Any) -> Path:
-    """Where this configuration's run keeps its checkpoints."""
+def _check(config: Any) -> None:
+    """Refuse values that Lightning and torch would stop at with a traceback.
+
+    Raises:
+        ValueError: the first one found.
+    """
+    data, trainer = config.data, config.trainer
+    for name in ("num_workers", "seed"):
+        if data[name] < 0:
+            raise ValueError(f"data.{name} must be 0 or more, got {data[name]}.")
+    if trainer.gradient_clip_val:
+        raise ValueError(
+            "trainer.gradient_clip_val: this model clips by itself; use model.optimizer.clip_norm instead."
+        )
+    if trainer.accumulate_grad_batches != 1:
+        raise ValueError(
+            "trainer.accumulate_grad_batches: this model accumulates by itself; use "
+            "model.optimizer.accumulate_batches instead."
+        )
+
+
+def _check_nothing_is_overwritten(trainer: Any) -> None:
+    folder = _checkpoint_dir(trainer)
+    if folder is not None and (folder / LAST_FILE).exists():
+        raise ValueError(
+            f"{folder / LAST_FILE} is there already, and this fit would overwrite it. Go on with it by "
+            "--ckpt_path last, choose another --trainer.default_root_dir, or remove the folder."
+        )
+
+
+def _read_checkpoint(file: Path) -> Mapping[str, Any]:
+    """Read a checkpoint's settings; weights stay in the file.
+
+    Raises:
+        ValueError: if it is no checkpoint of Lightning.
+    """
+    try:
+        content = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"--ckpt_path {file}: this file is no checkpoint, or a damaged one.") from error
+    if not isinstance(content, Mapping) or "state_dict" not in content:
+        raise ValueError(f"--ckpt_path {file}: this file is no checkpoint of a run; give its last.ckpt.")
+    return content
+
+
+def _checkpoint_dir(trainer: Any) -> Path | None:
+    """Where this configuration's run keeps its checkpoints; ``None`` if its logger numbers runs."""
     callbacks = trainer.get("callbacks") or []
     for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
         dirpath = (callback.get("init_args") or {}).get("dirpath")
@@ -249,11 +309,7 @@ def _checkpoint_dir(trainer: Any) -> Path:
     arguments = (logger[0] if isinstance(logger, list) else logger).get("init_args") or {}
     places = [arguments.get(name) for name in ("save_dir", "name", "version")]
     parts = [place for place in places if isinstance(place, str)]
-    if len(parts) < len(places):
-        raise ValueError(
-            "--ckpt_path last: this logger numbers its runs, so give the checkpoint file instead."
-        )
-    return Path(*parts) / "checkpoints"
+    return Path(*parts) / "checkpoints" if len(parts) == len(places) else None
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -128,7 +128,7 @@ def check_gradient_norm(norm: float, steps_done: int) -> None:
     """
     if not math.isfinite(norm):
         raise ValueError(
-            f"The gradient of main step {steps_done + 1} is not finite (norm {norm}); the step is not made, and "
+            f"The gradient of main step {steps_done + 1} is not finite (norm {norm}). The step is not made: "
             "checkpoints hold the weights before it. Likely causes: learning rates or mi_weight too high, a "
             "temperature near 0, model.dtype=float16, or an initial adapter or backbone with NaN weights."
         )

@@ -1,8 +1,8 @@
 """The settings of ``PDFEmbedder`` as plain values, and the combinations that cannot work.
 
 Plain, because a checkpoint holds them and is read with ``torch.load(weights_only=True)``. Here: conversion
-and checks that need no model, of the Trainer as well. Elsewhere on purpose: each part's own checks (``OptimizerConfig``,
-``ParallelEncoder``).
+and checks that need no model, of the Trainer as well. Elsewhere on purpose: each part's own checks
+(``OptimizerConfig``, ``ParallelEncoder``).
 """
 
 from __future__ import annotations
