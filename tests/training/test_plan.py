@@ -21,7 +21,7 @@ from parallel_decoupling.objective.mutual_information import MutualInformation
 from parallel_decoupling.training import arithmetic, memory
 from parallel_decoupling.training.embedder import PDFEmbedder
 from parallel_decoupling.training.optimization import MIConfig
-from parallel_decoupling.training.plan import Layout, Plan
+from parallel_decoupling.training.plan import NATURAL_IMAGE, Layout, Plan
 from parallel_decoupling.training.terms import (
     contrastive_terms,
     frozen,
@@ -60,6 +60,7 @@ def test_image_tokens_are_the_processors(tmp_path: Path, family: str, size: tupl
     token = backbone.image_token
     data = processor(text=[token], images=[Image.new("RGB", size)], return_tensors="pt")
     cost = arithmetic.image_cost(backbone.config, size[1], size[0])
+    assert memory.pixel_bytes(backbone.config, cost) == data["pixel_values"].nbytes
     assert cost.tokens == int((data["input_ids"] == processor.tokenizer.convert_tokens_to_ids(token)).sum())
     if arithmetic.image_factor(backbone.config) > 1:
         assert cost.patches == data["pixel_values"].shape[0]
@@ -247,6 +248,10 @@ def test_memory_follows_the_layout(tiny_backbone_dir: str) -> None:
     assert fsdp2.memory["weights"] == one.memory["weights"] - language * 3 / 4
     assert fsdp2.memory["optimizer states"] == one.memory["optimizer states"] - 2 * language * 3 / 4
     assert one.memory["activations"] == pytest.approx(4 * ddp.memory["activations"])
+    images = arithmetic.image_cost(one.backbone.config, *reversed(NATURAL_IMAGE))
+    in_one = (0.77 + 0.45) * 64 * memory.pixel_bytes(one.backbone.config, images)
+    assert one.memory["pixels of the batch"] == pytest.approx(in_one)
+    assert ddp.memory["pixels of the batch"] == pytest.approx(in_one / 4)
     for part in ("gathered embeddings", "contrastive terms", "estimator"):
         assert ddp.memory[part] == one.memory[part] > 0
 

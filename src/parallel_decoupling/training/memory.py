@@ -17,7 +17,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from parallel_decoupling.model.backbone import Backbone
 from parallel_decoupling.objective.mutual_information import MutualInformation
-from parallel_decoupling.training.arithmetic import language_stack, vision_stack, vision_trains
+from parallel_decoupling.training.arithmetic import (
+    ImageCost,
+    image_factor,
+    language_stack,
+    vision_stack,
+    vision_trains,
+)
 from parallel_decoupling.training.optimization import MIConfig
 from parallel_decoupling.training.strategies import sharded_blocks
 from parallel_decoupling.training.terms import (
@@ -30,6 +36,27 @@ from parallel_decoupling.training.terms import (
 
 FP32 = 4
 """Bytes."""
+RGB = 3
+"""Values per pixel."""
+
+
+def pixel_bytes(config: Any, image: ImageCost) -> int:
+    """Bytes of one image as the processor gives it, in fp32.
+
+    With a merger (the Qwen-VL families) every patch comes once per frame of ``temporal_patch_size``; with
+    any-resolution tiles (LLaVA-1.6) every tile comes at the tower's size.
+
+    Args:
+        config: of the backbone.
+        image: what ``arithmetic.image_cost`` says of it.
+
+    Relations:
+        Equals the bytes of the processor's ``pixel_values`` of such an image.
+    """
+    vision = config.vision_config
+    if image_factor(config) > 1:
+        return int(FP32 * RGB * image.patches * vision.temporal_patch_size * vision.patch_size**2)
+    return int(FP32 * RGB * image.patches // image.context * vision.image_size**2)
 
 
 def layer_bytes(backbone: Backbone, *, element: int, context: float, keys_per_token: float) -> float:

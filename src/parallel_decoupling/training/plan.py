@@ -6,7 +6,7 @@ of the meta device; the tables are in ``training.plan_tables``.
 
 Assumed, as no data is read: ``TEXT_TOKENS`` tokens of text per input; images as large as the data's image
 policy says, or ``NATURAL_IMAGE`` where it leaves them alone; every row of a forward pass has one (for the
-memory), and as many rows as in MMEB-train have one (for the work).
+memory of activations), and as many rows as in MMEB-train have one (for the work and a batch's pixels).
 """
 
 from __future__ import annotations
@@ -240,8 +240,8 @@ class Plan:
         Weights: of every group, divided by the processes if FSDP2 shards it. Gathered: under FSDP2 the
         current and the next block and the language model's embedding and norm; if they train, the gradients
         of two blocks. Gradients: one value per trainable one; DDP's buckets: the same again. Optimizers: two.
-        Activations: of the most rows that are alive at once. These and the objective's parts: see
-        ``training.memory``.
+        Pixels: of the process's rows, which move to the GPU with the batch. Activations: of the most rows
+        that are alive at once. These and the objective's parts: see ``training.memory``.
         """
         processes, strategy, model = self.layout.processes, self.layout.strategy, self.model
         held = {g.name: g.num_bytes / (processes if g.sharded else 1) for g in self.parameters}
@@ -267,6 +267,9 @@ class Plan:
             "gradients": gradients,
             "gradient buckets of DDP": gradients if strategy == "ddp" else 0,
             "optimizer states": 2 * gradients,
+            "pixels of the batch": self.images
+            / processes
+            * memory.pixel_bytes(self.backbone.config, self.image),
             **memory.activation_bytes(
                 self.backbone,
                 rows=max(self.graph_rows),

@@ -78,6 +78,8 @@ def _advice(plan: Plan) -> str:
         return "lower model.query_chunk_size and model.candidate_chunk_size, or the image size"
     if largest.startswith("weights") and plan.layout.strategy != "fsdp2":
         return "shard the weights with trainer.strategy=fsdp2"
+    if largest.startswith("pixels"):
+        return "use more processes, smaller images or a smaller data.batch_size"
     if largest == "estimator":
         return "use fewer paths or a smaller data.batch_size"
     return "use more processes with trainer.strategy=fsdp2"
