@@ -1,8 +1,8 @@
 """Are the paths different? Similarity, probes, attention, contributions and errors of trained checkpoints.
 
-``python -m studies path_differences`` takes the two runs of ``make demo`` and, of the study ``help``, one run
-with the mutual-information term and one without, which it trains if they are not there (some minutes each);
-half a minute per checkpoint. The measures are those of ``lightning paths``, which takes any checkpoint; here
+``python -m studies path_differences`` takes the two runs of ``make demo`` and, of the study ``help``, a run with
+the mutual-information term, one without and one with orthogonality in its place, which it trains if they are
+not there (some minutes each); half a minute per checkpoint. The measures are those of ``lightning paths``, which takes any checkpoint; here
 several stand side by side.
 """
 
@@ -29,7 +29,7 @@ from studies.study import Run, load_study
 from studies.worker import is_scored, train_and_score
 
 DEMO_RUNS = (Path("runs/demo_single_path"), Path("runs/demo"))
-STUDY, CELLS, SEED = "help", ("pdf", "without_mim"), 0
+STUDY, CELLS, SEED = "help", ("pdf", "without_mim", "orthogonal"), 4
 
 
 def run(output_dir: Path) -> None:

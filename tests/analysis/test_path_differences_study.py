@@ -60,7 +60,7 @@ def test_the_study_needs_the_demo_and_trains_the_rest(
     trained: list[Run] = []
     compared: list[list[Path]] = []
     monkeypatch.setattr(path_differences, "train_and_score", trained.append)
-    monkeypatch.setattr(path_differences, "is_scored", lambda run: run.cell.name == "pdf")
+    monkeypatch.setattr(path_differences, "is_scored", lambda run: run.cell.name != "without_mim")
     monkeypatch.setattr(path_differences, "compare_runs", lambda output_dir, runs: compared.append(runs))
     with pytest.raises(ValueError, match=r"runs/demo_single_path has no .*last\.ckpt: run make demo first"):
         path_differences.run(tmp_path)
@@ -70,10 +70,10 @@ def test_the_study_needs_the_demo_and_trains_the_rest(
         (tmp_path / "runs" / name / "checkpoints" / "last.ckpt").touch()
     path_differences.run(tmp_path)
     assert [(run.name, run.cell) for run in trained] == [
-        ("without_mim_seed0", load_study("help").cells["without_mim"])
+        ("without_mim_seed4", load_study("help").cells["without_mim"])
     ]
     (line,) = capsys.readouterr().out.splitlines()
-    assert line == "runs/studies/help/without_mim_seed0 is missing: training 480 steps, then scoring them"
-    names = ["demo_single_path", "demo", "pdf_seed0", "without_mim_seed0"]
+    assert line == "runs/studies/help/without_mim_seed4 is missing: training 480 steps, then scoring them"
+    names = ["demo_single_path", "demo", "pdf_seed4", "without_mim_seed4", "orthogonal_seed4"]
     assert [path.name for path in compared[0]] == names
-    assert compared[0][2] == Path("runs/studies/help/pdf_seed0")
+    assert compared[0][2] == Path("runs/studies/help/pdf_seed4")
