@@ -123,7 +123,7 @@ def compare(folder: Path, model: dict[str, Any], data: dict[str, Any], strategy:
     settings = defaults(PDFEmbedder) | model, defaults(MMEBDataModule) | data
     plan = Plan(*settings, {**trainer, "num_nodes": 1, "max_steps": STEPS})
     plan.image, plan.text_tokens = IMAGE, measured["row_tokens"] - IMAGE.tokens
-    at_rest = ("weights", "gradient buckets of DDP", "optimizer states")
+    at_rest = ("weights", "gradient buckets of DDP", "optimizer states", "pixels of the batch")
     planned = {**plan.memory, STEP: plan.peak - sum(plan.memory[part] for part in at_rest)}
     title = f"{strategy}, {processes} process(es)"
     title += ", gradient checkpointing" if model["gradient_checkpointing"] else ""

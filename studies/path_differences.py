@@ -1,9 +1,9 @@
 """Are the paths different? Similarity, probes, attention, contributions and errors of trained checkpoints.
 
 ``python -m studies path_differences`` takes the two runs of ``make demo`` and, of the study ``help``, a run
-with the mutual-information term, one without and one with orthogonality in its place, which it trains if they
-are not there (some minutes each); half a minute per checkpoint. The measures are those of ``lightning paths``,
-which takes any checkpoint; here several stand side by side.
+with the mutual-information term, one without and one with orthogonality in its place. It trains those of the
+study that are not there, some minutes each; the rest takes half a minute per checkpoint. The measures are
+those of ``lightning paths``, which takes any checkpoint; here several stand side by side.
 """
 
 from __future__ import annotations
