@@ -252,15 +252,12 @@ class PlanCLI(RunCLI):
 
 
 def _check(config: Any) -> None:
-    """Refuse values that Lightning and torch would stop at with a traceback.
+    """Refuse values of the Trainer that Lightning would stop at with a traceback.
 
     Raises:
         ValueError: the first one found.
     """
-    data, trainer = config.data, config.trainer
-    for name in ("num_workers", "seed"):
-        if data[name] < 0:
-            raise ValueError(f"data.{name} must be 0 or more, got {data[name]}.")
+    trainer = config.trainer
     if trainer.gradient_clip_val:
         raise ValueError(
             "trainer.gradient_clip_val: this model clips by itself; use model.optimizer.clip_norm instead."

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
-from parallel_decoupling.batch import PairBatch
+from parallel_decoupling.batch import PADDING_ID, PairBatch
 from parallel_decoupling.distributed import world_size
 from parallel_decoupling.objective.statistics import effective_rank, path_cosine
 from parallel_decoupling.retrieval.plots import path_similarity_figure
@@ -173,12 +173,13 @@ class CollapseAlarm(Callback):
             )
         if done < self.after_batches:
             return
-        constant = math.log(len(pairs.candidate))
+        candidates = int((pairs.candidate_ids != PADDING_ID).sum())
+        constant = math.log(candidates)
         if abs(float(outputs["contrastive"]) - constant) < 0.02 * constant:
             self._warn(
                 "loss",
                 f"the contrastive loss {float(outputs['contrastive']):.3f} is that of a constant embedding, "
-                f"log({len(pairs.candidate)}) = {constant:.3f}. "
+                f"log({candidates}) = {constant:.3f}. "
                 "Lower learning rates or mi_weight, and check that rows and images are read as intended.",
             )
         num_paths = query_GND.shape[1]
