@@ -89,7 +89,7 @@ bench: $(INSTALLED) ## cost of N paths and of the vCLUB estimator, start-up on M
 	$(BIN)/python -m benchmarks.predict
 
 studies: $(INSTALLED) ## every study: runs what is missing, then tables and pictures in docs/studies/
-	@test -f $(DEMO)/checkpoints/last.ckpt || $(MAKE) demo  # path_differences and search look at its models
+	@test -f $(DEMO)/checkpoints/last.ckpt || $(MAKE) demo  # search looks at its model
 	@failed=0; for study in help full_data paths prefix mutual_information little_data beyond; do \
 	  $(BIN)/python -m studies $$study --jobs $(STUDY_JOBS) || failed=1; done; \
 	for study in estimators path_differences search; do $(BIN)/python -m studies $$study || failed=1; done; exit $$failed

@@ -1,9 +1,9 @@
 """Are the paths different? Similarity, probes, attention, contributions and errors of trained checkpoints.
 
-``python -m studies path_differences`` takes the two runs of ``make demo`` and, of the study ``help``, a run
-with the mutual-information term, one without and one with orthogonality in its place. It trains those of the
-study that are not there, some minutes each; the rest takes half a minute per checkpoint. The measures are
-those of ``lightning paths``, which takes any checkpoint; here several stand side by side.
+``python -m studies path_differences`` takes three runs of the study ``help``: with the mutual-information
+term, without it, and with orthogonality in its place. It trains those that are not there, some minutes each;
+the rest takes half a minute per checkpoint. The measures are those of ``lightning paths``, which takes any
+checkpoint; here several stand side by side.
 """
 
 from __future__ import annotations
@@ -28,27 +28,20 @@ from studies.plots import DPI
 from studies.study import Run, load_study
 from studies.worker import is_scored, train_and_score
 
-DEMO_RUNS = (Path("runs/demo_single_path"), Path("runs/demo"))
 STUDY, CELLS, SEED = "help", ("pdf", "without_mim", "orthogonal"), 4
 
 
 def run(output_dir: Path) -> None:
-    """Train what is missing of the study's runs, then compare all runs.
+    """Train what is missing of the study's runs, then compare them.
 
     Args:
         output_dir: gets ``results.json``, ``table.md`` and PNGs named after the runs.
-
-    Raises:
-        ValueError: the demo has not been run.
     """
-    for folder in DEMO_RUNS:
-        if not (folder / "checkpoints" / "last.ckpt").is_file():
-            raise ValueError(f"{folder} has no checkpoints/last.ckpt: run make demo first")
     study = load_study(STUDY)
     study_runs = [Run(STUDY, study.cells[cell], SEED) for cell in CELLS]
     for each in study_runs:
         _ensure_scored(each)
-    compare_runs(output_dir, [*DEMO_RUNS, *(each.folder for each in study_runs)])
+    compare_runs(output_dir, [each.folder for each in study_runs])
 
 
 def _ensure_scored(run: Run) -> None:

@@ -200,7 +200,7 @@ def test_a_test_draws_its_baseline_and_paths_are_added_to_the_page(
     assert "against plain" in page.read_text(encoding="utf-8")
     before = page.read_text(encoding="utf-8")
     cli.main(["paths", str(run_dir)])
-    assert f"added to {page}" in capsys.readouterr().out
+    assert f"{page} written again" in capsys.readouterr().out
     after = page.read_text(encoding="utf-8")
     assert "against plain" in after
     assert after.count("data:image/png") > before.count("data:image/png")

@@ -53,7 +53,7 @@ def test_a_run_s_scores_are_those_of_its_last_step(tmp_path: Path) -> None:
     assert path_differences._scores_dir(tmp_path) == tmp_path / "step_10"
 
 
-def test_the_study_needs_the_demo_and_trains_the_rest(
+def test_the_study_trains_the_runs_that_are_not_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -62,18 +62,12 @@ def test_the_study_needs_the_demo_and_trains_the_rest(
     monkeypatch.setattr(path_differences, "train_and_score", trained.append)
     monkeypatch.setattr(path_differences, "is_scored", lambda run: run.cell.name != "without_mim")
     monkeypatch.setattr(path_differences, "compare_runs", lambda output_dir, runs: compared.append(runs))
-    with pytest.raises(ValueError, match=r"runs/demo_single_path has no .*last\.ckpt: run make demo first"):
-        path_differences.run(tmp_path)
-    assert not trained
-    for name in ("demo_single_path", "demo"):
-        (tmp_path / "runs" / name / "checkpoints").mkdir(parents=True)
-        (tmp_path / "runs" / name / "checkpoints" / "last.ckpt").touch()
     path_differences.run(tmp_path)
     assert [(run.name, run.cell) for run in trained] == [
         ("without_mim_seed4", load_study("help").cells["without_mim"])
     ]
     (line,) = capsys.readouterr().out.splitlines()
     assert line == "runs/studies/help/without_mim_seed4 is missing: training 480 steps, then scoring them"
-    names = ["demo_single_path", "demo", "pdf_seed4", "without_mim_seed4", "orthogonal_seed4"]
+    names = ["pdf_seed4", "without_mim_seed4", "orthogonal_seed4"]
     assert [path.name for path in compared[0]] == names
-    assert compared[0][2] == Path("runs/studies/help/pdf_seed4")
+    assert compared[0][0] == Path("runs/studies/help/pdf_seed4")
