@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+from parallel_decoupling.batch import PADDING_ID
 from parallel_decoupling.training.callbacks import CollapseAlarm, PathPictures, RunSummary
 from parallel_decoupling.training.terms import GatheredPairs
 from tests.support.fit import make_trainer, small_data, small_embedder
@@ -53,6 +55,15 @@ def test_each_kind_of_collapse_is_named_once() -> None:
 
 def test_the_loss_may_be_that_of_a_constant_before_the_alarm_is_armed() -> None:
     assert not alarms(CollapseAlarm(after_batches=100), torch.randn(64, 2, 32), 4.15, 40)
+
+
+def test_padding_is_no_candidate_of_the_constant_loss() -> None:
+    alarm, query = CollapseAlarm(after_batches=20, every_n_batches=20), torch.randn(64, 2, 32)
+    values = outputs(query, math.log(32))
+    values["pairs"].candidate_ids[32:] = PADDING_ID
+    module: Any = SimpleNamespace(batches_done=20, log=lambda *_: None)
+    with pytest.warns(UserWarning, match=r"log\(32\)"):
+        alarm.on_train_batch_end(None, module, values, None, 0)  # type: ignore[arg-type]
 
 
 def test_the_alarm_remembers_its_start_through_a_checkpoint() -> None:
