@@ -13,6 +13,7 @@ from __future__ import annotations
 MODULES = {
     "estimators": "studies.estimators",
     "path_differences": "studies.path_differences",
+    "prefix_gradients": "studies.prefix_gradients",
     "search": "studies.search",
 }
 """Studies that are no grid of runs, by name."""

@@ -101,8 +101,7 @@ def measure(kind: Kind, cell: Cell, network: nn.Module, draws: int) -> dict[str,
     value_S, gradient_SW = torch.stack(values).double(), torch.stack(gradients).double()
     exact = 0.5 * math.log(1 / (1 - cell.rho**2))
     mean_W = gradient_SW.mean(dim=0)
-    variance = float(gradient_SW.var(dim=0).sum())
-    signal = max(float(mean_W.square().sum()) - variance / draws, 0.0)
+    norm, variance = norm_and_variance(gradient_SW)
     direction_W = torch.eye(cell.embed_dim, dtype=torch.float64).flatten()
     cosine = nn.functional.cosine_similarity
     cosine_S = cosine(gradient_SW, direction_W[None], dim=1)
@@ -117,8 +116,19 @@ def measure(kind: Kind, cell: Cell, network: nn.Module, draws: int) -> dict[str,
         "std": float(value_S.std()),
         "gradient_cosine": float(cosine_S.mean()) if has_direction else None,
         "mean_gradient_cosine": float(cosine(mean_W, direction_W, dim=0)) if has_direction else None,
-        "gradient_noise": math.sqrt(variance / signal) if has_direction and signal > 0 else None,
+        "gradient_noise": math.sqrt(variance) / norm if has_direction and norm else None,
     }
+
+
+def norm_and_variance(gradient_SW: Tensor) -> tuple[float, float]:
+    """Norm of the expected gradient, and the variance of one draw summed over its W numbers.
+
+    The mean of S draws is longer than the expectation by what is left of their noise, which is taken off;
+    0 if nothing is left.
+    """
+    variance = float(gradient_SW.var(dim=0).sum())
+    squared = float(gradient_SW.mean(dim=0).square().sum()) - variance / len(gradient_SW)
+    return math.sqrt(max(squared, 0.0)), variance
 
 
 def cells(rhos: Sequence[float], embed_dims: Sequence[int], batch_sizes: Sequence[int]) -> list[Cell]:

@@ -40,11 +40,11 @@ def run(output_dir: Path) -> None:
     study = load_study(STUDY)
     study_runs = [Run(STUDY, study.cells[cell], SEED) for cell in CELLS]
     for each in study_runs:
-        _ensure_scored(each)
+        ensure_scored(each)
     compare_runs(output_dir, [each.folder for each in study_runs])
 
 
-def _ensure_scored(run: Run) -> None:
+def ensure_scored(run: Run) -> None:
     """Train and score a run that is not there, or is of another configuration."""
     if is_scored(run):
         return
