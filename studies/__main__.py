@@ -42,12 +42,13 @@ def _parser() -> ArgumentParser:
 def _list(options: Namespace) -> int:
     from studies.runner import status_table
 
-    console = Console()
+    console = Console(soft_wrap=True)
     if options.study is None:
         for name in study_files():
             console.print(f"{name:18} {load_study(name).question}", highlight=False)
         for name, module in MODULES.items():
-            console.print(f"{name:18} (module {module})", highlight=False)
+            title, _, _ = (import_module(module).__doc__ or name).partition("\n")
+            console.print(f"{name:18} {title}", highlight=False)
     elif options.study not in MODULES:
         console.print(status_table(load_study(options.study)))
     return 0

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.ticker import LogLocator, NullLocator
 from rich.progress import track
 from torch import Tensor, nn
 
@@ -200,6 +201,8 @@ def _write_figure(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
         axes.set_yticks(range(len(terms)), terms)
         clean_axes(axes, "x")
     figure.axes[0].set_xscale("log")
+    figure.axes[0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    figure.axes[0].xaxis.set_minor_locator(NullLocator())
     figure.axes[0].xaxis.set_major_formatter("{x:g}")
     figure.axes[0].invert_yaxis()
     shared_legend(figure, len(runs))

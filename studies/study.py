@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,9 @@ STUDY_KEYS = {
     "groups",
 }
 CELL_KEYS = {"config", "overrides", "seeds", "steps", "curve", "label"}
+DIFFERENCE_KEYS = {"name", "of", "over", "of_step", "over_step", "of_column"}
+COLUMN = re.compile(r"aggregate|mean|concat|maxsim|learned|one_path|path_\d+")
+"""What a difference may take of a result."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Cell:
         seeds: one run each.
         max_steps: main steps of a run; 0 builds the model and scores it untrained.
         points: steps that are scored, ascending; the last is ``max_steps``.
+        base_steps: what ``1x`` is: ``trainer.max_steps`` of the config files.
     """
 
     name: str
@@ -61,6 +66,7 @@ class Cell:
     seeds: tuple[int, ...]
     max_steps: int
     points: tuple[int, ...]
+    base_steps: int
 
 
 @dataclass(frozen=True)
@@ -185,14 +191,10 @@ def load_study(name: str) -> Study:
         raise ValueError(f"{file}: {file.stem!r} is a study of {STUDY_DIR}; give the file another name")
     content = yaml.safe_load(file.read_text(encoding="utf-8"))
     _check_keys(content, STUDY_KEYS, str(file))
-    for key in ("title", "question", "config", "cells"):
-        if key not in content:
-            raise ValueError(f"{file}: the key {key!r} is missing")
+    _check_present(content, ("title", "question", "config", "cells"), str(file))
     cells = {cell: _cell(cell, settings or {}, content, file) for cell, settings in content["cells"].items()}
-    differences = tuple(
-        _difference(entry, cells, content["config"], file) for entry in content.get("differences", ())
-    )
-    groups = content.get("groups", {})
+    differences = tuple(_difference(entry, cells, file) for entry in content.get("differences") or ())
+    groups = content.get("groups") or {}
     return Study(file.stem, content["title"], content["question"], cells, differences, groups)
 
 
@@ -201,11 +203,13 @@ def _cell(name: str, settings: Mapping[str, Any], study: Mapping[str, Any], file
     _check_keys(settings, CELL_KEYS, where)
     config = _read_config(settings.get("config", study["config"]), file.parent, where)
     base_steps = config.get("trainer", {}).get("max_steps", -1)
-    overrides = {**study.get("overrides", {}), **settings.get("overrides", {})}
+    overrides = {**(study.get("overrides") or {}), **(settings.get("overrides") or {})}
     for key, value in overrides.items():
         set_dotted(config, key, value)
     curve = settings.get("curve", None if "steps" in settings else study.get("curve"))
     if curve is not None:
+        if not curve:
+            raise ValueError(f"{where}: curve is empty; give steps to score, or leave the key out")
         points = tuple(sorted(_steps(entry, base_steps, where) for entry in curve))
     else:
         points = (_steps(settings.get("steps", study.get("steps", "1x")), base_steps, where),)
@@ -217,9 +221,11 @@ def _cell(name: str, settings: Mapping[str, Any], study: Mapping[str, Any], file
     for key in SEED_KEYS:
         set_dotted(config, key, 0)
     seeds = tuple(settings.get("seeds", study.get("seeds", [0])))
+    if not seeds:
+        raise ValueError(f"{where}: seeds is empty; give at least one, or leave the key out for [0]")
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
     label = settings.get("label", name.replace("_", " "))
-    return Cell(name, label, overrides, config, digest, seeds, points[-1], points)
+    return Cell(name, label, overrides, config, digest, seeds, points[-1], points, base_steps)
 
 
 def _steps(value: Any, base_steps: int, where: str) -> int:
@@ -235,19 +241,25 @@ def _steps(value: Any, base_steps: int, where: str) -> int:
     return steps
 
 
-def _difference(entry: Mapping[str, Any], cells: Mapping[str, Cell], config: Any, file: Path) -> Difference:
+def _difference(entry: Mapping[str, Any], cells: Mapping[str, Cell], file: Path) -> Difference:
     where = f"{file}: differences"
-    _check_keys(entry, {"name", "of", "over", "of_step", "over_step", "of_column"}, where)
-    base_steps = _read_config(config, file.parent, where).get("trainer", {}).get("max_steps", -1)
+    _check_keys(entry, DIFFERENCE_KEYS, where)
+    _check_present(entry, ("name", "of", "over"), where)
     steps: dict[str, int] = {}
     for side in ("of", "over"):
         if entry[side] not in cells:
             raise ValueError(f"{where}: there is no cell {entry[side]!r}")
         if f"{side}_step" in entry:
-            step = steps[f"{side}_step"] = _steps(entry[f"{side}_step"], base_steps, where)
-            if step not in cells[entry[side]].points:
+            cell = cells[entry[side]]
+            step = steps[f"{side}_step"] = _steps(entry[f"{side}_step"], cell.base_steps, where)
+            if step not in cell.points:
                 raise ValueError(f"{where}: {entry[side]} is not scored at step {step}")
     column = entry.get("of_column", "aggregate")
+    if not COLUMN.fullmatch(column):
+        raise ValueError(
+            f"{where}: of_column {column!r} is not scored; take aggregate, mean, concat, maxsim, learned, "
+            "one_path (the mean of single paths), or path_0 and so on"
+        )
     return Difference(entry["name"], entry["of"], entry["over"], **steps, of_column=column)
 
 
@@ -277,6 +289,12 @@ def set_dotted(config: dict[str, Any], key: str, value: Any) -> None:
     for parent in parents:
         config = config.setdefault(parent, {})
     config[last] = value
+
+
+def _check_present(entry: Mapping[str, Any], wanted: Sequence[str], where: str) -> None:
+    for key in wanted:
+        if entry.get(key) is None:
+            raise ValueError(f"{where}: the key {key!r} is missing")
 
 
 def _check_keys(entry: Mapping[str, Any], known: set[str], where: str) -> None:

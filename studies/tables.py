@@ -102,18 +102,26 @@ def group_table(study: Study, results: Sequence[Result]) -> str:
 
 
 def column_table(study: Study, results: Sequence[Result]) -> str:
-    """One row per cell at its last step, one column per scored kind of embedding."""
+    """One row per cell at its last step, one column per scored kind of embedding.
+
+    A column that some seeds of the cell do not have says how many have it: their mean compares with no other.
+    """
     found = last_points(study, results)
-    names = list(dict.fromkeys(column for _, lines in found for column in lines[0]["columns"]))
+    all_lines = [line for _, lines in found for line in lines]
+    names = list(dict.fromkeys(column for line in all_lines for column in line["columns"]))
     paths = [f"path_{number}" for number in range(len(names)) if f"path_{number}" in names]
     columns = ["aggregate", *paths, *(name for name in names if name not in ("aggregate", *paths))]
     rows = []
     for cell, lines in found:
-        scores = [
-            [100 * line["means"]["overall"].get(column, math.nan) for line in lines] for column in columns
-        ]
-        rows.append([cell.label, *(_mean([score for score in each if score == score]) for each in scores)])
+        overall = [line["means"]["overall"] for line in lines]
+        scores = [[100 * means[column] for means in overall if column in means] for column in columns]
+        rows.append([cell.label, *(_mean_of(each, len(lines)) for each in scores)])
     return _markdown(["cell", *columns], rows)
+
+
+def _mean_of(scores: Sequence[float], wanted: int) -> str:
+    some = f" ({len(scores)} of {wanted} seeds)" if 0 < len(scores) < wanted else ""
+    return _mean(scores) + some
 
 
 def path_table(study: Study, results: Sequence[Result]) -> str:
@@ -125,7 +133,7 @@ def path_table(study: Study, results: Sequence[Result]) -> str:
         "mi_weight": "its weight",
         "estimator_nll_held_out": "NLL of q before its fit to the batch",
         "estimator_nll": "after its fit",
-        "effective_rank": "effective rank",
+        "effective_rank": "effective rank of path 0 in a batch",
         "loss": "loss",
     }
     rows = []

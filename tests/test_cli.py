@@ -140,6 +140,16 @@ def test_a_killed_run_has_a_last_checkpoint_of_inside_the_epoch(
     assert names == ["last.ckpt", "step=6.ckpt"]
 
 
+def test_the_end_of_a_run_is_in_the_last_checkpoint_with_validations_between(
+    config_file: Path, tmp_path: Path
+) -> None:
+    command = ["fit", "--config", str(config_file), "--trainer.default_root_dir", str(tmp_path)]
+    validations = ["--data.validation_tasks=[colours_t2i]", "--trainer.val_check_interval", "2"]
+    cli.main([*command, *validations, "--trainer.max_steps", "5"])
+    content = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert content["global_step"] == 5
+
+
 def test_a_broken_image_is_one_message_from_a_worker_too(
     config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -143,6 +143,7 @@ class RunCLI(LightningCLI):
         wants_files = config.get("enable_checkpointing") is not False and not config.get("fast_dev_run")
         if wants_files and not any(isinstance(callback, Checkpoint) for callback in callbacks):
             options: dict[str, Any] = {"enable_version_counter": False, "auto_insert_metric_name": False}
+            options["save_on_train_epoch_end"] = True  # else validations take the place of a run's end
             callbacks.append(ModelCheckpoint(filename="step={step}", save_last=True, **options))
             callbacks.append(ModelCheckpoint(filename="last", every_n_train_steps=SAVE_EVERY, **options))
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
@@ -154,10 +155,7 @@ class RunCLI(LightningCLI):
 
     def predict(self, model: PDFEmbedder, datamodule: MMEBDataModule, **options: Any) -> None:
         """Predict over ``data.predict_source``, or else over the evaluation tasks."""
-        if datamodule.predict_source is not None:
-            self.trainer.predict(model, datamodule=datamodule, **options)
-            return
-        model.predict_tasks(self.trainer, datamodule, **options)
+        self.trainer.predict(model, datamodule=datamodule, **options)
 
     def _parse_ckpt_path(self) -> None:
         """Find the checkpoint, take over its settings that were not typed, and show those that differ."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from parallel_decoupling.analysis.attention import attention_maps, pooled_attention, token_grid
 from parallel_decoupling.batch import EncoderInputs, RawInput
 from parallel_decoupling.data.collate import Collator
+from parallel_decoupling.data.images import ImagePolicy, load_image
 from parallel_decoupling.model.backbone import load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.retrieval.encode import to_raw_inputs
@@ -160,3 +162,12 @@ def test_a_backbone_that_cuts_images_into_tiles_has_masses_but_no_maps(tmp_path:
     found = attention_maps(model, to_raw_inputs([noise_image(64, 64)], "read"))
     assert found.patches == []
     assert (found.mass > 0).all()
+
+
+def test_pictures_are_resized_first(tiny_backbone_dir: str, inputs: list[RawInput]) -> None:
+    model = encoder(tiny_backbone_dir)
+    low = ImagePolicy(size="low")
+    square = [replace(each, images=tuple(low(load_image(image)) for image in each.images)) for each in inputs]
+    found, expected = attention_maps(model, inputs, images=low), attention_maps(model, square)
+    torch.testing.assert_close(found.mass, expected.mass)
+    assert not torch.allclose(found.mass, attention_maps(model, inputs).mass, atol=1e-4)

@@ -249,6 +249,17 @@ def test_validation_tasks_run_during_fit(data_dir: Path, tmp_path: Path) -> None
     assert [(loader, side) for loader, side, _ in toy.tested] == [(0, "query"), (0, "candidate")]
 
 
+def test_only_validate_needs_validation_tasks(data_dir: Path, tmp_path: Path) -> None:
+    data, toy = module(data_dir, None), Toy()
+    trainer(tmp_path, max_epochs=1, enable_checkpointing=False).fit(toy, datamodule=data)
+    assert toy.tested == []
+    with pytest.raises(ValueError, match=r"Nothing to validate.*--data\.validation_tasks"):
+        trainer(tmp_path).validate(toy, datamodule=data, verbose=False)
+    data = module(data_dir, None, validation_tasks=["GQA"])
+    trainer(tmp_path).validate(toy, datamodule=data, verbose=False)
+    assert [(loader, side) for loader, side, _ in toy.tested] == [(0, "query"), (0, "candidate")]
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 16])
 def test_processes_cover_an_eval_task_in_equally_many_batches(
     data_dir: Path, world_size: int, monkeypatch: pytest.MonkeyPatch
@@ -339,6 +350,11 @@ def test_preparing_makes_the_mapped_tables_of_the_stage(data_dir: Path, tmp_path
             "Unknown evaluation task 'VOC2077'. Did you mean 'VOC2007'",
         ),
         ("test", {"eval_tasks": ["DocVQA"]}, "Unknown evaluation task 'DocVQA'.*Found: GQA, VOC2007"),
+        (
+            "validate",
+            {},
+            r"validation_tasks is empty.*such as --data\.validation_tasks '\[VOC2007]'\. Found: VOC2007, GQA",
+        ),
         ("test", {"data_dir": "no/such"}, "data_dir 'no/such' is no folder"),
     ],
 )

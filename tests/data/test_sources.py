@@ -138,6 +138,52 @@ def test_files_that_do_not_fit_their_columns_are_named(tmp_path: Path, content: 
         TrainSubset(tmp_path, "Mine")
 
 
+def test_one_bad_cell_does_not_turn_lists_of_candidates_into_texts(tmp_path: Path) -> None:
+    (tmp_path / "tasks.json").write_text(json.dumps({"Mine": ENTRY}))
+    lists = 'q,a\n1,"[""cat"", ""dog""]"\n2,"[""dog"", ""cat""]"\n'
+    (tmp_path / "a.csv").write_text(lists + "3,\"['dog', 'cat']\"\n")
+    with pytest.raises(ValueError, match=r"a\.csv, row 2, column 'a': .*\['dog', 'cat'\].* no JSON list"):
+        read_eval_task(tmp_path, "Mine")
+    (tmp_path / "a.csv").write_text(lists + "3,\n")
+    with pytest.raises(ValueError, match=r"'Mine', file .*a\.csv, row 2, column 'a': 0 candidates"):
+        read_eval_task(tmp_path, "Mine")
+    (tmp_path / "a.csv").write_text("q,a\n1,[a]\n2,cat\n")
+    task = read_eval_task(tmp_path, "Mine")
+    assert [candidate.text for candidate in task.candidates] == ["[a]", "cat"]
+    assert task.candidates_of_row == [[0, 1], [1, 0]]
+
+
+def test_an_empty_cell_of_negatives_is_an_empty_list(tmp_path: Path) -> None:
+    columns = {"query_text": "q", "candidate_text": "a", "negative_text": "n"}
+    (tmp_path / "tasks.json").write_text(json.dumps({"Mine": {**ENTRY, "columns": columns}}))
+    (tmp_path / "a.csv").write_text(
+        'q,a,n\n"[""a"", ""b""]",[a],"[""x"", ""y""]"\n2,b,\n3,"[""c""]","[""z""]"\n'
+    )
+    subset = TrainSubset(tmp_path, "Mine", hard_negatives=2)
+    found = [[negative and negative.text for negative in subset[row].negatives] for row in range(3)]
+    assert found == [["x", "y"], [None, None], ["z", None]]
+    assert [subset[row].candidate.text for row in range(3)] == ["[a]", "b", '["c"]'], "one text per row"
+    assert subset[0].query.text == '["a", "b"]'
+
+
+def test_one_file_may_train_and_evaluate(tmp_path: Path) -> None:
+    (tmp_path / "tasks.json").write_text(json.dumps({"Mine": ENTRY}))
+    (tmp_path / "a.csv").write_text('q,a\n1,"[""x"", ""y""]"\n2,z\n')
+    assert TrainSubset(tmp_path, "Mine")[0].candidate.text == '["x", "y"]'
+    with pytest.raises(ValueError, match=r"a\.csv, row 1, column 'a': .*'z' is no JSON list"):
+        read_eval_task(tmp_path, "Mine")
+
+
+def test_dates_are_texts_in_training_and_evaluation(tmp_path: Path) -> None:
+    entry = {**ENTRY, "train_file": "a.jsonl", "eval_file": "b.jsonl"}
+    (tmp_path / "tasks.json").write_text(json.dumps({"Mine": entry}))
+    (tmp_path / "a.jsonl").write_text('{"q": "When?", "a": "1969-07-20"}\n')
+    (tmp_path / "b.jsonl").write_text('{"q": "When?", "a": ["1969-07-20", "1970-01-01"]}\n')
+    assert TrainSubset(tmp_path, "Mine")[0].candidate.text == "1969-07-20"
+    task = read_eval_task(tmp_path, "Mine")
+    assert [candidate.text for candidate in task.candidates] == ["1969-07-20", "1970-01-01"]
+
+
 def test_a_pool_must_not_be_huge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("parallel_decoupling.data.readers.MAX_POOL_ENTRIES", 8)
     (tmp_path / "tasks.json").write_text(json.dumps({"Mine": ENTRY}))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +108,89 @@ def test_a_csv_text_in_brackets_stays_a_text(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('text\n"[1] not a list"\n"[""x""]"\n')
     table = Table("S", [tmp_path / "a.csv"], {"text": "text"})
     assert [table[row]["text"] for row in range(2)] == ["[1] not a list", '["x"]']
+
+
+def test_jsonl_texts_that_look_like_dates_stay_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("parallel_decoupling.data.tables.JSON_BLOCK_BYTES", 256)
+    rows: list[dict[str, Any]] = [
+        {
+            "day": "1969-07-20",
+            "days": ["2020-01-01", "2020-01-02T10:00:00Z"],
+            "gap": None,
+            "some": "2020-01-01",
+            "list": [],
+            "number": 1,
+            "share": 1.5,
+            "words": ["x"],
+            "nothing": None,
+        },
+        {
+            "day": "1969-07-20 20:17",
+            "days": [],
+            "gap": "2020-01-01",
+            "some": "not a date",
+            "list": None,
+            "number": 2,
+            "share": 2.0,
+            "words": [],
+            "nothing": None,
+        },
+    ] * 9
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = Table("S", [tmp_path / "a.jsonl"], {name: name for name in rows[0]})
+    shares = {1.5: "1.5", 2.0: "2"}
+    expected = [{**row, "number": str(row["number"]), "share": shares[row["share"]]} for row in rows]
+    assert [table[row] for row in range(18)] == expected
+
+
+def csv_column(file: Path, cells: list[str]) -> Path:
+    with file.open("w", newline="") as stream:
+        csv.writer(stream, quoting=csv.QUOTE_ALL).writerows([["more"], *([cell] for cell in cells)])
+    return file
+
+
+@pytest.mark.parametrize(
+    ("cells", "expected"),
+    [
+        (['["a", "b"]', "", "[]", " "], [["a", "b"], [], [], []]),
+        (["", '["a, b", null]'], [[], ["a, b", None]]),
+        (["", "[]"], [[], []]),
+        (["[a]", "x", "['y'] is a list", "[1, 2]", ""], ["[a]", "x", "['y'] is a list", "[1, 2]", ""]),
+        (["[10, 20]", "[30, 40]"], ["[10, 20]", "[30, 40]"]),
+        (["", ""], ["", ""]),
+    ],
+)
+def test_one_list_makes_a_csv_column_lists_where_lists_may_be(
+    tmp_path: Path, cells: list[str], expected: list[Any]
+) -> None:
+    file = csv_column(tmp_path / "a.csv", cells)
+    table = Table("S", [file], {"mine": "more"}, ["mine"])
+    again = pickle.loads(pickle.dumps(table))
+    for each in (table, again):
+        assert [each[row]["mine"] for row in range(len(cells))] == expected
+
+
+@pytest.mark.parametrize(
+    ("cells", "row", "shown"),
+    [
+        (['["cat", "dog"]', '["dog", "cat"]', "['dog', 'cat']"], 2, "\"['dog', 'cat']\""),
+        (["", "cat", '["dog"]'], 1, "'cat'"),
+        (['["dog"]', "[1, 2]"], 1, "'[1, 2]'"),
+        (['["dog"]', '"dog"'], 1, "'\"dog\"'"),
+        (["", "['dog', 'cat']", "['cat', \"dog's\"]"], 1, "\"['dog', 'cat']\""),
+    ],
+)
+def test_what_is_no_list_in_a_csv_column_of_lists_is_named(
+    tmp_path: Path, cells: list[str], row: int, shown: str
+) -> None:
+    file = csv_column(tmp_path / "a.csv", cells)
+    message = f"a.csv, row {row}, column 'more': the column holds lists, but {shown} is no JSON list"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Table("S", [file], {"mine": "more"}, ["mine"])
+    texts = Table("S", [file], {"mine": "more"})
+    assert [texts[number]["mine"] for number in range(len(cells))] == cells, "where no lists may be"
 
 
 def test_missing_columns_are_named_with_those_that_are_there(tmp_path: Path) -> None:

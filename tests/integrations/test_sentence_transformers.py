@@ -14,6 +14,7 @@ pytest.importorskip("sentence_transformers", minversion="6")
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
+from parallel_decoupling.data.images import ImagePolicy
 from parallel_decoupling.integrations.sentence_transformers import PathEmbedding, as_sentence_transformer
 from parallel_decoupling.retrieval.embedder import Embedder
 from parallel_decoupling.training.loading import load_embedder
@@ -159,3 +160,16 @@ def test_bad_input(model: SentenceTransformer, embedder: Embedder) -> None:
         encode(model, ["text"], paths="all")
     with pytest.raises(ValueError, match="unknown keys"):
         encode(model, ["text", {"role": "user", "content": "a chat"}])
+
+
+def test_pictures_are_resized_as_by_the_embedder(tiny_backbone_dir: str, tmp_path: Path) -> None:
+    embedder = tiny_embedder(tiny_backbone_dir)
+    embedder.images = ImagePolicy(size="low")
+    model = as_sentence_transformer(embedder)
+    picture = noise_image(40, 30)
+    expected = embedder.encode([picture], paths="aggregate")
+    assert torch.equal(encode(model, [picture], **ROW_BY_ROW), expected)
+    model.save(str(tmp_path / "saved"))
+    assert torch.equal(
+        Embedder.from_pretrained(tmp_path / "saved").encode([picture], paths="aggregate"), expected
+    )

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
-from parallel_decoupling.data.tasks import EvalTask, Task
+from parallel_decoupling.data.tasks import MMEB_TASKS, EvalTask, Task
 from parallel_decoupling.retrieval.html_report import (
     Baseline,
     PageParts,
@@ -124,6 +124,28 @@ def test_scores_at_chance_are_marked(tmp_path: Path) -> None:
     assert "shape (at or below chance)" in texts
 
 
+def test_warnings_and_what_the_means_leave_out_are_on_the_page(tmp_path: Path) -> None:
+    warning = {
+        "check": "collapsed_paths",
+        "detail": "0.99 of <path> 1",
+        "tasks": ["find"],
+        "advice": "one path",
+    }
+    made = replace(report(6), warnings=[warning])
+    shape = replace(made.tasks["shape"], task=MMEB_TASKS["VOC2007"], num_skipped=3)
+    made = replace(made, tasks={**made.tasks, "VOC2007": shape})
+    texts = Page(write_html_report(made, tmp_path)).texts
+    for shown in (
+        "Collapsed paths",
+        "0.99 of <path> 1 (find)",
+        "one path",
+        "means over 1 of MMEB's 36 tasks: not MMEB's means",
+        "rows skipped because of their images: VOC2007 3",
+    ):
+        assert shown in texts, texts
+    assert any(text.endswith("1/36") for text in texts)
+
+
 def test_examples_mark_the_truth_and_escape_text(
     tmp_path: Path, examples: tuple[EvalTask, TaskScore]
 ) -> None:
@@ -145,7 +167,7 @@ def test_paths_come_from_the_matrix_or_from_the_file(tmp_path: Path) -> None:
     probe = {"accuracy": {"aggregate": 0.93, "path_0": 0.91}, "spread": {"aggregate": 0.02, "path_0": 0.03}}
     content = {
         "num_paths": 2,
-        "run": {"global_step": 480, "checkpoint": "last.ckpt"},
+        "run": {"global_step": 480, "seed": 4, "checkpoint": "last.ckpt"},
         "similarity": {"cosine": [[1, 0.21], [0.21, 1]], "linear_cka": [[1, 0.5], [0.5, 1]]},
         "errors": {"kappa": [[1, None], [None, 1]]},
         "probes": {"color": {**probe, "majority": 0.13}},
@@ -162,18 +184,35 @@ def test_paths_come_from_the_matrix_or_from_the_file(tmp_path: Path) -> None:
     assert not any("lightning paths" in text for text in page.texts)
 
 
+def test_paths_of_another_run_of_as_many_steps_are_not_shown(tmp_path: Path) -> None:
+    (tmp_path / "paths").mkdir()
+    similarity = {"cosine": [[1, 0.21], [0.21, 1]], "linear_cka": [[1, 0.5], [0.5, 1]]}
+    for seed, shown in ((4, True), (5, False)):
+        run = {"global_step": 480, "seed": seed}
+        content = {"num_paths": 2, "run": run, "similarity": similarity, "errors": None, "probes": {}}
+        (tmp_path / "paths" / "paths.json").write_text(json.dumps(content))
+        page = Page(write_html_report(at_step(480), tmp_path))
+        assert ("0.21" in page.texts) == shown
+        assert any("seed 5 there, 4 here" in text for text in page.texts) != shown
+
+
 @pytest.mark.parametrize(("step", "num_paths"), [(960, 2), (480, 3), (None, 2)])
 def test_paths_of_another_step_or_number_are_not_shown(
     step: int | None, num_paths: int, tmp_path: Path
 ) -> None:
     (tmp_path / "paths").mkdir()
-    content = {"num_paths": 2, "run": {"global_step": 480}, "similarity": {"cosine": [[1, 0.21], [0.21, 1]]}}
+    content = {
+        "num_paths": 2,
+        "run": {"global_step": 480, "seed": 4},
+        "similarity": {"cosine": [[1, 0.21], [0.21, 1]]},
+    }
     (tmp_path / "paths" / "paths.json").write_text(json.dumps(content))
     Image.new("RGB", (4, 4)).save(tmp_path / "paths" / "attention_maps.png")
     for parts in (PageParts(), PageParts(path_cosine=[[1.0, 0.37], [0.37, 1.0]])):
         page = Page(write_html_report(at_step(step, num_paths), tmp_path, parts))
         (note,) = (text for text in page.texts if "lightning paths" in text)
-        assert f"of step 480 and 2 paths, the scores are of step {step} and {num_paths} paths" in note
+        assert ("global_step 480 there" in note) == (step != 480)
+        assert ("paths 2 there, 3 here" in note) == (num_paths == 3)
         assert "0.21" not in page.texts
         assert page.texts.count("0.37") == 2 * (parts.path_cosine is not None)
         assert not any(tag == "img" for tag, _ in page.tags)

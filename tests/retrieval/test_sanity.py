@@ -230,6 +230,15 @@ def test_instructions_and_endings_are_compared_and_questions_are_not(
     assert [each.check for each in got] == ["prompt_mismatch"] * found
 
 
+def test_training_pictures_need_not_be_there(tmp_path: Path) -> None:
+    """Instructions are texts: scores must not depend on pictures that are not scored."""
+    write_train(tmp_path, "GQA", [train_row(text, "a", qry_image_path="gone.jpg") for text in ASKED])
+    both = [RawInput("a"), RawInput("b")]
+    task = EvalTask(Task("GQA", "vqa", False), [RawInput(text) for text in PLAIN], both, [0], [[0, 1]])
+    (found,) = prompt_mismatches(tmp_path, "original", [task])
+    assert found.tasks == ("GQA",)
+
+
 def test_paraphrased_instructions_are_none_that_training_lacks(tmp_path: Path) -> None:
     rows = [train_row(f"{text} q{number}\n", "a") for number, text in enumerate("abcdefgh")]
     write_train(tmp_path, "GQA", rows, "diverse_instruction")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from parallel_decoupling.data.images import ImagePolicy
 from parallel_decoupling.retrieval.embedder import Embedder
 from parallel_decoupling.serving.batches import embed_requests
 from parallel_decoupling.serving.requests import EmbeddingRequest, RequestError, Selection
@@ -73,3 +74,15 @@ def test_open_clip_cuts_no_text(tmp_path: Path) -> None:
     assert not isinstance(first, RequestError)
     assert isinstance(second, RequestError)
     assert f"the {CONTEXT_LENGTH} tokens" in str(second)
+
+
+def test_pictures_are_resized_as_by_the_embedder(tiny_backbone_dir: str) -> None:
+    embedder = small_embedder(tiny_backbone_dir).embedder
+    one = request({"image": noise_image(40, 30)})
+    (plain,) = embed_requests(embedder, [one], 2)
+    embedder.images = ImagePolicy(size="low")
+    (resized,) = embed_requests(embedder, [one], 2)
+    assert not isinstance(plain, RequestError)
+    assert not isinstance(resized, RequestError)
+    torch.testing.assert_close(resized[0], embedder.encode(one.inputs, paths=0), atol=1e-5, rtol=0)
+    assert resized[1] > plain[1]

@@ -65,6 +65,17 @@ def test_columns_are_the_aggregate_the_paths_in_order_and_the_rest(study: Study)
     assert cells[0] == ["cell A", "63.0", "62.0", "60.0", "–", "–"]
 
 
+def test_a_column_that_some_seeds_lack_says_so(study: Study) -> None:
+    lines = lines_of(study)
+    for line in lines:
+        if line["cell"] == "a" and line["seed"] == 2:
+            line["columns"] = [*line["columns"], "concat"]  # type: ignore[misc]
+            line["means"]["overall"]["concat"] = 0.7  # type: ignore[index]
+    heading, _, first, second = rows(column_table(study, lines))
+    assert heading[-1] == "concat"
+    assert (first[-1], second[-1]) == ("70.0 (1 of 3 seeds)", "–")
+
+
 def test_differences_are_paired(study: Study) -> None:
     heading, _, row = rows(difference_table(study, lines_of(study)))
     entries = dict(zip(heading, row, strict=True))

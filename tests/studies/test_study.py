@@ -83,11 +83,40 @@ def test_a_run_has_its_seed_everywhere(tmp_path: Path) -> None:
             {"cells": {"a": None}, "differences": [{"name": "d", "of": "a", "over": "a", "of_step": 7}]},
             "a is not scored at step 7",
         ),
+        ({"cells": {"a": {"seeds": []}}}, r"cells\.a: seeds is empty"),
+        ({"cells": {"a": {"curve": []}}}, r"cells\.a: curve is empty"),
+        ({"cells": {"a": None}, "differences": [{"name": "d", "of": "a"}]}, "the key 'over' is missing"),
+        (
+            {
+                "cells": {"a": None},
+                "differences": [{"name": "d", "of": "a", "over": "a", "of_column": "concatt"}],
+            },
+            "of_column 'concatt' is not scored",
+        ),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, content: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_study(save_study(tmp_path, content))
+
+
+def test_keys_without_a_value_count_as_left_out(tmp_path: Path) -> None:
+    content = {"overrides": None, "differences": None, "groups": None, "cells": {"a": {"overrides": None}}}
+    study = load_study(save_study(tmp_path, content))
+    assert (study.differences, study.groups) == ((), {})
+    assert study.cells["a"].overrides == {}
+
+
+def test_the_steps_of_a_difference_are_multiples_of_its_cells_configurations(tmp_path: Path) -> None:
+    (tmp_path / "long.yaml").write_text("trainer: {max_steps: 1000}", encoding="utf-8")
+    curve = {"curve": ["0.5x", "1x"]}
+    study = toy_study(
+        tmp_path,
+        cells={"a": curve, "b": {**curve, "config": "long.yaml"}},
+        differences=[{"name": "d", "of": "a", "of_step": "0.5x", "over": "b", "over_step": "0.5x"}],
+    )
+    (difference,) = study.differences
+    assert (difference.of_step, difference.over_step) == (50, 500)
 
 
 def test_unknown_names_are_refused(tmp_path: Path) -> None:

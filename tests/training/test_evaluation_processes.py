@@ -55,6 +55,29 @@ def test_two_processes_embed_and_score_exactly_like_one(
     assert scores(tmp_path / "two") == scores(tmp_path / "one")
 
 
+def test_two_processes_share_a_prediction(tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path) -> None:
+    """Each encodes its part of the rows; the files are those of one process."""
+
+    def predict(folder: Path, devices: int) -> int:
+        trainer = make_trainer(folder, devices=devices, strategy="ddp" if devices > 1 else "auto")
+        data = small_data(tiny_mmeb_dir, eval_batch_size=2)
+        batches = small_embedder(tiny_backbone_dir).predict_tasks(trainer, data)
+        return sum(len(batch["indices"]) for task in batches for batch in task)
+
+    rows = predict(tmp_path / "one", 1)
+
+    def two() -> None:
+        assert predict(tmp_path / "two", 2) <= rows // 2 + 2
+
+    run_ranks(two, timeout=60)
+    files = sorted((tmp_path / "one" / "predictions").iterdir())
+    assert len(files) == 2
+    for file in files:
+        one = torch.load(file, weights_only=True)
+        other = torch.load(tmp_path / "two" / "predictions" / file.name, weights_only=True)
+        torch.testing.assert_close(other, one)
+
+
 @pytest.mark.slow
 def test_the_cache_of_two_processes_serves_one_and_the_other_way_round(
     tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path

@@ -16,6 +16,7 @@ from parallel_decoupling.data.readers import read_eval_task
 from parallel_decoupling.data.tasks import EvalTask
 from parallel_decoupling.retrieval.report import ScoreReport
 from parallel_decoupling.retrieval.score_files import read_scores
+from parallel_decoupling.training.embedder import PDFEmbedder
 from parallel_decoupling.training.evaluation import Evaluation, TaskEmbeddings, git_commit
 from tests.support.fit import make_trainer, small_data, small_embedder
 
@@ -207,6 +208,10 @@ def test_images_of_another_size_than_in_training_are_reported(
         report = ScoreReport.from_json_file(tmp_path / "scores.json")
         found = [each["detail"] for each in report.warnings if each["check"] == "prompt_mismatch"]
         assert found == details
+    loaded = PDFEmbedder.load_from_checkpoint(tmp_path / "one.ckpt")
+    make_trainer(tmp_path).test(loaded, small_data(tiny_mmeb_dir, image_size="low"), verbose=False)
+    report = ScoreReport.from_json_file(tmp_path / "scores.json")
+    assert "image_size: trained None, asked low" in str(report.warnings), "also without ckpt_path"
 
 
 def test_outside_git_there_is_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from parallel_decoupling import cli
 from parallel_decoupling.data.tasks import Task
@@ -14,8 +15,10 @@ from parallel_decoupling.retrieval.embedder import Embedder
 from parallel_decoupling.retrieval.report import ScoreReport
 from parallel_decoupling.retrieval.score import TaskScore
 from parallel_decoupling.training.embedder import PDFEmbedder
-from parallel_decoupling.training.loading import load_embedder, scores_of
+from parallel_decoupling.training.loading import load_embedder, run_of, scores_of
+from parallel_decoupling.training.prediction_writer import EmbeddingWriter
 from tests.support.fit import make_trainer, small_data, small_embedder
+from tests.support.tiny import noise_image
 
 TEXTS = ["a red circle", "two blue squares"]
 
@@ -35,7 +38,12 @@ def run_dir(tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path_factory: pytest
 def write_scores(folder: Path, steps: int) -> None:
     hits = {column: torch.tensor([True, False]) for column in ("aggregate", "path_0", "path_1")}
     score = TaskScore(Task("Sign", "classification", True), hits, torch.zeros(2, 10), 0.1)
-    run = {"global_step": steps, "commit": "c0ffee"}
+    trained = run_of(folder / "checkpoints" / "last.ckpt")
+    run = {
+        **{key: trained[key] for key in ("seed", "token_passes")},
+        "global_step": steps,
+        "commit": "c0ffee",
+    }
     ScoreReport.from_scores([score], run).to_json_file(folder / "scores.json")
 
 
@@ -115,3 +123,40 @@ def test_module_has_both_names(checkpoint: Path, tmp_path: Path) -> None:
     assert loaded.run["global_step"] == 2
     assert sum(loaded.run["rows_by_subset"].values()) == 16
     assert "commit" not in loaded.run, "of the training, which the checkpoint does not say"
+
+
+def test_pictures_are_those_of_the_training(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    """A checkpoint, its module, the exported folder and what is saved again from it resize alike."""
+    data = small_data(tiny_mmeb_dir, image_size="low")
+    trainer = make_trainer(tmp_path, max_steps=1)
+    module = small_embedder(tiny_backbone_dir)
+    picture = noise_image(40, 30)
+    square = picture.resize((128, 128), Image.Resampling.BICUBIC)
+    as_it_is = module.encode([picture])
+    trainer.fit(module, data)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    expected = Embedder(module.eval().encoder).encode([square])
+    assert not torch.allclose(Embedder(module.encoder).encode([picture]), expected, atol=1e-3)
+    loaded = PDFEmbedder.load_from_checkpoint(tmp_path / "one.ckpt").eval()
+    loaded.save_pretrained(tmp_path / "exported")
+    exported = Embedder.from_pretrained(tmp_path / "exported")
+    exported.save_pretrained(tmp_path / "again")
+    for model in (
+        module,
+        loaded,
+        load_embedder(tmp_path / "one.ckpt"),
+        exported,
+        Embedder.from_pretrained(tmp_path / "again"),
+    ):
+        torch.testing.assert_close(model.encode([picture]), expected, atol=1e-5, rtol=0)
+    assert exported.run["data"]["image_size"] == "low"
+    (tmp_path / "photos").mkdir()
+    picture.save(tmp_path / "photos" / "one.png")
+    source = small_data("unused", predict_source=str(tmp_path / "photos"))
+    trainer = make_trainer(tmp_path, EmbeddingWriter(str(tmp_path / "embeddings")))
+    (batch,) = trainer.predict(loaded, source)
+    torch.testing.assert_close(batch["path_1"], expected[:, 1], atol=1e-5, rtol=0)
+    untrained = small_embedder(tiny_backbone_dir)
+    assert torch.equal(untrained.encode([picture]), as_it_is)

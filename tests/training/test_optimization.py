@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from parallel_decoupling.training.optimization import (
     MIConfig,
     OptimizerConfig,
+    apply_config,
     learning_rate_schedule,
     main_optimizer,
 )
@@ -87,3 +89,40 @@ def test_numbers_out_of_range_are_named(options: dict[str, object]) -> None:
 def test_estimator_numbers_out_of_range_are_named(options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         MIConfig(**options)  # type: ignore[arg-type]
+
+
+def test_a_resumed_run_takes_the_rates_and_the_decay_that_are_asked_for() -> None:
+    """Restoring puts the old ones into optimizer and schedule."""
+
+    def pair(config: OptimizerConfig, rate: float) -> tuple[list[Any], Any]:
+        torch.manual_seed(0)
+        groups = {name: [torch.nn.Parameter(torch.ones(2))] for name in ("adapters", "prefixes")}
+        main = main_optimizer(groups, config)
+        estimator = torch.optim.Adam([torch.nn.Parameter(torch.ones(2))], lr=rate)
+        return [main, estimator], learning_rate_schedule(main, config, 20)
+
+    old = OptimizerConfig(1e-3, 1e-2, weight_decay=0.1, warmup_steps=2)
+    new = OptimizerConfig(1e-5, 1e-4, weight_decay=0.2, warmup_steps=2)
+    before, schedule = pair(old, 1e-3)
+    for _ in range(7):
+        before[0].step()
+        schedule.step()
+    for config, mi in ((old, MIConfig(learning_rate=1e-3)), (new, MIConfig(learning_rate=1e-4))):
+        after, resumed = pair(config, mi.learning_rate)
+        for optimizer, other in zip(after, before, strict=True):
+            optimizer.load_state_dict(other.state_dict())
+        resumed.load_state_dict(schedule.state_dict())
+        apply_config(after, resumed, config, mi)
+        fresh, expected = pair(config, mi.learning_rate)
+        for _ in range(7):
+            fresh[0].step()
+            expected.step()
+        for _ in range(3):
+            for mine, theirs in zip(after, fresh, strict=True):
+                for group, other in zip(mine.param_groups, theirs.param_groups, strict=True):
+                    assert group["lr"] == other["lr"]
+                    assert group["weight_decay"] == other["weight_decay"]
+            fresh[0].step()
+            after[0].step()
+            expected.step()
+            resumed.step()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from parallel_decoupling.batch import EncoderInputs, RawInput
 from parallel_decoupling.data.collate import Collator
+from parallel_decoupling.data.images import ImagePolicy
 from parallel_decoupling.model.attention import register_prefix_attention
 from parallel_decoupling.model.backbone import Backbone
 from parallel_decoupling.model.encoder import ParallelEncoder, last_token
@@ -44,7 +45,11 @@ class AttentionMaps:
 
 
 def attention_maps(
-    encoder: ParallelEncoder, inputs: Sequence[RawInput], batch_size: int = 32
+    encoder: ParallelEncoder,
+    inputs: Sequence[RawInput],
+    batch_size: int = 32,
+    *,
+    images: ImagePolicy | None = None,
 ) -> AttentionMaps:
     """Run the encoder and read the attention of the token whose state is the embedding.
 
@@ -52,6 +57,7 @@ def attention_maps(
         encoder: left as it was found, in the mode that it has; call ``eval()`` before.
         inputs: each with exactly one image.
         batch_size: rows per forward pass; changes nothing in the result.
+        images: what happens to a picture before the processor sees it; nothing by default.
 
     Raises:
         ValueError: an input has no or several images.
@@ -63,7 +69,7 @@ def attention_maps(
     for index, item in enumerate(inputs):
         if len(item.images) != 1:
             raise ValueError(f"attention maps: input {index} has {len(item.images)} images; one is needed")
-    collator = Collator(encoder.processor, image_token=encoder.image_token)
+    collator = Collator(encoder.processor, image_token=encoder.image_token, images=images)
     image_id = encoder.processor.tokenizer.convert_tokens_to_ids(encoder.image_token)
     device = next(encoder.parameters()).device
     mass, patches = torch.zeros(()), []

@@ -150,7 +150,7 @@ def _analyse(
     notes = []
     attention = None
     if isinstance(embedder.encoder, ParallelEncoder):
-        attention = attention_maps(embedder.encoder, mapped)
+        attention = attention_maps(embedder.encoder, mapped, images=embedder.images)
         if not attention.patches:
             notes.append("attention maps: the image tokens of this backbone are no grid of patches")
     else:

@@ -79,10 +79,11 @@ def analyse_checkpoint(checkpoint_file: Path, run_dir: Path, data_dir: str | Non
     """
     from parallel_decoupling.analysis.study import analyse_inputs, analyse_world, benchmark_inputs
     from parallel_decoupling.data.datamodule import EMBEDDED
+    from parallel_decoupling.retrieval.compare import progress
     from parallel_decoupling.retrieval.report import SCORES_FILE, ScoreReport
-    from parallel_decoupling.training.loading import load_embedder
+    from parallel_decoupling.training.loading import default_device, load_embedder
 
-    embedder = load_embedder(checkpoint_file)
+    embedder = load_embedder(checkpoint_file).to(default_device())
     embedder.run = {**embedder.run, "checkpoint": checkpoint_file.name}
     if data_dir is None:
         data_dir = embedder.run["data"].get("data_dir")
@@ -90,7 +91,7 @@ def analyse_checkpoint(checkpoint_file: Path, run_dir: Path, data_dir: str | Non
         raise ValueError(f"{checkpoint_file} does not name its data; pass --data_dir")
     scores_file = run_dir / SCORES_FILE
     report = ScoreReport.from_json_file(scores_file) if scores_file.is_file() else None
-    if report is not None and report.run.get("global_step") != embedder.run["global_step"]:
+    if report is not None and progress(report.run) != progress(embedder.run):
         report = None
     if data_dir == EMBEDDED or Path(data_dir).name.startswith(f"{EMBEDDED}-"):
         return analyse_world(embedder, report)

@@ -46,7 +46,7 @@ def run(options: Any) -> None:
     from parallel_decoupling.index.gallery import gallery_html
     from parallel_decoupling.index.loading import load_index
     from parallel_decoupling.index.searcher import Searcher
-    from parallel_decoupling.training.loading import load_embedder
+    from parallel_decoupling.training.loading import default_device, load_embedder
 
     index = load_index(options.index_dir)
     metadata = index.settings.metadata
@@ -54,7 +54,7 @@ def run(options: Any) -> None:
     if model is None:
         raise ValueError(f"{options.index_dir} does not say which model made it: give --model")
     query = {"text": options.text, "image": options.image}
-    (hits,) = Searcher(load_embedder(model), index).search(
+    (hits,) = Searcher(load_embedder(model).to(default_device()), index).search(
         [{key: value for key, value in query.items() if value is not None}],
         options.top_k,
         options.scoring,

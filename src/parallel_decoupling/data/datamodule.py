@@ -197,7 +197,8 @@ class MMEBDataModule(LightningDataModule):
         """Open the files that ``stage`` needs: fit, validate or test. ``fit`` checks the names of all three.
 
         Raises:
-            ValueError: unknown subset or task, or files that do not have MMEB's layout.
+            ValueError: unknown subset or task, no task to validate or test, or files that do not have MMEB's
+                layout.
         """
         if stage == "predict" and self.predict_source is not None:
             return
@@ -208,10 +209,16 @@ class MMEBDataModule(LightningDataModule):
             check_names(self.eval_tasks or [], [*found, *to_come], "evaluation task")
             self.train_data = self._open_subsets(folder)
         names = self.validation_tasks
-        if stage == "test":
+        if stage in ("test", "predict"):
             names = found if self.eval_tasks is None else self.eval_tasks
             if not names:
                 raise ValueError(f"No evaluation task under {folder / 'MMEB-eval'}. Check data_dir.")
+        elif stage == "validate" and not names:
+            example = found[0] if found else "GQA"
+            raise ValueError(
+                "Nothing to validate: data.validation_tasks is empty. Name tasks, such as "
+                f"--data.validation_tasks '[{example}]'. Found: {', '.join(found) or 'none'}."
+            )
         check_names(names, found, "evaluation task")
         must_exist = self.missing_images == "error"
         self.eval_tasks_data = [
@@ -265,28 +272,35 @@ class MMEBDataModule(LightningDataModule):
         """Where the data is; the embedded benchmark's place in the cache."""
         return self._folder()
 
-    def predict_dataloader(self) -> RowLoader:
+    def predict_dataloader(self) -> RowLoader | list[Batches[EvalBatch]]:
         """Batches of this process of the rows of predict_source that are not done yet.
 
+        Pictures as in the model's training, unless this datamodule has image settings. Without a
+        predict_source those of the evaluation tasks, one loader per task.
+
         Raises:
-            ValueError: no predict_source, or one that cannot be read; unknown predict_columns.
+            ValueError: a predict_source that cannot be read; unknown predict_columns.
         """
         if self.predict_source is None:
-            raise ValueError("Nothing to predict: set predict_source, or use PDFEmbedder.predict_tasks.")
+            return [self._eval_loader(task) for task in self.eval_tasks_data]
         assert self.trainer is not None, "predict_dataloader needs the model of a Trainer"
         module: Any = self.trainer.lightning_module
         source = open_rows(self.predict_source)
         shards = Shards(len(source), self.predict_rows_per_shard)
         instruction = self.predict_instruction
+        collator = self.collator
+        if self.images == ImagePolicy():
+            processor, image_token = collator.processor, collator.image_token
+            collator = Collator(processor, image_token=image_token, images=module.embedder.images)
         rows = RowBatches(
             source,
-            self.collator,
+            collator,
             module.candidate_instruction if instruction is None else instruction,
             chosen_columns(self.predict_columns, module.encoder.num_paths),
         )
         finished = self.finished_shards(rows, shards)
         place = distributed.rank(), distributed.world_size()
-        estimate = TokenEstimate.of(self.collator)
+        estimate = TokenEstimate.of(collator)
         plan = RowPlan(source, shards, estimate, finished, self.eval_batch_size, *place)
         return RowLoader(rows, plan, self.num_workers)
 

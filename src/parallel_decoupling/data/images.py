@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 SquareSize = Literal["low", "mid", "high"]
 SQUARES: dict[str, int] = {"low": 128, "mid": 672, "high": 1344}
 """Side in pixels of VLM2Vec's forced squares."""
+IMAGE_SETTINGS = ("image_size", "min_pixels", "max_pixels")
+"""Names of the settings behind an ``ImagePolicy``."""
 
 # What Pillow's decoders raise on damaged files.
 _DAMAGE = (
@@ -79,6 +82,17 @@ class ImagePolicy:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
         if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels={self.min_pixels} is above max_pixels={self.max_pixels}.")
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> ImagePolicy:
+        """The policy of a datamodule's settings; one that is absent counts as not set."""
+        size, min_pixels, max_pixels = (settings.get(name) for name in IMAGE_SETTINGS)
+        return cls(size, min_pixels, max_pixels)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What ``from_settings`` takes."""
+        return dict(zip(IMAGE_SETTINGS, (self.size, self.min_pixels, self.max_pixels), strict=True))
 
     @property
     def has_budget(self) -> bool:

@@ -21,6 +21,7 @@ from parallel_decoupling.data.tasks import Task, read_tasks, task_of_subset
 TRAIN_COLUMNS = ("qry", "qry_image_path", "pos_text", "pos_image_path")
 NEGATIVE_COLUMNS = ("neg_text", "neg_image_path")
 EVAL_COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
+CANDIDATE_COLUMNS = ("tgt_text", "tgt_img_path")
 INSTRUCTION_COLUMNS = ("qry_inst", "tgt_inst")
 """Of MMEB_Test_Instruct, which splits instructions off."""
 
@@ -105,7 +106,8 @@ def train_table(data_dir: Path, subset: str, split: str, task: Task | None) -> t
     """The rows of a training subset under MMEB-train's column names, and where its pictures are.
 
     Raises:
-        ValueError: no file, a missing column, or a list where one value belongs.
+        ValueError: no file, a missing column, a list where one value belongs, or something else than a list
+            among lists.
     """
     owner = f"training subset {subset!r}"
     source = None if task is None else task.source
@@ -115,7 +117,7 @@ def train_table(data_dir: Path, subset: str, split: str, task: Task | None) -> t
         table = Table(owner, _files(owner, root / subset, split), dict(zip(names, names, strict=True)))
         table.require(TRAIN_COLUMNS)
         return table, ImageFolder(root)
-    table = Table(owner, [source.train_file], source.train_columns())
+    table = Table(owner, [source.train_file], source.train_columns(), NEGATIVE_COLUMNS)
     table.require(table.columns)
     for name in TRAIN_COLUMNS:
         column = table.column(name)
@@ -134,11 +136,11 @@ def eval_table(data_dir: Path, task: Task) -> tuple[Table, ImageFolder, Form]:
     ``MMEB-eval/images`` and ``image-tasks`` (of either folder).
 
     Raises:
-        ValueError: no file, or a missing column.
+        ValueError: no file, a missing column, or something else than a list among lists.
     """
     owner = f"evaluation task {task.name!r}"
     if task.source is not None and task.source.eval_file is not None:
-        table = Table(owner, [task.source.eval_file], task.source.eval_columns())
+        table = Table(owner, [task.source.eval_file], task.source.eval_columns(), CANDIDATE_COLUMNS)
         table.require(table.columns)
         return table, ImageFolder(task.source.image_dir), "bare"
     root = data_dir / "MMEB-eval"

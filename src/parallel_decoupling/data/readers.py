@@ -46,6 +46,7 @@ class TrainSubset:
         hard_negatives: negatives per row. A row with fewer is padded with None, so that every batch of
             every process has ``batch size * (1 + hard_negatives)`` candidates; padding is nobody's negative.
         seed: seed of the ``limit`` draw, >= 0.
+        must_exist: False leaves image files that are not there to whoever opens them.
 
     Raises:
         ValueError: no file, a missing column, no usable row, or (on reading) a bad row.
@@ -61,13 +62,14 @@ class TrainSubset:
         limit_by: LimitBy = "sample",
         hard_negatives: int = 0,
         seed: int = 0,
+        must_exist: bool = True,
     ) -> None:
         self.subset = subset
         self.hard_negatives = hard_negatives
         task = task_of_subset(read_tasks(data_dir), subset)
         self.table, folder = train_table(Path(data_dir), subset, split, task)
         own = task is not None and task.source is not None
-        self.inputs = Inputs(task, folder, "bare" if own else "written")
+        self.inputs = Inputs(task, folder, "bare" if own else "written", must_exist=must_exist)
         blank = _blank(self.table, "qry", "qry_image_path") | _blank(self.table, "pos_text", "pos_image_path")
         if limit_by == "first":
             blank, limit = blank[:limit], None

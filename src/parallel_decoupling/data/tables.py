@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,10 @@ import pyarrow.parquet as pq
 SUFFIXES = (".parquet", ".jsonl", ".csv")
 ROWS_PER_BATCH = 8192
 JSON_BLOCK_BYTES = 1 << 26
-FORMAT = 1
+CSV_PARSING = pa.csv.ParseOptions(newlines_in_values=True)
+MAX_SHOWN = 200
+"""Characters of a cell in an error message."""
+FORMAT = 2
 """Of the copies in the cache."""
 
 
@@ -46,22 +49,29 @@ class Table:
         owner: what the rows are, for error messages.
         files: parquet, JSONL or CSV files with the same columns, one after the other.
         columns: name in this package to name in the files; those that a file lacks are left out.
+        lists: names in this package of the columns that may hold lists. In a CSV file one list makes such a
+            column lists; any other column only if all of its cells are lists.
 
     Raises:
-        ValueError: a file that cannot be read, or a column that holds no text.
+        ValueError: a file that cannot be read, a column that holds no text, or a cell that is no list in a
+            CSV column of lists.
     """
 
-    def __init__(self, owner: str, files: Sequence[Path], columns: Mapping[str, str]) -> None:
+    def __init__(
+        self, owner: str, files: Sequence[Path], columns: Mapping[str, str], lists: Collection[str] = ()
+    ) -> None:
         self.owner = owner
         self.files = list(files)
         self.columns = dict(columns)
+        self.lists = tuple(lists)
+        sources = sorted(set(columns.values()))
+        list_sources = sorted({columns[name] for name in lists if name in columns})
         self._arrays: list[dict[str, pa.Array]] = []
         first_rows, stops = [], [0]
         for file in self.files:
             first_rows.append(stops[-1])
-            reader = pa.ipc.open_file(
-                pa.memory_map(str(arrow_copy(file, sorted(set(columns.values())), owner)))
-            )
+            copy = arrow_copy(file, sources, owner, list_sources)
+            reader = pa.ipc.open_file(pa.memory_map(str(copy)))
             present = {name: source for name, source in columns.items() if source in reader.schema.names}
             for number in range(reader.num_record_batches):
                 batch = reader.get_batch(number)
@@ -87,7 +97,7 @@ class Table:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle what it takes to open the files again."""
-        return Table, (self.owner, self.files, self.columns)
+        return Table, (self.owner, self.files, self.columns, self.lists)
 
     def __len__(self) -> int:
         return int(self._stops[-1])
@@ -118,10 +128,10 @@ def column_names(file: Path) -> list[str]:
     """Column names of a parquet, JSONL or CSV file."""
     if file.suffix == ".parquet":
         return list(pq.read_schema(file).names)
-    return [name for name, _ in _text_columns(file, None)]
+    return list(_read_jsonl(file).column_names) if file.suffix == ".jsonl" else _csv_names(file)
 
 
-def arrow_copy(file: Path, columns: Sequence[str], owner: str) -> Path:
+def arrow_copy(file: Path, columns: Sequence[str], owner: str, lists: Sequence[str] = ()) -> Path:
     """Return the memory-mappable copy of some columns of a file, written if it is not in the cache.
 
     It appears by one rename, so processes that write it at the same time do not disturb each other. Copies
@@ -131,15 +141,16 @@ def arrow_copy(file: Path, columns: Sequence[str], owner: str) -> Path:
         file: parquet, JSONL or CSV.
         columns: those to copy; the ones that the file lacks are left out.
         owner: for error messages.
+        lists: those of the columns that may hold lists.
 
     Raises:
-        ValueError: the file is missing, broken, or holds something else than texts.
+        ValueError: the file is missing, broken, or holds something else than texts and lists of them.
     """
     try:
         status = file.stat()
     except OSError as error:
         raise ValueError(f"{owner}: cannot read {file}: {error}. Check data_dir and the name.") from error
-    place = _hash(str(file.resolve()), *columns)
+    place = _hash(str(file.resolve()), *columns, *(f"lists in {name}" for name in lists))
     state = _hash(str(FORMAT), str(status.st_size), str(status.st_mtime_ns))
     folder = default_cache_dir() / "tables"
     copy = folder / f"{place}-{state}.arrow"
@@ -149,7 +160,7 @@ def arrow_copy(file: Path, columns: Sequence[str], owner: str) -> Path:
     handle, unfinished = tempfile.mkstemp(dir=folder, prefix="unfinished-")
     os.close(handle)
     try:
-        _write(file, columns, Path(unfinished))
+        _write(file, columns, lists, Path(unfinished))
         for old in folder.glob(f"{place}-*.arrow"):
             old.unlink(missing_ok=True)
         Path(unfinished).replace(copy)
@@ -164,11 +175,11 @@ def _hash(*parts: str) -> str:
     return blake2b("\0".join(parts).encode(), digest_size=8).hexdigest()
 
 
-def _write(file: Path, columns: Sequence[str], copy: Path) -> None:
+def _write(file: Path, columns: Sequence[str], lists: Collection[str], copy: Path) -> None:
     """Write the columns as texts or lists of texts, a batch of rows at a time."""
     writer = None
     with pa.OSFile(str(copy), "wb") as stream:
-        for batch in _read(file, columns):
+        for batch in _read(file, columns, lists):
             names, cells = batch.schema.names, batch.columns
             texts = [_as_text(file, name, cell) for name, cell in zip(names, cells, strict=True)]
             batch = pa.RecordBatch.from_arrays(texts, names)
@@ -179,42 +190,95 @@ def _write(file: Path, columns: Sequence[str], copy: Path) -> None:
         writer.close()
 
 
-def _read(file: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+def _read(file: Path, columns: Sequence[str], lists: Collection[str]) -> Iterator[pa.RecordBatch]:
     if file.suffix == ".parquet":
         source = pq.ParquetFile(file)
         names = [name for name in source.schema_arrow.names if name in columns]
         yield from source.iter_batches(ROWS_PER_BATCH, columns=names)
-    elif file.suffix in SUFFIXES:
-        yield from pa.table(dict(_text_columns(file, columns))).to_batches(ROWS_PER_BATCH)
+    elif file.suffix == ".jsonl":
+        yield from pa.table(_jsonl_columns(file, columns)).to_batches(ROWS_PER_BATCH)
+    elif file.suffix == ".csv":
+        yield from pa.table(_csv_columns(file, columns, lists)).to_batches(ROWS_PER_BATCH)
     else:
         raise ValueError(f"{file}: the file must end with one of {', '.join(SUFFIXES)}.")
 
 
-def _text_columns(file: Path, columns: Sequence[str] | None) -> list[tuple[str, pa.ChunkedArray]]:
-    """Columns of a JSONL or CSV file; a CSV column in which every cell is a JSON list becomes lists."""
-    if file.suffix == ".jsonl":
-        read = pa.json.ReadOptions(block_size=JSON_BLOCK_BYTES)
-        table = pa.json.read_json(str(file), read_options=read)
-        return [(name, table[name]) for name in table.column_names if columns is None or name in columns]
-    parse = pa.csv.ParseOptions(newlines_in_values=True)
-    with pa.csv.open_csv(str(file), parse_options=parse) as stream:
-        names = stream.schema.names
-    kept = [name for name in names if columns is None or name in columns]
+def _read_jsonl(file: Path, only: pa.Schema | None = None) -> pa.Table:
+    """The columns of a schema, or all with the types that pyarrow finds."""
+    parse = None
+    if only is not None:
+        parse = pa.json.ParseOptions(explicit_schema=only, unexpected_field_behavior="ignore")
+    read = pa.json.ReadOptions(block_size=JSON_BLOCK_BYTES)
+    return pa.json.read_json(str(file), read_options=read, parse_options=parse)
+
+
+def _jsonl_columns(file: Path, columns: Sequence[str]) -> dict[str, pa.ChunkedArray]:
+    """Some columns; pyarrow makes times of texts that look like dates, so these are read again as texts."""
+    table = _read_jsonl(file)
+    found = {name: table[name] for name in table.column_names if name in columns}
+    dates = []
+    for name, column in found.items():
+        if pa.types.is_temporal(column.type):
+            dates.append((name, pa.string()))
+        elif pa.types.is_list(column.type) and pa.types.is_temporal(column.type.value_type):
+            dates.append((name, pa.list_(pa.string())))
+    if dates:
+        texts = _read_jsonl(file, pa.schema(dates))
+        found |= {name: texts[name] for name, _ in dates}
+    return found
+
+
+def _csv_names(file: Path) -> list[str]:
+    with pa.csv.open_csv(str(file), parse_options=CSV_PARSING) as stream:
+        return list(stream.schema.names)
+
+
+def _csv_columns(file: Path, columns: Sequence[str], lists: Collection[str]) -> dict[str, pa.ChunkedArray]:
+    """Some columns as texts, or as lists of texts; ``lists`` are those that may hold lists."""
+    kept = [name for name in _csv_names(file) if name in columns]
     convert = pa.csv.ConvertOptions(
         include_columns=kept, column_types=dict.fromkeys(kept, pa.string()), strings_can_be_null=False
     )
-    table = pa.csv.read_csv(str(file), convert_options=convert, parse_options=parse)
-    return [(name, _lists(table[name])) for name in kept]
+    table = pa.csv.read_csv(str(file), convert_options=convert, parse_options=CSV_PARSING)
+    return {name: _lists(file, name, table[name], may_hold_lists=name in lists) for name in kept}
 
 
-def _lists(column: pa.ChunkedArray) -> pa.ChunkedArray:
+def _lists(file: Path, name: str, column: pa.ChunkedArray, *, may_hold_lists: bool) -> pa.ChunkedArray:
+    """A CSV column as lists if its cells are JSON lists of texts, else as it is.
+
+    Where lists may be, one such cell is enough; then an empty cell is an empty list and any other an error. A
+    column of nothing but lists as Python prints them is an error, too. Elsewhere all cells must be lists.
+    """
     cells = column.to_pylist()
-    if not cells or not all(cell.startswith("[") and cell.endswith("]") for cell in cells):
+    lists = [_json_list(cell) for cell in cells]
+    if not may_hold_lists:
+        holds_lists = all(cell is not None for cell in lists)
+    else:
+        filled = [row for row, cell in enumerate(cells) if cell.strip()]
+        wrong = [row for row in filled if lists[row] is None]
+        printed = all(cells[row].startswith("['") and cells[row].endswith("]") for row in filled)
+        holds_lists = bool(filled) and (len(wrong) < len(filled) or printed)
+        if holds_lists and wrong:
+            raise ValueError(
+                f"{file}, row {wrong[0]}, column {name!r}: the column holds lists, but "
+                f"{cells[wrong[0]][:MAX_SHOWN]!r} is no JSON list of texts. "
+                'Write ["cat", "dog"], which is "[""cat"", ""dog""]" in a CSV file; leave the cell empty for '
+                "no entry. If the column should hold texts that look like lists, use a JSONL or parquet file."
+            )
+    if not holds_lists:
         return column
+    return pa.chunked_array([pa.array([cell or [] for cell in lists], pa.list_(pa.string()))])
+
+
+def _json_list(cell: str) -> list[str | None] | None:
+    """The entries of a JSON list of texts, None for any other cell."""
+    if not cell.lstrip().startswith("["):
+        return None
     try:
-        return pa.chunked_array([pa.array([json.loads(cell) for cell in cells], pa.list_(pa.string()))])
-    except (json.JSONDecodeError, pa.ArrowException):
-        return column
+        entries = json.loads(cell)
+    except json.JSONDecodeError:
+        return None
+    return entries if all(entry is None or isinstance(entry, str) for entry in entries) else None
 
 
 def _as_text(file: Path, name: str, cells: pa.Array) -> pa.Array:

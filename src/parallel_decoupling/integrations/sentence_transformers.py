@@ -17,6 +17,7 @@ from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.model.pretrained import save_encoder, write_config
 from parallel_decoupling.retrieval.embedder import Embedder
 from parallel_decoupling.retrieval.encode import to_raw_inputs
+from parallel_decoupling.retrieval.sharing import input_settings
 
 try:
     from sentence_transformers import SentenceTransformer
@@ -54,7 +55,8 @@ class PathEmbedding(InputModule):
         self.embedder = embedder
         self.encoder = embedder.encoder
         self.paths = self._checked(paths)
-        self.collator = Collator(self.encoder.processor, image_token=self.encoder.image_token)
+        processor, image_token = self.encoder.processor, self.encoder.image_token
+        self.collator = Collator(processor, image_token=image_token, images=embedder.images)
         self.tokenizer = self.encoder.processor.tokenizer
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **options: Any) -> dict[str, Any]:
@@ -87,8 +89,7 @@ class PathEmbedding(InputModule):
     def save(self, output_path: str, *args: Any, **options: Any) -> None:
         """Write the embedder's own files; sentence-transformers writes the others."""
         config = save_encoder(self.encoder, output_path)
-        config["query_instruction"] = self.embedder.query_instruction
-        config["candidate_instruction"] = self.embedder.candidate_instruction
+        config |= input_settings(self.embedder)
         write_config(output_path, config | {"run": self.embedder.run})
 
     @classmethod

@@ -7,7 +7,7 @@ the means of one run (``report``) and the drawing (``plots``).
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -317,3 +317,8 @@ def _format(difference: Difference) -> str:
     if difference.low is None or difference.high is None:
         return point
     return f"{point} [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
+
+
+def progress(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells weights from other weights of the same model, as far as a run says it."""
+    return {key: run.get(key) for key in ("global_step", "seed", "token_passes")}

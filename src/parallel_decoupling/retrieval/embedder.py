@@ -11,9 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from parallel_decoupling.data.collate import Collator
+from parallel_decoupling.data.images import ImagePolicy
 from parallel_decoupling.retrieval import encode as encoding
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ class Embedder:
         encoder: the model.
         query_instruction: default instruction of ``encode_query``.
         candidate_instruction: default instruction of ``encode_candidate``.
+        images: what happens to a picture before the processor sees it: nothing by default, and as in
+            training for a model that was trained.
 
     Attributes:
         run: what trained the weights, as plain values; empty if not known.
@@ -38,10 +42,17 @@ class Embedder:
         encoder: ParallelEncoder | DualEncoder,
         query_instruction: str = "",
         candidate_instruction: str = "",
+        images: ImagePolicy | None = None,
     ) -> None:
         self.encoder = encoder
+        self.images = images or ImagePolicy()
         self.query_instruction, self.candidate_instruction = query_instruction, candidate_instruction
         self.run: dict[str, Any] = {}
+
+    def to(self, device: torch.device | str) -> Embedder:
+        """Move the weights, and with them what ``encode`` computes; embeddings come back on the CPU."""
+        self.encoder.to(device)
+        return self
 
     def encode(
         self,
@@ -74,7 +85,8 @@ class Embedder:
         """
         from parallel_decoupling.model.dual_encoder import DualEncoder
 
-        collator = Collator(self.encoder.processor, image_token=self.encoder.image_token)
+        processor, image_token = self.encoder.processor, self.encoder.image_token
+        collator = Collator(processor, image_token=image_token, images=self.images)
         options: dict[str, Any] = {"batch_size": batch_size, "show_progress": show_progress}
         options |= {"instruction": instruction, "paths": paths, "truncate_dim": truncate_dim}
         embeddings = encoding.encode(self.encoder, collator, inputs, **options)
@@ -133,7 +145,8 @@ class Embedder:
         from parallel_decoupling.model.pretrained import load_encoder
 
         encoder, config = load_encoder(folder)
-        embedder = cls(encoder, config["query_instruction"], config["candidate_instruction"])
+        images = ImagePolicy.from_settings(config.get("images") or config["run"].get("data", {}))
+        embedder = cls(encoder, config["query_instruction"], config["candidate_instruction"], images)
         embedder.run = config["run"]
         return embedder
 

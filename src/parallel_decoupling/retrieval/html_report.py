@@ -20,9 +20,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
 from parallel_decoupling.data.tasks import EvalTask
-from parallel_decoupling.retrieval.compare import Difference, check_same_tasks, differences, scores_file
+from parallel_decoupling.retrieval.compare import (
+    Difference,
+    check_same_tasks,
+    differences,
+    progress,
+    scores_file,
+)
 from parallel_decoupling.retrieval.plots import example_rows, thumbnail
-from parallel_decoupling.retrieval.report import MEAN_TITLES, META_TASKS, ScoreReport
+from parallel_decoupling.retrieval.report import META_TASKS, ScoreReport
 from parallel_decoupling.retrieval.score import TaskScore
 
 REPORT_FILE = "report.html"
@@ -210,6 +216,8 @@ def write_html_report(
         groups=_groups(report, None if baseline is None else baseline.report),
         overall=report.means["overall"][report.columns[0]],
         baseline_name=None if baseline is None else baseline.name,
+        warnings=report.warnings,
+        gaps=report.gaps,
         paths=_paths(run_dir, report, parts.path_cosine),
         examples=parts.examples,
     )
@@ -265,9 +273,9 @@ def _groups(report: ScoreReport, baseline: ScoreReport | None) -> list[dict[str,
         names = report.groups.get(meta_task, ())
         lines = [line(name, name, report.tasks[name].hit_at_1, "task") for name in names]
         if lines:
-            lines.append(line(meta_task, MEAN_TITLES[meta_task], report.means[meta_task], "mean"))
+            lines.append(line(meta_task, report.mean_title(meta_task), report.means[meta_task], "mean"))
             groups.append({"title": meta_task, "lines": lines})
-    means = [line(n, MEAN_TITLES[n], report.means[n], "mean") for n in MEANS if n in report.means]
+    means = [line(n, report.mean_title(n), report.means[n], "mean") for n in MEANS if n in report.means]
     return [*groups, {"title": "means over all tasks", "lines": means}]
 
 
@@ -304,13 +312,14 @@ def _paths(run_dir: Path, report: ScoreReport, path_cosine: list[list[float]] | 
 
 def _mismatch(content: Mapping[str, Any], report: ScoreReport, run_dir: Path) -> str:
     """What differs between the weights of ``paths.json`` and those of the scores; "" if they agree."""
-    theirs = content.get("run", {}).get("global_step"), content["num_paths"]
-    ours = report.run.get("global_step"), len(report.path_columns)
-    if theirs == ours:
+    theirs = {**progress(content.get("run", {})), "paths": content["num_paths"]}
+    ours = {**progress(report.run), "paths": len(report.path_columns)}
+    differ = [f"{key} {theirs[key]} there, {ours[key]} here" for key in ours if theirs[key] != ours[key]]
+    if not differ:
         return ""
     return (
-        f"{PATHS_DIR}/{PATHS_FILE} is of step {theirs[0]} and {theirs[1]} paths, the scores are of step "
-        f"{ours[0]} and {ours[1]} paths; run lightning paths {run_dir} again"
+        f"{PATHS_DIR}/{PATHS_FILE} is of other weights than the scores ({', '.join(differ)}); "
+        f"run lightning paths {run_dir} again"
     )
 
 

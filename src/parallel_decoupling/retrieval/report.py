@@ -292,22 +292,27 @@ class ScoreReport:
             for name, mean in self.means.items():
                 writer.writerow(["mean", name, "", "", "", "", *mean.values()])
 
+    @property
+    def gaps(self) -> list[str]:
+        """What the means leave out, a sentence each: tasks of MMEB, rows without a readable image."""
+        found = []
+        if "overall" in self.partial_means:
+            found.append(
+                f"means over {self.partial_means['overall']} of MMEB's {len(MMEB_TASKS)} tasks: "
+                "not MMEB's means"
+            )
+        skipped = [
+            f"{name} {result.num_skipped}" for name, result in self.tasks.items() if result.num_skipped
+        ]
+        return found + (["rows skipped because of their images: " + ", ".join(skipped)] if skipped else [])
+
     def table(self) -> Table:
         """Tasks by meta-task, then means, of aggregate and paths in percent; tasks at chance are marked."""
         shown = [self.columns[0], *self.path_columns]
         flagged = [name for name, result in self.tasks.items() if result.at_chance]
-        skipped = [
-            f"{name} {result.num_skipped}" for name, result in self.tasks.items() if result.num_skipped
-        ]
         table = Table(title="hit@1 in percent")
         notes = ["! at or below chance: " + ", ".join(flagged)] if flagged else []
-        if "overall" in self.partial_means:
-            notes.append(
-                f"means over {self.partial_means['overall']} of MMEB's {len(MMEB_TASKS)} tasks: "
-                "not MMEB's means"
-            )
-        notes += ["rows skipped because of their images: " + ", ".join(skipped)] if skipped else []
-        if notes:
+        if notes := [*notes, *self.gaps]:
             table.caption = Text("\n".join(notes))
         table.add_column("task", no_wrap=True)
         for heading in ("split", "queries", "chance", *shown):
@@ -322,14 +327,15 @@ class ScoreReport:
                 style = "red" if result.at_chance else ""
                 table.add_row(Text(f"{name} !" if result.at_chance else name), *about, *scores, style=style)
             if meta_task in means:
-                _add_mean(table, self._mean_title(meta_task), means[meta_task], shown)
+                _add_mean(table, self.mean_title(meta_task), means[meta_task], shown)
                 table.add_section()
         for mean in ("in_distribution", "out_of_distribution", "mean_of_meta_tasks", "overall"):
             if mean in means:
-                _add_mean(table, self._mean_title(mean), means[mean], shown)
+                _add_mean(table, self.mean_title(mean), means[mean], shown)
         return table
 
-    def _mean_title(self, mean: str) -> str:
+    def mean_title(self, mean: str) -> str:
+        """Heading of a mean; of some of MMEB's tasks with their number."""
         count = self.partial_means.get(mean)
         return MEAN_TITLES[mean] + ("" if count is None else f", {count}/{MMEB_COUNTS[mean]}")
 

@@ -60,8 +60,9 @@ ADVICE: dict[Check, str] = {
         "32-true in place of 16, and check the checkpoint's weights."
     ),
     "collapsed_paths": (
-        "paths give the same embedding, so the second one costs as much again and adds nothing. Raise "
-        "optimizer.prefix_learning_rate or mi_weight; look at train/path_cosine."
+        "paths give nearly the same embedding, so a second one costs as much again and adds little: encode "
+        "with one path, or train them apart (mi.kind orthogonal, a higher optimizer.prefix_learning_rate) "
+        "and compare the scores. train/path_cosine shows it early."
     ),
     "collapsed_embeddings": (
         "different inputs have nearly the same embedding. Lower the learning rate or mi_weight, and check "
@@ -296,7 +297,7 @@ def prompt_mismatches(data_dir: str | Path, split: str, tasks: Sequence[EvalTask
             continue
         found = _own_mismatch(known[name], task.task)
         if found is None:
-            subset = TrainSubset(data_dir, subset_of[name], split)
+            subset = TrainSubset(data_dir, subset_of[name], split, must_exist=False)
             rows = [subset[row] for row in range(0, len(subset), max(1, len(subset) // PROMPT_ROWS))]
             paraphrased = split == PARAPHRASED_SPLIT
             found = {

@@ -50,12 +50,20 @@ def save_embedder(
 
     options: dict[str, Any] = {"merge_adapters": merge_adapters, "include_backbone": include_backbone}
     config = pretrained.save_encoder(embedder.encoder, folder, paths=paths, **options)
-    config["query_instruction"] = embedder.query_instruction
-    config["candidate_instruction"] = embedder.candidate_instruction
+    config |= input_settings(embedder)
     config["run"] = dict(embedder.run if run is None else run)
     write_sentence_transformers_files(embedder, Path(folder))
     (Path(folder) / CARD_FILE).write_text(model_card(config, report), encoding="utf-8")
     pretrained.write_config(folder, config)
+
+
+def input_settings(embedder: Embedder) -> dict[str, Any]:
+    """What ``config.json`` says of an embedder's inputs, as plain values."""
+    return {
+        "query_instruction": embedder.query_instruction,
+        "candidate_instruction": embedder.candidate_instruction,
+        "images": embedder.images.settings,
+    }
 
 
 def write_sentence_transformers_files(embedder: Embedder, folder: Path) -> None:

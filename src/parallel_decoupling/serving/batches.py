@@ -66,7 +66,8 @@ def embed_requests(
 def _embed_together(
     embedder: Embedder, requests: Sequence[EmbeddingRequest], batch_rows: int
 ) -> list[tuple[Tensor, int]]:
-    collator = CountingCollator(embedder.encoder.processor, image_token=embedder.encoder.image_token)
+    processor, image_token = embedder.encoder.processor, embedder.encoder.image_token
+    collator = CountingCollator(processor, image_token=image_token, images=embedder.images)
     rows = [to_raw_inputs(request.inputs) for request in requests]
     groups: dict[Selection, list[int]] = defaultdict(list)
     for number, request in enumerate(requests):

@@ -92,10 +92,16 @@ def load_into(module: PDFEmbedder, checkpoint: Mapping[str, Any]) -> None:
     for name in PROGRESS:
         setattr(module, name, checkpoint["progress"][name])
     module.pending_gradients = dict(checkpoint["accumulated_gradients"])
+    module.trained_data = dict(checkpoint.get("data", {}))
 
 
 def data_settings(module: PDFEmbedder) -> dict[str, Any]:
-    """Arguments of the trainer's datamodule, as far as they are plain values; not those of predict."""
+    """Arguments of the trainer's datamodule, as far as they are plain values; not those of predict.
+
+    Without a trainer those behind the loaded weights.
+    """
+    if module.trainer_or_none is None:
+        return dict(module.trained_data)
     datamodule = getattr(module.trainer_or_none, "datamodule", None)
     if datamodule is None:
         return {}

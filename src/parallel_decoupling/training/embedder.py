@@ -41,6 +41,7 @@ from parallel_decoupling.training.grad_cache import Encoding, encode_in_chunks
 from parallel_decoupling.training.optimization import (
     MIConfig,
     OptimizerConfig,
+    apply_config,
     check_gradient_norm,
     learning_rate_schedule,
     main_optimizer,
@@ -167,6 +168,7 @@ class PDFEmbedder(EvaluatedEncoder):
         self.seed = seed
         self.batches_done, self.steps_done, self.token_passes = 0, 0, 0.0
         self.rows_by_subset: dict[str, int] = {}
+        self.trained_data: dict[str, Any] = {}
         self.fingerprint: dict[str, Any] | None = None
         self.pending_gradients: dict[str, Tensor] = {}
         loading = {"revision": backbone_revision} | {name: typed[name] for name in LOADING}
@@ -354,10 +356,12 @@ class PDFEmbedder(EvaluatedEncoder):
         return [default() for default in defaults if default not in own]
 
     def on_train_start(self) -> None:
-        """Log the settings and take up the gradients of an unfinished accumulation."""
+        """Log the settings; give a resumed run this one's rates, and its unfinished accumulation."""
+        self.trained_data = checkpoint.data_settings(self)
         warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
         for logger in self.loggers:
-            logger.log_hyperparams({"model": dict(self.hparams), "data": checkpoint.data_settings(self)})
+            logger.log_hyperparams({"model": dict(self.hparams), "data": self.trained_data})
+        apply_config(self.trainer.optimizers, self.lr_schedulers(), self.optimizer_config, self.mi_config)
         parameters = dict(self.named_parameters())
         for name, gradient in self.pending_gradients.items():
             parameters[name].grad = shard_like(gradient, parameters[name])

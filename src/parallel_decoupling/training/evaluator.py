@@ -20,6 +20,7 @@ from torch import Tensor
 from parallel_decoupling.batch import EncoderInputs
 from parallel_decoupling.data.collate import EvalBatch
 from parallel_decoupling.data.datamodule import MMEBDataModule
+from parallel_decoupling.data.images import IMAGE_SETTINGS, ImagePolicy
 from parallel_decoupling.data.row_loaders import RowBatch
 from parallel_decoupling.data.tasks import EvalTask
 from parallel_decoupling.distributed import gather_objects, world_size
@@ -61,7 +62,6 @@ from parallel_decoupling.training.prediction_writer import row_embeddings
 
 PREDICTIONS_DIR = "predictions"
 EMBEDDINGS_DIR = "embeddings"
-IMAGE_SETTINGS = ("image_size", "min_pixels", "max_pixels")
 PROJECTOR_DIR = "projector"
 
 
@@ -74,6 +74,7 @@ class EvaluatedEncoder(LightningModule):
         candidate_instruction: default instruction of ``encode_candidate``.
         steps_done: main steps behind the weights.
         rows_by_subset: training rows behind the weights, by subset.
+        trained_data: settings of the data behind the weights, plain values; empty if not known.
         baseline: a tested run that the report of a test compares with.
     """
 
@@ -82,6 +83,7 @@ class EvaluatedEncoder(LightningModule):
     candidate_instruction: str
     steps_done: int
     rows_by_subset: dict[str, int]
+    trained_data: dict[str, Any]
     baseline: Baseline | None = None
     _evaluation: Evaluation
     _projector: ProjectorSample
@@ -166,6 +168,7 @@ class EvaluatedEncoder(LightningModule):
         self._final_norm.remove()
         if report is None or not self.trainer.is_global_zero:
             return
+        write_report(report, folder)  # whatever happens to the checks
         warnings = [finding.plain() for finding in self._findings()]
         modes = mode_costs(self._evaluation.shapes, self._encoding)
         report = replace(report, modes=modes, warnings=warnings)
@@ -215,7 +218,7 @@ class EvaluatedEncoder(LightningModule):
         if self.steps_done == 0 or not isinstance(data, MMEBDataModule):
             return found
         settings = {name: getattr(data, name) for name in (*IMAGE_SETTINGS, "split")}
-        trained = {**settings, "data_dir": data.data_dir, **self._trained_data()}
+        trained = {**settings, "data_dir": data.data_dir, **self.trained_data}
         changed = [
             f"{name}: trained {trained[name]}, asked {settings[name]}"
             for name in IMAGE_SETTINGS
@@ -226,31 +229,25 @@ class EvaluatedEncoder(LightningModule):
         folder = data.folder if trained["data_dir"] == data.data_dir else Path(trained["data_dir"])
         return [*found, *prompt_mismatches(folder, trained["split"], self._evaluation.tasks)]
 
-    def _trained_data(self) -> dict[str, Any]:
-        """Settings of the data that the loaded checkpoint was trained with."""
-        file = getattr(self.trainer, "ckpt_path", None)
-        if not file or not Path(file).is_file():
-            return {}
-        content = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
-        return dict(content.get("data", {}))
-
     def predict_tasks(self, trainer: Trainer, data: MMEBDataModule, **options: Any) -> Any:
         """Run ``trainer.predict`` over the evaluation tasks; writes ``predictions/<task>.pt`` for each.
 
         Args:
             trainer: any Trainer.
-            data: not set up yet.
+            data: without ``predict_source``.
             options: of ``trainer.predict``, such as ``ckpt_path``.
+
+        Raises:
+            ValueError: data with a ``predict_source``.
         """
-        data.prepare_data()
-        data.connect(self.encoder.processor, self.encoder.image_token)
-        data.setup("test")
-        self._predict_tasks = data.eval_tasks_data
-        return trainer.predict(self, dataloaders=data.test_dataloader(), **options)
+        if data.predict_source is not None:
+            raise ValueError("predict_source is set: call trainer.predict(model, datamodule=data).")
+        return trainer.predict(self, datamodule=data, **options)
 
     def on_predict_start(self) -> None:
         """Begin with no task."""
         self._predicted = None
+        self._predict_tasks = getattr(getattr(self.trainer, "datamodule", None), "eval_tasks_data", [])
 
     def predict_step(
         self, batch: EvalBatch | RowBatch, batch_idx: int, dataloader_idx: int = 0
@@ -361,8 +358,9 @@ class EvaluatedEncoder(LightningModule):
 
     @property
     def embedder(self) -> Embedder:
-        """The same weights without Lightning."""
-        return Embedder(self.encoder, self.query_instruction, self.candidate_instruction)
+        """The same weights without Lightning; pictures as in training."""
+        images = ImagePolicy.from_settings(self.trained_data)
+        return Embedder(self.encoder, self.query_instruction, self.candidate_instruction, images)
 
     def encode(self, inputs: Iterable[Any], **options: Any) -> Tensor:
         """Embed texts, images and dictionaries of both; see ``Embedder.encode``."""

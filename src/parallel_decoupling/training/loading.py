@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from parallel_decoupling.model.pretrained import is_pretrained
+from parallel_decoupling.retrieval.compare import progress
 from parallel_decoupling.retrieval.embedder import Embedder
 from parallel_decoupling.retrieval.report import SCORES_FILE, ScoreReport
 from parallel_decoupling.training.embedder import PDFEmbedder
@@ -37,6 +38,11 @@ def load_embedder(model_path: str | Path) -> Embedder:
     embedder = module.embedder
     embedder.run = run_of(file)
     return embedder
+
+
+def default_device() -> str:
+    """Where commands encode: the first GPU, if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def checkpoint_file(path: Path) -> Path:
@@ -75,4 +81,4 @@ def scores_of(file: Path) -> ScoreReport | None:
     if not (run_dir / SCORES_FILE).is_file():
         return None
     report = ScoreReport.from_json_file(run_dir / SCORES_FILE)
-    return report if report.run.get("global_step") == run_of(file)["global_step"] else None
+    return report if progress(report.run) == progress(run_of(file)) else None

@@ -6,7 +6,7 @@ Here: functions of named parameters. Elsewhere on purpose: when a step is taken 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -94,9 +94,7 @@ def main_optimizer(groups: Mapping[str, Iterable[nn.Parameter]], config: Optimiz
     """
     settings: list[dict[str, Any]] = []
     for name, parameters in groups.items():
-        rate = config.prefix_learning_rate if name == "prefixes" else config.learning_rate
-        decay = config.weight_decay if name == "adapters" else 0.0
-        settings.append({"params": list(parameters), "lr": rate, "weight_decay": decay, "name": name})
+        settings.append({"params": list(parameters), "name": name, **_group_settings(name, config)})
     settings = [group for group in settings if group["params"]]
     if not settings:
         raise ValueError(
@@ -118,6 +116,38 @@ def learning_rate_schedule(optimizer: AdamW, config: OptimizerConfig, total_step
             "set trainer.max_steps or trainer.max_epochs, or optimizer.schedule=constant."
         )
     return LambdaLR(optimizer, _multiplier(config, total_steps))
+
+
+def apply_config(optimizers: Sequence[Any], schedule: Any, config: OptimizerConfig, mi: MIConfig) -> None:
+    """Put these rates and this decay in the place of those that a checkpoint has restored.
+
+    Args:
+        optimizers: that of the embedder, and that of the estimator if there is one.
+        schedule: ``LambdaLR`` of the first.
+        config: of the first.
+        mi: of the second.
+
+    Relations:
+        With the settings of the checkpoint, and the same length of the run, nothing changes.
+    """
+    optimizer, *estimators = optimizers
+    for estimator in estimators:
+        for group in estimator.param_groups:
+            group["lr"] = mi.learning_rate
+    for group in optimizer.param_groups:
+        settings = _group_settings(group["name"], config)
+        group |= {**settings, "initial_lr": settings["lr"]}
+    schedule.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+    factors = [multiplier(schedule.last_epoch) for multiplier in schedule.lr_lambdas]
+    for group, factor in zip(optimizer.param_groups, factors, strict=True):
+        group["lr"] = group["initial_lr"] * factor
+
+
+def _group_settings(name: str, config: OptimizerConfig) -> dict[str, float]:
+    return {
+        "lr": config.prefix_learning_rate if name == "prefixes" else config.learning_rate,
+        "weight_decay": config.weight_decay if name == "adapters" else 0.0,
+    }
 
 
 def check_gradient_norm(norm: float, steps_done: int) -> None:

@@ -12,7 +12,7 @@ memory of activations), and as many rows as in MMEB-train have one (for the work
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -150,7 +150,7 @@ class Plan:
             model["backbone"], revision=model["backbone_revision"], adapter=adapter, **options
         )
         factor = arithmetic.image_factor(self.backbone.config)
-        resize = ImagePolicy(data["image_size"], data["min_pixels"], data["max_pixels"], factor=factor)
+        resize = replace(ImagePolicy.from_settings(data), factor=factor)
         width, height = resize(Image.new("1", NATURAL_IMAGE)).size
         self.image = arithmetic.image_cost(self.backbone.config, height, width)
 
