@@ -54,8 +54,9 @@ HARMLESS_WARNINGS = (
     "Total length of `list` across ranks is zero",
     "Checkpoint directory .* exists and is not empty",
     "The dirpath has changed from",
+    "Couldn't infer the batch indices fetched from your dataloader",
 )
-"""Of Lightning, about itself, a run without validation tasks, going on in the same or in another folder."""
+"""Of Lightning: about itself, validation without tasks, going on in some folder, rows that carry their place."""
 
 
 def run(args: Sequence[str]) -> None:

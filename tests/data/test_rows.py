@@ -56,6 +56,16 @@ def test_fields_keep_their_types_and_rows_their_order(suffix: str, tmp_path: Pat
     assert open_rows(tmp_path / f"rows{suffix}").columns([]).schema == columns.schema
 
 
+def test_ids_that_look_like_dates_stay_as_they_are_written(tmp_path: Path) -> None:
+    rows = [
+        {"id": "2024-05-01", "text": "a", "empty": None},
+        {"id": "2024-05-02", "text": "b", "empty": None},
+    ]
+    columns = open_rows(save(tmp_path / "rows.jsonl", rows)).columns([0, 1])
+    assert columns["id"].to_pylist() == ["2024-05-01", "2024-05-02"]
+    assert columns.column_names == ["id", "text", "empty"]
+
+
 def test_rows_without_id_are_called_by_their_number(tmp_path: Path) -> None:
     file = save(tmp_path / "rows.jsonl", [{"text": "one"}, {"text": "two"}])
     assert open_rows(file).columns([0, 1]).to_pydict() == {"id": ["0", "1"], "text": ["one", "two"]}

@@ -138,6 +138,13 @@ def test_files_that_do_not_fit_their_columns_are_named(tmp_path: Path, content: 
         TrainSubset(tmp_path, "Mine")
 
 
+def test_a_list_of_queries_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tasks.json").write_text(json.dumps({"Mine": ENTRY}))
+    (tmp_path / "a.csv").write_text('q,a\n"[""x"", ""y""]","[""cat"", ""dog""]"\n')
+    with pytest.raises(ValueError, match=r"'Mine', .*row 0, column 'q': holds a list; a row has one query"):
+        read_eval_task(tmp_path, "Mine")
+
+
 def test_one_bad_cell_does_not_turn_lists_of_candidates_into_texts(tmp_path: Path) -> None:
     (tmp_path / "tasks.json").write_text(json.dumps({"Mine": ENTRY}))
     lists = 'q,a\n1,"[""cat"", ""dog""]"\n2,"[""dog"", ""cat""]"\n'

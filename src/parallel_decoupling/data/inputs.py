@@ -119,13 +119,12 @@ def train_table(data_dir: Path, subset: str, split: str, task: Task | None) -> t
         return table, ImageFolder(root)
     table = Table(owner, [source.train_file], source.train_columns(), NEGATIVE_COLUMNS)
     table.require(table.columns)
-    for name in TRAIN_COLUMNS:
-        column = table.column(name)
-        if column is not None and pa.types.is_list(column.type):
-            raise ValueError(
-                f"{table.where(0, name)}: holds a list; a training row has one query and one positive. "
-                "Put further candidates into columns of the roles negative_text and negative_image."
-            )
+    _check_no_lists(
+        table,
+        TRAIN_COLUMNS,
+        "a training row has one query and one positive. Put further candidates into columns of the roles "
+        "negative_text and negative_image.",
+    )
     return table, ImageFolder(source.image_dir)
 
 
@@ -136,12 +135,14 @@ def eval_table(data_dir: Path, task: Task) -> tuple[Table, ImageFolder, Form]:
     ``MMEB-eval/images`` and ``image-tasks`` (of either folder).
 
     Raises:
-        ValueError: no file, a missing column, or something else than a list among lists.
+        ValueError: no file, a missing column, a list where one value belongs, or something else than a list
+            among lists.
     """
     owner = f"evaluation task {task.name!r}"
     if task.source is not None and task.source.eval_file is not None:
         table = Table(owner, [task.source.eval_file], task.source.eval_columns(), CANDIDATE_COLUMNS)
         table.require(table.columns)
+        _check_no_lists(table, ("qry_text", "qry_img_path"), "a row has one query. Give every query a row.")
         return table, ImageFolder(task.source.image_dir), "bare"
     root = data_dir / "MMEB-eval"
     names = (*EVAL_COLUMNS, *INSTRUCTION_COLUMNS)
@@ -162,6 +163,13 @@ def prepare_tables(data_dir: Path, subsets: Sequence[str], split: str, tasks: Se
     for task in tasks:
         if task in known:
             eval_table(data_dir, known[task])
+
+
+def _check_no_lists(table: Table, names: Sequence[str], advice: str) -> None:
+    for name in names:
+        column = table.column(name)
+        if column is not None and pa.types.is_list(column.type):
+            raise ValueError(f"{table.where(0, name)}: holds a list; {advice}")
 
 
 def _files(owner: str, folder: Path, split: str) -> Sequence[Path]:

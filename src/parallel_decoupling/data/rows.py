@@ -140,13 +140,21 @@ def _read_table(path: Path) -> pa.Table:
         types = dict.fromkeys((ID, TEXT, IMAGE), pa.string())
         convert = pa.csv.ConvertOptions(column_types=types, strings_can_be_null=False)
         return pa.csv.read_csv(path, parse_options=parse, convert_options=convert)
-    schema = pa.schema([(name, pa.string()) for name in (TEXT, IMAGE)])  # else dates become times
-    table = pa.json.read_json(
+    table = _read_jsonl(path, (TEXT, IMAGE))
+    if ID in table.column_names and pa.types.is_temporal(table[ID].type):
+        table = _read_jsonl(path, (TEXT, IMAGE, ID))
+    return table.drop_columns([name for name in (TEXT, IMAGE) if table[name].null_count == len(table)])
+
+
+def _read_jsonl(path: Path, texts: Sequence[str]) -> pa.Table:
+    """All columns; those in ``texts`` stay texts, which pyarrow makes times of if they look like dates."""
+    return pa.json.read_json(
         path,
         read_options=pa.json.ReadOptions(block_size=JSON_BLOCK_BYTES),
-        parse_options=pa.json.ParseOptions(explicit_schema=schema),
+        parse_options=pa.json.ParseOptions(
+            explicit_schema=pa.schema([(name, pa.string()) for name in texts])
+        ),
     )
-    return table.drop_columns([name for name in schema.names if table[name].null_count == len(table)])
 
 
 def _check_names(table: pa.Table, path: Path) -> None:
