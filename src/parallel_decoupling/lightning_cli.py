@@ -56,7 +56,7 @@ HARMLESS_WARNINGS = (
     "The dirpath has changed from",
     "Couldn't infer the batch indices fetched from your dataloader",
 )
-"""Of Lightning: about itself, validation without tasks, going on in some folder, rows that carry their place."""
+"""Of Lightning: about itself, no validation tasks, going on in some folder, rows that carry their places."""
 
 
 def run(args: Sequence[str]) -> None:

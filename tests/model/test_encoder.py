@@ -1,15 +1,21 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers.integrations.flex_attention as flex_integration
+import transformers.modeling_flash_attention_utils as flash_utils
 from torch import Tensor
-from transformers import AutoModel
+from transformers import AttentionInterface, AutoModel, PreTrainedModel
+from transformers.integrations.flash_attention import flash_attention_forward
 
+import parallel_decoupling.model.sources as sources
 from parallel_decoupling.batch import EncoderInputs
+from parallel_decoupling.model.attention import register_prefix_attention
 from parallel_decoupling.model.backbone import AdapterConfig, load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder, last_token
 from parallel_decoupling.model.prefixes import META_PROMPTS
@@ -187,6 +193,59 @@ def test_random_prefixes_have_the_scale_of_real_states(tiny_backbone_dir: str) -
     embeddings = encoder(rows_of(encoder))
     cosine = embeddings[0] @ embeddings[0].T
     assert (cosine - torch.eye(12)).max() < 0.999
+
+
+@pytest.fixture
+def no_kernel_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine with flash-attn and a GPU: what asks for them passes, both kernels refuse CPU tensors."""
+
+    def kernel(query: Tensor, *_: Any, **__: Any) -> NoReturn:
+        raise RuntimeError(f"no kernel on {query.device}")
+
+    def options(**_: Any) -> dict[str, Any]:
+        return {}
+
+    kernels = (kernel, kernel, None, flash_utils._pad_input, flash_utils._unpad_input)
+    monkeypatch.setattr(flash_utils, "lazy_import_flash_attention", lambda _: (kernels, (options, options)))
+    monkeypatch.setattr(flex_integration, "compile_friendly_flex_attention", kernel)
+    monkeypatch.setattr(sources, "find_spec", lambda package: package)
+    monkeypatch.setattr(PreTrainedModel, "_check_and_adjust_attn_implementation", lambda _, name, **__: name)
+    yield
+    AttentionInterface.register("flash_attention_2", flash_attention_forward)
+
+
+@pytest.mark.parametrize("prefix_init", ["meta", "random"])
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
+def test_prefixes_start_on_the_cpu_without_the_gpu_kernel(
+    tiny_backbone_dir: str, no_kernel_on_cpu: None, attention: Any, prefix_init: Any
+) -> None:
+    loading = {"dtype": "bfloat16", "adapter": FROZEN}
+    encoder, plain = (
+        ParallelEncoder(
+            load_backbone(tiny_backbone_dir, attention=each, **loading), num_paths=3, prefix_init=prefix_init
+        )
+        for each in (attention, "sdpa")
+    )
+    assert torch.equal(encoder.prefixes.key_values, plain.prefixes.key_values)
+    wanted = register_prefix_attention(attention)
+    assert encoder.backbone.language_model.config._attn_implementation == wanted
+    with pytest.raises(RuntimeError, match="no kernel on cpu"):
+        encoder(rows_of(encoder, ROWS[1:2]))
+
+
+def test_attention_is_put_back_when_reading_states_fails(
+    tiny_backbone_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = load_backbone(tiny_backbone_dir, attention="eager")
+
+    def fail(_: Tensor) -> NoReturn:
+        assert backbone.language_model.config._attn_implementation == "prefix_sdpa"
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(backbone, "prompt_states", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        backbone.text_states("read the word")
+    assert backbone.language_model.config._attn_implementation == "prefix_eager"
 
 
 def test_seed_decides_random_prefixes_and_adapters(tiny_backbone_dir: str) -> None:

@@ -243,11 +243,27 @@ def test_another_backbone(tmp_path: Path) -> None:
     source = save_tiny_backbone(tmp_path / "source")
     tiny_embedder(source).save_pretrained(tmp_path / "model")
     save_tiny_backbone(tmp_path / "source", seed=1)
-    with pytest.raises(ValueError, match="config or frozen weights differ"):
+    with pytest.raises(ValueError, match="frozen weights differ; load the backbone"):
         load_encoder(tmp_path / "model")
     shutil.rmtree(source)
     with pytest.raises(ValueError, match="does not exist"):
         load_encoder(tmp_path / "model")
+
+
+def test_a_folder_of_another_transformers_version(folder: Path, embedder: Embedder) -> None:
+    backbone = read_config(folder)["backbone"]
+    fingerprint = backbone["fingerprint"]
+    vision = fingerprint["config"]["vision_config"]
+    fingerprint |= {"transformers_version": "5.22.2", "sha256": "0" * 64}
+    vision["vision_use_head"] = True
+    edit(folder, backbone=backbone)
+    with pytest.warns(UserWarning, match="vision_config.vision_use_head"):
+        loaded = Embedder.from_pretrained(folder)
+    assert torch.equal(loaded.encode(["a red circle"]), embedder.encode(["a red circle"]))
+    vision["hidden_act"] = "relu"
+    edit(folder, backbone=backbone)
+    with pytest.raises(ValueError, match="vision_config.hidden_act was 'relu' and is 'quick_gelu'"):
+        load_encoder(folder)
 
 
 def test_backbone_of_the_hub_is_not_downloaded(

@@ -186,9 +186,19 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def text_states(self, text: str, min_length: int = 1) -> Tensor:
-        """``prompt_states`` of ``text_embeddings``: ``[Y, 2, K, T, H]`` fp32, without graph."""
+        """``prompt_states`` of ``text_embeddings``: ``[Y, 2, K, T, H]`` fp32, without graph.
+
+        Always with SDPA: prefixes start while the backbone is on the CPU, where FlashAttention has no kernel
+        and flex attention compiles for minutes.
+        """
         embeddings_1TD = self.text_embeddings(text, min_length).unsqueeze(0)
-        return self.prompt_states(embeddings_1TD.to(self.dtype))[0].float()
+        config = cast(Any, self.language_model).config
+        wanted = config._attn_implementation
+        config._attn_implementation = register_prefix_attention("sdpa")
+        try:
+            return self.prompt_states(embeddings_1TD.to(self.dtype))[0].float()
+        finally:  # not by set_attn_implementation, which would ask for a GPU
+            config._attn_implementation = wanted
 
     def prompt_states(self, embeddings: Tensor) -> Tensor:
         """Keys (post-rotary) and values that the language model itself computes for prompts run alone.

@@ -87,4 +87,5 @@ def encode_in_chunks(
         return Encoding(torch.cat(list(forward()))[in_order])
     with torch.no_grad():
         embeddings_BND = torch.cat(list(forward()))[in_order]
+    torch.clear_autocast_cache()  # torch 2.9 would give the replay weights cast without graph (PR 165068)
     return Encoding(embeddings_BND.requires_grad_(), lambda: zip(chunks, forward(), strict=True))
