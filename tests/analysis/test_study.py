@@ -22,6 +22,7 @@ from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.retrieval.embedder import Embedder
 from parallel_decoupling.retrieval.html_report import write_html_report
 from parallel_decoupling.retrieval.report import ScoreReport, TaskResult
+from parallel_decoupling.training.loading import run_of
 from tests.support.fit import make_trainer, small_data, small_embedder
 
 FACTORS = ["shape", "color", "size", "position", "background", "text", "count"]
@@ -153,30 +154,32 @@ def test_command_on_a_checkpoint_of_other_data(
     assert "left out: errors" in printed
 
 
-def test_scores_of_another_step_are_not_used(
+def test_scores_of_other_weights_are_not_used(
     tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
 ) -> None:
     trainer = make_trainer(tmp_path, max_steps=1)
     trainer.fit(small_embedder(tiny_backbone_dir), small_data(tiny_mmeb_dir))
     checkpoint_file = tmp_path / "checkpoints" / "last.ckpt"
     trainer.save_checkpoint(checkpoint_file)
-    for step, used in ((1, True), (2, False)):
-        replace(report(2), run={"global_step": step}).to_json_file(tmp_path / "scores.json")
+    run = run_of(checkpoint_file)
+    for other, used in (({}, True), ({"global_step": 2}, False), ({"seed": 5}, False)):
+        replace(report(2), run={**run, **other}).to_json_file(tmp_path / "scores.json")
         found = analyse_checkpoint(checkpoint_file, tmp_path)
         assert (found.errors is not None) == used
         assert (found.run["global_step"], found.run["checkpoint"]) == (1, "last.ckpt")
         assert found.run["model"]["num_paths"] == found.num_paths
 
 
-def test_the_command_s_file_is_accepted_by_the_report_of_the_same_step_only(
+def test_the_command_s_file_is_accepted_by_the_report_of_the_same_weights_only(
     tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
 ) -> None:
     trainer = make_trainer(tmp_path, max_steps=1)
     trainer.fit(small_embedder(tiny_backbone_dir), small_data(tiny_mmeb_dir))
     trainer.save_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
     main(["paths", str(tmp_path)])
-    for step, shown in ((1, True), (2, False)):
-        page_file = write_html_report(replace(report(2), run={"global_step": step}), tmp_path)
+    run = run_of(tmp_path / "checkpoints" / "last.ckpt")
+    for other, shown in (({}, True), ({"global_step": 2}, False), ({"token_passes": 1.0}, False)):
+        page_file = write_html_report(replace(report(2), run={**run, **other}), tmp_path)
         page = page_file.read_text(encoding="utf-8")
         assert ("linear CKA" in page) == shown
         assert ("run lightning paths" in page) != shown
