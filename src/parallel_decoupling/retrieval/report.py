@@ -301,9 +301,7 @@ class ScoreReport:
                 f"means over {self.partial_means['overall']} of MMEB's {len(MMEB_TASKS)} tasks: "
                 "not MMEB's means"
             )
-        skipped = [
-            f"{name} {result.num_skipped}" for name, result in self.tasks.items() if result.num_skipped
-        ]
+        skipped = [f"{name} {each.num_skipped}" for name, each in self.tasks.items() if each.num_skipped]
         return found + (["rows skipped because of their images: " + ", ".join(skipped)] if skipped else [])
 
     def table(self) -> Table:
