@@ -158,5 +158,7 @@ def test_pictures_are_those_of_the_training(
     trainer = make_trainer(tmp_path, EmbeddingWriter(str(tmp_path / "embeddings")))
     (batch,) = trainer.predict(loaded, source)
     torch.testing.assert_close(batch["path_1"], expected[:, 1], atol=1e-5, rtol=0)
+    loaded.save_pretrained(tmp_path / "after_predict")
+    assert Embedder.from_pretrained(tmp_path / "after_predict").run["data"]["image_size"] == "low"
     untrained = small_embedder(tiny_backbone_dir)
     assert torch.equal(untrained.encode([picture]), as_it_is)

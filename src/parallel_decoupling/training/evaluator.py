@@ -382,7 +382,9 @@ class EvaluatedEncoder(LightningModule):
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
         """Write a folder to share; see ``Embedder.save_pretrained``."""
         embedder = self.embedder
-        embedder.run = {**self.run_info(), "rows_by_subset": self.rows_by_subset}
+        info = self.run_info()
+        data = self.trained_data or info.get("data", {})  # a Trainer may since have read other data
+        embedder.run = {**info, "data": data, "rows_by_subset": self.rows_by_subset}
         if self.trainer_or_none is None:
             del embedder.run["commit"]  # this one did not train the weights
         embedder.save_pretrained(folder, **options)
