@@ -166,6 +166,23 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert_equal(state, again)
 
 
+def test_a_resumed_run_steps_with_the_rates_that_it_was_given(
+    uninterrupted: Any, tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    """A checkpoint restores its own rates into optimizer and schedule, after they were built."""
+    rates = {"learning_rate": 3e-5, "prefix_learning_rate": 4e-4, "weight_decay": 0.3, "schedule": "constant"}
+    options = {**DROPOUT, "optimizer": rates, "mi": {**DROPOUT["mi"], "learning_rate": 5e-4}}
+    module = small_embedder(tiny_backbone_dir, **options)
+    recorder = Recorder()
+    trainer = make_trainer(tmp_path, recorder, max_steps=ALL_STEPS)
+    trainer.fit(module, small_data(tiny_mmeb_dir), ckpt_path=uninterrupted[0] / "3.ckpt")
+    for values in recorder.values:
+        assert (values["lr/adapters"], values["lr/prefixes"]) == pytest.approx((3e-5, 4e-4))
+    main, estimator = trainer.optimizers
+    assert {group["name"]: group["weight_decay"] for group in main.param_groups}["adapters"] == 0.3
+    assert estimator.param_groups[0]["lr"] == 5e-4
+
+
 def test_a_run_stopped_inside_an_accumulation_goes_on_with_its_gradients(
     tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
 ) -> None:

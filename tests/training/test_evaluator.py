@@ -16,6 +16,7 @@ from parallel_decoupling.data.readers import read_eval_task
 from parallel_decoupling.data.tasks import EvalTask
 from parallel_decoupling.retrieval.report import ScoreReport
 from parallel_decoupling.retrieval.score_files import read_scores
+from parallel_decoupling.training import evaluator
 from parallel_decoupling.training.embedder import PDFEmbedder
 from parallel_decoupling.training.evaluation import Evaluation, TaskEmbeddings, git_commit
 from tests.support.fit import make_trainer, small_data, small_embedder
@@ -212,6 +213,26 @@ def test_images_of_another_size_than_in_training_are_reported(
     make_trainer(tmp_path).test(loaded, small_data(tiny_mmeb_dir, image_size="low"), verbose=False)
     report = ScoreReport.from_json_file(tmp_path / "scores.json")
     assert "image_size: trained None, asked low" in str(report.warnings), "also without ckpt_path"
+
+
+def test_scores_are_written_before_the_checks(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise ValueError("training rows cannot be read")
+
+    monkeypatch.setattr(evaluator, "prompt_mismatches", fail)
+    module = small_embedder(tiny_backbone_dir)
+    module.steps_done = 1
+    with pytest.raises(ValueError, match="cannot be read"):
+        make_trainer(tmp_path).test(module, small_data(tiny_mmeb_dir), verbose=False)
+    assert set(ScoreReport.from_json_file(tmp_path / "scores.json").tasks) == set(TASKS)
+
+
+def test_predict_tasks_takes_no_other_source(tiny_backbone_dir: str, tmp_path: Path) -> None:
+    data = small_data("unused", predict_source="photos")
+    with pytest.raises(ValueError, match="predict_source is set"):
+        small_embedder(tiny_backbone_dir).predict_tasks(make_trainer(tmp_path), data)
 
 
 def test_outside_git_there_is_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ def load_embedder(model_path: str | Path) -> Embedder:
 
 
 def default_device() -> str:
-    """Where commands encode: the first GPU, if there is one."""
+    """Where commands encode: the first GPU, if there is one. Not tried on a GPU yet."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
