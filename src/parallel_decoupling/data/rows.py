@@ -15,13 +15,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
-import pyarrow.json
 import pyarrow.parquet as pq
 
 from parallel_decoupling.batch import RawInput
 from parallel_decoupling.data.images import IMAGE_SUFFIXES, image_size
 from parallel_decoupling.data.prompts import prompt
-from parallel_decoupling.data.tables import JSON_BLOCK_BYTES, SUFFIXES
+from parallel_decoupling.data.tables import SUFFIXES, read_jsonl
 
 ID, TEXT, IMAGE, AGGREGATE = "id", "text", "image", "aggregate"
 PATH_NAME = re.compile(r"path_\d+")
@@ -140,21 +139,11 @@ def _read_table(path: Path) -> pa.Table:
         types = dict.fromkeys((ID, TEXT, IMAGE), pa.string())
         convert = pa.csv.ConvertOptions(column_types=types, strings_can_be_null=False)
         return pa.csv.read_csv(path, parse_options=parse, convert_options=convert)
-    table = _read_jsonl(path, (TEXT, IMAGE))
+    texts = [(TEXT, pa.string()), (IMAGE, pa.string())]
+    table = read_jsonl(path, pa.schema(texts))
     if ID in table.column_names and pa.types.is_temporal(table[ID].type):
-        table = _read_jsonl(path, (TEXT, IMAGE, ID))
+        table = read_jsonl(path, pa.schema([*texts, (ID, pa.string())]))
     return table.drop_columns([name for name in (TEXT, IMAGE) if table[name].null_count == len(table)])
-
-
-def _read_jsonl(path: Path, texts: Sequence[str]) -> pa.Table:
-    """All columns; those in ``texts`` stay texts, which pyarrow makes times of if they look like dates."""
-    return pa.json.read_json(
-        path,
-        read_options=pa.json.ReadOptions(block_size=JSON_BLOCK_BYTES),
-        parse_options=pa.json.ParseOptions(
-            explicit_schema=pa.schema([(name, pa.string()) for name in texts])
-        ),
-    )
 
 
 def _check_names(table: pa.Table, path: Path) -> None:

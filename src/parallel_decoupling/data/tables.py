@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -128,7 +128,7 @@ def column_names(file: Path) -> list[str]:
     """Column names of a parquet, JSONL or CSV file."""
     if file.suffix == ".parquet":
         return list(pq.read_schema(file).names)
-    return list(_read_jsonl(file).column_names) if file.suffix == ".jsonl" else _csv_names(file)
+    return list(read_jsonl(file).column_names) if file.suffix == ".jsonl" else _csv_names(file)
 
 
 def arrow_copy(file: Path, columns: Sequence[str], owner: str, lists: Sequence[str] = ()) -> Path:
@@ -203,18 +203,22 @@ def _read(file: Path, columns: Sequence[str], lists: Collection[str]) -> Iterato
         raise ValueError(f"{file}: the file must end with one of {', '.join(SUFFIXES)}.")
 
 
-def _read_jsonl(file: Path, only: pa.Schema | None = None) -> pa.Table:
-    """The columns of a schema, or all with the types that pyarrow finds."""
-    parse = None
-    if only is not None:
-        parse = pa.json.ParseOptions(explicit_schema=only, unexpected_field_behavior="ignore")
+def read_jsonl(
+    file: Path, schema: pa.Schema | None = None, others: Literal["infer", "ignore"] = "infer"
+) -> pa.Table:
+    """Columns of a JSONL file: those of the schema with its types, the others as pyarrow finds or not at all.
+
+    Texts that look like dates become times unless the schema has them as texts. A column of the schema that
+    the file lacks is full of nulls.
+    """
+    parse = pa.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior=others)
     read = pa.json.ReadOptions(block_size=JSON_BLOCK_BYTES)
     return pa.json.read_json(str(file), read_options=read, parse_options=parse)
 
 
 def _jsonl_columns(file: Path, columns: Sequence[str]) -> dict[str, pa.ChunkedArray]:
     """Some columns; pyarrow makes times of texts that look like dates, so these are read again as texts."""
-    table = _read_jsonl(file)
+    table = read_jsonl(file)
     found = {name: table[name] for name in table.column_names if name in columns}
     dates = []
     for name, column in found.items():
@@ -223,7 +227,7 @@ def _jsonl_columns(file: Path, columns: Sequence[str]) -> dict[str, pa.ChunkedAr
         elif pa.types.is_list(column.type) and pa.types.is_temporal(column.type.value_type):
             dates.append((name, pa.list_(pa.string())))
     if dates:
-        texts = _read_jsonl(file, pa.schema(dates))
+        texts = read_jsonl(file, pa.schema(dates), others="ignore")
         found |= {name: texts[name] for name, _ in dates}
     return found
 
