@@ -19,11 +19,11 @@ from studies.results import Result
 from studies.statistics import (
     Interval,
     at_point,
+    compared,
     group_score,
     groups_of,
     interval,
     last_points,
-    paired_difference,
     path_scores,
 )
 from studies.study import Cell, Study
@@ -35,6 +35,8 @@ NEUTRAL, ACCENT = COLOURS[:2]
 STROKES = (("-", "o"), ("--", "s"), (":", "^"))
 """Line style and marker of the first seven lines, of the next seven, and of those after them."""
 LABEL_LENGTH = 42
+SIGNIFICANCE = 0.05
+HOLM = "Holm p below 0.05"
 TRAINING_PANELS = {
     "path_cosine": "cosine between paths",
     "estimator_nll_held_out": "NLL of q before its fit to the batch",
@@ -98,7 +100,8 @@ def groups_figure(study: Study, results: Sequence[Result]) -> Figure | None:
 def curves_figure(study: Study, results: Sequence[Result]) -> Figure | None:
     """Overall score against steps and against token passes.
 
-    From three seeds on with a 95 % band; with fewer, a dot per seed.
+    From three seeds on with a 95 % band; with fewer, a dot per seed. Markers before a run's last scored step
+    are hollow: the learning rate is still high there.
     """
     curved = _curved(study, results)
     if not curved:
@@ -108,7 +111,7 @@ def curves_figure(study: Study, results: Sequence[Result]) -> Figure | None:
     for cell in curved:
         _curve(study, by_step, results, cell, "step", "overall")
         _curve(study, by_passes, results, cell, "token_passes", "overall")
-    by_step.set_xlabel("main steps")
+    by_step.set_xlabel("main steps (hollow: on the way, at a higher learning rate than at the end)")
     by_step.set_ylabel("hit@1 overall, percent")
     by_passes.set_xlabel("language-model token passes, millions")
     shared_legend(figure, 3)
@@ -169,22 +172,22 @@ def _mean_series(runs: Sequence[Sequence[tuple[int, float]]]) -> dict[int, float
 
 def differences_figure(study: Study, results: Sequence[Result]) -> Figure | None:
     """Paired differences overall: a dot per seed, the mean, and the 95 % interval from three seeds on."""
-    found = [
-        (difference, pair)
-        for difference in study.differences
-        if (pair := paired_difference(study, results, difference)) is not None
-    ]
+    found = compared(study, results)
     if not found:
         return None
     figure = new_figure(8.4, 1.5 + 0.4 * len(found))
     axes = figure.add_subplot()
     axes.axvline(0, color=INK, linewidth=0.8)
-    for row, (_, pair) in enumerate(found):
-        _interval_points(axes, pair, row, ACCENT if pair.excludes_zero else NEUTRAL)
-    axes.set_yticks(range(len(found)), [_wrapped(difference.name) for difference, _ in found], fontsize=9)
-    axes.set_xlabel("difference in points (blue: the interval excludes 0)")
+    for row, each in enumerate(found):
+        _interval_points(axes, each.pair, row, ACCENT if each.pair.excludes_zero else NEUTRAL)
+        if each.holm_p is not None and each.holm_p < SIGNIFICANCE:
+            axes.plot(
+                each.pair.mean, row, "o", markersize=13, markerfacecolor="none", color=ACCENT, label=HOLM
+            )
+    axes.set_yticks(range(len(found)), [_wrapped(each.difference.name) for each in found], fontsize=9)
+    axes.set_xlabel("difference in points (blue: its own interval excludes 0)")
     _clean_rows(axes, len(found))
-    shared_legend(figure, 3)
+    shared_legend(figure, 4)
     return figure
 
 
@@ -236,7 +239,8 @@ def _curve(study: Study, axes: Axes, results: Sequence[Result], cell: Cell, x: s
         lows.append(found.mean - half_width)
         highs.append(found.mean + half_width)
     if xs:
-        axes.plot(xs, means, label=_line_label(cell, count), markersize=5, **style)
+        axes.plot(xs, means, label=_line_label(cell, count), markersize=5, markerfacecolor="white", **style)
+        axes.plot(xs[-1], means[-1], color=style["color"], marker=style["marker"], markersize=6)
         axes.fill_between(xs, lows, highs, color=style["color"], alpha=0.18, linewidth=0)
     clean_axes(axes, "y")
 

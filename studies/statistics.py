@@ -119,17 +119,47 @@ def paired_difference(
     """Difference in points over the seeds that both sides have; ``None`` if there is none.
 
     Relations:
-        Swapping the sides changes the sign and nothing else, if both are aggregates.
+        Swapping the sides changes the sign and nothing else.
     """
     pairs = paired_scores(study, results, difference, group).values()
     return interval([of - over for of, over in pairs]) if pairs else None
 
 
+@dataclass(frozen=True)
+class Compared:
+    """A difference of a study, measured.
+
+    Attributes:
+        difference: what is compared.
+        pair: in points, over the seeds that both sides have.
+        holm_p: ``p_value`` corrected for all differences that have an interval; ``None`` without one.
+    """
+
+    difference: Difference
+    pair: Interval
+    holm_p: float | None
+
+
+def compared(study: Study, results: Sequence[Result]) -> list[Compared]:
+    """Every difference of the study that has a seed on both sides, in the order of the file."""
+    found = [
+        (difference, pair)
+        for difference in study.differences
+        if (pair := paired_difference(study, results, difference)) is not None
+    ]
+    tested = [math.isfinite(pair.half_width) for _, pair in found]
+    corrected = iter(holm([p_value(pair) for (_, pair), has in zip(found, tested, strict=True) if has]))
+    return [
+        Compared(difference, pair, next(corrected) if has else None)
+        for (difference, pair), has in zip(found, tested, strict=True)
+    ]
+
+
 def paired_scores(
     study: Study, results: Sequence[Result], difference: Difference, group: str = "overall"
 ) -> dict[int, tuple[float, float]]:
-    """Scores of both sides by seed, for the seeds that both have."""
-    columns = difference.of_column, "aggregate"
+    """Scores of both sides by seed, for the difference's seeds that both have."""
+    columns = difference.of_column, difference.over_column
     of, over = (
         {
             line["seed"]: score
@@ -138,7 +168,8 @@ def paired_scores(
         }
         for (cell, step), column in zip(sides_of(study, difference), columns, strict=True)
     )
-    return {seed: (of[seed], over[seed]) for seed in sorted(of.keys() & over.keys())}
+    seeds = of.keys() & over.keys() & set(difference.seeds or of)
+    return {seed: (of[seed], over[seed]) for seed in sorted(seeds)}
 
 
 def p_value(found: Interval) -> float:

@@ -37,7 +37,7 @@ STUDY_KEYS = {
     "groups",
 }
 CELL_KEYS = {"config", "overrides", "seeds", "steps", "curve", "label"}
-DIFFERENCE_KEYS = {"name", "of", "over", "of_step", "over_step", "of_column"}
+DIFFERENCE_KEYS = {"name", "of", "over", "of_step", "over_step", "of_column", "over_column", "seeds"}
 COLUMN = re.compile(r"aggregate|mean|concat|maxsim|learned|one_path|path_\d+")
 """What a difference may take of a result."""
 
@@ -107,7 +107,9 @@ class Difference:
         of_step: scored step; ``None`` is the cell's last.
         over_step: likewise.
         of_column: what is scored of ``of``: ``aggregate``, ``concat``, ``path_0``, ..., or ``one_path`` for
-            the mean score of its single paths. Of ``over`` it is the aggregate.
+            the mean score of its single paths.
+        over_column: likewise.
+        seeds: that are compared; empty is all that both sides have.
     """
 
     name: str
@@ -116,6 +118,8 @@ class Difference:
     of_step: int | None = None
     over_step: int | None = None
     of_column: str = "aggregate"
+    over_column: str = "aggregate"
+    seeds: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -254,13 +258,16 @@ def _difference(entry: Mapping[str, Any], cells: Mapping[str, Cell], file: Path)
             step = steps[f"{side}_step"] = _steps(entry[f"{side}_step"], cell.base_steps, where)
             if step not in cell.points:
                 raise ValueError(f"{where}: {entry[side]} is not scored at step {step}")
-    column = entry.get("of_column", "aggregate")
-    if not COLUMN.fullmatch(column):
-        raise ValueError(
-            f"{where}: of_column {column!r} is not scored; take aggregate, mean, concat, maxsim, learned, "
-            "one_path (the mean of single paths), or path_0 and so on"
-        )
-    return Difference(entry["name"], entry["of"], entry["over"], **steps, of_column=column)
+    columns = {}
+    for side in ("of_column", "over_column"):
+        columns[side] = column = entry.get(side, "aggregate")
+        if not COLUMN.fullmatch(column):
+            raise ValueError(
+                f"{where}: {side} {column!r} is not scored; take aggregate, mean, concat, maxsim, learned, "
+                "one_path (the mean of single paths), or path_0 and so on"
+            )
+    seeds = tuple(entry.get("seeds", ()))
+    return Difference(entry["name"], entry["of"], entry["over"], **steps, **columns, seeds=seeds)
 
 
 def _read_config(files: str | Sequence[str], folder: Path, where: str) -> dict[str, Any]:

@@ -10,18 +10,17 @@ from studies.results import UNKNOWN_COMMIT, Result
 from studies.statistics import (
     Interval,
     at_point,
+    compared,
     group_score,
     groups_of,
-    holm,
     interval,
     last_points,
-    p_value,
     paired_difference,
     paired_scores,
     path_scores,
     sides_of,
 )
-from studies.study import Difference, Study
+from studies.study import Study
 
 NOTHING = "–"
 TITLES = {
@@ -165,15 +164,9 @@ _CURVE_GROUPS = ("overall", "in_distribution", "out_of_distribution")
 def difference_table(study: Study, results: Sequence[Result]) -> str:
     """One row per difference of the study, overall."""
     heading = ["comparison", "of", "over", "steps", "token passes", "seeds", "difference", "95 % interval"]
-    found = [
-        (difference, pair)
-        for difference in study.differences
-        if (pair := paired_difference(study, results, difference)) is not None
-    ]
-    tested = [pair for _, pair in found if math.isfinite(pair.half_width)]
-    corrected = iter(holm([p_value(pair) for pair in tested]))
     rows = []
-    for difference, pair in found:
+    for each in compared(study, results):
+        difference, pair = each.difference, each.pair
         seeds, sides = paired_scores(study, results, difference), sides_of(study, difference)
         passes = [
             fmean(line["token_passes"] for line in at_point(results, *side) if line["seed"] in seeds)
@@ -182,21 +175,21 @@ def difference_table(study: Study, results: Sequence[Result]) -> str:
         rows.append(
             [
                 difference.name,
-                _of_label(study, difference),
-                study.cells[difference.over].label,
+                _side_label(study, difference.of, difference.of_column),
+                _side_label(study, difference.over, difference.over_column),
                 " : ".join(str(step) for _, step in sides),
                 f"{passes[0] / passes[1]:.2f} : 1" if min(passes) > 0 else NOTHING,
                 str(len(pair.values)),
                 f"{pair.mean:+.1f}" + (" (excludes 0)" if pair.excludes_zero else ""),
                 _range(pair),
-                f"{next(corrected):.3f}" if math.isfinite(pair.half_width) else NOTHING,
+                NOTHING if each.holm_p is None else f"{each.holm_p:.3f}",
             ]
         )
     return _markdown([*heading, "Holm p"], rows)
 
 
-def _of_label(study: Study, difference: Difference) -> str:
-    label, column = study.cells[difference.of].label, difference.of_column
+def _side_label(study: Study, cell: str, column: str) -> str:
+    label = study.cells[cell].label
     return label if column == "aggregate" else f"{label}: {column.replace('_', ' ')}"
 
 

@@ -67,6 +67,8 @@ def execute(run: Run, results_file: Path) -> None:
                 **_identity(run, step),
                 "commit": commit,
                 "dirty": dirty,
+                "torch": torch.__version__,
+                "cpu": torch.backends.cpu.get_cpu_capability(),
                 "fit_commits": [fit["commit"] for fit in fits],
                 **_scores(report),
                 "token_passes": report.run["token_passes"],

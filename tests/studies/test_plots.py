@@ -97,10 +97,16 @@ def test_curves_run_over_steps_and_over_token_passes(study: Study, results: list
     by_step, by_passes = drawn(plots.curves_figure(study, results)).axes
     assert points(by_step, "cell A (3 seeds)") == [[pytest.approx((50, 63.0)), pytest.approx((100, 64.0))]]
     assert points(by_passes, "cell A (3 seeds)") == [[pytest.approx((151, 63.0)), pytest.approx((301, 64.0))]]
-    assert {line.get_label() for line in by_step.get_lines() if line.get_marker() != "."} == {
-        "cell A (3 seeds)",
-        "b (2 seeds)",
-    }
+    labels = [line.get_label() for line in by_step.get_lines()]
+    assert {label for label in labels if not label.startswith("_")} == {"cell A (3 seeds)", "b (2 seeds)"}
+
+
+def test_only_the_end_of_a_schedule_is_a_filled_marker(study: Study, results: list[Result]) -> None:
+    for axes in drawn(plots.curves_figure(study, results)).axes:
+        curve, end, *_ = axes.get_lines()
+        assert (curve.get_label(), curve.get_markerfacecolor()) == ("cell A (3 seeds)", "white")
+        assert end.get_markerfacecolor() == curve.get_color()
+        assert end.get_xydata()[-1] == pytest.approx(curve.get_xydata()[-1])
 
 
 def test_curves_have_a_band_from_three_seeds_on_and_a_dot_per_seed_below(
@@ -127,6 +133,18 @@ def test_differences_have_the_sign_of_the_first_side(study: Study, results: list
     (low, high) = points(axes, "95 % interval")[0]
     half_width = interval([-2.0, 1.0, 7.0]).half_width
     assert (low[0], high[0]) == pytest.approx((2 - half_width, 2 + half_width))
+
+
+def test_what_survives_the_correction_is_ringed(study: Study, results: list[Result]) -> None:
+    (axes,) = drawn(plots.differences_figure(study, results)).axes
+    assert not points(axes, plots.HOLM)  # -2, 1 and 7 points
+    for line in results:
+        if line["cell"] == "plain":
+            line["means"]["overall"]["aggregate"] = (
+                52 + SEEDS[line["seed"]] - 60 + 0.01 * line["seed"]
+            ) / 100
+    (axes,) = drawn(plots.differences_figure(study, results)).axes
+    assert points(axes, plots.HOLM) == [[pytest.approx((9.99, 1))]]
 
 
 def test_training_is_the_mean_over_seeds_of_what_was_logged(study: Study, results: list[Result]) -> None:

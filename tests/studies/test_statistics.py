@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.stats import ttest_1samp
 
-from studies.statistics import group_score, holm, interval, p_value, paired_difference
+from studies.statistics import compared, group_score, holm, interval, p_value, paired_difference
 from studies.study import Difference
 from tests.support.study import made_up_result, toy_study
 
@@ -58,11 +58,18 @@ def test_differences_pair_seeds_and_ignore_those_of_one_side(tmp_path: Path) -> 
     assert paired_difference(study, results, Difference("d", "a", "b"), "vqa") is None
 
 
-@pytest.mark.parametrize(("column", "difference"), [("path_1", -1.0), ("one_path", 0.0), ("concat", None)])
-def test_a_column_of_one_side_against_the_aggregate_of_the_other(
-    tmp_path: Path, column: str, difference: float | None
-) -> None:
-    differences = [{"name": "d", "of": "a", "of_column": column, "over": "b"}]
+@pytest.mark.parametrize(
+    ("columns", "difference"),
+    [
+        ({"of_column": "path_1"}, -1.0),
+        ({"of_column": "one_path"}, 0.0),
+        ({"of_column": "path_0", "over_column": "path_1"}, 4.0),
+        ({"over_column": "path_0"}, 3.0),
+        ({"over_column": "concat"}, None),
+    ],
+)
+def test_a_column_of_either_side(tmp_path: Path, columns: dict[str, str], difference: float | None) -> None:
+    differences = [{"name": "d", "of": "a", "over": "b", **columns}]
     study = toy_study(tmp_path, cells={"a": None, "b": {"steps": 50}}, differences=differences)
     a, b = study.cells.values()
     results = [made_up_result(a, 0, 100, 50.0), made_up_result(b, 0, 50, 48.0)]
@@ -70,6 +77,33 @@ def test_a_column_of_one_side_against_the_aggregate_of_the_other(
     assert (found.values if found else None) == (
         difference if difference is None else pytest.approx((difference,))
     )
+
+
+def test_a_difference_over_some_seeds(tmp_path: Path) -> None:
+    study = toy_study(tmp_path, cells={"a": None, "b": {"steps": 50}})
+    a, b = study.cells.values()
+    results = [made_up_result(a, seed, 100, 50.0 + seed) for seed in range(4)]
+    results += [made_up_result(b, seed, 50, 48.0) for seed in range(3)]
+    found = paired_difference(study, results, Difference("d", "a", "b", seeds=(1, 2, 3)))
+    assert found is not None
+    assert found.values == pytest.approx((3.0, 4.0))
+    assert paired_difference(study, results, Difference("d", "a", "b", seeds=(3,))) is None
+
+
+def test_differences_are_corrected_together(tmp_path: Path) -> None:
+    cells = {"a": None, "b": {"steps": 50}, "c": {"steps": 25}}
+    pairs = [("a", "c"), ("a", "b"), ("b", "a")]
+    differences = [{"name": f"{of}{over}", "of": of, "over": over} for of, over in pairs]
+    study = toy_study(tmp_path, cells=cells, differences=differences)
+    a, b, c = study.cells.values()
+    results = [made_up_result(a, seed, 100, 50.0 + seed) for seed in range(3)]
+    results += [made_up_result(b, seed, 50, 48.0) for seed in range(3)]
+    results.append(made_up_result(c, 0, 25, 40.0))
+    without, first, second = compared(study, results)
+    assert (without.difference.name, without.holm_p) == ("ac", None)  # one seed: not a test
+    expected = 2 * ttest_1samp([2.0, 3.0, 4.0], 0).pvalue  # of the two tests that there are
+    assert (first.holm_p, second.holm_p) == pytest.approx((expected, expected))
+    assert first.pair.values == pytest.approx((2.0, 3.0, 4.0))
 
 
 def test_a_group_of_the_study_needs_all_its_tasks(tmp_path: Path) -> None:

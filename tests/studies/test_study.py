@@ -93,6 +93,13 @@ def test_a_run_has_its_seed_everywhere(tmp_path: Path) -> None:
             },
             "of_column 'concatt' is not scored",
         ),
+        (
+            {
+                "cells": {"a": None},
+                "differences": [{"name": "d", "of": "a", "over": "a", "over_column": "paths"}],
+            },
+            "over_column 'paths' is not scored",
+        ),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, content: dict[str, Any], message: str) -> None:

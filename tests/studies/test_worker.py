@@ -133,6 +133,7 @@ def test_a_trained_run_is_reused_with_the_commit_of_its_training(
     execute(run, small_study.results_file)
     (line,) = read_results(small_study.results_file)
     assert (line["commit"], line["fit_commits"]) == ("b" * 40, ["a" * 40])
+    assert (line["torch"], line["cpu"]) == (torch.__version__, torch.backends.cpu.get_cpu_capability())
     assert line["fit_seconds"] > 0
     (run.folder / "fits.json").unlink()  # as folders of earlier versions are
     small_study.results_file.unlink()
