@@ -91,12 +91,13 @@ def write(output_dir: Path, checkpoints: Mapping[str, Path], num_batches: int = 
 
 
 def _loaded(checkpoint_file: Path, num_batches: int) -> tuple[PDFEmbedder, list[PairBatch]]:
-    """A trained module, without dropout, and batches of its training data in another order."""
+    """A trained module, without dropout, and batches of its training rows in another order."""
     module = PDFEmbedder.load_from_checkpoint(checkpoint_file, map_location="cpu").eval()
-    data = MMEBDataModule(**{**run_of(checkpoint_file)["data"], "seed": ORDER_SEED})
+    data = MMEBDataModule(**run_of(checkpoint_file)["data"])
     data.connect(module.encoder.processor, module.encoder.image_token)
     data.prepare_data()
-    data.setup("fit")
+    data.setup("fit")  # the run's seed draws its rows
+    data.seed = ORDER_SEED
     return module, list(islice(data.train_dataloader(), num_batches))
 
 
@@ -135,7 +136,7 @@ def gradients(
         encode_in_chunks(module.encoder, inputs, chunk_size=None, seed_parts=(0,)).embeddings
         for inputs in (batch.query, batch.candidate)
     )
-    pairs = gather_pairs(query, candidate, batch.candidate_ids, module.encoder.aggregate)
+    pairs = gather_pairs(query, candidate, batch.candidate_ids, module.encoder.aggregate, module.nested_dims)
     path_N, aggregate = contrastive_terms(
         pairs, module.temperature, symmetric=module.symmetric, with_aggregate=module.aggregate_weight > 0
     )

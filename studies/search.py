@@ -31,6 +31,7 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 from tqdm import tqdm
 
+from parallel_decoupling.analysis.scenes import CAPTION_INSTRUCTION
 from parallel_decoupling.data.world.scenes import render, sample_scene
 from parallel_decoupling.index.lance_index import TABLE, LanceIndex
 from parallel_decoupling.index.protocol import Index
@@ -131,7 +132,7 @@ def make_world(checkpoint: str) -> World:
     instruction = "Represent the given picture"
     real = embedder.encode_candidate(pictures, instruction=instruction, batch_size=64)
     captions = [scene.caption() for scene in scenes]
-    queries = [f"Find a picture that matches the caption: {text}" for text in captions[:NUM_QUERIES]]
+    queries = embedder.encode_query(captions[:NUM_QUERIES], instruction=CAPTION_INSTRUCTION)
     shows: dict[str, set[int]] = {}
     for row, caption in enumerate(captions):
         shows.setdefault(caption, set()).add(row)
@@ -139,7 +140,7 @@ def make_world(checkpoint: str) -> World:
     distractors = real[base] + 0.5 * (real[plus] - real[minus])
     items = unit(torch.cat([real, distractors]), "item")
     right = [shows[caption] for caption in captions[:NUM_QUERIES]]
-    return World(items, unit(embedder.encode_query(queries), "query"), right)
+    return World(items, unit(queries, "query"), right)
 
 
 def measure_torch(world: World, expected: Expected) -> Results:

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from parallel_decoupling.analysis.contributions import agreement, occluded, patch_contributions
+from parallel_decoupling.batch import RawInput
 
 
 class QuadrantEmbedder:
@@ -18,7 +19,9 @@ class QuadrantEmbedder:
     def encode(self, inputs: Sequence[Any], **options: Any) -> Tensor:
         rows = []
         for item in inputs:
-            pixels = np.full((8, 8), 255.0) if isinstance(item, str) else np.asarray(item.convert("L"), float)
+            pixels = (
+                np.full((8, 8), 255.0) if isinstance(item, RawInput) else np.asarray(item.convert("L"), float)
+            )
             parts = pixels[:4, :4], pixels[4:, 4:]
             rows.append(torch.tensor(np.stack([part.ravel() for part in parts])) + 1)
         return torch.nn.functional.normalize(torch.stack(rows).float(), dim=-1)
@@ -47,9 +50,9 @@ def test_each_path_depends_on_what_it_sees(picture: Image.Image) -> None:
 
 def test_the_score_loses_what_the_text_asks_for(picture: Image.Image) -> None:
     embedder: Any = QuadrantEmbedder()
-    found = patch_contributions(embedder, [picture, picture], grid=4, texts=["white", "white"])
+    found = patch_contributions(embedder, [picture, picture], grid=4, texts=["Find: white\n"] * 2)
     assert found.score is not None
-    whole, text = embedder.encode([picture]), embedder.encode(["white"])
+    whole, text = embedder.encode([picture]), embedder.encode([RawInput("Find: white\n")])
     without = embedder.encode([occluded(picture, 4)[1]])
     expected = float((whole[0, 0] * text[0, 0]).sum() - (without[0, 0] * text[0, 0]).sum())
     assert float(found.score[1, 0, 0, 1]) == pytest.approx(expected)

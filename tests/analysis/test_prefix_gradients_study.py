@@ -118,6 +118,27 @@ def test_write_measures_checkpoints_on_batches_of_their_own_data(
     assert (tmp_path / "gradients.png").stat().st_size > 10_000
 
 
+def read(batch: PairBatch) -> list[tuple[int, ...]]:
+    """Target and tokens of every pair."""
+    tokens = batch.query.tokens
+    texts = [ids[mask.bool()] for ids, mask in zip(tokens["input_ids"], tokens["attention_mask"], strict=True)]
+    return [(int(target), *ids.tolist()) for target, ids in zip(batch.candidate_ids, texts, strict=False)]
+
+
+def test_the_batches_are_the_training_rows_of_the_run_in_another_order(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    """``row_limit`` draws the rows by the same seed that orders them."""
+    trainer, used = make_trainer(tmp_path, max_steps=1), small_data(tiny_mmeb_dir, row_limit=8, seed=5)
+    trainer.fit(small_embedder(tiny_backbone_dir), used)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    whole_epoch = list(used.train_dataloader())
+    _, batches = prefix_gradients._loaded(tmp_path / "last.ckpt", num_batches=len(whole_epoch))
+    first, again = ([row for batch in each for row in read(batch)] for each in (whole_epoch, batches))
+    assert sorted(first) == sorted(again)
+    assert first != again
+
+
 def test_the_study_trains_the_runs_that_are_not_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

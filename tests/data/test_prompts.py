@@ -73,6 +73,18 @@ def test_both_formats_give_the_golden_prompts(tmp_path: Path, task: str) -> None
         assert len(read.candidates[0].images) == GOLDEN[task][5].count("<|image_1|>")
 
 
+@pytest.mark.parametrize("task", GOLDEN)
+def test_what_users_type_becomes_the_prompt_of_the_benchmark(task: str) -> None:
+    """But for the end of four prompts: VisDial's queries have a second newline, crops of objects none."""
+    query_inst, query_text, query, candidate_inst, candidate_text, candidate = GOLDEN[task]
+    query_image, image = ("x.png" if text.startswith("<|image_1|>") else None for text in (query, candidate))
+    typed = prompt(query_text or None, query_image, query_inst).text
+    assert typed + ("\n" if task == "VisDial" else "") == query
+    typed = prompt(candidate_text or None, image, candidate_inst if image else None).text
+    crop = task in ("MSCOCO", "RefCOCO", "Visual7W-Pointing")
+    assert (typed.removesuffix("\n") if crop else typed) == candidate
+
+
 class Recorder:
     """A stand-in for a processor that keeps the texts it gets."""
 
@@ -183,7 +195,8 @@ def test_prompts_follow_mmebs_template() -> None:
     assert prompt(image="x.png", instruction="Look.") == RawInput("<|image_1|>\nLook.\n", ("x.png",))
     assert prompt(image="x.png") == RawInput("<|image_1|>\n", ("x.png",))
     assert prompt("t", images=["x", "y"]) == RawInput("<|image_1|>\n<|image_1|>\nt\n", ("x", "y"))
-    assert prompt(" a cat\n", instruction="Find:") == RawInput("Find: a cat")
+    assert prompt(" a cat\n", instruction="Find:") == RawInput("Find: a cat\n")
+    assert prompt(" a cat\n", instruction=" ") == RawInput("a cat")
     assert prompt("a cat") == RawInput("a cat")
     with pytest.raises(ValueError, match="a text or an image"):
         prompt("  ", instruction="Find")

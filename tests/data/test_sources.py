@@ -63,9 +63,9 @@ def test_training_rows_are_what_the_document_shows(shop: Path) -> None:
 def test_a_positive_alone_is_ranked_among_all_positives(shop: Path) -> None:
     task = read_eval_task(shop, "ShopSearch")
     assert [query.text for query in task.queries] == [
-        "Find a product that matches: a seat for the kitchen",
-        "Find a product that matches: a lamp",
-        "Find a product that matches: something red",
+        "Find a product that matches: a seat for the kitchen\n",
+        "Find a product that matches: a lamp\n",
+        "Find a product that matches: something red\n",
     ]
     assert [row.images for row in task.candidates] == [
         (photo(shop, name),) for name in ("chair_2", "lamp_1", "chair_1")

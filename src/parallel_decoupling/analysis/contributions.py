@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from parallel_decoupling.batch import RawInput
 from parallel_decoupling.retrieval.embedder import Embedder
 
 GRID = 8
@@ -51,7 +52,7 @@ def patch_contributions(
         embedder: the model.
         pictures: at least ``grid`` pixels high and wide.
         instruction: put to every picture.
-        texts: finished prompts, one per picture, for the change of the score.
+        texts: finished prompts, kept to the letter, one per picture, for the change of the score.
         grid: patches per side.
 
     Raises:
@@ -66,7 +67,7 @@ def patch_contributions(
     change_IVN = 1 - (whole_I1ND * without_IVND).sum(dim=-1)
     score_IVN = None
     if texts is not None:
-        text_I1ND = embedder.encode(list(texts), batch_size=64)[:, None]
+        text_I1ND = embedder.encode([RawInput(text) for text in texts], batch_size=64)[:, None]
         score_IVN = ((whole_I1ND - without_IVND) * text_I1ND).sum(dim=-1)
     return Contributions(_maps(change_IVN, grid), None if score_IVN is None else _maps(score_IVN, grid))
 

@@ -121,8 +121,9 @@ def prompt(
 ) -> RawInput:
     r"""Write an input the way MMEB's training data is written.
 
-    With images: ``"<|image_1|>\n{instruction} {text}\n"``, one placeholder line per image and a
-    trailing newline. Without: ``"{instruction} {text}"``, stripped, nothing added.
+    With images: ``"<|image_1|>\n{instruction} {text}\n"``, one placeholder line per image. Without:
+    ``"{instruction} {text}\n"``. A text alone (MMEB's captions, labels and answers) is stripped and ends as
+    it is; the newline of all others is the token that last-token pooling reads.
 
     Args:
         text: the text; None for an image alone.
@@ -132,6 +133,9 @@ def prompt(
 
     Raises:
         ValueError: neither text nor image, or both ``image`` and ``images``.
+
+    Relations:
+        Equals the written prompt of MMEB-eval's queries, and of its candidates that are a text.
     """
     if image is not None and images:
         raise ValueError("Give image or images, not both.")
@@ -140,6 +144,6 @@ def prompt(
     if not pictures:
         if not text or not text.strip():
             raise ValueError("An input needs a text or an image.")
-        return RawInput(body)
+        return RawInput(body if body == text.strip() else f"{body}\n")
     lines = [IMAGE_PLACEHOLDER] * len(pictures) + ([body] if body else [])
     return RawInput("".join(f"{line}\n" for line in lines), pictures)
