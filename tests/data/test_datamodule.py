@@ -382,3 +382,12 @@ def test_bad_numbers_and_missing_processor_are_named(data_dir: Path) -> None:
     data.setup("test")
     with pytest.raises(ValueError, match=r"call connect\(processor, image_token\)"):
         data.test_dataloader()
+
+
+def test_subsets_without_negatives_are_named_once_each(
+    data_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [train_row(f"b{number}", f"B{number}", neg_text="not", neg_image_path="") for number in range(3)]
+    write_train(data_dir, "B", rows)
+    module(data_dir, hard_negatives=1)
+    assert [record.getMessage()[:19] for record in caplog.records] == ["training subset 'A'"]

@@ -18,7 +18,7 @@ from PIL import Image
 
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.data.download import download_eval, download_train, unpack
-from tests.data.mmeb_files import eval_row, train_row, write_image
+from tests.data.mmeb_files import eval_row, train_row, write_eval, write_image, write_train
 
 
 def jpeg() -> bytes:
@@ -240,3 +240,29 @@ def test_nothing_is_fetched_unless_asked(tmp_path: Path, hub: Hub) -> None:
     assert hub.asked == []
     with pytest.raises(ValueError, match="download is for MMEB, 'mini-mmeb' is generated"):
         prepared(MMEBDataModule(download=True), "test")
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "message"),
+    [
+        ("fit", {"train_subsets": ["CIRR", "VisDail"]}, "Unknown training subset 'VisDail'. .* 'VisDial'"),
+        ("fit", {"train_subsets": [], "validation_tasks": ["GQB"]}, "Unknown evaluation task 'GQB'"),
+        ("fit", {"train_subsets": [], "eval_tasks": ["GQB"]}, "Unknown evaluation task 'GQB'"),
+        ("test", {"eval_tasks": ["GQA", "CIRRR"]}, "Unknown evaluation task 'CIRRR'. Did you mean 'CIRR'"),
+    ],
+)
+def test_unknown_names_are_an_error_before_anything_is_fetched(
+    tmp_path: Path, hub: Hub, stage: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepared(MMEBDataModule(str(tmp_path), download=True, **options), stage)
+    assert hub.asked == []
+
+
+def test_own_subsets_and_tasks_need_no_download(tmp_path: Path, hub: Hub) -> None:
+    write_train(tmp_path, "Mine", [train_row()])
+    (tmp_path / "tasks.json").write_text('{"Ours": {"meta_task": "vqa", "in_distribution": true}}')
+    write_eval(tmp_path, "Ours", [eval_row("q", ["a", "b"])])
+    options: dict[str, Any] = {"train_subsets": ["Mine"], "validation_tasks": ["Ours"], "download": True}
+    prepared(MMEBDataModule(str(tmp_path), **options), "fit").setup("fit")
+    assert hub.asked == []

@@ -145,6 +145,11 @@ def test_smart_size_equals_transformers(factor: int) -> None:
         expected = smart_resize(height, width, factor=factor, min_pixels=low, max_pixels=high)
         ours = smart_size(width, height, factor=factor, min_pixels=low, max_pixels=high)
         assert ours == expected[::-1], (width, height, low, high)
+    for _ in range(2000):  # budgets of whole squares, where one rounding more or less is a multiple
+        side, multiples = rng.randrange(12 * factor, 4000), rng.randrange(2, 11)
+        high = (multiples * factor) ** 2
+        expected = smart_resize(side, side, factor=factor, min_pixels=1, max_pixels=high)
+        assert smart_size(side, side, factor=factor, min_pixels=1, max_pixels=high) == expected, (side, high)
 
 
 def test_a_budget_bounds_the_pixels_and_keeps_the_aspect_ratio() -> None:

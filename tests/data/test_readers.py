@@ -82,6 +82,8 @@ def test_limit_is_a_seeded_sample_in_file_order(tmp_path: Path) -> None:
         ({"neg_text": ["n", "m"], "neg_image_path": None}, ["n", "m"]),
         ({"neg_text": "", "neg_image_path": ""}, [None, None]),
         ({"neg_text": None, "neg_image_path": None}, [None, None]),
+        ({"neg_text": " \n", "neg_image_path": ""}, [None, None]),
+        ({"neg_text": [" ", "n"], "neg_image_path": ["", ""]}, ["n", None]),
         ({}, [None, None]),
     ],
 )
@@ -92,6 +94,26 @@ def test_every_row_has_the_asked_number_of_negatives(
     subset = TrainSubset(tmp_path, "S", hard_negatives=2)
     for pair in (subset[0], subset.readable(0)):
         assert [negative and negative.text for negative in pair.negatives] == expected
+
+
+@pytest.mark.parametrize(
+    ("negatives", "warned"),
+    [
+        ({}, True),
+        ({"neg_text": " ", "neg_image_path": ""}, True),
+        ({"neg_text": [""], "neg_image_path": [""]}, True),
+        ({"neg_text": ["", "n"], "neg_image_path": ["", ""]}, False),
+        ({"neg_text": None, "neg_image_path": "images/n.png"}, False),
+    ],
+)
+def test_a_subset_without_any_negative_is_said_to_have_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, negatives: dict[str, Any], warned: bool
+) -> None:
+    write_train(tmp_path, "S", [train_row(**negatives), train_row()])
+    TrainSubset(tmp_path, "S").log_gaps()
+    assert caplog.text == "", "nobody asked for negatives"
+    TrainSubset(tmp_path, "S", hard_negatives=1).log_gaps()
+    assert ("training subset 'S': no row has a hard negative" in caplog.text) == warned
 
 
 @pytest.mark.parametrize(

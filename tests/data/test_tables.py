@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from parallel_decoupling.data import tables
 from parallel_decoupling.data.tables import Table, arrow_copy, default_cache_dir
 
 COLUMNS = {"text": "text", "more": "more"}
@@ -65,6 +66,28 @@ def test_copies_are_made_once_and_again_when_the_source_changes(tmp_path: Path) 
     os.utime(file, ns=(0, 12345))
     assert Table("S", [file], {"text": "text"})[0] == {"text": "new"}
     assert not copy.exists(), "the copy of the earlier contents is gone"
+
+
+def test_a_copy_that_another_process_finished_meanwhile_is_never_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = parquet(tmp_path / "a.parquet", {"text": ["x"]})
+    replace, others = Path.replace, []
+
+    def other_process_first(self: Path, target: Path) -> Path:
+        assert all(copy.is_file() for copy in others), "removed before the new one is there"
+        return replace(self, target)
+
+    def write_twice(*arguments: Any) -> None:
+        write(*arguments)
+        if not others:
+            others.append(tmp_path)  # once
+            others[:] = [arrow_copy(file, ["text"], "S")]
+            monkeypatch.setattr(Path, "replace", other_process_first)
+
+    write = tables._write
+    monkeypatch.setattr(tables, "_write", write_twice)
+    assert [arrow_copy(file, ["text"], "S")] == others
 
 
 def test_a_pickled_table_maps_the_files_again(tmp_path: Path) -> None:

@@ -146,3 +146,19 @@ def test_the_command_prints_writes_and_says_by_its_exit_code(
     with pytest.raises(SystemExit) as stopped:
         main(["verify", str(tmp_path / "none")])
     assert stopped.value.code == 2
+
+
+def test_files_without_the_number_of_shards_are_a_split(tmp_path: Path) -> None:
+    write_rows(tmp_path / "MMEB-train/A/original-0.parquet", [train_row()])
+    assert list(checked(tmp_path)) == ["train A original"]
+    assert verify(tmp_path, show_progress=False).all_problems == []
+
+
+def test_negatives_are_read_too(tmp_path: Path) -> None:
+    write_train(tmp_path, "A", [train_row(neg_text=[" ", "n"], neg_image_path=["", ""])])
+    assert checked(tmp_path)["train A original"].problems == []
+    write_train(tmp_path, "A", [train_row(neg_text=["n", "m"], neg_image_path=[""])])
+    assert "2 texts but 1 image paths" in checked(tmp_path)["train A original"].problems[0]
+    write_train(tmp_path, "A", [train_row(neg_text=["n", "<|image_1|>"], neg_image_path=["", ""])])
+    (problem,) = checked(tmp_path)["train A original"].problems
+    assert "row 0, column 'neg_text': <|image_1|> in the text but no image" in problem

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from parallel_decoupling.data.tasks import Task
+from parallel_decoupling import cli
+from parallel_decoupling.data.tasks import MMEB_TASKS, Task
 from parallel_decoupling.retrieval.compare import compare, differences
 from parallel_decoupling.retrieval.report import ScoreReport, TaskResult
 
@@ -240,3 +241,59 @@ def test_missing_runs_are_an_error(tmp_path: Path) -> None:
         compare([folder])
     with pytest.raises(ValueError, match="at least two runs"):
         compare(folder)
+
+
+PUBLISHED_RUN = {"GQA": 0.4, "DocVQA": 0.6, "CIRR": 0.2}
+
+
+def mmeb_report() -> ScoreReport:
+    hits = {"aggregate": "1" * 30 + "0" * 30}
+    tasks = {name: TaskResult(MMEB_TASKS[name], 60, 0.05, {"aggregate": 0.5}, hits) for name in PUBLISHED_RUN}
+    return ScoreReport(tasks)
+
+
+def published(kind: str, folder: Path) -> str:
+    """The published scores in another format than this package's."""
+    folder.mkdir()
+    if kind == "leaderboard":
+        file = folder / "theirs.json"
+        image = {name: {"hit@1": score} for name, score in PUBLISHED_RUN.items()}
+        file.write_text(json.dumps({"metadata": {}, "metrics": {"image": image}}))
+        return str(file)
+    for name, score in PUBLISHED_RUN.items():
+        content = {"acc": score, "num_pred": 60} if kind == "v1" else {"hit@1": score, "num_pred": 60}
+        (folder / f"{name}_score.json").write_text(json.dumps(content))
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["v1", "v2", "leaderboard"])
+@pytest.mark.parametrize("order", [1, -1])
+def test_scores_of_others_are_compared_without_an_interval(kind: str, order: int, tmp_path: Path) -> None:
+    typed = [published(kind, tmp_path / "theirs"), save(mmeb_report(), tmp_path / "ours")][::order]
+    comparison = compare(typed, str(tmp_path / "out"))
+    assert list(comparison.reports) == ["theirs", "ours"][::order]
+    found = next(iter(comparison.differences.values())).means["overall"]
+    assert found.difference == pytest.approx(0.1 * order)
+    assert (found.low, found.high) == (None, None)
+    for table in (comparison.means_table(), comparison.task_table()):
+        assert "no interval where the hits of single queries are not known: theirs" in str(table.caption)
+        assert "bootstrap" not in str(table.caption)
+    cli.main(["compare", *typed, "--output_dir", str(tmp_path / "out")])
+    page = (tmp_path / "out" / "comparison.html").read_text()
+    assert "no interval: the hits of single queries" in page
+    assert "95 % interval over test queries" not in page
+
+
+def test_scores_of_others_need_known_tasks_of_as_many_rows(tmp_path: Path) -> None:
+    ours, theirs = save(mmeb_report(), tmp_path / "ours"), published("v1", tmp_path / "theirs")
+    (tmp_path / "theirs" / "GQA_score.json").write_text(json.dumps({"acc": 0.4, "num_pred": 59}))
+    with pytest.raises(ValueError, match="GQA: number of queries is 60 in ours but 59 in theirs"):
+        compare([ours, theirs])
+    (tmp_path / "x.json").write_text(json.dumps({"metrics": {"image": {"mine": 0.5}}}))
+    with pytest.raises(ValueError, match=r"x\.json has no task of MMEB"):
+        compare([ours, str(tmp_path / "x.json")])
+
+
+def test_a_folder_that_counts_steps_is_named_with_its_parent(tmp_path: Path) -> None:
+    folders = [save(make_report(n, 0.5, 1), tmp_path / name / "step_480") for n, name in enumerate("ab")]
+    assert list(compare(folders).reports) == ["a step_480", "b step_480"]

@@ -29,7 +29,8 @@ class HashCollator:
     def __init__(self) -> None:
         self.seen: list[list[RawInput]] = []
 
-    def encode_inputs(self, inputs: list[RawInput]) -> EncoderInputs:
+    def encode_inputs(self, inputs: list[RawInput], places: list[str]) -> EncoderInputs:
+        assert len(places) == len(inputs)
         self.seen.append(list(inputs))
         length = max(len(row.text) for row in inputs)
         rows = [list(row.text.encode()) for row in inputs]
@@ -340,3 +341,15 @@ def test_similarity_is_computed_in_float32() -> None:
 def test_similarity_of_different_shapes_is_an_error(a: tuple[int, ...], b: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"pass \[A, D\] and \[B, D\]"):
         similarity(torch.ones(a), torch.ones(b))
+
+
+def test_errors_of_the_collator_name_the_index_of_the_input(tmp_path: Path, image_file: str) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(Path(image_file).read_bytes()[:40])
+    collator = Collator(None, image_token="<image>")
+    for second, message in (
+        (RawInput(f"{IMAGE_PLACEHOLDER}\nalone"), "0 images but 1"),
+        (str(broken), "Cannot read image"),
+    ):
+        with pytest.raises(ValueError, match=f"^input 1: {message}"):
+            encode(HashEncoder(), collator, ["a longer first text", second])

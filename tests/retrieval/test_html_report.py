@@ -69,6 +69,11 @@ def at_step(step: int | None, num_paths: int = 2) -> ScoreReport:
     return replace(made, run={**made.run, "global_step": step})
 
 
+def save(made: ScoreReport, folder: Path) -> str:
+    made.to_json_file(folder / "scores.json")
+    return str(folder)
+
+
 @pytest.fixture
 def examples() -> tuple[EvalTask, TaskScore]:
     """One query whose truth, candidate 0, comes second."""
@@ -101,6 +106,28 @@ def test_scores_and_facts_are_on_the_page(tmp_path: Path) -> None:
     assert "model.dtype" not in texts
     assert "overall (mean of tasks)" in texts
     assert "Paths" not in texts
+
+
+@pytest.mark.parametrize("num_paths", [1, 2])
+def test_what_the_modes_cost_is_on_the_page(tmp_path: Path, num_paths: int) -> None:
+    cost = {"bytes_per_item": 4096.0, "microseconds_per_query": 71.4, "encoding_milliseconds_per_item": 2.345}
+    made = report(6, num_paths)
+    assert "Inference modes" not in Page(write_html_report(made, tmp_path)).texts, "without costs"
+    modes = {column: {**cost, "bytes_per_item": 4096 * (1 + n)} for n, column in enumerate(made.columns)}
+    del modes["aggregate"]["encoding_milliseconds_per_item"]  # nothing was encoded
+    texts = Page(write_html_report(replace(made, modes=modes), tmp_path)).texts
+    start = texts.index("encoding in ms per item") + 1
+    rows = [["aggregate", "60.0", "4,096", "71"]]
+    if num_paths > 1:
+        rows += [["path 0", "50.0", "8,192", "71", "2.35"], ["path 1", "40.0", "12,288", "71", "2.35"]]
+    assert texts[start : texts.index("Tasks")] == sum(rows, [])
+
+
+def test_the_page_of_a_study_s_run_has_the_run_s_name(tmp_path: Path) -> None:
+    folder = tmp_path / "pdf_seed4" / "step_480"
+    folder.mkdir(parents=True)
+    assert "pdf_seed4 step_480" in Page(write_html_report(report(6), folder)).texts
+    assert Baseline.read(save(report(6), folder)).name == "pdf_seed4 step_480"
 
 
 def test_a_single_path_is_shown_once(tmp_path: Path) -> None:

@@ -77,6 +77,19 @@ def test_costs_follow_the_shapes() -> None:
     assert all(cost["microseconds_per_query"] > 0 for cost in costs.values())
 
 
+def test_every_kind_of_encoding_is_warmed_up_and_an_outlier_does_not_count() -> None:
+    calls: list[Sequence[int] | None] = []
+
+    def encode(chosen: Sequence[int] | None) -> torch.Tensor:
+        calls.append(chosen)
+        time.sleep(1.0 if calls.count(chosen) in (1, 3) else 0.01)
+        return torch.zeros(1)
+
+    times = encoding_times(encode, num_items=1)
+    assert calls == [(0,)] * 4 + [None] * 4
+    assert max(times.one_path, times.all_paths) < 500
+
+
 def test_encoding_one_path_and_all_of_them_are_timed_apart() -> None:
     def encode(chosen: Sequence[int] | None) -> torch.Tensor:
         time.sleep(0.01 if chosen == (0,) else 0.05)

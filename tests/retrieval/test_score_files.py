@@ -119,3 +119,31 @@ def test_other_files_are_an_error_that_says_where(text: str, words: str, tmp_pat
         read_scores(tmp_path / "x.json")
     with pytest.raises(ValueError, match="holds neither"):
         read_scores(tmp_path)
+
+
+def test_files_of_an_earlier_test_do_not_stay(report: ScoreReport, tmp_path: Path) -> None:
+    for name, seed in (("GQA", 0), ("DocVQA", 1)):
+        write_predictions(tmp_path, *scored(name, seed))
+    write_score_files(report, tmp_path)
+    mine = tmp_path / "v1" / "notes_about_pred.md"
+    mine.write_text("mine")
+    write_predictions(tmp_path, *scored("GQA", 2))
+    write_score_files(ScoreReport.from_scores([scored("GQA", 2)[1]]), tmp_path)
+    assert {file.name for file in tmp_path.rglob("*.*")} == {
+        "GQA_score.json",
+        "GQA_pred.txt",
+        "GQA_pred.jsonl",
+        mine.name,
+    }
+    assert read_scores(tmp_path / "v2").tasks.keys() == {"GQA"}
+
+
+@pytest.mark.parametrize("name", ["hit@1", "num_pred", "num_correct", "num_data"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None])
+def test_a_count_or_score_that_is_no_number_names_file_and_task(
+    name: str, value: float | None, tmp_path: Path
+) -> None:
+    file = tmp_path / "x.json"
+    file.write_text(json.dumps({"metrics": {"image": {"GQA": {"hit@1": 0.5, name: value}}}}))
+    with pytest.raises(ValueError, match=rf"x\.json, GQA: {name} is .*, not a number"):
+        read_scores(file)

@@ -14,7 +14,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         "run_dirs",
         nargs="+",
         type=str,
-        help="runs with a scores.json, or such files; the first is the baseline",
+        help="runs with a scores.json, or such files; or without intervals what lightning audit reads of "
+        "others: a leaderboard JSON, a folder of VLM2Vec's *_score.json; the first is the baseline",
     )
     parser.add_argument(
         "--output_dir",
@@ -30,13 +31,16 @@ def run(options: Any) -> None:
 
     from rich.console import Console
 
-    from parallel_decoupling.retrieval.compare import compare, scores_file
+    from parallel_decoupling.retrieval.compare import compare, scores_source
     from parallel_decoupling.retrieval.html_report import Baseline, PageParts, write_html_report
+    from parallel_decoupling.retrieval.report import SCORES_FILE
 
     comparison = compare(options.run_dirs, options.output_dir)
     if options.output_dir is not None:
         typed = dict(zip(comparison.reports, options.run_dirs, strict=True))[comparison.best]
-        run_dir = scores_file(typed).parent
+        run_dir = scores_source(typed)
+        if run_dir.name == SCORES_FILE:
+            run_dir = run_dir.parent
         parts = replace(PageParts.read(run_dir), baseline=Baseline(*next(iter(comparison.reports.items()))))
         page = Path(options.output_dir) / "comparison.html"
         write_html_report(comparison.reports[comparison.best], run_dir, parts, page)

@@ -7,7 +7,6 @@ their sampler nor splits their rows: every process takes its own share here.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +18,7 @@ from torch.utils.data import DataLoader
 from parallel_decoupling import distributed
 from parallel_decoupling.batch import EncoderInputs, PairBatch
 from parallel_decoupling.data.collate import Collator, EvalBatch
-from parallel_decoupling.data.download import download_eval, download_train
+from parallel_decoupling.data.download import check_known, download_eval, download_train
 from parallel_decoupling.data.images import ImagePolicy, SquareSize
 from parallel_decoupling.data.inputs import prepare_tables
 from parallel_decoupling.data.loaders import Batches, EvalBatches, MissingImages, TrainRows
@@ -45,8 +44,6 @@ from parallel_decoupling.data.tasks import (
 
 EMBEDDED = "mini-mmeb"
 """Value of ``data_dir`` that stands for the benchmark this package generates."""
-
-log = logging.getLogger(__name__)
 
 _NO_ROWS = EvalBatch(
     EncoderInputs({"input_ids": torch.empty(0, 1).long(), "attention_mask": torch.empty(0, 1).long()}, ()),
@@ -82,7 +79,7 @@ class MMEBDataModule(LightningDataModule):
             blocks of sub_batch_size rows of one subset.
         sub_batch_size: Block size of the policy "sub_batch"; divides batch_size.
         hard_negatives: Candidates per row from the neg_text and neg_image_path columns; a row with fewer gets
-            stand-ins that are nobody's negative.
+            stand-ins that are nobody's negative. Warns of a subset where no row has any.
         seed: Seed of mixture and row_limit, independent of the trainer's seed.
         image_size: Force every image into a square: "low" (128 pixels), "mid" (672) or "high" (1344), as in
             VLM2Vec. Null leaves that to min_pixels and max_pixels.
@@ -177,6 +174,9 @@ class MMEBDataModule(LightningDataModule):
         """Make what is needed and not there yet: downloads, the embedded benchmark, mapped tables.
 
         Lightning calls this on one process per node. Training data only before ``fit``.
+
+        Raises:
+            ValueError: a name that neither MMEB nor the folder has, before anything is fetched.
         """
         stage = None if self.trainer is None else self.trainer.state.fn
         if stage == "predict" and self.predict_source is not None:
@@ -187,6 +187,8 @@ class MMEBDataModule(LightningDataModule):
             if self.data_dir == EMBEDDED:
                 raise ValueError(f"download is for MMEB, {EMBEDDED!r} is generated. Set data_dir.")
             folder = Path(self.data_dir)
+            named = [*(tasks or ()), *((self.eval_tasks or ()) if stage == "fit" else ())]
+            check_known(folder, self.split, subsets or (), named)
             download_train(folder, _of(MMEB_TRAIN_SUBSETS, subsets), self.split)
             download_eval(folder, _of(list(MMEB_TASKS), tasks))
         folder = self._folder()
@@ -362,9 +364,8 @@ class MMEBDataModule(LightningDataModule):
                 hard_negatives=self.hard_negatives,
                 seed=self.seed,
             )
-            if subset.blank_rows and distributed.rank() == 0:
-                owner, count = subset.table.owner, subset.blank_rows
-                log.warning("%s: left out %d rows with neither text nor image on a side", owner, count)
+            if distributed.rank() == 0:
+                subset.log_gaps()
             subsets.append(subset)
         return subsets
 

@@ -15,11 +15,29 @@ from tempfile import TemporaryDirectory
 
 from tqdm import tqdm
 
+from parallel_decoupling.data.tasks import (
+    MMEB_TASKS,
+    MMEB_TRAIN_SUBSETS,
+    check_names,
+    find_eval_tasks,
+    find_train_subsets,
+)
+
 TRAIN_REPO = "TIGER-Lab/MMEB-train"
 EVAL_REPO = "TIGER-Lab/MMEB-eval"
 EVAL_ZIP = "images.zip"
 GHOSTS = ("._", "__MACOSX", ".DS_Store")
 """Beginnings of names that macOS puts into archives; no pictures."""
+
+
+def check_known(data_dir: Path, split: str, subsets: Sequence[str], tasks: Sequence[str]) -> None:
+    """Check names before anything is fetched.
+
+    Raises:
+        ValueError: neither MMEB nor ``data_dir`` has such a subset or task; names the closest one.
+    """
+    check_names(subsets, [*MMEB_TRAIN_SUBSETS, *find_train_subsets(data_dir, split)], "training subset")
+    check_names(tasks, [*MMEB_TASKS, *find_eval_tasks(data_dir)], "evaluation task")
 
 
 def download_train(data_dir: Path, subsets: Sequence[str], split: str) -> None:

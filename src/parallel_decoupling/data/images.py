@@ -138,9 +138,9 @@ def smart_size(
     new_width = max(factor, round(width / factor) * factor)
     new_height = max(factor, round(height / factor) * factor)
     if new_width * new_height > max_pixels:
-        scale = math.sqrt(max_pixels / (width * height))
-        new_width = max(factor, math.floor(width * scale / factor) * factor)
-        new_height = max(factor, math.floor(height * scale / factor) * factor)
+        scale = math.sqrt(width * height / max_pixels)  # divided by, for the same rounding as there
+        new_width = max(factor, math.floor(width / scale / factor) * factor)
+        new_height = max(factor, math.floor(height / scale / factor) * factor)
     elif new_width * new_height < min_pixels:
         scale = math.sqrt(min_pixels / (width * height))
         new_width = math.ceil(width * scale / factor) * factor

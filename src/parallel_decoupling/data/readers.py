@@ -7,17 +7,26 @@ row (``inputs``), the task table (``tasks``), the choice of rows (``mixture``), 
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from parallel_decoupling.batch import RawInput, RawPair
 from parallel_decoupling.data.images import ImageError, check_images
-from parallel_decoupling.data.inputs import Inputs, Side, aligned_sides, eval_table, train_table
+from parallel_decoupling.data.inputs import (
+    NEGATIVE_COLUMNS,
+    Inputs,
+    Side,
+    aligned_sides,
+    eval_table,
+    train_table,
+)
 from parallel_decoupling.data.tables import Table
 from parallel_decoupling.data.tasks import EvalTask, Task, check_names, read_tasks, task_of_subset
 
@@ -30,6 +39,8 @@ WHITESPACE_LENGTH = 8
 """Texts of at least so many bytes are not searched for whitespace alone."""
 
 MAX_POOL_ENTRIES = 20_000_000
+
+log = logging.getLogger(__name__)
 
 
 class TrainSubset:
@@ -45,6 +56,7 @@ class TrainSubset:
         limit_by: ``sample`` draws them once with ``seed``, ``first`` takes the first (VLM2Vec's caps).
         hard_negatives: negatives per row. A row with fewer is padded with None, so that every batch of
             every process has ``batch size * (1 + hard_negatives)`` candidates; padding is nobody's negative.
+            Like a side of MMEB without text and image, a negative of whitespace is none.
         seed: seed of the ``limit`` draw, >= 0.
         must_exist: False leaves image files that are not there to whoever opens them.
 
@@ -100,6 +112,22 @@ class TrainSubset:
         positive = self.inputs.candidate(side, where)
         return RawPair(query, positive, self._negatives(row, cells), self.subset, row)
 
+    def log_gaps(self) -> None:
+        """Warn of rows that were left out, and of hard negatives that no row has."""
+        if self.blank_rows:
+            log.warning(
+                "%s: left out %d rows with neither text nor image on a side",
+                self.table.owner,
+                self.blank_rows,
+            )
+        if self.hard_negatives and not any(_any_text(self.table.column(name)) for name in NEGATIVE_COLUMNS):
+            log.warning(
+                "%s: no row has a hard negative. data.hard_negatives %d adds as many stand-ins per row to "
+                "encode, which are nobody's negative; set it to 0 unless another subset has some",
+                self.table.owner,
+                self.hard_negatives,
+            )
+
     def readable(self, index: int) -> RawPair:
         """The row, or the next one of the subset (the first after the last) whose images can all be read.
 
@@ -130,13 +158,22 @@ class TrainSubset:
             return ()
         where = self.table.where(row, "neg_text", "neg_image_path")
         sides = aligned_sides(cells.get("neg_text"), cells.get("neg_image_path"), where)
-        sides = [side for side in sides if any(side)][: self.hard_negatives]
+        sides = [(text, image) for text, image in sides if text.strip() or image][: self.hard_negatives]
         own = [self.inputs.candidate(side, where) for side in sides]
         return (*own, *[None] * (self.hard_negatives - len(own)))
 
 
 def _side(cells: Mapping[str, Any], text: str, image: str) -> Side:
     return cells.get(text) or "", cells.get(image) or ""
+
+
+def _any_text(column: pa.ChunkedArray | None) -> bool:
+    """Whether a cell, or an entry of a cell's list, is more than whitespace."""
+    for cells in () if column is None else column.chunks:
+        texts = pc.list_flatten(cells) if pa.types.is_list(cells.type) else cells
+        if pc.any(pc.greater(pc.binary_length(pc.utf8_trim_whitespace(texts)), 0)).as_py():
+            return True
+    return False
 
 
 def _blank(table: Table, text: str, image: str) -> np.ndarray[Any, np.dtype[np.bool_]]:

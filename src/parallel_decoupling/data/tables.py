@@ -162,7 +162,8 @@ def arrow_copy(file: Path, columns: Sequence[str], owner: str, lists: Sequence[s
     try:
         _write(file, columns, lists, Path(unfinished))
         for old in folder.glob(f"{place}-*.arrow"):
-            old.unlink(missing_ok=True)
+            if old != copy:  # which another process may have finished meanwhile and be about to map
+                old.unlink(missing_ok=True)
         Path(unfinished).replace(copy)
     except pa.ArrowException as error:
         raise ValueError(f"{owner}: cannot read {file}: {error}. Is it complete?") from error

@@ -30,7 +30,6 @@ class Task:
         name: folder under ``MMEB-eval``.
         meta_task: the group whose mean the task counts in.
         in_distribution: whether MMEB also trains on this dataset.
-        metric: what is scored.
         identity: what makes two candidates the same; the first one seen stands for both.
         prompt: how prompts are put together.
         source: where the rows are, if not in MMEB's layout.
@@ -39,7 +38,6 @@ class Task:
     name: str
     meta_task: MetaTask
     in_distribution: bool
-    metric: str = field(default="hit@1", compare=False)
     identity: Identity = field(default="image_and_text", compare=False)
     prompt: PromptRules = field(default=PromptRules(), compare=False)
     source: Source | None = field(default=None, compare=False)
@@ -149,7 +147,7 @@ def check_names(names: Sequence[str], available: Sequence[str], what: str) -> No
             close = get_close_matches(name, available, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(
-                f"Unknown {what} {name!r}.{hint} Found: {', '.join(sorted(available)) or 'none'}."
+                f"Unknown {what} {name!r}.{hint} Found: {', '.join(sorted(set(available))) or 'none'}."
             )
 
 

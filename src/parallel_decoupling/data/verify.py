@@ -38,6 +38,9 @@ SPLITS = ("original", "test", "")
 QUERIES_PER_TASK = 1000
 """Of every MMEB task."""
 
+NEGATIVES = 100
+"""At most so many of a training row are looked at."""
+
 
 @dataclass
 class Check:
@@ -152,7 +155,7 @@ def verify(data_dir: str | Path, sample: int = 20, *, show_progress: bool = True
 
 def _splits(root: Path) -> list[str]:
     """Splits that have files, and one for data in no split."""
-    files = (root / "MMEB-train").glob("*/*-of-*.parquet")
+    files = (root / "MMEB-train").glob("*/*-*.parquet")
     return sorted({file.name.split("-")[0] for file in files if not file.name.startswith(GHOST)}) or [""]
 
 
@@ -187,7 +190,7 @@ def _check_folder(root: Path, verification: Verification) -> None:
 
 
 def _check_train(root: Path, check: Check, sample: int) -> None:
-    subset = TrainSubset(root, check.name, check.split)
+    subset = TrainSubset(root, check.name, check.split, hard_negatives=NEGATIVES)
     table = subset.table
     check.rows = len(table)
     found = {name: table.column(name) for name in (*TRAIN_COLUMNS, *NEGATIVE_COLUMNS)}

@@ -7,6 +7,7 @@ the means of one run (``report``) and the drawing (``plots``).
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,8 +19,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from parallel_decoupling.retrieval.audit import audit_scores
 from parallel_decoupling.retrieval.plots import comparison_figure
 from parallel_decoupling.retrieval.report import META_TASKS, SCORES_FILE, ScoreReport, percent
+from parallel_decoupling.retrieval.score_files import SCORE_SUFFIX, read_scores
 
 INTERVAL_NOTE = "95 % by paired bootstrap over queries within tasks, one training seed"
 COMPARISON_FILE = "comparison.json"
@@ -86,7 +89,14 @@ class Comparison:
     @property
     def note(self) -> str:
         """What the differences are, and how the best run was picked if there was a choice."""
-        note = f"difference: {self.best} - {next(iter(self.reports))}, {INTERVAL_NOTE}"
+        first = next(iter(self.reports))
+        note = f"difference: {self.best} - {first}, {INTERVAL_NOTE}"
+        pair = {name: self.reports[name].tasks.values() for name in (first, self.best)}
+        if without := [name for name, tasks in pair.items() if not all(task.hits for task in tasks)]:
+            note = (
+                f"difference: {self.best} - {first}; no interval where the hits of single queries are not "
+                f"known: {', '.join(without)}"
+            )
         if len(self.differences) == 1:
             return note
         return (
@@ -108,7 +118,7 @@ class Comparison:
         for measure in measures:
             table.add_column(SHORT_TITLES[measure], justify="right", no_wrap=True)
         for name, report in self.reports.items():
-            means, (first, *paths) = report.means, _shown_columns(report)
+            means, (first, *paths) = report.means, report.shown_columns
             table.add_row(Text(name), *(percent(means[measure][first]) for measure in measures))
             for path in paths:
                 table.add_row(f"  {path}", *(percent(means[measure][path]) for measure in measures))
@@ -161,7 +171,9 @@ def compare(run_dirs: Sequence[str], output_dir: str | None = None) -> Compariso
     """Compare the score reports of finished runs.
 
     Args:
-        run_dirs: at least two folders that hold a ``scores.json``, or such files; the first is the baseline.
+        run_dirs: at least two folders that hold a ``scores.json``, or such files, or anything else that
+            ``score_files.read_scores`` reads, which has no hits and so gives no intervals; the first is the
+            baseline.
         output_dir: gets ``comparison.json`` and ``comparison.png``; None writes nothing.
 
     Returns:
@@ -173,8 +185,7 @@ def compare(run_dirs: Sequence[str], output_dir: str | None = None) -> Compariso
     if isinstance(run_dirs, str) or len(run_dirs) < 2:
         raise ValueError(f"compare needs a list of at least two runs, got {run_dirs!r}")
     reports = {
-        name: ScoreReport.from_json_file(scores_file(run_dir))
-        for name, run_dir in zip(_run_names(run_dirs), run_dirs, strict=True)
+        name: _read_report(run_dir) for name, run_dir in zip(_run_names(run_dirs), run_dirs, strict=True)
     }
     first, *others = reports
     for name in others:
@@ -255,19 +266,51 @@ def scores_file(run_dir: str) -> Path:
     return file
 
 
+def scores_source(run_dir: str) -> Path:
+    """What ``read_scores`` reads: the ``scores.json`` of a run, a file, or a folder of VLM2Vec's files.
+
+    Raises:
+        ValueError: there is none of them.
+    """
+    path = Path(run_dir)
+    foreign = path.is_dir() and not (path / SCORES_FILE).is_file() and any(path.glob(f"*{SCORE_SUFFIX}"))
+    return path if foreign else scores_file(run_dir)
+
+
+def _read_report(run_dir: str) -> ScoreReport:
+    """Of a run with its hits; of other formats a report of the headline scores of tasks that are known."""
+    source = scores_source(run_dir)
+    scores = read_scores(source)
+    if scores.format == SCORES_FILE:
+        return ScoreReport.from_json_file(source)
+    report = audit_scores(scores).report
+    if report is None:
+        raise ValueError(f"{source} has no task of MMEB, and only a {SCORES_FILE} says what another one is")
+    return report
+
+
+def run_name(folder: Path) -> str:
+    """Name of a run's folder; of one that only counts steps, as studies have them, with its parent's."""
+    folder = folder.resolve()
+    return f"{folder.parent.name} {folder.name}" if re.fullmatch(r"step_\d+", folder.name) else folder.name
+
+
 def _run_names(run_dirs: Sequence[str]) -> list[str]:
     """Folder names, or what was typed where two folders have the same name."""
-    files = [scores_file(run_dir).resolve() for run_dir in run_dirs]
+    files = [scores_source(run_dir).resolve() for run_dir in run_dirs]
     if len(set(files)) != len(files):
         raise ValueError(f"a run is compared with itself: {list(run_dirs)}")
-    names = [file.parent.name if file.name == SCORES_FILE else file.stem for file in files]
+    names = [
+        run_name(file.parent) if file.name == SCORES_FILE else file.name if file.is_dir() else file.stem
+        for file in files
+    ]
     return [
         name if names.count(name) == 1 else str(typed) for name, typed in zip(names, run_dirs, strict=True)
     ]
 
 
 def check_same_tasks(first: str, baseline: ScoreReport, name: str, other: ScoreReport) -> None:
-    """Two runs can be compared only over the same rows.
+    """Two runs can be compared only over the same rows; 0 queries and chance 0 are not known.
 
     Raises:
         ValueError: names the tasks that one of them lacks, or what differs.
@@ -283,8 +326,8 @@ def check_same_tasks(first: str, baseline: ScoreReport, name: str, other: ScoreR
         for what, left, right in (
             ("meta-task", result.task.meta_task, ours.task.meta_task),
             ("in_distribution", result.task.in_distribution, ours.task.in_distribution),
-            ("number of queries", result.num_queries, ours.num_queries),
-            ("chance level", result.chance, ours.chance),
+            ("number of queries", result.num_queries or None, ours.num_queries or None),
+            ("chance level", result.chance or None, ours.chance or None),
             ("hash of the rows", result.rows_sha256 or None, ours.rows_sha256 or None),
         ):
             if left != right and None not in (left, right):
@@ -305,11 +348,6 @@ def _headline(report: ScoreReport, measure: str) -> float:
 def _measures(report: ScoreReport) -> list[str]:
     means = report.means
     return [measure for measure in SHORT_TITLES if measure in means]
-
-
-def _shown_columns(report: ScoreReport) -> list[str]:
-    """A single path is its own aggregate and is shown once."""
-    return report.columns if len(report.path_columns) > 1 else report.columns[:1]
 
 
 def _format(difference: Difference) -> str:

@@ -122,7 +122,7 @@ def encode(
         ``truncate_dim`` it takes the place of D.
 
     Raises:
-        ValueError: an input, a path, the dimension or the batch size is not usable.
+        ValueError: an input (names its index), a path, the dimension or the batch size is not usable.
 
     Relations:
         ``paths=n`` equals column ``n`` of ``paths="all"``. The result does not depend on ``batch_size``.
@@ -146,7 +146,8 @@ def encode(
     result = torch.empty(len(rows), *_trailing_shape(encoder, paths, selected, dim))
     with _evaluating(encoder), torch.inference_mode():
         for batch in tqdm(batches, desc="encode", unit="batch", leave=False, disable=not show_progress):
-            tokenised = collator.encode_inputs([rows[row] for row in batch]).to(device)
+            places = [f"input {row}" for row in batch]
+            tokenised = collator.encode_inputs([rows[row] for row in batch], places).to(device)
             embeddings_BND = encoder(tokenised, selected)
             if dim < embed_dim:
                 embeddings_BND = truncate(embeddings_BND, dim)

@@ -25,6 +25,7 @@ from parallel_decoupling.retrieval.compare import (
     check_same_tasks,
     differences,
     progress,
+    run_name,
     scores_file,
 )
 from parallel_decoupling.retrieval.plots import example_rows, thumbnail
@@ -93,7 +94,7 @@ class Baseline:
         Raises:
             ValueError: no ``scores.json`` in the folder.
         """
-        return cls(Path(run_dir).resolve().name, ScoreReport.from_json_file(scores_file(run_dir)))
+        return cls(run_name(Path(run_dir)), ScoreReport.from_json_file(scores_file(run_dir)))
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ def write_html_report(
         ValueError: the baseline scored other tasks.
     """
     run_dir, parts = Path(run_dir), parts or PageParts()
-    name, baseline = run_dir.resolve().name, parts.baseline
+    name, baseline = run_name(run_dir), parts.baseline
     if baseline is not None:
         check_same_tasks(baseline.name, baseline.report, name, report)
     environment = Environment(
@@ -212,7 +213,8 @@ def write_html_report(
         name=name,
         facts={key: facts[key] for key in FACTS if key in facts},
         all_facts=facts,
-        columns=_shown_columns(report),
+        columns=report.shown_columns,
+        modes=_modes(report),
         groups=_groups(report, None if baseline is None else baseline.report),
         overall=report.means["overall"][report.columns[0]],
         baseline_name=None if baseline is None else baseline.name,
@@ -237,15 +239,20 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def _shown_columns(report: ScoreReport) -> list[str]:
-    """A single path is its own aggregate and is shown once."""
-    return report.columns if len(report.path_columns) > 1 else report.columns[:1]
+def _modes(report: ScoreReport) -> list[dict[str, Any]]:
+    """What every column scores and costs, by column; without costs nothing."""
+    overall = report.means["overall"]
+    return [
+        {"column": column, "score": overall[column], **report.modes[column]}
+        for column in report.shown_columns
+        if column in report.modes
+    ]
 
 
 def _groups(report: ScoreReport, baseline: ScoreReport | None) -> list[dict[str, Any]]:
     """Tasks by meta-task with their mean, then the means; everything a line of the table needs."""
     found = None if baseline is None else differences(baseline, report)
-    headline, columns = report.columns[0], _shown_columns(report)
+    headline, columns = report.columns[0], report.shown_columns
 
     def line(name: str, title: str, scores: Mapping[str, float], kind: str) -> dict[str, Any]:
         is_task = kind == "task"
@@ -261,8 +268,8 @@ def _groups(report: ScoreReport, baseline: ScoreReport | None) -> list[dict[str,
             "score": scores[headline],
             "scores": [scores[column] for column in columns],
             "split": ("IND" if result.task.in_distribution else "OOD") if result else "",
-            "queries": result.num_queries if result else "",
-            "chance": result.chance if result else None,
+            "queries": (result.num_queries or "") if result else "",
+            "chance": (result.chance or None) if result else None,  # 0 is not known
             "at_chance": bool(result and result.at_chance),
             "baseline": theirs,
             "gap": gap,

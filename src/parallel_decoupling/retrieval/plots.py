@@ -7,6 +7,7 @@ and ``compare``.
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from statistics import fmean
@@ -195,7 +196,8 @@ def _draw_tasks(axes: Axes, reports: Mapping[str, ScoreReport], colours: Sequenc
     baseline = next(iter(reports.values()))
     order = [task for meta_task in META_TASKS for task in baseline.groups.get(meta_task, ())]
     heights = {task: len(order) - 1 - place for place, task in enumerate(order)}
-    chance = [100 * baseline.tasks[task].chance for task in order]
+    levels = [max(report.tasks[task].chance for report in reports.values()) for task in order]
+    chance = [100 * level if level else math.nan for level in levels]  # 0 is not known
     axes.plot(
         chance,
         [heights[task] for task in order],

@@ -140,18 +140,19 @@ class ScoreReport:
         return [column for column in self.columns if column.startswith("path_")]
 
     @property
+    def shown_columns(self) -> list[str]:
+        """All columns, but of a single path, which is its own aggregate, the first only."""
+        return self.columns if len(self.path_columns) > 1 else self.columns[:1]
+
+    @property
     def groups(self) -> dict[str, list[str]]:
         """Task names by mean: meta-tasks, in- and out-of-distribution, overall; none empty."""
         groups = {
             meta_task: [name for name, result in self.tasks.items() if result.task.meta_task == meta_task]
             for meta_task in META_TASKS
         }
-        groups["in_distribution"] = [
-            name for name, result in self.tasks.items() if result.task.in_distribution
-        ]
-        groups["out_of_distribution"] = [
-            name for name, result in self.tasks.items() if not result.task.in_distribution
-        ]
+        for split, inside in (("in_distribution", True), ("out_of_distribution", False)):
+            groups[split] = [name for name, row in self.tasks.items() if row.task.in_distribution is inside]
         groups["overall"] = list(self.tasks)
         return {group: names for group, names in groups.items() if names}
 
@@ -366,9 +367,8 @@ class ScoreReport:
                 for group in ("overall", "in_distribution", "out_of_distribution")
             ]
             mrr = percent(metrics[column]["mrr"]) if metrics else ""
-            cost = self.modes.get(column)
             costs = []
-            if cost:
+            if cost := self.modes.get(column):
                 encoding = cost.get("encoding_milliseconds_per_item")
                 costs = ["" if encoding is None else f"{encoding:.2f}"]
                 costs += [f"{cost['bytes_per_item']:,}", f"{cost['microseconds_per_query']:.0f}"]

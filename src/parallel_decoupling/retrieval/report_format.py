@@ -24,6 +24,7 @@ _ROW: dict[str, Any] = {
     "chance": _NUMBER,
     "hit_at_1": dict,
 }
+_OPTIONAL: dict[str, Any] = {"num_skipped": int, "metrics": dict, "rows_sha256": str}
 _KINDS = {dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a whole number"}
 
 
@@ -54,16 +55,20 @@ def check_content(content: Any, file: str | Path) -> None:
     _check_keys(content, {"tasks": dict}, f"{file}")
     for name, kind in _PARTS.items():
         _check(content.get(name, kind()), kind, f"{file}, {name}")
+    for task, columns in content.get("hits", {}).items():
+        _check_values(columns, str, f"{file}, task {task}, hits")
+    for column, costs in content.get("modes", {}).items():
+        _check_values(costs, _NUMBER, f"{file}, modes, {column}")
     for task, row in content["tasks"].items():
-        where, hits = f"{file}, task {task}", content.get("hits", {}).get(task, {})
+        where = f"{file}, task {task}"
         _check(row, dict, where)
         _check_keys(row, _ROW, where)
-        for name, columns, kind in (("hit_at_1", row["hit_at_1"], _NUMBER), ("hits", hits, str)):
-            _check(columns, dict, f"{where}, {name}")
-            for column, value in columns.items():
-                _check(value, kind, f"{where}, {name}, {column}")
+        _check_keys(row, {key: kind for key, kind in _OPTIONAL.items() if key in row}, where)
+        _check_values(row["hit_at_1"], _NUMBER, f"{where}, hit_at_1")
+        if not row["hit_at_1"]:
+            raise ValueError(f"{where}, hit_at_1: no column has a score; run the test again")
         for column, values in row.get("metrics", {}).items():
-            _check(values, dict, f"{where}, metrics, {column}")
+            _check_values(values, _NUMBER, f"{where}, metrics, {column}")
 
 
 def hit_problems(content: Mapping[str, Any]) -> list[str]:
@@ -98,6 +103,12 @@ def _check_keys(row: Mapping[str, Any], kinds: Mapping[str, Any], where: str) ->
                 f"{where} lacks {key!r}: an earlier version wrote it, or it was cut; run the test again"
             )
         _check(row[key], kind, f"{where}, {key}")
+
+
+def _check_values(values: Any, kind: Any, where: str) -> None:
+    _check(values, dict, where)
+    for name, value in values.items():
+        _check(value, kind, f"{where}, {name}")
 
 
 def _check(value: Any, kind: Any, where: str) -> None:

@@ -9,6 +9,7 @@ Leaderboard: one JSON of ``metadata`` and ``metrics``. Here: formats only. Delib
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import date
@@ -25,7 +26,10 @@ from parallel_decoupling.retrieval.score import TaskScore
 SCORE_FILES_DIR = "score_files"
 """Folder of both versions' files in a run's folder: ``v1`` and ``v2``."""
 LEADERBOARD_FILE = "leaderboard.json"
+COUNTS = ("num_correct", "num_pred", "num_data")
 SCORE_SUFFIX = "_score.json"
+PREDICTIONS = {"v1": "_pred.txt", "v2": "_pred.jsonl"}
+"""End of a file of predictions by version."""
 METADATA = (
     "model_name",
     "model_backbone",
@@ -79,7 +83,7 @@ def write_predictions(folder: Path, task: EvalTask, score: TaskScore) -> None:
     v1 has the best candidate, v2 the ten best (``prediction``), the positive (``label``) and ``rel_scores``
     (null, as in rankings of one positive). Copies of the positive are left out.
     """
-    for version in ("v1", "v2"):
+    for version in PREDICTIONS:
         (folder / version).mkdir(parents=True, exist_ok=True)
     names = [candidate_name(task.task, candidate) for candidate in task.candidates]
     best, lines = [], []
@@ -89,13 +93,22 @@ def write_predictions(folder: Path, task: EvalTask, score: TaskScore) -> None:
         line = {"prediction": predicted, "label": [names[candidates[0]]], "rel_scores": None}
         lines.append(json.dumps(line, ensure_ascii=False))
     name = task.task.name
-    (folder / "v1" / f"{name}_pred.txt").write_text("\n".join(best) + "\n", encoding="utf-8")
-    (folder / "v2" / f"{name}_pred.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for (version, suffix), rows in zip(PREDICTIONS.items(), (best, lines), strict=True):
+        (folder / version / f"{name}{suffix}").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
 def write_score_files(report: ScoreReport, folder: Path) -> None:
-    """Write ``v1/<task>_score.json`` and ``v2/<task>_score.json`` of every task, headline column."""
+    """Write ``v1/<task>_score.json`` and ``v2/<task>_score.json`` of every task, headline column.
+
+    The folder holds one report: scores and predictions of tasks that it lacks are an earlier test's and are
+    removed.
+    """
     column = report.columns[0]
+    for version, predictions in PREDICTIONS.items():
+        for suffix in (SCORE_SUFFIX, predictions):
+            for old in (folder / version).glob(f"*{suffix}"):
+                if old.name.removesuffix(suffix) not in report.tasks:
+                    old.unlink()
     for name, result in report.tasks.items():
         for version, content in (("v1", _v1(result, column)), ("v2", _v2(result, column))):
             _write(folder / version / f"{name}{SCORE_SUFFIX}", content)
@@ -256,9 +269,10 @@ def _contradictions(
 def _numbers(values: Mapping[str, Any], file: Path, task: str = "") -> dict[str, float]:
     numbers = {}
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            if name in ("hit@1", "acc", "num_correct", "num_pred"):
-                raise ValueError(f"{file}{f', {task}' if task else ''}: {name} is {value!r}, not a number")
+        a_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if name in ("hit@1", "acc", *COUNTS) and not (a_number and math.isfinite(value)):
+            raise ValueError(f"{file}{f', {task}' if task else ''}: {name} is {value!r}, not a number")
+        if not a_number:
             continue
         numbers[name] = float(value)
     return numbers
