@@ -13,6 +13,7 @@ from torch import Tensor
 
 from parallel_decoupling import cli
 from parallel_decoupling.index.loading import load_index
+from parallel_decoupling.index.searcher import PATH_HASHES, path_hashes
 from parallel_decoupling.retrieval.embedder import Embedder
 from parallel_decoupling.training import loading
 from parallel_decoupling.training.embedder import PDFEmbedder
@@ -49,7 +50,8 @@ def table_dir(embedder: Embedder, tmp_path_factory: pytest.TempPathFactory) -> P
             "path_1": column(vectors[:, 1]),
         }
     )
-    metadata = {"parallel_decoupling": json.dumps({"model": "tiny.ckpt", "image_dir": str(folder)})}
+    about = {"model": "tiny.ckpt", "image_dir": str(folder), PATH_HASHES: path_hashes(embedder.encoder)}
+    metadata = {"parallel_decoupling": json.dumps(about)}
     pq.write_table(table.replace_schema_metadata(metadata), folder / "embeddings-00000.parquet")
     return folder
 
@@ -102,6 +104,46 @@ def test_text_filter_and_another_model(
     found = capsys.readouterr().out
     assert [number for number in range(COUNT) if f"picture {number} " in found] == [1, 3]
     assert loaded == ["other.ckpt"]
+
+
+@pytest.mark.parametrize("kind", ["torch", "lance"])
+def test_the_aggregate_of_concatenated_paths_is_their_sum(kind: str, table_dir: Path, tmp_path: Path) -> None:
+    table = pq.read_table(table_dir / "embeddings-00000.parquet")
+    paths = torch.tensor([table["path_0"].to_pylist(), table["path_1"].to_pylist()]).transpose(0, 1)
+    place = table.column_names.index("aggregate")
+    joined = table.set_column(place, "aggregate", column(paths.flatten(1)))
+    pq.write_table(joined, tmp_path / "joined.parquet")
+    cli.main(["index", str(tmp_path / "joined.parquet"), str(tmp_path / "index"), "--kind", kind])
+    index = load_index(tmp_path / "index")
+    queries = torch.randn(3, 2, 32, generator=torch.Generator().manual_seed(0))
+    queries[:, 0] *= 3  # a longer path counts no more than the other
+    by_default = index.search(queries, COUNT)
+    assert by_default == index.search(queries, COUNT, "sum")
+    joined_queries = torch.nn.functional.normalize(queries, dim=-1).flatten(1)
+    cosines = torch.nn.functional.cosine_similarity(joined_queries[:, None], paths.flatten(1)[None], dim=-1)
+    for hits, expected in zip(by_default, cosines, strict=True):
+        assert [hit.score for hit in hits] == pytest.approx(
+            expected.sort(descending=True).values.tolist(), abs=1e-5
+        )
+
+
+def test_another_model_than_that_of_the_items_is_one_line(
+    table_dir: Path,
+    tmp_path: Path,
+    tiny_backbone_dir: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As after training on with the checkpoint that the index names."""
+    cli.main(["index", str(table_dir), str(tmp_path / "index")])
+    other = PDFEmbedder(backbone=tiny_backbone_dir, num_paths=2, prefix_length=2, seed=1).embedder
+    monkeypatch.setattr(loading, "load_embedder", lambda name: other)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["search", str(tmp_path / "index"), "--text", "a red circle"])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert "other weights than the one that embedded the index's items (tiny.ckpt)" in error
+    assert "Traceback" not in error
 
 
 def test_mistakes_are_one_line(table_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

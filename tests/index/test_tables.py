@@ -24,7 +24,11 @@ def column(vectors_BD: Tensor, dtype: str = "float32") -> pa.FixedSizeListArray:
 
 
 def table(
-    rows: slice = slice(0, 30), weights: Sequence[float] = (1 / 3,) * 3, dtype: str = "float32", **extra: Any
+    rows: slice = slice(0, 30),
+    weights: Sequence[float] = (1 / 3,) * 3,
+    dtype: str = "float32",
+    says: dict[str, Any] | None = None,
+    **extra: Any,
 ) -> pa.Table:
     vectors = UNIT[rows]
     columns: dict[str, Any] = {
@@ -35,7 +39,7 @@ def table(
         "path_0": column(vectors[:, 0], dtype),
         "path_2": column(vectors[:, 1], dtype),
     }
-    metadata = {"parallel_decoupling": json.dumps({"model": "last.ckpt"})}
+    metadata = {"parallel_decoupling": json.dumps({"model": "last.ckpt", **(says or {})})}
     columns = {name: value for name, value in {**columns, **extra}.items() if value is not None}
     return pa.table(columns).replace_schema_metadata(metadata)
 
@@ -64,7 +68,10 @@ def test_weights_of_a_learned_aggregate_are_recovered(tmp_path: Path) -> None:
 
 def test_concatenated_aggregate_needs_no_weights(tmp_path: Path) -> None:
     pq.write_table(table(aggregate=column(UNIT.flatten(1))), tmp_path / "one.parquet")
-    assert open_embeddings(tmp_path).path_weights == ()
+    opened = open_embeddings(tmp_path)
+    assert (opened.path_weights, opened.concatenated) == ((), True)
+    pq.write_table(table(), tmp_path / "one.parquet")
+    assert not open_embeddings(tmp_path).concatenated
 
 
 def test_aggregates_alone(tmp_path: Path) -> None:
@@ -80,6 +87,7 @@ def test_aggregates_alone(tmp_path: Path) -> None:
     [
         ({"id": None}, "needs a column id"),
         ({"aggregate": column(UNIT[:, 0].flip(0))}, "no weighted mean of path_0, path_2, path_10"),
+        ({"aggregate": column(UNIT.flatten(1)), "path_2": None}, "no weighted mean of path_0, path_10"),
         (
             {"path_0": [[1.0, 2.0]] * 30},
             "column path_0: list<.*>; vectors are lists of a fixed number of floats",
@@ -94,6 +102,42 @@ def test_unusable_tables(extra: dict[str, Any], message: str, tmp_path: Path) ->
     pq.write_table(table(**extra), tmp_path / "one.parquet")
     with pytest.raises(ValueError, match=message):
         list(open_embeddings(tmp_path).batches())
+
+
+def shard(number: int, **says: Any) -> pa.Table:
+    """File ``number`` of three, as ``lightning predict`` writes it."""
+    own = {"shard": number, "first_row": 10 * number, "bad_rows": [{"row": number}], "num_shards": 3}
+    same = {"model_sha256": "m", "source_sha256": "s", "instruction": None}
+    return table(slice(10 * number, 10 * number + 10), says={**same, **own, **says})
+
+
+def test_metadata_is_what_holds_for_all_files(tmp_path: Path) -> None:
+    for number in range(3):
+        pq.write_table(shard(number), tmp_path / f"embeddings-{number}.parquet")
+    kept = {"model_sha256": "m", "source_sha256": "s", "instruction": None, "num_shards": 3}
+    assert open_embeddings(tmp_path).metadata == {"model": "last.ckpt", **kept}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("model_sha256", "n"), ("source_sha256", "t"), ("instruction", "a"), ("num_shards", 4)]
+)
+def test_files_of_different_runs_are_refused(key: str, value: Any, tmp_path: Path) -> None:
+    for number in range(3):
+        says = {key: value} if number == 2 else {}
+        pq.write_table(shard(number, **says), tmp_path / f"embeddings-{number}.parquet")
+    with pytest.raises(ValueError, match=rf"embeddings-2\.parquet was written with {key} {value!r}"):
+        open_embeddings(tmp_path)
+
+
+@pytest.mark.parametrize("numbers", [(0, 2), (0, 1, 1), (1,)])
+def test_an_unfinished_folder_is_refused(numbers: tuple[int, ...], tmp_path: Path) -> None:
+    for place, number in enumerate(numbers):
+        pq.write_table(shard(number), tmp_path / f"embeddings-{place}.parquet")
+    with pytest.raises(
+        ValueError, match=r"the files \[.*\] of 0 to 2, each once: run the same lightning predict"
+    ):
+        open_embeddings(tmp_path)
+    assert open_embeddings(tmp_path / "embeddings-0.parquet").num_rows == 10, "named as a single file"
 
 
 def test_unusable_files(tmp_path: Path) -> None:

@@ -141,6 +141,19 @@ def test_saving_from_the_library(model: SentenceTransformer, tmp_path: Path) -> 
     assert again.prompts == model.prompts
 
 
+@pytest.mark.parametrize("paths", [0, 2, "aggregate"])
+@pytest.mark.parametrize("load", ["library", "ours"])
+def test_saving_keeps_the_chosen_path(paths: Any, load: str, embedder: Embedder, tmp_path: Path) -> None:
+    as_sentence_transformer(embedder, paths).save_pretrained(str(tmp_path / "again"))
+    expected = embedder.encode(mixed_inputs(), paths=paths, **ROW_BY_ROW)
+    if load == "ours":
+        again = as_sentence_transformer(tmp_path / "again")
+        torch.testing.assert_close(encode(again, mixed_inputs(), **ROW_BY_ROW), expected)
+    else:
+        again = SentenceTransformer(str(tmp_path / "again"), trust_remote_code=True, device="cpu")
+        assert torch.equal(encode(again, mixed_inputs(), **ROW_BY_ROW), expected)
+
+
 def test_a_checkpoint_is_loaded_before(tiny_backbone_dir: str, tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, max_steps=1)
     trainer.fit(small_embedder(tiny_backbone_dir), small_data(save_tiny_mmeb(tmp_path / "data")))

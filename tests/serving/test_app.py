@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from parallel_decoupling.index.searcher import PATH_HASHES, path_hashes
 from parallel_decoupling.index.torch_index import TorchIndex
 from parallel_decoupling.training.loading import load_embedder
 from tests.serving.conftest import Start
@@ -27,8 +28,10 @@ def test_text_image_and_scoring_change_what_is_shown(checkpoint: Path, start: St
     names = [f"{number}.png" for number in range(20)]
     for number, name in enumerate(names):
         noise_image(32, 32, number).save(tmp_path / name)
-    embeddings = load_embedder(checkpoint).encode([{"image": str(tmp_path / name)} for name in names])
-    index = TorchIndex(metadata={"model": str(checkpoint), "image_dir": str(tmp_path)})
+    embedder = load_embedder(checkpoint)
+    metadata = {"model": str(checkpoint), PATH_HASHES: path_hashes(embedder.encoder)}
+    embeddings = embedder.encode([{"image": str(tmp_path / name)} for name in names])
+    index = TorchIndex(metadata={**metadata, "image_dir": str(tmp_path)})
     index.add(names, embeddings, {"image": names})
     index.save(tmp_path / "index")
     _, address = start("app", tmp_path / "index")

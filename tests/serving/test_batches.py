@@ -12,6 +12,7 @@ from parallel_decoupling.data.images import ImagePolicy
 from parallel_decoupling.retrieval.embedder import Embedder
 from parallel_decoupling.serving.batches import embed_requests
 from parallel_decoupling.serving.requests import EmbeddingRequest, RequestError, Selection
+from tests.support.embedders import tiny_embedder
 from tests.support.fit import small_embedder
 from tests.support.tiny import noise_image
 from tests.support.tiny_clip import CONTEXT_LENGTH, save_tiny_clip
@@ -25,9 +26,11 @@ CLIP_SETTINGS: dict[str, Any] = {
 }
 
 
-def request(*inputs: dict[str, Any], selection: Selection = 0) -> EmbeddingRequest:
+def request(
+    *inputs: dict[str, Any], selection: Selection = 0, truncate_dim: int | None = None
+) -> EmbeddingRequest:
     """A request as the gate lets it pass."""
-    return EmbeddingRequest(list(inputs), "default", selection, None, "float")
+    return EmbeddingRequest(list(inputs), "default", selection, truncate_dim, "float")
 
 
 @pytest.fixture(scope="module", params=["paths", "open_clip"])
@@ -52,6 +55,22 @@ def test_each_request_gets_its_own_embeddings(embedder: Embedder) -> None:
         expected = embedder.encode(one.inputs, paths=one.selection)
         torch.testing.assert_close(result[0], expected, atol=1e-5, rtol=0)
         assert result[1] > 0
+
+
+@pytest.mark.parametrize("aggregation", ["mean", "concat"])
+def test_paths_are_cut_before_they_are_aggregated(aggregation: str, tiny_backbone_dir: str) -> None:
+    """Requests of one batch that keep all, 5 or 3 numbers of every path: what ``encode`` gives."""
+    embedder = tiny_embedder(tiny_backbone_dir, aggregation=aggregation)
+    selections: list[Selection] = ["aggregate", 1]
+    requests = [
+        request({"text": "a red circle"}, selection=selection, truncate_dim=dim)
+        for selection in selections
+        for dim in (None, 5, 3)
+    ]
+    for one, result in zip(requests, embed_requests(embedder, requests, 32), strict=True):
+        assert not isinstance(result, RequestError)
+        expected = embedder.encode(one.inputs, paths=one.selection, truncate_dim=one.truncate_dim)
+        torch.testing.assert_close(result[0], expected, atol=1e-5, rtol=0)
 
 
 def test_only_the_guilty_request_fails(embedder: Embedder) -> None:

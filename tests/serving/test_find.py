@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from parallel_decoupling.batch import RawInput
 from parallel_decoupling.commands import app as app_command
 from parallel_decoupling.commands import serve as serve_command
 from parallel_decoupling.index.protocol import Hit
@@ -51,11 +52,10 @@ def test_a_picture_finds_itself(searcher: Searcher) -> None:
 
 
 def test_the_instruction_goes_before_the_text(searcher: Searcher) -> None:
-    """Same scores as for both in one text; blanks around do not count."""
+    """Same hits as for both in one prompt; blanks around do not count."""
     apart = ask(searcher, instruction=" find: ", text="a red circle ")
-    together = ask(searcher, text="find: a red circle")
-    assert [caption for _, caption in apart[0]] == [caption for _, caption in together[0]]
-    assert apart[1] == together[1]
+    (hits,) = searcher.search([RawInput("find: a red circle\n")], 12, "path_1")
+    assert apart[1] == bars_html(hits, "path_1")
     assert apart[1] != ask(searcher, text="a red circle")[1]
 
 
@@ -68,8 +68,8 @@ def test_bars_are_cosines_between_0_and_1() -> None:
     """Widths are clipped, numbers are not; names are escaped; the scored path is marked."""
     similarities = {"path_0": 0.25, "<b>": -0.5, "path_2": float(torch.tensor(1.0)) + 1e-3}
     html = bars_html([Hit("a", 0.25, similarities, {})], "path_0")
-    assert "<div class=scored>path_0<span><i style='width:25.0%" in html
-    assert "&lt;b&gt;<span><i style='width:0.0%" in html
+    assert '<div class=scored>path_0<span><i style="width:25.0%' in html
+    assert '&lt;b&gt;<span><i style="width:0.0%' in html
     assert "<b>-0.50</b>" in html
     assert "width:100.0%" in html
     assert html.count("class=scored") == 1

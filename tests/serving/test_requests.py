@@ -8,13 +8,16 @@ import io
 import json
 import math
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from parallel_decoupling.data.images import load_image
 from parallel_decoupling.serving.gate import EMBEDDINGS_PATH, Gate
 from parallel_decoupling.serving.requests import Catalog, Limits, RequestError, parse_json, parse_request
 from parallel_decoupling.serving.responses import response_body
@@ -97,19 +100,51 @@ def test_default_path_must_exist() -> None:
 
 
 @pytest.mark.parametrize("encoding_format", ["float", "base64"])
-def test_answers_are_truncated_and_of_unit_norm(encoding_format: str) -> None:
-    """Both formats say the first numbers divided by their norm."""
-    request = parse_request(
-        {"input": ["a", "b"], "dimensions": 3, "encoding_format": encoding_format}, CATALOG, LIMITS
-    )
+def test_answers_have_the_embeddings_of_their_inputs(encoding_format: str) -> None:
+    """Both formats say the same numbers."""
+    request = parse_request({"input": ["a", "b"], "encoding_format": encoding_format}, CATALOG, LIMITS)
     embeddings = torch.nn.functional.normalize(torch.randn(2, 8), dim=-1)
     body = response_body(request, embeddings, 7)
     for row, item in zip(embeddings, body["data"], strict=True):
         value = item["embedding"]
         if encoding_format == "base64":
             value = torch.frombuffer(bytearray(base64.b64decode(value)), dtype=torch.float32).tolist()
-        torch.testing.assert_close(torch.tensor(value), row[:3] / row[:3].square().sum().sqrt())
+        assert torch.equal(torch.tensor(value), row)
     assert body["usage"] == {"prompt_tokens": 7, "total_tokens": 7}
+
+
+def test_dimensions_of_a_concatenated_aggregate_are_shared_by_its_paths() -> None:
+    """The answer has as many numbers as were asked for, a third of them from each path."""
+    catalog = Catalog(num_paths=3, path_dim=8, aggregate_dim=24, default=1)
+    for model, dimensions, kept in (("aggregate", 24, 8), ("aggregate", 3, 1), ("path_0", 5, 5)):
+        body = {"input": "a", "model": model, "dimensions": dimensions}
+        assert parse_request(body, catalog, LIMITS).truncate_dim == kept
+    for dimensions in (0, 2, 5, 27):
+        body = {"input": "a", "model": "aggregate", "dimensions": dimensions}
+        with pytest.raises(RequestError, match="use 3 to 24, a multiple of 3"):
+            parse_request(body, catalog, LIMITS)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "P", "CMYK", "rotated", "L"])
+def test_pictures_are_those_that_encode_reads_from_the_file(mode: str, tmp_path: Path) -> None:
+    """16-bit greyscale is scaled, and the orientation is left to the model's settings."""
+    pixels = np.arange(48, dtype=np.uint16).reshape(6, 8) * 1300
+    image, options = Image.fromarray(pixels), {"format": "png"}
+    if mode != "I;16":
+        image = Image.fromarray((pixels // 257).astype(np.uint8)).convert("L" if mode == "rotated" else mode)
+    if mode in ("CMYK", "rotated"):
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        options = {"format": "tiff"} if mode == "CMYK" else {"format": "png", "exif": exif}
+    image.save(tmp_path / "file", **options)
+    code = base64.b64encode((tmp_path / "file").read_bytes()).decode()
+    body = {"input": {"image": f"data:image/png;base64,{code}"}}
+    ((item,),) = (parse_request(body, CATALOG, LIMITS).inputs,)
+    for turn in (True, False):
+        expected = load_image(str(tmp_path / "file"), turn=turn)
+        served = load_image(item["image"], turn=turn)
+        assert (served.size, served.tobytes()) == (expected.size, expected.tobytes())
+    assert len(set(expected.tobytes())) > 10
 
 
 def call_gate(gate: Gate, body: bytes, declared: int | None = None) -> tuple[int, Any]:

@@ -30,16 +30,9 @@ def run(options: Any) -> None:
         if error.name != "gradio":
             raise
         raise ValueError("the page needs Gradio: pip install 'parallel-decoupling[app]'") from error
-    from parallel_decoupling.index.loading import load_index
+    from parallel_decoupling.commands.search import open_index
     from parallel_decoupling.index.searcher import Searcher
-    from parallel_decoupling.training.loading import default_device, load_embedder
 
-    index = load_index(options.index_dir)
-    metadata = index.settings.metadata
-    model = options.model or metadata.get("model")
-    if model is None:
-        raise ValueError(f"{options.index_dir} does not say which model made it: give --model")
-    image_dir = options.image_dir or metadata.get("image_dir", ".")
-    embedder = load_embedder(model).to(default_device())
+    embedder, index, image_dir = open_index(options)
     instruction = embedder.query_instruction if options.instruction is None else options.instruction
     run_app(build_app(Searcher(embedder, index), image_dir, instruction), options.host, options.port)

@@ -64,6 +64,7 @@ def _new_index(options: Any, table: EmbeddingTable) -> Index:
         "path_names": table.path_names,
         "path_weights": table.path_weights,
         "metadata": table.metadata,
+        "concatenated": table.concatenated,
     }
     if options.kind == "lance":
         from parallel_decoupling.index.lance_index import LanceIndex

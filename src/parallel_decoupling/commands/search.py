@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
     from rich.table import Table
 
-    from parallel_decoupling.index.protocol import Hit
+    from parallel_decoupling.index.protocol import Hit, Index
+    from parallel_decoupling.retrieval.embedder import Embedder
 
 _LONGEST_CELL = 60
 
@@ -44,17 +45,11 @@ def run(options: Any) -> None:
     from rich.console import Console
 
     from parallel_decoupling.index.gallery import gallery_html
-    from parallel_decoupling.index.loading import load_index
     from parallel_decoupling.index.searcher import Searcher
-    from parallel_decoupling.training.loading import default_device, load_embedder
 
-    index = load_index(options.index_dir)
-    metadata = index.settings.metadata
-    model = options.model or metadata.get("model")
-    if model is None:
-        raise ValueError(f"{options.index_dir} does not say which model made it: give --model")
+    embedder, index, image_dir = open_index(options)
     query = {"text": options.text, "image": options.image}
-    (hits,) = Searcher(load_embedder(model).to(default_device()), index).search(
+    (hits,) = Searcher(embedder, index).search(
         [{key: value for key, value in query.items() if value is not None}],
         options.top_k,
         options.scoring,
@@ -63,9 +58,29 @@ def run(options: Any) -> None:
     )
     Console(width=None if sys.stdout.isatty() else 160).print(hits_table(hits))
     if options.gallery is not None:
-        image_dir = options.image_dir or metadata.get("image_dir", ".")
         html = gallery_html(hits, **query, scoring=options.scoring, image_dir=image_dir)
         Path(options.gallery).write_text(html, encoding="utf-8")
+
+
+def open_index(options: Any) -> tuple[Embedder, Index, str]:
+    """Load an index and a model for it; with them the folder of its pictures.
+
+    Args:
+        options: ``index_dir``, and what wins over the index's own: ``model``, ``image_dir``.
+
+    Raises:
+        ValueError: no index or no model.
+    """
+    from parallel_decoupling.index.loading import load_index
+    from parallel_decoupling.training.loading import default_device, load_embedder
+
+    index = load_index(options.index_dir)
+    metadata = index.settings.metadata
+    model = options.model or metadata.get("model")
+    if model is None:
+        raise ValueError(f"{options.index_dir} does not say which model made it: give --model")
+    image_dir = options.image_dir or metadata.get("image_dir", ".")
+    return load_embedder(model).to(default_device()), index, image_dir
 
 
 def hits_table(hits: Sequence[Hit]) -> Table:

@@ -25,24 +25,27 @@ def check_filter(conditions: Filter, schema: pa.Schema) -> None:
     """Check a filter against the fields of an index.
 
     Raises:
-        ValueError: an unknown field, a field of a type without conditions, or a value of another type.
+        ValueError: an unknown field, a field of a type without conditions, or a value of another type or
+            out of its range.
     """
     if not isinstance(conditions, Mapping) or not conditions:
         raise ValueError(f"the filter is {conditions!r}; map a field to {_FORMS}")
     for name, condition in conditions.items():
         if name not in schema.names:
             raise ValueError(f"filter: there is no field {name!r}; this index has {', '.join(schema.names)}")
-        accepted = _accepted_types(schema.field(name).type)
+        kind = schema.field(name).type
+        accepted = _accepted_types(kind)
         if accepted is None:
             raise ValueError(
-                f"filter, field {name!r}: its type is {schema.field(name).type}; "
-                "conditions work on texts, numbers and booleans"
+                f"filter, field {name!r}: its type is {kind}; conditions work on texts, numbers and booleans"
             )
         for value in _values(name, condition):
             good = isinstance(value, accepted) and (bool in accepted or not isinstance(value, bool))
             if value is not None and (not good or (isinstance(value, float) and not math.isfinite(value))):
+                raise ValueError(f"filter, field {name!r}: {value!r} is no value of its type, {kind}")
+            if isinstance(value, int) and not _in_range(value, kind):
                 raise ValueError(
-                    f"filter, field {name!r}: {value!r} is no value of its type, {schema.field(name).type}"
+                    f"filter, field {name!r}: the whole number {value!r} is out of range for its type, {kind}"
                 )
 
 
@@ -111,6 +114,15 @@ def _accepted_types(kind: pa.DataType) -> tuple[type, ...] | None:
     if pa.types.is_floating(kind):
         return (int, float)
     return None
+
+
+def _in_range(value: int, kind: pa.DataType) -> bool:
+    """Whether Arrow can compare the number with a field: all are compared as int64 or as the floats."""
+    try:
+        pa.scalar(value, pa.int64() if pa.types.is_integer(kind) else kind)
+    except (OverflowError, pa.ArrowInvalid):
+        return False
+    return True
 
 
 def _sql(value: Value) -> str:

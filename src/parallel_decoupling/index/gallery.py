@@ -87,7 +87,7 @@ def _card(rank: int, hit: Hit, best: Mapping[str, float], image_dir: Path) -> st
     name = hit.fields.get(IMAGE_FIELD)
     picture = _picture(str(image_dir / name)) if isinstance(name, str) and name else ""
     bars = "".join(
-        _bar(path, value, _COLOURS[number % len(_COLOURS)], value >= best[path])
+        _bar(path, number, value, value >= best[path])
         for number, (path, value) in enumerate(hit.similarities.items())
     )
     fields = "".join(_field(key, value) for key, value in hit.fields.items() if value is not None)
@@ -97,13 +97,15 @@ def _card(rank: int, hit: Hit, best: Mapping[str, float], image_dir: Path) -> st
     )
 
 
-def _bar(path: str, value: float, colour: str, is_best: bool) -> str:
-    tag = "b" if is_best else "em"
+def bar_html(number: int, value: float) -> str:
+    """The bar of path ``number``: ``value`` from 0 to 1, in the path's colour."""
     width = f"{100 * min(max(value, 0.0), 1.0):.1f}%"
-    return (
-        f'<div class="bar">{escape(path)}<span><i style="width:{width};background:{colour}"></i></span>'
-        f"<{tag}>{value:.3f}</{tag}></div>"
-    )
+    return f'<span><i style="width:{width};background:{_COLOURS[number % len(_COLOURS)]}"></i></span>'
+
+
+def _bar(path: str, number: int, value: float, is_best: bool) -> str:
+    tag = "b" if is_best else "em"
+    return f'<div class="bar">{escape(path)}{bar_html(number, value)}<{tag}>{value:.3f}</{tag}></div>'
 
 
 def _field(key: str, value: Any) -> str:

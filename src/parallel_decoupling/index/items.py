@@ -61,9 +61,9 @@ def check_new_ids(ids: Sequence[str], known: Collection[str]) -> None:
 
 
 def vectors_of(embeddings_BND: Tensor, settings: IndexSettings) -> dict[str, Tensor]:
-    """The vectors to store by column: every path's, and the aggregates."""
+    """The vectors of ``settings.columns``: every path's, and the aggregates."""
     vectors = {name: embeddings_BND[:, path] for path, name in enumerate(settings.path_names)}
-    if AGGREGATE not in vectors and settings.num_paths > 1:
+    if AGGREGATE in settings.columns and AGGREGATE not in vectors:
         vectors[AGGREGATE] = aggregate(embeddings_BND, settings.path_weights)
     return vectors
 

@@ -39,7 +39,7 @@ class LanceIndex:
 
     Each scoring has a column of its own name, so that a search is one LanceDB search: the vectors of every
     path, of the aggregate, of the concatenated paths (``sum``), and a multi-vector of all paths
-    (``maxsim``); together ``3 N + 1`` vectors per item on disk.
+    (``maxsim``); together ``3 N + 1`` vectors per item on disk (``3 N`` without an aggregate of its own).
 
     Args:
         index_dir: where the table is written from the first ``add`` on; by default a temporary folder
@@ -50,6 +50,7 @@ class LanceIndex:
         path_names: of the N paths; by default ``path_0``, ``path_1``, ...
         path_weights: of the aggregate; by default equal.
         metadata: any JSON, kept with the index.
+        concatenated: whether the model's aggregate is the concatenated paths (``aggregation: concat``).
 
     Raises:
         ValueError: a setting is not usable, or LanceDB is not installed.
@@ -64,6 +65,7 @@ class LanceIndex:
         path_names: Sequence[str] = (),
         path_weights: Sequence[float] = (),
         metadata: Mapping[str, Any] | None = None,
+        concatenated: bool = False,
     ) -> None:
         if precision != "float32" and not approximate:
             raise ValueError(
@@ -78,6 +80,7 @@ class LanceIndex:
             oversample=oversample,
             approximate=approximate,
             metadata=metadata or {},
+            concatenated=concatenated,
         )
         self._temporary = None
         if index_dir is None:
@@ -130,6 +133,7 @@ class LanceIndex:
     ) -> list[list[Hit]]:
         """See ``Index``."""
         queries_QND = prepare_queries(queries, top_k, scoring, self._settings)
+        scoring = self._settings.compared(scoring)
         if filter is not None:
             check_filter(filter, self._schema())
         return [self._search_one(query_ND, top_k, scoring, filter) for query_ND in queries_QND]

@@ -76,7 +76,8 @@ class Index(Protocol):
         Args:
             queries: ``[Q, N, D]``; for the scoring by one path also ``[Q, 1, D]``, that path alone.
             top_k: hits per query, at least 1.
-            scoring: ``aggregate``, ``sum`` (of aligned paths), ``maxsim`` or a path's name (``path_0``).
+            scoring: ``aggregate`` (the model's), ``sum`` (of aligned paths), ``maxsim`` or a path's name
+                (``path_0``).
             filter: conditions on fields, all of which hold; see ``filters``.
 
         Returns:

@@ -28,6 +28,8 @@ class IndexSettings:
         oversample: the ``top_k * oversample`` best of that comparison are scored again in float32.
         approximate: whether a search may look at some of the items only.
         metadata: of the caller, any JSON; ``lightning index`` puts the model here.
+        concatenated: whether the model's aggregate is the concatenated paths, so that the scoring
+            ``aggregate`` is ``sum``.
     """
 
     kind: Kind
@@ -38,6 +40,7 @@ class IndexSettings:
     oversample: int = 4
     approximate: bool = False
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    concatenated: bool = False
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -65,8 +68,13 @@ class IndexSettings:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Names of the stored vectors: every path, and the aggregate where it differs from the only path."""
-        return self.path_names if self.num_paths == 1 else (*self.path_names, AGGREGATE)
+        """Names of the stored vectors: every path, and the aggregate where it is another vector."""
+        single = self.num_paths == 1 or self.concatenated
+        return self.path_names if single else (*self.path_names, AGGREGATE)
+
+    def compared(self, scoring: str) -> str:
+        """What a scoring compares: ``sum`` for the aggregate of concatenated paths, else itself."""
+        return SUM if self.concatenated and scoring == AGGREGATE else scoring
 
     def fitted(self, num_paths: int, dim: int) -> IndexSettings:
         """Fill in what the first items decide.

@@ -24,6 +24,8 @@ from parallel_decoupling.index.settings import AGGREGATE
 
 METADATA_KEY = b"parallel_decoupling"
 ROWS_AT_ONCE = 8192
+_SAME_IN_ALL_FILES = ("model_sha256", "source_sha256", "instruction", "num_shards")
+_OF_ONE_FILE = ("shard", "first_row", "bad_rows")
 _SAME_COSINE = 1 - 1e-4  # float16 tables are this near
 
 
@@ -34,14 +36,16 @@ class EmbeddingTable:
     Attributes:
         files: in order.
         path_names: columns with vectors; ``("aggregate",)`` where the paths were not kept.
-        path_weights: of the aggregate; empty where the table has no aggregate of its paths.
-        metadata: of whoever wrote the files.
+        path_weights: of the aggregate; empty where the table has no weighted mean of its paths.
+        metadata: of whoever wrote the files, as far as it holds for all of them.
+        concatenated: whether the aggregate is the concatenated paths.
     """
 
     files: tuple[Path, ...]
     path_names: tuple[str, ...]
     path_weights: tuple[float, ...]
     metadata: dict[str, Any]
+    concatenated: bool = False
 
     @property
     def num_rows(self) -> int:
@@ -62,9 +66,11 @@ class EmbeddingTable:
 def open_embeddings(path: str | Path) -> EmbeddingTable:
     """Look into a Parquet file, or a folder of them in the order of their names.
 
+    A folder must have all files of one ``lightning predict``; a single file may be one of several.
+
     Raises:
-        ValueError: no files, files that differ, missing columns, or an aggregate that is not made of the
-            paths in the table.
+        ValueError: no files, files that differ or are missing, missing columns, or an aggregate that is not
+            made of the paths in the table.
     """
     path = Path(path)
     files = tuple(sorted(path.glob("*.parquet"))) if path.is_dir() else (path,)
@@ -85,9 +91,39 @@ def open_embeddings(path: str | Path) -> EmbeddingTable:
         raise ValueError(
             f"{files[0]}: needs a column id and path_0, ... or aggregate; it has {', '.join(names)}"
         )
-    metadata = json.loads((schemas[0].metadata or {}).get(METADATA_KEY, b"{}"))
-    weights = _path_weights(files, paths) if AGGREGATE in names and len(paths) > 1 else ()
-    return EmbeddingTable(files, tuple(paths or (AGGREGATE,)), weights, metadata)
+    metadata = _metadata(files, schemas, whole=path.is_dir())
+    weights: tuple[float, ...] = ()
+    concatenated = False
+    if AGGREGATE in names and len(paths) > 1:
+        joined_dim = sum(_dim(schemas[0], name) for name in paths)
+        concatenated = _dim(schemas[0], AGGREGATE) == joined_dim
+        weights = () if concatenated else _path_weights(files, paths)
+    return EmbeddingTable(files, tuple(paths or (AGGREGATE,)), weights, metadata, concatenated)
+
+
+def _metadata(files: tuple[Path, ...], schemas: list[pa.Schema], *, whole: bool) -> dict[str, Any]:
+    """What the files say of all of them; checks that they belong together and, if ``whole``, are all."""
+    found = [json.loads((schema.metadata or {}).get(METADATA_KEY, b"{}")) for schema in schemas]
+    for file, other in zip(files, found, strict=True):
+        for key in _SAME_IN_ALL_FILES:
+            if other.get(key) != found[0].get(key):
+                raise ValueError(
+                    f"{file} was written with {key} {other.get(key)!r}, {files[0]} with "
+                    f"{found[0].get(key)!r}; keep the files of one lightning predict in a folder of their own"
+                )
+    count = found[0].get("num_shards")
+    shards = [each.get("shard") for each in found]
+    if whole and count is not None and sorted(shards) != list(range(count)):
+        raise ValueError(
+            f"{files[0].parent}: has the files {shards} of 0 to {count - 1}, each once: run the same "
+            "lightning predict again, which makes the missing ones, or name a single file"
+        )
+    return {key: value for key, value in found[0].items() if key not in _OF_ONE_FILE}
+
+
+def _dim(schema: pa.Schema, name: str) -> int:
+    """Numbers of a column of vectors; 0 where they have no fixed size."""
+    return getattr(schema.field(name).type, "list_size", 0)
 
 
 def _path_weights(files: tuple[Path, ...], paths: list[str]) -> tuple[float, ...]:
@@ -100,16 +136,15 @@ def _path_weights(files: tuple[Path, ...], paths: list[str]) -> tuple[float, ...
     table = pa.Table.from_batches([next(pq.ParquetFile(file).iter_batches(256, columns=[*paths, AGGREGATE]))])
     aggregate_BD = _vectors(table, AGGREGATE, file)
     paths_BND = torch.stack([_vectors(table, name, file) for name in paths], dim=1)
-    if aggregate_BD.shape[1] == len(paths) * paths_BND.shape[2]:
-        return ()  # concatenated paths: what scoring "sum" compares
-    equal = torch.full((len(paths),), 1 / len(paths))
-    solved_BN = torch.linalg.lstsq(paths_BND.mT, aggregate_BD.unsqueeze(2)).solution.squeeze(2)
-    solved = (solved_BN / solved_BN.sum(dim=1, keepdim=True)).median(dim=0).values
-    for weights_N in (equal, solved / solved.sum()):
-        weights = tuple(weights_N.tolist())
-        cosine_B = (aggregate(paths_BND, weights) * unit(aggregate_BD, "row")).sum(dim=1)
-        if bool((cosine_B > _SAME_COSINE).all()):
-            return weights
+    if aggregate_BD.shape[1] == paths_BND.shape[2]:
+        equal = torch.full((len(paths),), 1 / len(paths))
+        solved_BN = torch.linalg.lstsq(paths_BND.mT, aggregate_BD.unsqueeze(2)).solution.squeeze(2)
+        solved = (solved_BN / solved_BN.sum(dim=1, keepdim=True)).median(dim=0).values
+        for weights_N in (equal, solved / solved.sum()):
+            weights = tuple(weights_N.tolist())
+            cosine_B = (aggregate(paths_BND, weights) * unit(aggregate_BD, "row")).sum(dim=1)
+            if bool((cosine_B > _SAME_COSINE).all()):
+                return weights
     raise ValueError(
         f"{file}: the column aggregate is no weighted mean of {', '.join(paths)}; "
         "keep all paths of the model, or leave the column out"

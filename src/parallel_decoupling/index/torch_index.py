@@ -42,6 +42,7 @@ class TorchIndex:
         path_names: of the N paths; by default ``path_0``, ``path_1``, ...
         path_weights: of the aggregate; by default equal.
         metadata: any JSON, kept with the index.
+        concatenated: whether the model's aggregate is the concatenated paths (``aggregation: concat``).
 
     Raises:
         ValueError: a setting is not usable.
@@ -54,6 +55,7 @@ class TorchIndex:
         path_names: Sequence[str] = (),
         path_weights: Sequence[float] = (),
         metadata: Mapping[str, Any] | None = None,
+        concatenated: bool = False,
     ) -> None:
         self._settings = IndexSettings(
             "torch",
@@ -62,6 +64,7 @@ class TorchIndex:
             precision=precision,
             oversample=oversample,
             metadata=metadata or {},
+            concatenated=concatenated,
         )
         self._quantizer = QUANTIZERS[precision]
         self._batches: list[dict[str, Codes]] = []
@@ -103,6 +106,7 @@ class TorchIndex:
     ) -> list[list[Hit]]:
         """See ``Index``."""
         queries_QND = prepare_queries(queries, top_k, scoring, self._settings)
+        scoring = self._settings.compared(scoring)
         rows = None if filter is None else self._matching_rows(filter)
         found_QK = self._shortlist(queries_QND, top_k, scoring, rows)
         return [

@@ -87,8 +87,9 @@ class PathEmbedding(InputModule):
         return self.encoder.embed_dim if isinstance(self.paths, int) else self.encoder.aggregate_dim
 
     def save(self, output_path: str, *args: Any, **options: Any) -> None:
-        """Write the embedder's own files; sentence-transformers writes the others."""
-        config = save_encoder(self.encoder, output_path)
+        """Write the embedder's own files, of a chosen path that path alone; the library writes the others."""
+        paths = [self.paths] if isinstance(self.paths, int) else None
+        config = save_encoder(self.encoder, output_path, paths=paths)
         config |= input_settings(self.embedder)
         write_config(output_path, config | {"run": self.embedder.run})
 
@@ -104,13 +105,17 @@ class PathEmbedding(InputModule):
         init_defaults: dict[str, Any] | None = None,
         **options: Any,
     ) -> PathEmbedding:
-        """Load an exported folder, local or from the hub; sentence-transformers calls this."""
+        """Load an exported folder, local or from the hub; sentence-transformers calls this.
+
+        Of a folder with one path it gives that path, which its aggregate equals up to rounding.
+        """
         folder = cls.load_dir_path(
             model_name_or_path, subfolder, token, cache_folder, revision, local_files_only
         )
         if folder is None:
             raise ValueError(f"no folder {model_name_or_path!r}")
-        return cls(Embedder.from_pretrained(folder))
+        embedder = Embedder.from_pretrained(folder)
+        return cls(embedder, 0 if embedder.encoder.num_paths == 1 else "aggregate")
 
     def _checked(self, paths: Output) -> Output:
         number = isinstance(paths, int) and 0 <= paths < self.encoder.num_paths

@@ -11,12 +11,11 @@ import gradio
 from PIL import Image
 
 from parallel_decoupling.data.images import ImageError, load_image
-from parallel_decoupling.index.gallery import IMAGE_FIELD
+from parallel_decoupling.index.gallery import IMAGE_FIELD, bar_html
 from parallel_decoupling.index.protocol import Hit
 from parallel_decoupling.index.searcher import Searcher
 
 HITS = 12
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _STYLE = """
 .bars { display: grid; grid-template-columns: repeat(6, 1fr); gap: 14px 12px; }
 .bars h4 { margin: 0 0 4px; font-size: 13px; }
@@ -70,9 +69,8 @@ def bars_html(hits: Sequence[Hit], scoring: str) -> str:
     for rank, hit in enumerate(hits, start=1):
         rows = ""
         for number, (name, value) in enumerate(hit.similarities.items()):
-            mark, width = " class=scored" if name == scoring else "", max(0.0, min(1.0, value))
-            bar = f"<i style='width:{width:.1%};background:{_COLOURS[number % len(_COLOURS)]}'></i>"
-            rows += f"<div{mark}>{escape(name)}<span>{bar}</span><b>{value:.2f}</b></div>"
+            mark = " class=scored" if name == scoring else ""
+            rows += f"<div{mark}>{escape(name)}{bar_html(number, value)}<b>{value:.2f}</b></div>"
         cards.append(f"<div><h4>{rank}. {hit.score:.3f}</h4>{rows}</div>")
     return f"<div class='bars'>{''.join(cards)}</div>"
 
@@ -85,7 +83,7 @@ def build_app(searcher: Searcher, image_dir: str | Path, instruction: str = "") 
         image_dir: where pictures with relative names are.
         instruction: that stands in its field at first.
     """
-    scorings = list(searcher.index.settings.scorings)
+    scorings = list(searcher.scorings)
 
     def answer(instruction: str, text: str, image: Image.Image | None, scoring: str) -> Any:
         try:

@@ -53,7 +53,8 @@ def embed_requests(
         causes. Where a batch fails, its requests are embedded one by one.
 
     Relations:
-        The embeddings are those of ``Embedder.encode`` on the request's inputs alone.
+        The embeddings are those of ``Embedder.encode`` on the request's inputs alone, with its
+        ``truncate_dim``.
     """
     try:
         return list(_embed_together(embedder, requests, batch_rows))
@@ -69,15 +70,14 @@ def _embed_together(
     processor, image_token = embedder.encoder.processor, embedder.encoder.image_token
     collator = CountingCollator(processor, image_token=image_token, images=embedder.images)
     rows = [to_raw_inputs(request.inputs) for request in requests]
-    groups: dict[Selection, list[int]] = defaultdict(list)
+    groups: dict[tuple[Selection, int | None], list[int]] = defaultdict(list)
     for number, request in enumerate(requests):
-        groups[request.selection].append(number)
+        groups[request.selection, request.truncate_dim].append(number)
     results: dict[int, Tensor] = {}
-    for selection, numbers in groups.items():
+    for (selection, dim), numbers in groups.items():
         inputs = [row for number in numbers for row in rows[number]]
-        embeddings = encode(
-            embedder.encoder, collator, inputs, paths=selection, batch_size=batch_rows, show_progress=False
-        )
+        options: dict[str, Any] = {"paths": selection, "truncate_dim": dim, "batch_size": batch_rows}
+        embeddings = encode(embedder.encoder, collator, inputs, show_progress=False, **options)
         sizes = [len(rows[number]) for number in numbers]
         results.update(zip(numbers, torch.split(embeddings, sizes), strict=True))
     counts = [sum(collator.num_tokens[id(row)] for row in request_rows) for request_rows in rows]

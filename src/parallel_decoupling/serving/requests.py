@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 from PIL import Image
 
+from parallel_decoupling.data.images import load_image
+
 Selection = Literal["aggregate"] | int
 DEFAULT_MODEL = "default"
 _KEYS = ("input", "model", "dimensions", "encoding_format", "user")
@@ -135,14 +137,14 @@ class EmbeddingRequest:
         inputs: as ``Embedder.encode`` takes them.
         model: the name asked for.
         selection: one path or the aggregate.
-        dimensions: to keep, None keeps all.
+        truncate_dim: numbers to keep of every path, None keeps all.
         encoding_format: of the embeddings in the response.
     """
 
     inputs: list[dict[str, Any]]
     model: str
     selection: Selection
-    dimensions: int | None
+    truncate_dim: int | None
     encoding_format: Literal["float", "base64"]
 
 
@@ -184,16 +186,20 @@ def parse_request(body: Any, catalog: Catalog, limits: Limits) -> EmbeddingReque
         raise RequestError(
             f"encoding_format is {encoding_format!r}; use float or base64", param="encoding_format"
         )
-    dimensions = _dimensions(body.get("dimensions"), catalog.dim(selection))
-    return EmbeddingRequest(_inputs(body, limits), model, selection, dimensions, encoding_format)
+    truncate_dim = _truncate_dim(body.get("dimensions"), catalog.dim(selection), catalog.path_dim)
+    return EmbeddingRequest(_inputs(body, limits), model, selection, truncate_dim, encoding_format)
 
 
-def _dimensions(value: Any, largest: int) -> int | None:
-    if value is None:
+def _truncate_dim(dimensions: Any, whole: int, path_dim: int) -> int | None:
+    """Numbers of every path that give an embedding of so many dimensions."""
+    if dimensions is None:
         return None
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
-        raise RequestError(f"dimensions is {value!r}; use 1 to {largest}", param="dimensions")
-    return value
+    step = whole // path_dim  # paths that are concatenated
+    good = isinstance(dimensions, int) and not isinstance(dimensions, bool)
+    if not good or not step <= dimensions <= whole or dimensions % step:
+        steps = "" if step == 1 else f", a multiple of {step}: the aggregate joins {step} paths"
+        raise RequestError(f"dimensions is {dimensions!r}; use {step} to {whole}{steps}", param="dimensions")
+    return int(dimensions) // step
 
 
 def _inputs(body: Mapping[str, Any], limits: Limits) -> list[dict[str, Any]]:
@@ -254,9 +260,11 @@ def _image(uri: str, where: str, limits: Limits) -> Image.Image:
         image = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
         pixels = image.width * image.height
         if pixels <= limits.pixels:
-            return image.convert("RGB")
+            load_image(image)  # a check; encode does it again, with the model's settings
+            return image
     except (binascii.Error, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise RequestError(f"{where}: image cannot be decoded: {error}", param="input") from error
+        reason = error.__cause__ or error
+        raise RequestError(f"{where}: image cannot be decoded: {reason}", param="input") from error
     raise RequestError(
         f"{where}: image has {pixels} pixels; at most {limits.pixels} are allowed",
         413,

@@ -5,15 +5,9 @@ from __future__ import annotations
 import base64
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from parallel_decoupling.serving.requests import EmbeddingRequest
-
-
-def truncate(embeddings_BD: Tensor, dimensions: int | None) -> Tensor:
-    """Keep the first numbers and bring them to unit norm; None returns the argument."""
-    return embeddings_BD if dimensions is None else F.normalize(embeddings_BD[:, :dimensions], dim=-1)
 
 
 def response_body(request: EmbeddingRequest, embeddings_BD: Tensor, num_tokens: int) -> dict[str, Any]:
@@ -21,14 +15,14 @@ def response_body(request: EmbeddingRequest, embeddings_BD: Tensor, num_tokens: 
 
     Args:
         request: that is answered.
-        embeddings_BD: of its inputs, not truncated.
+        embeddings_BD: of its inputs.
         num_tokens: of its inputs, image tokens included.
 
     Returns:
         OpenAI's ``CreateEmbeddingResponse``; base64 is of little-endian float32.
     """
     data = []
-    for index, embedding_D in enumerate(truncate(embeddings_BD, request.dimensions)):
+    for index, embedding_D in enumerate(embeddings_BD):
         values: Any = embedding_D.tolist()
         if request.encoding_format == "base64":
             values = base64.b64encode(embedding_D.numpy().astype("<f4").tobytes()).decode("ascii")

@@ -26,6 +26,7 @@ from torch import Tensor
 from parallel_decoupling.data.row_loaders import RowBatch, RowBatches, RowLoader, Shards
 from parallel_decoupling.data.rows import AGGREGATE
 from parallel_decoupling.distributed import gather_objects, rank
+from parallel_decoupling.index.searcher import PATH_HASHES, path_hashes
 
 if TYPE_CHECKING:
     from parallel_decoupling.training.evaluator import EvaluatedEncoder
@@ -135,6 +136,7 @@ class EmbeddingWriter(BasePredictionWriter):
         self._metadata = {
             "model": None if checkpoint is None else str(Path(checkpoint).resolve()),
             "model_sha256": module.embedding_hash(),
+            PATH_HASHES: path_hashes(module.encoder),
             "num_paths": module.encoder.num_paths,
             "columns": rows.columns,
             "dtype": self.dtype,
