@@ -1,6 +1,6 @@
 """How good are the estimators of dependence, and the gradients that training takes from them?
 
-``python -m studies estimators`` takes about two minutes on one thread.
+``python -m studies estimators`` takes about ten minutes on one thread.
 
 Two paths are D-dimensional Gaussians of correlation rho in each dimension, or the cubes of such Gaussians
 (the mutual information is the same, no Gaussian q fits). q is either the true conditional (Gaussians only)

@@ -191,7 +191,7 @@ def _table(results: Mapping[str, Any]) -> str:
 def _write_figure(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     """Noise and agreement of every term, a colour per run."""
     runs, terms = (list(dict.fromkeys(row[key] for row in rows)) for key in ("run", "term"))
-    panels = {"noise": "noise over the norm of the mean", "agreement": "cosine to the contrastive gradient"}
+    panels = {"noise": "noise over the norm of the mean, logarithmic", "agreement": "cosine to the contrastive gradient"}
     figure = new_figure(10.0, 1.6 + 0.42 * len(terms))
     for axes, (key, title) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
         for name, colour in zip(runs, COLOURS[1:], strict=False):
@@ -202,6 +202,7 @@ def _write_figure(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
         axes.set_yticks(range(len(terms)), terms)
         clean_axes(axes, "x")
     figure.axes[0].set_xscale("log")
+    figure.axes[0].margins(x=0.1)
     figure.axes[0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     figure.axes[0].xaxis.set_minor_locator(NullLocator())
     figure.axes[0].xaxis.set_major_formatter("{x:g}")
