@@ -138,6 +138,14 @@ def test_adapter_numbers_out_of_range_are_named(options: dict[str, Any]) -> None
         AdapterConfig(**options)
 
 
+@pytest.mark.parametrize("options", [{"kind": "LoRA"}, {"scope": "text"}])
+def test_another_kind_or_scope_of_adapter_is_named_with_those_there_are(options: dict[str, Any]) -> None:
+    ((name, value),) = options.items()
+    there_are = {"kind": "frozen, lora, dora or full", "scope": "language, vision or both"}
+    with pytest.raises(ValueError, match=rf"adapter\.{name} must be {there_are[name]}, got '{value}'"):
+        AdapterConfig(**options)
+
+
 def test_building_asks_no_gpu_for_its_state(tiny_backbone_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def asked(*_: Any) -> None:
         raise AssertionError("a GPU would be initialised in every process")

@@ -169,6 +169,11 @@ def test_what_trains(tiny_clip_dir: str) -> None:
         load_dual_backbone(tiny_clip_dir, adapter=AdapterConfig(kind="lora"))
 
 
+def test_another_dtype_is_refused(tiny_clip_dir: str) -> None:
+    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, float16, got 'bf16'"):
+        load_dual_backbone(tiny_clip_dir, dtype="bf16")  # type: ignore[arg-type]
+
+
 def test_gradient_checkpointing_is_switched_on(tiny_clip_dir: str) -> None:
     backbone = load_dual_backbone(tiny_clip_dir, gradient_checkpointing=True)
     assert backbone.base.transformer.grad_checkpointing

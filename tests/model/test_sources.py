@@ -25,6 +25,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
         ({"attention": "flash_attention_2", "dtype": "bfloat16"}, (), "flash-attn"),
         ({"attention": "flash_attention_2"}, ("flash_attn",), "dtype='bfloat16'"),
         ({"quantization": "4bit"}, (), r"parallel-decoupling\[quantized\]"),
+        ({"dtype": "bf16"}, (), "dtype must be one of float32, bfloat16, float16, got 'bf16'"),
         ({"quantization": "8bit"}, (), "'4bit' or None"),
         (
             {"quantization": "4bit", "adapter": AdapterConfig(kind="full")},

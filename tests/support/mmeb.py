@@ -67,6 +67,14 @@ def save_tiny_mmeb(folder: Path, rows: int = 24) -> str:
     return str(folder)
 
 
+def add_text_subset(data_dir: str, rows: int = 24) -> None:
+    """Add the training subset ``texts``, whose queries and candidates have no image."""
+    cells = [(f"{number} and one\n", "", str(number + 1), "", "", "") for number in range(rows)]
+    names = ("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path")
+    file = Path(data_dir) / "MMEB-train" / "texts" / "original-00000-of-00001.parquet"
+    _write(file, names, zip(*cells, strict=True))
+
+
 def _write(file: Path, names: tuple[str, ...], columns: object) -> None:
     file.parent.mkdir(parents=True)
     pq.write_table(pa.table(dict(zip(names, map(list, columns), strict=True))), file)  # type: ignore[call-overload]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from parallel_decoupling.batch import PADDING_ID
-from parallel_decoupling.training.callbacks import CollapseAlarm, PathPictures, RunSummary
+from parallel_decoupling.objective.contrastive import info_nce
+from parallel_decoupling.training import callbacks
+from parallel_decoupling.training.callbacks import CollapseAlarm, PathPictures, RunSummary, Throughput
 from parallel_decoupling.training.terms import GatheredPairs
 from tests.support.fit import make_trainer, small_data, small_embedder
 
@@ -27,7 +28,7 @@ def outputs(query: Tensor, contrastive: float) -> dict[str, Any]:
 
 
 def alarms(alarm: CollapseAlarm, query: Tensor, contrastive: float, batches_done: int) -> list[str]:
-    module: Any = SimpleNamespace(batches_done=batches_done, log=lambda *_: None)
+    module: Any = SimpleNamespace(batches_done=batches_done, symmetric=False, log=lambda *_: None)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         alarm.on_train_batch_end(None, module, outputs(query, contrastive), None, 0)  # type: ignore[arg-type]
@@ -57,13 +58,74 @@ def test_the_loss_may_be_that_of_a_constant_before_the_alarm_is_armed() -> None:
     assert not alarms(CollapseAlarm(after_batches=100), torch.randn(64, 2, 32), 4.15, 40)
 
 
-def test_padding_is_no_candidate_of_the_constant_loss() -> None:
-    alarm, query = CollapseAlarm(after_batches=20, every_n_batches=20), torch.randn(64, 2, 32)
-    values = outputs(query, math.log(32))
-    values["pairs"].candidate_ids[32:] = PADDING_ID
-    module: Any = SimpleNamespace(batches_done=20, log=lambda *_: None)
-    with pytest.warns(UserWarning, match=r"log\(32\)"):
-        alarm.on_train_batch_end(None, module, values, None, 0)  # type: ignore[arg-type]
+LABELS = torch.arange(64) % 8
+NEGATIVES = torch.arange(64, 128)
+PADDED = NEGATIVES.masked_fill(NEGATIVES % 2 == 0, PADDING_ID)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(
+    "ids",
+    [
+        torch.arange(64),
+        LABELS,
+        torch.cat([torch.arange(64), NEGATIVES]),
+        torch.cat([LABELS, PADDED]),
+    ],
+    ids=["all different", "8 labels", "hard negatives", "labels and padding"],
+)
+def test_a_constant_embedding_raises_the_alarm_and_random_ones_do_not(ids: Tensor, symmetric: bool) -> None:
+    def messages(query: Tensor, candidate: Tensor) -> list[str]:
+        labels = {"positive": torch.arange(64), "candidate_ids": ids}
+        loss = info_nce(query, candidate, temperature=0.02, symmetric=symmetric, **labels).mean()
+        empty = torch.zeros(64, 1, 1)
+        pairs = GatheredPairs(query, candidate, empty, empty, *labels.values())
+        module: Any = SimpleNamespace(batches_done=20, symmetric=symmetric, log=lambda *_: None)
+        alarm = CollapseAlarm(after_batches=20, every_n_batches=20)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            alarm.on_train_batch_end(None, module, {"pairs": pairs, "contrastive": loss}, None, 0)  # type: ignore[arg-type]
+        return [str(warning.message) for warning in caught]
+
+    unit = torch.nn.functional.normalize(torch.randn(1, 1, 32), dim=-1)
+    (message,) = messages(unit.expand(64, -1, -1), unit.expand(len(ids), -1, -1))
+    assert "that of a constant embedding" in message
+    sides = [torch.nn.functional.normalize(torch.randn(rows, 1, 32), dim=-1) for rows in (64, len(ids))]
+    assert not messages(*sides)
+
+
+class Side:
+    num_tokens = 7
+
+    def __len__(self) -> int:
+        return 3
+
+
+def test_throughput_is_that_of_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, logged = [0.0], {}
+    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: now[0])
+    trainer: Any = SimpleNamespace(log_every_n_steps=5)
+    module: Any = SimpleNamespace(log=lambda name, value: logged.update({name: value}))
+    throughput = Throughput()
+    throughput.on_train_start(trainer, module)
+    for number in range(1, 6):
+        now[0] += 2
+        batch: Any = SimpleNamespace(query=Side(), candidate=Side())
+        throughput.on_train_batch_end(trainer, module, None, batch, number)
+        if number % 2 == 0:
+            throughput.on_validation_start(trainer, module)
+            now[0] += 100
+            throughput.on_validation_end(trainer, module)
+    assert logged == {"throughput/samples_per_second": 1.5, "throughput/tokens_per_second": 7.0}
+
+
+def test_frequent_validations_leave_the_throughput_in_the_log(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    data = small_data(tiny_mmeb_dir, validation_tasks=["colours_i2t"])
+    trainer = make_trainer(tmp_path, max_steps=6, val_check_interval=2, log_every_n_steps=3)
+    trainer.fit(small_embedder(tiny_backbone_dir), data)
+    assert trainer.callback_metrics["throughput/samples_per_second"] > 0
 
 
 def test_the_alarm_remembers_its_start_through_a_checkpoint() -> None:

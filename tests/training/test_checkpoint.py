@@ -198,6 +198,65 @@ def test_a_run_stopped_inside_an_accumulation_goes_on_with_its_gradients(
     assert any(not torch.equal(state[name], lost[name]) for name in state)
 
 
+def test_an_unfinished_accumulation_goes_on_with_as_many_batches_only(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    args = tiny_backbone_dir, tiny_mmeb_dir, tmp_path
+    run(*args, SaveAll(tmp_path), accumulate=2)
+    with pytest.raises(ValueError, match=r"1 batches into a main step of 2.*accumulate_batches=3.*: set 2"):
+        run(*args, resume=tmp_path / "3.ckpt", accumulate=3)
+    other = {"optimizer": {"accumulate_batches": 3}}
+    assert PDFEmbedder.load_from_checkpoint(tmp_path / "3.ckpt", **other).batches_done == 3, "to encode"
+    content = torch.load(tmp_path / "3.ckpt", weights_only=True)
+    for name in ("batches_since_step", "accumulate_batches"):
+        del content["progress"][name]
+    torch.save(content, tmp_path / "older.ckpt")
+    state, values = run(*args, resume=tmp_path / "3.ckpt", accumulate=2)
+    older, older_values = run(*args, resume=tmp_path / "older.ckpt", accumulate=2)
+    assert older_values == values
+    assert_equal(state, older)
+
+
+def test_after_a_main_step_another_accumulation_begins_with_all_its_batches(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    args = tiny_backbone_dir, tiny_mmeb_dir, tmp_path
+    run(*args, SaveAll(tmp_path), accumulate=2)
+    folder = tmp_path / "again"
+    folder.mkdir()
+    options: dict[str, Any] = {"accumulate": 3, "max_steps": 4}
+    state, _ = run(*args, SaveAll(folder), resume=tmp_path / "4.ckpt", **options)
+    files = {stop: torch.load(folder / f"{stop}.ckpt", weights_only=True) for stop in range(5, 11)}
+    steps = {stop: content["progress"]["steps_done"] for stop, content in files.items()}
+    assert steps == {5: 2, 6: 2, 7: 3, 8: 3, 9: 3, 10: 4}
+    assert [stop for stop in files if files[stop]["accumulated_gradients"]] == [5, 6, 8, 9]
+    again, _ = run(*args, resume=folder / "8.ckpt", **options)
+    assert_equal(state, again)
+
+
+def test_a_checkpoint_names_the_data_of_its_training(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    module, file = small_embedder(tiny_backbone_dir), tmp_path / "now.ckpt"
+
+    def named(trainer: Trainer) -> int:
+        trainer.save_checkpoint(file)
+        return int(torch.load(file, weights_only=True)["data"]["max_pixels"])
+
+    def fit(max_pixels: int, steps: int, resume: Path | None = None) -> list[int]:
+        seen: list[int] = []
+        save = StopAt(steps, lambda trainer: seen.append(named(trainer)), hook="on_train_batch_end")
+        trainer = make_trainer(tmp_path, save, max_steps=steps)
+        trainer.fit(module, small_data(tiny_mmeb_dir, max_pixels=max_pixels), ckpt_path=resume)
+        return seen
+
+    assert fit(1024, 1) == [1024]
+    trainer = make_trainer(tmp_path)
+    trainer.test(module, small_data(tiny_mmeb_dir, max_pixels=2048), verbose=False)
+    assert named(trainer) == 1024
+    assert fit(3072, 2, resume=file) == [3072], "of the fit that goes on"
+
+
 @pytest.fixture
 def _interrupt_handler() -> Iterator[None]:
     handler = signal.getsignal(signal.SIGINT)  # Lightning ignores Ctrl+C after the first

@@ -61,7 +61,7 @@ def test_two_processes_share_a_prediction(tiny_backbone_dir: str, tiny_mmeb_dir:
     def predict(folder: Path, devices: int) -> int:
         trainer = make_trainer(folder, devices=devices, strategy="ddp" if devices > 1 else "auto")
         data = small_data(tiny_mmeb_dir, eval_batch_size=2)
-        batches = small_embedder(tiny_backbone_dir).predict_tasks(trainer, data)
+        batches = trainer.predict(small_embedder(tiny_backbone_dir), datamodule=data)
         return sum(len(batch["indices"]) for task in batches for batch in task)
 
     rows = predict(tmp_path / "one", 1)

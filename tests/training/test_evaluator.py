@@ -127,7 +127,7 @@ def test_predictions_are_the_embeddings_of_every_task(
 ) -> None:
     module = small_embedder(tiny_backbone_dir)
     data = small_data(tiny_mmeb_dir, eval_batch_size=3)
-    module.predict_tasks(make_trainer(tmp_path), data, return_predictions=False)
+    make_trainer(tmp_path).predict(module, datamodule=data, return_predictions=False)
     for name in TASKS:
         content = torch.load(tmp_path / "predictions" / f"{name}.pt", weights_only=True)
         rows = read_eval_task(tiny_mmeb_dir, name)
@@ -142,8 +142,8 @@ def test_a_prediction_of_limited_batches_is_an_error(
 ) -> None:
     data = small_data(tiny_mmeb_dir, eval_batch_size=3)
     with pytest.raises(ValueError, match="colours_i2t: not all rows were encoded.*limit_predict_batches"):
-        small_embedder(tiny_backbone_dir).predict_tasks(
-            make_trainer(tmp_path, **limit), data, return_predictions=False
+        make_trainer(tmp_path, **limit).predict(
+            small_embedder(tiny_backbone_dir), datamodule=data, return_predictions=False
         )
 
 
@@ -227,12 +227,6 @@ def test_scores_are_written_before_the_checks(
     with pytest.raises(ValueError, match="cannot be read"):
         make_trainer(tmp_path).test(module, small_data(tiny_mmeb_dir), verbose=False)
     assert set(ScoreReport.from_json_file(tmp_path / "scores.json").tasks) == set(TASKS)
-
-
-def test_predict_tasks_takes_no_other_source(tiny_backbone_dir: str, tmp_path: Path) -> None:
-    data = small_data("unused", predict_source="photos")
-    with pytest.raises(ValueError, match="predict_source is set"):
-        small_embedder(tiny_backbone_dir).predict_tasks(make_trainer(tmp_path), data)
 
 
 def test_outside_git_there_is_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from parallel_decoupling.distributed import rank, whole
 from parallel_decoupling.training.embedder import PDFEmbedder
 from tests.support.families import save_tiny_family
 from tests.support.fit import Recorder, make_trainer, small_data, small_embedder
+from tests.support.mmeb import add_text_subset, save_tiny_mmeb
 from tests.support.processes import run_ranks
 
 pytestmark = pytest.mark.slow
@@ -71,17 +72,19 @@ def train(
     resume: Path | None = None,
     accumulate: int = 1,
     checkpointing: bool = False,
+    changes: dict[str, Any] | None = None,
+    subsets: list[str] | None = None,
 ) -> None:
     """Four batches; what happened on each rank is in ``<rank>.pt``, a checkpoint in ``3.ckpt``."""
     settings = {**SETTINGS, "optimizer": {**SETTINGS["optimizer"], "accumulate_batches": accumulate}}
     settings |= {"query_chunk_size": chunk_size, "candidate_chunk_size": chunk_size}
-    settings["gradient_checkpointing"] = checkpointing
+    settings |= {"gradient_checkpointing": checkpointing, **(changes or {})}
     module = Recording(backbone=backbone, adapter=adapter, **settings)  # type: ignore[arg-type]
     module.gradients, module.with_image, module.sharded = [], [], set()
     recorder = Recorder()
     options = {"devices": 1 if strategy == "auto" else 2, "strategy": strategy}
     trainer = make_trainer(folder, recorder, SaveAt(folder, 3), max_steps=STEPS // accumulate, **options)
-    data = small_data(data_dir, policy="sub_batch", sub_batch_size=4)
+    data = small_data(data_dir, policy="sub_batch", sub_batch_size=4, train_subsets=subsets)
     trainer.fit(module, data, ckpt_path=resume)
     torch.save(
         {
@@ -164,6 +167,25 @@ def test_two_processes_train_like_one_and_resume_each_others_checkpoints(
         for result in two(tmp_path / f"from_{resume.parent.name}", *args, strategy=other, resume=resume):
             assert_close(result, one)
             assert len(result["values"]) == 1
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_process_whose_rows_are_texts_adds_nothing_to_vision_adapters(
+    tiny_backbone_dir: str, tmp_path: Path, strategy: str, chunk_size: int | None
+) -> None:
+    add_text_subset(save_tiny_mmeb(tmp_path / "data"))
+    args = (tiny_backbone_dir, str(tmp_path / "data"), {"kind": "lora", "scope": "vision"})
+    changes: dict[str, Any] = {"num_paths": 1, "prefix_length": 0, "mi_weight": 0.0, "aggregate_weight": 0.0}
+    changes |= {"aggregation": "mean", "learn_temperature": False}
+    options: dict[str, Any] = {"changes": changes, "subsets": ["colours_i2t", "texts"]}
+    (tmp_path / "one").mkdir()
+    train(tmp_path / "one", *args, **options)
+    (one,) = results(tmp_path / "one")
+    first, second = two(tmp_path / "two", *args, strategy=strategy, chunk_size=chunk_size, **options)
+    assert any(a != b for a, b in zip(first["with_image"], second["with_image"], strict=True))
+    for result in (first, second):
+        assert_close(result, one)
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "llava_next_mistral"])

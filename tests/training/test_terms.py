@@ -164,6 +164,14 @@ def test_nested_terms_equal_the_loop_over_dimensions(
             torch.testing.assert_close(*gradients)
 
 
+def test_ids_are_gathered_once_for_all_dimensions(monkeypatch: pytest.MonkeyPatch) -> None:
+    gathered = []
+    monkeypatch.setattr(terms, "gather_with_grad", lambda local: gathered.append(local) or local)
+    sides, ids = [torch.randn(2, 2, 4), torch.randn(2, 2, 4)], torch.arange(2)
+    gather_pairs(*sides, ids, mean_of_paths, dims=(3, 2))
+    assert sum(local is ids for local in gathered) == 1
+
+
 def test_nested_rows_are_gone_after_detaching() -> None:
     pairs = gather_pairs(
         torch.randn(2, 2, 4), torch.randn(2, 2, 4), torch.arange(2), mean_of_paths, dims=(2,)

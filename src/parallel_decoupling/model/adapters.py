@@ -38,7 +38,7 @@ class AdapterConfig:
         targets: last names of the linear layers to adapt; None is the family's default.
 
     Raises:
-        ValueError: if a number is out of its range.
+        ValueError: for another kind or scope; if a number is out of its range.
     """
 
     kind: Literal["frozen", "lora", "dora", "full"] = "lora"
@@ -49,6 +49,10 @@ class AdapterConfig:
     targets: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.kind not in ("frozen", "lora", "dora", "full"):
+            raise ValueError(f"adapter.kind must be frozen, lora, dora or full, got {self.kind!r}.")
+        if self.scope not in ("language", "vision", "both"):
+            raise ValueError(f"adapter.scope must be language, vision or both, got {self.scope!r}.")
         if self.rank < 1:
             raise ValueError(f"adapter.rank must be 1 or more, got {self.rank}.")
         if not self.alpha > 0:

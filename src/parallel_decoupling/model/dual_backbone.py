@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER
 from parallel_decoupling.model.backbone import AdapterConfig
+from parallel_decoupling.model.sources import check_dtype
 
 PREFIX = "open_clip:"
 CONFIG_FILE = "open_clip_config.json"
@@ -183,8 +184,10 @@ def load_dual_backbone(
         The backbone in training mode, on the CPU.
 
     Raises:
-        ValueError: unknown architecture or tag, weights that cannot be had or do not fit, another adapter.
+        ValueError: another dtype or adapter, unknown architecture or tag, weights that cannot be had or do
+            not fit.
     """
+    check_dtype(dtype)
     kind = "full" if adapter is None else adapter.kind
     if kind not in ("full", "frozen"):
         raise ValueError(f"adapter.kind={kind} is not offered for an open_clip backbone: set full or frozen.")

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedConfig
@@ -27,6 +27,7 @@ Attention = Literal["sdpa", "eager", "flash_attention_2", "flex_attention"]
 
 def check_options(dtype: str, attention: str, adapter: AdapterConfig, quantization: str | None) -> None:
     """Refuse what cannot work before anything is read."""
+    check_dtype(dtype)
     if attention == "flash_attention_2":
         if find_spec("flash_attn") is None:
             raise ValueError(
@@ -45,6 +46,12 @@ def check_options(dtype: str, attention: str, adapter: AdapterConfig, quantizati
         )
     if adapter.kind == "full":
         raise ValueError("quantized weights cannot train: set adapter.kind to lora, dora or frozen")
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise a ValueError for a dtype that weights are not loaded in."""
+    if dtype not in get_args(Dtype):
+        raise ValueError(f"dtype must be one of {', '.join(get_args(Dtype))}, got {dtype!r}")
 
 
 def vision_attention(attention: Attention) -> str:

@@ -7,7 +7,6 @@ values of a step (``training.embedder`` logs them itself), the drawing (``retrie
 
 from __future__ import annotations
 
-import math
 import signal
 import threading
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -24,8 +24,9 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
-from parallel_decoupling.batch import PADDING_ID, PairBatch
+from parallel_decoupling.batch import PairBatch
 from parallel_decoupling.distributed import world_size
+from parallel_decoupling.objective.contrastive import info_nce
 from parallel_decoupling.objective.statistics import effective_rank, path_cosine
 from parallel_decoupling.retrieval.plots import path_similarity_figure
 from parallel_decoupling.training.terms import GatheredPairs, mean_path_cosine
@@ -108,9 +109,13 @@ class Throughput(Callback):
         """Start the clock."""
         self._restart()
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock."""
+        self._stopped = time.perf_counter()
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the validation out."""
-        self._restart()
+        self._since += time.perf_counter() - self._stopped
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PairBatch, batch_idx: int
@@ -135,7 +140,7 @@ class CollapseAlarm(Callback):
         every_n_batches: how often to look.
 
     Relations:
-        A loss within 2 % of ``log(candidates)`` is what a constant embedding has.
+        A loss within 2 % of ``constant_loss`` is what a constant embedding has.
     """
 
     def __init__(self, after_batches: int = 200, every_n_batches: int = 20) -> None:
@@ -173,13 +178,12 @@ class CollapseAlarm(Callback):
             )
         if done < self.after_batches:
             return
-        candidates = int((pairs.candidate_ids != PADDING_ID).sum())
-        constant = math.log(candidates)
+        constant = constant_loss(pairs, symmetric=pl_module.symmetric)
         if abs(float(outputs["contrastive"]) - constant) < 0.02 * constant:
             self._warn(
                 "loss",
                 f"the contrastive loss {float(outputs['contrastive']):.3f} is that of a constant embedding, "
-                f"log({candidates}) = {constant:.3f}. "
+                f"{constant:.3f}. "
                 "Lower learning rates or mi_weight, and check that rows and images are read as intended.",
             )
         num_paths = query_GND.shape[1]
@@ -194,6 +198,17 @@ class CollapseAlarm(Callback):
         if kind not in self.warned:
             self.warned.add(kind)
             rank_zero_warn(f"Collapse alarm: {message}", category=UserWarning)
+
+
+def constant_loss(pairs: GatheredPairs, *, symmetric: bool) -> float:
+    """InfoNCE of these pairs if every embedding were the same, at any temperature.
+
+    Relations:
+        ``log(candidates)`` without padding and without targets that repeat; lower with them.
+    """
+    query, candidate = (torch.ones_like(side[:, :1, :1]) for side in (pairs.query, pairs.candidate))
+    ids = {"positive": pairs.positive, "candidate_ids": pairs.candidate_ids}
+    return float(info_nce(query, candidate, temperature=1.0, symmetric=symmetric, **ids))
 
 
 class PathPictures(Callback):
@@ -222,7 +237,9 @@ class SaveOnSignal(Callback):
     """Write ``last.ckpt`` when the run is told to stop: SIGTERM, or Ctrl+C.
 
     A step that has begun is finished first, so the checkpoint is one that a run can be resumed from bit for
-    bit. A second Ctrl+C stops at once, without saving.
+    bit. With several processes it is not certain that there is one: a signal that comes while one of them
+    waits for its data can leave them waiting for each other; then the last regular ``last.ckpt`` counts.
+    A second Ctrl+C stops at once, without saving.
     """
 
     def __init__(self) -> None:

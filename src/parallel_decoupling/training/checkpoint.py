@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from parallel_decoupling.distributed import average_gradients, whole
+from parallel_decoupling.distributed import average_gradients, shard_like, whole
 from parallel_decoupling.model.checkpoint import (
     backbone_fingerprint,
     check_fingerprint,
@@ -26,7 +26,14 @@ from parallel_decoupling.model.checkpoint import (
 if TYPE_CHECKING:
     from parallel_decoupling.training.embedder import PDFEmbedder
 
-PROGRESS = ("batches_done", "steps_done", "token_passes", "rows_by_subset")
+PROGRESS = (
+    "batches_done",
+    "batches_since_step",
+    "accumulate_batches",
+    "steps_done",
+    "token_passes",
+    "rows_by_subset",
+)
 _PLAIN = (str, int, float, bool, list, tuple, dict, type(None))
 
 
@@ -42,12 +49,12 @@ def trained_state(module: PDFEmbedder) -> dict[str, Tensor]:
 
 def save_into(checkpoint: dict[str, Any], module: PDFEmbedder) -> None:
     """Replace Lightning's full ``state_dict`` and add what a resumed run needs."""
-    unfinished = module.batches_done % module.optimizer_config.accumulate_batches > 0
+    unfinished = module.batches_since_step > 0
     if unfinished:
         average_gradients(p for group in module.trainables().values() for p in group)
     checkpoint["state_dict"] = trained_state(module)
     checkpoint["backbone"] = fingerprint(module)
-    checkpoint["data"] = data_settings(module)
+    checkpoint["data"] = module.trained_data or data_settings(module)  # since a fit, those of the fit
     checkpoint["progress"] = {name: getattr(module, name) for name in PROGRESS}
     checkpoint["accumulated_gradients"] = {
         name: whole(parameter.grad.detach()).to("cpu", copy=True)
@@ -89,10 +96,37 @@ def load_into(module: PDFEmbedder, checkpoint: Mapping[str, Any]) -> None:
     with torch.no_grad():
         for name in found:
             parameters[name].copy_(stored[name])
+    progress = _with_accumulation(checkpoint["progress"], module.accumulate_batches)
     for name in PROGRESS:
-        setattr(module, name, checkpoint["progress"][name])
+        setattr(module, name, progress[name])
     module.pending_gradients = dict(checkpoint["accumulated_gradients"])
     module.trained_data = dict(checkpoint.get("data", {}))
+
+
+def _with_accumulation(progress: Mapping[str, Any], accumulate_batches: int) -> Mapping[str, Any]:
+    """Add what older checkpoints did not say: theirs is taken to be the accumulation of this run."""
+    since_step = progress["batches_done"] % accumulate_batches
+    return {"batches_since_step": since_step, "accumulate_batches": accumulate_batches, **progress}
+
+
+def resume_accumulation(module: PDFEmbedder) -> None:
+    """Give the parameters the gradients of an unfinished accumulation that a checkpoint held.
+
+    Raises:
+        ValueError: for another number of batches per main step than those gradients are scaled by.
+    """
+    stored, asked = module.accumulate_batches, module.optimizer_config.accumulate_batches
+    if module.batches_since_step and stored != asked:
+        raise ValueError(
+            f"The checkpoint was saved {module.batches_since_step} batches into a main step of {stored}, so "
+            f"optimizer.accumulate_batches={asked} cannot go on with it: set {stored}, or resume from a "
+            "checkpoint saved at the end of a main step."
+        )
+    module.accumulate_batches = asked
+    parameters = dict(module.named_parameters())
+    for name, gradient in module.pending_gradients.items():
+        parameters[name].grad = shard_like(gradient, parameters[name])
+    module.pending_gradients = {}
 
 
 def data_settings(module: PDFEmbedder) -> dict[str, Any]:

@@ -24,7 +24,6 @@ from parallel_decoupling.distributed import (
     gather_objects,
     gather_with_grad,
     rank,
-    shard_like,
     world_size,
 )
 from parallel_decoupling.model.backbone import AdapterConfig
@@ -167,6 +166,7 @@ class PDFEmbedder(EvaluatedEncoder):
         self.query_instruction, self.candidate_instruction = query_instruction, candidate_instruction
         self.seed = seed
         self.batches_done, self.steps_done, self.token_passes = 0, 0, 0.0
+        self.batches_since_step, self.accumulate_batches = 0, self.optimizer_config.accumulate_batches
         self.rows_by_subset: dict[str, int] = {}
         self.trained_data: dict[str, Any] = {}
         self.fingerprint: dict[str, Any] | None = None
@@ -188,7 +188,7 @@ class PDFEmbedder(EvaluatedEncoder):
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Any]:
         """One batch: encode, fit q, one gradient of the objective, and every few batches one main step."""
-        mi, accumulate = self.mi_config, self.optimizer_config.accumulate_batches
+        mi = self.mi_config
         with seeded(self.device, self.seed, self.batches_done):
             # 1. All paths of all rows, of all ranks. Under GradCache the embeddings are leaves.
             query = self._encode(batch.query, "query", self.query_chunk_size)
@@ -213,12 +213,14 @@ class PDFEmbedder(EvaluatedEncoder):
             loss = path_N.mean() + self.aggregate_weight * aggregate + weight * mean_mi
             # 4. and 5. Gradient to the embeddings, then through the chunks to the parameters.
             with self._own_gradients_only():
-                self.manual_backward(loss * world_size() / accumulate)
+                if loss.requires_grad:  # not for texts alone when only vision adapters train
+                    self.manual_backward(loss * world_size() / self.accumulate_batches)
                 query.backward()
                 candidate.backward()
         # 6. The main step; the rest is bookkeeping.
         self.batches_done += 1
-        if self.batches_done % accumulate == 0:
+        self.batches_since_step += 1
+        if self.batches_since_step == self.accumulate_batches:
             self._main_step()
         terms = {"loss": loss, "mi": mean_mi, "mi_weight": weight, "contrastive_aggregate": aggregate}
         fit = {"estimator_nll": nll, "estimator_nll_held_out": held_out}
@@ -274,7 +276,7 @@ class PDFEmbedder(EvaluatedEncoder):
         optimizer.step()
         cast(Any, self.lr_schedulers()).step()
         optimizer.zero_grad()
-        self.steps_done += 1
+        self.steps_done, self.batches_since_step = self.steps_done + 1, 0
         if self.mutual_information.needs_fit:
             rates["lr/estimator"] = self.mi_config.learning_rate
         self.log_dict({**rates, "train/gradient_norm": norm})
@@ -362,10 +364,7 @@ class PDFEmbedder(EvaluatedEncoder):
         for logger in self.loggers:
             logger.log_hyperparams({"model": dict(self.hparams), "data": self.trained_data})
         apply_config(self.trainer.optimizers, self.lr_schedulers(), self.optimizer_config, self.mi_config)
-        parameters = dict(self.named_parameters())
-        for name, gradient in self.pending_gradients.items():
-            parameters[name].grad = shard_like(gradient, parameters[name])
-        self.pending_gradients = {}
+        checkpoint.resume_accumulation(self)
 
     def on_validation_model_zero_grad(self) -> None:
         """Keep the gradients of an unfinished accumulation through a validation."""

@@ -229,21 +229,6 @@ class EvaluatedEncoder(LightningModule):
         folder = data.folder if trained["data_dir"] == data.data_dir else Path(trained["data_dir"])
         return [*found, *prompt_mismatches(folder, trained["split"], self._evaluation.tasks)]
 
-    def predict_tasks(self, trainer: Trainer, data: MMEBDataModule, **options: Any) -> Any:
-        """Run ``trainer.predict`` over the evaluation tasks; writes ``predictions/<task>.pt`` for each.
-
-        Args:
-            trainer: any Trainer.
-            data: without ``predict_source``.
-            options: of ``trainer.predict``, such as ``ckpt_path``.
-
-        Raises:
-            ValueError: data with a ``predict_source``.
-        """
-        if data.predict_source is not None:
-            raise ValueError("predict_source is set: call trainer.predict(model, datamodule=data).")
-        return trainer.predict(self, datamodule=data, **options)
-
     def on_predict_start(self) -> None:
         """Begin with no task."""
         self._predicted = None

@@ -45,11 +45,13 @@ class Encoding:
         """Carry the gradient of ``embeddings`` on to the parameters; nothing to do for a direct graph.
 
         Call it once, after the loss has been back-propagated. A loss scale is already in the gradient.
+        A chunk that no parameter takes part in (texts, when vision adapters alone train) adds nothing.
         """
         if self.replay is None or self.embeddings.grad is None:
             return
         for rows, chunk_BND in self.replay():
-            torch.autograd.backward(chunk_BND, self.embeddings.grad[rows])
+            if chunk_BND.requires_grad:
+                torch.autograd.backward(chunk_BND, self.embeddings.grad[rows])
 
 
 def encode_in_chunks(

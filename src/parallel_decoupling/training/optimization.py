@@ -14,6 +14,8 @@ from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from parallel_decoupling.objective.mutual_information import Kind
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -71,7 +73,7 @@ class MIConfig:
         ValueError: if a number is out of its range.
     """
 
-    kind: Literal["vclub", "club_sample", "l1out", "hsic", "crosscov", "orthogonal", "none"] = "vclub"
+    kind: Kind = "vclub"
     hidden_size: int = 64
     fit_steps: int = 2
     warmup_steps: int = 50

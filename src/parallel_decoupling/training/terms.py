@@ -72,18 +72,23 @@ def gather_pairs(
     """
     first_of_rank = torch.arange(world_size(), device=query.device) * len(candidate)
     own_rows = torch.arange(len(query), device=query.device)
+    positive = (first_of_rank.unsqueeze(1) + own_rows).flatten()
+    all_ids = gather_with_grad(candidate_ids)
+
+    def gathered(query: Tensor, candidate: Tensor, nested: tuple[GatheredPairs, ...] = ()) -> GatheredPairs:
+        return GatheredPairs(
+            query=gather_with_grad(query),
+            candidate=gather_with_grad(candidate),
+            query_aggregate=gather_with_grad(aggregate(query).unsqueeze(1)),
+            candidate_aggregate=gather_with_grad(aggregate(candidate).unsqueeze(1)),
+            positive=positive,
+            candidate_ids=all_ids,
+            nested=nested,
+        )
+
     with torch.autocast(device_type=query.device.type, enabled=False):
-        query_aggregate, candidate_aggregate = aggregate(query), aggregate(candidate)
-        shorter = [(truncate(query, dim), truncate(candidate, dim)) for dim in dims]
-    return GatheredPairs(
-        query=gather_with_grad(query),
-        candidate=gather_with_grad(candidate),
-        query_aggregate=gather_with_grad(query_aggregate.unsqueeze(1)),
-        candidate_aggregate=gather_with_grad(candidate_aggregate.unsqueeze(1)),
-        positive=(first_of_rank.unsqueeze(1) + own_rows).flatten(),
-        candidate_ids=gather_with_grad(candidate_ids),
-        nested=tuple(gather_pairs(*sides, candidate_ids, aggregate) for sides in shorter),
-    )
+        nested = tuple(gathered(truncate(query, dim), truncate(candidate, dim)) for dim in dims)
+        return gathered(query, candidate, nested)
 
 
 def shared(parameter: Tensor) -> Tensor:
