@@ -1,10 +1,11 @@
 """``lightning plan`` against real steps: run as ``python -m benchmarks.plan`` from the repository root.
 
-A small random-weight Qwen2-VL in bfloat16 trains two steps on the CPU, in one process and in two.
+A small random-weight Qwen2-VL trains two steps with bf16-mixed precision on the CPU, in one process and in
+two: with LoRA on weights in bfloat16 and in float32, and whole.
 Per part: bytes of the tensors that exist (weights, gradients, optimizer states) or that autograd keeps for
 the largest forward pass (activations), over the plan's. The last line of a layout is the most that torch has
 allocated at once during the second step, above what exists before it, over the same of the plan; passing
-copies and workspace are in it, which the plan leaves out. Wants about 2 GB of memory and two minutes.
+copies and workspace are in it, which the plan leaves out. Wants about 3 GB of memory and five minutes.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from parallel_decoupling.batch import PairBatch
 from parallel_decoupling.data.datamodule import MMEBDataModule
+from parallel_decoupling.model.backbone import AdapterConfig
 from parallel_decoupling.training.arithmetic import ImageCost
 from parallel_decoupling.training.embedder import PDFEmbedder
 from parallel_decoupling.training.memory import saved_bytes
@@ -125,13 +127,13 @@ def compare(folder: Path, model: dict[str, Any], data: dict[str, Any], strategy:
     plan.image, plan.text_tokens = IMAGE, measured["row_tokens"] - IMAGE.tokens
     at_rest = ("weights", "gradient buckets of DDP", "optimizer states", "pixels of the batch")
     planned = {**plan.memory, STEP: plan.peak - sum(plan.memory[part] for part in at_rest)}
-    title = f"{strategy}, {processes} process(es)"
+    title = f"{strategy}, {processes} process(es), {model['adapter'].kind} on {model['dtype']}"
     title += ", gradient checkpointing" if model["gradient_checkpointing"] else ""
-    print(f"\n{title:<48}{'plan':>10}{'measured':>10}{'ratio':>8}")
+    print(f"\n{title:<64}{'plan':>10}{'measured':>10}{'ratio':>8}")
     for part in ("weights", "gradients", "optimizer states", "activations", STEP):
         if part in measured:
             mib = [size / 2**20 for size in (planned[part], measured[part])]
-            print(f"{part + ' (MiB)':<48}{mib[0]:>10.1f}{mib[1]:>10.1f}{mib[1] / mib[0]:>8.2f}", flush=True)
+            print(f"{part + ' (MiB)':<64}{mib[0]:>10.1f}{mib[1]:>10.1f}{mib[1] / mib[0]:>8.2f}", flush=True)
 
 
 def defaults(kind: type) -> dict[str, Any]:
@@ -145,11 +147,14 @@ def main() -> None:
         folder = Path(name)
         backbone, data_dir = save_backbone(folder / "backbone"), save_tiny_mmeb(folder / "mmeb", rows=256)
         data = {"data_dir": data_dir, "batch_size": BATCH_SIZE, "train_subsets": ["colours_i2t"]}
-        model = {"backbone": backbone, "dtype": "bfloat16", "num_paths": 4, "prefix_length": 4}
+        model = {"backbone": backbone, "num_paths": 4, "prefix_length": 4}
         model |= {"query_chunk_size": CHUNK, "candidate_chunk_size": CHUNK}
-        for strategy in ("auto", "ddp", "fsdp2"):
-            for checkpointing in (False, True):
-                compare(folder, {**model, "gradient_checkpointing": checkpointing}, data, strategy)
+        for kind, dtype in (("lora", "bfloat16"), ("lora", "float32"), ("full", "float32")):
+            for strategy in ("auto", "ddp", "fsdp2"):
+                for checkpointing in (False, True):
+                    options = {"adapter": AdapterConfig(kind=kind), "dtype": dtype}
+                    options["gradient_checkpointing"] = checkpointing
+                    compare(folder, {**model, **options}, data, strategy)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from peft import LoraConfig
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoProcessor
@@ -17,17 +17,11 @@ from parallel_decoupling.cli import main
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.model.backbone import AdapterConfig, load_backbone, meta_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
-from parallel_decoupling.objective.mutual_information import MutualInformation
+from parallel_decoupling.model.families import FAMILIES
 from parallel_decoupling.training import arithmetic, memory
 from parallel_decoupling.training.embedder import PDFEmbedder
-from parallel_decoupling.training.optimization import MIConfig
 from parallel_decoupling.training.plan import NATURAL_IMAGE, Layout, Plan
-from parallel_decoupling.training.terms import (
-    contrastive_terms,
-    frozen,
-    gather_pairs,
-    mutual_information_terms,
-)
+from parallel_decoupling.training.settings import as_plain
 from tests.support.families import save_tiny_family
 from tests.support.tiny import noise_image, save_tiny_backbone, tiny_inputs
 
@@ -75,7 +69,7 @@ def test_image_tokens_are_the_processors(tmp_path: Path, family: str, size: tupl
         {"num_paths": 3, "prefix_length": 5, "prefix_layers": [0, 1]},
         {"num_paths": 3, "prefix_length": 5, "prefix_type": "shallow"},
         {"adapter": {"kind": "dora", "scope": "both"}, "learn_temperature": True, "mi": {"kind": "hsic"}},
-        {"adapter": {"kind": "full"}, "dtype": "bfloat16"},
+        {"adapter": {"kind": "full"}},
         {"num_paths": 1, "prefix_length": 0, "mi_weight": 0.0, "aggregate_weight": 0.0},
     ],
 )
@@ -103,54 +97,6 @@ def test_parameters_and_their_memory_are_the_embedders(model: dict[str, Any], ti
     trained = sum(p.numel() * p.itemsize for p in module.parameters() if p.requires_grad)
     assert plan.memory["gradients"] == trained
     assert plan.memory["optimizer states"] == 2 * trained
-
-
-@pytest.mark.parametrize("kind", ["frozen", "lora", "dora", "full"])
-@pytest.mark.parametrize("low_precision", [False, True])
-def test_a_layers_activations_are_those_that_autograd_keeps(
-    tmp_path: Path, kind: Any, low_precision: bool
-) -> None:
-    sizes, rows = [], 6
-    for num_layers in (1, 2):
-        folder = save_tiny_backbone(tmp_path / str(num_layers), num_layers=num_layers)
-        options: dict[str, Any] = {"dtype": "bfloat16" if low_precision else "float32"}
-        backbone = load_backbone(folder, adapter=AdapterConfig(kind=kind, rank=2), **options)
-        encoder = ParallelEncoder(backbone, num_paths=2, prefix_length=3)
-        text = "<|image_pad|>\n" + "describe the shapes the colors the positions " * 30
-        inputs = tiny_inputs(backbone.processor, [(text, [noise_image(64, 64)])] * rows)
-        with torch.autocast("cpu", torch.bfloat16, enabled=low_precision):
-            sizes.append(memory.saved_bytes(lambda: encoder(inputs), encoder.parameters()))  # noqa: B023
-    length = inputs.tokens["input_ids"].shape[1]
-    per_token = (sizes[1] - sizes[0]) / (2 * rows * length)
-    element = 2 if low_precision else 4
-    context = (length + 3) / (2 * rows)  # without padding the mask is one for all rows
-    planned = memory.layer_bytes(
-        backbone, element=element, context=context, keys_per_token=(length + 3) / length
-    )
-    assert planned == pytest.approx(per_token, rel=0.06)
-
-
-@pytest.mark.parametrize("kind", ["vclub", "club_sample", "l1out", "hsic", "crosscov", "orthogonal", "none"])
-def test_the_objectives_bytes_are_those_that_autograd_keeps(kind: Any) -> None:
-    estimator = MutualInformation(kind, num_paths=3, embed_dim=16, hidden_size=8)
-    planned = memory.objective_bytes(
-        3, 16, MIConfig(kind=kind, hidden_size=8), queries=12, candidates=24, aggregate_dim=16
-    )
-    pairs = gather_pairs(
-        torch.randn(12, 3, 16, requires_grad=True),
-        torch.randn(24, 3, 16, requires_grad=True),
-        torch.arange(24),
-        lambda paths: paths.mean(1),
-    )
-    temperature = torch.ones(())
-    real = memory.saved_bytes(
-        lambda: contrastive_terms(pairs, temperature, symmetric=False, with_aggregate=True)
-    )
-    assert planned["contrastive"] == real
-    with frozen(estimator):
-        term = memory.saved_bytes(lambda: mutual_information_terms(estimator, pairs))
-    assert planned["estimator"] >= term
-    assert planned["embeddings"] == 2 * 4 * (12 + 24) * (3 * 16 + 16)
 
 
 def test_nested_dimensions_add_their_terms_and_no_pass_of_the_model(tiny_backbone_dir: str) -> None:
@@ -184,7 +130,7 @@ def test_operations_are_those_that_torch_counts(tmp_path: Path, kind: Any, check
         images=2,
         text_tokens=inputs.tokens["input_ids"].shape[1] - image.tokens,
         image=image,
-        paths_per_layer=2,
+        paths=2,
         prefix_length=2,
         replayed=False,
         checkpointing=checkpointing,
@@ -197,7 +143,9 @@ def test_grad_cache_and_paths_cost_what_they_say(tiny_backbone_dir: str) -> None
         return make_plan({"backbone": tiny_backbone_dir, **model}, {"batch_size": 16}).flops
 
     chunks = {"query_chunk_size": 2, "candidate_chunk_size": 2}
-    assert flops(**chunks) > flops()
+    one_side = flops(query_chunk_size=2)
+    assert flops() < one_side < flops(**chunks)
+    assert flops(candidate_chunk_size=2) + one_side == pytest.approx(flops() + flops(**chunks))
     vision = 2 * flops(num_paths=2) - flops(num_paths=4)
     assert 0 < vision < flops(num_paths=2)  # the tower runs once for all paths
     half = (flops(num_paths=4) - vision) * (0.5 / 4 + 0.5) + vision
@@ -237,9 +185,10 @@ def test_layers_above_a_range_cost_every_path(tiny_backbone_dir: str) -> None:
 def test_memory_follows_the_layout(tiny_backbone_dir: str) -> None:
     model = {"backbone": tiny_backbone_dir, "adapter": {"kind": "full"}}
     data = {"batch_size": 64}
-    one = make_plan(model, data)
-    ddp = make_plan(model, data, devices=2, num_nodes=2, strategy="ddp")
-    fsdp2 = make_plan(model, data, devices=4, strategy="fsdp2")
+    precision = {"precision": "32-true"}  # without copies of weights
+    one = make_plan(model, data, **precision)
+    ddp = make_plan(model, data, devices=2, num_nodes=2, strategy="ddp", **precision)
+    fsdp2 = make_plan(model, data, devices=4, strategy="fsdp2", **precision)
     assert [plan.layout.processes for plan in (one, ddp, fsdp2)] == [1, 4, 4]
     assert one.memory["gradient buckets of DDP"] == one.memory["weights gathered by FSDP2"] == 0
     assert ddp.memory["weights"] == one.memory["weights"]
@@ -257,17 +206,19 @@ def test_memory_follows_the_layout(tiny_backbone_dir: str) -> None:
 
 
 def test_the_worst_moment_and_whether_it_fits(tiny_backbone_dir: str) -> None:
-    chunks = {"query_chunk_size": 4, "candidate_chunk_size": 8}
-    chunked = make_plan({"backbone": tiny_backbone_dir, **chunks}, {"batch_size": 32, "hard_negatives": 1})
-    direct = make_plan({"backbone": tiny_backbone_dir}, {"batch_size": 32, "hard_negatives": 1})
+    chunks, data = (
+        {"query_chunk_size": 4, "candidate_chunk_size": 8},
+        {"batch_size": 32, "hard_negatives": 1},
+    )
+    precision = {"precision": "32-true"}  # without copies of weights
+    chunked = make_plan({"backbone": tiny_backbone_dir, **chunks}, data, **precision)
+    direct = make_plan({"backbone": tiny_backbone_dir}, data, **precision)
     assert chunked.graph_rows == (0, 8)
     assert direct.graph_rows == (32 + 64, 0)
     assert direct.memory["activations"] == pytest.approx(12 * chunked.memory["activations"])
     assert direct.peak == pytest.approx(sum(direct.memory.values()))
     assert chunked.peak < sum(chunked.memory.values())
-    exact = make_plan(
-        {"backbone": tiny_backbone_dir}, {"batch_size": 32, "hard_negatives": 1}, direct.peak / GIB
-    )
+    exact = make_plan({"backbone": tiny_backbone_dir}, data, direct.peak / GIB, **precision)
     assert direct.fits
     assert not exact.fits
 
@@ -328,3 +279,102 @@ def test_command_prints_a_plan_without_loading_anything(
     assert "GPU of 24 GiB" in text
     assert "512 pairs, 64 per process" in text
     assert "gradient_checkpointing=true" in text  # the advice
+
+
+def test_bfloat16_copies_of_fp32_weights_are_planned(tiny_backbone_dir: str) -> None:
+    def difference(**model: Any) -> float:
+        """What fp32 weights add to the activations of bfloat16 ones."""
+        plans = [
+            make_plan({"backbone": tiny_backbone_dir, "dtype": dtype, **model}, {"batch_size": 16})
+            for dtype in ("float32", "bfloat16")
+        ]
+        return plans[0].memory["activations"] - plans[1].memory["activations"]
+
+    backbone = meta_backbone(tiny_backbone_dir)
+    layer = 2 * sum(
+        p.numel()
+        for p in backbone.language_model.layers[0].parameters()
+        if p.ndim > 1 and not p.requires_grad
+    )
+    chunks = {"query_chunk_size": 2, "candidate_chunk_size": 2}
+    assert difference() == pytest.approx(2 * 8 * layer)  # layers, forward passes in one graph
+    assert difference(**chunks) == pytest.approx(2 * layer)
+    assert difference(query_chunk_size=2) == pytest.approx(2 * 4 * layer)
+    assert difference(adapter={"kind": "frozen"}, prefix_layers=1, **chunks) == pytest.approx(layer)
+    assert difference(prefix_type="shallow", **chunks) == pytest.approx(2 * 2 * layer)
+    whole = make_plan({"backbone": tiny_backbone_dir, **chunks}, {"batch_size": 16})
+    stream = 2 * whole.row_tokens * 4 * 2 * 32 * 2  # rows, tokens, paths, layers, width, half of fp32
+    assert difference(gradient_checkpointing=True, **chunks) == pytest.approx(layer + stream)
+
+
+def test_a_family_without_a_row_is_planned_as_it_loads(
+    tiny_backbone_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"backbone": tiny_backbone_dir}
+    expected, family = make_plan(settings), as_plain(FAMILIES["qwen2_vl"])
+    monkeypatch.delitem(FAMILIES, "qwen2_vl")
+    with pytest.raises(ValueError, match="option `family`"):
+        make_plan(settings)
+    plan = make_plan({**settings, "family": family})
+    assert (plan.parameters, plan.memory) == (expected.parameters, expected.memory)
+
+
+def test_four_bit_weights_are_planned_as_bitsandbytes_stores_them() -> None:
+    settings = {"backbone": "Qwen/Qwen2-VL-7B-Instruct", "dtype": "bfloat16"}
+    plain, small = (make_plan({**settings, "quantization": bits}) for bits in (None, "4bit"))
+    assert [group.count for group in small.parameters] == [group.count for group in plain.parameters]
+    language, vision = (next(g for g in small.parameters if g.name.startswith(part)) for part in ("l", "v"))
+    embedding, norms, biases = 152064 * 3584, 57 * 3584, 28 * (3584 + 2 * 512)
+    linear = language.count - embedding - norms - biases
+    blocks = linear / 64  # a byte of scale each, and a scale of scales for 256 of them
+    stored = linear / 2 + blocks + 4 * blocks / 256
+    assert language.num_bytes == pytest.approx(stored + 2 * (embedding + norms + biases), rel=1e-6)
+    assert vision.num_bytes < 0.3 * 2 * vision.count
+    weights = [plan.memory["weights"] / GIB for plan in (plain, small)]
+    assert 14.4 < weights[0] < 14.6
+    assert 4.4 < weights[1] < 4.7
+    for name in ("gradients", "optimizer states", "activations"):
+        assert small.memory[name] == plain.memory[name]
+    fp32 = make_plan({**settings, "quantization": "4bit", "dtype": "float32"})
+    assert fp32.memory["activations"] == pytest.approx(small.memory["activations"])  # no copies
+
+
+@pytest.mark.parametrize(
+    ("model", "trainer", "message"),
+    [
+        ({"quantization": "4bit", "adapter": {"kind": "full"}}, {}, "cannot train"),
+        ({"quantization": "4bit"}, {"devices": 2, "strategy": "fsdp2"}, "4-bit"),
+        ({"dtype": "bfloat16", "adapter": {"kind": "full"}}, {}, "model.dtype=float32"),
+    ],
+)
+def test_what_fit_refuses_is_not_planned(
+    tiny_backbone_dir: str, model: dict[str, Any], trainer: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_plan({"backbone": tiny_backbone_dir, **model}, **trainer)
+
+
+def test_an_initial_adapter_is_read_from_a_folder_and_named_otherwise(
+    tiny_backbone_dir: str, tmp_path: Path
+) -> None:
+    targets = ["q_proj", "down_proj"]
+    LoraConfig(r=5, lora_alpha=10, target_modules=targets).save_pretrained(str(tmp_path))
+    (tmp_path / "adapter_model.safetensors").touch()
+    settings = {"backbone": tiny_backbone_dir, "initial_adapter": str(tmp_path)}
+    asked = {"rank": 5, "alpha": 10, "targets": tuple(targets)}
+    expected = make_plan({"backbone": tiny_backbone_dir, "adapter": asked})
+    plan = make_plan(settings)
+    assert (plan.parameters, plan.memory) == (expected.parameters, expected.memory)
+    frozen = make_plan({**settings, "adapter": {"kind": "frozen"}})
+    plain = make_plan({"backbone": tiny_backbone_dir, "adapter": {"kind": "frozen"}})
+    adapters = 2 * 5 * (32 + 32 + 64 + 32)
+    assert frozen.memory["gradients"] == plain.memory["gradients"]
+    assert frozen.memory["weights"] == plain.memory["weights"] + 4 * adapters
+    copies = 8 * 2 * adapters  # of eight forward passes
+    assert frozen.memory["activations"] == pytest.approx(plain.memory["activations"] + copies)
+
+    unread = make_plan({**settings, "initial_adapter": "TIGER-Lab/VLM2Vec-Qwen2VL-7B"})
+    *counted, row = unread.parameters
+    assert counted == make_plan({"backbone": tiny_backbone_dir}).parameters
+    assert "TIGER-Lab/VLM2Vec-Qwen2VL-7B: not counted" in row.name
+    assert row.count == 0

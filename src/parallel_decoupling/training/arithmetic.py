@@ -102,8 +102,14 @@ class ImageCost:
 
 
 def image_factor(config: Any) -> int:
-    """Pixels of a token's side where patches are merged, 1 where the processor makes tiles instead."""
-    vision = config.vision_config
+    """Pixels of a token's side where patches are merged, 1 where the processor makes tiles instead.
+
+    Raises:
+        ValueError: for a config without a vision tower of that name.
+    """
+    vision = getattr(config, "vision_config", None)
+    if vision is None:
+        raise ValueError(f"the vision tower of {config.model_type} is not known to the plan.")
     merge = getattr(vision, "spatial_merge_size", None)
     return int(vision.patch_size * merge) if merge else 1
 
@@ -175,14 +181,19 @@ def paths_per_layer(settings: Mapping[str, Any], num_layers: int) -> float:
 def forward_passes(settings: Mapping[str, Any], queries: int, candidates: int) -> int:
     """Calls of the encoder for one batch of one process, without GradCache's second ones."""
     sides = ((settings["query_chunk_size"], queries), (settings["candidate_chunk_size"], candidates))
-    return sum(math.ceil(rows / (chunk or math.ceil(rows / LENGTH_GROUPS))) for chunk, rows in sides)
+    return sum(passes_of_side(chunk_size, rows) for chunk_size, rows in sides)
 
 
-def prompt_tokens(settings: Mapping[str, Any], forward_passes: int) -> int:
+def passes_of_side(chunk_size: int | None, rows: int) -> int:
+    """Calls of the encoder for the queries or the candidates of one process."""
+    return math.ceil(rows / (chunk_size or math.ceil(rows / LENGTH_GROUPS)))
+
+
+def prompt_tokens(settings: Mapping[str, Any], num_passes: int) -> int:
     """Tokens of shallow prefixes: each forward pass runs every path's prompt once, whatever its rows."""
     if settings["prefix_type"] == "deep":
         return 0
-    return int(settings["num_paths"] * settings["prefix_length"] * forward_passes)
+    return int(settings["num_paths"] * settings["prefix_length"] * num_passes)
 
 
 def token_passes(
@@ -209,13 +220,13 @@ def step_flops(
     images: float,
     text_tokens: int,
     image: ImageCost,
-    paths_per_layer: float,
+    paths: float,
     prefix_length: int,
     replayed: bool,
     checkpointing: bool,
-    prompt_tokens: int = 0,
+    prompts: int = 0,
 ) -> float:
-    """Floating-point operations of encoding one batch and back, over all processes.
+    """Floating-point operations of encoding rows and back, over all processes.
 
     A forward pass counts once for itself, once more under GradCache and once more under checkpointing.
     Weights that do not train have no gradient of their own, and adapters' are little. A vision tower without
@@ -223,23 +234,23 @@ def step_flops(
 
     Args:
         backbone: what trains.
-        rows: queries and candidates.
+        rows: queries, candidates or both.
         images: how many of the rows have one.
         text_tokens: of every row.
         image: cost of one image.
-        paths_per_layer: rows of the language model per input, mean over layers.
+        paths: rows of the language model per input, mean over layers.
         prefix_length: P.
-        replayed: GradCache.
+        replayed: whether these rows are chunked (GradCache).
         checkpointing: whether layers are recomputed.
-        prompt_tokens: of shallow prefixes, in all forward passes; never recomputed by checkpointing.
+        prompts: tokens of shallow prefixes, in all forward passes; never recomputed by checkpointing.
     """
     language, vision = language_stack(backbone), vision_stack(backbone)
     backward, long = 2 if backbone.adapter.kind == "full" else 1, text_tokens + image.tokens
     passes: dict[str, int] = {"forward": 1 + replayed + checkpointing, "backward": backward}
-    total = paths_per_layer * images * language.flops(long, long + prefix_length, **passes)
+    total = paths * images * language.flops(long, long + prefix_length, **passes)
     short = language.flops(text_tokens, text_tokens + prefix_length, **passes)
-    total += paths_per_layer * (rows - images) * short
-    total += language.flops(prompt_tokens, prefix_length, forward=1 + replayed, backward=backward)
+    total += paths * (rows - images) * short
+    total += language.flops(prompts, prefix_length, forward=1 + replayed, backward=backward)
     if not vision_trains(backbone):
         passes = {"forward": 1 + replayed, "backward": 0}
     return total + images * vision.flops(image.patches, image.context, **passes)

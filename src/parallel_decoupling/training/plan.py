@@ -6,7 +6,9 @@ of the meta device; the tables are in ``training.plan_tables``.
 
 Assumed, as no data is read: ``TEXT_TOKENS`` tokens of text per input; images as large as the data's image
 policy says, or ``NATURAL_IMAGE`` where it leaves them alone; every row of a forward pass has one (for the
-memory of activations), and as many rows as in MMEB-train have one (for the work and a batch's pixels).
+memory of activations), and as many rows as in MMEB-train have one (for the work and a batch's pixels);
+``quantization=4bit`` as ``memory.weight_sizes`` says. An ``initial_adapter`` is read from a local folder;
+one of the hub is not downloaded: ``adapter`` counts instead, and a row of ``Plan.parameters`` says so.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,14 +25,20 @@ from PIL import Image
 from parallel_decoupling.data.images import ImagePolicy
 from parallel_decoupling.model.backbone import AdapterConfig, meta_backbone
 from parallel_decoupling.model.dual_backbone import is_dual_encoder
+from parallel_decoupling.model.families import Family
 from parallel_decoupling.model.matryoshka import nested_dims
 from parallel_decoupling.model.prefixes import prefix_range
 from parallel_decoupling.objective.mutual_information import MutualInformation
 from parallel_decoupling.training import arithmetic, memory
-from parallel_decoupling.training.grad_cache import LENGTH_GROUPS
-from parallel_decoupling.training.memory import FP32
+from parallel_decoupling.training.memory import FP32, WeightCopies
 from parallel_decoupling.training.optimization import MIConfig, OptimizerConfig
-from parallel_decoupling.training.settings import as_config, as_plain, check_settings
+from parallel_decoupling.training.settings import (
+    LOADING,
+    as_config,
+    as_plain,
+    check_settings,
+    check_trained_dtype,
+)
 from parallel_decoupling.training.strategies import sharded_blocks
 
 TEXT_TOKENS = 64
@@ -38,7 +47,6 @@ NATURAL_IMAGE = (640, 480)
 """Width and height of an image before the image policy (ours: the usual size of COCO's)."""
 QUERY_IMAGES, CANDIDATE_IMAGES = 0.77, 0.45
 """Shares of MMEB-train's 1.07 M rows whose query and whose positive candidate have an image."""
-SIDES = ("query", "candidate")
 USABLE = 0.9
 """Share of a GPU's memory to plan with; kernels, fragments and the CUDA context need the rest (ours)."""
 PEAK_FLOPS, UTILISATION = 989e12, 0.4
@@ -118,7 +126,7 @@ class Plan:
         text_tokens: of an input beside its image.
 
     Raises:
-        ValueError: for settings that ``PDFEmbedder`` would refuse, a batch that the processes cannot share,
+        ValueError: for settings that ``lightning fit`` would refuse, a batch that the processes cannot share,
             or a backbone that cannot be planned.
     """
 
@@ -132,7 +140,9 @@ class Plan:
         adapter = as_config(AdapterConfig, model["adapter"], "adapter")
         self.mi = as_config(MIConfig, model["mi"], "mi")
         self.accumulate: int = as_config(OptimizerConfig, model["optimizer"], "optimizer").accumulate_batches
-        check_settings({**model, "mi": as_plain(self.mi)})
+        plain = {**model, "mi": as_plain(self.mi), "adapter": as_plain(adapter)}
+        check_settings(plain)
+        check_trained_dtype(plain)
         self.model, self.data, self.trainer = model, data, trainer
         self.gpu_memory_gib, self.text_tokens = gpu_memory_gib, TEXT_TOKENS
         self.layout = Layout.from_trainer(trainer)
@@ -145,10 +155,18 @@ class Plan:
             )
         if is_dual_encoder(model["backbone"]):
             raise ValueError(f"backbone {model['backbone']!r} is an OpenCLIP model, which has no plan.")
-        options = {name: model[name] for name in ("dtype", "attention", "gradient_checkpointing")}
-        self.backbone = meta_backbone(
-            model["backbone"], revision=model["backbone_revision"], adapter=adapter, **options
-        )
+        self.quantized: bool = model["quantization"] is not None
+        if self.quantized and adapter.kind == "full":
+            raise ValueError("quantized weights cannot train: set adapter.kind to lora, dora or frozen.")
+        if self.quantized and self.layout.strategy == "fsdp2":
+            raise ValueError("fsdp2 does not shard 4-bit weights: use strategy ddp, or no quantization.")
+        options: dict[str, Any] = {name: model[name] for name in LOADING} | {"adapter": adapter}
+        if model["family"] is not None:
+            options["family"] = as_config(Family, model["family"], "family")
+        self.unread_adapter: str | None = None
+        if model["initial_adapter"] is not None and not Path(model["initial_adapter"]).is_dir():
+            self.unread_adapter, options["initial_adapter"] = model["initial_adapter"], None
+        self.backbone = meta_backbone(model["backbone"], revision=model["backbone_revision"], **options)
         factor = arithmetic.image_factor(self.backbone.config)
         resize = replace(ImagePolicy.from_settings(data), factor=factor)
         width, height = resize(Image.new("1", NATURAL_IMAGE)).size
@@ -172,30 +190,60 @@ class Plan:
     @property
     def graph_rows(self) -> tuple[int, int]:
         """Rows of one process whose activations are alive at once: without chunks, and in one chunk."""
-        sides = (
-            (self.model["query_chunk_size"], self.queries // self.layout.processes),
-            (self.model["candidate_chunk_size"], self.candidates // self.layout.processes),
-        )
-        whole = sum(rows for chunk, rows in sides if chunk is None)
-        return whole, max([min(chunk, rows) for chunk, rows in sides if chunk is not None], default=0)
+        sides = [(size, rows // self.layout.processes) for size, rows, _ in self._sides()]
+        whole = sum(rows for size, rows in sides if size is None)
+        return whole, max([min(size, rows) for size, rows in sides if size is not None], default=0)
 
     @property
     def forward_passes(self) -> int:
         """Calls of the encoder for one batch, of all processes."""
-        processes = self.layout.processes
-        rows = self.queries // processes, self.candidates // processes
-        return processes * arithmetic.forward_passes(self.model, *rows)
+        return self.layout.processes * sum(self._passes(size, rows) for size, rows, _ in self._sides())
 
-    @property
-    def _passes_alive(self) -> int:
-        """Forward passes of one process whose activations are alive at once."""
-        return max(1, LENGTH_GROUPS * sum(self.model[f"{side}_chunk_size"] is None for side in SIDES))
+    def _passes(self, chunk_size: int | None, rows: int) -> int:
+        """Calls of the encoder on one process for a side with ``rows`` on all of them."""
+        return arithmetic.passes_of_side(chunk_size, rows // self.layout.processes)
+
+    def _sides(self) -> list[tuple[int | None, int, float]]:
+        """Chunk size, rows of all processes and images of queries and of candidates."""
+        queries, candidates = self.queries, self.candidates
+        return [
+            (self.model["query_chunk_size"], queries, QUERY_IMAGES * queries),
+            (self.model["candidate_chunk_size"], candidates, CANDIDATE_IMAGES * candidates),
+        ]
+
+    def _activations(self, rows: int, passes: int) -> dict[str, float]:
+        """Of ``rows`` whose graph was made in ``passes`` forward passes; see ``memory.activation_bytes``.
+
+        Layers below the first prefix have no gradient if nothing but the prefixes trains.
+        """
+        backbone, model = self.backbone, self.model
+        layers, paths = backbone.num_layers, self.paths_per_layer
+        if backbone.adapter.kind == "frozen":
+            layers -= prefix_range(model["prefix_layers"], layers).start
+            paths = model["num_paths"]
+        autocast = "mixed" in str(self.trainer["precision"])
+        copies = memory.weight_copies(backbone, quantized=self.quantized) if autocast else WeightCopies()
+        return memory.activation_bytes(
+            backbone,
+            rows=rows,
+            layers=layers,
+            paths_per_layer=paths,
+            row_tokens=self.row_tokens,
+            prefix_length=model["prefix_length"],
+            patches=self.image.patches,
+            element=self.element,
+            checkpointing=model["gradient_checkpointing"],
+            prompt_tokens=arithmetic.prompt_tokens(model, passes),
+            passes=passes,
+            copies=copies,
+        )
 
     @cached_property
     def parameters(self) -> list[Parameters]:
-        """All groups that hold a parameter."""
+        """All groups that hold a parameter, and one without if an initial adapter could not be read."""
         backbone = self.backbone
         language = {id(parameter) for parameter in backbone.language_model.parameters()}
+        sizes = memory.weight_sizes(backbone, quantized=self.quantized)
         full, fsdp2 = backbone.adapter.kind == "full", self.layout.strategy == "fsdp2"
         groups = []
         for part, inside in (("language model", True), ("vision tower and projector", False)):
@@ -203,12 +251,16 @@ class Plan:
             for trains in (False, True):
                 chosen = [p for p in own if p.requires_grad == trains]
                 name = f"{part}, adapters" if trains and not full else part
-                size = sum(p.numel() * p.itemsize for p in chosen)
+                size = round(sum(sizes[id(p)] for p in chosen))
                 sharded = fsdp2 and inside and (full or not trains)
                 groups.append(Parameters(name, sum(p.numel() for p in chosen), size, trains, sharded))
         for name, count in self._added_parameters().items():
             groups.append(Parameters(name, count, FP32 * count, trains=True))
-        return [group for group in groups if group.count]
+        groups = [group for group in groups if group.count]
+        if self.unread_adapter is not None:
+            name = f"initial adapter {self.unread_adapter}: not counted (no local folder), adapter is instead"
+            groups.append(Parameters(name, 0, 0, trains=False))
+        return groups
 
     def _added_parameters(self) -> dict[str, int]:
         """What the package adds to a backbone; fp32, never sharded."""
@@ -240,8 +292,8 @@ class Plan:
         Weights: of every group, divided by the processes if FSDP2 shards it. Gathered: under FSDP2 the
         current and the next block and the language model's embedding and norm; if they train, the gradients
         of two blocks. Gradients: one value per trainable one; DDP's buckets: the same again. Optimizers: two.
-        Pixels: of the process's rows, which move to the GPU with the batch. Activations: of the most rows
-        that are alive at once. These and the objective's parts: see ``training.memory``.
+        Pixels: of the process's rows, which move to the GPU with the batch. Activations: of one chunk or of
+        all rows without chunks, whichever is more. These and the objective's parts: see ``training.memory``.
         """
         processes, strategy, model = self.layout.processes, self.layout.strategy, self.model
         held = {g.name: g.num_bytes / (processes if g.sharded else 1) for g in self.parameters}
@@ -251,6 +303,10 @@ class Plan:
         sharded = sum(group.num_bytes for group in self.parameters if group.sharded)
         outside_blocks = sharded - block * self.backbone.num_layers
         blocks = 4 if self.backbone.adapter.kind == "full" else 2
+        whole, chunk = self.graph_rows
+        passes = sum(self._passes(None, rows) for size, rows, _ in self._sides() if size is None)
+        alternatives = [self._activations(whole, passes), self._activations(chunk, 1)]
+        activations: dict[str, float] = max(alternatives, key=lambda parts: sum(parts.values()))
         objective = memory.objective_bytes(
             model["num_paths"],
             self.backbone.hidden_size,
@@ -270,17 +326,7 @@ class Plan:
             "pixels of the batch": self.images
             / processes
             * memory.pixel_bytes(self.backbone.config, self.image),
-            **memory.activation_bytes(
-                self.backbone,
-                rows=max(self.graph_rows),
-                paths_per_layer=self.paths_per_layer,
-                row_tokens=self.row_tokens,
-                prefix_length=model["prefix_length"],
-                patches=self.image.patches,
-                element=self.element,
-                checkpointing=model["gradient_checkpointing"],
-                prompt_tokens=arithmetic.prompt_tokens(model, self._passes_alive),
-            ),
+            **activations,
             "gathered embeddings": objective["embeddings"],
             "contrastive terms": objective["contrastive"],
             "estimator": objective["estimator"],
@@ -319,7 +365,7 @@ class Plan:
     @property
     def images(self) -> float:
         """Images of one batch of all processes."""
-        return QUERY_IMAGES * self.queries + CANDIDATE_IMAGES * self.candidates
+        return sum(images for _, _, images in self._sides())
 
     @property
     def steps(self) -> int | None:
@@ -330,17 +376,21 @@ class Plan:
     @cached_property
     def flops(self) -> float:
         """Floating-point operations of one main step of all processes; see ``arithmetic.step_flops``."""
-        return self.accumulate * arithmetic.step_flops(
-            self.backbone,
-            rows=self.queries + self.candidates,
-            images=self.images,
-            text_tokens=self.text_tokens,
-            image=self.image,
-            paths_per_layer=self.paths_per_layer,
-            prefix_length=self.model["prefix_length"],
-            replayed=self.graph_rows[1] > 0,
-            checkpointing=self.model["gradient_checkpointing"],
-            prompt_tokens=arithmetic.prompt_tokens(self.model, self.forward_passes),
+        model, processes = self.model, self.layout.processes
+        return self.accumulate * sum(
+            arithmetic.step_flops(
+                self.backbone,
+                rows=rows,
+                images=images,
+                text_tokens=self.text_tokens,
+                image=self.image,
+                paths=self.paths_per_layer,
+                prefix_length=model["prefix_length"],
+                replayed=size is not None,
+                checkpointing=model["gradient_checkpointing"],
+                prompts=arithmetic.prompt_tokens(model, processes * self._passes(size, rows)),
+            )
+            for size, rows, images in self._sides()
         )
 
     @property
