@@ -191,7 +191,10 @@ def _table(results: Mapping[str, Any]) -> str:
 def _write_figure(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     """Noise and agreement of every term, a colour per run."""
     runs, terms = (list(dict.fromkeys(row[key] for row in rows)) for key in ("run", "term"))
-    panels = {"noise": "noise over the norm of the mean, logarithmic", "agreement": "cosine to the contrastive gradient"}
+    panels = {
+        "noise": "noise over the norm of the mean, logarithmic",
+        "agreement": "cosine to the contrastive gradient",
+    }
     figure = new_figure(10.0, 1.6 + 0.42 * len(terms))
     for axes, (key, title) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
         for name, colour in zip(runs, COLOURS[1:], strict=False):

@@ -202,7 +202,7 @@ def test_a_test_draws_its_baseline_and_paths_are_added_to_the_page(
     command = ["test", "--config", str(config_file), "--ckpt_path", "last"]
     cli.main(command)
     baseline, page = tmp_path / "plain", run_dir / "report.html"
-    assert "against" not in page.read_text(encoding="utf-8")
+    assert "against plain" not in page.read_text(encoding="utf-8")
     baseline.mkdir()
     shutil.copy(run_dir / "scores.json", baseline)
     cli.main([*command, "--baseline", str(baseline)])

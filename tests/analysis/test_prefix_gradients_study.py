@@ -121,7 +121,9 @@ def test_write_measures_checkpoints_on_batches_of_their_own_data(
 def read(batch: PairBatch) -> list[tuple[int, ...]]:
     """Target and tokens of every pair."""
     tokens = batch.query.tokens
-    texts = [ids[mask.bool()] for ids, mask in zip(tokens["input_ids"], tokens["attention_mask"], strict=True)]
+    texts = [
+        ids[mask.bool()] for ids, mask in zip(tokens["input_ids"], tokens["attention_mask"], strict=True)
+    ]
     return [(int(target), *ids.tolist()) for target, ids in zip(batch.candidate_ids, texts, strict=False)]
 
 
