@@ -176,6 +176,8 @@ def test_resuming_keeps_what_was_not_typed_and_shows_what_was(
     assert "temperature" not in shown
     content = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
     assert content["global_step"] == 3
+    again = (run_dir / "config.yaml").read_text(encoding="utf-8")
+    assert "ckpt_path: null" in again  # given to another fit, it starts anew
 
 
 def test_a_test_takes_the_structure_of_the_checkpoint(
@@ -222,6 +224,13 @@ def test_predict_writes_every_task(run_dir: Path, config_file: Path) -> None:
     cli.main(["predict", "--config", str(config_file), "--ckpt_path", "last"])
     content = torch.load(run_dir / "predictions" / "colours_t2i.pt", weights_only=True)
     assert content["query"].shape == (4, 2, 32)
+
+
+def test_predict_says_that_a_model_is_untrained(
+    config_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cli.main(["predict", "--config", str(config_file), "--trainer.default_root_dir", str(tmp_path)])
+    assert "before any training" in caplog.text
 
 
 def test_predict_embeds_a_folder_of_images_and_goes_on(
@@ -277,6 +286,7 @@ def test_a_mistake_is_one_message_before_any_training(
     shown = message(["fit", "--config", str(config_file), *folder, *arguments], capsys)
     assert words in shown
     assert "Traceback" not in shown
+    assert "--model.prefix_init" not in shown  # no list of all options
     assert not (tmp_path / "checkpoints").exists()
 
 

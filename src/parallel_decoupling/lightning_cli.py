@@ -8,6 +8,7 @@ checkpoint.
 
 from __future__ import annotations
 
+import logging
 import pickle
 import sys
 import warnings
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from rich.console import Console
@@ -32,6 +33,10 @@ from parallel_decoupling.training.embedder import PDFEmbedder
 from parallel_decoupling.training.plan import Plan
 from parallel_decoupling.training.plan_tables import plan_tables
 from parallel_decoupling.training.prediction_writer import EmbeddingWriter, RowProgressBar
+
+log = logging.getLogger(__name__)
+
+FIT_CONFIG = "config.yaml"
 
 STRUCTURE = (
     "num_paths",
@@ -69,6 +74,23 @@ def run(args: Sequence[str]) -> None:
         RunCLI(list(args))
 
 
+class _Parser(LightningArgumentParser):
+    """Does not list all options before an error; ``--help`` does."""
+
+    def print_usage(self, *args: Any, **options: Any) -> None:
+        """Print nothing: a tip and the error follow."""
+
+
+class _SaveConfig(SaveConfigCallback):
+    """Saves the configuration of a fit without the checkpoint that it resumed, which another run must not."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Any, **options: Any) -> None:
+        if options["config_filename"] == FIT_CONFIG:
+            config = config.clone()
+            config["ckpt_path"] = None
+        super().__init__(parser, config, **options)
+
+
 class RunCLI(LightningCLI):
     """LightningCLI with this package's model and data, and everything of a run in one folder.
 
@@ -82,6 +104,8 @@ class RunCLI(LightningCLI):
         super().__init__(
             PDFEmbedder,
             MMEBDataModule,
+            parser_class=_Parser,
+            save_config_callback=_SaveConfig,
             save_config_kwargs={"overwrite": True, "config_filename": _config_file(args[0])},
             trainer_defaults={"use_distributed_sampler": False, "default_root_dir": "runs/default"},
             seed_everything_default=0,
@@ -153,6 +177,13 @@ class RunCLI(LightningCLI):
         """Read the baseline of the report before anything is encoded."""
         baseline = self._get(self.config_init, "baseline")
         self.model.baseline = None if baseline is None else Baseline.read(baseline)
+
+    def before_predict(self) -> None:
+        """Warn of a model that nothing has trained."""
+        if self._get(self.config_init, "ckpt_path") is None:
+            log.warning(
+                "predict without --ckpt_path: the embeddings are those of the model before any training"
+            )
 
     def predict(self, model: PDFEmbedder, datamodule: MMEBDataModule, **options: Any) -> None:
         """Predict over ``data.predict_source``, or else over the evaluation tasks."""
@@ -226,7 +257,7 @@ class RunCLI(LightningCLI):
 
 
 def _config_file(subcommand: str) -> str:
-    return "config.yaml" if subcommand == "fit" else f"{subcommand}_config.yaml"
+    return FIT_CONFIG if subcommand == "fit" else f"{subcommand}_config.yaml"
 
 
 class PlanCLI(RunCLI):

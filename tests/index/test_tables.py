@@ -88,6 +88,7 @@ def test_aggregates_alone(tmp_path: Path) -> None:
         ({"id": None}, "needs a column id"),
         ({"aggregate": column(UNIT[:, 0].flip(0))}, "no weighted mean of path_0, path_2, path_10"),
         ({"aggregate": column(UNIT.flatten(1)), "path_2": None}, "no weighted mean of path_0, path_10"),
+        ({"path_2": None, "path_10": None}, "no weighted mean of path_0; keep all"),
         (
             {"path_0": [[1.0, 2.0]] * 30},
             "column path_0: list<.*>; vectors are lists of a fixed number of floats",

@@ -94,9 +94,9 @@ def open_embeddings(path: str | Path) -> EmbeddingTable:
     metadata = _metadata(files, schemas, whole=path.is_dir())
     weights: tuple[float, ...] = ()
     concatenated = False
-    if AGGREGATE in names and len(paths) > 1:
+    if AGGREGATE in names and paths:
         joined_dim = sum(_dim(schemas[0], name) for name in paths)
-        concatenated = _dim(schemas[0], AGGREGATE) == joined_dim
+        concatenated = len(paths) > 1 and _dim(schemas[0], AGGREGATE) == joined_dim
         weights = () if concatenated else _path_weights(files, paths)
     return EmbeddingTable(files, tuple(paths or (AGGREGATE,)), weights, metadata, concatenated)
 
