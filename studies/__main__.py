@@ -71,6 +71,7 @@ def _run(options: Namespace) -> int:
     from studies.runner import run_study
 
     study = load_study(options.study)
+    study.runs(options.only, options.seeds)  # refuses a cell that is not there
     failed: list[str] = []
     if not options.report:
         failed = run_study(study, options.study, jobs=options.jobs, only=options.only, seeds=options.seeds)

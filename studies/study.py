@@ -190,10 +190,12 @@ def load_study(name: str) -> Study:
     """
     file = Path(name) if name.endswith(".yaml") else study_files().get(name)
     if file is None or not file.is_file():
-        raise ValueError(f"there is no study {name!r}; choose from {sorted(study_files())}")
+        raise ValueError(f"there is no study {name!r}; choose from {sorted([*study_files(), *MODULES])}")
     if file.stem in {*study_files(), *MODULES} and file.resolve().parent != STUDY_DIR.resolve():
         raise ValueError(f"{file}: {file.stem!r} is a study of {STUDY_DIR}; give the file another name")
     content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if not content:
+        raise ValueError(f"{file} is empty; a study needs title, question, config and cells")
     _check_keys(content, STUDY_KEYS, str(file))
     _check_present(content, ("title", "question", "config", "cells"), str(file))
     cells = {cell: _cell(cell, settings or {}, content, file) for cell, settings in content["cells"].items()}

@@ -37,6 +37,8 @@ COMMANDS = {
 """Subcommands without a Trainer; each is a module of ``commands``."""
 
 WORKER_TRACEBACK = "Original Traceback (most recent call last):"
+TRAINER_MODULES = "lightning.pytorch.trainer."
+"""Where Lightning checks the options of the Trainer."""
 
 SUBCOMMANDS = TRAINER_SUBCOMMANDS | COMMANDS
 
@@ -65,8 +67,8 @@ def main(args: Sequence[str] | None = None) -> None:
             from parallel_decoupling.lightning_cli import run
 
             run(arguments)
-    except ValueError as error:
-        if not _is_ours(error):
+    except Exception as error:
+        if not _is_the_users(error):
             raise
         _fail(_message(error))
 
@@ -84,20 +86,26 @@ def _fail(message: str) -> None:
     raise SystemExit(2)
 
 
-def _is_ours(error: ValueError) -> bool:
-    """Whether this package raised the error: then it speaks to the user. Others keep their traceback.
+def _is_the_users(error: Exception) -> bool:
+    """Whether the error speaks to the user; others keep their traceback.
 
-    What a worker of the DataLoader raises, torch raises again here with the worker's traceback as its text.
+    Those are: files and folders (``OSError``, whose text names them), what Lightning says of the Trainer's
+    options, and this package's ``ValueError``. What a worker of the DataLoader raises, torch raises again
+    here with the worker's traceback as its text.
     """
+    if isinstance(error, OSError) or type(error).__name__ == "MisconfigurationException":
+        return True
+    if not isinstance(error, ValueError):
+        return False
     if WORKER_TRACEBACK in str(error):
         return "parallel_decoupling" in Path(re.findall(r'File "(.+)", line', str(error))[-1]).parts
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return str(frame.f_globals.get("__name__", "")).startswith("parallel_decoupling")
+    return str(frame.f_globals.get("__name__", "")).startswith(("parallel_decoupling", TRAINER_MODULES))
 
 
-def _message(error: ValueError) -> str:
+def _message(error: Exception) -> str:
     """The error's own words, without a worker's traceback."""
-    text = str(error)
+    text = str(error) or type(error).__name__
     return text.rsplit(f"{type(error).__name__}: ", 1)[-1].strip() if WORKER_TRACEBACK in text else text
 
 

@@ -151,7 +151,9 @@ def test_mistakes_are_one_line(table_dir: Path, tmp_path: Path, capsys: pytest.C
     unnamed = load_index(tmp_path / "index")
     unnamed.settings.metadata.clear()  # type: ignore[attr-defined]
     unnamed.save(tmp_path / "unnamed")
+    gallery = str(tmp_path / "deep" / "g.html")
     for arguments, message in (
+        (["index", "nothere/", "x"], "nothere/ does not exist"),
         (["index", str(tmp_path), "x"], "write one with lightning predict"),
         (["index", str(table_dir), "x", "--approximate", "true"], "--approximate needs --kind lance"),
         (["index", str(table_dir), "x", "--kind", "lance", "--precision", "int8"], "set approximate"),
@@ -162,6 +164,7 @@ def test_mistakes_are_one_line(table_dir: Path, tmp_path: Path, capsys: pytest.C
         (["search", str(tmp_path / "index")], "give --text, --image or both"),
         (["search", str(tmp_path), "--text", "a"], "holds no index"),
         (["search", str(tmp_path / "unnamed"), "--text", "a"], "give --model"),
+        (["search", str(tmp_path / "index"), "--text", "a", "--gallery", gallery], gallery),
         (["search", str(tmp_path / "index"), "--image", "no.png"], "no image file 'no.png'"),
         (["search", str(tmp_path / "index"), "--text", "a", "--where", "{x: 1}"], "no field 'x'"),
         (["search", str(tmp_path / "index"), "--text", "a", "--scoring", "best"], "scoring is 'best'"),

@@ -339,6 +339,8 @@ def test_preparing_makes_the_mapped_tables_of_the_stage(data_dir: Path, tmp_path
         ("fit", {"train_subsets": ["a"]}, "Unknown training subset 'a'.*Found: A, B"),
         ("fit", {"weights": {"C": 1.0}}, "Unknown subset in weights 'C'.*Found: A, B"),
         ("fit", {"split": "diverse_instruction"}, "No training subset .*diverse_instruction"),
+        ("fit", {"train_subsets": []}, "data.train_subsets is empty"),
+        ("test", {"eval_tasks": []}, "data.eval_tasks is empty"),
         (
             "fit",
             {"eval_tasks": ["GQA", "VOC2077"]},

@@ -121,12 +121,19 @@ def test_unusable_tables(rows: list[dict[str, Any]], message: str, tmp_path: Pat
 
 
 def test_unusable_places(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="photo does not exist"):
+        open_rows(tmp_path / "photo")
+    (tmp_path / "rows.xlsx").write_bytes(b"x")
     with pytest.raises(ValueError, match="neither a folder of images nor a file"):
         open_rows(tmp_path / "rows.xlsx")
+    (tmp_path / "rows.csv").write_text("text,image\nx\n")
     with pytest.raises(ValueError, match="cannot read .*rows.csv"):
         open_rows(tmp_path / "rows.csv")
     with pytest.raises(ValueError, match="holds no file that ends with one of"):
         open_rows(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"text": "x"}\n{"text": 3}\n')
-    with pytest.raises(ValueError, match="cannot read .*rows.jsonl: .*text.*number"):
+    with pytest.raises(ValueError, match="cannot read .*rows.jsonl: .*number.* one JSON object per line"):
+        open_rows(tmp_path / "rows.jsonl")
+    (tmp_path / "rows.jsonl").write_text('[{"text": "x"},\n{"text": "y"}]\n')
+    with pytest.raises(ValueError, match="cannot read .*rows.jsonl: .* one JSON object per line"):
         open_rows(tmp_path / "rows.jsonl")

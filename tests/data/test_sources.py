@@ -103,6 +103,7 @@ def test_own_subsets_stand_next_to_mmebs(shop: Path) -> None:
     ("change", "message"),
     [
         ({"colums": {}}, "unknown key 'colums'. Did you mean 'columns'"),
+        ({"metatask": "vqa"}, "unknown key 'metatask'. Did you mean 'meta_task'.* Known: .*in_distribution"),
         ({"train_file": 3}, "train_file: must be a text"),
         ({"train_file": "a.xlsx"}, "train_file: a.xlsx must end with one of .parquet, .jsonl, .csv"),
         ({"columns": None}, "columns: must name a column per role"),

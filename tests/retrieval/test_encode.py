@@ -308,6 +308,11 @@ def test_bad_input_is_an_error_that_names_its_index(item: object, message: str) 
         to_raw_inputs(["fine", item])
 
 
+def test_an_instruction_that_is_no_text_is_an_error() -> None:
+    with pytest.raises(ValueError, match="instruction is a int; use a string"):
+        to_raw_inputs(["a"], instruction=3)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     "single", ["text", Path("a.png"), Image.new("RGB", (4, 4)), {"text": "a"}, RawInput("a")]
 )

@@ -86,8 +86,9 @@ def test_the_command_line_runs_lists_and_reports(
     assert command_line.main([file, "--only", "a", "--report"]) == 0
     assert command_line.main([file, "--list"]) == 0
     assert "1/1" in capsys.readouterr().out
-    assert command_line.main([file, "--only", "c"]) == 2
-    assert "has no cell ['c']" in capsys.readouterr().err
+    for report in ([], ["--report"]):
+        assert command_line.main([file, "--only", "c", *report]) == 2
+        assert "has no cell ['c']" in capsys.readouterr().err
     assert command_line.main(["--list"]) == 0
     assert {"help", "paths", "estimators"} <= set(capsys.readouterr().out.split())
 

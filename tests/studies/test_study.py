@@ -129,8 +129,16 @@ def test_the_steps_of_a_difference_are_multiples_of_its_cells_configurations(tmp
 def test_unknown_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no study 'helpp'; choose from .*'help'"):
         load_study("helpp")
+    with pytest.raises(ValueError, match="there is no study 'serch'; choose from .*'search'"):
+        load_study("serch")
     with pytest.raises(ValueError, match="has no cell"):
         toy_study(tmp_path, cells={"a": None}).runs(["b"])
+
+
+def test_an_empty_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").write_text("# nothing yet\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="empty.yaml is empty"):
+        load_study(str(tmp_path / "empty.yaml"))
 
 
 def test_configs_are_looked_for_beside_the_study_and_then_in_the_project(tmp_path: Path) -> None:

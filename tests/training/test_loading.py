@@ -82,6 +82,17 @@ def test_nothing_there(tmp_path: Path) -> None:
             load_embedder(path)
 
 
+def test_other_files_are_no_checkpoints(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"test_loading\.py: this file is no checkpoint, or a damaged one"):
+        load_embedder(__file__)
+    content = torch.load(checkpoint, weights_only=True)
+    del content["pytorch-lightning_version"]
+    for other in (torch.zeros(2), content):
+        torch.save(other, tmp_path / "other.ckpt")
+        with pytest.raises(ValueError, match="no checkpoint of a run, it has no .*pytorch-lightning_version"):
+            load_embedder(tmp_path / "other.ckpt")
+
+
 @pytest.mark.parametrize("source", ["run", "checkpoint", "export"])
 def test_export_command(source: str, run_dir: Path, checkpoint: Path, tmp_path: Path) -> None:
     model = {"run": run_dir, "checkpoint": checkpoint, "export": tmp_path / "exported"}[source]

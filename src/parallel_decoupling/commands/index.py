@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ def run(options: Any) -> None:
 
     from parallel_decoupling.index.tables import open_embeddings
 
+    if not Path(options.embeddings).exists():
+        raise ValueError(f"{options.embeddings} does not exist; name what lightning predict wrote")
     table = open_embeddings(options.embeddings)
     index = _new_index(options, table)
     index.settings.check_folder(options.index_dir)

@@ -213,6 +213,8 @@ class MMEBDataModule(LightningDataModule):
         names = self.validation_tasks
         if stage in ("test", "predict"):
             names = found if self.eval_tasks is None else self.eval_tasks
+            if self.eval_tasks == []:
+                raise ValueError("data.eval_tasks is empty. Name some, or leave it out for all.")
             if not names:
                 raise ValueError(f"No evaluation task under {folder / 'MMEB-eval'}. Check data_dir.")
         elif stage == "validate" and not names:
@@ -342,6 +344,8 @@ class MMEBDataModule(LightningDataModule):
 
     def _subset_names(self, folder: Path) -> list[str]:
         found = find_train_subsets(folder, self.split)
+        if self.train_subsets == []:
+            raise ValueError("data.train_subsets is empty. Name some, or leave it out for all.")
         names = found if self.train_subsets is None else self.train_subsets
         if not names:
             raise ValueError(

@@ -100,6 +100,8 @@ def open_rows(path: str | Path) -> RowSource:
     path = Path(path)
     if path.is_dir():
         return _image_folder(path)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist. Check the name.")
     if path.suffix not in SUFFIXES:
         raise ValueError(
             f"{path} is neither a folder of images nor a file that ends with one of {', '.join(SUFFIXES)}."
@@ -107,7 +109,10 @@ def open_rows(path: str | Path) -> RowSource:
     try:
         table = _read_table(path)
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"cannot read {path}: {error}. Is it there and complete?") from error
+        hint = "Is it complete?"
+        if path.suffix == ".jsonl":
+            hint = "It must hold one JSON object per line, and values of one type under the same name."
+        raise ValueError(f"cannot read {path}: {str(error).rstrip('.')}. {hint}") from error
     _check_names(table, path)
     ids = pa.chunked_array([pa.array(range(len(table))).cast(pa.string())])
     if ID in table.column_names:

@@ -33,7 +33,7 @@ EVAL_ROLES = {
 
 FILES = ("train_file", "eval_file")
 TEXTS = ("query_instruction", "candidate_instruction")
-KEYS = (*FILES, *TEXTS, "image_dir", "columns")
+KEYS = ("meta_task", "in_distribution", *FILES, *TEXTS, "image_dir", "columns")
 
 
 @dataclass(frozen=True)

@@ -216,10 +216,10 @@ def target_modules(base: nn.Module, family: Family, adapter: AdapterConfig) -> t
                     found.append(f"{root}.{name}")
     for target in adapter.targets or ():
         if target not in names | OTHER_TARGETS:
-            close = difflib.get_close_matches(target, sorted(names)) or sorted(names)
+            close = difflib.get_close_matches(target, sorted(names))
+            hint = f"close: {', '.join(close)}" if close else f"there are {', '.join(sorted(names))}"
             raise ValueError(
-                f"adapter.targets: no linear layer in scope {adapter.scope!r} is called {target!r}; "
-                f"there are {close}."
+                f"adapter.targets: no linear layer in scope {adapter.scope!r} is called {target!r}; {hint}."
             )
     if not found:
         raise ValueError(

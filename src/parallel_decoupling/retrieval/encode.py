@@ -79,8 +79,11 @@ def to_raw_inputs(inputs: Iterable[Any], instruction: str | None = None) -> list
         One ``RawInput`` per item, in order.
 
     Raises:
-        ValueError: ``inputs`` is a single item, or an item cannot be used; names its index.
+        ValueError: ``inputs`` is a single item, the instruction is no text, or an item cannot be used; names
+            its index.
     """
+    if instruction is not None and not isinstance(instruction, str):
+        raise ValueError(f"instruction is a {type(instruction).__name__}; use a string, or None for none")
     if isinstance(inputs, (str, Path, Image.Image, RawInput, Mapping)):
         raise ValueError(
             f"inputs is a single {type(inputs).__name__}; pass a list, for example [{_short(inputs)}]"

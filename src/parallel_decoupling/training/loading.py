@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from parallel_decoupling.retrieval.report import SCORES_FILE, ScoreReport
 from parallel_decoupling.training.embedder import PDFEmbedder
 
 LAST_CHECKPOINT = Path("checkpoints", "last.ckpt")
+CHECKPOINT_KEYS = ("state_dict", "pytorch-lightning_version", "hyper_parameters", "data", "progress")
+"""What a checkpoint of a run has at least."""
 
 
 def load_embedder(model_path: str | Path) -> Embedder:
@@ -27,12 +31,13 @@ def load_embedder(model_path: str | Path) -> Embedder:
         In evaluation mode, with what is known of the run that trained it.
 
     Raises:
-        ValueError: there is nothing of that kind; what ``from_pretrained`` refuses.
+        ValueError: there is nothing of that kind; what ``from_pretrained`` and ``read_checkpoint`` refuse.
     """
     path = Path(model_path)
     if is_pretrained(path):
         return Embedder.from_pretrained(path)
     file = checkpoint_file(path)
+    read_checkpoint(file)
     module = PDFEmbedder.load_from_checkpoint(file, map_location="cpu")
     module.eval()
     embedder = module.embedder
@@ -61,9 +66,27 @@ def checkpoint_file(path: Path) -> Path:
     )
 
 
+def read_checkpoint(file: Path) -> Mapping[str, Any]:
+    """Read the checkpoint of a run; weights stay in the file.
+
+    Raises:
+        ValueError: the file is something else, or damaged.
+    """
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{file}: this file is no checkpoint, or a damaged one") from error
+    missing = [key for key in CHECKPOINT_KEYS if not isinstance(content, Mapping) or key not in content]
+    if missing:
+        raise ValueError(
+            f"{file}: this file is no checkpoint of a run, it has no {', '.join(missing)}; give its last.ckpt"
+        )
+    return dict(content)
+
+
 def run_of(file: Path) -> dict[str, Any]:
     """What a checkpoint says of the run that wrote it: settings, data, mixture, steps and compute."""
-    checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    checkpoint = read_checkpoint(file)
     progress = checkpoint["progress"]
     return {
         "model": checkpoint["hyper_parameters"],
