@@ -1,0 +1,52 @@
+"""Whose errors are one message and exit code 2, besides this package's own: ``test_cli``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch import Trainer
+
+from parallel_decoupling import cli, lightning_cli
+
+
+def message(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"accelerator": "cpu", "devices": 0}, "not a valid input"),  # Lightning's MisconfigurationException
+        ({"accelerator": "cpu", "strategy": "ddpp"}, "invalid strategy name"),
+        ({"accelerator": "cpu", "strategy": "fsdp"}, "requires a GPU"),
+    ],
+)
+def test_what_lightning_says_of_the_trainers_options(
+    options: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lightning_cli, "run", lambda _: Trainer(logger=False, **options))
+    shown = message(["fit"], capsys)
+    assert shown.startswith("error: ")
+    assert words in shown
+
+
+def test_files_that_cannot_be_written_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("MMEB-train", "MMEB-eval"):
+        (tmp_path / name / "A").mkdir(parents=True)
+    for target in (tmp_path / "no" / "x.json", tmp_path):
+        shown = message(["verify", str(tmp_path), "--output_file", str(target)], capsys)
+        assert shown.startswith("error: ")
+        assert str(target) in shown
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").write_text("a file")
+    monkeypatch.setattr(lightning_cli, "run", lambda _: (tmp_path / "run").mkdir())
+    assert str(tmp_path / "run") in message(["fit"], capsys)
