@@ -29,7 +29,7 @@ def message(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def test_what_lightning_says_of_the_trainers_options(
     options: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(lightning_cli, "run", lambda _: Trainer(logger=False, **options))
+    monkeypatch.setattr(lightning_cli, "RunCLI", lambda _: Trainer(logger=False, **options))
     shown = message(["fit"], capsys)
     assert shown.startswith("error: ")
     assert words in shown

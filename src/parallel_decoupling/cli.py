@@ -67,7 +67,7 @@ def main(args: Sequence[str] | None = None) -> None:
             from parallel_decoupling.lightning_cli import run
 
             run(arguments)
-    except Exception as error:
+    except (ValueError, OSError) as error:
         if not _is_the_users(error):
             raise
         _fail(_message(error))
@@ -86,17 +86,15 @@ def _fail(message: str) -> None:
     raise SystemExit(2)
 
 
-def _is_the_users(error: Exception) -> bool:
+def _is_the_users(error: ValueError | OSError) -> bool:
     """Whether the error speaks to the user; others keep their traceback.
 
     Those are: files and folders (``OSError``, whose text names them), what Lightning says of the Trainer's
     options, and this package's ``ValueError``. What a worker of the DataLoader raises, torch raises again
     here with the worker's traceback as its text.
     """
-    if isinstance(error, OSError) or type(error).__name__ == "MisconfigurationException":
+    if isinstance(error, OSError):
         return True
-    if not isinstance(error, ValueError):
-        return False
     if WORKER_TRACEBACK in str(error):
         return "parallel_decoupling" in Path(re.findall(r'File "(.+)", line', str(error))[-1]).parts
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)

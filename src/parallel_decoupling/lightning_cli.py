@@ -9,14 +9,13 @@ checkpoint.
 from __future__ import annotations
 
 import logging
-import pickle
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -30,6 +29,7 @@ from parallel_decoupling.model.dual_backbone import absolute_name
 from parallel_decoupling.retrieval.html_report import Baseline
 from parallel_decoupling.training.callbacks import LAST_FILE, console
 from parallel_decoupling.training.embedder import PDFEmbedder
+from parallel_decoupling.training.loading import read_checkpoint
 from parallel_decoupling.training.plan import Plan
 from parallel_decoupling.training.plan_tables import plan_tables
 from parallel_decoupling.training.prediction_writer import EmbeddingWriter, RowProgressBar
@@ -65,13 +65,20 @@ HARMLESS_WARNINGS = (
 
 
 def run(args: Sequence[str]) -> None:
-    """Run ``fit``, ``validate``, ``test`` or ``predict``; ``plan`` takes the options of ``fit``."""
+    """Run ``fit``, ``validate``, ``test`` or ``predict``; ``plan`` takes the options of ``fit``.
+
+    Raises:
+        ValueError: options that cannot work, Lightning's own among them.
+    """
     for message in HARMLESS_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    if args[0] == "plan":
-        PlanCLI(["fit", *args[1:]])
-    else:
-        RunCLI(list(args))
+    try:
+        if args[0] == "plan":
+            PlanCLI(["fit", *args[1:]])
+        else:
+            RunCLI(list(args))
+    except MisconfigurationException as error:
+        raise ValueError(str(error)) from error
 
 
 class _Parser(LightningArgumentParser):
@@ -196,7 +203,10 @@ class RunCLI(LightningCLI):
         config["ckpt_path"] = None if file is None else str(file)
         if file is None:
             return
-        content = _read_checkpoint(file)
+        try:
+            content = read_checkpoint(file)
+        except ValueError as error:
+            raise ValueError(f"--ckpt_path {error}") from error
         differences = []
         for part, stored in (
             ("model", content.get("hyper_parameters", {})),
@@ -306,21 +316,6 @@ def _check_nothing_is_overwritten(trainer: Any) -> None:
             f"{folder / LAST_FILE} is there already, and this fit would overwrite it. Go on with it by "
             "--ckpt_path last, choose another --trainer.default_root_dir, or remove the folder."
         )
-
-
-def _read_checkpoint(file: Path) -> Mapping[str, Any]:
-    """Read a checkpoint's settings; weights stay in the file.
-
-    Raises:
-        ValueError: if it is no checkpoint of Lightning.
-    """
-    try:
-        content = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"--ckpt_path {file}: this file is no checkpoint, or a damaged one.") from error
-    if not isinstance(content, Mapping) or "state_dict" not in content:
-        raise ValueError(f"--ckpt_path {file}: this file is no checkpoint of a run; give its last.ckpt.")
-    return content
 
 
 def _checkpoint_dir(trainer: Any) -> Path | None:

@@ -179,14 +179,16 @@ def read_tasks(data_dir: str | Path) -> dict[str, Task]:
 def _task(name: str, row: object, tasks_file: Path) -> Task:
     where = f"{tasks_file}, task {name!r}"
     if not isinstance(row, dict) or not {"meta_task", "in_distribution"} <= set(row):
-        raise ValueError(f"{where}: the keys must be meta_task and in_distribution, got {row!r}.")
+        found = ", ".join(row) if isinstance(row, dict) else repr(row)
+        raise ValueError(f"{where}: the keys must be meta_task and in_distribution, got {found}.")
     rest = dict(row)
     meta_task, in_distribution = rest.pop("meta_task"), rest.pop("in_distribution")
-    if meta_task not in get_args(MetaTask) or not isinstance(in_distribution, bool):
+    if meta_task not in get_args(MetaTask):
         raise ValueError(
-            f"{where}: meta_task must be one of {', '.join(get_args(MetaTask))} "
-            f"and in_distribution true or false, got {row!r}."
+            f"{where}: meta_task must be one of {', '.join(get_args(MetaTask))}, got {meta_task!r}."
         )
+    if not isinstance(in_distribution, bool):
+        raise ValueError(f"{where}: in_distribution must be true or false, got {in_distribution!r}.")
     source = parse_source(rest, tasks_file.parent, where)
     task = Task(name, cast(MetaTask, meta_task), in_distribution, source=source)
     if source is None and name in MMEB_TASKS:
