@@ -5,7 +5,7 @@ two: with LoRA on weights in bfloat16 and in float32, and whole.
 Per part: bytes of the tensors that exist (weights, gradients, optimizer states) or that autograd keeps for
 the largest forward pass (activations), over the plan's. The last line of a layout is the most that torch has
 allocated at once during the second step, above what exists before it, over the same of the plan; passing
-copies and workspace are in it, which the plan leaves out. Wants about 3 GB of memory and five minutes.
+copies and workspace are in it, which the plan leaves out. Wants about 4 GB of memory and five minutes.
 """
 
 from __future__ import annotations

@@ -135,8 +135,8 @@ def prompt(
         ValueError: neither text nor image, or both ``image`` and ``images``.
 
     Relations:
-        Equals the written prompts of MMEB-eval's 36 tasks, but for the last newline of four: VisDial's queries
-        have two, the crops of MSCOCO, RefCOCO and Visual7W-Pointing none.
+        Equals the written prompts of MMEB-eval's 36 tasks, but for the last newline of four: VisDial's
+        queries have two, the crops of MSCOCO, RefCOCO and Visual7W-Pointing none.
     """
     if image is not None and images:
         raise ValueError("Give image or images, not both.")
