@@ -33,7 +33,7 @@ endef
 run_flags = --trainer.default_root_dir $(1) --seed_everything $(SEED) --model.seed $(SEED) --data.seed $(SEED)
 
 demo: $(INSTALLED) ## train and score one path and N paths on the embedded benchmark, then compare (SEED=1 for another seed)
-	$(BIN)/python -c 'from parallel_decoupling.data.world.benchmark import ensure_benchmark; print("benchmark:", ensure_benchmark())'
+	$(BIN)/python -c 'from parallel_decoupling.world.benchmark import ensure_benchmark; print("benchmark:", ensure_benchmark())'
 	$(call train_and_test,lightning_configs/demo_single_path.yaml,$(DEMO_SINGLE_PATH))
 	$(call train_and_test,lightning_configs/demo.yaml,$(DEMO),--baseline $(DEMO_SINGLE_PATH))
 	$(BIN)/lightning paths $(DEMO)
@@ -47,7 +47,7 @@ demo: $(INSTALLED) ## train and score one path and N paths on the embedded bench
 app: $(INSTALLED) ## search pictures of the embedded benchmark in a browser, with the demo's model (after make demo)
 	@test -f $(DEMO)/checkpoints/last.ckpt || (echo "no $(DEMO)/checkpoints/last.ckpt: run make demo first" && exit 1)
 	@test -f $(DEMO)/index/index.json || ( \
-	  pictures=$$($(BIN)/python -c 'from parallel_decoupling.data.world.benchmark import ensure_benchmark; print(ensure_benchmark())')/MMEB-eval/Scene_t2i && \
+	  pictures=$$($(BIN)/python -c 'from parallel_decoupling.world.benchmark import ensure_benchmark; print(ensure_benchmark())')/MMEB-eval/Scene_t2i && \
 	  $(BIN)/lightning predict --ckpt_path $(DEMO)/checkpoints/last.ckpt \
 	    --data.predict_source $$pictures --writer.output_dir $(DEMO)/embeddings && \
 	  $(BIN)/lightning index $(DEMO)/embeddings $(DEMO)/index )

@@ -29,8 +29,8 @@ from parallel_decoupling.batch import PairBatch
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.model.backbone import AdapterConfig
 from parallel_decoupling.training.arithmetic import ImageCost
-from parallel_decoupling.training.embedder import PDFEmbedder
 from parallel_decoupling.training.memory import saved_bytes
+from parallel_decoupling.training.module import PDFEmbedder
 from parallel_decoupling.training.plan import Plan
 from tests.support.mmeb import save_tiny_mmeb
 from tests.support.processes import run_ranks

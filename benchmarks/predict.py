@@ -39,8 +39,8 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 
 from parallel_decoupling import model as model_package
 from parallel_decoupling.data.datamodule import MMEBDataModule
-from parallel_decoupling.integrations.sentence_transformers import as_sentence_transformer
-from parallel_decoupling.training.embedder import PDFEmbedder
+from parallel_decoupling.sentence_transformers import as_sentence_transformer
+from parallel_decoupling.training.module import PDFEmbedder
 from parallel_decoupling.training.prediction_writer import EmbeddingWriter
 
 WORDS = (

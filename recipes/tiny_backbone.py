@@ -34,8 +34,8 @@ from transformers import (
 )
 
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER
-from parallel_decoupling.data.world import glyphs, questions, scenes
-from parallel_decoupling.data.world.rows import WORLD_TASKS
+from parallel_decoupling.world import glyphs, questions, scenes
+from parallel_decoupling.world.rows import WORLD_TASKS
 
 IMAGE_TOKEN = "<|image_pad|>"
 IMAGE_SLOTS = (scenes.IMAGE_SIZE // 16) ** 2

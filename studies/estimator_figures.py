@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from parallel_decoupling.retrieval.plots import COLOURS, INK, clean_axes, new_figure
+from parallel_decoupling.evaluation.plots import COLOURS, INK, clean_axes, new_figure
 from studies.plots import DPI, shared_legend
 
 Row = dict[str, Any]

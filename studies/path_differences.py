@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from parallel_decoupling.analysis.figures import figures
-from parallel_decoupling.analysis.study import PathAnalysis
-from parallel_decoupling.analysis.tables import Section, as_plain, sections
 from parallel_decoupling.commands.paths import analyse_checkpoint, locate
+from parallel_decoupling.diagnostics.figures import figures
+from parallel_decoupling.diagnostics.study import PathAnalysis
+from parallel_decoupling.diagnostics.tables import Section, as_plain, sections
 from parallel_decoupling.training.evaluation import git_commit
 from studies.plots import DPI
 from studies.study import Run, load_study

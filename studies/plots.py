@@ -14,7 +14,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from parallel_decoupling.retrieval.plots import COLOURS, INK, clean_axes, new_figure
+from parallel_decoupling.evaluation.plots import COLOURS, INK, clean_axes, new_figure
 from studies.results import Result
 from studies.statistics import (
     Interval,

@@ -31,8 +31,7 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 from tqdm import tqdm
 
-from parallel_decoupling.analysis.scenes import CAPTION_INSTRUCTION
-from parallel_decoupling.data.world.scenes import render, sample_scene
+from parallel_decoupling.diagnostics.scenes import CAPTION_INSTRUCTION
 from parallel_decoupling.index.lance_index import TABLE, LanceIndex
 from parallel_decoupling.index.protocol import Index
 from parallel_decoupling.index.quantization import QUANTIZERS
@@ -40,6 +39,7 @@ from parallel_decoupling.index.scoring import aggregate, unit
 from parallel_decoupling.index.settings import AGGREGATE, MAXSIM, SUM, Precision
 from parallel_decoupling.index.torch_index import TorchIndex
 from parallel_decoupling.training.loading import load_embedder
+from parallel_decoupling.world.scenes import render, sample_scene
 from studies.plots import DPI
 
 NUM_ITEMS, NUM_SCENES, NUM_QUERIES = 100_000, 10_000, 200

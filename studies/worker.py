@@ -21,8 +21,8 @@ from typing import Any
 import torch
 import yaml
 
+from parallel_decoupling.evaluation.report import SCORES_FILE, ScoreReport
 from parallel_decoupling.lightning_cli import run as run_lightning
-from parallel_decoupling.retrieval.report import SCORES_FILE, ScoreReport
 from studies.results import UNKNOWN_COMMIT, Result, append_result, commit_name, missing_points, read_results
 from studies.study import PROJECT_DIR, Run, load_study
 from studies.training_log import logged, monitored

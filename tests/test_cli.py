@@ -13,8 +13,8 @@ import torch
 import yaml
 
 from parallel_decoupling import cli
+from parallel_decoupling.evaluation.report import ScoreReport
 from parallel_decoupling.index.tables import open_embeddings
-from parallel_decoupling.retrieval.report import ScoreReport
 from tests.support.mmeb import save_tiny_mmeb
 
 BLOCKED = (
@@ -115,7 +115,7 @@ def test_a_killed_run_has_a_last_checkpoint_of_inside_the_epoch(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from parallel_decoupling import lightning_cli
-    from parallel_decoupling.training.embedder import PDFEmbedder
+    from parallel_decoupling.training.module import PDFEmbedder
 
     class KilledError(Exception):
         pass

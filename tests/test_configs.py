@@ -12,7 +12,7 @@ import yaml
 
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.lightning_cli import PlanCLI, RunCLI
-from parallel_decoupling.training.embedder import PDFEmbedder
+from parallel_decoupling.training.module import PDFEmbedder
 from parallel_decoupling.training.plan import Plan
 
 PROJECT_DIR = Path(__file__).parent.parent

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from parallel_decoupling.cli import main
-from parallel_decoupling.data.world.benchmark import ensure_benchmark
+from parallel_decoupling.world.benchmark import ensure_benchmark
 
 PROJECT_DIR = Path(__file__).parent.parent
 WHOLE_FOLDERS = {"data/world", "commands"}

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from parallel_decoupling.data.datamodule import MMEBDataModule
-    from parallel_decoupling.retrieval.embedder import Embedder
-    from parallel_decoupling.training.embedder import PDFEmbedder
+    from parallel_decoupling.evaluation.embedder import Embedder
+    from parallel_decoupling.training.module import PDFEmbedder
 
 __all__ = ["Embedder", "MMEBDataModule", "PDFEmbedder", "__version__"]
 
 _HOMES = {
-    "Embedder": "parallel_decoupling.retrieval.embedder",
+    "Embedder": "parallel_decoupling.evaluation.embedder",
     "MMEBDataModule": "parallel_decoupling.data.datamodule",
-    "PDFEmbedder": "parallel_decoupling.training.embedder",
+    "PDFEmbedder": "parallel_decoupling.training.module",
 }
 
 

@@ -12,7 +12,7 @@ import torch
 
 from parallel_decoupling import distributed
 from parallel_decoupling.data.datamodule import MMEBDataModule
-from parallel_decoupling.retrieval.report import ScoreReport
+from parallel_decoupling.evaluation.report import ScoreReport
 from tests.data.mmeb_files import eval_row, train_row, write_eval, write_image, write_train
 from tests.data.test_datamodule import CharacterProcessor, queries, texts
 from tests.support.fit import make_trainer, small_data, small_embedder

@@ -14,7 +14,7 @@ from PIL import Image
 
 from parallel_decoupling.batch import RawInput
 from parallel_decoupling.data.rows import open_rows
-from parallel_decoupling.retrieval.encode import to_raw_inputs
+from parallel_decoupling.evaluation.encode import to_raw_inputs
 
 ROWS: list[dict[str, Any]] = [
     {"id": "b", "text": "2024-05-01", "image": None, "year": 1999, "shape": "square"},

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.index.searcher import PATH_HASHES, Searcher, path_hashes
 from parallel_decoupling.index.torch_index import TorchIndex
-from parallel_decoupling.retrieval.embedder import Embedder
-from parallel_decoupling.training.embedder import PDFEmbedder
 from parallel_decoupling.training.loading import load_embedder
+from parallel_decoupling.training.module import PDFEmbedder
 from tests.index.brute_force import embeddings
 from tests.support.embedders import mixed_inputs, tiny_embedder
 from tests.support.fit import make_trainer, small_embedder

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from parallel_decoupling.data.images import ImagePolicy
-from parallel_decoupling.retrieval.embedder import Embedder
+from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.serving.batches import embed_requests
 from parallel_decoupling.serving.requests import EmbeddingRequest, RequestError, Selection
 from tests.support.embedders import tiny_embedder

@@ -9,11 +9,11 @@ from typing import Any, get_args
 import pytest
 
 from parallel_decoupling.data.datamodule import MMEBDataModule
-from parallel_decoupling.data.world.rows import WORLD_TASKS
 from parallel_decoupling.model.backbone import AdapterConfig
 from parallel_decoupling.objective.mutual_information import Kind
-from parallel_decoupling.training.embedder import PDFEmbedder
+from parallel_decoupling.training.module import PDFEmbedder
 from parallel_decoupling.training.optimization import MIConfig, OptimizerConfig
+from parallel_decoupling.world.rows import WORLD_TASKS
 from studies.study import PROJECT_DIR, STUDY_DIR, Run, load_study, study_files
 from tests.support.study import save_study, toy_study
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import studies.__main__ as command_line
-from parallel_decoupling.training.embedder import PDFEmbedder
+from parallel_decoupling.training.module import PDFEmbedder
 from studies import worker
 from studies.results import read_results
 from studies.study import Run, Study, load_study

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.model.backbone import AdapterConfig, load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
-from parallel_decoupling.retrieval.embedder import Embedder
 from tests.support.tiny import noise_image
 
 

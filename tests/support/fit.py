@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from parallel_decoupling.data.datamodule import MMEBDataModule
-from parallel_decoupling.training.embedder import PDFEmbedder
+from parallel_decoupling.training.module import PDFEmbedder
 
 SMALL: dict[str, Any] = {
     "num_paths": 2,

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from parallel_decoupling.training.embedder import PDFEmbedder
+from parallel_decoupling.training.module import PDFEmbedder
 from tests.support.fit import Recorder, assert_equal, make_trainer, small_data, small_embedder, trained
 from tests.support.tiny import save_tiny_backbone
 

@@ -19,9 +19,9 @@ from parallel_decoupling import cli
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
 from parallel_decoupling.data.images import load_image
 from parallel_decoupling.data.readers import read_eval_task
+from parallel_decoupling.evaluation.report import ScoreReport
 from parallel_decoupling.model.dual_encoder import DualEncoder
-from parallel_decoupling.retrieval.report import ScoreReport
-from parallel_decoupling.training.embedder import PDFEmbedder
+from parallel_decoupling.training.module import PDFEmbedder
 from tests.support.fit import Recorder, assert_equal, make_trainer, small_data, small_embedder, trained
 from tests.support.tiny import noise_image
 from tests.support.tiny_clip import RESNET, save_tiny_clip

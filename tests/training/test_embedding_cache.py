@@ -13,7 +13,6 @@ import torch
 
 from parallel_decoupling.data.readers import read_eval_task
 from parallel_decoupling.model.dual_backbone import DualProcessor
-from parallel_decoupling.training.embedder import PDFEmbedder
 from parallel_decoupling.training.embedding_cache import (
     SHAPING_SETTINGS,
     CachedTask,
@@ -22,6 +21,7 @@ from parallel_decoupling.training.embedding_cache import (
     processor_hash,
     task_hash,
 )
+from parallel_decoupling.training.module import PDFEmbedder
 from tests.support.fit import make_trainer, small_data, small_embedder
 from tests.support.mmeb import save_tiny_mmeb
 

@@ -14,11 +14,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from parallel_decoupling.data.collate import EvalBatch
 from parallel_decoupling.data.readers import read_eval_task
 from parallel_decoupling.data.tasks import EvalTask
-from parallel_decoupling.retrieval.report import ScoreReport
-from parallel_decoupling.retrieval.score_files import read_scores
+from parallel_decoupling.evaluation.report import ScoreReport
+from parallel_decoupling.evaluation.score_files import read_scores
 from parallel_decoupling.training import evaluator
-from parallel_decoupling.training.embedder import PDFEmbedder
 from parallel_decoupling.training.evaluation import Evaluation, TaskEmbeddings, git_commit
+from parallel_decoupling.training.module import PDFEmbedder
 from tests.support.fit import make_trainer, small_data, small_embedder
 
 TASKS = ("colours_i2t", "colours_t2i")

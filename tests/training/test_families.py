@@ -11,7 +11,7 @@ import torch
 import yaml
 from transformers.utils import logging
 
-from parallel_decoupling.training.embedder import PDFEmbedder
+from parallel_decoupling.training.module import PDFEmbedder
 from tests.model.test_adapters import OLDER_PATHS, publish
 from tests.support.families import TINY_FAMILIES, save_tiny_family
 from tests.support.fit import make_trainer, small_data, small_embedder, trained

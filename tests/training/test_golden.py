@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from parallel_decoupling.data.world.benchmark import ensure_benchmark
 from parallel_decoupling.lightning_cli import run
+from parallel_decoupling.world.benchmark import ensure_benchmark
 
 ROOT_DIR = Path(__file__).parents[2]
 GOLDEN_FILE = ROOT_DIR / "tests/golden/demo_losses.csv"

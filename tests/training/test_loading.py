@@ -11,11 +11,11 @@ from PIL import Image
 
 from parallel_decoupling import cli
 from parallel_decoupling.data.tasks import Task
-from parallel_decoupling.retrieval.embedder import Embedder
-from parallel_decoupling.retrieval.report import ScoreReport
-from parallel_decoupling.retrieval.score import TaskScore
-from parallel_decoupling.training.embedder import PDFEmbedder
+from parallel_decoupling.evaluation.embedder import Embedder
+from parallel_decoupling.evaluation.report import ScoreReport
+from parallel_decoupling.evaluation.score import TaskScore
 from parallel_decoupling.training.loading import load_embedder, run_of, scores_of
+from parallel_decoupling.training.module import PDFEmbedder
 from parallel_decoupling.training.prediction_writer import EmbeddingWriter
 from tests.support.fit import make_trainer, small_data, small_embedder
 from tests.support.tiny import noise_image

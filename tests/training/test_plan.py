@@ -19,7 +19,7 @@ from parallel_decoupling.model.backbone import AdapterConfig, load_backbone, met
 from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.model.families import FAMILIES
 from parallel_decoupling.training import arithmetic, memory
-from parallel_decoupling.training.embedder import PDFEmbedder
+from parallel_decoupling.training.module import PDFEmbedder
 from parallel_decoupling.training.plan import NATURAL_IMAGE, Layout, Plan
 from parallel_decoupling.training.settings import as_plain
 from tests.support.families import save_tiny_family

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from parallel_decoupling.distributed import rank
 from parallel_decoupling.index.tables import open_embeddings
-from parallel_decoupling.training.embedder import PDFEmbedder
+from parallel_decoupling.training.module import PDFEmbedder
 from parallel_decoupling.training.prediction_writer import EmbeddingWriter, RowProgressBar, read_metadata
 from tests.support.fit import make_trainer, small_data, small_embedder
 from tests.support.processes import run_ranks

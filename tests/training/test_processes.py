@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed.tensor import DTensor
 
 from parallel_decoupling.distributed import rank, whole
-from parallel_decoupling.training.embedder import PDFEmbedder
+from parallel_decoupling.training.module import PDFEmbedder
 from tests.support.families import save_tiny_family
 from tests.support.fit import Recorder, make_trainer, small_data, small_embedder
 from tests.support.mmeb import add_text_subset, save_tiny_mmeb

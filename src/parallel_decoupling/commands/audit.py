@@ -25,9 +25,9 @@ def run(options: Any) -> None:
     """Print the recomputed means and what does not fit."""
     from rich.console import Console
 
-    from parallel_decoupling.retrieval import audit
-    from parallel_decoupling.retrieval.published import SHIPPED_TABLE, read_table
-    from parallel_decoupling.retrieval.score_files import read_scores
+    from parallel_decoupling.evaluation import audit
+    from parallel_decoupling.evaluation.published import SHIPPED_TABLE, read_table
+    from parallel_decoupling.evaluation.score_files import read_scores
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     path = Path(options.path) if options.path else SHIPPED_TABLE

@@ -31,9 +31,9 @@ def run(options: Any) -> None:
 
     from rich.console import Console
 
-    from parallel_decoupling.retrieval.compare import compare, scores_source
-    from parallel_decoupling.retrieval.html_report import Baseline, PageParts, write_html_report
-    from parallel_decoupling.retrieval.report import SCORES_FILE
+    from parallel_decoupling.evaluation.compare import compare, scores_source
+    from parallel_decoupling.evaluation.html_report import Baseline, PageParts, write_html_report
+    from parallel_decoupling.evaluation.report import SCORES_FILE
 
     comparison = compare(options.run_dirs, options.output_dir)
     if options.output_dir is not None:

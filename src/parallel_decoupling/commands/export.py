@@ -30,8 +30,8 @@ def run(options: Any) -> None:
     """Load the model, write the folder and say how large it is."""
     from rich.console import Console
 
+    from parallel_decoupling.evaluation.sharing import save_embedder
     from parallel_decoupling.model.pretrained import is_pretrained
-    from parallel_decoupling.retrieval.sharing import save_embedder
     from parallel_decoupling.training.loading import checkpoint_file, load_embedder, scores_of
 
     embedder = load_embedder(options.model)

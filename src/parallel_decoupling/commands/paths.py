@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-    from parallel_decoupling.analysis.study import PathAnalysis
+    from parallel_decoupling.diagnostics.study import PathAnalysis
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -28,8 +28,8 @@ def run(options: Any) -> None:
 
     from rich.console import Console
 
-    from parallel_decoupling.analysis.tables import sections
-    from parallel_decoupling.retrieval.html_report import PARTS_FILE, PATHS_DIR, write_run_report
+    from parallel_decoupling.diagnostics.tables import sections
+    from parallel_decoupling.evaluation.html_report import PARTS_FILE, PATHS_DIR, write_run_report
 
     run_dir, checkpoint_file = locate(options.run_or_checkpoint)
     analysis = analyse_checkpoint(checkpoint_file, run_dir, options.data_dir)
@@ -77,10 +77,10 @@ def analyse_checkpoint(checkpoint_file: Path, run_dir: Path, data_dir: str | Non
     Raises:
         ValueError: the checkpoint does not say on what data it was trained.
     """
-    from parallel_decoupling.analysis.study import analyse_inputs, analyse_world, benchmark_inputs
     from parallel_decoupling.data.datamodule import EMBEDDED
-    from parallel_decoupling.retrieval.compare import progress
-    from parallel_decoupling.retrieval.report import SCORES_FILE, ScoreReport
+    from parallel_decoupling.diagnostics.study import analyse_inputs, analyse_world, benchmark_inputs
+    from parallel_decoupling.evaluation.compare import progress
+    from parallel_decoupling.evaluation.report import SCORES_FILE, ScoreReport
     from parallel_decoupling.training.loading import default_device, load_embedder
 
     embedder = load_embedder(checkpoint_file).to(default_device())
@@ -100,9 +100,9 @@ def analyse_checkpoint(checkpoint_file: Path, run_dir: Path, data_dir: str | Non
 
 def write(analysis: PathAnalysis, folder: Path) -> None:
     """Write ``paths.json`` and one PNG per figure."""
-    from parallel_decoupling.analysis.figures import DPI, figures
-    from parallel_decoupling.analysis.tables import write_json
-    from parallel_decoupling.retrieval.html_report import PATHS_FILE
+    from parallel_decoupling.diagnostics.figures import DPI, figures
+    from parallel_decoupling.diagnostics.tables import write_json
+    from parallel_decoupling.evaluation.html_report import PATHS_FILE
 
     folder.mkdir(parents=True, exist_ok=True)
     write_json(analysis, folder / PATHS_FILE)

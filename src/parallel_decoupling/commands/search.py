@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
     from rich.table import Table
 
+    from parallel_decoupling.evaluation.embedder import Embedder
     from parallel_decoupling.index.protocol import Hit, Index
-    from parallel_decoupling.retrieval.embedder import Embedder
 
 _LONGEST_CELL = 60
 

@@ -331,7 +331,7 @@ class MMEBDataModule(LightningDataModule):
 
     def _folder(self) -> Path:
         if self.data_dir == EMBEDDED:
-            from parallel_decoupling.data.world.benchmark import ensure_benchmark
+            from parallel_decoupling.world.benchmark import ensure_benchmark
 
             return ensure_benchmark()
         folder = Path(self.data_dir)

@@ -1,7 +1,7 @@
 """Nested embeddings (Matryoshka): the first coordinates of an embedding are an embedding themselves.
 
 Here: what a shorter embedding is, for training and for encoding alike. Elsewhere: the terms of the loss at
-nested dimensions (``training.terms``), ``truncate_dim`` of ``encode`` (``retrieval.encode``).
+nested dimensions (``training.terms``), ``truncate_dim`` of ``encode`` (``evaluation.encode``).
 """
 
 from __future__ import annotations

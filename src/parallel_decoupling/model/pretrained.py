@@ -5,7 +5,7 @@
     processor/           tokenizer and image processor; inside ``backbone/`` if there is one
     backbone/            only if asked for, or with merged adapters: the base model as transformers saves it
 
-Here: these files. Elsewhere: instructions and prompts, the model card (``retrieval``), training checkpoints
+Here: these files. Elsewhere: instructions and prompts, the model card (``evaluation``), training checkpoints
 (``checkpoint``).
 """
 

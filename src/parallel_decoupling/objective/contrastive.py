@@ -1,7 +1,7 @@
 """InfoNCE over paths, and the in-batch hit@1 that goes with it.
 
 Here: pure functions of embeddings. Elsewhere on purpose: gathering over ranks (``distributed``),
-the sum of the loss terms and their weights (``training``), scoring of a benchmark (``retrieval``).
+the sum of the loss terms and their weights (``training``), scoring of a benchmark (``evaluation``).
 
 Shapes: ``B`` queries, ``G`` candidates (``G >= B`` with gathered or hard negatives), ``N`` paths,
 ``D`` embedding dim.

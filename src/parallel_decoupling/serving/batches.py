@@ -11,8 +11,8 @@ from torch import Tensor
 
 from parallel_decoupling.batch import EncoderInputs, RawInput
 from parallel_decoupling.data.collate import Collator
-from parallel_decoupling.retrieval.embedder import Embedder
-from parallel_decoupling.retrieval.encode import encode, to_raw_inputs
+from parallel_decoupling.evaluation.embedder import Embedder
+from parallel_decoupling.evaluation.encode import encode, to_raw_inputs
 from parallel_decoupling.serving.requests import EmbeddingRequest, RequestError, Selection
 
 

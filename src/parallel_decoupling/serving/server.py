@@ -14,7 +14,7 @@ from litserve import LitAPI, LitServer
 from starlette.exceptions import HTTPException
 from tqdm import tqdm
 
-from parallel_decoupling.retrieval.embedder import Embedder
+from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.serving.batches import embed_requests
 from parallel_decoupling.serving.gate import EMBEDDINGS_PATH, Gate
 from parallel_decoupling.serving.requests import (

@@ -2,7 +2,7 @@
 
 ``PDFEmbedder.configure_callbacks`` adds all of them with their defaults, except those whose class is among
 the Trainer's own callbacks. Here: watching. Elsewhere on purpose: the
-values of a step (``training.embedder`` logs them itself), the drawing (``retrieval.plots``).
+values of a step (``training.module`` logs them itself), the drawing (``evaluation.plots``).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from torch.utils.tensorboard import SummaryWriter
 
 from parallel_decoupling.batch import PairBatch
 from parallel_decoupling.distributed import world_size
+from parallel_decoupling.evaluation.plots import path_similarity_figure
 from parallel_decoupling.objective.contrastive import info_nce
 from parallel_decoupling.objective.statistics import effective_rank, path_cosine
-from parallel_decoupling.retrieval.plots import path_similarity_figure
 from parallel_decoupling.training.terms import GatheredPairs, mean_path_cosine
 
 if TYPE_CHECKING:
-    from parallel_decoupling.training.embedder import PDFEmbedder
+    from parallel_decoupling.training.module import PDFEmbedder
 
 LAST_FILE = "last.ckpt"
 

@@ -24,7 +24,7 @@ from parallel_decoupling.model.checkpoint import (
 )
 
 if TYPE_CHECKING:
-    from parallel_decoupling.training.embedder import PDFEmbedder
+    from parallel_decoupling.training.module import PDFEmbedder
 
 PROGRESS = (
     "batches_done",

@@ -1,7 +1,7 @@
 """From the embeddings of an evaluation loop to a score report, its files and its pictures.
 
 Here: collecting rows over batches and ranks, task by task. Elsewhere on purpose: the metric and the report
-(``retrieval``), which rows a task has (``data.tasks``), the loop itself (Lightning, ``training.embedder``).
+(``evaluation``), which rows a task has (``data.tasks``), the loop itself (Lightning, ``training.module``).
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch.utils.tensorboard import SummaryWriter
 from parallel_decoupling.data.collate import EvalBatch
 from parallel_decoupling.data.tasks import EvalTask
 from parallel_decoupling.distributed import rank
-from parallel_decoupling.retrieval.modes import path_columns
-from parallel_decoupling.retrieval.plots import retrieval_examples_figure
-from parallel_decoupling.retrieval.report import SCORES_FILE, ScoreReport
-from parallel_decoupling.retrieval.score import TaskScore, score_task
-from parallel_decoupling.retrieval.score_files import (
+from parallel_decoupling.evaluation.modes import path_columns
+from parallel_decoupling.evaluation.plots import retrieval_examples_figure
+from parallel_decoupling.evaluation.report import SCORES_FILE, ScoreReport
+from parallel_decoupling.evaluation.score import TaskScore, score_task
+from parallel_decoupling.evaluation.score_files import (
     LEADERBOARD_FILE,
     SCORE_FILES_DIR,
     write_leaderboard,

@@ -1,7 +1,7 @@
 """What a trained encoder does under a Trainer and in a notebook: validate, test, predict, encode.
 
-Here: Lightning's evaluation hooks. Elsewhere on purpose: training (``training.embedder``, the subclass),
-collecting rows (``training.evaluation``), the metric and the report (``retrieval``).
+Here: Lightning's evaluation hooks. Elsewhere on purpose: training (``training.module``, the subclass),
+collecting rows (``training.evaluation``), the metric and the report (``evaluation``).
 """
 
 from __future__ import annotations
@@ -24,21 +24,17 @@ from parallel_decoupling.data.images import IMAGE_SETTINGS, ImagePolicy
 from parallel_decoupling.data.row_loaders import RowBatch
 from parallel_decoupling.data.tasks import EvalTask
 from parallel_decoupling.distributed import gather_objects, world_size
-from parallel_decoupling.model.checkpoint import backbone_fingerprint
-from parallel_decoupling.model.dual_encoder import DualEncoder
-from parallel_decoupling.model.encoder import ParallelEncoder
-from parallel_decoupling.objective.statistics import path_cosine
-from parallel_decoupling.retrieval.embedder import Embedder, warn_of_cut_texts
-from parallel_decoupling.retrieval.html_report import (
+from parallel_decoupling.evaluation.embedder import Embedder, warn_of_cut_texts
+from parallel_decoupling.evaluation.html_report import (
     Baseline,
     PageParts,
     TaskExamples,
     task_examples,
     write_run_report,
 )
-from parallel_decoupling.retrieval.modes import EncodingTimes, encoding_times, mode_costs
-from parallel_decoupling.retrieval.report import ScoreReport
-from parallel_decoupling.retrieval.sanity import (
+from parallel_decoupling.evaluation.modes import EncodingTimes, encoding_times, mode_costs
+from parallel_decoupling.evaluation.report import ScoreReport
+from parallel_decoupling.evaluation.sanity import (
     FinalNormCheck,
     Finding,
     TaskHealth,
@@ -47,8 +43,12 @@ from parallel_decoupling.retrieval.sanity import (
     side_health,
     task_health,
 )
-from parallel_decoupling.retrieval.score import TaskScore
-from parallel_decoupling.retrieval.score_files import SCORE_FILES_DIR, write_predictions
+from parallel_decoupling.evaluation.score import TaskScore
+from parallel_decoupling.evaluation.score_files import SCORE_FILES_DIR, write_predictions
+from parallel_decoupling.model.checkpoint import backbone_fingerprint
+from parallel_decoupling.model.dual_encoder import DualEncoder
+from parallel_decoupling.model.encoder import ParallelEncoder
+from parallel_decoupling.objective.statistics import path_cosine
 from parallel_decoupling.training.callbacks import console, tensorboard_writer
 from parallel_decoupling.training.embedding_cache import CachedTask, EmbeddingCache, model_hash
 from parallel_decoupling.training.evaluation import (

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from parallel_decoupling.evaluation.compare import progress
+from parallel_decoupling.evaluation.embedder import Embedder
+from parallel_decoupling.evaluation.report import SCORES_FILE, ScoreReport
 from parallel_decoupling.model.pretrained import is_pretrained
-from parallel_decoupling.retrieval.compare import progress
-from parallel_decoupling.retrieval.embedder import Embedder
-from parallel_decoupling.retrieval.report import SCORES_FILE, ScoreReport
-from parallel_decoupling.training.embedder import PDFEmbedder
+from parallel_decoupling.training.module import PDFEmbedder
 
 LAST_CHECKPOINT = Path("checkpoints", "last.ckpt")
 CHECKPOINT_KEYS = ("state_dict", "pytorch-lightning_version", "hyper_parameters", "data", "progress")

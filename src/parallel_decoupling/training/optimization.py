@@ -1,6 +1,6 @@
 """Both optimizers: parameter groups, the learning rate schedule, and how long a run is.
 
-Here: functions of named parameters. Elsewhere on purpose: when a step is taken (``training.embedder``).
+Here: functions of named parameters. Elsewhere on purpose: when a step is taken (``training.module``).
 """
 
 from __future__ import annotations

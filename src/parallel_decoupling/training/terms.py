@@ -1,7 +1,7 @@
 """The terms of the objective for one batch: gather over ranks, then call ``objective``.
 
 Here: what meets what. Elsewhere on purpose: the formulas (``objective``), their weights and the order of the
-steps (``training.embedder``).
+steps (``training.module``).
 
 Every rank computes the SAME terms, of all ranks' rows; gradient reaches its own rows only. So the sum over
 ranks of the gradients is that of one process with the whole batch. Parameters used after the gather (a

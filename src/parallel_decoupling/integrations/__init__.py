@@ -1,1 +1,0 @@
-"""Other libraries on top of an ``Embedder``; each module needs the extra that it names."""

@@ -1,0 +1,167 @@
+"""An ``Embedder`` as a ``SentenceTransformer``: its evaluators, prompts, quantization, and ``mteb``.
+
+Needs the extra ``sentence-transformers``. Here: the one module that such a model has, and building it from an
+embedder. Elsewhere: the files that an exported folder has for it (``evaluation.sharing``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parallel_decoupling.data.collate import Collator
+from parallel_decoupling.evaluation.embedder import Embedder
+from parallel_decoupling.evaluation.encode import to_raw_inputs
+from parallel_decoupling.evaluation.sharing import input_settings
+from parallel_decoupling.model.pretrained import save_encoder, write_config
+
+try:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modality_types import Modality
+    from sentence_transformers.base.modules import InputModule
+except ImportError as error:
+    raise ImportError("pip install 'parallel-decoupling[sentence-transformers]' (version 6)") from error
+
+Output = int | str
+"""A path's number, or ``"aggregate"``."""
+
+
+class PathEmbedding(InputModule):
+    """The aggregate or one path of an embedder, as the only module of a ``SentenceTransformer``.
+
+    ``SentenceTransformer.encode(..., paths=0)`` chooses another path, or ``"aggregate"``, for one call.
+
+    Args:
+        embedder: the model.
+        paths: what ``encode`` gives: a path's number, or ``aggregate``.
+
+    Raises:
+        ValueError: there is no such path.
+
+    Relations:
+        Embeddings equal ``embedder.encode(inputs, instruction=prompt, paths=paths)``.
+    """
+
+    forward_kwargs = {"paths"}
+    modalities: list[Modality] = ["text", "image", ("image", "text"), "message"]
+    """With ``message``, one batch may hold texts and images; chat messages themselves are refused."""
+
+    def __init__(self, embedder: Embedder, paths: Output = "aggregate") -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.embedder = embedder
+        self.encoder = embedder.encoder
+        self.paths = self._checked(paths)
+        processor, image_token = self.encoder.processor, self.encoder.image_token
+        self.collator = Collator(processor, image_token=image_token, images=embedder.images)
+        self.tokenizer = self.encoder.processor.tokenizer
+
+    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **options: Any) -> dict[str, Any]:
+        """Tokenise texts, images and dictionaries of both.
+
+        Args:
+            inputs: see ``Embedder.encode``.
+            prompt: put before every text, with a space between.
+            options: of ``encode``; no other is used here.
+        """
+        rows = to_raw_inputs(list(inputs), (prompt or "").strip() or None)
+        return {"encoder_inputs": self.collator.encode_inputs(rows)}
+
+    def forward(
+        self, features: dict[str, Any], paths: Output | None = None, **options: Any
+    ) -> dict[str, Any]:
+        """Add ``sentence_embedding`` ``[B, D]``, fp32, unit norm, to ``features``."""
+        chosen = self.paths if paths is None else self._checked(paths)
+        inputs = features["encoder_inputs"].to(next(self.encoder.parameters()).device)
+        if isinstance(chosen, int):
+            embedding_BD: Tensor = self.encoder(inputs, [chosen])[:, 0]
+        else:
+            embedding_BD = self.encoder.aggregate(self.encoder(inputs))
+        return {**features, "sentence_embedding": embedding_BD}
+
+    def get_embedding_dimension(self) -> int:
+        """D of one path, or of the aggregate."""
+        return self.encoder.embed_dim if isinstance(self.paths, int) else self.encoder.aggregate_dim
+
+    def save(self, output_path: str, *args: Any, **options: Any) -> None:
+        """Write the embedder's own files, of a chosen path that path alone; the library writes the others."""
+        paths = [self.paths] if isinstance(self.paths, int) else None
+        config = save_encoder(self.encoder, output_path, paths=paths)
+        config |= input_settings(self.embedder)
+        write_config(output_path, config | {"run": self.embedder.run})
+
+    @classmethod
+    def load(
+        cls,
+        model_name_or_path: str,
+        subfolder: str = "",
+        token: bool | str | None = None,
+        cache_folder: str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        init_defaults: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> PathEmbedding:
+        """Load an exported folder, local or from the hub; sentence-transformers calls this.
+
+        Of a folder with one path it gives that path, which its aggregate equals up to rounding.
+        """
+        folder = cls.load_dir_path(
+            model_name_or_path, subfolder, token, cache_folder, revision, local_files_only
+        )
+        if folder is None:
+            raise ValueError(f"no folder {model_name_or_path!r}")
+        embedder = Embedder.from_pretrained(folder)
+        return cls(embedder, 0 if embedder.encoder.num_paths == 1 else "aggregate")
+
+    def _checked(self, paths: Output) -> Output:
+        number = isinstance(paths, int) and 0 <= paths < self.encoder.num_paths
+        if not number and paths != "aggregate":
+            raise ValueError(
+                f"paths is {paths!r}; use 'aggregate' or a path number, 0 to {self.encoder.num_paths - 1}"
+            )
+        return paths
+
+
+def as_sentence_transformer(
+    model: Embedder | str | Path,
+    paths: Output = "aggregate",
+    *,
+    prompts: Mapping[str, str] | None = None,
+    truncate_dim: int | None = None,
+    device: str | torch.device = "cpu",
+) -> SentenceTransformer:
+    """Make a ``SentenceTransformer`` of an embedder or of an exported folder.
+
+    The same as ``SentenceTransformer(folder, trust_remote_code=True)``, without that flag: version 6 asks for
+    it before it imports any class that is not its own, even an installed one.
+
+    Args:
+        model: shared with the result, not copied; a folder is loaded with ``Embedder.from_pretrained``, a
+            checkpoint with ``training.loading.load_embedder`` before.
+        paths: what ``encode`` gives: a path's number, or ``aggregate``.
+        prompts: by name; None is ``query`` and ``document``, the embedder's own instructions.
+        truncate_dim: numbers to keep of every embedding.
+        device: where it runs.
+
+    Raises:
+        ValueError: there is no such path; ``model`` is a file; what ``Embedder.from_pretrained`` refuses.
+    """
+    if not isinstance(model, Embedder) and Path(model).is_file():
+        raise ValueError(
+            f"{model} is a file; a checkpoint is loaded first: pass load_embedder({str(model)!r}) of "
+            f"parallel_decoupling.training.loading, or write a folder with lightning export {model} FOLDER"
+        )
+    embedder = model if isinstance(model, Embedder) else Embedder.from_pretrained(model)
+    own = {"query": embedder.query_instruction, "document": embedder.candidate_instruction}
+    return SentenceTransformer(
+        modules=[PathEmbedding(embedder, paths)],
+        prompts=dict(own if prompts is None else prompts),
+        similarity_fn_name="cosine",
+        truncate_dim=truncate_dim,
+        device=str(device),
+        local_files_only=True,
+    )

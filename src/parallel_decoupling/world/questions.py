@@ -1,0 +1,137 @@
+"""Questions with one right answer about a scene, and one-aspect descriptions of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from parallel_decoupling.world.scenes import (
+    BACKGROUNDS,
+    COLORS,
+    HELD_OUT,
+    NUMBERS,
+    POSITIONS,
+    SHAPES,
+    SIZES,
+    WORDS,
+    Item,
+    Scene,
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a scene.
+
+    Attributes:
+        factor: what it asks for, such as ``color`` or ``position``.
+        text: the question.
+        answer: the one right answer.
+        choices: every possible answer of questions about this factor, the right one included.
+    """
+
+    factor: str
+    text: str
+    answer: str
+    choices: tuple[str, ...]
+
+
+def questions(scene: Scene) -> list[Question]:
+    """Return every question that has exactly one right answer in this scene."""
+    found = [
+        Question("count", "how many objects are there?", NUMBERS[len(scene.objects)], NUMBERS[1:]),
+        Question("background", "what color is the background?", scene.background, tuple(BACKGROUNDS)),
+    ]
+    if scene.word is not None:
+        found.append(Question("text", "what word is written?", scene.word, WORDS))
+        place = POSITIONS[scene.cells.index(scene.word)]
+        found.append(Question("position", f"where is the word {scene.word}?", place, POSITIONS))
+    for index, item in scene.objects:
+        name = f"{item.color} {item.shape}"
+        if _count(scene, shape=item.shape) == 1:
+            found.append(Question("color", f"what color is the {item.shape}?", item.color, tuple(COLORS)))
+        if _count(scene, color=item.color) == 1:
+            found.append(Question("shape", f"what shape is the {item.color} object?", item.shape, SHAPES))
+        found.append(Question("size", f"what size is the {name}?", item.size, tuple(SIZES)))
+        found.append(Question("position", f"where is the {name}?", POSITIONS[index], POSITIONS))
+        place = POSITIONS[index]
+        found.append(
+            Question("color", f"what color is the object at the {place}?", item.color, tuple(COLORS))
+        )
+        found.append(Question("shape", f"what shape is the object at the {place}?", item.shape, SHAPES))
+        found.append(Question("size", f"what size is the object at the {place}?", item.size, tuple(SIZES)))
+    return found
+
+
+def relation_questions(scene: Scene) -> list[Question]:
+    """Return the questions about the color or shape of an object's neighbor."""
+    found = []
+    for index, item in scene.objects:
+        below = index < 2
+        right = index % 2 == 0
+        for neighbor_index, where in (
+            (index + 2 if below else index - 2, "below" if below else "above"),
+            (index + 1 if right else index - 1, "right of" if right else "left of"),
+        ):
+            neighbor = scene.cells[neighbor_index]
+            if not isinstance(neighbor, Item):
+                continue
+            name = f"{item.color} {item.shape}"
+            found.append(
+                Question(
+                    "relation", f"what color is the object {where} the {name}?", neighbor.color, tuple(COLORS)
+                )
+            )
+            found.append(
+                Question("relation", f"what shape is the object {where} the {name}?", neighbor.shape, SHAPES)
+            )
+    return found
+
+
+def aspects(scene: Scene) -> dict[str, str]:
+    """Describe one aspect at a time; the keys are the meta-prompts of ``model.prefixes``."""
+    items = [item for _, item in scene.objects]
+    return {
+        "describe the shapes": ", ".join(item.shape for item in items),
+        "describe the colors": ", ".join(item.color for item in items),
+        "describe the positions": ", ".join(POSITIONS[index] for index, _ in scene.objects),
+        "read the word": scene.word or "none",
+        "count the objects": NUMBERS[len(items)],
+        "describe the background": scene.background,
+        "describe the sizes": ", ".join(item.size for item in items),
+        "describe the picture": scene.caption(),
+    }
+
+
+def sample_edit(rng: np.random.Generator, scene: Scene) -> tuple[str, Scene]:
+    """Draw an instruction that changes one thing, and the scene after it."""
+    index, item = scene.objects[rng.integers(len(scene.objects))]
+    name = f"{item.color} {item.shape}"
+    others = [item_ for _, item_ in scene.objects if item_ != item]
+    free = [
+        color
+        for color in COLORS
+        if color != item.color
+        and (item.shape, color) not in HELD_OUT
+        and not any((other.shape, other.color) == (item.shape, color) for other in others)
+    ]
+    options: list[tuple[str, Scene]] = []
+    color = str(rng.choice(free))
+    options.append((f"make the {name} {color}", scene.with_cell(index, Item(item.shape, color, item.size))))
+    size = "small" if item.size == "large" else "large"
+    options.append((f"make the {name} {size}", scene.with_cell(index, Item(item.shape, item.color, size))))
+    background = str(rng.choice([name for name in BACKGROUNDS if name != scene.background]))
+    options.append((f"make the background {background}", replace(scene, background=background)))
+    empty = [i for i, cell in enumerate(scene.cells) if cell is None]
+    if empty:
+        target = empty[rng.integers(len(empty))]
+        moved = scene.with_cell(index, None).with_cell(target, item)
+        options.append((f"move the {name} to the {POSITIONS[target]}", moved))
+    if others:
+        options.append((f"remove the {name}", scene.with_cell(index, None)))
+    return options[rng.integers(len(options))]
+
+
+def _count(scene: Scene, *, shape: str | None = None, color: str | None = None) -> int:
+    return sum((shape in (None, item.shape)) and (color in (None, item.color)) for _, item in scene.objects)

@@ -1,0 +1,288 @@
+"""The embedded benchmark's tasks: one function per task that draws a row with hard negatives.
+
+A row is a query, its positive and negatives that differ in one attribute. Prompts follow MMEB:
+image placeholder, line break, instruction, text, line break.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image
+
+from parallel_decoupling.batch import IMAGE_PLACEHOLDER
+from parallel_decoupling.world import glyphs
+from parallel_decoupling.world.questions import Question, questions, relation_questions, sample_edit
+from parallel_decoupling.world.scenes import (
+    BACKGROUNDS,
+    POSITIONS,
+    WORDS,
+    Item,
+    Scene,
+    change_item,
+    change_scene,
+    crop,
+    render,
+    sample_scene,
+)
+
+Rng = np.random.Generator
+
+
+@dataclass(frozen=True)
+class Side:
+    """A query or candidate as it goes into the files.
+
+    Attributes:
+        text: prompt or answer; "" if there is none.
+        picture: the image, or None.
+        meaning: what it shows; two candidates of equal meaning never stand in one list.
+    """
+
+    text: str
+    picture: Image.Image | None = None
+    meaning: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A query, its positive and hard negatives."""
+
+    query: Side
+    positive: Side
+    negatives: list[Side]
+
+
+@dataclass(frozen=True)
+class WorldTask:
+    """One task of the embedded benchmark.
+
+    Attributes:
+        name: subset and task name.
+        meta_task: classification, vqa, retrieval or grounding.
+        in_distribution: whether there is a training subset of this name.
+        draw: draws one row.
+    """
+
+    name: str
+    meta_task: str
+    in_distribution: bool
+    draw: Callable[[Rng], Row]
+
+
+def _seen(instruction: str, picture: Image.Image) -> Side:
+    return Side(f"{IMAGE_PLACEHOLDER}\n{instruction}\n", picture)
+
+
+def _answer(text: str) -> Side:
+    return Side(text, None, text)
+
+
+def _picture(scene: Scene) -> Side:
+    text = f"{IMAGE_PLACEHOLDER}\nRepresent the given picture\n"
+    return Side(text, render(scene), scene.caption())
+
+
+def _crop(picture: Image.Image, index: int, item: Item) -> Side:
+    text = f"{IMAGE_PLACEHOLDER}\nRepresent the given cropped picture\n"
+    return Side(text, crop(picture, index), f"{item.color} {item.shape}")
+
+
+def _distinct(positive: Side, sides: list[Side]) -> list[Side]:
+    known, kept = {positive.meaning}, []
+    for side in sides:
+        if side.meaning not in known:
+            known.add(side.meaning)
+            kept.append(side)
+    return kept
+
+
+def _changes(rng: Rng, scene: Scene, count: int, *, held_out: bool = False) -> list[Scene]:
+    return [change_scene(rng, scene, held_out=held_out) for _ in range(count)]
+
+
+def object_type(rng: Rng, *, held_out: bool = False) -> Row:
+    """Name the two large objects of a picture, among its small ones and other colors and shapes."""
+    scene = sample_scene(rng, num_objects=int(rng.integers(3, 5)), word_share=0, held_out=held_out)
+    chosen = sorted(rng.permutation(len(scene.objects))[:2].tolist())
+    for number, (index, item) in enumerate(scene.objects):
+        scene = scene.with_cell(index, replace(item, size="large" if number in chosen else "small"))
+    items = [item for _, item in scene.objects]
+    first, second = (items[number] for number in chosen)
+    small = [item for item in items if item.size == "small"]
+    positive = _pair(first, second)
+    negatives = [_pair(first, other) for other in small] + [_pair(other, second) for other in small]
+    for _ in range(6):
+        negatives.append(_pair(change_item(rng, first, held_out=held_out), second))
+        negatives.append(_pair(first, change_item(rng, second, held_out=held_out)))
+    rng.shuffle(negatives)
+    query = _seen("Identify the two large objects in the picture", render(scene))
+    return Row(query, positive, _distinct(positive, negatives))
+
+
+def _pair(first: Item, second: Item) -> Side:
+    return _answer(f"{first.color} {first.shape} and {second.color} {second.shape}")
+
+
+def unseen_object(rng: Rng) -> Row:
+    """Do the same with shape and color combinations that no training row shows."""
+    return object_type(rng, held_out=True)
+
+
+def sign(rng: Rng) -> Row:
+    """Name the word that is written in a picture, its place and the background."""
+    while (scene := sample_scene(rng, word_share=1)).word is None:
+        pass
+    word, place, background = scene.word, POSITIONS[scene.cells.index(scene.word)], scene.background
+    positive = _answer(f"{word} at the {place} on {background}")
+    negatives = [_answer(f"{word} at the {other} on {background}") for other in POSITIONS]
+    negatives += [_answer(f"{other} at the {place} on {background}") for other in WORDS]
+    negatives += [_answer(f"{word} at the {place} on {other}") for other in BACKGROUNDS]
+    rng.shuffle(negatives)
+    query = _seen("Identify the word in the picture, its place and the background", render(scene))
+    return Row(query, positive, _distinct(positive, negatives))
+
+
+def character(rng: Rng) -> Row:
+    """Name a rendered digit, letter or symbol by its Unicode name; half of them as a coarse scan."""
+    seen = [each for each in glyphs.CHARACTERS if each not in glyphs.UNSEEN_CHARACTERS]
+    return _named_glyph(rng, seen, str(rng.choice(glyphs.TRAINING_FONTS)), coarse=bool(rng.random() < 0.5))
+
+
+def unseen_character(rng: Rng) -> Row:
+    """Name a character that no training row shows, in a face never trained on."""
+    return _named_glyph(rng, list(glyphs.UNSEEN_CHARACTERS), glyphs.HELD_OUT_FONT)
+
+
+def _named_glyph(rng: Rng, characters: list[str], font: str, *, coarse: bool = False) -> Row:
+    chosen, *others = rng.permutation(characters)
+    picture = glyphs.render_glyph(chosen, font, rng, coarse=coarse)
+    query = _seen("Identify the character in the picture", picture)
+    negatives = [_answer(glyphs.unicode_name(other)) for other in others]
+    return Row(query, _answer(glyphs.unicode_name(chosen)), negatives)
+
+
+def handwritten_digit(rng: Rng) -> Row:
+    """Name a handwritten digit of scikit-learn's data set."""
+    pictures, values = glyphs.handwritten_digits()
+    index = int(rng.integers(len(pictures)))
+    names = [glyphs.unicode_name(str(value)) for value in range(10)]
+    negatives = [_answer(name) for value, name in enumerate(names) if value != values[index]]
+    query = _seen("Identify the digit in the picture", pictures[index])
+    return Row(query, _answer(names[values[index]]), negatives)
+
+
+def _asked(rng: Rng, asks: Callable[[Scene], list[Question]]) -> Row:
+    while not (asked := asks(scene := sample_scene(rng))):
+        pass
+    factors = sorted({question.factor for question in asked})
+    factor = str(rng.choice(factors))
+    same = [question for question in asked if question.factor == factor]
+    question = same[rng.integers(len(same))]
+    instruction = f"Represent the given picture with the following question: {question.text}"
+    positive = _answer(question.answer)
+    negatives = _distinct(positive, [_answer(choice) for choice in question.choices])
+    return Row(_seen(instruction, render(scene)), positive, negatives)
+
+
+def scene_question(rng: Rng) -> Row:
+    """Answer a question about count, background, word, color, shape, size or position."""
+    return _asked(rng, questions)
+
+
+def relation_question(rng: Rng) -> Row:
+    """Answer a question about an object's neighbor, a form that no training row has."""
+    return _asked(rng, relation_questions)
+
+
+def scene_to_caption(rng: Rng) -> Row:
+    """Find the caption of a picture among captions that differ in one detail."""
+    scene = sample_scene(rng)
+    positive = _answer(scene.caption())
+    negatives = [_answer(other.caption()) for other in _changes(rng, scene, 8)]
+    query = _seen("Find a caption that describes the picture", render(scene))
+    return Row(query, positive, _distinct(positive, negatives))
+
+
+def caption_to_scene(rng: Rng, *, held_out: bool = False) -> Row:
+    """Find the picture of a caption among pictures that differ in one detail."""
+    scene = sample_scene(rng, num_objects=int(rng.integers(1, 4)), held_out=held_out)
+    positive = _picture(scene)
+    negatives = [_picture(other) for other in _changes(rng, scene, 4, held_out=held_out)]
+    query = Side(f"Find a picture that matches the caption: {scene.caption()}\n")
+    return Row(query, positive, _distinct(positive, negatives))
+
+
+def unseen_caption_to_scene(rng: Rng) -> Row:
+    """Do the same with shape and color combinations that no training row shows."""
+    return caption_to_scene(rng, held_out=True)
+
+
+def edited_scene(rng: Rng) -> Row:
+    """Find the picture that a change of the given one leads to."""
+    scene = sample_scene(rng)
+    instruction, after = sample_edit(rng, scene)
+    positive = _picture(after)
+    negatives = [_picture(scene), *(_picture(other) for other in _changes(rng, after, 3))]
+    query = _seen(f"Find a picture with the following change: {instruction}", render(scene))
+    return Row(query, positive, _distinct(positive, negatives))
+
+
+def objects_to_scene(rng: Rng) -> Row:
+    """Find the picture of a list of objects without sizes and places, a form never trained on."""
+    scene = sample_scene(rng, num_objects=int(rng.integers(2, 4)), word_share=0)
+    pairs = {(item.color, item.shape) for _, item in scene.objects}
+    negatives: list[Side] = []
+    while len(negatives) < 4:
+        index, item = scene.objects[rng.integers(len(scene.objects))]
+        changed = change_item(rng, item)
+        if (changed.color, changed.shape) not in pairs:
+            negatives.append(_picture(scene.with_cell(index, changed)))
+    names = " and ".join(f"a {color} {shape}" for color, shape in sorted(pairs))
+    positive = _picture(scene)
+    return Row(Side(f"Find a picture that shows {names}\n"), positive, _distinct(positive, negatives))
+
+
+def _grounded(rng: Rng, phrase: Callable[[int, Item], str]) -> Row:
+    scene = sample_scene(rng, num_objects=int(rng.integers(2, 5)))
+    picture = render(scene)
+    index, item = scene.objects[rng.integers(len(scene.objects))]
+    positive = _crop(picture, index, item)
+    negatives = [_crop(picture, other, its) for other, its in scene.objects if other != index]
+    for _ in range(2):
+        changed = change_item(rng, item)
+        negatives.append(_crop(render(scene.with_cell(index, changed)), index, changed))
+    query = _seen(f"Select the portion of the picture that shows {phrase(index, item)}", picture)
+    return Row(query, positive, _distinct(positive, negatives))
+
+
+def object_crop(rng: Rng) -> Row:
+    """Find the crop of the object that is named by color and shape."""
+    return _grounded(rng, lambda index, item: f"the {item.color} {item.shape}")
+
+
+def position_crop(rng: Rng) -> Row:
+    """Find the crop of the object that is named by its place, a form never trained on."""
+    return _grounded(rng, lambda index, item: f"the object at the {POSITIONS[index]}")
+
+
+WORLD_TASKS = (
+    WorldTask("ObjectType", "classification", True, object_type),
+    WorldTask("Sign", "classification", True, sign),
+    WorldTask("Character", "classification", True, character),
+    WorldTask("SceneQA", "vqa", True, scene_question),
+    WorldTask("Scene_i2t", "retrieval", True, scene_to_caption),
+    WorldTask("Scene_t2i", "retrieval", True, caption_to_scene),
+    WorldTask("SceneEdit", "retrieval", True, edited_scene),
+    WorldTask("ObjectCrop", "grounding", True, object_crop),
+    WorldTask("UnseenObject", "classification", False, unseen_object),
+    WorldTask("UnseenCharacter", "classification", False, unseen_character),
+    WorldTask("HandwrittenDigit", "classification", False, handwritten_digit),
+    WorldTask("RelationQA", "vqa", False, relation_question),
+    WorldTask("UnseenScene_t2i", "retrieval", False, unseen_caption_to_scene),
+    WorldTask("Objects_t2i", "retrieval", False, objects_to_scene),
+    WorldTask("PositionCrop", "grounding", False, position_crop),
+)
+"""All tasks; the in-distribution ones have a training subset of the same name."""

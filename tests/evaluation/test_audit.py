@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from parallel_decoupling import cli
+from parallel_decoupling.data.tasks import MMEB_TASKS, Task
+from parallel_decoupling.evaluation.audit import audit_row, audit_scores
+from parallel_decoupling.evaluation.published import PublishedRow, read_table
+from parallel_decoupling.evaluation.report import ScoreReport, TaskResult
+from parallel_decoupling.evaluation.score_files import TaskScores, read_scores
+from tests.evaluation.test_report import PUBLISHED
+
+PERCENT = {
+    name: [float(value) for value in pair.split("/")]
+    for name, pair in zip(PUBLISHED[::2], PUBLISHED[1::2], strict=True)
+}
+
+
+def scores(place: int = 0) -> dict[str, dict[str, float]]:
+    return {name: {"hit@1": values[place] / 100} for name, values in PERCENT.items()}
+
+
+def test_the_inconsistent_published_rows_are_found_and_no_others() -> None:
+    audits = {audit.row.model: audit for audit in map(audit_row, read_table())}
+    assert len(audits) == 44
+    found = {model: audit.problems for model, audit in audits.items() if audit.problems}
+    assert set(found) == {
+        "VLM2Vec Qwen2-VL-2B HighRes",
+        "UniME Phi-3.5-V",
+        "UniME LLaVA-1.6 LowRes",
+        "SigLIP base",
+    }
+    assert found["VLM2Vec Qwen2-VL-2B HighRes"] == ("printed overall 59.3, but its meta-tasks give 60.1",)
+    for model, overall, weighted in (("UniME Phi-3.5-V", 64.2, 61.3), ("UniME LLaVA-1.6 LowRes", 66.6, 63.6)):
+        (problem,) = found[model]
+        assert f"printed overall {overall}, but its meta-tasks give {weighted}" in problem
+        assert f"{overall} is the mean of the four meta-tasks" in problem
+    assert found["SigLIP base"] == (
+        "the meta-tasks give 30.7 but IND and OOD give 34.8: a meta-task cell must be wrong",
+    )
+
+
+def test_correcting_a_row_makes_it_consistent() -> None:
+    row = next(row for row in read_table() if row.model == "VLM2Vec Qwen2-VL-2B HighRes")
+    assert not audit_row(PublishedRow(row.model, {**row.means, "overall": 60.1})).problems
+    assert audit_row(PublishedRow(row.model, {**row.means, "overall": 60.3})).problems
+
+
+def test_a_wrong_split_is_told_from_a_wrong_meta_task() -> None:
+    row = next(row for row in read_table() if row.model == "E5-V")
+    (problem,) = audit_row(PublishedRow("x", {**row.means, "in_distribution": 25.0})).problems
+    assert "IND or OOD cell must be wrong" in problem
+
+
+@pytest.mark.parametrize(("place", "overall"), [(0, 59.7), (1, 65.4)])
+def test_published_task_scores_aggregate_to_the_published_means(place: int, overall: float) -> None:
+    found = audit_scores(TaskScores("leaderboard", scores(place)))
+    assert found.report is not None
+    assert 100 * found.report.means["overall"]["hit@1"] == pytest.approx(overall, abs=0.05)
+    assert not found.problems
+    assert not found.notes
+
+
+def test_odd_task_scores_are_named() -> None:
+    tasks = scores()
+    del tasks["GQA"]
+    tasks["CIFAR-100"] = {"hit@1": 0.5}
+    tasks["DocVQA"] = {"hit@1": 0.5, "hit@5": 0.4, "num_correct": 400, "num_pred": 1000}
+    tasks["EDIS"] = {"hit@1": 81.4}
+    found = audit_scores(TaskScores("leaderboard", tasks))
+    assert found.report is not None
+    assert "CIFAR-100" not in found.report.tasks
+    for words in ("CIFAR-100", "GQA", "DocVQA: 400 of 1000", "DocVQA: hit@k falls", "EDIS: no fraction"):
+        assert any(words in problem for problem in found.problems), words
+
+
+def test_percent_instead_of_fractions_is_said_and_read() -> None:
+    tasks = {name: {"hit@1": values[0], "hit@5": 99.0} for name, values in PERCENT.items()}
+    tasks["FashionIQ"] = {"hit@1": 0.8, "hit@5": 3.0, "num_pred": 1000, "num_correct": 8}
+    found = audit_scores(TaskScores("leaderboard", tasks))
+    assert found.problems == ("hit@1 is in percent; the formats have fractions",)
+    assert found.report is not None
+    assert found.report.tasks["FashionIQ"].hit_at_1["hit@1"] == pytest.approx(0.008)
+    assert set(found.report.tasks) == set(MMEB_TASKS)
+
+
+def own_report(names: Iterable[str]) -> ScoreReport:
+    hits = {"aggregate": "1100"}
+    return ScoreReport(
+        {
+            name: TaskResult(MMEB_TASKS.get(name, Task(name, "vqa", True)), 4, 0.1, {"aggregate": 0.5}, hits)
+            for name in names
+        }
+    )
+
+
+def changed(content: dict[str, Any], place: str, value: Any) -> None:
+    *keys, last = place.split("/")
+    for key in keys:
+        content = content[key]
+    content[last] = value
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "problem"),
+    [
+        ("means/overall/aggregate", 0.6, "means, overall, aggregate: 0.6 is stored, the tasks give 0.5"),
+        ("means/vqa/path_0", 0.6, "means, vqa, path_0: 0.6 is stored, the tasks give 'nothing'"),
+        ("hits/GQA/aggregate", "1110", "task GQA, column aggregate: the mean of the hits is 0.75"),
+        ("tasks/GQA/metrics", {"aggregate": {"hit@1": 0.7}}, "task GQA, metrics, hit@1, aggregate: 0.7"),
+        ("tasks/GQA/meta_task", "grounding", "GQA counts as grounding, OOD; MMEB has it in vqa, OOD"),
+        ("tasks/GQA/in_distribution", True, "GQA counts as vqa, IND; MMEB has it in vqa, OOD"),
+    ],
+)
+def test_a_changed_score_file_of_this_package_is_found(
+    place: str, value: Any, problem: str, tmp_path: Path
+) -> None:
+    own_report(MMEB_TASKS).to_json_file(tmp_path / "scores.json")
+    assert audit_scores(read_scores(tmp_path)).problems == ()
+    content = json.loads((tmp_path / "scores.json").read_text())
+    changed(content, place, value)
+    (tmp_path / "scores.json").write_text(json.dumps(content))
+    assert any(problem in each for each in audit_scores(read_scores(tmp_path)).problems)
+
+
+def test_missing_tasks_are_those_of_files_with_a_task_of_mmeb(tmp_path: Path) -> None:
+    own_report(["mine", "other"]).to_json_file(tmp_path / "scores.json")
+    assert audit_scores(read_scores(tmp_path)).problems == ()
+    own_report(["mine", "GQA"]).to_json_file(tmp_path / "scores.json")
+    (problem,) = audit_scores(read_scores(tmp_path)).problems
+    assert problem.startswith("35 of MMEB's 36 tasks are missing")
+    (tmp_path / "mine_score.json").write_text('{"hit@1": 0.5}')
+    alone = audit_scores(read_scores(tmp_path / "mine_score.json"))
+    assert (alone.report, alone.problems, len(alone.notes)) == (None, (), 1)
+
+
+def test_tasks_that_upstream_marks_as_not_run_are_missing_and_noted(tmp_path: Path) -> None:
+    image: dict[str, Any] = {**scores(), "GQA": "FILE_N/A", "EDIS": "DIR_N/A"}
+    content = {"metrics": {"image": image, "video": {"K700": "FILE_N/A"}, "visdoc": {}}}
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    found = audit_scores(read_scores(tmp_path / "x.json"))
+    (problem,) = found.problems
+    assert "2 of MMEB's 36 tasks are missing" in problem
+    assert "GQA is FILE_N/A: it was not run" in found.notes
+    assert "1 video tasks are not part of the image means and were not read" in found.notes
+    content["metrics"]["image"] = scores()
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    cli.main(["audit", str(tmp_path / "x.json")])  # notes are no reason for another exit code
+
+
+def test_the_leaderboards_own_headings_are_read(tmp_path: Path) -> None:
+    table = tmp_path / "results.csv"
+    table.write_text(
+        "Models,Model Size(B),Data Source,Overall,IND,OOD,Classification,VQA,Retrieval,Grounding\n"
+        "E5-V,8.36,TIGER-Lab,13.3,14.9,11.5,21.8,4.9,11.5,19.0\nshort,1,x,50.0,,,-,,,\n"
+    )
+    first, second = read_table(table)
+    assert first.means["in_distribution"] == 14.9
+    assert first.source == "TIGER-Lab"
+    assert not audit_row(first).problems
+    assert second.means == {"overall": 50.0}
+    table.write_text("model,overall\nx,much\n")
+    with pytest.raises(ValueError, match=r"results.csv, line 2, column overall: 'much'"):
+        read_table(table)
+    for row, words in (("y", "1 cells under 2 headings"), ("x,1,2", "3 cells under 2 headings")):
+        table.write_text(f"overall,model\n{row}\n")
+        with pytest.raises(ValueError, match=f"results.csv, line 2: {words}"):
+            read_table(table)
+    table.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"results.csv is no CSV file in UTF-8"):
+        read_table(table)
+    table.write_text("name,score\nx,1\n")
+    with pytest.raises(ValueError, match="no table of results"):
+        read_table(table)
+
+
+def test_the_command_says_what_is_wrong_by_its_exit_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["audit"])
+    assert stopped.value.code == 1
+    assert capsys.readouterr().out.count("problem: ") == 4
+    good = tmp_path / "good.json"
+    good.write_text(json.dumps({"metadata": {}, "metrics": {"image": scores(), "video": {}, "visdoc": {}}}))
+    cli.main(["audit", str(good)])
+    assert "59.7" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["audit", str(tmp_path / "nowhere.json")])
+    assert stopped.value.code == 2

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from parallel_decoupling.data.tasks import Task
+from parallel_decoupling.evaluation.model_card import model_card
+from parallel_decoupling.evaluation.report import ScoreReport
+from parallel_decoupling.evaluation.score import TaskScore
+
+HITS = {"aggregate": "1110", "path_0": "1100", "path_1": "1010"}
+
+
+@pytest.fixture
+def config() -> dict[str, Any]:
+    fingerprint = {"name": "owner/model", "sha256": "abc", "model_type": "qwen2_vl", "num_frozen": 1}
+    return {
+        "backbone": {
+            "name": "owner/model",
+            "revision": "r1",
+            "included": False,
+            "dtype": "float32",
+            "fingerprint": fingerprint,
+        },
+        "adapter": {"kind": "lora", "rank": 4, "alpha": 8, "scope": "language"},
+        "encoder": {"prefix_length": 3, "aggregation": "mean"},
+        "paths": [0, 1],
+        "embed_dim": 32,
+        "aggregate_dim": 32,
+        "query_instruction": "find | it",
+        "candidate_instruction": "",
+        "run": {
+            "model": {"temperature": 0.05},
+            "data": {"batch_size": 48},
+            "rows_by_subset": {"b": 3, "a": 1},
+            "global_step": 480,
+            "token_passes": 99.0,
+            "seed": 5,
+        },
+    }
+
+
+@pytest.fixture
+def report() -> ScoreReport:
+    hits = {column: torch.tensor([hit == "1" for hit in string]) for column, string in HITS.items()}
+    task = Task("Sign", "classification", True)
+    return ScoreReport.from_scores([TaskScore(task, hits, torch.zeros(4, 10), 0.1)], {})
+
+
+def section(card: str, title: str) -> str:
+    return card.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def test_sections_come_from_the_run(config: dict[str, Any], report: ScoreReport) -> None:
+    card = model_card(config, report)
+    assert card.startswith("---\nlibrary_name: parallel-decoupling\n")
+    assert "| revision | r1 |" in section(card, "Model")
+    assert "| query instruction | find \\| it |" in section(card, "Model")
+    assert "candidate instruction" not in card, "there is none"
+    assert "| batch_size | 48 |" in section(card, "Training data")
+    assert "| a | 1 (25.0%) |\n| b | 3 (75.0%) |" in section(card, "Training data")
+    assert "| temperature | 0.05 |" in section(card, "Hyper-parameters")
+    assert "| main steps | 480 |" in section(card, "Compute")
+    assert "| mean of classification | 75.0 | 50.0 | 50.0 |" in section(card, "Scores")
+    assert "search" in section(card, "Intended use")
+    assert "It needs the backbone owner/model" in section(card, "Limits")
+
+
+def test_statistics_of_paths_against_counting(config: dict[str, Any], report: ScoreReport) -> None:
+    paths = section(model_card(config, report), "Paths")
+    agree = sum(a == b for a, b in zip(HITS["path_0"], HITS["path_1"], strict=True)) / 4
+    assert f"| path_0 and path_1 | {100 * agree:.1f} |" in paths
+    some = sum("1" in pair for pair in zip(HITS["path_0"], HITS["path_1"], strict=True)) / 4
+    assert f"Right on at least one path: {100 * some:.1f}." in paths
+
+
+def test_what_is_not_known_is_left_out(config: dict[str, Any]) -> None:
+    card = model_card({**config, "run": {}})
+    assert "Not evaluated." in section(card, "Scores")
+    assert "No scores were recorded" in section(card, "Limits")
+    for title in ("Training data", "Hyper-parameters", "Compute", "Paths"):
+        assert f"## {title}" not in card
+
+
+def test_one_path_has_no_statistics_of_pairs(config: dict[str, Any], report: ScoreReport) -> None:
+    assert "## Paths" not in model_card({**config, "paths": [1]}, report)

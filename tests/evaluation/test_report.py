@@ -1,0 +1,277 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from parallel_decoupling.data.tasks import MMEB_TASKS, Task
+from parallel_decoupling.evaluation.report import ScoreReport, TaskResult
+from parallel_decoupling.evaluation.score import TaskScore
+
+# hit@1 in percent of VLM2Vec (first version) on Qwen2-VL 2B / 7B, as its authors' score files have it.
+PUBLISHED_TEXT = """
+ImageNet-1K 77.5/80.2 N24News 73.8/79.5 HatefulMemes 57.9/70.3 VOC2007 74.3/80.6 SUN397 73.7/77.3
+Place365 35.0/37.2 ImageNet-A 50.6/57.6 ImageNet-R 84.7/74.2 ObjectNet 36.9/40.5 Country211 21.7/30.2
+OK-VQA 48.2/56.8 A-OKVQA 39.7/47.5 DocVQA 82.7/88.8 InfographicsVQA 47.3/59.0 ChartQA 42.2/56.6
+Visual7W 50.9/52.7 ScienceQA 30.5/38.2 VizWiz 38.8/39.6 GQA 48.1/54.4 TextVQA 63.2/71.6 VisDial 75.1/81.6
+CIRR 46.8/51.4 VisualNews_t2i 73.4/80.3 VisualNews_i2t 73.8/81.2 MSCOCO_t2i 73.1/77.5 MSCOCO_i2t 68.3/73.6
+NIGHTS 65.8/67.5 WebQA 85.8/88.3 FashionIQ 13.8/16.8 Wiki-SS-NQ 54.6/62.1 OVEN 68.4/66.6 EDIS 81.4/85.9
+MSCOCO 65.7/75.4 RefCOCO 80.8/87.1 RefCOCO-Matching 76.6/84.4 Visual7W-Pointing 69.1/80.7
+"""
+PUBLISHED = PUBLISHED_TEXT.split()
+
+
+def task_score(
+    name: str, meta_task: str, in_distribution: bool, hits: dict[str, str], chance: float
+) -> TaskScore:
+    tensors = {column: torch.tensor([hit == "1" for hit in string]) for column, string in hits.items()}
+    task = Task(name, meta_task, in_distribution)  # type: ignore[arg-type]
+    return TaskScore(task, tensors, torch.zeros(len(next(iter(tensors.values()))), 10), chance)
+
+
+@pytest.fixture
+def report() -> ScoreReport:
+    """Two classification tasks and one VQA task: the two overall means differ."""
+    return ScoreReport.from_scores(
+        [
+            task_score("shape", "classification", True, {"aggregate": "1110", "path_0": "1100"}, 0.1),
+            task_score("digit", "classification", False, {"aggregate": "10", "path_0": "00"}, 0.5),
+            task_score("colour", "vqa", True, {"aggregate": "001", "path_0": "111"}, 0.25),
+        ],
+        {"seed": 3, "steps": 1500, "config": {"model": {"num_paths": 2}}},
+    )
+
+
+def rendered(report: ScoreReport) -> str:
+    stream = io.StringIO()
+    Console(file=stream, width=150).print(report.table())
+    return stream.getvalue()
+
+
+def test_hits_are_counted_per_task_and_column(report: ScoreReport) -> None:
+    assert report.tasks["shape"].hit_at_1 == {"aggregate": 0.75, "path_0": 0.5}
+    assert report.tasks["colour"].hit_at_1 == {"aggregate": 1 / 3, "path_0": 1.0}
+    assert report.tasks["shape"].num_queries == 4
+    assert report.tasks["shape"].hits == {"aggregate": "1110", "path_0": "1100"}
+
+
+def test_means_equal_hand_computation(report: ScoreReport) -> None:
+    means = {name: mean["aggregate"] for name, mean in report.means.items()}
+    assert means == pytest.approx(
+        {
+            "classification": (0.75 + 0.5) / 2,
+            "vqa": 1 / 3,
+            "in_distribution": (0.75 + 1 / 3) / 2,
+            "out_of_distribution": 0.5,
+            "overall": (0.75 + 0.5 + 1 / 3) / 3,
+            "mean_of_meta_tasks": (0.625 + 1 / 3) / 2,
+        }
+    )
+    assert report.means["overall"]["path_0"] == pytest.approx(0.5)
+    assert means["overall"] != pytest.approx(means["mean_of_meta_tasks"], abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("place", "overall", "in_distribution", "out_of_distribution"),
+    [(0, 59.7, 64.8, 53.4), (1, 65.4, 71.3, 57.9)],
+)
+def test_means_of_published_task_scores_are_the_published_means(
+    place: int, overall: float, in_distribution: float, out_of_distribution: float
+) -> None:
+    names, scores = PUBLISHED[::2], [pair.split("/")[place] for pair in PUBLISHED[1::2]]
+    assert set(names) == set(MMEB_TASKS)
+    report = ScoreReport(
+        {
+            name: TaskResult(MMEB_TASKS[name], 1000, 0.001, {"aggregate": float(score) / 100})
+            for name, score in zip(names, scores, strict=True)
+        }
+    )
+    means = report.means
+    assert 100 * means["overall"]["aggregate"] == pytest.approx(overall, abs=0.05)
+    assert 100 * means["in_distribution"]["aggregate"] == pytest.approx(in_distribution, abs=0.05)
+    assert 100 * means["out_of_distribution"]["aggregate"] == pytest.approx(out_of_distribution, abs=0.05)
+
+
+def test_json_round_trip_keeps_everything(report: ScoreReport, tmp_path: Path) -> None:
+    report.to_json_file(tmp_path / "scores.json")
+    assert ScoreReport.from_json_file(tmp_path / "scores.json") == report
+    content = json.loads((tmp_path / "scores.json").read_text())
+    assert content["metric"] == "hit@1"
+    assert content["means"] == report.means
+    assert content["tasks"]["colour"]["hit_at_1"]["aggregate"] == 1 / 3, "fractions are not rounded"
+    assert content["hits"]["digit"] == {"aggregate": "10", "path_0": "00"}
+
+
+def test_json_accepts_run_values_of_any_type(report: ScoreReport, tmp_path: Path) -> None:
+    ScoreReport(report.tasks, {"data_dir": Path("some/dir")}).to_json_file(tmp_path / "scores.json")
+    assert ScoreReport.from_json_file(tmp_path / "scores.json").run == {"data_dir": str(Path("some/dir"))}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "is not JSON"), ("[]", "of format 1"), ('{"format": 9}', "format 1")]
+)
+def test_another_file_is_an_error(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "scores.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        ScoreReport.from_json_file(tmp_path / "scores.json")
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("tasks",), [], r"tasks: \[\] is not an object"),
+        (("tasks",), {}, "at least one task"),
+        (("tasks", "digit"), 3, "task digit: 3 is not an object"),
+        (("tasks", "digit", "hit_at_1"), 0.5, "task digit, hit_at_1: 0.5 is not an object"),
+        (("tasks", "digit", "hit_at_1", "path_0"), "high", "hit_at_1, path_0: 'high' is not a number"),
+        (("tasks", "digit", "hit_at_1"), {}, "task digit, hit_at_1: no column has a score"),
+        (("tasks", "digit", "metrics"), None, "task digit, metrics: None is not an object"),
+        (("tasks", "digit", "metrics"), [], r"task digit, metrics: \[\] is not an object"),
+        (
+            ("tasks", "digit", "metrics"),
+            {"path_0": {"mrr": "1"}},
+            "metrics, path_0, mrr: '1' is not a number",
+        ),
+        (("tasks", "digit", "num_skipped"), "2", "num_skipped: '2' is not a whole number"),
+        (("modes",), {"path_0": 3}, "modes, path_0: 3 is not an object"),
+        (("hits",), {"other": None}, "task other, hits: None is not an object"),
+        (("tasks", "digit", "num_queries"), "2", "num_queries: '2' is not a whole number"),
+        (("tasks", "digit", "meta_task"), "video", "digit has meta-task 'video'"),
+        (("hits",), [], r"hits: \[\] is not an object"),
+        (("hits", "digit"), "10", "task digit, hits: '10' is not an object"),
+        (("hits", "digit", "path_0"), [0, 1], "hits, path_0: .* is not a text"),
+        (("hits", "digit", "path_0"), "0", "task digit, column path_0: 1 hits of 2 queries"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named_with_its_place(
+    place: tuple[str, ...], value: Any, message: str, report: ScoreReport, tmp_path: Path
+) -> None:
+    file = tmp_path / "scores.json"
+    report.to_json_file(file)
+    content = part = json.loads(file.read_text())
+    for key in place[:-1]:
+        part = part[key]
+    part[place[-1]] = value
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"scores\.json.*{message}"):
+        ScoreReport.from_json_file(file)
+
+
+def test_a_binary_file_is_an_error_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "scores.json").write_bytes(b"\x93NUMPY\xff")
+    with pytest.raises(ValueError, match=r"scores\.json is not JSON"):
+        ScoreReport.from_json_file(tmp_path / "scores.json")
+
+
+def test_means_over_some_of_mmebs_tasks_are_marked(report: ScoreReport, tmp_path: Path) -> None:
+    results = {name: TaskResult(MMEB_TASKS[name], 9, 0.1, {"aggregate": 0.5}) for name in MMEB_TASKS}
+    some = ScoreReport({name: results[name] for name in ("GQA", "MSCOCO", "EDIS")})
+    some.to_json_file(tmp_path / "scores.json")
+    marks = json.loads((tmp_path / "scores.json").read_text())["partial_means"]
+    assert marks["overall"] == "of 3 of MMEB's 36 tasks"
+    assert marks["grounding"] == "of 1 of MMEB's 4 tasks"
+    assert "overall (mean of tasks), 3/36" in rendered(some)
+    assert "means over 3 of MMEB's 36 tasks: not MMEB's means" in rendered(some)
+    for whole in (report, ScoreReport(results)):
+        assert whole.partial_means == {}
+        assert "/36" not in rendered(whole)
+
+
+def test_files_of_before_cut_reciprocal_ranks_still_have_their_means(report: ScoreReport) -> None:
+    old = replace(report.tasks["shape"], metrics={column: {"mrr": 0.5} for column in report.columns})
+    assert ScoreReport({"shape": old}).metric_means["overall"]["path_0"] == {"mrr": 0.5}
+
+
+def test_files_of_before_metrics_and_hashes_still_load(report: ScoreReport, tmp_path: Path) -> None:
+    report.to_json_file(tmp_path / "scores.json")
+    content = json.loads((tmp_path / "scores.json").read_text())
+    for name in ("metric_means", "modes", "warnings"):
+        del content[name]
+    for row in content["tasks"].values():
+        del row["metrics"], row["rows_sha256"]
+    (tmp_path / "scores.json").write_text(json.dumps(content))
+    assert ScoreReport.from_json_file(tmp_path / "scores.json").means == report.means
+    del content["tasks"]["digit"]["chance"]
+    (tmp_path / "scores.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="lacks 'chance': .* run the test again"):
+        ScoreReport.from_json_file(tmp_path / "scores.json")
+
+
+def test_metrics_of_ranks_are_averaged_and_shown(report: ScoreReport, tmp_path: Path) -> None:
+    ranked = [
+        replace(
+            task_score(name, "vqa", True, {"aggregate": "10"}, 0.1),
+            ranks={"aggregate": torch.tensor(ranks)},
+            rows_sha256=name,
+        )
+        for name, ranks in (("a", [1, 4]), ("b", [1, 2]))
+    ]
+    found = ScoreReport.from_scores(ranked)
+    assert found.tasks["a"].metrics["aggregate"]["mrr"] == pytest.approx((1 + 1 / 4) / 2)
+    assert found.metric_means["overall"]["aggregate"]["mrr"] == pytest.approx((0.625 + 0.75) / 2)
+    found.to_json_file(tmp_path / "scores.json")
+    assert ScoreReport.from_json_file(tmp_path / "scores.json") == found
+    stream = io.StringIO()
+    Console(file=stream, width=150).print(found.metrics_table(), found.modes_table())
+    assert "68.8" in stream.getvalue()
+    assert report.metric_means == {}
+
+
+def test_names_with_markup_are_shown_as_they_are() -> None:
+    score = task_score("[red]shape[/red]", "vqa", True, {"aggregate": "00"}, 0.1)
+    warning = {"check": "chance", "detail": "[bold]x[/bold]", "advice": "[/]", "tasks": []}
+    report = replace(ScoreReport.from_scores([score]), warnings=[warning])
+    assert "[red]shape[/red] !" in rendered(report)
+    stream = io.StringIO()
+    Console(file=stream, width=100).print(*report.warning_panels())
+    assert "[bold]x[/bold]" in stream.getvalue()
+    assert "[/]" in stream.getvalue()
+
+
+def test_csv_has_a_line_per_task_and_per_mean(report: ScoreReport, tmp_path: Path) -> None:
+    report.to_csv_file(tmp_path / "scores.csv")
+    with (tmp_path / "scores.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    by_name = {(row["kind"], row["name"]): row for row in rows}
+    assert len(rows) == len(by_name) == 3 + 6
+    assert float(by_name["task", "colour"]["aggregate"]) == 1 / 3
+    assert by_name["task", "digit"]["in_distribution"] == "False"
+    assert float(by_name["mean", "overall"]["path_0"]) == report.means["overall"]["path_0"]
+
+
+def test_table_shows_percent_and_flags_tasks_at_chance(report: ScoreReport) -> None:
+    text = rendered(report)
+    lines = {line.split("│")[1].strip(): line for line in text.splitlines() if line.count("│") > 3}
+    assert [cell.strip() for cell in lines["shape"].split("│")[2:-1]] == ["IND", "4", "10.0", "75.0", "50.0"]
+    assert [cell.strip() for cell in lines["digit !"].split("│")[2:-1]] == ["OOD", "2", "50.0", "50.0", "0.0"]
+    assert "at or below chance: digit" in text
+    assert lines["overall (mean of tasks)"].split("│")[5].strip() == "52.8"
+    assert lines["mean of meta-tasks"].split("│")[5].strip() == "47.9"
+
+
+def test_a_group_without_tasks_has_no_mean() -> None:
+    score = task_score("shape", "classification", True, {"aggregate": "10"}, 0.1)
+    report = ScoreReport.from_scores([score])
+    assert set(report.means) == {"classification", "in_distribution", "overall", "mean_of_meta_tasks"}
+    assert "out-of-distribution" not in rendered(report)
+
+
+def test_inconsistent_scores_are_an_error() -> None:
+    one = task_score("shape", "classification", True, {"aggregate": "10"}, 0.1)
+    other = task_score("colour", "vqa", True, {"aggregate": "10", "path_0": "10"}, 0.1)
+    odd = task_score("odd", "video", True, {"aggregate": "10"}, 0.1)
+    with pytest.raises(ValueError, match="at least one task"):
+        ScoreReport.from_scores([])
+    with pytest.raises(ValueError, match="shape is there twice"):
+        ScoreReport.from_scores([one, one])
+    with pytest.raises(ValueError, match="colour has columns"):
+        ScoreReport.from_scores([one, other])
+    with pytest.raises(ValueError, match="odd has meta-task 'video'"):
+        ScoreReport.from_scores([odd])

@@ -1,0 +1,188 @@
+"""An exported folder in the real sentence-transformers: the embeddings of ``Embedder.encode``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("sentence_transformers", minversion="6")
+
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+
+from parallel_decoupling.data.images import ImagePolicy
+from parallel_decoupling.evaluation.embedder import Embedder
+from parallel_decoupling.sentence_transformers import PathEmbedding, as_sentence_transformer
+from parallel_decoupling.training.loading import load_embedder
+from tests.support.embedders import mixed_inputs, tiny_embedder
+from tests.support.fit import make_trainer, small_data, small_embedder
+from tests.support.mmeb import save_tiny_mmeb
+from tests.support.tiny import noise_image
+
+ROW_BY_ROW: dict[str, Any] = {"batch_size": 1}
+"""Without padding the two libraries' batches are the same, so that embeddings are equal bit for bit."""
+
+
+@pytest.fixture(scope="module")
+def embedder(tiny_backbone_dir: str) -> Embedder:
+    return tiny_embedder(tiny_backbone_dir)
+
+
+@pytest.fixture(scope="module")
+def folder(embedder: Embedder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("export") / "model"
+    embedder.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> SentenceTransformer:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("connect", "connect_ex"):
+            patch.setattr(f"socket.socket.{name}", refuse)
+        return SentenceTransformer(str(folder), trust_remote_code=True, device="cpu", local_files_only=True)
+
+
+def refuse(*arguments: Any) -> None:
+    raise AssertionError("no network")
+
+
+def encode(model: SentenceTransformer, inputs: list[Any], **options: Any) -> Tensor:
+    return model.encode(inputs, convert_to_tensor=True, show_progress_bar=False, **options)
+
+
+def test_the_library_asks_for_consent(folder: Path) -> None:
+    """Version 6 imports no class but its own without the flag; ``as_sentence_transformer`` needs none."""
+    with pytest.raises(ValueError, match=r"(?s)PathEmbedding.*trust_remote_code=True"):
+        SentenceTransformer(str(folder), trust_remote_code=False)
+    assert isinstance(as_sentence_transformer(folder)[0], PathEmbedding)
+
+
+@pytest.mark.parametrize("kind", ["loaded", "made"])
+def test_equals_encode(kind: str, model: SentenceTransformer, embedder: Embedder, folder: Path) -> None:
+    model = model if kind == "loaded" else as_sentence_transformer(folder)
+    expected = embedder.encode(mixed_inputs(), paths="aggregate", **ROW_BY_ROW)
+    assert torch.equal(encode(model, mixed_inputs(), **ROW_BY_ROW), expected)
+    torch.testing.assert_close(encode(model, mixed_inputs()), expected, rtol=1e-5, atol=1e-5)
+    for item, row in zip(mixed_inputs(), expected, strict=True):
+        assert torch.equal(encode(model, item), row), "a single input"
+
+
+@pytest.mark.parametrize("path", [0, 2])
+def test_one_path(path: int, model: SentenceTransformer, embedder: Embedder) -> None:
+    expected = embedder.encode(mixed_inputs(), paths=path, **ROW_BY_ROW)
+    assert torch.equal(encode(model, mixed_inputs(), paths=path, **ROW_BY_ROW), expected)
+    made = as_sentence_transformer(embedder, path)
+    assert torch.equal(encode(made, mixed_inputs(), **ROW_BY_ROW), expected)
+    assert not torch.equal(encode(model, mixed_inputs(), **ROW_BY_ROW), expected)
+
+
+def test_prompts_are_instructions(model: SentenceTransformer, embedder: Embedder) -> None:
+    assert model.prompts == {"query": "find", "document": "show"}
+    options: dict[str, Any] = {"convert_to_tensor": True, **ROW_BY_ROW}
+    queries = model.encode_query(mixed_inputs(), **options)
+    expected = embedder.encode_query(mixed_inputs(), paths="aggregate", **ROW_BY_ROW)
+    assert torch.equal(queries, expected)
+    documents = model.encode_document(mixed_inputs(), **options)
+    expected = embedder.encode_candidate(mixed_inputs(), paths="aggregate", **ROW_BY_ROW)
+    assert torch.equal(documents, expected)
+    own = encode(model, mixed_inputs(), prompt="count the objects: ", **ROW_BY_ROW)
+    expected = embedder.encode(
+        mixed_inputs(), instruction="count the objects:", paths="aggregate", **ROW_BY_ROW
+    )
+    assert torch.equal(own, expected)
+    assert not torch.equal(own, queries)
+
+
+def test_truncate_dim(model: SentenceTransformer, embedder: Embedder) -> None:
+    whole = embedder.encode(mixed_inputs(), paths="aggregate", **ROW_BY_ROW)
+    short = encode(model, mixed_inputs(), truncate_dim=8, **ROW_BY_ROW)
+    assert torch.equal(short, whole[:, :8])
+    made = as_sentence_transformer(embedder, truncate_dim=8)
+    assert made.get_embedding_dimension() == 8
+    assert torch.equal(encode(made, mixed_inputs(), **ROW_BY_ROW), short)
+
+
+def test_dimension_and_concatenation(tiny_backbone_dir: str, model: SentenceTransformer) -> None:
+    assert model.get_embedding_dimension() == 32
+    joined = as_sentence_transformer(tiny_embedder(tiny_backbone_dir, aggregation="concat"))
+    assert joined.get_embedding_dimension() == encode(joined, ["a red circle"]).shape[1] == 96
+
+
+def test_evaluator_of_the_library_against_ranks(model: SentenceTransformer, embedder: Embedder) -> None:
+    """Images found by text: mean reciprocal rank equals that of ``Embedder.similarity``."""
+    texts = ["a red circle", "a blue square", "a green star"]
+    images = [noise_image(32, 32, seed) for seed in range(6)]
+    evaluator = InformationRetrievalEvaluator(
+        queries={f"q{number}": text for number, text in enumerate(texts)},
+        corpus={f"d{number}": image for number, image in enumerate(images)},
+        relevant_docs={f"q{number}": {f"d{number}"} for number in range(3)},
+        mrr_at_k=[10],
+        show_progress_bar=False,
+        write_csv=False,
+    )
+    scores = evaluator(model)
+    similarity = embedder.similarity(
+        embedder.encode_query(texts, paths="aggregate"), embedder.encode_candidate(images, paths="aggregate")
+    )
+    ranks = [int((row > row[number]).sum()) + 1 for number, row in enumerate(similarity)]
+    (value,) = (score for name, score in scores.items() if name.endswith("cosine_mrr@10"))
+    assert value == pytest.approx(sum(1 / rank for rank in ranks) / 3)
+
+
+def test_saving_from_the_library(model: SentenceTransformer, tmp_path: Path) -> None:
+    model.save_pretrained(str(tmp_path / "again"))
+    again = SentenceTransformer(str(tmp_path / "again"), trust_remote_code=True, device="cpu")
+    assert torch.equal(encode(again, mixed_inputs()), encode(model, mixed_inputs()))
+    assert again.prompts == model.prompts
+
+
+@pytest.mark.parametrize("paths", [0, 2, "aggregate"])
+@pytest.mark.parametrize("load", ["library", "ours"])
+def test_saving_keeps_the_chosen_path(paths: Any, load: str, embedder: Embedder, tmp_path: Path) -> None:
+    as_sentence_transformer(embedder, paths).save_pretrained(str(tmp_path / "again"))
+    expected = embedder.encode(mixed_inputs(), paths=paths, **ROW_BY_ROW)
+    if load == "ours":
+        again = as_sentence_transformer(tmp_path / "again")
+        torch.testing.assert_close(encode(again, mixed_inputs(), **ROW_BY_ROW), expected)
+    else:
+        again = SentenceTransformer(str(tmp_path / "again"), trust_remote_code=True, device="cpu")
+        assert torch.equal(encode(again, mixed_inputs(), **ROW_BY_ROW), expected)
+
+
+def test_a_checkpoint_is_loaded_before(tiny_backbone_dir: str, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.fit(small_embedder(tiny_backbone_dir), small_data(save_tiny_mmeb(tmp_path / "data")))
+    file = tmp_path / "last.ckpt"
+    trainer.save_checkpoint(file)
+    with pytest.raises(ValueError, match=r"last\.ckpt is a file; .*load_embedder\(.*lightning export"):
+        as_sentence_transformer(file)
+    loaded = load_embedder(file)
+    expected = loaded.encode(mixed_inputs(), paths="aggregate", **ROW_BY_ROW)
+    assert torch.equal(encode(as_sentence_transformer(loaded), mixed_inputs(), **ROW_BY_ROW), expected)
+
+
+def test_bad_input(model: SentenceTransformer, embedder: Embedder) -> None:
+    with pytest.raises(ValueError, match="paths is 3; use 'aggregate' or a path number, 0 to 2"):
+        as_sentence_transformer(embedder, 3)
+    with pytest.raises(ValueError, match="paths is 'all'"):
+        encode(model, ["text"], paths="all")
+    with pytest.raises(ValueError, match="unknown keys"):
+        encode(model, ["text", {"role": "user", "content": "a chat"}])
+
+
+def test_pictures_are_resized_as_by_the_embedder(tiny_backbone_dir: str, tmp_path: Path) -> None:
+    embedder = tiny_embedder(tiny_backbone_dir)
+    embedder.images = ImagePolicy(size="low")
+    model = as_sentence_transformer(embedder)
+    picture = noise_image(40, 30)
+    expected = embedder.encode([picture], paths="aggregate")
+    assert torch.equal(encode(model, [picture], **ROW_BY_ROW), expected)
+    model.save(str(tmp_path / "saved"))
+    assert torch.equal(
+        Embedder.from_pretrained(tmp_path / "saved").encode([picture], paths="aggregate"), expected
+    )

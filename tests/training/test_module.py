@@ -1,0 +1,406 @@
+"""The training step against plain references, on a random-weight tiny Qwen2-VL and a tiny benchmark."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+from transformers import AutoModel, AutoProcessor
+
+from parallel_decoupling.batch import EncoderInputs, PairBatch
+from parallel_decoupling.data.collate import Collator
+from parallel_decoupling.data.mixture import MixtureSampler
+from parallel_decoupling.model.prefixes import META_PROMPTS
+from parallel_decoupling.training.module import PDFEmbedder
+from parallel_decoupling.training.settings import check_settings
+from tests.model.test_attention import count_calls
+from tests.support.fit import (
+    Recorder,
+    RecordingEmbedder,
+    assert_equal,
+    make_trainer,
+    small_data,
+    small_embedder,
+    trained,
+)
+
+SINGLE_PATH: dict[str, Any] = {"num_paths": 1, "prefix_length": 0, "mi_weight": 0.0, "aggregate_weight": 0.0}
+NO_CLIP = {"clip_norm": 0.0}
+
+
+def first_batch(data_dir: str, backbone: str) -> PairBatch:
+    """The first training batch, put together by hand."""
+    data = small_data(data_dir)
+    data.setup("fit")
+    sampler = MixtureSampler([len(subset) for subset in data.train_data], batch_size=8)
+    collator = Collator(AutoProcessor.from_pretrained(backbone), image_token="<|image_pad|>")
+    return collator([data.train_data[subset][row] for subset, row in sampler.batch(0)])
+
+
+def plain_embeddings(model: Any, inputs: EncoderInputs) -> Tensor:
+    keys = {key for row in inputs.vision for key in row}
+    images = {key: torch.cat([row[key] for row in inputs.vision if key in row]) for key in keys}
+    states = model(**inputs.tokens, **images, use_cache=False).last_hidden_state
+    return F.normalize(states[:, -1], dim=-1)  # left padding
+
+
+def test_one_path_without_prefix_is_the_plain_single_path_recipe(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    settings = {**SINGLE_PATH, "adapter": {"kind": "full"}, "temperature": 0.5, "optimizer": NO_CLIP}
+    module = small_embedder(tiny_backbone_dir, kind=RecordingEmbedder, **settings)
+    recorder = Recorder()
+    make_trainer(tmp_path, recorder, max_steps=1).fit(module, small_data(tiny_mmeb_dir))
+
+    model = AutoModel.from_pretrained(tiny_backbone_dir)
+    batch = first_batch(tiny_mmeb_dir, tiny_backbone_dir)
+    logits = plain_embeddings(model, batch.query) @ plain_embeddings(model, batch.candidate).T / 0.5
+    ids = batch.candidate_ids
+    same = (ids.unsqueeze(0) == ids.unsqueeze(1)) & ~torch.eye(len(ids), dtype=torch.bool)
+    loss = F.cross_entropy(logits.masked_fill(same, -torch.inf), torch.arange(len(ids)))
+    loss.backward()
+
+    assert recorder.values[0]["train/loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert isinstance(module, RecordingEmbedder)
+    reference = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    prefix = "encoder.backbone.base."
+    assert {name.removeprefix(prefix) for name in module.gradients} == reference.keys()
+    for name, gradient in module.gradients.items():
+        torch.testing.assert_close(gradient, reference[name.removeprefix(prefix)], rtol=1e-3, atol=1e-5)
+
+
+def test_the_loss_is_the_sum_of_its_logged_terms(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    recorder, module = Recorder(), small_embedder(tiny_backbone_dir, mi_weight=0.4, aggregate_weight=0.7)
+    make_trainer(tmp_path, recorder, max_steps=4).fit(module, small_data(tiny_mmeb_dir))
+    assert [values["train/mi_weight"] for values in recorder.values] == pytest.approx([0.0, 0.0, 0.2, 0.4])
+    for values in recorder.values:
+        paths = (values["train/contrastive_path_0"] + values["train/contrastive_path_1"]) / 2
+        mi = values["train/mi_weight"] * values["train/mi_pair_0_1"]
+        expected = paths + 0.7 * values["train/contrastive_aggregate"] + mi
+        assert values["train/loss"] == pytest.approx(expected, rel=1e-5)
+        assert values["train/estimator_nll"] < values["train/estimator_nll_held_out"]
+
+
+def test_hard_negatives_of_rows_that_have_none_change_nothing(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    settings = {"temperature": 0.5, "symmetric": True, "mi": {"warmup_steps": 0, "ramp_steps": 0}}
+    values, gradients = [], []
+    for number in (0, 2):
+        recorder = Recorder()
+        module = small_embedder(tiny_backbone_dir, kind=RecordingEmbedder, **settings)
+        data = small_data(tiny_mmeb_dir, hard_negatives=number)
+        make_trainer(tmp_path, recorder, max_steps=1).fit(module, data)
+        assert isinstance(module, RecordingEmbedder)
+        named = recorder.values[0].items()
+        values.append({name: value for name, value in named if not name.startswith("compute/")})
+        gradients.append(module.gradients)
+    assert values[1] == pytest.approx(values[0], rel=1e-4, abs=1e-6)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-6)
+
+
+class Watch(RecordingEmbedder):
+    """Checks at both steps what the other one must not touch."""
+
+    def _fit_estimator(self, pairs: Any) -> tuple[Tensor, Tensor]:
+        before = {name: p.detach().clone() for name, p in self.encoder.named_parameters()}
+        estimator = [p.detach().clone() for p in self.mutual_information.parameters()]
+        result = super()._fit_estimator(pairs)
+        assert all(torch.equal(p, before[name]) for name, p in self.encoder.named_parameters())
+        assert all(p.grad is None for p in self.encoder.parameters())
+        assert not all(map(torch.equal, estimator, self.mutual_information.parameters()))
+        return result
+
+    def _main_step(self) -> None:
+        before = [p.detach().clone() for p in self.mutual_information.parameters()]
+        assert all(p.grad is None for p in self.mutual_information.parameters())
+        super()._main_step()
+        assert all(map(torch.equal, before, self.mutual_information.parameters()))
+        assert all(p.requires_grad for p in self.mutual_information.parameters())
+        self.watched = True
+
+
+def test_neither_step_touches_the_other_ones_parameters(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    module = small_embedder(tiny_backbone_dir, kind=Watch, mi={"warmup_steps": 0, "ramp_steps": 0})
+    make_trainer(tmp_path, max_steps=3).fit(module, small_data(tiny_mmeb_dir))
+    assert module.watched
+
+
+def test_mutual_information_reaches_the_prefixes_only_with_its_weight(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    gradients = []
+    for weight in (0.0, 5.0):
+        schedule = {"warmup_steps": 0, "ramp_steps": 0}
+        settings = {"mi_weight": weight, "mi": schedule, "optimizer": NO_CLIP}
+        module = small_embedder(tiny_backbone_dir, kind=RecordingEmbedder, **settings)
+        make_trainer(tmp_path, max_steps=1).fit(module, small_data(tiny_mmeb_dir))
+        assert isinstance(module, RecordingEmbedder)
+        gradients.append(module.gradients["encoder.prefixes.key_values"])
+    assert not torch.allclose(*gradients)
+
+
+@pytest.mark.parametrize("extra", [{}, {"prefix_type": "shallow"}, {"matryoshka_dims": [16, 8]}])
+def test_chunks_train_like_one_graph(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path, extra: dict[str, Any]
+) -> None:
+    gradients = []
+    for chunks in ({}, {"query_chunk_size": 3, "candidate_chunk_size": 2}):
+        settings = {
+            "mi": {"warmup_steps": 0, "ramp_steps": 0},
+            "optimizer": NO_CLIP,
+            "aggregation": "learned",
+        }
+        module = small_embedder(
+            tiny_backbone_dir, kind=RecordingEmbedder, temperature=0.2, **settings, **chunks, **extra
+        )
+        make_trainer(tmp_path, max_steps=1).fit(module, small_data(tiny_mmeb_dir))
+        assert isinstance(module, RecordingEmbedder)
+        gradients.append(module.gradients)
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_matryoshka_at_the_full_dimension_alone_is_none(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    states = []
+    for dims in (None, [32], [32, 4]):
+        module = small_embedder(tiny_backbone_dir, matryoshka_dims=dims)
+        make_trainer(tmp_path, max_steps=2).fit(module, small_data(tiny_mmeb_dir))
+        states.append(trained(module))
+    assert_equal(states[0], states[1])
+    name = "encoder.prefixes.key_values"
+    assert not torch.equal(states[0][name], states[2][name])
+
+
+def test_meta_prompts_without_learning_need_no_checkpoint(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    frozen = {"adapter": {"kind": "frozen"}, "mi": {"kind": "none"}, "mi_weight": 0.0}
+    module = PDFEmbedder(tiny_backbone_dir, num_paths=3, prefix_init="meta", **frozen)  # type: ignore[arg-type]
+    prefixes = module.encoder.prefixes.key_values.detach().clone()
+    results = make_trainer(tmp_path).test(module, small_data(tiny_mmeb_dir), verbose=False)
+    assert 0 <= results[0]["test/overall"] <= 1
+    assert torch.equal(module.encoder.prefixes.key_values, prefixes)
+    texts = [prompt.split()[-1] for prompt in META_PROMPTS[:3]]
+    cosine = torch.einsum("bnd,bmd->nm", *(2 * [module.encode(texts)])) / 3
+    assert (cosine - torch.eye(3)).max() < 0.9999, "the paths differ before any training"
+
+
+@pytest.mark.parametrize("prefix_type", ["deep", "shallow"])
+def test_prefix_type_survives_a_checkpoint(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path, prefix_type: str
+) -> None:
+    module = small_embedder(tiny_backbone_dir, prefix_type=prefix_type, prefix_layers=[0, 2])
+    trainer = make_trainer(tmp_path, max_steps=2)
+    trainer.fit(module, small_data(tiny_mmeb_dir))
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    again = PDFEmbedder.load_from_checkpoint(tmp_path / "two.ckpt")
+    assert torch.equal(again.encode(["a red circle"]), module.encode(["a red circle"]))
+    assert again.hparams["prefix_layers"] == [0, 2]
+
+
+class Steps(Callback):
+    """``global_step`` after each batch."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        self.seen.append(trainer.global_step)
+
+
+def test_accumulated_batches_give_the_mean_of_their_gradients(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    def run(accumulate: int) -> tuple[RecordingEmbedder, list[int]]:
+        still = {"learning_rate": 0.0, "prefix_learning_rate": 0.0, "accumulate_batches": accumulate}
+        mi = {"kind": "hsic", "warmup_steps": 0, "ramp_steps": 0}
+        options: dict[str, Any] = {"mi": mi, "optimizer": {**NO_CLIP, **still}}
+        module = small_embedder(tiny_backbone_dir, kind=RecordingEmbedder, **options)
+        steps = Steps()
+        limits: dict[str, Any] = {"limit_train_batches": 4, "max_epochs": 1}
+        make_trainer(tmp_path, steps, **limits).fit(module, small_data(tiny_mmeb_dir))
+        assert isinstance(module, RecordingEmbedder)
+        return module, steps.seen
+
+    one, steps_of_one = run(1)
+    two, steps_of_two = run(2)
+    assert steps_of_one == [1, 2, 3, 4]
+    assert steps_of_two == [0, 1, 1, 2]
+    for name, gradient in two.gradients.items():
+        mean = (one.history[2][name] + one.history[3][name]) / 2
+        torch.testing.assert_close(gradient, mean, rtol=1e-3, atol=1e-5)
+
+
+def test_global_step_counts_main_steps_only(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    module, trainer = (
+        small_embedder(tiny_backbone_dir, mi={"fit_steps": 3}),
+        make_trainer(tmp_path, max_steps=5),
+    )
+    trainer.fit(module, small_data(tiny_mmeb_dir))
+    assert (trainer.global_step, module.steps_done, module.batches_done) == (5, 5, 5)
+
+
+def test_two_runs_are_equal_bit_for_bit_and_the_seed_matters(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    states = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(len(states))
+        module = small_embedder(tiny_backbone_dir, adapter={"dropout": 0.3}, prefix_init="random", seed=seed)
+        make_trainer(tmp_path, max_steps=2).fit(module, small_data(tiny_mmeb_dir))
+        states.append(trained(module))
+    assert_equal(states[0], states[1])
+    assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0])
+
+
+def test_shared_layers_count_once_in_the_compute_counter(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    passes = []
+    for settings in (SINGLE_PATH, {}, {"prefix_layers": 1}, {"prefix_layers": [0, 1]}):
+        recorder, module = Recorder(), small_embedder(tiny_backbone_dir, **settings)
+        make_trainer(tmp_path, recorder, max_steps=2).fit(module, small_data(tiny_mmeb_dir))
+        passes.append(recorder.values[-1]["compute/token_passes"])
+    assert passes[1] == 2 * passes[0]
+    assert passes[2] == 1.5 * passes[0]
+    assert passes[3] == passes[1]
+
+
+def test_a_shallow_prompt_counts_once_per_forward_pass(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    passes = []
+    chunks = {"query_chunk_size": 3, "candidate_chunk_size": 8}
+    for settings in ({}, {"prefix_type": "shallow"}, {"prefix_type": "shallow", **chunks}):
+        recorder, module = Recorder(), small_embedder(tiny_backbone_dir, **settings)
+        calls = count_calls(module.encoder)
+        make_trainer(tmp_path, recorder, max_steps=1).fit(module, small_data(tiny_mmeb_dir))
+        passes.append(recorder.values[-1]["compute/token_passes"])
+        assert len(calls) == 8, "4 + 4 groups, or 3 + 1 chunks twice"
+    assert passes[1] - passes[0] == (4 + 4) * 2 * 3  # forward passes, paths, prompt tokens
+    assert passes[2] - passes[0] == (3 + 1) * 2 * 3
+
+
+def test_learned_temperature_moves_and_a_fixed_one_does_not(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    for learn in (True, False):
+        module = small_embedder(tiny_backbone_dir, temperature=0.2, learn_temperature=learn)
+        make_trainer(tmp_path, max_steps=2).fit(module, small_data(tiny_mmeb_dir))
+        assert (module.temperature.item() != pytest.approx(0.2, abs=1e-6)) == learn
+
+
+def settings_with(**changes: Any) -> dict[str, Any]:
+    parameters = inspect.signature(PDFEmbedder.__init__).parameters
+    defaults = {name: p.default for name, p in parameters.items() if name != "self"}
+    return {**defaults, "mi": {"kind": "vclub"}, **changes}
+
+
+def test_the_defaults_can_work() -> None:
+    check_settings(settings_with())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prefix_length": 0}, "set num_paths=1"),
+        ({"num_paths": 0}, "num_paths must be 1"),
+        ({"num_paths": 1, "aggregate_weight": 0.0}, "set mi_weight=0"),
+        ({"num_paths": 1, "mi_weight": 0.0}, "set aggregate_weight=0"),
+        ({"mi": {"kind": "none"}}, "set mi_weight=0"),
+        ({"mi_weight": -1.0}, "mi_weight must be 0 or more"),
+        ({"temperature": 0.0}, "above 0"),
+        ({"temperature": float("nan")}, "above 0"),
+        ({"mi_weight": float("nan")}, "mi_weight must be 0 or more"),
+        ({"aggregate_weight": float("inf")}, "aggregate_weight must be 0 or more"),
+        ({"query_chunk_size": 0}, "query_chunk_size must be 1"),
+        ({"candidate_chunk_size": -2}, "candidate_chunk_size must be 1"),
+    ],
+)
+def test_impossible_combinations_say_what_to_change(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_settings(settings_with(**changes))
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-true", "16-true", "64-true"])
+def test_other_precisions_are_refused(tiny_backbone_dir: str, precision: str) -> None:
+    module = small_embedder(tiny_backbone_dir)
+    module._trainer = SimpleNamespace(strategy=None, precision=precision)  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=rf"precision={precision} .*use 32-true or bf16-mixed"):
+        module.setup("test")
+
+
+def test_full_training_in_half_precision_is_refused_and_scoring_is_not(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    module = small_embedder(tiny_backbone_dir, adapter={"kind": "full"}, dtype="bfloat16")
+    with pytest.raises(ValueError, match=r"model\.dtype=float32 with trainer\.precision=bf16-mixed"):
+        make_trainer(tmp_path, max_steps=1).fit(module, small_data(tiny_mmeb_dir))
+    module._trainer = SimpleNamespace(strategy=None, precision="32-true")  # type: ignore[assignment]
+    module.setup("test")
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_its_step(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    class Broken(PDFEmbedder):
+        def _main_step(self) -> None:
+            if self.steps_done == 2:
+                parameter = self.trainables()["prefixes"][0]
+                assert parameter.grad is not None
+                parameter.grad.view(-1)[0] = float("nan")
+                self.before = trained(self)
+            super()._main_step()
+
+    module = small_embedder(tiny_backbone_dir, kind=Broken)
+    with pytest.raises(ValueError, match=r"main step 3 is not finite \(norm nan\)"):
+        make_trainer(tmp_path, max_steps=4).fit(module, small_data(tiny_mmeb_dir))
+    assert_equal(module.before, trained(module))
+
+
+def test_an_unknown_option_of_a_config_is_named() -> None:
+    with pytest.raises(ValueError, match="rnk"):
+        PDFEmbedder(adapter={"rnk": 4})  # type: ignore[arg-type]
+
+
+def test_fsdp1_is_refused_with_the_alternative(tiny_backbone_dir: str) -> None:
+    module = small_embedder(tiny_backbone_dir)
+
+    class Fake:
+        from lightning.pytorch.strategies import FSDPStrategy
+
+        strategy = FSDPStrategy()
+        precision = "32-true"
+
+    module._trainer = Fake()  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="fsdp2"):
+        module.setup("fit")
+
+
+def test_shallow_prompts_are_refused_under_fsdp2_with_the_alternative(tiny_backbone_dir: str) -> None:
+    module = small_embedder(tiny_backbone_dir, prefix_type="shallow")
+    module._device_mesh = object()  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="use strategy ddp"):
+        module.configure_model()
+
+
+def test_training_step_is_short_enough_to_read() -> None:
+    assert len(inspect.getsource(PDFEmbedder.training_step).splitlines()) <= 45
