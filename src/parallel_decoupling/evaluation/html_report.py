@@ -202,7 +202,7 @@ def write_html_report(
     if baseline is not None:
         check_same_tasks(baseline.name, baseline.report, name, report)
     environment = Environment(
-        loader=PackageLoader("parallel_decoupling", "retrieval"),
+        loader=PackageLoader("parallel_decoupling", "evaluation"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
