@@ -2,8 +2,8 @@
 
 Trainables, estimator, progress counters and the gradients of an unfinished accumulation; in place of the
 frozen backbone its fingerprint. Elsewhere on purpose: optimizers, schedules and loops (Lightning), which
-tensors of the encoder train and what the fingerprint covers (``model.checkpoint``). No generator state:
-see ``training.randomness``.
+tensors of the encoder train and what the fingerprint covers (``model.trained_state``, ``model.identity``). No
+generator state: see ``training.randomness``.
 """
 
 from __future__ import annotations
@@ -16,12 +16,8 @@ import torch
 from torch import Tensor
 
 from parallel_decoupling.distributed import average_gradients, shard_like, whole
-from parallel_decoupling.model.checkpoint import (
-    backbone_fingerprint,
-    check_fingerprint,
-    load_trainable_state,
-    trainable_state,
-)
+from parallel_decoupling.model.identity import backbone_fingerprint, check_fingerprint
+from parallel_decoupling.model.trained_state import load_trainable_state, trainable_state
 
 if TYPE_CHECKING:
     from parallel_decoupling.training.module import PDFEmbedder
