@@ -1,24 +1,20 @@
-"""The callbacks that take what ``PDFEmbedder`` embeds: one scores tasks, one writes a store.
+"""The scoring callback: from what ``PDFEmbedder`` embeds to scores, files and tables.
 
-The module only embeds, the data module only loads; both are handed to these callbacks when they are built.
+The module only embeds, the data module only loads; the callback gets both when it is built or called.
 """
 
 from __future__ import annotations
 
-import json
 import subprocess
-import time
-import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -45,17 +41,11 @@ from parallel_decoupling.evaluation.store import (
     Keeper,
     Store,
     path_column,
-    read_metadata,
     shard_hash,
 )
 from parallel_decoupling.objective.statistics import path_cosine
 from parallel_decoupling.training.callbacks import console
 from parallel_decoupling.training.module import PDFEmbedder
-
-BAD_ROWS_FILE = "bad_rows.jsonl"
-HARMLESS_WARNINGS = ("Couldn't infer the batch indices", "Total length of .* across ranks is zero")
-"""Of Lightning, about loaders that are not torch's."""
-
 
 class SideEmbeddings:
     """All embeddings of one side of a task, filled batch by batch in any order and by any process.
@@ -123,11 +113,11 @@ class Scoring(Callback):
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin with no scores."""
-        self._begin()
+        self._begin(trainer)
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin with no scores."""
-        self._begin()
+        self._begin(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Take one batch."""
@@ -135,14 +125,14 @@ class Scoring(Callback):
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Take one batch, and measure the time per item with the first."""
-        outputs, batch, batch_idx, *rest = args
-        module = cast(PDFEmbedder, pl_module)
-        self._take(trainer, module, outputs, batch, batch_idx, *rest)
-        if not self._milliseconds and batch.rows:
-            self._milliseconds = {
-                name: milliseconds_per_item(partial(module, batch.inputs, paths), len(batch.rows))
-                for name, paths in (("one_path", (0,)), ("all_paths", None))
-            }
+        module, batch = cast(PDFEmbedder, pl_module), args[1]
+        self._take(trainer, module, *args)
+        if not self._milliseconds and not self._was_kept(trainer):
+            with trainer.precision_plugin.forward_context():
+                self._milliseconds = {
+                    name: milliseconds_per_item(partial(module, batch.inputs, paths), len(batch.inputs))
+                    for name, paths in (("one_path", (0,)), ("all_paths", None))
+                }
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the scores; ``validate`` prints them, too."""
@@ -158,20 +148,20 @@ class Scoring(Callback):
         module = cast(PDFEmbedder, pl_module)
         self._finish_side(trainer, module)
         self._log("test", module)
-        folder = run_dir(trainer)
         if self.report is None or not trainer.is_global_zero:
             return
-        write_report(self.report, folder)  # whatever happens to the checks
+        write_report(self.report, self._run_dir)  # whatever happens to the checks
         cosine_NN = torch.stack(self._cosines).mean(dim=0).tolist() if self._cosines else None
         modes = mode_costs(self._columns, **self._milliseconds)
         found = [finding.plain() for finding in self._doubts(module)]
         self.report = replace(self.report, modes=modes, warnings=found, path_cosine=cosine_NN)
-        write_report(self.report, folder)
+        write_report(self.report, self._run_dir)
         grids = [self.report.task_grid().terminal(), self.report.mode_grid().terminal()]
         console().print(*grids, *self.report.warning_panels(), sep="\n")
 
-    def _begin(self) -> None:
+    def _begin(self, trainer: Trainer) -> None:
         self.report = None
+        self._run_dir = run_dir(trainer)
         self._index = -1
         self._side: SideEmbeddings | None = None
         self._query: tuple[Tensor, dict[int, str]] | None = None
@@ -204,7 +194,7 @@ class Scoring(Callback):
         rows, side = cast(TaskSide, self.data.rows[self._index]), self._side
         self._side = None
         testing = trainer.state.fn == "test"
-        if testing and self.keeper is not None and self.keeper.kept[rows.name]:
+        if self._was_kept(trainer):
             embeddings_UND, bad_rows = self._load(rows, module)
         else:
             embeddings_UND, bad_rows = side.complete(trainer, module), side.bad_rows
@@ -220,6 +210,11 @@ class Scoring(Callback):
             rank_zero_warn(
                 f"{rows.task.task.name}: not all rows were encoded (limited batches), so it has no score."
             )
+
+    def _was_kept(self, trainer: Trainer) -> bool:
+        """Tell whether an earlier test kept the embeddings of the side at hand."""
+        name = self.data.rows[self._index].name
+        return trainer.state.fn == "test" and self.keeper is not None and bool(self.keeper.kept[name])
 
     def _score(
         self,
@@ -255,7 +250,7 @@ class Scoring(Callback):
         finite_U = query_UND.isfinite().flatten(1).all(dim=1)
         if finite_U.any():
             self._cosines.append(path_cosine(query_UND[finite_U]))
-        write_predictions(run_dir(trainer) / SCORE_FILES_DIR, task, score)
+        write_predictions(self._run_dir / SCORE_FILES_DIR, task, score)
         if (writer := tensorboard_writer(trainer)) is not None:
             figure = retrieval_examples_figure(readable, score)
             writer.add_figure(f"retrieval/{task.task.name}", figure, global_step=module.steps_done)
@@ -305,98 +300,6 @@ class Scoring(Callback):
         return embeddings_UND, {row["row"]: row["reason"] for row in store.bad_rows}
 
 
-class EmbeddingWriter(Callback):
-    """Writes what ``predict`` embeds, shard by shard; a killed run resumes with the shards that are missing.
-
-    Args:
-        data: the data module whose rows are embedded.
-        keeper: of the stores; the same that ``data.connect`` was given.
-    """
-
-    def __init__(self, data: MMEBDataModule, keeper: Keeper) -> None:
-        self.data, self.keeper = data, keeper
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
-        for message in HARMLESS_WARNINGS:
-            warnings.filterwarnings("ignore", message=message)
-        self._begin_shard()
-        self._began, self._num_embedded = time.perf_counter(), 0
-
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep the embeddings of a batch, and write the shard that ends with it."""
-        if batch.place.shard is None:
-            return
-        rows = self.data.rows[dataloader_idx]
-        columns = self.keeper.writers[rows.name].about["columns"]
-        self._rows += batch.rows
-        self._bad_rows |= batch.bad_rows
-        paths = range(outputs.shape[1]) if batch.paths is None else batch.paths
-        embeddings_BND = outputs[: len(batch.rows)]
-        vectors = {path_column(path): embeddings_BND[:, place] for place, path in enumerate(paths)}
-        if AGGREGATE in columns:
-            vectors[AGGREGATE] = cast(PDFEmbedder, pl_module).encoder.aggregate(embeddings_BND)
-        for name in columns:
-            self._vectors.setdefault(name, []).append(vectors[name].float().cpu())
-        if batch.place.last:
-            self._write(rows, batch.place.shard)
-            self._begin_shard()
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """When all processes are done, write ``bad_rows.jsonl`` and say what there is."""
-        trainer.strategy.barrier()
-        seconds = time.perf_counter() - self._began
-        num_embedded = sum(gather_objects(self._num_embedded))
-        if not trainer.is_global_zero:
-            return
-        missing, num_rows, bad_rows = 0, 0, []
-        for writer in self.keeper.writers.values():
-            there = writer.shards_there()
-            missing += writer.num_shards - len(there)
-            num_rows += sum(len(writer.rows_of(shard)) for shard in there)
-            bad_rows += [row for each in there for row in read_metadata(writer.file(each))["bad_rows"]]
-        bad_rows_file = self.keeper.root / BAD_ROWS_FILE
-        lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in bad_rows)
-        bad_rows_file.write_text(lines, encoding="utf-8")
-        speed = f", {num_embedded:,} of them now at {num_embedded / seconds:,.1f} per second"
-        message = f"{self.keeper.root}: {num_rows - len(bad_rows):,} rows embedded{speed}."
-        if bad_rows:
-            message += f" {len(bad_rows):,} rows could not be embedded: {bad_rows_file} says which and why."
-        if missing:
-            message += f" {missing} files are missing: run the same command again."
-        rank_zero_info(message)
-
-    def _begin_shard(self) -> None:
-        self._rows: list[int] = []
-        self._bad_rows: dict[int, str] = {}
-        self._vectors: dict[str, list[Tensor]] = {}
-
-    def _write(self, rows: Any, shard: int) -> None:
-        writer = self.keeper.writers[rows.name]
-        order = np.argsort(self._rows)
-        bad = sorted(self._bad_rows)
-        ids = rows.columns(bad)["id"].to_pylist()
-        writer.write(
-            shard,
-            rows.columns([self._rows[place] for place in order]),
-            {name: torch.cat(vectors)[torch.from_numpy(order)] for name, vectors in self._vectors.items()},
-            rows_sha256=shard_hash(rows, writer.rows_of(shard)),
-            bad_rows=[
-                {"row": row, "id": id_, "reason": self._bad_rows[row]}
-                for row, id_ in zip(bad, ids, strict=True)
-            ],
-        )
-        self._num_embedded += len(self._rows)
-
-
 class PathPictures(Callback):
     """Draws the path cosine matrix to TensorBoard.
 
@@ -440,7 +343,7 @@ def evaluate(model: PDFEmbedder, data: MMEBDataModule | str | Path, **trainer_op
 
 
 def run_dir(trainer: Trainer) -> Path:
-    """Return the folder of everything that the Trainer writes."""
+    """Return the folder of everything that the Trainer writes; all processes must ask."""
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
