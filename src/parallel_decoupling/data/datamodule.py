@@ -20,10 +20,9 @@ from parallel_decoupling.batch import EncoderInputs, PairBatch
 from parallel_decoupling.data.collate import Collator, EvalBatch
 from parallel_decoupling.data.download import check_known, download_eval, download_train
 from parallel_decoupling.data.images import ImagePolicy, SquareSize
-from parallel_decoupling.data.inputs import prepare_tables
 from parallel_decoupling.data.loaders import Batches, EvalBatches, MissingImages, TrainRows
 from parallel_decoupling.data.mixture import MixtureSampler
-from parallel_decoupling.data.readers import LimitBy, TrainSubset, read_eval_task
+from parallel_decoupling.data.readers import LimitBy, TrainSubset, prepare_tables, read_eval_task
 from parallel_decoupling.data.row_loaders import (
     RowBatches,
     RowLoader,
@@ -32,7 +31,7 @@ from parallel_decoupling.data.row_loaders import (
     TokenEstimate,
     chosen_columns,
 )
-from parallel_decoupling.data.rows import open_rows
+from parallel_decoupling.data.row_sources import open_rows
 from parallel_decoupling.data.tasks import (
     MMEB_TASKS,
     MMEB_TRAIN_SUBSETS,

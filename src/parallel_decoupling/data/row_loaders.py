@@ -17,7 +17,7 @@ from parallel_decoupling.batch import EncoderInputs, RawInput
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.images import smart_size
 from parallel_decoupling.data.loaders import Batches
-from parallel_decoupling.data.rows import AGGREGATE, RowSource
+from parallel_decoupling.data.row_sources import AGGREGATE, RowSource
 
 CHARACTERS_PER_TOKEN = 4
 FIXED_IMAGE_TOKENS = 576

@@ -24,7 +24,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from parallel_decoupling.data.row_loaders import RowBatch, RowBatches, RowLoader, Shards
-from parallel_decoupling.data.rows import AGGREGATE
+from parallel_decoupling.data.row_sources import AGGREGATE
 from parallel_decoupling.distributed import gather_objects, rank
 from parallel_decoupling.index.searcher import PATH_HASHES, path_hashes
 
