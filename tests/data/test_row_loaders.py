@@ -23,7 +23,7 @@ from parallel_decoupling.data.row_loaders import (
     TokenEstimate,
     chosen_columns,
 )
-from parallel_decoupling.data.rows import RowSource, open_rows
+from parallel_decoupling.data.row_sources import RowSource, open_rows
 
 
 @pytest.fixture

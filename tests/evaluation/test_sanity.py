@@ -11,8 +11,7 @@ from torch import nn
 
 from parallel_decoupling.batch import RawInput
 from parallel_decoupling.data.readers import read_eval_task
-from parallel_decoupling.data.sources import Source
-from parallel_decoupling.data.tasks import EvalTask, Task
+from parallel_decoupling.data.tasks import EvalTask, Source, Task
 from parallel_decoupling.evaluation.modes import path_columns
 from parallel_decoupling.evaluation.sanity import (
     FinalNormCheck,
