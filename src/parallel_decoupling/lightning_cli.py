@@ -25,7 +25,6 @@ from rich.console import Console
 from rich.table import Table
 
 from parallel_decoupling.data.datamodule import MMEBDataModule
-from parallel_decoupling.evaluation.html_report import Baseline
 from parallel_decoupling.model.dual_backbone import absolute_name
 from parallel_decoupling.training.callbacks import LAST_FILE, console
 from parallel_decoupling.training.loading import read_checkpoint
@@ -128,13 +127,6 @@ class RunCLI(LightningCLI):
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand in ("validate", "test"):
             parser.set_defaults({"verbose": False})  # the score table says it better
-        if subcommand == "test":
-            parser.add_argument(
-                "--baseline",
-                type=str | None,
-                default=None,
-                help="A run that was tested on the same tasks: report.html draws it beside this one.",
-            )
         if subcommand == "predict":
             parser.set_defaults({"return_predictions": False})
             parser.add_lightning_class_args(EmbeddingWriter, "writer")
@@ -179,11 +171,6 @@ class RunCLI(LightningCLI):
             callbacks.append(ModelCheckpoint(filename="step={step}", save_last=True, **options))
             callbacks.append(ModelCheckpoint(filename="last", every_n_train_steps=SAVE_EVERY, **options))
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
-
-    def before_test(self) -> None:
-        """Read the baseline of the report before anything is encoded."""
-        baseline = self._get(self.config_init, "baseline")
-        self.model.baseline = None if baseline is None else Baseline.read(baseline)
 
     def before_predict(self) -> None:
         """Warn of a model that nothing has trained."""

@@ -20,19 +20,10 @@ from torch.utils.tensorboard import SummaryWriter
 from parallel_decoupling.data.collate import EvalBatch
 from parallel_decoupling.data.tasks import EvalTask
 from parallel_decoupling.distributed import rank
-from parallel_decoupling.evaluation.modes import path_columns
 from parallel_decoupling.evaluation.plots import retrieval_examples_figure
-from parallel_decoupling.evaluation.report import SCORES_FILE, ScoreReport
-from parallel_decoupling.evaluation.score import TaskScore, score_task
-from parallel_decoupling.evaluation.score_files import (
-    LEADERBOARD_FILE,
-    SCORE_FILES_DIR,
-    write_leaderboard,
-    write_score_files,
-)
+from parallel_decoupling.evaluation.score import Columns, TaskScore, path_columns, score_task
 from parallel_decoupling.training.embedding_cache import CachedTask, EmbeddingCache
 
-CSV_FILE = "scores.csv"
 PROJECTOR_ROWS = 300
 SIDES: tuple[Literal["query", "candidate"], ...] = ("query", "candidate")
 
@@ -97,7 +88,7 @@ class Evaluation:
 
     Attributes:
         scores: of the tasks done.
-        shapes: of one candidate's embedding by column, known after the first task.
+        columns: one query and one candidate by column, known after the first task.
     """
 
     def __init__(
@@ -112,7 +103,7 @@ class Evaluation:
     ) -> None:
         self.tasks = tasks
         self.scores: list[TaskScore] = []
-        self.shapes: dict[str, torch.Size] = {}
+        self.columns: Columns = {}
         self._aggregate, self._reduce, self._on_task = aggregate, reduce, on_task
         self._cache, self._quiet = cache, quiet
         self._index = -1
@@ -157,7 +148,7 @@ class Evaluation:
         columns = path_columns(content.query, content.candidate, self._aggregate)
         score = replace(score_task(readable, columns), num_skipped=num_skipped)
         self.scores.append(score)
-        self.shapes = {name: candidate.shape[1:] for name, (_, candidate) in columns.items()}
+        self.columns = {name: (query[:1], candidate[:1]) for name, (query, candidate) in columns.items()}
         if self._on_task is not None:
             self._on_task(readable, score, content)
 
@@ -173,20 +164,6 @@ def _without_missing(task: EvalTask, query: list[int], candidate: list[int]) -> 
         f"be read; {num_skipped} of {len(task.query_of_row)} rows are left out of the score."
     )
     return readable, num_skipped
-
-
-def write_report(report: ScoreReport, folder: Path) -> None:
-    """Write ``scores.json``, ``scores.csv``, VLM2Vec's score files and the leaderboard's into ``folder``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    report.to_json_file(folder / SCORES_FILE)
-    report.to_csv_file(folder / CSV_FILE)
-    write_score_files(report, folder / SCORE_FILES_DIR)
-    model = report.run.get("model", {})
-    shape = report.modes.get(report.columns[0], {})
-    metadata = {"model_name": folder.resolve().name, "model_backbone": model.get("backbone")}
-    if shape:
-        metadata["embedding_dimension"] = int(shape["bytes_per_item"]) // 4
-    write_leaderboard(report, folder / LEADERBOARD_FILE, metadata)
 
 
 def draw_examples(writer: SummaryWriter, task: EvalTask, score: TaskScore, step: int) -> None:

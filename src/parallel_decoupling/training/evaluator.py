@@ -24,27 +24,17 @@ from parallel_decoupling.data.images import IMAGE_SETTINGS, ImagePolicy
 from parallel_decoupling.data.row_loaders import RowBatch
 from parallel_decoupling.data.tasks import EvalTask
 from parallel_decoupling.distributed import gather_objects, world_size
-from parallel_decoupling.evaluation.embedder import Embedder, warn_of_cut_texts
-from parallel_decoupling.evaluation.html_report import (
-    Baseline,
-    PageParts,
-    TaskExamples,
-    task_examples,
-    write_run_report,
-)
-from parallel_decoupling.evaluation.modes import EncodingTimes, encoding_times, mode_costs
-from parallel_decoupling.evaluation.report import ScoreReport
-from parallel_decoupling.evaluation.sanity import (
-    FinalNormCheck,
+from parallel_decoupling.evaluation.checks import (
     Finding,
-    TaskHealth,
+    check_images,
+    check_prompts,
+    check_task,
     findings,
-    prompt_mismatches,
-    side_health,
-    task_health,
 )
-from parallel_decoupling.evaluation.score import TaskScore
-from parallel_decoupling.evaluation.score_files import SCORE_FILES_DIR, write_predictions
+from parallel_decoupling.evaluation.embedder import Embedder, warn_of_cut_texts
+from parallel_decoupling.evaluation.leaderboard import SCORE_FILES_DIR, write_predictions
+from parallel_decoupling.evaluation.report import ScoreReport, write_report
+from parallel_decoupling.evaluation.score import TaskScore, milliseconds_per_item, mode_costs
 from parallel_decoupling.model.checkpoint import backbone_fingerprint
 from parallel_decoupling.model.dual_encoder import DualEncoder
 from parallel_decoupling.model.encoder import ParallelEncoder
@@ -56,7 +46,6 @@ from parallel_decoupling.training.evaluation import (
     ProjectorSample,
     TaskEmbeddings,
     draw_examples,
-    write_report,
 )
 from parallel_decoupling.training.prediction_writer import row_embeddings
 
@@ -75,7 +64,6 @@ class EvaluatedEncoder(LightningModule):
         steps_done: main steps behind the weights.
         rows_by_subset: training rows behind the weights, by subset.
         trained_data: settings of the data behind the weights, plain values; empty if not known.
-        baseline: a tested run that the report of a test compares with.
     """
 
     encoder: ParallelEncoder | DualEncoder
@@ -84,18 +72,15 @@ class EvaluatedEncoder(LightningModule):
     steps_done: int
     rows_by_subset: dict[str, int]
     trained_data: dict[str, Any]
-    baseline: Baseline | None = None
     _evaluation: Evaluation
     _projector: ProjectorSample
     _predict_tasks: list[EvalTask]
     _predicted: TaskEmbeddings | None
     _cache: EmbeddingCache | None = None
-    _health: list[TaskHealth]
-    _examples: list[TaskExamples]
+    _found: list[Finding]
     _path_cosines: list[Tensor]
     _score_files_dir: Path
-    _final_norm: FinalNormCheck
-    _encoding: EncodingTimes | None
+    _milliseconds: dict[str, float]
 
     @abstractmethod
     def run_info(self) -> dict[str, Any]:
@@ -131,22 +116,15 @@ class EvaluatedEncoder(LightningModule):
             return
         report = self._log_scores("val")
         if report is not None and self.trainer.state.fn == "validate" and self.trainer.is_global_zero:
-            console().print(report.table())
+            console().print(report.task_grid().terminal())
 
     def on_test_epoch_start(self) -> None:
         """Begin with no scores, a sample for the projector, and what the sanity checks watch."""
         cache, self._cache = self._cache, None  # of the loaders of this test alone
         tasks = self._eval_tasks()
-        if self.baseline is not None and (
-            different := {task.task.name for task in tasks} ^ self.baseline.report.tasks.keys()
-        ):
-            raise ValueError(
-                f"--baseline {self.baseline.name} scored other tasks; the difference: {sorted(different)}"
-            )
-        self._projector, self._health = ProjectorSample(len(tasks)), []
-        self._examples, self._path_cosines, self._encoding = [], [], None
+        self._projector, self._found = ProjectorSample(len(tasks)), []
+        self._path_cosines, self._milliseconds = [], {}
         self._score_files_dir = self.run_dir / SCORE_FILES_DIR
-        self._final_norm = FinalNormCheck(self.encoder.backbone)
         self._evaluation = Evaluation(
             tasks, self._cpu_aggregate, self._sum_over_ranks, self._show_task, cache=cache
         )
@@ -157,28 +135,26 @@ class EvaluatedEncoder(LightningModule):
             self._evaluation.add_cached(dataloader_idx)
             return
         self.validation_step(batch, batch_idx, dataloader_idx)
-        if self._encoding is None and isinstance(self.encoder, ParallelEncoder):  # the other one counts texts
-            self._encoding = encoding_times(partial(self.encoder, batch.inputs), len(batch.indices))
+        if not self._milliseconds and isinstance(self.encoder, ParallelEncoder):  # the other one counts texts
+            self._milliseconds = {
+                name: milliseconds_per_item(partial(self.encoder, batch.inputs, paths), len(batch.indices))
+                for name, paths in (("one_path", (0,)), ("all_paths", None))
+            }
 
     def on_test_epoch_end(self) -> None:
         """Log the scores, write the score files, print the tables and what makes them doubtful."""
         report, folder = self._log_scores("test"), self.run_dir
-        if self._final_norm.waiting:  # every task was in the cache
-            self.encode(["What are the states of one forward pass?"])
-        self._final_norm.remove()
         if report is None or not self.trainer.is_global_zero:
             return
         write_report(report, folder)  # whatever happens to the checks
         warnings = [finding.plain() for finding in self._findings()]
-        modes = mode_costs(self._evaluation.shapes, self._encoding)
-        report = replace(report, modes=modes, warnings=warnings)
-        write_report(report, folder)
+        modes = mode_costs(self._evaluation.columns, **self._milliseconds)
         cosines = torch.stack(self._path_cosines).mean(dim=0).tolist() if self._path_cosines else None
-        PageParts(self._examples, cosines, self.baseline).write(folder)
-        write_run_report(folder)
+        report = replace(report, modes=modes, warnings=warnings, path_cosine=cosines)
+        write_report(report, folder)
         if tensorboard_writer(self.trainer) is not None:
             self._projector.write(folder / PROJECTOR_DIR)
-        tables = [report.table(), report.metrics_table(), report.modes_table()]
+        tables = [report.task_grid().terminal(), report.mode_grid().terminal()]
         console().print(*tables, *report.warning_panels(), sep="\n")
 
     def cached_tasks(self, tasks: Sequence[EvalTask], folder: str | Path | None) -> set[str]:
@@ -213,21 +189,15 @@ class EvaluatedEncoder(LightningModule):
 
     def _findings(self) -> list[Finding]:
         """What makes the scores doubtful. An encoder that never trained has no prompts to differ from."""
-        found = [*findings(self._health), *self._final_norm.findings()]
+        found = findings(self._found)
         data = cast(Any, self.trainer).datamodule
         if self.steps_done == 0 or not isinstance(data, MMEBDataModule):
             return found
-        settings = {name: getattr(data, name) for name in (*IMAGE_SETTINGS, "split")}
+        settings = {name: getattr(data, name) for name in IMAGE_SETTINGS}
         trained = {**settings, "data_dir": data.data_dir, **self.trained_data}
-        changed = [
-            f"{name}: trained {trained[name]}, asked {settings[name]}"
-            for name in IMAGE_SETTINGS
-            if trained[name] != settings[name]
-        ]
-        if changed:
-            found.append(Finding("prompt_mismatch", "; ".join(changed)))
+        found += check_images(trained, settings)
         folder = data.folder if trained["data_dir"] == data.data_dir else Path(trained["data_dir"])
-        return [*found, *prompt_mismatches(folder, trained["split"], self._evaluation.tasks)]
+        return [*found, *check_prompts(folder, self._evaluation.tasks)]
 
     def on_predict_start(self) -> None:
         """Begin with no task."""
@@ -312,11 +282,9 @@ class EvaluatedEncoder(LightningModule):
             return
         sides = {"query": content.query, "candidate": content.candidate}
         aggregates = {side: self._cpu_aggregate(paths_UND) for side, paths_UND in sides.items()}
-        health = [
-            side_health(side, sides[side], aggregates[side], len(content.missing[side])) for side in sides
-        ]
-        self._health.append(task_health(score, health))
-        self._examples.append(task_examples(task, score))
+        query, candidate = ((sides[side], aggregates[side]) for side in ("query", "candidate"))
+        missing = len(content.missing["query"]), len(content.missing["candidate"])
+        self._found += check_task(score, query, candidate, missing=missing)
         finite_U = content.query.isfinite().flatten(1).all(dim=1)
         if finite_U.any():
             self._path_cosines.append(path_cosine(content.query[finite_U]))
