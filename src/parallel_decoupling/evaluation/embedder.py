@@ -149,20 +149,7 @@ class Embedder:
     encode_candidate = encode_document
 
     @staticmethod
-    def about_encoder(encoder: Any, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what stored embeddings say of the model: identity, paths, and how these are aggregated.
-
-    Args:
-        encoder: the model.
-        identity: of it, see ``model.identity.encoder_identity``.
-    """
-    aggregation: dict[str, Any] = {"kind": getattr(encoder, "aggregation", "mean")}
-    if (logits := getattr(encoder, "path_logits", None)) is not None:
-        aggregation["weights"] = logits.detach().float().softmax(dim=0).tolist()
-    return {"identity": dict(identity), "num_paths": encoder.num_paths, "aggregation": aggregation}
-
-
-def similarity(a: Tensor, b: Tensor) -> Tensor:
+    def similarity(a: Tensor, b: Tensor) -> Tensor:
         """Compare all pairs; see ``similarity`` of this module."""
         return similarity(a, b)
 
@@ -214,6 +201,19 @@ def similarity(a: Tensor, b: Tensor) -> Tensor:
             include_backbone=include_backbone,
             scores=scores,
         )
+
+
+def about_encoder(encoder: Any, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what stored embeddings say of the model: identity, paths, and how these are aggregated.
+
+    Args:
+        encoder: the model.
+        identity: of it, see ``model.identity.encoder_identity``.
+    """
+    aggregation: dict[str, Any] = {"kind": getattr(encoder, "aggregation", "mean")}
+    if (logits := getattr(encoder, "path_logits", None)) is not None:
+        aggregation["weights"] = logits.detach().float().softmax(dim=0).tolist()
+    return {"identity": dict(identity), "num_paths": encoder.num_paths, "aggregation": aggregation}
 
 
 def similarity(a: Tensor, b: Tensor) -> Tensor:

@@ -250,7 +250,7 @@ class Scoring(Callback):
         finite_U = query_UND.isfinite().flatten(1).all(dim=1)
         if finite_U.any():
             self._cosines.append(path_cosine(query_UND[finite_U]))
-        write_predictions(self._run_dir / SCORE_FILES_DIR, task, score)
+        write_predictions(self._run_dir / SCORE_FILES_DIR, readable, score)
         if (writer := tensorboard_writer(trainer)) is not None:
             figure = retrieval_examples_figure(readable, score)
             writer.add_figure(f"retrieval/{task.task.name}", figure, global_step=module.steps_done)

@@ -291,7 +291,7 @@ class Store:
                 for group in range(content.num_row_groups):
                     cells = content.read_row_group(group, columns=[column]).column(0).combine_chunks()
                     numbers = cells.flatten().to_numpy(zero_copy_only=False)
-                    yield torch.from_numpy(numbers.reshape(len(cells), -1).astype("float32"))
+                    yield torch.from_numpy(numbers.reshape(-1, cells.type.list_size).astype("float32"))
 
     def column(self, column: str) -> Tensor:
         """Read a whole column, float32 ``[len(self), D]``."""
