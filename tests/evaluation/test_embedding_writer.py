@@ -197,7 +197,9 @@ def test_files_of_another_run_are_refused(
         "columns": {"predict_columns": ["aggregate"]},
         "images": {"image_size": "low"},
     }.items():
-        with pytest.raises(ValueError, match=rf"00000\.parquet was written with another {name}: .*output_dir"):
+        with pytest.raises(
+            ValueError, match=rf"00000\.parquet was written with another {name}: .*output_dir"
+        ):
             predict(module, table_file, tmp_path, **changes)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="another (num_rows|rows_sha256)"):
         predict(module, table_file.parent, tmp_path)
@@ -207,7 +209,9 @@ def test_files_of_another_run_are_refused(
     with pytest.raises(ValueError, match="another identity: path_sha256, sha256, weights_sha256"):
         predict(other, table_file, tmp_path)
     (tmp_path / "embeddings-00001.parquet").write_bytes(b"half a file")
-    with pytest.raises(ValueError, match="embeddings-00001.parquet is not a complete file of embeddings .*Delete it"):
+    with pytest.raises(
+        ValueError, match="embeddings-00001.parquet is not a complete file of embeddings .*Delete it"
+    ):
         predict(module, table_file, tmp_path)
 
 

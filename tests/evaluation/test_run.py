@@ -217,7 +217,9 @@ class Counting(Callback):
     def __init__(self, stop_at: int | None = None) -> None:
         self.rows, self.stop_at = 0, stop_at
 
-    def on_test_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Tensor, batch: Any, *args: Any) -> None:
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Tensor, batch: Any, *args: Any
+    ) -> None:
         if self.stop_at is not None and args == (1, self.stop_at):
             raise KeyError("killed")
         self.rows += len(batch.rows)
@@ -253,7 +255,9 @@ def test_a_stopped_test_resumes_with_what_is_not_kept(
     assert list(contents(kept)) == [
         f"colours_{name}/embeddings-00000.parquet" for name in ("i2t/candidate", "i2t/query", "t2i/query")
     ]
-    assert run(module, tiny_mmeb_dir, tmp_path / "run", kept, **three) == 4  # the candidates of the second task
+    assert (
+        run(module, tiny_mmeb_dir, tmp_path / "run", kept, **three) == 4
+    )  # the candidates of the second task
     assert scores(tmp_path / "run") == scores(tmp_path / "plain")
     assert contents(kept) == contents(tmp_path / "whole" / "kept")
     assert run(module, tiny_mmeb_dir, tmp_path / "run", kept, **three) == 0
@@ -275,9 +279,7 @@ def test_kept_embeddings_are_those_of_encode_and_can_be_searched(
     ]
 
 
-def test_other_weights_or_pictures_are_encoded_again(
-    tiny_backbone_dir: str, tmp_path: Path
-) -> None:
+def test_other_weights_or_pictures_are_encoded_again(tiny_backbone_dir: str, tmp_path: Path) -> None:
     data_dir, kept = save_tiny_mmeb(tmp_path / "data"), tmp_path / "kept"
     module = small_embedder(tiny_backbone_dir)
     assert run(module, data_dir, tmp_path, kept) == 16

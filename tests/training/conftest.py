@@ -8,7 +8,6 @@ import pytest
 import torch
 
 
-
 @pytest.fixture(scope="package", autouse=True)
 def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()

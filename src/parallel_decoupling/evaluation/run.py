@@ -47,6 +47,7 @@ from parallel_decoupling.objective.statistics import path_cosine
 from parallel_decoupling.training.callbacks import console
 from parallel_decoupling.training.module import PDFEmbedder
 
+
 class SideEmbeddings:
     """All embeddings of one side of a task, filled batch by batch in any order and by any process.
 

@@ -391,7 +391,9 @@ class PDFEmbedder(LightningModule):
 
     def on_test_start(self) -> None:
         """Warn if nothing takes the embeddings."""
-        if not any(getattr(callback, "scores_tasks", False) for callback in cast(Any, self.trainer).callbacks):
+        if not any(
+            getattr(callback, "scores_tasks", False) for callback in cast(Any, self.trainer).callbacks
+        ):
             rank_zero_warn(
                 "Nothing scores this test: add parallel_decoupling.evaluation.run.Scoring to the Trainer's "
                 "callbacks, or call evaluate(model, data_dir)."
