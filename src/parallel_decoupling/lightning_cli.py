@@ -27,11 +27,10 @@ from rich.table import Table
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.evaluation.html_report import Baseline
 from parallel_decoupling.model.dual_backbone import absolute_name
+from parallel_decoupling.plan import plan_tables
 from parallel_decoupling.training.callbacks import LAST_FILE, console
 from parallel_decoupling.training.loading import read_checkpoint
 from parallel_decoupling.training.module import PDFEmbedder
-from parallel_decoupling.training.plan import Plan
-from parallel_decoupling.training.plan_tables import plan_tables
 from parallel_decoupling.training.prediction_writer import EmbeddingWriter, RowProgressBar
 
 log = logging.getLogger(__name__)
@@ -288,7 +287,7 @@ class PlanCLI(RunCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         config = self.config[subcommand].as_dict()
         parts = (config["model"], config["data"], config["trainer"])
-        console().print(*plan_tables(Plan(*parts, gpu_memory_gib=config["gpu_memory_gib"])), sep="\n")
+        console().print(*plan_tables(*parts, config["gpu_memory_gib"]), sep="\n")
 
 
 def _check(config: Any) -> None:

@@ -33,7 +33,7 @@ from parallel_decoupling.model.families import Family
 from parallel_decoupling.model.matryoshka import nested_dims
 from parallel_decoupling.model.prefixes import ShallowPrefixes
 from parallel_decoupling.objective.mutual_information import MutualInformation, mi_weight_schedule
-from parallel_decoupling.training import arithmetic, callbacks, checkpoint
+from parallel_decoupling.training import callbacks, checkpoint, compute
 from parallel_decoupling.training.evaluation import git_commit
 from parallel_decoupling.training.evaluator import EvaluatedEncoder
 from parallel_decoupling.training.grad_cache import Encoding, encode_in_chunks
@@ -284,17 +284,17 @@ class PDFEmbedder(EvaluatedEncoder):
     def _log_batch(self, batch: PairBatch, values: dict[str, Any]) -> None:
         """Log a batch's values and the counters of the run.
 
-        For the compute counter see ``arithmetic.token_passes``.
+        For the compute counter see ``compute.token_passes``.
         """
         for subset in (subset for subsets in gather_objects(batch.subsets) for subset in subsets):
             self.rows_by_subset[subset] = self.rows_by_subset.get(subset, 0) + 1
         tokens = torch.tensor([batch.query.num_tokens + batch.candidate.num_tokens], device=self.device)
         sizes = len(batch.query), len(batch.candidate)
-        self.token_passes += arithmetic.token_passes(
+        self.token_passes += compute.token_passes(
             self.hparams,
             self.encoder.backbone.num_layers,
             tokens=float(gather_with_grad(tokens).sum()),
-            forward_passes=world_size() * arithmetic.forward_passes(self.hparams, *sizes),
+            forward_passes=world_size() * compute.forward_passes(self.hparams, *sizes),
         )
         rows = sum(self.rows_by_subset.values())
         values |= {f"mix/{subset}": count / rows for subset, count in self.rows_by_subset.items()}
