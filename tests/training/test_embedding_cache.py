@@ -67,19 +67,6 @@ def test_a_stopped_test_goes_on_with_the_tasks_not_done(
     assert scores(tmp_path / "run") == scores(tmp_path / "plain")
 
 
-def test_a_test_whose_tasks_are_all_cached_still_says_that_it_pools_before_the_norm(
-    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
-) -> None:
-    cache = str(tmp_path / "cache")
-    for rows in (16, 0):
-        module = small_embedder(tiny_backbone_dir, kind=Counting)
-        module.encoder.backbone.register_forward_hook(lambda _, args, states: states + 1)
-        data = small_data(tiny_mmeb_dir, embedding_cache=cache)
-        make_trainer(tmp_path).test(module, data, verbose=False)
-        assert module.rows == rows
-        assert "pre_norm_pooling" in [each["check"] for each in scores(tmp_path)["warnings"]]
-
-
 def test_another_checkpoint_in_the_same_folder_is_encoded_anew(
     tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
 ) -> None:

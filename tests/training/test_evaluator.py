@@ -15,7 +15,6 @@ from parallel_decoupling.data.collate import EvalBatch
 from parallel_decoupling.data.readers import read_eval_task
 from parallel_decoupling.data.tasks import EvalTask
 from parallel_decoupling.evaluation.report import ScoreReport
-from parallel_decoupling.evaluation.score_files import read_scores
 from parallel_decoupling.training import evaluator
 from parallel_decoupling.training.evaluation import Evaluation, TaskEmbeddings, git_commit
 from parallel_decoupling.training.module import PDFEmbedder
@@ -175,19 +174,15 @@ def test_a_test_writes_score_files_modes_and_warnings(
     trainer.test(small_embedder(tiny_backbone_dir), small_data(tiny_mmeb_dir), verbose=False)
     report = ScoreReport.from_json_file(tmp_path / "scores.json")
     assert list(report.modes) == report.columns
-    encoding = {name: mode["encoding_milliseconds_per_item"] for name, mode in report.modes.items()}
+    encoding = {name: mode["milliseconds_per_item"] for name, mode in report.modes.items()}
     assert encoding["path_0"] == encoding["path_1"] > 0
     assert encoding["aggregate"] == encoding["maxsim"] > 0
     assert report.modes["maxsim"]["bytes_per_item"] == 2 * report.modes["aggregate"]["bytes_per_item"]
-    for found in (
-        tmp_path / "score_files" / "v1",
-        tmp_path / "score_files" / "v2",
-        tmp_path / "leaderboard.json",
-    ):
-        scores = read_scores(found)
-        assert {name: values["hit@1"] for name, values in scores.tasks.items()} == {
-            name: result.hit_at_1["aggregate"] for name, result in report.tasks.items()
-        }
+    for name in TASKS:
+        for file in (f"v1/{name}_score.json", f"v2/{name}_score.json", f"v1/{name}_pred.txt"):
+            assert (tmp_path / "score_files" / file).is_file()
+    assert report.path_cosine is not None
+    assert report.path_cosine[0][0] == pytest.approx(1)
     assert all(result.rows_sha256 for result in report.tasks.values())
     (chance,) = [warning for warning in report.warnings if warning["check"] == "chance"]
     assert set(chance["tasks"]) == set(TASKS), "random weights and four candidates"
@@ -207,7 +202,7 @@ def test_images_of_another_size_than_in_training_are_reported(
         module, data = small_embedder(tiny_backbone_dir), small_data(tiny_mmeb_dir, image_size=size)
         make_trainer(tmp_path).test(module, data, ckpt_path=tmp_path / "one.ckpt", verbose=False)
         report = ScoreReport.from_json_file(tmp_path / "scores.json")
-        found = [each["detail"] for each in report.warnings if each["check"] == "prompt_mismatch"]
+        found = [each["detail"] for each in report.warnings if each["check"] == "other_images"]
         assert found == details
     loaded = PDFEmbedder.load_from_checkpoint(tmp_path / "one.ckpt")
     make_trainer(tmp_path).test(loaded, small_data(tiny_mmeb_dir, image_size="low"), verbose=False)
@@ -221,7 +216,7 @@ def test_scores_are_written_before_the_checks(
     def fail(*args: Any) -> None:
         raise ValueError("training rows cannot be read")
 
-    monkeypatch.setattr(evaluator, "prompt_mismatches", fail)
+    monkeypatch.setattr(evaluator, "check_prompts", fail)
     module = small_embedder(tiny_backbone_dir)
     module.steps_done = 1
     with pytest.raises(ValueError, match="cannot be read"):
