@@ -278,7 +278,7 @@ def test_last_is_an_error_for_a_test_without_checkpoint(
 
 def test_unknown_subcommands_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert "'fti'" in message(["fti"], capsys)
-    assert "two runs" in message(["compare", "only_one"], capsys)
+    assert "no scores.json in only_one" in message(["compare", "only_one"], capsys)
 
 
 def test_errors_of_other_packages_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

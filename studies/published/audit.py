@@ -4,9 +4,9 @@
 ``scores.json``, a ``<task>_score.json`` of VLM2Vec's first or second version, or a folder of these; without a
 path the table beside this file. It ends with exit code 1 when something does not fit.
 
-Sources in that table: L the leaderboard's ``results.csv`` and its pull requests 29, 30 and 33 (self: sent in by
-the authors); R the VLM2Vec repository's score files, averaged; Q the README of Qwen3-VL-Embedding; O the model
-cards of Ops-MM-embedding; P VLM2Vec's pull request 213.
+Sources in that table: L the leaderboard's ``results.csv`` and its pull requests 29, 30 and 33 (self: sent in
+by the authors); R the VLM2Vec repository's score files, averaged; Q the README of Qwen3-VL-Embedding; O the
+model cards of Ops-MM-embedding; P VLM2Vec's pull request 213.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class ScoresAudit:
 
 
 def read_table(csv_file: str | Path = TABLE) -> list[PublishedRow]:
-    """Read a CSV with a heading per mean, such as the leaderboard's; cells in percent, ``-`` or empty if unknown.
+    """Read a CSV with a heading per mean, such as the leaderboard's; cells are in percent, or empty.
 
     Raises:
         ValueError: no such columns, a line of another length, or a cell that is not a percentage.

@@ -148,7 +148,7 @@ def test_skipped_evaluation_rows_are_left_out_of_the_score_and_counted(
     hits = before.tasks["colours_i2t"].hits["aggregate"]
     assert after.tasks["colours_i2t"].hits["aggregate"] == hits[1:], "the other rows are scored as before"
     assert after.tasks["colours_t2i"].chance == pytest.approx(1 / 3), "a lost candidate is in no list"
-    assert "colours_i2t 1, colours_t2i 1" in str(after.table().caption)
+    assert "colours_i2t 1, colours_t2i 1" in after.task_grid().caption
     make_trainer(tmp_path / "predict").predict(module, datamodule=cut, return_predictions=False)
     content = torch.load(tmp_path / "predict/predictions/colours_i2t.pt", weights_only=True)
     assert content["query"].isnan().flatten(1).all(dim=1).tolist() == [True, False, False, False]

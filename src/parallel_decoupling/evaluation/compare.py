@@ -1,8 +1,4 @@
-"""One or several tested runs as tables, ``comparison.json``, a picture and one page without outside parts.
-
-Holds reading the runs, the check that they scored the same rows, and the paired bootstrap. The means of one run
-are in ``report``, the drawing is in ``plots``.
-"""
+"""One or several tested runs as tables, a JSON, a picture and one page: reading, paired bootstrap, writing."""
 
 from __future__ import annotations
 
@@ -86,11 +82,7 @@ class Comparison:
 
     @property
     def best(self) -> str:
-        """The run other than the baseline with the highest overall score; the only run if there is one.
-
-        Of three runs or more it is picked by the very scores it is then reported with, which flatters it;
-        its interval does not account for that.
-        """
+        """The run other than the baseline with the highest overall score; the only run if there is one."""
 
         def overall(name: str) -> float:
             report = self.reports[name]
@@ -164,33 +156,22 @@ class Comparison:
         Path(json_file).write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
 
     def to_html_file(self, html_file: str | Path, picture: bytes) -> None:
-        """Write the page: scores, what makes them doubtful, modes and costs, paths, settings.
-
-        Args:
-            html_file: where to; nothing in it is loaded from elsewhere.
-            picture: a PNG of ``comparison_figure``.
-        """
+        """Write the page, with the PNG ``picture`` inside it; nothing on it is loaded from elsewhere."""
         from jinja2 import Environment, PackageLoader, StrictUndefined
 
-        environment = Environment(
-            loader=PackageLoader("parallel_decoupling", "evaluation"),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
+        loader = PackageLoader("parallel_decoupling", "evaluation")
+        options: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "undefined": StrictUndefined}
+        template = Environment(loader=loader, autoescape=True, **options).get_template(PAGE_FILE)
         settings = {name: flattened(report.run) for name, report in self.reports.items()}
         names = dict.fromkeys(name for values in settings.values() for name in values)
         rows = [[name, *(values.get(name, "") for values in settings.values())] for name in names]
-        scores = [self.means_grid(), self.task_grid()]
-        page = environment.get_template(PAGE_FILE).render(
+        changed = [row for row in rows if len({*row[1:]}) > 1]
+        page = template.render(
             title=self.title,
-            grids=scores if self.differences else scores[1:],
+            grids=[*([self.means_grid()] if self.differences else []), self.task_grid()],
             picture=base64.b64encode(picture).decode("ascii"),
             runs={name: (report, report.mode_grid()) for name, report in self.reports.items()},
-            changed=Grid(
-                "settings that differ", ("", *settings), [row for row in rows if len({*row[1:]}) > 1]
-            ),
+            changed=Grid("settings that differ", ("", *settings), changed),
             settings=Grid("all settings", ("", *settings), rows),
         )
         Path(html_file).write_text(page, encoding="utf-8")
@@ -216,14 +197,7 @@ def compare_runs(run_dirs: list[str], output_dir: str | None = None) -> None:
 
 
 def compare(run_dirs: Sequence[str], output_dir: str | None = None) -> Comparison:
-    """Compare the score reports of finished runs.
-
-    Args:
-        run_dirs: folders that hold a ``scores.json``, or such files; the first is the baseline.
-        output_dir: gets ``comparison.json``, ``comparison.png`` and ``comparison.html``; None writes nothing.
-
-    Returns:
-        Reports and differences.
+    """Compare the score reports of finished runs; see ``compare_runs``.
 
     Raises:
         ValueError: no run, a run without scores, or runs that scored different rows.
@@ -249,16 +223,11 @@ def compare(run_dirs: Sequence[str], output_dir: str | None = None) -> Compariso
 
 
 def differences(baseline: ScoreReport, other: ScoreReport, seed: int = 0) -> RunDifferences:
-    """Headline score of ``other`` minus that of ``baseline``, with paired bootstrap intervals.
+    """Subtract the headline scores of ``baseline`` from those of ``other``, with paired bootstrap intervals.
 
     Rows are resampled within each task and both runs keep their pairing. A row's difference is -1, 0
     or 1, so a resample of a task is a draw of three multinomial counts. The interval covers the
-    choice of test queries; it says nothing about the training seed.
-
-    Args:
-        baseline: the run subtracted.
-        other: a run over the same rows.
-        seed: of the resampling.
+    choice of test queries; it says nothing about the training seed. ``seed`` is that of the resampling.
     """
     generator = np.random.default_rng(seed)
     tasks: dict[str, _Sample] = {}
@@ -278,30 +247,23 @@ def differences(baseline: ScoreReport, other: ScoreReport, seed: int = 0) -> Run
 
 
 def check_same_rows(first: str, baseline: ScoreReport, name: str, other: ScoreReport) -> None:
-    """Refuse to pair runs that did not score the same rows.
-
-    Raises:
-        ValueError: names the tasks that one of them lacks, or what differs.
-    """
+    """Raise ``ValueError`` for runs that did not score the same rows of the same tasks."""
     for run, missing in (
         (first, [task for task in other.tasks if task not in baseline.tasks]),
         (name, [task for task in baseline.tasks if task not in other.tasks]),
     ):
         if missing:
             raise ValueError(f"{first} and {name} scored different tasks: {run} lacks {', '.join(missing)}")
-    for task, result in baseline.tasks.items():
-        ours = other.tasks[task]
-        for what, left, right in (
-            ("meta-task", result.task.meta_task, ours.task.meta_task),
-            ("in_distribution", result.task.in_distribution, ours.task.in_distribution),
-            ("number of queries", result.num_queries, ours.num_queries),
-            ("chance level", result.chance, ours.chance),
-            ("hash of the rows", result.rows_sha256, ours.rows_sha256),
-        ):
-            if left != right:
-                raise ValueError(
-                    f"{task}: {what} is {left} in {first} but {right} in {name}; score both on the same data"
-                )
+    for task in baseline.tasks:
+        before, after = (
+            (each.task.meta_task, each.task.in_distribution, each.num_queries, each.rows_sha256)
+            for each in (baseline.tasks[task], other.tasks[task])
+        )
+        if before != after:
+            raise ValueError(
+                f"{task}: {first} scored {before}, but {name} scored {after} (meta-task, in-distribution, "
+                "number of rows, hash of the rows); score both on the same data"
+            )
 
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -1,7 +1,4 @@
-"""The score report of one run: its tasks, MMEB's means, ``scores.json`` and CSV, and tables of all of it.
-
-The metric is in ``score``, several runs side by side are in ``compare``.
-"""
+"""The score report of one run: its tasks, MMEB's means, the files of a test, and tables of all of it."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ from parallel_decoupling.evaluation.leaderboard import (
     write_leaderboard,
     write_score_files,
 )
-from parallel_decoupling.evaluation.score import METRICS, TaskScore, mean_metrics
+from parallel_decoupling.evaluation.score import TaskScore, mean_metrics
 
 FORMAT = 2
 SCORES_FILE = "scores.json"
@@ -155,11 +152,7 @@ class ScoreReport:
 
     @classmethod
     def from_scores(cls, scores: Sequence[TaskScore], run: Mapping[str, Any] | None = None) -> ScoreReport:
-        """Collect scored tasks.
-
-        Args:
-            scores: one per task, all with the same columns.
-            run: what produced them.
+        """Collect scored tasks, all with the same columns, and what produced them.
 
         Raises:
             ValueError: no task, a task twice, or columns that differ.
@@ -168,15 +161,15 @@ class ScoreReport:
         for score in scores:
             if score.task.name in tasks:
                 raise ValueError(f"task {score.task.name} is there twice")
-            hits = score.hits
+            hits = {
+                name: "".join("01"[hit] for hit in hits_R.tolist()) for name, hits_R in score.hits.items()
+            }
             tasks[score.task.name] = TaskResult(
                 task=score.task,
                 num_queries=len(next(iter(hits.values()))),
                 chance=score.chance,
-                hit_at_1={column: int(hits_R.sum()) / len(hits_R) for column, hits_R in hits.items()},
-                hits={
-                    column: "".join("01"[hit] for hit in hits_R.tolist()) for column, hits_R in hits.items()
-                },
+                hit_at_1={column: each.count("1") / len(each) for column, each in hits.items()},
+                hits=hits,
                 num_skipped=score.num_skipped,
                 metrics={column: mean_metrics(rank_R) for column, rank_R in score.ranks.items()},
                 rows_sha256=score.rows_sha256,
@@ -201,21 +194,18 @@ class ScoreReport:
     @property
     def groups(self) -> dict[str, list[str]]:
         """Task names by mean: meta-tasks, in- and out-of-distribution, overall; none empty."""
-        groups = {
-            meta_task: [name for name, result in self.tasks.items() if result.task.meta_task == meta_task]
-            for meta_task in META_TASKS
-        }
-        for split, inside in (("in_distribution", True), ("out_of_distribution", False)):
-            groups[split] = [name for name, row in self.tasks.items() if row.task.in_distribution is inside]
+        tasks = {name: result.task for name, result in self.tasks.items()}
+        groups = {name: [each for each in tasks if tasks[each].meta_task == name] for name in META_TASKS}
+        groups["in_distribution"] = [name for name, task in tasks.items() if task.in_distribution]
+        groups["out_of_distribution"] = [name for name, task in tasks.items() if not task.in_distribution]
         groups["overall"] = list(self.tasks)
         return {group: names for group, names in groups.items() if names}
 
     @property
     def partial_means(self) -> dict[str, int]:
         """Means over some of MMEB's tasks but not all of ``MMEB_COUNTS``: how many of them there are."""
-        counts = {
-            group: sum(name in MMEB_TASKS for name in self.groups.get(group, ())) for group in MMEB_COUNTS
-        }
+        groups = self.groups
+        counts = {name: sum(task in MMEB_TASKS for task in groups.get(name, ())) for name in MMEB_COUNTS}
         return {group: count for group, count in counts.items() if 0 < count < MMEB_COUNTS[group]}
 
     @property
@@ -225,30 +215,16 @@ class ScoreReport:
         MMEB's headline is ``overall``, the mean of tasks. ``mean_of_meta_tasks`` weighs four unequal
         groups equally; publications mix the two up, so both are here under their own names.
         """
-        means = {
-            group: {
-                column: fmean(self.tasks[name].hit_at_1[column] for name in names) for column in self.columns
-            }
-            for group, names in self.groups.items()
-        }
-        present = [means[meta_task] for meta_task in META_TASKS if meta_task in means]
-        means["mean_of_meta_tasks"] = {
-            column: fmean(mean[column] for mean in present) for column in self.columns
-        }
+        parts = {group: [self.tasks[name].hit_at_1 for name in each] for group, each in self.groups.items()}
+        means = {group: _mean(scores) for group, scores in parts.items()}
+        means["mean_of_meta_tasks"] = _mean([means[name] for name in META_TASKS if name in means])
         return means
 
     @property
     def metric_means(self) -> dict[str, dict[str, float]]:
         """Means over tasks of every metric by column; empty if only hit@1 is known."""
-        if not all(result.metrics for result in self.tasks.values()):
-            return {}
-        return {
-            column: {
-                metric: fmean(result.metrics[column][metric] for result in self.tasks.values())
-                for metric in METRICS
-            }
-            for column in self.columns
-        }
+        metrics = [result.metrics for result in self.tasks.values()]
+        return {name: _mean([each[name] for each in metrics]) for name in self.columns if all(metrics)}
 
     @property
     def gaps(self) -> list[str]:
@@ -331,7 +307,7 @@ class ScoreReport:
         return MEAN_TITLES[mean] + ("" if count is None else f", {count}/{MMEB_COUNTS[mean]}")
 
     def task_grid(self) -> Grid:
-        """Tabulate tasks by meta-task, then means, of aggregate and paths in percent; marks tasks at chance."""
+        """Tabulate tasks by meta-task, then means, of aggregate and paths; tasks at chance are marked."""
         shown = [self.columns[0], *self.path_columns]
         rows: list[list[str]] = []
         kinds: list[str] = []
@@ -401,6 +377,11 @@ def write_report(report: ScoreReport, folder: Path) -> None:
 def progress(run: Mapping[str, Any]) -> dict[str, Any]:
     """Return what tells weights from other weights of the same model, as far as a run says it."""
     return {key: run.get(key) for key in ("global_step", "seed", "token_passes")}
+
+
+def _mean(values: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Average mappings with the same keys."""
+    return {key: fmean(each[key] for each in values) for key in values[0]}
 
 
 def percent(fraction: float) -> str:
