@@ -1,4 +1,4 @@
-"""Signs that scores are not what they seem: chance, NaN, collapse, images or prompts unlike the training's."""
+"""Signs that scores are misleading: chance, NaN, collapse, other images or prompts than in training."""
 
 from __future__ import annotations
 
@@ -22,18 +22,14 @@ Check = Literal[
 ]
 
 SAMPLED_ROWS = 512
-SAME = 0.99
-"""Mean cosine from which paths, or the embeddings of different inputs, count as one."""
-LOW_RANK = 2.0
-"""Effective rank below which many embeddings lie on a line."""
-FEWEST_ROWS = 8
-"""Fewer embeddings say nothing about their spread."""
-CHANCE_ERRORS = 2.0
-"""Standard errors above chance up to which a score is no better than chance."""
+SAME = 0.99  # mean cosine from which paths, or the embeddings of different inputs, count as one
+LOW_RANK = 2.0  # effective rank below which many embeddings lie on a line
+FEWEST_ROWS = 8  # fewer embeddings say nothing about their spread
+CHANCE_ERRORS = 2.0  # standard errors above chance up to which a score is no better than chance
 
 ADVICE: dict[Check, str] = {
-    "chance": "hit@1 is no better than a random choice. Check that the checkpoint was loaded (--ckpt_path), that "
-    "the images reach the model, and that the prompts are those of training.",
+    "chance": "hit@1 is no better than a random choice. Check that the checkpoint was loaded (--ckpt_path), "
+    "that the images reach the model, and that the prompts are those of training.",
     "non_finite": "embeddings are NaN or infinite, and their rows count as misses. Use trainer.precision "
     "bf16-mixed or 32-true in place of 16, and check the checkpoint's weights.",
     "collapsed_paths": "paths give nearly the same embedding, so a second one costs as much again and adds "

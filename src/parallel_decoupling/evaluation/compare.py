@@ -1,4 +1,4 @@
-"""One or several tested runs as tables, a JSON, a picture and one page: reading, paired bootstrap, writing."""
+"""One or several tested runs as tables, a JSON, a picture and one page, with paired bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -22,14 +22,8 @@ COMPARISON_FILE = "comparison.json"
 FIGURE_FILE = "comparison.png"
 PAGE_FILE = "comparison.html"
 RESAMPLES = 10_000
-SHORT_TITLES = {
-    "overall": "all",
-    "in_distribution": "IND",
-    "out_of_distribution": "OOD",
-    "classification": "class",
-    "vqa": "vqa",
-    "retrieval": "retr",
-    "grounding": "ground",
+SHORT_TITLES = {"overall": "all", "in_distribution": "IND", "out_of_distribution": "OOD"} | {
+    **{"classification": "class", "vqa": "vqa", "retrieval": "retr", "grounding": "ground"},
     "mean_of_meta_tasks": "meta",
 }
 """Means in the order of the table, with their headings."""
@@ -108,22 +102,17 @@ class Comparison:
         return f"{' vs '.join(self.reports)}: {self.best} {overall} points overall"
 
     def means_grid(self) -> Grid:
-        """Tabulate means in percent, every run and below it its paths; then best minus first."""
+        """Tabulate the runs' means of the first column in percent, then best minus first."""
         measures = [name for name in SHORT_TITLES if name in self.reports[self.baseline].means]
-        rows: list[list[str]] = []
-        kinds: list[str] = []
+        rows = []
         for name, report in self.reports.items():
-            for column in report.shown_columns:
-                title = name if column == report.columns[0] else f"  {column}"
-                rows.append([title, *(percent(report.means[measure][column]) for measure in measures)])
-                kinds.append("mean" if title == name else "")
-        if self.differences:
-            found = [self.differences[self.best].means[measure] for measure in measures]
-            for title, key in (("difference", "difference"), ("  2.5 %", "low"), ("  97.5 %", "high")):
-                rows.append([title, *(f"{100 * getattr(each, key):+.1f}" for each in found)])
-                kinds.append("mean" if title == key else "")
+            scores = (percent(report.means[measure][report.columns[0]]) for measure in measures)
+            rows.append([name, *scores])
+        found = [self.differences[self.best].means[name] for name in measures if self.differences]
+        for title, key in (("difference", "difference"), ("  2.5 %", "low"), ("  97.5 %", "high")):
+            rows += [[title, *(f"{100 * getattr(each, key):+.1f}" for each in found)]] if found else []
         headings = ("run", *(SHORT_TITLES[measure] for measure in measures))
-        return Grid("mean hit@1 in percent", headings, rows, kinds, self.note)
+        return Grid("mean hit@1 in percent", headings, rows, caption=self.note)
 
     def task_grid(self) -> Grid:
         """Tabulate the first column (the aggregate) of every run by task; the last is best minus first."""

@@ -33,17 +33,11 @@ MEAN_TITLES = {
     **{meta_task: f"mean of {meta_task}" for meta_task in META_TASKS},
     "in_distribution": "mean in-distribution (IND)",
     "out_of_distribution": "mean out-of-distribution (OOD)",
-    "mean_of_meta_tasks": "mean of meta-tasks",
     "overall": "overall (mean of tasks)",
+    "mean_of_meta_tasks": "mean of meta-tasks",
 }
-_IND = sum(task.in_distribution for task in MMEB_TASKS.values())
-MMEB_COUNTS = {
-    **{name: sum(task.meta_task == name for task in MMEB_TASKS.values()) for name in META_TASKS},
-    "in_distribution": _IND,
-    "out_of_distribution": len(MMEB_TASKS) - _IND,
-    "overall": len(MMEB_TASKS),
-}
-"""MMEB's tasks behind each mean: 10 + 10 + 12 + 4, 20 + 16, and 36."""
+MMEB_COUNTS = dict(zip(MEAN_TITLES, (10, 10, 12, 4, 20, 16, 36), strict=False))
+"""MMEB's tasks behind each mean."""
 
 
 @dataclass(frozen=True)
@@ -109,15 +103,15 @@ class TaskResult:
         if list(self.hits) != list(self.hit_at_1):
             raise ValueError(f"{where}: hits of {list(self.hits)}, but scores of {list(self.hit_at_1)}")
         for column, hits in self.hits.items():
-            mean, score = hits.count("1") / max(1, len(hits)), self.hit_at_1[column]
+            mean, score, place = (
+                hits.count("1") / self.num_queries,
+                self.hit_at_1[column],
+                f"{where}, {column}",
+            )
             if len(hits) != self.num_queries or set(hits) - {"0", "1"}:
-                raise ValueError(
-                    f"{where}, column {column}: not one 0 or 1 for each of {self.num_queries} queries"
-                )
+                raise ValueError(f"{place}: not one 0 or 1 for each of {self.num_queries} queries")
             if not abs(mean - score) <= ROUNDING_ERROR:
-                raise ValueError(
-                    f"{where}, column {column}: the mean of the hits is {mean:.6g}, but hit_at_1 is {score:.6g}"
-                )
+                raise ValueError(f"{place}: the mean of the hits is {mean:.6g}, but hit_at_1 is {score:.6g}")
 
 
 @dataclass(frozen=True)
@@ -146,9 +140,7 @@ class ScoreReport:
             if list(result.hit_at_1) != self.columns or not self.columns:
                 raise ValueError(f"{name} has columns {list(result.hit_at_1)}, the first task {self.columns}")
             if result.task.meta_task not in META_TASKS:
-                raise ValueError(
-                    f"{name} has meta-task {result.task.meta_task!r}; use one of {list(META_TASKS)}"
-                )
+                raise ValueError(f"{name} has meta-task {result.task.meta_task!r}; use one of {META_TASKS}")
 
     @classmethod
     def from_scores(cls, scores: Sequence[TaskScore], run: Mapping[str, Any] | None = None) -> ScoreReport:
@@ -161,9 +153,7 @@ class ScoreReport:
         for score in scores:
             if score.task.name in tasks:
                 raise ValueError(f"task {score.task.name} is there twice")
-            hits = {
-                name: "".join("01"[hit] for hit in hits_R.tolist()) for name, hits_R in score.hits.items()
-            }
+            hits = {name: "".join("01"[hit] for hit in row.tolist()) for name, row in score.hits.items()}
             tasks[score.task.name] = TaskResult(
                 task=score.task,
                 num_queries=len(next(iter(hits.values()))),
@@ -283,7 +273,7 @@ class ScoreReport:
                 tasks[name] = TaskResult(task, hits=content["hits"][name], **row)
                 tasks[name].check_hits(f"task {name}")
             return cls(tasks, *(content[name] for name in ("run", "modes", "path_cosine", "warnings")))
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
             raise ValueError(f"{json_file} was changed or cut ({error!r}); run the test again") from error
         except ValueError as error:
             raise ValueError(f"{json_file}, {error}; the file was changed, run the test again") from error
@@ -329,10 +319,8 @@ class ScoreReport:
 
     def mode_grid(self) -> Grid:
         """Tabulate every inference mode: its means in percent, and what it costs."""
-        splits = [
-            name for name in ("overall", "in_distribution", "out_of_distribution") if name in self.means
-        ]
         titles = {"overall": "hit@1", "in_distribution": "IND", "out_of_distribution": "OOD"}
+        splits = [name for name in titles if name in self.means]
         metrics = [name for name in ("hit@5", "hit@10", "mrr", "ndcg@10") if self.metric_means]
         rows = []
         for column in self.shown_columns:
@@ -343,19 +331,18 @@ class ScoreReport:
             size = f"{costs['bytes_per_item']:,}" if costs else ""
             rows.append([column, *scores, "" if milliseconds is None else f"{milliseconds:.2f}", size])
         headings = ("mode", *(titles[split] for split in splits), *metrics, "ms/item", "bytes/item")
-        caption = (
-            "means over tasks in percent; ms: encoding in one batch of this test, with one path or with all"
-        )
+        caption = "means over tasks in percent; ms: one batch of this test, encoded with one path or with all"
         return Grid("inference modes", headings, rows, caption=caption)
 
     def warning_panels(self) -> list[Panel]:
         """Show what makes the scores doubtful, each with what was seen and what to do."""
-        panels = []
-        for warning in self.warnings:
-            title = f"WARNING: {str(warning['check']).replace('_', ' ')}"
-            text = Text(f"{warning['detail']}\n{warning['advice']}")
-            panels.append(Panel(text, title=title, border_style="bold yellow", title_align="left"))
-        return panels
+        return [
+            Panel(
+                Text(f"{each['detail']}\n{each['advice']}"),
+                title=f"WARNING: {each['check'].replace('_', ' ')}",
+            )
+            for each in self.warnings
+        ]
 
 
 def write_report(report: ScoreReport, folder: Path) -> None:
@@ -363,12 +350,9 @@ def write_report(report: ScoreReport, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     report.to_json_file(folder / SCORES_FILE)
     report.to_csv_file(folder / CSV_FILE)
-    column = report.columns[0]
+    column, backbone = report.columns[0], report.run.get("model", {}).get("backbone")
     write_score_files(report.tasks, column, folder / SCORE_FILES_DIR)
-    metadata = {
-        "model_name": folder.resolve().name,
-        "model_backbone": report.run.get("model", {}).get("backbone"),
-    }
+    metadata = {"model_name": folder.resolve().name, "model_backbone": backbone}
     if column in report.modes:
         metadata["embedding_dimension"] = int(report.modes[column]["bytes_per_item"]) // 4
     write_leaderboard(report.tasks, column, folder / LEADERBOARD_FILE, metadata)
