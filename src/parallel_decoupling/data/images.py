@@ -182,10 +182,11 @@ class ImageFolder:
 
     Args:
         roots: folders, in order of preference.
+        must_exist: whether ``get`` refuses a file that is not there; otherwise it returns the cell.
     """
 
-    def __init__(self, *roots: Path) -> None:
-        self.roots = roots
+    def __init__(self, *roots: Path, must_exist: bool = True) -> None:
+        self.roots, self.must_exist = roots, must_exist
         self._places = [(root, prefix) for root in roots for prefix in ("", "images/", None)]
 
     def find(self, image: str) -> str | None:
@@ -198,12 +199,12 @@ class ImageFolder:
         return None
 
     def get(self, image: str) -> str:
-        """Return the file, or raise ``ImageError`` if there is none."""
+        """Return the file, or raise ``ImageError`` if there is none and there must be."""
         file = self.find(image)
-        if file is None:
+        if file is None and self.must_exist:
             roots = " or ".join(str(root) for root in self.roots)
             raise ImageError(
                 f"no image file {image!r} under {roots} (also tried with and without a leading 'images/'). "
                 "Unpack the dataset's images there; a truncated download shows up like this."
             )
-        return file
+        return file or image

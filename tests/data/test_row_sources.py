@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from parallel_decoupling.batch import RawInput
-from parallel_decoupling.data.rows import open_rows
+from parallel_decoupling.data.row_sources import open_rows
 from parallel_decoupling.evaluation.encode import to_raw_inputs
 
 ROWS: list[dict[str, Any]] = [
