@@ -62,7 +62,8 @@ class ImagePolicy:
         if self.size is not None and self.size not in SQUARES:
             raise ValueError(f"image_size must be one of {', '.join(SQUARES)} or null, got {self.size!r}.")
         if self.size is not None and self.has_budget:
-            raise ValueError(f"image_size={self.size!r} forces a square; set it or the pixel budget to null.")
+            meaning = "forces a square, so min_pixels and max_pixels have no meaning"
+            raise ValueError(f"image_size={self.size!r} {meaning}. Set one or the other to null.")
         for name, value in (("min_pixels", self.min_pixels), ("max_pixels", self.max_pixels)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")

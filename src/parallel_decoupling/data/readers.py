@@ -247,9 +247,9 @@ class TrainSubset:
 
     def log_gaps(self) -> None:
         """Warn of rows that were left out, and of hard negatives that no row has."""
-        owner = self.table.owner
+        owner, what = self.table.owner, "rows with neither text nor image on a side"
         if self.blank_rows:
-            log.warning("%s: left out %d rows without text and image on a side", owner, self.blank_rows)
+            log.warning("%s: left out %d %s", owner, self.blank_rows, what)
         columns = [self.table.column(name) for name in NEGATIVES]
         if self.hard_negatives and all(column is None or _all_blank(column) for column in columns):
             log.warning(

@@ -147,8 +147,8 @@ def arrow_copy(
                 old.unlink(missing_ok=True)
         Path(unfinished).replace(copy)
     except pa.ArrowException as error:
-        hint = "It must be complete, and a JSONL file hold one object per line, with values of one type."
-        raise ValueError(f"{owner}: cannot read {file}: {str(error).rstrip('.')}. {hint}") from error
+        lines = ", with one JSON object per line and values of one type" if file.suffix == ".jsonl" else ""
+        raise ValueError(f"{owner}: cannot read {file}: {error} Is it complete{lines}?") from error
     finally:
         Path(unfinished).unlink(missing_ok=True)
     return copy

@@ -236,7 +236,7 @@ def _source(entry: dict[str, Any], data_dir: Path) -> Source:
         raise ValueError(
             f'columns must name a column per role, such as {{"query_text": "question"}}, got {columns!r}.'
         )
-    check_names(columns, ROLES, "role in columns")
+    check_names(columns, ROLES, "column role")
     for side in ("query", "candidate"):
         if not {f"{side}_text", f"{side}_image"} & set(columns):
             raise ValueError(f"columns: {side}_text or {side}_image is needed, or both.")
