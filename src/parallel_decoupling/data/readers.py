@@ -99,7 +99,7 @@ class RowReader:
         Raises:
             ValueError: the two lists differ in length.
         """
-        both = [cells.get(column) for column in columns]
+        both: list[Any] = [cells.get(column) for column in columns]
         lengths = {len(cell) for cell in both if isinstance(cell, list)} or {1}
         if len(lengths) > 1:
             raise ValueError(
