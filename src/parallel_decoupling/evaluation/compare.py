@@ -23,7 +23,8 @@ FIGURE_FILE = "comparison.png"
 PAGE_FILE = "comparison.html"
 RESAMPLES = 10_000
 MEASURES = ("overall", "in_distribution", "out_of_distribution", *META_TASKS, "mean_of_meta_tasks")
-SHORT_TITLES = dict(zip(MEASURES, ["all", "IND", "OOD", "class", "vqa", "retr", "ground", "meta"], strict=True))
+_SHORT = ("all", "IND", "OOD", "class", "vqa", "retr", "ground", "meta")
+SHORT_TITLES = dict(zip(MEASURES, _SHORT, strict=True))
 """Means in the order of the table, with their headings."""
 _Sample = tuple[float, NDArray[np.float64]]
 

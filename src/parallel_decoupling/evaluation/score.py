@@ -1,4 +1,4 @@
-"""Scores by MMEB's protocol: similarity, and rank and metrics of each query among its own row's candidates."""
+"""Scores by MMEB's protocol: similarity, and the rank of each query's positive among its own candidates."""
 
 from __future__ import annotations
 
