@@ -26,9 +26,9 @@ from rich.table import Table
 
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.evaluation.html_report import Baseline
-from parallel_decoupling.model.dual_backbone import absolute_name
+from parallel_decoupling.model.encoder import absolute_name
+from parallel_decoupling.model.pretrained import read_checkpoint
 from parallel_decoupling.training.callbacks import LAST_FILE, console
-from parallel_decoupling.training.loading import read_checkpoint
 from parallel_decoupling.training.module import PDFEmbedder
 from parallel_decoupling.training.plan import Plan
 from parallel_decoupling.training.plan_tables import plan_tables

@@ -24,7 +24,7 @@ from parallel_decoupling.evaluation.sanity import (
     task_health,
 )
 from parallel_decoupling.evaluation.score import score_task
-from parallel_decoupling.model.build import build_encoder
+from parallel_decoupling.model.encoder import build_encoder
 from tests.data.mmeb_files import train_row, write_image, write_train
 from tests.support.mmeb import save_tiny_mmeb
 

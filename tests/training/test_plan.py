@@ -270,7 +270,7 @@ def test_command_prints_a_plan_without_loading_anything(
     def refuse(*args: Any, **options: Any) -> None:
         raise AssertionError("a weight was loaded")
 
-    monkeypatch.setattr("parallel_decoupling.model.build.load_backbone", refuse)
+    monkeypatch.setattr("parallel_decoupling.model.encoder.load_backbone", refuse)
     options = ["--model.backbone", "Qwen/Qwen2-VL-2B-Instruct", "--model.dtype", "bfloat16"]
     options += ["--trainer.devices", "8", "--trainer.max_steps", "100", "--data.batch_size", "512"]
     main(["plan", *options, "--gpu_memory_gib", "24"])

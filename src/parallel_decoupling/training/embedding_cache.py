@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from parallel_decoupling.data.tasks import EvalTask
-from parallel_decoupling.model.dual_encoder import DualEncoder
 from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.model.identity import encoder_identity, rows_hash
+from parallel_decoupling.model.open_clip import OpenCLIPEncoder
 
 SHAPING_SETTINGS = (
     "num_paths",
@@ -108,7 +108,7 @@ class EmbeddingCache:
 
 
 def model_hash(
-    encoder: ParallelEncoder | DualEncoder,
+    encoder: ParallelEncoder | OpenCLIPEncoder,
     fingerprint: Mapping[str, Any],
     settings: Mapping[str, Any],
     precision: str,

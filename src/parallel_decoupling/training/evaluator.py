@@ -45,9 +45,9 @@ from parallel_decoupling.evaluation.sanity import (
 )
 from parallel_decoupling.evaluation.score import TaskScore
 from parallel_decoupling.evaluation.score_files import SCORE_FILES_DIR, write_predictions
-from parallel_decoupling.model.dual_encoder import DualEncoder
 from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.model.identity import backbone_fingerprint
+from parallel_decoupling.model.open_clip import OpenCLIPEncoder
 from parallel_decoupling.objective.statistics import path_cosine
 from parallel_decoupling.training.callbacks import console, tensorboard_writer
 from parallel_decoupling.training.embedding_cache import CachedTask, EmbeddingCache, model_hash
@@ -66,7 +66,7 @@ PROJECTOR_DIR = "projector"
 
 
 class EvaluatedEncoder(LightningModule):
-    """A ``ParallelEncoder`` or ``DualEncoder`` that a Trainer can validate, test and predict with.
+    """A ``ParallelEncoder`` or ``OpenCLIPEncoder`` that a Trainer can validate, test and predict with.
 
     Attributes:
         encoder: set by the subclass.
@@ -78,7 +78,7 @@ class EvaluatedEncoder(LightningModule):
         baseline: a tested run that the report of a test compares with.
     """
 
-    encoder: ParallelEncoder | DualEncoder
+    encoder: ParallelEncoder | OpenCLIPEncoder
     query_instruction: str
     candidate_instruction: str
     steps_done: int
@@ -283,7 +283,7 @@ class EvaluatedEncoder(LightningModule):
 
     def teardown(self, stage: str) -> None:
         """Say once per run how many texts did not fit into an OpenCLIP model."""
-        if isinstance(self.encoder, DualEncoder):
+        if isinstance(self.encoder, OpenCLIPEncoder):
             counts = self._sum_over_ranks(self.encoder.take_text_counts())
             if self.trainer.is_global_zero:
                 warn_of_cut_texts(counts, self.encoder.processor.context_length)

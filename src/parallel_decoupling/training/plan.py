@@ -24,9 +24,9 @@ from PIL import Image
 
 from parallel_decoupling.data.images import ImagePolicy
 from parallel_decoupling.model.backbone import AdapterConfig, meta_backbone
-from parallel_decoupling.model.dual_backbone import is_dual_encoder
+from parallel_decoupling.model.encoder import nested_dims
 from parallel_decoupling.model.families import Family
-from parallel_decoupling.model.matryoshka import nested_dims
+from parallel_decoupling.model.open_clip import is_open_clip
 from parallel_decoupling.model.prefixes import prefix_range
 from parallel_decoupling.objective.mutual_information import MutualInformation
 from parallel_decoupling.training import arithmetic, memory
@@ -153,7 +153,7 @@ class Plan:
                 f"data.batch_size={self.queries} is the global batch and must be a multiple of the "
                 f"{self.layout.processes} processes."
             )
-        if is_dual_encoder(model["backbone"]):
+        if is_open_clip(model["backbone"]):
             raise ValueError(f"backbone {model['backbone']!r} is an OpenCLIP model, which has no plan.")
         self.quantized: bool = model["quantization"] is not None
         if self.quantized and adapter.kind == "full":
