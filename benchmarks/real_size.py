@@ -23,21 +23,10 @@ from parallel_decoupling.model.backbone import AdapterConfig, Backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.model.families import FAMILIES
 from parallel_decoupling.objective.contrastive import info_nce
+from tests.support.published_sizes import PUBLISHED
 from tests.support.tiny import tiny_tokenizer
 
 NAME = "Qwen/Qwen2-VL-2B-Instruct"
-TEXT = {
-    "hidden_size": 1536,
-    "intermediate_size": 8960,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 2,
-    "vocab_size": 151936,
-    "max_position_embeddings": 32768,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-}
-VISION = {"depth": 32, "embed_dim": 1280, "hidden_size": 1536, "num_heads": 16, "patch_size": 14}
-TOKENS = {"image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652}
 NUM_PATHS = 3
 PREFIX_LENGTH = 8
 IMAGE_SIZE = 224
@@ -87,11 +76,12 @@ def parse_arguments() -> argparse.Namespace:
 
 def random_backbone(layers: int | None, gradient_checkpointing: bool) -> Backbone:
     """Build the published size with random bfloat16 weights; its tokenizer knows a few hundred words."""
-    text = TEXT if layers is None else {**TEXT, "num_hidden_layers": layers}
-    sizes = {"text_config": text, "vision_config": VISION, "tie_word_embeddings": True}
-    config = AutoConfig.for_model("qwen2_vl", **sizes, **TOKENS)
+    arguments = dict(PUBLISHED[NAME])
+    if layers is not None:
+        arguments["text_config"] = {**arguments["text_config"], "num_hidden_layers": layers}
+    config = AutoConfig.for_model(arguments.pop("model_type"), **arguments)
     base = AutoModel.from_config(config, dtype=torch.bfloat16)
-    processor = SimpleNamespace(tokenizer=tiny_tokenizer(), image_token="<|image_pad|>")
+    processor = SimpleNamespace(tokenizer=tiny_tokenizer())
     backbone = Backbone(base, processor, FAMILIES["qwen2_vl"], name=NAME)
     backbone.prepare("sdpa", gradient_checkpointing=gradient_checkpointing)
     backbone.add_adapters(AdapterConfig(kind="lora", rank=16, alpha=64))

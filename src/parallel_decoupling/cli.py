@@ -25,8 +25,7 @@ TRAINER_SUBCOMMANDS = {
 }
 COMMANDS = {
     "app": "a page to search an index by text and image: app INDEX_DIR [--model MODEL]",
-    "audit": "recompute means of score files or published rows: audit [FILE, FOLDER or CSV]",
-    "compare": "several runs side by side: compare RUN_DIR RUN_DIR ... [--output_dir DIR]",
+    "compare": "one or several runs side by side: compare RUN_DIR ... [--output_dir DIR]",
     "export": "a folder to share: export MODEL FOLDER [--paths 0] [--merge_adapters]",
     "index": "make an index of embeddings: index EMBEDDINGS INDEX_DIR [--kind torch|lance]",
     "paths": "how the paths of a model differ: paths RUN_OR_CHECKPOINT [--output_dir DIR] [--data_dir DIR]",

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file
 
 from parallel_decoupling.evaluation.embedder import Embedder
@@ -27,9 +28,11 @@ from parallel_decoupling.model.pretrained import (
     scores_of,
 )
 from parallel_decoupling.model.trained_state import trainable_state
+from parallel_decoupling.training.module import PDFEmbedder
 from tests.support.embedders import mixed_inputs, tiny_embedder
 from tests.support.families import save_tiny_family
-from tests.support.tiny import save_tiny_backbone
+from tests.support.fit import make_trainer, small_data, small_embedder
+from tests.support.tiny import noise_image, save_tiny_backbone
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -407,3 +410,28 @@ def test_scores_of_other_weights_are_not_taken(run_dir: Path) -> None:
         run = {"global_step": steps, "seed": 0, "token_passes": 9.0, "commit": "c0ffee"}
         scores.write_text(json.dumps({"run": run}))
         assert scores_of(file) == ({"run": run} if known else None)
+
+
+def test_what_a_training_writes_is_read_as_by_its_own_class(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    """The module, its checkpoint, the exported folder and what is saved again from it: one picture size."""
+    module = small_embedder(tiny_backbone_dir, query_instruction="find")
+    trainer = make_trainer(tmp_path, max_steps=2)
+    trainer.fit(module, small_data(tiny_mmeb_dir, image_size="low"))
+    trainer.save_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
+    inputs = ["a red circle", noise_image(40, 30)]
+    expected = PDFEmbedder.load_from_checkpoint(checkpoint_file(tmp_path)).eval().encode(inputs, paths="all")
+    loaded = Embedder.from_pretrained(tmp_path)
+    loaded.save_pretrained(tmp_path / "export")
+    exported = Embedder.from_pretrained(tmp_path / "export")
+    exported.save_pretrained(tmp_path / "again")
+    for model in (module.eval(), loaded, exported, Embedder.from_pretrained(tmp_path / "again")):
+        assert torch.equal(model.encode(inputs, paths="all"), expected)
+    square = noise_image(40, 30).resize((128, 128), Image.Resampling.BICUBIC)
+    torch.testing.assert_close(Embedder(loaded.encoder).encode(square, paths="all"), expected[1])
+    assert not torch.allclose(Embedder(loaded.encoder).encode(inputs[1], paths="all"), expected[1], atol=1e-3)
+    assert loaded.query_instruction == exported.query_instruction == "find"
+    assert loaded.run["global_step"] == exported.run["global_step"] == 2
+    assert loaded.run["data"]["data_dir"] == tiny_mmeb_dir
+    assert sum(loaded.run["rows_by_subset"].values()) == 16

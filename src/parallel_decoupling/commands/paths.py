@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from parallel_decoupling.diagnostics.study import PathAnalysis
 
 
+PATHS_DIR = "paths"
+PATHS_FILE = "paths.json"
+
+
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("run_or_checkpoint", type=str, help="a run folder, or a checkpoint file")
@@ -29,7 +33,6 @@ def run(options: Any) -> None:
     from rich.console import Console
 
     from parallel_decoupling.diagnostics.tables import sections
-    from parallel_decoupling.evaluation.html_report import PARTS_FILE, PATHS_DIR, write_run_report
 
     run_dir, checkpoint_file = locate(options.run_or_checkpoint)
     analysis = analyse_checkpoint(checkpoint_file, run_dir, options.data_dir)
@@ -41,9 +44,6 @@ def run(options: Any) -> None:
     for note in analysis.notes:
         console.print(f"left out: {note}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"written to {folder}", markup=False, highlight=False, soft_wrap=True)
-    if folder == run_dir / PATHS_DIR and (run_dir / PARTS_FILE).is_file():
-        page = write_run_report(run_dir)
-        console.print(f"{page} written again", markup=False, highlight=False, soft_wrap=True)
 
 
 def locate(run_or_checkpoint: str | Path) -> tuple[Path, Path]:
@@ -81,9 +81,8 @@ def analyse_checkpoint(checkpoint_file: Path, run_dir: Path, data_dir: str | Non
 
     from parallel_decoupling.data.datamodule import EMBEDDED
     from parallel_decoupling.diagnostics.study import analyse_inputs, analyse_world, benchmark_inputs
-    from parallel_decoupling.evaluation.compare import progress
     from parallel_decoupling.evaluation.embedder import Embedder
-    from parallel_decoupling.evaluation.report import SCORES_FILE, ScoreReport
+    from parallel_decoupling.evaluation.report import SCORES_FILE, ScoreReport, progress
 
     embedder = Embedder.from_pretrained(checkpoint_file)
     embedder.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -105,7 +104,6 @@ def write(analysis: PathAnalysis, folder: Path) -> None:
     """Write ``paths.json`` and one PNG per figure."""
     from parallel_decoupling.diagnostics.figures import DPI, figures
     from parallel_decoupling.diagnostics.tables import write_json
-    from parallel_decoupling.evaluation.html_report import PATHS_FILE
 
     folder.mkdir(parents=True, exist_ok=True)
     write_json(analysis, folder / PATHS_FILE)
