@@ -11,17 +11,10 @@ HITS = {"aggregate": "1110", "path_0": "1100", "path_1": "1010"}
 
 @pytest.fixture
 def config() -> dict[str, Any]:
-    fingerprint = {"name": "owner/model", "sha256": "abc", "model_type": "qwen2_vl", "num_frozen": 1}
     return {
-        "backbone": {
-            "name": "owner/model",
-            "revision": "r1",
-            "included": False,
-            "dtype": "float32",
-            "fingerprint": fingerprint,
-        },
-        "adapter": {"kind": "lora", "rank": 4, "alpha": 8, "scope": "language"},
-        "encoder": {"prefix_length": 3, "aggregation": "mean"},
+        "backbone": {"name": "owner/model", "sha256": "abc"},
+        "backbone_included": False,
+        "settings": {"revision": "r1", "dtype": "float32", "prefix_length": 3},
         "paths": [0, 1],
         "embed_dim": 32,
         "aggregate_dim": 32,

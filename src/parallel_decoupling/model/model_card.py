@@ -57,11 +57,10 @@ def model_card(config: Mapping[str, Any], scores: Mapping[str, Any] | None = Non
         config: content of ``config.json``.
         scores: content of the training run's ``scores.json``; paths are numbered as there.
     """
-    run, backbone = config["run"], config["backbone"]
-    name = str(backbone["fingerprint"]["name"])
+    run, name = config["run"], str(config["backbone"]["name"])
     limits = []
-    if not backbone["included"]:
-        limits.append(f"It needs the backbone {backbone['name']} on the machine that loads it.")
+    if not config["backbone_included"]:
+        limits.append(f"It needs the backbone {name} on the machine that loads it.")
     if name == "tiny":
         limits.append("The tiny backbone knows small generated scenes, no photographs and little language.")
     if scores is None:
@@ -91,21 +90,15 @@ def model_card(config: Mapping[str, Any], scores: Mapping[str, Any] | None = Non
 
 
 def _model(config: Mapping[str, Any]) -> list[str]:
-    backbone, adapter = config["backbone"], config["adapter"]
-    low_rank = {name: adapter.get(name) for name in ("rank", "alpha", "scope")}
     rows = {
-        "backbone": backbone["fingerprint"]["name"],
-        "revision": backbone.get("revision"),
-        "backbone's sha256": backbone["fingerprint"]["sha256"],
-        "backbone in this folder": "yes" if backbone["included"] else "no, referred to",
-        "dtype": backbone["dtype"],
-        "adapter": adapter["kind"],
-        **(low_rank if adapter["kind"] in ("lora", "dora") else {}),
+        **config["settings"],
+        "backbone": config["backbone"]["name"],
+        "backbone's sha256": config["backbone"]["sha256"],
+        "backbone in this folder": "yes" if config["backbone_included"] else "no, referred to",
         "paths (numbers in the training run)": ", ".join(map(str, config["paths"])),
         "embedding": f"{config['embed_dim']} numbers per path, {config['aggregate_dim']} of the aggregate",
         "query instruction": config["query_instruction"],
         "candidate instruction": config["candidate_instruction"],
-        **config["encoder"],
     }
     return _table(rows.items())
 
