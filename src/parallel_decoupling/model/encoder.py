@@ -221,7 +221,7 @@ class ParallelEncoder(nn.Module):
         return self.prefixes.states(paths, self.prefix_range.start, self.backbone.dtype)
 
     def aggregate(self, embeddings: Tensor) -> Tensor:
-        """Combine embeddings ``[B, N, D]`` of all paths into unit norm ``[B, D]``, or ``[B, N * D]`` for concat.
+        """Combine embeddings ``[B, N, D]`` of all paths into ``[B, D]``, or ``[B, N * D]`` for concat.
 
         Raises:
             ValueError: when learned weights meet another number of paths.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import combinations
 from typing import Any
 
 CARD = """---
@@ -77,7 +76,6 @@ def model_card(config: Mapping[str, Any], scores: Mapping[str, Any] | None = Non
         "Hyper-parameters": _table(run.get("model", {}).items()),
         "Compute": _table(compute.items()),
         "Scores": ["Not evaluated."] if scores is None else _scores(scores),
-        "Paths": [] if scores is None else _paths(config["paths"], scores),
     }
     count = len(config["paths"])
     return CARD.format(
@@ -119,29 +117,6 @@ def _scores(scores: Mapping[str, Any]) -> list[str]:
     queries = sum(task["num_queries"] for task in tasks)
     about = f"hit@1 in percent, means over {len(tasks)} tasks with {queries} queries, all paths of the run."
     return [about, "", *_table(rows, ("", *columns))]
-
-
-def _paths(paths: Sequence[int], scores: Mapping[str, Any]) -> list[str]:
-    """Agreement of every two exported paths, and what at least one of them answers."""
-    columns, tasks = [f"path_{path}" for path in paths], scores["hits"].values()
-    if len(paths) < 2 or not tasks or not all(set(columns) <= hits.keys() for hits in tasks):
-        return []
-    joined = {column: "".join(hits[column] for hits in tasks) for column in columns}
-    rows = [
-        (
-            f"{first} and {second}",
-            _percent(x == y for x, y in zip(joined[first], joined[second], strict=True)),
-        )
-        for first, second in combinations(columns, 2)
-    ]
-    some = _percent("1" in answers for answers in zip(*joined.values(), strict=True))
-    about = "Share of evaluation queries in percent on which two paths are both right or both wrong."
-    return [about, "", *_table(rows, ("paths", "agree")), "", f"Right on at least one path: {some}."]
-
-
-def _percent(answers: Iterable[bool]) -> str:
-    values = list(answers)
-    return f"{100 * sum(values) / len(values):.1f}"
 
 
 def _table(rows: Iterable[Sequence[Any]], head: Sequence[str] = ("setting", "value")) -> list[str]:
