@@ -78,14 +78,13 @@ def test_exif_rotation_is_applied_unless_told_otherwise_and_the_input_untouched(
 
 
 def png_of_claimed_size(width: int, height: int) -> bytes:
-    """A small PNG file whose header claims any size."""
+    """Return a small PNG file whose header claims any size."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    pixels = chunk(b"IDAT", zlib.compress(b"\0" * 64))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
 
 
 def test_broken_missing_and_bomb_sized_files_are_named(tmp_path: Path) -> None:
@@ -167,9 +166,12 @@ def test_a_budget_bounds_the_pixels_and_keeps_the_aspect_ratio() -> None:
 
 
 def test_a_budget_of_one_bound_and_no_patches() -> None:
-    assert ImagePolicy(max_pixels=10_000)(Image.new("RGB", (400, 100))).size == (200, 50)
-    assert ImagePolicy(max_pixels=10_000)(Image.new("RGB", (3, 5))).size == (3, 5)
-    assert ImagePolicy(min_pixels=400)(Image.new("RGB", (10, 10))).size == (20, 20)
+    for policy, before, after in (
+        (ImagePolicy(max_pixels=10_000), (400, 100), (200, 50)),
+        (ImagePolicy(max_pixels=10_000), (3, 5), (3, 5)),
+        (ImagePolicy(min_pixels=400), (10, 10), (20, 20)),
+    ):
+        assert policy(Image.new("RGB", before)).size == after
     image = Image.new("RGB", (10, 10))
     assert ImagePolicy()(image) is image
 
@@ -226,8 +228,4 @@ def test_images_are_found_with_and_without_their_folder(tmp_path: Path, prefix: 
     with pytest.raises(ImageError, match="no image file 'X/1.png' under .*a or .*b"):
         folder.get("X/1.png")
     assert ImageFolder(tmp_path, must_exist=False).get("X/1.png") == "X/1.png"
-
-
-def test_an_absolute_image_path_is_itself(tmp_path: Path) -> None:
-    file = write_image(tmp_path / "elsewhere.png")
-    assert ImageFolder(tmp_path / "a").find(file) == file
+    assert folder.find(file) == file, "an absolute name is itself"

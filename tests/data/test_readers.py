@@ -60,14 +60,8 @@ def test_shards_are_one_table_and_errors_name_the_shard(tmp_path: Path) -> None:
 
 def test_limit_is_a_seeded_sample_in_file_order(tmp_path: Path) -> None:
     write_train(tmp_path, "S", [train_row(str(number)) for number in range(50)])
-    kept = [
-        [int(subset[i].query.text) for i in range(len(subset))]
-        for subset in (
-            TrainSubset(tmp_path, "S", limit=20),
-            TrainSubset(tmp_path, "S", limit=20),
-            TrainSubset(tmp_path, "S", limit=20, seed=1),
-        )
-    ]
+    subsets = [TrainSubset(tmp_path, "S", limit=20, seed=seed) for seed in (0, 0, 1)]
+    kept = [[int(subset[row].query.text) for row in range(20)] for subset in subsets]
     assert kept[0] == kept[1] != kept[2]
     assert len(set(kept[0])) == 20
     assert kept[0] == sorted(kept[0]) != list(range(20))
@@ -80,7 +74,6 @@ def test_limit_is_a_seeded_sample_in_file_order(tmp_path: Path) -> None:
         ({"neg_text": "n", "neg_image_path": ""}, ["n", None]),
         ({"neg_text": ["n", "m", "o"], "neg_image_path": ["", "", ""]}, ["n", "m"]),
         ({"neg_text": ["n", "m"], "neg_image_path": None}, ["n", "m"]),
-        ({"neg_text": "", "neg_image_path": ""}, [None, None]),
         ({"neg_text": None, "neg_image_path": None}, [None, None]),
         ({"neg_text": " \n", "neg_image_path": ""}, [None, None]),
         ({"neg_text": [" ", "n"], "neg_image_path": ["", ""]}, ["n", None]),
