@@ -16,7 +16,7 @@ from lightning.pytorch import Trainer
 
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.data.download import download_eval, download_train, unpack
-from tests.data.mmeb_files import eval_row, train_row, write_eval, write_image, write_train
+from tests.data.mmeb_files import eval_row, train_row, write_image
 
 JPEG = b"not decoded here"
 
@@ -48,7 +48,7 @@ class Hub:
                 "VisDial/original-00000-of-00001.parquet": table([row]),
                 "VisDial/diverse_instruction-00000-of-00001.parquet": table([row]),
                 "CIRR/original-00000-of-00001.parquet": table([cirr]),
-                "images_zip/VisDial.zip": archive(["VisDial/Train/0.jpg", "__MACOSX/VisDial/Train/._0.jpg"]),
+                "images_zip/VisDial.zip": archive(["Train/0.jpg", "__MACOSX/Train/._0.jpg"]),
                 "images_zip/CIRR.zip": archive(["images/CIRR/Train/0.jpg", "images/CIRR/Train/._0.jpg"]),
             },
             "TIGER-Lab/MMEB-eval": {
