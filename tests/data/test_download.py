@@ -16,7 +16,7 @@ from lightning.pytorch import Trainer
 
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.data.download import download_eval, download_train, unpack
-from tests.data.mmeb_files import eval_row, train_row, write_image
+from tests.data.mmeb_files import eval_row, train_row, write_eval, write_image, write_train
 
 JPEG = b"not decoded here"
 
