@@ -29,12 +29,6 @@ def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-def test_same_seed_draws_the_same_picture() -> None:
-    first, second = render(sample_scene(rng(3))), render(sample_scene(rng(3)))
-    assert first.tobytes() == second.tobytes()
-    assert first.tobytes() != render(sample_scene(rng(4))).tobytes()
-
-
 @pytest.mark.parametrize("color", COLORS)
 @pytest.mark.parametrize("position", range(4))
 def test_object_is_drawn_in_its_color_at_its_place_and_nowhere_else(color: str, position: int) -> None:
