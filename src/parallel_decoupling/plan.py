@@ -20,8 +20,8 @@ from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.images import ImagePolicy
 from parallel_decoupling.model.backbone import Backbone, meta_backbone
-from parallel_decoupling.model.dual_backbone import is_dual_encoder
 from parallel_decoupling.model.encoder import ParallelEncoder
+from parallel_decoupling.model.open_clip import is_open_clip
 from parallel_decoupling.objective.mutual_information import MutualInformation
 from parallel_decoupling.training import compute
 from parallel_decoupling.training.settings import check_trained_dtype, read_settings
@@ -137,7 +137,7 @@ class Plan:
     """What one run needs; for arguments and errors see ``plan_tables``."""
 
     def __init__(self, model: Mapping[str, Any], data: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
-        if is_dual_encoder(model["backbone"]):
+        if is_open_clip(model["backbone"]):
             raise ValueError(f"backbone {model['backbone']!r} is an OpenCLIP model, which has no plan.")
         self.model, plain = read_settings(model)
         check_trained_dtype(plain)
