@@ -24,7 +24,8 @@ PATH_NAME = re.compile(r"path_\d+")
 class RowSource:
     """Rows with a text, an image file or both.
 
-    ``ids`` are different texts, ``fields`` are the other columns, and images are relative to ``image_dir``.
+    ``ids`` are texts that all differ, ``fields`` are the other columns, and ``image_dir`` is what relative
+    names of images are relative to.
     """
 
     path: Path
