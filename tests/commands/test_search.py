@@ -14,7 +14,8 @@ from torch import Tensor
 from parallel_decoupling import cli
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.index.loading import load_index
-from parallel_decoupling.index.searcher import PATH_HASHES, path_hashes
+from parallel_decoupling.index.searcher import PATH_HASHES
+from parallel_decoupling.model.identity import path_hashes
 from parallel_decoupling.training import loading
 from parallel_decoupling.training.module import PDFEmbedder
 from tests.support.tiny import noise_image

@@ -92,17 +92,6 @@ def test_an_empty_row_has_no_input(tmp_path: Path) -> None:
         source.raw_input(1)
 
 
-def test_the_hash_follows_the_content(tmp_path: Path) -> None:
-    file = save(tmp_path / "rows.jsonl")
-    before = open_rows(file).sha256(), open_rows(tmp_path / "pictures").sha256()
-    save(file)
-    assert (open_rows(file).sha256(), open_rows(tmp_path / "pictures").sha256()) == before
-    save(file, ROWS[:2])
-    Image.new("RGB", (9, 9)).save(tmp_path / "pictures" / "blue.png")
-    after = open_rows(file).sha256(), open_rows(tmp_path / "pictures").sha256()
-    assert all(one != other for one, other in zip(before, after, strict=True))
-
-
 @pytest.mark.parametrize(
     ("rows", "message"),
     [

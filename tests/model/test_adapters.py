@@ -19,8 +19,8 @@ from transformers import AutoModelForImageTextToText
 from parallel_decoupling.batch import EncoderInputs
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.model.backbone import AdapterConfig, Backbone, load_backbone, meta_backbone
-from parallel_decoupling.model.checkpoint import load_trainable_state, trainable_state
 from parallel_decoupling.model.encoder import ParallelEncoder
+from parallel_decoupling.model.trained_state import load_trainable_state, trainable_state
 from tests.support.families import raw_input, save_tiny_family
 from tests.support.tiny import noise_image
 

@@ -24,9 +24,9 @@ from transformers.utils import logging
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, EncoderInputs, RawInput
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.model.backbone import AdapterConfig, Backbone, load_backbone, meta_backbone
-from parallel_decoupling.model.checkpoint import load_trainable_state, trainable_state
 from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.model.families import FAMILIES, Family
+from parallel_decoupling.model.trained_state import load_trainable_state, trainable_state
 from tests.support.families import TINY_FAMILIES, raw_input, save_tiny_family
 from tests.support.tiny import noise_image
 

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.model.backbone import AdapterConfig
-from parallel_decoupling.model.checkpoint import trainable_state
 from parallel_decoupling.model.dual_backbone import load_dual_backbone
 from parallel_decoupling.model.dual_encoder import DualEncoder
 from parallel_decoupling.model.pretrained import is_pretrained, load_encoder, read_config
+from parallel_decoupling.model.trained_state import trainable_state
 from tests.support.embedders import mixed_inputs, tiny_embedder
 from tests.support.families import save_tiny_family
 from tests.support.tiny import save_tiny_backbone

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from parallel_decoupling.index.searcher import PATH_HASHES, path_hashes
+from parallel_decoupling.index.searcher import PATH_HASHES
 from parallel_decoupling.index.torch_index import TorchIndex
+from parallel_decoupling.model.identity import path_hashes
 from parallel_decoupling.training.loading import load_embedder
 from tests.serving.conftest import Start
 from tests.support.tiny import noise_image

@@ -1,12 +1,11 @@
 """What ``predict`` embeds besides evaluation tasks: a folder of images, or the rows of one table.
 
-Here: reading, and what identifies a source. Elsewhere on purpose: batches (``row_loaders``), the benchmark's
+Here: reading. Elsewhere on purpose: batches (``row_loaders``), the benchmark's
 tables (``tables``), writing (``training.prediction_writer``).
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,16 +67,6 @@ class RowSource:
             return self._columns(0, 0)
         first, stop = rows[0], rows[-1] + 1
         return self._columns(first, stop - first).take(pa.array([row - first for row in rows]))
-
-    def sha256(self) -> str:
-        """Identify the rows: a table by its bytes, a folder by the names and sizes of its images."""
-        if self.path.is_file():
-            with self.path.open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-        digest = hashlib.sha256()
-        for name in self.images.to_pylist():
-            digest.update(f"{name}\0{(self.path / name).stat().st_size}\0".encode())
-        return digest.hexdigest()
 
     def _columns(self, first: int, count: int) -> pa.Table:
         return self.fields.slice(first, count).add_column(0, ID, self.ids.slice(first, count))

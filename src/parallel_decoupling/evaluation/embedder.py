@@ -1,26 +1,23 @@
-"""An encoder with its tokenisation and its default instructions: all that a user of embeddings needs.
-
-Here: the public ``encode`` methods, without Lightning. Elsewhere on purpose: the loop behind them
-(``evaluation.encode``), training (``training.module``).
-"""
+"""An encoder with its tokenisation and its default instructions: all that a user of embeddings needs."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.images import ImagePolicy
-from parallel_decoupling.evaluation import encode as encoding
+from parallel_decoupling.evaluation.encode import Paths, encode
+from parallel_decoupling.evaluation.user_inputs import is_single
 
 if TYPE_CHECKING:
-    from parallel_decoupling.model.dual_encoder import DualEncoder
     from parallel_decoupling.model.encoder import ParallelEncoder
+    from parallel_decoupling.model.open_clip import OpenCLIPEncoder
 
 
 class Embedder:
@@ -29,7 +26,7 @@ class Embedder:
     Args:
         encoder: the model.
         query_instruction: default instruction of ``encode_query``.
-        candidate_instruction: default instruction of ``encode_candidate``.
+        candidate_instruction: default instruction of ``encode_document``.
         images: what happens to a picture before the processor sees it: nothing by default, and as in
             training for a model that was trained.
 
@@ -39,7 +36,7 @@ class Embedder:
 
     def __init__(
         self,
-        encoder: ParallelEncoder | DualEncoder,
+        encoder: ParallelEncoder | OpenCLIPEncoder,
         query_instruction: str = "",
         candidate_instruction: str = "",
         images: ImagePolicy | None = None,
@@ -49,6 +46,46 @@ class Embedder:
         self.query_instruction, self.candidate_instruction = query_instruction, candidate_instruction
         self.run: dict[str, Any] = {}
 
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> Embedder:
+        """Load a trained model for encoding, on the CPU and without Lightning.
+
+        Args:
+            path: a checkpoint (``runs/demo/checkpoints/last.ckpt``), the folder of a run (its last
+                checkpoint), or a folder that ``save_pretrained`` or ``export`` wrote.
+
+        Raises:
+            ValueError: there is nothing of that kind, or the files are damaged or belong to another backbone.
+        """
+        from parallel_decoupling.model.pretrained import load_encoder
+
+        encoder, about = load_encoder(path)
+        images = ImagePolicy.from_settings(about["images"])
+        embedder = cls(encoder, about["query_instruction"], about["candidate_instruction"], images)
+        embedder.run = about["run"]
+        encoder.eval()
+        return embedder
+
+    @property
+    def num_paths(self) -> int:
+        """Number of paths N."""
+        return self.encoder.num_paths
+
+    @property
+    def embed_dim(self) -> int:
+        """Dimension D of one path's embedding."""
+        return self.encoder.embed_dim
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.encoder.parameters()).device
+
+    @property
+    def collator(self) -> Collator:
+        """Tokenises for this model."""
+        return Collator(self.encoder.processor, image_token=self.encoder.image_token, images=self.images)
+
     def to(self, device: torch.device | str) -> Embedder:
         """Move the weights, and with them what ``encode`` computes; embeddings come back on the CPU."""
         self.encoder.to(device)
@@ -56,10 +93,10 @@ class Embedder:
 
     def encode(
         self,
-        inputs: Iterable[str | Path | Mapping[str, Any] | Any],
+        inputs: Any,
         *,
         instruction: str | None = None,
-        paths: encoding.Paths = "all",
+        paths: Paths = "aggregate",
         truncate_dim: int | None = None,
         batch_size: int = 32,
         show_progress: bool | None = None,
@@ -67,45 +104,64 @@ class Embedder:
         """Embed texts, images and dictionaries of both, on the CPU in the order given.
 
         Args:
-            inputs: a list of texts, PIL images, image files, or dictionaries with ``text``, ``image`` or
-                ``images``, and ``instruction``. A string that ends like an image file is one, and must exist.
+            inputs: one item or a list of texts, PIL images, image files, or dictionaries with ``text``,
+                ``image`` or ``images``, and ``instruction``. A string that ends like an image file is one,
+                and must exist.
             instruction: put before every text or after every image; a dictionary's own one wins.
-            paths: ``all`` or a list of numbers for ``[B, N', D]``; ``aggregate`` (of all paths) for
-                ``[B, D]`` (``[B, N*D]`` if the encoder concatenates); a number for ``[B, D]``.
+            paths: ``aggregate`` of all paths for ``[B, D]`` (``[B, N*D]`` if the encoder concatenates);
+                ``all`` or a list of numbers for ``[B, N', D]``; a number for ``[B, D]``.
             truncate_dim: keep the first so many coordinates of every path in place of all D, renormalised;
                 the aggregate is that of the shorter paths.
             batch_size: rows per forward pass.
             show_progress: whether to show a bar; by default for long lists on a terminal.
 
         Returns:
-            float32, unit norm.
+            float32, unit norm. One item gives its embedding without the batch dimension.
 
         Raises:
             ValueError: an input (named by its index), a path, the dimension or the batch size is not usable.
+
+        Relations:
+            ``encode(item)`` equals ``encode([item])[0]``.
         """
-        from parallel_decoupling.model.dual_encoder import DualEncoder
+        single = is_single(inputs)
+        embeddings = encode(
+            self.encoder,
+            self.collator,
+            [inputs] if single else inputs,
+            instruction=instruction,
+            paths=paths,
+            truncate_dim=truncate_dim,
+            batch_size=batch_size,
+            show_progress=show_progress,
+        )
+        return embeddings[0] if single else embeddings
 
-        processor, image_token = self.encoder.processor, self.encoder.image_token
-        collator = Collator(processor, image_token=image_token, images=self.images)
-        options: dict[str, Any] = {"batch_size": batch_size, "show_progress": show_progress}
-        options |= {"instruction": instruction, "paths": paths, "truncate_dim": truncate_dim}
-        embeddings = encoding.encode(self.encoder, collator, inputs, **options)
-        if isinstance(self.encoder, DualEncoder):
-            warn_of_cut_texts(self.encoder.take_text_counts(), self.encoder.processor.context_length)
-        return embeddings
-
-    def encode_query(self, inputs: Iterable[Any], **options: Any) -> Tensor:
+    def encode_query(self, inputs: Any, **options: Any) -> Tensor:
         """``encode`` with ``query_instruction`` unless ``instruction`` is given."""
         return self.encode(inputs, **{"instruction": self.query_instruction or None, **options})
 
-    def encode_candidate(self, inputs: Iterable[Any], **options: Any) -> Tensor:
+    def encode_document(self, inputs: Any, **options: Any) -> Tensor:
         """``encode`` with ``candidate_instruction`` unless ``instruction`` is given."""
         return self.encode(inputs, **{"instruction": self.candidate_instruction or None, **options})
 
+    encode_candidate = encode_document
+
     @staticmethod
     def similarity(a: Tensor, b: Tensor) -> Tensor:
-        """Cosines of all pairs ``[A, B]``; mean over aligned paths for ``[A, N, D]`` and ``[B, N, D]``."""
-        return encoding.similarity(a, b)
+        """Compare all pairs; see ``similarity`` of this module."""
+        return similarity(a, b)
+
+    @staticmethod
+    def similarity_pairwise(a: Tensor, b: Tensor) -> Tensor:
+        """Compare row by row; see ``similarity_pairwise`` of this module."""
+        return similarity_pairwise(a, b)
+
+    def identity(self) -> dict[str, Any]:
+        """Identify what turns inputs into embeddings; see ``model.identity.encoder_identity``."""
+        from parallel_decoupling.model.identity import encoder_identity
+
+        return encoder_identity(self.encoder)
 
     def save_pretrained(
         self,
@@ -114,6 +170,7 @@ class Embedder:
         merge_adapters: bool = False,
         *,
         include_backbone: bool = False,
+        scores: Mapping[str, Any] | None = None,
     ) -> None:
         """Write a folder to share: safetensors, processor, ``config.json`` and a model card.
 
@@ -122,6 +179,7 @@ class Embedder:
             paths: which paths, in that order; None is all. The aggregate is then that of these paths.
             merge_adapters: write a full backbone with the adapters in its weights.
             include_backbone: write the backbone, too; otherwise the folder refers to it by name.
+            scores: content of a ``scores.json`` for the card.
 
         Raises:
             ValueError: a folder that holds a model, a path that does not exist, weights that are not written.
@@ -130,33 +188,61 @@ class Embedder:
             ``from_pretrained`` gives the same embeddings bit for bit in the same dtype, path n those of
             ``paths[n]``; with ``merge_adapters`` up to rounding.
         """
-        from parallel_decoupling.evaluation.sharing import save_embedder
+        from parallel_decoupling.model.pretrained import save_encoder
 
-        options: dict[str, Any] = {"merge_adapters": merge_adapters, "include_backbone": include_backbone}
-        save_embedder(self, folder, paths=paths, **options)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Embedder:
-        """Load what ``save_pretrained`` wrote, on the CPU: without Lightning, pickle and network.
-
-        Raises:
-            ValueError: files that are missing or changed, or another backbone than the one trained on.
-        """
-        from parallel_decoupling.model.pretrained import load_encoder
-
-        encoder, config = load_encoder(folder)
-        images = ImagePolicy.from_settings(config.get("images") or config["run"].get("data", {}))
-        embedder = cls(encoder, config["query_instruction"], config["candidate_instruction"], images)
-        embedder.run = config["run"]
-        return embedder
-
-
-def warn_of_cut_texts(counts: Tensor, context_length: int) -> None:
-    """Say how many texts did not fit into an OpenCLIP model; ``counts`` are texts and cut texts."""
-    texts, cut = counts.tolist()
-    if cut:
-        warnings.warn(
-            f"{cut} of {texts} texts have more than the {context_length} tokens that this text tower takes; "
-            "the rest of each was cut off.",
-            stacklevel=3,
+        save_encoder(
+            self.encoder,
+            folder,
+            query_instruction=self.query_instruction,
+            candidate_instruction=self.candidate_instruction,
+            images=self.images.settings,
+            run=self.run,
+            paths=paths,
+            merge_adapters=merge_adapters,
+            include_backbone=include_backbone,
+            scores=scores,
         )
+
+
+def similarity(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine similarity of every row of ``a`` with every row of ``b``.
+
+    Args:
+        a: ``[A, D]``, or ``[A, N, D]`` for the mean cosine over aligned paths.
+        b: ``[B, D]`` or ``[B, N, D]``, of the same rank.
+
+    Returns:
+        ``[A, B]`` float32 in [-1, 1].
+
+    Raises:
+        ValueError: ranks or trailing sizes differ.
+
+    Relations:
+        For three dimensions, the mean over n of ``similarity(a[:, n], b[:, n])``.
+    """
+    unit_a, unit_b, num_paths = _unit_pair(a, b)
+    return unit_a @ unit_b.T / num_paths
+
+
+def similarity_pairwise(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine similarity of every row of ``a`` with the same row of ``b``: ``[A]`` float32 in [-1, 1].
+
+    Relations:
+        The diagonal of ``similarity(a, b)``.
+    """
+    unit_a, unit_b, num_paths = _unit_pair(a, b)
+    if len(unit_a) != len(unit_b):
+        raise ValueError(f"similarity_pairwise of {len(unit_a)} and {len(unit_b)} rows; pass as many of both")
+    return (unit_a * unit_b).sum(dim=1) / num_paths
+
+
+def _unit_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Normalise both and lay aligned paths side by side: ``[A, N * D]``, ``[B, N * D]`` and N."""
+    if a.ndim != b.ndim or a.ndim not in (2, 3) or a.shape[1:] != b.shape[1:]:
+        raise ValueError(
+            f"similarity of shapes {tuple(a.shape)} and {tuple(b.shape)}; pass [A, D] and [B, D], "
+            "or [A, N, D] and [B, N, D], encoded with the same paths"
+        )
+    num_paths = a.shape[1] if a.ndim == 3 else 1
+    unit_a, unit_b = F.normalize(a.float(), dim=-1), F.normalize(b.float(), dim=-1)
+    return unit_a.flatten(1), unit_b.flatten(1), num_paths

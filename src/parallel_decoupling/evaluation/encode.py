@@ -1,41 +1,51 @@
-"""From what users have (texts, images, both) to embeddings, and from embeddings to similarities.
+"""The only encoding loop: rows, in batches of similar length, over shards and processes.
 
-Here: recognising inputs, the batched encoding loop, cosine similarity. Deliberately elsewhere:
-prompt format and tokenisation (``data.collate``), the model (``model.encoder``), scores (``score``).
+``BatchPlan`` decides which rows form a batch and which process encodes it, ``RowBatches`` makes its tensors,
+``encode`` is the loop in one process. ``test``, ``validate`` and ``predict`` hand the same plan and the same
+batches to a Trainer; what they return is kept in ``evaluation.store``.
 """
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from numbers import Integral
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
 from parallel_decoupling.batch import EncoderInputs, RawInput
-from parallel_decoupling.data.images import IMAGE_SUFFIXES
-from parallel_decoupling.data.prompts import prompt
+from parallel_decoupling.data.collate import Collator
+from parallel_decoupling.data.images import image_size, smart_size
+from parallel_decoupling.evaluation.user_inputs import to_raw_inputs
 from parallel_decoupling.model.matryoshka import check_dim, truncate
 
-if TYPE_CHECKING:
-    from parallel_decoupling.data.collate import Collator
-
-INPUT_KEYS = ("text", "image", "images", "instruction")
-BATCHES_WITHOUT_PROGRESS = 4
+CHARACTERS_PER_TOKEN = 4
+FIXED_IMAGE_TOKENS = 576
+PROGRESS_FROM = 5
+"""Batches from which ``encode`` shows a progress bar on a terminal."""
+STAND_IN = RawInput("missing")
+"""What is encoded where a batch does not have a usable row, so that every process makes as many steps."""
 
 Paths = Literal["all", "aggregate"] | int | Sequence[int]
 
 
+class Rows(Protocol):
+    """What can be encoded: rows by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int, /) -> RawInput:
+        """Return a row's prompt; raise ``ValueError`` if the row cannot be used."""
+
+
 class PathEncoder(Protocol):
-    """What ``encode`` needs of a model; ``ParallelEncoder`` has it."""
+    """What ``encode`` needs of a model."""
 
     @property
     def num_paths(self) -> int:
@@ -65,30 +75,193 @@ class PathEncoder(Protocol):
         """All parameters; the first tells the device."""
 
 
-def to_raw_inputs(inputs: Iterable[Any], instruction: str | None = None) -> list[RawInput]:
-    """Turn texts, images and dictionaries into prompts.
+class TokenEstimate:
+    """Roughly how many tokens a row has, without decoding its pictures; only the order of rows depends on it.
 
     Args:
-        inputs: a list whose items are a text; a PIL image; an image file, as ``Path`` or as a string that
-            ends with an image suffix (which is never taken for a text); a dictionary with ``text``,
-            ``image`` or ``images``, and optionally its own ``instruction``; or a finished ``RawInput``.
-        instruction: put before every text and after the placeholder of every image; a dictionary's own
-            instruction wins. Not with a ``RawInput``.
-
-    Returns:
-        One ``RawInput`` per item, in order.
-
-    Raises:
-        ValueError: ``inputs`` is a single item, the instruction is no text, or an item cannot be used; names
-            its index.
+        collator: tells how large the processor makes pictures, if it has a pixel budget (as Qwen's has).
     """
-    if instruction is not None and not isinstance(instruction, str):
-        raise ValueError(f"instruction is a {type(instruction).__name__}; use a string, or None for none")
-    if isinstance(inputs, (str, Path, Image.Image, RawInput, Mapping)):
-        raise ValueError(
-            f"inputs is a single {type(inputs).__name__}; pass a list, for example [{_short(inputs)}]"
-        )
-    return [_raw_input(item, instruction, f"input {index}") for index, item in enumerate(inputs)]
+
+    def __init__(self, collator: Collator) -> None:
+        images, processor = collator.images, getattr(collator.processor, "image_processor", None)
+        self.factor = 0  # side in pixels of a token; 0 where all pictures have the same number of tokens
+        if images.size is None and images.factor > 1:
+            budget: Mapping[str, int] = cast(Any, processor).size
+            least, most = budget["shortest_edge"], budget["longest_edge"]
+            least = min(most, max(least, images.min_pixels or 1))
+            self.factor = images.factor
+            self.limits = {
+                "min_pixels": least,
+                "max_pixels": max(least, min(most, images.max_pixels or most)),
+            }
+
+    def __call__(self, row: RawInput) -> float:
+        """Estimate from the text's length and the pictures' sizes, read from the headers of their files."""
+        return len(row.text) / CHARACTERS_PER_TOKEN + sum(self._image_tokens(image) for image in row.images)
+
+    def _image_tokens(self, image: Any) -> float:
+        if not self.factor:
+            return FIXED_IMAGE_TOKENS
+        size = image_size(image) if isinstance(image, str) else image.size
+        if size is None:  # an unreadable file
+            return 0.0
+        width, height = smart_size(*size, factor=self.factor, **self.limits)
+        return width * height / self.factor**2
+
+
+@dataclass(frozen=True)
+class BatchPlace:
+    """Which rows form a batch.
+
+    Attributes:
+        shard: their shard; None for a batch without rows.
+        rows: row numbers.
+        last: whether the shard ends with this batch.
+    """
+
+    shard: int | None
+    rows: tuple[int, ...]
+    last: bool = False
+
+
+class BatchPlan(Sampler[BatchPlace]):
+    """Batches of one process, each of rows of similar length, the longest first.
+
+    With ``rows_per_shard`` a process has every ``world_size``-th of the shards that are to be done; without,
+    all rows are one shard and the process has every ``world_size``-th of its batches. All processes have the
+    same number of batches, at least one: those with less to do end with batches without rows. Every row is in
+    one batch of one process, and which rows share a batch does not depend on the number of processes.
+
+    Args:
+        rows: to be encoded.
+        estimate: of the tokens of a row.
+        batch_size: rows per batch.
+        rows_per_shard: consecutive rows that belong together on disk; None makes one shard.
+        finished: shards that are done, the same on all processes.
+        rank: this process.
+        world_size: number of processes.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        estimate: Callable[[RawInput], float],
+        batch_size: int,
+        *,
+        rows_per_shard: int | None = None,
+        finished: Collection[int] = (),
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._rows, self._estimate, self._batch_size = rows, estimate, batch_size
+        self._rows_per_shard = rows_per_shard or max(1, len(rows))
+        shards = range(-(-len(rows) // self._rows_per_shard))
+        to_do = [shard for shard in shards if shard not in finished]
+        self._split_batches = rows_per_shard is None
+        self._rank, self._world_size = rank, world_size
+        self._own_shards = to_do if self._split_batches else to_do[rank::world_size]
+        if self._split_batches:
+            longest = -(-self._num_batches(to_do) // world_size)
+        else:
+            longest = max(self._num_batches(to_do[first::world_size]) for first in range(world_size))
+        self._length = max(1, longest)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[BatchPlace]:
+        places = [place for shard in self._own_shards for place in self._shard(shard)]
+        if self._split_batches:
+            places = places[self._rank :: self._world_size]
+        yield from places
+        yield from [BatchPlace(None, ())] * (self._length - len(places))
+
+    def _range(self, shard: int) -> range:
+        first = shard * self._rows_per_shard
+        return range(first, min(first + self._rows_per_shard, len(self._rows)))
+
+    def _num_batches(self, shards: Sequence[int]) -> int:
+        return sum(-(-len(self._range(shard)) // self._batch_size) for shard in shards)
+
+    def _shard(self, shard: int) -> Iterator[BatchPlace]:
+        rows = sorted(self._range(shard), key=self._tokens, reverse=True)
+        for start in range(0, len(rows), self._batch_size):
+            stop = start + self._batch_size
+            yield BatchPlace(shard, tuple(rows[start:stop]), last=stop >= len(rows))
+
+    def _tokens(self, row: int) -> float:
+        try:
+            return self._estimate(self._rows[row])
+        except ValueError:  # RowBatches says which row and why
+            return 0.0
+
+
+@dataclass(frozen=True)
+class RowBatch:
+    """Tokenised rows of one shard.
+
+    Attributes:
+        inputs: ``B`` rows; one stand-in if the batch does not have a usable row.
+        place: which rows were asked for.
+        rows: numbers of the rows in ``inputs``, in that order.
+        bad_rows: the others, each with the reason.
+        paths: which paths are wanted; None is all.
+    """
+
+    inputs: EncoderInputs
+    place: BatchPlace
+    rows: tuple[int, ...]
+    bad_rows: dict[int, str] = field(default_factory=dict)
+    paths: tuple[int, ...] | None = None
+
+    def to(self, device: torch.device | str) -> RowBatch:
+        """Move the inputs to ``device``."""
+        return replace(self, inputs=self.inputs.to(device))
+
+
+class RowBatches(Dataset[RowBatch]):
+    """Makes the tensors of a batch.
+
+    Args:
+        rows: to be encoded.
+        collator: makes tensors.
+        where: names a row in an error message.
+        keep_going: report a row that cannot be used in ``RowBatch.bad_rows`` instead of raising.
+        paths: see ``RowBatch``.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        collator: Collator,
+        where: Callable[[int], str],
+        *,
+        keep_going: bool = False,
+        paths: tuple[int, ...] | None = None,
+    ) -> None:
+        self._rows, self._collator, self._where = rows, collator, where
+        self._keep_going, self._paths = keep_going, paths
+
+    def __getitem__(self, place: BatchPlace) -> RowBatch:
+        try:
+            inputs = self._collator.encode_inputs([self._rows[row] for row in place.rows] or [STAND_IN])
+            return RowBatch(inputs, place, place.rows, paths=self._paths)
+        except ValueError:  # one by one, to find out which row it is
+            return self._one_by_one(place)
+
+    def _one_by_one(self, place: BatchPlace) -> RowBatch:
+        usable: dict[int, RawInput] = {}
+        bad_rows: dict[int, str] = {}
+        for row in place.rows:
+            try:
+                self._collator.encode_inputs([self._rows[row]])
+                usable[row] = self._rows[row]
+            except ValueError as error:
+                if not self._keep_going:
+                    raise type(error)(f"{self._where(row)}: {error}") from error
+                bad_rows[row] = str(error)
+        inputs = self._collator.encode_inputs(list(usable.values()) or [STAND_IN])
+        return RowBatch(inputs, place, tuple(usable), bad_rows, self._paths)
 
 
 def encode(
@@ -97,7 +270,7 @@ def encode(
     inputs: Iterable[Any],
     *,
     instruction: str | None = None,
-    paths: Paths = "all",
+    paths: Paths = "aggregate",
     truncate_dim: int | None = None,
     batch_size: int = 32,
     show_progress: bool | None = None,
@@ -111,17 +284,17 @@ def encode(
     Args:
         encoder: the model.
         collator: tokenises for that model.
-        inputs: see ``to_raw_inputs``.
-        instruction: see ``to_raw_inputs``.
-        paths: ``"all"``; ``"aggregate"``; one path's number (the cost of the plain backbone); or several.
+        inputs: see ``user_inputs.to_raw_inputs``.
+        instruction: see ``user_inputs.to_raw_inputs``.
+        paths: ``"aggregate"``; ``"all"``; one path's number (the cost of the plain backbone); or several.
         truncate_dim: keep this many coordinates of every path, renormalised; the aggregate is that of the
             shorter paths. None keeps all D. Made for models trained with ``matryoshka_dims``.
         batch_size: rows per forward call, at least 1.
         show_progress: None shows a bar on a terminal when there are more than a few batches.
 
     Returns:
-        CPU float32, unit norm: ``[B, N', D]`` for ``"all"`` or a sequence of ``N'`` paths, in its order;
-        ``[B, D]`` for one path or the aggregate of all (``[B, N * D]`` if the encoder concatenates). With
+        CPU float32, unit norm: ``[B, D]`` for the aggregate (``[B, N * D]`` if the encoder concatenates) and
+        for one path; ``[B, N', D]`` for ``"all"`` or a sequence of ``N'`` paths, in its order. With
         ``truncate_dim`` it takes the place of D.
 
     Raises:
@@ -135,126 +308,34 @@ def encode(
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     selected = _selected_paths(paths, encoder.num_paths)
-    embed_dim = encoder.embed_dim
-    dim = embed_dim if truncate_dim is None else check_dim(truncate_dim, embed_dim, "truncate_dim")
+    dim = encoder.embed_dim
+    if truncate_dim is not None:
+        dim = check_dim(truncate_dim, encoder.embed_dim, "truncate_dim")
     rows = to_raw_inputs(inputs, instruction)
-    order = sorted(
-        range(len(rows)), key=lambda row: (len(rows[row].images), len(rows[row].text)), reverse=True
-    )
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    plan = BatchPlan(rows, TokenEstimate(collator), batch_size)
+    batches = RowBatches(rows, collator, "input {}".format)
     if show_progress is None:
-        show_progress = len(batches) > BATCHES_WITHOUT_PROGRESS and sys.stderr.isatty()
+        show_progress = len(plan) >= PROGRESS_FROM and sys.stderr.isatty()
     first_parameter = next(encoder.parameters(), None)
     device = torch.device("cpu") if first_parameter is None else first_parameter.device
     result = torch.empty(len(rows), *_trailing_shape(encoder, paths, selected, dim))
     with _evaluating(encoder), torch.inference_mode():
-        for batch in tqdm(batches, desc="encode", unit="batch", leave=False, disable=not show_progress):
-            places = [f"input {row}" for row in batch]
-            tokenised = collator.encode_inputs([rows[row] for row in batch], places).to(device)
-            embeddings_BND = encoder(tokenised, selected)
-            if dim < embed_dim:
+        for place in tqdm(plan, desc="encode", unit="batch", leave=False, disable=not show_progress):
+            if not place.rows:
+                continue
+            embeddings_BND = encoder(batches[place].to(device).inputs, selected)
+            if dim < encoder.embed_dim:
                 embeddings_BND = truncate(embeddings_BND, dim)
             if isinstance(paths, str) and paths == "aggregate":
                 embeddings = encoder.aggregate(embeddings_BND)
             else:
                 embeddings = embeddings_BND[:, 0] if isinstance(paths, Integral) else embeddings_BND
-            result[batch] = embeddings.float().cpu()
+            result[list(place.rows)] = embeddings.float().cpu()
     return result
 
 
-def similarity(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine similarity of every row of ``a`` with every row of ``b``.
-
-    Args:
-        a: ``[A, D]``, or ``[A, N, D]`` for the mean cosine over aligned paths.
-        b: ``[B, D]`` or ``[B, N, D]``, of the same rank.
-
-    Returns:
-        ``[A, B]`` float32 in [-1, 1].
-
-    Raises:
-        ValueError: ranks or trailing sizes differ.
-
-    Relations:
-        For three dimensions, the mean over n of ``similarity(a[:, n], b[:, n])``.
-    """
-    if a.ndim != b.ndim or a.ndim not in (2, 3) or a.shape[1:] != b.shape[1:]:
-        raise ValueError(
-            f"similarity of shapes {tuple(a.shape)} and {tuple(b.shape)}; pass [A, D] and [B, D], "
-            "or [A, N, D] and [B, N, D], encoded with the same paths"
-        )
-    paths = a.shape[1] if a.ndim == 3 else 1
-    unit_a, unit_b = F.normalize(a.float(), dim=-1), F.normalize(b.float(), dim=-1)
-    return unit_a.flatten(1) @ unit_b.flatten(1).T / paths
-
-
-def _raw_input(item: Any, instruction: str | None, where: str) -> RawInput:
-    if isinstance(item, RawInput):
-        if instruction is not None:
-            raise ValueError(
-                f"{where} is a RawInput, a finished prompt; an instruction cannot be added to it"
-            )
-        return item
-    if isinstance(item, Mapping):
-        return _raw_input_from_mapping(item, instruction, where)
-    if isinstance(item, (Image.Image, Path)) or (isinstance(item, str) and _is_image_file(item, where)):
-        return prompt(images=[_image(item, where)], instruction=instruction)
-    if not isinstance(item, str):
-        raise ValueError(
-            f"{where} is a {type(item).__name__}; use a text, a PIL image, an image file or a dictionary"
-        )
-    if not item.strip():
-        raise ValueError(f"{where} is an empty text")
-    return prompt(text=item, instruction=instruction)
-
-
-def _raw_input_from_mapping(item: Mapping[str, Any], instruction: str | None, where: str) -> RawInput:
-    unknown = sorted(str(key) for key in item if key not in INPUT_KEYS)
-    if unknown:
-        raise ValueError(f"{where} has unknown keys {unknown}; use {list(INPUT_KEYS)}")
-    if item.get("image") is not None and item.get("images") is not None:
-        raise ValueError(f"{where} has both 'image' and 'images'; use one of them")
-    text, own_instruction = item.get("text"), item.get("instruction")
-    for key, value in (("text", text), ("instruction", own_instruction)):
-        if value is not None and not isinstance(value, str):
-            raise ValueError(f"{where} has a {type(value).__name__} as {key!r}; use a string")
-    images = item.get("images")
-    if images is None:
-        images = [] if item.get("image") is None else [item["image"]]
-    elif isinstance(images, (str, Path, Image.Image)):
-        raise ValueError(
-            f"{where} has a single {type(images).__name__} as 'images'; pass a list or use 'image'"
-        )
-    if not images and not (text or "").strip():
-        raise ValueError(f"{where} has neither text nor image")
-    return prompt(
-        text=text,
-        images=[_image(image, where) for image in images],
-        instruction=instruction if own_instruction is None else own_instruction,
-    )
-
-
-def _is_image_file(text: str, where: str) -> bool:
-    """Whether a string names an image; one that only looks like it is an error, not a text."""
-    if not text.lower().endswith(IMAGE_SUFFIXES):
-        return False
-    if not os.path.isfile(text):
-        raise ValueError(f"{where}: no image file {text!r}; if this is a text, pass {{'text': {text!r}}}")
-    return True
-
-
-def _image(image: Any, where: str) -> Image.Image | str:
-    if isinstance(image, Image.Image):
-        return image
-    if not isinstance(image, (str, Path)):
-        raise ValueError(f"{where} has a {type(image).__name__} as image; use a PIL image or an image file")
-    if not os.path.isfile(image):
-        raise ValueError(f"{where}: no image file {str(image)!r}")
-    return str(image)
-
-
 def _selected_paths(paths: Paths, num_paths: int) -> list[int] | None:
-    """Path numbers for the encoder; None is all of them."""
+    """Return path numbers for the encoder; None is all of them."""
     if isinstance(paths, str):
         if paths not in ("all", "aggregate"):
             raise ValueError(f"paths is {paths!r}; use 'all', 'aggregate', a path number or a list of them")
@@ -281,7 +362,7 @@ def _trailing_shape(
 
 @contextmanager
 def _evaluating(encoder: PathEncoder) -> Iterator[None]:
-    """Eval mode inside; afterwards every submodule has the mode that it had."""
+    """Enter eval mode; afterwards every submodule has the mode that it had."""
     modes = [(module, module.training) for module in encoder.modules()]
     encoder.eval()
     try:
@@ -289,7 +370,3 @@ def _evaluating(encoder: PathEncoder) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def _short(item: object) -> str:
-    return repr(item) if isinstance(item, str) and len(item) < 40 else "..."

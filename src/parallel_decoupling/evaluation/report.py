@@ -54,7 +54,7 @@ class TaskResult:
         hits: by column, one ``0`` or ``1`` per row; empty when only the score is known.
         num_skipped: rows left out because their images could not be read.
         metrics: by column, means of ``metrics.METRICS``; empty when only hit@1 is known.
-        rows_sha256: identifies the rows (``score.rows_hash``); "" in files of before it was kept.
+        rows_sha256: identifies the rows (``score.asked_hash``).
     """
 
     task: Task

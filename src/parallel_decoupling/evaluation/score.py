@@ -6,10 +6,9 @@ is scored (``modes``), metrics of a rank (``metrics``), means over tasks (``repo
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from hashlib import sha256
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,7 @@ from parallel_decoupling.data.collate import identity
 from parallel_decoupling.data.tasks import EvalTask, Task
 from parallel_decoupling.evaluation.metrics import positive_rank
 from parallel_decoupling.evaluation.modes import similarities
+from parallel_decoupling.model.identity import rows_hash
 
 RANKING_DEPTH = 10
 ROWS_AT_ONCE = 256
@@ -37,7 +37,7 @@ class TaskScore:
         chance: hit@1 of a random choice, the mean over rows of 1 / number of distinct candidates.
         num_skipped: rows left out because their images could not be read.
         ranks: by column, int64 ``[rows]``: the positive's rank after all rivals that it does not beat.
-        rows_sha256: what was asked, see ``rows_hash``; "" if unknown.
+        rows_sha256: what was asked, see ``asked_hash``; "" if unknown.
     """
 
     task: Task
@@ -91,30 +91,13 @@ def score_task(task: EvalTask, columns: Mapping[str, tuple[Tensor, Tensor]]) -> 
         ranking = torch.cat(ranking_by_chunk) if number == 0 else ranking
     chance = sum(1 / len(set(identity_U[row].tolist())) for row in task.candidates_of_row) / len(query_of_row)
     hits = {name: rank_R == 1 for name, rank_R in ranks.items()}
-    return TaskScore(task.task, hits, ranking, chance, ranks=ranks, rows_sha256=rows_hash(task))
+    return TaskScore(task.task, hits, ranking, chance, ranks=ranks, rows_sha256=asked_hash(task))
 
 
-def rows_hash(task: EvalTask) -> str:
-    """Identify what a task asks: the texts and images of every row's query and candidates, in order.
-
-    Image files count by their last two path parts, so that a benchmark may move; their content does not
-    count, PIL images count by their pixels.
-
-    Returns:
-        The first 16 hexadecimal digits of a SHA-256.
-    """
-    queries, candidates = ([_input_hash(each) for each in side] for side in (task.queries, task.candidates))
-    digest = sha256()
-    for query, row in zip(task.query_of_row, task.candidates_of_row, strict=True):
-        digest.update(queries[query] + b"".join(candidates[index] for index in row) + b"\n")
-    return digest.hexdigest()[:16]
-
-
-def _input_hash(row: RawInput) -> bytes:
-    images = tuple(
-        "/".join(Path(image).parts[-2:]) if isinstance(image, str) else image for image in row.images
-    )
-    return identity(RawInput(row.text, images)).to_bytes(8, "big", signed=True)
+def asked_hash(task: EvalTask) -> str:
+    """Identify what a task asks: the texts and images of every row's query and candidates, in order."""
+    rows = RawInput(json.dumps([task.query_of_row, task.candidates_of_row]))
+    return rows_hash((*task.queries, *task.candidates, rows), files=False)
 
 
 def _check(task: EvalTask, columns: Mapping[str, tuple[Tensor, Tensor]]) -> None:

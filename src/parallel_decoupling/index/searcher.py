@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from hashlib import sha256
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
-from parallel_decoupling.distributed import whole
 from parallel_decoupling.index.filters import Filter
 from parallel_decoupling.index.protocol import Hit, Index
 from parallel_decoupling.index.settings import AGGREGATE
+from parallel_decoupling.model.identity import path_hashes
 
 PATH_HASHES = "path_sha256"
 """Key of an index's metadata: ``path_hashes`` of the model that embedded the items."""
@@ -129,47 +127,6 @@ class Searcher:
                 "index)"
             )
         return found
-
-
-def path_hashes(encoder: Any) -> list[str]:
-    """Identify the weights behind every path: those that all paths share, and its own.
-
-    Needs no Trainer. Weights count rounded to bfloat16, large tensors at evenly spaced values.
-
-    Args:
-        encoder: a ``ParallelEncoder`` or ``DualEncoder``; on all ranks at once if it is sharded.
-
-    Returns:
-        Hexadecimal SHA-256 of every path.
-
-    Relations:
-        An exported folder has those of its checkpoint, path n that of ``paths[n]``, except with merged
-        adapters.
-    """
-    from parallel_decoupling.model.pretrained import PER_PATH
-
-    shared, own = sha256(), {}
-    for name, parameter in sorted(encoder.named_parameters()):
-        value = whole(parameter.detach())
-        if name.startswith(PER_PATH):
-            own[name] = value
-        else:
-            shared.update(_content(name, value))
-    hashes = []
-    for path in range(encoder.num_paths):
-        digest = shared.copy()
-        for name, value_N in own.items():
-            digest.update(_content(name, value_N[path]))
-        hashes.append(digest.hexdigest())
-    return hashes
-
-
-def _content(name: str, value: Tensor) -> bytes:
-    from parallel_decoupling.model.checkpoint import SAMPLED_VALUES
-
-    step = max(1, -(-value.numel() // SAMPLED_VALUES))
-    rounded = value.flatten()[::step].to(torch.bfloat16).contiguous().cpu()
-    return f"{name} {list(value.shape)}".encode() + rounded.view(torch.int16).numpy().tobytes()
 
 
 def _numbers_by_name(names: Sequence[str], num_paths: int) -> dict[str, int]:

@@ -113,7 +113,7 @@ class DualProcessor:
 
 
 class DualConfig:
-    """What an OpenCLIP model is, in the form in which ``model.checkpoint`` asks for it.
+    """What an OpenCLIP model is, in the form in which ``model.identity`` asks for it.
 
     Args:
         model: open_clip's model configuration.

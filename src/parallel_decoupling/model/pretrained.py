@@ -11,7 +11,6 @@ Here: these files. Elsewhere: instructions and prompts, the model card (``evalua
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -28,16 +27,12 @@ from transformers import AutoProcessor
 
 from parallel_decoupling.model.adapters import AdapterConfig
 from parallel_decoupling.model.backbone import Backbone, load_backbone
-from parallel_decoupling.model.checkpoint import (
-    backbone_fingerprint,
-    check_fingerprint,
-    load_trainable_state,
-    trainable_state,
-)
 from parallel_decoupling.model.dual_backbone import absolute_name, is_dual_encoder, load_dual_backbone
 from parallel_decoupling.model.dual_encoder import DualEncoder
 from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.model.families import FAMILIES, Family
+from parallel_decoupling.model.identity import backbone_fingerprint, check_fingerprint, weights_hash
+from parallel_decoupling.model.trained_state import PER_PATH, load_trainable_state, trainable_state
 
 FORMAT = 1
 MODEL_TYPE = "parallel_decoupling"
@@ -45,8 +40,6 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 PROCESSOR_DIR, BACKBONE_DIR = "processor", "backbone"
 ENCODER_OPTIONS = ("prefix_length", "prefix_layers", "prefix_type", "aggregation")
 """Options of ``ParallelEncoder`` beside the number of paths that say what an encoder computes."""
-PER_PATH = ("prefixes.", "path_logits")
-"""Parameters whose first dimension is the path."""
 
 
 def save_encoder(
@@ -101,7 +94,7 @@ def save_encoder(
     several = encoder.aggregate_dim // encoder.embed_dim > 1
     config["embed_dim"] = encoder.embed_dim
     config["aggregate_dim"] = encoder.embed_dim * (len(chosen) if several else 1)
-    config["weights_sha256"] = _sha256((folder / WEIGHTS_FILE).read_bytes())
+    config["weights_sha256"] = weights_hash(rows)
     return config
 
 
@@ -328,17 +321,13 @@ def _without_network(name: str, revision: str | None) -> str:
 def _read_weights(file: Path, sha256: str) -> dict[str, Tensor]:
     if not file.is_file():
         raise ValueError(f"{file} is missing: copy the whole exported folder")
-    content = file.read_bytes()
-    if _sha256(content) != sha256:
-        raise ValueError(f"{file} is not the file that was exported: its hash differs from {CONFIG_FILE}'s")
     try:
-        return load_safetensors(content)
+        state = load_safetensors(file.read_bytes())
     except SafetensorError as error:
-        raise ValueError(f"{file} is no safetensors file: {error}") from error
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+        raise ValueError(f"{file} is not a safetensors file: {error}") from error
+    if weights_hash(state) != sha256:
+        raise ValueError(f"{file} is not the file that was exported: its hash differs from {CONFIG_FILE}'s")
+    return state
 
 
 def _adapter(config: Mapping[str, Any]) -> AdapterConfig:

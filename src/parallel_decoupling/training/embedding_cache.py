@@ -11,22 +11,18 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from hashlib import sha256
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, uint8
+from torch import Tensor
 
 from parallel_decoupling.data.tasks import EvalTask
-from parallel_decoupling.model.checkpoint import trainable_state
-from parallel_decoupling.model.dual_backbone import DualProcessor
 from parallel_decoupling.model.dual_encoder import DualEncoder
 from parallel_decoupling.model.encoder import ParallelEncoder
+from parallel_decoupling.model.identity import encoder_identity, rows_hash
 
 SHAPING_SETTINGS = (
     "num_paths",
@@ -43,7 +39,6 @@ SHAPING_SETTINGS = (
     "max_pixels",
 )
 """Settings of model and data that change embeddings without being weights or rows."""
-PACKAGES = ("parallel-decoupling", "torch", "transformers", "open_clip_torch")
 
 
 @dataclass(frozen=True)
@@ -74,8 +69,9 @@ class EmbeddingCache:
 
     def file(self, task: EvalTask) -> Path:
         """Where a task's embeddings are, or would be."""
-        key = sha256(f"{self.model_hash} {task_hash(task)}".encode()).hexdigest()[:32]
-        return self.folder / f"{task.task.name}-{key}.safetensors"
+        rows = rows_hash((*task.queries, *task.candidates))
+        counts = f"{len(task.queries)}-{len(task.candidates)}"
+        return self.folder / f"{task.task.name}-{counts}-{self.model_hash[:16]}{rows[:16]}.safetensors"
 
     def holds(self, task: EvalTask, *, whole: bool) -> bool:
         """Whether a task's embeddings are there; with ``whole``, those with unreadable rows are not."""
@@ -122,85 +118,13 @@ def model_hash(
     Args:
         encoder: its trainable tensors count with all of their bits, the scale of its adapters, its family and
             its processor.
-        fingerprint: of the frozen backbone, ``model.checkpoint.backbone_fingerprint``.
+        fingerprint: of the frozen backbone, ``model.identity.backbone_fingerprint``.
         settings: of model and data; those in ``SHAPING_SETTINGS`` count.
         precision: of the Trainer.
 
     Returns:
         Hexadecimal SHA-256. Versions of this package, torch and transformers count as well.
     """
-    about = {
-        "settings": {name: settings.get(name) for name in SHAPING_SETTINGS},
-        "precision": precision,
-        "fingerprint": fingerprint["sha256"],
-        "family": None if isinstance(encoder, DualEncoder) else asdict(encoder.backbone.family),
-        "adapters": _adapter_scales(encoder),
-        "processor": processor_hash(encoder.processor),
-        "versions": {name: _version(name) for name in PACKAGES},
-    }
-    digest = sha256(json.dumps(about, sort_keys=True, default=str).encode())
-    for name, value in sorted(trainable_state(encoder).items()):
-        digest.update(f"{name} {list(value.shape)} {value.dtype}".encode())
-        digest.update(value.contiguous().flatten().view(uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def processor_hash(processor: Any) -> str:
-    """Identify a processor and its tokenizer by the files they save, vocabulary included.
-
-    Padding and truncation of the last call, which a tokenizer saves too, do not count. An OpenCLIP
-    processor saves nothing: its configuration is in the backbone's fingerprint, its vocabulary counts here.
-    """
-    digest = sha256()
-    if isinstance(processor, DualProcessor):
-        tokenizer: Any = getattr(processor.tokenizer, "tokenizer", processor.tokenizer)
-        vocabulary = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else tokenizer.encoder
-        about = [type(tokenizer).__name__, processor.context_length, sorted(vocabulary.items())]
-        return sha256(json.dumps(about).encode()).hexdigest()
-    with TemporaryDirectory() as folder:
-        processor.save_pretrained(folder)
-        for file in sorted(Path(folder).rglob("*")):
-            if file.is_file():
-                content = file.read_bytes()
-                if file.name == "tokenizer.json":
-                    kept = {**json.loads(content), "padding": None, "truncation": None}
-                    content = json.dumps(kept, sort_keys=True).encode()
-                digest.update(f"{file.relative_to(folder)} {len(content)} ".encode() + content)
-    return digest.hexdigest()
-
-
-def _adapter_scales(encoder: ParallelEncoder | DualEncoder) -> dict[str, Any]:
-    """What each LoRA layer multiplies its update with, which no tensor tells."""
-    scales = {name: getattr(module, "scaling", None) for name, module in encoder.named_modules()}
-    return {name: scale for name, scale in scales.items() if isinstance(scale, dict)}
-
-
-def task_hash(task: EvalTask) -> str:
-    """Identify the inputs to encode: prompts, and image files by path, size and time of change.
-
-    Returns:
-        Hexadecimal SHA-256. Which candidates a row has does not count: that needs no new embeddings.
-    """
-    digest = sha256()
-    for side in (task.queries, task.candidates):
-        digest.update(f"{len(side)} inputs".encode())
-        for row in side:
-            digest.update(json.dumps([row.text, [_image(image) for image in row.images]]).encode())
-    return digest.hexdigest()
-
-
-def _image(image: Any) -> list[Any]:
-    if not isinstance(image, str):
-        return [image.mode, *image.size, sha256(image.tobytes()).hexdigest()]
-    try:
-        status = os.stat(image)
-    except OSError:
-        return [os.path.abspath(image), "missing"]
-    return [os.path.abspath(image), status.st_size, status.st_mtime_ns]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    shaping = {name: settings.get(name) for name in SHAPING_SETTINGS}
+    identity = encoder_identity(encoder, fingerprint=fingerprint, settings=shaping, precision=precision)
+    return str(identity["sha256"])

@@ -45,9 +45,9 @@ from parallel_decoupling.evaluation.sanity import (
 )
 from parallel_decoupling.evaluation.score import TaskScore
 from parallel_decoupling.evaluation.score_files import SCORE_FILES_DIR, write_predictions
-from parallel_decoupling.model.checkpoint import backbone_fingerprint
 from parallel_decoupling.model.dual_encoder import DualEncoder
 from parallel_decoupling.model.encoder import ParallelEncoder
+from parallel_decoupling.model.identity import backbone_fingerprint
 from parallel_decoupling.objective.statistics import path_cosine
 from parallel_decoupling.training.callbacks import console, tensorboard_writer
 from parallel_decoupling.training.embedding_cache import CachedTask, EmbeddingCache, model_hash

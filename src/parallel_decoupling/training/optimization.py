@@ -1,7 +1,4 @@
-"""Both optimizers: parameter groups, the learning rate schedule, and how long a run is.
-
-Here: functions of named parameters. Elsewhere on purpose: when a step is taken (``training.module``).
-"""
+"""Both optimizers: parameter groups, the learning rate schedule, and how long a run is."""
 
 from __future__ import annotations
 
@@ -29,8 +26,6 @@ class OptimizerConfig:
         warmup_steps: main steps over which both rates rise linearly from 0.
         schedule: what follows the warm-up: linear or cosine to 0 at the end of the run, or constant.
         clip_norm: largest norm of the whole gradient; 0 does not clip.
-        accumulate_batches: batches per main step. In-batch negatives are those of one batch; a larger batch
-            in chunks (``query_chunk_size``) is stronger where it fits.
 
     Raises:
         ValueError: if a number is out of its range.
@@ -42,16 +37,11 @@ class OptimizerConfig:
     warmup_steps: int = 0
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     clip_norm: float = 1.0
-    accumulate_batches: int = 1
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "prefix_learning_rate", "weight_decay", "warmup_steps", "clip_norm"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"optimizer.{name} must be 0 or more, got {getattr(self, name)}.")
-        if self.accumulate_batches < 1:
-            raise ValueError(
-                f"optimizer.accumulate_batches must be 1 or more, got {self.accumulate_batches}."
-            )
         if self.schedule not in ("linear", "cosine", "constant"):
             raise ValueError(f"optimizer.schedule must be linear, cosine or constant, got {self.schedule!r}.")
 
@@ -121,7 +111,7 @@ def learning_rate_schedule(optimizer: AdamW, config: OptimizerConfig, total_step
 
 
 def apply_config(optimizers: Sequence[Any], schedule: Any, config: OptimizerConfig, mi: MIConfig) -> None:
-    """Put these rates and this decay in the place of those that a checkpoint has restored.
+    """Replace the rates and the decay that a checkpoint has restored by these.
 
     Args:
         optimizers: that of the embedder, and that of the estimator if there is one.
@@ -166,17 +156,15 @@ def check_gradient_norm(norm: float, steps_done: int) -> None:
         )
 
 
-def total_steps(trainer: Any, accumulate_batches: int) -> float:
-    """Main steps of the whole run; infinite without ``max_steps`` and ``max_epochs``.
+def total_steps(trainer: Any) -> float:
+    """Return the main steps of the whole run; infinite without ``max_steps`` and ``max_epochs``.
 
     Args:
         trainer: Lightning's, with its training data attached.
-        accumulate_batches: batches per main step.
     """
     steps = math.inf if trainer.max_steps == -1 else float(trainer.max_steps)
     if trainer.max_epochs not in (None, -1) and trainer.estimated_stepping_batches != math.inf:
-        batches = trainer.num_training_batches * trainer.max_epochs
-        steps = min(steps, batches // accumulate_batches)
+        steps = min(steps, trainer.num_training_batches * trainer.max_epochs)
     return steps
 
 

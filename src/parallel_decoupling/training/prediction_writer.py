@@ -10,7 +10,7 @@ import json
 import re
 import time
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -23,10 +23,12 @@ from lightning.pytorch.callbacks import BasePredictionWriter, TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from parallel_decoupling.batch import RawInput
 from parallel_decoupling.data.row_loaders import RowBatch, RowBatches, RowLoader, Shards
-from parallel_decoupling.data.rows import AGGREGATE
+from parallel_decoupling.data.rows import AGGREGATE, RowSource
 from parallel_decoupling.distributed import gather_objects, rank
-from parallel_decoupling.index.searcher import PATH_HASHES, path_hashes
+from parallel_decoupling.index.searcher import PATH_HASHES
+from parallel_decoupling.model.identity import path_hashes, rows_hash
 
 if TYPE_CHECKING:
     from parallel_decoupling.training.evaluator import EvaluatedEncoder
@@ -142,7 +144,7 @@ class EmbeddingWriter(BasePredictionWriter):
             "dtype": self.dtype,
             "instruction": rows.instruction,
             "source": str(rows.source.path.resolve()),
-            "source_sha256": rows.source.sha256(),
+            "source_sha256": rows_hash(_identified(rows.source)),
             "image_dir": str(rows.source.image_dir),
             "num_rows": len(rows.source),
             "rows_per_shard": shards.rows_per_shard,
@@ -266,3 +268,11 @@ def read_metadata(file: Path) -> dict[str, Any]:
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"cannot read {file}: {error}. Delete it and run again.") from error
     return cast(dict[str, Any], json.loads(metadata.get(METADATA_KEY, b"{}")))
+
+
+def _identified(source: RowSource) -> Iterator[RawInput]:
+    """Yield the rows of a source with all their fields as text."""
+    for row in range(len(source)):
+        fields = json.dumps(source.columns([row]).to_pylist()[0], sort_keys=True, default=str)
+        image = source.images[row].as_py()
+        yield RawInput(fields, (str(source.image_dir / image),) if image else ())

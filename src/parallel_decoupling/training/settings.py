@@ -1,16 +1,14 @@
-"""The settings of ``PDFEmbedder`` as plain values, and the combinations that cannot work.
+"""The one table of ``PDFEmbedder``'s settings, their plain values, and the combinations that cannot work.
 
-Plain, because a checkpoint holds them and is read with ``torch.load(weights_only=True)``. Here: conversion
-and checks that need no model, of the Trainer as well. Elsewhere on purpose: each part's own checks
-(``OptimizerConfig``, ``ParallelEncoder``).
+Plain, because a checkpoint holds them and is read with ``torch.load(weights_only=True)``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, fields
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, TypeVar
 
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
@@ -22,33 +20,87 @@ from parallel_decoupling.training.strategies import FSDP2Strategy
 
 Config = TypeVar("Config", AdapterConfig, Family, MIConfig, OptimizerConfig)
 
-CONFIGS: dict[str, Any] = {
-    "adapter": AdapterConfig,
-    "mi": MIConfig,
-    "optimizer": OptimizerConfig,
-    "family": Family,
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known of one argument of ``PDFEmbedder``.
+
+    Attributes:
+        group: the part of the package that reads it.
+        shapes_weights: it decides names or shapes of what a checkpoint holds.
+        shapes_embeddings: it changes embeddings although no weight tells.
+        fixed: ``validate``, ``test`` and ``predict`` take the checkpoint's value, whatever is typed.
+        config: the class that holds its own options, if it has some.
+    """
+
+    group: Literal["backbone", "loading", "paths", "objective", "training", "prompts"]
+    shapes_weights: bool = False
+    shapes_embeddings: bool = False
+    fixed: bool = False
+    config: type | None = None
+
+
+def _structure(group: Any, **more: Any) -> Setting:
+    return Setting(group, shapes_weights=True, fixed=True, **more)
+
+
+SETTINGS: dict[str, Setting] = {
+    "backbone": Setting("backbone"),
+    "num_paths": _structure("paths", shapes_embeddings=True),
+    "prefix_length": _structure("paths", shapes_embeddings=True),
+    "prefix_layers": _structure("paths", shapes_embeddings=True),
+    "prefix_type": _structure("paths", shapes_embeddings=True),
+    "prefix_init": Setting("paths"),
+    "aggregation": _structure("paths", shapes_embeddings=True),
+    "adapter": _structure("loading", shapes_embeddings=True, config=AdapterConfig),
+    "mi": Setting("objective", config=MIConfig),
+    "mi.kind": _structure("objective"),
+    "mi.hidden_size": _structure("objective"),
+    "mi_weight": Setting("objective"),
+    "aggregate_weight": Setting("objective"),
+    "matryoshka_dims": Setting("objective"),
+    "temperature": Setting("objective"),
+    "learn_temperature": _structure("objective"),
+    "symmetric": Setting("objective"),
+    "optimizer": Setting("training", config=OptimizerConfig),
+    "query_chunk_size": Setting("training"),
+    "candidate_chunk_size": Setting("training"),
+    "query_instruction": Setting("prompts"),
+    "candidate_instruction": Setting("prompts"),
+    "backbone_revision": Setting("backbone"),
+    "dtype": Setting("loading", shapes_embeddings=True),
+    "attention": Setting("loading", shapes_embeddings=True),
+    "gradient_checkpointing": Setting("loading"),
+    "initial_adapter": Setting("loading"),
+    "quantization": Setting("loading", shapes_embeddings=True),
+    "family": Setting("loading", config=Family),
+    "seed": Setting("paths"),
 }
-"""Arguments of ``PDFEmbedder`` that have options of their own."""
-LOADING = (
-    "dtype",
-    "attention",
-    "adapter",
-    "gradient_checkpointing",
-    "initial_adapter",
-    "quantization",
-    "family",
-)
-"""Arguments of ``PDFEmbedder`` that load a backbone, beside its name and revision."""
-PATHS = (
-    "num_paths",
-    "prefix_length",
-    "prefix_layers",
-    "prefix_type",
-    "prefix_init",
-    "aggregation",
-    "seed",
-)
-"""Arguments of ``PDFEmbedder`` that make its encoder from a backbone."""
+"""Every argument of ``PDFEmbedder``, and the options inside one that differ from it. Each list of names is a
+view of this table."""
+
+ARGUMENTS = tuple(name for name in SETTINGS if "." not in name)
+CONFIGS: dict[str, Any] = {name: each.config for name, each in SETTINGS.items() if each.config is not None}
+
+
+def names_of(group: str) -> tuple[str, ...]:
+    """Return the arguments of one group."""
+    return tuple(name for name in ARGUMENTS if SETTINGS[name].group == group)
+
+
+def is_fixed(name: str) -> bool:
+    """Tell whether a checkpoint fixes a setting, given by its dotted name, for all but ``fit``."""
+    return any(
+        each.fixed and (name == known or name.startswith(f"{known}.")) for known, each in SETTINGS.items()
+    )
+
+
+def embedding_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those settings that change embeddings although no weight tells."""
+    return {name: settings[name] for name in ARGUMENTS if SETTINGS[name].shapes_embeddings}
+
+
 PRECISIONS = ("32-true", "bf16-mixed")
 """Values of ``trainer.precision`` that train."""
 

@@ -1,0 +1,281 @@
+"""What identifies weights, a backbone, a processor and rows: the only file that hashes for identity.
+
+Elsewhere on purpose: seeds (``training.randomness``), which targets are the same (``data.collate``), and the
+name of a generated benchmark (``world.benchmark``).
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parallel_decoupling.batch import RawInput
+from parallel_decoupling.distributed import whole
+from parallel_decoupling.model.trained_state import PER_PATH, trainable_state
+
+SAMPLED_VALUES = 2**18
+"""Larger backbone tensors are hashed at this many evenly spaced values, so that billions take seconds."""
+SAMPLED_BYTES = 4096
+"""Bytes at the start, middle and end of an image file that are hashed."""
+VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation")
+"""Config entries that say how or from where a model was loaded, not what it is."""
+PACKAGES = ("parallel-decoupling", "torch", "transformers")
+"""Packages whose version may change an embedding."""
+
+
+def weights_hash(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of tensors: their names, shapes, dtypes and every bit, in any order."""
+    digest = sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def path_hashes(encoder: Any) -> list[str]:
+    """Identify the weights behind every path: those that all paths share, and its own.
+
+    Weights count rounded to bfloat16, large tensors at evenly spaced values.
+
+    Args:
+        encoder: any encoder; on all ranks at once if it is sharded.
+
+    Returns:
+        The SHA-256 of every path.
+
+    Relations:
+        An exported folder has those of its checkpoint, path n that of ``paths[n]``, except with merged
+        adapters.
+    """
+    shared, own = sha256(), {}
+    for name, parameter in sorted(encoder.named_parameters()):
+        value = whole(parameter.detach())
+        if name.startswith(PER_PATH):
+            own[name] = value
+        else:
+            shared.update(_sampled(name, value))
+    hashes = []
+    for path in range(encoder.num_paths):
+        digest = shared.copy()
+        for name, value_N in own.items():
+            digest.update(_sampled(name, value_N[path]))
+        hashes.append(digest.hexdigest())
+    return hashes
+
+
+def backbone_fingerprint(backbone: Any) -> dict[str, Any]:
+    """Identify the frozen part of a backbone.
+
+    Frozen weights are hashed rounded to bfloat16 so that float32 and bfloat16 give the same; float16, which
+    rounds differently, does not. Call it before the weights are sharded.
+
+    Returns:
+        ``name``, ``revision``, ``model_type``, ``num_frozen`` (parameters), ``sha256`` of config and frozen
+        weights, ``weights_sha256``, ``config`` and ``transformers_version`` (None for an OpenCLIP model),
+        plain types only.
+    """
+    config = json.dumps(_without_volatile(backbone.config.to_dict()), sort_keys=True, default=str)
+    both, weights = sha256(config.encode()), sha256()
+    num_frozen = 0
+    for name, parameter in sorted(backbone.base.named_parameters()):
+        if parameter.requires_grad:
+            continue
+        num_frozen += parameter.numel()
+        content = _sampled(name.replace(".base_layer", ""), parameter.detach())
+        both.update(content)
+        weights.update(content)
+    return {
+        "name": backbone.name,
+        "revision": backbone.revision,
+        "model_type": str(backbone.config.model_type),
+        "num_frozen": num_frozen,
+        "sha256": both.hexdigest(),
+        "weights_sha256": weights.hexdigest(),
+        "config": json.loads(config),
+        "transformers_version": backbone.config.to_dict().get("transformers_version"),
+    }
+
+
+def check_fingerprint(stored: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Check that two results of ``backbone_fingerprint`` belong to the same backbone.
+
+    The config holds class defaults too, of which a release of transformers adds or removes some: between two
+    versions a warning names the keys that only one of them has.
+
+    Args:
+        stored: what was kept beside the trained weights.
+        current: of the backbone that was loaded.
+
+    Raises:
+        ValueError: when frozen weights differ, or a value of the config that both have, or with the same
+            version of transformers anything in it.
+    """
+    if stored["sha256"] == current["sha256"]:
+        return
+    differ = f"the weights were trained on backbone {_short(stored)}, but {_short(current)} was loaded: "
+    if stored["weights_sha256"] != current["weights_sha256"]:
+        raise ValueError(f"{differ}frozen weights differ; load the backbone it was trained on")
+    then, now = stored["transformers_version"], current["transformers_version"]
+    one_sided, changed = _config_differences(stored["config"], current["config"])
+    if changed or then == now:
+        found = "; ".join(changed + [f"only one has {key}" for key in one_sided])
+        found = found or "in nothing but this hash, so the file was changed"
+        raise ValueError(f"{differ}config differs: {found}; load the backbone it was trained on")
+    if one_sided:
+        warnings.warn(
+            f"the weights were written with transformers {then}, and {now} is installed: only one of them "
+            f"has {', '.join(one_sided)} in the config of {current['name']!r}. All else is equal.",
+            stacklevel=2,
+        )
+
+
+def processor_hash(processor: Any) -> str:
+    """Identify a processor and its tokenizer by the files they save, vocabulary included.
+
+    Padding and truncation of the last call, which a tokenizer saves too, do not count. An OpenCLIP
+    processor saves nothing: its configuration is in the backbone's fingerprint, its vocabulary counts here.
+    """
+    digest = sha256()
+    if not hasattr(processor, "save_pretrained"):
+        tokenizer: Any = getattr(processor.tokenizer, "tokenizer", processor.tokenizer)
+        vocabulary = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else tokenizer.encoder
+        about = [type(tokenizer).__name__, processor.context_length, sorted(vocabulary.items())]
+        return sha256(json.dumps(about).encode()).hexdigest()
+    with TemporaryDirectory() as folder:
+        processor.save_pretrained(folder)
+        for file in sorted(Path(folder).rglob("*")):
+            if file.is_file():
+                content = file.read_bytes()
+                if file.name == "tokenizer.json":
+                    kept = {**json.loads(content), "padding": None, "truncation": None}
+                    content = json.dumps(kept, sort_keys=True).encode()
+                digest.update(f"{file.relative_to(folder)} {len(content)} ".encode() + content)
+    return digest.hexdigest()
+
+
+def rows_hash(rows: Iterable[RawInput], *, files: bool = True) -> str:
+    """Identify inputs by their texts and images, in order.
+
+    Args:
+        rows: an image file counts by the last two parts of its path, so that a data set may move; a PIL image
+            by its pixels.
+        files: count an image file by its size and three samples of its bytes as well.
+
+    Returns:
+        The SHA-256. A file that cannot be read counts by its name alone.
+    """
+    digest = sha256()
+    for row in rows:
+        images = [_image_content(image, files) for image in row.images]
+        digest.update(json.dumps([row.text, images]).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def encoder_identity(
+    encoder: Any, *, fingerprint: Mapping[str, Any] | None = None, **conditions: Any
+) -> dict[str, Any]:
+    """Identify what turns inputs into embeddings.
+
+    Args:
+        encoder: any encoder; on all ranks at once if it is sharded.
+        fingerprint: of its backbone, from ``backbone_fingerprint``; needed if it is sharded.
+        conditions: further plain values that change embeddings, such as precision or the image size.
+
+    Returns:
+        ``sha256`` of all that is known, versions, adapter scales, family and conditions included;
+        ``weights_sha256`` of the trainable tensors, ``path_sha256``, ``backbone_sha256`` and
+        ``processor_sha256``.
+    """
+    backbone = encoder.backbone
+    family = getattr(backbone, "family", None)
+    parts: dict[str, Any] = {
+        "weights_sha256": weights_hash(trainable_state(encoder)),
+        "path_sha256": path_hashes(encoder),
+        "backbone_sha256": (fingerprint or backbone_fingerprint(backbone))["sha256"],
+        "processor_sha256": processor_hash(encoder.processor),
+    }
+    about = {
+        **parts,
+        "conditions": conditions,
+        "family": None if family is None else asdict(family),
+        "adapter_scales": _adapter_scales(encoder),
+        "versions": {name: _version(name) for name in (*PACKAGES, *(() if family else ("open_clip_torch",)))},
+    }
+    total = sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
+    return {"sha256": total, **parts}
+
+
+def _sampled(name: str, tensor: Tensor) -> bytes:
+    """Return name, shape and evenly spaced values of a tensor, rounded to bfloat16."""
+    stride = max(1, -(-tensor.numel() // SAMPLED_VALUES))
+    rounded = tensor.flatten()[::stride].to(torch.bfloat16).contiguous().cpu()
+    return f"{name} {list(tensor.shape)}".encode() + rounded.view(torch.int16).numpy().tobytes()
+
+
+def _without_volatile(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_volatile(item) for key, item in value.items() if key not in VOLATILE_CONFIG}
+    return value
+
+
+def _config_differences(
+    stored: Mapping[str, Any], current: Mapping[str, Any], path: str = ""
+) -> tuple[list[str], list[str]]:
+    """Return keys that only one config has, and keys that both have with different values."""
+    one_sided = [path + key for key in sorted(stored.keys() ^ current.keys())]
+    changed = []
+    for key in sorted(stored.keys() & current.keys()):
+        then, now = stored[key], current[key]
+        if isinstance(then, dict) and isinstance(now, dict):
+            inside = _config_differences(then, now, f"{path}{key}.")
+            one_sided += inside[0]
+            changed += inside[1]
+        elif then != now:
+            changed.append(f"{path}{key} was {then!r} and is {now!r}")
+    return one_sided, changed
+
+
+def _short(fingerprint: Mapping[str, Any]) -> str:
+    digest = fingerprint["sha256"][:12]
+    return f"{fingerprint['name']!r} (revision {fingerprint['revision']}, sha256 {digest})"
+
+
+def _image_content(image: Any, files: bool) -> list[Any]:
+    if not isinstance(image, str):
+        return [image.mode, *image.size, sha256(image.tobytes()).hexdigest()]
+    name = "/".join(Path(image).parts[-2:])
+    if not files:
+        return [name]
+    try:
+        with Path(image).open("rb") as file:
+            size = file.seek(0, 2)
+            digest = sha256()
+            for start in (0, size // 2, max(0, size - SAMPLED_BYTES)):
+                file.seek(start)
+                digest.update(file.read(SAMPLED_BYTES))
+    except OSError:
+        return [name, "unreadable"]
+    return [name, size, digest.hexdigest()]
+
+
+def _adapter_scales(encoder: Any) -> dict[str, Any]:
+    """Return what each LoRA layer multiplies its update with, which no tensor tells."""
+    scales = {name: getattr(module, "scaling", None) for name, module in encoder.named_modules()}
+    return {name: scale for name, scale in scales.items() if isinstance(scale, dict)}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

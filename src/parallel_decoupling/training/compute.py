@@ -1,0 +1,67 @@
+"""The compute of a run: tokens times paths through the language model, and floating-point operations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from parallel_decoupling.model.prefixes import prefix_range
+from parallel_decoupling.training.grad_cache import LENGTH_GROUPS
+
+
+def paths_per_layer(settings: Mapping[str, Any], num_layers: int) -> float:
+    """Return the rows per input in the average layer; layers below the first prefix see an input once."""
+    shared = prefix_range(settings["prefix_layers"], num_layers).start / num_layers
+    return shared + float(settings["num_paths"]) * (1 - shared)
+
+
+def forward_passes(settings: Mapping[str, Any], queries: int, candidates: int) -> int:
+    """Return the calls of the encoder for one batch of one process, without GradCache's second ones."""
+    return sum(
+        math.ceil(rows / (settings[name] or math.ceil(rows / LENGTH_GROUPS)))
+        for name, rows in (("query_chunk_size", queries), ("candidate_chunk_size", candidates))
+    )
+
+
+def token_passes(
+    settings: Mapping[str, Any], num_layers: int, *, tokens: float, forward_passes: int
+) -> float:
+    """Return tokens times paths through all layers of the language model.
+
+    Shared lower layers count once for all paths. A deep prefix costs nothing; the prompts of shallow prefixes
+    run once per path in every forward pass. A repeated pass (GradCache, checkpointing) does not count.
+
+    Args:
+        settings: arguments of ``PDFEmbedder``.
+        num_layers: of the language model.
+        tokens: of the inputs, without padding.
+        forward_passes: calls of the encoder.
+    """
+    prompts = 0
+    if settings["prefix_type"] == "shallow":
+        prompts = settings["num_paths"] * settings["prefix_length"] * forward_passes
+    return tokens * paths_per_layer(settings, num_layers) + prompts
+
+
+def layer_flops(
+    layers: nn.Module, width: int, tokens: float, context: float, *, forward: int, backward: int
+) -> float:
+    """Return the floating-point operations of passing tokens through transformer layers.
+
+    Every pass costs 2 per weight of a linear layer and token, and attention 4 per key that a token meets and
+    channel, twice that in the backward pass.
+
+    Args:
+        layers: a module, whose linear layers count.
+        width: layers times heads times head dim.
+        tokens: of all rows.
+        context: keys per token.
+        forward: how many forward passes, recomputed ones among them.
+        backward: 0 without, 1 for the gradient of the inputs, 2 also for that of the weights.
+    """
+    weights = sum(m.weight.numel() for m in layers.modules() if isinstance(m, nn.Linear))
+    attention = 4 * width * context * (forward + (2 if backward else 0))
+    return tokens * (2 * weights * (forward + backward) + attention)

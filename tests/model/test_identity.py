@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from parallel_decoupling.batch import RawInput
+from parallel_decoupling.model.backbone import AdapterConfig, Backbone, load_backbone
+from parallel_decoupling.model.dual_backbone import DualProcessor
+from parallel_decoupling.model.encoder import ParallelEncoder
+from parallel_decoupling.model.identity import (
+    SAMPLED_BYTES,
+    backbone_fingerprint,
+    check_fingerprint,
+    encoder_identity,
+    path_hashes,
+    processor_hash,
+    rows_hash,
+    weights_hash,
+)
+from tests.support.tiny import save_tiny_backbone
+
+
+def test_the_hash_of_weights_covers_names_shapes_dtypes_and_every_bit() -> None:
+    weights = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
+    found = weights_hash(weights)
+    assert weights_hash(dict(reversed(weights.items()))) == found
+    changed = [
+        {**weights, "a": weights["a"].reshape(3, 2)},
+        {**weights, "a": weights["a"] + torch.tensor([0.0, 0.0, 1e-6])},
+        {**weights, "b": torch.ones(2, dtype=torch.float16)},
+        {"a": weights["a"], "c": weights["b"]},
+        {"a": weights["a"]},
+    ]
+    assert len({found, *map(weights_hash, changed)}) == 6
+
+
+def test_fingerprint_tells_backbones_apart_whatever_trains_or_dtype(
+    tiny_backbone_dir: str, tmp_path: Any
+) -> None:
+    fingerprint = backbone_fingerprint(load_backbone(tiny_backbone_dir))
+    assert json.loads(json.dumps(fingerprint)) == fingerprint
+    for options in ({"adapter": AdapterConfig(kind="frozen")}, {"dtype": "bfloat16"}, {"attention": "eager"}):
+        check_fingerprint(fingerprint, backbone_fingerprint(load_backbone(tiny_backbone_dir, **options)))
+    other = load_backbone(save_tiny_backbone(tmp_path / "other", seed=1))
+    with pytest.raises(ValueError, match="frozen weights differ"):
+        check_fingerprint(fingerprint, backbone_fingerprint(other))
+    changed = load_backbone(tiny_backbone_dir)
+    with torch.no_grad():
+        changed.base.get_submodule("language_model.norm").weight[3] += 0.1
+    with pytest.raises(ValueError, match="frozen weights differ"):
+        check_fingerprint(fingerprint, backbone_fingerprint(changed))
+
+
+def test_fingerprint_follows_a_moved_folder(tiny_backbone_dir: str, tmp_path: Any) -> None:
+    moved = save_tiny_backbone(tmp_path / "moved")
+    check_fingerprint(*(backbone_fingerprint(load_backbone(name)) for name in (tiny_backbone_dir, moved)))
+
+
+@pytest.fixture
+def backbone(tiny_backbone_dir: str) -> Backbone:
+    return load_backbone(tiny_backbone_dir)
+
+
+def written_before(
+    backbone: Backbone, *, transformers_version: str = "5.22.2", **vision: Any
+) -> dict[str, Any]:
+    """The fingerprint of the same weights under another transformers, with other defaults of the vision."""
+    other = deepcopy(backbone)
+    for name, value in vision.items():
+        setattr(other.config.vision_config, name, value)
+    return backbone_fingerprint(other) | {"transformers_version": transformers_version}
+
+
+def test_a_default_that_another_transformers_added_is_one_warning(backbone: Backbone) -> None:
+    """As 5.23.0 added ``vision_use_head`` to SigLIP's config; here both ways around."""
+    old, new = (
+        written_before(backbone, vision_use_head=True, other_default=None),
+        backbone_fingerprint(backbone),
+    )
+    assert old["sha256"] != new["sha256"]
+    assert old["weights_sha256"] == new["weights_sha256"]
+    for stored, current in ((old, new), (new, old)):
+        with pytest.warns(UserWarning, match="5.22.2") as caught:
+            check_fingerprint(stored, current)
+        assert len(caught) == 1
+        assert "vision_config.other_default, vision_config.vision_use_head" in str(caught[0].message)
+
+
+def test_a_changed_value_of_the_config_is_refused_whatever_the_version(backbone: Backbone) -> None:
+    old, new = written_before(backbone, hidden_act="relu", new_default=1), backbone_fingerprint(backbone)
+    with pytest.raises(ValueError, match="vision_config.hidden_act was 'relu' and is 'quick_gelu'"):
+        check_fingerprint(old, new)
+
+
+def test_within_one_version_of_transformers_every_difference_is_refused(backbone: Backbone) -> None:
+    new = backbone_fingerprint(backbone)
+    same_version = {"transformers_version": new["transformers_version"]}
+    with pytest.raises(ValueError, match="only one has vision_config.own"):
+        check_fingerprint(written_before(backbone, own=1, **same_version), new)
+    with pytest.raises(ValueError, match="the file was changed"):
+        check_fingerprint(new | {"sha256": "0" * 64}, new)
+
+
+def test_other_weights_are_refused_whatever_the_version(backbone: Backbone) -> None:
+    old = written_before(backbone, vision_use_head=True)
+    with torch.no_grad():
+        backbone.base.get_submodule("language_model.norm").weight[3] += 0.1
+    with pytest.raises(ValueError, match="frozen weights differ"):
+        check_fingerprint(old, backbone_fingerprint(backbone))
+
+
+def test_training_does_not_change_the_fingerprint(tiny_backbone_dir: str) -> None:
+    encoder = ParallelEncoder(load_backbone(tiny_backbone_dir, adapter=AdapterConfig(kind="dora")))
+    before = backbone_fingerprint(encoder.backbone)
+    with torch.no_grad():
+        for parameter in encoder.adapter_parameters():
+            parameter.add_(1)
+    assert backbone_fingerprint(encoder.backbone) == before
+
+
+def change_adapter(encoder: Any) -> None:
+    next(iter(encoder.adapter_parameters())).data.view(-1)[0] += 1e-6
+
+
+def change_lora_alpha(encoder: Any) -> None:
+    next(module for module in encoder.modules() if hasattr(module, "lora_A")).scaling["default"] *= 2
+
+
+def change_family(encoder: Any) -> None:
+    encoder.backbone.family = replace(encoder.backbone.family, position_ids="sequential")
+
+
+def change_vocabulary(encoder: Any) -> None:
+    encoder.processor.tokenizer.add_tokens(["<new>"])
+
+
+def change_tokenizer_config(encoder: Any) -> None:
+    encoder.processor.tokenizer.padding_side = "right"
+
+
+def change_image_processor(encoder: Any) -> None:
+    encoder.processor.image_processor.image_mean = [0.1, 0.2, 0.3]
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (change_adapter, "weights_sha256"),
+        (change_lora_alpha, None),
+        (change_family, None),
+        (change_vocabulary, "processor_sha256"),
+        (change_tokenizer_config, "processor_sha256"),
+        (change_image_processor, "processor_sha256"),
+    ],
+)
+def test_the_identity_covers_what_the_encoder_holds(
+    change: Any, part: str | None, backbone: Backbone
+) -> None:
+    encoder = ParallelEncoder(backbone)
+    before = encoder_identity(encoder)
+    assert json.loads(json.dumps(before)) == before
+    encoder.processor(text=["a", "a longer text"], padding=True)  # a tokenizer remembers how it padded
+    assert encoder_identity(encoder) == before
+    change(encoder)
+    after = encoder_identity(encoder)
+    assert after["sha256"] != before["sha256"]
+    assert part is None or after[part] != before[part]
+
+
+def test_the_identity_covers_the_backbone_and_the_conditions(backbone: Backbone) -> None:
+    encoder = ParallelEncoder(backbone)
+    fingerprint = backbone_fingerprint(backbone)
+    found = encoder_identity(encoder, precision="32-true")
+    assert found == encoder_identity(encoder, fingerprint=fingerprint, precision="32-true")
+    assert found["backbone_sha256"] == fingerprint["sha256"]
+    other = encoder_identity(encoder, fingerprint={**fingerprint, "sha256": "b"}, precision="32-true")
+    assert len({each["sha256"] for each in (found, other, encoder_identity(encoder, precision="bf16"))}) == 3
+
+
+def test_the_hash_of_an_open_clip_processor_covers_its_vocabulary() -> None:
+    found = []
+    for words in ({"a": 1}, {"b": 1}):
+        tokenizer = type("Words", (), {"encoder": words, "__call__": lambda *_: torch.zeros(1, 4).long()})()
+        found.append(processor_hash(DualProcessor(tokenizer, lambda image: torch.zeros(3, 2, 2))))
+    assert found[0] != found[1]
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_every_path_has_its_own_hash_and_the_weights_of_all(kind: Any, tiny_backbone_dir: str) -> None:
+    backbone = load_backbone(tiny_backbone_dir, adapter=AdapterConfig(kind=kind))
+    encoder = ParallelEncoder(backbone, num_paths=3, aggregation="learned")
+    before = path_hashes(encoder)
+    assert len(set(before)) == 3
+    assert encoder.prefixes is not None
+    with torch.no_grad():
+        next(iter(encoder.prefixes.parameters()))[1, 0] += 1
+    assert [old == new for old, new in zip(before, path_hashes(encoder), strict=True)] == [True, False, True]
+    with torch.no_grad():
+        encoder.backbone.base.get_submodule("language_model.norm").weight[3] += 0.1
+    assert not set(before) & set(path_hashes(encoder))
+    assert path_hashes(encoder.bfloat16()) == path_hashes(encoder), "in another precision, too"
+
+
+def test_the_hash_of_rows_covers_order_texts_and_images(tmp_path: Path) -> None:
+    red, blue = (Image.new("RGB", (40, 30), colour) for colour in ("red", "blue"))
+    rows = [RawInput("one"), RawInput("two", (red,))]
+    found = [rows, rows[::-1], [RawInput("one"), RawInput("two", (blue,))], [RawInput("onetwo", (red,))]]
+    assert len({rows_hash(each) for each in found}) == 4
+    assert rows_hash(iter(rows)) == rows_hash([RawInput("one"), RawInput("two", (red.copy(),))])
+
+
+def test_an_image_file_counts_by_the_end_of_its_path_and_its_content(tmp_path: Path) -> None:
+    here, there = (tmp_path / name / "pictures" / "a.bin" for name in ("here", "there"))
+    content = bytes(range(256)) * 64
+    for file in (here, there):
+        file.parent.mkdir(parents=True)
+        file.write_bytes(content)
+    row, moved = [RawInput("", (str(here),))], [RawInput("", (str(there),))]
+    before, by_name = rows_hash(row), rows_hash(row, files=False)
+    assert (rows_hash(moved), rows_hash(moved, files=False)) == (before, by_name)
+    assert rows_hash([RawInput("", (str(here.with_name("b.bin")),))], files=False) != by_name
+    for place in (0, len(content) // 2, len(content) - 1):
+        here.write_bytes(content[:place] + b"\xaa" + content[place + 1 :])
+        assert rows_hash(row) != before
+    here.write_bytes(content + b"x" * SAMPLED_BYTES)
+    assert rows_hash(row) != before
+    assert rows_hash(row, files=False) == by_name
+    here.unlink()
+    assert rows_hash(row) not in (before, by_name)
