@@ -98,7 +98,9 @@ class StoreWriter:
         wanted = {**self.about, "rows_sha256": rows_sha256}
         for key in (*COMPARED, "rows_sha256"):
             if found.get(key) != wanted.get(key):
-                return f"{file} was written with another {key}: {_difference(found.get(key), wanted.get(key))}"
+                return (
+                    f"{file} was written with another {key}: {_difference(found.get(key), wanted.get(key))}"
+                )
         return None
 
     def remove_unfinished(self) -> None:

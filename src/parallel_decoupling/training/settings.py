@@ -21,7 +21,6 @@ from parallel_decoupling.training.strategies import FSDP2Strategy
 Config = TypeVar("Config", AdapterConfig, Family, MIConfig, OptimizerConfig)
 
 
-
 @dataclass(frozen=True)
 class Setting:
     """What is known of one argument of ``PDFEmbedder``.
