@@ -23,11 +23,11 @@ $(INSTALLED): setup.cfg
 	@start=$$SECONDS; $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' \
 	  && touch $@ && echo "Installed in $$((SECONDS - start)) s."
 
-# $(call train_and_test,<config file>,<run folder>,<more options of test>): a fresh fit, then its scores
+# $(call train_and_test,<config file>,<run folder>): a fresh fit, then its scores
 define train_and_test
 	rm -rf $(2)
 	$(BIN)/lightning fit --config $(1) $(call run_flags,$(2))
-	$(BIN)/lightning test --config $(1) $(call run_flags,$(2)) --ckpt_path $(2)/checkpoints/last.ckpt $(3)
+	$(BIN)/lightning test --config $(1) $(call run_flags,$(2)) --ckpt_path $(2)/checkpoints/last.ckpt
 endef
 
 run_flags = --trainer.default_root_dir $(1) --seed_everything $(SEED) --model.seed $(SEED) --data.seed $(SEED)
@@ -35,13 +35,12 @@ run_flags = --trainer.default_root_dir $(1) --seed_everything $(SEED) --model.se
 demo: $(INSTALLED) ## train and score one path and N paths on the embedded benchmark, then compare (SEED=1 for another seed)
 	$(BIN)/python -c 'from parallel_decoupling.world.benchmark import ensure_benchmark; print("benchmark:", ensure_benchmark())'
 	$(call train_and_test,lightning_configs/demo_single_path.yaml,$(DEMO_SINGLE_PATH))
-	$(call train_and_test,lightning_configs/demo.yaml,$(DEMO),--baseline $(DEMO_SINGLE_PATH))
+	$(call train_and_test,lightning_configs/demo.yaml,$(DEMO))
 	$(BIN)/lightning paths $(DEMO)
 	$(BIN)/lightning compare $(DEMO_SINGLE_PATH) $(DEMO) --output_dir $(DEMO)
 	@echo "checkpoints: $(DEMO_SINGLE_PATH)/checkpoints/ $(DEMO)/checkpoints/"
 	@echo "scores:      $(DEMO_SINGLE_PATH)/scores.json $(DEMO)/scores.json"
 	@echo "comparison:  $(DEMO)/comparison.json $(DEMO)/comparison.png $(DEMO)/comparison.html"
-	@echo "report:      $(DEMO)/report.html"
 	@echo "curves:      $(BIN)/tensorboard --logdir runs"
 
 app: $(INSTALLED) ## search pictures of the embedded benchmark in a browser, with the demo's model (after make demo)

@@ -22,8 +22,8 @@ from parallel_decoupling.batch import EncoderInputs
 from parallel_decoupling.model.backbone import AdapterConfig, Backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.model.families import FAMILIES
-from parallel_decoupling.model.geometries import GEOMETRIES
 from parallel_decoupling.objective.contrastive import info_nce
+from tests.support.published_sizes import PUBLISHED
 from tests.support.tiny import tiny_tokenizer
 
 NAME = "Qwen/Qwen2-VL-2B-Instruct"
@@ -76,7 +76,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def random_backbone(layers: int | None, gradient_checkpointing: bool) -> Backbone:
     """Build the published size with random bfloat16 weights; its tokenizer knows a few hundred words."""
-    arguments = dict(GEOMETRIES[NAME])
+    arguments = dict(PUBLISHED[NAME])
     if layers is not None:
         arguments["text_config"] = {**arguments["text_config"], "num_hidden_layers": layers}
     config = AutoConfig.for_model(arguments.pop("model_type"), **arguments)

@@ -29,7 +29,7 @@ from parallel_decoupling.batch import IMAGE_PLACEHOLDER
 from parallel_decoupling.data.loaders import TrainRows
 from parallel_decoupling.data.mixture import MixtureSampler
 from parallel_decoupling.data.readers import TrainSubset
-from parallel_decoupling.data.tables import cache_dir
+from parallel_decoupling.data.tables import default_cache_dir
 from parallel_decoupling.data.tasks import MMEB_TRAIN_SUBSETS
 
 ROWS = {
@@ -175,7 +175,7 @@ def print_starts(data_dir: str) -> None:
         "later starts": in_own_process(measure_start, data_dir),
         "decoding parquet instead": in_own_process(measure_parquet, data_dir),
     }
-    copies = sum(file.stat().st_size for file in (cache_dir() / "tables").glob("*.arrow"))
+    copies = sum(file.stat().st_size for file in (default_cache_dir() / "tables").glob("*.arrow"))
     rows = sum(pq.read_metadata(file).num_rows for file in Path(data_dir).glob("MMEB-train/*/*.parquet"))
     print(f"{rows:,} rows; parquet {parquet / MEGABYTE:.0f} MB, ", end="")
     print(f"mapped copies {copies / MEGABYTE:.0f} MB (the floor of what must be in memory once)\n")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.support.mmeb import save_tiny_mmeb
 from tests.support.tiny import save_tiny_backbone
 from tests.support.tiny_clip import save_tiny_clip
 
@@ -48,3 +49,9 @@ def tiny_backbone_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 def tiny_clip_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with a random-weight OpenCLIP model."""
     return save_tiny_clip(tmp_path_factory.mktemp("tiny_clip"))
+
+
+@pytest.fixture(scope="session")
+def tiny_mmeb_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a benchmark of two tasks in MMEB's layout."""
+    return save_tiny_mmeb(tmp_path_factory.mktemp("mmeb") / "data")

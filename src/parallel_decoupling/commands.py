@@ -141,31 +141,15 @@ def app(
 
 
 def compare(*run_dirs: str, output_dir: str | None = None) -> None:
-    """Compare runs side by side.
+    """Compare one or several tested runs side by side.
 
     Args:
         run_dirs: runs with a scores.json, or such files; the first is the baseline.
         output_dir: gets comparison.json, .png and .html; none prints the tables only.
     """
-    from dataclasses import replace
+    from parallel_decoupling.evaluation.compare import compare_runs
 
-    from rich.console import Console
-
-    from parallel_decoupling.evaluation.compare import compare as compare_runs
-    from parallel_decoupling.evaluation.compare import scores_source
-    from parallel_decoupling.evaluation.html_report import Baseline, PageParts, write_html_report
-    from parallel_decoupling.evaluation.report import SCORES_FILE
-
-    comparison = compare_runs(run_dirs, output_dir)
-    if output_dir is not None:
-        typed = dict(zip(comparison.reports, run_dirs, strict=True))[comparison.best]
-        run_dir = scores_source(typed)
-        if run_dir.name == SCORES_FILE:
-            run_dir = run_dir.parent
-        parts = replace(PageParts.read(run_dir), baseline=Baseline(*next(iter(comparison.reports.items()))))
-        page = Path(output_dir) / "comparison.html"
-        write_html_report(comparison.reports[comparison.best], run_dir, parts, page)
-    Console().print(comparison.means_table(), comparison.task_table())
+    compare_runs(list(run_dirs), output_dir)
 
 
 def export(
@@ -192,8 +176,14 @@ def export(
     report = None if is_pretrained(model) else scores_of(checkpoint_file(Path(model)))
     embedder.run = {**({} if report is None else {"commit": report.run.get("commit")}), **embedder.run}
     chosen = [paths] if isinstance(paths, int) else paths
-    flags = {"merge_adapters": merge_adapters, "include_backbone": include_backbone}
-    save_embedder(embedder, folder, paths=chosen, report=report, **flags)
+    save_embedder(
+        embedder,
+        folder,
+        paths=chosen,
+        merge_adapters=merge_adapters,
+        include_backbone=include_backbone,
+        report=report,
+    )
     files = [file for file in Path(folder).rglob("*") if file.is_file()]
     _say(f"{folder}: {len(files)} files, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB")
 
@@ -208,13 +198,12 @@ def paths(run_or_checkpoint: str, output_dir: str | None = None, data_dir: str |
     """
     from parallel_decoupling.diagnostics.figures import DPI, figures
     from parallel_decoupling.diagnostics.tables import sections, write_json
-    from parallel_decoupling.evaluation.html_report import PARTS_FILE, PATHS_DIR, PATHS_FILE, write_run_report
 
     run_dir, checkpoint_file = locate(run_or_checkpoint)
     analysis = analyse_checkpoint(checkpoint_file, run_dir, data_dir)
-    folder = Path(output_dir) if output_dir else run_dir / PATHS_DIR
+    folder = Path(output_dir or run_dir / "paths")
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(analysis, folder / PATHS_FILE)
+    write_json(analysis, folder / "paths.json")
     for name, figure in figures(analysis).items():
         figure.savefig(folder / f"{name}.png", dpi=DPI)
     for section in sections(analysis):
@@ -222,8 +211,6 @@ def paths(run_or_checkpoint: str, output_dir: str | None = None, data_dir: str |
     for note in analysis.notes:
         _say(f"left out: {note}")
     _say(f"written to {folder}")
-    if folder == run_dir / PATHS_DIR and (run_dir / PARTS_FILE).is_file():
-        _say(f"{write_run_report(run_dir)} written again")
 
 
 def verify(data_dir: str, sample: int = 20, output_file: str | None = None) -> None:
@@ -234,17 +221,9 @@ def verify(data_dir: str, sample: int = 20, output_file: str | None = None) -> N
         sample: images to decode per subset and task.
         output_file: gets everything as JSON.
     """
-    from parallel_decoupling.data.verify import verify as verify_data
+    from parallel_decoupling.data.verify import print_verification
 
-    result = verify_data(data_dir, sample, show_progress=sys.stderr.isatty())
-    if output_file is not None:
-        result.to_json_file(output_file)
-    _console().print(result.table())
-    for title, lines in (("note", result.all_notes), ("problem", result.all_problems)):
-        for line in lines:
-            _say(f"{title}: {line}")
-    if result.all_problems:
-        raise SystemExit(1)
+    print_verification(data_dir, sample, output_file)
 
 
 def load_model(path: str | Path) -> Embedder:
@@ -322,8 +301,7 @@ def analyse_checkpoint(checkpoint_file: Path, run_dir: Path, data_dir: str | Non
     """
     from parallel_decoupling.data.datamodule import EMBEDDED
     from parallel_decoupling.diagnostics.study import analyse_inputs, analyse_world, benchmark_inputs
-    from parallel_decoupling.evaluation.compare import progress
-    from parallel_decoupling.evaluation.report import SCORES_FILE, ScoreReport
+    from parallel_decoupling.evaluation.report import SCORES_FILE, ScoreReport, progress
 
     embedder = load_model(checkpoint_file)
     embedder.run = {**embedder.run, "checkpoint": checkpoint_file.name}

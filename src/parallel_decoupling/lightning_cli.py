@@ -3,12 +3,13 @@
 A value that is typed (in a config file or as an option) wins over the checkpoint's, the checkpoint's wins
 over a default, and every typed value that differs is shown. One exception: ``validate``, ``test`` and
 ``predict`` cannot load trained parameters into another structure, so what shapes them is taken from the
-checkpoint.
+checkpoint (``training.settings``).
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
@@ -25,31 +26,19 @@ from rich.console import Console
 from rich.table import Table
 
 from parallel_decoupling.data.datamodule import MMEBDataModule
-from parallel_decoupling.evaluation.html_report import Baseline
-from parallel_decoupling.model.dual_backbone import absolute_name
+from parallel_decoupling.evaluation.embedding_writer import EmbeddingWriter
+from parallel_decoupling.evaluation.run import PathPictures, Scoring
+from parallel_decoupling.evaluation.store import Keeper, VectorType
+from parallel_decoupling.model.open_clip import absolute_name
+from parallel_decoupling.model.pretrained import read_checkpoint
+from parallel_decoupling.plan import plan_tables
 from parallel_decoupling.training.callbacks import LAST_FILE, console
-from parallel_decoupling.training.loading import read_checkpoint
 from parallel_decoupling.training.module import PDFEmbedder
-from parallel_decoupling.training.plan import Plan
-from parallel_decoupling.training.plan_tables import plan_tables
-from parallel_decoupling.training.prediction_writer import EmbeddingWriter, RowProgressBar
+from parallel_decoupling.training.settings import CONFIGS, is_fixed
 
 log = logging.getLogger(__name__)
 
 FIT_CONFIG = "config.yaml"
-
-STRUCTURE = (
-    "num_paths",
-    "prefix_length",
-    "prefix_layers",
-    "prefix_type",
-    "aggregation",
-    "adapter",
-    "mi.kind",
-    "mi.hidden_size",
-    "learn_temperature",
-)
-"""Settings of the model that decide names and shapes of what a checkpoint holds."""
 
 SAVE_EVERY = 50
 """Main steps after which ``last.ckpt`` is renewed inside an epoch."""
@@ -61,7 +50,7 @@ HARMLESS_WARNINGS = (
     "The dirpath has changed from",
     "Couldn't infer the batch indices fetched from your dataloader",
 )
-"""Of Lightning: about itself, no validation tasks, going on in some folder, rows that carry their places."""
+"""Of Lightning: about itself, no validation tasks, resuming in a folder, rows that carry their places."""
 
 
 def run(args: Sequence[str]) -> None:
@@ -130,14 +119,22 @@ class RunCLI(LightningCLI):
             parser.set_defaults({"verbose": False})  # the score table says it better
         if subcommand == "test":
             parser.add_argument(
-                "--baseline",
+                "--embeddings_dir",
                 type=str | None,
                 default=None,
-                help="A run that was tested on the same tasks: report.html draws it beside this one.",
+                help="Keep the embeddings in this folder, so that a stopped test resumes with the tasks not done.",
             )
         if subcommand == "predict":
             parser.set_defaults({"return_predictions": False})
-            parser.add_lightning_class_args(EmbeddingWriter, "writer")
+            parser.add_argument(
+                "--output_dir",
+                type=str | None,
+                default=None,
+                help="Folder of the embeddings; null is `embeddings` in trainer.default_root_dir.",
+            )
+            parser.add_argument(
+                "--output_dtype", type=VectorType, default="float32", help="Type of the stored numbers."
+            )
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -154,20 +151,21 @@ class RunCLI(LightningCLI):
         super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Add TensorBoard and ``last.ckpt`` where the user asked for nothing else.
+        """Hand model and data to each other and to the callbacks; add TensorBoard and ``last.ckpt``.
 
-        Embedding files are no run: nothing is logged, and the configuration goes where the embeddings go.
+        The user's own logger and checkpoint callbacks replace the defaults. A store of embeddings is not a
+        run: nothing is logged, and the configuration goes where the embeddings go.
         """
         config = self._get(self.config_init, "trainer")
-        writer = self._get(self.config_init, "writer", default=None)
         callbacks = config.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
-        if writer is not None and writer.output_dir is not None:
-            kwargs |= {"default_root_dir": writer.output_dir, "logger": config.get("logger") or False}
-            if config.get("enable_progress_bar") is not False and not any(
-                isinstance(callback, ProgressBar) for callback in callbacks
-            ):
-                callbacks.append(RowProgressBar())
+        keeper = self._keeper()
+        self.datamodule.connect(self.model, keeper)
+        callbacks += [Scoring(self.datamodule, keeper), PathPictures()]
+        if self.config.subcommand == "predict":
+            assert keeper is not None
+            callbacks.append(EmbeddingWriter(self.datamodule, keeper))
+            kwargs |= {"default_root_dir": str(keeper.root), "logger": config.get("logger") or False}
         elif config.get("logger") in (None, True):
             kwargs["logger"] = TensorBoardLogger(
                 config["default_root_dir"], name="", version="", default_hp_metric=False
@@ -180,10 +178,17 @@ class RunCLI(LightningCLI):
             callbacks.append(ModelCheckpoint(filename="last", every_n_train_steps=SAVE_EVERY, **options))
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
-    def before_test(self) -> None:
-        """Read the baseline of the report before anything is encoded."""
-        baseline = self._get(self.config_init, "baseline")
-        self.model.baseline = None if baseline is None else Baseline.read(baseline)
+    def _keeper(self) -> Keeper | None:
+        """Open the folder of embeddings of ``predict``, or the one that ``test`` was given."""
+        if self.config.subcommand == "predict":
+            root_dir = self._get(self.config_init, "trainer")["default_root_dir"]
+            output_dir = Path(self._get(self.config_init, "output_dir") or Path(root_dir, "embeddings"))
+            file = self._get(self.config_init, "ckpt_path")
+            model = None if file is None else os.path.relpath(file, output_dir)
+            dtype = self._get(self.config_init, "output_dtype")
+            return Keeper(output_dir, lambda: {**self.model.about(), "model": model}, dtype=dtype)
+        folder = self._get(self.config_init, "embeddings_dir") if self.config.subcommand == "test" else None
+        return None if folder is None else Keeper(folder, self.model.about, replace=True)
 
     def before_predict(self) -> None:
         """Warn of a model that nothing has trained."""
@@ -231,8 +236,7 @@ class RunCLI(LightningCLI):
             yours = config[name]
             if _comparable(name, yours) == _comparable(name, value):
                 continue
-            fixed = part == "model" and subcommand != "fit"
-            fixed = fixed and any(name == key or name.startswith(f"{key}.") for key in STRUCTURE)
+            fixed = part == "model" and subcommand != "fit" and is_fixed(name)
             if fixed:
                 config[name] = value
             differences.append((f"{part}.{name}", yours, value, "the checkpoint's" if fixed else "yours"))
@@ -288,7 +292,7 @@ class PlanCLI(RunCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         config = self.config[subcommand].as_dict()
         parts = (config["model"], config["data"], config["trainer"])
-        console().print(*plan_tables(Plan(*parts, gpu_memory_gib=config["gpu_memory_gib"])), sep="\n")
+        console().print(*plan_tables(*parts, gpu_memory_gib=config["gpu_memory_gib"]), sep="\n")
 
 
 def _check(config: Any) -> None:
@@ -304,8 +308,8 @@ def _check(config: Any) -> None:
         )
     if trainer.accumulate_grad_batches != 1:
         raise ValueError(
-            "trainer.accumulate_grad_batches: this model accumulates by itself; use "
-            "model.optimizer.accumulate_batches instead."
+            "trainer.accumulate_grad_batches: in-batch negatives do not add up over batches. Set a larger "
+            "data.batch_size with model.query_chunk_size and model.candidate_chunk_size (GradCache) instead."
         )
 
 
@@ -313,7 +317,7 @@ def _check_nothing_is_overwritten(trainer: Any) -> None:
     folder = _checkpoint_dir(trainer)
     if folder is not None and (folder / LAST_FILE).exists():
         raise ValueError(
-            f"{folder / LAST_FILE} is there already, and this fit would overwrite it. Go on with it by "
+            f"{folder / LAST_FILE} is there already, and this fit would overwrite it. Resume it with "
             "--ckpt_path last, choose another --trainer.default_root_dir, or remove the folder."
         )
 
@@ -334,10 +338,14 @@ def _checkpoint_dir(trainer: Any) -> Path | None:
     return Path(*parts) / "checkpoints" if len(parts) == len(places) else None
 
 
+_NESTED = [name for name in CONFIGS if name != "family"]
+"""Settings whose options are compared one by one; a family is compared whole."""
+
+
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Settings by dotted name."""
     for name, value in values.items():
-        if isinstance(value, Mapping) and value and prefix + name in ("adapter", "mi", "optimizer"):
+        if isinstance(value, Mapping) and value and prefix + name in _NESTED:
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value

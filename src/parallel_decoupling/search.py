@@ -129,7 +129,7 @@ class ExactIndex:
     def _hits(self, query: Mapping[str, Tensor], rows_K: Tensor, scores_K: Tensor) -> list[Hit]:
         vectors = {name: torch.empty(len(rows_K), len(query_D)) for name, query_D in query.items()}
         batch_K = torch.tensor([bisect_right(self._ends, row) for row in rows_K.tolist()])
-        for batch in batch_K.unique().tolist():
+        for batch in sorted(set(batch_K.tolist())):
             rows = rows_K[batch_K == batch] - (self._ends[batch] - self.store.batch_sizes[batch])
             for name in query:
                 vectors[name][batch_K == batch] = self._vectors(batch, name)[rows]

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import base64
 import io
 import json
 import random
 from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +13,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from parallel_decoupling import cli
 from parallel_decoupling.data.tasks import MMEB_TASKS, Task
-from parallel_decoupling.evaluation.compare import compare, differences
+from parallel_decoupling.evaluation.compare import compare, compare_runs, differences, flattened
 from parallel_decoupling.evaluation.report import ScoreReport, TaskResult
 
 TASKS = (
@@ -94,27 +95,11 @@ def test_pairing_narrows_the_interval() -> None:
         )
     narrow = differences(baseline, paired).means["overall"]
     wide = differences(baseline, make_report(1, 0.5, 1, queries=200)).means["overall"]
-    assert narrow.low is not None
-    assert narrow.high is not None
-    assert wide.low is not None
-    assert wide.high is not None
     assert narrow.high - narrow.low < 0.5 * (wide.high - wide.low)
 
 
-def test_without_stored_hits_there_is_no_interval() -> None:
-    baseline = make_report(0, 0.4, 1)
-    bare = ScoreReport({name: replace(result, hits={}) for name, result in baseline.tasks.items()})
-    found = differences(bare, baseline)
-    assert found.means["overall"].low is None
-    assert found.means["overall"].difference == 0
-    partly = ScoreReport({**baseline.tasks, "shape": bare.tasks["shape"]})
-    found = differences(partly, baseline)
-    assert found.tasks["shape"].low is found.means["classification"].low is found.means["overall"].low is None
-    assert found.means["vqa"].low == 0
-
-
 @pytest.mark.parametrize("runs", [2, 3])
-def test_compare_writes_both_files_and_a_table(runs: int, tmp_path: Path) -> None:
+def test_compare_writes_all_files_and_a_table(runs: int, tmp_path: Path) -> None:
     folders = [
         save(make_report(number, 0.4 + 0.1 * number, (1, 4, 2)[number]), tmp_path / f"run_{number}")
         for number in range(runs)
@@ -130,7 +115,9 @@ def test_compare_writes_both_files_and_a_table(runs: int, tmp_path: Path) -> Non
     picture = Image.open(tmp_path / "out" / "comparison.png")
     assert picture.width == 1600
     stream = io.StringIO()
-    Console(file=stream, width=80).print(comparison.means_table(), comparison.task_table())
+    Console(file=stream, width=80).print(
+        comparison.means_grid().terminal(), comparison.task_grid().terminal()
+    )
     lines = stream.getvalue().splitlines()
     assert "…" not in stream.getvalue(), "nothing is cut on a terminal of 80 columns"
     assert sum(line.count("path_0") for line in lines) == runs - 1, "a single path is shown once"
@@ -173,16 +160,13 @@ def test_runs_over_different_tasks_are_an_error_that_names_the_difference(tmp_pa
         compare([first, save(moved, tmp_path / "moved")])
 
 
-def test_other_rows_under_the_same_name_are_an_error_and_unknown_ones_are_not(tmp_path: Path) -> None:
+def test_other_rows_under_the_same_name_are_an_error(tmp_path: Path) -> None:
     whole = make_report(0, 0.5, 1)
-    asked = {
-        name: ScoreReport({**whole.tasks, "find": replace(whole.tasks["find"], rows_sha256=name)})
-        for name in ("one", "other")
-    }
-    folders = {name: save(report, tmp_path / name) for name, report in asked.items()}
+    for name in ("one", "other"):
+        asked = replace(whole.tasks["find"], rows_sha256=name)
+        save(ScoreReport({**whole.tasks, "find": asked}), tmp_path / name)
     with pytest.raises(ValueError, match="find: hash of the rows is one in one but other in other"):
-        compare(list(folders.values()))
-    compare([folders["one"], save(whole, tmp_path / "older")])
+        compare([str(tmp_path / "one"), str(tmp_path / "other")])
 
 
 def test_a_score_file_stands_for_its_run(tmp_path: Path) -> None:
@@ -192,108 +176,114 @@ def test_a_score_file_stands_for_its_run(tmp_path: Path) -> None:
         compare([folders[0], f"{folders[0]}/scores.json"])
 
 
-def test_hits_that_do_not_fit_the_scores_are_an_error_with_run_and_task(tmp_path: Path) -> None:
-    folders = [save(make_report(number, 0.5, 1), tmp_path / str(number)) for number in range(2)]
-    file = tmp_path / "1" / "scores.json"
-    content = json.loads(file.read_text())
-    whole = content["hits"]["find"]["path_0"]
-    score = content["tasks"]["find"]["hit_at_1"]["path_0"]
-    for hits, message in (
-        (whole[:-1], "59 hits of 60 queries"),
-        ("2" + whole[1:], "hits other than 0 and 1"),
-        ("01"[whole[0] == "0"] + whole[1:], f"mean of the hits is .*, but hit_at_1 is {score:.6g}"),
-    ):
-        content["hits"]["find"]["path_0"] = hits
-        file.write_text(json.dumps(content))
-        with pytest.raises(ValueError, match=rf"1.scores\.json, task find, column path_0: (the )?{message}"):
-            compare(folders)
-    del content["hits"]["find"]["aggregate"]
-    file.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"task find: hits of \['path_0'\], but scores of"):
-        compare(folders)
-
-
 @pytest.mark.parametrize("runs", [2, 3])
 def test_the_best_of_several_runs_is_said_to_be_picked_by_its_score(runs: int, tmp_path: Path) -> None:
     folders = [save(make_report(number, 0.5, 1), tmp_path / str(number)) for number in range(runs)]
     comparison = compare(folders)
-    for table in (comparison.means_table(), comparison.task_table()):
-        assert ("is the best of 2 runs by the same score" in str(table.caption)) == (runs == 3)
-
-
-def test_run_and_task_names_with_markup_are_shown_as_they_are(tmp_path: Path) -> None:
-    whole = make_report(0, 0.5, 1)
-    task = replace(whole.tasks["find"], task=Task("[red]find[/red]", "retrieval", False))
-    report = ScoreReport({**whole.tasks, "[red]find[/red]": task})
-    folders = [save(report, tmp_path / name) for name in ("[bold]a", "[b")]
-    comparison = compare(folders)
-    stream = io.StringIO()
-    Console(file=stream, width=120).print(comparison.means_table(), comparison.task_table())
-    for name in ("[bold]a", "[red]find[/red]"):
-        assert stream.getvalue().count(name) >= 1, name
+    for grid in (comparison.means_grid(), comparison.task_grid()):
+        assert ("is the best of 2 runs by the same score" in grid.caption) == (runs == 3)
 
 
 def test_missing_runs_are_an_error(tmp_path: Path) -> None:
     folder = save(make_report(0, 0.5, 1), tmp_path / "run")
     with pytest.raises(ValueError, match="no scores.json in .*nowhere"):
         compare([folder, str(tmp_path / "nowhere")])
-    with pytest.raises(ValueError, match="at least two runs"):
-        compare([folder])
-    with pytest.raises(ValueError, match="at least two runs"):
-        compare(folder)
-
-
-PUBLISHED_RUN = {"GQA": 0.4, "DocVQA": 0.6, "CIRR": 0.2}
-
-
-def mmeb_report() -> ScoreReport:
-    hits = {"aggregate": "1" * 30 + "0" * 30}
-    tasks = {name: TaskResult(MMEB_TASKS[name], 60, 0.05, {"aggregate": 0.5}, hits) for name in PUBLISHED_RUN}
-    return ScoreReport(tasks)
-
-
-def published(kind: str, folder: Path) -> str:
-    """The published scores in another format than this package's."""
-    folder.mkdir()
-    if kind == "leaderboard":
-        file = folder / "theirs.json"
-        image = {name: {"hit@1": score} for name, score in PUBLISHED_RUN.items()}
-        file.write_text(json.dumps({"metadata": {}, "metrics": {"image": image}}))
-        return str(file)
-    for name, score in PUBLISHED_RUN.items():
-        content = {"acc": score, "num_pred": 60} if kind == "v1" else {"hit@1": score, "num_pred": 60}
-        (folder / f"{name}_score.json").write_text(json.dumps(content))
-    return str(folder)
-
-
-@pytest.mark.parametrize("kind", ["v1", "v2", "leaderboard"])
-@pytest.mark.parametrize("order", [1, -1])
-def test_scores_of_others_are_compared_without_an_interval(kind: str, order: int, tmp_path: Path) -> None:
-    typed = [published(kind, tmp_path / "theirs"), save(mmeb_report(), tmp_path / "ours")][::order]
-    comparison = compare(typed, str(tmp_path / "out"))
-    assert list(comparison.reports) == ["theirs", "ours"][::order]
-    found = next(iter(comparison.differences.values())).means["overall"]
-    assert found.difference == pytest.approx(0.1 * order)
-    assert (found.low, found.high) == (None, None)
-    for table in (comparison.means_table(), comparison.task_table()):
-        assert "no interval where the hits of single queries are not known: theirs" in str(table.caption)
-        assert "bootstrap" not in str(table.caption)
-    cli.main(["compare", *typed, "--output_dir", str(tmp_path / "out")])
-    page = (tmp_path / "out" / "comparison.html").read_text()
-    assert "no interval: the hits of single queries" in page
-    assert "95 % interval over test queries" not in page
-
-
-def test_scores_of_others_need_known_tasks_of_as_many_rows(tmp_path: Path) -> None:
-    ours, theirs = save(mmeb_report(), tmp_path / "ours"), published("v1", tmp_path / "theirs")
-    (tmp_path / "theirs" / "GQA_score.json").write_text(json.dumps({"acc": 0.4, "num_pred": 59}))
-    with pytest.raises(ValueError, match="GQA: number of queries is 60 in ours but 59 in theirs"):
-        compare([ours, theirs])
-    (tmp_path / "x.json").write_text(json.dumps({"metrics": {"image": {"mine": 0.5}}}))
-    with pytest.raises(ValueError, match=r"x\.json has no task of MMEB"):
-        compare([ours, str(tmp_path / "x.json")])
+    for nothing in ([], folder):
+        with pytest.raises(ValueError, match="a list of runs"):
+            compare(nothing)
 
 
 def test_a_folder_that_counts_steps_is_named_with_its_parent(tmp_path: Path) -> None:
     folders = [save(make_report(n, 0.5, 1), tmp_path / name / "step_480") for n, name in enumerate("ab")]
     assert list(compare(folders).reports) == ["a step_480", "b step_480"]
+
+
+class Page(HTMLParser):
+    """Tags, attributes and texts of a page; fails on tags that do not match."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(file.read_text(encoding="utf-8"))
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.texts.append(" ".join(data.split()))
+
+
+def test_a_single_run_has_a_page_and_a_table_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    modes = {"path_1": {"bytes_per_item": 4096, "milliseconds_per_item": 2.345}}
+    warning = {
+        "check": "collapsed_paths",
+        "detail": "0.99 of <path> 1",
+        "tasks": ["find"],
+        "advice": "[/] one",
+    }
+    made = make_report(0, 0.5, 2)
+    run = {"model": {"backbone": "tiny", "mi": {"kind": "vclub"}, "dtype": None}}
+    made = replace(made, modes=modes, warnings=[warning], path_cosine=[[1.0, 0.37], [0.37, 1.0]], run=run)
+    renamed = replace(made.tasks["shape"], task=MMEB_TASKS["VOC2007"], num_skipped=3)
+    made = replace(
+        made, tasks={"VOC2007": renamed, "[b]<i>": made.tasks["digit"], "find": made.tasks["find"]}
+    )
+    compare_runs([save(made, tmp_path / "[bold]run")], str(tmp_path / "out"))
+    printed = capsys.readouterr().out
+    for shown in ("[bold]run", "[b]<i>", "VOC2007", "0.99 of <path> 1", "[/] one", "4,096"):
+        assert shown in printed
+    page = Page(tmp_path / "out" / "comparison.html")
+    for shown in (
+        "[bold]run",
+        "[b]<i>",
+        "path_1",
+        "0.99 of <path> 1",
+        "4,096",
+        "2.35",
+        "0.37",
+        "[bold]run: rows skipped because of their images: VOC2007 3",
+        "[bold]run: means over 1 of MMEB's 36 tasks: not MMEB's means",
+        "model.mi.kind",
+        "vclub",
+    ):
+        assert shown in page.texts, shown
+    assert "model.dtype" not in page.texts
+    assert "settings that differ" not in page.texts
+    content = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert (content["best"], content["differences"]) == ("[bold]run", {})
+
+
+def test_the_page_of_two_runs_stands_alone_and_says_what_differs(tmp_path: Path) -> None:
+    folders = [
+        save(make_report(seed, 0.4 + 0.2 * seed, 1 + seed), tmp_path / name) for seed, name in enumerate("ab")
+    ]
+    comparison = compare(folders, str(tmp_path / "out"))
+    page = Page(tmp_path / "out" / "comparison.html")
+    assert not any(tag in ("script", "link", "iframe") for tag, _ in page.tags)
+    (source,) = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
+    assert (
+        base64.b64decode(source.removeprefix("data:image/png;base64,"))
+        == (tmp_path / "out" / "comparison.png").read_bytes()
+    )
+    text = (tmp_path / "out" / "comparison.html").read_text(encoding="utf-8")
+    assert "http" not in text
+    assert "prefers-color-scheme: dark" in text
+    assert str(comparison.differences["b"].means["overall"]) in comparison.title
+    assert str(comparison.differences["b"].tasks["find"]) in page.texts
+    for shown in (comparison.title, comparison.note, "settings that differ"):
+        assert " ".join(shown.split()) in page.texts
+
+
+def test_flattened_settings() -> None:
+    assert flattened({"a": {"b": {"c": 1}, "d": None}, "e": [2]}) == {"a.b.c": "1", "e": "[2]"}

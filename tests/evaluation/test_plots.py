@@ -44,7 +44,7 @@ def score(task: EvalTask) -> TaskScore:
         order = [1, 2, 3, 4, 5]
         order.insert(place - 1, 0)
         ranking[row, :6] = torch.tensor(order)
-    return TaskScore(task.task, {"aggregate": ranking[:, 0] == 0}, ranking, 1 / 6)
+    return TaskScore(task.task, {"aggregate": torch.tensor([1, 1, 3, 6, 2])}, ranking, 1 / 6)
 
 
 def test_every_cosine_is_written_in_its_cell() -> None:

@@ -1,16 +1,30 @@
+"""Ranks, metrics and columns against slow definitions that share no code with them."""
+
 from __future__ import annotations
 
+import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torchmetrics.functional import retrieval
 
 from parallel_decoupling.batch import RawInput
 from parallel_decoupling.data.tasks import EvalTask, Task
-from parallel_decoupling.evaluation.metrics import positive_rank
-from parallel_decoupling.evaluation.score import score_task
+from parallel_decoupling.evaluation.score import (
+    METRICS,
+    mean_metrics,
+    milliseconds_per_item,
+    mode_costs,
+    path_columns,
+    positive_rank,
+    score_task,
+    similarities,
+    task_hash,
+)
 
 TASK = Task("toy", "vqa", True)
 
@@ -57,11 +71,45 @@ def test_hits_equal_a_slow_loop_with_ties_and_copies(seed: int) -> None:
     assert score.hits["aggregate"].dtype == torch.bool
 
 
-def test_a_tie_with_another_candidate_is_a_miss() -> None:
-    rivals = torch.tensor([[False, True, True]])
-    assert positive_rank(torch.tensor([[0.5, 0.4, 0.3]]), rivals).tolist() == [1]
-    assert positive_rank(torch.tensor([[0.5, 0.5, 0.3]]), rivals).tolist() == [2]
-    assert positive_rank(torch.tensor([[0.5, 0.5, 0.5]]), rivals).tolist() == [3]
+def slow_rank(scores: list[float], rivals: list[bool]) -> int:
+    """Walk through the row: everything that is not strictly below the positive is ahead of it."""
+    if math.isnan(scores[0]):
+        return len(scores) + 1
+    rank = 1
+    for score, rival in zip(scores[1:], rivals[1:], strict=True):
+        if rival and (math.isnan(score) or score >= scores[0]):
+            rank += 1
+    return rank
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rank_equals_a_walk_through_the_row_with_ties_and_nan(seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(50):
+        width = rng.randint(1, 12)
+        values = [rng.choice([0.1, 0.2, 0.3, float("nan")]) for _ in range(width)]
+        rivals = [False, *(rng.random() < 0.7 for _ in range(width - 1))]
+        found = positive_rank(torch.tensor([values]), torch.tensor([rivals]))
+        assert found.tolist() == [slow_rank(values, rivals)]
+
+
+def test_metrics_equal_torchmetrics_over_random_ranks() -> None:
+    rng = random.Random(0)
+    ranks = [rng.choice([1, 1, 2, 3, 5, 6, 10, 11, 40, 1001]) for _ in range(40)]
+    expected: dict[str, list[float]] = {name: [] for name in METRICS}
+    for rank in ranks:
+        relevance = torch.arange(1, 1002) == rank
+        scores = torch.arange(1001, 0, -1, dtype=torch.float64)
+        reciprocal = float(retrieval.retrieval_reciprocal_rank(scores, relevance))
+        expected["mrr"].append(reciprocal)
+        for k in (1, 5, 10):
+            expected[f"hit@{k}"].append(float(retrieval.retrieval_hit_rate(scores, relevance, top_k=k)))
+            expected[f"mrr@{k}"].append(reciprocal if rank <= k else 0.0)
+            gain = retrieval.retrieval_normalized_dcg(scores, relevance, top_k=k)
+            expected[f"ndcg@{k}"].append(float(gain))
+    found = mean_metrics(torch.tensor(ranks))
+    assert tuple(found) == METRICS
+    assert found == pytest.approx({name: sum(values) / 40 for name, values in expected.items()})
 
 
 def test_copies_of_the_positive_do_not_count_against_it() -> None:
@@ -97,12 +145,6 @@ def test_a_collapsed_model_scores_zero_at_any_size() -> None:
                 task = EvalTask(TASK, [RawInput("q")], inputs, [0], [indices])
                 score = score_task(task, {"aggregate": (query, vector.expand(candidates, -1))})
                 assert not score.hits["aggregate"].any()
-
-
-def test_nan_is_a_miss() -> None:
-    rivals = torch.tensor([[False, True], [False, True], [False, False]])
-    scores = torch.tensor([[torch.nan, 0.1], [0.2, torch.nan], [torch.nan, 0.0]])
-    assert positive_rank(scores, rivals).tolist() == [3, 2, 3]
 
 
 def test_scores_do_not_depend_on_row_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,3 +202,87 @@ def test_embeddings_that_do_not_fit_are_an_error() -> None:
         score_task(task, {"path_0": (torch.ones(7, 4), torch.ones(30, 4))})
     with pytest.raises(ValueError, match="toy: 0 rows"):
         score_task(EvalTask(TASK, [], [], [], []), {"path_0": (torch.ones(0, 4), torch.ones(0, 4))})
+
+
+def test_the_hash_is_of_what_the_rows_ask() -> None:
+    red, blue = (Image.new("RGB", (4, 4), colour) for colour in ("red", "blue"))
+    candidates = [RawInput("a", (red,)), RawInput("b", ("here/pictures/1.png",)), RawInput("c")]
+    task = EvalTask(TASK, [RawInput("q"), RawInput("r")], candidates, [0, 1], [[0, 1], [1, 2]])
+    moved = replace(
+        task, candidates=[*candidates[:1], RawInput("b", ("there/pictures/1.png",)), candidates[2]]
+    )
+    assert task_hash(task) == task_hash(moved), "a benchmark may move"
+    others = [
+        replace(task, candidates=[RawInput("a", (blue,)), *candidates[1:]]),
+        replace(task, candidates=[*candidates[:1], RawInput("b", ("here/pictures/2.png",)), candidates[2]]),
+        replace(task, queries=[RawInput("q"), RawInput("R")]),
+        replace(task, query_of_row=[0, 0]),
+        replace(task, candidates_of_row=[[0, 1], [1]]),
+        replace(task, candidates_of_row=[[1, 0], [1, 2]]),
+    ]
+    assert len({task_hash(each) for each in (task, *others)}) == 1 + len(others)
+
+
+def paths(rows: int, num_paths: int = 3, dim: int = 4) -> torch.Tensor:
+    return F.normalize(torch.randn(rows, num_paths, dim), dim=-1)
+
+
+def test_columns_are_the_aggregate_then_every_path_then_the_other_modes() -> None:
+    query, candidate = paths(2), paths(5)
+    columns = path_columns(query, candidate, lambda embeddings: embeddings.flatten(1))
+    assert list(columns) == ["aggregate", "path_0", "path_1", "path_2", "mean", "concat", "maxsim"]
+    assert columns["aggregate"][1].shape == (5, 12)
+    assert torch.equal(columns["path_1"][0], query[:, 1])
+    assert list(path_columns(paths(2, 1), paths(5, 1), lambda z: z[:, 0])) == ["aggregate", "path_0"]
+
+
+def test_concat_is_the_mean_cosine_of_aligned_paths_and_maxsim_a_loop_never_below_it() -> None:
+    query, candidate = paths(6), paths(9)
+    columns = path_columns(query, candidate, lambda z: z[:, 0])
+    concat = similarities(*(F.normalize(embeddings, dim=-1) for embeddings in columns["concat"]))
+    by_hand = sum(query[:, path] @ candidate[:, path].T for path in range(3)) / 3
+    torch.testing.assert_close(concat, by_hand)
+    found = similarities(query, candidate)
+    for q in range(6):
+        for c in range(9):
+            best = [max(float(x @ y) for y in candidate[c]) for x in query[q]]
+            assert float(found[q, c]) == pytest.approx(sum(best) / 3, abs=1e-6)
+    assert (found >= concat - 1e-6).all()
+
+
+def test_maxsim_is_scored_like_its_similarities_and_keeps_ties() -> None:
+    query, candidate = paths(4), paths(6)
+    candidate[3] = candidate[2]  # of rows 2 and 3 the positives tie
+    rows = [[row, *(x for x in range(6) if x != row)] for row in range(4)]
+    inputs = [RawInput(str(number)) for number in range(6)]
+    task = EvalTask(TASK, inputs[:4], inputs, [0, 1, 2, 3], rows)
+    ranks = score_task(task, path_columns(query, candidate, lambda z: z.mean(dim=1))).ranks["maxsim"]
+    scores = similarities(query, candidate)
+    for row in range(4):
+        ahead = sum(
+            bool(scores[row, x] > scores[row, row] + 1e-6 or x == {2: 3, 3: 2}.get(row))
+            for x in range(6)
+            if x != row
+        )
+        assert ranks[row] == 1 + ahead
+
+
+def test_costs_follow_the_shapes_and_what_was_encoded() -> None:
+    columns = path_columns(paths(2), paths(5), lambda z: z.mean(dim=1))
+    costs = mode_costs(columns, one_path=1.5, all_paths=4.0)
+    assert {name: tuple(cost.values()) for name, cost in costs.items()} == {
+        "aggregate": (16, 4.0),
+        **{f"path_{path}": (16, 1.5) for path in range(3)},
+        "mean": (16, 4.0),
+        "concat": (48, 4.0),
+        "maxsim": (48, 4.0),
+    }
+    assert mode_costs(columns)["maxsim"] == {"bytes_per_item": 48}
+
+
+def test_encoding_is_timed_after_a_warm_up_and_an_outlier_does_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seconds = iter([0, 50, 50, 51, 51, 99, 99, 101])  # calls of 50, 1, 48 and 2 seconds
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(seconds)))
+    assert milliseconds_per_item(lambda: torch.zeros(1), num_items=4) == 500

@@ -10,6 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from parallel_decoupling.data.datamodule import MMEBDataModule
+from parallel_decoupling.evaluation.run import Scoring
+from parallel_decoupling.evaluation.store import Keeper
 from parallel_decoupling.training.module import PDFEmbedder
 
 SMALL: dict[str, Any] = {
@@ -56,12 +58,43 @@ def small_data(data_dir: str, **settings: Any) -> MMEBDataModule:
     return MMEBDataModule(data_dir=data_dir, **{"batch_size": 8, "eval_batch_size": 8, **settings})
 
 
-def make_trainer(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
+class ConnectedTrainer(Trainer):
+    """Hands model and data to each other and to the callback that scores, as the command line does."""
+
+    def _connect(self, model: Any, data: Any) -> None:
+        if isinstance(data, MMEBDataModule):
+            keeper = getattr(data, "keeper", None)
+            data.connect(model, keeper)
+            self.scoring = Scoring(data, keeper)
+            others = [each for each in self.callbacks if not isinstance(each, Scoring)]
+            self.callbacks = [*others, self.scoring]
+
+    def fit(self, model: Any, data: Any = None, **options: Any) -> None:
+        self._connect(model, data)
+        super().fit(model, datamodule=data, **options)
+
+    def validate(self, model: Any, data: Any = None, **options: Any) -> Any:
+        self._connect(model, data)
+        return super().validate(model, datamodule=data, **options)
+
+    def test(self, model: Any, data: Any = None, **options: Any) -> Any:
+        self._connect(model, data)
+        return super().test(model, datamodule=data, **options)
+
+
+def make_trainer(folder: Path, *callbacks: Callback, **options: Any) -> ConnectedTrainer:
     """A quiet CPU trainer."""
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     fixed = {"accelerator": "cpu", "devices": 1, "log_every_n_steps": 1, "use_distributed_sampler": False}
     options = {"enable_checkpointing": False, "num_sanity_val_steps": 0, **quiet, **fixed, **options}
-    return Trainer(default_root_dir=folder, callbacks=list(callbacks), **options)
+    return ConnectedTrainer(default_root_dir=folder, callbacks=list(callbacks), **options)
+
+
+def kept_data(module: PDFEmbedder, folder: Path, data_dir: str, **settings: Any) -> MMEBDataModule:
+    """Data whose test keeps its embeddings in a folder."""
+    data = small_data(data_dir, **settings)
+    data.keeper = Keeper(folder, module.about, replace=True)  # type: ignore[attr-defined]
+    return data
 
 
 def trained(module: PDFEmbedder) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""A tiny benchmark on disk, and one thread, so that CPU results are equal bit for bit."""
+"""One thread, so that CPU results are equal bit for bit."""
 
 from __future__ import annotations
 
@@ -6,13 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-
-from tests.support.mmeb import save_tiny_mmeb
-
-
-@pytest.fixture(scope="session")
-def tiny_mmeb_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny_mmeb(tmp_path_factory.mktemp("mmeb") / "data")
 
 
 @pytest.fixture(scope="package", autouse=True)

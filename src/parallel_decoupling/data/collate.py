@@ -8,9 +8,8 @@ is added, as in VLM2Vec. Rows are read in ``readers`` and chosen in ``mixture``,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from hashlib import blake2b
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
@@ -28,27 +27,6 @@ from parallel_decoupling.data.images import ImageError, ImagePolicy, load_image
 
 PADDING = RawInput("-")
 """What is encoded in place of a missing hard negative; as short as a text can be."""
-
-
-@dataclass(frozen=True)
-class EvalBatch:
-    """Rows of one evaluation task, all of one side.
-
-    Attributes:
-        inputs: the encoder's input, ``B`` rows.
-        side: which list of the ``EvalTask`` the rows come from.
-        indices: ``[B]`` int64, places in that list.
-        missing: those of the places whose images cannot be read; another input stands there.
-    """
-
-    inputs: EncoderInputs
-    side: Literal["query", "candidate"]
-    indices: Tensor
-    missing: tuple[int, ...] = ()
-
-    def to(self, device: torch.device | str) -> EvalBatch:
-        """Move every tensor to ``device``."""
-        return replace(self, inputs=self.inputs.to(device), indices=self.indices.to(device))
 
 
 class Collator:

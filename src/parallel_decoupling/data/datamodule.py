@@ -1,38 +1,29 @@
 """The LightningDataModule that wires ``readers``, ``mixture`` and ``collate`` into ``loaders``.
 
-Options and wiring only: files are read in ``readers``, batches are composed in ``mixture``, tensors are made
-in ``collate``. The loaders are no ``torch.utils.data.DataLoader`` to Lightning, so it neither replaces
-their sampler nor splits their rows: every process takes its own share here.
+The loaders are not ``torch.utils.data.DataLoader`` to Lightning, so it neither replaces their sampler nor
+splits their rows: every process takes its own share here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from parallel_decoupling import distributed
-from parallel_decoupling.batch import EncoderInputs, PairBatch
-from parallel_decoupling.data.collate import Collator, EvalBatch
+from parallel_decoupling.batch import PairBatch
+from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.download import check_known, download_eval, download_train
 from parallel_decoupling.data.images import ImagePolicy, SquareSize
-from parallel_decoupling.data.inputs import prepare_tables
-from parallel_decoupling.data.loaders import Batches, EvalBatches, MissingImages, TrainRows
+from parallel_decoupling.data.loaders import Batches, MissingImages, SourceRows, TaskSide, TrainRows
 from parallel_decoupling.data.mixture import MixtureSampler
-from parallel_decoupling.data.readers import LimitBy, TrainSubset, read_eval_task
-from parallel_decoupling.data.row_loaders import (
-    RowBatches,
-    RowLoader,
-    RowPlan,
-    Shards,
-    TokenEstimate,
-    chosen_columns,
-)
-from parallel_decoupling.data.rows import open_rows
+from parallel_decoupling.data.readers import LimitBy, TrainSubset, prepare_tables, read_eval_task
+from parallel_decoupling.data.row_sources import open_rows
 from parallel_decoupling.data.tasks import (
     MMEB_TASKS,
     MMEB_TRAIN_SUBSETS,
@@ -41,23 +32,34 @@ from parallel_decoupling.data.tasks import (
     find_eval_tasks,
     find_train_subsets,
 )
+from parallel_decoupling.evaluation.encode import BatchPlan, RowBatch, RowBatches, TokenEstimate
+from parallel_decoupling.evaluation.store import AGGREGATE, Keeper, chosen_columns, path_column
 
 EMBEDDED = "mini-mmeb"
 """Value of ``data_dir`` that stands for the benchmark this package generates."""
 
-_NO_ROWS = EvalBatch(
-    EncoderInputs({"input_ids": torch.empty(0, 1).long(), "attention_mask": torch.empty(0, 1).long()}, ()),
-    "query",
-    torch.empty(0, dtype=torch.int64),
-)
+_PLAIN = (str, int, float, bool, list, tuple, dict, type(None))
+
+
+class ConnectedModel(Protocol):
+    """What the data needs of a model, and what the model keeps of the data; ``PDFEmbedder`` has it."""
+
+    encoder: Any
+    candidate_instruction: str
+    data_settings: dict[str, Any]
+
+    @property
+    def images(self) -> ImagePolicy:
+        """What happened to the pictures that the weights were trained on."""
 
 
 class MMEBDataModule(LightningDataModule):
     """MMEB, the embedded benchmark in the same layout, or your own data (``docs/data.md``).
 
-    A training batch is a pure function of (seed, step): the same for any number of processes and
-    workers, and a resumed run goes on with exactly the next one. Set the trainer's number of steps
-    as usual; an epoch is one pass over the mixture.
+    Call ``connect(model)`` before a Trainer uses it; the command line does so. A training batch is a pure
+    function of (seed, step): the same for any number of processes and workers, and a resumed run continues
+    with exactly the next one. Set the trainer's number of steps as usual; an epoch is one pass over the
+    mixture.
 
     Args:
         data_dir: Folder that holds MMEB-train/ and MMEB-eval/ or a tasks.json, or "mini-mmeb", the
@@ -79,7 +81,7 @@ class MMEBDataModule(LightningDataModule):
             blocks of sub_batch_size rows of one subset.
         sub_batch_size: Block size of the policy "sub_batch"; divides batch_size.
         hard_negatives: Candidates per row from the neg_text and neg_image_path columns; a row with fewer gets
-            stand-ins that are nobody's negative. Warns of a subset where no row has any.
+            padding that matches no query. Warns of a subset where no row has any.
         seed: Seed of mixture and row_limit, independent of the trainer's seed.
         image_size: Force every image into a square: "low" (128 pixels), "mid" (672) or "high" (1344), as in
             VLM2Vec. Null leaves that to min_pixels and max_pixels.
@@ -88,8 +90,6 @@ class MMEBDataModule(LightningDataModule):
         missing_images: "error" stops at an image that is missing or broken, "skip" takes the next row of
             the subset in training and leaves the row out of the score in evaluation, and counts.
         download: Fetch what is not in data_dir from the Hugging Face hub and unpack it, once.
-        embedding_cache: Keep the embeddings of `test` by checkpoint and data, so that a test that was stopped
-            goes on with the tasks not done: true for `embeddings` in the run's folder, or a folder.
         predict_source: What `predict` embeds in place of the evaluation tasks: a folder of images, or a
             Parquet, JSONL or CSV file with columns text, image or both (`docs/embedding_files.md`).
         predict_columns: Embeddings to compute: aggregate, path_0, ...; null is the aggregate and all paths.
@@ -120,7 +120,6 @@ class MMEBDataModule(LightningDataModule):
         max_pixels: int | None = None,
         missing_images: MissingImages = "error",
         download: bool = False,
-        embedding_cache: bool | str = False,
         predict_source: str | None = None,
         predict_columns: list[str] | None = None,
         predict_instruction: str | None = None,
@@ -154,21 +153,42 @@ class MMEBDataModule(LightningDataModule):
         self.images = ImagePolicy(image_size, min_pixels, max_pixels)
         self.missing_images: MissingImages = missing_images
         self.download = download
-        self.embedding_cache = embedding_cache
         self.predict_source = predict_source
         self.predict_columns = predict_columns
         self.predict_instruction = predict_instruction
         self.predict_rows_per_shard = predict_rows_per_shard
-        self.finished_shards: Callable[[RowBatches, Shards], Collection[int]] = lambda *_: ()
-        """Which shards of predict_source are done already; whoever writes them knows."""
         self.train_data: list[TrainSubset] = []
         self.eval_tasks_data: list[EvalTask] = []
-        """The tasks of the current stage, in the order of the evaluation loaders."""
-        self._collator: Collator | None = None
+        """The tasks of the current stage."""
+        self.rows: list[TaskSide] | list[SourceRows] = []
+        """What the loaders of validate, test or predict encode, in their order."""
+        self._model: ConnectedModel | None = None
+        self._keeper: Keeper | None = None
 
-    def connect(self, processor: Any, image_token: str) -> None:
-        """Set the processor by hand; without it the trainer's module gives its encoder's."""
-        self._collator = Collator(processor, image_token=image_token, images=self.images)
+    def connect(self, model: ConnectedModel, keeper: Keeper | None = None) -> MMEBDataModule:
+        """Take the processor and the prompts of a model, and give it the settings of this data.
+
+        Args:
+            model: that the batches are for.
+            keeper: knows which embeddings of ``test`` or ``predict`` are on disk; their rows are left out.
+
+        Returns:
+            Itself, so that ``trainer.fit(model, MMEBDataModule(...).connect(model))`` reads well.
+        """
+        self._model, self._keeper = model, keeper
+        model.data_settings = self.settings
+        return self
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments behind training and evaluation, as plain values; not those of ``predict``."""
+        names = inspect.signature(MMEBDataModule.__init__).parameters
+        values = {name: getattr(self, name) for name in names if name != "self"}
+        return {
+            name: value
+            for name, value in values.items()
+            if isinstance(value, _PLAIN) and not name.startswith("predict_")
+        }
 
     def prepare_data(self) -> None:
         """Make what is needed and not there yet: downloads, the embedded benchmark, mapped tables.
@@ -253,71 +273,94 @@ class MMEBDataModule(LightningDataModule):
         )
         return Batches(loader, sampler, None if self.trainer is None else self._consumed)
 
-    def val_dataloader(self) -> list[Batches[EvalBatch]]:
-        """One loader per validation task."""
-        return [self._eval_loader(task) for task in self.eval_tasks_data]
+    def val_dataloader(self) -> list[Batches[RowBatch]]:
+        """Two loaders per validation task: queries, then candidates."""
+        return self._task_loaders()
 
-    def test_dataloader(self) -> list[Batches[EvalBatch]]:
-        """One loader per evaluation task; one empty batch for a task whose embeddings are in the cache."""
-        cached: set[str] = set()
-        if self.embedding_cache and self.trainer is not None:
-            module: Any = self.trainer.lightning_module
-            folder = self.embedding_cache if isinstance(self.embedding_cache, str) else None
-            cached = module.cached_tasks(self.eval_tasks_data, folder)
-        return [
-            Batches(DataLoader([_NO_ROWS], batch_size=None))  # type: ignore[arg-type]
-            if task.task.name in cached
-            else self._eval_loader(task)
-            for task in self.eval_tasks_data
-        ]
+    def test_dataloader(self) -> list[Batches[RowBatch]]:
+        """Two loaders per evaluation task: queries, then candidates, without the embeddings that are kept."""
+        return self._task_loaders()
 
-    @property
-    def folder(self) -> Path:
-        """Where the data is; the embedded benchmark's place in the cache."""
-        return self._folder()
+    def predict_dataloader(self) -> list[Batches[RowBatch]]:
+        """Load the rows of predict_source, or else of the evaluation tasks, that are not embedded yet.
 
-    def predict_dataloader(self) -> RowLoader | list[Batches[EvalBatch]]:
-        """Batches of this process of the rows of predict_source that are not done yet.
-
-        Pictures as in the model's training, unless this datamodule has image settings. Without a
-        predict_source those of the evaluation tasks, one loader per task.
+        Pictures are as in the model's training, unless this data module has image settings.
 
         Raises:
             ValueError: a predict_source that cannot be read; unknown predict_columns.
         """
+        columns = chosen_columns(self.predict_columns, self._connected.encoder.num_paths)
         if self.predict_source is None:
-            return [self._eval_loader(task) for task in self.eval_tasks_data]
-        assert self.trainer is not None, "predict_dataloader needs the model of a Trainer"
-        module: Any = self.trainer.lightning_module
-        source = open_rows(self.predict_source)
-        shards = Shards(len(source), self.predict_rows_per_shard)
-        instruction = self.predict_instruction
-        collator = self.collator
-        if self.images == ImagePolicy():
-            processor, image_token = collator.processor, collator.image_token
-            collator = Collator(processor, image_token=image_token, images=module.embedder.images)
-        rows = RowBatches(
-            source,
-            collator,
-            module.candidate_instruction if instruction is None else instruction,
-            chosen_columns(self.predict_columns, module.encoder.num_paths),
-        )
-        finished = self.finished_shards(rows, shards)
-        place = distributed.rank(), distributed.world_size()
-        estimate = TokenEstimate.of(collator)
-        plan = RowPlan(source, shards, estimate, finished, self.eval_batch_size, *place)
-        return RowLoader(rows, plan, self.num_workers)
+            self.rows = self._sides()
+        else:
+            instruction = self.predict_instruction
+            if instruction is None:
+                instruction = self._connected.candidate_instruction
+            self.rows = [SourceRows(open_rows(self.predict_source), instruction)]
+        wanted = None
+        if AGGREGATE not in columns:
+            wanted = tuple(int(name.removeprefix("path_")) for name in columns)
+        options: dict[str, Any] = {"columns": columns, "rows_per_shard": self.predict_rows_per_shard}
+        return [self._loader(rows, paths=wanted, keep_going=True, **options) for rows in self.rows]
+
+    @property
+    def folder(self) -> Path:
+        """Where the data is; for the embedded benchmark its place in the cache."""
+        return self._folder()
 
     @property
     def collator(self) -> Collator:
-        """The connected collator, or one with the processor of the module's encoder."""
-        if self._collator is None:
-            if self.trainer is None:
-                raise ValueError("No processor: call connect(processor, image_token) or use a Trainer.")
-            encoder: Any = self.trainer.lightning_module.encoder
-            self.connect(encoder.processor, encoder.image_token)
-        assert self._collator is not None
-        return self._collator
+        """Tokenises for the connected model; pictures as in its training without image settings here."""
+        encoder = self._connected.encoder
+        images = self._connected.images if self.images == ImagePolicy() else self.images
+        return Collator(encoder.processor, image_token=encoder.image_token, images=images)
+
+    @property
+    def _connected(self) -> ConnectedModel:
+        if self._model is None:
+            raise ValueError(
+                "The data does not know the model's processor: call data.connect(model) before the Trainer "
+                "uses it."
+            )
+        return self._model
+
+    def _sides(self) -> list[TaskSide]:
+        folder = self._folder()
+        sides: tuple[Literal["query", "candidate"], ...] = ("query", "candidate")
+        return [TaskSide(task, side, folder) for task in self.eval_tasks_data for side in sides]
+
+    def _task_loaders(self) -> list[Batches[RowBatch]]:
+        self.rows = self._sides()
+        columns = tuple(map(path_column, range(self._connected.encoder.num_paths)))
+        skip = self.missing_images == "skip"
+        return [self._loader(rows, columns=columns, keep_going=skip) for rows in self.rows]
+
+    def _loader(
+        self,
+        rows: TaskSide | SourceRows,
+        *,
+        columns: Sequence[str],
+        keep_going: bool,
+        rows_per_shard: int | None = None,
+        paths: tuple[int, ...] | None = None,
+    ) -> Batches[RowBatch]:
+        collator, finished = self.collator, frozenset[int]()
+        if self._keeper is not None:
+            about = {**rows.describe(), "columns": list(columns), "images": collator.images.settings}
+            about["rows_per_shard"] = rows_per_shard or max(1, len(rows))
+            finished = self._keeper.finished(rows, about, with_bad_rows=keep_going)
+        plan = BatchPlan(
+            rows,
+            TokenEstimate(collator),
+            self.eval_batch_size,
+            rows_per_shard=rows_per_shard,
+            finished=finished,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+        )
+        batches = RowBatches(rows, collator, rows.where, keep_going=keep_going, paths=paths)
+        options: dict[str, Any] = {"num_workers": self.num_workers, "generator": torch.Generator()}
+        return Batches(DataLoader(batches, batch_size=None, sampler=plan, **options))
 
     def _consumed(self) -> int:
         """Training batches processed so far in all epochs; part of every checkpoint.
@@ -337,7 +380,7 @@ class MMEBDataModule(LightningDataModule):
         folder = Path(self.data_dir)
         if not folder.is_dir():
             raise ValueError(
-                f"data_dir {self.data_dir!r} is no folder. Give the folder that holds MMEB-train/ and "
+                f"data_dir {self.data_dir!r} is not a folder. Give the folder that holds MMEB-train/ and "
                 f"MMEB-eval/, or {EMBEDDED!r} for the embedded benchmark."
             )
         return folder
@@ -372,20 +415,6 @@ class MMEBDataModule(LightningDataModule):
                 subset.log_gaps()
             subsets.append(subset)
         return subsets
-
-    def _eval_loader(self, task: EvalTask) -> Batches[EvalBatch]:
-        batches = EvalBatches(
-            task,
-            self.collator,
-            self.eval_batch_size,
-            distributed.rank(),
-            distributed.world_size(),
-            self.missing_images,
-        )
-        loader = DataLoader(
-            batches, batch_size=None, num_workers=self.num_workers, generator=torch.Generator()
-        )
-        return Batches(loader)
 
 
 def _check_numbers(numbers: Mapping[str, int | None], at_least: int) -> None:

@@ -1,8 +1,6 @@
 """Image files: finding them, decoding them to 8-bit RGB, and giving them the wanted size.
 
-The forced squares and the rule for tiny images are VLM2Vec's; the pixel budget is Qwen2-VL's "smart
-resize". Here: pictures. Elsewhere on purpose: which rows show which files (``readers``), the
-processor's own resizing and patches (``collate`` calls the processor).
+The forced squares and the rule for tiny images are VLM2Vec's; the pixel budget is Qwen2-VL's "smart resize".
 """
 
 from __future__ import annotations
@@ -28,15 +26,7 @@ IMAGE_SETTINGS = ("image_size", "min_pixels", "max_pixels")
 """Names of the settings behind an ``ImagePolicy``."""
 
 # What Pillow's decoders raise on damaged files.
-_DAMAGE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    EOFError,
-    struct.error,
-    Image.DecompressionBombError,
-)
+_DAMAGE = (OSError, SyntaxError, ValueError, TypeError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 class ImageError(ValueError):
@@ -45,22 +35,21 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True)
 class ImagePolicy:
-    """What happens to a picture before the processor sees it. Without any setting: nothing.
+    """What happens to a picture before the processor sees it; nothing without any setting.
 
-    The processor's own resizing comes afterwards. It leaves a picture of the budget alone as long as
-    the budget lies within its own limits.
+    The processor's own resizing comes afterwards and leaves a picture within its own limits alone.
 
     Attributes:
         size: forces a square of 128, 672 or 1344 pixels, whatever the aspect ratio, and ignores the EXIF
             orientation, as VLM2Vec does for the rows that it publishes.
         min_pixels: width times height at least; needs no ``size``.
-        max_pixels: width times height at most. With either, the aspect ratio is kept as far as sides
-            that are multiples of ``factor`` allow, and a picture with a side below ``factor`` becomes a
-            square of twice that (VLM2Vec does so with the few such images of MMEB-eval).
+        max_pixels: width times height at most. With either bound, the sides become multiples of
+            ``factor`` near the aspect ratio, and a picture with a side below ``factor`` becomes a square of
+            twice that, as VLM2Vec does.
         factor: the processor's patch times merge size; 1 where it has none.
 
     Raises:
-        ValueError: both kinds of size, or a budget that nothing fits.
+        ValueError: the settings exclude one another, or nothing fits the budget.
     """
 
     size: SquareSize | None = None
@@ -73,10 +62,7 @@ class ImagePolicy:
         if self.size is not None and self.size not in SQUARES:
             raise ValueError(f"image_size must be one of {', '.join(SQUARES)} or null, got {self.size!r}.")
         if self.size is not None and self.has_budget:
-            raise ValueError(
-                f"image_size={self.size!r} forces a square, so min_pixels and max_pixels have no meaning. "
-                "Set one or the other to null."
-            )
+            raise ValueError(f"image_size={self.size!r} forces a square; set it or the pixel budget to null.")
         for name, value in (("min_pixels", self.min_pixels), ("max_pixels", self.max_pixels)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
@@ -85,13 +71,13 @@ class ImagePolicy:
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> ImagePolicy:
-        """The policy of a datamodule's settings; one that is absent counts as not set."""
+        """Return the policy of a data module's settings; one that is absent counts as not set."""
         size, min_pixels, max_pixels = (settings.get(name) for name in IMAGE_SETTINGS)
         return cls(size, min_pixels, max_pixels)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What ``from_settings`` takes."""
+        """The settings that ``from_settings`` takes."""
         return dict(zip(IMAGE_SETTINGS, (self.size, self.min_pixels, self.max_pixels), strict=True))
 
     @property
@@ -109,28 +95,24 @@ class ImagePolicy:
 
     def __call__(self, image: Image.Image) -> Image.Image:
         """Resize with Pillow's bicubic filter, or return the image itself."""
+        size = image.size
         if self.size is not None:
-            wanted = (SQUARES[self.size],) * 2
+            size = (SQUARES[self.size],) * 2
         elif self.has_budget:
-            wanted = self._fitting(*image.size)
-        else:
-            return image
-        return image if image.size == wanted else image.resize(wanted, Image.Resampling.BICUBIC)
-
-    def _fitting(self, width: int, height: int) -> tuple[int, int]:
-        if min(width, height) < self.factor:
-            width = height = 2 * self.factor
-        low, high = self.min_pixels or 1, self.max_pixels or math.inf
-        return smart_size(width, height, factor=self.factor, min_pixels=low, max_pixels=high)
+            if min(size) < self.factor:
+                size = (2 * self.factor,) * 2
+            low, high = self.min_pixels or 1, self.max_pixels or math.inf
+            size = smart_size(*size, factor=self.factor, min_pixels=low, max_pixels=high)
+        return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
 
 
 def smart_size(
     width: int, height: int, *, factor: int, min_pixels: float, max_pixels: float
 ) -> tuple[int, int]:
-    """Width and height within a pixel budget, both multiples of ``factor``, near the aspect ratio.
+    """Return width and height within a pixel budget, both multiples of ``factor``, near the aspect ratio.
 
-    Each side is rounded to the next multiple. If that breaks the budget, both sides are scaled by the
-    same number and rounded down (too many pixels) or up (too few); never below ``factor``.
+    Each side is rounded to the next multiple. If that breaks the budget, both sides are scaled by the same
+    number and rounded down (too many pixels) or up (too few), never below ``factor``.
 
     Relations:
         Equals transformers' ``smart_resize`` of Qwen2-VL wherever that accepts the aspect ratio.
@@ -149,17 +131,12 @@ def smart_size(
 
 
 def load_image(image: Image.Image | str, *, turn: bool = True) -> Image.Image:
-    """Decode to 8-bit RGB; transparency is dropped, as processors do.
+    """Decode a PIL image or a file to 8-bit RGB, without transparency; ``turn`` applies the EXIF orientation.
 
-    16-bit greyscale is scaled to 8 bit (PIL alone would clip it to white).
-
-    Args:
-        image: a PIL image or a file.
-        turn: apply the EXIF orientation.
+    16-bit greyscale is scaled to 8 bits (PIL alone would clip it to white).
 
     Raises:
-        ImageError: the file is missing, broken or larger than Pillow's limit against decompression
-            bombs; names it.
+        ImageError: the file is missing, broken or larger than Pillow's limit against decompression bombs.
     """
     try:
         if not isinstance(image, str):
@@ -169,9 +146,8 @@ def load_image(image: Image.Image | str, *, turn: bool = True) -> Image.Image:
                 ImageOps.exif_transpose(file, in_place=True)
             return _rgb(file)
     except _DAMAGE as error:
-        raise ImageError(
-            f"Cannot read image {image}: {error}. Replace the file or remove its row."
-        ) from error
+        message = f"Cannot read image {image}: {error}. Replace the file or remove its row."
+        raise ImageError(message) from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -183,7 +159,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def image_size(file: str) -> tuple[int, int] | None:
-    """Width and height from the header of an image file; None if it has none."""
+    """Return width and height from the header of an image file, or None if it cannot be read."""
     try:
         with Image.open(file) as image:
             return image.size
@@ -192,11 +168,7 @@ def image_size(file: str) -> tuple[int, int] | None:
 
 
 def check_images(row: RawInput) -> None:
-    """Decode every image file of an input and forget the pixels.
-
-    Raises:
-        ImageError: a file is missing or broken.
-    """
+    """Raise ``ImageError`` if an image of an input cannot be decoded."""
     for image in row.images:
         load_image(image)
 
@@ -204,9 +176,9 @@ def check_images(row: RawInput) -> None:
 class ImageFolder:
     """Finds the files that the image cells of a table name.
 
-    Each root is tried with the cell as it is, with ``images/`` before it and without a leading
-    ``images/``: MMEB-train's cells start with ``images/``, MMEB-eval's do not, and either may be
-    unpacked with or without that folder. The place that fitted last is tried first.
+    Each root is tried with the cell as it is, with ``images/`` before it and without a leading ``images/``:
+    MMEB-train's cells start with ``images/``, MMEB-eval's do not, and either may be unpacked with or without
+    that folder. The place that fitted last is tried first.
 
     Args:
         roots: folders, in order of preference.
@@ -217,7 +189,7 @@ class ImageFolder:
         self._places = [(root, prefix) for root in roots for prefix in ("", "images/", None)]
 
     def find(self, image: str) -> str | None:
-        """The file, or None if there is none."""
+        """Return the file, or None if there is none."""
         for number, (root, prefix) in enumerate(self._places):
             file = root / (image.removeprefix("images/") if prefix is None else prefix + image)
             if file.is_file():
@@ -225,17 +197,13 @@ class ImageFolder:
                 return str(file)
         return None
 
-    def get(self, image: str, where: str) -> str:
-        """The file.
-
-        Raises:
-            ImageError: there is none; says ``where`` it is named.
-        """
+    def get(self, image: str) -> str:
+        """Return the file, or raise ``ImageError`` if there is none."""
         file = self.find(image)
         if file is None:
             roots = " or ".join(str(root) for root in self.roots)
             raise ImageError(
-                f"{where}: no image file {image!r} under {roots} (also tried with and without a leading "
-                "'images/'). Unpack the dataset's images there; a truncated download shows up like this."
+                f"no image file {image!r} under {roots} (also tried with and without a leading 'images/'). "
+                "Unpack the dataset's images there; a truncated download shows up like this."
             )
         return file

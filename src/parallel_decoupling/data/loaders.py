@@ -1,27 +1,25 @@
-"""Data sets and loaders behind the data module: rows of the mixture, batches of an evaluation task.
-
-Here: which process and which worker reads what. Elsewhere on purpose: options (``datamodule``), reading
-(``readers``), tensors (``collate``).
-"""
+"""What the data module's loaders iterate over: rows of the training mixture, and rows to encode."""
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-import torch
+import pyarrow as pa
 from torch.utils.data import DataLoader, Dataset
 
 from parallel_decoupling.batch import RawInput, RawPair
-from parallel_decoupling.data.collate import Collator, EvalBatch
-from parallel_decoupling.data.images import ImageError, check_images
 from parallel_decoupling.data.mixture import MixtureSampler
 from parallel_decoupling.data.readers import TrainSubset
+from parallel_decoupling.data.row_sources import RowSource
 from parallel_decoupling.data.tasks import EvalTask
 
 Batch = TypeVar("Batch")
 MissingImages = Literal["error", "skip"]
+Side = Literal["query", "candidate"]
 
 log = logging.getLogger(__name__)
 
@@ -98,68 +96,74 @@ class TrainRows(Dataset[RawPair]):
         return self.subsets[subset][row]
 
 
-class EvalBatches(Dataset[EvalBatch]):
-    """Batches of one task: unique queries, then unique candidates; a batch has one side.
-
-    Process r of W has batches r, r + W, ...; where they do not divide evenly the first ones come
-    again at the end, so every process has the same number and rows may be encoded twice.
+class TaskSide:
+    """The unique queries or candidates of one evaluation task, as rows to encode.
 
     Args:
         task: the task.
-        collator: makes tensors.
-        batch_size: rows per batch.
-        rank: this process.
-        world_size: number of processes.
-        missing_images: ``skip`` marks inputs whose images are missing or broken, and a text stands in
-            for them, so that every process goes on with as many rows.
+        side: which of them.
+        data_dir: what image names are relative to when they are stored.
+
+    Attributes:
+        name: of the folder for their embeddings.
     """
 
-    STAND_IN = RawInput("missing")
-
-    def __init__(
-        self,
-        task: EvalTask,
-        collator: Collator,
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        missing_images: MissingImages = "error",
-    ) -> None:
-        self.task = task
-        self.collator = collator
-        self.missing_images = missing_images
-        sides: tuple[tuple[Literal["query", "candidate"], int], ...] = (
-            ("query", len(task.queries)),
-            ("candidate", len(task.candidates)),
-        )
-        places = [
-            (side, range(start, min(start + batch_size, size)))
-            for side, size in sides
-            for start in range(0, size, batch_size)
-        ]
-        count = -(-len(places) // world_size)
-        self.places = [places[(rank + number * world_size) % len(places)] for number in range(count)]
+    def __init__(self, task: EvalTask, side: Side, data_dir: Path) -> None:
+        self.task, self.side, self.data_dir = task, side, data_dir
+        self.name = f"{task.task.name}/{side}"
+        self._rows = task.queries if side == "query" else task.candidates
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self._rows)
 
-    def __getitem__(self, number: int) -> EvalBatch:
-        side, indices = self.places[number]
-        everything = self.task.queries if side == "query" else self.task.candidates
-        missing: tuple[int, ...] = ()
-        if self.missing_images == "skip":
-            missing = tuple(index for index in indices if not _readable(everything[index]))
-        rows = [self.STAND_IN if index in missing else everything[index] for index in indices]
-        try:
-            inputs = self.collator.encode_inputs(rows)
-        except ValueError:  # once more, to say where: naming every input costs more than reading it
-            inputs = self.collator.encode_inputs(rows, [self.task.place(side, index) for index in indices])
-        return EvalBatch(inputs, side, torch.tensor(indices), missing)
+    def __getitem__(self, row: int) -> RawInput:
+        return self._rows[row]
+
+    def where(self, row: int) -> str:
+        """Name a row in an error message."""
+        return self.task.place(self.side, row)
+
+    def columns(self, rows: Sequence[int]) -> pa.Table:
+        """Return ``id``, ``text`` and ``image`` (the first one, relative to ``data_dir``) of some rows."""
+        used = [self._rows[row] for row in rows]
+        files = [row.images[0] if row.images else None for row in used]
+        images = [os.path.relpath(file, self.data_dir) if isinstance(file, str) else None for file in files]
+        texts = [row.text for row in used]
+        columns = {"id": [str(row) for row in rows], "text": texts, "image": images}
+        return pa.table(columns, schema=pa.schema({name: pa.string() for name in columns}))
+
+    def describe(self) -> dict[str, Any]:
+        """Return where the rows come from, as plain values."""
+        return {"source": self.name, "instruction": "", "num_rows": len(self)}
 
 
-def _readable(row: RawInput) -> bool:
-    try:
-        check_images(row)
-    except ImageError:
-        return False
-    return True
+class SourceRows:
+    """The rows of ``predict_source`` with their instruction, as rows to encode.
+
+    Args:
+        source: the rows.
+        instruction: put before every text.
+    """
+
+    name = ""
+
+    def __init__(self, source: RowSource, instruction: str) -> None:
+        self.source, self.instruction = source, instruction
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, row: int) -> RawInput:
+        return self.source.raw_input(row, self.instruction)
+
+    def where(self, row: int) -> str:
+        """Name a row in an error message."""
+        return f"{self.source.path}, row {row}"
+
+    def columns(self, rows: Sequence[int]) -> pa.Table:
+        """Return ``id`` and the source's columns of some rows."""
+        return self.source.columns(rows)
+
+    def describe(self) -> dict[str, Any]:
+        """Return where the rows come from, as plain values."""
+        return {**self.source.describe(), "instruction": self.instruction}

@@ -1,50 +1,197 @@
-"""Rows of MMEB's files, and of your own: training rows on demand, evaluation tasks whole.
-
-Here: which cells make up a query, a positive, negatives and candidates. Elsewhere on purpose: one side of a
-row (``inputs``), the task table (``tasks``), the choice of rows (``mixture``), tokens and pixels
-(``collate``).
-"""
+"""Rows of MMEB's files and of your own: training rows on demand, evaluation tasks whole."""
 
 from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from parallel_decoupling.batch import RawInput, RawPair
-from parallel_decoupling.data.images import ImageError, check_images
-from parallel_decoupling.data.inputs import (
-    NEGATIVE_COLUMNS,
-    Inputs,
-    Side,
-    aligned_sides,
-    eval_table,
-    train_table,
-)
+from parallel_decoupling.data.images import ImageError, ImageFolder, check_images
+from parallel_decoupling.data.prompts import PromptRules, prompt, split_candidate, split_query, written_text
 from parallel_decoupling.data.tables import Table
-from parallel_decoupling.data.tasks import EvalTask, Task, check_names, read_tasks, task_of_subset
+from parallel_decoupling.data.tasks import (
+    ROLES,
+    EvalTask,
+    Source,
+    Task,
+    check_names,
+    read_tasks,
+    task_of_subset,
+)
 
 LimitBy = Literal["sample", "first"]
 
+Side: TypeAlias = tuple[str, str]
+"""Text and image cell of a query or candidate, "" for none."""
+
+Columns: TypeAlias = tuple[str, str]
+"""Names of the text and the image column of a side."""
+
+TRAIN_QUERY, TRAIN_CANDIDATE = ("qry", "qry_image_path"), ("pos_text", "pos_image_path")
+NEGATIVES = ("neg_text", "neg_image_path")
+EVAL_QUERY, EVAL_CANDIDATE = ("qry_text", "qry_img_path"), ("tgt_text", "tgt_img_path")
+INSTRUCTIONS = ("qry_inst", "tgt_inst")
+"""Columns of MMEB_Test_Instruct, which splits instructions off."""
+
+TRAIN_ROLES = dict(zip(ROLES, (*TRAIN_QUERY, *TRAIN_CANDIDATE, *NEGATIVES), strict=True))
+EVAL_ROLES = dict(zip(ROLES, (*EVAL_QUERY, *EVAL_CANDIDATE), strict=False))
+"""What a column of your own data can be, and MMEB's column of that meaning."""
+
 BAD_ROWS_IN_A_ROW = 100
 """After so many rows without readable images the folder is at fault, not a file."""
-
-WHITESPACE_LENGTH = 8
-"""Texts of at least so many bytes are not searched for whitespace alone."""
 
 MAX_POOL_ENTRIES = 20_000_000
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class RowReader:
+    """A table under MMEB's column names, and how its cells become inputs.
+
+    Attributes:
+        table: the rows.
+        images: where the pictures are.
+        rules: how the task's prompts are put together.
+        source: of your own data, whose texts are bare; None for MMEB's layout.
+        split: whether instructions have columns of their own; otherwise MMEB's texts are finished prompts.
+        must_exist: False keeps the name of an image file that is not there.
+    """
+
+    table: Table
+    images: ImageFolder
+    rules: PromptRules
+    source: Source | None = None
+    split: bool = False
+    must_exist: bool = True
+
+    def input(self, row: int, columns: Columns, side: Side, instruction: str = "") -> RawInput:
+        """Return one query or candidate; ``instruction`` is the one that the file splits off.
+
+        Raises:
+            ValueError: text and image do not fit or the image is missing; names file, row and column.
+        """
+        text, image = side
+        is_query = columns in (TRAIN_QUERY, EVAL_QUERY)
+        try:
+            if self.source is not None:
+                source = self.source
+                own = source.query_instruction if is_query else source.candidate_instruction
+                text = prompt(text, image or None, own).text
+            else:
+                if self.split:
+                    join = split_query if is_query else split_candidate
+                    text = join(instruction, text, self.rules, has_image=bool(image))
+                drop = is_query and not self.rules.query_image
+                text = written_text(text, has_image=bool(image), drop_placeholder=drop)
+            if not image:
+                return RawInput(text)
+            file = self.images.get(image) if self.must_exist else self.images.find(image)
+        except ValueError as error:
+            raise type(error)(f"{self.table.where(row, *columns)}: {error}") from error
+        return RawInput(text, (file or image,))
+
+    def sides(self, row: int, columns: Columns, cells: Mapping[str, Any]) -> list[Side]:
+        """Pair two cells that hold lists, or one list and one value for all of its entries.
+
+        Raises:
+            ValueError: the two lists differ in length.
+        """
+        texts, images = (cells.get(column) for column in columns)
+        if not isinstance(texts, list):
+            texts = [texts] * (len(images) if isinstance(images, list) else 1)
+        if not isinstance(images, list):
+            images = [images] * len(texts)
+        if len(texts) != len(images):
+            raise ValueError(
+                f"{self.table.where(row, *columns)}: {len(texts)} texts but {len(images)} image paths. "
+                "The lists must be index-aligned; use '' for no text or no image."
+            )
+        return [(text or "", image or "") for text, image in zip(texts, images, strict=True)]
+
+
+def open_train(data_dir: Path, subset: str, split: str, *, must_exist: bool = True) -> RowReader:
+    """Open a training subset of MMEB-train or of your own.
+
+    Raises:
+        ValueError: no file, a missing column, or a list where one value belongs.
+    """
+    owner, one_value = f"training subset {subset!r}", (*TRAIN_QUERY, *TRAIN_CANDIDATE)
+    task = task_of_subset(read_tasks(data_dir), subset)
+    rules, source = (PromptRules(), None) if task is None else (task.prompt, task.source)
+    if source is not None and source.train_file is not None:
+        columns = {TRAIN_ROLES[role]: name for role, name in source.columns.items()}
+        table = Table(owner, [source.train_file], columns, NEGATIVES)
+        table.require(columns)
+        reader = RowReader(table, ImageFolder(source.image_dir), rules, source, must_exist=must_exist)
+    else:
+        root = data_dir / "MMEB-train"
+        columns = {name: name for name in (*one_value, *NEGATIVES)}
+        table = Table(owner, _files(owner, root / subset, split), columns)
+        table.require(one_value)
+        reader = RowReader(table, ImageFolder(root), rules, must_exist=must_exist)
+    advice = "Put further candidates into columns of the roles negative_text and negative_image."
+    table.refuse_lists(one_value, f"a training row has one query and one positive. {advice}")
+    return reader
+
+
+def open_eval(data_dir: Path, task: Task, *, must_exist: bool = True) -> RowReader:
+    """Open an evaluation task; both published formats are recognised by their columns.
+
+    Pictures are looked for in ``MMEB-eval``, ``MMEB-eval/images`` and ``image-tasks`` (of either folder).
+
+    Raises:
+        ValueError: no file, a missing column, or a list where one value belongs.
+    """
+    owner, source = f"evaluation task {task.name!r}", task.source
+    if source is not None and source.eval_file is not None:
+        columns = {EVAL_ROLES[role]: name for role, name in source.columns.items() if role in EVAL_ROLES}
+        table = Table(owner, [source.eval_file], columns, EVAL_CANDIDATE)
+        table.require(columns)
+        reader = RowReader(table, ImageFolder(source.image_dir), task.prompt, source, must_exist=must_exist)
+    else:
+        root = data_dir / "MMEB-eval"
+        columns = {name: name for name in (*EVAL_QUERY, *EVAL_CANDIDATE, *INSTRUCTIONS)}
+        table = Table(owner, _files(owner, root / task.name, "test"), columns)
+        split = table.column("qry_inst") is not None
+        table.require(("qry_text", "tgt_text") if split else (*EVAL_QUERY, *EVAL_CANDIDATE))
+        images = ImageFolder(root, root / "image-tasks", data_dir / "image-tasks")
+        reader = RowReader(table, images, task.prompt, split=split, must_exist=must_exist)
+    table.refuse_lists(EVAL_QUERY, "a row has one query. Give every query a row.")
+    return reader
+
+
+def prepare_tables(data_dir: Path, subsets: Sequence[str], split: str, tasks: Sequence[str]) -> None:
+    """Write the copies that are mapped into memory, so that no process has to do it at the same time."""
+    known = read_tasks(data_dir)
+    for subset in subsets:
+        open_train(data_dir, subset, split)
+    for task in tasks:
+        if task in known:
+            open_eval(data_dir, known[task])
+
+
+def _files(owner: str, folder: Path, split: str) -> Sequence[Path]:
+    files = sorted(folder.glob(f"{split}-*.parquet"))
+    if not files:
+        others = ", ".join(sorted(file.name for file in folder.glob("*.parquet"))) or "no parquet file"
+        raise ValueError(
+            f"{owner}: no file {folder / split}-*.parquet; the folder holds {others}. "
+            "Check data_dir, the name and the split."
+        )
+    return files
+
+
 class TrainSubset:
-    """One subset of ``MMEB-train`` or of your own: a mapped table whose rows become ``RawPair``.
+    """One training subset: a mapped table whose rows become ``RawPair``.
 
     Rows with neither text nor image on one side are left out, as in VLM2Vec; ``blank_rows`` counts them.
 
@@ -55,10 +202,10 @@ class TrainSubset:
         limit: keep at most this many rows, in file order.
         limit_by: ``sample`` draws them once with ``seed``, ``first`` takes the first (VLM2Vec's caps).
         hard_negatives: negatives per row. A row with fewer is padded with None, so that every batch of
-            every process has ``batch size * (1 + hard_negatives)`` candidates; padding is nobody's negative.
-            Like a side of MMEB without text and image, a negative of whitespace is none.
+            every process has ``batch size * (1 + hard_negatives)`` candidates. A negative without image whose
+            text is only whitespace does not count.
         seed: seed of the ``limit`` draw, >= 0.
-        must_exist: False leaves image files that are not there to whoever opens them.
+        must_exist: False keeps the names of image files that are not there.
 
     Raises:
         ValueError: no file, a missing column, no usable row, or (on reading) a bad row.
@@ -78,11 +225,9 @@ class TrainSubset:
     ) -> None:
         self.subset = subset
         self.hard_negatives = hard_negatives
-        task = task_of_subset(read_tasks(data_dir), subset)
-        self.table, folder = train_table(Path(data_dir), subset, split, task)
-        own = task is not None and task.source is not None
-        self.inputs = Inputs(task, folder, "bare" if own else "written", must_exist=must_exist)
-        blank = _blank(self.table, "qry", "qry_image_path") | _blank(self.table, "pos_text", "pos_image_path")
+        self.reader = open_train(Path(data_dir), subset, split, must_exist=must_exist)
+        self.table = self.reader.table
+        blank = _blank(self.table, TRAIN_QUERY) | _blank(self.table, TRAIN_CANDIDATE)
         if limit_by == "first":
             blank, limit = blank[:limit], None
         self.blank_rows = int(blank.sum())
@@ -100,42 +245,39 @@ class TrainSubset:
         return len(self.kept)
 
     def __getitem__(self, index: int) -> RawPair:
-        row = int(self.kept[index])
+        row, reader = int(self.kept[index]), self.reader
         cells = self.table[row]
-        query = self.inputs.query(
-            _side(cells, "qry", "qry_image_path"), self.table.where(row, "qry", "qry_image_path")
-        )
-        side, where = (
-            _side(cells, "pos_text", "pos_image_path"),
-            self.table.where(row, "pos_text", "pos_image_path"),
-        )
-        positive = self.inputs.candidate(side, where)
-        return RawPair(query, positive, self._negatives(row, cells), self.subset, row)
+        query = reader.input(row, TRAIN_QUERY, _side(cells, TRAIN_QUERY))
+        positive = reader.input(row, TRAIN_CANDIDATE, _side(cells, TRAIN_CANDIDATE))
+        negatives: list[RawInput | None] = []
+        if self.hard_negatives:
+            sides = reader.sides(row, NEGATIVES, cells)
+            sides = [(text, image) for text, image in sides if text.strip() or image][: self.hard_negatives]
+            negatives += [reader.input(row, NEGATIVES, side) for side in sides]
+            negatives += [None] * (self.hard_negatives - len(sides))
+        return RawPair(query, positive, tuple(negatives), self.subset, row)
 
     def log_gaps(self) -> None:
         """Warn of rows that were left out, and of hard negatives that no row has."""
         if self.blank_rows:
+            what = "rows with neither text nor image on a side"
+            log.warning("%s: left out %d %s", self.table.owner, self.blank_rows, what)
+        columns = [self.table.column(name) for name in NEGATIVES]
+        if self.hard_negatives and all(column is None or _all_blank(column) for column in columns):
             log.warning(
-                "%s: left out %d rows with neither text nor image on a side",
+                "%s: no row has a hard negative, so data.hard_negatives only adds padding that matches no "
+                "query. Set it to 0 unless another subset has some",
                 self.table.owner,
-                self.blank_rows,
-            )
-        if self.hard_negatives and not any(_any_text(self.table.column(name)) for name in NEGATIVE_COLUMNS):
-            log.warning(
-                "%s: no row has a hard negative. data.hard_negatives %d adds as many stand-ins per row to "
-                "encode, which are nobody's negative; set it to 0 unless another subset has some",
-                self.table.owner,
-                self.hard_negatives,
             )
 
     def readable(self, index: int) -> RawPair:
-        """The row, or the next one of the subset (the first after the last) whose images can all be read.
+        """Return the row, or the next one (the first after the last) whose images can all be read.
 
-        It depends on the files alone, so every process and every run takes the same one. ``skipped`` of
-        the result says which rows were passed over and why.
+        The choice depends on the files alone, so every process and every run makes the same one. ``skipped``
+        of the result says which rows were passed over and why.
 
         Raises:
-            ValueError: a row is bad otherwise, or none of many rows can be read.
+            ValueError: a row is bad for another reason, or none of many rows can be read.
         """
         reasons: list[str] = []
         for step in range(min(len(self), BAD_ROWS_IN_A_ROW)):
@@ -147,116 +289,104 @@ class TrainSubset:
             except ImageError as error:
                 reasons.append(f"training subset {self.subset!r}, row {self.kept[place]}: {error}")
                 continue
-            return RawPair(pair.query, pair.candidate, pair.negatives, pair.subset, pair.row, tuple(reasons))
+            return replace(pair, skipped=tuple(reasons))
         raise ValueError(
             f"{len(reasons)} rows in a row have images that cannot be read. The last: {reasons[-1]} "
             "Skipping is for single files; find out with `lightning verify` what is wrong with the folder."
         )
 
-    def _negatives(self, row: int, cells: Mapping[str, Any]) -> tuple[RawInput | None, ...]:
-        if not self.hard_negatives:
-            return ()
-        where = self.table.where(row, "neg_text", "neg_image_path")
-        sides = aligned_sides(cells.get("neg_text"), cells.get("neg_image_path"), where)
-        sides = [(text, image) for text, image in sides if text.strip() or image][: self.hard_negatives]
-        own = [self.inputs.candidate(side, where) for side in sides]
-        return (*own, *[None] * (self.hard_negatives - len(own)))
+
+def _side(cells: Mapping[str, Any], columns: Columns) -> Side:
+    return cells.get(columns[0]) or "", cells.get(columns[1]) or ""
 
 
-def _side(cells: Mapping[str, Any], text: str, image: str) -> Side:
-    return cells.get(text) or "", cells.get(image) or ""
+def _is_blank(texts: Any) -> Any:
+    """Return which texts are null, empty or only whitespace."""
+    empty = pc.equal(pc.binary_length(texts), 0)
+    return pc.fill_null(pc.or_(empty, pc.utf8_is_space(texts)), True)
 
 
-def _any_text(column: pa.ChunkedArray | None) -> bool:
-    """Whether a cell, or an entry of a cell's list, is more than whitespace."""
-    for cells in () if column is None else column.chunks:
-        texts = pc.list_flatten(cells) if pa.types.is_list(cells.type) else cells
-        if pc.any(pc.greater(pc.binary_length(pc.utf8_trim_whitespace(texts)), 0)).as_py():
-            return True
-    return False
+def _all_blank(column: pa.ChunkedArray) -> bool:
+    """Return whether every cell, or every entry of every list, is blank."""
+    texts = pc.list_flatten(column) if pa.types.is_list(column.type) else column
+    return bool(pc.all(_is_blank(texts)).as_py())
 
 
-def _blank(table: Table, text: str, image: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Which rows have neither text (whitespace does not count) nor image on a side."""
+def _blank(table: Table, columns: Columns) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Return which rows have neither text nor image on a side."""
     blank = np.ones(len(table), dtype=bool)
-    for name, length in ((text, WHITESPACE_LENGTH), (image, 1)):
+    for name in columns:
         column = table.column(name)
         if column is not None:
-            blank &= pc.fill_null(pc.binary_length(column), 0).to_numpy() < length
-    column = table.column(text)
-    if column is not None and blank.any():
-        stripped = pc.utf8_trim_whitespace(column.take(np.flatnonzero(blank)))
-        blank[blank] = pc.fill_null(pc.binary_length(stripped), 0).to_numpy() == 0
+            blank &= _is_blank(column).to_numpy()
     return blank
 
 
 def read_eval_task(
     data_dir: str | Path, task: str, limit: int | None = None, *, must_exist: bool = True
 ) -> EvalTask:
-    """Read one task of ``MMEB-eval`` in either published format, or of your own.
+    """Read one evaluation task of MMEB, in either published format, or of your own.
 
     Args:
         data_dir: folder that holds ``MMEB-eval`` or ``tasks.json``.
         task: name in the task table.
         limit: keep at most this many rows, evenly spaced over the file.
-        must_exist: False leaves image files that are not there to the loader.
+        must_exist: False keeps the names of image files that are not there.
 
     Raises:
         ValueError: unknown task, missing file, column or image, or a bad row.
     """
     tasks = read_tasks(data_dir)
-    check_names([task], list(tasks), "evaluation task")
-    known = tasks[task]
-    table, folder, form = eval_table(Path(data_dir), known)
-    inputs = Inputs(known, folder, form, must_exist=must_exist)
-    pool = _pool(table) if form == "bare" else []
+    check_names([task], tasks, "evaluation task")
+    reader = open_eval(Path(data_dir), tasks[task], must_exist=must_exist)
+    table = reader.table
+    pool = _pool(table) if reader.source is not None else []
     count = len(table) if limit is None else min(limit, len(table))
     query_index: dict[tuple[str, ...], int] = {}
     candidate_index: dict[Side, int] = {}
-    read = EvalTask(known, [], [], [], [])
+    read = EvalTask(tasks[task], [], [], [], [])
     for number in range(count):
         row = number * len(table) // count
         cells = table[row]
-        query, instruction = _side(cells, "qry_text", "qry_img_path"), cells.get("qry_inst") or ""
+        query, instruction = _side(cells, EVAL_QUERY), cells.get("qry_inst") or ""
         key = (instruction, *query)
         if key not in query_index:
             query_index[key] = len(read.queries)
-            read.queries.append(
-                inputs.query(query, table.where(row, "qry_text", "qry_img_path"), instruction)
-            )
+            read.queries.append(reader.input(row, EVAL_QUERY, query, instruction))
         read.query_of_row.append(query_index[key])
-        where, instruction = table.where(row, "tgt_text", "tgt_img_path"), cells.get("tgt_inst") or ""
-        sides = aligned_sides(cells.get("tgt_text"), cells.get("tgt_img_path"), where) + pool
-        keys = _identities(known, sides)
+        sides = reader.sides(row, EVAL_CANDIDATE, cells) + pool
+        keys = [_identity(tasks[task], side) for side in sides]
         for side, identity in zip(sides, keys, strict=True):
             if identity not in candidate_index:
                 candidate_index[identity] = len(read.candidates)
-                read.candidates.append(inputs.candidate(side, where, instruction))
+                instruction = cells.get("tgt_inst") or ""
+                read.candidates.append(reader.input(row, EVAL_CANDIDATE, side, instruction))
         row_candidates = [candidate_index[identity] for identity in (dict.fromkeys(keys) if pool else keys)]
         if len(row_candidates) < 2:
             raise ValueError(
-                f"{where}: {len(row_candidates)} candidates. A row needs its positive and at least one other."
+                f"{table.where(row, *EVAL_CANDIDATE)}: {len(row_candidates)} candidates. A row needs its "
+                "positive and at least one other."
             )
         read.candidates_of_row.append(row_candidates)
     return read
 
 
-def _identities(task: Task, sides: list[Side]) -> list[Side]:
-    """What makes each candidate the same as another one; quotes around a caption do not."""
+def _identity(task: Task, side: Side) -> Side:
+    """Return what makes a candidate the same as another one; quotes around a caption do not."""
+    text, image = side
     if task.identity == "text":
-        return sides
+        return side
     if task.identity == "image":
-        return [("" if image else text, image) for text, image in sides]
-    return [(text.strip('"'), image) for text, image in sides]
+        return ("" if image else text), image
+    return text.strip('"'), image
 
 
 def _pool(table: Table) -> list[Side]:
-    """All positives of a file that names only the positive of each row; empty if it has lists."""
-    columns = [table.column(name) for name in ("tgt_text", "tgt_img_path")]
-    values = [[""] * len(table) if column is None else column.to_pylist() for column in columns]
-    if any(isinstance(value, list) for column in values for value in column):
+    """Return all positives of a file that names only the positive of each row, nothing if it has lists."""
+    columns = [table.column(name) for name in EVAL_CANDIDATE]
+    if any(column is not None and pa.types.is_list(column.type) for column in columns):
         return []
-    pool = list(dict.fromkeys((text or "", image or "") for text, image in zip(*values, strict=True)))
+    pool = list(dict.fromkeys(_side(table[row], EVAL_CANDIDATE) for row in range(len(table))))
     if len(pool) * len(table) > MAX_POOL_ENTRIES:
         raise ValueError(
             f"{table.owner}: {len(table)} rows with {len(pool)} candidates each are too many. "

@@ -1,9 +1,8 @@
-"""Tables of texts on disk, read row by row through Arrow memory mapping.
+"""The one reader of Parquet, JSONL and CSV files, row by row through Arrow memory mapping.
 
-Parquet has to be decoded, so it cannot be mapped: every process that reads it holds its own decoded
-copy. So the columns that are needed are written once to an Arrow file in the cache, which the operating
-system maps into every process and loader worker and keeps in memory once. The copy is keyed by the
-source's place, size and time of change.
+Parquet has to be decoded, so every process that reads it holds its own decoded copy. The columns are
+therefore written once to an Arrow file in the cache, which the operating system maps into every process
+and loader worker and keeps in memory once (``docs/decisions/0011-mapped-tables.md``).
 """
 
 from __future__ import annotations
@@ -12,9 +11,10 @@ import json
 import os
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,9 +27,8 @@ ROWS_PER_BATCH = 8192
 JSON_BLOCK_BYTES = 1 << 26
 CSV_PARSING = pa.csv.ParseOptions(newlines_in_values=True)
 MAX_SHOWN = 200
-"""Characters of a cell in an error message."""
-FORMAT = 2
-"""Of the copies in the cache."""
+FORMAT = 3
+"""Version of the copies in the cache."""
 
 
 def default_cache_dir() -> Path:
@@ -41,116 +40,123 @@ def default_cache_dir() -> Path:
 
 
 class Table:
-    """The files of one subset or task as one table of texts and lists of texts.
+    """The files of one subset, task or source as one table.
 
-    Pickled by file names, so a spawned worker maps the files again.
+    A table is pickled by its file names, so a spawned worker maps the files again.
 
     Args:
         owner: what the rows are, for error messages.
-        files: parquet, JSONL or CSV files with the same columns, one after the other.
-        columns: name in this package to name in the files; those that a file lacks are left out.
+        files: Parquet, JSONL or CSV files, one after the other.
+        columns: name in this package to name in the files, of columns that become texts or lists of texts.
+            Those that a file lacks are null there.
         lists: names in this package of the columns that may hold lists. In a CSV file one list makes such a
-            column lists; any other column only if all of its cells are lists.
+            column lists; any other column holds lists only if all of its cells do.
+        keep_others: keep all other columns as well, with their types; categories become their values. The
+            names in ``columns`` must then be those of the files.
+
+    Attributes:
+        rows: all rows, mapped into memory.
 
     Raises:
-        ValueError: a file that cannot be read, a column that holds no text, or a cell that is no list in a
-            CSV column of lists.
+        ValueError: a file cannot be read, a column does not hold texts, or a CSV column mixes lists with
+            other texts.
     """
 
     def __init__(
-        self, owner: str, files: Sequence[Path], columns: Mapping[str, str], lists: Collection[str] = ()
+        self,
+        owner: str,
+        files: Sequence[Path],
+        columns: Mapping[str, str],
+        lists: Collection[str] = (),
+        *,
+        keep_others: bool = False,
     ) -> None:
-        self.owner = owner
-        self.files = list(files)
-        self.columns = dict(columns)
-        self.lists = tuple(lists)
-        sources = sorted(set(columns.values()))
-        list_sources = sorted({columns[name] for name in lists if name in columns})
-        self._arrays: list[dict[str, pa.Array]] = []
-        first_rows, stops = [], [0]
-        for file in self.files:
-            first_rows.append(stops[-1])
-            copy = arrow_copy(file, sources, owner, list_sources)
-            reader = pa.ipc.open_file(pa.memory_map(str(copy)))
-            present = {name: source for name, source in columns.items() if source in reader.schema.names}
-            for number in range(reader.num_record_batches):
-                batch = reader.get_batch(number)
-                self._arrays.append({name: batch.column(source) for name, source in present.items()})
-                stops.append(stops[-1] + len(batch))
-        self._first_rows, self._stops = np.array(first_rows), np.array(stops[1:])
-
-    def require(self, names: Iterable[str]) -> None:
-        """Check that every file has some columns, by their names in this package.
-
-        Raises:
-            ValueError: one is missing; names the file and what it has.
-        """
-        for name in names:
-            if self.column(name) is None:
-                for file in self.files:
-                    found = column_names(file)
-                    if self.columns[name] not in found:
-                        raise ValueError(
-                            f"{self.owner}, file {file}: column {self.columns[name]!r} is missing; found "
-                            f"{', '.join(found)}. Rename or add it."
-                        )
+        self.owner, self.files, self.columns = owner, list(files), dict(columns)
+        self.lists, self.keep_others = tuple(lists), keep_others
+        texts = sorted(set(columns.values()))
+        list_texts = sorted({columns[name] for name in lists if name in columns})
+        copies = [arrow_copy(file, texts, owner, list_texts, keep_others=keep_others) for file in self.files]
+        parts = [pa.ipc.open_file(pa.memory_map(str(copy))).read_all() for copy in copies]
+        self._found = [json.loads(part.schema.metadata[b"columns"]) for part in parts]
+        self._first_rows = np.cumsum([0, *(len(part) for part in parts)])[:-1]
+        try:
+            rows = pa.concat_tables(parts, promote_options="default").replace_schema_metadata(None)
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise ValueError(f"{owner}: the files differ in the types of their columns: {error}") from error
+        self._cells = {name: rows[theirs] for name, theirs in columns.items() if theirs in rows.column_names}
+        for name, cells in self._cells.items():
+            if pa.types.is_null(cells.type):
+                self._cells[name] = cells.cast(pa.string())
+        if keep_others:
+            self._cells = {name: self._cells.get(name, rows[name]) for name in rows.column_names}
+        self.rows = pa.table(self._cells)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle what it takes to open the files again."""
-        return Table, (self.owner, self.files, self.columns, self.lists)
+        reopen = partial(Table, keep_others=self.keep_others)
+        return reopen, (self.owner, self.files, self.columns, self.lists)
 
     def __len__(self) -> int:
-        return int(self._stops[-1])
+        return len(self.rows)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        """The cells of one row by this package's column names."""
-        number = int(np.searchsorted(self._stops, row, side="right"))
-        offset = row - (int(self._stops[number - 1]) if number else 0)
-        return {name: array[offset].as_py() for name, array in self._arrays[number].items()}
+        """Return the cells of one row by column name."""
+        return {name: cells[row].as_py() for name, cells in self._cells.items()}
 
     def column(self, name: str) -> pa.ChunkedArray | None:
-        """One whole column without copying it, or None if a file lacks it."""
-        if not all(name in arrays for arrays in self._arrays):
-            return None
-        return pa.chunked_array([arrays[name] for arrays in self._arrays])
+        """Return one whole column without copying it, or None if no file has it."""
+        return self._cells.get(name)
+
+    def require(self, names: Iterable[str]) -> None:
+        """Check that every file has these columns, by their names in this package.
+
+        Raises:
+            ValueError: a column is missing; the message names the file and the columns that it has.
+        """
+        for name in names:
+            for file, found in zip(self.files, self._found, strict=True):
+                if self.columns[name] not in found:
+                    raise ValueError(
+                        f"{self.owner}, file {file}: column {self.columns[name]!r} is missing; found "
+                        f"{', '.join(found)}. Rename or add it."
+                    )
+
+    def refuse_lists(self, names: Iterable[str], advice: str) -> None:
+        """Raise ``ValueError`` with ``advice`` if one of these columns holds lists."""
+        for name in names:
+            if name in self._cells and pa.types.is_list(self._cells[name].type):
+                raise ValueError(f"{self.where(0, name)}: holds a list; {advice}")
 
     def where(self, row: int, *columns: str) -> str:
-        """Name the owner, file, row in that file and the first of some columns that the file has.
-
-        For an error message.
-        """
+        """Name the owner, file, row in that file and first known of some columns, for an error message."""
         file = int(np.searchsorted(self._first_rows, row, side="right")) - 1
         name = next((self.columns[column] for column in columns if column in self.columns), columns[0])
         return f"{self.owner}, file {self.files[file]}, row {row - self._first_rows[file]}, column {name!r}"
 
 
-def column_names(file: Path) -> list[str]:
-    """Column names of a parquet, JSONL or CSV file."""
-    if file.suffix == ".parquet":
-        return list(pq.read_schema(file).names)
-    return list(read_jsonl(file).column_names) if file.suffix == ".jsonl" else _csv_names(file)
+def arrow_copy(
+    file: Path, texts: Sequence[str], owner: str, lists: Sequence[str] = (), *, keep_others: bool = False
+) -> Path:
+    """Return the memory-mappable copy of a file, after writing it if the cache lacks it.
 
-
-def arrow_copy(file: Path, columns: Sequence[str], owner: str, lists: Sequence[str] = ()) -> Path:
-    """Return the memory-mappable copy of some columns of a file, written if it is not in the cache.
-
-    It appears by one rename, so processes that write it at the same time do not disturb each other. Copies
-    of earlier contents of the same file are removed.
+    The copy appears by one rename, so processes that write it at the same time do not disturb each other.
+    Copies of earlier contents of the same file are removed.
 
     Args:
-        file: parquet, JSONL or CSV.
-        columns: those to copy; the ones that the file lacks are left out.
-        owner: for error messages.
-        lists: those of the columns that may hold lists.
+        file: a Parquet, JSONL or CSV file.
+        texts: the columns that become texts or lists of texts.
+        owner: what the rows are, for error messages.
+        lists: those of ``texts`` that may hold lists.
+        keep_others: copy the other columns as well.
 
     Raises:
-        ValueError: the file is missing, broken, or holds something else than texts and lists of them.
+        ValueError: the file is missing or broken, or a column does not hold what it should.
     """
     try:
         status = file.stat()
     except OSError as error:
         raise ValueError(f"{owner}: cannot read {file}: {error}. Check data_dir and the name.") from error
-    place = _hash(str(file.resolve()), *columns, *(f"lists in {name}" for name in lists))
+    place = _hash(str(file.resolve()), repr((list(texts), list(lists), keep_others)))
     state = _hash(str(FORMAT), str(status.st_size), str(status.st_mtime_ns))
     folder = default_cache_dir() / "tables"
     copy = folder / f"{place}-{state}.arrow"
@@ -160,13 +166,16 @@ def arrow_copy(file: Path, columns: Sequence[str], owner: str, lists: Sequence[s
     handle, unfinished = tempfile.mkstemp(dir=folder, prefix="unfinished-")
     os.close(handle)
     try:
-        _write(file, columns, lists, Path(unfinished))
+        _write(file, texts, lists, keep_others, Path(unfinished))
         for old in folder.glob(f"{place}-*.arrow"):
-            if old != copy:  # which another process may have finished meanwhile and be about to map
+            if old != copy:  # another process may have finished this one and be about to map it
                 old.unlink(missing_ok=True)
         Path(unfinished).replace(copy)
     except pa.ArrowException as error:
-        raise ValueError(f"{owner}: cannot read {file}: {error}. Is it complete?") from error
+        hint = "Is it complete?"
+        if file.suffix == ".jsonl":
+            hint = "It must hold one JSON object per line, and values of one type under the same name."
+        raise ValueError(f"{owner}: cannot read {file}: {str(error).rstrip('.')}. {hint}") from error
     finally:
         Path(unfinished).unlink(missing_ok=True)
     return copy
@@ -176,14 +185,19 @@ def _hash(*parts: str) -> str:
     return blake2b("\0".join(parts).encode(), digest_size=8).hexdigest()
 
 
-def _write(file: Path, columns: Sequence[str], lists: Collection[str], copy: Path) -> None:
-    """Write the columns as texts or lists of texts, a batch of rows at a time."""
+def _write(file: Path, texts: Sequence[str], lists: Collection[str], keep_others: bool, copy: Path) -> None:
+    found, batches = _read(file, texts, lists, keep_others)
+    if len(set(found)) < len(found):
+        raise ValueError(f"{file}: two columns have the same name; found {', '.join(found)}. Rename one.")
     writer = None
     with pa.OSFile(str(copy), "wb") as stream:
-        for batch in _read(file, columns, lists):
-            names, cells = batch.schema.names, batch.columns
-            texts = [_as_text(file, name, cell) for name, cell in zip(names, cells, strict=True)]
-            batch = pa.RecordBatch.from_arrays(texts, names)
+        for batch in batches:
+            names = batch.schema.names
+            cells = [
+                _as_text(file, name, column) if name in texts else _without_categories(column)
+                for name, column in zip(names, batch.columns, strict=True)
+            ]
+            batch = pa.RecordBatch.from_arrays(cells, names, metadata={"columns": json.dumps(found)})
             writer = writer or pa.ipc.new_file(stream, batch.schema)
             writer.write_batch(batch)
         if writer is None:
@@ -191,92 +205,85 @@ def _write(file: Path, columns: Sequence[str], lists: Collection[str], copy: Pat
         writer.close()
 
 
-def _read(file: Path, columns: Sequence[str], lists: Collection[str]) -> Iterator[pa.RecordBatch]:
+def _read(
+    file: Path, texts: Sequence[str], lists: Collection[str], keep_others: bool
+) -> tuple[list[str], Iterator[pa.RecordBatch]]:
+    """Return the names of all columns, and batches of those to copy."""
     if file.suffix == ".parquet":
         source = pq.ParquetFile(file)
-        names = [name for name in source.schema_arrow.names if name in columns]
-        yield from source.iter_batches(ROWS_PER_BATCH, columns=names)
-    elif file.suffix == ".jsonl":
-        yield from pa.table(_jsonl_columns(file, columns)).to_batches(ROWS_PER_BATCH)
+        found = source.schema_arrow.names
+        columns = None if keep_others else [name for name in found if name in texts]
+        return found, source.iter_batches(ROWS_PER_BATCH, columns=columns)
+    if file.suffix == ".jsonl":
+        table = _read_jsonl(file, texts)
+        found = table.column_names
     elif file.suffix == ".csv":
-        yield from pa.table(_csv_columns(file, columns, lists)).to_batches(ROWS_PER_BATCH)
+        with pa.csv.open_csv(str(file), parse_options=CSV_PARSING) as stream:
+            found = stream.schema.names
+        table = _read_csv(file, [name for name in found if keep_others or name in texts], texts, lists)
     else:
         raise ValueError(f"{file}: the file must end with one of {', '.join(SUFFIXES)}.")
+    kept = [name for name in table.column_names if keep_others or name in texts]
+    return found, iter(table.select(kept).to_batches(ROWS_PER_BATCH))
 
 
-def read_jsonl(
-    file: Path, schema: pa.Schema | None = None, others: Literal["infer", "ignore"] = "infer"
-) -> pa.Table:
-    """Columns of a JSONL file: those of the schema with its types, the others as pyarrow finds or not at all.
-
-    Texts that look like dates become times unless the schema has them as texts. A column of the schema that
-    the file lacks is full of nulls.
-    """
-    parse = pa.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior=others)
+def _read_jsonl(file: Path, texts: Sequence[str]) -> pa.Table:
+    """Read all columns; ``texts`` that look like dates, which pyarrow makes times of, stay as written."""
     read = pa.json.ReadOptions(block_size=JSON_BLOCK_BYTES)
-    return pa.json.read_json(str(file), read_options=read, parse_options=parse)
+    table = pa.json.read_json(str(file), read_options=read)
+    times = [
+        (field.name, _text_type(field.type))
+        for field in table.schema
+        if field.name in texts and pa.types.is_temporal(_entry_type(field.type))
+    ]
+    if times:
+        parse = pa.json.ParseOptions(explicit_schema=pa.schema(times), unexpected_field_behavior="ignore")
+        written = pa.json.read_json(str(file), read_options=read, parse_options=parse)
+        for name, _ in times:
+            table = table.set_column(table.column_names.index(name), name, written[name])
+    return table
 
 
-def _jsonl_columns(file: Path, columns: Sequence[str]) -> dict[str, pa.ChunkedArray]:
-    """Some columns; pyarrow makes times of texts that look like dates, so these are read again as texts."""
-    table = read_jsonl(file)
-    found = {name: table[name] for name in table.column_names if name in columns}
-    dates = []
-    for name, column in found.items():
-        if pa.types.is_temporal(column.type):
-            dates.append((name, pa.string()))
-        elif pa.types.is_list(column.type) and pa.types.is_temporal(column.type.value_type):
-            dates.append((name, pa.list_(pa.string())))
-    if dates:
-        texts = read_jsonl(file, pa.schema(dates), others="ignore")
-        found |= {name: texts[name] for name, _ in dates}
-    return found
-
-
-def _csv_names(file: Path) -> list[str]:
-    with pa.csv.open_csv(str(file), parse_options=CSV_PARSING) as stream:
-        return list(stream.schema.names)
-
-
-def _csv_columns(file: Path, columns: Sequence[str], lists: Collection[str]) -> dict[str, pa.ChunkedArray]:
-    """Some columns as texts, or as lists of texts; ``lists`` are those that may hold lists."""
-    kept = [name for name in _csv_names(file) if name in columns]
-    convert = pa.csv.ConvertOptions(
-        include_columns=kept, column_types=dict.fromkeys(kept, pa.string()), strings_can_be_null=False
-    )
+def _read_csv(file: Path, names: Sequence[str], texts: Sequence[str], lists: Collection[str]) -> pa.Table:
+    """Read some columns, with ``texts`` as texts or as lists of texts."""
+    types = {name: pa.string() for name in names if name in texts}
+    convert = pa.csv.ConvertOptions(include_columns=names, column_types=types, strings_can_be_null=False)
     table = pa.csv.read_csv(str(file), convert_options=convert, parse_options=CSV_PARSING)
-    return {name: _lists(file, name, table[name], may_hold_lists=name in lists) for name in kept}
+    for place, name in enumerate(table.column_names):
+        if name in types:
+            column = _parse_lists(file, name, table[name], may_hold_lists=name in lists)
+            table = table.set_column(place, name, column)
+    return table
 
 
-def _lists(file: Path, name: str, column: pa.ChunkedArray, *, may_hold_lists: bool) -> pa.ChunkedArray:
-    """A CSV column as lists if its cells are JSON lists of texts, else as it is.
+def _parse_lists(file: Path, name: str, column: pa.ChunkedArray, *, may_hold_lists: bool) -> pa.ChunkedArray:
+    """Return a CSV column as lists if its cells are JSON lists of texts, else as it is.
 
     Where lists may be, one such cell is enough; then an empty cell is an empty list and any other an error. A
-    column of nothing but lists as Python prints them is an error, too. Elsewhere all cells must be lists.
+    column of nothing but lists as Python prints them is an error as well. Elsewhere all cells must be lists.
     """
     cells = column.to_pylist()
     lists = [_json_list(cell) for cell in cells]
-    if not may_hold_lists:
-        holds_lists = all(cell is not None for cell in lists)
-    else:
+    if may_hold_lists:
         filled = [row for row, cell in enumerate(cells) if cell.strip()]
         wrong = [row for row in filled if lists[row] is None]
         printed = all(cells[row].startswith("['") and cells[row].endswith("]") for row in filled)
-        holds_lists = bool(filled) and (len(wrong) < len(filled) or printed)
-        if holds_lists and wrong:
+        if not filled or (len(wrong) == len(filled) and not printed):
+            return column
+        if wrong:
             raise ValueError(
                 f"{file}, row {wrong[0]}, column {name!r}: the column holds lists, but "
-                f"{cells[wrong[0]][:MAX_SHOWN]!r} is no JSON list of texts. "
+                f"{cells[wrong[0]][:MAX_SHOWN]!r} is not a JSON list of texts. "
                 'Write ["cat", "dog"], which is "[""cat"", ""dog""]" in a CSV file; leave the cell empty for '
-                "no entry. If the column should hold texts that look like lists, use a JSONL or parquet file."
+                "no entry. If the column should hold texts that look like lists, use a JSONL or Parquet file."
             )
-    if not holds_lists:
+    elif None in lists:
         return column
-    return pa.chunked_array([pa.array([cell or [] for cell in lists], pa.list_(pa.string()))])
+    return pa.chunked_array([pa.array([entries or [] for entries in lists], pa.list_(pa.string()))])
 
 
 def _json_list(cell: str) -> list[str | None] | None:
-    """The entries of a JSON list of texts, None for any other cell."""
+    """Return the entries of a JSON list of texts, or None for any other cell."""
     if not cell.lstrip().startswith("["):
         return None
     try:
@@ -287,13 +294,27 @@ def _json_list(cell: str) -> list[str | None] | None:
 
 
 def _as_text(file: Path, name: str, cells: pa.Array) -> pa.Array:
-    """Cast numbers and all kinds of strings to text, alone or in lists."""
-    kind = cells.type
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-    inner = kind.value_type if is_list else kind
-    if pa.types.is_nested(inner) or pa.types.is_binary(inner) or pa.types.is_large_binary(inner):
+    """Cast numbers and all kinds of strings to text, alone or in lists; a column of nulls may be either."""
+    if pa.types.is_null(cells.type):
+        return cells
+    entry = _entry_type(cells.type)
+    if pa.types.is_nested(entry) or pa.types.is_binary(entry) or pa.types.is_large_binary(entry):
         raise ValueError(
-            f"{file}, column {name!r}: holds {kind}, not texts or lists of texts. Images must be files "
+            f"{file}, column {name!r}: holds {cells.type}, not texts or lists of texts. Images must be files "
             "that a text column names."
         )
-    return cells.cast(pa.list_(pa.string()) if is_list else pa.string())
+    return cells.cast(_text_type(cells.type))
+
+
+def _without_categories(cells: pa.Array) -> pa.Array:
+    """Decode a dictionary column, because an Arrow file holds one dictionary per column at most."""
+    return cells.dictionary_decode() if pa.types.is_dictionary(cells.type) else cells
+
+
+def _entry_type(kind: pa.DataType) -> pa.DataType:
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    return kind.value_type if is_list else kind
+
+
+def _text_type(kind: pa.DataType) -> pa.DataType:
+    return pa.string() if _entry_type(kind) == kind else pa.list_(pa.string())

@@ -1,25 +1,52 @@
-"""MMEB as rows of a table, plus the rows of your own ``tasks.json``.
+"""The table of tasks: MMEB's, plus those of your own ``tasks.json``.
 
 The tasks, the subset names and the folder layout are MMEB's (``TIGER-Lab/MMEB-train``,
 ``TIGER-Lab/MMEB-eval``); how each kind of task puts its prompts together and what makes two candidates the
-same are VLM2Vec's. Rows are read in ``readers``, sampling is in ``mixture``.
+same are VLM2Vec's.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from parallel_decoupling.batch import RawInput
 from parallel_decoupling.data.prompts import PromptRules
-from parallel_decoupling.data.sources import Source, parse_source
+from parallel_decoupling.data.tables import SUFFIXES
 
 MetaTask = Literal["classification", "vqa", "retrieval", "grounding"]
 Identity = Literal["text", "image", "image_and_text"]
+
+FILES = ("train_file", "eval_file")
+INSTRUCTIONS = ("query_instruction", "candidate_instruction")
+ROLES = tuple(f"{side}_{kind}" for side in ("query", "candidate", "negative") for kind in ("text", "image"))
+"""What a column of your own data can be; ``readers`` has MMEB's columns of the same meaning."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a task's rows are when they are not in MMEB's layout.
+
+    Attributes:
+        train_file: Parquet, JSONL or CSV file with one query and its positive per row, if there is one.
+        eval_file: the same for evaluation; a candidate cell is a list with the positive first, or the
+            positive alone, and then all positives of the file are candidates of every row.
+        image_dir: folder that the image cells are relative to.
+        columns: role to column name.
+        query_instruction: goes before every query.
+        candidate_instruction: goes before every candidate.
+    """
+
+    train_file: Path | None = None
+    eval_file: Path | None = None
+    image_dir: Path = Path()
+    columns: dict[str, str] = field(default_factory=dict)
+    query_instruction: str = ""
+    candidate_instruction: str = ""
 
 
 @dataclass(frozen=True)
@@ -88,7 +115,7 @@ def _mmeb_tasks() -> dict[str, Task]:
 
 
 MMEB_TASKS = _mmeb_tasks()
-"""The 36 tasks of MMEB v1; other folders of ``MMEB-eval`` (such as ``CIFAR-100``) are no tasks."""
+"""The 36 tasks of MMEB v1; other folders of ``MMEB-eval`` (such as ``CIFAR-100``) are not tasks."""
 
 _TRAIN_NAMES = {"ImageNet-1K": "ImageNet_1K"}
 """MMEB spells this one with an underscore in training and a hyphen in evaluation."""
@@ -140,7 +167,7 @@ class EvalTask:
         )
 
 
-def check_names(names: Sequence[str], available: Sequence[str], what: str) -> None:
+def check_names(names: Collection[str], available: Collection[str], what: str) -> None:
     """Raise ``ValueError`` for a name that does not exist, with the closest one and the full list."""
     for name in names:
         if name not in available:
@@ -152,58 +179,80 @@ def check_names(names: Sequence[str], available: Sequence[str], what: str) -> No
 
 
 def read_tasks(data_dir: str | Path) -> dict[str, Task]:
-    """Return MMEB's task table plus the rows of ``data_dir/tasks.json``, which win.
+    """Return MMEB's task table plus the entries of ``data_dir/tasks.json``, which win.
 
     The file makes a custom benchmark known without code:
     ``{"<task>": {"meta_task": "vqa", "in_distribution": true}, ...}``, in MMEB's layout or with the files
-    and columns that ``Source`` describes.
+    and columns that ``Source`` describes (``docs/data.md``).
 
     Raises:
-        ValueError: the file is no such mapping.
+        ValueError: the file does not hold such a mapping.
     """
     tasks_file = Path(data_dir) / "tasks.json"
     tasks = dict(MMEB_TASKS)
     if not tasks_file.is_file():
         return tasks
     try:
-        rows = json.loads(tasks_file.read_text(encoding="utf-8"))
+        entries = json.loads(tasks_file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{tasks_file} is not valid JSON: {error}. Correct or remove it.") from error
-    if not isinstance(rows, dict):
-        raise ValueError(f"{tasks_file} must hold an object of tasks by name, not {type(rows).__name__}.")
-    for name, row in rows.items():
-        tasks[name] = _task(name, row, tasks_file)
+    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+        raise ValueError(f"{tasks_file} must hold an object of tasks by name, each an object itself.")
+    for name, entry in entries.items():
+        try:
+            tasks[name] = _task(name, entry, tasks_file.parent)
+        except ValueError as error:
+            raise ValueError(f"{tasks_file}, task {name!r}: {error}") from error
     return tasks
 
 
-def _task(name: str, row: object, tasks_file: Path) -> Task:
-    where = f"{tasks_file}, task {name!r}"
-    if not isinstance(row, dict) or not {"meta_task", "in_distribution"} <= set(row):
-        found = ", ".join(row) if isinstance(row, dict) else repr(row)
-        raise ValueError(f"{where}: the keys must be meta_task and in_distribution, got {found}.")
-    rest = dict(row)
-    meta_task, in_distribution = rest.pop("meta_task"), rest.pop("in_distribution")
+def _task(name: str, entry: dict[str, Any], data_dir: Path) -> Task:
+    keys = ("meta_task", "in_distribution")
+    check_names(entry, (*keys, *FILES, *INSTRUCTIONS, "image_dir", "columns"), "key")
+    meta_task, in_distribution = (entry.get(key) for key in keys)
     if meta_task not in get_args(MetaTask):
-        raise ValueError(
-            f"{where}: meta_task must be one of {', '.join(get_args(MetaTask))}, got {meta_task!r}."
-        )
+        raise ValueError(f"meta_task must be one of {', '.join(get_args(MetaTask))}, got {meta_task!r}.")
     if not isinstance(in_distribution, bool):
-        raise ValueError(f"{where}: in_distribution must be true or false, got {in_distribution!r}.")
-    source = parse_source(rest, tasks_file.parent, where)
-    task = Task(name, cast(MetaTask, meta_task), in_distribution, source=source)
-    if source is None and name in MMEB_TASKS:
-        return replace(task, identity=MMEB_TASKS[name].identity, prompt=MMEB_TASKS[name].prompt)
-    return task
+        raise ValueError(f"in_distribution must be true or false, got {in_distribution!r}.")
+    task, known = Task(name, cast(MetaTask, meta_task), in_distribution), MMEB_TASKS.get(name)
+    rest = {key: value for key, value in entry.items() if key not in keys}
+    if rest:
+        return replace(task, source=_source(rest, data_dir))
+    return replace(task, identity=known.identity, prompt=known.prompt) if known else task
+
+
+def _source(entry: dict[str, Any], data_dir: Path) -> Source:
+    columns = entry.pop("columns", None)
+    for key, value in entry.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{key} must be a text, got {value!r}.")
+        if key in FILES and Path(value).suffix not in SUFFIXES:
+            raise ValueError(f"{key}: {value} must end with one of {', '.join(SUFFIXES)}.")
+    if not set(FILES) & set(entry):
+        raise ValueError(
+            f"{', '.join(entry) or 'columns'} without a file. Add train_file, eval_file or both."
+        )
+    if not isinstance(columns, dict) or not all(isinstance(column, str) for column in columns.values()):
+        raise ValueError(
+            f'columns must name a column per role, such as {{"query_text": "question"}}, got {columns!r}.'
+        )
+    check_names(columns, ROLES, "role in columns")
+    for side in ("query", "candidate"):
+        if not {f"{side}_text", f"{side}_image"} & set(columns):
+            raise ValueError(f"columns: {side}_text or {side}_image is needed, or both.")
+    files: dict[str, Any] = {key: data_dir / entry[key] for key in FILES if key in entry}
+    texts = {key: entry[key] for key in INSTRUCTIONS if key in entry}
+    return Source(image_dir=data_dir / entry.get("image_dir", "."), columns=columns, **files, **texts)
 
 
 def task_of_subset(tasks: dict[str, Task], subset: str) -> Task | None:
-    """The row of the task table that a training subset belongs to, None for one that has no row."""
+    """Return the task that a training subset belongs to, or None if there is none."""
     evaluated = {train: name for name, train in _TRAIN_NAMES.items()}
     return tasks.get(evaluated.get(subset, subset))
 
 
 def find_train_subsets(data_dir: str | Path, split: str = "original") -> list[str]:
-    """Names of the subsets under ``MMEB-train`` with files of this split, and of your own, sorted.
+    """Return the sorted names of the subsets with files of this split, and of your own.
 
     Your own are those of ``tasks.json`` that have a ``train_file``, whatever the split.
     """
@@ -213,7 +262,7 @@ def find_train_subsets(data_dir: str | Path, split: str = "original") -> list[st
 
 
 def find_eval_tasks(data_dir: str | Path) -> list[str]:
-    """Names of the tasks in the table whose rows are there, in table order."""
+    """Return the names of the tasks whose rows are there, in the order of the task table."""
     found = {file.parent.name for file in (Path(data_dir) / "MMEB-eval").glob("*/test-*.parquet")}
     return [
         name

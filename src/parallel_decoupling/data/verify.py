@@ -1,212 +1,125 @@
-"""What is in a data folder, what is wrong with it, and how to put it right: ``lightning verify``.
+"""What is in a data folder, what is wrong with it, and how to put it right.
 
-Rows are read with the same code that trains and evaluates. A *problem* stops a run or changes a score and
-makes the command fail; a *note* is worth knowing.
+Rows are read with the same code that trains and evaluates. A *problem* stops a run or changes a score; a
+*note* is worth knowing.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-from rich import box
-from rich.table import Table as RichTable
 from tqdm import tqdm
 
-from parallel_decoupling.data.images import ImageError, ImageFolder, load_image
-from parallel_decoupling.data.inputs import NEGATIVE_COLUMNS, TRAIN_COLUMNS
-from parallel_decoupling.data.readers import TrainSubset, read_eval_task
-from parallel_decoupling.data.tasks import (
-    MMEB_TASKS,
-    MMEB_TRAIN_SUBSETS,
-    EvalTask,
-    find_eval_tasks,
-    find_train_subsets,
-    read_tasks,
-)
+from parallel_decoupling.data import readers, tasks
+from parallel_decoupling.data.images import ImageError, load_image
 
-GHOST = "._"
-SPLITS = ("original", "test", "")
-"""Those that go without saying."""
-
-QUERIES_PER_TASK = 1000
-"""Of every MMEB task."""
-
-NEGATIVES = 100
-"""At most so many of a training row are looked at."""
+ROWS_PER_TASK = 1000
+"""Rows of every task of MMEB."""
+MAX_NEGATIVES = 100
+"""So many negatives of a training row are read."""
 
 
 @dataclass
 class Check:
-    """What one subset or task holds.
+    """What one subset or task holds, or the folder as a whole.
 
     Attributes:
-        part: ``train`` or ``eval``.
-        name: of the subset or task.
-        split: file name prefix.
+        part: ``train``, ``eval`` or ``folder``.
+        name: the subset, task or folder.
+        split: file name prefix of the rows.
         rows: rows of its files.
         images: different image files that the rows name.
         missing: those of them that are not there.
         opened: those that were decoded, evenly spaced.
         broken: opened ones that cannot be decoded.
-        duplicates: training rows that repeat another one; evaluation rows that list a candidate twice.
-        shortest_list: candidates of the row with the fewest, 0 for training.
-        longest_list: candidates of the row with the most, 0 for training.
-        ghosts: ``._`` files of macOS next to the images.
+        repeated: training rows that repeat another one; evaluation rows that list a candidate twice.
+        candidates: fewest and most candidates of an evaluation row.
         problems: what is wrong and what to do.
         notes: what is worth knowing.
     """
 
     part: str
     name: str
-    split: str
+    split: str = ""
     rows: int = 0
     images: int = 0
     missing: int = 0
     opened: int = 0
     broken: int = 0
-    duplicates: int = 0
-    shortest_list: int = 0
-    longest_list: int = 0
-    ghosts: int = 0
+    repeated: int = 0
+    candidates: tuple[int, int] | None = None
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-
-@dataclass
-class Verification:
-    """All subsets and tasks of a folder, and what concerns the folder as a whole."""
-
-    data_dir: str
-    checks: list[Check]
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def all_problems(self) -> list[str]:
-        """Of the folder, then of every subset and task; empty when all is well."""
-        return self.problems + [
-            f"{check.part} {check.name}: {problem}" for check in self.checks for problem in check.problems
-        ]
-
-    @property
-    def all_notes(self) -> list[str]:
-        """Of the folder, then of every subset and task."""
-        return self.notes + [
-            f"{check.part} {check.name}: {note}" for check in self.checks for note in check.notes
-        ]
-
-    def table(self) -> RichTable:
-        """One line per subset and task, 80 columns wide; those with problems are marked."""
-        table = RichTable(title=f"data folder {self.data_dir}", box=box.SIMPLE_HEAD)
-        table.add_column("", no_wrap=True)
-        ghosts = any(check.ghosts for check in self.checks)
-        heads = ("rows", "images", "missing", "broken", "repeated", "lists", *(["ghosts"] if ghosts else []))
-        for head in heads:
-            table.add_column(head, justify="right", no_wrap=True)
-        for check in self.checks:
-            name = f"{check.part} {check.name}" + (f" ({check.split})" if check.split not in SPLITS else "")
-            lengths = f"{check.shortest_list}-{check.longest_list}" if check.longest_list else ""
-            counts = [str(count) for count in (check.rows, check.images, check.missing)]
-            counts += [f"{check.broken}/{check.opened}", str(check.duplicates), lengths]
-            counts += [str(check.ghosts)] if ghosts else []
-            table.add_row(name + " !" * bool(check.problems), *counts, style="red" if check.problems else "")
-        table.caption = "broken: of the opened ones; lists: fewest and most candidates of a row"
-        return table
-
-    def to_json_file(self, json_file: str | Path) -> None:
-        """Write everything."""
-        Path(json_file).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+    def __str__(self) -> str:
+        return " ".join(filter(None, (self.part, self.name, self.split)))
 
 
-def verify(data_dir: str | Path, sample: int = 20, *, show_progress: bool = True) -> Verification:
-    """Check every subset and task of a folder.
+def verify(data_dir: str | Path, sample: int = 20) -> list[Check]:
+    """Check a folder, first as a whole and then every subset and task.
 
     Args:
         data_dir: what the data module takes.
         sample: image files to decode per subset and task, and training rows to read.
-        show_progress: a bar over subsets and tasks.
 
     Raises:
         ValueError: no such folder, or a ``tasks.json`` that cannot be used.
     """
     root = Path(data_dir)
     if not root.is_dir():
-        raise ValueError(f"{root} is no folder. Give the one that holds MMEB-train/ and MMEB-eval/.")
-    jobs: list[tuple[Check, Callable[[Path, Check, int], None]]] = []
-    for split in _splits(root):
-        jobs += [(Check("train", name, split), _check_train) for name in _subsets(root, split)]
-    jobs += [(Check("eval", name, "test"), _check_eval) for name in find_eval_tasks(root)]
-    for check, run in tqdm(jobs, desc="verify", unit="set", leave=False, disable=not show_progress):
+        raise ValueError(f"{root} is not a folder. Give the one that holds MMEB-train/ and MMEB-eval/.")
+    files = (root / "MMEB-train").glob("*/*-*.parquet")
+    splits = sorted({file.name.split("-")[0] for file in files if not file.name.startswith("._")}) or [""]
+    own = {name for name, task in tasks.read_tasks(root).items() if task.source is not None}
+    checks = [
+        Check("train", name, split)
+        for split in splits
+        for name in tasks.find_train_subsets(root, split)
+        if split == splits[0] or name not in own
+    ]
+    checks += [Check("eval", name, "test") for name in tasks.find_eval_tasks(root)]
+    for check in tqdm(checks, desc="verify", unit="set", leave=False, disable=not sys.stderr.isatty()):
         try:
-            run(root, check, sample)
+            (_check_train if check.part == "train" else _check_eval)(root, check, sample)
         except ValueError as error:
             check.problems.append(str(error))
-    verification = Verification(str(root), [check for check, _ in jobs])
-    _check_folder(root, verification)
-    return verification
+    return [_check_folder(root, checks), *checks]
 
 
-def _splits(root: Path) -> list[str]:
-    """Splits that have files, and one for data in no split."""
-    files = (root / "MMEB-train").glob("*/*-*.parquet")
-    return sorted({file.name.split("-")[0] for file in files if not file.name.startswith(GHOST)}) or [""]
-
-
-def _subsets(root: Path, split: str) -> list[str]:
-    """Subsets of a split; your own have none and come with the first."""
-    own = {name for name, task in read_tasks(root).items() if task.source is not None}
-    first = split == _splits(root)[0]
-    return [name for name in find_train_subsets(root, split) if first or name not in own]
-
-
-def _check_folder(root: Path, verification: Verification) -> None:
-    if not verification.checks:
-        verification.problems.append(
+def _check_folder(root: Path, checks: Sequence[Check]) -> Check:
+    folder = Check("folder", str(root))
+    if not checks:
+        folder.problems.append(
             "Neither training subsets nor evaluation tasks. The folder must hold MMEB-train/<subset>/ and "
             "MMEB-eval/<task>/ with parquet files, or a tasks.json; --data.download true fetches MMEB."
         )
-    names = {check.name for check in verification.checks if check.part == "train"}
-    for what, there, known in (
-        ("training subsets", names, MMEB_TRAIN_SUBSETS),
-        ("evaluation tasks", set(find_eval_tasks(root)), tuple(MMEB_TASKS)),
-    ):
-        lacking = [name for name in known if name not in there]
+    for part, known in (("train", tasks.MMEB_TRAIN_SUBSETS), ("eval", tuple(tasks.MMEB_TASKS))):
+        found = {check.name for check in checks if check.part == part}
+        lacking = [name for name in known if name not in found]
         if 0 < len(lacking) < len(known):
-            verification.notes.append(
-                f"{len(known) - len(lacking)} of MMEB's {len(known)} {what}; not here: {', '.join(lacking)}."
-            )
-    folders = {file.parent.name for file in (root / "MMEB-eval").glob("*/test-*.parquet")}
-    for name in sorted(folders - set(read_tasks(root))):
-        verification.notes.append(
-            f"MMEB-eval/{name} is no task of the table and is not scored; tasks.json can make it one."
-        )
+            folder.notes.append(f"MMEB-{part} lacks {len(lacking)} of {len(known)}: {', '.join(lacking)}.")
+    names = {file.parent.name for file in (root / "MMEB-eval").glob("*/test-*.parquet")}
+    for name in sorted(names - set(tasks.read_tasks(root))):
+        folder.notes.append(f"MMEB-eval/{name} is not scored; tasks.json can make it a task.")
+    return folder
 
 
 def _check_train(root: Path, check: Check, sample: int) -> None:
-    subset = TrainSubset(root, check.name, check.split, hard_negatives=NEGATIVES)
-    table = subset.table
-    check.rows = len(table)
-    found = {name: table.column(name) for name in (*TRAIN_COLUMNS, *NEGATIVE_COLUMNS)}
-    columns = {name: column for name, column in found.items() if column is not None}
-    images: set[str] = set()
-    for name in ("qry_image_path", "pos_image_path", "neg_image_path"):
-        if name in columns:
-            column = columns[name]
-            cells = pc.list_flatten(column) if pa.types.is_list(column.type) else column
-            images.update(image for image in pc.unique(cells).to_pylist() if image)
+    subset = readers.TrainSubset(root, check.name, check.split, hard_negatives=MAX_NEGATIVES)
+    sides = (readers.TRAIN_QUERY, readers.TRAIN_CANDIDATE)
+    columns = {
+        name: column for side in sides for name in side if (column := subset.table.column(name)) is not None
+    }
+    check.rows = len(subset.table)
+    check.repeated = check.rows - len(pa.table(columns).group_by(list(columns)).aggregate([]))
     fix = f"Unpack images_zip/{check.name}.zip into MMEB-train/images again"
-    if subset.inputs.form == "bare":
-        fix = "Put them there or correct image_dir"
-    _check_images(check, subset.inputs.folder, sorted(images), sample, fix)
-    both = {name: columns[name] for name in TRAIN_COLUMNS if name in columns}
-    check.duplicates = check.rows - len(pa.table(both).group_by(list(both)).aggregate([]))
+    _check_images(check, subset.reader, (*sides, readers.NEGATIVES), sample, fix)
     if subset.blank_rows:
         check.notes.append(f"{subset.blank_rows} rows with neither text nor image on a side are left out.")
     for index in _spread(len(subset), sample):
@@ -220,74 +133,93 @@ def _check_train(root: Path, check: Check, sample: int) -> None:
 
 
 def _check_eval(root: Path, check: Check, sample: int) -> None:
-    task = read_eval_task(root, check.name, must_exist=False)
-    lists = task.candidates_of_row
-    lengths = [len(row) for row in lists]
-    check.rows, check.shortest_list, check.longest_list = len(lists), min(lengths), max(lengths)
-    images = {str(image) for entry in (*task.queries, *task.candidates) for image in entry.images}
+    read = readers.read_eval_task(root, check.name, must_exist=False)
+    reader = readers.open_eval(root, read.task)
+    lists = read.candidates_of_row
+    check.rows = len(lists)
+    check.candidates = min(map(len, lists)), max(map(len, lists))
+    check.repeated = sum(len(set(row)) < len(row) for row in lists)
     fix = "Unpack images.zip into MMEB-eval/images again"
-    if task.task.source is not None:
-        fix = "Put them there or correct image_dir"
-    _check_images(check, ImageFolder(Path()), sorted(images), sample, fix)
-    check.duplicates = sum(len(set(row)) < len(row) for row in lists)
-    lost = _rows_without_positive(task)
+    sides = (readers.EVAL_QUERY, readers.EVAL_CANDIDATE)
+    missing = _check_images(check, reader, sides, sample, fix)
+    rows = zip(read.query_of_row, lists, strict=True)
+    needed = [(*read.queries[query].images, *read.candidates[row[0]].images) for query, row in rows]
+    lost = sum(not missing.isdisjoint(images) for images in needed)
     if lost:
         check.problems.append(
             f"{lost} of {check.rows} rows cannot be scored: no image of the query or of the positive."
         )
-    copies = sum(row.count(row[0]) > 1 for row in lists)
-    if copies:
-        check.notes.append(f"{copies} rows list their positive more than once; copies are no rivals.")
-    if task.task.source is None and check.name in MMEB_TASKS and check.rows != QUERIES_PER_TASK:
-        check.notes.append(f"{check.rows} rows, where MMEB has {QUERIES_PER_TASK}.")
+    if reader.source is None and check.name in tasks.MMEB_TASKS and check.rows != ROWS_PER_TASK:
+        check.notes.append(f"{check.rows} rows, where MMEB has {ROWS_PER_TASK}.")
 
 
-def _rows_without_positive(task: EvalTask) -> int:
-    def gone(row: Sequence[Any]) -> set[int]:
-        return {
-            index
-            for index, entry in enumerate(row)
-            if any(isinstance(image, str) and not Path(image).is_file() for image in entry.images)
-        }
-
-    queries, candidates = gone(task.queries), gone(task.candidates)
-    rows = zip(task.query_of_row, task.candidates_of_row, strict=True)
-    return sum(query in queries or row[0] in candidates for query, row in rows)
-
-
-def _check_images(check: Check, folder: ImageFolder, names: list[str], sample: int, fix: str) -> None:
-    """Look for every image, decode a few, and count ghosts next to them."""
-    found = {name: folder.find(name) for name in names}
-    missing = [name for name, file in found.items() if file is None]
-    files = [file for file in found.values() if file is not None]
-    check.images, check.missing = len(names), len(missing)
+def _check_images(
+    check: Check, reader: readers.RowReader, sides: Sequence[readers.Columns], sample: int, fix: str
+) -> set[str]:
+    """Look for every image, decode a few, and return the names of those that are missing."""
+    places: dict[str, tuple[int, str]] = {}
+    for _, name in sides:
+        column = reader.table.column(name)
+        for row, cell in enumerate([] if column is None else column.to_pylist()):
+            for image in cell if isinstance(cell, list) else [cell]:
+                if image:
+                    places.setdefault(image, (row, name))
+    files = {image: reader.images.find(image) for image in places}
+    missing = [image for image, file in files.items() if file is None]
+    there = {image: file for image, file in files.items() if file is not None}
+    check.images, check.missing = len(files), len(missing)
     if missing:
+        where = reader.table.where(*places[missing[0]])
         check.problems.append(
-            f"{len(missing)} of {len(names)} images are missing, such as {missing[0]}. {fix}; a truncated "
-            "download looks like this. `missing_images: skip` trains and scores without them."
+            f"{len(missing)} of {len(files)} images are missing; the first is {missing[0]!r} in {where}. "
+            f"{fix if reader.source is None else 'Put them there or correct image_dir'}; a truncated download "
+            "looks like this. `missing_images: skip` trains and scores without them."
         )
-    broken = []
-    for index in _spread(len(files), sample):
-        check.opened += 1
+    opened = [list(there)[index] for index in _spread(len(there), sample)]
+    errors = []
+    for image in opened:
         try:
-            load_image(files[index])
+            load_image(there[image])
         except ImageError as error:
-            broken.append(str(error))
-    check.broken = len(broken)
-    if broken:
-        check.problems.append(f"{len(broken)} of {check.opened} opened images are broken. {broken[0]}")
-    check.ghosts = _count_ghosts({Path(file).parent for file in files})
-    if check.ghosts:
-        check.notes.append(
-            f"{check.ghosts} files {GHOST}* of macOS next to the images; harmless, "
-            f"`find ... -name '{GHOST}*' -delete` removes them."
-        )
-
-
-def _count_ghosts(folders: Iterable[Path]) -> int:
-    return sum(entry.name.startswith(GHOST) for folder in folders for entry in folder.iterdir())
+            errors.append(f"{reader.table.where(*places[image])}: {error}")
+    check.opened, check.broken = len(opened), len(errors)
+    if errors:
+        check.problems.append(f"{len(errors)} of {len(opened)} opened images are broken. {errors[0]}")
+    return set(missing)
 
 
 def _spread(count: int, sample: int) -> list[int]:
-    """At most ``sample`` places, evenly spaced."""
+    """Return at most ``sample`` evenly spaced places."""
     return np.linspace(0, count - 1, min(count, sample), dtype=int).tolist() if count else []
+
+
+def print_verification(data_dir: str, sample: int = 20, output_file: str | None = None) -> None:
+    """Check a data folder; the exit code is 1 if something is wrong.
+
+    Args:
+        data_dir: What --data.data_dir takes.
+        sample: Images to decode per subset and task.
+        output_file: Gets everything as JSON.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    checks = verify(data_dir, sample)
+    if output_file is not None:
+        content = json.dumps([asdict(check) for check in checks], indent=1)
+        Path(output_file).write_text(content + "\n", encoding="utf-8")
+    table = Table("", title=f"data folder {data_dir}", caption="broken: of the opened ones")
+    for head in ("rows", "images", "missing", "broken", "repeated", "candidates"):
+        table.add_column(head, justify="right")
+    for check in checks[1:]:
+        counts = (check.rows, check.images, check.missing, f"{check.broken}/{check.opened}", check.repeated)
+        lengths = "-".join(map(str, check.candidates or ()))
+        table.add_row(f"{check}{' !' * bool(check.problems)}", *map(str, counts), lengths)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table)
+    for check in checks:
+        for title, lines in (("note", check.notes), ("problem", check.problems)):
+            for line in lines:
+                console.print(f"{title}: {check}: {line}", markup=False, highlight=False, soft_wrap=True)
+    if any(check.problems for check in checks):
+        raise SystemExit(1)

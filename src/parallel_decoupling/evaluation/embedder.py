@@ -14,6 +14,7 @@ from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.images import ImagePolicy
 from parallel_decoupling.evaluation.encode import Paths, encode
 from parallel_decoupling.evaluation.user_inputs import is_single
+from parallel_decoupling.model.identity import encoder_identity
 
 if TYPE_CHECKING:
     from parallel_decoupling.model.encoder import ParallelEncoder
@@ -159,8 +160,6 @@ class Embedder:
 
     def identity(self) -> dict[str, Any]:
         """Identify what turns inputs into embeddings; see ``model.identity.encoder_identity``."""
-        from parallel_decoupling.model.identity import encoder_identity
-
         return encoder_identity(self.encoder)
 
     def save_pretrained(
@@ -202,6 +201,19 @@ class Embedder:
             include_backbone=include_backbone,
             scores=scores,
         )
+
+
+def about_encoder(encoder: Any, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what stored embeddings say of the model: identity, paths, and how these are aggregated.
+
+    Args:
+        encoder: the model.
+        identity: of it, see ``model.identity.encoder_identity``.
+    """
+    aggregation: dict[str, Any] = {"kind": getattr(encoder, "aggregation", "mean")}
+    if (logits := getattr(encoder, "path_logits", None)) is not None:
+        aggregation["weights"] = logits.detach().float().softmax(dim=0).tolist()
+    return {"identity": dict(identity), "num_paths": encoder.num_paths, "aggregation": aggregation}
 
 
 def similarity(a: Tensor, b: Tensor) -> Tensor:

@@ -1,15 +1,13 @@
 """Figures: similarity of paths, retrieved examples, comparison of runs.
 
-Here: drawing only; every function returns a Figure of its own (no pyplot, no global state), ready for
-TensorBoard's ``add_figure`` or ``savefig``. Deliberately elsewhere: the numbers, in ``score``, ``report``
-and ``compare``.
+Every function returns a Figure of its own (no pyplot, no global state), ready for TensorBoard's
+``add_figure`` or ``savefig``.
 """
 
 from __future__ import annotations
 
-import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from statistics import fmean
 from typing import Literal
 
@@ -18,7 +16,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from PIL import Image
 from torch import Tensor
 
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
@@ -39,6 +36,7 @@ GROUP_LABELS = {
     "in_distribution": "IND",
     "out_of_distribution": "OOD",
 }
+THUMBNAIL = 224
 
 
 def path_similarity_figure(cosine_NN: Tensor) -> Figure:
@@ -60,15 +58,15 @@ def path_matrices_figure(matrices: Mapping[str, Tensor]) -> Figure:
     side = 2.2 + 0.55 * paths
     figure = new_figure(side * len(matrices) + 0.8, side)
     grid = figure.subplots(1, len(matrices), squeeze=False)[0]
+    names = [f"path {path}" for path in range(paths)]
     for axes, (title, matrix_NN) in zip(grid, matrices.items(), strict=True):
         picture = axes.imshow(matrix_NN.detach().float().cpu().numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
-        for row in range(paths):
-            for column in range(paths):
-                value = float(matrix_NN[row, column])
+        for row, values in enumerate(matrix_NN.tolist()):
+            for column, value in enumerate(values):
                 colour = "white" if abs(value) > 0.6 else INK
                 axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=9)
-        axes.set_xticks(range(paths), [f"path {path}" for path in range(paths)])
-        axes.set_yticks(range(paths), [f"path {path}" for path in range(paths)])
+        axes.set_xticks(range(paths), names)
+        axes.set_yticks(range(paths), names)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         axes.set_title(title, fontsize=11)
@@ -87,14 +85,16 @@ def retrieval_examples_figure(task: EvalTask, score: TaskScore, k: int = 5, rows
         k: candidates per query, 1 to 10.
         rows: queries; half of them misses while both kinds last.
     """
-    chosen = example_rows(next(iter(score.hits.values())), rows)
+    hits = next(iter(score.hits.values()))
+    wrong, right = (~hits).nonzero()[:, 0].tolist(), hits.nonzero()[:, 0].tolist()
+    wrong_count = min(len(wrong), max(rows // 2, rows - len(right)))
+    chosen = [*wrong[:wrong_count], *right[: rows - wrong_count]]
     figure = new_figure(1.75 * (k + 2) + 0.4, 1.95 * len(chosen) + 0.6)
     grid = figure.subplots(len(chosen), k + 2, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
-    for axes, heading in zip(
-        grid[0], ["query", *(f"rank {place + 1}" for place in range(k)), "truth"], strict=True
-    ):
+    headings = ["query", *(f"rank {place + 1}" for place in range(k)), "truth"]
+    for axes, heading in zip(grid[0], headings, strict=True):
         axes.set_title(heading, fontsize=10, color=INK)
     for cells, row in zip(grid, chosen, strict=True):
         positive = task.candidates_of_row[row][0]
@@ -106,10 +106,9 @@ def retrieval_examples_figure(task: EvalTask, score: TaskScore, k: int = 5, rows
             is_truth = candidate == positive
             _draw_input(cell, task.candidates[candidate], RIGHT if is_truth else colour)
             colour = NEUTRAL if is_truth else colour
-    hits = next(iter(score.hits.values())).float().mean().item()
-    figure.suptitle(
-        f"{score.task.name}: hit@1 {100 * hits:.1f} %, chance {100 * score.chance:.1f} %", fontsize=12
-    )
+    rate = 100 * hits.float().mean().item()
+    title = f"{score.task.name}: hit@1 {rate:.1f} %, chance {100 * score.chance:.1f} %"
+    figure.suptitle(title, fontsize=12, parse_math=False)
     return figure
 
 
@@ -126,10 +125,9 @@ def comparison_figure(reports: Mapping[str, ScoreReport], title: str) -> Figure:
     tasks = len(next(iter(reports.values())).tasks)
     figure = new_figure(16, max(7.0, 2.4 + 0.36 * tasks))
     left, right = figure.subplots(1, 2, width_ratios=[1.25, 1])
-    colours = [COLOURS[number % len(COLOURS)] for number in range(len(reports))]
-    _draw_means(left, reports, colours)
-    _draw_tasks(right, reports, colours)
-    figure.suptitle(title, fontsize=15, color=INK)
+    _draw_means(left, reports)
+    _draw_tasks(right, reports)
+    figure.suptitle(title, fontsize=15, color=INK, parse_math=False)
     handles, labels = left.get_legend_handles_labels()
     chance_handles, chance_labels = right.get_legend_handles_labels()
     figure.legend(
@@ -143,19 +141,24 @@ def comparison_figure(reports: Mapping[str, ScoreReport], title: str) -> Figure:
     return figure
 
 
-def _draw_means(axes: Axes, reports: Mapping[str, ScoreReport], colours: Sequence[str]) -> None:
+def _draw_means(axes: Axes, reports: Mapping[str, ScoreReport]) -> None:
     means = {name: report.means for name, report in reports.items()}
     groups = [group for group in GROUP_LABELS if group in next(iter(means.values()))]
     bars = sum(2 if len(report.path_columns) > 1 else 1 for report in reports.values())
-    width = 0.84 / bars
-    offset = -0.42 + width / 2
-    for (name, report), colour in zip(reports.items(), colours, strict=True):
+    width, bar = 0.84 / bars, 0
+
+    def draw(heights: list[float], **style: object) -> list[float]:
+        nonlocal bar
+        places = [place - 0.42 + (bar + 0.5) * width for place in range(len(groups))]
+        axes.bar(places, heights, width * 0.92, **style)  # type: ignore[arg-type]
+        bar += 1
+        return places
+
+    for number, (name, report) in enumerate(reports.items()):
+        colour, several = COLOURS[number % len(COLOURS)], len(report.path_columns) > 1
         headline = [100 * means[name][group][report.columns[0]] for group in groups]
-        several = len(report.path_columns) > 1
-        places = [place + offset for place in range(len(groups))]
-        axes.bar(
-            places, headline, width * 0.92, color=colour, label=f"{name}, aggregate" if several else name
-        )
+        places = draw(headline, color=colour, label=f"{name}, aggregate" if several else name)
+        turned, size = (0, 9) if bars < 5 else (90, 8)
         for place, value in zip(places, headline, strict=True):
             axes.annotate(
                 f"{value:.1f}",
@@ -163,28 +166,20 @@ def _draw_means(axes: Axes, reports: Mapping[str, ScoreReport], colours: Sequenc
                 (0, 2),
                 textcoords="offset points",
                 ha="center",
-                rotation=0 if bars < 5 else 90,
-                fontsize=9 if bars < 5 else 8,
+                rotation=turned,
+                fontsize=size,
                 color=INK,
             )
-        offset += width
         if several:
             spread = [[100 * means[name][group][path] for path in report.path_columns] for group in groups]
             centre = [fmean(values) for values in spread]
             below = [middle - min(values) for middle, values in zip(centre, spread, strict=True)]
             above = [max(values) - middle for middle, values in zip(centre, spread, strict=True)]
-            axes.bar(
-                [place + offset for place in range(len(groups))],
-                centre,
-                width * 0.92,
-                yerr=[below, above],
-                color=_pale(colour),
-                error_kw={"ecolor": INK, "elinewidth": 1.2, "capsize": 2.5},
-                label=f"{name}, one path (mean, worst to best)",
-            )
-            offset += width
+            whiskers = {"ecolor": INK, "elinewidth": 1.2, "capsize": 2.5}
+            label = f"{name}, one path (mean, worst to best)"
+            draw(centre, yerr=[below, above], color=_pale(colour), error_kw=whiskers, label=label)
     axes.set_xticks(range(len(groups)), [GROUP_LABELS[group] for group in groups], fontsize=11)
-    for border in (0.5, len([g for g in groups if g in META_TASKS]) + 0.5):
+    for border in (0.5, sum(group in META_TASKS for group in groups) + 0.5):
         axes.axvline(border, color=NEUTRAL, linewidth=0.8)
     axes.set_title("means over tasks, hit@1 in %", fontsize=12, color=INK, loc="left")
     axes.set_xlim(-0.5, len(groups) - 0.5)
@@ -192,99 +187,62 @@ def _draw_means(axes: Axes, reports: Mapping[str, ScoreReport], colours: Sequenc
     axes.tick_params(axis="x", length=0)
 
 
-def _draw_tasks(axes: Axes, reports: Mapping[str, ScoreReport], colours: Sequence[str]) -> None:
+def _draw_tasks(axes: Axes, reports: Mapping[str, ScoreReport]) -> None:
     baseline = next(iter(reports.values()))
     order = [task for meta_task in META_TASKS for task in baseline.groups.get(meta_task, ())]
-    heights = {task: len(order) - 1 - place for place, task in enumerate(order)}
-    levels = [max(report.tasks[task].chance for report in reports.values()) for task in order]
-    chance = [100 * level if level else math.nan for level in levels]  # 0 is not known
-    axes.plot(
-        chance,
-        [heights[task] for task in order],
-        "|",
-        color=INK,
-        markersize=9,
-        markeredgewidth=1.4,
-        zorder=4,
-        label="chance",
-    )
+    heights = list(range(len(order) - 1, -1, -1))
+    chance = [100 * baseline.tasks[task].chance for task in order]
+    axes.plot(chance, heights, "|", color=INK, label="chance", markersize=9, markeredgewidth=1.4, zorder=4)
     step = 0.56 / max(len(reports) - 1, 1) if len(reports) > 2 else 0.3
-    for number, ((_, report), colour) in enumerate(zip(reports.items(), colours, strict=True)):
+    for number, report in enumerate(reports.values()):
+        colour = COLOURS[number % len(COLOURS)]
         shift = step * ((len(reports) - 1) / 2 - number)
-        for task, height in heights.items():
+        for task, height in zip(order, heights, strict=True):
             scores = report.tasks[task].hit_at_1
-            paths = [100 * scores[path] for path in report.path_columns]
+            paths, level = [100 * scores[path] for path in report.path_columns], height + shift
             if len(paths) > 1:
-                axes.plot(
-                    [min(paths), max(paths)],
-                    [height + shift] * 2,
-                    color=_pale(colour),
-                    linewidth=4,
-                    solid_capstyle="butt",
-                )
-            axes.plot(100 * scores[report.columns[0]], height + shift, "o", color=colour, markersize=6.5)
+                ends = [min(paths), max(paths)]
+                axes.plot(ends, [level] * 2, color=_pale(colour), linewidth=4, solid_capstyle="butt")
+            axes.plot(100 * scores[report.columns[0]], level, "o", color=colour, markersize=6.5)
     above = 0
     for meta_task in META_TASKS[:-1]:
         above += len(baseline.groups.get(meta_task, ()))
         if 0 < above < len(order):
             axes.axhline(len(order) - above - 0.5, color=NEUTRAL, linewidth=0.8)
     labels = [f"{task}{'' if baseline.tasks[task].task.in_distribution else ' (OOD)'}" for task in order]
-    axes.set_yticks([heights[task] for task in order], labels, fontsize=10)
+    axes.set_yticks(heights, labels, fontsize=10, parse_math=False)
     axes.set_ylim(-0.6, len(order) - 0.4)
     axes.set_xlim(left=0)
-    axes.set_title(
-        "tasks, hit@1 in %: aggregate, and range of single paths", fontsize=12, color=INK, loc="left"
-    )
+    title = "tasks, hit@1 in %: aggregate, and range of single paths"
+    axes.set_title(title, fontsize=12, color=INK, loc="left")
     clean_axes(axes, "x")
     axes.tick_params(axis="y", length=0)
 
 
-def example_rows(hits: Tensor, rows: int) -> list[int]:
-    """Misses then hits, half of each as far as there are enough."""
-    wrong, right = (~hits).nonzero()[:, 0].tolist(), hits.nonzero()[:, 0].tolist()
-    wrong_count = min(len(wrong), max(rows // 2, rows - len(right)))
-    return [*wrong[:wrong_count], *right[: rows - wrong_count]]
-
-
 def _draw_input(axes: Axes, item: RawInput, frame: str | None) -> None:
-    """Image on top, text below, inside a coloured frame."""
+    """Draw the image on top and the text below, inside a coloured frame."""
     axes.set_axis_on()
     axes.set(xticks=[], yticks=[], xlim=(0, 1), ylim=(0, 1))
     axes.spines[:].set_visible(frame is not None)
     axes.spines[:].set(color=frame or NEUTRAL, linewidth=3)
     text = " ".join(item.text.replace(IMAGE_PLACEHOLDER, " ").split())
-    lines = 3 if item.images else 9
     if item.images:
         inset = axes.inset_axes((0.04, 0.3 if text else 0.04, 0.92, 0.66 if text else 0.92))
-        inset.imshow(thumbnail(item.images[0]))
+        small = load_image(item.images[0]).copy()
+        small.thumbnail((THUMBNAIL, THUMBNAIL))
+        inset.imshow(small)
         inset.set_axis_off()
-    axes.text(
-        0.5,
-        0.15 if item.images else 0.5,
-        _last_lines(text, lines),
-        ha="center",
-        va="center",
-        fontsize=11 if len(text) < 16 and not item.images else 7.5,
-        color=INK,
-        parse_math=False,
-    )
-
-
-def _last_lines(text: str, count: int) -> str:
-    """Wrap a text, leaving out its beginning if it is too long: what differs between prompts comes last."""
-    lines = textwrap.wrap(text, 24)
-    return "\n".join(lines if len(lines) <= count else ["...", *lines[1 - count :]])
-
-
-def thumbnail(image: Image.Image | str, side: int = 224) -> Image.Image:
-    """Load an image and shrink it to at most ``side`` pixels; it is never enlarged."""
-    small = load_image(image).copy()
-    small.thumbnail((side, side))
-    return small
+    lines, most = textwrap.wrap(text, 24), 3 if item.images else 9
+    shown = "\n".join(
+        lines if len(lines) <= most else ["...", *lines[1 - most :]]
+    )  # prompts differ at the end
+    size = 11 if len(text) < 16 and not item.images else 7.5
+    height = 0.15 if item.images else 0.5
+    axes.text(0.5, height, shown, ha="center", va="center", fontsize=size, color=INK, parse_math=False)
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty white figure of its own, in inches, that keeps its parts apart."""
+    """Return an empty white figure of its own, in inches, that keeps its parts apart."""
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
     figure = Figure(figsize=(width, height), dpi=100, layout=layout, facecolor="white")
     FigureCanvasAgg(figure)
@@ -292,7 +250,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def _pale(colour: str) -> tuple[float, ...]:
-    """The colour mixed with white; unlike transparency it hides the grid."""
+    """Mix the colour with white; unlike transparency this hides the grid."""
     return tuple(0.4 * channel + 0.6 for channel in to_rgb(colour))
 
 

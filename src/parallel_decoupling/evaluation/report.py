@@ -1,7 +1,6 @@
-"""Scores of one run: per task, means over tasks, and the files and the table that show them.
+"""The score report of one run: its tasks, MMEB's means, ``scores.json`` and CSV, and tables of all of it.
 
-Here: collecting, averaging, ``scores.json``, CSV, the terminal table. Deliberately elsewhere: the metric
-(``score``) and several runs side by side (``compare``).
+The metric is in ``score``, several runs side by side are in ``compare``.
 """
 
 from __future__ import annotations
@@ -19,18 +18,26 @@ from rich.table import Table
 from rich.text import Text
 
 from parallel_decoupling.data.tasks import MMEB_TASKS, Task
-from parallel_decoupling.evaluation.metrics import METRICS, mean_metrics
-from parallel_decoupling.evaluation.report_format import FORMAT, check_content, hit_problems, read_json
-from parallel_decoupling.evaluation.score import TaskScore
+from parallel_decoupling.evaluation.leaderboard import (
+    LEADERBOARD_FILE,
+    SCORE_FILES_DIR,
+    write_leaderboard,
+    write_score_files,
+)
+from parallel_decoupling.evaluation.score import METRICS, TaskScore, mean_metrics
 
+FORMAT = 2
 SCORES_FILE = "scores.json"
+CSV_FILE = "scores.csv"
+ROUNDING_ERROR = 1e-9
+"""Two fractions of the same counts differ by at most this much."""
 META_TASKS = ("classification", "vqa", "retrieval", "grounding")
 MEAN_TITLES = {
     **{meta_task: f"mean of {meta_task}" for meta_task in META_TASKS},
     "in_distribution": "mean in-distribution (IND)",
     "out_of_distribution": "mean out-of-distribution (OOD)",
-    "overall": "overall (mean of tasks)",
     "mean_of_meta_tasks": "mean of meta-tasks",
+    "overall": "overall (mean of tasks)",
 }
 _IND = sum(task.in_distribution for task in MMEB_TASKS.values())
 MMEB_COUNTS = {
@@ -40,6 +47,35 @@ MMEB_COUNTS = {
     "overall": len(MMEB_TASKS),
 }
 """MMEB's tasks behind each mean: 10 + 10 + 12 + 4, 20 + 16, and 36."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table as texts, for the terminal and for a page.
+
+    Attributes:
+        title: what it shows.
+        headings: of the columns.
+        rows: cells by row.
+        kinds: of the rows: ``""``, ``"mean"`` or ``"bad"``; without them all rows are alike.
+        caption: how to read it.
+    """
+
+    title: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    kinds: Sequence[str] = ()
+    caption: str = ""
+
+    def terminal(self) -> Table:
+        """Return it as a rich table, whatever markup the names hold."""
+        table = Table(title=Text(self.title), caption=Text(self.caption) if self.caption else None)
+        for number, heading in enumerate(self.headings):
+            table.add_column(Text(heading), justify="right" if number else "left")
+        styles = {"": "", "mean": "bold", "bad": "red"}
+        for row, kind in zip(self.rows, self.kinds or [""] * len(self.rows), strict=True):
+            table.add_row(*map(Text, row), style=styles[kind])
+        return table
 
 
 @dataclass(frozen=True)
@@ -53,8 +89,8 @@ class TaskResult:
         hit_at_1: by column (``"aggregate"``, ``"path_0"``, ...), in [0, 1].
         hits: by column, one ``0`` or ``1`` per row; empty when only the score is known.
         num_skipped: rows left out because their images could not be read.
-        metrics: by column, means of ``metrics.METRICS``; empty when only hit@1 is known.
-        rows_sha256: identifies the rows (``score.asked_hash``).
+        metrics: by column, means of ``score.METRICS``; empty when only hit@1 is known.
+        rows_sha256: identifies the rows, see ``score.task_hash``.
     """
 
     task: Task
@@ -71,6 +107,21 @@ class TaskResult:
         """Whether the first column is no better than a random choice."""
         return next(iter(self.hit_at_1.values())) <= self.chance
 
+    def check_hits(self, where: str) -> None:
+        """Raise ``ValueError`` if the hits do not fit the number of rows or the scores."""
+        if list(self.hits) != list(self.hit_at_1):
+            raise ValueError(f"{where}: hits of {list(self.hits)}, but scores of {list(self.hit_at_1)}")
+        for column, hits in self.hits.items():
+            mean, score = hits.count("1") / max(1, len(hits)), self.hit_at_1[column]
+            if len(hits) != self.num_queries or set(hits) - {"0", "1"}:
+                raise ValueError(
+                    f"{where}, column {column}: not one 0 or 1 for each of {self.num_queries} queries"
+                )
+            if not abs(mean - score) <= ROUNDING_ERROR:
+                raise ValueError(
+                    f"{where}, column {column}: the mean of the hits is {mean:.6g}, but hit_at_1 is {score:.6g}"
+                )
+
 
 @dataclass(frozen=True)
 class ScoreReport:
@@ -79,13 +130,15 @@ class ScoreReport:
     Attributes:
         tasks: results by task name.
         run: what produced them (configuration, seed, commit, steps, ...), plain values.
-        modes: by column, what it costs: ``modes.mode_costs``.
-        warnings: what makes the scores doubtful: ``sanity.Finding`` as plain values.
+        modes: by column, what it costs: ``score.mode_costs``.
+        path_cosine: ``[N][N]``, mean cosine between the paths' queries; None if not known.
+        warnings: what makes the scores doubtful: ``checks.Finding`` as plain values.
     """
 
     tasks: dict[str, TaskResult]
     run: dict[str, Any] = field(default_factory=dict)
     modes: dict[str, dict[str, float]] = field(default_factory=dict)
+    path_cosine: list[list[float]] | None = None
     warnings: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -93,7 +146,7 @@ class ScoreReport:
         if not self.tasks:
             raise ValueError("a score report needs at least one task")
         for name, result in self.tasks.items():
-            if list(result.hit_at_1) != self.columns:
+            if list(result.hit_at_1) != self.columns or not self.columns:
                 raise ValueError(f"{name} has columns {list(result.hit_at_1)}, the first task {self.columns}")
             if result.task.meta_task not in META_TASKS:
                 raise ValueError(
@@ -115,13 +168,14 @@ class ScoreReport:
         for score in scores:
             if score.task.name in tasks:
                 raise ValueError(f"task {score.task.name} is there twice")
+            hits = score.hits
             tasks[score.task.name] = TaskResult(
                 task=score.task,
-                num_queries=len(next(iter(score.hits.values()))),
+                num_queries=len(next(iter(hits.values()))),
                 chance=score.chance,
-                hit_at_1={column: int(hits.sum()) / len(hits) for column, hits in score.hits.items()},
+                hit_at_1={column: int(hits_R.sum()) / len(hits_R) for column, hits_R in hits.items()},
                 hits={
-                    column: "".join("01"[hit] for hit in hits.tolist()) for column, hits in score.hits.items()
+                    column: "".join("01"[hit] for hit in hits_R.tolist()) for column, hits_R in hits.items()
                 },
                 num_skipped=score.num_skipped,
                 metrics={column: mean_metrics(rank_R) for column, rank_R in score.ranks.items()},
@@ -184,27 +238,30 @@ class ScoreReport:
         return means
 
     @property
-    def metric_means(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Means of the metrics that every task has, by group and column; empty if there are none."""
-        results = [
-            result.metrics.get(column, {}) for result in self.tasks.values() for column in self.columns
-        ]
-        shared = [metric for metric in METRICS if all(metric in values for values in results)]
-        if not shared:
+    def metric_means(self) -> dict[str, dict[str, float]]:
+        """Means over tasks of every metric by column; empty if only hit@1 is known."""
+        if not all(result.metrics for result in self.tasks.values()):
             return {}
         return {
-            group: {
-                column: {
-                    metric: fmean(self.tasks[name].metrics[column][metric] for name in names)
-                    for metric in shared
-                }
-                for column in self.columns
+            column: {
+                metric: fmean(result.metrics[column][metric] for result in self.tasks.values())
+                for metric in METRICS
             }
-            for group, names in self.groups.items()
+            for column in self.columns
         }
+
+    @property
+    def gaps(self) -> list[str]:
+        """What the means leave out, a sentence each: tasks of MMEB, rows without a readable image."""
+        found = []
+        if count := self.partial_means.get("overall"):
+            found.append(f"means over {count} of MMEB's {len(MMEB_TASKS)} tasks: not MMEB's means")
+        skipped = [f"{name} {each.num_skipped}" for name, each in self.tasks.items() if each.num_skipped]
+        return found + (["rows skipped because of their images: " + ", ".join(skipped)] if skipped else [])
 
     def to_json_file(self, json_file: str | Path) -> None:
         """Write everything, fractions unrounded; per-row hits come last as strings of 0 and 1."""
+        shown = ("num_queries", "num_skipped", "chance", "hit_at_1", "metrics", "rows_sha256")
         content = {
             "format": FORMAT,
             "metric": "hit@1",
@@ -217,20 +274,16 @@ class ScoreReport:
                 name: {
                     "meta_task": result.task.meta_task,
                     "in_distribution": result.task.in_distribution,
-                    "num_queries": result.num_queries,
-                    "num_skipped": result.num_skipped,
-                    "chance": result.chance,
-                    "hit_at_1": result.hit_at_1,
-                    "metrics": result.metrics,
-                    "rows_sha256": result.rows_sha256,
+                    **{key: getattr(result, key) for key in shown},
                 }
                 for name, result in self.tasks.items()
             },
             "metric_means": self.metric_means,
             "modes": self.modes,
+            "path_cosine": self.path_cosine,
             "warnings": self.warnings,
             "run": self.run,
-            "hits": {name: result.hits for name, result in self.tasks.items() if result.hits},
+            "hits": {name: result.hits for name, result in self.tasks.items()},
         }
         Path(json_file).write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
 
@@ -239,149 +292,88 @@ class ScoreReport:
         """Read what ``to_json_file`` wrote; means are computed again from the tasks.
 
         Raises:
-            ValueError: not a score file, of another format, or hits that do not fit the scores; names the
-                file and the task.
+            ValueError: another file or format, or hits that do not fit the scores; names file and task.
         """
-        content = read_json(json_file)
-        report = cls.from_content(content, json_file)
-        if problems := hit_problems(content):
-            raise ValueError(f"{json_file}, {problems[0]}; the file was changed, run the test again")
-        return report
-
-    @classmethod
-    def from_content(cls, content: Any, file: str | Path) -> ScoreReport:
-        """The report that a ``scores.json`` holds, its hits not compared with its scores.
-
-        Args:
-            content: of the file.
-            file: for the errors.
-
-        Raises:
-            ValueError: not a score file, of another format, or a value of the wrong kind.
-        """
-        check_content(content, file)
-        tasks = {
-            name: TaskResult(
-                task=Task(name, row["meta_task"], row["in_distribution"]),
-                num_queries=row["num_queries"],
-                chance=row["chance"],
-                hit_at_1=row["hit_at_1"],
-                hits=content.get("hits", {}).get(name, {}),
-                num_skipped=row.get("num_skipped", 0),
-                metrics=row.get("metrics", {}),
-                rows_sha256=row.get("rows_sha256", ""),
-            )
-            for name, row in content["tasks"].items()
-        }
-        known = {name: content[name] for name in ("run", "modes", "warnings") if name in content}
         try:
-            return cls(tasks, **known)
+            content = json.loads(Path(json_file).read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{file}: {error}") from error
+            raise ValueError(f"{json_file} is not JSON: {error}") from error
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError(f"{json_file} is not a score file of format {FORMAT}; run the test again")
+        try:
+            tasks = {}
+            for name, row in content["tasks"].items():
+                task = Task(name, row.pop("meta_task"), row.pop("in_distribution"))
+                tasks[name] = TaskResult(task, hits=content["hits"][name], **row)
+                tasks[name].check_hits(f"task {name}")
+            return cls(tasks, *(content[name] for name in ("run", "modes", "path_cosine", "warnings")))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{json_file} was changed or cut ({error!r}); run the test again") from error
+        except ValueError as error:
+            raise ValueError(f"{json_file}, {error}; the file was changed, run the test again") from error
 
     def to_csv_file(self, csv_file: str | Path) -> None:
         """Write one line per task, then one per mean, fractions unrounded."""
         with open(csv_file, "w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream)
-            writer.writerow(
-                ["kind", "name", "meta_task", "in_distribution", "num_queries", "chance", *self.columns]
-            )
+            about = ("meta_task", "in_distribution", "num_queries", "chance")
+            writer.writerow(["kind", "name", *about, *self.columns])
             for name, result in self.tasks.items():
                 task = result.task
-                about = [task.meta_task, task.in_distribution, result.num_queries, result.chance]
-                writer.writerow(["task", name, *about, *result.hit_at_1.values()])
+                cells = [task.meta_task, task.in_distribution, result.num_queries, result.chance]
+                writer.writerow(["task", name, *cells, *result.hit_at_1.values()])
             for name, mean in self.means.items():
-                writer.writerow(["mean", name, "", "", "", "", *mean.values()])
-
-    @property
-    def gaps(self) -> list[str]:
-        """What the means leave out, a sentence each: tasks of MMEB, rows without a readable image."""
-        found = []
-        if "overall" in self.partial_means:
-            found.append(
-                f"means over {self.partial_means['overall']} of MMEB's {len(MMEB_TASKS)} tasks: "
-                "not MMEB's means"
-            )
-        skipped = [f"{name} {each.num_skipped}" for name, each in self.tasks.items() if each.num_skipped]
-        return found + (["rows skipped because of their images: " + ", ".join(skipped)] if skipped else [])
-
-    def table(self) -> Table:
-        """Tasks by meta-task, then means, of aggregate and paths in percent; tasks at chance are marked."""
-        shown = [self.columns[0], *self.path_columns]
-        flagged = [name for name, result in self.tasks.items() if result.at_chance]
-        table = Table(title="hit@1 in percent")
-        notes = ["! at or below chance: " + ", ".join(flagged)] if flagged else []
-        if notes := [*notes, *self.gaps]:
-            table.caption = Text("\n".join(notes))
-        table.add_column("task", no_wrap=True)
-        for heading in ("split", "queries", "chance", *shown):
-            table.add_column(heading, justify="left" if heading == "split" else "right")
-        means = self.means
-        for meta_task in META_TASKS:
-            for name in self.groups.get(meta_task, ()):
-                result = self.tasks[name]
-                split = "IND" if result.task.in_distribution else "OOD"
-                about = [split, str(result.num_queries), percent(result.chance)]
-                scores = [percent(result.hit_at_1[column]) for column in shown]
-                style = "red" if result.at_chance else ""
-                table.add_row(Text(f"{name} !" if result.at_chance else name), *about, *scores, style=style)
-            if meta_task in means:
-                _add_mean(table, self.mean_title(meta_task), means[meta_task], shown)
-                table.add_section()
-        for mean in ("in_distribution", "out_of_distribution", "mean_of_meta_tasks", "overall"):
-            if mean in means:
-                _add_mean(table, self.mean_title(mean), means[mean], shown)
-        return table
+                writer.writerow(["mean", name, *[""] * len(about), *mean.values()])
 
     def mean_title(self, mean: str) -> str:
-        """Heading of a mean; of some of MMEB's tasks with their number."""
+        """Name a mean; one of some of MMEB's tasks with their number."""
         count = self.partial_means.get(mean)
         return MEAN_TITLES[mean] + ("" if count is None else f", {count}/{MMEB_COUNTS[mean]}")
 
-    def metrics_table(self) -> Table:
-        """Means over tasks of every metric of the headline column, in percent, by meta-task and overall."""
-        column, means = self.columns[0], self.metric_means
-        found = means["overall"][column] if means else {}
-        hidden = ("mrr@", "ndcg_exponential")
-        shown = [name for name in found if not name.startswith(hidden) and name != "ndcg_linear@1"]
-        table = Table(title=Text(f"metrics of {column}, means over tasks in percent"))
-        table.caption = "nDCG of linear and of exponential gain agree where one candidate is right"
-        table.add_column("mean", no_wrap=True)
-        for metric in shown:
-            table.add_column(metric.replace("_linear", ""), justify="right")
-        for group, by_column in means.items():
-            values = (percent(by_column[column][metric]) for metric in shown)
-            table.add_row(MEAN_TITLES[group], *values)
-        return table
+    def task_grid(self) -> Grid:
+        """Tabulate tasks by meta-task, then means, of aggregate and paths in percent; marks tasks at chance."""
+        shown = [self.columns[0], *self.path_columns]
+        rows: list[list[str]] = []
+        kinds: list[str] = []
+        for mean in MEAN_TITLES:
+            for name in self.groups.get(mean, ()) if mean in META_TASKS else ():
+                result = self.tasks[name]
+                split = "IND" if result.task.in_distribution else "OOD"
+                about = [f"{name} !" if result.at_chance else name, split, str(result.num_queries)]
+                scores = [percent(result.hit_at_1[column]) for column in shown]
+                rows.append([*about, percent(result.chance), *scores])
+                kinds.append("bad" if result.at_chance else "")
+            if mean in self.means:
+                scores = [percent(self.means[mean][column]) for column in shown]
+                rows.append([self.mean_title(mean), "", "", "", *scores])
+                kinds.append("mean")
+        notes = ["! at or below chance"] if "bad" in kinds else []
+        headings = ("task", "split", "queries", "chance", *shown)
+        return Grid("hit@1 in percent", headings, rows, kinds, "; ".join([*notes, *self.gaps]))
 
-    def modes_table(self) -> Table:
-        """Every inference mode: overall hit@1 in percent, and what it costs."""
-        table = Table(title="inference modes, from one encoding pass")
-        headings = ("hit@1", "IND", "OOD", "MRR", "encode\nms/item", "bytes\nper item", "search\nus/query*")
-        for heading in ("mode", *headings):
-            table.add_column(heading, justify="left" if heading == "mode" else "right", no_wrap=True)
-        means, metrics = self.means, self.metric_means.get("overall", {})
-        for column in self.columns:
-            scores = [
-                percent(means[group][column]) if group in means else ""
-                for group in ("overall", "in_distribution", "out_of_distribution")
-            ]
-            mrr = percent(metrics[column]["mrr"]) if metrics else ""
-            costs = []
-            if cost := self.modes.get(column):
-                encoding = cost.get("encoding_milliseconds_per_item")
-                costs = ["" if encoding is None else f"{encoding:.2f}"]
-                costs += [f"{cost['bytes_per_item']:,}", f"{cost['microseconds_per_query']:.0f}"]
-            table.add_row(column, *scores, mrr, *costs)
-        if self.modes:
-            table.caption = Text(
-                "encode: one batch of this run, one path or all; * exact float32 scoring of 1,000 items on "
-                "this machine's CPU"
-            )
-        return table
+    def mode_grid(self) -> Grid:
+        """Tabulate every inference mode: its means in percent, and what it costs."""
+        splits = [
+            name for name in ("overall", "in_distribution", "out_of_distribution") if name in self.means
+        ]
+        titles = {"overall": "hit@1", "in_distribution": "IND", "out_of_distribution": "OOD"}
+        metrics = [name for name in ("hit@5", "hit@10", "mrr", "ndcg@10") if self.metric_means]
+        rows = []
+        for column in self.shown_columns:
+            scores = [percent(self.means[split][column]) for split in splits]
+            scores += [percent(self.metric_means[column][metric]) for metric in metrics]
+            costs = self.modes.get(column, {})
+            milliseconds = costs.get("milliseconds_per_item")
+            size = f"{costs['bytes_per_item']:,}" if costs else ""
+            rows.append([column, *scores, "" if milliseconds is None else f"{milliseconds:.2f}", size])
+        headings = ("mode", *(titles[split] for split in splits), *metrics, "ms/item", "bytes/item")
+        caption = (
+            "means over tasks in percent; ms: encoding in one batch of this test, with one path or with all"
+        )
+        return Grid("inference modes", headings, rows, caption=caption)
 
     def warning_panels(self) -> list[Panel]:
-        """What makes the scores doubtful, each with what was seen and what to do."""
+        """Show what makes the scores doubtful, each with what was seen and what to do."""
         panels = []
         for warning in self.warnings:
             title = f"WARNING: {str(warning['check']).replace('_', ' ')}"
@@ -390,10 +382,27 @@ class ScoreReport:
         return panels
 
 
+def write_report(report: ScoreReport, folder: Path) -> None:
+    """Write ``scores.json``, ``scores.csv``, VLM2Vec's score files and the leaderboard's into ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    report.to_json_file(folder / SCORES_FILE)
+    report.to_csv_file(folder / CSV_FILE)
+    column = report.columns[0]
+    write_score_files(report.tasks, column, folder / SCORE_FILES_DIR)
+    metadata = {
+        "model_name": folder.resolve().name,
+        "model_backbone": report.run.get("model", {}).get("backbone"),
+    }
+    if column in report.modes:
+        metadata["embedding_dimension"] = int(report.modes[column]["bytes_per_item"]) // 4
+    write_leaderboard(report.tasks, column, folder / LEADERBOARD_FILE, metadata)
+
+
+def progress(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what tells weights from other weights of the same model, as far as a run says it."""
+    return {key: run.get(key) for key in ("global_step", "seed", "token_passes")}
+
+
 def percent(fraction: float) -> str:
     """Format a fraction as percent with one decimal."""
     return f"{100 * fraction:.1f}"
-
-
-def _add_mean(table: Table, title: str, mean: Mapping[str, float], columns: Sequence[str]) -> None:
-    table.add_row(title, "", "", "", *(percent(mean[column]) for column in columns), style="bold")

@@ -1,14 +1,15 @@
-"""Ranks by MMEB's protocol: each query ranks the candidates of its own row.
+"""Scores by MMEB's protocol: each query ranks the candidates of its own row.
 
-Here: from embeddings to the rank of every row's positive. Deliberately elsewhere: encoding (``encode``), what
-is scored (``modes``), metrics of a rank (``metrics``), means over tasks (``report``).
+Holds what is scored (columns of embeddings), the similarity, the pessimistic rank, its metrics, and what each
+column costs to make and to keep. Means over tasks are in ``report``.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +18,16 @@ from torch import Tensor
 from parallel_decoupling.batch import RawInput
 from parallel_decoupling.data.collate import identity
 from parallel_decoupling.data.tasks import EvalTask, Task
-from parallel_decoupling.evaluation.metrics import positive_rank
-from parallel_decoupling.evaluation.modes import similarities
 from parallel_decoupling.model.identity import rows_hash
 
+DEPTHS = (1, 5, 10)
+METRICS = (*(f"hit@{k}" for k in DEPTHS), "mrr", *(f"{name}@{k}" for name in ("mrr", "ndcg") for k in DEPTHS))
 RANKING_DEPTH = 10
 ROWS_AT_ONCE = 256
+ENCODINGS = 3
+
+Columns = dict[str, tuple[Tensor, Tensor]]
+"""Name of a column to the embeddings of queries and of candidates."""
 
 
 @dataclass(frozen=True)
@@ -31,22 +36,77 @@ class TaskScore:
 
     Attributes:
         task: name, meta-task and distribution.
-        hits: by column (``"aggregate"``, ``"path_0"``, ...): bool ``[rows]``.
+        ranks: by column (``"aggregate"``, ``"path_0"``, ...): int64 ``[rows]``, the positive's rank after all
+            rivals that it does not beat.
         ranking: ``[rows, 10]`` int64, the first column's best candidates, best first, as indices
             into the task's candidates; copies of the positive are left out; -1 where a row has fewer.
         chance: hit@1 of a random choice, the mean over rows of 1 / number of distinct candidates.
         num_skipped: rows left out because their images could not be read.
-        ranks: by column, int64 ``[rows]``: the positive's rank after all rivals that it does not beat.
-        rows_sha256: what was asked, see ``asked_hash``; "" if unknown.
+        rows_sha256: identifies what was asked, see ``task_hash``.
     """
 
     task: Task
-    hits: dict[str, Tensor]
+    ranks: dict[str, Tensor]
     ranking: Tensor
     chance: float
     num_skipped: int = 0
-    ranks: dict[str, Tensor] = field(default_factory=dict)
     rows_sha256: str = ""
+
+    @property
+    def hits(self) -> dict[str, Tensor]:
+        """By column, bool ``[rows]``: whether the positive came first."""
+        return {name: rank_R == 1 for name, rank_R in self.ranks.items()}
+
+
+def path_columns(query: Tensor, candidate: Tensor, aggregate: Callable[[Tensor], Tensor]) -> Columns:
+    """Name what is scored: the aggregate, every path on its own, and the other ways to use all paths.
+
+    ``aggregate`` is whatever the encoder was trained with (``learned`` among them). With several paths there
+    are also ``mean`` (of the paths), ``concat`` (all paths side by side) and ``maxsim`` (every query path
+    takes its best candidate path).
+
+    Args:
+        query: ``[Uq, N, D]``, all paths.
+        candidate: ``[Uc, N, D]``.
+        aggregate: combines paths; ``ParallelEncoder.aggregate``.
+
+    Returns:
+        Column name to queries and candidates, ``[U, D]`` each (``D`` differs between columns), or
+        ``[U, N, D]`` for ``maxsim``.
+
+    Relations:
+        The cosine of ``concat`` is the mean cosine of aligned paths. ``maxsim`` is never below it.
+    """
+    num_paths = query.shape[1]
+    columns = {"aggregate": (aggregate(query), aggregate(candidate))}
+    columns |= {f"path_{path}": (query[:, path], candidate[:, path]) for path in range(num_paths)}
+    if num_paths == 1:
+        return columns
+    query, candidate = (F.normalize(paths_UND.float(), dim=-1) for paths_UND in (query, candidate))
+    columns["mean"] = query.mean(dim=1), candidate.mean(dim=1)
+    columns["concat"] = query.flatten(1), candidate.flatten(1)
+    columns["maxsim"] = query, candidate
+    return columns
+
+
+def similarities(query: Tensor, candidate: Tensor) -> Tensor:
+    """Score all pairs of queries and candidates: the only definition of scoring in this package.
+
+    Args:
+        query: ``[Q, D]`` or ``[Q, N, D]``, unit norm.
+        candidate: ``[C, D]`` or ``[C, N', D]``, unit norm.
+
+    Returns:
+        ``[Q, C]``: cosines, or for several vectors MaxSim (ColBERT's) divided by N.
+    """
+    if query.ndim == 2:
+        return query @ candidate.T
+    flat, best = query.flatten(0, 1), None
+    for path in range(candidate.shape[1]):
+        cosine_QNC = (flat @ candidate[:, path].T).view(*query.shape[:2], -1)
+        best = cosine_QNC if best is None else torch.maximum(best, cosine_QNC)
+    assert best is not None, "an encoder has at least one path"
+    return best.mean(dim=1)
 
 
 def score_task(task: EvalTask, columns: Mapping[str, tuple[Tensor, Tensor]]) -> TaskScore:
@@ -58,11 +118,11 @@ def score_task(task: EvalTask, columns: Mapping[str, tuple[Tensor, Tensor]]) -> 
     Args:
         task: rows as indices into unique queries and candidates, each row's positive first.
         columns: name to (``[Uq, D]`` of the queries, ``[Uc, D]`` of the candidates), see
-            ``modes.path_columns``; several vectors ``[U, N, D]`` are scored by MaxSim. The ranking is that
+            ``path_columns``; several vectors ``[U, N, D]`` are scored by MaxSim. The ranking is that
             of the first column.
 
     Returns:
-        Ranks and hits per row and column, the ranking, and the level of chance.
+        Ranks per row and column, the ranking, and the level of chance.
 
     Raises:
         ValueError: no rows, a row without candidates, or embeddings that do not fit the task.
@@ -71,33 +131,111 @@ def score_task(task: EvalTask, columns: Mapping[str, tuple[Tensor, Tensor]]) -> 
     query_of_row = torch.tensor(task.query_of_row)
     index_RC = _padded(task.candidates_of_row)
     identity_U = torch.tensor([identity(candidate) for candidate in task.candidates])
-    identity_RC = identity_U[index_RC]
-    rivals_RC = identity_RC != identity_RC[:, :1]
-    ranks, ranking = {}, torch.empty(0)
-    for number, (name, (query, candidate)) in enumerate(columns.items()):
+    rivals_RC = identity_U[index_RC] != identity_U[index_RC[:, :1]]
+    ranks: dict[str, Tensor] = {}
+    best_rows: list[Tensor] = []
+    for name, (query, candidate) in columns.items():
         distinct, distinct_of_candidate = _distinct_rows(
             F.normalize(candidate.detach().float().cpu(), dim=-1)
         )
         unit_query = F.normalize(query.detach().float().cpu(), dim=-1)
-        ranks_by_chunk, ranking_by_chunk = [], []
+        ranks_by_chunk = []
         for start in range(0, len(query_of_row), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
             all_scores = similarities(unit_query[query_of_row[rows]], distinct)
             scores_RC = all_scores.gather(1, distinct_of_candidate[index_RC[rows]])
             ranks_by_chunk.append(positive_rank(scores_RC, rivals_RC[rows]))
-            if number == 0:
-                ranking_by_chunk.append(_ranking(scores_RC, rivals_RC[rows], index_RC[rows]))
+            if not ranks:
+                best_rows.append(_ranking(scores_RC, rivals_RC[rows], index_RC[rows]))
         ranks[name] = torch.cat(ranks_by_chunk)
-        ranking = torch.cat(ranking_by_chunk) if number == 0 else ranking
     chance = sum(1 / len(set(identity_U[row].tolist())) for row in task.candidates_of_row) / len(query_of_row)
-    hits = {name: rank_R == 1 for name, rank_R in ranks.items()}
-    return TaskScore(task.task, hits, ranking, chance, ranks=ranks, rows_sha256=asked_hash(task))
+    return TaskScore(task.task, ranks, torch.cat(best_rows), chance, rows_sha256=task_hash(task))
 
 
-def asked_hash(task: EvalTask) -> str:
-    """Identify what a task asks: the texts and images of every row's query and candidates, in order."""
-    rows = RawInput(json.dumps([task.query_of_row, task.candidates_of_row]))
-    return rows_hash((*task.queries, *task.candidates, rows), files=False)
+def task_hash(task: EvalTask) -> str:
+    """Identify what a task asks: the texts and images of every row's query and candidates, in order.
+
+    A benchmark may move; the content of its image files does not count, PIL images count by their pixels.
+    """
+    rows = RawInput(f"{task.query_of_row} {task.candidates_of_row}")
+    return rows_hash([*task.queries, *task.candidates, rows], files=False)
+
+
+def positive_rank(scores_RC: Tensor, rivals_RC: Tensor) -> Tensor:
+    """Rank the positive, column 0, after every rival that it does not beat.
+
+    Ties are pessimistic: MMEB keeps the positive at index 0, so that breaking ties by index would call a
+    collapsed model perfect. A NaN rival counts as ahead; a NaN positive is behind everything.
+
+    Args:
+        scores_RC: ``[R, C]`` scores, higher is better.
+        rivals_RC: ``[R, C]`` bool; False for the positive, its copies and padding.
+
+    Returns:
+        int64 ``[R]``, 1 is best.
+
+    Relations:
+        Copies of the positive and padding never change it.
+    """
+    positive_R1 = scores_RC[:, :1]
+    ahead_RC = ~(scores_RC < positive_R1) & rivals_RC
+    behind_all = scores_RC.shape[1] + 1
+    return torch.where(positive_R1[:, 0].isnan(), behind_all, 1 + ahead_RC.sum(dim=1))
+
+
+def mean_metrics(rank_R: Tensor) -> dict[str, float]:
+    """Average ``METRICS`` over queries with one right answer each, whose rank says everything.
+
+    Relations:
+        nDCG is the same with linear and with exponential gain; precision at k is hit / k, average precision
+        is the reciprocal rank.
+    """
+    rank_R = rank_R.double()
+    worth = {"hit": torch.ones_like(rank_R), "mrr": 1 / rank_R, "ndcg": 1 / torch.log2(1 + rank_R)}
+    cut = {f"{name}@{k}": value_R * (rank_R <= k) for name, value_R in worth.items() for k in DEPTHS}
+    values = {**cut, "mrr": worth["mrr"]}
+    return {name: float(values[name].mean()) for name in METRICS}
+
+
+def milliseconds_per_item(encode: Callable[[], Tensor], num_items: int) -> float:
+    """Time the encoding of one batch: the median of three calls after one that warms up.
+
+    Args:
+        encode: embeds the batch, on the device and in the precision at hand.
+        num_items: in the batch.
+    """
+    times = []
+    for _ in range(1 + ENCODINGS):
+        start = time.perf_counter()
+        encode().cpu()  # a copy waits for the device
+        times.append(time.perf_counter() - start)
+    return 1e3 * median(times[1:]) / num_items
+
+
+def mode_costs(
+    columns: Mapping[str, tuple[Tensor, Tensor]],
+    *,
+    one_path: float | None = None,
+    all_paths: float | None = None,
+) -> dict[str, dict[str, float]]:
+    """Say what each column costs to keep and to encode.
+
+    Args:
+        columns: of any task.
+        one_path: measured ``milliseconds_per_item`` with a single path; None if nothing was encoded.
+        all_paths: with all of them.
+
+    Returns:
+        By column ``bytes_per_item`` in float32 and, if measured, ``milliseconds_per_item``: of one path for
+        ``path_n``, of all paths for the others.
+    """
+    costs: dict[str, dict[str, float]] = {}
+    for name, (_, candidate) in columns.items():
+        costs[name] = {"bytes_per_item": 4 * candidate[0].numel()}
+        milliseconds = one_path if name.startswith("path_") else all_paths
+        if milliseconds is not None:
+            costs[name]["milliseconds_per_item"] = milliseconds
+    return costs
 
 
 def _check(task: EvalTask, columns: Mapping[str, tuple[Tensor, Tensor]]) -> None:
@@ -112,13 +250,10 @@ def _check(task: EvalTask, columns: Mapping[str, tuple[Tensor, Tensor]]) -> None
     for row, candidates in enumerate(task.candidates_of_row):
         if not candidates:
             raise ValueError(f"{name}: row {row} has no candidates")
+    expected = len(task.queries), len(task.candidates)
     for column, (query, candidate) in columns.items():
-        expected = len(task.queries), len(task.candidates)
-        if (
-            (len(query), len(candidate)) != expected
-            or query.shape[1:] != candidate.shape[1:]
-            or query.ndim not in (2, 3)
-        ):
+        fits = (len(query), len(candidate)) == expected and query.shape[1:] == candidate.shape[1:]
+        if not fits or query.ndim not in (2, 3):
             raise ValueError(
                 f"{name}, {column}: embeddings of shape {tuple(query.shape)}, {tuple(candidate.shape)} "
                 f"for {expected[0]} queries and {expected[1]} candidates"
@@ -126,13 +261,13 @@ def _check(task: EvalTask, columns: Mapping[str, tuple[Tensor, Tensor]]) -> None
 
 
 def _padded(candidates_of_row: list[list[int]]) -> Tensor:
-    """Rows as one ``[R, C]`` tensor; short rows repeat their positive, which is never a rival."""
+    """Return rows as one ``[R, C]`` tensor; short rows repeat their positive, which is never a rival."""
     longest = max(map(len, candidates_of_row))
     return torch.tensor([row + row[:1] * (longest - len(row)) for row in candidates_of_row])
 
 
 def _distinct_rows(embeddings: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows ``[U, ...]`` that differ in at least one bit, and each row's index among them."""
+    """Return rows ``[U, ...]`` that differ in at least one bit, and each row's index among them."""
     numbers: dict[bytes, int] = {}
     of_row = [numbers.setdefault(row.numpy().tobytes(), len(numbers)) for row in embeddings]
     first = {number: row for row, number in reversed(list(enumerate(of_row)))}
@@ -140,7 +275,7 @@ def _distinct_rows(embeddings: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _ranking(scores_RC: Tensor, rivals_RC: Tensor, index_RC: Tensor) -> Tensor:
-    """Best candidates first; the positive after rivals that tie with it."""
+    """Rank the best candidates first, and the positive after rivals that tie with it."""
     ranked_RC = rivals_RC.clone()
     ranked_RC[:, 0] = True
     scores_RC = scores_RC.masked_fill(~ranked_RC, -torch.inf).flip(1)

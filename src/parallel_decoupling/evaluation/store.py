@@ -10,17 +10,20 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from parallel_decoupling.distributed import rank
+from parallel_decoupling.batch import RawInput
+from parallel_decoupling.distributed import gather_objects, rank
+from parallel_decoupling.evaluation.encode import Rows
+from parallel_decoupling.model.identity import rows_hash
 
 METADATA_KEY = b"parallel_decoupling"
 SHARD_NAME = re.compile(r"embeddings-(\d{5,})\.parquet")
@@ -151,6 +154,83 @@ class StoreWriter:
         unfinished.replace(self.file(shard))
 
 
+class NamedRows(Rows, Protocol):
+    """Rows that can be stored."""
+
+    @property
+    def name(self) -> str:
+        """Folder of their store below the root; empty for the root itself."""
+
+    def columns(self, rows: Sequence[int], /) -> pa.Table:
+        """Return ``id`` and further columns of some rows, in ascending order."""
+
+
+class Keeper:
+    """The stores of one run of ``test`` or ``predict``, one per source of rows.
+
+    The loaders ask it which shards are finished, the callback that receives embeddings asks it for writers.
+
+    Args:
+        root: folder of the stores.
+        model: returns what is known of the model (``Embedder.about``); called when its weights are loaded.
+        dtype: of the stored numbers.
+        replace: encode again what another model or other rows have left, instead of refusing to.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        model: Callable[[], Mapping[str, Any]],
+        *,
+        dtype: VectorType = "float32",
+        replace: bool = False,
+    ) -> None:
+        self.root, self._model, self._dtype, self._replace = Path(root), model, dtype, replace
+        self.writers: dict[str, StoreWriter] = {}
+        self.kept: dict[str, frozenset[int]] = {}
+
+    def finished(
+        self, rows: NamedRows, about: Mapping[str, Any], *, with_bad_rows: bool = True
+    ) -> frozenset[int]:
+        """Open the store of some rows and return the shards that are done, the same on all processes.
+
+        Args:
+            rows: the rows.
+            about: what is known of them, see ``StoreWriter``.
+            with_bad_rows: whether a shard counts in which some rows could not be embedded.
+
+        Raises:
+            ValueError: a shard of another model, other rows or other settings, unless ``replace``.
+        """
+        writer = StoreWriter(self.root / rows.name, {**self._model(), **about}, self._dtype)
+        done, problem = set[int](), None
+        if rank() == 0:
+            writer.remove_unfinished()
+            for shard in writer.shards_there():
+                problem = writer.problem(shard, shard_hash(rows, writer.rows_of(shard)))
+                if problem and not self._replace:
+                    break
+                if not problem and (with_bad_rows or not read_metadata(writer.file(shard))["bad_rows"]):
+                    done.add(shard)
+        done, problem = gather_objects((done, problem))[0]
+        if problem and not self._replace:
+            raise ValueError(f"{problem}. Give another output_dir, or empty this one.")
+        self.writers[rows.name], self.kept[rows.name] = writer, frozenset(done)
+        return self.kept[rows.name]
+
+
+def shard_hash(rows: Rows, numbers: Iterable[int]) -> str:
+    """Identify some rows; one that cannot be used counts by the reason."""
+
+    def content(row: int) -> RawInput:
+        try:
+            return rows[row]
+        except ValueError as error:
+            return RawInput(f"error: {error}")
+
+    return rows_hash(content(row) for row in numbers)
+
+
 class Store:
     """Reads a complete folder of shards; vectors one row group at a time.
 
@@ -269,7 +349,7 @@ def to_tensor(column: pa.ChunkedArray) -> Tensor:
     """Turn a column of vectors into float32 ``[rows, D]``."""
     cells = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     numbers = cells.flatten().to_numpy(zero_copy_only=False)
-    return torch.from_numpy(numbers.reshape(len(cells), -1).astype("float32"))
+    return torch.from_numpy(numbers.reshape(-1, cells.type.list_size).astype("float32"))
 
 
 def read_metadata(file: Path) -> dict[str, Any]:

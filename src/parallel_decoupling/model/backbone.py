@@ -20,7 +20,6 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 from parallel_decoupling.model.adapters import AdapterConfig, add_adapters, load_adapter, reset_adapters
 from parallel_decoupling.model.attention import PrefixStates, register_prefix_attention
 from parallel_decoupling.model.families import Family
-from parallel_decoupling.model.geometries import GEOMETRIES
 from parallel_decoupling.model.paths import decoder_layer_hook, deepstack, language_model_hook
 from parallel_decoupling.model.sources import (
     TINY_BACKBONE_DIR,
@@ -300,13 +299,12 @@ def meta_backbone(
     quantization: Literal["4bit"] | None = None,
     family: Family | None = None,
 ) -> Backbone:
-    """Build a backbone on the meta device: all its shapes and names, no weights, no processor.
+    """Build a backbone on the meta device: all its shapes and names and its processor, but no weights.
 
     It takes the options of ``load_backbone``, so that the settings of a run can be passed as they are.
 
     Args:
-        name: a key of ``GEOMETRIES`` (needs no file at all), or what ``load_backbone`` takes; of a folder or
-            hub model only the config is read.
+        name: as in ``load_backbone``; only the config and the processor are read.
         revision: hub branch, tag or commit.
         dtype: of the backbone's weights; adapters are fp32.
         attention: changes no shape.
@@ -322,16 +320,12 @@ def meta_backbone(
     Relations:
         Names, shapes and dtypes of all parameters and what trains equal those of ``load_backbone``.
     """
-    if name in GEOMETRIES:
-        arguments = dict(GEOMETRIES[name])
-        config = AutoConfig.for_model(arguments.pop("model_type"), **arguments)
-    else:
-        source, options = locate(name, revision)
-        model_type(name, source, options)
-        config = AutoConfig.from_pretrained(source, **options)
-    family = family or family_of(name, config.model_type)
+    source, options = locate(name, revision)
+    family = family or family_of(name, model_type(name, source, options))
+    config = AutoConfig.from_pretrained(source, **options)
+    processor = cast(Any, AutoProcessor).from_pretrained(source, **options)
     with torch.device("meta"):
         base = cast(Any, AutoModel).from_config(config, dtype=getattr(torch, dtype))
-        backbone = Backbone(base, None, family, name=name, revision=revision)
+        backbone = Backbone(base, processor, family, name=name, revision=revision)
         backbone.add_adapters(adapter or AdapterConfig(), initial_adapter)
     return backbone.train()

@@ -1,7 +1,7 @@
 """What differs between model families: one row each, keyed by the ``model_type`` of the published config.
 
 Data only. Elsewhere: loading a backbone by its row (``backbone``), adding adapters to the layers that a row
-names (``adapters``), sizes of published models (``geometries``).
+names (``adapters``).
 """
 
 from __future__ import annotations

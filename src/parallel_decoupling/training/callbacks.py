@@ -1,8 +1,7 @@
-"""What a run shows of itself, and how it ends well: summary, throughput, pictures, alarm, saving on a signal.
+"""What a run shows of itself, and how it ends well: summary, throughput, collapse alarm, saving on a signal.
 
 ``PDFEmbedder.configure_callbacks`` adds all of them with their defaults, except those whose class is among
-the Trainer's own callbacks. Here: watching. Elsewhere on purpose: the
-values of a step (``training.module`` logs them itself), the drawing (``evaluation.plots``).
+the Trainer's own callbacks.
 """
 
 from __future__ import annotations
@@ -17,34 +16,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from rich.console import Console
-from rich.table import Table
-from torch.utils.tensorboard import SummaryWriter
 
 from parallel_decoupling.batch import PairBatch
 from parallel_decoupling.distributed import world_size
-from parallel_decoupling.evaluation.plots import path_similarity_figure
 from parallel_decoupling.objective.contrastive import info_nce
-from parallel_decoupling.objective.statistics import effective_rank, path_cosine
+from parallel_decoupling.objective.statistics import effective_rank
 from parallel_decoupling.training.terms import GatheredPairs, mean_path_cosine
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
     from parallel_decoupling.training.module import PDFEmbedder
 
 LAST_FILE = "last.ckpt"
 
 
-def tensorboard_writer(trainer: Trainer) -> SummaryWriter | None:
-    """TensorBoard's writer on rank 0, ``None`` elsewhere and without a TensorBoard logger."""
-    loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-    return loggers[0].experiment if loggers and trainer.is_global_zero else None
-
-
 def console() -> Console:
     """The terminal, or 120 columns of a file."""
+    from rich.console import Console
+
     terminal = Console()
     return terminal if terminal.is_terminal else Console(width=120)
 
@@ -60,7 +53,9 @@ class RunSummary(Callback):
 
     @staticmethod
     def parameters(module: PDFEmbedder) -> Table:
-        """Parameter counts by group."""
+        """Count parameters by group."""
+        from rich.table import Table
+
         table = Table("part", "parameters", "learning rate", title="What trains")
         frozen = sum(p.numel() for p in module.encoder.parameters() if not p.requires_grad)
         table.add_row("backbone (frozen)", f"{frozen:,}", "")
@@ -79,14 +74,14 @@ class RunSummary(Callback):
 
     @staticmethod
     def batches(trainer: Trainer, module: PDFEmbedder) -> Table:
-        """How rows become steps."""
+        """Say how rows become steps."""
+        from rich.table import Table
+
         table = Table("quantity", "value", title="Batch arithmetic")
-        rows = getattr(trainer.datamodule, "batch_size", None)  # type: ignore[attr-defined]
-        accumulate = module.optimizer_config.accumulate_batches
+        rows = module.data_settings.get("batch_size")
         if rows is not None:
             table.add_row("global batch", f"{rows} = {world_size()} processes x {rows // world_size()} rows")
             table.add_row("in-batch candidates per query", f"{rows} (plus hard negatives)")
-        table.add_row("batches per main step", str(accumulate))
         chunks = f"query {module.query_chunk_size or 'all'}, candidate {module.candidate_chunk_size or 'all'}"
         table.add_row("rows per forward pass", chunks)
         table.add_row("language model rows per input", str(module.encoder.num_paths))
@@ -136,33 +131,33 @@ class CollapseAlarm(Callback):
     """Warn, once per kind, when embeddings or paths are losing what they tell apart.
 
     Args:
-        after_batches: do not look at the loss and at path cosines before this many batches of the run.
-        every_n_batches: how often to look.
+        after_steps: do not look at the loss and at path cosines before this many steps of the run.
+        every_n_steps: how often to look.
 
     Relations:
         A loss within 2 % of ``constant_loss`` is what a constant embedding has.
     """
 
-    def __init__(self, after_batches: int = 200, every_n_batches: int = 20) -> None:
-        self.after_batches = after_batches
-        self.every_n_batches = every_n_batches
+    def __init__(self, after_steps: int = 200, every_n_steps: int = 20) -> None:
+        self.after_steps = after_steps
+        self.every_n_steps = every_n_steps
         self.first_rank: float | None = None
         self.warned: set[str] = set()
 
     def state_dict(self) -> dict[str, Any]:
-        """The effective rank that later ones are compared with."""
+        """Return the effective rank that later ones are compared with."""
         return {"first_rank": self.first_rank}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on comparing with the start of the run."""
+        """Keep comparing with the start of the run."""
         self.first_rank = state_dict["first_rank"]
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: PDFEmbedder, outputs: Any, batch: PairBatch, batch_idx: int
     ) -> None:
         """Look at the step's loss, the cosine between paths and the effective rank."""
-        done = pl_module.batches_done
-        if done != 1 and done % self.every_n_batches:
+        done = pl_module.steps_done
+        if done != 1 and done % self.every_n_steps:
             return
         pairs: GatheredPairs = outputs["pairs"]
         query_GND = pairs.query
@@ -176,7 +171,7 @@ class CollapseAlarm(Callback):
                 f"the effective rank of a batch of embeddings fell from {self.first_rank:.1f} to {rank:.1f}. "
                 "Lower learning rates or mi_weight, or warm up longer.",
             )
-        if done < self.after_batches:
+        if done < self.after_steps:
             return
         constant = constant_loss(pairs, symmetric=pl_module.symmetric)
         if abs(float(outputs["contrastive"]) - constant) < 0.02 * constant:
@@ -209,28 +204,6 @@ def constant_loss(pairs: GatheredPairs, *, symmetric: bool) -> float:
     query, candidate = (torch.ones_like(side[:, :1, :1]) for side in (pairs.query, pairs.candidate))
     ids = {"positive": pairs.positive, "candidate_ids": pairs.candidate_ids}
     return float(info_nce(query, candidate, temperature=1.0, symmetric=symmetric, **ids))
-
-
-class PathPictures(Callback):
-    """Draw the path cosine matrix to TensorBoard.
-
-    Args:
-        every_n_batches: how often; the first batch of the run is always drawn.
-    """
-
-    def __init__(self, every_n_batches: int = 100) -> None:
-        self.every_n_batches = every_n_batches
-
-    def on_train_batch_end(  # type: ignore[override]
-        self, trainer: Trainer, pl_module: PDFEmbedder, outputs: Any, batch: PairBatch, batch_idx: int
-    ) -> None:
-        """Draw this batch's queries."""
-        done, query_GND = pl_module.batches_done, outputs["pairs"].query
-        writer = tensorboard_writer(trainer)
-        if writer is None or query_GND.shape[1] == 1 or (done != 1 and done % self.every_n_batches):
-            return
-        figure = path_similarity_figure(path_cosine(query_GND).cpu())
-        writer.add_figure("paths/cosine", figure, global_step=trainer.global_step)
 
 
 class SaveOnSignal(Callback):
@@ -294,7 +267,7 @@ class SaveOnSignal(Callback):
         self._saved = True
         file = checkpoint_dir(trainer) / LAST_FILE
         trainer.save_checkpoint(file)
-        rank_zero_info(f"Stopped at step {trainer.global_step}; go on with --ckpt_path last ({file}).")
+        rank_zero_info(f"Stopped at step {trainer.global_step}; resume with --ckpt_path last ({file}).")
 
     def _restore(self) -> None:
         if self._previous is not None:

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from parallel_decoupling.evaluation.compare import progress
 from parallel_decoupling.evaluation.embedder import Embedder
-from parallel_decoupling.evaluation.report import SCORES_FILE, ScoreReport
+from parallel_decoupling.evaluation.report import SCORES_FILE, ScoreReport, progress
 from parallel_decoupling.model.pretrained import is_pretrained
 from parallel_decoupling.training.module import PDFEmbedder
 

@@ -1,23 +1,25 @@
 """PDFEmbedder: the training algorithm of the Parallel Decoupling Framework, as a LightningModule.
 
-Here: the alternating step in order (``training_step``) and the set-up of a run. Elsewhere on purpose: the
-terms (``training.terms``), chunks (``training.grad_cache``), seeds (``training.randomness``: no generator
-state is saved), schedules (``training.optimization``), what a checkpoint holds (``training.checkpoint``),
-evaluation and ``encode`` (``training.evaluator``), what a run shows of itself (``training.callbacks``).
+``training_step`` is the alternating step in order. The terms are in ``training.terms``, chunks in
+``training.grad_cache``, schedules in ``training.optimization``, the content of a checkpoint in
+``training.checkpoint``. Evaluation is a client: ``evaluation.run`` scores what ``test_step`` returns.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from parallel_decoupling.batch import EncoderInputs, PairBatch
+from parallel_decoupling.data.images import ImagePolicy
 from parallel_decoupling.distributed import (
     average_gradients,
     clip_gradients,
@@ -26,16 +28,17 @@ from parallel_decoupling.distributed import (
     rank,
     world_size,
 )
+from parallel_decoupling.evaluation.embedder import Embedder, about_encoder
+from parallel_decoupling.evaluation.encode import RowBatch
 from parallel_decoupling.model.backbone import AdapterConfig
 from parallel_decoupling.model.build import build_encoder
 from parallel_decoupling.model.dual_encoder import DualEncoder
 from parallel_decoupling.model.families import Family
+from parallel_decoupling.model.identity import encoder_identity
 from parallel_decoupling.model.matryoshka import nested_dims
 from parallel_decoupling.model.prefixes import ShallowPrefixes
 from parallel_decoupling.objective.mutual_information import MutualInformation, mi_weight_schedule
-from parallel_decoupling.training import arithmetic, callbacks, checkpoint
-from parallel_decoupling.training.evaluation import git_commit
-from parallel_decoupling.training.evaluator import EvaluatedEncoder
+from parallel_decoupling.training import callbacks, checkpoint, compute
 from parallel_decoupling.training.grad_cache import Encoding, encode_in_chunks
 from parallel_decoupling.training.optimization import (
     MIConfig,
@@ -48,10 +51,11 @@ from parallel_decoupling.training.optimization import (
 )
 from parallel_decoupling.training.randomness import seeded
 from parallel_decoupling.training.settings import (
-    LOADING,
-    PATHS,
+    ARGUMENTS,
     check_trained_dtype,
     check_trainer,
+    embedding_settings,
+    names_of,
     read_settings,
 )
 from parallel_decoupling.training.strategies import shard_backbone
@@ -69,7 +73,7 @@ from parallel_decoupling.training.terms import (
 _ADAPTER, _MI, _OPTIMIZER = AdapterConfig(), MIConfig(), OptimizerConfig()
 
 
-class PDFEmbedder(EvaluatedEncoder):
+class PDFEmbedder(LightningModule):
     """N embeddings per input from one multimodal LLM with N prefixes, trained to agree and to differ.
 
     Parallel Decoupling Framework (arXiv 2511.01588): InfoNCE on every path, InfoNCE on the aggregate, and a
@@ -97,7 +101,7 @@ class PDFEmbedder(EvaluatedEncoder):
         temperature: divides cosines in InfoNCE, above 0.
         learn_temperature: train the temperature, starting from temperature.
         symmetric: also contrast candidates with queries.
-        optimizer: rates, schedule, clipping, accumulation.
+        optimizer: rates, schedule, clipping.
         query_chunk_size: GradCache, queries per forward pass; null encodes the batch in one graph.
         candidate_chunk_size: GradCache, candidates per forward pass; null encodes the batch in one graph.
         query_instruction: put before every input of encode_query.
@@ -152,12 +156,12 @@ class PDFEmbedder(EvaluatedEncoder):
         family: Family | None = None,
         seed: int = 0,
     ) -> None:
-        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         self.automatic_optimization = False
         # the frozen backbone is not in the checkpoint; load_into checks every key
         self.strict_loading = False
-        typed, plain = read_settings(arguments)
+        self.save_hyperparameters(*ARGUMENTS, logger=False)
+        typed, plain = read_settings(self.hparams)
         self.save_hyperparameters(plain, logger=False)
         self.mi_config: MIConfig = typed["mi"]
         self.optimizer_config: OptimizerConfig = typed["optimizer"]
@@ -165,14 +169,13 @@ class PDFEmbedder(EvaluatedEncoder):
         self.query_chunk_size, self.candidate_chunk_size = query_chunk_size, candidate_chunk_size
         self.query_instruction, self.candidate_instruction = query_instruction, candidate_instruction
         self.seed = seed
-        self.batches_done, self.steps_done, self.token_passes = 0, 0, 0.0
-        self.batches_since_step, self.accumulate_batches = 0, self.optimizer_config.accumulate_batches
+        self.steps_done, self.token_passes = 0, 0.0
         self.rows_by_subset: dict[str, int] = {}
+        self.data_settings: dict[str, Any] = {}
         self.trained_data: dict[str, Any] = {}
         self.fingerprint: dict[str, Any] | None = None
-        self.pending_gradients: dict[str, Tensor] = {}
-        loading = {"revision": backbone_revision} | {name: typed[name] for name in LOADING}
-        self.encoder = build_encoder(backbone, loading, {name: typed[name] for name in PATHS})
+        loading = {"revision": backbone_revision} | {name: typed[name] for name in names_of("loading")}
+        self.encoder = build_encoder(backbone, loading, {name: typed[name] for name in names_of("paths")})
         self.nested_dims = nested_dims(matryoshka_dims, self.encoder.embed_dim)
         with seeded(torch.device("cpu"), seed, "estimator"):
             self.mutual_information = MutualInformation(
@@ -187,9 +190,9 @@ class PDFEmbedder(EvaluatedEncoder):
         self.train()
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Any]:
-        """One batch: encode, fit q, one gradient of the objective, and every few batches one main step."""
+        """Take one step: encode, fit q, one gradient of the objective, one step of the embedder."""
         mi = self.mi_config
-        with seeded(self.device, self.seed, self.batches_done):
+        with seeded(self.device, self.seed, self.steps_done):
             # 1. All paths of all rows, of all ranks. Under GradCache the embeddings are leaves.
             query = self._encode(batch.query, "query", self.query_chunk_size)
             candidate = self._encode(batch.candidate, "candidate", self.candidate_chunk_size)
@@ -214,14 +217,11 @@ class PDFEmbedder(EvaluatedEncoder):
             # 4. and 5. Gradient to the embeddings, then through the chunks to the parameters.
             with self._own_gradients_only():
                 if loss.requires_grad:  # not for texts alone when only vision adapters train
-                    self.manual_backward(loss * world_size() / self.accumulate_batches)
+                    self.manual_backward(loss * world_size())
                 query.backward()
                 candidate.backward()
         # 6. The main step; the rest is bookkeeping.
-        self.batches_done += 1
-        self.batches_since_step += 1
-        if self.batches_since_step == self.accumulate_batches:
-            self._main_step()
+        self._main_step()
         terms = {"loss": loss, "mi": mean_mi, "mi_weight": weight, "contrastive_aggregate": aggregate}
         fit = {"estimator_nll": nll, "estimator_nll_held_out": held_out}
         self._log_batch(batch, monitored_values(pairs, {**terms, **fit}, path_N, mi_M))
@@ -235,7 +235,7 @@ class PDFEmbedder(EvaluatedEncoder):
         return self.log_temperature.exp()
 
     def _encode(self, inputs: EncoderInputs, side: str, chunk_size: int | None) -> Encoding:
-        seed_parts = (self.seed, self.batches_done, rank(), side)
+        seed_parts = (self.seed, self.steps_done, rank(), side)
         return encode_in_chunks(self.encoder, inputs, chunk_size=chunk_size, seed_parts=seed_parts)
 
     def _fit_estimator(self, pairs: GatheredPairs) -> tuple[Tensor, Tensor]:
@@ -276,25 +276,22 @@ class PDFEmbedder(EvaluatedEncoder):
         optimizer.step()
         cast(Any, self.lr_schedulers()).step()
         optimizer.zero_grad()
-        self.steps_done, self.batches_since_step = self.steps_done + 1, 0
+        self.steps_done += 1
         if self.mutual_information.needs_fit:
             rates["lr/estimator"] = self.mi_config.learning_rate
         self.log_dict({**rates, "train/gradient_norm": norm})
 
     def _log_batch(self, batch: PairBatch, values: dict[str, Any]) -> None:
-        """Log a batch's values and the counters of the run.
-
-        For the compute counter see ``arithmetic.token_passes``.
-        """
+        """Log a batch's values and the counters of the run; ``compute.token_passes`` defines the last."""
         for subset in (subset for subsets in gather_objects(batch.subsets) for subset in subsets):
             self.rows_by_subset[subset] = self.rows_by_subset.get(subset, 0) + 1
         tokens = torch.tensor([batch.query.num_tokens + batch.candidate.num_tokens], device=self.device)
         sizes = len(batch.query), len(batch.candidate)
-        self.token_passes += arithmetic.token_passes(
+        self.token_passes += compute.token_passes(
             self.hparams,
             self.encoder.backbone.num_layers,
             tokens=float(gather_with_grad(tokens).sum()),
-            forward_passes=world_size() * arithmetic.forward_passes(self.hparams, *sizes),
+            forward_passes=world_size() * compute.forward_passes(self.hparams, *sizes),
         )
         rows = sum(self.rows_by_subset.values())
         values |= {f"mix/{subset}": count / rows for subset, count in self.rows_by_subset.items()}
@@ -324,7 +321,7 @@ class PDFEmbedder(EvaluatedEncoder):
 
     def total_steps(self) -> float:
         """Main steps of the whole run; infinite without ``max_steps`` and ``max_epochs``."""
-        return total_steps(self.trainer, self.optimizer_config.accumulate_batches)
+        return total_steps(self.trainer)
 
     def setup(self, stage: str) -> None:
         """Refuse a Trainer that cannot work before anything is trained; see ``training.settings``."""
@@ -351,23 +348,18 @@ class PDFEmbedder(EvaluatedEncoder):
             callbacks.RunSummary,
             callbacks.Throughput,
             callbacks.CollapseAlarm,
-            callbacks.PathPictures,
             callbacks.SaveOnSignal,
         )
         own = [type(callback) for callback in cast(Any, self.trainer).callbacks]
         return [default() for default in defaults if default not in own]
 
     def on_train_start(self) -> None:
-        """Log the settings; give a resumed run this one's rates, and its unfinished accumulation."""
-        self.trained_data = checkpoint.data_settings(self)
+        """Log the settings, and give a resumed run this one's rates."""
+        self.trained_data = dict(self.data_settings)
         warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
         for logger in self.loggers:
             logger.log_hyperparams({"model": dict(self.hparams), "data": self.trained_data})
         apply_config(self.trainer.optimizers, self.lr_schedulers(), self.optimizer_config, self.mi_config)
-        checkpoint.resume_accumulation(self)
-
-    def on_validation_model_zero_grad(self) -> None:
-        """Keep the gradients of an unfinished accumulation through a validation."""
 
     def on_save_checkpoint(self, checkpoint_content: dict[str, Any]) -> None:
         """Keep what trains; see ``training.checkpoint``."""
@@ -386,13 +378,78 @@ class PDFEmbedder(EvaluatedEncoder):
         keys.missing_keys[:] = [name for name in keys.missing_keys if strict or name in trains]
         return keys
 
+    def forward(self, inputs: EncoderInputs, paths: Sequence[int] | None = None) -> Tensor:
+        """Embed tokenised rows: ``[B, N', D]``; ``encode`` takes texts and images."""
+        return cast(Tensor, self.encoder(inputs, paths))
+
+    def validation_step(self, batch: RowBatch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Embed one batch of rows: ``[B, N', D]``. ``evaluation.run`` scores or keeps what this returns."""
+        return self(batch.inputs, batch.paths)
+
+    test_step = validation_step
+    predict_step = validation_step
+
+    def on_test_start(self) -> None:
+        """Warn if nothing takes the embeddings."""
+        if not any(
+            getattr(callback, "scores_tasks", False) for callback in cast(Any, self.trainer).callbacks
+        ):
+            rank_zero_warn(
+                "Nothing scores this test: add parallel_decoupling.evaluation.run.Scoring to the Trainer's "
+                "callbacks, or call evaluate(model, data_dir)."
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """Identify what turns inputs into embeddings; see ``model.identity.encoder_identity``."""
+        precision = None if self._trainer is None else str(self._trainer.precision)
+        settings = embedding_settings(self.hparams)
+        return encoder_identity(
+            self.encoder, fingerprint=checkpoint.fingerprint(self), precision=precision, settings=settings
+        )
+
+    def about(self) -> dict[str, Any]:
+        """Return what stored embeddings say of this model; see ``evaluation.embedder.about_encoder``."""
+        return about_encoder(self.encoder, self.identity())
+
     def run_info(self) -> dict[str, Any]:
-        """Settings, seed, commit, steps and compute behind the weights."""
+        """Return settings, seed, steps and compute behind the weights, as plain values."""
         return {
             "model": dict(self.hparams),
-            "data": checkpoint.data_settings(self),
+            "data": dict(self.trained_data or self.data_settings),
             "seed": self.seed,
-            "commit": git_commit(),
             "global_step": self.steps_done,
             "token_passes": self.token_passes,
+            "rows_by_subset": dict(self.rows_by_subset),
         }
+
+    @property
+    def images(self) -> ImagePolicy:
+        """What happened to the pictures that the weights were trained on."""
+        return ImagePolicy.from_settings(self.trained_data)
+
+    @property
+    def embedder(self) -> Embedder:
+        """The same weights without Lightning; pictures as in training."""
+        embedder = Embedder(self.encoder, self.query_instruction, self.candidate_instruction, self.images)
+        embedder.run = self.run_info()
+        return embedder
+
+    def encode(self, inputs: Any, **options: Any) -> Tensor:
+        """Embed texts, images and dictionaries of both; see ``Embedder.encode``."""
+        return self.embedder.encode(inputs, **options)
+
+    def encode_query(self, inputs: Any, **options: Any) -> Tensor:
+        """Embed queries; see ``Embedder.encode_query``."""
+        return self.embedder.encode_query(inputs, **options)
+
+    def encode_document(self, inputs: Any, **options: Any) -> Tensor:
+        """Embed candidates; see ``Embedder.encode_document``."""
+        return self.embedder.encode_document(inputs, **options)
+
+    encode_candidate = encode_document
+    similarity = staticmethod(Embedder.similarity)
+    similarity_pairwise = staticmethod(Embedder.similarity_pairwise)
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+        """Write a folder to share; see ``Embedder.save_pretrained``."""
+        self.embedder.save_pretrained(folder, **options)

@@ -1,12 +1,27 @@
-"""Sizes of published backbones, so that a run can be planned without a download or a weight in memory.
+"""Published backbones without their weights: real configs and image processors, a tiny tokenizer.
 
-Plain arguments of the published ``config.json`` files, by hub id. Elsewhere: building the model from them on
-the meta device (``backbone.meta_backbone``). The tests compare each with the published parameter count.
+Plain arguments of the published ``config.json`` files, by hub id. ``save_published`` writes a folder that can
+be planned.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+from transformers import (
+    AutoConfig,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+)
+
+from tests.support.families import llama_tokenizer
+from tests.support.tiny import tiny_tokenizer
 
 
 def _qwen2_vl(
@@ -75,7 +90,7 @@ def _llava_next(text_config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-GEOMETRIES: dict[str, dict[str, Any]] = {
+PUBLISHED: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2-VL-2B-Instruct": _qwen2_vl(1536, 8960, 12, 2, 151936, tied=True),
     "Qwen/Qwen2-VL-7B-Instruct": _qwen2_vl(3584, 18944, 28, 4, 152064, tied=False),
     "llava-hf/llava-v1.6-mistral-7b-hf": _llava_next(
@@ -135,3 +150,38 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     },
 }
 """Arguments of the published config by hub id."""
+
+
+def save_published(name: str, folder: Path) -> str:
+    """Write config and processor of a published backbone; no weights."""
+    arguments = dict(PUBLISHED[name])
+    config = AutoConfig.for_model(arguments.pop("model_type"), **arguments)
+    config.save_pretrained(folder)
+    vision = config.vision_config
+    if config.model_type == "llava_next":
+        side = vision.image_size
+        image: Any = LlavaNextImageProcessor(
+            size={"shortest_edge": side},
+            crop_size={"height": side, "width": side},
+            image_grid_pinpoints=config.image_grid_pinpoints,
+        )
+        processor: Any = LlavaNextProcessor(
+            image_processor=image,
+            tokenizer=llama_tokenizer(),
+            patch_size=vision.patch_size,
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
+        )
+    else:
+        sizes: dict[str, Any] = {
+            "patch_size": vision.patch_size,
+            "size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 16384},
+        }
+        new = config.model_type == "qwen3_vl"
+        kind, video = (
+            (Qwen3VLProcessor, Qwen3VLVideoProcessor) if new else (Qwen2VLProcessor, Qwen2VLVideoProcessor)
+        )
+        image = Qwen2VLImageProcessor(**sizes)
+        processor = kind(image_processor=image, tokenizer=tiny_tokenizer(), video_processor=video(**sizes))
+    processor.save_pretrained(folder)
+    return str(folder)

@@ -16,10 +16,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 from torch import Tensor
 
+from parallel_decoupling.data.readers import read_eval_task
 from parallel_decoupling.distributed import rank
-from parallel_decoupling.index.tables import open_embeddings
+from parallel_decoupling.evaluation.embedding_writer import EmbeddingWriter
+from parallel_decoupling.evaluation.store import Keeper, Store, read_metadata
 from parallel_decoupling.training.module import PDFEmbedder
-from parallel_decoupling.training.prediction_writer import EmbeddingWriter, RowProgressBar, read_metadata
 from tests.support.fit import make_trainer, small_data, small_embedder
 from tests.support.processes import run_ranks
 
@@ -53,7 +54,7 @@ def table_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def predict(
     module: PDFEmbedder,
-    source: Path,
+    source: Path | None,
     folder: Path,
     *callbacks: Callback,
     dtype: str = "float32",
@@ -61,11 +62,11 @@ def predict(
     **data: Any,
 ) -> None:
     options = {"predict_rows_per_shard": 6, "eval_batch_size": 4, **data}
-    writer = EmbeddingWriter(str(folder), dtype)  # type: ignore[arg-type]
-    lightning = make_trainer(folder, writer, *callbacks, **(trainer or {}))
-    lightning.predict(
-        module, small_data("unused", predict_source=str(source), **options), return_predictions=False
-    )
+    rows = small_data(options.pop("data_dir", "unused"), predict_source=source and str(source), **options)
+    keeper = Keeper(folder, module.about, dtype=dtype)  # type: ignore[arg-type]
+    rows.connect(module, keeper)
+    lightning = make_trainer(folder, EmbeddingWriter(rows, keeper), *callbacks, **(trainer or {}))
+    lightning.predict(module, datamodule=rows, return_predictions=False)
 
 
 def read(folder: Path) -> pa.Table:
@@ -86,8 +87,8 @@ def expected(module: PDFEmbedder, source: Path) -> tuple[list[int], Tensor, Tens
         text, image = cells[row]["text"], cells[row]["image"]
         given = {"text": text or None, "image": str(source.parent / image) if image else None}
         inputs.append({key: value for key, value in given.items() if value is not None})
-    paths = module.encode_candidate(inputs, batch_size=1)
-    return rows, paths, module.encode_candidate(inputs, paths="aggregate", batch_size=1)
+    paths = module.encode_candidate(inputs, paths="all", batch_size=1)
+    return rows, paths, module.encode_candidate(inputs, batch_size=1)
 
 
 def test_files_hold_what_encode_gives_in_the_order_of_the_source(
@@ -109,7 +110,7 @@ def test_files_hold_what_encode_gives_in_the_order_of_the_source(
     bad_rows = [json.loads(line) for line in (tmp_path / "bad_rows.jsonl").read_text().splitlines()]
     assert [(row["row"], row["id"]) for row in bad_rows] == [(row, f"row {row}") for row in BAD]
     assert all(BAD[row["row"]] in row["reason"] for row in bad_rows)
-    assert "17 rows embedded in 4 files" in caplog.text
+    assert "17 rows embedded, 17 of them now at" in caplog.text
     assert "per second. 3 rows could not be embedded" in caplog.text
 
 
@@ -120,9 +121,8 @@ def test_metadata_says_what_made_a_file(module: PDFEmbedder, table_file: Path, t
     assert metadata["instruction"] == "Describe."
     assert metadata["image_dir"] == str(table_file.parent)
     assert [row["row"] for row in metadata["bad_rows"]] == [16]
-    opened = open_embeddings(tmp_path)
-    assert opened.num_rows == NUM_ROWS - len(BAD)
-    assert opened.path_weights == pytest.approx((0.5, 0.5))
+    assert metadata["aggregation"] == {"kind": "mean"}
+    assert metadata["identity"]["path_sha256"] == module.identity()["path_sha256"]
 
 
 def test_chosen_columns_in_half_precision(module: PDFEmbedder, table_file: Path, tmp_path: Path) -> None:
@@ -139,7 +139,9 @@ def test_a_shard_of_bad_rows_only_is_a_file_without_rows(
     predict(module, table_file, tmp_path, predict_rows_per_shard=1)
     files = sorted(tmp_path.glob("embeddings-*.parquet"))
     assert [row for row, file in enumerate(files) if not pq.read_metadata(file).num_rows] == list(BAD)
-    assert open_embeddings(tmp_path).num_rows == NUM_ROWS - len(BAD), "the same columns in all files"
+    store = Store(tmp_path)
+    assert len(store) == len(store.column("path_0")) == NUM_ROWS - len(BAD), "the same columns in all files"
+    assert store.source_rows() == [row for row in range(NUM_ROWS) if row not in BAD]
 
 
 class KillAt(Callback):
@@ -165,7 +167,7 @@ class Counter(Callback):
         self.rows += args[1].rows
 
 
-def test_a_killed_run_goes_on_where_it_stopped(module: PDFEmbedder, table_file: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_where_it_stopped(module: PDFEmbedder, table_file: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     predict(module, table_file, whole)
     with pytest.raises(RuntimeError, match="-9"):  # two batches per shard: in the middle of the third
@@ -183,32 +185,39 @@ def test_a_killed_run_goes_on_where_it_stopped(module: PDFEmbedder, table_file: 
     assert not counter.rows, "nothing left to do"
 
 
-def test_files_of_another_run_are_not_gone_on_with(
+def test_files_of_another_run_are_refused(
     module: PDFEmbedder, table_file: Path, tiny_backbone_dir: str, tmp_path: Path
 ) -> None:
     predict(module, table_file, tmp_path, trainer={"limit_predict_batches": 2})
     assert len(list(tmp_path.glob("*.parquet"))) == 1
-    for changes in ({"dtype": "float16"}, {"predict_instruction": ""}, {"predict_rows_per_shard": 7}):
-        with pytest.raises(ValueError, match=r"embeddings-00000\.parquet was written with .* another writer"):
+    for name, changes in {
+        "dtype": {"dtype": "float16"},
+        "instruction": {"predict_instruction": ""},
+        "rows_per_shard": {"predict_rows_per_shard": 7},
+        "columns": {"predict_columns": ["aggregate"]},
+        "images": {"image_size": "low"},
+    }.items():
+        with pytest.raises(
+            ValueError, match=rf"00000\.parquet was written with another {name}: .*output_dir"
+        ):
             predict(module, table_file, tmp_path, **changes)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="columns"):
-        predict(module, table_file, tmp_path, predict_columns=["aggregate"])
-    with pytest.raises(ValueError, match="source_sha256"):
+    with pytest.raises(ValueError, match="another (num_rows|rows_sha256)"):
         predict(module, table_file.parent, tmp_path)
     other = small_embedder(tiny_backbone_dir, candidate_instruction="Describe.")
     with torch.no_grad():
         next(iter(other.encoder.prefix_parameters())).add_(1.0)
-    with pytest.raises(ValueError, match="model_sha256"):
+    with pytest.raises(ValueError, match="another identity: path_sha256, sha256, weights_sha256"):
         predict(other, table_file, tmp_path)
     (tmp_path / "embeddings-00001.parquet").write_bytes(b"half a file")
-    with pytest.raises(ValueError, match="cannot read .*embeddings-00001"):
+    with pytest.raises(
+        ValueError, match="embeddings-00001.parquet is not a complete file of embeddings .*Delete it"
+    ):
         predict(module, table_file, tmp_path)
 
 
 def predict_on_a_rank(module: PDFEmbedder, source: Path, folder: Path, data: dict[str, Any]) -> None:
     counter = Counter()
-    options = {"devices": 2, "strategy": "ddp", "enable_progress_bar": True}
-    predict(module, source, folder, counter, RowProgressBar(), trainer=options, **data)
+    predict(module, source, folder, counter, trainer={"devices": 2, "strategy": "ddp"}, **data)
     (folder / f"rows_of_{rank()}.json").write_text(json.dumps(counter.rows))
 
 
@@ -228,21 +237,14 @@ def test_two_processes_write_what_one_writes(
     assert bool(shares[1]) == (rows_per_shard == 6), "a single shard is one process's"
 
 
-def test_the_bar_counts_rows(
-    module: PDFEmbedder, table_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def test_evaluation_tasks_get_a_folder_per_side(
+    module: PDFEmbedder, tiny_mmeb_dir: str, tmp_path: Path
 ) -> None:
-    bar = RowProgressBar()
-    predict(module, table_file, tmp_path, bar, trainer={"enable_progress_bar": True})
-    assert (bar.predict_progress_bar.n, bar.predict_progress_bar.total) == (NUM_ROWS, NUM_ROWS)
-    assert "row/s" in capfd.readouterr().out
-
-
-def test_source_and_folder_belong_together(
-    module: PDFEmbedder, table_file: Path, tiny_mmeb_dir: str, tmp_path: Path
-) -> None:
-    trainer = make_trainer(tmp_path, EmbeddingWriter())
-    with pytest.raises(ValueError, match="belong together"):
-        trainer.predict(module, small_data("unused", predict_source=str(table_file)))
-    trainer = make_trainer(tmp_path, EmbeddingWriter(str(tmp_path)))
-    with pytest.raises(ValueError, match="belong together"):
-        trainer.predict(module, small_data(tiny_mmeb_dir))
+    predict(module, None, tmp_path, data_dir=tiny_mmeb_dir, predict_rows_per_shard=3)
+    for name in ("colours_i2t", "colours_t2i"):
+        task = read_eval_task(tiny_mmeb_dir, name)
+        for side, rows in (("query", task.queries), ("candidate", task.candidates)):
+            store = Store(tmp_path / name / side)
+            assert len(store.files) == 2
+            torch.testing.assert_close(store.column("aggregate"), module.encode(rows), rtol=1e-4, atol=1e-5)
+            assert [row["text"] for row in store.rows(range(4))] == [row.text for row in rows]

@@ -1,0 +1,137 @@
+"""Score files as VLM2Vec's two versions and the MMEB leaderboard write them.
+
+First version: ``<task>_pred.txt`` and ``<task>_score.json`` with ``acc``, ``num_correct``, ``num_pred``.
+Second version: ``<task>_pred.jsonl`` and ``<task>_score.json`` with ``hit@1``, ``ndcg_linear@5`` and others.
+Leaderboard: one JSON of ``metadata`` and ``metrics``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
+from parallel_decoupling.data.tasks import EvalTask, Task
+from parallel_decoupling.evaluation.score import DEPTHS, TaskScore
+
+if TYPE_CHECKING:
+    from parallel_decoupling.evaluation.report import TaskResult
+
+SCORE_FILES_DIR = "score_files"
+"""Folder of both versions' files in a run's folder: ``v1`` and ``v2``."""
+LEADERBOARD_FILE = "leaderboard.json"
+SCORE_SUFFIX = "_score.json"
+PREDICTIONS = {"v1": "_pred.txt", "v2": "_pred.jsonl"}
+"""End of a file of predictions by version."""
+METADATA = (
+    "model_name",
+    "model_backbone",
+    "model_size",
+    "embedding_dimension",
+    "max_length_tokens",
+    "model_release_date",
+    "data_source",
+    "url",
+    "report_generated_date",
+)
+
+
+def candidate_name(task: Task, candidate: RawInput) -> str:
+    """Name a candidate as VLM2Vec's second version does: its text, its image, or ``image:text``.
+
+    A candidate without image is its text to the letter. Prompts of the others stand in for the raw cells,
+    without image placeholder and outer whitespace, and image files have their whole path.
+    """
+    if not candidate.images:
+        return candidate.text
+    text = " ".join(candidate.text.replace(IMAGE_PLACEHOLDER, " ").split())
+    image = ",".join(each if isinstance(each, str) else "image" for each in candidate.images)
+    if task.identity == "text":
+        return text
+    return image if task.identity == "image" else f"{image}:{text.strip(chr(34))}"
+
+
+def write_predictions(folder: Path, task: EvalTask, score: TaskScore) -> None:
+    """Write one task's ``v1/<task>_pred.txt`` and ``v2/<task>_pred.jsonl``, a line per row.
+
+    v1 has the best candidate, v2 the ten best (``prediction``), the positive (``label``) and ``rel_scores``
+    (null, as in rankings of one positive). Copies of the positive are left out.
+    """
+    names = [candidate_name(task.task, candidate) for candidate in task.candidates]
+    best, lines = [], []
+    for ranking, candidates in zip(score.ranking.tolist(), task.candidates_of_row, strict=True):
+        predicted = [names[index] for index in ranking if index >= 0]
+        best.append(" ".join(predicted[0].split()))  # a line each
+        line = {"prediction": predicted, "label": [names[candidates[0]]], "rel_scores": None}
+        lines.append(json.dumps(line, ensure_ascii=False))
+    for (version, suffix), rows in zip(PREDICTIONS.items(), (best, lines), strict=True):
+        file = folder / version / f"{task.task.name}{suffix}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+def write_score_files(tasks: Mapping[str, TaskResult], column: str, folder: Path) -> None:
+    """Write ``v1/<task>_score.json`` and ``v2/<task>_score.json`` of every task.
+
+    The folder holds one test: scores and predictions of other tasks are an earlier test's and are removed.
+
+    Args:
+        tasks: of a report.
+        column: whose scores.
+        folder: of both versions.
+    """
+    for version, predictions in PREDICTIONS.items():
+        for suffix in (SCORE_SUFFIX, predictions):
+            for old in (folder / version).glob(f"*{suffix}"):
+                if old.name.removesuffix(suffix) not in tasks:
+                    old.unlink()
+    for name, result in tasks.items():
+        correct = round(result.hit_at_1[column] * result.num_queries)
+        v1 = {"acc": result.hit_at_1[column], "num_correct": correct, "num_pred": result.num_queries}
+        _write(folder / "v1" / f"{name}{SCORE_SUFFIX}", v1)
+        _write(folder / "v2" / f"{name}{SCORE_SUFFIX}", _v2(result, column))
+
+
+def write_leaderboard(
+    tasks: Mapping[str, TaskResult], column: str, json_file: Path, metadata: Mapping[str, Any]
+) -> None:
+    """Write the one file that the MMEB leaderboard takes.
+
+    Args:
+        tasks: of a report.
+        column: whose metrics.
+        json_file: where to.
+        metadata: some of ``METADATA``; the others are null, the date is today's.
+    """
+    about: dict[str, Any] = dict.fromkeys(METADATA)
+    about |= {"report_generated_date": date.today().isoformat(), **metadata}
+    image = {name: _v2(result, column) for name, result in tasks.items()}
+    _write(json_file, {"metadata": about, "metrics": {"image": image, "video": {}, "visdoc": {}}})
+
+
+def _v2(result: TaskResult, column: str) -> dict[str, Any]:
+    """Return what the second version keeps of a task, all metrics cut at 1, 5 and 10.
+
+    With one positive, precision is hit / depth, recall is hit, average precision is 1 / rank, and both
+    conventions of nDCG agree.
+    """
+    metrics = result.metrics.get(column, {})
+    names = {"hit": "hit", "mrr": "mrr", "ndcg_linear": "ndcg", "ndcg_exponential": "ndcg"}
+    values = {
+        f"{name}@{k}": metrics[f"{ours}@{k}"] for name, ours in names.items() for k in DEPTHS if metrics
+    }
+    values["hit@1"] = result.hit_at_1[column]
+    for k in DEPTHS if metrics else ():
+        hit = values[f"hit@{k}"]
+        values |= {f"precision@{k}": hit / k, f"recall@{k}": hit}
+        values |= {f"f1@{k}": 2 * hit / (k + 1), f"map@{k}": values[f"mrr@{k}"]}
+    rows = {"num_pred": result.num_queries, "num_data": result.num_queries + result.num_skipped}
+    return {**values, **rows}
+
+
+def _write(file: Path, content: Any) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,250 @@
+"""``plan``: an estimate of what a run needs, made from its settings before any weight is loaded.
+
+Parameters are counted on a model of shapes alone; activations and operations follow textbook formulas, good
+to about a third. The truth is one real step and ``torch.cuda.max_memory_allocated()`` after it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from rich.table import Table
+from torch import nn
+
+from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
+from parallel_decoupling.data.collate import Collator
+from parallel_decoupling.data.images import ImagePolicy
+from parallel_decoupling.model.backbone import Backbone, meta_backbone
+from parallel_decoupling.model.dual_backbone import is_dual_encoder
+from parallel_decoupling.model.encoder import ParallelEncoder
+from parallel_decoupling.objective.mutual_information import MutualInformation
+from parallel_decoupling.training import compute
+from parallel_decoupling.training.settings import check_trained_dtype, read_settings
+from parallel_decoupling.training.strategies import sharded_blocks
+
+TEXT_TOKENS, NATURAL_IMAGE = 64, (640, 480)
+"""Assumed tokens of text per input, and width and height of an image before the image policy (ours)."""
+QUERY_IMAGES, CANDIDATE_IMAGES = 0.77, 0.45
+"""Shares of MMEB-train's 1.07 M rows whose query and whose positive candidate have an image."""
+PEAK_FLOPS, UTILISATION, USABLE = 989e12, 0.4, 0.9
+"""An H100's dense bfloat16 operations per second, the share that training reaches, and the share of a GPU's
+memory that kernels, fragments and the CUDA context leave (ours)."""
+FP32, NF4, GIB = 4, 0.5 + 1 / 64 + 4 / (64 * 256), 2**30
+"""Bytes per value in fp32, and in four bits with their (quantized) scales; bytes per GiB."""
+
+
+def plan_tables(
+    model: dict[str, Any], data: dict[str, Any], trainer: dict[str, Any], gpu_memory_gib: float = 80.0
+) -> list[Table]:
+    """Return tables of batch, parameters, memory of one GPU, and work.
+
+    They follow from all arguments of ``PDFEmbedder``, of ``MMEBDataModule`` and of the Trainer.
+    """
+    plan = Plan(model, data, trainer)
+    needed, hours = sum(plan.memory.values()) / GIB, plan.steps * plan.seconds / 3600
+    fits = "fits" if needed <= USABLE * gpu_memory_gib else "does not fit"
+    shares = f"{QUERY_IMAGES:.0%} of queries and {CANDIDATE_IMAGES:.0%} of candidates"
+    contents: dict[str, Sequence[tuple[str, str]]] = {
+        "Batch arithmetic": [
+            ("layout", f"{plan.strategy}, {plan.processes} process(es)"),
+            ("global batch", f"{plan.queries} pairs, {plan.queries // plan.processes} per process"),
+            ("negatives per query", f"{plan.candidates - 1} (gathered from all processes)"),
+            ("forward passes per process", f"{plan.forward_passes}, with {model['num_paths']} paths each"),
+        ],
+        "Parameters": [
+            (name, f"{count:,} ({size / GIB:.2f} GiB)") for name, (count, size, _) in plan.groups.items()
+        ],
+        f"Memory of one GPU of {gpu_memory_gib:g} GiB (estimate)": [
+            *((name, f"{size / GIB:.2f} GiB") for name, size in plan.memory.items() if size),
+            ("together", f"{needed:.2f} GiB: {fits} into {USABLE:.0%}"),
+            ("the truth", "one real step, then torch.cuda.max_memory_allocated()"),
+        ],
+        "Work": [
+            ("assumed tokens", f"{TEXT_TOKENS} of text, {plan.image.tokens} of an image in {shares}"),
+            ("token passes per step", f"{plan.token_passes:,.0f}"),
+            ("floating-point operations per step", f"{plan.flops:.3g}"),
+            ("seconds per step", f"{plan.seconds:,.1f} on H100s at {UTILISATION:.0%} of their peak"),
+            ("run", f"{plan.steps:,} steps, {hours:.1f} hours, {hours * plan.processes:.0f} GPU-hours"),
+        ],
+    }
+    tables = []
+    for title, rows in contents.items():
+        tables.append(Table("quantity", "value", title=title))
+        for row in rows:
+            tables[-1].add_row(*row)
+    return tables
+
+
+def read_layout(trainer: Mapping[str, Any]) -> tuple[int, str]:
+    """Return the number of processes and ``single``, ``ddp`` or ``fsdp2``, as the Trainer would."""
+    devices, strategy = trainer["devices"], trainer["strategy"]
+    if str(devices) in ("auto", "-1"):
+        devices = max(1, torch.cuda.device_count())
+    elif isinstance(devices, list) or "," in str(devices):
+        devices = len(devices if isinstance(devices, list) else devices.split(","))
+    processes = int(devices) * int(trainer["num_nodes"])
+    name = strategy if isinstance(strategy, str) else strategy["class_path"].rsplit(".", 1)[-1].lower()
+    if name == "auto":
+        name = "ddp" if processes > 1 else "single"
+    for known in ("single", "ddp", "fsdp2"):
+        if name.startswith(known):
+            return processes, known
+    raise ValueError(f"trainer.strategy={name} cannot be planned: use auto, ddp or fsdp2.")
+
+
+class ImageCost(NamedTuple):
+    """One image: tokens of the language model, patches in rows of ``context``, bytes of pixels."""
+
+    tokens: int
+    patches: int
+    context: int
+    num_bytes: int
+
+
+def image_cost(backbone: Backbone, images: ImagePolicy) -> ImageCost:
+    """Let the backbone's processor prepare a picture of ``NATURAL_IMAGE``, and count."""
+    collator = Collator(backbone.processor, image_token=backbone.image_token, images=images)
+    inputs = collator.encode_inputs([RawInput(IMAGE_PLACEHOLDER, (Image.new("RGB", NATURAL_IMAGE),))])
+    token = backbone.processor.tokenizer.convert_tokens_to_ids(backbone.image_token)
+    pixels, vision = inputs.vision[0]["pixel_values"], backbone.config.vision_config
+    sides: list[Any] = [vision.patch_size, getattr(vision, "image_size", None)]
+    patch, whole = (side[0] if isinstance(side, list | tuple) else side for side in sides)
+    patches = pixels.numel() // (3 * patch**2 * getattr(vision, "temporal_patch_size", 1))
+    context = patches if whole is None else min(patches, (whole // patch) ** 2)
+    tokens = int((inputs.tokens["input_ids"] == token).sum())
+    return ImageCost(tokens, patches, context, pixels.numel() * FP32)
+
+
+def saved_bytes(layers: nn.Module, element: int) -> int:
+    """Return what the backward pass of transformer layers needs, in bytes per token.
+
+    That is the input and the output of every linear layer, once more the input of a trained or adapted one
+    (it is cast), and in fp32 the input of every norm.
+    """
+    linear = {name: m for name, m in layers.named_modules() if isinstance(m, nn.Linear)}
+    own = [m.in_features + m.out_features for name, m in linear.items() if "lora_" not in name]
+    cast = [m.in_features for n, m in linear.items() if m.weight.requires_grad and "lora_B" not in n]
+    norms = [p.numel() for n, p in layers.named_parameters() if "norm" in n and n.endswith("weight")]
+    return element * (sum(own) + sum(cast)) + FP32 * sum(norms)
+
+
+class Plan:
+    """What one run needs; for arguments and errors see ``plan_tables``."""
+
+    def __init__(self, model: Mapping[str, Any], data: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
+        if is_dual_encoder(model["backbone"]):
+            raise ValueError(f"backbone {model['backbone']!r} is an OpenCLIP model, which has no plan.")
+        self.model, plain = read_settings(model)
+        check_trained_dtype(plain)
+        self.processes, self.strategy = read_layout(trainer)
+        self.queries, self.steps = int(data["batch_size"]), max(0, int(trainer["max_steps"]))
+        self.candidates: int = self.queries * (1 + data["hard_negatives"])
+        if self.queries % self.processes:
+            raise ValueError(f"batch_size={self.queries} must be a multiple of {self.processes} processes.")
+        options = {name: self.model[name] for name in ("dtype", "adapter", "initial_adapter", "family")}
+        self.backbone = meta_backbone(model["backbone"], revision=model["backbone_revision"], **options)
+        names = ("num_paths", "prefix_length", "prefix_layers", "prefix_type", "aggregation")
+        options = {name: self.model[name] for name in names}
+        self.encoder = ParallelEncoder(self.backbone, prefix_init="random", **options)
+        self.full: bool = self.backbone.adapter.kind == "full"
+        self.element = 2 if "mixed" in str(trainer["precision"]) else self.backbone.dtype.itemsize
+        self.layers = self.backbone.base.get_submodule(self.backbone.family.layers)
+        self.tower = self.backbone.base.get_submodule(self.backbone.family.vision_module)
+        self.tower_trains = any(parameter.requires_grad for parameter in self.tower.parameters())
+        self.image = image_cost(self.backbone, ImagePolicy.from_settings(data))
+        settings = self.model, self.backbone.num_layers
+        self.paths = compute.paths_per_layer(*settings)
+        queries, candidates = self.queries // self.processes, self.candidates // self.processes
+        self.sides = (  # rows of a process, images among them, chunk size
+            (queries, QUERY_IMAGES * queries, model["query_chunk_size"]),
+            (candidates, CANDIDATE_IMAGES * candidates, model["candidate_chunk_size"]),
+        )
+        self.images = sum(images for _, images, _ in self.sides)
+        self.forward_passes = compute.forward_passes(model, queries, candidates)
+        tokens = (queries + candidates) * TEXT_TOKENS + self.images * self.image.tokens
+        options = {"tokens": tokens, "forward_passes": self.forward_passes}
+        self.token_passes = self.processes * compute.token_passes(*settings, **options)
+
+    @cached_property
+    def groups(self) -> dict[str, tuple[int, float, bool]]:
+        """Return by part how many parameters it has, their bytes on one GPU, and whether they train."""
+        mi, base = self.model["mi"], self.backbone.base
+        language = set(self.backbone.language_model.parameters())
+        linear = {m.weight for m in base.modules() if isinstance(m, nn.Linear)}
+        with torch.device("meta"):
+            sizes = {"num_paths": self.encoder.num_paths, "embed_dim": self.encoder.embed_dim}
+            estimator = MutualInformation(mi.kind, hidden_size=mi.hidden_size, **sizes)
+        named = [*self.encoder.named_parameters(), *(("estimator", p) for p in estimator.parameters())]
+        if self.model["learn_temperature"]:
+            named.append(("temperature", nn.Parameter(torch.zeros(()))))
+        groups: dict[str, tuple[int, float, bool]] = {}
+        for name, parameter in named:
+            part, trains, size = name.split(".")[0], parameter.requires_grad, float(parameter.itemsize)
+            if part == "backbone":
+                inside = parameter in language
+                part = "language model" if inside else "vision tower and projector"
+                part += ", trained" if trains else ""
+                if self.model["quantization"] and parameter in linear and not trains:
+                    size = NF4
+                if self.strategy == "fsdp2" and inside and trains == self.full:
+                    size /= self.processes
+            count, num_bytes, _ = groups.get(part, (0, 0.0, trains))
+            groups[part] = count + parameter.numel(), num_bytes + size * parameter.numel(), trains
+        return groups
+
+    @cached_property
+    def memory(self) -> dict[str, float]:
+        """Return the bytes on one GPU by part."""
+        gradients = sum(size for _, size, trains in self.groups.values() if trains)
+        block = sum(p.numel() * p.itemsize for p in sharded_blocks(self.backbone)[0].parameters())
+        whole = sum(rows for rows, _, chunk in self.sides if chunk is None)
+        rows = max(whole, *(min(rows, chunk or 0) for rows, _, chunk in self.sides))
+        pairs, dim = math.comb(self.encoder.num_paths, 2), self.encoder.embed_dim
+        scores = 4 * (self.encoder.num_paths + 1) * self.queries * self.candidates
+        embeddings = (self.queries + self.candidates) * dim * (2 * self.encoder.num_paths + 2 + 8 * pairs)
+        return {
+            "weights": sum(size for _, size, _ in self.groups.values()),
+            "weights gathered by FSDP2": 2 * block if self.strategy == "fsdp2" else 0,
+            "gradients": gradients,
+            "gradient buckets of DDP": gradients if self.strategy == "ddp" else 0,
+            "optimizer states": 2 * gradients,
+            "pixels of the batch": self.images * self.image.num_bytes,
+            "activations of a forward pass": rows * self._activations(),
+            "objective": FP32 * (scores + embeddings),
+        }
+
+    def _activations(self) -> float:
+        """Return the bytes that a row with an image leaves for its backward pass."""
+        layers, hidden = self.backbone.num_layers, self.backbone.hidden_size
+        kept, tower = saved_bytes(self.layers, self.element), saved_bytes(self.tower, self.element)
+        if self.model["gradient_checkpointing"]:  # the inputs of all layers, and one layer at a time
+            kept, tower = layers * hidden * self.backbone.dtype.itemsize + kept // layers, tower // layers
+        tokens = (TEXT_TOKENS + self.image.tokens) * self.paths
+        return tokens * kept + self.image.patches * tower * self.tower_trains
+
+    @cached_property
+    def flops(self) -> float:
+        """Return the floating-point operations of one step of all processes."""
+        vision, width = self.backbone.config.vision_config, self.backbone.num_layers * self.encoder.embed_dim
+        tower_width = getattr(vision, "depth", None) or vision.num_hidden_layers
+        tower_width *= getattr(vision, "embed_dim", None) or vision.hidden_size
+        total, backward = 0.0, 2 if self.full else 1
+        for rows, images, chunk in self.sides:
+            once = {"forward": 1 + (chunk is not None), "backward": 0}
+            both = {"forward": once["forward"] + self.model["gradient_checkpointing"], "backward": backward}
+            for count, length in ((images, TEXT_TOKENS + self.image.tokens), (rows - images, TEXT_TOKENS)):
+                tokens, keys = self.paths * count * length, length + self.encoder.prefix_length
+                total += compute.layer_flops(self.layers, width, tokens, keys, **both)
+            options, tokens = both if self.tower_trains else once, images * self.image.patches
+            total += compute.layer_flops(self.tower, tower_width, tokens, self.image.context, **options)
+        return total * self.processes
+
+    @property
+    def seconds(self) -> float:
+        """Return the time of one step on H100s at the assumed utilisation."""
+        return self.flops / (self.processes * PEAK_FLOPS * UTILISATION)

@@ -1,0 +1,308 @@
+"""Validation and test on the tiny benchmark: scores, files, warnings, and embeddings that are kept."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from parallel_decoupling.data.readers import read_eval_task
+from parallel_decoupling.evaluation import checks
+from parallel_decoupling.evaluation.encode import BatchPlace, RowBatch
+from parallel_decoupling.evaluation.report import ScoreReport
+from parallel_decoupling.evaluation.run import SideEmbeddings, evaluate, git_commit
+from parallel_decoupling.evaluation.store import Store
+from parallel_decoupling.training.module import PDFEmbedder
+from tests.support.fit import kept_data, make_trainer, small_data, small_embedder
+from tests.support.mmeb import save_tiny_mmeb
+
+TASKS = ("colours_i2t", "colours_t2i")
+
+
+def batch_of(rows: list[int], bad_rows: dict[int, str] | None = None) -> RowBatch:
+    return RowBatch(None, BatchPlace(0, tuple(rows)), tuple(rows), bad_rows or {})  # type: ignore[arg-type]
+
+
+def test_rows_land_in_their_place_whatever_the_order() -> None:
+    side, embeddings_UND = SideEmbeddings(5), torch.randn(5, 2, 3)
+    side.add(batch_of([4, 1], {2: "broken"}), embeddings_UND[[4, 1]])
+    side.add(batch_of([]), embeddings_UND[:1])  # a batch without rows has a stand-in
+    trainer, module = Trainer(logger=False), PDFEmbedder.__new__(PDFEmbedder)
+    assert side.complete(trainer, module) is None, "rows are missing"
+    side.add(batch_of([3, 0]), embeddings_UND[[3, 0]])
+    found_UND = side.complete(trainer, module)
+    assert found_UND is not None
+    embeddings_UND[2] = torch.nan
+    torch.testing.assert_close(found_UND, embeddings_UND, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_test_run_writes_and_logs_the_scores_of_its_embeddings(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    module = small_embedder(tiny_backbone_dir)
+    trainer = make_trainer(tmp_path, logger=TensorBoardLogger(tmp_path, name="", version=""))
+    trainer.test(module, small_data(tiny_mmeb_dir, eval_batch_size=3), verbose=False)
+    report = ScoreReport.from_json_file(tmp_path / "scores.json")
+    assert list(report.tasks) == list(TASKS)
+    assert report.columns == ["aggregate", "path_0", "path_1", "mean", "concat", "maxsim"]
+    for name in TASKS:
+        rows = read_eval_task(tiny_mmeb_dir, name)
+        similarity = module.similarity(module.encode(rows.queries), module.encode(rows.candidates))
+        hits = [
+            int(similarity[query, row].argmax()) == 0
+            for query, row in zip(rows.query_of_row, rows.candidates_of_row, strict=True)
+        ]
+        assert report.tasks[name].hit_at_1["aggregate"] == sum(hits) / 4
+        logged = trainer.callback_metrics[f"test/{name}/hit_at_1"]
+        assert logged == pytest.approx(report.tasks[name].hit_at_1["aggregate"])
+    content = json.loads((tmp_path / "scores.json").read_text())
+    assert content["run"]["model"]["num_paths"] == 2
+    assert content["run"]["data"]["data_dir"] == tiny_mmeb_dir
+    assert content["run"]["global_step"] == 0
+    assert (tmp_path / "scores.csv").is_file()
+
+
+def test_evaluate_needs_no_trainer_and_a_trainer_alone_says_that_nothing_is_scored(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    module = small_embedder(tiny_backbone_dir)
+    quiet: dict[str, Any] = {"enable_progress_bar": False, "accelerator": "cpu"}
+    report = evaluate(module, tiny_mmeb_dir, default_root_dir=tmp_path / "function", **quiet)
+    make_trainer(tmp_path / "trainer").test(module, small_data(tiny_mmeb_dir), verbose=False)
+    assert report.means == ScoreReport.from_json_file(tmp_path / "trainer" / "scores.json").means
+    alone = Trainer(default_root_dir=tmp_path / "alone", logger=False, **quiet)
+    with pytest.warns(UserWarning, match="Nothing scores this test: add .*Scoring"):
+        alone.test(module, datamodule=small_data(tiny_mmeb_dir).connect(module), verbose=False)
+    assert not (tmp_path / "alone" / "scores.json").exists()
+
+
+def test_data_without_a_model_says_to_connect_them(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    trainer = Trainer(default_root_dir=tmp_path, logger=False, accelerator="cpu")
+    with pytest.raises(ValueError, match=r"call data\.connect\(model\)"):
+        trainer.test(small_embedder(tiny_backbone_dir), datamodule=small_data(tiny_mmeb_dir))
+
+
+def test_validation_scores_only_its_tasks_for_checkpoints_and_early_stopping(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    best = ModelCheckpoint(tmp_path, monitor="val/overall", mode="max", filename="best")
+    stop = EarlyStopping("val/overall", 2.0, 1, mode="max", check_on_train_epoch_end=False)
+    data = small_data(tiny_mmeb_dir, validation_tasks=["colours_t2i"])
+    options = {"max_steps": 6, "val_check_interval": 1, "enable_checkpointing": True}
+    trainer = make_trainer(tmp_path, best, stop, **options)
+    trainer.fit(small_embedder(tiny_backbone_dir), data)
+    assert "val/colours_t2i/hit_at_1" in trainer.callback_metrics
+    assert "val/colours_i2t/hit_at_1" not in trainer.callback_metrics
+    assert best.best_model_score is not None
+    assert trainer.global_step < 6, "no score can rise by two"
+
+
+def test_lightnings_sanity_check_of_several_tasks_is_quiet(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    data = small_data(tiny_mmeb_dir, validation_tasks=list(TASKS), eval_batch_size=1)
+    trainer = make_trainer(tmp_path, max_steps=1, num_sanity_val_steps=2, val_check_interval=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*not all rows")
+        trainer.fit(small_embedder(tiny_backbone_dir), data)
+    assert "val/overall" in trainer.callback_metrics
+
+
+def test_a_task_that_limited_batches_cut_has_no_score(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    trainer = make_trainer(tmp_path, limit_test_batches=1)
+    with pytest.warns(UserWarning, match="colours_i2t: not all rows were encoded"):
+        trainer.test(
+            small_embedder(tiny_backbone_dir), small_data(tiny_mmeb_dir, eval_batch_size=3), verbose=False
+        )
+    assert not (tmp_path / "scores.json").exists()
+
+
+def test_a_test_writes_score_files_modes_and_warnings(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = make_trainer(tmp_path)
+    trainer.test(small_embedder(tiny_backbone_dir), small_data(tiny_mmeb_dir), verbose=False)
+    report = ScoreReport.from_json_file(tmp_path / "scores.json")
+    assert list(report.modes) == report.columns
+    encoding = {name: mode["milliseconds_per_item"] for name, mode in report.modes.items()}
+    assert encoding["path_0"] == encoding["path_1"] > 0
+    assert encoding["aggregate"] == encoding["maxsim"] > 0
+    assert report.modes["maxsim"]["bytes_per_item"] == 2 * report.modes["aggregate"]["bytes_per_item"]
+    assert list((tmp_path / "score_files").rglob("*.json"))
+    assert (tmp_path / "leaderboard.json").is_file()
+    assert all(result.rows_sha256 for result in report.tasks.values())
+    (chance,) = [warning for warning in report.warnings if warning["check"] == "chance"]
+    assert set(chance["tasks"]) == set(TASKS), "random weights and four candidates"
+    shown = capsys.readouterr().out
+    assert "WARNING: chance" in shown
+    assert "inference modes" in shown
+
+
+def test_images_of_another_size_than_in_training_are_reported(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.fit(small_embedder(tiny_backbone_dir), small_data(tiny_mmeb_dir))
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    for size, details in ((None, []), ("low", ["image_size: trained None, asked low"])):
+        module, data = small_embedder(tiny_backbone_dir), small_data(tiny_mmeb_dir, image_size=size)
+        make_trainer(tmp_path).test(module, data, ckpt_path=tmp_path / "one.ckpt", verbose=False)
+        report = ScoreReport.from_json_file(tmp_path / "scores.json")
+        assert [each["detail"] for each in report.warnings if each["check"] == "other_images"] == details
+    loaded = PDFEmbedder.load_from_checkpoint(tmp_path / "one.ckpt")
+    make_trainer(tmp_path).test(loaded, small_data(tiny_mmeb_dir, image_size="low"), verbose=False)
+    report = ScoreReport.from_json_file(tmp_path / "scores.json")
+    assert "image_size: trained None, asked low" in str(report.warnings), "also without ckpt_path"
+
+
+def test_scores_are_written_before_the_checks(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise ValueError("training rows cannot be read")
+
+    monkeypatch.setattr(checks, "check_prompts", fail)
+    module = small_embedder(tiny_backbone_dir)
+    module.steps_done = 1
+    with pytest.raises(ValueError, match="cannot be read"):
+        make_trainer(tmp_path).test(module, small_data(tiny_mmeb_dir), verbose=False)
+    assert set(ScoreReport.from_json_file(tmp_path / "scores.json").tasks) == set(TASKS)
+
+
+def test_outside_git_there_is_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert git_commit() is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert git_commit() is None
+
+
+def test_skipped_evaluation_rows_are_left_out_of_the_score_and_counted(
+    tiny_backbone_dir: str, tmp_path: Path
+) -> None:
+    data_dir = Path(save_tiny_mmeb(tmp_path / "data"))
+    whole, cut = small_data(str(data_dir), eval_batch_size=3), small_data(str(data_dir), eval_batch_size=3)
+    cut.missing_images = "skip"
+    module = small_embedder(tiny_backbone_dir)
+    make_trainer(tmp_path / "whole").test(module, whole, verbose=False)
+    (data_dir / "MMEB-eval" / "red_0.png").unlink()  # a query of i2t, a candidate of t2i
+    with pytest.raises(ValueError, match="no image file 'red_0.png'"):
+        small_data(str(data_dir)).setup("test")
+    with pytest.warns(UserWarning, match="1 queries and 0 candidates have images .* 1 of 4 rows"):
+        make_trainer(tmp_path / "cut").test(module, cut, verbose=False)
+    before, after = (ScoreReport.from_json_file(tmp_path / name / "scores.json") for name in ("whole", "cut"))
+    for task in TASKS:
+        assert (before.tasks[task].num_queries, before.tasks[task].num_skipped) == (4, 0)
+        assert (after.tasks[task].num_queries, after.tasks[task].num_skipped) == (3, 1)
+    hits = before.tasks["colours_i2t"].hits["aggregate"]
+    assert after.tasks["colours_i2t"].hits["aggregate"] == hits[1:], "the other rows are scored as before"
+    assert after.tasks["colours_t2i"].chance == pytest.approx(1 / 3), "a lost candidate is in no list"
+
+
+class Counting(Callback):
+    """Counts encoded rows, and can stop in the second batch of a loader as if killed."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.rows, self.stop_at = 0, stop_at
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Tensor, batch: Any, *args: Any
+    ) -> None:
+        if self.stop_at is not None and args == (1, self.stop_at):
+            raise KeyError("killed")
+        self.rows += len(batch.rows)
+
+
+def run(
+    module: PDFEmbedder, data_dir: str, folder: Path, kept: Path, stop_at: int | None = None, **settings: Any
+) -> int:
+    counting = Counting(stop_at)
+    data = kept_data(module, kept, data_dir, **settings)
+    make_trainer(folder, counting).test(module, data, verbose=False)
+    return counting.rows
+
+
+def scores(folder: Path) -> dict[str, Any]:
+    content = json.loads((folder / "scores.json").read_text())
+    return {name: content[name] for name in ("means", "tasks", "metric_means", "hits", "warnings")}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*.parquet"))}
+
+
+def test_a_stopped_test_resumes_with_what_is_not_kept(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    module, kept = small_embedder(tiny_backbone_dir), tmp_path / "kept"
+    three: dict[str, Any] = {"eval_batch_size": 3}
+    make_trainer(tmp_path / "plain").test(module, small_data(tiny_mmeb_dir, **three), verbose=False)
+    assert run(module, tiny_mmeb_dir, tmp_path / "whole", tmp_path / "whole" / "kept", **three) == 16
+    with pytest.raises(KeyError, match="killed"):
+        run(module, tiny_mmeb_dir, tmp_path / "run", kept, stop_at=3, **three)
+    assert list(contents(kept)) == [
+        f"colours_{name}/embeddings-00000.parquet" for name in ("i2t/candidate", "i2t/query", "t2i/query")
+    ]
+    assert (
+        run(module, tiny_mmeb_dir, tmp_path / "run", kept, **three) == 4
+    )  # the candidates of the second task
+    assert scores(tmp_path / "run") == scores(tmp_path / "plain")
+    assert contents(kept) == contents(tmp_path / "whole" / "kept")
+    assert run(module, tiny_mmeb_dir, tmp_path / "run", kept, **three) == 0
+    assert scores(tmp_path / "run") == scores(tmp_path / "plain")
+
+
+def test_kept_embeddings_are_those_of_encode_and_can_be_searched(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    module = small_embedder(tiny_backbone_dir)
+    run(module, tiny_mmeb_dir, tmp_path, tmp_path / "kept")
+    rows = read_eval_task(tiny_mmeb_dir, "colours_t2i")
+    store = Store(tmp_path / "kept" / "colours_t2i" / "candidate")
+    paths_UND = module.encode(rows.candidates, paths="all")
+    for path in range(2):
+        torch.testing.assert_close(store.column(f"path_{path}"), paths_UND[:, path])
+    assert [Path(row["image"]).name for row in store.rows(range(4))] == [
+        Path(str(row.images[0])).name for row in rows.candidates
+    ]
+
+
+def test_other_weights_or_pictures_are_encoded_again(tiny_backbone_dir: str, tmp_path: Path) -> None:
+    data_dir, kept = save_tiny_mmeb(tmp_path / "data"), tmp_path / "kept"
+    module = small_embedder(tiny_backbone_dir)
+    assert run(module, data_dir, tmp_path, kept) == 16
+    picture = Path(data_dir) / "MMEB-eval" / "red_0.png"
+    content = bytearray(picture.read_bytes())
+    other = next(file for file in picture.parent.glob("*.png") if file.read_bytes() != content)
+    picture.write_bytes(other.read_bytes())
+    assert run(module, data_dir, tmp_path, kept) == 8, "one side of each task shows it"
+    picture.write_bytes(content)
+    assert run(module, data_dir, tmp_path, kept, image_size="low") == 16
+    with torch.no_grad():
+        next(module.encoder.prefix_parameters()).view(-1)[0] += 1e-6
+    assert run(module, data_dir, tmp_path, kept, image_size="low") == 16
+
+
+def test_what_was_skipped_does_not_serve_a_run_that_skips_nothing(
+    tiny_backbone_dir: str, tmp_path: Path
+) -> None:
+    data_dir, kept = save_tiny_mmeb(tmp_path / "data"), tmp_path / "kept"
+    module = small_embedder(tiny_backbone_dir)
+    (Path(data_dir) / "MMEB-eval" / "red_0.png").write_bytes(b"not a picture")
+    for rows in (14, 0):
+        with pytest.warns(UserWarning, match="1 of 4 rows"):
+            assert run(module, data_dir, tmp_path, kept, missing_images="skip") == rows
+    with pytest.raises(ValueError, match="Cannot read image .*red_0.png"):
+        run(module, data_dir, tmp_path, kept)

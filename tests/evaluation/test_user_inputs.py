@@ -1,0 +1,93 @@
+"""What users may pass to ``encode``, and what is refused with the index of the item."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
+from parallel_decoupling.data.prompts import prompt
+from parallel_decoupling.evaluation.user_inputs import is_single, to_raw_inputs
+
+
+@pytest.fixture
+def image_file(tmp_path: Path) -> str:
+    file = tmp_path / "picture.PNG"
+    Image.new("RGB", (30, 20), "red").save(file)
+    return str(file)
+
+
+def test_every_kind_of_input_becomes_its_prompt(image_file: str) -> None:
+    image = Image.new("RGB", (8, 8))
+    rows = to_raw_inputs(
+        [
+            "a text",
+            image,
+            image_file,
+            Path(image_file),
+            {"text": "what?", "image": image},
+            {"text": "which?", "images": [image, image_file], "instruction": "My own:"},
+            {"text": "no picture", "image": None},
+        ],
+        instruction="Find it:",
+    )
+    assert rows == [
+        prompt("a text", instruction="Find it:"),
+        prompt(image=image, instruction="Find it:"),
+        prompt(image=image_file, instruction="Find it:"),
+        prompt(image=image_file, instruction="Find it:"),
+        prompt("what?", image=image, instruction="Find it:"),
+        prompt("which?", images=[image, image_file], instruction="My own:"),
+        prompt("no picture", instruction="Find it:"),
+    ]
+    assert rows[4].text == f"{IMAGE_PLACEHOLDER}\nFind it: what?\n"
+
+
+def test_finished_prompts_pass_unchanged() -> None:
+    assert to_raw_inputs([RawInput(" as it is \n")]) == [RawInput(" as it is \n")]
+    with pytest.raises(ValueError, match="input 0 is a RawInput"):
+        to_raw_inputs([RawInput("x")], instruction="more")
+
+
+def test_text_that_only_ends_like_an_image_is_a_text_in_a_dictionary() -> None:
+    assert to_raw_inputs([{"text": "logo.png"}]) == [RawInput("logo.png")]
+    assert to_raw_inputs([{"text": "see images/logo.png"}]) == [RawInput("see images/logo.png")]
+    assert to_raw_inputs(["one/two of a text"]) == [RawInput("one/two of a text")]
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ("images/missing.jpg", "no image file 'images/missing.jpg'; if this is a text"),
+        ("cat.PNG", "no image file 'cat.PNG'; if this is a text, pass {'text': 'cat.PNG'}"),
+        (Path("missing.jpg"), "no image file 'missing.jpg'"),
+        ({"image": "missing.jpg"}, "no image file 'missing.jpg'"),
+        ({"txt": "typo"}, r"unknown keys \['txt'\]"),
+        ({"text": " "}, "neither text nor image"),
+        ({"instruction": "alone"}, "neither text nor image"),
+        ({"text": 3}, "a int as 'text'"),
+        ({"image": b"bytes"}, "a bytes as image"),
+        ({"image": "a.png", "images": ["a.png"]}, "both 'image' and 'images'"),
+        ({"images": "a.png"}, "a single str as 'images'"),
+        ("  ", "an empty text"),
+        (None, "is a NoneType; use a text"),
+        (torch.zeros(3), "is a Tensor; use a text"),
+    ],
+)
+def test_bad_input_is_an_error_that_names_its_index(item: object, message: str) -> None:
+    with pytest.raises(ValueError, match=f"input 1.*{message}"):
+        to_raw_inputs(["fine", item])
+
+
+def test_an_instruction_that_is_no_text_is_an_error() -> None:
+    with pytest.raises(ValueError, match="instruction is a int; use a string"):
+        to_raw_inputs(["a"], instruction=3)  # type: ignore[arg-type]
+
+
+def test_one_item_is_told_from_a_list() -> None:
+    singles = ["text", Path("a.png"), Image.new("RGB", (4, 4)), {"text": "a"}, RawInput("a")]
+    assert all(is_single(item) for item in singles)
+    assert not any(is_single(items) for items in ([], singles, tuple(singles), (item for item in singles)))
