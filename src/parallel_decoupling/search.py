@@ -114,17 +114,22 @@ class ExactIndex:
         query = query_vectors(queries, top_k, scoring, self)
         best_QK, rows_QK = torch.empty(len(query), 0), torch.empty(len(query), 0, dtype=torch.long)
         for batch, size in enumerate(self.store.batch_sizes):
-            columns = {name: self._vectors(batch, name) for name in compared(scoring, self.columns)}
-            for start in range(0, size, ROWS_AT_ONCE):
-                part = {name: column[start : start + ROWS_AT_ONCE] for name, column in columns.items()}
-                scores_QC = similarities(query, scored_vectors(part, scoring))
-                rows_C = torch.arange(scores_QC.shape[1]) + self._ends[batch] - size + start
-                rows_QK = torch.cat([rows_QK, rows_C.expand(len(query), -1)], dim=1)
-                best_QK, order_QK = torch.cat([best_QK, scores_QC], dim=1).sort(descending=True, stable=True)
-                best_QK, rows_QK = best_QK[:, :top_k], rows_QK.gather(1, order_QK[:, :top_k])
+            rows_QC = torch.arange(self._ends[batch] - size, self._ends[batch]).expand(len(query), -1)
+            rows_QK = torch.cat([rows_QK, rows_QC], dim=1)
+            best_QK = torch.cat([best_QK, self._scores(batch, query, scoring)], dim=1)
+            best_QK, order_QK = best_QK.sort(descending=True, stable=True)
+            best_QK, rows_QK = best_QK[:, :top_k], rows_QK.gather(1, order_QK[:, :top_k])
         paths = [name for name in path_columns(self.columns) if name in queries]
         by_query = [{name: queries[name][number] for name in paths} for number in range(len(query))]
         return [self._hits(*each) for each in zip(by_query, rows_QK, best_QK, strict=True)]
+
+    def _scores(self, batch: int, query: Tensor, scoring: str) -> Tensor:
+        columns = {name: self._vectors(batch, name) for name in compared(scoring, self.columns)}
+        starts = range(0, self.store.batch_sizes[batch], ROWS_AT_ONCE)
+        parts = [
+            {name: each[start : start + ROWS_AT_ONCE] for name, each in columns.items()} for start in starts
+        ]
+        return torch.cat([similarities(query, scored_vectors(part, scoring)) for part in parts], dim=1)
 
     def _hits(self, query: Mapping[str, Tensor], rows_K: Tensor, scores_K: Tensor) -> list[Hit]:
         vectors = {name: torch.empty(len(rows_K), len(query_D)) for name, query_D in query.items()}

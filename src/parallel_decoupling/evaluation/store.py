@@ -270,14 +270,13 @@ class Store:
         files_metadata = [pq.read_metadata(file) for file in self.files]
         self._sizes = [each.num_rows for each in files_metadata]
         self._ends = list(accumulate(self._sizes))
-        self._groups = [
-            (file, group)
+        groups = [
+            (file, group, each.row_group(group).num_rows)
             for file, each in zip(self.files, files_metadata, strict=True)
             for group in range(each.num_row_groups)
         ]
-        self.batch_sizes = [
-            each.row_group(group).num_rows for each in files_metadata for group in range(each.num_row_groups)
-        ]
+        self._groups = [(file, group) for file, group, size in groups if size]
+        self.batch_sizes = [size for _, _, size in groups if size]
 
     def _check(self, file: Path, common: Mapping[str, Any]) -> None:
         for key, value in common.items():
