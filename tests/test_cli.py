@@ -198,28 +198,6 @@ def test_a_test_takes_the_structure_of_the_checkpoint(
     assert (run_dir / "test_config.yaml").is_file()
 
 
-def test_a_test_draws_its_baseline_and_paths_are_added_to_the_page(
-    run_dir: Path, config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = ["test", "--config", str(config_file), "--ckpt_path", "last"]
-    cli.main(command)
-    baseline, page = tmp_path / "plain", run_dir / "report.html"
-    assert "against plain" not in page.read_text(encoding="utf-8")
-    baseline.mkdir()
-    shutil.copy(run_dir / "scores.json", baseline)
-    cli.main([*command, "--baseline", str(baseline)])
-    shutil.rmtree(baseline)
-    assert "against plain" in page.read_text(encoding="utf-8")
-    before = page.read_text(encoding="utf-8")
-    cli.main(["paths", str(run_dir)])
-    assert f"{page} written again" in capsys.readouterr().out
-    after = page.read_text(encoding="utf-8")
-    assert "against plain" in after
-    assert after.count("data:image/png") > before.count("data:image/png")
-    assert after.count("data:image/jpeg") == before.count("data:image/jpeg") > 0
-    assert "test that run first" in message([*command, "--baseline", str(tmp_path)], capsys)
-
-
 def test_predict_writes_every_task(run_dir: Path, config_file: Path) -> None:
     cli.main(["predict", "--config", str(config_file), "--ckpt_path", "last"])
     content = torch.load(run_dir / "predictions" / "colours_t2i.pt", weights_only=True)
@@ -300,7 +278,7 @@ def test_last_is_an_error_for_a_test_without_checkpoint(
 
 def test_unknown_subcommands_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert "'fti'" in message(["fti"], capsys)
-    assert "two runs" in message(["compare", "only_one"], capsys)
+    assert "no scores.json in only_one" in message(["compare", "only_one"], capsys)
 
 
 def test_errors_of_other_packages_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,7 +122,7 @@ class RunCLI(LightningCLI):
                 "--embeddings_dir",
                 type=str | None,
                 default=None,
-                help="Keep the embeddings in this folder, so that a stopped test resumes with the tasks not done.",
+                help="Keep the embeddings in this folder, so that a stopped test resumes.",
             )
         if subcommand == "predict":
             parser.set_defaults({"return_predictions": False})

@@ -1,12 +1,12 @@
 """Recompute the means of published MMEB rows and of score files, and name what does not fit.
 
-``python -m studies.published.audit [PATH]`` takes a CSV of published rows, a leaderboard JSON, a ``scores.json``, a
-``<task>_score.json`` of VLM2Vec's first or second version, or a folder of these; without a path the table beside
-this file. It ends with exit code 1 when something does not fit.
+``python -m studies.published.audit [PATH]`` takes a CSV of published rows, a leaderboard JSON, a
+``scores.json``, a ``<task>_score.json`` of VLM2Vec's first or second version, or a folder of these; without a
+path the table beside this file. It ends with exit code 1 when something does not fit.
 
-Sources in that table: L the leaderboard's ``results.csv`` and its pull requests 29, 30 and 33 (self: sent in by the
-authors); R the VLM2Vec repository's score files, averaged; Q the README of Qwen3-VL-Embedding; O the model cards of
-Ops-MM-embedding; P VLM2Vec's pull request 213.
+Sources in that table: L the leaderboard's ``results.csv`` and its pull requests 29, 30 and 33 (self: sent in
+by the authors); R the VLM2Vec repository's score files, averaged; Q the README of Qwen3-VL-Embedding; O the
+model cards of Ops-MM-embedding; P VLM2Vec's pull request 213.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class ScoresAudit:
 
 
 def read_table(csv_file: str | Path = TABLE) -> list[PublishedRow]:
-    """Read a CSV with a heading per mean, such as the leaderboard's; cells in percent, empty (or ``-``) if not known.
+    """Read a CSV with a heading per mean, such as the leaderboard's; cells are in percent, or empty.
 
     Raises:
         ValueError: no such columns, a line of another length, or a cell that is not a percentage.
@@ -128,8 +128,8 @@ def read_table(csv_file: str | Path = TABLE) -> list[PublishedRow]:
     headings = [HEADINGS.get(cell.strip().lower(), "") for cell in lines[0]] if lines else []
     if headings.count("model") != 1 or headings.count("overall") != 1:
         raise ValueError(
-            f"{csv_file} needs one column model (or Models) and one column overall, beside {', '.join(META_TASKS)}, "
-            f"IND, OOD; found {lines[:1]}"
+            f"{csv_file} needs one column model (or Models) and one column overall, beside "
+            f"{', '.join(META_TASKS)}, IND, OOD; found {lines[:1]}"
         )
     rows = []
     for number, cells in enumerate(lines[1:], start=2):
@@ -170,7 +170,8 @@ def audit_row(row: PublishedRow) -> RowAudit:
             "a meta-task" if "IND and OOD" not in off else "IND or OOD" if "meta-tasks" not in off else "one"
         )
         problems.append(
-            f"the meta-tasks give {meta_tasks:.1f} but IND and OOD give {splits:.1f}: {odd} cell must be wrong"
+            f"the meta-tasks give {meta_tasks:.1f} but IND and OOD give {splits:.1f}: "
+            f"{odd} cell must be wrong"
         )
     elif off and overall is not None:
         given = ", ".join(f"{name} give {value:.1f}" for name, value in off.items())
@@ -205,8 +206,8 @@ def read_scores(path: str | Path) -> TaskScores:
             return _from_leaderboard(content["metrics"], file)
         if not {"acc", "hit@1"} & content.keys() or not file.name.endswith(SCORE_SUFFIX):
             raise ValueError(
-                f"{file} is not a score file: expected a leaderboard JSON (metadata, metrics), a {SCORES_FILE}, or "
-                f"<task>{SCORE_SUFFIX} with acc or hit@1"
+                f"{file} is not a score file: expected a leaderboard JSON (metadata, metrics), a "
+                f"{SCORES_FILE}, or <task>{SCORE_SUFFIX} with acc or hit@1"
             )
         versions.add("hit@1" in content)
         name = file.name.removesuffix(SCORE_SUFFIX)

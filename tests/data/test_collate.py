@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from parallel_decoupling.batch import PADDING_ID, EncoderInputs, RawInput, RawPair
-from parallel_decoupling.data.collate import Collator, EvalBatch, identity
+from parallel_decoupling.data.collate import Collator, identity
 from parallel_decoupling.data.images import load_image
 from parallel_decoupling.data.prompts import prompt
 from tests.data.mmeb_files import write_image
@@ -204,11 +204,3 @@ def test_bad_texts_are_named(processor: Any) -> None:
             collator.encode_inputs([row])
     with pytest.raises(ValueError, match="no inputs"):
         collator.encode_inputs([])
-
-
-def test_eval_batch_moves_its_tensors(processor: Any) -> None:
-    inputs = Collator(processor, image_token=TOKEN).encode_inputs([prompt("a")])
-    moved = EvalBatch(inputs, "query", torch.tensor([3])).to("meta")
-    assert moved.indices.is_meta
-    assert moved.inputs.tokens["input_ids"].is_meta
-    assert moved.side == "query"

@@ -14,12 +14,13 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from parallel_decoupling import distributed
 from parallel_decoupling.batch import PADDING_ID, PairBatch
-from parallel_decoupling.data.collate import EvalBatch
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.data.images import ImagePolicy
 from parallel_decoupling.data.loaders import TrainRows
 from parallel_decoupling.data.tables import default_cache_dir
+from parallel_decoupling.evaluation.encode import RowBatch
 from tests.data.mmeb_files import eval_row, train_row, write_eval, write_train
+from tests.support.fit import stand_in_model
 
 BATCH_SIZE = 8
 STEPS = 5  # per epoch: 40 rows
@@ -52,7 +53,7 @@ def data_dir(tmp_path: Path) -> Path:
 
 def module(data_dir: Path, stage: str | None = "fit", **options: Any) -> MMEBDataModule:
     data = MMEBDataModule(str(data_dir), batch_size=BATCH_SIZE, **options)
-    data.connect(CharacterProcessor(), "<image>")
+    data.connect(stand_in_model(CharacterProcessor()))
     if stage:
         data.setup(stage)
     return data
@@ -71,7 +72,7 @@ class Toy(LightningModule):
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.seen: list[list[str]] = []
         self.epochs: list[int] = []
-        self.tested: list[tuple[int, str, list[str]]] = []
+        self.tested: list[tuple[int, list[str]]] = []
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> None:
         self.seen.append(texts(batch.query))
@@ -80,8 +81,8 @@ class Toy(LightningModule):
         if batch_idx % 2:
             self.optimizers().step()
 
-    def validation_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.tested.append((dataloader_idx, batch.side, texts(batch.inputs)))
+    def validation_step(self, batch: RowBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.tested.append((dataloader_idx, texts(batch.inputs)))
 
     test_step = validation_step
 
@@ -140,9 +141,7 @@ def test_resumed_run_sees_the_remaining_batches(
     assert second.epochs == uninterrupted.epochs[stop:]
 
 
-def test_run_continued_after_its_last_epoch_goes_on(
-    data_dir: Path, tmp_path: Path, uninterrupted: Toy
-) -> None:
+def test_a_run_continues_after_its_last_epoch(data_dir: Path, tmp_path: Path, uninterrupted: Toy) -> None:
     first, second = Toy(), Toy()
     saving = ModelCheckpoint(tmp_path / "c", save_last=True)
     trainer(tmp_path, max_epochs=2, callbacks=[saving]).fit(first, datamodule=module(data_dir, None))
@@ -196,7 +195,7 @@ def test_loaders_leave_the_global_random_state_alone(data_dir: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_loader_outside_a_trainer_goes_on_to_the_next_epoch(data_dir: Path, uninterrupted: Toy) -> None:
+def test_a_loader_outside_a_trainer_continues_with_the_next_epoch(data_dir: Path, uninterrupted: Toy) -> None:
     loader = module(data_dir).train_dataloader()
     iter(loader)  # made and dropped: takes nothing
     assert len(loader) == STEPS
@@ -229,24 +228,27 @@ def test_eval_loaders_give_unique_queries_then_unique_candidates(data_dir: Path,
     data, toy = module(data_dir, None, eval_batch_size=2), Toy()
     trainer(tmp_path).test(toy, datamodule=data, verbose=False)
     assert [task.task.name for task in data.eval_tasks_data] == ["VOC2007", "GQA"]
+    assert [rows.name for rows in data.rows] == [
+        f"{task}/{side}" for task in ("VOC2007", "GQA") for side in ("query", "candidate")
+    ]
     assert toy.tested == [
-        (0, "query", ["v0", "v1"]),
-        (0, "query", ["v2", "v3"]),
-        (0, "query", ["v4"]),
-        (0, "candidate", ["cat", "dog"]),
-        (0, "candidate", ["owl"]),
-        (1, "query", ["g0", "g1"]),
-        (1, "query", ["g2"]),
-        (1, "candidate", ["y0", "no"]),
-        (1, "candidate", ["y1", "y2"]),
-        (1, "candidate", ["y3"]),
+        (0, ["v0", "v1"]),
+        (0, ["v2", "v3"]),
+        (0, ["v4"]),
+        (1, ["cat", "dog"]),
+        (1, ["owl"]),
+        (2, ["g0", "g1"]),
+        (2, ["g2"]),
+        (3, ["y0", "no"]),
+        (3, ["y1", "y2"]),
+        (3, ["y3"]),
     ]
 
 
 def test_validation_tasks_run_during_fit(data_dir: Path, tmp_path: Path) -> None:
     data, toy = module(data_dir, None, validation_tasks=["GQA"]), Toy()
     trainer(tmp_path, max_epochs=1, enable_checkpointing=False).fit(toy, datamodule=data)
-    assert [(loader, side) for loader, side, _ in toy.tested] == [(0, "query"), (0, "candidate")]
+    assert [loader for loader, _ in toy.tested] == [0, 1]
 
 
 def test_only_validate_needs_validation_tasks(data_dir: Path, tmp_path: Path) -> None:
@@ -257,37 +259,13 @@ def test_only_validate_needs_validation_tasks(data_dir: Path, tmp_path: Path) ->
         trainer(tmp_path).validate(toy, datamodule=data, verbose=False)
     data = module(data_dir, None, validation_tasks=["GQA"])
     trainer(tmp_path).validate(toy, datamodule=data, verbose=False)
-    assert [(loader, side) for loader, side, _ in toy.tested] == [(0, "query"), (0, "candidate")]
+    assert [loader for loader, _ in toy.tested] == [0, 1]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 16])
-def test_processes_cover_an_eval_task_in_equally_many_batches(
-    data_dir: Path, world_size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(distributed, "world_size", lambda: world_size)
-    data = module(data_dir, "test", eval_tasks=["VOC2007"], eval_batch_size=2)
-    found: dict[str, dict[int, str]] = {"query": {}, "candidate": {}}
-    lengths = set()
-    for rank in range(world_size):
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        (loader,) = data.test_dataloader()
-        lengths.add(len(list(loader)))
-        for batch in loader:
-            found[batch.side].update(zip(batch.indices.tolist(), texts(batch.inputs), strict=True))
-    assert len(lengths) == 1
-    assert [found["query"][number] for number in range(5)] == ["v0", "v1", "v2", "v3", "v4"]
-    assert [found["candidate"][number] for number in range(3)] == ["cat", "dog", "owl"]
-
-
-def test_query_limit_and_processor_of_the_module(data_dir: Path, tmp_path: Path) -> None:
-    toy: Any = Toy()
-    toy.__dict__["encoder"] = type(
-        "Encoder", (), {"processor": CharacterProcessor(), "image_token": "<image>"}
-    )
-    data = MMEBDataModule(str(data_dir), eval_tasks=["VOC2007"], query_limit=2)
+def test_query_limit_thins_out_the_rows(data_dir: Path, tmp_path: Path) -> None:
+    data, toy = module(data_dir, None, eval_tasks=["VOC2007"], query_limit=2), Toy()
     trainer(tmp_path).test(toy, datamodule=data, verbose=False)
-    assert toy.tested == [(0, "query", ["v0", "v2"]), (0, "candidate", ["cat", "dog", "owl"])]
-    assert data.collator.image_token == "<image>"
+    assert toy.tested == [(0, ["v0", "v2"]), (1, ["cat", "dog", "owl"])]
 
 
 def test_image_options_and_the_kind_of_limit_are_passed_on(data_dir: Path) -> None:
@@ -296,7 +274,7 @@ def test_image_options_and_the_kind_of_limit_are_passed_on(data_dir: Path) -> No
     assert data.collator.images == ImagePolicy("mid")
     budget = {"min_pixels": 9, "max_pixels": 99}
     assert module(data_dir, None, **budget).collator.images == ImagePolicy(**budget)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="min_pixels and max_pixels have no meaning"):
+    with pytest.raises(ValueError, match="forces a square, so min_pixels and max_pixels have no meaning"):
         MMEBDataModule(image_size="low", max_pixels=9)
 
 
@@ -357,7 +335,7 @@ def test_preparing_makes_the_mapped_tables_of_the_stage(data_dir: Path, tmp_path
             {},
             r"validation_tasks is empty.*such as --data\.validation_tasks '\[VOC2007]'\. Found: VOC2007, GQA",
         ),
-        ("test", {"data_dir": "no/such"}, "data_dir 'no/such' is no folder"),
+        ("test", {"data_dir": "no/such"}, "data_dir 'no/such' is not a folder"),
     ],
 )
 def test_unknown_names_list_what_exists(
@@ -382,7 +360,7 @@ def test_bad_numbers_and_missing_processor_are_named(data_dir: Path) -> None:
             MMEBDataModule(**options)
     data = MMEBDataModule(str(data_dir))
     data.setup("test")
-    with pytest.raises(ValueError, match=r"call connect\(processor, image_token\)"):
+    with pytest.raises(ValueError, match=r"call data\.connect\(model\)"):
         data.test_dataloader()
 
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from parallel_decoupling import distributed
 from parallel_decoupling.data.datamodule import MMEBDataModule
-from parallel_decoupling.evaluation.report import ScoreReport
 from tests.data.mmeb_files import eval_row, train_row, write_eval, write_image, write_train
 from tests.data.test_datamodule import CharacterProcessor, queries, texts
-from tests.support.fit import make_trainer, small_data, small_embedder
-from tests.support.mmeb import save_tiny_mmeb
+from tests.support.fit import stand_in_model
 
 ROWS = 24
 GONE = (3, 4, 11, 23)
@@ -44,7 +40,7 @@ def data_dir(tmp_path: Path) -> Path:
 
 def module(data_dir: Path, **options: Any) -> MMEBDataModule:
     data = MMEBDataModule(str(data_dir), batch_size=8, **options)
-    data.connect(ImageProcessor(), "<image>")
+    data.connect(stand_in_model(ImageProcessor()))
     data.setup("fit")
     return data
 
@@ -119,36 +115,8 @@ def test_a_broken_evaluation_image_is_named_by_task_and_row(tmp_path: Path) -> N
     rows = [eval_row("q", ["a", "b"], qry_img_path=f"GQA/{row}.png") for row in range(2)]
     write_eval(tmp_path, "GQA", rows)
     data = MMEBDataModule(str(tmp_path))
-    data.connect(ImageProcessor(), "<image>")
+    data.connect(stand_in_model(ImageProcessor()))
     data.setup("test")
-    (loader,) = data.test_dataloader()
+    loader, _ = data.test_dataloader()
     with pytest.raises(ValueError, match=r"evaluation task 'GQA', row 1, query: Cannot read image .*1.png"):
         list(loader)
-
-
-def test_skipped_evaluation_rows_are_left_out_of_the_score_and_counted(
-    tiny_backbone_dir: str, tmp_path: Path
-) -> None:
-    data_dir = Path(save_tiny_mmeb(tmp_path / "data"))
-    images = data_dir / "MMEB-eval"
-    whole, cut = small_data(str(data_dir), eval_batch_size=3), small_data(str(data_dir), eval_batch_size=3)
-    cut.missing_images = "skip"
-    module = small_embedder(tiny_backbone_dir)
-    make_trainer(tmp_path / "whole").test(module, whole, verbose=False)
-    (images / "red_0.png").unlink()  # one of four queries of i2t, one of four candidates of t2i
-    with pytest.raises(ValueError, match=r"row 0, column 'qry_text'.*: no image file 'red_0.png'"):
-        small_data(str(data_dir)).setup("test")
-    with pytest.warns(UserWarning, match="1 queries and 0 candidates have images .* 1 of 4 rows"):
-        make_trainer(tmp_path / "cut").test(module, cut, verbose=False)
-    before, after = (ScoreReport.from_json_file(tmp_path / name / "scores.json") for name in ("whole", "cut"))
-    for task in ("colours_i2t", "colours_t2i"):
-        assert (before.tasks[task].num_queries, before.tasks[task].num_skipped) == (4, 0)
-        assert (after.tasks[task].num_queries, after.tasks[task].num_skipped) == (3, 1)
-    assert json.loads((tmp_path / "cut/scores.json").read_text())["tasks"]["colours_t2i"]["num_skipped"] == 1
-    hits = before.tasks["colours_i2t"].hits["aggregate"]
-    assert after.tasks["colours_i2t"].hits["aggregate"] == hits[1:], "the other rows are scored as before"
-    assert after.tasks["colours_t2i"].chance == pytest.approx(1 / 3), "a lost candidate is in no list"
-    assert "colours_i2t 1, colours_t2i 1" in str(after.table().caption)
-    make_trainer(tmp_path / "predict").predict(module, datamodule=cut, return_predictions=False)
-    content = torch.load(tmp_path / "predict/predictions/colours_i2t.pt", weights_only=True)
-    assert content["query"].isnan().flatten(1).all(dim=1).tolist() == [True, False, False, False]

@@ -23,7 +23,6 @@ from parallel_decoupling.diagnostics.study import (
 )
 from parallel_decoupling.diagnostics.tables import sections, write_json
 from parallel_decoupling.evaluation.embedder import Embedder
-from parallel_decoupling.evaluation.html_report import write_html_report
 from parallel_decoupling.evaluation.report import ScoreReport, TaskResult
 from parallel_decoupling.model.backbone import load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
@@ -173,21 +172,6 @@ def test_scores_of_other_weights_are_not_used(
         assert (found.errors is not None) == used
         assert (found.run["global_step"], found.run["checkpoint"]) == (1, "last.ckpt")
         assert found.run["model"]["num_paths"] == found.num_paths
-
-
-def test_the_command_s_file_is_accepted_by_the_report_of_the_same_weights_only(
-    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
-) -> None:
-    trainer = make_trainer(tmp_path, max_steps=1)
-    trainer.fit(small_embedder(tiny_backbone_dir), small_data(tiny_mmeb_dir))
-    trainer.save_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
-    main(["paths", str(tmp_path)])
-    run = run_of(tmp_path / "checkpoints" / "last.ckpt")
-    for other, shown in (({}, True), ({"global_step": 2}, False), ({"token_passes": 1.0}, False)):
-        page_file = write_html_report(replace(report(2), run={**run, **other}), tmp_path)
-        page = page_file.read_text(encoding="utf-8")
-        assert ("linear CKA" in page) == shown
-        assert ("run lightning paths" in page) != shown
 
 
 def test_command_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,7 +44,7 @@ def config() -> dict[str, Any]:
 
 @pytest.fixture
 def report() -> ScoreReport:
-    hits = {column: torch.tensor([hit == "1" for hit in string]) for column, string in HITS.items()}
+    hits = {column: torch.tensor([2 - int(hit) for hit in string]) for column, string in HITS.items()}
     task = Task("Sign", "classification", True)
     return ScoreReport.from_scores([TaskScore(task, hits, torch.zeros(4, 10), 0.1)], {})
 

@@ -195,7 +195,7 @@ def test_embeddings_that_do_not_fit_are_an_error() -> None:
         ValueError, match=r"toy, path_0: embeddings of shape \(7, 4\), \(29, 4\) for 7 queries"
     ):
         score_task(task, {"path_0": (torch.ones(7, 4), torch.ones(29, 4))})
-    with pytest.raises(ValueError, match="toy: no embeddings"):
+    with pytest.raises(ValueError, match="toy: 40 rows and 0 columns; nothing to score"):
         score_task(task, {})
     task.candidates_of_row[3] = []
     with pytest.raises(ValueError, match="toy: row 3 has no candidates"):

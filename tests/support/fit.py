@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from parallel_decoupling.data.datamodule import MMEBDataModule
+from parallel_decoupling.data.images import ImagePolicy
 from parallel_decoupling.evaluation.run import Scoring
 from parallel_decoupling.evaluation.store import Keeper
 from parallel_decoupling.training.module import PDFEmbedder
@@ -95,6 +97,12 @@ def kept_data(module: PDFEmbedder, folder: Path, data_dir: str, **settings: Any)
     data = small_data(data_dir, **settings)
     data.keeper = Keeper(folder, module.about, replace=True)  # type: ignore[attr-defined]
     return data
+
+
+def stand_in_model(processor: Any, image_token: str = "<image>", num_paths: int = 1) -> Any:
+    """What the data needs of a model, for tests without one."""
+    encoder = SimpleNamespace(processor=processor, image_token=image_token, num_paths=num_paths)
+    return SimpleNamespace(encoder=encoder, images=ImagePolicy(), candidate_instruction="")
 
 
 def trained(module: PDFEmbedder) -> dict[str, Tensor]:

@@ -14,9 +14,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from parallel_decoupling.batch import PADDING_ID
+from parallel_decoupling.evaluation.run import PathPictures
 from parallel_decoupling.objective.contrastive import info_nce
 from parallel_decoupling.training import callbacks
-from parallel_decoupling.training.callbacks import CollapseAlarm, PathPictures, RunSummary, Throughput
+from parallel_decoupling.training.callbacks import CollapseAlarm, RunSummary, Throughput
 from parallel_decoupling.training.terms import GatheredPairs
 from tests.support.fit import make_trainer, small_data, small_embedder
 
@@ -27,8 +28,8 @@ def outputs(query: Tensor, contrastive: float) -> dict[str, Any]:
     return {"pairs": GatheredPairs(query, query, empty, empty, ids, ids), "contrastive": contrastive}
 
 
-def alarms(alarm: CollapseAlarm, query: Tensor, contrastive: float, batches_done: int) -> list[str]:
-    module: Any = SimpleNamespace(batches_done=batches_done, symmetric=False, log=lambda *_: None)
+def alarms(alarm: CollapseAlarm, query: Tensor, contrastive: float, steps_done: int) -> list[str]:
+    module: Any = SimpleNamespace(steps_done=steps_done, symmetric=False, log=lambda *_: None)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         alarm.on_train_batch_end(None, module, outputs(query, contrastive), None, 0)  # type: ignore[arg-type]
@@ -36,13 +37,13 @@ def alarms(alarm: CollapseAlarm, query: Tensor, contrastive: float, batches_done
 
 
 def test_healthy_embeddings_raise_no_alarm() -> None:
-    alarm = CollapseAlarm(after_batches=20, every_n_batches=20)
+    alarm = CollapseAlarm(after_steps=20, every_n_steps=20)
     for done in (1, 20, 40):
         assert not alarms(alarm, torch.randn(32, 2, 16), 1.0, done)
 
 
 def test_each_kind_of_collapse_is_named_once() -> None:
-    alarm = CollapseAlarm(after_batches=20, every_n_batches=20)
+    alarm = CollapseAlarm(after_steps=20, every_n_steps=20)
     assert not alarms(alarm, torch.randn(64, 2, 32), 1.0, 1)
     one_path = torch.randn(64, 1, 32).expand(-1, 2, -1)
     assert ["nearly one path" in text for text in alarms(alarm, one_path, 1.0, 20)] == [True]
@@ -55,7 +56,7 @@ def test_each_kind_of_collapse_is_named_once() -> None:
 
 
 def test_the_loss_may_be_that_of_a_constant_before_the_alarm_is_armed() -> None:
-    assert not alarms(CollapseAlarm(after_batches=100), torch.randn(64, 2, 32), 4.15, 40)
+    assert not alarms(CollapseAlarm(after_steps=100), torch.randn(64, 2, 32), 4.15, 40)
 
 
 LABELS = torch.arange(64) % 8
@@ -80,8 +81,8 @@ def test_a_constant_embedding_raises_the_alarm_and_random_ones_do_not(ids: Tenso
         loss = info_nce(query, candidate, temperature=0.02, symmetric=symmetric, **labels).mean()
         empty = torch.zeros(64, 1, 1)
         pairs = GatheredPairs(query, candidate, empty, empty, *labels.values())
-        module: Any = SimpleNamespace(batches_done=20, symmetric=symmetric, log=lambda *_: None)
-        alarm = CollapseAlarm(after_batches=20, every_n_batches=20)
+        module: Any = SimpleNamespace(steps_done=20, symmetric=symmetric, log=lambda *_: None)
+        alarm = CollapseAlarm(after_steps=20, every_n_steps=20)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             alarm.on_train_batch_end(None, module, {"pairs": pairs, "contrastive": loss}, None, 0)  # type: ignore[arg-type]
@@ -140,7 +141,7 @@ def test_a_run_logs_its_terms_its_speed_and_its_pictures(
     tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     logger = TensorBoardLogger(tmp_path, name="", version="")
-    trainer = make_trainer(tmp_path, PathPictures(every_n_batches=2), max_steps=4, logger=logger)
+    trainer = make_trainer(tmp_path, PathPictures(every_n_steps=2), max_steps=4, logger=logger)
     trainer.fit(
         small_embedder(tiny_backbone_dir), small_data(tiny_mmeb_dir, validation_tasks=["colours_i2t"])
     )

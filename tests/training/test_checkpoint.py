@@ -54,8 +54,8 @@ def test_embeddings_after_loading_from_another_folder_are_equal_bit_for_bit(
     texts = ["a red circle", "what colour?"]
     assert torch.equal(first.encode(texts), second.encode(texts))
     assert not torch.equal(first.encode(texts), fresh.encode(texts))
-    assert first.encode(texts).shape == (2, 2, 32)
-    assert first.encode_query(texts, paths="aggregate").shape == (2, 32)
+    assert first.encode(texts, paths="all").shape == (2, 2, 32)
+    assert first.encode_query(texts).shape == (2, 32)
     assert first.encode_candidate(texts, paths=1).shape == (2, 32)
     assert first.similarity(first.encode(texts), first.encode(texts)).shape == (2, 2)
 
@@ -115,7 +115,7 @@ class StopAt(Callback):
         setattr(self, hook, self._act)
 
     def _act(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        if pl_module.batches_done == self.batches:
+        if pl_module.steps_done == self.batches:
             self.action(trainer)
 
 
@@ -126,18 +126,18 @@ class SaveAll(Callback):
         self.folder = folder
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        trainer.save_checkpoint(self.folder / f"{pl_module.batches_done}.ckpt")
+        trainer.save_checkpoint(self.folder / f"{pl_module.steps_done}.ckpt")
 
 
 def run(
     backbone: str, data_dir: str, folder: Path, *extra: Callback, resume: Path | None = None, **options: Any
 ) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     """Fit to ``ALL_STEPS`` and return parameters and logged values."""
-    workers, accumulate = options.pop("num_workers", 0), options.pop("accumulate", 1)
-    optimizer = {"schedule": "cosine", "warmup_steps": 2, "accumulate_batches": accumulate}
+    workers = options.pop("num_workers", 0)
+    optimizer = {"schedule": "cosine", "warmup_steps": 2}
     module, recorder = small_embedder(backbone, **DROPOUT, optimizer=optimizer), Recorder()
     data = small_data(data_dir, num_workers=workers, validation_tasks=["colours_i2t"])
-    options = {"max_steps": ALL_STEPS // accumulate, "val_check_interval": 3, **options}
+    options = {"max_steps": ALL_STEPS, "val_check_interval": 3, **options}
     trainer = make_trainer(folder, recorder, *extra, **options)
     torch.manual_seed(len(list(folder.iterdir())))  # the surroundings must not matter
     trainer.fit(module, data, ckpt_path=resume)
@@ -183,57 +183,6 @@ def test_a_resumed_run_steps_with_the_rates_that_it_was_given(
     assert estimator.param_groups[0]["lr"] == 5e-4
 
 
-def test_a_run_stopped_inside_an_accumulation_goes_on_with_its_gradients(
-    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
-) -> None:
-    state, _ = run(tiny_backbone_dir, tiny_mmeb_dir, tmp_path, SaveAll(tmp_path), accumulate=2)
-    content = torch.load(tmp_path / "3.ckpt", weights_only=True)
-    assert content["accumulated_gradients"]
-    assert not torch.load(tmp_path / "4.ckpt", weights_only=True)["accumulated_gradients"]
-    again, _ = run(tiny_backbone_dir, tiny_mmeb_dir, tmp_path, resume=tmp_path / "3.ckpt", accumulate=2)
-    assert_equal(state, again)
-    content["accumulated_gradients"] = {}
-    torch.save(content, tmp_path / "lost.ckpt")
-    lost, _ = run(tiny_backbone_dir, tiny_mmeb_dir, tmp_path, resume=tmp_path / "lost.ckpt", accumulate=2)
-    assert any(not torch.equal(state[name], lost[name]) for name in state)
-
-
-def test_an_unfinished_accumulation_goes_on_with_as_many_batches_only(
-    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
-) -> None:
-    args = tiny_backbone_dir, tiny_mmeb_dir, tmp_path
-    run(*args, SaveAll(tmp_path), accumulate=2)
-    with pytest.raises(ValueError, match=r"1 batches into a main step of 2.*accumulate_batches=3.*: set 2"):
-        run(*args, resume=tmp_path / "3.ckpt", accumulate=3)
-    other = {"optimizer": {"accumulate_batches": 3}}
-    assert PDFEmbedder.load_from_checkpoint(tmp_path / "3.ckpt", **other).batches_done == 3, "to encode"
-    content = torch.load(tmp_path / "3.ckpt", weights_only=True)
-    for name in ("batches_since_step", "accumulate_batches"):
-        del content["progress"][name]
-    torch.save(content, tmp_path / "older.ckpt")
-    state, values = run(*args, resume=tmp_path / "3.ckpt", accumulate=2)
-    older, older_values = run(*args, resume=tmp_path / "older.ckpt", accumulate=2)
-    assert older_values == values
-    assert_equal(state, older)
-
-
-def test_after_a_main_step_another_accumulation_begins_with_all_its_batches(
-    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
-) -> None:
-    args = tiny_backbone_dir, tiny_mmeb_dir, tmp_path
-    run(*args, SaveAll(tmp_path), accumulate=2)
-    folder = tmp_path / "again"
-    folder.mkdir()
-    options: dict[str, Any] = {"accumulate": 3, "max_steps": 4}
-    state, _ = run(*args, SaveAll(folder), resume=tmp_path / "4.ckpt", **options)
-    files = {stop: torch.load(folder / f"{stop}.ckpt", weights_only=True) for stop in range(5, 11)}
-    steps = {stop: content["progress"]["steps_done"] for stop, content in files.items()}
-    assert steps == {5: 2, 6: 2, 7: 3, 8: 3, 9: 3, 10: 4}
-    assert [stop for stop in files if files[stop]["accumulated_gradients"]] == [5, 6, 8, 9]
-    again, _ = run(*args, resume=folder / "8.ckpt", **options)
-    assert_equal(state, again)
-
-
 def test_a_checkpoint_names_the_data_of_its_training(
     tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
 ) -> None:
@@ -254,7 +203,7 @@ def test_a_checkpoint_names_the_data_of_its_training(
     trainer = make_trainer(tmp_path)
     trainer.test(module, small_data(tiny_mmeb_dir, max_pixels=2048), verbose=False)
     assert named(trainer) == 1024
-    assert fit(3072, 2, resume=file) == [3072], "of the fit that goes on"
+    assert fit(3072, 2, resume=file) == [3072], "of the fit that resumes"
 
 
 @pytest.fixture
@@ -270,7 +219,7 @@ def _interrupt_handler() -> Iterator[None]:
     ("hook", "batches"),
     [("on_before_optimizer_step", 4), ("on_train_batch_start", 4), ("on_validation_batch_start", 3)],
 )
-def test_a_signal_leaves_a_checkpoint_to_go_on_from(
+def test_a_signal_leaves_a_checkpoint_to_resume_from(
     uninterrupted: Any,
     tiny_backbone_dir: str,
     tiny_mmeb_dir: str,
@@ -284,7 +233,7 @@ def test_a_signal_leaves_a_checkpoint_to_go_on_from(
     with pytest.raises(SystemExit):
         run(tiny_backbone_dir, tiny_mmeb_dir, tmp_path, kill)
     file = tmp_path / "checkpoints" / "last.ckpt"
-    stop = torch.load(file, weights_only=True)["progress"]["batches_done"]
+    stop = torch.load(file, weights_only=True)["progress"]["steps_done"]
     assert stop in (batches, batches + 1)
     again, tail = run(tiny_backbone_dir, tiny_mmeb_dir, tmp_path, resume=file)
     assert tail == values[stop:]
@@ -304,7 +253,7 @@ def test_a_second_interrupt_stops_at_once_without_saving(
     assert not (tmp_path / "checkpoints" / "last.ckpt").exists()
 
 
-def test_longer_training_goes_on_from_the_last_checkpoint_of_model_checkpoint(
+def test_longer_training_resumes_from_the_last_checkpoint_of_model_checkpoint(
     tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
 ) -> None:
     """The schedule is constant, so that 4 steps and then 5 more are 9 steps."""

@@ -36,7 +36,7 @@ def run_dir(tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path_factory: pytest
 
 
 def write_scores(folder: Path, steps: int) -> None:
-    hits = {column: torch.tensor([True, False]) for column in ("aggregate", "path_0", "path_1")}
+    hits = {column: torch.tensor([1, 2]) for column in ("aggregate", "path_0", "path_1")}
     score = TaskScore(Task("Sign", "classification", True), hits, torch.zeros(2, 10), 0.1)
     trained = run_of(folder / "checkpoints" / "last.ckpt")
     run = {

@@ -73,7 +73,6 @@ def test_nothing_to_train_is_an_error() -> None:
     [
         {"learning_rate": -1.0},
         {"prefix_learning_rate": math.nan},
-        {"accumulate_batches": 0},
         {"schedule": "step"},
         {"clip_norm": -1.0},
     ],

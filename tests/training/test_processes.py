@@ -58,7 +58,7 @@ class SaveAt(Callback):
         self.folder, self.batches = folder, batches
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        if pl_module.batches_done == self.batches:
+        if pl_module.steps_done == self.batches:
             trainer.save_checkpoint(self.folder / f"{self.batches}.ckpt")
 
 
@@ -70,20 +70,18 @@ def train(
     strategy: str = "auto",
     chunk_size: int | None = None,
     resume: Path | None = None,
-    accumulate: int = 1,
     checkpointing: bool = False,
     changes: dict[str, Any] | None = None,
     subsets: list[str] | None = None,
 ) -> None:
     """Four batches; what happened on each rank is in ``<rank>.pt``, a checkpoint in ``3.ckpt``."""
-    settings = {**SETTINGS, "optimizer": {**SETTINGS["optimizer"], "accumulate_batches": accumulate}}
-    settings |= {"query_chunk_size": chunk_size, "candidate_chunk_size": chunk_size}
+    settings = {**SETTINGS, "query_chunk_size": chunk_size, "candidate_chunk_size": chunk_size}
     settings |= {"gradient_checkpointing": checkpointing, **(changes or {})}
     module = Recording(backbone=backbone, adapter=adapter, **settings)  # type: ignore[arg-type]
     module.gradients, module.with_image, module.sharded = [], [], set()
     recorder = Recorder()
     options = {"devices": 1 if strategy == "auto" else 2, "strategy": strategy}
-    trainer = make_trainer(folder, recorder, SaveAt(folder, 3), max_steps=STEPS // accumulate, **options)
+    trainer = make_trainer(folder, recorder, SaveAt(folder, 3), max_steps=STEPS, **options)
     data = small_data(data_dir, policy="sub_batch", sub_batch_size=4, train_subsets=subsets)
     trainer.fit(module, data, ckpt_path=resume)
     torch.save(
@@ -198,25 +196,6 @@ def test_other_families_train_sharded_like_in_one_process(
     (one,) = results(tmp_path / "one")
     for result in two(tmp_path / "two", *args, strategy="fsdp2", chunk_size=3, checkpointing=True):
         assert_close(result, one)
-
-
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_a_checkpoint_inside_an_accumulation_holds_the_gradients_of_all_processes(
-    one_process: Any, tmp_path: Path, strategy: str
-) -> None:
-    _, args, _ = one_process
-    (tmp_path / "one").mkdir()
-    train(tmp_path / "one", *args, accumulate=2)
-    (one,) = results(tmp_path / "one")
-    for result in two(tmp_path / "two", *args, strategy=strategy, accumulate=2):
-        assert_close(result, one)
-    content = torch.load(tmp_path / "two" / "3.ckpt", weights_only=True)
-    assert content["accumulated_gradients"]
-    for result in two(
-        tmp_path / "again", *args, strategy=strategy, accumulate=2, resume=tmp_path / "two" / "3.ckpt"
-    ):
-        assert_close(result, one)
-        assert len(result["gradients"]) == 1
 
 
 def test_every_layout_scores_alike(tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ MMEB_TASKS = _mmeb_tasks()
 """The 36 tasks of MMEB v1; other folders of ``MMEB-eval`` (such as ``CIFAR-100``) are not tasks."""
 
 _TRAIN_NAMES = {"ImageNet-1K": "ImageNet_1K"}
-"""MMEB spells this one with an underscore in training and a hyphen in evaluation."""
+"""MMEB spells it with an underscore in training and a hyphen in evaluation."""
 
 MMEB_TRAIN_SUBSETS: tuple[str, ...] = tuple(
     _TRAIN_NAMES.get(name, name) for name, task in MMEB_TASKS.items() if task.in_distribution
@@ -236,7 +236,7 @@ def _source(entry: dict[str, Any], data_dir: Path) -> Source:
         raise ValueError(
             f'columns must name a column per role, such as {{"query_text": "question"}}, got {columns!r}.'
         )
-    check_names(columns, ROLES, "role in columns")
+    check_names(columns, ROLES, "column role")
     for side in ("query", "candidate"):
         if not {f"{side}_text", f"{side}_image"} & set(columns):
             raise ValueError(f"columns: {side}_text or {side}_image is needed, or both.")

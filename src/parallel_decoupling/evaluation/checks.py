@@ -1,4 +1,4 @@
-"""Signs that scores are not what they seem: chance, NaN, collapse, other pictures or prompts than in training."""
+"""Signs that scores are misleading: chance, NaN, collapse, other images or prompts than in training."""
 
 from __future__ import annotations
 
@@ -22,41 +22,25 @@ Check = Literal[
 ]
 
 SAMPLED_ROWS = 512
-SAME = 0.99
-"""Mean cosine from which paths, or the embeddings of different inputs, count as one."""
-LOW_RANK = 2.0
-"""Effective rank below which many embeddings lie on a line."""
-FEWEST_ROWS = 8
-"""Fewer embeddings say nothing about their spread."""
-CHANCE_ERRORS = 2.0
-"""Standard errors above chance up to which a score is no better than chance."""
+SAME = 0.99  # mean cosine from which paths, or the embeddings of different inputs, count as one
+LOW_RANK = 2.0  # effective rank below which many embeddings lie on a line
+FEWEST_ROWS = 8  # fewer embeddings say nothing about their spread
+CHANCE_ERRORS = 2.0  # standard errors above chance up to which a score is no better than chance
 
 ADVICE: dict[Check, str] = {
-    "chance": (
-        "hit@1 is no better than a random choice. Check that the checkpoint was loaded (--ckpt_path), that "
-        "the images reach the model, and that the prompts are those of training."
-    ),
-    "non_finite": (
-        "embeddings are NaN or infinite, and their rows count as misses. Use trainer.precision bf16-mixed or "
-        "32-true in place of 16, and check the checkpoint's weights."
-    ),
-    "collapsed_paths": (
-        "paths give nearly the same embedding, so a second one costs as much again and adds little: encode "
-        "with one path, or train them apart (mi.kind orthogonal, a higher optimizer.prefix_learning_rate) "
-        "and compare the scores. train/path_cosine shows it early."
-    ),
-    "collapsed_embeddings": (
-        "different inputs have nearly the same embedding. Lower the learning rate or mi_weight, and check "
-        "that texts and images differ after tokenisation."
-    ),
-    "other_images": (
-        "images are resized in another way than in training. Use the image settings that the checkpoint was "
-        "trained with, or expect lower scores."
-    ),
-    "other_prompts": (
-        "instructions of evaluation and training differ. Use the tasks.json that the checkpoint was trained "
-        "with, or expect lower scores."
-    ),
+    "chance": "hit@1 is no better than a random choice. Check that the checkpoint was loaded (--ckpt_path), "
+    "that the images reach the model, and that the prompts are those of training.",
+    "non_finite": "embeddings are NaN or infinite, and their rows count as misses. Use trainer.precision "
+    "bf16-mixed or 32-true in place of 16, and check the checkpoint's weights.",
+    "collapsed_paths": "paths give nearly the same embedding, so a second one costs as much again and adds "
+    "little: encode with one path, or train them apart (mi.kind orthogonal, a higher "
+    "optimizer.prefix_learning_rate) and compare the scores. train/path_cosine shows it early.",
+    "collapsed_embeddings": "different inputs have nearly the same embedding. Lower the learning rate or "
+    "mi_weight, and check that texts and images differ after tokenisation.",
+    "other_images": "images are resized in another way than in training. Use the image settings that the "
+    "checkpoint was trained with, or expect lower scores.",
+    "other_prompts": "instructions of evaluation and training differ. Use the tasks.json that the checkpoint "
+    "was trained with, or expect lower scores.",
 }
 
 
@@ -149,9 +133,9 @@ def check_prompts(train_dir: str | Path, tasks: Sequence[EvalTask]) -> list[Find
         if trained is None or asked is None or trained.train_file is None:
             continue
         for side in ("query", "candidate"):
-            texts = [getattr(source, f"{side}_instruction") for source in (trained, asked)]
-            if texts[0] != texts[1]:
-                detail = f"{name} {side}: trained {texts[0]!r:.100}, asked {texts[1]!r:.100}"
+            before, now = (getattr(source, f"{side}_instruction") for source in (trained, asked))
+            if before != now:
+                detail = f"{name} {side}: trained {before!r:.100}, asked {now!r:.100}"
                 found.append(Finding("other_prompts", detail, (name,)))
     return findings(found)
 

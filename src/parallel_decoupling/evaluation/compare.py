@@ -1,8 +1,4 @@
-"""One or several tested runs as tables, ``comparison.json``, a picture and one page without outside parts.
-
-Holds reading the runs, the check that they scored the same rows, and the paired bootstrap. The means of one run
-are in ``report``, the drawing is in ``plots``.
-"""
+"""One or several tested runs as tables, a JSON, a picture and one page, with paired bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -26,14 +22,8 @@ COMPARISON_FILE = "comparison.json"
 FIGURE_FILE = "comparison.png"
 PAGE_FILE = "comparison.html"
 RESAMPLES = 10_000
-SHORT_TITLES = {
-    "overall": "all",
-    "in_distribution": "IND",
-    "out_of_distribution": "OOD",
-    "classification": "class",
-    "vqa": "vqa",
-    "retrieval": "retr",
-    "grounding": "ground",
+SHORT_TITLES = {"overall": "all", "in_distribution": "IND", "out_of_distribution": "OOD"} | {
+    **{"classification": "class", "vqa": "vqa", "retrieval": "retr", "grounding": "ground"},
     "mean_of_meta_tasks": "meta",
 }
 """Means in the order of the table, with their headings."""
@@ -86,11 +76,7 @@ class Comparison:
 
     @property
     def best(self) -> str:
-        """The run other than the baseline with the highest overall score; the only run if there is one.
-
-        Of three runs or more it is picked by the very scores it is then reported with, which flatters it;
-        its interval does not account for that.
-        """
+        """The run other than the baseline with the highest overall score; the only run if there is one."""
 
         def overall(name: str) -> float:
             report = self.reports[name]
@@ -116,22 +102,17 @@ class Comparison:
         return f"{' vs '.join(self.reports)}: {self.best} {overall} points overall"
 
     def means_grid(self) -> Grid:
-        """Tabulate means in percent, every run and below it its paths; then best minus first."""
+        """Tabulate the runs' means of the first column in percent, then best minus first."""
         measures = [name for name in SHORT_TITLES if name in self.reports[self.baseline].means]
-        rows: list[list[str]] = []
-        kinds: list[str] = []
+        rows = []
         for name, report in self.reports.items():
-            for column in report.shown_columns:
-                title = name if column == report.columns[0] else f"  {column}"
-                rows.append([title, *(percent(report.means[measure][column]) for measure in measures)])
-                kinds.append("mean" if title == name else "")
-        if self.differences:
-            found = [self.differences[self.best].means[measure] for measure in measures]
-            for title, key in (("difference", "difference"), ("  2.5 %", "low"), ("  97.5 %", "high")):
-                rows.append([title, *(f"{100 * getattr(each, key):+.1f}" for each in found)])
-                kinds.append("mean" if title == key else "")
+            scores = (percent(report.means[measure][report.columns[0]]) for measure in measures)
+            rows.append([name, *scores])
+        found = [self.differences[self.best].means[name] for name in measures if self.differences]
+        for title, key in (("difference", "difference"), ("  2.5 %", "low"), ("  97.5 %", "high")):
+            rows += [[title, *(f"{100 * getattr(each, key):+.1f}" for each in found)]] if found else []
         headings = ("run", *(SHORT_TITLES[measure] for measure in measures))
-        return Grid("mean hit@1 in percent", headings, rows, kinds, self.note)
+        return Grid("mean hit@1 in percent", headings, rows, caption=self.note)
 
     def task_grid(self) -> Grid:
         """Tabulate the first column (the aggregate) of every run by task; the last is best minus first."""
@@ -164,33 +145,22 @@ class Comparison:
         Path(json_file).write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
 
     def to_html_file(self, html_file: str | Path, picture: bytes) -> None:
-        """Write the page: scores, what makes them doubtful, modes and costs, paths, settings.
-
-        Args:
-            html_file: where to; nothing in it is loaded from elsewhere.
-            picture: a PNG of ``comparison_figure``.
-        """
+        """Write the page, with the PNG ``picture`` inside it; nothing on it is loaded from elsewhere."""
         from jinja2 import Environment, PackageLoader, StrictUndefined
 
-        environment = Environment(
-            loader=PackageLoader("parallel_decoupling", "evaluation"),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
+        loader = PackageLoader("parallel_decoupling", "evaluation")
+        options: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "undefined": StrictUndefined}
+        template = Environment(loader=loader, autoescape=True, **options).get_template(PAGE_FILE)
         settings = {name: flattened(report.run) for name, report in self.reports.items()}
         names = dict.fromkeys(name for values in settings.values() for name in values)
         rows = [[name, *(values.get(name, "") for values in settings.values())] for name in names]
-        scores = [self.means_grid(), self.task_grid()]
-        page = environment.get_template(PAGE_FILE).render(
+        changed = [row for row in rows if len({*row[1:]}) > 1]
+        page = template.render(
             title=self.title,
-            grids=scores if self.differences else scores[1:],
+            grids=[*([self.means_grid()] if self.differences else []), self.task_grid()],
             picture=base64.b64encode(picture).decode("ascii"),
             runs={name: (report, report.mode_grid()) for name, report in self.reports.items()},
-            changed=Grid(
-                "settings that differ", ("", *settings), [row for row in rows if len({*row[1:]}) > 1]
-            ),
+            changed=Grid("settings that differ", ("", *settings), changed),
             settings=Grid("all settings", ("", *settings), rows),
         )
         Path(html_file).write_text(page, encoding="utf-8")
@@ -216,14 +186,7 @@ def compare_runs(run_dirs: list[str], output_dir: str | None = None) -> None:
 
 
 def compare(run_dirs: Sequence[str], output_dir: str | None = None) -> Comparison:
-    """Compare the score reports of finished runs.
-
-    Args:
-        run_dirs: folders that hold a ``scores.json``, or such files; the first is the baseline.
-        output_dir: gets ``comparison.json``, ``comparison.png`` and ``comparison.html``; None writes nothing.
-
-    Returns:
-        Reports and differences.
+    """Compare the score reports of finished runs; see ``compare_runs``.
 
     Raises:
         ValueError: no run, a run without scores, or runs that scored different rows.
@@ -249,16 +212,11 @@ def compare(run_dirs: Sequence[str], output_dir: str | None = None) -> Compariso
 
 
 def differences(baseline: ScoreReport, other: ScoreReport, seed: int = 0) -> RunDifferences:
-    """Headline score of ``other`` minus that of ``baseline``, with paired bootstrap intervals.
+    """Subtract the headline scores of ``baseline`` from those of ``other``, with paired bootstrap intervals.
 
     Rows are resampled within each task and both runs keep their pairing. A row's difference is -1, 0
     or 1, so a resample of a task is a draw of three multinomial counts. The interval covers the
-    choice of test queries; it says nothing about the training seed.
-
-    Args:
-        baseline: the run subtracted.
-        other: a run over the same rows.
-        seed: of the resampling.
+    choice of test queries; it says nothing about the training seed. ``seed`` is that of the resampling.
     """
     generator = np.random.default_rng(seed)
     tasks: dict[str, _Sample] = {}
@@ -278,30 +236,23 @@ def differences(baseline: ScoreReport, other: ScoreReport, seed: int = 0) -> Run
 
 
 def check_same_rows(first: str, baseline: ScoreReport, name: str, other: ScoreReport) -> None:
-    """Refuse to pair runs that did not score the same rows.
-
-    Raises:
-        ValueError: names the tasks that one of them lacks, or what differs.
-    """
+    """Raise ``ValueError`` for runs that did not score the same rows of the same tasks."""
     for run, missing in (
         (first, [task for task in other.tasks if task not in baseline.tasks]),
         (name, [task for task in baseline.tasks if task not in other.tasks]),
     ):
         if missing:
             raise ValueError(f"{first} and {name} scored different tasks: {run} lacks {', '.join(missing)}")
-    for task, result in baseline.tasks.items():
-        ours = other.tasks[task]
-        for what, left, right in (
-            ("meta-task", result.task.meta_task, ours.task.meta_task),
-            ("in_distribution", result.task.in_distribution, ours.task.in_distribution),
-            ("number of queries", result.num_queries, ours.num_queries),
-            ("chance level", result.chance, ours.chance),
-            ("hash of the rows", result.rows_sha256, ours.rows_sha256),
-        ):
-            if left != right:
-                raise ValueError(
-                    f"{task}: {what} is {left} in {first} but {right} in {name}; score both on the same data"
-                )
+    for task in baseline.tasks:
+        before, after = (
+            (each.task.meta_task, each.task.in_distribution, each.num_queries, each.rows_sha256)
+            for each in (baseline.tasks[task], other.tasks[task])
+        )
+        if before != after:
+            raise ValueError(
+                f"{task}: {first} scored {before}, but {name} scored {after} (meta-task, in-distribution, "
+                "number of rows, hash of the rows); score both on the same data"
+            )
 
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -27,15 +27,8 @@ SCORE_SUFFIX = "_score.json"
 PREDICTIONS = {"v1": "_pred.txt", "v2": "_pred.jsonl"}
 """End of a file of predictions by version."""
 METADATA = (
-    "model_name",
-    "model_backbone",
-    "model_size",
-    "embedding_dimension",
-    "max_length_tokens",
-    "model_release_date",
-    "data_source",
-    "url",
-    "report_generated_date",
+    *("model_name", "model_backbone", "model_size", "embedding_dimension", "max_length_tokens"),
+    *("model_release_date", "data_source", "url", "report_generated_date"),
 )
 
 
@@ -77,11 +70,6 @@ def write_score_files(tasks: Mapping[str, TaskResult], column: str, folder: Path
     """Write ``v1/<task>_score.json`` and ``v2/<task>_score.json`` of every task.
 
     The folder holds one test: scores and predictions of other tasks are an earlier test's and are removed.
-
-    Args:
-        tasks: of a report.
-        column: whose scores.
-        folder: of both versions.
     """
     for version, predictions in PREDICTIONS.items():
         for suffix in (SCORE_SUFFIX, predictions):
@@ -98,14 +86,7 @@ def write_score_files(tasks: Mapping[str, TaskResult], column: str, folder: Path
 def write_leaderboard(
     tasks: Mapping[str, TaskResult], column: str, json_file: Path, metadata: Mapping[str, Any]
 ) -> None:
-    """Write the one file that the MMEB leaderboard takes.
-
-    Args:
-        tasks: of a report.
-        column: whose metrics.
-        json_file: where to.
-        metadata: some of ``METADATA``; the others are null, the date is today's.
-    """
+    """Write the one file that the MMEB leaderboard takes; what ``metadata`` lacks of ``METADATA`` is null."""
     about: dict[str, Any] = dict.fromkeys(METADATA)
     about |= {"report_generated_date": date.today().isoformat(), **metadata}
     image = {name: _v2(result, column) for name, result in tasks.items()}

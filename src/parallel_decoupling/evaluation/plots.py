@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping
-from statistics import fmean
 from typing import Literal
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
@@ -130,57 +130,35 @@ def comparison_figure(reports: Mapping[str, ScoreReport], title: str) -> Figure:
     figure.suptitle(title, fontsize=15, color=INK, parse_math=False)
     handles, labels = left.get_legend_handles_labels()
     chance_handles, chance_labels = right.get_legend_handles_labels()
-    figure.legend(
-        [*handles, *chance_handles],
-        [*labels, *chance_labels],
-        loc="outside lower center",
-        ncols=4 if len(labels) < 4 else 3,
-        frameon=False,
-        fontsize=11,
-    )
+    handles, labels = [*handles, *chance_handles], [*labels, *chance_labels]
+    columns = 4 if len(labels) < 5 else 3
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=11)
     return figure
 
 
 def _draw_means(axes: Axes, reports: Mapping[str, ScoreReport]) -> None:
     means = {name: report.means for name, report in reports.items()}
     groups = [group for group in GROUP_LABELS if group in next(iter(means.values()))]
-    bars = sum(2 if len(report.path_columns) > 1 else 1 for report in reports.values())
-    width, bar = 0.84 / bars, 0
-
-    def draw(heights: list[float], **style: object) -> list[float]:
-        nonlocal bar
-        places = [place - 0.42 + (bar + 0.5) * width for place in range(len(groups))]
-        axes.bar(places, heights, width * 0.92, **style)  # type: ignore[arg-type]
-        bar += 1
-        return places
-
+    width = 0.84 / sum(2 if len(report.path_columns) > 1 else 1 for report in reports.values())
+    places = np.arange(len(groups)) - 0.42 + width / 2
     for number, (name, report) in enumerate(reports.items()):
         colour, several = COLOURS[number % len(COLOURS)], len(report.path_columns) > 1
         headline = [100 * means[name][group][report.columns[0]] for group in groups]
-        places = draw(headline, color=colour, label=f"{name}, aggregate" if several else name)
-        turned, size = (0, 9) if bars < 5 else (90, 8)
-        for place, value in zip(places, headline, strict=True):
-            axes.annotate(
-                f"{value:.1f}",
-                (place, value),
-                (0, 2),
-                textcoords="offset points",
-                ha="center",
-                rotation=turned,
-                fontsize=size,
-                color=INK,
-            )
+        label = f"{name}, aggregate" if several else name
+        bars = axes.bar(places, headline, width * 0.92, color=colour, label=label)
+        turned, size = (0, 9) if width > 0.2 else (90, 8)
+        axes.bar_label(bars, fmt="%.1f", padding=2, rotation=turned, fontsize=size, color=INK)
+        places = places + width
         if several:
             spread = [[100 * means[name][group][path] for path in report.path_columns] for group in groups]
-            centre = [fmean(values) for values in spread]
-            below = [middle - min(values) for middle, values in zip(centre, spread, strict=True)]
-            above = [max(values) - middle for middle, values in zip(centre, spread, strict=True)]
+            centre = np.mean(spread, axis=1)
+            reach = [centre - np.min(spread, axis=1), np.max(spread, axis=1) - centre]
             whiskers = {"ecolor": INK, "elinewidth": 1.2, "capsize": 2.5}
             label = f"{name}, one path (mean, worst to best)"
-            draw(centre, yerr=[below, above], color=_pale(colour), error_kw=whiskers, label=label)
+            pale = _pale(colour)
+            axes.bar(places, centre, width * 0.92, yerr=reach, color=pale, error_kw=whiskers, label=label)
+            places = places + width
     axes.set_xticks(range(len(groups)), [GROUP_LABELS[group] for group in groups], fontsize=11)
-    for border in (0.5, sum(group in META_TASKS for group in groups) + 0.5):
-        axes.axvline(border, color=NEUTRAL, linewidth=0.8)
     axes.set_title("means over tasks, hit@1 in %", fontsize=12, color=INK, loc="left")
     axes.set_xlim(-0.5, len(groups) - 0.5)
     clean_axes(axes, "y")
@@ -193,7 +171,7 @@ def _draw_tasks(axes: Axes, reports: Mapping[str, ScoreReport]) -> None:
     heights = list(range(len(order) - 1, -1, -1))
     chance = [100 * baseline.tasks[task].chance for task in order]
     axes.plot(chance, heights, "|", color=INK, label="chance", markersize=9, markeredgewidth=1.4, zorder=4)
-    step = 0.56 / max(len(reports) - 1, 1) if len(reports) > 2 else 0.3
+    step = 0.56 / max(len(reports) - 1, 2)
     for number, report in enumerate(reports.values()):
         colour = COLOURS[number % len(COLOURS)]
         shift = step * ((len(reports) - 1) / 2 - number)
@@ -204,11 +182,6 @@ def _draw_tasks(axes: Axes, reports: Mapping[str, ScoreReport]) -> None:
                 ends = [min(paths), max(paths)]
                 axes.plot(ends, [level] * 2, color=_pale(colour), linewidth=4, solid_capstyle="butt")
             axes.plot(100 * scores[report.columns[0]], level, "o", color=colour, markersize=6.5)
-    above = 0
-    for meta_task in META_TASKS[:-1]:
-        above += len(baseline.groups.get(meta_task, ()))
-        if 0 < above < len(order):
-            axes.axhline(len(order) - above - 0.5, color=NEUTRAL, linewidth=0.8)
     labels = [f"{task}{'' if baseline.tasks[task].task.in_distribution else ' (OOD)'}" for task in order]
     axes.set_yticks(heights, labels, fontsize=10, parse_math=False)
     axes.set_ylim(-0.6, len(order) - 0.4)

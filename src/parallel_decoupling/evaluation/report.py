@@ -1,7 +1,4 @@
-"""The score report of one run: its tasks, MMEB's means, ``scores.json`` and CSV, and tables of all of it.
-
-The metric is in ``score``, several runs side by side are in ``compare``.
-"""
+"""The score report of one run: its tasks, MMEB's means, the files of a test, and tables of all of it."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ from parallel_decoupling.evaluation.leaderboard import (
     write_leaderboard,
     write_score_files,
 )
-from parallel_decoupling.evaluation.score import METRICS, TaskScore, mean_metrics
+from parallel_decoupling.evaluation.score import TaskScore, mean_metrics
 
 FORMAT = 2
 SCORES_FILE = "scores.json"
@@ -36,17 +33,11 @@ MEAN_TITLES = {
     **{meta_task: f"mean of {meta_task}" for meta_task in META_TASKS},
     "in_distribution": "mean in-distribution (IND)",
     "out_of_distribution": "mean out-of-distribution (OOD)",
-    "mean_of_meta_tasks": "mean of meta-tasks",
     "overall": "overall (mean of tasks)",
+    "mean_of_meta_tasks": "mean of meta-tasks",
 }
-_IND = sum(task.in_distribution for task in MMEB_TASKS.values())
-MMEB_COUNTS = {
-    **{name: sum(task.meta_task == name for task in MMEB_TASKS.values()) for name in META_TASKS},
-    "in_distribution": _IND,
-    "out_of_distribution": len(MMEB_TASKS) - _IND,
-    "overall": len(MMEB_TASKS),
-}
-"""MMEB's tasks behind each mean: 10 + 10 + 12 + 4, 20 + 16, and 36."""
+MMEB_COUNTS = dict(zip(MEAN_TITLES, (10, 10, 12, 4, 20, 16, 36), strict=False))
+"""MMEB's tasks behind each mean."""
 
 
 @dataclass(frozen=True)
@@ -112,15 +103,15 @@ class TaskResult:
         if list(self.hits) != list(self.hit_at_1):
             raise ValueError(f"{where}: hits of {list(self.hits)}, but scores of {list(self.hit_at_1)}")
         for column, hits in self.hits.items():
-            mean, score = hits.count("1") / max(1, len(hits)), self.hit_at_1[column]
+            mean, score, place = (
+                hits.count("1") / self.num_queries,
+                self.hit_at_1[column],
+                f"{where}, {column}",
+            )
             if len(hits) != self.num_queries or set(hits) - {"0", "1"}:
-                raise ValueError(
-                    f"{where}, column {column}: not one 0 or 1 for each of {self.num_queries} queries"
-                )
+                raise ValueError(f"{place}: not one 0 or 1 for each of {self.num_queries} queries")
             if not abs(mean - score) <= ROUNDING_ERROR:
-                raise ValueError(
-                    f"{where}, column {column}: the mean of the hits is {mean:.6g}, but hit_at_1 is {score:.6g}"
-                )
+                raise ValueError(f"{place}: the mean of the hits is {mean:.6g}, but hit_at_1 is {score:.6g}")
 
 
 @dataclass(frozen=True)
@@ -149,17 +140,11 @@ class ScoreReport:
             if list(result.hit_at_1) != self.columns or not self.columns:
                 raise ValueError(f"{name} has columns {list(result.hit_at_1)}, the first task {self.columns}")
             if result.task.meta_task not in META_TASKS:
-                raise ValueError(
-                    f"{name} has meta-task {result.task.meta_task!r}; use one of {list(META_TASKS)}"
-                )
+                raise ValueError(f"{name} has meta-task {result.task.meta_task!r}; use one of {META_TASKS}")
 
     @classmethod
     def from_scores(cls, scores: Sequence[TaskScore], run: Mapping[str, Any] | None = None) -> ScoreReport:
-        """Collect scored tasks.
-
-        Args:
-            scores: one per task, all with the same columns.
-            run: what produced them.
+        """Collect scored tasks, all with the same columns, and what produced them.
 
         Raises:
             ValueError: no task, a task twice, or columns that differ.
@@ -168,15 +153,13 @@ class ScoreReport:
         for score in scores:
             if score.task.name in tasks:
                 raise ValueError(f"task {score.task.name} is there twice")
-            hits = score.hits
+            hits = {name: "".join("01"[hit] for hit in row.tolist()) for name, row in score.hits.items()}
             tasks[score.task.name] = TaskResult(
                 task=score.task,
                 num_queries=len(next(iter(hits.values()))),
                 chance=score.chance,
-                hit_at_1={column: int(hits_R.sum()) / len(hits_R) for column, hits_R in hits.items()},
-                hits={
-                    column: "".join("01"[hit] for hit in hits_R.tolist()) for column, hits_R in hits.items()
-                },
+                hit_at_1={column: each.count("1") / len(each) for column, each in hits.items()},
+                hits=hits,
                 num_skipped=score.num_skipped,
                 metrics={column: mean_metrics(rank_R) for column, rank_R in score.ranks.items()},
                 rows_sha256=score.rows_sha256,
@@ -201,21 +184,18 @@ class ScoreReport:
     @property
     def groups(self) -> dict[str, list[str]]:
         """Task names by mean: meta-tasks, in- and out-of-distribution, overall; none empty."""
-        groups = {
-            meta_task: [name for name, result in self.tasks.items() if result.task.meta_task == meta_task]
-            for meta_task in META_TASKS
-        }
-        for split, inside in (("in_distribution", True), ("out_of_distribution", False)):
-            groups[split] = [name for name, row in self.tasks.items() if row.task.in_distribution is inside]
+        tasks = {name: result.task for name, result in self.tasks.items()}
+        groups = {name: [each for each in tasks if tasks[each].meta_task == name] for name in META_TASKS}
+        groups["in_distribution"] = [name for name, task in tasks.items() if task.in_distribution]
+        groups["out_of_distribution"] = [name for name, task in tasks.items() if not task.in_distribution]
         groups["overall"] = list(self.tasks)
         return {group: names for group, names in groups.items() if names}
 
     @property
     def partial_means(self) -> dict[str, int]:
         """Means over some of MMEB's tasks but not all of ``MMEB_COUNTS``: how many of them there are."""
-        counts = {
-            group: sum(name in MMEB_TASKS for name in self.groups.get(group, ())) for group in MMEB_COUNTS
-        }
+        groups = self.groups
+        counts = {name: sum(task in MMEB_TASKS for task in groups.get(name, ())) for name in MMEB_COUNTS}
         return {group: count for group, count in counts.items() if 0 < count < MMEB_COUNTS[group]}
 
     @property
@@ -225,30 +205,16 @@ class ScoreReport:
         MMEB's headline is ``overall``, the mean of tasks. ``mean_of_meta_tasks`` weighs four unequal
         groups equally; publications mix the two up, so both are here under their own names.
         """
-        means = {
-            group: {
-                column: fmean(self.tasks[name].hit_at_1[column] for name in names) for column in self.columns
-            }
-            for group, names in self.groups.items()
-        }
-        present = [means[meta_task] for meta_task in META_TASKS if meta_task in means]
-        means["mean_of_meta_tasks"] = {
-            column: fmean(mean[column] for mean in present) for column in self.columns
-        }
+        parts = {group: [self.tasks[name].hit_at_1 for name in each] for group, each in self.groups.items()}
+        means = {group: _mean(scores) for group, scores in parts.items()}
+        means["mean_of_meta_tasks"] = _mean([means[name] for name in META_TASKS if name in means])
         return means
 
     @property
     def metric_means(self) -> dict[str, dict[str, float]]:
         """Means over tasks of every metric by column; empty if only hit@1 is known."""
-        if not all(result.metrics for result in self.tasks.values()):
-            return {}
-        return {
-            column: {
-                metric: fmean(result.metrics[column][metric] for result in self.tasks.values())
-                for metric in METRICS
-            }
-            for column in self.columns
-        }
+        metrics = [result.metrics for result in self.tasks.values()]
+        return {name: _mean([each[name] for each in metrics]) for name in self.columns if all(metrics)}
 
     @property
     def gaps(self) -> list[str]:
@@ -307,7 +273,7 @@ class ScoreReport:
                 tasks[name] = TaskResult(task, hits=content["hits"][name], **row)
                 tasks[name].check_hits(f"task {name}")
             return cls(tasks, *(content[name] for name in ("run", "modes", "path_cosine", "warnings")))
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
             raise ValueError(f"{json_file} was changed or cut ({error!r}); run the test again") from error
         except ValueError as error:
             raise ValueError(f"{json_file}, {error}; the file was changed, run the test again") from error
@@ -331,7 +297,7 @@ class ScoreReport:
         return MEAN_TITLES[mean] + ("" if count is None else f", {count}/{MMEB_COUNTS[mean]}")
 
     def task_grid(self) -> Grid:
-        """Tabulate tasks by meta-task, then means, of aggregate and paths in percent; marks tasks at chance."""
+        """Tabulate tasks by meta-task, then means, of aggregate and paths; tasks at chance are marked."""
         shown = [self.columns[0], *self.path_columns]
         rows: list[list[str]] = []
         kinds: list[str] = []
@@ -353,10 +319,8 @@ class ScoreReport:
 
     def mode_grid(self) -> Grid:
         """Tabulate every inference mode: its means in percent, and what it costs."""
-        splits = [
-            name for name in ("overall", "in_distribution", "out_of_distribution") if name in self.means
-        ]
         titles = {"overall": "hit@1", "in_distribution": "IND", "out_of_distribution": "OOD"}
+        splits = [name for name in titles if name in self.means]
         metrics = [name for name in ("hit@5", "hit@10", "mrr", "ndcg@10") if self.metric_means]
         rows = []
         for column in self.shown_columns:
@@ -367,19 +331,18 @@ class ScoreReport:
             size = f"{costs['bytes_per_item']:,}" if costs else ""
             rows.append([column, *scores, "" if milliseconds is None else f"{milliseconds:.2f}", size])
         headings = ("mode", *(titles[split] for split in splits), *metrics, "ms/item", "bytes/item")
-        caption = (
-            "means over tasks in percent; ms: encoding in one batch of this test, with one path or with all"
-        )
+        caption = "means over tasks in percent; ms: one batch of this test, encoded with one path or with all"
         return Grid("inference modes", headings, rows, caption=caption)
 
     def warning_panels(self) -> list[Panel]:
         """Show what makes the scores doubtful, each with what was seen and what to do."""
-        panels = []
-        for warning in self.warnings:
-            title = f"WARNING: {str(warning['check']).replace('_', ' ')}"
-            text = Text(f"{warning['detail']}\n{warning['advice']}")
-            panels.append(Panel(text, title=title, border_style="bold yellow", title_align="left"))
-        return panels
+        return [
+            Panel(
+                Text(f"{each['detail']}\n{each['advice']}"),
+                title=f"WARNING: {each['check'].replace('_', ' ')}",
+            )
+            for each in self.warnings
+        ]
 
 
 def write_report(report: ScoreReport, folder: Path) -> None:
@@ -387,12 +350,9 @@ def write_report(report: ScoreReport, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     report.to_json_file(folder / SCORES_FILE)
     report.to_csv_file(folder / CSV_FILE)
-    column = report.columns[0]
+    column, backbone = report.columns[0], report.run.get("model", {}).get("backbone")
     write_score_files(report.tasks, column, folder / SCORE_FILES_DIR)
-    metadata = {
-        "model_name": folder.resolve().name,
-        "model_backbone": report.run.get("model", {}).get("backbone"),
-    }
+    metadata = {"model_name": folder.resolve().name, "model_backbone": backbone}
     if column in report.modes:
         metadata["embedding_dimension"] = int(report.modes[column]["bytes_per_item"]) // 4
     write_leaderboard(report.tasks, column, folder / LEADERBOARD_FILE, metadata)
@@ -401,6 +361,11 @@ def write_report(report: ScoreReport, folder: Path) -> None:
 def progress(run: Mapping[str, Any]) -> dict[str, Any]:
     """Return what tells weights from other weights of the same model, as far as a run says it."""
     return {key: run.get(key) for key in ("global_step", "seed", "token_passes")}
+
+
+def _mean(values: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Average mappings with the same keys."""
+    return {key: fmean(each[key] for each in values) for key in values[0]}
 
 
 def percent(fraction: float) -> str:

@@ -61,18 +61,16 @@ class TaskScore:
 def path_columns(query: Tensor, candidate: Tensor, aggregate: Callable[[Tensor], Tensor]) -> Columns:
     """Name what is scored: the aggregate, every path on its own, and the other ways to use all paths.
 
-    ``aggregate`` is whatever the encoder was trained with (``learned`` among them). With several paths there
-    are also ``mean`` (of the paths), ``concat`` (all paths side by side) and ``maxsim`` (every query path
-    takes its best candidate path).
+    With several paths there are also ``mean`` (of the paths), ``concat`` (all paths side by side) and
+    ``maxsim`` (every query path takes its best candidate path).
 
     Args:
         query: ``[Uq, N, D]``, all paths.
         candidate: ``[Uc, N, D]``.
-        aggregate: combines paths; ``ParallelEncoder.aggregate``.
+        aggregate: combines paths as the encoder was trained; ``ParallelEncoder.aggregate``.
 
     Returns:
-        Column name to queries and candidates, ``[U, D]`` each (``D`` differs between columns), or
-        ``[U, N, D]`` for ``maxsim``.
+        ``[U, D]`` each (``D`` differs between columns), or ``[U, N, D]`` for ``maxsim``.
 
     Relations:
         The cosine of ``concat`` is the mean cosine of aligned paths. ``maxsim`` is never below it.
@@ -117,12 +115,8 @@ def score_task(task: EvalTask, columns: Mapping[str, tuple[Tensor, Tensor]]) -> 
 
     Args:
         task: rows as indices into unique queries and candidates, each row's positive first.
-        columns: name to (``[Uq, D]`` of the queries, ``[Uc, D]`` of the candidates), see
-            ``path_columns``; several vectors ``[U, N, D]`` are scored by MaxSim. The ranking is that
-            of the first column.
-
-    Returns:
-        Ranks per row and column, the ranking, and the level of chance.
+        columns: see ``path_columns``; several vectors ``[U, N, D]`` are scored by MaxSim. The ranking is
+            that of the first one.
 
     Raises:
         ValueError: no rows, a row without candidates, or embeddings that do not fit the task.
@@ -198,12 +192,7 @@ def mean_metrics(rank_R: Tensor) -> dict[str, float]:
 
 
 def milliseconds_per_item(encode: Callable[[], Tensor], num_items: int) -> float:
-    """Time the encoding of one batch: the median of three calls after one that warms up.
-
-    Args:
-        encode: embeds the batch, on the device and in the precision at hand.
-        num_items: in the batch.
-    """
+    """Time the encoding of one batch of items: the median of three calls after one that warms up."""
     times = []
     for _ in range(1 + ENCODINGS):
         start = time.perf_counter()
@@ -222,12 +211,11 @@ def mode_costs(
 
     Args:
         columns: of any task.
-        one_path: measured ``milliseconds_per_item`` with a single path; None if nothing was encoded.
-        all_paths: with all of them.
+        one_path: measured ``milliseconds_per_item`` with a single path, for ``path_n``; None if unknown.
+        all_paths: with all of them, for the other columns.
 
     Returns:
-        By column ``bytes_per_item`` in float32 and, if measured, ``milliseconds_per_item``: of one path for
-        ``path_n``, of all paths for the others.
+        By column ``bytes_per_item`` in float32 and, if measured, ``milliseconds_per_item``.
     """
     costs: dict[str, dict[str, float]] = {}
     for name, (_, candidate) in columns.items():
@@ -240,14 +228,11 @@ def mode_costs(
 
 def _check(task: EvalTask, columns: Mapping[str, tuple[Tensor, Tensor]]) -> None:
     name = task.task.name
-    if not columns:
-        raise ValueError(f"{name}: no embeddings to score")
-    if not task.query_of_row or len(task.query_of_row) != len(task.candidates_of_row):
+    if not columns or not task.query_of_row:
         raise ValueError(
-            f"{name}: {len(task.query_of_row)} rows and {len(task.candidates_of_row)} lists of candidates; "
-            "both must be the same number, at least 1"
+            f"{name}: {len(task.query_of_row)} rows and {len(columns)} columns; nothing to score"
         )
-    for row, candidates in enumerate(task.candidates_of_row):
+    for row, (_, candidates) in enumerate(zip(task.query_of_row, task.candidates_of_row, strict=True)):
         if not candidates:
             raise ValueError(f"{name}: row {row} has no candidates")
     expected = len(task.queries), len(task.candidates)
