@@ -107,7 +107,7 @@ class LanceIndex:
     def _search_one(
         self, vector: Tensor, query: Mapping[str, Tensor], top_k: int, scoring: str, where: str | None
     ) -> list[Hit]:
-        paths = path_columns(query)
+        paths = [name for name in path_columns(self.columns) if name in query]
         names = tuple(dict.fromkeys([*compared(scoring, self.columns), *paths]))
         search = self._table.search(vector.numpy(), vector_column_name=scoring).distance_type("cosine")
         search = search.limit(top_k).refine_factor(REFINED).select([*self._fields, *names])
