@@ -242,7 +242,7 @@ def test_pictures_are_resized_as_by_the_embedder(tiny_backbone_dir: str) -> None
 
 
 def test_those_that_wait_are_embedded_together(embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One batch while the model is busy, at most ``batch_size``, in the order of arrival; an error is one's own."""
+    """At most ``batch_size`` while the model is busy, in the order of arrival; an error is one's own."""
     server, batches = Server(embedder, limits=replace(Limits(), batch_size=4)), list[int]()
     embed = server.embed
 

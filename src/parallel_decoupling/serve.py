@@ -282,7 +282,8 @@ def build_app(server: Server) -> FastAPI:
         if isinstance(error, RequestValidationError):
             first = error.errors()[0]
             place = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"][1:]]
-            message, param = f"{''.join(place).lstrip('.') or 'body'}: {first['msg']}", "".join(place[:1])[1:] or None
+            message = f"{''.join(place).lstrip('.') or 'body'}: {first['msg']}"
+            param = place[0][1:] if place else None
         kind = "rate_limit_error" if status == 429 else "invalid_request_error"
         content = {"message": message, "type": kind, "param": param, "code": None}
         return JSONResponse({"error": content}, status, getattr(error, "headers", None))
