@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from parallel_decoupling.commands.paths import analyse_checkpoint, locate
+from parallel_decoupling.commands import analyse_checkpoint, locate
 from parallel_decoupling.diagnostics.figures import figures
 from parallel_decoupling.diagnostics.study import PathAnalysis
 from parallel_decoupling.diagnostics.tables import Section, as_plain, sections

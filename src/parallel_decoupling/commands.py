@@ -168,22 +168,15 @@ def export(
         merge_adapters: write a full backbone with the adapters in its weights.
         include_backbone: write the backbone as well; otherwise the folder refers to it by name.
     """
-    from parallel_decoupling.evaluation.sharing import save_embedder
-    from parallel_decoupling.model.pretrained import is_pretrained
-    from parallel_decoupling.training.loading import checkpoint_file, scores_of
+    from parallel_decoupling.model.pretrained import checkpoint_file, is_pretrained, scores_of
 
     embedder = load_model(model)
-    report = None if is_pretrained(model) else scores_of(checkpoint_file(Path(model)))
-    embedder.run = {**({} if report is None else {"commit": report.run.get("commit")}), **embedder.run}
+    scores = None if is_pretrained(model) else scores_of(checkpoint_file(model))
+    if scores is not None:
+        embedder.run = {**embedder.run, "commit": scores["run"].get("commit")}
     chosen = [paths] if isinstance(paths, int) else paths
-    save_embedder(
-        embedder,
-        folder,
-        paths=chosen,
-        merge_adapters=merge_adapters,
-        include_backbone=include_backbone,
-        report=report,
-    )
+    flags = {"merge_adapters": merge_adapters, "include_backbone": include_backbone}
+    embedder.save_pretrained(folder, chosen, scores=scores, **flags)
     files = [file for file in Path(folder).rglob("*") if file.is_file()]
     _say(f"{folder}: {len(files)} files, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB")
 
@@ -199,8 +192,8 @@ def paths(run_or_checkpoint: str, output_dir: str | None = None, data_dir: str |
     from parallel_decoupling.diagnostics.figures import DPI, figures
     from parallel_decoupling.diagnostics.tables import sections, write_json
 
-    run_dir, checkpoint_file = locate(run_or_checkpoint)
-    analysis = analyse_checkpoint(checkpoint_file, run_dir, data_dir)
+    run_dir, checkpoint = locate(run_or_checkpoint)
+    analysis = analyse_checkpoint(checkpoint, run_dir, data_dir)
     folder = Path(output_dir or run_dir / "paths")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(analysis, folder / "paths.json")
@@ -230,9 +223,9 @@ def load_model(path: str | Path) -> Embedder:
     """Load a checkpoint, run or exported folder onto the first GPU, if there is one."""
     import torch
 
-    from parallel_decoupling.training.loading import load_embedder
+    from parallel_decoupling.evaluation.embedder import Embedder
 
-    return load_embedder(path).to("cuda" if torch.cuda.is_available() else "cpu")
+    return Embedder.from_pretrained(path).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def open_searcher(embeddings: str | Path, model: str | None = None) -> Searcher:
@@ -271,18 +264,11 @@ def hits_table(hits: Sequence[Hit]) -> Table:
 
 
 def locate(run_or_checkpoint: str | Path) -> tuple[Path, Path]:
-    """Return the run folder and the checkpoint that a user means.
+    """Return the run folder and the checkpoint that a user means."""
+    from parallel_decoupling.model.pretrained import checkpoint_file
 
-    Raises:
-        ValueError: neither a checkpoint nor a folder with ``checkpoints/last.ckpt``.
-    """
-    path = Path(run_or_checkpoint)
-    if path.is_file():
-        return path.parent.parent if path.parent.name == "checkpoints" else path.parent, path
-    checkpoint_file = path / "checkpoints" / "last.ckpt"
-    if not checkpoint_file.is_file():
-        raise ValueError(f"{path} has no checkpoints/last.ckpt; name a run or a checkpoint")
-    return path, checkpoint_file
+    file = checkpoint_file(run_or_checkpoint)
+    return (file.parent.parent if file.parent.name == "checkpoints" else file.parent), file
 
 
 def analyse_checkpoint(checkpoint_file: Path, run_dir: Path, data_dir: str | None = None) -> PathAnalysis:

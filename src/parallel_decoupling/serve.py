@@ -109,18 +109,15 @@ Embedded = tuple[Tensor, int]
 
 
 class CountingCollator(Collator):
-    """Remembers every row's number of tokens, image tokens included, and refuses to cut a text."""
+    """Remembers every row's number of tokens, image tokens included."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.num_tokens: dict[int, int] = {}
 
     def encode_inputs(self, inputs: Sequence[RawInput], *args: Any, **kwargs: Any) -> EncoderInputs:
-        """Tokenise as ``Collator`` does; raise ``ValueError`` for a text that OpenCLIP would cut."""
+        """Tokenise as ``Collator`` does."""
         encoded = super().encode_inputs(inputs, *args, **kwargs)
-        if "truncated" in encoded.tokens and encoded.tokens["truncated"].any():
-            length = encoded.tokens["input_ids"].shape[1]
-            raise ValueError(f"a text has more than the {length} tokens that this model takes; shorten it")
         for row, count in zip(inputs, encoded.tokens["attention_mask"].sum(dim=1).tolist(), strict=True):
             self.num_tokens[id(row)] = int(count)
         return encoded
@@ -215,6 +212,9 @@ class Server:
             raise RequestError(message, 413 if body.input else 400)
         items = enumerate(body.input)
         rows = to_raw_inputs(_checked(item, f"input[{number}]", limits) for number, item in items)
+        processor = self.embedder.encoder.processor
+        if hasattr(processor, "cuts") and processor.cuts([row.text for row in rows]):  # OpenCLIP's
+            raise RequestError(f"a text has more than the {processor.context_length} tokens of this model")
         if body.dimensions is None:
             return Task(rows, output, None)
         path_dim = self.embedder.embed_dim

@@ -131,8 +131,9 @@ def test_unusable_tables(rows: list[dict[str, Any]], message: str, tmp_path: Pat
         (
             "rows.jsonl",
             '{"text": "x"}\n{"text": 3}\n',
-            "cannot read .*rows.jsonl: .*number.* one JSON object",
+            "cannot read .*rows.jsonl: .* one JSON object",
         ),
+        ("rows.jsonl", '["text"]\n', "a line is not a JSON object"),
         ("rows.jsonl", '[{"text": "x"},\n{"text": "y"}]\n', "cannot read .*rows.jsonl: .* one JSON object"),
     ],
 )

@@ -130,7 +130,7 @@ def test_jsonl_and_csv_read_like_parquet(tmp_path: Path) -> None:
 def test_jsonl_texts_that_look_like_dates_stay_as_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("parallel_decoupling.data.tables.JSON_BLOCK_BYTES", 256)
+    monkeypatch.setattr("parallel_decoupling.data.tables.ROWS_PER_BATCH", 5)
     columns = {
         "day": ("1969-07-20", "1969-07-20 20:17"),
         "days": (["2020-01-01", "2020-01-02T10:00:00Z"], []),

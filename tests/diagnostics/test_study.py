@@ -10,7 +10,7 @@ from rich.console import Console
 
 from parallel_decoupling.batch import RawInput
 from parallel_decoupling.cli import main
-from parallel_decoupling.commands.paths import analyse_checkpoint
+from parallel_decoupling.commands import analyse_checkpoint
 from parallel_decoupling.data.tasks import Task
 from parallel_decoupling.diagnostics.contributions import agreement
 from parallel_decoupling.diagnostics.figures import angles_figure, figures, maps_figure, probes_figure
@@ -26,7 +26,7 @@ from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.evaluation.report import ScoreReport, TaskResult
 from parallel_decoupling.model.backbone import load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
-from parallel_decoupling.training.loading import run_of
+from parallel_decoupling.model.pretrained import run_of
 from tests.support.fit import make_trainer, small_data, small_embedder
 
 FACTORS = ["shape", "color", "size", "position", "background", "text", "count"]

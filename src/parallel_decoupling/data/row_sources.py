@@ -25,11 +25,7 @@ PATH_NAME = re.compile(r"path_\d+")
 class RowSource:
     """Rows with a text, an image file or both.
 
-    Attributes:
-        path: what the user named.
-        image_dir: what relative image names are relative to.
-        ids: one text per row, no two the same.
-        fields: the source's columns without ``id``.
+    ``ids`` are different texts, ``fields`` are the other columns, and images are relative to ``image_dir``.
     """
 
     path: Path

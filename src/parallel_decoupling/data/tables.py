@@ -12,18 +12,17 @@ import os
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
-import pyarrow.json
 import pyarrow.parquet as pq
 
 SUFFIXES = (".parquet", ".jsonl", ".csv")
 ROWS_PER_BATCH = 8192
-JSON_BLOCK_BYTES = 1 << 26
 FORMAT = "3"
 """Version of the copies in the cache."""
 
@@ -37,7 +36,7 @@ def default_cache_dir() -> Path:
 
 
 class Table:
-    """The files of one subset, task or source as one table, pickled by the names of the files.
+    """The files of one subset, task or source as one mapped table, pickled by the names of the files.
 
     Args:
         owner: what the rows are, for error messages.
@@ -48,12 +47,8 @@ class Table:
             column lists; any other column holds lists only if all of its cells do.
         keep_others: keep all other columns with their types, under the names of the files.
 
-    Attributes:
-        rows: all rows, mapped into memory.
-
     Raises:
-        ValueError: a file cannot be read, a column does not hold texts, or a CSV column mixes lists with
-            other texts.
+        ValueError: a file cannot be read, or a column does not hold texts alone or lists of them alone.
     """
 
     def __init__(
@@ -122,11 +117,7 @@ def arrow_copy(
     """Return the memory-mappable copy of a file, after writing it if the cache lacks it.
 
     The copy appears by one rename, so processes that write it at the same time do not disturb each other.
-    Copies of earlier contents of the same file are removed. The arguments are those of ``Table``, with the
-    names of the file.
-
-    Raises:
-        ValueError: the file is missing or broken, or a column does not hold what it should.
+    Copies of earlier contents of the same file are removed. Arguments and errors are those of ``Table``.
     """
     try:
         status = file.stat()
@@ -146,7 +137,7 @@ def arrow_copy(
             if old != copy:  # another process may have finished this one and be about to map it
                 old.unlink(missing_ok=True)
         Path(unfinished).replace(copy)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, json.JSONDecodeError, UnicodeDecodeError) as error:
         lines = ", with one JSON object per line and values of one type" if file.suffix == ".jsonl" else ""
         raise ValueError(f"{owner}: cannot read {file}: {error} Is it complete{lines}?") from error
     finally:
@@ -178,7 +169,6 @@ def _write(file: Path, texts: Sequence[str], lists: Collection[str], keep_others
 def _read(
     file: Path, texts: Sequence[str], lists: Collection[str], keep_others: bool
 ) -> tuple[list[str], Iterator[pa.RecordBatch]]:
-    """Return the names of all columns and batches of rows."""
     if file.suffix == ".parquet":
         source = pq.ParquetFile(file)
         found = source.schema_arrow.names
@@ -186,25 +176,21 @@ def _read(
         return found, source.iter_batches(ROWS_PER_BATCH, columns=columns)
     if file.suffix not in SUFFIXES:
         raise ValueError(f"{file}: the file must end with one of {', '.join(SUFFIXES)}.")
-    table = _read_jsonl(file, texts) if file.suffix == ".jsonl" else _read_csv(file, texts, lists)
+    table = _read_jsonl(file) if file.suffix == ".jsonl" else _read_csv(file, texts, lists)
     return table.column_names, iter(table.to_batches(ROWS_PER_BATCH))
 
 
-def _read_jsonl(file: Path, texts: Sequence[str]) -> pa.Table:
-    """Read all columns; ``texts`` that look like dates, which pyarrow makes times of, stay as written."""
-    read = pa.json.ReadOptions(block_size=JSON_BLOCK_BYTES)
-    table = pa.json.read_json(str(file), read_options=read)
-    times = [
-        (field.name, _text_type(field.type))
-        for field in table.schema
-        if field.name in texts and pa.types.is_temporal(_entry_type(field.type))
-    ]
-    if times:
-        parse = pa.json.ParseOptions(explicit_schema=pa.schema(times), unexpected_field_behavior="ignore")
-        written = pa.json.read_json(str(file), read_options=read, parse_options=parse)
-        for name, _ in times:
-            table = table.set_column(table.column_names.index(name), name, written[name])
-    return table
+def _read_jsonl(file: Path) -> pa.Table:
+    """Read all columns with the types that JSON has, so that texts which look like dates stay texts."""
+    parts = []
+    with file.open(encoding="utf-8") as stream:
+        lines = (line for line in stream if line.strip())
+        while rows := [json.loads(line) for line in islice(lines, ROWS_PER_BATCH)]:
+            if not all(isinstance(row, dict) for row in rows):
+                raise pa.ArrowInvalid("a line is not a JSON object")
+            names = dict.fromkeys(name for row in rows for name in row)
+            parts.append(pa.table({name: [row.get(name) for row in rows] for name in names}))
+    return pa.concat_tables(parts or [pa.table({})], promote_options="permissive")
 
 
 def _read_csv(file: Path, texts: Sequence[str], lists: Collection[str]) -> pa.Table:
@@ -251,8 +237,7 @@ def _json_list(cell: str) -> list[str | None] | None:
         entries = json.loads(cell) if cell.lstrip().startswith("[") else None
     except json.JSONDecodeError:
         return None
-    is_list = entries is not None and all(entry is None or isinstance(entry, str) for entry in entries)
-    return entries if is_list else None
+    return entries if all(entry is None or isinstance(entry, str) for entry in entries or ()) else None
 
 
 def _to_copy(file: Path, name: str, cells: pa.Array, is_text: bool) -> pa.Array:

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 from tqdm import tqdm
 
 from parallel_decoupling.data import readers, tasks
@@ -31,8 +30,8 @@ class Check:
         part: ``train``, ``eval`` or ``folder``.
         name: the subset, task or folder.
         split: file name prefix of the rows.
-        counts: rows; image files that they name, and those missing, opened and broken; repeated training
-            rows or evaluation rows that list a candidate twice; fewest and most candidates of a row.
+        counts: rows; repeated training rows, or evaluation rows that list a candidate twice; candidates of
+            an evaluation row; image files that the rows name, and those missing, opened and broken.
         problems: what is wrong and what to do.
         notes: what is worth knowing.
     """
@@ -96,13 +95,11 @@ def _check_folder(root: Path, checks: Sequence[Check]) -> Check:
 def _check_train(root: Path, check: Check, sample: int) -> None:
     subset = readers.TrainSubset(root, check.name, check.split, hard_negatives=100)
     sides = (readers.TRAIN_QUERY, readers.TRAIN_CANDIDATE)
-    columns = {
-        name: column for side in sides for name in side if (column := subset.table.column(name)) is not None
-    }
-    distinct = pa.table(columns).group_by(list(columns)).aggregate([])
-    check.counts |= {"rows": len(subset.table), "repeated": len(subset.table) - len(distinct)}
-    fix = f"Unpack images_zip/{check.name}.zip into MMEB-train/images again"
-    _check_images(check, subset.reader, (*sides, readers.NEGATIVES), sample, fix)
+    rows = subset.table.rows
+    names = [name for side in sides for name in side if name in rows.column_names]
+    distinct = rows.select(names).group_by(names).aggregate([])
+    check.counts |= {"rows": len(rows), "repeated": len(rows) - len(distinct)}
+    _check_images(check, subset.reader, (*sides, readers.NEGATIVES), sample)
     if subset.blank_rows:
         check.notes.append(f"{subset.blank_rows} rows with neither text nor image on a side are left out.")
     for index in _spread(len(subset), sample):
@@ -120,10 +117,9 @@ def _check_eval(root: Path, check: Check, sample: int) -> None:
     reader = readers.open_eval(root, read.task)
     lists = read.candidates_of_row
     check.counts |= {"rows": len(lists), "repeated": sum(len(set(row)) < len(row) for row in lists)}
-    check.counts |= {"fewest": min(map(len, lists)), "most": max(map(len, lists))}
-    fix = "Unpack images.zip into MMEB-eval/images again"
-    sides = (readers.EVAL_QUERY, readers.EVAL_CANDIDATE)
-    missing = _check_images(check, reader, sides, sample, fix)
+    lengths = [len(row) for row in lists]
+    check.counts |= {"candidates at least": min(lengths), "candidates at most": max(lengths)}
+    missing = _check_images(check, reader, (readers.EVAL_QUERY, readers.EVAL_CANDIDATE), sample)
     rows = zip(read.query_of_row, lists, strict=True)
     needed = [(*read.queries[query].images, *read.candidates[row[0]].images) for query, row in rows]
     lost = sum(not missing.isdisjoint(images) for images in needed)
@@ -135,7 +131,7 @@ def _check_eval(root: Path, check: Check, sample: int) -> None:
 
 
 def _check_images(
-    check: Check, reader: readers.RowReader, sides: Sequence[readers.Columns], sample: int, fix: str
+    check: Check, reader: readers.RowReader, sides: Sequence[readers.Columns], sample: int
 ) -> set[str]:
     """Look for every image, decode a few, and return the names of those that are missing."""
     places: dict[str, tuple[int, str]] = {}
@@ -151,10 +147,9 @@ def _check_images(
     check.counts |= {"images": len(files), "missing": len(missing)}
     if missing:
         where = reader.table.where(*places[missing[0]])
-        fix = fix if reader.source is None else "Put them there or correct image_dir"
         check.problems.append(
-            f"{len(missing)} of {len(files)} images are missing, first {missing[0]!r} in {where}. {fix}, "
-            "or train and score without them with `missing_images: skip`."
+            f"{len(missing)} of {len(files)} images are missing, first {missing[0]!r} in {where}. Unpack the "
+            "archive or correct image_dir, or train and score without them with `missing_images: skip`."
         )
     opened = [list(there)[index] for index in _spread(len(there), sample)]
     errors = []
@@ -183,24 +178,17 @@ def print_verification(data_dir: str, sample: int = 20, output_file: str | None 
         output_file: Gets everything as JSON.
     """
     from rich.console import Console
-    from rich.table import Table
 
     checks = verify(data_dir, sample)
     if output_file is not None:
         content = json.dumps([asdict(check) for check in checks], indent=1)
         Path(output_file).write_text(content + "\n", encoding="utf-8")
-    table = Table("", title=f"data folder {data_dir}")
-    heads = ("rows", "images", "missing", "opened", "broken", "repeated", "fewest", "most")
-    for head in heads:
-        table.add_column(head, justify="right")
-    for check in checks[1:]:
-        counts = [str(check.counts.get(head, "")) for head in heads]
-        table.add_row(f"{check}{' !' * bool(check.problems)}", *counts)
     console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table)
     for check in checks:
-        lines = [f"note: {check}: {note}" for note in check.notes]
-        for line in lines + [f"problem: {check}: {problem}" for problem in check.problems]:
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        lines = [", ".join(f"{count} {what}" for what, count in check.counts.items())]
+        lines += [f"note: {note}" for note in check.notes]
+        lines += [f"problem: {problem}" for problem in check.problems]
+        for line in filter(None, lines):
+            console.print(f"{check}: {line}", markup=False, highlight=False, soft_wrap=True)
     if any(check.problems for check in checks):
         raise SystemExit(1)
