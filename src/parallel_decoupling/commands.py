@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from parallel_decoupling.diagnostics.study import PathAnalysis
     from parallel_decoupling.evaluation.embedder import Embedder
     from parallel_decoupling.search import Hit, Searcher
 
@@ -181,29 +180,17 @@ def export(
     _say(f"{folder}: {len(files)} files, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB")
 
 
-def paths(run_or_checkpoint: str, output_dir: str | None = None, data_dir: str | None = None) -> None:
-    """Show how the paths of a model differ.
+def paths(run: str, output_dir: str | None = None, data_dir: str | None = None) -> None:
+    """Show how the paths of a trained model differ.
 
     Args:
-        run_or_checkpoint: a run folder, or a checkpoint file.
+        run: a run folder, or a checkpoint file.
         output_dir: gets paths.json and pictures; by default the folder paths of the run.
         data_dir: pictures to look at; by default the data that the model was trained on.
     """
-    from parallel_decoupling.diagnostics.figures import DPI, figures
-    from parallel_decoupling.diagnostics.tables import sections, write_json
+    from parallel_decoupling.diagnostics.path_analysis import analyse_paths
 
-    run_dir, checkpoint = locate(run_or_checkpoint)
-    analysis = analyse_checkpoint(checkpoint, run_dir, data_dir)
-    folder = Path(output_dir or run_dir / "paths")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(analysis, folder / "paths.json")
-    for name, figure in figures(analysis).items():
-        figure.savefig(folder / f"{name}.png", dpi=DPI)
-    for section in sections(analysis):
-        _console().print(section.terminal())
-    for note in analysis.notes:
-        _say(f"left out: {note}")
-    _say(f"written to {folder}")
+    analyse_paths(run, output_dir, data_dir)
 
 
 def verify(data_dir: str, sample: int = 20, output_file: str | None = None) -> None:
@@ -261,47 +248,6 @@ def hits_table(hits: Sequence[Hit]) -> Table:
         fields = [escape(_short(value)) for value in hit.fields.values()]
         table.add_row(str(rank), f"{hit.score:.3f}", escape(hit.id), *cosines, *fields)
     return table
-
-
-def locate(run_or_checkpoint: str | Path) -> tuple[Path, Path]:
-    """Return the run folder and the checkpoint that a user means."""
-    from parallel_decoupling.model.pretrained import checkpoint_file
-
-    file = checkpoint_file(run_or_checkpoint)
-    return (file.parent.parent if file.parent.name == "checkpoints" else file.parent), file
-
-
-def analyse_checkpoint(checkpoint_file: Path, run_dir: Path, data_dir: str | None = None) -> PathAnalysis:
-    """Load a checkpoint and analyse it on the data it was trained on, or on another folder.
-
-    Args:
-        checkpoint_file: of ``PDFEmbedder``.
-        run_dir: may hold the ``scores.json`` of that checkpoint; one of another step is not used.
-        data_dir: as ``--data.data_dir``.
-
-    Returns:
-        With the checkpoint's step and name in ``run``.
-
-    Raises:
-        ValueError: the checkpoint does not say on what data it was trained.
-    """
-    from parallel_decoupling.data.datamodule import EMBEDDED
-    from parallel_decoupling.diagnostics.study import analyse_inputs, analyse_world, benchmark_inputs
-    from parallel_decoupling.evaluation.report import SCORES_FILE, ScoreReport, progress
-
-    embedder = load_model(checkpoint_file)
-    embedder.run = {**embedder.run, "checkpoint": checkpoint_file.name}
-    if data_dir is None:
-        data_dir = embedder.run["data"].get("data_dir")
-    if data_dir is None:
-        raise ValueError(f"{checkpoint_file} does not name its data; pass --data_dir")
-    scores_file = run_dir / SCORES_FILE
-    report = ScoreReport.from_json_file(scores_file) if scores_file.is_file() else None
-    if report is not None and progress(report.run) != progress(embedder.run):
-        report = None
-    if data_dir == EMBEDDED or Path(data_dir).name.startswith(f"{EMBEDDED}-"):
-        return analyse_world(embedder, report)
-    return analyse_inputs(embedder, benchmark_inputs(data_dir), report)
 
 
 def _short(value: Any) -> str:

@@ -69,7 +69,7 @@ class StoreWriter:
     @property
     def num_shards(self) -> int:
         """Number of shards of a complete folder."""
-        return -(-self.about["num_rows"] // self.about["rows_per_shard"])
+        return int(-(-self.about["num_rows"] // self.about["rows_per_shard"]))
 
     def rows_of(self, shard: int) -> range:
         """Return the row numbers of a shard."""
@@ -269,7 +269,7 @@ class Store:
         self.columns: tuple[str, ...] = tuple(self.metadata["columns"])
         files_metadata = [pq.read_metadata(file) for file in self.files]
         self._sizes = [each.num_rows for each in files_metadata]
-        self._ends = list(accumulate(self._sizes))
+        self._ends: list[int] = list(accumulate(self._sizes))
         groups = [
             (file, group, each.row_group(group).num_rows)
             for file, each in zip(self.files, files_metadata, strict=True)
