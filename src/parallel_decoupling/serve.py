@@ -29,6 +29,7 @@ from parallel_decoupling.data.images import load_image
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.evaluation.encode import encode
 from parallel_decoupling.evaluation.user_inputs import to_raw_inputs
+from parallel_decoupling.model.open_clip import OpenCLIPProcessor
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -104,8 +105,8 @@ class Task(NamedTuple):
     truncate_dim: int | None
 
 
-Embedded = tuple[Tensor, int]
-"""Embeddings ``[B, D]`` of a request, and the number of its tokens."""
+Result = tuple[Tensor, int] | ValueError
+"""Embeddings ``[B, D]`` of a request and the number of its tokens, or the error that it causes."""
 
 
 class CountingCollator(Collator):
@@ -128,11 +129,8 @@ class Server:
 
     Args:
         embedder: the model.
-        path: what the model name ``default`` stands for.
+        path: what the model name ``default`` stands for; a ``ValueError`` if the model does not have it.
         limits: of requests and batches.
-
-    Raises:
-        ValueError: there is no such path.
     """
 
     def __init__(self, embedder: Embedder, path: Output = 0, limits: Limits | None = None) -> None:
@@ -141,47 +139,40 @@ class Server:
         self.models: dict[str, Output] = {"default": path, "aggregate": "aggregate", **paths}
         if path not in [*paths.values(), "aggregate"]:
             raise ValueError(f"there is no path {path}; the model has paths 0 to {embedder.num_paths - 1}")
-        self._waiting: dict[asyncio.Future[Embedded | ValueError], Task] = {}
+        self._waiting: dict[asyncio.Future[Result], Task] = {}
         self._model_is_free = asyncio.Lock()
         self._model_thread = ThreadPoolExecutor(1)
 
     async def answer(self, body: Body) -> dict[str, Any]:
         """Embed the inputs of a request; returns OpenAI's ``CreateEmbeddingResponse``."""
         task = await asyncio.to_thread(self.check, body)
-        future: asyncio.Future[Embedded | ValueError] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._waiting[future] = task
         try:
             async with self._model_is_free:  # first come, first served, so this may have been embedded by now
                 if not future.done():
-                    await self._embed_waiting()
+                    await self._embed_oldest()
             result = await future
         finally:
             del self._waiting[future]
         if isinstance(result, ValueError):
             raise result
-        embeddings_BD, num_tokens = result
         data = [
             {"object": "embedding", "index": index, "embedding": _numbers(embedding_D, body.encoding_format)}
-            for index, embedding_D in enumerate(embeddings_BD)
+            for index, embedding_D in enumerate(result[0])
         ]
-        usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
+        usage = {"prompt_tokens": result[1], "total_tokens": result[1]}
         return {"object": "list", "data": data, "model": body.model, "usage": usage}
 
-    async def _embed_waiting(self) -> None:
-        waiting = [future for future in self._waiting if not future.done()][: self.limits.batch_size]
-        tasks = [self._waiting[future] for future in waiting]
+    async def _embed_oldest(self) -> None:
+        oldest = [future for future in self._waiting if not future.done()][: self.limits.batch_size]
+        tasks = [self._waiting[future] for future in oldest]
         results = await asyncio.get_running_loop().run_in_executor(self._model_thread, self.embed, tasks)
-        for future, result in zip(waiting, results, strict=True):
+        for future, result in zip(oldest, results, strict=True):
             future.set_result(result)
 
-    def embed(self, tasks: Sequence[Task]) -> list[Embedded | ValueError]:
+    def embed(self, tasks: Sequence[Task]) -> Sequence[Result]:
         """Embed the inputs of several requests together, or one by one if that fails, as ``encode`` does."""
-        try:
-            return list(self._embed_together(tasks))
-        except ValueError as error:
-            return [error] if len(tasks) == 1 else [self.embed([task])[0] for task in tasks]
-
-    def _embed_together(self, tasks: Sequence[Task]) -> list[Embedded]:
         encoder, images = self.embedder.encoder, self.embedder.images
         collator = CountingCollator(encoder.processor, image_token=encoder.image_token, images=images)
         groups: dict[tuple[Output, int | None], list[Task]] = defaultdict(list)
@@ -189,20 +180,19 @@ class Server:
             groups[task.output, task.truncate_dim].append(task)
         embeddings: dict[int, Tensor] = {}
         options: dict[str, Any] = {"batch_size": self.limits.batch_size, "show_progress": False}
-        for (output, dim), group in groups.items():
-            rows = [row for task in group for row in task.rows]
-            joined = encode(encoder, collator, rows, paths=output, truncate_dim=dim, **options)
-            parts = torch.split(joined, [len(task.rows) for task in group])
-            embeddings.update(zip(map(id, group), parts, strict=True))
+        try:
+            for (output, dim), group in groups.items():
+                rows = [row for task in group for row in task.rows]
+                joined = encode(encoder, collator, rows, paths=output, truncate_dim=dim, **options)
+                parts = torch.split(joined, [len(task.rows) for task in group])
+                embeddings.update(zip(map(id, group), parts, strict=True))
+        except ValueError as error:
+            return [error] if len(tasks) == 1 else [self.embed([task])[0] for task in tasks]
         counts = [sum(collator.num_tokens[id(row)] for row in task.rows) for task in tasks]
         return [(embeddings[id(task)], count) for task, count in zip(tasks, counts, strict=True)]
 
     def check(self, body: Body) -> Task:
-        """Check a request against the model and the limits, and decode its images.
-
-        Raises:
-            ValueError: names the key, or the input by its number.
-        """
+        """Check a request, and decode its images; a ``ValueError`` names the key, or the input's number."""
         if body.model not in self.models:
             known = ", ".join(self.models)
             raise RequestError(f"there is no model {body.model!r}; use {known}", 404, "model")
@@ -210,10 +200,10 @@ class Server:
         if not 0 < len(body.input) <= limits.inputs:
             message = f"input has {len(body.input)} items; 1 to {limits.inputs} are allowed"
             raise RequestError(message, 413 if body.input else 400)
-        items = enumerate(body.input)
-        rows = to_raw_inputs(_checked(item, f"input[{number}]", limits) for number, item in items)
+        rows = to_raw_inputs(_checked(*each, limits) for each in enumerate(body.input))
         processor = self.embedder.encoder.processor
-        if hasattr(processor, "cuts") and processor.cuts([row.text for row in rows]):  # OpenCLIP's
+        texts = [f"{item.instruction or ''} {item.text}" for item in body.input]
+        if isinstance(processor, OpenCLIPProcessor) and processor.cuts(texts):
             raise RequestError(f"a text has more than the {processor.context_length} tokens of this model")
         if body.dimensions is None:
             return Task(rows, output, None)
@@ -235,17 +225,16 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Watch the application reading the body."""
-        declared = int(dict(scope.get("headers", ())).get(b"content-length", b"0"))
-        is_full, most, num_bytes = self.waiting >= self.limits.waiting, self.limits.body_bytes, 0
+        is_full, num_bytes = self.waiting >= self.limits.waiting, 0
 
         async def watched() -> Message:
             nonlocal num_bytes
             if is_full:
                 raise RequestError(f"{self.waiting} requests are waiting; try again later", 429, None)
-            message = await receive() if declared <= most else {}
+            message = await receive()
             num_bytes += len(message.get("body", b""))
-            if max(declared, num_bytes) > most:
-                raise RequestError(f"the body has more than {most} bytes", 413, None)
+            if num_bytes > self.limits.body_bytes:
+                raise RequestError(f"the body has more than {self.limits.body_bytes} bytes", 413, None)
             return message
 
         self.waiting += not is_full
@@ -277,13 +266,13 @@ def build_app(server: Server) -> FastAPI:
     @app.exception_handler(ValueError)
     @app.exception_handler(RequestValidationError)
     async def refused(_: Request, error: Exception) -> JSONResponse:
-        message, status = getattr(error, "detail", str(error)), getattr(error, "status_code", 400)
-        param = getattr(error, "param", None)
+        message, param = getattr(error, "detail", str(error)), getattr(error, "param", None)
         if isinstance(error, RequestValidationError):
             first = error.errors()[0]
             place = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"][1:]]
             message = f"{''.join(place).lstrip('.') or 'body'}: {first['msg']}"
             param = place[0][1:] if place else None
+        status = getattr(error, "status_code", 400)
         kind = "rate_limit_error" if status == 429 else "invalid_request_error"
         content = {"message": message, "type": kind, "param": param, "code": None}
         return JSONResponse({"error": content}, status, getattr(error, "headers", None))
@@ -301,9 +290,9 @@ def run_server(load: Callable[[], Embedder], path: Output, limits: Limits, host:
     server.run()
 
 
-def _checked(item: Input, where: str, limits: Limits) -> dict[str, Any]:
+def _checked(number: int, item: Input, limits: Limits) -> dict[str, Any]:
     """Return an input as ``Embedder.encode`` takes it, its image decoded."""
-    characters = len(item.text) + len(item.instruction or "")
+    where, characters = f"input[{number}]", len(item.text) + len(item.instruction or "")
     if characters > limits.characters:
         message = f"{where} has {characters} characters; at most {limits.characters} are allowed"
         raise RequestError(message, 413)
@@ -320,12 +309,12 @@ def _image(uri: str, where: str, limits: Limits) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
         pixels = math.prod(image.size)
-        if pixels <= limits.pixels:
-            load_image(image)  # a check; encode does it again, with the model's settings
+        if pixels > limits.pixels:
+            message = f"{where}: image has {pixels} pixels; at most {limits.pixels} are allowed"
+            raise RequestError(message, 413)
+        load_image(image)  # a check; encode does it again, with the model's settings
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise RequestError(f"{where}: image cannot be decoded: {error.__cause__ or error}") from error
-    if pixels > limits.pixels:
-        raise RequestError(f"{where}: image has {pixels} pixels; at most {limits.pixels} are allowed", 413)
     return image
 
 
