@@ -106,8 +106,8 @@ def measure(contenders: Sequence[Callable[[], object]], repeats: int = 1) -> lis
 def floor(backbone: Backbone, inputs: EncoderInputs, first_layer: int) -> float:
     """Multiply-adds of N paths over those of one path, from tokens x weights of every layer."""
     patches = sum(row["pixel_values"].shape[0] for row in inputs.vision)
-    vision = patches * num_matrix_weights(backbone.base.get_submodule(backbone.family.vision_module))
-    layers = backbone.base.get_submodule(backbone.family.layers)
+    vision = patches * num_matrix_weights(backbone.vision_tower)
+    layers = backbone.layers
     language = BACKWARD * inputs.tokens["input_ids"].numel() * num_matrix_weights(layers)
     shared = first_layer / backbone.num_layers
     return (vision + language * (shared + NUM_PATHS * (1 - shared))) / (vision + language)

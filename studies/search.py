@@ -32,13 +32,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from parallel_decoupling.diagnostics.scenes import CAPTION_INSTRUCTION
+from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.index.lance_index import TABLE, LanceIndex
 from parallel_decoupling.index.protocol import Index
 from parallel_decoupling.index.quantization import QUANTIZERS
 from parallel_decoupling.index.scoring import aggregate, unit
 from parallel_decoupling.index.settings import AGGREGATE, MAXSIM, SUM, Precision
 from parallel_decoupling.index.torch_index import TorchIndex
-from parallel_decoupling.training.loading import load_embedder
 from parallel_decoupling.world.scenes import render, sample_scene
 from studies.plots import DPI
 
@@ -125,7 +125,7 @@ def run(output_dir: Path, checkpoint: str = "runs/demo/checkpoints/last.ckpt") -
 
 def make_world(checkpoint: str) -> World:
     """Embed the scenes and captions, and add distractors."""
-    embedder = load_embedder(checkpoint)
+    embedder = Embedder.from_pretrained(checkpoint)
     rng = np.random.default_rng(11)
     scenes = [sample_scene(rng) for _ in range(NUM_SCENES)]
     pictures = [render(scene) for scene in scenes]

@@ -119,7 +119,7 @@ def test_activations_are_within_a_third_of_what_autograd_keeps(tmp_path: Path, k
             encoder(inputs)
         found.append(sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in known))
     tokens = 2 * inputs.tokens["input_ids"].numel()
-    layer = saved_bytes(backbone.base.get_submodule(backbone.family.layers), 2) / 2
+    layer = saved_bytes(backbone.layers, 2) / 2
     assert layer * tokens == pytest.approx(found[1] - found[0], rel=1 / 3)
 
 

@@ -17,10 +17,7 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 from parallel_decoupling.data.images import ImagePolicy
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.sentence_transformers import PathEmbedding, as_sentence_transformer
-from parallel_decoupling.training.loading import load_embedder
 from tests.support.embedders import mixed_inputs, tiny_embedder
-from tests.support.fit import make_trainer, small_data, small_embedder
-from tests.support.mmeb import save_tiny_mmeb
 from tests.support.tiny import noise_image
 
 ROW_BY_ROW: dict[str, Any] = {"batch_size": 1}
@@ -152,18 +149,6 @@ def test_saving_keeps_the_chosen_path(paths: Any, load: str, embedder: Embedder,
     else:
         again = SentenceTransformer(str(tmp_path / "again"), trust_remote_code=True, device="cpu")
         assert torch.equal(encode(again, mixed_inputs(), **ROW_BY_ROW), expected)
-
-
-def test_a_checkpoint_is_loaded_before(tiny_backbone_dir: str, tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, max_steps=1)
-    trainer.fit(small_embedder(tiny_backbone_dir), small_data(save_tiny_mmeb(tmp_path / "data")))
-    file = tmp_path / "last.ckpt"
-    trainer.save_checkpoint(file)
-    with pytest.raises(ValueError, match=r"last\.ckpt is a file; .*load_embedder\(.*lightning export"):
-        as_sentence_transformer(file)
-    loaded = load_embedder(file)
-    expected = loaded.encode(mixed_inputs(), paths="aggregate", **ROW_BY_ROW)
-    assert torch.equal(encode(as_sentence_transformer(loaded), mixed_inputs(), **ROW_BY_ROW), expected)
 
 
 def test_bad_input(model: SentenceTransformer, embedder: Embedder) -> None:

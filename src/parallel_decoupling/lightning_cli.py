@@ -29,7 +29,7 @@ from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.evaluation.embedding_writer import EmbeddingWriter
 from parallel_decoupling.evaluation.run import PathPictures, Scoring
 from parallel_decoupling.evaluation.store import Keeper, VectorType
-from parallel_decoupling.model.open_clip import absolute_name
+from parallel_decoupling.model.encoder import absolute_name
 from parallel_decoupling.model.pretrained import read_checkpoint
 from parallel_decoupling.plan import plan_tables
 from parallel_decoupling.training.callbacks import LAST_FILE, console

@@ -20,8 +20,8 @@ from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.images import ImagePolicy
 from parallel_decoupling.model.backbone import Backbone, meta_backbone
-from parallel_decoupling.model.dual_backbone import is_dual_encoder
 from parallel_decoupling.model.encoder import ParallelEncoder
+from parallel_decoupling.model.open_clip import is_open_clip
 from parallel_decoupling.objective.mutual_information import MutualInformation
 from parallel_decoupling.training import compute
 from parallel_decoupling.training.settings import check_trained_dtype, read_settings
@@ -137,7 +137,7 @@ class Plan:
     """What one run needs; for arguments and errors see ``plan_tables``."""
 
     def __init__(self, model: Mapping[str, Any], data: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
-        if is_dual_encoder(model["backbone"]):
+        if is_open_clip(model["backbone"]):
             raise ValueError(f"backbone {model['backbone']!r} is an OpenCLIP model, which has no plan.")
         self.model, plain = read_settings(model)
         check_trained_dtype(plain)
@@ -153,8 +153,8 @@ class Plan:
         self.encoder = ParallelEncoder(self.backbone, prefix_init="random", **options)
         self.full: bool = self.backbone.adapter.kind == "full"
         self.element = 2 if "mixed" in str(trainer["precision"]) else self.backbone.dtype.itemsize
-        self.layers = self.backbone.base.get_submodule(self.backbone.family.layers)
-        self.tower = self.backbone.base.get_submodule(self.backbone.family.vision_module)
+        self.layers = self.backbone.layers
+        self.tower = self.backbone.vision_tower
         self.tower_trains = any(parameter.requires_grad for parameter in self.tower.parameters())
         self.image = image_cost(self.backbone, ImagePolicy.from_settings(data))
         settings = self.model, self.backbone.num_layers

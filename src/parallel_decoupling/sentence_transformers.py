@@ -1,7 +1,7 @@
 """An ``Embedder`` as a ``SentenceTransformer``: its evaluators, prompts, quantization, and ``mteb``.
 
 Needs the extra ``sentence-transformers``. Here: the one module that such a model has, and building it from an
-embedder. Elsewhere: the files that an exported folder has for it (``evaluation.sharing``).
+embedder. Elsewhere: the files that an exported folder has for it (``model.pretrained``).
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ from torch import Tensor
 
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.evaluation.embedder import Embedder
-from parallel_decoupling.evaluation.encode import to_raw_inputs
-from parallel_decoupling.evaluation.sharing import input_settings
-from parallel_decoupling.model.pretrained import save_encoder, write_config
+from parallel_decoupling.evaluation.user_inputs import to_raw_inputs
 
 try:
     from sentence_transformers import SentenceTransformer
@@ -89,9 +87,7 @@ class PathEmbedding(InputModule):
     def save(self, output_path: str, *args: Any, **options: Any) -> None:
         """Write the embedder's own files, of a chosen path that path alone; the library writes the others."""
         paths = [self.paths] if isinstance(self.paths, int) else None
-        config = save_encoder(self.encoder, output_path, paths=paths)
-        config |= input_settings(self.embedder)
-        write_config(output_path, config | {"run": self.embedder.run})
+        self.embedder.save_pretrained(output_path, paths=paths)
 
     @classmethod
     def load(
@@ -134,27 +130,21 @@ def as_sentence_transformer(
     truncate_dim: int | None = None,
     device: str | torch.device = "cpu",
 ) -> SentenceTransformer:
-    """Make a ``SentenceTransformer`` of an embedder or of an exported folder.
+    """Make a ``SentenceTransformer`` of an embedder, an exported folder, a run or a checkpoint.
 
     The same as ``SentenceTransformer(folder, trust_remote_code=True)``, without that flag: version 6 asks for
     it before it imports any class that is not its own, even an installed one.
 
     Args:
-        model: shared with the result, not copied; a folder is loaded with ``Embedder.from_pretrained``, a
-            checkpoint with ``training.loading.load_embedder`` before.
+        model: shared with the result, not copied; a path is loaded with ``Embedder.from_pretrained``.
         paths: what ``encode`` gives: a path's number, or ``aggregate``.
         prompts: by name; None is ``query`` and ``document``, the embedder's own instructions.
         truncate_dim: numbers to keep of every embedding.
         device: where it runs.
 
     Raises:
-        ValueError: there is no such path; ``model`` is a file; what ``Embedder.from_pretrained`` refuses.
+        ValueError: there is no such path; what ``Embedder.from_pretrained`` refuses.
     """
-    if not isinstance(model, Embedder) and Path(model).is_file():
-        raise ValueError(
-            f"{model} is a file; a checkpoint is loaded first: pass load_embedder({str(model)!r}) of "
-            f"parallel_decoupling.training.loading, or write a folder with lightning export {model} FOLDER"
-        )
     embedder = model if isinstance(model, Embedder) else Embedder.from_pretrained(model)
     own = {"query": embedder.query_instruction, "document": embedder.candidate_instruction}
     return SentenceTransformer(

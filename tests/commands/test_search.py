@@ -16,7 +16,6 @@ from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.index.loading import load_index
 from parallel_decoupling.index.searcher import PATH_HASHES
 from parallel_decoupling.model.identity import path_hashes
-from parallel_decoupling.training import loading
 from parallel_decoupling.training.module import PDFEmbedder
 from tests.support.tiny import noise_image
 
@@ -61,7 +60,7 @@ def table_dir(embedder: Embedder, tmp_path_factory: pytest.TempPathFactory) -> P
 def loaded(embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The models that a command loads."""
     names: list[str] = []
-    monkeypatch.setattr(loading, "load_embedder", lambda name: names.append(name) or embedder)
+    monkeypatch.setattr(Embedder, "from_pretrained", lambda name: names.append(name) or embedder)
     return names
 
 
@@ -138,7 +137,7 @@ def test_another_model_than_that_of_the_items_is_one_line(
     """As after training on with the checkpoint that the index names."""
     cli.main(["index", str(table_dir), str(tmp_path / "index")])
     other = PDFEmbedder(backbone=tiny_backbone_dir, num_paths=2, prefix_length=2, seed=1).embedder
-    monkeypatch.setattr(loading, "load_embedder", lambda name: other)
+    monkeypatch.setattr(Embedder, "from_pretrained", lambda name: other)
     with pytest.raises(SystemExit) as stopped:
         cli.main(["search", str(tmp_path / "index"), "--text", "a red circle"])
     assert stopped.value.code == 2

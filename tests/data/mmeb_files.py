@@ -10,6 +10,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+OWN_ENTRY: dict[str, Any] = {
+    "meta_task": "vqa",
+    "in_distribution": False,
+    "train_file": "a.csv",
+    "eval_file": "a.csv",
+    "columns": {"query_text": "q", "candidate_text": "a"},
+}
+"""An entry of tasks.json for a file of one's own."""
+
 
 def write_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)

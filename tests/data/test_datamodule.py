@@ -274,7 +274,7 @@ def test_image_options_and_the_kind_of_limit_are_passed_on(data_dir: Path) -> No
     assert data.collator.images == ImagePolicy("mid")
     budget = {"min_pixels": 9, "max_pixels": 99}
     assert module(data_dir, None, **budget).collator.images == ImagePolicy(**budget)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="forces a square; set it or the pixel budget"):
+    with pytest.raises(ValueError, match="forces a square, so min_pixels and max_pixels have no meaning"):
         MMEBDataModule(image_size="low", max_pixels=9)
 
 

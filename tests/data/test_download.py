@@ -189,22 +189,22 @@ def test_an_archive_without_its_folder_gets_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["../evil.jpg", "X/../../evil.jpg", "/evil.jpg", "\\evil.jpg", "c:\\evil.jpg"]
 )
-def test_members_that_point_outside_are_refused(tmp_path: Path, name: str) -> None:
-    (tmp_path / "in").mkdir()
+@pytest.mark.parametrize("inside", ["X", None])
+def test_nothing_is_written_outside_of_the_folder(tmp_path: Path, name: str, inside: str | None) -> None:
     (tmp_path / "X.zip").write_bytes(archive(["X/0.jpg", name]))
-    with pytest.raises(ValueError, match="points outside of the folder"):
-        unpack(tmp_path / "X.zip", tmp_path / "in/images", ["X"])
-    assert files(tmp_path) == ["X.zip"]
+    unpack(tmp_path / "X.zip", tmp_path / "in/images", ["X"], inside=inside)
+    assert {str(Path(file).parent) for file in files(tmp_path)} == {".", "in/images/X"}
+    assert [file.name for file in tmp_path.iterdir() if file.is_file()] == ["X.zip"]
 
 
 def test_archives_that_are_broken_or_lack_a_folder_are_named(tmp_path: Path, hub: Hub) -> None:
     (tmp_path / "X.zip").write_bytes(archive(["X/0.jpg"])[:-30])
-    with pytest.raises(ValueError, match=r"X.zip: .*Delete the file to have it fetched again"):
+    with pytest.raises(ValueError, match=r"X.zip: .*Delete the file to fetch it again"):
         unpack(tmp_path / "X.zip", tmp_path / "images", ["X"])
     (tmp_path / "X.zip").write_bytes(archive(["X/0.jpg"]))
     with pytest.raises(ValueError, match=r"X.zip has no pictures of Y"):
         unpack(tmp_path / "X.zip", tmp_path / "images", ["X", "Y"])
-    with pytest.raises(ValueError, match="TIGER-Lab/MMEB-train has no NIGHTS.zip"):
+    with pytest.raises(ValueError, match="TIGER-Lab/MMEB-train has no NIGHTS/original"):
         download_train(tmp_path, ["NIGHTS"], "original")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,11 @@ from parallel_decoupling.data.prompts import (
 )
 from parallel_decoupling.data.readers import TrainSubset, read_eval_task
 from parallel_decoupling.data.tasks import MMEB_TASKS
-from tests.data.golden_prompts import GOLDEN
 from tests.data.mmeb_files import train_row, write_eval, write_image, write_train
+
+_LINES = Path(__file__).with_name("golden_prompts.jsonl").read_text(encoding="utf-8").splitlines()
+GOLDEN: dict[str, tuple[str, ...]] = {row.pop("task"): tuple(row.values()) for row in map(json.loads, _LINES)}
+"""First rows of MMEB's tasks as its users quote them, some shortened: their parts, and what they make."""
 
 
 def write_both(folder: Path, task: str) -> tuple[Path, Path]:
@@ -33,18 +37,9 @@ def write_both(folder: Path, task: str) -> tuple[Path, Path]:
         for number in range(2):
             write_image(folder / part / place / task / f"{number}.jpg")
     lone = "<|image_1|>\n" if task in ("WebQA", "EDIS") else ""
-    write_eval(
-        folder / "v1",
-        task,
-        [
-            {
-                "qry_text": lone + query,
-                "qry_img_path": f"{task}/0.jpg" if has_query_image else "",
-                "tgt_text": [candidate, candidate if has_image else "other"],
-                "tgt_img_path": images,
-            }
-        ],
-    )
+    row = {"qry_text": lone + query, "qry_img_path": f"{task}/0.jpg" if has_query_image else ""}
+    row |= {"tgt_text": [candidate, candidate if has_image else "other"], "tgt_img_path": images}
+    write_eval(folder / "v1", task, [row])
     rows: dict[str, Any] = {"qry_inst": f"<|image_1|>\n{query_inst}", "qry_text": query_text}
     if MMEB_TASKS[task].prompt.own_line:
         rows["qry_inst"] = f" {query_inst} "
@@ -116,19 +111,9 @@ def test_the_backbones_image_token_replaces_the_placeholder_and_nothing_else(
         ("<|image_1|>\nName it", "", False, "<|image_1|>\nName it\n"),  # a newline as it is written
         ("<|image_1|> Name it", "", False, "<|image_1|> Name it\n"),  # a space as it is written
         ("Name it", "", False, "<|image_1|> Name it\n"),  # nothing written: a space
-        (
-            "<|image_1|> Name it ",
-            "",
-            True,
-            "<|image_1|>\nName it\n",
-        ),  # a line of its own
+        ("<|image_1|> Name it ", "", True, "<|image_1|>\nName it\n"),  # a line of its own
         ("Name it: ", "cat", True, "<|image_1|>\nName it: cat\n"),  # one space before the text
-        (
-            "Name it:",
-            "a cat \nor \ndog",
-            True,
-            "<|image_1|>\nName it: a cat\nor\ndog\n",
-        ),
+        ("Name it:", "a cat \nor \ndog", True, "<|image_1|>\nName it: a cat\nor\ndog\n"),
         ("Name it:", "cat? ", True, "<|image_1|>\nName it: cat? \n"),  # the last newline comes after that
         ("", "cat", True, "<|image_1|>\ncat\n"),
         ("", "", True, "<|image_1|>\n"),

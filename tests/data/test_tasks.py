@@ -16,43 +16,20 @@ from parallel_decoupling.data.tasks import (
     read_tasks,
     task_of_subset,
 )
-from tests.data.mmeb_files import eval_row, write_eval
+from tests.data.mmeb_files import OWN_ENTRY, eval_row, write_eval
 
 
 def test_table_is_mmebs() -> None:
     counts = Counter((task.meta_task, task.in_distribution) for task in MMEB_TASKS.values())
-    assert counts == {
-        ("classification", True): 5,
-        ("classification", False): 5,
-        ("vqa", True): 6,
-        ("vqa", False): 4,
-        ("retrieval", True): 8,
-        ("retrieval", False): 4,
-        ("grounding", True): 1,
-        ("grounding", False): 3,
-    }
-    assert sorted(MMEB_TRAIN_SUBSETS) == [
-        "A-OKVQA",
-        "CIRR",
-        "ChartQA",
-        "DocVQA",
-        "HatefulMemes",
-        "ImageNet_1K",
-        "InfographicsVQA",
-        "MSCOCO",
-        "MSCOCO_i2t",
-        "MSCOCO_t2i",
-        "N24News",
-        "NIGHTS",
-        "OK-VQA",
-        "SUN397",
-        "VOC2007",
-        "VisDial",
-        "Visual7W",
-        "VisualNews_i2t",
-        "VisualNews_t2i",
-        "WebQA",
-    ]
+    trained = {"classification": 5, "vqa": 6, "retrieval": 8, "grounding": 1}
+    unseen = {"classification": 5, "vqa": 4, "retrieval": 4, "grounding": 3}
+    assert {name: counts[name, True] for name in trained} == trained
+    assert {name: counts[name, False] for name in unseen} == unseen
+    names = (
+        "A-OKVQA CIRR ChartQA DocVQA HatefulMemes ImageNet_1K InfographicsVQA MSCOCO MSCOCO_i2t MSCOCO_t2i"
+    )
+    names += " N24News NIGHTS OK-VQA SUN397 VOC2007 VisDial Visual7W VisualNews_i2t VisualNews_t2i WebQA"
+    assert sorted(MMEB_TRAIN_SUBSETS) == names.split()
     assert MMEB_TASKS["Visual7W-Pointing"].meta_task == "grounding"
 
 
@@ -61,20 +38,6 @@ def test_tasks_file_adds_tasks(tmp_path: Path) -> None:
     tasks = read_tasks(tmp_path)
     assert len(tasks) == 37
     assert (tasks["mine"].meta_task, tasks["mine"].in_distribution) == ("vqa", False)
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"meta_task": "vqa"},
-        {"meta_task": "video", "in_distribution": True},
-        {"meta_task": "vqa", "in_distribution": 1},
-    ],
-)
-def test_bad_tasks_file_is_named(tmp_path: Path, row: dict[str, Any]) -> None:
-    (tmp_path / "tasks.json").write_text(json.dumps({"mine": row}))
-    with pytest.raises(ValueError, match=r"tasks\.json, task 'mine'"):
-        read_tasks(tmp_path)
 
 
 def test_only_tasks_of_the_table_are_found(tmp_path: Path) -> None:
@@ -106,3 +69,27 @@ def test_an_mmeb_name_in_the_file_keeps_its_rules(tmp_path: Path) -> None:
     (tmp_path / "tasks.json").write_text(json.dumps(entry))
     task = read_tasks(tmp_path)["WebQA"]
     assert (task.meta_task, task.identity, task.prompt) == ("vqa", "image", MMEB_TASKS["WebQA"].prompt)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"colums": {}}, "Unknown key 'colums'. Did you mean 'columns'"),
+        ({"metatask": "vqa"}, "Unknown key 'metatask'. Did you mean 'meta_task'.* Found: .*in_distribution"),
+        ({"meta_task": "video"}, "meta_task must be one of"),
+        ({"in_distribution": 1}, "in_distribution must be true or false"),
+        ({"train_file": 3}, "train_file must be a text"),
+        ({"train_file": "a.xlsx"}, "train_file: a.xlsx must end with one of .parquet, .jsonl, .csv"),
+        ({"columns": None}, "columns must name a column per role"),
+        ({"columns": {"query": "q"}}, "Unknown column role 'query'. Did you mean 'query_text'"),
+        ({"columns": {"query_text": "q"}}, "columns: candidate_text or candidate_image is needed"),
+        ({"train_file": None, "eval_file": None}, "without a file. Add train_file, eval_file or both"),
+    ],
+)
+def test_entries_that_cannot_be_used_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    entry = {
+        key: value for key, value in {**OWN_ENTRY, **change}.items() if value is not None or key == "columns"
+    }
+    (tmp_path / "tasks.json").write_text(json.dumps({"Mine": entry}))
+    with pytest.raises(ValueError, match=rf"tasks\.json, task 'Mine'.*{message}"):
+        read_tasks(tmp_path)

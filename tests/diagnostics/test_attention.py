@@ -142,7 +142,7 @@ def test_the_encoder_is_left_as_it_was(tiny_backbone_dir: str, inputs: list[RawI
     former = copy.copy(model.backbone.language_model.config._attn_implementation)  # type: ignore[union-attr]
     attention_maps(model, inputs[:1])
     assert model.backbone.language_model.config._attn_implementation == former  # type: ignore[union-attr]
-    layers = model.backbone.base.get_submodule(model.backbone.family.layers)
+    layers = model.backbone.layers
     assert all(not layer.self_attn._forward_hooks for layer in layers)  # type: ignore[union-attr]
 
 

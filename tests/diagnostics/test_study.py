@@ -26,7 +26,7 @@ from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.evaluation.report import ScoreReport, TaskResult
 from parallel_decoupling.model.backbone import load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
-from parallel_decoupling.training.loading import run_of
+from parallel_decoupling.model.pretrained import run_of
 from tests.support.fit import make_trainer, small_data, small_embedder
 
 FACTORS = ["shape", "color", "size", "position", "background", "text", "count"]

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from parallel_decoupling.batch import RawInput
-from parallel_decoupling.data.sources import Source
-from parallel_decoupling.data.tasks import EvalTask, Task
+from parallel_decoupling.data.tasks import EvalTask, Source, Task
 from parallel_decoupling.evaluation.checks import (
     Finding,
     check_images,

@@ -205,18 +205,6 @@ def test_progress_is_shown_only_on_request_off_a_terminal(capsys: pytest.Capture
     assert "encode" in capsys.readouterr().err
 
 
-def test_errors_of_the_collator_name_the_index_of_the_input(tmp_path: Path, image_file: str) -> None:
-    broken = tmp_path / "broken.png"
-    broken.write_bytes(Path(image_file).read_bytes()[:40])
-    collator = Collator(None, image_token="<image>")
-    for second, message in (
-        (RawInput(f"{IMAGE_PLACEHOLDER}\nalone"), "0 images but 1"),
-        (str(broken), "Cannot read image"),
-    ):
-        with pytest.raises(ValueError, match=f"^input 1: {message}"):
-            encode(HashEncoder(), collator, ["a longer first text", second])
-
-
 # ---- the plan
 
 
@@ -316,3 +304,14 @@ def test_bad_rows_are_named_and_the_others_are_as_without_them(
     strict = RowBatches(rows, collator, "row {}".format)
     with pytest.raises(ValueError, match="^row [134]: "):
         strict[next(iter(plan))]
+
+
+def test_errors_of_the_collator_name_the_index_of_the_input(collator: Collator, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"not a picture")
+    for second, message in (
+        (RawInput(f"{IMAGE_PLACEHOLDER}\nalone"), "0 images but 1"),
+        (str(broken), "Cannot read image"),
+    ):
+        with pytest.raises(ValueError, match=f"^input 1: {message}"):
+            encode_all(HashEncoder(), collator, ["a longer first text", second])

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from parallel_decoupling.data.tasks import MMEB_TASKS, Task
-from parallel_decoupling.evaluation.report import ScoreReport, TaskResult, write_report
+from parallel_decoupling.evaluation.report import MMEB_COUNTS, ScoreReport, TaskResult, write_report
 from parallel_decoupling.evaluation.score import TaskScore
 
 # hit@1 in percent of VLM2Vec (first version) on Qwen2-VL 2B / 7B, as its authors' score files have it.
@@ -239,11 +239,18 @@ def test_write_report_leaves_every_file_of_a_test(report: ScoreReport, tmp_path:
     assert metadata["embedding_dimension"] == 32
 
 
+def test_means_know_how_many_tasks_mmeb_has() -> None:
+    whole = ScoreReport(
+        {name: TaskResult(task, 9, 0.1, {"aggregate": 0.5}) for name, task in MMEB_TASKS.items()}
+    )
+    assert {name: len(tasks) for name, tasks in whole.groups.items()} == MMEB_COUNTS
+
+
 def test_a_group_without_tasks_has_no_mean() -> None:
     score = task_score("shape", "classification", True, {"aggregate": "10"}, 0.1)
     report = ScoreReport.from_scores([score])
     assert set(report.means) == {"classification", "in_distribution", "overall", "mean_of_meta_tasks"}
-    assert "out-of-distribution" not in rendered(report)
+    assert "mean OOD" not in rendered(report)
 
 
 def test_inconsistent_scores_are_an_error() -> None:

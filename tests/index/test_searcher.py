@@ -13,7 +13,6 @@ from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.index.searcher import PATH_HASHES, Searcher
 from parallel_decoupling.index.torch_index import TorchIndex
 from parallel_decoupling.model.identity import path_hashes
-from parallel_decoupling.training.loading import load_embedder
 from parallel_decoupling.training.module import PDFEmbedder
 from tests.index.brute_force import embeddings
 from tests.support.embedders import mixed_inputs, tiny_embedder
@@ -99,7 +98,7 @@ def test_exported_paths_are_those_of_the_index_whatever_their_numbers(
 ) -> None:
     index = checked_index(embedder)
     embedder.save_pretrained(tmp_path / "export", paths=paths)
-    searcher = Searcher(load_embedder(tmp_path / "export"), index)
+    searcher = Searcher(Embedder.from_pretrained(tmp_path / "export"), index)
     for path in paths:
         hits = [best[0] for best in searcher.search(mixed_inputs(), 1, f"path_{path}")]
         assert [hit.id for hit in hits] == ["0", "1", "2", "3"]
@@ -120,7 +119,7 @@ def test_exported_paths_are_those_of_the_index_whatever_their_numbers(
 def test_paths_in_the_index_are_found_among_exported_ones(embedder: Embedder, tmp_path: Path) -> None:
     index = checked_index(embedder, "path_0", "path_2")
     embedder.save_pretrained(tmp_path / "export", paths=[2, 0])
-    searcher = Searcher(load_embedder(tmp_path / "export"), index)
+    searcher = Searcher(Embedder.from_pretrained(tmp_path / "export"), index)
     assert [best[0].score for best in searcher.search(mixed_inputs(), 1, "sum")] == pytest.approx([1] * 4)
 
 
@@ -146,7 +145,7 @@ def test_an_aggregate_of_fewer_paths_is_refused(embedder: Embedder, tmp_path: Pa
     index = checked_index(embedder, "aggregate")
     embedder.save_pretrained(tmp_path / "export", paths=[0, 1])
     with pytest.raises(ValueError, match="lacks paths that the index needs"):
-        Searcher(load_embedder(tmp_path / "export"), index)
+        Searcher(Embedder.from_pretrained(tmp_path / "export"), index)
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
@@ -159,9 +158,9 @@ def test_hashes_of_a_checkpoint_and_of_its_export_are_equal(
     trainer.save_checkpoint(tmp_path / "last.ckpt", weights_only=True)
     hashes = path_hashes(module.encoder)
     assert len(set(hashes)) == module.encoder.num_paths == 2
-    assert path_hashes(load_embedder(tmp_path / "last.ckpt").encoder) == hashes
+    assert path_hashes(Embedder.from_pretrained(tmp_path / "last.ckpt").encoder) == hashes
     module.save_pretrained(tmp_path / "export", paths=[1])
-    assert path_hashes(load_embedder(tmp_path / "export").encoder) == hashes[1:]
+    assert path_hashes(Embedder.from_pretrained(tmp_path / "export").encoder) == hashes[1:]
 
 
 def test_an_older_index_is_searched_with_a_warning() -> None:

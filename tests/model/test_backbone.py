@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, DynamicCache
 
-import parallel_decoupling.model.sources as sources
-from parallel_decoupling.model.backbone import AdapterConfig, load_backbone
+from parallel_decoupling.model import backbone as backbones
+from parallel_decoupling.model.backbone import AdapterConfig, load_backbone, meta_backbone
 from tests.model.test_attention import FROZEN, OTHER_SIZES, ROWS, join
 from tests.support.tiny import tiny_inputs
 
@@ -193,5 +193,64 @@ def test_untied_language_head_is_ignored(tiny_backbone_dir: str, tmp_path: Path)
 
 
 def test_tiny_names_the_shipped_folder(tiny_backbone_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "TINY_BACKBONE_DIR", Path(tiny_backbone_dir))
+    monkeypatch.setattr(backbones, "TINY_BACKBONE_DIR", Path(tiny_backbone_dir))
     assert load_backbone("tiny").hidden_size == 32
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Names of the optional packages that seem to be there."""
+    names: set[str] = set()
+    monkeypatch.setattr(backbones, "find_spec", lambda name: name if name in names else None)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("options", "packages", "message"),
+    [
+        ({"attention": "flash_attention_2", "dtype": "bfloat16"}, (), "flash-attn"),
+        ({"attention": "flash_attention_2"}, ("flash_attn",), "dtype='bfloat16'"),
+        ({"quantization": "4bit"}, (), r"parallel-decoupling\[quantized\]"),
+        ({"dtype": "bf16"}, (), "dtype must be one of float32, bfloat16, float16, got 'bf16'"),
+        ({"quantization": "8bit"}, (), "'4bit' or None"),
+        (
+            {"quantization": "4bit", "adapter": AdapterConfig(kind="full")},
+            ("bitsandbytes",),
+            "lora, dora or frozen",
+        ),
+    ],
+)
+def test_impossible_options_raise_in_one_line(
+    tiny_backbone_dir: str, installed: set[str], options: dict[str, Any], packages: Any, message: str
+) -> None:
+    installed.update(packages)
+    with pytest.raises(ValueError, match=message) as error:
+        load_backbone(tiny_backbone_dir, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_quantized_weights_are_asked_for_in_four_bits_and_the_runs_dtype() -> None:
+    options = backbones._quantized("bfloat16")
+    config = options["quantization_config"].to_dict()
+    assert config["load_in_4bit"]
+    assert config["bnb_4bit_compute_dtype"] == "bfloat16"
+
+
+def test_vision_tower_keeps_sdpa_beside_flex_attention(tiny_backbone_dir: str) -> None:
+    config: Any = load_backbone(tiny_backbone_dir, attention="flex_attention").config
+    assert config.text_config._attn_implementation == "prefix_flex"
+    assert config.vision_config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("kind", ["frozen", "lora", "dora", "full"])
+def test_meta_backbone_has_the_parameters_of_the_loaded_one(tiny_backbone_dir: str, kind: Any) -> None:
+    options: dict[str, Any] = {"adapter": AdapterConfig(kind=kind), "dtype": "bfloat16"}
+
+    def described(backbone: Any) -> dict[str, tuple[torch.Size, torch.dtype, bool]]:
+        return {name: (p.shape, p.dtype, p.requires_grad) for name, p in backbone.named_parameters()}
+
+    meta, loaded = meta_backbone(tiny_backbone_dir, **options), load_backbone(tiny_backbone_dir, **options)
+    assert described(meta) == described(loaded)
+    assert meta.adapted_modules == loaded.adapted_modules
+    assert meta.is_meta
+    assert not loaded.is_meta

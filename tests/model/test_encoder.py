@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import AttentionInterface, AutoModel, PreTrainedModel
 from transformers.integrations.flash_attention import flash_attention_forward
 
-import parallel_decoupling.model.sources as sources
 from parallel_decoupling.batch import EncoderInputs
+from parallel_decoupling.model import backbone as backbones
 from parallel_decoupling.model.attention import register_prefix_attention
 from parallel_decoupling.model.backbone import AdapterConfig, load_backbone
-from parallel_decoupling.model.encoder import ParallelEncoder, last_token
+from parallel_decoupling.model.encoder import ParallelEncoder, last_token, nested_dims, truncate
 from parallel_decoupling.model.prefixes import META_PROMPTS
 from tests.model.test_attention import FROZEN, OTHER_SIZES, ROWS, count_calls, forward_with_cache, join
 from tests.support.tiny import save_tiny_backbone, tiny_inputs
@@ -208,7 +208,7 @@ def no_kernel_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     kernels = (kernel, kernel, None, flash_utils._pad_input, flash_utils._unpad_input)
     monkeypatch.setattr(flash_utils, "lazy_import_flash_attention", lambda _: (kernels, (options, options)))
     monkeypatch.setattr(flex_integration, "compile_friendly_flex_attention", kernel)
-    monkeypatch.setattr(sources, "find_spec", lambda package: package)
+    monkeypatch.setattr(backbones, "find_spec", lambda package: package)
     monkeypatch.setattr(PreTrainedModel, "_check_and_adjust_attn_implementation", lambda _, name, **__: name)
     yield
     AttentionInterface.register("flash_attention_2", flash_attention_forward)
@@ -340,3 +340,24 @@ def test_unknown_path_raises(tiny_backbone_dir: str, tmp_path: Path) -> None:
     for paths in ([], [4], [-1], [0.5], [True]):
         with pytest.raises(ValueError, match="0 to 3"):
             encoder(rows_of(encoder), paths)
+
+
+def test_truncated_paths_are_first_coordinates_of_unit_norm() -> None:
+    paths = torch.nn.functional.normalize(torch.randn(4, 3, 8), dim=-1)
+    short = truncate(paths, 5)
+    for row in range(4):
+        for path in range(3):
+            torch.testing.assert_close(short[row, path], paths[row, path, :5] / paths[row, path, :5].norm())
+    torch.testing.assert_close(truncate(paths, 8), paths)
+    torch.testing.assert_close(truncate(short, 2), truncate(paths, 2))
+
+
+def test_nested_dims_are_those_below_the_full_one() -> None:
+    assert nested_dims(None, 8) == nested_dims([], 8) == nested_dims([8], 8) == ()
+    assert nested_dims([2, 8, 4, 2], 8) == (4, 2)
+
+
+@pytest.mark.parametrize("dim", [0, 9, -1, 2.0, True])
+def test_dimensions_that_do_not_exist_raise(dim: Any) -> None:
+    with pytest.raises(ValueError, match="matryoshka_dims.*8 dimensions"):
+        nested_dims([4, dim], 8)

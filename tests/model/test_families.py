@@ -31,13 +31,7 @@ from tests.support.families import TINY_FAMILIES, raw_input, save_tiny_family
 from tests.support.tiny import noise_image
 
 FROZEN = AdapterConfig(kind="frozen")
-UNLISTED = Family(
-    image_token="<image>",
-    language_module="language_model",
-    vision_module="vision_tower",
-    layers="language_model.layers",
-    position_ids="sequential",
-)
+UNLISTED = Family()
 ROWS = [
     raw_input("read the word"),
     raw_input("what colour is the large triangle?", noise_image(64, 20)),
@@ -183,8 +177,8 @@ def test_vision_tower_runs_once_and_lower_layers_see_each_row_once(
 ) -> None:
     rows: list[int] = []
     vision: list[None] = []
-    layers = list(frozen.base.get_submodule(frozen.family.layers).children())
-    tower = frozen.base.get_submodule(frozen.family.vision_module)
+    layers = list(frozen.layers)
+    tower = frozen.vision_tower
     handles = [tower.register_forward_hook(lambda *_: vision.append(None))]
     handles += [layer.register_forward_hook(lambda *call: rows.append(len(call[2]))) for layer in layers]
     encoder_of(frozen, prefix_layers=1, prefix_init="random")(inputs)
@@ -273,13 +267,19 @@ def test_adapters_go_where_the_scope_says(load: Callable[..., Backbone], name: s
     assert trains == expected
 
 
-def test_blocks_are_the_decoder_layers_and_those_of_the_vision_tower(frozen: Backbone, name: str) -> None:
-    def count(module: str) -> int:
-        parts = frozen.base.get_submodule(module).modules()
-        return sum(type(part).__name__ in frozen.family.blocks for part in parts)
-
-    assert count(frozen.family.language_module) == frozen.num_layers
-    assert (count(frozen.family.vision_module) > 0) == (name != "llava")  # unlisted: decoder layers alone
+def test_names_that_transformers_tells(frozen: Backbone, name: str) -> None:
+    family = frozen.family
+    qwen = name.startswith("qwen")
+    small = name in ("smolvlm", "idefics3")
+    language, vision = ("text_model", "vision_model") if small else ("language_model", "vision_tower")
+    assert (family.language_module, family.layers) == (language, f"{language}.layers")
+    assert family.vision_module == ("visual" if qwen else vision)
+    assert family.position_ids == ("mrope" if qwen else "sequential")
+    tokens = {"internvl": "<IMG_CONTEXT>"} | dict.fromkeys(
+        ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "<|image_pad|>"
+    )
+    assert family.image_token == tokens.get(name, "<image>")
+    assert len(frozen.layers) == frozen.num_layers
 
 
 def test_meta_backbone_has_the_same_parameters(folder: str, name: str, frozen: Backbone) -> None:

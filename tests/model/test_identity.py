@@ -12,7 +12,6 @@ from PIL import Image
 
 from parallel_decoupling.batch import RawInput
 from parallel_decoupling.model.backbone import AdapterConfig, Backbone, load_backbone
-from parallel_decoupling.model.dual_backbone import DualProcessor
 from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.model.identity import (
     SAMPLED_BYTES,
@@ -24,6 +23,7 @@ from parallel_decoupling.model.identity import (
     rows_hash,
     weights_hash,
 )
+from parallel_decoupling.model.open_clip import OpenCLIPProcessor
 from tests.support.tiny import save_tiny_backbone
 
 
@@ -188,7 +188,7 @@ def test_the_hash_of_an_open_clip_processor_covers_its_vocabulary() -> None:
     found = []
     for words in ({"a": 1}, {"b": 1}):
         tokenizer = type("Words", (), {"encoder": words, "__call__": lambda *_: torch.zeros(1, 4).long()})()
-        found.append(processor_hash(DualProcessor(tokenizer, lambda image: torch.zeros(3, 2, 2))))
+        found.append(processor_hash(OpenCLIPProcessor(tokenizer, lambda image: torch.zeros(3, 2, 2))))
     assert found[0] != found[1]
 
 

@@ -1,4 +1,4 @@
-"""Exported folders: the same embeddings, only what belongs to the chosen paths, checked files."""
+"""Encoders on disk: the same embeddings, only what belongs to the chosen paths, checked files."""
 
 from __future__ import annotations
 
@@ -12,17 +12,27 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file
 
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.model.backbone import AdapterConfig
-from parallel_decoupling.model.dual_backbone import load_dual_backbone
-from parallel_decoupling.model.dual_encoder import DualEncoder
-from parallel_decoupling.model.pretrained import is_pretrained, load_encoder, read_config
+from parallel_decoupling.model.identity import backbone_fingerprint, path_hashes, weights_hash
+from parallel_decoupling.model.open_clip import load_open_clip
+from parallel_decoupling.model.pretrained import (
+    checkpoint_file,
+    is_pretrained,
+    load_encoder,
+    read_checkpoint,
+    read_config,
+    scores_of,
+)
 from parallel_decoupling.model.trained_state import trainable_state
+from parallel_decoupling.training.module import PDFEmbedder
 from tests.support.embedders import mixed_inputs, tiny_embedder
 from tests.support.families import save_tiny_family
-from tests.support.tiny import save_tiny_backbone
+from tests.support.fit import make_trainer, small_data, small_embedder
+from tests.support.tiny import noise_image, save_tiny_backbone
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -40,7 +50,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def both(embedder: Embedder) -> tuple[torch.Tensor, torch.Tensor]:
     """All paths and the aggregate."""
-    return embedder.encode(mixed_inputs()), embedder.encode(mixed_inputs(), paths="aggregate")
+    return every_path(embedder), embedder.encode(mixed_inputs())
+
+
+def every_path(embedder: Embedder, paths: Any = "all") -> torch.Tensor:
+    return embedder.encode(mixed_inputs(), paths=paths)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +106,7 @@ def test_merged_adapters_are_close_and_leave_the_model_as_it_was(
 def test_adapters_matter(embedder: Embedder, tiny_backbone_dir: str) -> None:
     """Without them the merged export would differ far more than the tolerance above."""
     plain = tiny_embedder(tiny_backbone_dir, kind="frozen")
-    assert (embedder.encode(mixed_inputs()) - plain.encode(mixed_inputs())).abs().max() > 1e-2
+    assert (every_path(embedder) - every_path(plain)).abs().max() > 1e-2
 
 
 def test_one_path_has_only_its_own_parameters(embedder: Embedder, tmp_path: Path) -> None:
@@ -104,7 +118,7 @@ def test_one_path_has_only_its_own_parameters(embedder: Embedder, tmp_path: Path
     assert loaded.encoder.num_paths == 1
     expected = embedder.encode(mixed_inputs(), paths=2)
     assert torch.equal(loaded.encode(mixed_inputs(), paths=0), expected)
-    torch.testing.assert_close(loaded.encode(mixed_inputs(), paths="aggregate"), expected)
+    torch.testing.assert_close(loaded.encode(mixed_inputs()), expected)
 
 
 @pytest.mark.parametrize("aggregation", ["mean", "concat", "learned"])
@@ -115,11 +129,11 @@ def test_some_paths_keep_their_order_and_have_their_own_aggregate(
     embedder.save_pretrained(tmp_path / "two", paths=[2, 0])
     loaded = Embedder.from_pretrained(tmp_path / "two")
     chosen = embedder.encode(mixed_inputs(), paths=[2, 0])
-    assert torch.equal(loaded.encode(mixed_inputs()), chosen)
+    assert torch.equal(every_path(loaded), chosen)
     logits = embedder.encoder.path_logits
     weight = torch.ones(2) if logits is None else logits.detach()[[2, 0]].softmax(0)
     expected = chosen.flatten(1) if aggregation == "concat" else (chosen * weight[:, None]).sum(1)
-    aggregate = loaded.encode(mixed_inputs(), paths="aggregate")
+    aggregate = loaded.encode(mixed_inputs())
     torch.testing.assert_close(aggregate, F.normalize(expected, dim=-1))
     config = read_config(tmp_path / "two")
     assert config["paths"] == [2, 0]
@@ -129,23 +143,23 @@ def test_some_paths_keep_their_order_and_have_their_own_aggregate(
 @pytest.mark.parametrize("name", ["qwen3_vl", "llava_next_mistral"])
 def test_other_families_come_with_their_backbone(name: str, tmp_path: Path) -> None:
     embedder = tiny_embedder(save_tiny_family(name, tmp_path / "source"), num_paths=2)
-    before = embedder.encode(mixed_inputs())
+    before = every_path(embedder)
     embedder.save_pretrained(tmp_path / "kept", include_backbone=True)
     embedder.save_pretrained(tmp_path / "merged", merge_adapters=True)
     shutil.rmtree(tmp_path / "source")
-    assert torch.equal(Embedder.from_pretrained(tmp_path / "kept").encode(mixed_inputs()), before)
-    merged = Embedder.from_pretrained(tmp_path / "merged").encode(mixed_inputs())
+    assert torch.equal(every_path(Embedder.from_pretrained(tmp_path / "kept")), before)
+    merged = every_path(Embedder.from_pretrained(tmp_path / "merged"))
     torch.testing.assert_close(merged, before, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["frozen", "full"])
-def test_openclip_models_too(kind: str, tiny_clip_dir: str, tmp_path: Path) -> None:
-    backbone = load_dual_backbone(tiny_clip_dir, adapter=AdapterConfig(kind=kind))  # type: ignore[arg-type]
+def test_openclip_models_too(kind: Any, tiny_clip_dir: str, tmp_path: Path) -> None:
+    encoder = load_open_clip(tiny_clip_dir, adapter=AdapterConfig(kind=kind))
     with torch.no_grad():
-        for parameter in backbone.parameters():
+        for parameter in encoder.parameters():
             if parameter.requires_grad:
                 parameter.mul_(1.1)
-    embedder = Embedder(DualEncoder(backbone).eval())
+    embedder = Embedder(encoder.eval())
     embedder.save_pretrained(tmp_path / "clip")
     loaded = Embedder.from_pretrained(tmp_path / "clip")
     texts = ["a red circle", "a blue square"]
@@ -165,7 +179,7 @@ def test_shipped_backbone_is_named(tmp_path: Path) -> None:
     tiny_embedder("tiny", num_paths=1).save_pretrained(tmp_path / "model")
     config = read_config(tmp_path / "model")
     assert config["backbone"]["name"] == "tiny"
-    assert Embedder.from_pretrained(tmp_path / "model").encode(["a red circle"]).shape == (1, 1, 160)
+    assert Embedder.from_pretrained(tmp_path / "model").encode(["a red circle"]).shape == (1, 160)
 
 
 def test_folder_holds_no_pickle(folder: Path) -> None:
@@ -174,29 +188,43 @@ def test_folder_holds_no_pickle(folder: Path) -> None:
 
 
 SCRIPT = """
-import pickle, socket, sys
-sys.modules.update(dict.fromkeys(("lightning", "pytorch_lightning")))
+import socket, sys
+BLOCKED = {"lightning", "pytorch_lightning", "matplotlib", "sklearn", "tensorboard", "torchmetrics", "rich"}
+BLOCKED |= {"open_clip"}
+class Hidden:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, *arguments):
+        return None if name.partition(".")[0] in BLOCKED else self.finder.find_spec(name, *arguments)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+sys.meta_path[:] = map(Hidden, sys.meta_path)
 def refuse(*arguments, **options):
     raise AssertionError("no network, no pickle")
 socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = socket.create_connection = refuse
 import torch
-torch.load = refuse
-from parallel_decoupling import Embedder
-torch.set_num_threads(1)
-print(Embedder.from_pretrained(sys.argv[1]).encode(["a red circle"], paths=1).double().tolist())
+from parallel_decoupling.model.identity import encoder_identity
+from parallel_decoupling.model.pretrained import load_encoder
+if "export" in sys.argv[1]:
+    torch.load = refuse
+print(encoder_identity(load_encoder(sys.argv[1])[0])["weights_sha256"])
+assert not BLOCKED & set(sys.modules)
 """
 
 
-@pytest.mark.slow
-def test_loads_without_lightning_network_and_pickle(folder: Path, embedder: Embedder) -> None:
+@pytest.mark.parametrize("source", ["export", "run"])
+def test_needs_neither_lightning_nor_the_packages_of_reports(
+    source: str, embedder: Embedder, run_dir: Path, tmp_path: Path
+) -> None:
+    """As if they were not installed; nor network, nor for an exported folder pickle."""
+    folder = run_dir
+    if source == "export":
+        folder = tmp_path / "export"
+        embedder.save_pretrained(folder)
     command = [sys.executable, "-c", SCRIPT, str(folder)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    expected = embedder.encode(["a red circle"], paths=1).double().tolist()
-    torch.set_num_threads(threads)
-    assert json.loads(result.stdout) == expected
+    assert result.stdout.strip() == weights_hash(trainable_state(embedder.encoder))
 
 
 def edit(folder: Path, **values: Any) -> None:
@@ -205,10 +233,9 @@ def edit(folder: Path, **values: Any) -> None:
 
 
 def test_not_a_model(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no folder"):
-        load_encoder(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="holds no exported model"):
-        load_encoder(tmp_path)
+    for path in (tmp_path, tmp_path / "nowhere.ckpt"):
+        with pytest.raises(ValueError, match="no model at .* lightning export"):
+            load_encoder(path)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     assert not is_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")
@@ -225,7 +252,10 @@ def test_missing_and_changed_files(folder: Path) -> None:
     with pytest.raises(ValueError, match="its hash differs"):
         load_encoder(folder)
     weights.unlink()
-    with pytest.raises(ValueError, match=r"model\.safetensors is missing"):
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read .*copy the whole"):
+        load_encoder(folder)
+    weights.write_bytes(content[:100])
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read"):
         load_encoder(folder)
     weights.write_bytes(content)
     shutil.rmtree(folder / "processor")
@@ -283,3 +313,125 @@ def test_what_is_not_exported(embedder: Embedder, folder: Path, tmp_path: Path) 
         with pytest.raises(ValueError, match="paths must name some of 0 to 2"):
             embedder.save_pretrained(tmp_path / "other", paths=paths)
     assert not (tmp_path / "other").exists()
+
+
+def checkpoint_of(embedder: Embedder, backbone: str) -> dict[str, Any]:
+    """What a training writes of an encoder of ``tiny_embedder``."""
+    encoder: Any = embedder.encoder
+    adapter = encoder.backbone.adapter
+    settings = {"backbone": backbone, "backbone_revision": None, "seed": 0, "num_paths": encoder.num_paths}
+    settings |= {name: getattr(encoder, name) for name in ("prefix_length", "prefix_layers", "prefix_type")}
+    settings |= {"prefix_init": "random", "aggregation": encoder.aggregation, "dtype": "float32"}
+    settings |= {"adapter": {"kind": adapter.kind, "rank": 2, "alpha": 4, "targets": None}, "family": None}
+    settings |= {"attention": "sdpa", "gradient_checkpointing": False, "initial_adapter": None}
+    settings |= {"quantization": None, "query_instruction": "find", "candidate_instruction": "show"}
+    return {
+        "pytorch-lightning_version": "2.5.5",
+        "hyper_parameters": {**settings, "mi_weight": 0.1},
+        "state_dict": {
+            **{f"encoder.{name}": value for name, value in trainable_state(encoder).items()},
+            "mutual_information.weight": torch.zeros(2),
+        },
+        "backbone": backbone_fingerprint(encoder.backbone),
+        "data": {"image_size": "low", "batch_size": 8},
+        "progress": {"steps_done": 2, "token_passes": 9.0, "rows_by_subset": {"a": 16}},
+    }
+
+
+def save_run(folder: Path, checkpoint: dict[str, Any]) -> Path:
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    torch.save(checkpoint, folder / "checkpoints" / "last.ckpt")
+    return folder
+
+
+@pytest.fixture
+def run_dir(embedder: Embedder, tiny_backbone_dir: str, tmp_path: Path) -> Path:
+    return save_run(tmp_path / "run", checkpoint_of(embedder, tiny_backbone_dir))
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "frozen", "full"])
+def test_a_checkpoint_gives_the_same_embeddings_bit_for_bit(
+    kind: str, tiny_backbone_dir: str, tmp_path: Path
+) -> None:
+    embedder = tiny_embedder(tiny_backbone_dir, kind=kind, aggregation="learned")
+    folder = save_run(tmp_path, checkpoint_of(embedder, tiny_backbone_dir))
+    for path in (folder, checkpoint_file(folder), str(folder)):
+        encoder, about = load_encoder(path)
+        assert not encoder.training
+        for old, new in zip(both(embedder), both(Embedder(encoder)), strict=True):
+            assert torch.equal(old, new)
+    assert (about["query_instruction"], about["candidate_instruction"]) == ("find", "show")
+    assert about["images"] == {"image_size": "low", "min_pixels": None, "max_pixels": None}
+    run = about["run"]
+    assert (run["global_step"], run["token_passes"], run["rows_by_subset"]) == (2, 9.0, {"a": 16})
+    assert run["data"]["batch_size"] == 8
+
+
+def test_an_export_of_a_run_knows_the_run(run_dir: Path, tmp_path: Path) -> None:
+    loaded = Embedder.from_pretrained(run_dir)
+    loaded.save_pretrained(tmp_path / "export", paths=[1])
+    exported = Embedder.from_pretrained(tmp_path / "export")
+    assert exported.run == loaded.run
+    assert exported.images.settings == loaded.images.settings
+    assert path_hashes(exported.encoder) == path_hashes(loaded.encoder)[1:2]
+    assert "| main steps | 2 |" in (tmp_path / "export" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_checkpoint_of_another_backbone_or_shape_is_refused(
+    embedder: Embedder, tiny_backbone_dir: str, tmp_path: Path
+) -> None:
+    other = save_tiny_backbone(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match="frozen weights differ"):
+        load_encoder(save_run(tmp_path, checkpoint_of(embedder, other)))
+    checkpoint = checkpoint_of(embedder, tiny_backbone_dir)
+    checkpoint["hyper_parameters"]["num_paths"] = 2
+    with pytest.raises(ValueError, match=r"last\.ckpt: .*wrong shape"):
+        load_encoder(save_run(tmp_path, checkpoint))
+    del checkpoint["state_dict"]["encoder.prefixes.key_values"]
+    with pytest.raises(ValueError, match="missing"):
+        load_encoder(save_run(tmp_path, checkpoint))
+
+
+def test_other_files_are_not_checkpoints(embedder: Embedder, tiny_backbone_dir: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"test_pretrained\.py is not a checkpoint, or is damaged"):
+        read_checkpoint(__file__)
+    checkpoint = checkpoint_of(embedder, tiny_backbone_dir)
+    del checkpoint["pytorch-lightning_version"]
+    for content in (torch.zeros(2), checkpoint):
+        torch.save(content, tmp_path / "other.ckpt")
+        with pytest.raises(ValueError, match="lacks .*pytorch-lightning_version"):
+            read_checkpoint(tmp_path / "other.ckpt")
+
+
+def test_scores_of_other_weights_are_not_taken(run_dir: Path) -> None:
+    file, scores = checkpoint_file(run_dir), run_dir / "scores.json"
+    assert scores_of(file) is None
+    for steps, known in ((2, True), (3, False)):
+        run = {"global_step": steps, "seed": 0, "token_passes": 9.0, "commit": "c0ffee"}
+        scores.write_text(json.dumps({"run": run}))
+        assert scores_of(file) == ({"run": run} if known else None)
+
+
+def test_what_a_training_writes_is_read_as_by_its_own_class(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    """The module, its checkpoint, the exported folder and what is saved again from it: one picture size."""
+    module = small_embedder(tiny_backbone_dir, query_instruction="find")
+    trainer = make_trainer(tmp_path, max_steps=2)
+    trainer.fit(module, small_data(tiny_mmeb_dir, image_size="low"))
+    trainer.save_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
+    inputs = ["a red circle", noise_image(40, 30)]
+    expected = PDFEmbedder.load_from_checkpoint(checkpoint_file(tmp_path)).eval().encode(inputs, paths="all")
+    loaded = Embedder.from_pretrained(tmp_path)
+    loaded.save_pretrained(tmp_path / "export")
+    exported = Embedder.from_pretrained(tmp_path / "export")
+    exported.save_pretrained(tmp_path / "again")
+    for model in (module.eval(), loaded, exported, Embedder.from_pretrained(tmp_path / "again")):
+        assert torch.equal(model.encode(inputs, paths="all"), expected)
+    square = noise_image(40, 30).resize((128, 128), Image.Resampling.BICUBIC)
+    torch.testing.assert_close(Embedder(loaded.encoder).encode(square, paths="all"), expected[1])
+    assert not torch.allclose(Embedder(loaded.encoder).encode(inputs[1], paths="all"), expected[1], atol=1e-3)
+    assert loaded.query_instruction == exported.query_instruction == "find"
+    assert loaded.run["global_step"] == exported.run["global_step"] == 2
+    assert loaded.run["data"]["data_dir"] == tiny_mmeb_dir
+    assert sum(loaded.run["rows_by_subset"].values()) == 16

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.index.searcher import PATH_HASHES
 from parallel_decoupling.index.torch_index import TorchIndex
 from parallel_decoupling.model.identity import path_hashes
-from parallel_decoupling.training.loading import load_embedder
 from tests.serving.conftest import Start
 from tests.support.tiny import noise_image
 
@@ -29,7 +29,7 @@ def test_text_image_and_scoring_change_what_is_shown(checkpoint: Path, start: St
     names = [f"{number}.png" for number in range(20)]
     for number, name in enumerate(names):
         noise_image(32, 32, number).save(tmp_path / name)
-    embedder = load_embedder(checkpoint)
+    embedder = Embedder.from_pretrained(checkpoint)
     metadata = {"model": str(checkpoint), PATH_HASHES: path_hashes(embedder.encoder)}
     embeddings = embedder.encode([{"image": str(tmp_path / name)} for name in names])
     index = TorchIndex(metadata={**metadata, "image_dir": str(tmp_path)})

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from parallel_decoupling.training.loading import load_embedder
+from parallel_decoupling.evaluation.embedder import Embedder
 from tests.serving.conftest import Start, said
 from tests.serving.test_requests import data_uri
 from tests.support.tiny import noise_image
@@ -29,7 +29,7 @@ def test_concurrent_clients_get_what_encode_gives(checkpoint: Path, start: Start
     limits = ("--limits.inputs", 3, "--limits.body_bytes", 100_000)
     process, address = start("serve", checkpoint, *limits, answers="/health")
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
-    embedder = load_embedder(checkpoint)
+    embedder = Embedder.from_pretrained(checkpoint)
     image = noise_image(40, 30)
     selections: list[Any] = ["aggregate", 0, 1]
 

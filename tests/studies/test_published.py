@@ -51,12 +51,6 @@ def test_the_inconsistent_published_rows_are_found_and_no_others() -> None:
     )
 
 
-def test_correcting_a_row_makes_it_consistent() -> None:
-    row = next(row for row in read_table() if row.model == "VLM2Vec Qwen2-VL-2B HighRes")
-    assert not audit_row(PublishedRow(row.model, {**row.means, "overall": 60.1})).problems
-    assert audit_row(PublishedRow(row.model, {**row.means, "overall": 60.3})).problems
-
-
 def test_a_wrong_split_is_told_from_a_wrong_meta_task() -> None:
     row = next(row for row in read_table() if row.model == "E5-V")
     (problem,) = audit_row(PublishedRow("x", {**row.means, "in_distribution": 25.0})).problems
@@ -152,10 +146,6 @@ def test_the_leaderboards_own_headings_are_read(tmp_path: Path) -> None:
     table.write_text("model,overall\nx,much\n")
     with pytest.raises(ValueError, match=r"results.csv, line 2, column overall: 'much'"):
         read_table(table)
-    for row, words in (("y", "1 cells under 2 headings"), ("x,1,2", "3 cells under 2 headings")):
-        table.write_text(f"overall,model\n{row}\n")
-        with pytest.raises(ValueError, match=f"results.csv, line 2: {words}"):
-            read_table(table)
     table.write_text("name,score\nx,1\n")
     with pytest.raises(ValueError, match="needs one column model"):
         read_table(table)

@@ -30,16 +30,16 @@ def run(options: Any) -> None:
     """Load the model, write the folder and say how large it is."""
     from rich.console import Console
 
-    from parallel_decoupling.evaluation.sharing import save_embedder
-    from parallel_decoupling.model.pretrained import is_pretrained
-    from parallel_decoupling.training.loading import checkpoint_file, load_embedder, scores_of
+    from parallel_decoupling.evaluation.embedder import Embedder
+    from parallel_decoupling.model.pretrained import checkpoint_file, is_pretrained, scores_of
 
-    embedder = load_embedder(options.model)
-    report = None if is_pretrained(options.model) else scores_of(checkpoint_file(Path(options.model)))
-    embedder.run = {**({} if report is None else {"commit": report.run.get("commit")}), **embedder.run}
+    embedder = Embedder.from_pretrained(options.model)
+    scores = None if is_pretrained(options.model) else scores_of(checkpoint_file(options.model))
+    if scores is not None:
+        embedder.run = {**embedder.run, "commit": scores["run"].get("commit")}
     paths = [options.paths] if isinstance(options.paths, int) else options.paths
     flags = {"merge_adapters": options.merge_adapters, "include_backbone": options.include_backbone}
-    save_embedder(embedder, options.folder, paths=paths, report=report, **flags)
+    embedder.save_pretrained(options.folder, paths, scores=scores, **flags)
     files = [file for file in Path(options.folder).rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files)
     message = f"{options.folder}: {len(files)} files, {size / 1e6:.1f} MB"

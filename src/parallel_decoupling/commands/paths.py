@@ -77,12 +77,15 @@ def analyse_checkpoint(checkpoint_file: Path, run_dir: Path, data_dir: str | Non
     Raises:
         ValueError: the checkpoint does not say on what data it was trained.
     """
+    import torch
+
     from parallel_decoupling.data.datamodule import EMBEDDED
     from parallel_decoupling.diagnostics.study import analyse_inputs, analyse_world, benchmark_inputs
+    from parallel_decoupling.evaluation.embedder import Embedder
     from parallel_decoupling.evaluation.report import SCORES_FILE, ScoreReport, progress
-    from parallel_decoupling.training.loading import default_device, load_embedder
 
-    embedder = load_embedder(checkpoint_file).to(default_device())
+    embedder = Embedder.from_pretrained(checkpoint_file)
+    embedder.to("cuda" if torch.cuda.is_available() else "cpu")
     embedder.run = {**embedder.run, "checkpoint": checkpoint_file.name}
     if data_dir is None:
         data_dir = embedder.run["data"].get("data_dir")

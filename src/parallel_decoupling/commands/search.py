@@ -71,16 +71,19 @@ def open_index(options: Any) -> tuple[Embedder, Index, str]:
     Raises:
         ValueError: no index or no model.
     """
+    import torch
+
+    from parallel_decoupling.evaluation.embedder import Embedder
     from parallel_decoupling.index.loading import load_index
-    from parallel_decoupling.training.loading import default_device, load_embedder
 
     index = load_index(options.index_dir)
     metadata = index.settings.metadata
     model = options.model or metadata.get("model")
     if model is None:
         raise ValueError(f"{options.index_dir} does not say which model made it: give --model")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     image_dir = options.image_dir or metadata.get("image_dir", ".")
-    return load_embedder(model).to(default_device()), index, image_dir
+    return Embedder.from_pretrained(model).to(device), index, image_dir
 
 
 def hits_table(hits: Sequence[Hit]) -> Table:

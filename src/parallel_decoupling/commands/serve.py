@@ -41,10 +41,10 @@ def run(options: Any) -> None:
 
 
 def _build(options: Any) -> Any:
+    from parallel_decoupling.evaluation.embedder import Embedder
     from parallel_decoupling.serving.requests import Limits
     from parallel_decoupling.serving.server import build_server
-    from parallel_decoupling.training.loading import load_embedder
 
     return build_server(
-        partial(load_embedder, options.model), options.path, Limits(**options.limits.as_dict())
+        partial(Embedder.from_pretrained, options.model), options.path, Limits(**options.limits.as_dict())
     )

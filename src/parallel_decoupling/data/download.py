@@ -79,17 +79,11 @@ def _fetch(repo: str, root: Path, patterns: list[str]) -> None:
 
 
 def unpack(archive_file: Path, target_dir: Path, folders: Collection[str], inside: str | None = None) -> None:
-    """Unpack top-level folders of a zip archive of pictures; each appears whole or not at all.
+    """Unpack top-level folders of a zip archive; each appears whole in ``target_dir`` or not at all.
 
-    Files that macOS adds and a leading ``images/`` are ignored, and nothing is written outside of the folder
-    (``zipfile`` sees to that). Several processes may unpack the same archive: each uses a folder of its own,
-    and the first to finish moves it to its place.
-
-    Args:
-        archive_file: the archive.
-        target_dir: where the folders go; a folder that is there already stays as it is.
-        folders: the ones to unpack.
-        inside: the folder whose contents an archive without it holds.
+    Files that macOS adds and a leading ``images/`` are ignored, an archive without the folder ``inside``
+    holds its contents, and ``zipfile`` writes nothing outside. Several processes may unpack the same archive:
+    the first to finish moves the folder to its place, where it stays as it is.
 
     Raises:
         ValueError: the archive is broken or lacks a folder.

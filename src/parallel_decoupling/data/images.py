@@ -62,7 +62,8 @@ class ImagePolicy:
         if self.size is not None and self.size not in SQUARES:
             raise ValueError(f"image_size must be one of {', '.join(SQUARES)} or null, got {self.size!r}.")
         if self.size is not None and self.has_budget:
-            raise ValueError(f"image_size={self.size!r} forces a square; set it or the pixel budget to null.")
+            meaning = "forces a square, so min_pixels and max_pixels have no meaning"
+            raise ValueError(f"image_size={self.size!r} {meaning}. Set one or the other to null.")
         for name, value in (("min_pixels", self.min_pixels), ("max_pixels", self.max_pixels)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
@@ -182,10 +183,11 @@ class ImageFolder:
 
     Args:
         roots: folders, in order of preference.
+        must_exist: whether ``get`` refuses a file that is not there; otherwise it returns the cell.
     """
 
-    def __init__(self, *roots: Path) -> None:
-        self.roots = roots
+    def __init__(self, *roots: Path, must_exist: bool = True) -> None:
+        self.roots, self.must_exist = roots, must_exist
         self._places = [(root, prefix) for root in roots for prefix in ("", "images/", None)]
 
     def find(self, image: str) -> str | None:
@@ -198,12 +200,12 @@ class ImageFolder:
         return None
 
     def get(self, image: str) -> str:
-        """Return the file, or raise ``ImageError`` if there is none."""
+        """Return the file, or raise ``ImageError`` if there is none and there must be."""
         file = self.find(image)
-        if file is None:
+        if file is None and self.must_exist:
             roots = " or ".join(str(root) for root in self.roots)
             raise ImageError(
                 f"no image file {image!r} under {roots} (also tried with and without a leading 'images/'). "
                 "Unpack the dataset's images there; a truncated download shows up like this."
             )
-        return file
+        return file or image

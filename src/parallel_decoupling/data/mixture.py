@@ -1,8 +1,8 @@
 """The training mixture: which rows make up which batch.
 
-A batch is a pure function of (seed, step). World size, data-loader workers and prefetching have no
-part in it: every process computes the same GLOBAL batch and takes its own slice. So a run is
-resumed from a step number alone. Reading rows is in ``tasks``, tensors are made in ``collate``.
+A batch is a pure function of (seed, step). World size, data-loader workers and prefetching have no part
+in it: every process computes the same GLOBAL batch and takes its own slice, so a step number is enough to
+resume.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class MixtureSampler(Sampler[list[tuple[int, int]]]):
         return self.steps_per_epoch
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        """This rank's slices from ``start_step`` to the end of that epoch; then the next epoch is up.
+        """Yield this rank's slices from ``start_step`` to the end of that epoch; the next epoch is up then.
 
         An iterator counts once its first batch is drawn: a loader with workers makes one and drops it.
         """
@@ -107,7 +107,7 @@ class MixtureSampler(Sampler[list[tuple[int, int]]]):
             yield self.batch(step)[mine]
 
     def batch(self, step: int) -> list[tuple[int, int]]:
-        """The GLOBAL batch of a step, as ``batch_size`` pairs ``(subset, row)``."""
+        """Return the GLOBAL batch of a step as ``batch_size`` pairs ``(subset, row)``."""
         epoch, index = divmod(step, self.steps_per_epoch)
         if self._epoch is None or self._epoch[0] != epoch:
             self._epoch = (epoch, *self._plan(epoch))
@@ -116,7 +116,7 @@ class MixtureSampler(Sampler[list[tuple[int, int]]]):
         return list(zip(subsets[place].tolist(), rows[place].tolist(), strict=True))
 
     def _plan(self, epoch: int) -> tuple[_Array, _Array]:
-        """Subset and row of every draw of an epoch, in order."""
+        """Return subset and row of every draw of an epoch, in order."""
         subset_of_group = np.repeat(np.arange(len(self.sizes)), self.groups)
         np.random.default_rng([self.seed, _ORDER, epoch]).shuffle(subset_of_group)
         subsets = np.repeat(subset_of_group, self.group_size)
@@ -127,7 +127,7 @@ class MixtureSampler(Sampler[list[tuple[int, int]]]):
         return subsets, rows
 
     def _draws(self, subset: int, epoch: int, batch_of_draw: _Array) -> _Array:
-        """Rows of a subset for one epoch; ``batch_of_draw`` is non-decreasing."""
+        """Return the rows of a subset for one epoch; ``batch_of_draw`` is non-decreasing."""
         size, count = self.sizes[subset], len(batch_of_draw)
         first = epoch * count
         passes = range(first // size, (first + count - 1) // size + 1)
@@ -146,7 +146,7 @@ class MixtureSampler(Sampler[list[tuple[int, int]]]):
 
 
 def _without(before: _Array, after: _Array, size: int, rng: np.random.Generator) -> _Array:
-    """``after`` with every row that is in ``before`` replaced by one that is in neither."""
+    """Replace every row of ``after`` that is in ``before`` by one that is in neither."""
     clash = np.isin(after, before)
     free = np.setdiff1d(np.arange(size), np.concatenate([before, after]))
     after = after.copy()

@@ -1,10 +1,8 @@
-r"""The texts that a model reads: MMEB's written prompts, and the same prompts from split columns.
+"""The texts that a model reads: MMEB's written prompts, and the same prompts from split columns.
 
-Two published formats give the same prompts. MMEB-train and MMEB-eval hold finished texts, which are
-kept to the letter: the trailing newline of a prompt is the token that last-token pooling reads.
-MMEB_Test_Instruct splits instructions off, and the whitespace is put back by the rules that VLM2Vec's
-second version has per kind of task, here a column of the task table. Images stand in a text as
-``IMAGE_PLACEHOLDER``; the collator swaps in the backbone's own token.
+MMEB-train and MMEB-eval hold finished texts, which are kept to the letter: the trailing newline of a prompt
+is the token that last-token pooling reads. MMEB_Test_Instruct splits instructions off; the whitespace is put
+back by VLM2Vec's rules per kind of task. Images stand in a text as ``IMAGE_PLACEHOLDER``.
 """
 
 from __future__ import annotations
@@ -23,13 +21,12 @@ class PromptRules:
     r"""How a task's prompts are put together.
 
     Attributes:
-        query_image: False for queries that never show an image. MMEB writes the placeholder into some
-            of them all the same (WebQA, EDIS); it is dropped (ours; VLM2Vec leaves a lone image token).
-        own_line: split columns only: the query's instruction starts a line of its own. Otherwise it
-            does if it is written so, and follows the placeholder after a space if not.
+        query_image: False for queries that never show an image. The placeholder that MMEB writes into some
+            of them all the same (WebQA, EDIS) is dropped (ours; VLM2Vec leaves a lone image token).
+        own_line: split columns only: the query's instruction starts a line of its own, not only where it is
+            written so; otherwise a space separates it from the placeholder.
         query_end: split columns only: what ends a query.
-        candidate_end: split columns only: what follows the instruction of a candidate with an image and no
-            text. With a text it is a newline; a candidate without an image is its text alone.
+        candidate_end: split columns only: what ends a candidate with an image and no text.
     """
 
     query_image: bool = True
@@ -43,8 +40,7 @@ def written_text(text: str, *, has_image: bool, drop_placeholder: bool = False) 
 
     Args:
         text: the prompt, kept to the letter.
-        has_image: whether an image belongs to it. If the text has no placeholder, one goes before it
-            on a line of its own, the form of MMEB's templates.
+        has_image: whether an image belongs to it. A missing placeholder goes before it on a line of its own.
         drop_placeholder: remove a placeholder (and the space or newline after it) if there is no image.
 
     Raises:
@@ -65,7 +61,7 @@ def written_text(text: str, *, has_image: bool, drop_placeholder: bool = False) 
 
 
 def split_query(instruction: str, text: str, rules: PromptRules, *, has_image: bool) -> str:
-    r"""Put a query together from its instruction and its text.
+    """Put a query together from its instruction and its text.
 
     With an image: placeholder, newline or space, instruction, space, text, where every space before a
     newline goes, then ``query_end``. Without: instruction, space, text, ``query_end``. A placeholder in
@@ -74,9 +70,14 @@ def split_query(instruction: str, text: str, rules: PromptRules, *, has_image: b
     Relations:
         Equals the written prompt of the same row in MMEB-eval.
     """
-    if not has_image:
-        return _joined(_bare(instruction), text) + rules.query_end
-    return _with_image(instruction, text, own_line=rules.own_line) + rules.query_end
+    written = instruction.replace(IMAGE_PLACEHOLDER, "")
+    body = _joined(written.strip(), text)
+    if has_image and body:
+        line = "\n" if rules.own_line or written.startswith("\n") else " "
+        body = f"{IMAGE_PLACEHOLDER}{line}{body}".replace(" \n", "\n")
+    elif has_image:
+        body = IMAGE_PLACEHOLDER
+    return body + rules.query_end
 
 
 def split_candidate(instruction: str, text: str, rules: PromptRules, *, has_image: bool) -> str:
@@ -96,20 +97,8 @@ def split_candidate(instruction: str, text: str, rules: PromptRules, *, has_imag
     return start + ("\n" if text.strip() else rules.candidate_end)
 
 
-def _with_image(instruction: str, text: str, *, own_line: bool) -> str:
-    body = _joined(_bare(instruction), text)
-    if not body:
-        return IMAGE_PLACEHOLDER
-    on_a_line = own_line or instruction.replace(IMAGE_PLACEHOLDER, "").startswith("\n")
-    return f"{IMAGE_PLACEHOLDER}{chr(10) if on_a_line else ' '}{body}".replace(" \n", "\n")
-
-
-def _bare(instruction: str) -> str:
-    return instruction.replace(IMAGE_PLACEHOLDER, "").strip()
-
-
 def _joined(instruction: str, text: str) -> str:
-    return " ".join(part for part in (instruction, text) if part)
+    return " ".join(filter(None, (instruction, text)))
 
 
 def prompt(
@@ -122,13 +111,13 @@ def prompt(
     r"""Write an input the way MMEB's training data is written.
 
     With images: ``"<|image_1|>\n{instruction} {text}\n"``, one placeholder line per image. Without:
-    ``"{instruction} {text}\n"``. A text alone (MMEB's captions, labels and answers) is stripped and ends as
-    it is; the newline of all others is the token that last-token pooling reads.
+    ``"{instruction} {text}\n"``. A text alone (MMEB's captions, labels and answers) is stripped and gets no
+    newline.
 
     Args:
-        text: the text; None for an image alone.
+        text: None for an image alone.
         image: a PIL image or an image file.
-        instruction: what is asked of the input; goes before the text.
+        instruction: goes before the text.
         images: several images instead of ``image``.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -29,11 +29,11 @@ from parallel_decoupling.data.tasks import (
 
 LimitBy = Literal["sample", "first"]
 
-Side: TypeAlias = tuple[str, str]
-"""Text and image cell of a query or candidate, "" for none."""
-
 Columns: TypeAlias = tuple[str, str]
-"""Names of the text and the image column of a side."""
+"""Names of the text and the image column of a query or candidate."""
+
+Side: TypeAlias = tuple[str, str]
+"""The cells of these columns in one row, "" for none."""
 
 TRAIN_QUERY, TRAIN_CANDIDATE = ("qry", "qry_image_path"), ("pos_text", "pos_image_path")
 NEGATIVES = ("neg_text", "neg_image_path")
@@ -45,9 +45,8 @@ TRAIN_ROLES = dict(zip(ROLES, (*TRAIN_QUERY, *TRAIN_CANDIDATE, *NEGATIVES), stri
 EVAL_ROLES = dict(zip(ROLES, (*EVAL_QUERY, *EVAL_CANDIDATE), strict=False))
 """What a column of your own data can be, and MMEB's column of that meaning."""
 
-BAD_ROWS_IN_A_ROW = 100
+MAX_UNREADABLE_ROWS = 100
 """After so many rows without readable images the folder is at fault, not a file."""
-
 MAX_POOL_ENTRIES = 20_000_000
 
 log = logging.getLogger(__name__)
@@ -63,7 +62,6 @@ class RowReader:
         rules: how the task's prompts are put together.
         source: of your own data, whose texts are bare; None for MMEB's layout.
         split: whether instructions have columns of their own; otherwise MMEB's texts are finished prompts.
-        must_exist: False keeps the name of an image file that is not there.
     """
 
     table: Table
@@ -71,7 +69,6 @@ class RowReader:
     rules: PromptRules
     source: Source | None = None
     split: bool = False
-    must_exist: bool = True
 
     def input(self, row: int, columns: Columns, side: Side, instruction: str = "") -> RawInput:
         """Return one query or candidate; ``instruction`` is the one that the file splits off.
@@ -92,12 +89,9 @@ class RowReader:
                     text = join(instruction, text, self.rules, has_image=bool(image))
                 drop = is_query and not self.rules.query_image
                 text = written_text(text, has_image=bool(image), drop_placeholder=drop)
-            if not image:
-                return RawInput(text)
-            file = self.images.get(image) if self.must_exist else self.images.find(image)
+            return RawInput(text, (self.images.get(image),) if image else ())
         except ValueError as error:
             raise type(error)(f"{self.table.where(row, *columns)}: {error}") from error
-        return RawInput(text, (file or image,))
 
     def sides(self, row: int, columns: Columns, cells: Mapping[str, Any]) -> list[Side]:
         """Pair two cells that hold lists, or one list and one value for all of its entries.
@@ -105,16 +99,14 @@ class RowReader:
         Raises:
             ValueError: the two lists differ in length.
         """
-        texts, images = (cells.get(column) for column in columns)
-        if not isinstance(texts, list):
-            texts = [texts] * (len(images) if isinstance(images, list) else 1)
-        if not isinstance(images, list):
-            images = [images] * len(texts)
-        if len(texts) != len(images):
+        both: list[Any] = [cells.get(column) for column in columns]
+        lengths = {len(cell) for cell in both if isinstance(cell, list)} or {1}
+        if len(lengths) > 1:
             raise ValueError(
-                f"{self.table.where(row, *columns)}: {len(texts)} texts but {len(images)} image paths. "
+                f"{self.table.where(row, *columns)}: {len(both[0])} texts but {len(both[1])} image paths. "
                 "The lists must be index-aligned; use '' for no text or no image."
             )
+        texts, images = (cell if isinstance(cell, list) else [cell] * max(lengths) for cell in both)
         return [(text or "", image or "") for text, image in zip(texts, images, strict=True)]
 
 
@@ -126,20 +118,16 @@ def open_train(data_dir: Path, subset: str, split: str, *, must_exist: bool = Tr
     """
     owner, one_value = f"training subset {subset!r}", (*TRAIN_QUERY, *TRAIN_CANDIDATE)
     task = task_of_subset(read_tasks(data_dir), subset)
-    rules, source = (PromptRules(), None) if task is None else (task.prompt, task.source)
-    if source is not None and source.train_file is not None:
-        columns = {TRAIN_ROLES[role]: name for role, name in source.columns.items()}
-        table = Table(owner, [source.train_file], columns, NEGATIVES)
-        table.require(columns)
-        reader = RowReader(table, ImageFolder(source.image_dir), rules, source, must_exist=must_exist)
+    if task is not None and task.source is not None and task.source.train_file is not None:
+        reader = _open_own(owner, task.source.train_file, task.source, TRAIN_ROLES, NEGATIVES, must_exist)
     else:
         root = data_dir / "MMEB-train"
-        columns = {name: name for name in (*one_value, *NEGATIVES)}
-        table = Table(owner, _files(owner, root / subset, split), columns)
+        table = _open_mmeb(owner, root / subset, split, (*one_value, *NEGATIVES))
         table.require(one_value)
-        reader = RowReader(table, ImageFolder(root), rules, must_exist=must_exist)
+        rules = PromptRules() if task is None else task.prompt
+        reader = RowReader(table, ImageFolder(root, must_exist=must_exist), rules)
     advice = "Put further candidates into columns of the roles negative_text and negative_image."
-    table.refuse_lists(one_value, f"a training row has one query and one positive. {advice}")
+    reader.table.refuse_lists(one_value, f"a training row has one query and one positive. {advice}")
     return reader
 
 
@@ -153,20 +141,34 @@ def open_eval(data_dir: Path, task: Task, *, must_exist: bool = True) -> RowRead
     """
     owner, source = f"evaluation task {task.name!r}", task.source
     if source is not None and source.eval_file is not None:
-        columns = {EVAL_ROLES[role]: name for role, name in source.columns.items() if role in EVAL_ROLES}
-        table = Table(owner, [source.eval_file], columns, EVAL_CANDIDATE)
-        table.require(columns)
-        reader = RowReader(table, ImageFolder(source.image_dir), task.prompt, source, must_exist=must_exist)
+        reader = _open_own(owner, source.eval_file, source, EVAL_ROLES, EVAL_CANDIDATE, must_exist)
     else:
         root = data_dir / "MMEB-eval"
-        columns = {name: name for name in (*EVAL_QUERY, *EVAL_CANDIDATE, *INSTRUCTIONS)}
-        table = Table(owner, _files(owner, root / task.name, "test"), columns)
+        written = (*EVAL_QUERY, *EVAL_CANDIDATE)
+        table = _open_mmeb(owner, root / task.name, "test", (*written, *INSTRUCTIONS))
         split = table.column("qry_inst") is not None
-        table.require(("qry_text", "tgt_text") if split else (*EVAL_QUERY, *EVAL_CANDIDATE))
-        images = ImageFolder(root, root / "image-tasks", data_dir / "image-tasks")
-        reader = RowReader(table, images, task.prompt, split=split, must_exist=must_exist)
-    table.refuse_lists(EVAL_QUERY, "a row has one query. Give every query a row.")
+        table.require(("qry_text", "tgt_text") if split else written)
+        roots = (root, root / "image-tasks", data_dir / "image-tasks")
+        reader = RowReader(table, ImageFolder(*roots, must_exist=must_exist), task.prompt, split=split)
+    reader.table.refuse_lists(EVAL_QUERY, "a row has one query. Give every query a row.")
     return reader
+
+
+def _open_own(
+    owner: str, file: Path, source: Source, roles: Mapping[str, str], lists: Collection[str], must_exist: bool
+) -> RowReader:
+    columns = {roles[role]: name for role, name in source.columns.items() if role in roles}
+    table = Table(owner, [file], columns, lists)
+    table.require(columns)
+    return RowReader(table, ImageFolder(source.image_dir, must_exist=must_exist), PromptRules(), source)
+
+
+def _open_mmeb(owner: str, folder: Path, split: str, names: Collection[str]) -> Table:
+    files = sorted(folder.glob(f"{split}-*.parquet"))
+    if not files:
+        others = ", ".join(sorted(file.name for file in folder.glob("*.parquet"))) or "no parquet file"
+        raise ValueError(f"{owner}: no file {folder / split}-*.parquet; the folder holds {others}.")
+    return Table(owner, files, {name: name for name in names})
 
 
 def prepare_tables(data_dir: Path, subsets: Sequence[str], split: str, tasks: Sequence[str]) -> None:
@@ -177,17 +179,6 @@ def prepare_tables(data_dir: Path, subsets: Sequence[str], split: str, tasks: Se
     for task in tasks:
         if task in known:
             open_eval(data_dir, known[task])
-
-
-def _files(owner: str, folder: Path, split: str) -> Sequence[Path]:
-    files = sorted(folder.glob(f"{split}-*.parquet"))
-    if not files:
-        others = ", ".join(sorted(file.name for file in folder.glob("*.parquet"))) or "no parquet file"
-        raise ValueError(
-            f"{owner}: no file {folder / split}-*.parquet; the folder holds {others}. "
-            "Check data_dir, the name and the split."
-        )
-    return files
 
 
 class TrainSubset:
@@ -201,9 +192,8 @@ class TrainSubset:
         split: file name prefix, ``original`` or ``diverse_instruction`` in MMEB.
         limit: keep at most this many rows, in file order.
         limit_by: ``sample`` draws them once with ``seed``, ``first`` takes the first (VLM2Vec's caps).
-        hard_negatives: negatives per row. A row with fewer is padded with None, so that every batch of
-            every process has ``batch size * (1 + hard_negatives)`` candidates. A negative without image whose
-            text is only whitespace does not count.
+        hard_negatives: negatives per row, padded with None, so that every batch of every process has
+            ``batch size * (1 + hard_negatives)`` candidates. A blank text without image does not count.
         seed: seed of the ``limit`` draw, >= 0.
         must_exist: False keeps the names of image files that are not there.
 
@@ -223,11 +213,10 @@ class TrainSubset:
         seed: int = 0,
         must_exist: bool = True,
     ) -> None:
-        self.subset = subset
-        self.hard_negatives = hard_negatives
+        self.subset, self.hard_negatives = subset, hard_negatives
         self.reader = open_train(Path(data_dir), subset, split, must_exist=must_exist)
         self.table = self.reader.table
-        blank = _blank(self.table, TRAIN_QUERY) | _blank(self.table, TRAIN_CANDIDATE)
+        blank = _blank_rows(self.table, TRAIN_QUERY) | _blank_rows(self.table, TRAIN_CANDIDATE)
         if limit_by == "first":
             blank, limit = blank[:limit], None
         self.blank_rows = int(blank.sum())
@@ -251,23 +240,22 @@ class TrainSubset:
         positive = reader.input(row, TRAIN_CANDIDATE, _side(cells, TRAIN_CANDIDATE))
         negatives: list[RawInput | None] = []
         if self.hard_negatives:
-            sides = reader.sides(row, NEGATIVES, cells)
-            sides = [(text, image) for text, image in sides if text.strip() or image][: self.hard_negatives]
-            negatives += [reader.input(row, NEGATIVES, side) for side in sides]
-            negatives += [None] * (self.hard_negatives - len(sides))
+            sides = [side for side in reader.sides(row, NEGATIVES, cells) if side[0].strip() or side[1]]
+            negatives += [reader.input(row, NEGATIVES, side) for side in sides[: self.hard_negatives]]
+            negatives += [None] * (self.hard_negatives - len(negatives))
         return RawPair(query, positive, tuple(negatives), self.subset, row)
 
     def log_gaps(self) -> None:
         """Warn of rows that were left out, and of hard negatives that no row has."""
+        owner, what = self.table.owner, "rows with neither text nor image on a side"
         if self.blank_rows:
-            what = "rows with neither text nor image on a side"
-            log.warning("%s: left out %d %s", self.table.owner, self.blank_rows, what)
+            log.warning("%s: left out %d %s", owner, self.blank_rows, what)
         columns = [self.table.column(name) for name in NEGATIVES]
         if self.hard_negatives and all(column is None or _all_blank(column) for column in columns):
             log.warning(
                 "%s: no row has a hard negative, so data.hard_negatives only adds padding that matches no "
                 "query. Set it to 0 unless another subset has some",
-                self.table.owner,
+                owner,
             )
 
     def readable(self, index: int) -> RawPair:
@@ -280,7 +268,7 @@ class TrainSubset:
             ValueError: a row is bad for another reason, or none of many rows can be read.
         """
         reasons: list[str] = []
-        for step in range(min(len(self), BAD_ROWS_IN_A_ROW)):
+        for step in range(min(len(self), MAX_UNREADABLE_ROWS)):
             place = (index + step) % len(self)
             try:
                 pair = self[place]
@@ -307,18 +295,15 @@ def _is_blank(texts: Any) -> Any:
 
 
 def _all_blank(column: pa.ChunkedArray) -> bool:
-    """Return whether every cell, or every entry of every list, is blank."""
     texts = pc.list_flatten(column) if pa.types.is_list(column.type) else column
     return bool(pc.all(_is_blank(texts)).as_py())
 
 
-def _blank(table: Table, columns: Columns) -> np.ndarray[Any, np.dtype[np.bool_]]:
+def _blank_rows(table: Table, columns: Columns) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Return which rows have neither text nor image on a side."""
     blank = np.ones(len(table), dtype=bool)
-    for name in columns:
-        column = table.column(name)
-        if column is not None:
-            blank &= _is_blank(column).to_numpy()
+    for column in filter(None, map(table.column, columns)):
+        blank &= _is_blank(column).to_numpy()
     return blank
 
 
@@ -340,7 +325,7 @@ def read_eval_task(
     check_names([task], tasks, "evaluation task")
     reader = open_eval(Path(data_dir), tasks[task], must_exist=must_exist)
     table = reader.table
-    pool = _pool(table) if reader.source is not None else []
+    pool = [] if reader.source is None else _pool(table)
     count = len(table) if limit is None else min(limit, len(table))
     query_index: dict[tuple[str, ...], int] = {}
     candidate_index: dict[Side, int] = {}
@@ -363,10 +348,8 @@ def read_eval_task(
                 read.candidates.append(reader.input(row, EVAL_CANDIDATE, side, instruction))
         row_candidates = [candidate_index[identity] for identity in (dict.fromkeys(keys) if pool else keys)]
         if len(row_candidates) < 2:
-            raise ValueError(
-                f"{table.where(row, *EVAL_CANDIDATE)}: {len(row_candidates)} candidates. A row needs its "
-                "positive and at least one other."
-            )
+            found = f"{table.where(row, *EVAL_CANDIDATE)}: {len(row_candidates)} candidates"
+            raise ValueError(f"{found}. A row needs its positive and at least one other.")
         read.candidates_of_row.append(row_candidates)
     return read
 
@@ -383,13 +366,10 @@ def _identity(task: Task, side: Side) -> Side:
 
 def _pool(table: Table) -> list[Side]:
     """Return all positives of a file that names only the positive of each row, nothing if it has lists."""
-    columns = [table.column(name) for name in EVAL_CANDIDATE]
-    if any(column is not None and pa.types.is_list(column.type) for column in columns):
+    if any(pa.types.is_list(column.type) for column in filter(None, map(table.column, EVAL_CANDIDATE))):
         return []
     pool = list(dict.fromkeys(_side(table[row], EVAL_CANDIDATE) for row in range(len(table))))
     if len(pool) * len(table) > MAX_POOL_ENTRIES:
-        raise ValueError(
-            f"{table.owner}: {len(table)} rows with {len(pool)} candidates each are too many. "
-            "Give every row its own list of candidates."
-        )
+        many = f"{len(table)} rows with {len(pool)} candidates each are too many"
+        raise ValueError(f"{table.owner}: {many}. Give every row its own list of candidates.")
     return pool

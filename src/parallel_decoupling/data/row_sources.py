@@ -25,11 +25,7 @@ PATH_NAME = re.compile(r"path_\d+")
 class RowSource:
     """Rows with a text, an image file or both.
 
-    Attributes:
-        path: what the user named.
-        image_dir: what relative image names are relative to.
-        ids: one text per row, no two the same.
-        fields: the source's columns without ``id``.
+    ``ids`` are different texts, ``fields`` are the other columns, and images are relative to ``image_dir``.
     """
 
     path: Path
@@ -41,11 +37,7 @@ class RowSource:
         return len(self.ids)
 
     def raw_input(self, row: int, instruction: str = "") -> RawInput:
-        """Return the prompt of one row, as ``encode`` writes it, without opening files.
-
-        Raises:
-            ValueError: the row has neither text nor image.
-        """
+        """Return the prompt of one row, as ``encode`` writes it, or raise ``ValueError`` for an empty row."""
         return prompt(self._cell(TEXT, row), self._image_file(row), instruction or None)
 
     def size(self, row: int) -> tuple[tuple[int, int] | None, int]:
@@ -62,11 +54,8 @@ class RowSource:
 
     def describe(self) -> dict[str, Any]:
         """Return where the rows come from, as plain JSON."""
-        return {
-            "source": str(self.path.resolve()),
-            "image_dir": str(self.image_dir),
-            "num_rows": len(self),
-        }
+        source, image_dir = str(self.path.resolve()), str(self.image_dir)
+        return {"source": source, "image_dir": image_dir, "num_rows": len(self)}
 
     def sha256(self) -> str:
         """Identify the rows: a table by its bytes, a folder by the names and sizes of its images."""
@@ -102,16 +91,14 @@ def open_rows(path: str | Path) -> RowSource:
     if not path.exists():
         raise ValueError(f"{path} does not exist. Check the name.")
     if path.suffix not in SUFFIXES:
-        raise ValueError(
-            f"{path} is neither a folder of images nor a file that ends with one of {', '.join(SUFFIXES)}."
-        )
+        kinds = f"a folder of images nor a file that ends with one of {', '.join(SUFFIXES)}"
+        raise ValueError(f"{path} is neither {kinds}.")
     texts = {name: name for name in (ID, TEXT, IMAGE)}
-    table = Table("predict_source", [path], texts, keep_others=True)
+    table = Table("predict_source", [path], texts, (), keep_others=True)
     names = table.rows.column_names
     if not {TEXT, IMAGE} & set(names):
-        raise ValueError(
-            f"{path}: needs a column {TEXT}, {IMAGE} (names of files) or both; found {', '.join(names)}."
-        )
+        needed = f"needs a column {TEXT}, {IMAGE} (names of files) or both"
+        raise ValueError(f"{path}: {needed}; found {', '.join(names)}.")
     table.refuse_lists(texts, "a row has one text and one image.")
     for name in names:
         if name == AGGREGATE or PATH_NAME.fullmatch(name):
@@ -126,10 +113,7 @@ def _image_folder(path: Path) -> RowSource:
     files = (file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
     names = sorted(file.relative_to(path).as_posix() for file in files if file.is_file())
     if not names:
-        raise ValueError(
-            f"{path} holds no file that ends with one of {', '.join(IMAGE_SUFFIXES)}. Name a folder of "
-            f"images, or a file that ends with one of {', '.join(SUFFIXES)}."
-        )
+        raise ValueError(f"{path} holds no file that ends with one of {', '.join(IMAGE_SUFFIXES)}.")
     ids = pa.chunked_array([pa.array(names)])
     return RowSource(path, path.resolve(), ids, pa.table({IMAGE: ids}))
 

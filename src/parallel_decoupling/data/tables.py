@@ -11,23 +11,19 @@ import json
 import os
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
-import pyarrow.json
 import pyarrow.parquet as pq
 
 SUFFIXES = (".parquet", ".jsonl", ".csv")
 ROWS_PER_BATCH = 8192
-JSON_BLOCK_BYTES = 1 << 26
-CSV_PARSING = pa.csv.ParseOptions(newlines_in_values=True)
-MAX_SHOWN = 200
-FORMAT = 3
+FORMAT = "3"
 """Version of the copies in the cache."""
 
 
@@ -40,26 +36,19 @@ def default_cache_dir() -> Path:
 
 
 class Table:
-    """The files of one subset, task or source as one table.
-
-    A table is pickled by its file names, so a spawned worker maps the files again.
+    """The files of one subset, task or source as one mapped table, pickled by the names of the files.
 
     Args:
         owner: what the rows are, for error messages.
         files: Parquet, JSONL or CSV files, one after the other.
-        columns: name in this package to name in the files, of columns that become texts or lists of texts.
-            Those that a file lacks are null there.
+        columns: name in this package to name in the files, of the columns that become texts or lists of
+            texts; null where a file lacks them.
         lists: names in this package of the columns that may hold lists. In a CSV file one list makes such a
             column lists; any other column holds lists only if all of its cells do.
-        keep_others: keep all other columns as well, with their types; categories become their values. The
-            names in ``columns`` must then be those of the files.
-
-    Attributes:
-        rows: all rows, mapped into memory.
+        keep_others: keep all other columns with their types, under the names of the files.
 
     Raises:
-        ValueError: a file cannot be read, a column does not hold texts, or a CSV column mixes lists with
-            other texts.
+        ValueError: a file cannot be read, or a column does not hold texts alone or lists of them alone.
     """
 
     def __init__(
@@ -68,39 +57,31 @@ class Table:
         files: Sequence[Path],
         columns: Mapping[str, str],
         lists: Collection[str] = (),
-        *,
         keep_others: bool = False,
     ) -> None:
         self.owner, self.files, self.columns = owner, list(files), dict(columns)
-        self.lists, self.keep_others = tuple(lists), keep_others
+        self._arguments = (owner, self.files, self.columns, tuple(lists), keep_others)
         texts = sorted(set(columns.values()))
         list_texts = sorted({columns[name] for name in lists if name in columns})
-        copies = [arrow_copy(file, texts, owner, list_texts, keep_others=keep_others) for file in self.files]
+        copies = [arrow_copy(file, texts, owner, list_texts, keep_others) for file in self.files]
         parts = [pa.ipc.open_file(pa.memory_map(str(copy))).read_all() for copy in copies]
         self._found = [json.loads(part.schema.metadata[b"columns"]) for part in parts]
         self._first_rows = np.cumsum([0, *(len(part) for part in parts)])[:-1]
-        try:
-            rows = pa.concat_tables(parts, promote_options="default").replace_schema_metadata(None)
-        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            raise ValueError(f"{owner}: the files differ in the types of their columns: {error}") from error
-        self._cells = {name: rows[theirs] for name, theirs in columns.items() if theirs in rows.column_names}
-        for name, cells in self._cells.items():
-            if pa.types.is_null(cells.type):
-                self._cells[name] = cells.cast(pa.string())
+        rows = pa.concat_tables(parts, promote_options="default")
+        cells = {name: rows[theirs] for name, theirs in columns.items() if theirs in rows.column_names}
+        for name, column in cells.items():
+            cells[name] = column.cast(pa.string()) if pa.types.is_null(column.type) else column
         if keep_others:
-            self._cells = {name: self._cells.get(name, rows[name]) for name in rows.column_names}
-        self.rows = pa.table(self._cells)
+            cells = {name: cells.get(name, rows[name]) for name in rows.column_names}
+        self._cells, self.rows = cells, pa.table(cells)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle what it takes to open the files again."""
-        reopen = partial(Table, keep_others=self.keep_others)
-        return reopen, (self.owner, self.files, self.columns, self.lists)
+        return Table, self._arguments
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        """Return the cells of one row by column name."""
         return {name: cells[row].as_py() for name, cells in self._cells.items()}
 
     def column(self, name: str) -> pa.ChunkedArray | None:
@@ -108,11 +89,7 @@ class Table:
         return self._cells.get(name)
 
     def require(self, names: Iterable[str]) -> None:
-        """Check that every file has these columns, by their names in this package.
-
-        Raises:
-            ValueError: a column is missing; the message names the file and the columns that it has.
-        """
+        """Raise ``ValueError`` if a file lacks one of the columns, with those that it has."""
         for name in names:
             for file, found in zip(self.files, self._found, strict=True):
                 if self.columns[name] not in found:
@@ -122,60 +99,47 @@ class Table:
                     )
 
     def refuse_lists(self, names: Iterable[str], advice: str) -> None:
-        """Raise ``ValueError`` with ``advice`` if one of these columns holds lists."""
+        """Raise ``ValueError`` with ``advice`` if one of the columns holds lists."""
         for name in names:
             if name in self._cells and pa.types.is_list(self._cells[name].type):
                 raise ValueError(f"{self.where(0, name)}: holds a list; {advice}")
 
     def where(self, row: int, *columns: str) -> str:
-        """Name the owner, file, row in that file and first known of some columns, for an error message."""
+        """Name the owner, file, row in that file and the first known of some columns, for a message."""
         file = int(np.searchsorted(self._first_rows, row, side="right")) - 1
         name = next((self.columns[column] for column in columns if column in self.columns), columns[0])
         return f"{self.owner}, file {self.files[file]}, row {row - self._first_rows[file]}, column {name!r}"
 
 
 def arrow_copy(
-    file: Path, texts: Sequence[str], owner: str, lists: Sequence[str] = (), *, keep_others: bool = False
+    file: Path, texts: Sequence[str], owner: str, lists: Sequence[str] = (), keep_others: bool = False
 ) -> Path:
     """Return the memory-mappable copy of a file, after writing it if the cache lacks it.
 
     The copy appears by one rename, so processes that write it at the same time do not disturb each other.
-    Copies of earlier contents of the same file are removed.
-
-    Args:
-        file: a Parquet, JSONL or CSV file.
-        texts: the columns that become texts or lists of texts.
-        owner: what the rows are, for error messages.
-        lists: those of ``texts`` that may hold lists.
-        keep_others: copy the other columns as well.
-
-    Raises:
-        ValueError: the file is missing or broken, or a column does not hold what it should.
+    Copies of earlier contents of the same file are removed. Arguments and errors are those of ``Table``.
     """
     try:
         status = file.stat()
     except OSError as error:
         raise ValueError(f"{owner}: cannot read {file}: {error}. Check data_dir and the name.") from error
     place = _hash(str(file.resolve()), repr((list(texts), list(lists), keep_others)))
-    state = _hash(str(FORMAT), str(status.st_size), str(status.st_mtime_ns))
-    folder = default_cache_dir() / "tables"
-    copy = folder / f"{place}-{state}.arrow"
+    copy_name = f"{place}-{_hash(FORMAT, str(status.st_size), str(status.st_mtime_ns))}.arrow"
+    copy = default_cache_dir() / "tables" / copy_name
     if copy.is_file():
         return copy
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, unfinished = tempfile.mkstemp(dir=folder, prefix="unfinished-")
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    handle, unfinished = tempfile.mkstemp(dir=copy.parent, prefix="unfinished-")
     os.close(handle)
     try:
         _write(file, texts, lists, keep_others, Path(unfinished))
-        for old in folder.glob(f"{place}-*.arrow"):
+        for old in copy.parent.glob(f"{place}-*.arrow"):
             if old != copy:  # another process may have finished this one and be about to map it
                 old.unlink(missing_ok=True)
         Path(unfinished).replace(copy)
-    except pa.ArrowException as error:
-        hint = "Is it complete?"
-        if file.suffix == ".jsonl":
-            hint = "It must hold one JSON object per line, and values of one type under the same name."
-        raise ValueError(f"{owner}: cannot read {file}: {str(error).rstrip('.')}. {hint}") from error
+    except (pa.ArrowException, json.JSONDecodeError, UnicodeDecodeError) as error:
+        lines = ", with one JSON object per line and values of one type" if file.suffix == ".jsonl" else ""
+        raise ValueError(f"{owner}: cannot read {file}: {error} Is it complete{lines}?") from error
     finally:
         Path(unfinished).unlink(missing_ok=True)
     return copy
@@ -187,17 +151,14 @@ def _hash(*parts: str) -> str:
 
 def _write(file: Path, texts: Sequence[str], lists: Collection[str], keep_others: bool, copy: Path) -> None:
     found, batches = _read(file, texts, lists, keep_others)
-    if len(set(found)) < len(found):
+    kept = [name for name in found if keep_others or name in texts]
+    if len(set(kept)) < len(kept):
         raise ValueError(f"{file}: two columns have the same name; found {', '.join(found)}. Rename one.")
     writer = None
     with pa.OSFile(str(copy), "wb") as stream:
         for batch in batches:
-            names = batch.schema.names
-            cells = [
-                _as_text(file, name, column) if name in texts else _without_categories(column)
-                for name, column in zip(names, batch.columns, strict=True)
-            ]
-            batch = pa.RecordBatch.from_arrays(cells, names, metadata={"columns": json.dumps(found)})
+            cells = [_to_copy(file, name, batch.column(name), name in texts) for name in kept]
+            batch = pa.RecordBatch.from_arrays(cells, kept, metadata={"columns": json.dumps(found)})
             writer = writer or pa.ipc.new_file(stream, batch.schema)
             writer.write_batch(batch)
         if writer is None:
@@ -208,50 +169,38 @@ def _write(file: Path, texts: Sequence[str], lists: Collection[str], keep_others
 def _read(
     file: Path, texts: Sequence[str], lists: Collection[str], keep_others: bool
 ) -> tuple[list[str], Iterator[pa.RecordBatch]]:
-    """Return the names of all columns, and batches of those to copy."""
     if file.suffix == ".parquet":
         source = pq.ParquetFile(file)
         found = source.schema_arrow.names
         columns = None if keep_others else [name for name in found if name in texts]
         return found, source.iter_batches(ROWS_PER_BATCH, columns=columns)
-    if file.suffix == ".jsonl":
-        table = _read_jsonl(file, texts)
-        found = table.column_names
-    elif file.suffix == ".csv":
-        with pa.csv.open_csv(str(file), parse_options=CSV_PARSING) as stream:
-            found = stream.schema.names
-        table = _read_csv(file, [name for name in found if keep_others or name in texts], texts, lists)
-    else:
+    if file.suffix not in SUFFIXES:
         raise ValueError(f"{file}: the file must end with one of {', '.join(SUFFIXES)}.")
-    kept = [name for name in table.column_names if keep_others or name in texts]
-    return found, iter(table.select(kept).to_batches(ROWS_PER_BATCH))
+    table = _read_jsonl(file) if file.suffix == ".jsonl" else _read_csv(file, texts, lists)
+    return table.column_names, iter(table.to_batches(ROWS_PER_BATCH))
 
 
-def _read_jsonl(file: Path, texts: Sequence[str]) -> pa.Table:
-    """Read all columns; ``texts`` that look like dates, which pyarrow makes times of, stay as written."""
-    read = pa.json.ReadOptions(block_size=JSON_BLOCK_BYTES)
-    table = pa.json.read_json(str(file), read_options=read)
-    times = [
-        (field.name, _text_type(field.type))
-        for field in table.schema
-        if field.name in texts and pa.types.is_temporal(_entry_type(field.type))
-    ]
-    if times:
-        parse = pa.json.ParseOptions(explicit_schema=pa.schema(times), unexpected_field_behavior="ignore")
-        written = pa.json.read_json(str(file), read_options=read, parse_options=parse)
-        for name, _ in times:
-            table = table.set_column(table.column_names.index(name), name, written[name])
-    return table
+def _read_jsonl(file: Path) -> pa.Table:
+    """Read all columns with the types that JSON has, so that texts which look like dates stay texts."""
+    parts = []
+    with file.open(encoding="utf-8") as stream:
+        lines = (line for line in stream if line.strip())
+        while rows := [json.loads(line) for line in islice(lines, ROWS_PER_BATCH)]:
+            if not all(isinstance(row, dict) for row in rows):
+                raise pa.ArrowInvalid("a line is not a JSON object")
+            names = dict.fromkeys(name for row in rows for name in row)
+            parts.append(pa.table({name: [row.get(name) for row in rows] for name in names}))
+    return pa.concat_tables(parts or [pa.table({})], promote_options="permissive")
 
 
-def _read_csv(file: Path, names: Sequence[str], texts: Sequence[str], lists: Collection[str]) -> pa.Table:
-    """Read some columns, with ``texts`` as texts or as lists of texts."""
-    types = {name: pa.string() for name in names if name in texts}
-    convert = pa.csv.ConvertOptions(include_columns=names, column_types=types, strings_can_be_null=False)
-    table = pa.csv.read_csv(str(file), convert_options=convert, parse_options=CSV_PARSING)
+def _read_csv(file: Path, texts: Sequence[str], lists: Collection[str]) -> pa.Table:
+    types = dict.fromkeys(texts, pa.string())
+    convert = pa.csv.ConvertOptions(column_types=types, strings_can_be_null=False)
+    parse = pa.csv.ParseOptions(newlines_in_values=True)
+    table = pa.csv.read_csv(str(file), convert_options=convert, parse_options=parse)
     for place, name in enumerate(table.column_names):
         if name in types:
-            column = _parse_lists(file, name, table[name], may_hold_lists=name in lists)
+            column = _parse_lists(file, name, table.column(place), may_hold_lists=name in lists)
             table = table.set_column(place, name, column)
     return table
 
@@ -273,7 +222,7 @@ def _parse_lists(file: Path, name: str, column: pa.ChunkedArray, *, may_hold_lis
         if wrong:
             raise ValueError(
                 f"{file}, row {wrong[0]}, column {name!r}: the column holds lists, but "
-                f"{cells[wrong[0]][:MAX_SHOWN]!r} is not a JSON list of texts. "
+                f"{cells[wrong[0]][:200]!r} is not a JSON list of texts. "
                 'Write ["cat", "dog"], which is "[""cat"", ""dog""]" in a CSV file; leave the cell empty for '
                 "no entry. If the column should hold texts that look like lists, use a JSONL or Parquet file."
             )
@@ -284,18 +233,18 @@ def _parse_lists(file: Path, name: str, column: pa.ChunkedArray, *, may_hold_lis
 
 def _json_list(cell: str) -> list[str | None] | None:
     """Return the entries of a JSON list of texts, or None for any other cell."""
-    if not cell.lstrip().startswith("["):
-        return None
     try:
-        entries = json.loads(cell)
+        entries = json.loads(cell) if cell.lstrip().startswith("[") else None
     except json.JSONDecodeError:
         return None
-    return entries if all(entry is None or isinstance(entry, str) for entry in entries) else None
+    return entries if all(entry is None or isinstance(entry, str) for entry in entries or ()) else None
 
 
-def _as_text(file: Path, name: str, cells: pa.Array) -> pa.Array:
-    """Cast numbers and all kinds of strings to text, alone or in lists; a column of nulls may be either."""
-    if pa.types.is_null(cells.type):
+def _to_copy(file: Path, name: str, cells: pa.Array, is_text: bool) -> pa.Array:
+    """Cast numbers and all kinds of strings to text, alone or in lists; leave other columns as they are."""
+    if not is_text:  # an Arrow file holds at most one dictionary per column
+        return cells.dictionary_decode() if pa.types.is_dictionary(cells.type) else cells
+    if pa.types.is_null(cells.type):  # may stand for texts or for lists
         return cells
     entry = _entry_type(cells.type)
     if pa.types.is_nested(entry) or pa.types.is_binary(entry) or pa.types.is_large_binary(entry):
@@ -306,14 +255,8 @@ def _as_text(file: Path, name: str, cells: pa.Array) -> pa.Array:
     return cells.cast(_text_type(cells.type))
 
 
-def _without_categories(cells: pa.Array) -> pa.Array:
-    """Decode a dictionary column, because an Arrow file holds one dictionary per column at most."""
-    return cells.dictionary_decode() if pa.types.is_dictionary(cells.type) else cells
-
-
 def _entry_type(kind: pa.DataType) -> pa.DataType:
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-    return kind.value_type if is_list else kind
+    return kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
 
 
 def _text_type(kind: pa.DataType) -> pa.DataType:

@@ -29,10 +29,10 @@ ROLES = tuple(f"{side}_{kind}" for side in ("query", "candidate", "negative") fo
 
 @dataclass(frozen=True)
 class Source:
-    """Where a task's rows are when they are not in MMEB's layout.
+    """Where a task's rows are when they are not in MMEB's layout, as ``docs/data.md`` describes.
 
     Attributes:
-        train_file: Parquet, JSONL or CSV file with one query and its positive per row, if there is one.
+        train_file: Parquet, JSONL or CSV file with one query and its positive per row.
         eval_file: the same for evaluation; a candidate cell is a list with the positive first, or the
             positive alone, and then all positives of the file are candidates of every row.
         image_dir: folder that the image cells are relative to.
@@ -59,7 +59,7 @@ class Task:
         in_distribution: whether MMEB also trains on this dataset.
         identity: what makes two candidates the same; the first one seen stands for both.
         prompt: how prompts are put together.
-        source: where the rows are, if not in MMEB's layout.
+        source: your own data, None in MMEB's layout.
     """
 
     name: str
@@ -118,7 +118,7 @@ MMEB_TASKS = _mmeb_tasks()
 """The 36 tasks of MMEB v1; other folders of ``MMEB-eval`` (such as ``CIFAR-100``) are not tasks."""
 
 _TRAIN_NAMES = {"ImageNet-1K": "ImageNet_1K"}
-"""MMEB spells this one with an underscore in training and a hyphen in evaluation."""
+"""MMEB spells it with an underscore in training and a hyphen in evaluation."""
 
 MMEB_TRAIN_SUBSETS: tuple[str, ...] = tuple(
     _TRAIN_NAMES.get(name, name) for name, task in MMEB_TASKS.items() if task.in_distribution
@@ -181,12 +181,11 @@ def check_names(names: Collection[str], available: Collection[str], what: str) -
 def read_tasks(data_dir: str | Path) -> dict[str, Task]:
     """Return MMEB's task table plus the entries of ``data_dir/tasks.json``, which win.
 
-    The file makes a custom benchmark known without code:
-    ``{"<task>": {"meta_task": "vqa", "in_distribution": true}, ...}``, in MMEB's layout or with the files
-    and columns that ``Source`` describes (``docs/data.md``).
+    An entry is ``"<task>": {"meta_task": "vqa", "in_distribution": true}`` in MMEB's layout, and has the
+    attributes of ``Source`` as further keys otherwise.
 
     Raises:
-        ValueError: the file does not hold such a mapping.
+        ValueError: the file does not hold such entries.
     """
     tasks_file = Path(data_dir) / "tasks.json"
     tasks = dict(MMEB_TASKS)
@@ -236,7 +235,7 @@ def _source(entry: dict[str, Any], data_dir: Path) -> Source:
         raise ValueError(
             f'columns must name a column per role, such as {{"query_text": "question"}}, got {columns!r}.'
         )
-    check_names(columns, ROLES, "role in columns")
+    check_names(columns, ROLES, "column role")
     for side in ("query", "candidate"):
         if not {f"{side}_text", f"{side}_image"} & set(columns):
             raise ValueError(f"columns: {side}_text or {side}_image is needed, or both.")

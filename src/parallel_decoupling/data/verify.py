@@ -13,16 +13,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 from tqdm import tqdm
 
 from parallel_decoupling.data import readers, tasks
 from parallel_decoupling.data.images import ImageError, load_image
 
-ROWS_PER_TASK = 1000
-"""Rows of every task of MMEB."""
-MAX_NEGATIVES = 100
-"""So many negatives of a training row are read."""
+MMEB_ROWS = 1000
+"""Rows of every evaluation task of MMEB."""
 
 
 @dataclass
@@ -33,13 +30,8 @@ class Check:
         part: ``train``, ``eval`` or ``folder``.
         name: the subset, task or folder.
         split: file name prefix of the rows.
-        rows: rows of its files.
-        images: different image files that the rows name.
-        missing: those of them that are not there.
-        opened: those that were decoded, evenly spaced.
-        broken: opened ones that cannot be decoded.
-        repeated: training rows that repeat another one; evaluation rows that list a candidate twice.
-        candidates: fewest and most candidates of an evaluation row.
+        counts: rows; repeated training rows, or evaluation rows that list a candidate twice; candidates of
+            an evaluation row; image files that the rows name, and those missing, opened and broken.
         problems: what is wrong and what to do.
         notes: what is worth knowing.
     """
@@ -47,13 +39,7 @@ class Check:
     part: str
     name: str
     split: str = ""
-    rows: int = 0
-    images: int = 0
-    missing: int = 0
-    opened: int = 0
-    broken: int = 0
-    repeated: int = 0
-    candidates: tuple[int, int] | None = None
+    counts: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -62,11 +48,7 @@ class Check:
 
 
 def verify(data_dir: str | Path, sample: int = 20) -> list[Check]:
-    """Check a folder, first as a whole and then every subset and task.
-
-    Args:
-        data_dir: what the data module takes.
-        sample: image files to decode per subset and task, and training rows to read.
+    """Check a folder, then every subset and task with ``sample`` images and training rows of each.
 
     Raises:
         ValueError: no such folder, or a ``tasks.json`` that cannot be used.
@@ -111,15 +93,13 @@ def _check_folder(root: Path, checks: Sequence[Check]) -> Check:
 
 
 def _check_train(root: Path, check: Check, sample: int) -> None:
-    subset = readers.TrainSubset(root, check.name, check.split, hard_negatives=MAX_NEGATIVES)
+    subset = readers.TrainSubset(root, check.name, check.split, hard_negatives=100)
     sides = (readers.TRAIN_QUERY, readers.TRAIN_CANDIDATE)
-    columns = {
-        name: column for side in sides for name in side if (column := subset.table.column(name)) is not None
-    }
-    check.rows = len(subset.table)
-    check.repeated = check.rows - len(pa.table(columns).group_by(list(columns)).aggregate([]))
-    fix = f"Unpack images_zip/{check.name}.zip into MMEB-train/images again"
-    _check_images(check, subset.reader, (*sides, readers.NEGATIVES), sample, fix)
+    rows = subset.table.rows
+    names = [name for side in sides for name in side if name in rows.column_names]
+    distinct = rows.select(names).group_by(names).aggregate([])
+    check.counts |= {"rows": len(rows), "repeated": len(rows) - len(distinct)}
+    _check_images(check, subset.reader, (*sides, readers.NEGATIVES), sample)
     if subset.blank_rows:
         check.notes.append(f"{subset.blank_rows} rows with neither text nor image on a side are left out.")
     for index in _spread(len(subset), sample):
@@ -136,25 +116,22 @@ def _check_eval(root: Path, check: Check, sample: int) -> None:
     read = readers.read_eval_task(root, check.name, must_exist=False)
     reader = readers.open_eval(root, read.task)
     lists = read.candidates_of_row
-    check.rows = len(lists)
-    check.candidates = min(map(len, lists)), max(map(len, lists))
-    check.repeated = sum(len(set(row)) < len(row) for row in lists)
-    fix = "Unpack images.zip into MMEB-eval/images again"
-    sides = (readers.EVAL_QUERY, readers.EVAL_CANDIDATE)
-    missing = _check_images(check, reader, sides, sample, fix)
+    check.counts |= {"rows": len(lists), "repeated": sum(len(set(row)) < len(row) for row in lists)}
+    lengths = [len(row) for row in lists]
+    check.counts |= {"candidates at least": min(lengths), "candidates at most": max(lengths)}
+    missing = _check_images(check, reader, (readers.EVAL_QUERY, readers.EVAL_CANDIDATE), sample)
     rows = zip(read.query_of_row, lists, strict=True)
     needed = [(*read.queries[query].images, *read.candidates[row[0]].images) for query, row in rows]
     lost = sum(not missing.isdisjoint(images) for images in needed)
     if lost:
-        check.problems.append(
-            f"{lost} of {check.rows} rows cannot be scored: no image of the query or of the positive."
-        )
-    if reader.source is None and check.name in tasks.MMEB_TASKS and check.rows != ROWS_PER_TASK:
-        check.notes.append(f"{check.rows} rows, where MMEB has {ROWS_PER_TASK}.")
+        what = "rows cannot be scored: no image of the query or of the positive"
+        check.problems.append(f"{lost} of {len(lists)} {what}.")
+    if reader.source is None and check.name in tasks.MMEB_TASKS and len(lists) != MMEB_ROWS:
+        check.notes.append(f"{len(lists)} rows, where MMEB has {MMEB_ROWS}.")
 
 
 def _check_images(
-    check: Check, reader: readers.RowReader, sides: Sequence[readers.Columns], sample: int, fix: str
+    check: Check, reader: readers.RowReader, sides: Sequence[readers.Columns], sample: int
 ) -> set[str]:
     """Look for every image, decode a few, and return the names of those that are missing."""
     places: dict[str, tuple[int, str]] = {}
@@ -167,13 +144,12 @@ def _check_images(
     files = {image: reader.images.find(image) for image in places}
     missing = [image for image, file in files.items() if file is None]
     there = {image: file for image, file in files.items() if file is not None}
-    check.images, check.missing = len(files), len(missing)
+    check.counts |= {"images": len(files), "missing": len(missing)}
     if missing:
         where = reader.table.where(*places[missing[0]])
         check.problems.append(
-            f"{len(missing)} of {len(files)} images are missing; the first is {missing[0]!r} in {where}. "
-            f"{fix if reader.source is None else 'Put them there or correct image_dir'}; a truncated download "
-            "looks like this. `missing_images: skip` trains and scores without them."
+            f"{len(missing)} of {len(files)} images are missing, first {missing[0]!r} in {where}. Unpack the "
+            "archive or correct image_dir, or train and score without them with `missing_images: skip`."
         )
     opened = [list(there)[index] for index in _spread(len(there), sample)]
     errors = []
@@ -182,7 +158,7 @@ def _check_images(
             load_image(there[image])
         except ImageError as error:
             errors.append(f"{reader.table.where(*places[image])}: {error}")
-    check.opened, check.broken = len(opened), len(errors)
+    check.counts |= {"opened": len(opened), "broken": len(errors)}
     if errors:
         check.problems.append(f"{len(errors)} of {len(opened)} opened images are broken. {errors[0]}")
     return set(missing)
@@ -202,24 +178,17 @@ def print_verification(data_dir: str, sample: int = 20, output_file: str | None 
         output_file: Gets everything as JSON.
     """
     from rich.console import Console
-    from rich.table import Table
 
     checks = verify(data_dir, sample)
     if output_file is not None:
         content = json.dumps([asdict(check) for check in checks], indent=1)
         Path(output_file).write_text(content + "\n", encoding="utf-8")
-    table = Table("", title=f"data folder {data_dir}", caption="broken: of the opened ones")
-    for head in ("rows", "images", "missing", "broken", "repeated", "candidates"):
-        table.add_column(head, justify="right")
-    for check in checks[1:]:
-        counts = (check.rows, check.images, check.missing, f"{check.broken}/{check.opened}", check.repeated)
-        lengths = "-".join(map(str, check.candidates or ()))
-        table.add_row(f"{check}{' !' * bool(check.problems)}", *map(str, counts), lengths)
     console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table)
     for check in checks:
-        for title, lines in (("note", check.notes), ("problem", check.problems)):
-            for line in lines:
-                console.print(f"{title}: {check}: {line}", markup=False, highlight=False, soft_wrap=True)
+        lines = [", ".join(f"{count} {what}" for what, count in check.counts.items())]
+        lines += [f"note: {note}" for note in check.notes]
+        lines += [f"problem: {problem}" for problem in check.problems]
+        for line in filter(None, lines):
+            console.print(f"{check}: {line}", markup=False, highlight=False, soft_wrap=True)
     if any(check.problems for check in checks):
         raise SystemExit(1)

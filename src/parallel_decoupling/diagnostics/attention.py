@@ -112,7 +112,7 @@ def pooled_attention(encoder: ParallelEncoder, inputs: EncoderInputs) -> Tensor:
         pooled_NBK = pooled_RK.reshape(repeats, len(mask_BL), -1)
         weights.append(pooled_NBK.expand(num_paths, -1, -1))
 
-    layers = cast(Any, encoder.backbone.base.get_submodule(encoder.backbone.family.layers))
+    layers = cast(Any, encoder.backbone.layers)
     hooks = [layer.self_attn.register_forward_hook(keep) for layer in layers]
     try:
         with _eager(encoder.backbone):

@@ -32,8 +32,8 @@ from parallel_decoupling.diagnostics.scenes import (
 )
 from parallel_decoupling.diagnostics.similarity import PathSimilarity, path_similarity
 from parallel_decoupling.evaluation.embedder import Embedder
-from parallel_decoupling.evaluation.encode import to_raw_inputs
 from parallel_decoupling.evaluation.report import ScoreReport
+from parallel_decoupling.evaluation.user_inputs import to_raw_inputs
 from parallel_decoupling.model.encoder import ParallelEncoder
 
 SCENES = 600

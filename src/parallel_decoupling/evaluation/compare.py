@@ -22,30 +22,22 @@ COMPARISON_FILE = "comparison.json"
 FIGURE_FILE = "comparison.png"
 PAGE_FILE = "comparison.html"
 RESAMPLES = 10_000
-SHORT_TITLES = {"overall": "all", "in_distribution": "IND", "out_of_distribution": "OOD"} | {
-    **{"classification": "class", "vqa": "vqa", "retrieval": "retr", "grounding": "ground"},
-    "mean_of_meta_tasks": "meta",
-}
+MEASURES = ("overall", "in_distribution", "out_of_distribution", *META_TASKS, "mean_of_meta_tasks")
+_SHORT = ("all", "IND", "OOD", "class", "vqa", "retr", "ground", "meta")
+SHORT_TITLES = dict(zip(MEASURES, _SHORT, strict=True))
 """Means in the order of the table, with their headings."""
 _Sample = tuple[float, NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A run's score minus the baseline's, in fractions.
-
-    Attributes:
-        difference: positive when the run is better.
-        low: 2.5 % quantile of the paired bootstrap.
-        high: 97.5 % quantile.
-    """
+    """A run's score minus the baseline's in fractions, and 2.5 % and 97.5 % of the paired bootstrap."""
 
     difference: float
     low: float
     high: float
 
     def __str__(self) -> str:
-        """Show points and interval in percent."""
         return f"{100 * self.difference:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
 
 

@@ -1,8 +1,4 @@
-"""Figures: similarity of paths, retrieved examples, comparison of runs.
-
-Every function returns a Figure of its own (no pyplot, no global state), ready for TensorBoard's
-``add_figure`` or ``savefig``.
-"""
+"""Figures of paths, of retrieved examples and of runs, without pyplot and its global state."""
 
 from __future__ import annotations
 
@@ -27,33 +23,18 @@ from parallel_decoupling.evaluation.score import TaskScore
 COLOURS = ("#8c8c8c", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Grey for the baseline, then Okabe and Ito's palette, safe for colour-blind readers."""
 RIGHT, WRONG, NEUTRAL, INK = "#009e73", "#d55e00", "#c8c8c8", "#333333"
-GROUP_LABELS = {
-    "overall": "overall",
-    "classification": "classi-\nfication",
-    "vqa": "VQA",
-    "retrieval": "retrieval",
-    "grounding": "grounding",
-    "in_distribution": "IND",
-    "out_of_distribution": "OOD",
-}
+GROUPS = ("overall", *META_TASKS, "in_distribution", "out_of_distribution")
+GROUP_LABELS = ("overall", "classi-\nfication", "VQA", "retrieval", "grounding", "IND", "OOD")
 THUMBNAIL = 224
 
 
 def path_similarity_figure(cosine_NN: Tensor) -> Figure:
-    """Draw the mean cosine between paths.
-
-    Args:
-        cosine_NN: ``[N, N]`` in [-1, 1].
-    """
+    """Draw the mean cosine between paths, ``[N, N]`` in [-1, 1]."""
     return path_matrices_figure({"mean cosine between paths": cosine_NN})
 
 
 def path_matrices_figure(matrices: Mapping[str, Tensor]) -> Figure:
-    """Draw values of pairs of paths, one matrix per title, all on the scale from -1 to 1.
-
-    Args:
-        matrices: title to ``[N, N]``; a nan stays white and says so.
-    """
+    """Draw one ``[N, N]`` matrix per title on the scale from -1 to 1; a nan stays white and says so."""
     paths = len(next(iter(matrices.values())))
     side = 2.2 + 0.55 * paths
     figure = new_figure(side * len(matrices) + 0.8, side)
@@ -116,11 +97,7 @@ def comparison_figure(reports: Mapping[str, ScoreReport], title: str) -> Figure:
     """Draw means (left) and tasks (right) of several runs over the same tasks.
 
     A run with several paths shows its aggregate, and the mean of its single paths with whiskers from
-    the worst to the best path. Ticks on the right mark the level of chance.
-
-    Args:
-        reports: by run name, the baseline first.
-        title: above both panels.
+    the worst to the best path. Ticks on the right mark the level of chance. The baseline comes first.
     """
     tasks = len(next(iter(reports.values())).tasks)
     figure = new_figure(16, max(7.0, 2.4 + 0.36 * tasks))
@@ -138,7 +115,8 @@ def comparison_figure(reports: Mapping[str, ScoreReport], title: str) -> Figure:
 
 def _draw_means(axes: Axes, reports: Mapping[str, ScoreReport]) -> None:
     means = {name: report.means for name, report in reports.items()}
-    groups = [group for group in GROUP_LABELS if group in next(iter(means.values()))]
+    groups = [group for group in GROUPS if group in next(iter(means.values()))]
+    labels = dict(zip(GROUPS, GROUP_LABELS, strict=True))
     width = 0.84 / sum(2 if len(report.path_columns) > 1 else 1 for report in reports.values())
     places = np.arange(len(groups)) - 0.42 + width / 2
     for number, (name, report) in enumerate(reports.items()):
@@ -158,7 +136,7 @@ def _draw_means(axes: Axes, reports: Mapping[str, ScoreReport]) -> None:
             pale = _pale(colour)
             axes.bar(places, centre, width * 0.92, yerr=reach, color=pale, error_kw=whiskers, label=label)
             places = places + width
-    axes.set_xticks(range(len(groups)), [GROUP_LABELS[group] for group in groups], fontsize=11)
+    axes.set_xticks(range(len(groups)), [labels[group] for group in groups], fontsize=11)
     axes.set_title("means over tasks, hit@1 in %", fontsize=12, color=INK, loc="left")
     axes.set_xlim(-0.5, len(groups) - 0.5)
     clean_axes(axes, "y")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 from rich.panel import Panel
 from rich.table import Table
@@ -31,8 +31,8 @@ ROUNDING_ERROR = 1e-9
 META_TASKS = ("classification", "vqa", "retrieval", "grounding")
 MEAN_TITLES = {
     **{meta_task: f"mean of {meta_task}" for meta_task in META_TASKS},
-    "in_distribution": "mean in-distribution (IND)",
-    "out_of_distribution": "mean out-of-distribution (OOD)",
+    "in_distribution": "mean IND",
+    "out_of_distribution": "mean OOD",
     "overall": "overall (mean of tasks)",
     "mean_of_meta_tasks": "mean of meta-tasks",
 }
@@ -62,7 +62,8 @@ class Grid:
         """Return it as a rich table, whatever markup the names hold."""
         table = Table(title=Text(self.title), caption=Text(self.caption) if self.caption else None)
         for number, heading in enumerate(self.headings):
-            table.add_column(Text(heading), justify="right" if number else "left")
+            justify: Literal["left", "right"] = "right" if number else "left"
+            table.add_column(Text(heading), justify=justify, no_wrap=not number, overflow="fold")
         styles = {"": "", "mean": "bold", "bad": "red"}
         for row, kind in zip(self.rows, self.kinds or [""] * len(self.rows), strict=True):
             table.add_row(*map(Text, row), style=styles[kind])
@@ -314,7 +315,7 @@ class ScoreReport:
                 rows.append([self.mean_title(mean), "", "", "", *scores])
                 kinds.append("mean")
         notes = ["! at or below chance"] if "bad" in kinds else []
-        headings = ("task", "split", "queries", "chance", *shown)
+        headings = ("task", "split", "queries", "chance", *(column.replace("_", " ") for column in shown))
         return Grid("hit@1 in percent", headings, rows, kinds, "; ".join([*notes, *self.gaps]))
 
     def mode_grid(self) -> Grid:

@@ -1,8 +1,4 @@
-"""Scores by MMEB's protocol: each query ranks the candidates of its own row.
-
-Holds what is scored (columns of embeddings), the similarity, the pessimistic rank, its metrics, and what each
-column costs to make and to keep. Means over tasks are in ``report``.
-"""
+"""Scores by MMEB's protocol: similarity, and the rank of each query's positive among its own candidates."""
 
 from __future__ import annotations
 
@@ -36,8 +32,7 @@ class TaskScore:
 
     Attributes:
         task: name, meta-task and distribution.
-        ranks: by column (``"aggregate"``, ``"path_0"``, ...): int64 ``[rows]``, the positive's rank after all
-            rivals that it does not beat.
+        ranks: by column (``"aggregate"``, ``"path_0"``, ...): int64 ``[rows]``, see ``positive_rank``.
         ranking: ``[rows, 10]`` int64, the first column's best candidates, best first, as indices
             into the task's candidates; copies of the positive are left out; -1 where a row has fewer.
         chance: hit@1 of a random choice, the mean over rows of 1 / number of distinct candidates.
@@ -103,7 +98,7 @@ def similarities(query: Tensor, candidate: Tensor) -> Tensor:
     for path in range(candidate.shape[1]):
         cosine_QNC = (flat @ candidate[:, path].T).view(*query.shape[:2], -1)
         best = cosine_QNC if best is None else torch.maximum(best, cosine_QNC)
-    assert best is not None, "an encoder has at least one path"
+    assert best is not None
     return best.mean(dim=1)
 
 
@@ -147,10 +142,7 @@ def score_task(task: EvalTask, columns: Mapping[str, tuple[Tensor, Tensor]]) -> 
 
 
 def task_hash(task: EvalTask) -> str:
-    """Identify what a task asks: the texts and images of every row's query and candidates, in order.
-
-    A benchmark may move; the content of its image files does not count, PIL images count by their pixels.
-    """
+    """Identify what a task asks, by texts and names of images; a benchmark may move to another folder."""
     rows = RawInput(f"{task.query_of_row} {task.candidates_of_row}")
     return rows_hash([*task.queries, *task.candidates, rows], files=False)
 
@@ -181,14 +173,12 @@ def mean_metrics(rank_R: Tensor) -> dict[str, float]:
     """Average ``METRICS`` over queries with one right answer each, whose rank says everything.
 
     Relations:
-        nDCG is the same with linear and with exponential gain; precision at k is hit / k, average precision
-        is the reciprocal rank.
+        nDCG is the same with linear and with exponential gain.
     """
     rank_R = rank_R.double()
     worth = {"hit": torch.ones_like(rank_R), "mrr": 1 / rank_R, "ndcg": 1 / torch.log2(1 + rank_R)}
     cut = {f"{name}@{k}": value_R * (rank_R <= k) for name, value_R in worth.items() for k in DEPTHS}
-    values = {**cut, "mrr": worth["mrr"]}
-    return {name: float(values[name].mean()) for name in METRICS}
+    return {name: float((cut | worth)[name].mean()) for name in METRICS}
 
 
 def milliseconds_per_item(encode: Callable[[], Tensor], num_items: int) -> float:
@@ -253,10 +243,10 @@ def _padded(candidates_of_row: list[list[int]]) -> Tensor:
 
 def _distinct_rows(embeddings: Tensor) -> tuple[Tensor, Tensor]:
     """Return rows ``[U, ...]`` that differ in at least one bit, and each row's index among them."""
-    numbers: dict[bytes, int] = {}
-    of_row = [numbers.setdefault(row.numpy().tobytes(), len(numbers)) for row in embeddings]
-    first = {number: row for row, number in reversed(list(enumerate(of_row)))}
-    return embeddings[[first[number] for number in range(len(numbers))]], torch.tensor(of_row)
+    first: dict[bytes, int] = {}
+    first_of_row = [first.setdefault(row.numpy().tobytes(), number) for number, row in enumerate(embeddings)]
+    numbers = {row: number for number, row in enumerate(first.values())}
+    return embeddings[list(numbers)], torch.tensor([numbers[row] for row in first_of_row])
 
 
 def _ranking(scores_RC: Tensor, rivals_RC: Tensor, index_RC: Tensor) -> Tensor:

@@ -1,49 +1,43 @@
-"""Loading a multimodal backbone, and one forward call to its last hidden state.
+"""A multimodal backbone: loading it, and one forward call to its last hidden state.
 
-Elsewhere: names inside a family's models (``families``), folders and hub ids (``sources``), adapters
-(``adapters``), prefix attention (``attention``), pooling and paths (``encoder``), which weights a checkpoint
-holds (``checkpoint``).
+Elsewhere on purpose: names inside a family's models (``families``), pooling and paths (``encoder``).
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, cast
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoProcessor, BitsAndBytesConfig, PreTrainedConfig
 
 from parallel_decoupling.model.adapters import AdapterConfig, add_adapters, load_adapter, reset_adapters
 from parallel_decoupling.model.attention import PrefixStates, register_prefix_attention
-from parallel_decoupling.model.families import Family
+from parallel_decoupling.model.families import Family, family_of
 from parallel_decoupling.model.paths import decoder_layer_hook, deepstack, language_model_hook
-from parallel_decoupling.model.sources import (
-    TINY_BACKBONE_DIR,
-    Attention,
-    Dtype,
-    check_options,
-    check_weights,
-    family_of,
-    locate,
-    model_type,
-    quantized,
-    vision_attention,
-)
 
 __all__ = ["TINY_BACKBONE_DIR", "AdapterConfig", "Backbone", "load_backbone", "meta_backbone"]
 
+TINY_BACKBONE_DIR = Path(__file__).parent / "tiny"
+"""The trained few-million-parameter Qwen2-VL that the package ships."""
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Attention = Literal["sdpa", "eager", "flash_attention_2", "flex_attention"]
+
 
 class Backbone(nn.Module):
-    """A base model (without language-model head), its processor and its row of the family table.
+    """A base model (without language-model head), its processor and the names inside it.
 
     Args:
-        base: the stock base model, prefix attention set on its text part.
+        base: the stock base model.
         processor: the stock processor.
-        family: the row of ``FAMILIES``.
+        family: a row of ``FAMILIES``.
         name: what the user asked for: ``"tiny"``, a folder or a hub id.
         revision: commit of a hub model, else None.
     """
@@ -52,10 +46,9 @@ class Backbone(nn.Module):
         self, base: nn.Module, processor: Any, family: Family, *, name: str, revision: str | None = None
     ) -> None:
         super().__init__()
-        layers = cast(nn.ModuleList, base.get_submodule(family.layers))
         self.base = base
         self.processor = processor
-        self.family = family if family.blocks else replace(family, blocks=(type(layers[0]).__name__,))
+        self.family = family.resolved(base, processor)
         self.name = name
         self.revision = revision
         self.adapter = AdapterConfig(kind="full")
@@ -67,8 +60,8 @@ class Backbone(nn.Module):
         self.num_layers: int = text.num_hidden_layers
         self.num_key_value_heads: int = text.num_key_value_heads
         self.head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        self.image_token = family.image_token
-        for index, layer in enumerate(layers):
+        self.image_token = self.family.image_token
+        for index, layer in enumerate(self.layers):
             layer.register_forward_pre_hook(partial(decoder_layer_hook, index), with_kwargs=True)
         add_between_layers = getattr(self.language_model, "_deepstack_process", None)
         if add_between_layers is not None:
@@ -96,6 +89,16 @@ class Backbone(nn.Module):
     def language_model(self) -> nn.Module:
         """The text decoder inside the base model."""
         return self.base.get_submodule(self.family.language_module)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """Decoder layers of the language model."""
+        return cast(nn.ModuleList, self.base.get_submodule(self.family.layers))
+
+    @property
+    def vision_tower(self) -> nn.Module:
+        """The image encoder inside the base model."""
+        return self.base.get_submodule(self.family.vision_module)
 
     @property
     def is_meta(self) -> bool:
@@ -257,7 +260,7 @@ def load_backbone(
         gradient_checkpointing: recompute layers in the backward pass.
         quantization: ``"4bit"`` keeps frozen weights in 4 bits (NF4; needs bitsandbytes); not with
             ``kind="full"``.
-        family: names inside a model that is not in ``FAMILIES``; None looks it up.
+        family: for a model whose family is not in ``FAMILIES``; None looks it up.
 
     Returns:
         The backbone in training mode, on the CPU; quantized on this process's GPU.
@@ -267,18 +270,18 @@ def load_backbone(
             weights, adapter targets that match nothing, a missing package.
     """
     adapter = adapter or AdapterConfig()
-    check_options(dtype, attention, adapter, quantization)
-    source, options = locate(name, revision)
-    family = family or family_of(name, model_type(name, source, options))
+    _check_options(dtype, attention, adapter, quantization)
+    source, options = _source(name, revision)
+    family = family or family_of(name, _model_type(name, source, options))
     base, info = AutoModel.from_pretrained(
         source,
         dtype=getattr(torch, dtype),
-        attn_implementation=vision_attention(attention),
+        attn_implementation="sdpa" if attention == "flex_attention" else attention,  # of the vision tower
         output_loading_info=True,
         **options,
-        **(quantized(dtype) if quantization else {}),
+        **(_quantized(dtype) if quantization else {}),
     )
-    check_weights(name, info, family)
+    _check_weights(name, info, family)
     processor = cast(Any, AutoProcessor).from_pretrained(source, **options)
     commit = getattr(base.config, "_commit_hash", None)
     backbone = Backbone(base, processor, family, name=name, revision=commit or revision)
@@ -292,36 +295,19 @@ def meta_backbone(
     *,
     revision: str | None = None,
     dtype: Dtype = "float32",
-    attention: Attention = "sdpa",
     adapter: AdapterConfig | None = None,
     initial_adapter: str | None = None,
-    gradient_checkpointing: bool = False,
-    quantization: Literal["4bit"] | None = None,
     family: Family | None = None,
+    **without_shape: Any,
 ) -> Backbone:
-    """Build a backbone on the meta device: all its shapes and names and its processor, but no weights.
-
-    It takes the options of ``load_backbone``, so that the settings of a run can be passed as they are.
-
-    Args:
-        name: as in ``load_backbone``; only the config and the processor are read.
-        revision: hub branch, tag or commit.
-        dtype: of the backbone's weights; adapters are fp32.
-        attention: changes no shape.
-        adapter: as in ``load_backbone``.
-        initial_adapter: as in ``load_backbone``; only its config counts.
-        gradient_checkpointing: changes no shape.
-        quantization: ignored; the weights keep the shape and dtype that they have without.
-        family: as in ``load_backbone``.
-
-    Raises:
-        ValueError: as ``load_backbone``.
+    """Build what ``load_backbone`` loads on the meta device, without weights; the arguments are the same.
 
     Relations:
-        Names, shapes and dtypes of all parameters and what trains equal those of ``load_backbone``.
+        Names, shapes and dtypes of all parameters and what trains equal those of ``load_backbone`` without
+        quantization.
     """
-    source, options = locate(name, revision)
-    family = family or family_of(name, model_type(name, source, options))
+    source, options = _source(name, revision)
+    family = family or family_of(name, _model_type(name, source, options))
     config = AutoConfig.from_pretrained(source, **options)
     processor = cast(Any, AutoProcessor).from_pretrained(source, **options)
     with torch.device("meta"):
@@ -329,3 +315,84 @@ def meta_backbone(
         backbone = Backbone(base, processor, family, name=name, revision=revision)
         backbone.add_adapters(adapter or AdapterConfig(), initial_adapter)
     return backbone.train()
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise a ValueError for a dtype that weights are not loaded in."""
+    if dtype not in get_args(Dtype):
+        raise ValueError(f"dtype must be one of {', '.join(get_args(Dtype))}, got {dtype!r}")
+
+
+def _check_options(dtype: str, attention: str, adapter: AdapterConfig, quantization: str | None) -> None:
+    """Refuse what cannot work before anything is read."""
+    check_dtype(dtype)
+    if attention == "flash_attention_2":
+        if find_spec("flash_attn") is None:
+            raise ValueError(
+                "attention='flash_attention_2' needs a GPU and the package flash-attn "
+                "(pip install flash-attn); attention='sdpa' works everywhere"
+            )
+        if dtype == "float32":
+            raise ValueError("attention='flash_attention_2' needs dtype='bfloat16' or 'float16'")
+    if quantization is None:
+        return
+    if quantization != "4bit":
+        raise ValueError(f"quantization must be '4bit' or None, got {quantization!r}")
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "quantization='4bit' needs bitsandbytes: pip install 'parallel-decoupling[quantized]'"
+        )
+    if adapter.kind == "full":
+        raise ValueError("quantized weights cannot train: set adapter.kind to lora, dora or frozen")
+
+
+def _quantized(dtype: Dtype) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` for frozen weights in 4 bits, computed with in ``dtype``.
+
+    They are made on this process's GPU. bitsandbytes repacks weights on a CPU in evaluation, after which they
+    cannot train there.
+    """
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    config = cast(Any, BitsAndBytesConfig)(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def _source(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
+    """Return what transformers should load, and how."""
+    folder = TINY_BACKBONE_DIR if name == "tiny" else Path(name).expanduser()
+    if folder.is_dir():
+        return str(folder), {"local_files_only": True}
+    looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    if not looks_like_hub_id:
+        raise ValueError(
+            f"backbone {name!r}: the folder {folder} does not exist, and it is not a hub id 'owner/model'"
+        )
+    return name, {"revision": revision}
+
+
+def _model_type(name: str, source: str, options: Mapping[str, Any]) -> str:
+    """Read the ``model_type`` of the config, before any weight."""
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(source, **options)
+    except OSError as error:
+        raise ValueError(f"backbone {name!r}: no readable model config there ({error})") from error
+    if config.get("model_type") is None:
+        raise ValueError(f"backbone {name!r}: no config.json with a model_type in {source}")
+    return str(config["model_type"])
+
+
+def _check_weights(name: str, info: Mapping[str, Any], family: Family) -> None:
+    """Raise a ValueError when the files and the model do not hold the same weights."""
+    missing = sorted(map(str, info["missing_keys"]))
+    unexpected = sorted(map(str, set(info["unexpected_keys"]) - set(family.ignored_weights)))
+    mismatched = sorted(map(str, info["mismatched_keys"]))
+    if missing or unexpected or mismatched:
+        raise ValueError(
+            f"backbone {name!r} does not fit its config: missing weights {missing}, unexpected {unexpected}, "
+            f"wrong shape {mismatched}. Missing ones would be random numbers, so this is an error."
+        )

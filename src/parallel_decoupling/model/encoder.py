@@ -1,14 +1,14 @@
 """ParallelEncoder: tokenised inputs to one embedding per path, and their aggregate.
 
-Here: pooling, normalisation, aggregation, how prefixes start. Elsewhere: the backbone call (``backbone``),
-the prefix parameters (``prefixes``), tokenisation (``data.collate``), losses (``objective``).
+Elsewhere on purpose: the call of the backbone (``backbone``), tokenisation (``data.collate``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from parallel_decoupling.batch import EncoderInputs
 from parallel_decoupling.model.attention import PrefixStates
-from parallel_decoupling.model.backbone import Backbone
+from parallel_decoupling.model.backbone import Backbone, load_backbone
+from parallel_decoupling.model.open_clip import PREFIX, OpenCLIPEncoder, is_open_clip, load_open_clip
 from parallel_decoupling.model.prefixes import (
     META_PROMPTS,
     DeepPrefixes,
@@ -174,21 +175,21 @@ class ParallelEncoder(nn.Module):
         return prefixes
 
     def _start(self, prefix_init: str) -> tuple[tuple[str, ...], int]:
-        """Meta-prompts that prefixes start from or take their scale from, and their least length."""
+        """Return the meta-prompts that prefixes or their scale start from, and their least length."""
         if prefix_init == "random":
             return META_PROMPTS, 1
         return META_PROMPTS[: self.num_paths], self.prefix_length
 
     def prefix_parameters(self) -> Iterator[nn.Parameter]:
-        """Trainable prefixes."""
+        """Return the trainable prefixes."""
         return iter(()) if self.prefixes is None else self.prefixes.parameters()
 
     def adapter_parameters(self) -> Iterator[nn.Parameter]:
-        """Trainable weights of the backbone: adapters, or all of them with ``kind="full"``."""
+        """Return the trainable weights of the backbone: adapters, or all of them with ``kind="full"``."""
         return (parameter for parameter in self.backbone.parameters() if parameter.requires_grad)
 
     def aggregation_parameters(self) -> Iterator[nn.Parameter]:
-        """Trainable path weights of ``aggregation="learned"``."""
+        """Return the trainable path weights of ``aggregation="learned"``."""
         return iter(()) if self.path_logits is None else iter((self.path_logits,))
 
     def forward(self, inputs: EncoderInputs, paths: Sequence[int] | None = None) -> Tensor:
@@ -251,6 +252,74 @@ class ParallelEncoder(nn.Module):
             )
         weight_N = self.path_logits.float().softmax(dim=0)
         return F.normalize(torch.einsum("n,bnd->bd", weight_N, embeddings.float()), dim=-1)
+
+
+Encoder: TypeAlias = ParallelEncoder | OpenCLIPEncoder
+
+
+def build_encoder(backbone: str, loading: Mapping[str, Any], paths: Mapping[str, Any]) -> Encoder:
+    """Load a backbone and put its encoder around it.
+
+    Args:
+        backbone: a name of ``load_backbone`` or of ``load_open_clip``.
+        loading: options of ``load_backbone``.
+        paths: options of ``ParallelEncoder``.
+
+    Raises:
+        ValueError: an option that this kind of backbone does not have; what the loaders refuse.
+    """
+    if is_open_clip(backbone):
+        return load_open_clip(backbone, **loading, **paths)
+    return ParallelEncoder(load_backbone(backbone, **loading), **paths)
+
+
+def absolute_name(name: str) -> str:
+    """Return a backbone's name with a local folder or weights file in it as an absolute path."""
+    if Path(name).is_dir():
+        return str(Path(name).resolve())
+    architecture, slash, weights = name.partition("/")
+    if name.startswith(PREFIX) and Path(weights).is_file():
+        return f"{architecture}{slash}{Path(weights).resolve()}"
+    return name
+
+
+def truncate(paths: Tensor, dim: int) -> Tensor:
+    """Keep the first ``dim`` coordinates of every path and bring them back to unit norm (Matryoshka).
+
+    A shorter aggregate is the aggregate of shorter paths: with ``concat`` it is ``N * dim`` wide.
+
+    Args:
+        paths: ``[B, N, D]``, unit norm.
+        dim: 1 to D.
+
+    Returns:
+        ``[B, N, dim]``, unit norm.
+
+    Relations:
+        ``dim = D`` changes nothing (up to rounding). Truncating twice is truncating once, to the smaller one.
+    """
+    return F.normalize(paths[..., :dim], dim=-1)
+
+
+def check_dim(dim: int, embed_dim: int, name: str) -> int:
+    """Return ``dim`` as an int.
+
+    Raises:
+        ValueError: unless it is a whole number from 1 to ``embed_dim``; ``name`` says where it came from.
+    """
+    if not isinstance(dim, Integral) or isinstance(dim, bool) or not 1 <= dim <= embed_dim:
+        raise ValueError(f"{name}={dim!r}: embeddings have {embed_dim} dimensions; use 1 to {embed_dim}")
+    return int(dim)
+
+
+def nested_dims(dims: Sequence[int] | None, embed_dim: int) -> tuple[int, ...]:
+    """Return the distinct dimensions below ``embed_dim`` at which training also contrasts, largest first.
+
+    Raises:
+        ValueError: for a dimension that the embeddings do not have.
+    """
+    checked = {check_dim(dim, embed_dim, "matryoshka_dims") for dim in dims or ()}
+    return tuple(sorted(checked - {embed_dim}, reverse=True))
 
 
 def _concatenate(rows: Sequence[Any]) -> dict[str, Tensor]:

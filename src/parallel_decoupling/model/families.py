@@ -1,26 +1,26 @@
-"""What differs between model families: one row each, keyed by the ``model_type`` of the published config.
-
-Data only. Elsewhere: loading a backbone by its row (``backbone``), adding adapters to the layers that a row
-names (``adapters``).
-"""
+"""Model families: the names inside a base model, asked of transformers where it knows them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 LANGUAGE_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Linear layers of a Llama-like decoder layer."""
-CLIP_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
-"""Linear layers of a CLIP or SigLIP block."""
+VISION_TARGETS = (
+    *("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),  # CLIP, SigLIP
+    *("qkv", "proj", "gate_proj", "up_proj", "down_proj", "linear_fc1", "linear_fc2"),  # Qwen-VL
+    "projection_layer",  # InternVL
+)
+"""Linear layers of the blocks of all known vision towers."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """What differs between model families; one row of ``FAMILIES``.
+    """Names inside a base model; one that is not given is asked of transformers.
 
-    A family that is not in the table works from the first five values, if its text model uses the attention
-    interface of transformers.
+    A family that is not in ``FAMILIES`` works if its text model uses the attention interface of transformers.
 
     Attributes:
         image_token: placeholder that the processor expands to an image's tokens.
@@ -30,93 +30,60 @@ class Family:
         position_ids: mrope (time, height and width of each token) or sequential.
         language_targets: last names of the linear layers that adapters go to in the language model.
         vision_targets: the same for the vision tower.
-        blocks: class names of the repeated blocks, for sharding; empty is the class of the decoder layers.
         ignored_weights: weights of the published checkpoint that the base model rightly leaves out.
     """
 
-    image_token: str
-    language_module: str
-    vision_module: str
-    layers: str
-    position_ids: Literal["mrope", "sequential"]
+    image_token: str = ""
+    language_module: str = ""
+    vision_module: str = ""
+    layers: str = ""
+    position_ids: Literal["mrope", "sequential"] | None = None
     language_targets: tuple[str, ...] = LANGUAGE_TARGETS
-    vision_targets: tuple[str, ...] = (*CLIP_TARGETS, "qkv", "proj")
-    blocks: tuple[str, ...] = ()
+    vision_targets: tuple[str, ...] = VISION_TARGETS
     ignored_weights: tuple[str, ...] = ("lm_head.weight", "language_model.lm_head.weight")
 
+    def resolved(self, base: Any, processor: Any) -> Family:
+        """Return the family with every name filled in.
 
-FAMILIES: dict[str, Family] = {
-    "qwen2_vl": Family(
-        image_token="<|image_pad|>",
-        language_module="language_model",
-        vision_module="visual",
-        layers="language_model.layers",
-        position_ids="mrope",
-        vision_targets=("qkv", "proj", "fc1", "fc2"),
-        blocks=("Qwen2VLDecoderLayer", "Qwen2VLVisionBlock"),
-    ),
-    "qwen2_5_vl": Family(
-        image_token="<|image_pad|>",
-        language_module="language_model",
-        vision_module="visual",
-        layers="language_model.layers",
-        position_ids="mrope",
-        vision_targets=("qkv", "proj", "gate_proj", "up_proj", "down_proj"),
-        blocks=("Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"),
-    ),
-    "qwen3_vl": Family(
-        image_token="<|image_pad|>",
-        language_module="language_model",
-        vision_module="visual",
-        layers="language_model.layers",
-        position_ids="mrope",
-        vision_targets=("qkv", "proj", "linear_fc1", "linear_fc2"),
-        blocks=("Qwen3VLTextDecoderLayer", "Qwen3VLVisionBlock"),
-    ),
-    "llava_next": Family(  # LLaVA-1.6
-        image_token="<image>",
-        language_module="language_model",
-        vision_module="vision_tower",
-        layers="language_model.layers",
-        position_ids="sequential",
-        vision_targets=CLIP_TARGETS,
-        blocks=("MistralDecoderLayer", "LlamaDecoderLayer", "CLIPEncoderLayer"),
-    ),
-    "llava_onevision": Family(
-        image_token="<image>",
-        language_module="language_model",
-        vision_module="vision_tower",
-        layers="language_model.layers",
-        position_ids="sequential",
-        vision_targets=CLIP_TARGETS,
-        blocks=("Qwen2DecoderLayer", "SiglipEncoderLayer"),
-    ),
-    "smolvlm": Family(
-        image_token="<image>",
-        language_module="text_model",
-        vision_module="vision_model",
-        layers="text_model.layers",
-        position_ids="sequential",
-        vision_targets=CLIP_TARGETS,
-        blocks=("LlamaDecoderLayer", "SmolVLMEncoderLayer"),
-    ),
-    "idefics3": Family(
-        image_token="<image>",
-        language_module="text_model",
-        vision_module="vision_model",
-        layers="text_model.layers",
-        position_ids="sequential",
-        vision_targets=CLIP_TARGETS,
-        blocks=("LlamaDecoderLayer", "Idefics3EncoderLayer"),
-    ),
-    "internvl": Family(
-        image_token="<IMG_CONTEXT>",
-        language_module="language_model",
-        vision_module="vision_tower",
-        layers="language_model.layers",
-        position_ids="sequential",
-        vision_targets=("q_proj", "k_proj", "v_proj", "projection_layer", "fc1", "fc2"),
-        blocks=("Qwen2DecoderLayer", "Qwen3DecoderLayer", "LlamaDecoderLayer", "InternVLVisionLayer"),
-    ),
+        Args:
+            base: the stock base model.
+            processor: the stock processor.
+        """
+        names = {id(module): name for name, module in base.named_modules()}
+        language = self.language_module or names[id(base.get_decoder())]
+        return replace(
+            self,
+            image_token=self.image_token or getattr(processor, "image_token", ""),
+            language_module=language,
+            vision_module=self.vision_module or names[id(base.get_encoder(modality="image"))],
+            layers=self.layers or f"{language}.layers",
+            position_ids=self.position_ids or ("mrope" if hasattr(base, "get_rope_index") else "sequential"),
+        )
+
+
+FAMILIES: Mapping[str, Family] = {
+    "qwen2_vl": Family(),
+    "qwen2_5_vl": Family(),
+    "qwen3_vl": Family(),
+    "llava_next": Family(),  # LLaVA-1.6
+    "llava_onevision": Family(),
+    "smolvlm": Family(),
+    "idefics3": Family(),
+    "internvl": Family(),
 }
-"""Supported families by ``model_type`` of their config."""
+"""Families that passed the tests, by ``model_type`` of their config, with what transformers does not say."""
+
+
+def family_of(name: str, model_type: str) -> Family:
+    """Look up a family.
+
+    Raises:
+        ValueError: for a family that was not tested.
+    """
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"backbone {name!r} has model_type {model_type!r}; tested: {', '.join(FAMILIES)}. To try another "
+            "family, give the option `family`, with an image_token and whatever else transformers does not "
+            "tell of it, or add a row to parallel_decoupling.model.families.FAMILIES."
+        )
+    return FAMILIES[model_type]

@@ -1,67 +1,191 @@
-"""A trained encoder as a folder to share: safetensors and JSON, read without pickle and without network.
+"""Trained encoders on disk: reading exported folders and checkpoints, writing folders to share.
 
-    config.json          sizes, backbone (name, revision, fingerprint), adapter, hash of the weights
+    config.json          sizes, backbone (name, revision, fingerprint), adapter, instructions, weights' hash
     model.safetensors    prefixes of the exported paths, adapters, aggregation weights
     processor/           tokenizer and image processor; inside ``backbone/`` if there is one
     backbone/            only if asked for, or with merged adapters: the base model as transformers saves it
+    README.md            the model card
+    modules.json, config_sentence_transformers.json    let sentence-transformers load the folder
 
-Here: these files. Elsewhere: instructions and prompts, the model card (``evaluation``), training checkpoints
-(``checkpoint``).
+Nothing is unpickled. Of a folder nothing is downloaded: a backbone from the hub must be in the local cache.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
+import pickle
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoProcessor
 
 from parallel_decoupling.model.adapters import AdapterConfig
 from parallel_decoupling.model.backbone import Backbone, load_backbone
-from parallel_decoupling.model.dual_backbone import absolute_name, is_dual_encoder, load_dual_backbone
-from parallel_decoupling.model.dual_encoder import DualEncoder
-from parallel_decoupling.model.encoder import ParallelEncoder
+from parallel_decoupling.model.encoder import Encoder, ParallelEncoder, absolute_name, build_encoder
 from parallel_decoupling.model.families import FAMILIES, Family
 from parallel_decoupling.model.identity import backbone_fingerprint, check_fingerprint, weights_hash
+from parallel_decoupling.model.model_card import model_card
+from parallel_decoupling.model.open_clip import OpenCLIPEncoder, is_open_clip, load_open_clip
 from parallel_decoupling.model.trained_state import PER_PATH, load_trainable_state, trainable_state
 
 FORMAT = 1
 MODEL_TYPE = "parallel_decoupling"
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
+SCORES_FILE = "scores.json"
 PROCESSOR_DIR, BACKBONE_DIR = "processor", "backbone"
+LAST_CHECKPOINT = Path("checkpoints", "last.ckpt")
+CHECKPOINT_KEYS = (
+    "state_dict",
+    "pytorch-lightning_version",
+    "hyper_parameters",
+    "backbone",
+    "data",
+    "progress",
+)
+"""Keys that every checkpoint of a run has."""
 ENCODER_OPTIONS = ("prefix_length", "prefix_layers", "prefix_type", "aggregation")
 """Options of ``ParallelEncoder`` beside the number of paths that say what an encoder computes."""
+IMAGE_OPTIONS = ("image_size", "min_pixels", "max_pixels")
+"""Settings of the data module that say how pictures are resized."""
+SENTENCE_MODULE = "parallel_decoupling.sentence_transformers.PathEmbedding"
+
+
+def is_pretrained(folder: str | Path) -> bool:
+    """Whether a folder holds what ``save_encoder`` writes."""
+    try:
+        content = json.loads((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("model_type") == MODEL_TYPE
+
+
+def checkpoint_file(path: str | Path) -> Path:
+    """Return the checkpoint that a user means by a file or the folder of a run.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for file in (Path(path), Path(path) / LAST_CHECKPOINT):
+        if file.is_file():
+            return file
+    raise ValueError(
+        f"no model at {str(path)!r}: name a checkpoint such as runs/demo/checkpoints/last.ckpt, a run folder "
+        f"with {LAST_CHECKPOINT}, or a folder that save_pretrained or lightning export wrote"
+    )
+
+
+def read_checkpoint(file: str | Path) -> dict[str, Any]:
+    """Read the checkpoint of a run; weights stay in the file until they are used.
+
+    Raises:
+        ValueError: the file is something else, or damaged.
+    """
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{file} is not a checkpoint, or is damaged") from error
+    missing = [key for key in CHECKPOINT_KEYS if not isinstance(content, Mapping) or key not in content]
+    if missing:
+        raise ValueError(f"{file} is not a checkpoint of a run, it lacks {', '.join(missing)}")
+    return dict(content)
+
+
+def run_of(file: str | Path) -> dict[str, Any]:
+    """Return what a checkpoint says of the run that wrote it: settings, data, mixture, steps and compute."""
+    content = read_checkpoint(file)
+    settings, progress = content["hyper_parameters"], content["progress"]
+    return {
+        "model": settings,
+        "data": content["data"],
+        "seed": settings["seed"],
+        "global_step": progress["steps_done"],
+        "token_passes": progress["token_passes"],
+        "rows_by_subset": progress["rows_by_subset"],
+    }
+
+
+def scores_of(file: str | Path) -> dict[str, Any] | None:
+    """Return the ``scores.json`` of a checkpoint's run if it is of exactly these weights."""
+    folder = Path(file).parent
+    run_dir = folder.parent if folder.name == LAST_CHECKPOINT.parent.name else folder
+    if not (run_dir / SCORES_FILE).is_file():
+        return None
+    scores: dict[str, Any] = json.loads((run_dir / SCORES_FILE).read_text(encoding="utf-8"))
+    run = run_of(file)
+    same = all(scores["run"].get(key) == run[key] for key in ("global_step", "seed", "token_passes"))
+    return scores if same else None
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """Read ``config.json`` of an exported folder.
+
+    Raises:
+        ValueError: there is none, or one of another format.
+    """
+    file = Path(folder) / CONFIG_FILE
+    if not is_pretrained(folder):
+        raise ValueError(f"{file} does not belong to a model that save_pretrained or lightning export wrote")
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if config.get("format") != FORMAT:
+        raise ValueError(f"{file} has format {config.get('format')!r}, this version reads {FORMAT}")
+    return config
+
+
+def load_encoder(path: str | Path) -> tuple[Encoder, dict[str, Any]]:
+    """Load a trained encoder, on the CPU and without Lightning.
+
+    Args:
+        path: an exported folder, the folder of a run (its last checkpoint), or a checkpoint.
+
+    Returns:
+        The encoder in evaluation mode; and ``query_instruction``, ``candidate_instruction``, ``images``
+        (settings) and ``run`` (what trained it), plain values.
+
+    Raises:
+        ValueError: there is no model; files that are missing or changed; another backbone than the one that
+            was trained on.
+    """
+    encoder, about = _load_folder(Path(path)) if is_pretrained(path) else _load_checkpoint(path)
+    encoder.eval()
+    kept = ("query_instruction", "candidate_instruction", "images", "run")
+    return encoder, {name: about[name] for name in kept}
 
 
 def save_encoder(
-    encoder: ParallelEncoder | DualEncoder,
+    encoder: Encoder,
     folder: str | Path,
     *,
+    query_instruction: str,
+    candidate_instruction: str,
+    images: Mapping[str, Any],
+    run: Mapping[str, Any],
     paths: Sequence[int] | None = None,
     merge_adapters: bool = False,
     include_backbone: bool = False,
-) -> dict[str, Any]:
-    """Write weights and processor; the caller writes what is returned with ``write_config``, last.
+    scores: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a folder to share.
 
     Args:
         encoder: not sharded; it is left as it is.
         folder: without a ``config.json``; made if missing.
+        query_instruction: stands before every query.
+        candidate_instruction: stands before every candidate.
+        images: settings of the pictures' sizes.
+        run: what trained the encoder, plain values, for the card; empty if not known.
         paths: which paths, in that order; None is all. The aggregate is then that of these paths.
         merge_adapters: add LoRA or DoRA to the base model and write that into ``backbone/``.
         include_backbone: write the base model into ``backbone/``; otherwise its name stands for it. A base
             model that was trained itself is always written.
-
-    Returns:
-        The content of ``config.json``, plain values.
+        scores: content of the run's ``scores.json``, for the card.
 
     Raises:
         ValueError: the folder holds a model, a path that does not exist, or weights that cannot be written.
@@ -74,94 +198,72 @@ def save_encoder(
     if (folder / CONFIG_FILE).exists():
         raise ValueError(f"{folder} already holds a model ({CONFIG_FILE}); name another folder or empty it")
     chosen = _checked_paths(paths, encoder.num_paths)
-    config: dict[str, Any] = {"model_type": MODEL_TYPE, "format": FORMAT, "paths": chosen}
     state = trainable_state(encoder)
-    if isinstance(encoder, DualEncoder):
-        config |= _save_dual(encoder, merge_adapters or include_backbone)
+    if isinstance(encoder, OpenCLIPEncoder):
+        about = _describe_open_clip(encoder, merge_adapters or include_backbone)
+        folder.mkdir(parents=True, exist_ok=True)
     else:
         merge = merge_adapters or encoder.backbone.adapter.kind == "full"
-        _check_exportable(encoder.backbone, merge=merge, include=merge or include_backbone)
-        folder.mkdir(parents=True, exist_ok=True)
-        config |= _save_parallel(encoder, folder, merge=merge, include=merge or include_backbone)
+        about = _save_backbone(encoder, folder, merge=merge, include=merge or include_backbone)
         if merge:
             state = {name: value for name, value in state.items() if not name.startswith("backbone.")}
-    folder.mkdir(parents=True, exist_ok=True)
     rows = {
         name: (value[chosen] if name.startswith(PER_PATH) else value).contiguous()
         for name, value in state.items()
     }
     save_file(rows, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    several = encoder.aggregate_dim // encoder.embed_dim > 1
-    config["embed_dim"] = encoder.embed_dim
-    config["aggregate_dim"] = encoder.embed_dim * (len(chosen) if several else 1)
-    config["weights_sha256"] = weights_hash(rows)
-    return config
+    joined = len(chosen) if encoder.aggregate_dim > encoder.embed_dim else 1
+    config = {
+        "model_type": MODEL_TYPE,
+        "format": FORMAT,
+        **about,
+        "paths": chosen,
+        "embed_dim": encoder.embed_dim,
+        "aggregate_dim": encoder.embed_dim * joined,
+        "weights_sha256": weights_hash(rows),
+        "query_instruction": query_instruction,
+        "candidate_instruction": candidate_instruction,
+        "images": dict(images),
+        "run": dict(run),
+    }
+    _write_json(folder / "modules.json", [{"idx": 0, "name": "0", "path": "", "type": SENTENCE_MODULE}])
+    sentence_transformers = {
+        "model_type": "SentenceTransformer",
+        "prompts": {"query": query_instruction, "document": candidate_instruction},
+        "default_prompt_name": None,
+        "similarity_fn_name": "cosine",
+    }
+    _write_json(folder / "config_sentence_transformers.json", sentence_transformers)
+    (folder / CARD_FILE).write_text(model_card(config, scores), encoding="utf-8")
+    _write_json(folder / CONFIG_FILE, config)  # last: it makes the folder a model
 
 
-def write_config(folder: str | Path, config: Mapping[str, Any]) -> None:
-    """Write ``config.json``, which makes the folder a model."""
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    (Path(folder) / CONFIG_FILE).write_text(text, encoding="utf-8")
+def _load_checkpoint(path: str | Path) -> tuple[Encoder, dict[str, Any]]:
+    file = checkpoint_file(path)
+    content = read_checkpoint(file)
+    settings = content["hyper_parameters"]
+    given = {**settings, "revision": settings["backbone_revision"], **_typed(settings)}
+    loading, paths = (
+        {name: given[name] for name in inspect.signature(function).parameters if name in given}
+        for function in (load_backbone, ParallelEncoder)
+    )
+    del paths["backbone"]
+    encoder = build_encoder(settings["backbone"], loading, paths)
+    check_fingerprint(content["backbone"], backbone_fingerprint(encoder.backbone))
+    own = "encoder."
+    state = {k.removeprefix(own): v for k, v in content["state_dict"].items() if k.startswith(own)}
+    _load_state(encoder, state, file)
+    images = {name: content["data"].get(name) for name in IMAGE_OPTIONS}
+    return encoder, {**settings, "images": images, "run": run_of(file)}
 
 
-def is_pretrained(folder: str | Path) -> bool:
-    """Whether a folder holds what ``save_encoder`` writes."""
-    file = Path(folder) / CONFIG_FILE
-    if not file.is_file():
-        return False
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        return False
-    return isinstance(content, dict) and content.get("model_type") == MODEL_TYPE
-
-
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """Read ``config.json``.
-
-    Raises:
-        ValueError: no folder, no exported model in it, or one of a newer format.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(
-            f"no folder {str(folder)!r}; name one that save_pretrained or lightning export wrote"
-        )
-    if not is_pretrained(folder):
-        raise ValueError(
-            f"{folder} holds no exported model: no {CONFIG_FILE} with model_type {MODEL_TYPE!r}; "
-            "write one with save_pretrained or lightning export"
-        )
-    config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    if config.get("format") != FORMAT:
-        raise ValueError(
-            f"{folder / CONFIG_FILE} has format {config.get('format')!r}, this version reads {FORMAT}; "
-            "update parallel-decoupling"
-        )
-    wanted = {"paths", "backbone", "adapter", "weights_sha256", "embed_dim", "aggregate_dim"}
-    missing = sorted(wanted - config.keys())
-    if missing:
-        raise ValueError(f"{folder / CONFIG_FILE} lacks {missing}; export the model again")
-    return config
-
-
-def load_encoder(folder: str | Path) -> tuple[ParallelEncoder | DualEncoder, dict[str, Any]]:
-    """Load what ``save_encoder`` wrote, on the CPU, and its ``config.json``.
-
-    Nothing is unpickled or downloaded: a backbone from the hub must be in the local cache.
-
-    Returns:
-        The encoder in evaluation mode, and the config.
-
-    Raises:
-        ValueError: files that are missing or changed, or another backbone than the one trained on.
-    """
-    folder = Path(folder)
+def _load_folder(folder: Path) -> tuple[Encoder, dict[str, Any]]:
     config = read_config(folder)
-    state = _read_weights(folder / WEIGHTS_FILE, config["weights_sha256"])
-    encoder: ParallelEncoder | DualEncoder
-    if is_dual_encoder(config["backbone"]["name"]):
-        encoder = _load_dual(config)
+    settings = config["backbone"]
+    encoder: Encoder
+    if is_open_clip(settings["name"]):
+        adapter = _typed(config)["adapter"]
+        encoder = load_open_clip(settings["name"], dtype=settings["dtype"], adapter=adapter)
     else:
         encoder = ParallelEncoder(
             _load_backbone(folder, config),
@@ -169,12 +271,65 @@ def load_encoder(folder: str | Path) -> tuple[ParallelEncoder | DualEncoder, dic
             prefix_init="random",  # replaced; "meta" has no more than eight
             **config["encoder"],
         )
+    check_fingerprint(settings["fingerprint"], backbone_fingerprint(encoder.backbone))
+    file = folder / WEIGHTS_FILE
+    try:
+        state = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} cannot be read ({error}): copy the whole exported folder") from error
+    if weights_hash(state) != config["weights_sha256"]:
+        raise ValueError(f"{file} is not the file that was exported: its hash differs from {CONFIG_FILE}'s")
+    _load_state(encoder, state, file)
+    return encoder, config
+
+
+def _load_backbone(folder: Path, config: Mapping[str, Any]) -> Backbone:
+    settings = config["backbone"]
+    source = folder / (BACKBONE_DIR if settings["included"] else PROCESSOR_DIR)
+    if not source.is_dir():
+        raise ValueError(f"{source} is missing: copy the whole exported folder")
+    options = {name: settings[name] for name in ("dtype", "attention", "quantization")}
+    options |= {"adapter": _typed(config)["adapter"], "family": _typed(settings)["family"]}
+    if settings["included"]:
+        return load_backbone(str(source), **options)
+    backbone = load_backbone(_without_network(settings["name"], settings["revision"]), **options)
+    backbone.name, backbone.revision = settings["name"], settings["revision"]
+    backbone.processor = cast(Any, AutoProcessor).from_pretrained(source, local_files_only=True)
+    return backbone
+
+
+def _load_state(encoder: Encoder, state: Mapping[str, Tensor], file: Path) -> None:
     try:
         load_trainable_state(encoder, state)
     except ValueError as error:
-        raise ValueError(f"{folder / WEIGHTS_FILE}: {error}") from error
-    encoder.eval()
-    return encoder, config
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _without_network(name: str, revision: str | None) -> str:
+    """Return where a backbone is on this machine; a folder's name is left for ``load_backbone`` to check."""
+    if name == "tiny" or Path(name).is_absolute() or name.count("/") != 1:
+        return name
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return str(snapshot_download(name, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError as error:
+        at = f" --revision {revision}" if revision else ""
+        raise ValueError(
+            f"backbone {name!r} is not in the local Hugging Face cache and nothing is downloaded here; "
+            f"get it with: hf download {name}{at}"
+        ) from error
+
+
+def _typed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return adapter and family of plain settings as what they were, as far as they are there."""
+    typed: dict[str, Any] = {}
+    for name, kind in (("adapter", AdapterConfig), ("family", Family)):
+        values = settings.get(name)
+        lists = {key: tuple(v) if isinstance(v, list) else v for key, v in (values or {}).items()}
+        typed[name] = None if values is None else cast(Any, kind)(**lists)
+    return typed
 
 
 def _checked_paths(paths: Sequence[int] | None, num_paths: int) -> list[int]:
@@ -185,42 +340,64 @@ def _checked_paths(paths: Sequence[int] | None, num_paths: int) -> list[int]:
     return chosen
 
 
-def _check_exportable(backbone: Backbone, *, merge: bool, include: bool) -> None:
-    if include and getattr(backbone.base, "is_quantized", False):
+def _describe_open_clip(encoder: OpenCLIPEncoder, with_backbone: bool) -> dict[str, Any]:
+    if with_backbone:
+        raise ValueError(
+            "an OpenCLIP model is always referred to by its name: export without merge_adapters and "
+            "include_backbone"
+        )
+    backbone = encoder.backbone
+    settings = {
+        "name": absolute_name(backbone.name),
+        "included": False,
+        "dtype": str(backbone.dtype).removeprefix("torch."),
+        "fingerprint": backbone_fingerprint(backbone),
+    }
+    trains = any(parameter.requires_grad for parameter in backbone.parameters())
+    adapter = AdapterConfig(kind="full" if trains else "frozen")
+    return {"backbone": settings, "adapter": asdict(adapter), "encoder": {}}
+
+
+def _save_backbone(encoder: ParallelEncoder, folder: Path, *, merge: bool, include: bool) -> dict[str, Any]:
+    """Write the base model or its processor alone; return what ``config.json`` says of it."""
+    backbone = encoder.backbone
+    quantized = bool(getattr(backbone.base, "is_quantized", False))
+    if include and quantized:
         raise ValueError(
             "a quantized backbone is not written: export without merge_adapters and include_backbone"
         )
     if backbone.initial_adapter is not None and not merge:
         raise ValueError(
-            f"the backbone goes on from the published adapter {backbone.initial_adapter!r}, whose settings "
+            f"the backbone continues the published adapter {backbone.initial_adapter!r}, whose settings "
             f"{CONFIG_FILE} does not hold: export with merge_adapters=True (--merge_adapters)"
         )
-
-
-def _save_parallel(encoder: ParallelEncoder, folder: Path, *, merge: bool, include: bool) -> dict[str, Any]:
-    backbone = encoder.backbone
+    folder.mkdir(parents=True, exist_ok=True)
     adapter = AdapterConfig(kind="frozen") if merge else backbone.adapter
+    known = FAMILIES.get(backbone.config.model_type)
+    listed = known is not None and known.resolved(backbone.base, backbone.processor) == backbone.family
+    eager = cast(Any, backbone.language_model).config._attn_implementation == "prefix_eager"
     settings: dict[str, Any] = {
         "name": absolute_name(backbone.name),
         "revision": backbone.revision,
         "included": include,
         "dtype": str(backbone.dtype).removeprefix("torch."),
-        "attention": _attention(backbone),
-        "quantization": "4bit" if getattr(backbone.base, "is_quantized", False) else None,
-        "family": _own_family(backbone),
+        "attention": "eager" if eager else "sdpa",  # which work on every machine
+        "quantization": "4bit" if quantized else None,
+        "family": None if listed else asdict(backbone.family),
     }
-    if include:
-        _save_base(backbone, folder / BACKBONE_DIR, merge=merge)
-        identified = load_backbone(str(folder / BACKBONE_DIR), adapter=adapter, **_loading(settings))
-    else:
-        backbone.processor.save_pretrained(folder / PROCESSOR_DIR)
-        identified = backbone
-    settings["fingerprint"] = backbone_fingerprint(identified) | {"name": backbone.name}
-    return {
+    about = {
         "backbone": settings,
         "adapter": asdict(adapter),
         "encoder": {name: getattr(encoder, name) for name in ENCODER_OPTIONS},
     }
+    written = backbone
+    if include:
+        _save_base(backbone, folder / BACKBONE_DIR, merge=merge)
+        written = _load_backbone(folder, about)
+    else:
+        backbone.processor.save_pretrained(folder / PROCESSOR_DIR)
+    settings["fingerprint"] = backbone_fingerprint(written) | {"name": backbone.name}
+    return about
 
 
 def _save_base(backbone: Backbone, folder: Path, *, merge: bool) -> None:
@@ -243,7 +420,7 @@ def _save_base(backbone: Backbone, folder: Path, *, merge: bool) -> None:
 
 @torch.no_grad()
 def _merged_weight(layer: Any) -> Tensor:
-    """Weight of a linear layer with its adapter in it; the layer stays as it was, to the bit."""
+    """Return the weight of a linear layer with its adapter in it; the layer stays as it was, to the bit."""
     weight = layer.get_base_layer().weight
     before = weight.detach().clone()
     layer.merge()
@@ -253,110 +430,5 @@ def _merged_weight(layer: Any) -> Tensor:
     return merged
 
 
-def _save_dual(encoder: DualEncoder, with_backbone: bool) -> dict[str, Any]:
-    if with_backbone:
-        raise ValueError(
-            "an OpenCLIP model is always referred to by its name: export without merge_adapters and "
-            "include_backbone"
-        )
-    backbone = encoder.backbone
-    trains = any(parameter.requires_grad for parameter in backbone.parameters())
-    settings = {
-        "name": absolute_name(backbone.name),
-        "included": False,
-        "dtype": str(backbone.input_dtype).removeprefix("torch."),
-        "fingerprint": backbone_fingerprint(backbone),
-    }
-    return {
-        "backbone": settings,
-        "adapter": asdict(AdapterConfig(kind="full" if trains else "frozen")),
-        "encoder": {},
-    }
-
-
-def _load_dual(config: Mapping[str, Any]) -> DualEncoder:
-    settings = config["backbone"]
-    adapter = _adapter(config)
-    backbone = load_dual_backbone(settings["name"], dtype=settings["dtype"], adapter=adapter)
-    check_fingerprint(settings["fingerprint"], backbone_fingerprint(backbone))
-    return DualEncoder(backbone)
-
-
-def _load_backbone(folder: Path, config: Mapping[str, Any]) -> Backbone:
-    settings = config["backbone"]
-    if settings["included"]:
-        source = folder / BACKBONE_DIR
-        if not (source / "config.json").is_file():
-            raise ValueError(f"{source} is missing: copy the whole exported folder")
-        backbone = load_backbone(str(source), adapter=_adapter(config), **_loading(settings))
-    else:
-        source = folder / PROCESSOR_DIR
-        if not source.is_dir():
-            raise ValueError(f"{source} is missing: copy the whole exported folder")
-        local = _without_network(settings["name"], settings["revision"])
-        backbone = load_backbone(local, adapter=_adapter(config), **_loading(settings))
-        backbone.name, backbone.revision = settings["name"], settings["revision"]
-        backbone.processor = cast(Any, AutoProcessor).from_pretrained(source, local_files_only=True)
-    check_fingerprint(settings["fingerprint"], backbone_fingerprint(backbone))
-    return backbone
-
-
-def _without_network(name: str, revision: str | None) -> str:
-    """Where a backbone is on this machine; a folder's name is left for ``load_backbone`` to check."""
-    if name == "tiny" or Path(name).is_absolute() or name.count("/") != 1:
-        return name
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return str(snapshot_download(name, revision=revision, local_files_only=True))
-    except LocalEntryNotFoundError as error:
-        at = f" --revision {revision}" if revision else ""
-        raise ValueError(
-            f"backbone {name!r} is not in the local Hugging Face cache and nothing is downloaded here; "
-            f"get it with: hf download {name}{at}"
-        ) from error
-
-
-def _read_weights(file: Path, sha256: str) -> dict[str, Tensor]:
-    if not file.is_file():
-        raise ValueError(f"{file} is missing: copy the whole exported folder")
-    try:
-        state = load_safetensors(file.read_bytes())
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a safetensors file: {error}") from error
-    if weights_hash(state) != sha256:
-        raise ValueError(f"{file} is not the file that was exported: its hash differs from {CONFIG_FILE}'s")
-    return state
-
-
-def _adapter(config: Mapping[str, Any]) -> AdapterConfig:
-    values = dict(config["adapter"])
-    values["targets"] = None if values["targets"] is None else tuple(values["targets"])
-    return AdapterConfig(**values)
-
-
-def _loading(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of ``load_backbone`` beside the adapter."""
-    options = {name: settings[name] for name in ("dtype", "attention", "quantization")}
-    family: dict[str, Any] | None = settings["family"]
-    if family is None:
-        return options
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in family.items()
-    }
-    return options | {"family": Family(**values)}
-
-
-def _attention(backbone: Backbone) -> str:
-    """What works on every machine: eager stays eager, all others become sdpa."""
-    eager = cast(Any, backbone.language_model).config._attn_implementation == "prefix_eager"
-    return "eager" if eager else "sdpa"
-
-
-def _own_family(backbone: Backbone) -> dict[str, Any] | None:
-    """The family as plain values if it is not the table's."""
-    known = FAMILIES.get(backbone.config.model_type)
-    if known is not None and replace(backbone.family, blocks=known.blocks) == known:
-        return None
-    return asdict(backbone.family)
+def _write_json(file: Path, content: Any) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

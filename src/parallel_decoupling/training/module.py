@@ -31,11 +31,10 @@ from parallel_decoupling.distributed import (
 from parallel_decoupling.evaluation.embedder import Embedder, about_encoder
 from parallel_decoupling.evaluation.encode import RowBatch
 from parallel_decoupling.model.backbone import AdapterConfig
-from parallel_decoupling.model.build import build_encoder
-from parallel_decoupling.model.dual_encoder import DualEncoder
+from parallel_decoupling.model.encoder import build_encoder, nested_dims
 from parallel_decoupling.model.families import Family
 from parallel_decoupling.model.identity import encoder_identity
-from parallel_decoupling.model.matryoshka import nested_dims
+from parallel_decoupling.model.open_clip import OpenCLIPEncoder
 from parallel_decoupling.model.prefixes import ShallowPrefixes
 from parallel_decoupling.objective.mutual_information import MutualInformation, mi_weight_schedule
 from parallel_decoupling.training import callbacks, checkpoint, compute
@@ -332,7 +331,7 @@ class PDFEmbedder(LightningModule):
     def configure_model(self) -> None:
         """Shard the backbone under FSDP2; nothing to do for one process and for DDP."""
         if self.device_mesh is not None:
-            if isinstance(self.encoder, DualEncoder):
+            if isinstance(self.encoder, OpenCLIPEncoder):
                 raise ValueError("strategy fsdp2 does not shard an OpenCLIP model: use strategy ddp.")
             if isinstance(self.encoder.prefixes, ShallowPrefixes):
                 raise ValueError(

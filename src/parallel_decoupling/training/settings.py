@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from parallel_decoupling.model.backbone import AdapterConfig
-from parallel_decoupling.model.dual_backbone import absolute_name
+from parallel_decoupling.model.encoder import absolute_name
 from parallel_decoupling.model.families import Family
 from parallel_decoupling.training.optimization import MIConfig, OptimizerConfig
 from parallel_decoupling.training.strategies import FSDP2Strategy

@@ -143,10 +143,8 @@ def shard_backbone(backbone: Backbone, mesh: DeviceMesh) -> None:
 
 
 def sharded_blocks(backbone: Backbone) -> list[nn.Module]:
-    """The language model's repeated blocks, by the class names of the family table."""
-    blocks = [m for m in backbone.language_model.modules() if type(m).__name__ in backbone.family.blocks]
-    assert blocks, f"no {backbone.family.blocks} in the language model"
-    return blocks
+    """Return the decoder layers of the language model."""
+    return list(backbone.layers)
 
 
 def _same_graph_everywhere(

@@ -4,7 +4,7 @@
     MMEB-eval/<task>/test-00000-of-00001.parquet           MMEB-eval/<task>/*.png
     tasks.json                                             meta-task and distribution of every task
 
-Columns, image placeholder and the positive at index 0 are MMEB's, so ``data.tasks`` reads both alike.
+Columns, image placeholder and the positive at index 0 are MMEB's, so ``data.readers`` reads both alike.
 """
 
 from __future__ import annotations
@@ -45,9 +45,6 @@ def ensure_benchmark(
         train_rows: rows of every training subset.
         eval_rows: rows of every evaluation task.
         seed: seed of everything drawn.
-
-    Returns:
-        A folder with ``MMEB-train/``, ``MMEB-eval/`` and ``tasks.json``.
     """
     if min(train_rows, eval_rows) < CANDIDATES:
         raise ValueError(
@@ -86,10 +83,8 @@ def generate(data_dir: Path, *, train_rows: int, eval_rows: int, seed: int) -> N
             _write_train(data_dir / "MMEB-train", task, [task.draw(rng) for _ in range(train_rows)])
         rng = np.random.default_rng([seed, index, 1])
         _write_eval(data_dir / "MMEB-eval", task, [task.draw(rng) for _ in range(eval_rows)], rng)
-    table = {
-        task.name: {"meta_task": task.meta_task, "in_distribution": task.in_distribution}
-        for task in WORLD_TASKS
-    }
+    keys = ("meta_task", "in_distribution")
+    table = {task.name: {key: getattr(task, key) for key in keys} for task in WORLD_TASKS}
     (data_dir / "tasks.json").write_text(json.dumps(table, indent=2) + "\n")
 
 

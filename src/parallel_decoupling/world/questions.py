@@ -39,8 +39,10 @@ class Question:
 
 def questions(scene: Scene) -> list[Question]:
     """Return every question that has exactly one right answer in this scene."""
+    items = [item for _, item in scene.objects]
+    shapes, colors = [item.shape for item in items], [item.color for item in items]
     found = [
-        Question("count", "how many objects are there?", NUMBERS[len(scene.objects)], NUMBERS[1:]),
+        Question("count", "how many objects are there?", NUMBERS[len(items)], NUMBERS[1:]),
         Question("background", "what color is the background?", scene.background, tuple(BACKGROUNDS)),
     ]
     if scene.word is not None:
@@ -48,19 +50,16 @@ def questions(scene: Scene) -> list[Question]:
         place = POSITIONS[scene.cells.index(scene.word)]
         found.append(Question("position", f"where is the word {scene.word}?", place, POSITIONS))
     for index, item in scene.objects:
-        name = f"{item.color} {item.shape}"
-        if _count(scene, shape=item.shape) == 1:
+        name, place = f"{item.color} {item.shape}", POSITIONS[index]
+        if shapes.count(item.shape) == 1:
             found.append(Question("color", f"what color is the {item.shape}?", item.color, tuple(COLORS)))
-        if _count(scene, color=item.color) == 1:
+        if colors.count(item.color) == 1:
             found.append(Question("shape", f"what shape is the {item.color} object?", item.shape, SHAPES))
         found.append(Question("size", f"what size is the {name}?", item.size, tuple(SIZES)))
-        found.append(Question("position", f"where is the {name}?", POSITIONS[index], POSITIONS))
-        place = POSITIONS[index]
-        found.append(
-            Question("color", f"what color is the object at the {place}?", item.color, tuple(COLORS))
-        )
-        found.append(Question("shape", f"what shape is the object at the {place}?", item.shape, SHAPES))
-        found.append(Question("size", f"what size is the object at the {place}?", item.size, tuple(SIZES)))
+        found.append(Question("position", f"where is the {name}?", place, POSITIONS))
+        for factor, choices in (("color", tuple(COLORS)), ("shape", SHAPES), ("size", tuple(SIZES))):
+            text = f"what {factor} is the object at the {place}?"
+            found.append(Question(factor, text, getattr(item, factor), choices))
     return found
 
 
@@ -68,24 +67,16 @@ def relation_questions(scene: Scene) -> list[Question]:
     """Return the questions about the color or shape of an object's neighbor."""
     found = []
     for index, item in scene.objects:
-        below = index < 2
-        right = index % 2 == 0
+        below, right = index < 2, index % 2 == 0
         for neighbor_index, where in (
             (index + 2 if below else index - 2, "below" if below else "above"),
             (index + 1 if right else index - 1, "right of" if right else "left of"),
         ):
             neighbor = scene.cells[neighbor_index]
-            if not isinstance(neighbor, Item):
-                continue
-            name = f"{item.color} {item.shape}"
-            found.append(
-                Question(
-                    "relation", f"what color is the object {where} the {name}?", neighbor.color, tuple(COLORS)
-                )
-            )
-            found.append(
-                Question("relation", f"what shape is the object {where} the {name}?", neighbor.shape, SHAPES)
-            )
+            if isinstance(neighbor, Item):
+                asked = f"is the object {where} the {item.color} {item.shape}?"
+                found.append(Question("relation", f"what color {asked}", neighbor.color, tuple(COLORS)))
+                found.append(Question("relation", f"what shape {asked}", neighbor.shape, SHAPES))
     return found
 
 
@@ -108,21 +99,17 @@ def sample_edit(rng: np.random.Generator, scene: Scene) -> tuple[str, Scene]:
     """Draw an instruction that changes one thing, and the scene after it."""
     index, item = scene.objects[rng.integers(len(scene.objects))]
     name = f"{item.color} {item.shape}"
-    others = [item_ for _, item_ in scene.objects if item_ != item]
-    free = [
-        color
-        for color in COLORS
-        if color != item.color
-        and (item.shape, color) not in HELD_OUT
-        and not any((other.shape, other.color) == (item.shape, color) for other in others)
-    ]
-    options: list[tuple[str, Scene]] = []
+    others = [other for _, other in scene.objects if other != item]
+    taken = HELD_OUT | {(other.shape, other.color) for other in (item, *others)}
+    free = [color for color in COLORS if (item.shape, color) not in taken]
     color = str(rng.choice(free))
-    options.append((f"make the {name} {color}", scene.with_cell(index, Item(item.shape, color, item.size))))
     size = "small" if item.size == "large" else "large"
-    options.append((f"make the {name} {size}", scene.with_cell(index, Item(item.shape, item.color, size))))
     background = str(rng.choice([name for name in BACKGROUNDS if name != scene.background]))
-    options.append((f"make the background {background}", replace(scene, background=background)))
+    options = [
+        (f"make the {name} {color}", scene.with_cell(index, replace(item, color=color))),
+        (f"make the {name} {size}", scene.with_cell(index, replace(item, size=size))),
+        (f"make the background {background}", replace(scene, background=background)),
+    ]
     empty = [i for i, cell in enumerate(scene.cells) if cell is None]
     if empty:
         target = empty[rng.integers(len(empty))]
@@ -131,7 +118,3 @@ def sample_edit(rng: np.random.Generator, scene: Scene) -> tuple[str, Scene]:
     if others:
         options.append((f"remove the {name}", scene.with_cell(index, None)))
     return options[rng.integers(len(options))]
-
-
-def _count(scene: Scene, *, shape: str | None = None, color: str | None = None) -> int:
-    return sum((shape in (None, item.shape)) and (color in (None, item.color)) for _, item in scene.objects)

@@ -1,13 +1,15 @@
 """The embedded benchmark's tasks: one function per task that draws a row with hard negatives.
 
-A row is a query, its positive and negatives that differ in one attribute. Prompts follow MMEB:
-image placeholder, line break, instruction, text, line break.
+A row is a query, its positive and negatives that differ in one attribute. Prompts follow MMEB: image
+placeholder, line break, instruction, text, line break. Tasks out of distribution show combinations of shape
+and color, characters, digits or forms of questions and phrases that no training row has.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from PIL import Image
@@ -57,13 +59,9 @@ class Row:
 
 @dataclass(frozen=True)
 class WorldTask:
-    """One task of the embedded benchmark.
+    """One task of the embedded benchmark; ``draw`` draws one row.
 
-    Attributes:
-        name: subset and task name.
-        meta_task: classification, vqa, retrieval or grounding.
-        in_distribution: whether there is a training subset of this name.
-        draw: draws one row.
+    There is a training subset of the same name if it is ``in_distribution``.
     """
 
     name: str
@@ -126,11 +124,6 @@ def _pair(first: Item, second: Item) -> Side:
     return _answer(f"{first.color} {first.shape} and {second.color} {second.shape}")
 
 
-def unseen_object(rng: Rng) -> Row:
-    """Do the same with shape and color combinations that no training row shows."""
-    return object_type(rng, held_out=True)
-
-
 def sign(rng: Rng) -> Row:
     """Name the word that is written in a picture, its place and the background."""
     while (scene := sample_scene(rng, word_share=1)).word is None:
@@ -174,27 +167,17 @@ def handwritten_digit(rng: Rng) -> Row:
     return Row(query, _answer(names[values[index]]), negatives)
 
 
-def _asked(rng: Rng, asks: Callable[[Scene], list[Question]]) -> Row:
+def question(rng: Rng, asks: Callable[[Scene], list[Question]]) -> Row:
+    """Answer a question about a picture."""
     while not (asked := asks(scene := sample_scene(rng))):
         pass
-    factors = sorted({question.factor for question in asked})
-    factor = str(rng.choice(factors))
-    same = [question for question in asked if question.factor == factor]
-    question = same[rng.integers(len(same))]
-    instruction = f"Represent the given picture with the following question: {question.text}"
-    positive = _answer(question.answer)
-    negatives = _distinct(positive, [_answer(choice) for choice in question.choices])
+    factor = str(rng.choice(sorted({each.factor for each in asked})))
+    same = [each for each in asked if each.factor == factor]
+    chosen = same[rng.integers(len(same))]
+    instruction = f"Represent the given picture with the following question: {chosen.text}"
+    positive = _answer(chosen.answer)
+    negatives = _distinct(positive, [_answer(choice) for choice in chosen.choices])
     return Row(_seen(instruction, render(scene)), positive, negatives)
-
-
-def scene_question(rng: Rng) -> Row:
-    """Answer a question about count, background, word, color, shape, size or position."""
-    return _asked(rng, questions)
-
-
-def relation_question(rng: Rng) -> Row:
-    """Answer a question about an object's neighbor, a form that no training row has."""
-    return _asked(rng, relation_questions)
 
 
 def scene_to_caption(rng: Rng) -> Row:
@@ -213,11 +196,6 @@ def caption_to_scene(rng: Rng, *, held_out: bool = False) -> Row:
     negatives = [_picture(other) for other in _changes(rng, scene, 4, held_out=held_out)]
     query = Side(f"Find a picture that matches the caption: {scene.caption()}\n")
     return Row(query, positive, _distinct(positive, negatives))
-
-
-def unseen_caption_to_scene(rng: Rng) -> Row:
-    """Do the same with shape and color combinations that no training row shows."""
-    return caption_to_scene(rng, held_out=True)
 
 
 def edited_scene(rng: Rng) -> Row:
@@ -245,7 +223,8 @@ def objects_to_scene(rng: Rng) -> Row:
     return Row(Side(f"Find a picture that shows {names}\n"), positive, _distinct(positive, negatives))
 
 
-def _grounded(rng: Rng, phrase: Callable[[int, Item], str]) -> Row:
+def object_crop(rng: Rng, *, by_place: bool = False) -> Row:
+    """Find the crop of the object that is named by color and shape, or by its place."""
     scene = sample_scene(rng, num_objects=int(rng.integers(2, 5)))
     picture = render(scene)
     index, item = scene.objects[rng.integers(len(scene.objects))]
@@ -254,35 +233,26 @@ def _grounded(rng: Rng, phrase: Callable[[int, Item], str]) -> Row:
     for _ in range(2):
         changed = change_item(rng, item)
         negatives.append(_crop(render(scene.with_cell(index, changed)), index, changed))
-    query = _seen(f"Select the portion of the picture that shows {phrase(index, item)}", picture)
+    name = f"the object at the {POSITIONS[index]}" if by_place else f"the {item.color} {item.shape}"
+    query = _seen(f"Select the portion of the picture that shows {name}", picture)
     return Row(query, positive, _distinct(positive, negatives))
-
-
-def object_crop(rng: Rng) -> Row:
-    """Find the crop of the object that is named by color and shape."""
-    return _grounded(rng, lambda index, item: f"the {item.color} {item.shape}")
-
-
-def position_crop(rng: Rng) -> Row:
-    """Find the crop of the object that is named by its place, a form never trained on."""
-    return _grounded(rng, lambda index, item: f"the object at the {POSITIONS[index]}")
 
 
 WORLD_TASKS = (
     WorldTask("ObjectType", "classification", True, object_type),
     WorldTask("Sign", "classification", True, sign),
     WorldTask("Character", "classification", True, character),
-    WorldTask("SceneQA", "vqa", True, scene_question),
+    WorldTask("SceneQA", "vqa", True, partial(question, asks=questions)),
     WorldTask("Scene_i2t", "retrieval", True, scene_to_caption),
     WorldTask("Scene_t2i", "retrieval", True, caption_to_scene),
     WorldTask("SceneEdit", "retrieval", True, edited_scene),
     WorldTask("ObjectCrop", "grounding", True, object_crop),
-    WorldTask("UnseenObject", "classification", False, unseen_object),
+    WorldTask("UnseenObject", "classification", False, partial(object_type, held_out=True)),
     WorldTask("UnseenCharacter", "classification", False, unseen_character),
     WorldTask("HandwrittenDigit", "classification", False, handwritten_digit),
-    WorldTask("RelationQA", "vqa", False, relation_question),
-    WorldTask("UnseenScene_t2i", "retrieval", False, unseen_caption_to_scene),
+    WorldTask("RelationQA", "vqa", False, partial(question, asks=relation_questions)),
+    WorldTask("UnseenScene_t2i", "retrieval", False, partial(caption_to_scene, held_out=True)),
     WorldTask("Objects_t2i", "retrieval", False, objects_to_scene),
-    WorldTask("PositionCrop", "grounding", False, position_crop),
+    WorldTask("PositionCrop", "grounding", False, partial(object_crop, by_place=True)),
 )
 """All tasks; the in-distribution ones have a training subset of the same name."""

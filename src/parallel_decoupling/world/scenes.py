@@ -3,8 +3,7 @@
 A scene is a 64 x 64 picture of four quadrants on a light background. A quadrant is empty or holds an
 outlined object (shape, color, size) or, at most once, a written word. The background is lit: redder to the
 right and bluer to the bottom, so that a patch of it tells its place, which a backbone with relative
-positions only would learn slowly. Everything is a pure function of a ``numpy`` generator. Questions are in
-``questions``, files in ``benchmark``.
+positions only would learn slowly. Everything is a pure function of a ``numpy`` generator.
 """
 
 from __future__ import annotations
@@ -39,16 +38,7 @@ BACKGROUNDS = {
 WORDS = ("GO", "UP", "NO", "HI", "OK", "ME", "AX", "TV")
 NUMBERS = ("zero", "one", "two", "three", "four")
 
-HELD_OUT = frozenset(
-    {
-        ("circle", "purple"),
-        ("square", "orange"),
-        ("triangle", "cyan"),
-        ("star", "pink"),
-        ("cross", "green"),
-        ("ring", "red"),
-    }
-)
+HELD_OUT = frozenset(zip(SHAPES, ("purple", "orange", "cyan", "pink", "green", "red"), strict=True))
 """Shape and color combinations that no training picture or caption shows."""
 
 IMAGE_SIZE = 64
@@ -58,13 +48,7 @@ _OVERSAMPLE = 8
 
 @dataclass(frozen=True)
 class Item:
-    """One object of a scene.
-
-    Attributes:
-        shape: one of ``SHAPES``.
-        color: a key of ``COLORS``.
-        size: ``small`` or ``large``.
-    """
+    """One object of a scene: one of ``SHAPES``, a key of ``COLORS`` and a key of ``SIZES``."""
 
     shape: str
     color: str
@@ -90,7 +74,7 @@ class Scene:
 
     @property
     def objects(self) -> list[tuple[int, Item]]:
-        """Quadrant index and object, in reading order."""
+        """The objects with their quadrant's index, in reading order."""
         return [(index, cell) for index, cell in enumerate(self.cells) if isinstance(cell, Item)]
 
     @property
@@ -126,16 +110,13 @@ def sample_scene(
     word_share: float = 0.35,
     held_out: bool = False,
 ) -> Scene:
-    """Draw a scene.
+    """Draw a scene whose objects differ in shape and color taken together.
 
     Args:
         rng: source of randomness.
         num_objects: 1 to 4; drawn with more weight on few objects if not given.
         word_share: probability that a free quadrant holds a word.
         held_out: whether the objects are of unseen shape and color combinations.
-
-    Returns:
-        A scene whose objects differ in shape and color taken together.
     """
     if num_objects is None:
         num_objects = int(rng.choice([1, 2, 3, 4], p=[0.3, 0.35, 0.25, 0.1]))
@@ -254,17 +235,13 @@ def _mask(shape: str, radius: float) -> Image.Image:
         draw.rectangle((center - radius, center - arm, center + radius, center + arm), fill=255)
     else:
         corners, inner = (5, 0.45) if shape == "star" else (3, 0.5)
-        draw.polygon(_star(center, radius, corners, inner), fill=255)
+        points = []
+        for step in range(2 * corners):
+            distance = radius if step % 2 == 0 else radius * inner
+            angle = math.pi * step / corners - math.pi / 2
+            points.append((center + distance * math.cos(angle), center + distance * math.sin(angle)))
+        draw.polygon(points, fill=255)
     return mask
-
-
-def _star(center: float, radius: float, corners: int, inner: float) -> list[tuple[float, float]]:
-    points = []
-    for step in range(2 * corners):
-        distance = radius if step % 2 == 0 else radius * inner
-        angle = math.pi * step / corners - math.pi / 2
-        points.append((center + distance * math.cos(angle), center + distance * math.sin(angle)))
-    return points
 
 
 @cache

@@ -1,11 +1,10 @@
-"""Your own data: the worked example of docs/data.md, and entries of tasks.json that cannot be used."""
+"""Rows of your own data: the worked example of docs/data.md, and files that do not fit their entry."""
 
 from __future__ import annotations
 
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,17 +12,10 @@ from parallel_decoupling.batch import RawInput
 from parallel_decoupling.cli import main
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.data.readers import TrainSubset, read_eval_task
-from parallel_decoupling.data.tasks import find_eval_tasks, find_train_subsets, read_tasks
-from tests.data.mmeb_files import train_row, write_image, write_train
+from parallel_decoupling.data.tasks import find_eval_tasks, find_train_subsets
+from tests.data.mmeb_files import OWN_ENTRY, train_row, write_image, write_train
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
-ENTRY: dict[str, Any] = {
-    "meta_task": "vqa",
-    "in_distribution": False,
-    "train_file": "a.csv",
-    "eval_file": "a.csv",
-    "columns": {"query_text": "q", "candidate_text": "a"},
-}
 
 
 @pytest.fixture
@@ -100,28 +92,6 @@ def test_own_subsets_stand_next_to_mmebs(shop: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"colums": {}}, "unknown key 'colums'. Did you mean 'columns'"),
-        ({"metatask": "vqa"}, "unknown key 'metatask'. Did you mean 'meta_task'.* Known: .*in_distribution"),
-        ({"train_file": 3}, "train_file: must be a text"),
-        ({"train_file": "a.xlsx"}, "train_file: a.xlsx must end with one of .parquet, .jsonl, .csv"),
-        ({"columns": None}, "columns: must name a column per role"),
-        ({"columns": {"query": "q"}}, "unknown role 'query'. Did you mean 'query_text'"),
-        ({"columns": {"query_text": "q"}}, "columns: candidate_text or candidate_image is needed"),
-        ({"train_file": None, "eval_file": None}, "without a file. Add train_file, eval_file or both"),
-    ],
-)
-def test_entries_that_cannot_be_used_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    entry = {
-        key: value for key, value in {**ENTRY, **change}.items() if value is not None or key == "columns"
-    }
-    (tmp_path / "tasks.json").write_text(json.dumps({"Mine": entry}))
-    with pytest.raises(ValueError, match=rf"tasks\.json, task 'Mine'.*{message}"):
-        read_tasks(tmp_path)
-
-
-@pytest.mark.parametrize(
     ("content", "message"),
     [
         ("q,b\nx,y\n", "training subset 'Mine', file .*a.csv: column 'a' is missing; found q, b"),
@@ -133,24 +103,24 @@ def test_entries_that_cannot_be_used_are_named(tmp_path: Path, change: dict[str,
     ],
 )
 def test_files_that_do_not_fit_their_columns_are_named(tmp_path: Path, content: str, message: str) -> None:
-    (tmp_path / "tasks.json").write_text(json.dumps({"Mine": ENTRY}))
+    (tmp_path / "tasks.json").write_text(json.dumps({"Mine": OWN_ENTRY}))
     (tmp_path / "a.csv").write_text(content)
     with pytest.raises(ValueError, match=message):
         TrainSubset(tmp_path, "Mine")
 
 
 def test_a_list_of_queries_is_named(tmp_path: Path) -> None:
-    (tmp_path / "tasks.json").write_text(json.dumps({"Mine": ENTRY}))
+    (tmp_path / "tasks.json").write_text(json.dumps({"Mine": OWN_ENTRY}))
     (tmp_path / "a.csv").write_text('q,a\n"[""x"", ""y""]","[""cat"", ""dog""]"\n')
     with pytest.raises(ValueError, match=r"'Mine', .*row 0, column 'q': holds a list; a row has one query"):
         read_eval_task(tmp_path, "Mine")
 
 
 def test_one_bad_cell_does_not_turn_lists_of_candidates_into_texts(tmp_path: Path) -> None:
-    (tmp_path / "tasks.json").write_text(json.dumps({"Mine": ENTRY}))
+    (tmp_path / "tasks.json").write_text(json.dumps({"Mine": OWN_ENTRY}))
     lists = 'q,a\n1,"[""cat"", ""dog""]"\n2,"[""dog"", ""cat""]"\n'
     (tmp_path / "a.csv").write_text(lists + "3,\"['dog', 'cat']\"\n")
-    with pytest.raises(ValueError, match=r"a\.csv, row 2, column 'a': .*\['dog', 'cat'\].* no JSON list"):
+    with pytest.raises(ValueError, match=r"a\.csv, row 2, column 'a': .*\['dog', 'cat'\].* not a JSON list"):
         read_eval_task(tmp_path, "Mine")
     (tmp_path / "a.csv").write_text(lists + "3,\n")
     with pytest.raises(ValueError, match=r"'Mine', file .*a\.csv, row 2, column 'a': 0 candidates"):
@@ -163,7 +133,7 @@ def test_one_bad_cell_does_not_turn_lists_of_candidates_into_texts(tmp_path: Pat
 
 def test_an_empty_cell_of_negatives_is_an_empty_list(tmp_path: Path) -> None:
     columns = {"query_text": "q", "candidate_text": "a", "negative_text": "n"}
-    (tmp_path / "tasks.json").write_text(json.dumps({"Mine": {**ENTRY, "columns": columns}}))
+    (tmp_path / "tasks.json").write_text(json.dumps({"Mine": {**OWN_ENTRY, "columns": columns}}))
     (tmp_path / "a.csv").write_text(
         'q,a,n\n"[""a"", ""b""]",[a],"[""x"", ""y""]"\n2,b,\n3,"[""c""]","[""z""]"\n'
     )
@@ -175,15 +145,15 @@ def test_an_empty_cell_of_negatives_is_an_empty_list(tmp_path: Path) -> None:
 
 
 def test_one_file_may_train_and_evaluate(tmp_path: Path) -> None:
-    (tmp_path / "tasks.json").write_text(json.dumps({"Mine": ENTRY}))
+    (tmp_path / "tasks.json").write_text(json.dumps({"Mine": OWN_ENTRY}))
     (tmp_path / "a.csv").write_text('q,a\n1,"[""x"", ""y""]"\n2,z\n')
     assert TrainSubset(tmp_path, "Mine")[0].candidate.text == '["x", "y"]'
-    with pytest.raises(ValueError, match=r"a\.csv, row 1, column 'a': .*'z' is no JSON list"):
+    with pytest.raises(ValueError, match=r"a\.csv, row 1, column 'a': .*'z' is not a JSON list"):
         read_eval_task(tmp_path, "Mine")
 
 
 def test_dates_are_texts_in_training_and_evaluation(tmp_path: Path) -> None:
-    entry = {**ENTRY, "train_file": "a.jsonl", "eval_file": "b.jsonl"}
+    entry = {**OWN_ENTRY, "train_file": "a.jsonl", "eval_file": "b.jsonl"}
     (tmp_path / "tasks.json").write_text(json.dumps({"Mine": entry}))
     (tmp_path / "a.jsonl").write_text('{"q": "When?", "a": "1969-07-20"}\n')
     (tmp_path / "b.jsonl").write_text('{"q": "When?", "a": ["1969-07-20", "1970-01-01"]}\n')
@@ -194,7 +164,7 @@ def test_dates_are_texts_in_training_and_evaluation(tmp_path: Path) -> None:
 
 def test_a_pool_must_not_be_huge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("parallel_decoupling.data.readers.MAX_POOL_ENTRIES", 8)
-    (tmp_path / "tasks.json").write_text(json.dumps({"Mine": ENTRY}))
+    (tmp_path / "tasks.json").write_text(json.dumps({"Mine": OWN_ENTRY}))
     (tmp_path / "a.csv").write_text("q,a\n1,x\n2,y\n3,z\n")
     with pytest.raises(ValueError, match="3 rows with 3 candidates each are too many"):
         read_eval_task(tmp_path, "Mine")

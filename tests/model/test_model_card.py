@@ -3,12 +3,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
-from parallel_decoupling.data.tasks import Task
-from parallel_decoupling.evaluation.model_card import model_card
-from parallel_decoupling.evaluation.report import ScoreReport
-from parallel_decoupling.evaluation.score import TaskScore
+from parallel_decoupling.model.model_card import model_card
 
 HITS = {"aggregate": "1110", "path_0": "1100", "path_1": "1010"}
 
@@ -43,18 +39,19 @@ def config() -> dict[str, Any]:
 
 
 @pytest.fixture
-def report() -> ScoreReport:
-    hits = {column: torch.tensor([2 - int(hit) for hit in string]) for column, string in HITS.items()}
-    task = Task("Sign", "classification", True)
-    return ScoreReport.from_scores([TaskScore(task, hits, torch.zeros(4, 10), 0.1)], {})
+def scores() -> dict[str, Any]:
+    """As ``scores.json`` holds them."""
+    hit_at_1 = {column: hits.count("1") / 4 for column, hits in HITS.items()}
+    means = {"classification": hit_at_1, "mean_of_meta_tasks": hit_at_1}
+    return {"means": means, "tasks": {"Sign": {"num_queries": 4}}, "hits": {"Sign": HITS}}
 
 
 def section(card: str, title: str) -> str:
     return card.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
-def test_sections_come_from_the_run(config: dict[str, Any], report: ScoreReport) -> None:
-    card = model_card(config, report)
+def test_sections_come_from_the_run(config: dict[str, Any], scores: dict[str, Any]) -> None:
+    card = model_card(config, scores)
     assert card.startswith("---\nlibrary_name: parallel-decoupling\n")
     assert "| revision | r1 |" in section(card, "Model")
     assert "| query instruction | find \\| it |" in section(card, "Model")
@@ -63,13 +60,13 @@ def test_sections_come_from_the_run(config: dict[str, Any], report: ScoreReport)
     assert "| a | 1 (25.0%) |\n| b | 3 (75.0%) |" in section(card, "Training data")
     assert "| temperature | 0.05 |" in section(card, "Hyper-parameters")
     assert "| main steps | 480 |" in section(card, "Compute")
-    assert "| mean of classification | 75.0 | 50.0 | 50.0 |" in section(card, "Scores")
+    assert "| classification | 75.0 | 50.0 | 50.0 |" in section(card, "Scores")
     assert "search" in section(card, "Intended use")
     assert "It needs the backbone owner/model" in section(card, "Limits")
 
 
-def test_statistics_of_paths_against_counting(config: dict[str, Any], report: ScoreReport) -> None:
-    paths = section(model_card(config, report), "Paths")
+def test_statistics_of_paths_against_counting(config: dict[str, Any], scores: dict[str, Any]) -> None:
+    paths = section(model_card(config, scores), "Paths")
     agree = sum(a == b for a, b in zip(HITS["path_0"], HITS["path_1"], strict=True)) / 4
     assert f"| path_0 and path_1 | {100 * agree:.1f} |" in paths
     some = sum("1" in pair for pair in zip(HITS["path_0"], HITS["path_1"], strict=True)) / 4
@@ -84,5 +81,5 @@ def test_what_is_not_known_is_left_out(config: dict[str, Any]) -> None:
         assert f"## {title}" not in card
 
 
-def test_one_path_has_no_statistics_of_pairs(config: dict[str, Any], report: ScoreReport) -> None:
-    assert "## Paths" not in model_card({**config, "paths": [1]}, report)
+def test_one_path_has_no_statistics_of_pairs(config: dict[str, Any], scores: dict[str, Any]) -> None:
+    assert "## Paths" not in model_card({**config, "paths": [1]}, scores)

@@ -20,7 +20,7 @@ from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
 from parallel_decoupling.data.images import load_image
 from parallel_decoupling.data.readers import read_eval_task
 from parallel_decoupling.evaluation.report import ScoreReport
-from parallel_decoupling.model.dual_encoder import DualEncoder
+from parallel_decoupling.model.open_clip import OpenCLIPEncoder
 from parallel_decoupling.training.module import PDFEmbedder
 from tests.support.fit import Recorder, assert_equal, make_trainer, small_data, small_embedder, trained
 from tests.support.tiny import noise_image
@@ -141,7 +141,7 @@ def test_a_checkpoint_gives_the_same_embeddings_from_any_folder(
     module, _, file = four_steps
     monkeypatch.chdir(tmp_path)
     loaded = PDFEmbedder.load_from_checkpoint(file)
-    assert isinstance(loaded.encoder, DualEncoder)
+    assert isinstance(loaded.encoder, OpenCLIPEncoder)
     inputs = ["a red circle", {"text": "what colour?", "image": noise_image(40, 30)}]
     assert torch.equal(loaded.encode(inputs), module.encode(inputs))
     assert loaded.encode(inputs, paths="aggregate").shape == (2, 24)

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from parallel_decoupling.batch import RawInput
-from parallel_decoupling.data.rows import open_rows
+from parallel_decoupling.data.row_sources import open_rows
 from parallel_decoupling.evaluation.encode import to_raw_inputs
 
 ROWS: list[dict[str, Any]] = [
@@ -84,12 +84,18 @@ def test_a_folder_of_images_is_searched_to_the_bottom(tmp_path: Path) -> None:
 
 
 def test_an_empty_row_has_no_input(tmp_path: Path) -> None:
-    source = open_rows(
-        save(tmp_path / "rows.csv", [{"text": "one", "image": ""}, {"text": " ", "image": ""}])
-    )
+    rows = [{"text": "one", "image": ""}, {"text": " ", "image": ""}]
+    source = open_rows(save(tmp_path / "rows.csv", rows))
     assert source.raw_input(0) == RawInput("one")
     with pytest.raises(ValueError, match="text or an image"):
         source.raw_input(1)
+
+
+def test_a_source_describes_itself(tmp_path: Path) -> None:
+    source = open_rows(save(tmp_path / "rows.csv"))
+    expected = {"source": str(tmp_path / "rows.csv"), "image_dir": str(tmp_path), "num_rows": 3}
+    assert source.describe() == expected
+    assert open_rows(tmp_path / "pictures").describe()["num_rows"] == 1
 
 
 @pytest.mark.parametrize(
@@ -98,10 +104,16 @@ def test_an_empty_row_has_no_input(tmp_path: Path) -> None:
         ([{"caption": "x"}], "needs a column text, image .* found caption"),
         ([{"text": "x", "path_3": 1}], "a column 'path_3' holds embeddings"),
         ([{"text": "x", "aggregate": 1}], "a column 'aggregate' holds embeddings"),
-        ([{"text": "x", "id": "1"}, {"text": "y", "id": None}], "row 1: no id"),
-        ([{"text": "x", "id": "1"}, {"text": "y", "id": "1"}], "row 0: the id '1' stands in other rows"),
-        ([{"text": "x", "image": {"bytes": b"x", "path": "y"}}], "column 'image': holds struct<.*names of"),
-        ([{"text": ["x"]}], "column 'text': holds list"),
+        ([{"text": "x", "id": "1"}, {"text": "y", "id": None}], "row 1, column 'id': no id"),
+        (
+            [{"text": "x", "id": "1"}, {"text": "y", "id": "1"}],
+            "row 0, column 'id': the id '1' stands in other rows",
+        ),
+        (
+            [{"text": "x", "image": {"bytes": b"x", "path": "y"}}],
+            "column 'image': holds struct<.*Images must be files",
+        ),
+        ([{"text": ["x"]}], "column 'text': holds a list"),
     ],
 )
 def test_unusable_tables(rows: list[dict[str, Any]], message: str, tmp_path: Path) -> None:
@@ -109,20 +121,24 @@ def test_unusable_tables(rows: list[dict[str, Any]], message: str, tmp_path: Pat
         open_rows(save(tmp_path / "rows.parquet", rows))
 
 
-def test_unusable_places(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="photo does not exist"):
-        open_rows(tmp_path / "photo")
-    (tmp_path / "rows.xlsx").write_bytes(b"x")
-    with pytest.raises(ValueError, match="neither a folder of images nor a file"):
-        open_rows(tmp_path / "rows.xlsx")
-    (tmp_path / "rows.csv").write_text("text,image\nx\n")
-    with pytest.raises(ValueError, match="cannot read .*rows.csv"):
-        open_rows(tmp_path / "rows.csv")
-    with pytest.raises(ValueError, match="holds no file that ends with one of"):
-        open_rows(tmp_path)
-    (tmp_path / "rows.jsonl").write_text('{"text": "x"}\n{"text": 3}\n')
-    with pytest.raises(ValueError, match="cannot read .*rows.jsonl: .*number.* one JSON object per line"):
-        open_rows(tmp_path / "rows.jsonl")
-    (tmp_path / "rows.jsonl").write_text('[{"text": "x"},\n{"text": "y"}]\n')
-    with pytest.raises(ValueError, match="cannot read .*rows.jsonl: .* one JSON object per line"):
-        open_rows(tmp_path / "rows.jsonl")
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("photo", None, "photo does not exist"),
+        ("", None, "holds no file that ends with one of"),
+        ("rows.xlsx", "x", "neither a folder of images nor a file"),
+        ("rows.csv", "text,image\nx\n", "cannot read .*rows.csv"),
+        (
+            "rows.jsonl",
+            '{"text": "x"}\n{"text": 3}\n',
+            "cannot read .*rows.jsonl: .* one JSON object",
+        ),
+        ("rows.jsonl", '["text"]\n', "a line is not a JSON object"),
+        ("rows.jsonl", '[{"text": "x"},\n{"text": "y"}]\n', "cannot read .*rows.jsonl: .* one JSON object"),
+    ],
+)
+def test_unusable_places(tmp_path: Path, name: str, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        open_rows(tmp_path / name)

@@ -1,0 +1,286 @@
+"""OpenCLIP, the baseline without a multimodal LLM: a text and an image tower that look like one encoder.
+
+The only file that imports open_clip, and only when such a model is loaded.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from parallel_decoupling.batch import IMAGE_PLACEHOLDER, EncoderInputs
+from parallel_decoupling.model.adapters import AdapterConfig
+from parallel_decoupling.model.backbone import Dtype, check_dtype
+
+PREFIX = "open_clip:"
+CONFIG_FILE = "open_clip_config.json"
+PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+"""open_clip's names; with the last two, normalisation layers stay fp32."""
+UNUSED_PARAMETERS = ("logit_scale", "logit_bias")
+"""Of OpenCLIP's own loss; ours has its own temperature."""
+NEUTRAL_OPTIONS = {
+    "num_paths": 1,
+    "prefix_length": 0,
+    "prefix_layers": 0,
+    "aggregation": "mean",
+    "attention": "sdpa",
+}
+"""Values that options for multimodal LLMs must have here; every other option must be None."""
+UNUSED_OPTIONS = ("prefix_type", "prefix_init", "seed")
+"""Without a prefix and without LoRA weights these change nothing."""
+
+
+def is_open_clip(name: str) -> bool:
+    """Whether a backbone is OpenCLIP's: ``open_clip:...``, or a folder with ``open_clip_config.json``."""
+    return name.startswith(PREFIX) or (Path(name).expanduser() / CONFIG_FILE).is_file()
+
+
+class OpenCLIPProcessor:
+    """Texts and images to tensors, called like a Hugging Face processor.
+
+    Image placeholders are taken out of the text. Images get the model's own evaluation transform, also in
+    training (no augmentation). The first text that does not fit is a warning.
+
+    Args:
+        tokenizer: open_clip's, called with texts and optionally another ``context_length``.
+        transform: an RGB image to ``[3, height, width]``.
+
+    Attributes:
+        context_length: L, tokens that the text tower takes.
+    """
+
+    def __init__(self, tokenizer: Callable[..., Tensor], transform: Callable[[Image.Image], Tensor]) -> None:
+        self.tokenizer = tokenizer
+        self.transform = transform
+        empty_1L = tokenizer([""])
+        self.context_length: int = empty_1L.shape[1]
+        self.padding_id = int(empty_1L[0, -2])  # the very last one may be a class token
+        self._warned = False
+
+    def __call__(
+        self,
+        text: Sequence[str],
+        images: Sequence[Image.Image | Sequence[Image.Image]] | None = None,
+        **options: Any,
+    ) -> dict[str, Tensor]:
+        """Tokenise rows and transform their images.
+
+        Args:
+            text: ``B`` prompts with one ``IMAGE_PLACEHOLDER`` per image.
+            images: of all rows in the order of the placeholders, in one list or in one per row.
+            options: of Hugging Face processors, without effect.
+
+        Returns:
+            ``input_ids`` ``[B, L]``, padded; ``attention_mask`` ``[B, L]``, all 1 for a row with text (the
+            text tower always runs over L tokens), all 0 for one without. One entry per image:
+            ``pixel_values``, ``image_sizes`` (height and width as given).
+
+        Raises:
+            ValueError: a row with neither text nor image.
+        """
+        texts = [row.replace(IMAGE_PLACEHOLDER, " ").strip() for row in text]
+        for row, rest in zip(text, texts, strict=True):
+            if not rest and IMAGE_PLACEHOLDER not in row:
+                raise ValueError("An input needs a text or an image.")
+        ids_BL = self.tokenizer(texts)
+        self._warn_of_cut_texts(texts, ids_BL)
+        has_text_B1 = torch.tensor([[bool(rest)] for rest in texts])
+        data = {"input_ids": ids_BL, "attention_mask": has_text_B1.long().expand_as(ids_BL)}
+        rows = [[each] if isinstance(each, Image.Image) else each for each in images or ()]
+        flat = [image for row in rows for image in row]
+        if flat:
+            data["pixel_values"] = torch.stack([self.transform(image) for image in flat])
+            data["image_sizes"] = torch.tensor([[image.height, image.width] for image in flat])
+        return data
+
+    def _warn_of_cut_texts(self, texts: Sequence[str], ids_BL: Tensor) -> None:
+        """A text was cut if twice the room holds more of its tokens."""
+        real_BL = ids_BL != self.padding_id
+        full = real_BL[:, -2:].any(dim=1).nonzero()[:, 0].tolist()  # the last may be an end token that pads
+        if self._warned or not full:
+            return
+        longer = self.tokenizer([texts[row] for row in full], context_length=2 * self.context_length)
+        if ((longer != self.padding_id).sum(dim=1) > real_BL[full].sum(dim=1)).any():
+            self._warned = True
+            warnings.warn(
+                f"A text has more than the {self.context_length} tokens that this text tower takes; the rest "
+                "is cut off, also of further texts.",
+                stacklevel=3,
+            )
+
+
+@dataclass(frozen=True)
+class OpenCLIPConfig:
+    """An OpenCLIP model's configuration and its image preprocessing, both as open_clip has them."""
+
+    model: dict[str, Any]
+    preprocess: dict[str, Any]
+    model_type = "open_clip"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return both as plain values."""
+        return asdict(self)
+
+
+class OpenCLIPBackbone(nn.Module):
+    """An OpenCLIP model with its configuration and the name that the user asked for."""
+
+    revision: str | None = None
+    num_layers = 1
+    """For counting compute: no layer is shared between paths."""
+
+    def __init__(self, base: nn.Module, config: OpenCLIPConfig, *, name: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.base: Any = base
+        self.config, self.name, self.dtype = config, name, dtype
+
+
+class OpenCLIPEncoder(nn.Module):
+    """One unit-norm embedding of each input from an OpenCLIP model.
+
+    ``normalize(t + normalize(mean of v))`` with the unit-norm embeddings ``t`` of the text and ``v`` of every
+    image; what a row does not have is left out. The score of two inputs is then proportional to the sum of
+    the cosines between their parts: score-level fusion as in UniIR's CLIP_SF (which adds embeddings of any
+    norm; giving text and image the same weight is ours).
+
+    Args:
+        backbone: the towers.
+        processor: of that model.
+
+    Relations:
+        A text is open_clip's ``encode_text`` and an image without text its ``encode_image``, normalised.
+    """
+
+    num_paths = 1
+    prefix_layers = 0
+    image_token = IMAGE_PLACEHOLDER  # the processor takes it out
+
+    def __init__(self, backbone: OpenCLIPBackbone, processor: OpenCLIPProcessor) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.embed_dim: int = backbone.config.model["embed_dim"]
+        self.aggregate_dim: int = self.embed_dim
+        self.processor: Any = processor
+
+    def prefix_parameters(self) -> Iterator[nn.Parameter]:
+        """Return nothing: there is no prefix."""
+        return iter(())
+
+    def adapter_parameters(self) -> Iterator[nn.Parameter]:
+        """Return the trainable weights: those of both towers, or none."""
+        return (parameter for parameter in self.backbone.parameters() if parameter.requires_grad)
+
+    def aggregation_parameters(self) -> Iterator[nn.Parameter]:
+        """Return nothing: there is one path."""
+        return iter(())
+
+    def train(self, mode: bool = True) -> OpenCLIPEncoder:
+        """Set the mode; batch normalisation keeps its pretrained statistics, which no checkpoint holds."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+    def forward(self, inputs: EncoderInputs, paths: Sequence[int] | None = None) -> Tensor:
+        """Embed ``B`` rows of ``OpenCLIPProcessor``: ``[B, 1, D]`` fp32, unit norm.
+
+        Raises:
+            ValueError: for other ``paths`` than None and ``[0]``.
+        """
+        if paths is not None and list(paths) != [0]:
+            raise ValueError(f"an OpenCLIP model has path 0 only, got paths {list(paths)}")
+        ids_BL = inputs.tokens["input_ids"]
+        sum_BD = torch.zeros(len(inputs), self.embed_dim, device=ids_BL.device)
+        with_text = inputs.tokens["attention_mask"].any(dim=1).nonzero()[:, 0]
+        if len(with_text):
+            text = self.backbone.base.encode_text(ids_BL[with_text])
+            sum_BD = sum_BD.index_add(0, with_text, F.normalize(text.float(), dim=-1))
+        with_images = [row for row, vision in enumerate(inputs.vision) if vision]
+        if with_images:
+            pixels = [inputs.vision[row]["pixel_values"] for row in with_images]
+            images = self.backbone.base.encode_image(torch.cat(pixels).to(self.backbone.dtype))
+            by_row = torch.split(F.normalize(images.float(), dim=-1), [len(each) for each in pixels])
+            means = torch.stack([each.mean(dim=0) for each in by_row])
+            rows = torch.tensor(with_images, device=ids_BL.device)
+            sum_BD = sum_BD.index_add(0, rows, F.normalize(means, dim=-1))
+        return F.normalize(sum_BD, dim=-1).unsqueeze(1)
+
+    def aggregate(self, embeddings: Tensor) -> Tensor:
+        """Return the one path: ``[B, 1, D]`` to ``[B, D]``."""
+        return F.normalize(embeddings.float().mean(dim=1), dim=-1)
+
+
+def load_open_clip(
+    name: str,
+    *,
+    dtype: Dtype = "float32",
+    adapter: AdapterConfig | None = None,
+    gradient_checkpointing: bool = False,
+    **options: Any,
+) -> OpenCLIPEncoder:
+    """Load an OpenCLIP model with its weights, in training mode, on the CPU.
+
+    Args:
+        name: ``open_clip:<architecture>/<tag>`` with a pretrained tag of open_clip or a weights file,
+            ``open_clip:hf-hub:<owner>/<model>``, or a local folder with ``open_clip_config.json``, weights
+            and, unless it is open_clip's own, the tokenizer.
+        dtype: of the weights.
+        adapter: only its kind counts: ``"full"`` (default; both towers) or ``"frozen"``.
+        gradient_checkpointing: recompute layers in the backward pass.
+        options: of ``load_backbone`` and ``ParallelEncoder``, at ``NEUTRAL_OPTIONS`` or None.
+
+    Raises:
+        ValueError: an option that has no meaning here, or what open_clip cannot load.
+    """
+    _check_options(name, options)
+    check_dtype(dtype)
+    kind = "full" if adapter is None else adapter.kind
+    if kind not in ("full", "frozen"):
+        raise ValueError(f"adapter.kind={kind} does not exist for an open_clip backbone: set full or frozen.")
+    import open_clip
+
+    source, weights = f"local-dir:{Path(name).expanduser()}", None
+    if name.startswith(PREFIX):
+        source = name.removeprefix(PREFIX)
+        if not source.startswith("hf-hub:"):
+            source, _, weights = source.partition("/")
+    tag: dict[str, Any] = open_clip.get_pretrained_cfg(source, weights) if weights else {}
+    try:
+        base, transform = open_clip.create_model_from_pretrained(
+            source, weights, precision=PRECISIONS[dtype], force_quick_gelu=bool(tag.get("quick_gelu"))
+        )
+        processor = OpenCLIPProcessor(open_clip.get_tokenizer(source), transform)
+        config = OpenCLIPConfig(open_clip.get_model_config(source), open_clip.get_model_preprocess_cfg(base))
+    except (RuntimeError, OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"backbone {name!r}: open_clip cannot load it: {error}. Write open_clip:<architecture>/<tag or "
+            f"file>, open_clip:hf-hub:<owner>/<model>, or a folder with {CONFIG_FILE}."
+        ) from error
+    if gradient_checkpointing:
+        base.set_grad_checkpointing(True)
+    for parameter_name, parameter in base.named_parameters():
+        parameter.requires_grad_(kind == "full" and parameter_name not in UNUSED_PARAMETERS)
+    backbone = OpenCLIPBackbone(base, config, name=name, dtype=getattr(torch, dtype))
+    return OpenCLIPEncoder(backbone, processor).train()
+
+
+def _check_options(name: str, options: Mapping[str, Any]) -> None:
+    wrong = [
+        f"{option}={NEUTRAL_OPTIONS.get(option, 'null')} (got {value})"
+        for option, value in options.items()
+        if option not in UNUSED_OPTIONS and value != NEUTRAL_OPTIONS.get(option)
+    ]
+    if wrong:
+        raise ValueError(
+            f"backbone {name!r} is an OpenCLIP model, which has one path and no prefix: "
+            f"set {', '.join(wrong)}. lightning_configs/openclip.yaml has all it needs."
+        )

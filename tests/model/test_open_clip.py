@@ -1,0 +1,401 @@
+"""OpenCLIP models: names, loading, tokens and embeddings against open_clip's own calls."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from parallel_decoupling.batch import IMAGE_PLACEHOLDER, EncoderInputs, RawInput
+from parallel_decoupling.data.collate import Collator
+from parallel_decoupling.data.prompts import prompt
+from parallel_decoupling.model.backbone import AdapterConfig
+from parallel_decoupling.model.encoder import absolute_name, build_encoder
+from parallel_decoupling.model.open_clip import (
+    OpenCLIPEncoder,
+    OpenCLIPProcessor,
+    is_open_clip,
+    load_open_clip,
+)
+from parallel_decoupling.training.grad_cache import encode_in_chunks
+from tests.support.tiny import noise_image
+from tests.support.tiny_clip import CONTEXT_LENGTH, MODEL, RESNET, save_tiny_clip, tiny_clip
+
+IMAGES = [noise_image(40, 30, seed=1), noise_image(64, 64, seed=2), noise_image(20, 90, seed=3)]
+ROWS = [
+    prompt("a red circle"),
+    prompt(image=IMAGES[0]),
+    prompt("what colour is it?", IMAGES[1]),
+    prompt(images=IMAGES),
+    prompt("which of them is red?", images=IMAGES[1:]),
+    prompt("what is to the left?"),
+]
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("this test allows no network")
+
+    for name in ("getaddrinfo", "create_connection"):
+        monkeypatch.setattr(socket, name, refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture
+def own_architecture(monkeypatch: pytest.MonkeyPatch, tiny_clip_dir: str) -> str:
+    """``tiny-clip`` and its tag ``mine``, among open_clip's own; the "download" is a local file."""
+    weights = f"{tiny_clip_dir}/open_clip_model.safetensors"
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny-clip", MODEL)
+    tag = {"file": weights, "quick_gelu": True, "mean": (0.1, 0.2, 0.3), "std": (0.5, 0.5, 0.5)}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny-clip", {"mine": tag})
+    return weights
+
+
+def assert_same_weights(encoder: OpenCLIPEncoder, expected: dict[str, Tensor]) -> None:
+    found = encoder.backbone.base.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_folder_is_loaded_without_network(tiny_clip_dir: str) -> None:
+    encoder = load_open_clip(tiny_clip_dir)
+    assert_same_weights(encoder, load_file(f"{tiny_clip_dir}/open_clip_model.safetensors"))
+    assert encoder.backbone.config.to_dict()["model"]["embed_dim"] == 24
+    assert encoder.backbone.config.to_dict()["preprocess"]["mean"] == [0.5, 0.4, 0.3]
+    assert encoder.training
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_tag_brings_its_weights_preprocessing_and_activation(own_architecture: str) -> None:
+    encoder = load_open_clip("open_clip:tiny-clip/mine")
+    assert_same_weights(encoder, load_file(own_architecture))
+    assert encoder.backbone.config.preprocess["mean"] == (0.1, 0.2, 0.3)
+    assert type(encoder.backbone.base.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_weights_file_is_loaded_by_a_relative_path(
+    own_architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "weights").mkdir()
+    shutil.copy(own_architecture, tmp_path / "weights" / "epoch_1.safetensors")
+    monkeypatch.chdir(tmp_path)
+    name = "open_clip:tiny-clip/weights/epoch_1.safetensors"
+    encoder = load_open_clip(name)
+    assert_same_weights(encoder, load_file(own_architecture))
+    assert type(encoder.backbone.base.transformer.resblocks[0].mlp.gelu).__name__ == "GELU"
+    assert absolute_name(name) == f"open_clip:tiny-clip/{tmp_path}/weights/epoch_1.safetensors"
+    assert_same_weights(load_open_clip(absolute_name(name)), load_file(own_architecture))
+
+
+def test_names_of_both_kinds_are_told_apart(
+    tiny_clip_dir: str, tiny_backbone_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    clip = ("open_clip:ViT-B-32/openai", "open_clip:hf-hub:owner/model", tiny_clip_dir)
+    other = ("tiny", "Qwen/Qwen2-VL-2B-Instruct", tiny_backbone_dir, "nowhere")
+    assert [is_open_clip(name) for name in clip + other] == [True] * 3 + [False] * 4
+    unchanged = ("tiny", "Qwen/Qwen2-VL-2B-Instruct", "open_clip:ViT-B-32/openai", "open_clip:ViT-B-32")
+    assert [absolute_name(name) for name in unchanged] == list(unchanged)
+    Path("folder").mkdir()
+    assert absolute_name("folder") == str(tmp_path / "folder")
+
+
+def drop_a_weight(folder: Path) -> None:
+    weights = load_file(folder / "open_clip_model.safetensors")
+    del weights["text_projection"]
+    save_file(weights, folder / "open_clip_model.safetensors")
+
+
+def misspell_the_config(folder: Path) -> None:
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["embed_size"] = config["model_cfg"].pop("embed_dim")
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "open_clip_model.safetensors").unlink(), "weights .*could not be loaded"),
+        (drop_a_weight, "text_projection"),
+        (misspell_the_config, "embed_size"),
+        (lambda folder: (folder / "open_clip_config.json").write_text("{"), "Could not load valid config"),
+    ],
+)
+def test_a_damaged_folder_is_one_error_with_its_name(
+    tmp_path: Path, damage: Callable[[Path], Any], message: str
+) -> None:
+    save_tiny_clip(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=rf"(?s)backbone '{tmp_path}': .*{message}"):
+        load_open_clip(str(tmp_path))
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("open_clip:ViT-B-33/openai", "'ViT-B-33' not found.*Available: .*ViT-B-32"),
+        ("open_clip:", "'' not found"),
+        ("open_clip:ViT-B-32", "Required pretrained weights"),
+        ("open_clip:ViT-B-32/laion9b", "'laion9b' is not a known tag"),
+    ],
+)
+def test_a_name_that_does_not_exist_is_one_error(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"{message}.*Write open_clip:<architecture>"):
+        load_open_clip(name)
+
+
+def test_weights_that_cannot_be_had_are_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: Any, **__: Any) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", offline)
+    monkeypatch.setattr(open_clip.factory, "download_pretrained_from_hf", offline)
+    for name in ("open_clip:ViT-B-32/openai", "open_clip:hf-hub:owner/model"):
+        with pytest.raises(ValueError, match=f"backbone '{name}': .*no route to host"):
+            load_open_clip(name)
+
+
+def test_what_trains(tiny_clip_dir: str) -> None:
+    full = load_open_clip(tiny_clip_dir)
+    untrained = [name for name, p in full.backbone.base.named_parameters() if not p.requires_grad]
+    assert untrained == ["logit_scale"]
+    frozen = load_open_clip(tiny_clip_dir, adapter=AdapterConfig(kind="frozen"))
+    assert not any(p.requires_grad for p in frozen.parameters())
+    with pytest.raises(ValueError, match="set full or frozen"):
+        load_open_clip(tiny_clip_dir, adapter=AdapterConfig(kind="lora"))
+
+
+def test_another_dtype_is_refused(tiny_clip_dir: str) -> None:
+    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, float16, got 'bf16'"):
+        load_open_clip(tiny_clip_dir, dtype="bf16")  # type: ignore[arg-type]
+
+
+def test_gradient_checkpointing_is_switched_on(tiny_clip_dir: str) -> None:
+    encoder = load_open_clip(tiny_clip_dir, gradient_checkpointing=True)
+    assert encoder.backbone.base.transformer.grad_checkpointing
+    assert encoder.backbone.base.visual.transformer.grad_checkpointing
+
+
+LONG = "word " * 50
+TEXTS = {
+    "a red circle": False,
+    "!": False,
+    "one two three four five six seven eight nine ten eleven twelve thirteen fourteen": False,  # 16 tokens
+    "one two three four five six seven eight nine ten eleven twelve thirteen fourteen !": True,
+    LONG: True,
+}
+
+
+def warned(processor: OpenCLIPProcessor, text: str) -> bool:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        processor(text=["a", text])
+    return bool(caught)
+
+
+def test_tokens_are_open_clips_and_a_cut_text_is_one_warning(tiny_clip_dir: str) -> None:
+    encoder = load_open_clip(tiny_clip_dir)
+    found = [
+        warned(OpenCLIPProcessor(encoder.processor.tokenizer, encoder.processor.transform), text)
+        for text in TEXTS
+    ]
+    assert found == list(TEXTS.values())
+    rows = [f"{IMAGE_PLACEHOLDER}\n{text}\n" for text in TEXTS]
+    with pytest.warns(UserWarning, match="more than the 16 tokens"):
+        encoder.processor(text=rows)
+    assert not warned(encoder.processor, LONG), "it was said before"
+    data = encoder.processor(text=rows)
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{tiny_clip_dir}")
+    assert torch.equal(data["input_ids"], tokenizer(list(TEXTS)))
+    assert data["attention_mask"].sum(dim=1).tolist() == [CONTEXT_LENGTH] * len(TEXTS)
+
+
+@pytest.mark.parametrize(("padding", "at_the_end"), [(1, []), (0, [7])])
+def test_cut_texts_of_other_tokenizers(padding: int, at_the_end: list[int]) -> None:
+    """SigLIP drops signs and pads with its end token 1; another one ends every row with a class token 7."""
+
+    def tokenizer(texts: list[str], context_length: int = 8) -> Tensor:
+        room = context_length - len(at_the_end) - 1
+        words = [[word for word in text.split() if word.isalpha()] for text in texts]
+        rows = [[10 + len(word) for word in row][:room] + [1] for row in words]
+        return torch.tensor([row + [padding] * (room + 1 - len(row)) + at_the_end for row in rows])
+
+    room = 8 - len(at_the_end) - 1
+    texts = ["!", *("a " * count for count in (1, room - 1, room, room + 1, 60))]
+    found = [warned(OpenCLIPProcessor(tokenizer, lambda _: torch.zeros(3, 4, 4)), text) for text in texts]
+    assert found == [False] * 4 + [True] * 2
+
+
+def test_rows_without_text_or_image_are_told_apart(tiny_clip_dir: str) -> None:
+    processor = load_open_clip(tiny_clip_dir).processor
+    image = noise_image(40, 30)
+    rows = [f"{IMAGE_PLACEHOLDER}\n", "text", f"{IMAGE_PLACEHOLDER}\n{IMAGE_PLACEHOLDER}\nboth\n"]
+    data = processor(text=rows, images=[image] * 3, padding=True, return_tensors="pt")
+    assert data["attention_mask"].float().mean(dim=1).tolist() == [0, 1, 1]
+    assert data["pixel_values"].shape == (3, 3, 32, 32)
+    assert data["image_sizes"].tolist() == [[30, 40]] * 3
+    nested = processor(text=rows, images=[[image], [], [image, image]])
+    assert all(torch.equal(value, nested[key]) for key, value in data.items())
+    with pytest.raises(ValueError, match="needs a text or an image"):
+        processor(text=["text", " \n"])
+
+
+def test_the_tiny_model_tells_inputs_apart() -> None:
+    """Or the tests of embeddings would prove little."""
+    model, tokenizer = tiny_clip().eval(), open_clip.get_tokenizer("ViT-B-32", context_length=CONTEXT_LENGTH)
+    text = model.encode_text(tokenizer(["a red circle", "a blue square", "green"]), normalize=True)
+    image = model.encode_image(torch.randn(3, 3, 32, 32), normalize=True)
+    for unit in (text, image):
+        assert (unit @ unit.T).tril(-1).max() < 0.95
+
+
+def encoder_of(folder: str, **options: Any) -> OpenCLIPEncoder:
+    return load_open_clip(folder, **options).eval()
+
+
+def inputs_of(encoder: OpenCLIPEncoder, rows: list[RawInput]) -> EncoderInputs:
+    return Collator(encoder.processor, image_token=encoder.image_token).encode_inputs(rows)
+
+
+@torch.no_grad()
+def by_hand(folder: str, row: RawInput) -> Tensor:
+    """``[D]``: the fusion rule with open_clip's calls only."""
+    model, transform = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+    model.eval()
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    total = torch.zeros(24)
+    text = row.text.replace(IMAGE_PLACEHOLDER, "").strip()
+    if text:
+        (feature,) = model.encode_text(tokenizer(text))
+        total += feature / feature.norm()
+    if row.images:
+        mean = torch.zeros(24)
+        for image in row.images:
+            (feature,) = model.encode_image(transform(image).unsqueeze(0))
+            mean += feature / feature.norm() / len(row.images)
+        total += mean / mean.norm()
+    return total / total.norm()
+
+
+def test_embeddings_are_open_clips_fused_by_the_rule(tiny_clip_dir: str) -> None:
+    encoder = encoder_of(tiny_clip_dir)
+    embeddings = encoder(inputs_of(encoder, ROWS))
+    assert embeddings.shape == (len(ROWS), 1, 24)
+    expected = torch.stack([by_hand(tiny_clip_dir, row) for row in ROWS])
+    torch.testing.assert_close(embeddings[:, 0], expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(encoder(inputs_of(encoder, ROWS), [0]), embeddings)
+
+
+def test_score_of_fused_inputs_is_proportional_to_the_sum_of_four_cosines(tiny_clip_dir: str) -> None:
+    parts = [prompt("red"), prompt(image=IMAGES[0]), prompt("blue"), prompt(image=IMAGES[1])]
+    fused = [prompt("red", IMAGES[0]), prompt("blue", IMAGES[1])]
+    encoder = encoder_of(tiny_clip_dir)
+    t, v, u, w = encoder(inputs_of(encoder, parts))[:, 0]
+    first, second = encoder(inputs_of(encoder, fused))[:, 0]
+    cosines = t @ u + t @ w + v @ u + v @ w
+    torch.testing.assert_close(first @ second, cosines / (t + v).norm() / (u + w).norm())
+
+
+def test_each_row_alone_equals_the_batch(tiny_clip_dir: str) -> None:
+    encoder = encoder_of(tiny_clip_dir)
+    alone = torch.cat([encoder(inputs_of(encoder, [row])) for row in ROWS])
+    torch.testing.assert_close(encoder(inputs_of(encoder, ROWS)), alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("paths", [[], [1], [0, 0]])
+def test_there_is_one_path(tiny_clip_dir: str, paths: list[int]) -> None:
+    encoder = encoder_of(tiny_clip_dir)
+    embeddings = encoder(inputs_of(encoder, ROWS))
+    torch.testing.assert_close(encoder.aggregate(embeddings), embeddings[:, 0])
+    with pytest.raises(ValueError, match="path 0 only"):
+        encoder(inputs_of(encoder, ROWS), paths)
+
+
+def test_gradient_reaches_both_towers_and_not_the_own_temperature(tiny_clip_dir: str) -> None:
+    encoder = encoder_of(tiny_clip_dir).train()
+    encoder(inputs_of(encoder, ROWS))[:, 0, 0].sum().backward()
+    without = [name for name, p in encoder.backbone.base.named_parameters() if p.grad is None]
+    assert without == ["logit_scale"]
+    assert all(p.grad is not None and bool(p.grad.any()) for p in encoder.adapter_parameters())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_chunks_and_recomputed_layers_give_the_same_gradient(tiny_clip_dir: str, checkpointing: bool) -> None:
+    def gradients(chunk_size: int | None, **options: Any) -> list[Tensor]:
+        encoder = encoder_of(tiny_clip_dir, **options).train()
+        encoding = encode_in_chunks(encoder, inputs_of(encoder, ROWS), chunk_size=chunk_size, seed_parts=(0,))
+        encoding.embeddings[:, 0].cumsum(0).square().sum().backward()
+        encoding.backward()
+        return [p.grad for p in encoder.adapter_parameters() if p.grad is not None]
+
+    plain, chunked = gradients(None), gradients(2, gradient_checkpointing=checkpointing)
+    assert len(plain) == len(chunked) > 20
+    for one, other in zip(plain, chunked, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_close_to_single(tiny_clip_dir: str, dtype: Any) -> None:
+    exact, half = encoder_of(tiny_clip_dir), encoder_of(tiny_clip_dir, dtype=dtype)
+    embeddings = half(inputs_of(half, ROWS))
+    assert embeddings.dtype == torch.float32
+    assert half.backbone.base.transformer.resblocks[0].mlp.c_fc.weight.dtype == getattr(torch, dtype)
+    assert ((embeddings * exact(inputs_of(exact, ROWS))).sum(-1) > 0.99).all()
+
+
+def test_batch_normalisation_keeps_its_statistics(tmp_path: Path) -> None:
+    folder = save_tiny_clip(tmp_path, vision_cfg=RESNET)
+    encoder = encoder_of(folder)
+    before = {name: buffer.clone() for name, buffer in encoder.named_buffers()}
+    assert any(name.endswith("running_mean") for name in before)
+    expected = encoder(inputs_of(encoder, ROWS))
+    torch.testing.assert_close(encoder.train()(inputs_of(encoder, ROWS)), expected)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in encoder.named_buffers())
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "words"),
+    [
+        ("num_paths", 2, "set num_paths=1"),
+        ("prefix_length", 8, "set prefix_length=0"),
+        ("prefix_layers", 1, "set prefix_layers=0"),
+        ("aggregation", "learned", "set aggregation=mean"),
+        ("attention", "eager", "set attention=sdpa"),
+        ("revision", "main", "set revision=null"),
+    ],
+)
+def test_settings_that_an_openclip_model_does_not_have_are_refused(
+    tiny_clip_dir: str, setting: str, value: Any, words: str
+) -> None:
+    paths: dict[str, Any] = {"num_paths": 1, "prefix_length": 0, "prefix_layers": 0, "prefix_init": "meta"}
+    loading = {"attention": "sdpa", "revision": None, "dtype": "float32", "gradient_checkpointing": False}
+    assert isinstance(build_encoder(tiny_clip_dir, loading, paths), OpenCLIPEncoder)
+    with pytest.raises(ValueError, match=words):
+        build_encoder(
+            tiny_clip_dir,
+            {**loading, **({setting: value} if setting in loading else {})},
+            {**paths, **({} if setting in loading else {setting: value})},
+        )
+
+
+def test_selected_rows_have_the_same_embeddings(tiny_clip_dir: str) -> None:
+    """Also rows without any text, of which no token is left."""
+    encoder = encoder_of(tiny_clip_dir)
+    inputs = inputs_of(encoder, ROWS)
+    for rows in ([1, 3], [0], [5, 4, 1]):
+        torch.testing.assert_close(encoder(inputs.select(rows)), encoder(inputs)[rows], rtol=1e-4, atol=1e-5)
