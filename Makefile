@@ -10,7 +10,7 @@ INSTALLED := .venv/.installed
 DEMO := runs/demo$(if $(filter-out 0,$(SEED)),_seed$(SEED))
 DEMO_SINGLE_PATH := runs/demo_single_path$(if $(filter-out 0,$(SEED)),_seed$(SEED))
 
-.PHONY: help install demo test test-slow lint types checks format golden backbone notebooks bench studies app clean
+.PHONY: help install demo test test-slow lint types checks format golden backbone configs notebooks bench studies app clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -77,6 +77,9 @@ golden: $(INSTALLED) ## write the golden losses anew (say why in the commit)
 
 backbone: $(INSTALLED) ## train the shipped tiny backbone anew
 	$(BIN)/python -m recipes.tiny_backbone
+
+configs: $(INSTALLED) ## write lightning_configs/reproduce/ anew from its layers
+	$(BIN)/python -m recipes.ready_configs
 
 notebooks: $(INSTALLED) ## execute every notebook in place
 	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
