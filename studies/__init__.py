@@ -14,6 +14,5 @@ MODULES = {
     "estimators": "studies.estimators",
     "path_differences": "studies.path_differences",
     "prefix_gradients": "studies.prefix_gradients",
-    "search": "studies.search",
 }
-"""Studies that are no grid of runs, by name."""
+"""Studies that are Python modules instead of grids of runs, by name."""

@@ -55,7 +55,7 @@ def _list(options: Namespace) -> int:
 
 
 def _run(options: Namespace) -> int:
-    from studies.report import write_module_report, write_report
+    from studies.study_report import write_module_report, write_report
 
     if options.study is None:
         raise ValueError(f"which study? Choose from {sorted([*study_files(), *MODULES])}, or use --list")

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from parallel_decoupling.evaluation.plots import COLOURS, INK, clean_axes, new_figure
-from studies.plots import DPI, shared_legend
+from studies.study_plots import DPI, shared_legend
 
 Row = dict[str, Any]
 WITH_Q, WITHOUT_Q = ("vclub", "club_sample", "l1out"), ("hsic", "crosscov", "orthogonal")

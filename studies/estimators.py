@@ -32,8 +32,8 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from parallel_decoupling.objective.mutual_information import Kind, MutualInformation
-from parallel_decoupling.training.evaluation import git_commit
 from studies.estimator_figures import WITHOUT_Q, write_figures, write_table
+from studies.results import code_version, commit_name
 
 KINDS = tuple(kind for kind in get_args(Kind) if kind != "none")
 
@@ -164,7 +164,7 @@ def run(
     Returns:
         The content of ``results.json``.
     """
-    start, commit = time.perf_counter(), git_commit()
+    start, commit = time.perf_counter(), commit_name(*code_version())
     rows = []
     for cell in track(cells(rhos, embed_dims, batch_sizes), description="estimators"):
         network = fitted_network(cell, fit_steps)

@@ -36,16 +36,16 @@ from torch import Tensor, nn
 from parallel_decoupling.batch import PairBatch
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.evaluation.plots import COLOURS, clean_axes, new_figure
-from parallel_decoupling.model.pretrained import LAST_CHECKPOINT, run_of
+from parallel_decoupling.model.pretrained import read_checkpoint
 from parallel_decoupling.objective.mutual_information import MutualInformation
-from parallel_decoupling.training.evaluation import git_commit
 from parallel_decoupling.training.grad_cache import encode_in_chunks
 from parallel_decoupling.training.module import PDFEmbedder
 from parallel_decoupling.training.terms import contrastive_terms, gather_pairs, mutual_information_terms
 from studies.estimators import KINDS, norm_and_variance
-from studies.path_differences import ensure_scored
-from studies.plots import DPI, shared_legend
+from studies.results import code_version, commit_name
 from studies.study import Run, load_study
+from studies.study_plots import DPI, shared_legend
+from studies.worker import ensure_scored
 
 STUDY, CELLS, SEED = "help", ("pdf", "without_mim"), 4
 ORDER_SEED, NUM_BATCHES = 1_000_000, 24
@@ -65,12 +65,12 @@ def run(output_dir: Path) -> None:
     for each in runs:
         ensure_scored(each)
     torch.set_num_threads(1)
-    write(output_dir, {each.name: each.folder / LAST_CHECKPOINT for each in runs})
+    write(output_dir, {each.name: each.folder / "checkpoints" / "last.ckpt" for each in runs})
 
 
 def write(output_dir: Path, checkpoints: Mapping[str, Path], num_batches: int = NUM_BATCHES) -> None:
     """Measure checkpoints, by name, and write results, table and picture."""
-    start, commit = time.perf_counter(), git_commit()
+    start, commit = time.perf_counter(), commit_name(*code_version())
     rows = [
         {"run": name, **row}
         for name, file in checkpoints.items()
@@ -93,8 +93,7 @@ def write(output_dir: Path, checkpoints: Mapping[str, Path], num_batches: int = 
 def _loaded(checkpoint_file: Path, num_batches: int) -> tuple[PDFEmbedder, list[PairBatch]]:
     """A trained module, without dropout, and batches of its training rows in another order."""
     module = PDFEmbedder.load_from_checkpoint(checkpoint_file, map_location="cpu").eval()
-    data = MMEBDataModule(**run_of(checkpoint_file)["data"])
-    data.connect(module.encoder.processor, module.encoder.image_token)
+    data = MMEBDataModule(**read_checkpoint(checkpoint_file)["data"]).connect(module)
     data.prepare_data()
     data.setup("fit")  # the run's seed draws its rows
     data.seed = ORDER_SEED

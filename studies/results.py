@@ -5,17 +5,18 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import subprocess
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from studies.study import OUTPUT_DIR, Run, Study
+from studies.study import OUTPUT_DIR, PROJECT_DIR, Run, Study
 
 Result = dict[str, Any]
 """A line: study, cell, seed, step, overrides, config_hash, commit, scores and costs (docs/studies.md)."""
-UNKNOWN_COMMIT = "unknown"
-"""Of a training that was started before its commit was recorded."""
+CODE = ("src", "studies", "lightning_configs", "setup.cfg")
+"""What a result depends on: changes elsewhere, such as in docs/, do not make a commit dirty."""
 
 
 def read_results(results_file: Path) -> list[Result]:
@@ -70,13 +71,24 @@ def _end_the_last_line(stream: BinaryIO) -> None:
         stream.write(b"\n")
 
 
+def code_version() -> tuple[str | None, bool]:
+    """Commit of the project and whether its code differs from it; ``None`` outside git."""
+    git = ["git", "-C", str(PROJECT_DIR)]
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    if head.returncode:
+        return None, False
+    status = [*git, "status", "--porcelain", "--", *CODE]
+    changes = subprocess.run(status, capture_output=True, text=True, check=True).stdout
+    return head.stdout.strip(), bool(changes.strip())
+
+
 def commit_name(commit: str | None, dirty: bool) -> str:
     """A version of the code as the report names it."""
     return f"{commit or 'no commit'}{' with changes' if dirty else ''}"
 
 
 def commits_of(result: Result) -> set[str]:
-    """Versions of the code that trained (known since lines have ``fit_commits``) and scored it."""
+    """Return the versions of the code that trained and scored it."""
     return {commit_name(result["commit"], result["dirty"]), *result.get("fit_commits", ())}
 
 

@@ -10,7 +10,6 @@ import fcntl
 import json
 import math
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -23,12 +22,17 @@ import yaml
 
 from parallel_decoupling.evaluation.report import SCORES_FILE, ScoreReport
 from parallel_decoupling.lightning_cli import run as run_lightning
-from studies.results import UNKNOWN_COMMIT, Result, append_result, commit_name, missing_points, read_results
-from studies.study import PROJECT_DIR, Run, load_study
+from studies.results import (
+    Result,
+    append_result,
+    code_version,
+    commit_name,
+    missing_points,
+    read_results,
+)
+from studies.study import Run, load_study
 from studies.training_log import logged, monitored
 
-CODE = ("src", "studies", "lightning_configs", "setup.cfg")
-"""What a result depends on: changes elsewhere, such as in docs/, do not make a commit dirty."""
 SAVE_EVERY = 60
 """Main steps after which ``last.ckpt`` is renewed, from which a stopped training goes on."""
 HASH_FILE = "config_hash.txt"
@@ -80,22 +84,23 @@ def execute(run: Run, results_file: Path) -> None:
             append_result(results_file, result)
 
 
-def is_scored(run: Run) -> bool:
-    """Whether the run's folder has checkpoint and scores of the last step, of the present configuration."""
-    step = run.cell.max_steps
-    return _is_own(run) and _checkpoint(run, step).is_file() and _scores_file(run, step).is_file()
+def ensure_scored(run: Run) -> None:
+    """Train and score the last step of a run that is not there, or is of another configuration.
 
-
-def train_and_score(run: Run) -> None:
-    """Train and score the last step, for the files in the run's folder: nothing is added to any results.
+    For the files in the run's folder: nothing is added to any results.
 
     Raises:
         BusyError: another process executes the run.
     """
+    step = run.cell.max_steps
+    if _is_own(run) and _checkpoint(run, step).is_file() and _scores_file(run, step).is_file():
+        return
+    sys.stdout.write(f"{run.folder} is missing: training {step} steps, then scoring them\n")
+    torch.set_num_threads(1)  # as in the processes of studies.runner, so that the run is the study's
     with _only_process(run):
         _own_folder(run)
         _fit(run)
-        _score(run, run.cell.max_steps)
+        _score(run, step)
 
 
 @contextmanager
@@ -197,12 +202,10 @@ def _callbacks(wanted: Sequence[int]) -> list[dict[str, Any]]:
 
 
 def _fits(run: Run) -> list[dict[str, Any]]:
-    """Parts of the training so far; a run folder without the file has one that nothing is known of."""
+    """Return the parts of the training so far."""
     file = run.folder / FITS_FILE
-    if file.is_file():
-        fits: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
-        return fits
-    return [{"commit": UNKNOWN_COMMIT, "started": time.time(), "seconds": 0.0}]
+    fits: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    return fits
 
 
 def _save_fits(run: Run, fits: list[dict[str, Any]]) -> None:
@@ -236,17 +239,6 @@ def _lightning(arguments: list[str]) -> None:
     """Run ``lightning`` in this process, which must have no arguments of its own: LightningCLI warns."""
     sys.argv = sys.argv[:1]
     run_lightning(arguments)
-
-
-def code_version() -> tuple[str | None, bool]:
-    """Commit of the project and whether its code differs from it; ``None`` outside git."""
-    git = ["git", "-C", str(PROJECT_DIR)]
-    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    if head.returncode:
-        return None, False
-    status = [*git, "status", "--porcelain", "--", *CODE]
-    changes = subprocess.run(status, capture_output=True, text=True, check=True).stdout
-    return head.stdout.strip(), bool(changes.strip())
 
 
 def main(arguments: list[str]) -> None:

@@ -121,7 +121,7 @@ def test_a_killed_run_has_a_last_checkpoint_of_inside_the_epoch(
         pass
 
     def killed(self: PDFEmbedder) -> None:
-        if self.steps_done == 5:
+        if self.progress.steps_done == 5:
             raise KilledError
         step(self)
 

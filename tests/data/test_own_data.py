@@ -44,10 +44,8 @@ def test_training_rows_are_what_the_document_shows(shop: Path) -> None:
     assert first.candidate == RawInput(candidate.removesuffix("\n"), (photo(shop, "chair_1"),))
     shown = "<|image_1|>\nRepresent the given product.\n"
     assert first.negatives == (RawInput(shown, (photo(shop, "lamp_1"),)), None)
-    assert [negative and negative.images[0] for negative in second.negatives] == [
-        photo(shop, "chair_1"),
-        photo(shop, "chair_2"),
-    ]
+    found = [negative and negative.images[0] for negative in second.negatives]
+    assert found == [photo(shop, "chair_1"), photo(shop, "chair_2")]
     assert third.candidate == RawInput(shown, (photo(shop, "chair_2"),))
     assert third.negatives == (None, None)
 
@@ -126,9 +124,7 @@ def test_one_bad_cell_does_not_turn_lists_of_candidates_into_texts(tmp_path: Pat
     with pytest.raises(ValueError, match=r"'Mine', file .*a\.csv, row 2, column 'a': 0 candidates"):
         read_eval_task(tmp_path, "Mine")
     (tmp_path / "a.csv").write_text("q,a\n1,[a]\n2,cat\n")
-    task = read_eval_task(tmp_path, "Mine")
-    assert [candidate.text for candidate in task.candidates] == ["[a]", "cat"]
-    assert task.candidates_of_row == [[0, 1], [1, 0]]
+    assert read_eval_task(tmp_path, "Mine").candidates_of_row == [[0, 1], [1, 0]]
 
 
 def test_an_empty_cell_of_negatives_is_an_empty_list(tmp_path: Path) -> None:
@@ -142,24 +138,6 @@ def test_an_empty_cell_of_negatives_is_an_empty_list(tmp_path: Path) -> None:
     assert found == [["x", "y"], [None, None], ["z", None]]
     assert [subset[row].candidate.text for row in range(3)] == ["[a]", "b", '["c"]'], "one text per row"
     assert subset[0].query.text == '["a", "b"]'
-
-
-def test_one_file_may_train_and_evaluate(tmp_path: Path) -> None:
-    (tmp_path / "tasks.json").write_text(json.dumps({"Mine": OWN_ENTRY}))
-    (tmp_path / "a.csv").write_text('q,a\n1,"[""x"", ""y""]"\n2,z\n')
-    assert TrainSubset(tmp_path, "Mine")[0].candidate.text == '["x", "y"]'
-    with pytest.raises(ValueError, match=r"a\.csv, row 1, column 'a': .*'z' is not a JSON list"):
-        read_eval_task(tmp_path, "Mine")
-
-
-def test_dates_are_texts_in_training_and_evaluation(tmp_path: Path) -> None:
-    entry = {**OWN_ENTRY, "train_file": "a.jsonl", "eval_file": "b.jsonl"}
-    (tmp_path / "tasks.json").write_text(json.dumps({"Mine": entry}))
-    (tmp_path / "a.jsonl").write_text('{"q": "When?", "a": "1969-07-20"}\n')
-    (tmp_path / "b.jsonl").write_text('{"q": "When?", "a": ["1969-07-20", "1970-01-01"]}\n')
-    assert TrainSubset(tmp_path, "Mine")[0].candidate.text == "1969-07-20"
-    task = read_eval_task(tmp_path, "Mine")
-    assert [candidate.text for candidate in task.candidates] == ["1969-07-20", "1970-01-01"]
 
 
 def test_a_pool_must_not_be_huge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,8 +105,7 @@ def test_every_kind_of_text_column_becomes_text(tmp_path: Path) -> None:
         "d": pa.array([None, None]),
         "e": pa.array([["x"], None], pa.large_list(pa.large_string())),
     }
-    file = parquet(tmp_path / "a.parquet", columns)
-    table = Table("S", [file], {name: name for name in columns})
+    table = Table("S", [parquet(tmp_path / "a.parquet", columns)], {name: name for name in columns})
     assert table[0] == {"a": "x", "b": "x", "c": "1", "d": None, "e": ["x"]}
     assert table[1] == {"a": None, "b": "y", "c": "2", "d": None, "e": None}
 

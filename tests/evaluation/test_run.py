@@ -175,7 +175,7 @@ def test_scores_are_written_before_the_checks(
 
     monkeypatch.setattr(checks, "check_prompts", fail)
     module = small_embedder(tiny_backbone_dir)
-    module.steps_done = 1
+    module.progress.steps_done = 1
     with pytest.raises(ValueError, match="cannot be read"):
         make_trainer(tmp_path).test(module, small_data(tiny_mmeb_dir), verbose=False)
     assert set(ScoreReport.from_json_file(tmp_path / "scores.json").tasks) == set(TASKS)

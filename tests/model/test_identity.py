@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import parallel_decoupling
 from parallel_decoupling.batch import RawInput
 from parallel_decoupling.model.backbone import AdapterConfig, Backbone, load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
@@ -234,3 +236,20 @@ def test_an_image_file_counts_by_the_end_of_its_path_and_its_content(tmp_path: P
     assert rows_hash(row, files=False) == by_name
     here.unlink()
     assert rows_hash(row) not in (before, by_name)
+
+
+OTHER_HASHES = {
+    "training/randomness.py",  # seeds
+    "data/collate.py",  # which targets are the same
+    "data/tables.py",  # the name of a prepared copy
+    "world/benchmark.py",  # the name of a generated benchmark
+}
+
+
+def test_everything_else_is_identified_by_this_file() -> None:
+    root = Path(next(iter(parallel_decoupling.__path__)))
+    hashing = re.compile(r"hashlib|\b(sha\d+|blake2[bs]|md5)\(")
+    found = {
+        file.relative_to(root).as_posix() for file in root.rglob("*.py") if hashing.search(file.read_text())
+    }
+    assert found == OTHER_HASHES | {"model/identity.py"}

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -72,13 +69,6 @@ def test_the_same_run_of_another_study_is_taken_over_once(tmp_path: Path) -> Non
     assert line["means"]["overall"]["aggregate"] == 0.42
 
 
-def test_a_broken_line_is_named(tmp_path: Path) -> None:
-    file = tmp_path / "results.jsonl"
-    file.write_text('{"study": "toy"}\n{"study": "to\n', encoding="utf-8")
-    with pytest.raises(ValueError, match="line 2 is not JSON"):
-        read_results(file)
-
-
 @pytest.mark.parametrize("tail", ['{"study": "to', '{"cell": "a"}', ""])
 def test_an_interrupted_write_is_left_out_and_cut_off_by_the_next(tmp_path: Path, tail: str) -> None:
     file = tmp_path / "results.jsonl"
@@ -92,29 +82,3 @@ def test_an_interrupted_write_is_left_out_and_cut_off_by_the_next(tmp_path: Path
     append_result(file, {"seed": 1})
     append_result(file, {"seed": 2})
     assert read_results(file) == [*whole, {"seed": 1}, {"seed": 2}]
-
-
-@pytest.mark.parametrize(("mine", "waits"), [(fcntl.LOCK_EX, True), (fcntl.LOCK_SH, False)])
-def test_readers_wait_for_a_writer_only(tmp_path: Path, mine: int, waits: bool) -> None:
-    file = tmp_path / "results.jsonl"
-    append_result(file, {"seed": 1})
-    assert _waits(file, mine, lambda: read_results(file)) == waits
-
-
-def test_a_writer_waits_for_readers(tmp_path: Path) -> None:
-    file = tmp_path / "results.jsonl"
-    append_result(file, {"seed": 1})
-    assert _waits(file, fcntl.LOCK_SH, lambda: append_result(file, {"seed": 2}))
-    assert read_results(file) == [{"seed": 1}, {"seed": 2}]
-
-
-def _waits(file: Path, mine: int, action: Callable[[], object]) -> bool:
-    """Whether an action in another thread ends only once this one has given up its lock of the file."""
-    thread = threading.Thread(target=action)
-    with open(file, encoding="utf-8") as stream:
-        fcntl.flock(stream, mine)
-        thread.start()
-        thread.join(timeout=0.3)
-        waited = thread.is_alive()
-    thread.join()
-    return waited

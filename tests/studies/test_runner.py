@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 import studies.__main__ as command_line
 from studies import runner
@@ -118,14 +117,6 @@ def test_a_stopped_study_ends_its_runs_and_waits_for_them(
     assert (tmp_path / "ended").exists() != stubborn
 
 
-def test_every_run_has_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = "import os; print(os.environ['OMP_NUM_THREADS'], os.environ['MKL_NUM_THREADS'])"
-    monkeypatch.setattr(runner, "command", lambda run, source: [sys.executable, "-c", code])
-    monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    runner.run_study(toy_study(tmp_path, cells={"a": None}), "toy")
-    assert (tmp_path / "runs/studies/toy/a_seed0.log").read_text() == "1 1\n"
-
-
 def test_a_run_that_leaves_points_out_has_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,36 +129,3 @@ def test_a_run_that_leaves_points_out_has_failed(
     study.results_file.unlink()
     assert command_line.main([file]) == 1
     assert "nothing is scored yet; failed, as said above: a_seed0" in capsys.readouterr().err
-
-
-def test_the_log_says_what_is_running_and_how_far_it_is(
-    started: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    steps = iter([None, 12])
-    monkeypatch.setattr(runner, "last_logged_step", lambda run_dir: next(steps, 99))
-    monkeypatch.setattr(runner, "PROGRESS_SECONDS", 0.0)
-    monkeypatch.setattr(runner, "POLL_SECONDS", 0.0)
-    runner.run_study(toy_study(tmp_path, cells={"a": None}), "toy")
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[1:4] == [
-        "a_seed0: started, log in runs/studies/toy/a_seed0.log",
-        "running: a_seed0 before its first step",
-        "running: a_seed0 at 12 of 100",
-    ]
-
-
-def test_only_runs_that_were_done_count_in_the_time_that_is_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    now = iter([0.0, 100.0, 200.0])
-    monkeypatch.setattr(runner.time, "monotonic", lambda: next(now))
-    runs = toy_study(tmp_path, seeds=[0, 1, 2, 3], cells={"a": None}).runs()
-    progress = runner.Progress(Console(), [runner.work(run) for run in runs])
-    progress.left_out(runs[0], "taken over")
-    progress.finished(runs[1], "done")  # after 100 s, two of the same size to come
-    progress.left_out(runs[2], "failed")
-    assert capsys.readouterr().out.splitlines() == [
-        "[1/4] a_seed0: taken over",
-        "[2/4] a_seed1: done; about 0:03:20 left",
-        "[3/4] a_seed2: failed; about 0:03:20 left",
-    ]

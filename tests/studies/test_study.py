@@ -14,7 +14,7 @@ from parallel_decoupling.objective.mutual_information import Kind
 from parallel_decoupling.training.module import PDFEmbedder
 from parallel_decoupling.training.optimization import MIConfig, OptimizerConfig
 from parallel_decoupling.world.rows import WORLD_TASKS
-from studies.study import PROJECT_DIR, STUDY_DIR, Run, load_study, study_files
+from studies.study import PROJECT_DIR, Run, load_study, study_files
 from tests.support.study import save_study, toy_study
 
 
@@ -83,84 +83,11 @@ def test_a_run_has_its_seed_everywhere(tmp_path: Path) -> None:
             {"cells": {"a": None}, "differences": [{"name": "d", "of": "a", "over": "a", "of_step": 7}]},
             "a is not scored at step 7",
         ),
-        ({"cells": {"a": {"seeds": []}}}, r"cells\.a: seeds is empty"),
-        ({"cells": {"a": {"curve": []}}}, r"cells\.a: curve is empty"),
-        ({"cells": {"a": None}, "differences": [{"name": "d", "of": "a"}]}, "the key 'over' is missing"),
-        (
-            {
-                "cells": {"a": None},
-                "differences": [{"name": "d", "of": "a", "over": "a", "of_column": "concatt"}],
-            },
-            "of_column 'concatt' is not scored",
-        ),
-        (
-            {
-                "cells": {"a": None},
-                "differences": [{"name": "d", "of": "a", "over": "a", "over_column": "paths"}],
-            },
-            "over_column 'paths' is not scored",
-        ),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, content: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_study(save_study(tmp_path, content))
-
-
-def test_keys_without_a_value_count_as_left_out(tmp_path: Path) -> None:
-    content = {"overrides": None, "differences": None, "groups": None, "cells": {"a": {"overrides": None}}}
-    study = load_study(save_study(tmp_path, content))
-    assert (study.differences, study.groups) == ((), {})
-    assert study.cells["a"].overrides == {}
-
-
-def test_the_steps_of_a_difference_are_multiples_of_its_cells_configurations(tmp_path: Path) -> None:
-    (tmp_path / "long.yaml").write_text("trainer: {max_steps: 1000}", encoding="utf-8")
-    curve = {"curve": ["0.5x", "1x"]}
-    study = toy_study(
-        tmp_path,
-        cells={"a": curve, "b": {**curve, "config": "long.yaml"}},
-        differences=[{"name": "d", "of": "a", "of_step": "0.5x", "over": "b", "over_step": "0.5x"}],
-    )
-    (difference,) = study.differences
-    assert (difference.of_step, difference.over_step) == (50, 500)
-
-
-def test_unknown_names_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="there is no study 'helpp'; choose from .*'help'"):
-        load_study("helpp")
-    with pytest.raises(ValueError, match="there is no study 'serch'; choose from .*'search'"):
-        load_study("serch")
-    with pytest.raises(ValueError, match="has no cell"):
-        toy_study(tmp_path, cells={"a": None}).runs(["b"])
-
-
-def test_an_empty_file_is_named(tmp_path: Path) -> None:
-    (tmp_path / "empty.yaml").write_text("# nothing yet\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="empty.yaml is empty"):
-        load_study(str(tmp_path / "empty.yaml"))
-
-
-def test_configs_are_looked_for_beside_the_study_and_then_in_the_project(tmp_path: Path) -> None:
-    cells = {
-        "beside": {"config": "base.yaml"},
-        "project": {"config": "lightning_configs/demo_single_path.yaml"},
-        "both": {"config": "lightning_configs/demo.yaml"},
-    }
-    (tmp_path / "lightning_configs").mkdir()
-    (tmp_path / "lightning_configs" / "demo.yaml").write_text("trainer: {max_steps: 7}", encoding="utf-8")
-    found = toy_study(tmp_path, cells=cells).cells
-    assert found["beside"].max_steps == 100
-    assert found["project"].config["model"]["backbone"] == "tiny"
-    assert found["both"].max_steps == 7
-
-
-@pytest.mark.parametrize("name", ["help", "estimators"])
-def test_the_names_of_shipped_studies_are_taken(tmp_path: Path, name: str) -> None:
-    file = Path(save_study(tmp_path, {"cells": {"a": None}})).rename(tmp_path / f"{name}.yaml")
-    with pytest.raises(ValueError, match=f"{name}.yaml: '{name}' is a study of .*; give the file another"):
-        load_study(str(file))
-    assert load_study(str(STUDY_DIR / "help.yaml")) == load_study("help")
 
 
 @pytest.mark.parametrize("name", study_files())

@@ -13,11 +13,11 @@ import torch
 
 import studies.__main__ as command_line
 from parallel_decoupling.training.module import PDFEmbedder
-from studies import worker
+from studies import results, worker
 from studies.results import read_results
 from studies.study import Run, Study, load_study
 from studies.training_log import last_logged_step
-from studies.worker import execute, is_scored, saved_steps, train_and_score
+from studies.worker import ensure_scored, execute, saved_steps
 from tests.support.mmeb import save_tiny_mmeb
 from tests.support.study import save_study
 
@@ -51,26 +51,24 @@ def small_study(tiny_backbone_dir: str, tmp_path: Path) -> Study:
 def test_a_curve_is_one_training_scored_at_its_points(small_study: Study) -> None:
     run = Run("toy", small_study.cells["curve"], 0)
     execute(run, small_study.results_file)
-    results = read_results(small_study.results_file)
-    assert [line["step"] for line in results] == [2, 4]
-    assert 0 < results[0]["token_passes"] < results[1]["token_passes"]
-    assert list(results[0]["means"]["overall"]) == [
+    lines = read_results(small_study.results_file)
+    assert [line["step"] for line in lines] == [2, 4]
+    assert 0 < lines[0]["token_passes"] < lines[1]["token_passes"]
+    assert list(lines[0]["means"]["overall"]) == [
         *("aggregate", "path_0", "path_1"),
         *("mean", "concat", "maxsim"),
     ]
-    assert set(results[0]["tasks"]) == {"colours_i2t", "colours_t2i"}
-    assert {"path_cosine", "path_cosine_first", "mi", "estimator_nll_held_out"} <= set(
-        results[1]["monitored"]
-    )
-    assert results[0]["monitored"]["loss"] != results[1]["monitored"]["loss"]
-    assert results[0]["logged"] == {}
-    cosines = results[1]["logged"]["path_cosine"]
+    assert set(lines[0]["tasks"]) == {"colours_i2t", "colours_t2i"}
+    assert {"path_cosine", "path_cosine_first", "mi", "estimator_nll_held_out"} <= set(lines[1]["monitored"])
+    assert lines[0]["monitored"]["loss"] != lines[1]["monitored"]["loss"]
+    assert lines[0]["logged"] == {}
+    cosines = lines[1]["logged"]["path_cosine"]
     assert len(cosines) == 4
-    assert cosines[-1][1] == pytest.approx(results[1]["monitored"]["path_cosine"], rel=1e-3)
+    assert cosines[-1][1] == pytest.approx(lines[1]["monitored"]["path_cosine"], rel=1e-3)
     assert last_logged_step(run.folder) == 3
     assert saved_steps(run.folder / "checkpoints") == [2, 4]
     execute(run, small_study.results_file)
-    assert read_results(small_study.results_file) == results
+    assert read_results(small_study.results_file) == lines
 
 
 def test_no_steps_is_the_untrained_model(small_study: Study) -> None:
@@ -111,35 +109,13 @@ def test_a_stopped_run_goes_on_and_ends_where_an_uninterrupted_one_does(
     assert line["fit_seconds"] == pytest.approx(sum(parts), abs=0.06)
     assert [step for step, _ in line["logged"]["path_cosine"]] == [0, 1, 2, 3]
     monkeypatch.setattr(worker, "code_version", lambda: ("c" * 40, False))
-    train_and_score(whole)
+    ensure_scored(whole)
     resumed, uninterrupted = (
         torch.load(each.folder / "checkpoints" / name, weights_only=True)["state_dict"]
         for each, name in ((run, "step=4.ckpt"), (whole, "last.ckpt"))
     )
     assert resumed.keys() == uninterrupted.keys()
     assert all(torch.equal(resumed[name], uninterrupted[name]) for name in resumed)
-
-
-def test_a_trained_run_is_reused_with_the_commit_of_its_training(
-    small_study: Study, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = Run("toy", small_study.cells["plain"], 0)
-    monkeypatch.setattr(worker, "code_version", lambda: ("a" * 40, False))
-    assert not is_scored(run)
-    train_and_score(run)
-    assert is_scored(run)
-    assert not small_study.results_file.exists()
-    monkeypatch.setattr(worker, "code_version", lambda: ("b" * 40, False))
-    execute(run, small_study.results_file)
-    (line,) = read_results(small_study.results_file)
-    assert (line["commit"], line["fit_commits"]) == ("b" * 40, ["a" * 40])
-    assert (line["torch"], line["cpu"]) == (torch.__version__, torch.backends.cpu.get_cpu_capability())
-    assert line["fit_seconds"] > 0
-    (run.folder / "fits.json").unlink()  # as folders of earlier versions are
-    small_study.results_file.unlink()
-    execute(run, small_study.results_file)
-    (line,) = read_results(small_study.results_file)
-    assert (line["fit_commits"], line["fit_seconds"]) == (["unknown"], 0.0)
 
 
 def test_a_folder_of_another_configuration_is_emptied(small_study: Study) -> None:
@@ -163,7 +139,7 @@ def test_a_run_has_one_process(small_study: Study, tmp_path: Path) -> None:
         fcntl.flock(stream, fcntl.LOCK_EX)
         with pytest.raises(SystemExit, match="another process executes this run and holds .*lock; wait"):
             worker.main([str(tmp_path / "toy.yaml"), "untrained", "0"])
-        for action in (lambda: execute(run, small_study.results_file), lambda: train_and_score(run)):
+        for action in (lambda: execute(run, small_study.results_file), lambda: ensure_scored(run)):
             with pytest.raises(worker.BusyError):
                 action()
     assert not run.folder.exists()
@@ -174,8 +150,8 @@ def test_a_run_has_one_process(small_study: Study, tmp_path: Path) -> None:
 def test_the_commit_is_the_project_s_and_only_code_makes_it_dirty(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "PROJECT_DIR", tmp_path)
-    assert worker.code_version() == (None, False)
+    monkeypatch.setattr(results, "PROJECT_DIR", tmp_path)
+    assert results.code_version() == (None, False)
     for folder in ("src", "docs"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "file").touch()
@@ -184,9 +160,9 @@ def test_the_commit_is_the_project_s_and_only_code_makes_it_dirty(
         subprocess.run([*git, *arguments], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
     (tmp_path / "docs" / "file").write_text("changed")
-    assert worker.code_version() == (head.strip(), False)
+    assert results.code_version() == (head.strip(), False)
     (tmp_path / "src" / "file").write_text("changed")
-    assert worker.code_version() == (head.strip(), True)
+    assert results.code_version() == (head.strip(), True)
 
 
 @pytest.mark.slow

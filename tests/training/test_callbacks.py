@@ -18,6 +18,7 @@ from parallel_decoupling.evaluation.run import PathPictures
 from parallel_decoupling.objective.contrastive import info_nce
 from parallel_decoupling.training import callbacks
 from parallel_decoupling.training.callbacks import CollapseAlarm, RunSummary, Throughput
+from parallel_decoupling.training.compute import Progress
 from parallel_decoupling.training.terms import GatheredPairs
 from tests.support.fit import make_trainer, small_data, small_embedder
 
@@ -29,7 +30,7 @@ def outputs(query: Tensor, contrastive: float) -> dict[str, Any]:
 
 
 def alarms(alarm: CollapseAlarm, query: Tensor, contrastive: float, steps_done: int) -> list[str]:
-    module: Any = SimpleNamespace(steps_done=steps_done, symmetric=False, log=lambda *_: None)
+    module: Any = SimpleNamespace(progress=Progress(steps_done), symmetric=False, log=lambda *_: None)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         alarm.on_train_batch_end(None, module, outputs(query, contrastive), None, 0)  # type: ignore[arg-type]
@@ -81,7 +82,7 @@ def test_a_constant_embedding_raises_the_alarm_and_random_ones_do_not(ids: Tenso
         loss = info_nce(query, candidate, temperature=0.02, symmetric=symmetric, **labels).mean()
         empty = torch.zeros(64, 1, 1)
         pairs = GatheredPairs(query, candidate, empty, empty, *labels.values())
-        module: Any = SimpleNamespace(steps_done=20, symmetric=symmetric, log=lambda *_: None)
+        module: Any = SimpleNamespace(progress=Progress(20), symmetric=symmetric, log=lambda *_: None)
         alarm = CollapseAlarm(after_steps=20, every_n_steps=20)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

@@ -115,7 +115,7 @@ class StopAt(Callback):
         setattr(self, hook, self._act)
 
     def _act(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        if pl_module.steps_done == self.batches:
+        if pl_module.progress.steps_done == self.batches:
             self.action(trainer)
 
 
@@ -126,7 +126,7 @@ class SaveAll(Callback):
         self.folder = folder
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        trainer.save_checkpoint(self.folder / f"{pl_module.steps_done}.ckpt")
+        trainer.save_checkpoint(self.folder / f"{pl_module.progress.steps_done}.ckpt")
 
 
 def run(

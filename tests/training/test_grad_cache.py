@@ -204,7 +204,7 @@ def test_texts_have_no_part_in_the_gradient_of_vision_adapters(
     assert all("visual" in name for gradients in module.history for name in gradients)
     end = trained(module)
     assert not torch.equal(end[min(end)], start[min(start)])
-    assert module.steps_done == 4
+    assert module.progress.steps_done == 4
     plain, _, _ = fit(None)
     for ours, theirs in zip(module.history, plain.history, strict=True):
         assert ours.keys() == theirs.keys()

@@ -221,7 +221,7 @@ def test_global_step_counts_main_steps_only(
         make_trainer(tmp_path, max_steps=5),
     )
     trainer.fit(module, small_data(tiny_mmeb_dir))
-    assert (trainer.global_step, module.steps_done) == (5, 5)
+    assert (trainer.global_step, module.progress.steps_done) == (5, 5)
 
 
 def test_two_runs_are_equal_bit_for_bit_and_the_seed_matters(
@@ -329,7 +329,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_its_step(
 ) -> None:
     class Broken(PDFEmbedder):
         def _main_step(self) -> None:
-            if self.steps_done == 2:
+            if self.progress.steps_done == 2:
                 parameter = self.trainables()["prefixes"][0]
                 assert parameter.grad is not None
                 parameter.grad.view(-1)[0] = float("nan")
@@ -363,7 +363,7 @@ def test_fsdp1_is_refused_with_the_alternative(tiny_backbone_dir: str) -> None:
 
 def test_shallow_prompts_are_refused_under_fsdp2_with_the_alternative(tiny_backbone_dir: str) -> None:
     module = small_embedder(tiny_backbone_dir, prefix_type="shallow")
-    module._device_mesh = object()  # type: ignore[assignment]
+    module._device_mesh = {"data_parallel": None}  # type: ignore[assignment]
     with pytest.raises(ValueError, match="use strategy ddp"):
         module.configure_model()
 

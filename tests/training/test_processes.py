@@ -58,7 +58,7 @@ class SaveAt(Callback):
         self.folder, self.batches = folder, batches
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        if pl_module.steps_done == self.batches:
+        if pl_module.progress.steps_done == self.batches:
             trainer.save_checkpoint(self.folder / f"{self.batches}.ckpt")
 
 

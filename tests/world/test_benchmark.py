@@ -82,13 +82,8 @@ def test_second_call_generates_nothing(data_dir: Path) -> None:
 
 
 def test_cache_name_depends_on_every_argument() -> None:
-    names = {
-        content_hash(30, 20, 0),
-        content_hash(31, 20, 0),
-        content_hash(30, 21, 0),
-        content_hash(30, 20, 1),
-    }
-    assert len(names) == 4
+    arguments = ((30, 20, 0), (31, 20, 0), (30, 21, 0), (30, 20, 1))
+    assert len({content_hash(*each) for each in arguments}) == 4
 
 
 def test_too_few_rows_are_refused(tmp_path: Path) -> None:

@@ -29,12 +29,6 @@ def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-def test_same_seed_draws_the_same_picture() -> None:
-    first, second = render(sample_scene(rng(3))), render(sample_scene(rng(3)))
-    assert first.tobytes() == second.tobytes()
-    assert first.tobytes() != render(sample_scene(rng(4))).tobytes()
-
-
 @pytest.mark.parametrize("color", COLORS)
 @pytest.mark.parametrize("position", range(4))
 def test_object_is_drawn_in_its_color_at_its_place_and_nowhere_else(color: str, position: int) -> None:
@@ -170,14 +164,12 @@ def test_aspects_are_the_meta_prompts_of_the_prefixes() -> None:
     assert tuple(aspects(sample_scene(rng()))) == META_PROMPTS
 
 
-@pytest.mark.parametrize("draw", [glyphs.CHARACTERS[0], glyphs.CHARACTERS[-1]])
-def test_every_face_draws_every_character(draw: str) -> None:
-    def picture(character: str, face: str) -> np.ndarray:
-        return np.asarray(glyphs.render_glyph(character, face, rng(5)))
-
+def test_every_face_draws_every_character() -> None:
     for face in (*glyphs.TRAINING_FONTS, glyphs.HELD_OUT_FONT):
-        missing = picture("\U0010fffe", face)
-        assert (picture(draw, face) != missing).any()
+        drawn = {
+            glyphs.render_glyph(each, face, rng(5)).tobytes() for each in (*glyphs.CHARACTERS, "\U0010fffe")
+        }
+        assert len(drawn) == len(glyphs.CHARACTERS) + 1, "and none as the missing one"
 
 
 def test_handwritten_digits_are_pictures_with_their_values() -> None:

@@ -24,9 +24,8 @@ SQUARES: dict[str, int] = {"low": 128, "mid": 672, "high": 1344}
 """Side in pixels of VLM2Vec's forced squares."""
 IMAGE_SETTINGS = ("image_size", "min_pixels", "max_pixels")
 """Names of the settings behind an ``ImagePolicy``."""
-
-# What Pillow's decoders raise on damaged files.
 _DAMAGE = (OSError, SyntaxError, ValueError, TypeError, EOFError, struct.error, Image.DecompressionBombError)
+"""What Pillow's decoders raise on damaged files."""
 
 
 class ImageError(ValueError):
@@ -90,9 +89,9 @@ class ImagePolicy:
         """Return the policy with this Hugging Face processor's patch times merge size as factor."""
         images = getattr(processor, "image_processor", None)
         patch, merge = getattr(images, "patch_size", None), getattr(images, "merge_size", None)
-        if not isinstance(patch, int) or not isinstance(merge, int):
-            return self
-        return replace(self, factor=patch * merge)
+        if isinstance(patch, int) and isinstance(merge, int):
+            return replace(self, factor=patch * merge)
+        return self
 
     def __call__(self, image: Image.Image) -> Image.Image:
         """Resize with Pillow's bicubic filter, or return the image itself."""
@@ -183,7 +182,7 @@ class ImageFolder:
 
     Args:
         roots: folders, in order of preference.
-        must_exist: whether ``get`` refuses a file that is not there; otherwise it returns the cell.
+        must_exist: False lets ``get`` return the cell if there is no such file.
     """
 
     def __init__(self, *roots: Path, must_exist: bool = True) -> None:

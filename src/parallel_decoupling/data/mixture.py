@@ -67,27 +67,19 @@ class MixtureSampler(Sampler[list[tuple[int, int]]]):
         world_size: int = 1,
     ) -> None:
         if not sizes or min(sizes) < 1:
-            raise ValueError(
-                f"every subset needs at least one row, got sizes {list(sizes)}. Leave empty subsets out."
-            )
+            raise ValueError(f"every subset needs at least one row, got sizes {list(sizes)}.")
         if batch_size < 1 or batch_size % world_size:
-            raise ValueError(
-                f"batch_size={batch_size} is the global batch and must be a positive multiple of the "
-                f"{world_size} processes."
-            )
-        self.sizes = list(sizes)
-        self.batch_size = batch_size
-        self.seed = seed
-        self.start_step = start_step
-        self.rank = rank
-        self.world_size = world_size
+            rule = f"must be a positive multiple of the {world_size} processes"
+            raise ValueError(f"batch_size={batch_size} is the global batch and {rule}.")
+        self.sizes, self.batch_size = list(sizes), batch_size
+        self.seed, self.start_step = seed, start_step
+        self.rank, self.world_size = rank, world_size
         self.group_size = _group_size(policy, batch_size, sub_batch_size)
         self.groups = _groups_per_epoch(self.sizes, self.group_size, weights)
         self.steps_per_epoch = sum(self.groups) * self.group_size // batch_size
         if not self.steps_per_epoch:
-            raise ValueError(
-                f"{sum(self.sizes)} rows do not fill one batch of {batch_size}. Use a smaller batch_size."
-            )
+            rows = sum(self.sizes)
+            raise ValueError(f"{rows} rows do not fill one batch of {batch_size}. Use a smaller batch_size.")
         self._epoch: tuple[int, _Array, _Array] | None = None
 
     def __len__(self) -> int:
@@ -162,9 +154,7 @@ def _group_size(policy: Policy, batch_size: int, sub_batch_size: int | None) -> 
             )
         return sub_batch_size
     if sub_batch_size is not None:
-        raise ValueError(
-            f"sub_batch_size={sub_batch_size} has no meaning for policy {policy!r}; use policy sub_batch."
-        )
+        raise ValueError(f"sub_batch_size={sub_batch_size} has no meaning for policy {policy!r}.")
     if policy not in ("mixed", "homogeneous"):
         raise ValueError(f"unknown policy {policy!r}; use mixed, homogeneous or sub_batch.")
     return 1 if policy == "mixed" else batch_size
@@ -174,8 +164,7 @@ def _groups_per_epoch(sizes: list[int], group_size: int, weights: Sequence[float
     if weights is None:
         return [max(1, size // group_size) for size in sizes]
     if len(weights) != len(sizes) or min(weights) <= 0:
-        raise ValueError(
-            f"weights must be one positive number per subset ({len(sizes)}), got {list(weights)}."
-        )
+        rule = f"one positive number per subset ({len(sizes)})"
+        raise ValueError(f"weights must be {rule}, got {list(weights)}.")
     total = sum(sizes) / group_size / sum(weights)
     return [max(1, round(total * weight)) for weight in weights]

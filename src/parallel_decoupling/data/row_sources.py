@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +24,8 @@ PATH_NAME = re.compile(r"path_\d+")
 class RowSource:
     """Rows with a text, an image file or both.
 
-    ``ids`` are different texts, ``fields`` are the other columns, and images are relative to ``image_dir``.
+    ``ids`` are texts that all differ, ``fields`` are the other columns, and ``image_dir`` is what relative
+    names of images are relative to.
     """
 
     path: Path
@@ -56,16 +56,6 @@ class RowSource:
         """Return where the rows come from, as plain JSON."""
         source, image_dir = str(self.path.resolve()), str(self.image_dir)
         return {"source": source, "image_dir": image_dir, "num_rows": len(self)}
-
-    def sha256(self) -> str:
-        """Identify the rows: a table by its bytes, a folder by the names and sizes of its images."""
-        if self.path.is_file():
-            with self.path.open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-        digest = hashlib.sha256()
-        for name in self.ids.to_pylist():
-            digest.update(f"{name}\0{(self.path / name).stat().st_size}\0".encode())
-        return digest.hexdigest()
 
     def _cell(self, name: str, row: int) -> str | None:
         return self.fields[name][row].as_py() if name in self.fields.column_names else None

@@ -29,16 +29,11 @@ ROLES = tuple(f"{side}_{kind}" for side in ("query", "candidate", "negative") fo
 
 @dataclass(frozen=True)
 class Source:
-    """Where a task's rows are when they are not in MMEB's layout, as ``docs/data.md`` describes.
+    """Where a task's rows are when they are not in MMEB's layout (``docs/data.md``).
 
-    Attributes:
-        train_file: Parquet, JSONL or CSV file with one query and its positive per row.
-        eval_file: the same for evaluation; a candidate cell is a list with the positive first, or the
-            positive alone, and then all positives of the file are candidates of every row.
-        image_dir: folder that the image cells are relative to.
-        columns: role to column name.
-        query_instruction: goes before every query.
-        candidate_instruction: goes before every candidate.
+    A training row has one query and its positive. In an evaluation row the candidate is a list with the
+    positive first, or the positive alone, and then all positives of the file are candidates of every row.
+    ``columns`` are the names of columns by role; image cells are relative to ``image_dir``.
     """
 
     train_file: Path | None = None
@@ -188,15 +183,15 @@ def read_tasks(data_dir: str | Path) -> dict[str, Task]:
         ValueError: the file does not hold such entries.
     """
     tasks_file = Path(data_dir) / "tasks.json"
-    tasks = dict(MMEB_TASKS)
     if not tasks_file.is_file():
-        return tasks
+        return dict(MMEB_TASKS)
     try:
         entries = json.loads(tasks_file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{tasks_file} is not valid JSON: {error}. Correct or remove it.") from error
     if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
         raise ValueError(f"{tasks_file} must hold an object of tasks by name, each an object itself.")
+    tasks = dict(MMEB_TASKS)
     for name, entry in entries.items():
         try:
             tasks[name] = _task(name, entry, tasks_file.parent)

@@ -24,16 +24,11 @@ MMEB_ROWS = 1000
 
 @dataclass
 class Check:
-    """What one subset or task holds, or the folder as a whole.
+    """What one subset (``train``), task (``eval``) or the ``folder`` holds, and what is wrong with it.
 
     Attributes:
-        part: ``train``, ``eval`` or ``folder``.
-        name: the subset, task or folder.
-        split: file name prefix of the rows.
         counts: rows; repeated training rows, or evaluation rows that list a candidate twice; candidates of
             an evaluation row; image files that the rows name, and those missing, opened and broken.
-        problems: what is wrong and what to do.
-        notes: what is worth knowing.
     """
 
     part: str

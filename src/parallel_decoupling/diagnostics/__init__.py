@@ -1,1 +1,1 @@
-"""What the paths of a trained model are: similarity, probes, attention, contributions, errors."""
+"""How the paths of a trained model differ."""

@@ -1,7 +1,4 @@
-"""Linear probes: which known factor can be read off which path.
-
-Here: embeddings and labels to cross-validated accuracies. Elsewhere: scenes and labels (``scenes``).
-"""
+"""Linear probes: which factor of the embedded world's scenes can be read off which path."""
 
 from __future__ import annotations
 
@@ -9,65 +6,98 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.dummy import DummyClassifier
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from parallel_decoupling.world.scenes import (
+    BACKGROUNDS,
+    NUMBERS,
+    POSITIONS,
+    WORDS,
+    Scene,
+    render,
+    sample_item,
+    sample_offsets,
+    sample_scene,
+)
+
+FACTORS = ("shape", "color", "size", "position", "background", "text", "count")
 FOLDS = 5
 
 
 @dataclass(frozen=True)
-class ProbeResult:
-    """Accuracies of one factor.
+class FactorScenes:
+    """Scenes, their pictures, and by factor one label per scene."""
 
-    Attributes:
-        accuracy: by column (``"aggregate"``, ``"path_0"``, ...), the mean over folds, in [0, 1].
-        spread: by column, the standard deviation over folds.
-        majority: accuracy of always saying the most frequent value.
-        num_values: values of the factor.
-        num_inputs: labelled inputs.
+    scenes: list[Scene]
+    pictures: list[Image.Image]
+    labels: dict[str, list[str]]
+
+
+def crowded_scenes(count: int, seed: int = 0) -> FactorScenes:
+    """Draw scenes of three objects and one written word: each factor but ``count`` has one value.
+
+    ``shape``, ``color`` and ``size`` are those of the object at the top left, so a probe has to tell it from
+    two others; ``position`` is that of the word. A scene of one object would be too easy to tell paths apart.
     """
+    rng = np.random.default_rng([seed, 1])
+    scenes = []
+    labels: dict[str, list[str]] = {factor: [] for factor in FACTORS if factor != "count"}
+    for _ in range(count):
+        scene = Scene((None,) * 4, str(rng.choice(list(BACKGROUNDS))), sample_offsets(rng))
+        items = [sample_item(rng) for _ in range(3)]
+        word, word_place = rng.choice(WORDS), int(rng.integers(1, 4))
+        scene = scene.with_cell(word_place, word)
+        for place, item in zip([p for p in range(4) if p != word_place], items, strict=True):
+            scene = scene.with_cell(place, item)
+        first = items[0]
+        values = (first.shape, first.color, first.size, POSITIONS[word_place], scene.background, word)
+        for found, value in zip(labels.values(), values, strict=True):
+            found.append(value)
+        scenes.append(scene)
+    return FactorScenes(scenes, [render(scene) for scene in scenes], labels)
+
+
+def counted_scenes(count: int, seed: int = 0) -> FactorScenes:
+    """Draw scenes of one to four objects, equally often, without a word; their factor is ``count``."""
+    rng = np.random.default_rng([seed, 2])
+    numbers = [1 + index % 4 for index in range(count)]
+    scenes = [sample_scene(rng, num_objects=number, word_share=0) for number in numbers]
+    labels = {"count": [NUMBERS[number] for number in numbers]}
+    return FactorScenes(scenes, [render(scene) for scene in scenes], labels)
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """By column the accuracy and its deviation over folds, and the share of the most frequent value."""
 
     accuracy: dict[str, float]
     spread: dict[str, float]
     majority: float
-    num_values: int
-    num_inputs: int
 
 
-def probe(columns: Mapping[str, Tensor], labels: Sequence[str], where: str) -> ProbeResult:
+def probe(columns: Mapping[str, Tensor], labels: Sequence[str], factor: str) -> ProbeResult:
     """Predict a factor from every kind of embedding by logistic regression on standardised dimensions.
 
     Every column sees the same five stratified folds, so differences between columns are paired.
 
-    Args:
-        columns: name to ``[B, D]``, D may differ.
-        labels: B values of the factor.
-        where: the factor's name, for error messages.
-
     Raises:
-        ValueError: a value has fewer rows than there are folds, there is one value only, or a column has
-            another number of rows.
+        ValueError: a value has fewer rows than there are folds, or there is one value only.
     """
     values, counts = np.unique(list(labels), return_counts=True)
     if len(values) < 2 or counts.min() < FOLDS:
-        rarest = f"{str(values[counts.argmin()])!r} {counts.min()} times" if len(values) else "nothing"
         raise ValueError(
-            f"probe of {where}: needs two values with {FOLDS} inputs each, has {len(values)} values "
-            f"and the rarest is {rarest}; draw more inputs"
+            f"probe of {factor}: needs two values with {FOLDS} inputs each, but of its {len(values)} values "
+            f"{str(values[counts.argmin()])!r} comes {counts.min()} times; draw more inputs"
         )
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
     accuracy, spread = {}, {}
     for name, embeddings_BD in columns.items():
-        if len(embeddings_BD) != len(labels):
-            raise ValueError(
-                f"probe of {where}: {name} has {len(embeddings_BD)} rows for {len(labels)} labels"
-            )
         model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
         scores = cross_val_score(model, embeddings_BD.double().numpy(), list(labels), cv=folds)
         accuracy[name], spread[name] = float(scores.mean()), float(scores.std())
-    constant = cross_val_score(DummyClassifier(), np.zeros((len(labels), 1)), list(labels), cv=folds)
-    return ProbeResult(accuracy, spread, float(constant.mean()), len(values), len(labels))
+    return ProbeResult(accuracy, spread, float(counts.max() / len(labels)))

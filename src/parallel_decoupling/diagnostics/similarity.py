@@ -1,8 +1,5 @@
 """How alike the embedding spaces of the paths are: kernels, subspaces, ranks.
 
-Here: pure functions of embeddings that say more than one cosine can. Elsewhere: the mean cosine and the
-effective rank that training logs (``objective.statistics``), which inputs are embedded (``study``).
-
 Shapes: ``B`` inputs, ``N`` paths, ``M`` path pairs (i < j), ``D`` embedding dim, ``S`` subspace dim.
 """
 
@@ -25,17 +22,17 @@ class PathSimilarity:
     """All measures of ``path_similarity``.
 
     Attributes:
-        cosine: ``[N, N]``, mean cosine between paths of one input, in [-1, 1].
+        cosine: ``[N, N]``, mean cosine between paths of one input.
         centred_cosine: ``[N, N]``, the same after each path's mean embedding is subtracted: a direction that
             all inputs share makes the plain cosine high whatever the paths say about an input.
-        cka: ``[N, N]``, linear CKA, in [0, 1].
+        cka: ``[N, N]``, linear CKA.
         shuffled_cka: ``[N, N]``, the same with the inputs of the second path in another order: what unrelated
             embeddings of these ranks would show.
         angles: ``[M, S]``, principal angles in degrees, smallest first.
-        chance_angles: ``[S]``, the same of two random subspaces of this size, their mean.
+        chance_angles: ``[S]``, their mean for random subspaces.
         pairs: ``[M, 2]``, the paths of each row of ``angles``.
-        rank: ``[N]``, effective rank of each path's embeddings.
-        joined_rank: effective rank of the paths' embeddings side by side, ``[B, N * D]``.
+        rank: ``[N]``, effective rank of each path.
+        joined_rank: effective rank of the paths side by side, ``[B, N * D]``.
     """
 
     cosine: Tensor
@@ -50,46 +47,35 @@ class PathSimilarity:
 
 
 def path_similarity(embeddings_BND: Tensor) -> PathSimilarity:
-    """Compute every measure on the embeddings of the same inputs.
-
-    Args:
-        embeddings_BND: at least 3 inputs.
+    """Compute every measure on the embeddings ``[B, N, D]`` of the same inputs.
 
     Raises:
-        ValueError: another shape, or fewer inputs.
+        ValueError: there are fewer than 3 inputs.
     """
-    if embeddings_BND.ndim != 3 or len(embeddings_BND) < 3:
-        raise ValueError(
-            f"the similarity of paths needs [B, N, D] with B of at least 3, got {list(embeddings_BND.shape)}"
-        )
+    count, num_paths, dim = embeddings_BND.shape
+    if count < 3:
+        raise ValueError(f"the similarity of paths needs at least 3 inputs, got {count}")
     value_BND = embeddings_BND.double()
-    count, _, dim = value_BND.shape
     subspace_dim = min(SUBSPACE_DIM, count - 1, dim)
+    order_B = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     return PathSimilarity(
         cosine=path_cosine(value_BND),
         centred_cosine=path_cosine(value_BND - value_BND.mean(dim=0)),
         cka=linear_cka(value_BND),
-        shuffled_cka=shuffled_cka(value_BND),
+        shuffled_cka=linear_cka(torch.cat((value_BND, value_BND[order_B]), dim=1))[:num_paths, num_paths:],
         angles=principal_angles(value_BND, subspace_dim),
         chance_angles=random_angles(dim, subspace_dim),
-        pairs=path_pairs(value_BND.shape[1]),
+        pairs=path_pairs(num_paths),
         rank=torch.stack([effective_rank(value_BD) for value_BD in value_BND.unbind(1)]),
         joined_rank=float(effective_rank(value_BND.flatten(1))),
     )
 
 
 def linear_cka(embeddings_BND: Tensor) -> Tensor:
-    """Linear centred kernel alignment between all paths (Kornblith et al. 2019).
+    """Compute the linear centred kernel alignment ``[N, N]`` of all paths (Kornblith et al. 2019).
 
-    ``|X^T Y|^2 / (|X^T X| |Y^T Y|)`` in Frobenius norms of centred embeddings: do two paths call the same
-    inputs similar, whatever rotation and scale their spaces have?
-
-    Args:
-        embeddings_BND: ``[B, N, D]``, any scale.
-
-    Returns:
-        ``[N, N]`` in [0, 1], symmetric, diagonal 1. Independent embeddings do not reach 0 but about
-        ``D / (B + D)``, so compare runs at equal B and D.
+    ``|X^T Y|^2 / (|X^T X| |Y^T Y|)`` in Frobenius norms of centred embeddings. Independent embeddings do not
+    reach 0 but about ``D / (B + D)``, so compare runs at equal B and D.
 
     Relations:
         Unchanged when a path is rotated, shifted or multiplied by a number.
@@ -100,23 +86,12 @@ def linear_cka(embeddings_BND: Tensor) -> Tensor:
     return cross_NN / (own_N[:, None] * own_N[None, :])
 
 
-def shuffled_cka(embeddings_BND: Tensor) -> Tensor:
-    """Linear CKA ``[N, N]`` of path i with path j of other inputs: one seeded order of the B rows."""
-    order_B = torch.randperm(len(embeddings_BND), generator=torch.Generator().manual_seed(0))
-    num_paths = embeddings_BND.shape[1]
-    return linear_cka(torch.cat((embeddings_BND, embeddings_BND[order_B]), dim=1))[:num_paths, num_paths:]
-
-
 def principal_angles(embeddings_BND: Tensor, subspace_dim: int) -> Tensor:
-    """Principal angles between the subspaces that hold most of each path's variance.
-
-    Args:
-        embeddings_BND: ``[B, N, D]``.
-        subspace_dim: S, leading directions of every path, at most ``min(B - 1, D)``.
+    """Compute the principal angles between the subspaces that hold most of each path's variance.
 
     Returns:
         ``[M, S]`` degrees, smallest first: 0 a shared direction, 90 a direction the other path lacks.
-        Row m belongs to ``path_pairs(N)[m]``.
+        Row m belongs to ``path_pairs(N)[m]``. S is at most ``min(B - 1, D)``.
 
     Relations:
         Equals ``scipy.linalg.subspace_angles`` of the leading right singular vectors.
@@ -128,7 +103,7 @@ def principal_angles(embeddings_BND: Tensor, subspace_dim: int) -> Tensor:
 
 
 def random_angles(dim: int, subspace_dim: int, draws: int = 20) -> Tensor:
-    """Mean principal angles ``[S]`` in degrees of independent random subspaces: what chance looks like."""
+    """Compute the mean principal angles ``[S]`` of random subspaces in degrees: what chance looks like."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(2, draws, dim, subspace_dim, generator=generator, dtype=torch.float64)
     first, second = torch.linalg.qr(noise).Q.mT.unbind(0)
@@ -136,7 +111,7 @@ def random_angles(dim: int, subspace_dim: int, draws: int = 20) -> Tensor:
 
 
 def _angles(first_MSD: Tensor, second_MSD: Tensor) -> Tensor:
-    """Angles between orthonormal bases, by the sine where it is the exact one (below 45 degrees)."""
+    """Compute angles between orthonormal bases, by the sine where it is the exact one (below 45 degrees)."""
     cosine_MSS = first_MSD @ second_MSD.mT
     cosine_MS = torch.linalg.svdvals(cosine_MSS).clamp(max=1)
     rest_MSD = second_MSD - cosine_MSS.mT @ first_MSD

@@ -111,6 +111,7 @@ class Scoring(Callback):
     def __init__(self, data: MMEBDataModule, keeper: Keeper | None = None) -> None:
         self.data, self.keeper = data, keeper
         self.report: ScoreReport | None = None
+        self._milliseconds: dict[str, float] = {}
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin with no scores."""
@@ -170,7 +171,7 @@ class Scoring(Callback):
         self._found: list[checks.Finding] = []
         self._cosines: list[Tensor] = []
         self._columns: Columns = {}
-        self._milliseconds: dict[str, float] = {}
+        self._milliseconds = {}
 
     def _take(
         self,
@@ -195,6 +196,7 @@ class Scoring(Callback):
         rows, side = cast(TaskSide, self.data.rows[self._index]), self._side
         self._side = None
         testing = trainer.state.fn == "test"
+        embeddings_UND: Tensor | None
         if self._was_kept(trainer):
             embeddings_UND, bad_rows = self._load(rows, module)
         else:
@@ -254,7 +256,7 @@ class Scoring(Callback):
         write_predictions(self._run_dir / SCORE_FILES_DIR, readable, score)
         if (writer := tensorboard_writer(trainer)) is not None:
             figure = retrieval_examples_figure(readable, score)
-            writer.add_figure(f"retrieval/{task.task.name}", figure, global_step=module.steps_done)
+            writer.add_figure(f"retrieval/{task.task.name}", figure, global_step=module.progress.steps_done)
 
     def _log(self, stage: str, module: PDFEmbedder) -> None:
         if not self._scores:
@@ -270,7 +272,7 @@ class Scoring(Callback):
     def _doubts(self, module: PDFEmbedder) -> list[checks.Finding]:
         """Say what makes the scores doubtful. A model that never trained has nothing to differ from."""
         found = checks.findings(self._found)
-        if module.steps_done == 0:
+        if module.progress.steps_done == 0:
             return found
         trained, asked = module.trained_data, self.data.settings
         found += checks.check_images(trained, {name: asked[name] for name in IMAGE_SETTINGS})
@@ -315,7 +317,7 @@ class PathPictures(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Draw this batch's queries."""
-        step, query_GND = cast(PDFEmbedder, pl_module).steps_done, outputs["pairs"].query
+        step, query_GND = cast(PDFEmbedder, pl_module).progress.steps_done, outputs["pairs"].query
         writer = tensorboard_writer(trainer)
         if writer is None or query_GND.shape[1] == 1 or (step != 1 and step % self.every_n_steps):
             return

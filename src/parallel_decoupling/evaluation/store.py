@@ -69,7 +69,7 @@ class StoreWriter:
     @property
     def num_shards(self) -> int:
         """Number of shards of a complete folder."""
-        return -(-self.about["num_rows"] // self.about["rows_per_shard"])
+        return int(-(-self.about["num_rows"] // self.about["rows_per_shard"]))
 
     def rows_of(self, shard: int) -> range:
         """Return the row numbers of a shard."""
@@ -267,7 +267,7 @@ class Store:
             raise ValueError(f"{self.folder} lacks {missing} files: run the same predict command again.")
         self.columns: tuple[str, ...] = tuple(self.metadata["columns"])
         self._sizes = [pq.read_metadata(file).num_rows for file in self.files]
-        self._ends = list(accumulate(self._sizes))
+        self._ends: list[int] = list(accumulate(self._sizes))
 
     def _check(self, file: Path, common: Mapping[str, Any]) -> None:
         for key, value in common.items():

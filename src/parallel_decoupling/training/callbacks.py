@@ -23,6 +23,7 @@ from parallel_decoupling.batch import PairBatch
 from parallel_decoupling.distributed import world_size
 from parallel_decoupling.objective.contrastive import info_nce
 from parallel_decoupling.objective.statistics import effective_rank
+from parallel_decoupling.training.optimization import total_steps
 from parallel_decoupling.training.terms import GatheredPairs, mean_path_cosine
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class RunSummary(Callback):
         table.add_row("rows per forward pass", chunks)
         table.add_row("language model rows per input", str(module.encoder.num_paths))
         table.add_row("batches per epoch", str(trainer.num_training_batches))
-        table.add_row("main steps in this run", f"{module.total_steps():g}")
+        table.add_row("main steps in this run", f"{total_steps(trainer):g}")
         return table
 
 
@@ -156,7 +157,7 @@ class CollapseAlarm(Callback):
         self, trainer: Trainer, pl_module: PDFEmbedder, outputs: Any, batch: PairBatch, batch_idx: int
     ) -> None:
         """Look at the step's loss, the cosine between paths and the effective rank."""
-        done = pl_module.steps_done
+        done = pl_module.progress.steps_done
         if done != 1 and done % self.every_n_steps:
             return
         pairs: GatheredPairs = outputs["pairs"]
@@ -281,3 +282,7 @@ def checkpoint_dir(trainer: Trainer) -> Path:
     if isinstance(callback, ModelCheckpoint) and callback.dirpath:
         return Path(callback.dirpath)
     return Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+
+
+DEFAULTS = (RunSummary, Throughput, CollapseAlarm, SaveOnSignal)
+"""What every run has."""

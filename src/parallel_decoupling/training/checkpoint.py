@@ -7,6 +7,7 @@ schedules and loops are Lightning's. No generator state is kept: see ``training.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,15 +15,13 @@ from torch import Tensor
 
 from parallel_decoupling.model.identity import backbone_fingerprint, check_fingerprint
 from parallel_decoupling.model.trained_state import load_trainable_state, trainable_state
+from parallel_decoupling.training.compute import Progress
 from parallel_decoupling.training.settings import SETTINGS
 
 if TYPE_CHECKING:
     from parallel_decoupling.training.module import PDFEmbedder
 
 _SHAPING = [name for name, setting in SETTINGS.items() if setting.shapes_weights]
-
-PROGRESS = ("steps_done", "token_passes", "rows_by_subset")
-"""Counters of ``PDFEmbedder`` that a checkpoint holds."""
 
 
 def trained_state(module: PDFEmbedder) -> dict[str, Tensor]:
@@ -40,7 +39,7 @@ def save_into(checkpoint: dict[str, Any], module: PDFEmbedder) -> None:
     checkpoint["state_dict"] = trained_state(module)
     checkpoint["backbone"] = fingerprint(module)
     checkpoint["data"] = module.trained_data or module.data_settings
-    checkpoint["progress"] = {name: getattr(module, name) for name in PROGRESS}
+    checkpoint["progress"] = asdict(module.progress)
 
 
 def fingerprint(module: PDFEmbedder) -> dict[str, Any]:
@@ -76,6 +75,5 @@ def load_into(module: PDFEmbedder, checkpoint: Mapping[str, Any]) -> None:
     with torch.no_grad():
         for name in found:
             parameters[name].copy_(stored[name])
-    for name in PROGRESS:
-        setattr(module, name, checkpoint["progress"][name])
+    module.progress = Progress(**checkpoint["progress"])
     module.trained_data = dict(checkpoint["data"])

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
+from parallel_decoupling.batch import PairBatch
+from parallel_decoupling.distributed import gather_objects, gather_with_grad, world_size
 from parallel_decoupling.model.prefixes import prefix_range
 from parallel_decoupling.training.grad_cache import LENGTH_GROUPS
 
@@ -65,3 +68,34 @@ def layer_flops(
     weights = sum(m.weight.numel() for m in layers.modules() if isinstance(m, nn.Linear))
     attention = 4 * width * context * (forward + (2 if backward else 0))
     return tokens * (2 * weights * (forward + backward) + attention)
+
+
+@dataclass
+class Progress:
+    """What a run has done, kept in its checkpoints.
+
+    Attributes:
+        steps_done: main steps.
+        token_passes: compute, see ``token_passes``.
+        rows_by_subset: training rows of all processes, by subset.
+    """
+
+    steps_done: int = 0
+    token_passes: float = 0.0
+    rows_by_subset: dict[str, int] = field(default_factory=dict)
+
+    def count(self, batch: PairBatch, settings: Mapping[str, Any], num_layers: int) -> dict[str, float]:
+        """Add the batches of all processes, and return the counters by log key."""
+        for subset in (subset for subsets in gather_objects(batch.subsets) for subset in subsets):
+            self.rows_by_subset[subset] = self.rows_by_subset.get(subset, 0) + 1
+        tokens = batch.query.lengths.sum() + batch.candidate.lengths.sum()
+        passes = forward_passes(settings, len(batch.query), len(batch.candidate))
+        self.token_passes += token_passes(
+            settings,
+            num_layers,
+            tokens=float(gather_with_grad(tokens.view(1)).sum()),
+            forward_passes=world_size() * passes,
+        )
+        rows = sum(self.rows_by_subset.values())
+        shares = {f"mix/{subset}": count / rows for subset, count in self.rows_by_subset.items()}
+        return {**shares, "compute/token_passes": self.token_passes}

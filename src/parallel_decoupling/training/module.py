@@ -23,8 +23,6 @@ from parallel_decoupling.data.images import ImagePolicy
 from parallel_decoupling.distributed import (
     average_gradients,
     clip_gradients,
-    gather_objects,
-    gather_with_grad,
     rank,
     world_size,
 )
@@ -34,40 +32,13 @@ from parallel_decoupling.model.backbone import AdapterConfig
 from parallel_decoupling.model.encoder import build_encoder, nested_dims
 from parallel_decoupling.model.families import Family
 from parallel_decoupling.model.identity import encoder_identity
-from parallel_decoupling.model.open_clip import OpenCLIPEncoder
-from parallel_decoupling.model.prefixes import ShallowPrefixes
-from parallel_decoupling.objective.mutual_information import MutualInformation, mi_weight_schedule
-from parallel_decoupling.training import callbacks, checkpoint, compute
+from parallel_decoupling.objective.mutual_information import MutualInformation
+from parallel_decoupling.training import callbacks, checkpoint, optimization, settings, terms
+from parallel_decoupling.training.compute import Progress
 from parallel_decoupling.training.grad_cache import Encoding, encode_in_chunks
-from parallel_decoupling.training.optimization import (
-    MIConfig,
-    OptimizerConfig,
-    apply_config,
-    check_gradient_norm,
-    learning_rate_schedule,
-    main_optimizer,
-    total_steps,
-)
+from parallel_decoupling.training.optimization import MIConfig, OptimizerConfig
 from parallel_decoupling.training.randomness import seeded
-from parallel_decoupling.training.settings import (
-    ARGUMENTS,
-    check_trained_dtype,
-    check_trainer,
-    embedding_settings,
-    names_of,
-    read_settings,
-)
-from parallel_decoupling.training.strategies import shard_backbone
-from parallel_decoupling.training.terms import (
-    GatheredPairs,
-    contrastive_terms,
-    estimator_nll,
-    frozen,
-    gather_pairs,
-    monitored_values,
-    mutual_information_terms,
-    shared,
-)
+from parallel_decoupling.training.strategies import shard_encoder
 
 _ADAPTER, _MI, _OPTIMIZER = AdapterConfig(), MIConfig(), OptimizerConfig()
 
@@ -159,8 +130,8 @@ class PDFEmbedder(LightningModule):
         self.automatic_optimization = False
         # the frozen backbone is not in the checkpoint; load_into checks every key
         self.strict_loading = False
-        self.save_hyperparameters(*ARGUMENTS, logger=False)
-        typed, plain = read_settings(self.hparams)
+        self.save_hyperparameters(*settings.ARGUMENTS, logger=False)
+        typed, plain = settings.read_settings(self.hparams)
         self.save_hyperparameters(plain, logger=False)
         self.mi_config: MIConfig = typed["mi"]
         self.optimizer_config: OptimizerConfig = typed["optimizer"]
@@ -168,13 +139,12 @@ class PDFEmbedder(LightningModule):
         self.query_chunk_size, self.candidate_chunk_size = query_chunk_size, candidate_chunk_size
         self.query_instruction, self.candidate_instruction = query_instruction, candidate_instruction
         self.seed = seed
-        self.steps_done, self.token_passes = 0, 0.0
-        self.rows_by_subset: dict[str, int] = {}
+        self.progress = Progress()
         self.data_settings: dict[str, Any] = {}
         self.trained_data: dict[str, Any] = {}
         self.fingerprint: dict[str, Any] | None = None
-        loading = {"revision": backbone_revision} | {name: typed[name] for name in names_of("loading")}
-        self.encoder = build_encoder(backbone, loading, {name: typed[name] for name in names_of("paths")})
+        loading = {"revision": backbone_revision, **settings.group("loading", typed)}
+        self.encoder = build_encoder(backbone, loading, settings.group("paths", typed))
         self.nested_dims = nested_dims(matryoshka_dims, self.encoder.embed_dim)
         with seeded(torch.device("cpu"), seed, "estimator"):
             self.mutual_information = MutualInformation(
@@ -190,27 +160,26 @@ class PDFEmbedder(LightningModule):
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Any]:
         """Take one step: encode, fit q, one gradient of the objective, one step of the embedder."""
-        mi = self.mi_config
-        with seeded(self.device, self.seed, self.steps_done):
+        with seeded(self.device, self.seed, self.progress.steps_done):
             # 1. All paths of all rows, of all ranks. Under GradCache the embeddings are leaves.
             query = self._encode(batch.query, "query", self.query_chunk_size)
             candidate = self._encode(batch.candidate, "candidate", self.candidate_chunk_size)
             embeddings = query.embeddings, candidate.embeddings
-            pairs = gather_pairs(*embeddings, batch.candidate_ids, self.encoder.aggregate, self.nested_dims)
+            pairs = terms.gather_pairs(
+                *embeddings, batch.candidate_ids, self.encoder.aggregate, self.nested_dims
+            )
             # 2. The estimator's own steps, on detached embeddings.
             held_out, nll = self._fit_estimator(pairs)
             # 3. The objective, with the estimator frozen.
-            weight = mi_weight_schedule(
-                self.steps_done, weight=self.mi_weight, warmup_steps=mi.warmup_steps, ramp_steps=mi.ramp_steps
-            )
-            path_N, aggregate = contrastive_terms(
+            weight = self.mi_config.weight_at(self.progress.steps_done, self.mi_weight)
+            path_N, aggregate = terms.contrastive_terms(
                 pairs,
-                shared(self.temperature),
+                terms.shared(self.temperature),
                 symmetric=self.symmetric,
                 with_aggregate=self.aggregate_weight > 0,
             )
-            with frozen(self.mutual_information), torch.set_grad_enabled(weight > 0):
-                mi_M = mutual_information_terms(self.mutual_information, pairs)
+            with terms.frozen(self.mutual_information), torch.set_grad_enabled(weight > 0):
+                mi_M = terms.mutual_information_terms(self.mutual_information, pairs)
             mean_mi = mi_M.sum() / max(1, len(mi_M))
             loss = path_N.mean() + self.aggregate_weight * aggregate + weight * mean_mi
             # 4. and 5. Gradient to the embeddings, then through the chunks to the parameters.
@@ -221,9 +190,9 @@ class PDFEmbedder(LightningModule):
                 candidate.backward()
         # 6. The main step; the rest is bookkeeping.
         self._main_step()
-        terms = {"loss": loss, "mi": mean_mi, "mi_weight": weight, "contrastive_aggregate": aggregate}
-        fit = {"estimator_nll": nll, "estimator_nll_held_out": held_out}
-        self._log_batch(batch, monitored_values(pairs, {**terms, **fit}, path_N, mi_M))
+        values = {"loss": loss, "mi": mean_mi, "mi_weight": weight, "contrastive_aggregate": aggregate}
+        values |= {"estimator_nll": nll, "estimator_nll_held_out": held_out}
+        self._log_batch(batch, terms.monitored_values(pairs, values, path_N, mi_M))
         return {"loss": loss.detach(), "contrastive": path_N.detach().mean(), "pairs": pairs.detach()}
 
     @property
@@ -234,10 +203,10 @@ class PDFEmbedder(LightningModule):
         return self.log_temperature.exp()
 
     def _encode(self, inputs: EncoderInputs, side: str, chunk_size: int | None) -> Encoding:
-        seed_parts = (self.seed, self.steps_done, rank(), side)
+        seed_parts = (self.seed, self.progress.steps_done, rank(), side)
         return encode_in_chunks(self.encoder, inputs, chunk_size=chunk_size, seed_parts=seed_parts)
 
-    def _fit_estimator(self, pairs: GatheredPairs) -> tuple[Tensor, Tensor]:
+    def _fit_estimator(self, pairs: terms.GatheredPairs) -> tuple[Tensor, Tensor]:
         """Fit q; return its NLL on this batch before (held out) and after the fit.
 
         The optimizer is stepped unwrapped, so that ``global_step`` counts main steps only. Every rank makes
@@ -248,7 +217,7 @@ class PDFEmbedder(LightningModule):
             return held_out, nll
         optimizer = cast(Any, self.optimizers())[1].optimizer
         for step in range(self.mi_config.fit_steps):
-            nll = estimator_nll(self.mutual_information, pairs)
+            nll = terms.estimator_nll(self.mutual_information, pairs)
             held_out = nll.detach() if step == 0 else held_out
             optimizer.zero_grad()
             with self._own_gradients_only():
@@ -256,7 +225,7 @@ class PDFEmbedder(LightningModule):
             optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
-            return held_out, estimator_nll(self.mutual_information, pairs)
+            return held_out, terms.estimator_nll(self.mutual_information, pairs)
 
     def _own_gradients_only(self) -> AbstractContextManager[None]:
         """Keep DDP's hooks out of a backward pass; ``average_gradients`` does their work, once."""
@@ -270,31 +239,20 @@ class PDFEmbedder(LightningModule):
         parameters = [parameter for group in self.trainables().values() for parameter in group]
         average_gradients(parameters)
         norm = clip_gradients(parameters, self.optimizer_config.clip_norm or float("inf"))
-        check_gradient_norm(float(norm), self.steps_done)
+        optimization.check_gradient_norm(float(norm), self.progress.steps_done)
         rates = {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
         optimizer.step()
         cast(Any, self.lr_schedulers()).step()
         optimizer.zero_grad()
-        self.steps_done += 1
+        self.progress.steps_done += 1
         if self.mutual_information.needs_fit:
             rates["lr/estimator"] = self.mi_config.learning_rate
         self.log_dict({**rates, "train/gradient_norm": norm})
 
     def _log_batch(self, batch: PairBatch, values: dict[str, Any]) -> None:
-        """Log a batch's values and the counters of the run; ``compute.token_passes`` defines the last."""
-        for subset in (subset for subsets in gather_objects(batch.subsets) for subset in subsets):
-            self.rows_by_subset[subset] = self.rows_by_subset.get(subset, 0) + 1
-        tokens = torch.tensor([batch.query.num_tokens + batch.candidate.num_tokens], device=self.device)
-        sizes = len(batch.query), len(batch.candidate)
-        self.token_passes += compute.token_passes(
-            self.hparams,
-            self.encoder.backbone.num_layers,
-            tokens=float(gather_with_grad(tokens).sum()),
-            forward_passes=world_size() * compute.forward_passes(self.hparams, *sizes),
-        )
-        rows = sum(self.rows_by_subset.values())
-        values |= {f"mix/{subset}": count / rows for subset, count in self.rows_by_subset.items()}
-        values |= {"compute/token_passes": self.token_passes, "train/temperature": self.temperature.detach()}
+        """Log a batch's values and the counters of the run."""
+        values |= self.progress.count(batch, self.hparams, self.encoder.backbone.num_layers)
+        values["train/temperature"] = self.temperature.detach()
         on_bar = ("train/loss", "train/hit_at_1_aggregate", "train/path_cosine")
         self.log_dict({name: values.pop(name) for name in on_bar if name in values}, prog_bar=True)
         self.log_dict(values)
@@ -310,47 +268,32 @@ class PDFEmbedder(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with its schedule for the embedder, Adam for the estimator."""
-        main = main_optimizer(self.trainables(), self.optimizer_config)
-        schedule = learning_rate_schedule(main, self.optimizer_config, self.total_steps())
+        main = optimization.main_optimizer(self.trainables(), self.optimizer_config)
+        schedule = optimization.learning_rate_schedule(
+            main, self.optimizer_config, optimization.total_steps(self.trainer)
+        )
         optimizers: list[torch.optim.Optimizer] = [main]
         if self.mutual_information.needs_fit:
             parameters = self.mutual_information.parameters()
             optimizers.append(torch.optim.Adam(parameters, lr=self.mi_config.learning_rate))
         return optimizers, [schedule]
 
-    def total_steps(self) -> float:
-        """Main steps of the whole run; infinite without ``max_steps`` and ``max_epochs``."""
-        return total_steps(self.trainer)
-
     def setup(self, stage: str) -> None:
         """Refuse a Trainer that cannot work before anything is trained; see ``training.settings``."""
-        check_trainer(self.trainer.strategy, self.trainer.precision)
+        settings.check_trainer(self.trainer.strategy, self.trainer.precision)
         if stage == "fit":
-            check_trained_dtype(self.hparams)
+            settings.check_trained_dtype(self.hparams)
 
     def configure_model(self) -> None:
         """Shard the backbone under FSDP2; nothing to do for one process and for DDP."""
         if self.device_mesh is not None:
-            if isinstance(self.encoder, OpenCLIPEncoder):
-                raise ValueError("strategy fsdp2 does not shard an OpenCLIP model: use strategy ddp.")
-            if isinstance(self.encoder.prefixes, ShallowPrefixes):
-                raise ValueError(
-                    "strategy fsdp2 does not train prefix_type=shallow, whose keys and values leave the "
-                    "sharded layers on the side: use strategy ddp."
-                )
             checkpoint.fingerprint(self)
-            shard_backbone(self.encoder.backbone, self.device_mesh["data_parallel"])
+            shard_encoder(self.encoder, self.device_mesh["data_parallel"])
 
     def configure_callbacks(self) -> list[Callback]:
         """What every run has; the Trainer's own callback of the same class wins."""
-        defaults = (
-            callbacks.RunSummary,
-            callbacks.Throughput,
-            callbacks.CollapseAlarm,
-            callbacks.SaveOnSignal,
-        )
         own = [type(callback) for callback in cast(Any, self.trainer).callbacks]
-        return [default() for default in defaults if default not in own]
+        return [default() for default in callbacks.DEFAULTS if default not in own]
 
     def on_train_start(self) -> None:
         """Log the settings, and give a resumed run this one's rates."""
@@ -358,7 +301,9 @@ class PDFEmbedder(LightningModule):
         warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
         for logger in self.loggers:
             logger.log_hyperparams({"model": dict(self.hparams), "data": self.trained_data})
-        apply_config(self.trainer.optimizers, self.lr_schedulers(), self.optimizer_config, self.mi_config)
+        optimization.apply_config(
+            self.trainer.optimizers, self.lr_schedulers(), self.optimizer_config, self.mi_config
+        )
 
     def on_save_checkpoint(self, checkpoint_content: dict[str, Any]) -> None:
         """Keep what trains; see ``training.checkpoint``."""
@@ -383,7 +328,7 @@ class PDFEmbedder(LightningModule):
 
     def validation_step(self, batch: RowBatch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Embed one batch of rows: ``[B, N', D]``. ``evaluation.run`` scores or keeps what this returns."""
-        return self(batch.inputs, batch.paths)
+        return cast(Tensor, self(batch.inputs, batch.paths))
 
     test_step = validation_step
     predict_step = validation_step
@@ -401,9 +346,9 @@ class PDFEmbedder(LightningModule):
     def identity(self) -> dict[str, Any]:
         """Identify what turns inputs into embeddings; see ``model.identity.encoder_identity``."""
         precision = None if self._trainer is None else str(self._trainer.precision)
-        settings = embedding_settings(self.hparams)
+        shaping = settings.embedding_settings(self.hparams)
         return encoder_identity(
-            self.encoder, fingerprint=checkpoint.fingerprint(self), precision=precision, settings=settings
+            self.encoder, fingerprint=checkpoint.fingerprint(self), precision=precision, settings=shaping
         )
 
     def about(self) -> dict[str, Any]:
@@ -416,9 +361,9 @@ class PDFEmbedder(LightningModule):
             "model": dict(self.hparams),
             "data": dict(self.trained_data or self.data_settings),
             "seed": self.seed,
-            "global_step": self.steps_done,
-            "token_passes": self.token_passes,
-            "rows_by_subset": dict(self.rows_by_subset),
+            "global_step": self.progress.steps_done,
+            "token_passes": self.progress.token_passes,
+            "rows_by_subset": dict(self.progress.rows_by_subset),
         }
 
     @property

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from parallel_decoupling.objective.mutual_information import Kind
+from parallel_decoupling.objective.mutual_information import Kind, mi_weight_schedule
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,11 @@ class MIConfig:
                 raise ValueError(f"mi.{name} must be {smallest} or more, got {getattr(self, name)}.")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise ValueError(f"mi.learning_rate must be above 0, got {self.learning_rate}.")
+
+    def weight_at(self, step: int, weight: float) -> float:
+        """Return the weight of the term at a main step; ``weight`` is the final one."""
+        schedule = {"warmup_steps": self.warmup_steps, "ramp_steps": self.ramp_steps}
+        return mi_weight_schedule(step, weight=weight, **schedule)
 
 
 def main_optimizer(groups: Mapping[str, Iterable[nn.Parameter]], config: OptimizerConfig) -> AdamW:

@@ -83,9 +83,9 @@ ARGUMENTS = tuple(name for name in SETTINGS if "." not in name)
 CONFIGS: dict[str, Any] = {name: each.config for name, each in SETTINGS.items() if each.config is not None}
 
 
-def names_of(group: str) -> tuple[str, ...]:
-    """Return the arguments of one group."""
-    return tuple(name for name in ARGUMENTS if SETTINGS[name].group == group)
+def group(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of one group of settings."""
+    return {each: arguments[each] for each in ARGUMENTS if SETTINGS[each].group == name}
 
 
 def is_fixed(name: str) -> bool:

@@ -24,6 +24,9 @@ from torch.utils._pytree import tree_map
 
 from parallel_decoupling.distributed import broadcast_parameters, rank, shard_like, whole
 from parallel_decoupling.model.backbone import Backbone
+from parallel_decoupling.model.encoder import ParallelEncoder
+from parallel_decoupling.model.open_clip import OpenCLIPEncoder
+from parallel_decoupling.model.prefixes import ShallowPrefixes
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -140,6 +143,22 @@ def shard_backbone(backbone: Backbone, mesh: DeviceMesh) -> None:
     for module in (*sharded_blocks(backbone), backbone.base):
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=kept_whole)
     backbone.language_model.register_forward_pre_hook(_same_graph_everywhere, with_kwargs=True)
+
+
+def shard_encoder(encoder: ParallelEncoder | OpenCLIPEncoder, mesh: DeviceMesh) -> None:
+    """Shard an encoder's backbone over ``mesh``; see ``shard_backbone``.
+
+    Raises:
+        ValueError: for an encoder that FSDP2 cannot train.
+    """
+    if isinstance(encoder, OpenCLIPEncoder):
+        raise ValueError("strategy fsdp2 does not shard an OpenCLIP model: use strategy ddp.")
+    if isinstance(encoder.prefixes, ShallowPrefixes):
+        raise ValueError(
+            "strategy fsdp2 does not train prefix_type=shallow, whose keys and values leave the sharded "
+            "layers on the side: use strategy ddp."
+        )
+    shard_backbone(encoder.backbone, mesh)
 
 
 def sharded_blocks(backbone: Backbone) -> list[nn.Module]:

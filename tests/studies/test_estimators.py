@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from parallel_decoupling.objective.mutual_information import MutualInformation
-from studies.estimator_figures import KIND_COLOURS, _table_cells
+from studies.estimator_figures import KIND_COLOURS
 from studies.estimators import KINDS, Cell, cells, draw, fitted_network, measure, run
 
 
@@ -51,19 +51,6 @@ def test_with_a_true_q_vclub_is_at_its_limit_and_its_gradient_points_the_right_w
     assert found["gradient_cosine"] < found["mean_gradient_cosine"]
 
 
-def test_noise_falls_with_the_root_of_the_batch() -> None:
-    small, big = measured("vclub", batch_size=64), measured("vclub", batch_size=256)
-    assert small["gradient_noise"] / big["gradient_noise"] == pytest.approx(2, rel=0.15)
-
-
-def test_noise_does_not_depend_on_how_often_it_was_measured() -> None:
-    """The mean gradient of few draws is longer than the gradient's expectation."""
-    few, many = (
-        measured("vclub", draws, batch_size=16, embed_dim=32)["gradient_noise"] for draws in (5, 300)
-    )
-    assert few == pytest.approx(many, rel=0.1)
-
-
 def test_a_fitted_q_comes_to_the_true_conditional() -> None:
     setting = cell(perfect_q=False, embed_dim=1, batch_size=256)
     estimator = MutualInformation("vclub", num_paths=2, embed_dim=1)
@@ -71,24 +58,6 @@ def test_a_fitted_q_comes_to_the_true_conditional() -> None:
     paths = draw(cell(embed_dim=1, batch_size=5000), 0.6 * torch.eye(1), torch.Generator().manual_seed(9))
     entropy = 0.5 * math.log(2 * math.pi * math.e * (1 - 0.6**2))
     assert float(estimator.nll(paths).sum()) == pytest.approx(entropy, abs=0.02)
-
-
-@pytest.mark.parametrize("kind", ["hsic", "crosscov", "orthogonal"])
-def test_a_kind_without_q_has_no_bias_in_nats(kind: str) -> None:
-    found = measured(kind, draws=3, perfect_q=False)
-    assert found["bias"] is None
-    heading = ("rho", "B", "kind", "exact", "mean", "bias")
-    assert dict(zip(heading, _table_cells(found), strict=False))["bias"] == ""
-
-
-def test_one_negative_is_noisier_than_all() -> None:
-    assert measured("club_sample")["gradient_noise"] > measured("vclub")["gradient_noise"]
-
-
-def test_independent_paths_have_no_direction() -> None:
-    found = measured("hsic", draws=5, rho=0.0, perfect_q=False)
-    assert found["gradient_cosine"] is None
-    assert found["exact"] == 0
 
 
 def test_run_writes_results_table_and_pictures(tmp_path: Path) -> None:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from studies.plots import DPI, study_figures
+from studies.paired_statistics import at_point
 from studies.results import commits_of, newest_results, outdated
-from studies.statistics import at_point
 from studies.study import Study
-from studies.tables import study_tables
+from studies.study_plots import DPI, study_figures
+from studies.study_tables import study_tables
 
 CONCLUSION_FILE, TABLE_FILE, README_FILE = "conclusion.md", "table.md", "README.md"
 

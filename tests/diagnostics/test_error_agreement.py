@@ -5,7 +5,7 @@ import pytest
 from sklearn.metrics import cohen_kappa_score
 
 from parallel_decoupling.data.tasks import Task
-from parallel_decoupling.diagnostics.errors import Misses, error_overlap, stratified_kappa
+from parallel_decoupling.diagnostics.error_agreement import Misses, error_agreement, stratified_kappa
 from parallel_decoupling.evaluation.report import ScoreReport, TaskResult
 
 
@@ -26,8 +26,7 @@ def report_of_misses(*tasks: Misses) -> ScoreReport:
 
 def test_identical_paths_err_alike_and_the_oracle_gains_nothing() -> None:
     other = {"aggregate": "1000", "path_0": "1000", "path_1": "1000"}
-    found = error_overlap(report({"aggregate": "0110", "path_0": "0110", "path_1": "0110"}, other))
-    assert (found.jaccard == 1).all()
+    found = error_agreement(report({"aggregate": "0110", "path_0": "0110", "path_1": "0110"}, other))
     assert found.kappa == pytest.approx(np.ones((2, 2)))
     assert found.tasks["task_0"] == {
         "aggregate": 0.5,
@@ -44,7 +43,7 @@ def test_independent_paths_have_kappa_zero_however_different_the_tasks() -> None
     rng = np.random.default_rng(0)
     rates = ((0.95, 4000), (0.9, 3000), (0.2, 5000), (0.1, 2000))
     misses = [rng.random((2, rows)) > rate for rate, rows in rates]
-    found = error_overlap(report_of_misses(*misses))
+    found = error_agreement(report_of_misses(*misses))
     assert abs(found.kappa[0, 1]) < 0.03
     pooled = np.concatenate(misses, axis=1)
     assert cohen_kappa_score(*pooled) > 0.55
@@ -67,7 +66,7 @@ def test_kappa_of_several_tasks_by_hand() -> None:
     second = np.array([[1, 1], [1, 0]], dtype=bool)
     third = np.array([[1] + [0] * 7] * 2, dtype=bool)
     chance = 2 + 1 + 8 * (1 / 64 + 49 / 64)
-    found = error_overlap(report_of_misses(first, second, third)).kappa
+    found = error_agreement(report_of_misses(first, second, third)).kappa
     assert found[0, 1] == found[1, 0] == pytest.approx((11 - chance) / (14 - chance))
     assert found[0, 1] != pytest.approx((0 + 0 + 1) / 3), "a mean over tasks"
 
@@ -75,42 +74,24 @@ def test_kappa_of_several_tasks_by_hand() -> None:
 def test_the_best_path_is_the_one_with_the_best_mean_in_every_task() -> None:
     first = {"aggregate": "1110", "path_0": "1110", "path_1": "1100"}
     second = {"aggregate": "1111", "path_0": "0000", "path_1": "1111"}
-    found = error_overlap(report(first, second))
+    found = error_agreement(report(first, second))
     assert [found.tasks[name]["best_path"] for name in ("task_0", "task_1")] == [0.5, 1.0]
     assert found.scores["best_path"] == pytest.approx(0.75)
-
-
-def test_independent_errors_have_kappa_zero() -> None:
-    rng = np.random.default_rng(0)
-    rows = ["".join(rng.choice(["0", "1"], 20_000, p=[0.4, 0.6])) for _ in range(2)]
-    found = error_overlap(report({"aggregate": rows[0], "path_0": rows[0], "path_1": rows[1]}))
-    assert abs(found.kappa[0, 1]) < 0.02
-    assert found.jaccard[0, 1] == pytest.approx(0.16 / 0.64, abs=0.01)
-    assert found.scores["oracle"] == pytest.approx(1 - 0.16, abs=0.01)
 
 
 def test_opposite_errors_and_pooling_over_tasks_by_hand() -> None:
     first = {"aggregate": "11", "path_0": "10", "path_1": "01"}
     second = {"aggregate": "1000", "path_0": "1100", "path_1": "1000"}
-    found = error_overlap(report(first, second))
-    # misses of path 0: .x ..xx, of path 1: x. .xxx; both: 2 of 5
-    assert found.jaccard[0, 1] == pytest.approx(2 / 5)
-    assert found.num_queries == 6
+    found = error_agreement(report(first, second))
     assert found.tasks["task_0"]["oracle"] == 1.0
     assert found.tasks["task_1"]["oracle"] == 0.5
     assert found.scores["oracle"] == pytest.approx(0.75)  # tasks count once each, whatever their size
     assert found.scores["best_path"] == pytest.approx(0.5)
 
 
-def test_no_misses_have_no_jaccard() -> None:
-    found = error_overlap(report({"aggregate": "11", "path_0": "11", "path_1": "11"}))
-    assert np.isnan(found.jaccard).all()
-    assert (found.kappa == 1).all()
-
-
 def test_reports_without_paths_or_rows_are_refused() -> None:
-    with pytest.raises(ValueError, match="no columns of single paths"):
-        error_overlap(report({"aggregate": "10"}))
+    with pytest.raises(ValueError, match="no single paths"):
+        error_agreement(report({"aggregate": "10"}))
     result = TaskResult(Task("bare", "vqa", True), 2, 0.1, {"aggregate": 0.5, "path_0": 0.5})
-    with pytest.raises(ValueError, match="bare has no hits"):
-        error_overlap(ScoreReport({"bare": result}))
+    with pytest.raises(ValueError, match="no hits per row"):
+        error_agreement(ScoreReport({"bare": result}))

@@ -1,8 +1,4 @@
-"""Do the paths make the same mistakes? From the hits of a score report.
-
-Here: overlap of misses between paths, and what choosing the best path per query would reach. Elsewhere:
-the hits (``evaluation.score``), several runs side by side (``evaluation.compare``).
-"""
+"""Whether the paths make the same mistakes, from the hits of a score report."""
 
 from __future__ import annotations
 
@@ -19,43 +15,32 @@ Misses = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class ErrorOverlap:
+class ErrorAgreement:
     """How the errors of a run's paths relate, over all tasks.
 
     Attributes:
-        jaccard: ``[N, N]``, queries that both paths miss over queries that either misses, all tasks
-            pooled; nan where neither misses any.
         kappa: ``[N, N]``, ``stratified_kappa`` of the misses: 0 what chance gives at the paths' scores in
             every task, 1 the same misses.
-        headline: name of the report's first column.
-        scores: hit@1, mean over tasks: the headline, ``best_path`` (the one path with the best mean),
+        tasks: hit@1 by task: the report's first column, ``best_path`` (the one path with the best mean),
             ``mean_path``, ``oracle`` (a query counts if any path is right), ``independent_oracle`` (the
             oracle that paths of these scores would reach if they missed independently within each task).
-            Copies of one path have its own score as oracle.
-        tasks: the same five by task.
-        num_queries: rows of all tasks.
+        scores: the same five, mean over tasks.
     """
 
-    jaccard: NDArray[np.float64]
     kappa: NDArray[np.float64]
-    headline: str
-    scores: dict[str, float]
     tasks: dict[str, dict[str, float]]
-    num_queries: int
+    scores: dict[str, float]
 
 
-def error_overlap(report: ScoreReport) -> ErrorOverlap:
+def error_agreement(report: ScoreReport) -> ErrorAgreement:
     """Compare the paths' hits row by row.
 
     Raises:
         ValueError: the report has no single paths, or a task has no hits per row.
     """
     paths, headline = report.path_columns, report.columns[0]
-    if not paths:
-        raise ValueError("the score report has no columns of single paths; run the test again")
-    for name, result in report.tasks.items():
-        if not result.hits:
-            raise ValueError(f"task {name} has no hits per row; run the test again to write them")
+    if not paths or not all(result.hits for result in report.tasks.values()):
+        raise ValueError("the score report has no single paths or no hits per row; run the test again")
     hits = {
         name: np.array([[hit == "1" for hit in result.hits[path]] for path in paths])
         for name, result in report.tasks.items()
@@ -71,26 +56,15 @@ def error_overlap(report: ScoreReport) -> ErrorOverlap:
             "oracle": float(hits[name].any(axis=0).mean()),
             "independent_oracle": float(1 - (1 - rates).prod()),
         }
-    misses = ~np.concatenate(list(hits.values()), axis=1)
-    numbers = range(len(paths))
-    return ErrorOverlap(
-        jaccard=np.array([[jaccard(misses[i], misses[j]) for j in numbers] for i in numbers]),
+    return ErrorAgreement(
         kappa=stratified_kappa([~hits_NR for hits_NR in hits.values()]),
-        headline=headline,
-        scores={key: fmean(task[key] for task in tasks.values()) for key in next(iter(tasks.values()))},
         tasks=tasks,
-        num_queries=misses.shape[1],
+        scores={key: fmean(task[key] for task in tasks.values()) for key in next(iter(tasks.values()))},
     )
 
 
-def jaccard(first: Misses, second: Misses) -> float:
-    """Misses that two paths share over misses of either, in [0, 1]; nan without any miss."""
-    either = (first | second).sum()
-    return float((first & second).sum() / either) if either else float("nan")
-
-
 def stratified_kappa(misses: Sequence[Misses]) -> NDArray[np.float64]:
-    """Cohen's kappa of all pairs of paths, with the agreement that chance gives counted within each task.
+    """Compute Cohen's kappa of all pairs of paths, with chance agreement counted within each task.
 
     Pooled rows would call paths alike that only find the same tasks hard.
 
@@ -98,8 +72,7 @@ def stratified_kappa(misses: Sequence[Misses]) -> NDArray[np.float64]:
         misses: per task ``[N, R]``, R differs.
 
     Returns:
-        ``[N, N]``, at most 1; 1 where two paths are right or wrong throughout every task alike, which leaves
-        chance nothing to differ in.
+        ``[N, N]``, at most 1; 1 where two paths agree throughout and chance leaves nothing to differ in.
 
     Relations:
         On one task it equals ``sklearn.metrics.cohen_kappa_score``.

@@ -6,8 +6,7 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
-from studies.results import UNKNOWN_COMMIT, Result
-from studies.statistics import (
+from studies.paired_statistics import (
     Interval,
     at_point,
     compared,
@@ -20,6 +19,7 @@ from studies.statistics import (
     path_scores,
     sides_of,
 )
+from studies.results import Result
 from studies.study import Study
 
 NOTHING = "–"
@@ -86,8 +86,8 @@ def cell_table(study: Study, results: Sequence[Result]) -> str:
 
 
 def _is_whole(line: Result) -> bool:
-    """Whether the seconds are those of the whole training; some early lines have only the last part."""
-    return not line.get("resumed") and UNKNOWN_COMMIT not in line.get("fit_commits", ())
+    """Tell whether the seconds are those of the whole training; some lines have only the last part."""
+    return not line.get("resumed") and "unknown" not in line.get("fit_commits", ())
 
 
 def group_table(study: Study, results: Sequence[Result]) -> str:

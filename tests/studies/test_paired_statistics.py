@@ -6,10 +6,9 @@ import math
 from pathlib import Path
 
 import pytest
-import torch
 from scipy.stats import ttest_1samp
 
-from studies.statistics import compared, group_score, holm, interval, p_value, paired_difference
+from studies.paired_statistics import group_score, holm, interval, p_value, paired_difference
 from studies.study import Difference
 from tests.support.study import made_up_result, toy_study
 
@@ -27,17 +26,6 @@ def test_one_and_two_seeds_have_no_interval(values: list[float]) -> None:
     assert interval(values).mean == 7.0
     assert math.isinf(interval(values).half_width)
     assert not interval(values).excludes_zero
-
-
-def test_no_value_is_an_error() -> None:
-    with pytest.raises(ValueError, match="at least one value"):
-        interval([])
-
-
-def test_the_interval_covers_the_mean_in_95_percent_of_samples() -> None:
-    samples = torch.randn(2000, 4, generator=torch.Generator().manual_seed(0)).tolist()
-    covered = sum(not interval(sample).excludes_zero for sample in samples) / len(samples)
-    assert 0.93 < covered < 0.97
 
 
 def test_differences_pair_seeds_and_ignore_those_of_one_side(tmp_path: Path) -> None:
@@ -79,33 +67,6 @@ def test_a_column_of_either_side(tmp_path: Path, columns: dict[str, str], differ
     )
 
 
-def test_a_difference_over_some_seeds(tmp_path: Path) -> None:
-    study = toy_study(tmp_path, cells={"a": None, "b": {"steps": 50}})
-    a, b = study.cells.values()
-    results = [made_up_result(a, seed, 100, 50.0 + seed) for seed in range(4)]
-    results += [made_up_result(b, seed, 50, 48.0) for seed in range(3)]
-    found = paired_difference(study, results, Difference("d", "a", "b", seeds=(1, 2, 3)))
-    assert found is not None
-    assert found.values == pytest.approx((3.0, 4.0))
-    assert paired_difference(study, results, Difference("d", "a", "b", seeds=(3,))) is None
-
-
-def test_differences_are_corrected_together(tmp_path: Path) -> None:
-    cells = {"a": None, "b": {"steps": 50}, "c": {"steps": 25}}
-    pairs = [("a", "c"), ("a", "b"), ("b", "a")]
-    differences = [{"name": f"{of}{over}", "of": of, "over": over} for of, over in pairs]
-    study = toy_study(tmp_path, cells=cells, differences=differences)
-    a, b, c = study.cells.values()
-    results = [made_up_result(a, seed, 100, 50.0 + seed) for seed in range(3)]
-    results += [made_up_result(b, seed, 50, 48.0) for seed in range(3)]
-    results.append(made_up_result(c, 0, 25, 40.0))
-    without, first, second = compared(study, results)
-    assert (without.difference.name, without.holm_p) == ("ac", None)  # one seed: not a test
-    expected = 2 * ttest_1samp([2.0, 3.0, 4.0], 0).pvalue  # of the two tests that there are
-    assert (first.holm_p, second.holm_p) == pytest.approx((expected, expected))
-    assert first.pair.values == pytest.approx((2.0, 3.0, 4.0))
-
-
 def test_a_group_of_the_study_needs_all_its_tasks(tmp_path: Path) -> None:
     groups = {"both": ["easy", "hard"], "more": ["easy", "absent"]}
     study = toy_study(tmp_path, cells={"a": None}, groups=groups)
@@ -118,12 +79,6 @@ def test_a_group_of_the_study_needs_all_its_tasks(tmp_path: Path) -> None:
 @pytest.mark.parametrize("values", [(1.0, 2.0, 4.0), (-0.5, 0.1, 0.3, -2.0)])
 def test_the_p_value_is_that_of_the_t_test(values: tuple[float, ...]) -> None:
     assert p_value(interval(values)) == pytest.approx(ttest_1samp(values, 0).pvalue)
-
-
-def test_p_values_without_spread_and_without_seeds() -> None:
-    assert (p_value(interval([0.0] * 3)), p_value(interval([1.0] * 3))) == (1.0, 0.0)
-    with pytest.raises(ValueError, match="at least 3 seeds, got 2"):
-        p_value(interval([1.0, 2.0]))
 
 
 def test_holm_multiplies_the_smallest_most_and_keeps_the_order() -> None:

@@ -15,8 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from parallel_decoupling.evaluation.plots import COLOURS, INK, clean_axes, new_figure
-from studies.results import Result
-from studies.statistics import (
+from studies.paired_statistics import (
     Interval,
     at_point,
     compared,
@@ -26,8 +25,9 @@ from studies.statistics import (
     last_points,
     path_scores,
 )
+from studies.results import Result
 from studies.study import Cell, Study
-from studies.tables import group_title
+from studies.study_tables import group_title
 
 DPI = 150
 """Of every saved picture."""

@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 from scipy.stats import ttest_1samp
 
-from studies.report import write_module_report, write_report
 from studies.results import append_result, newest_results
 from studies.study import Study
-from studies.tables import cell_table, column_table, difference_table
+from studies.study_report import write_module_report, write_report
+from studies.study_tables import cell_table, difference_table
 from tests.support.study import made_up_result, toy_study
 
 
@@ -56,26 +56,6 @@ def test_cells_show_the_last_step_and_the_gain_of_aggregation(study: Study) -> N
     assert second[0] == "b"
 
 
-def test_columns_are_the_aggregate_the_paths_in_order_and_the_rest(study: Study) -> None:
-    lines = lines_of(study)
-    more = made_up_result(study.cells["later"], 0, 100, 50.0)
-    more["columns"] = ["aggregate", "path_0", "path_1", "mean", "path_2"]
-    heading, _, *cells = rows(column_table(study, [*lines, more]))
-    assert heading == ["cell", "aggregate", "path_0", "path_1", "path_2", "mean"]
-    assert cells[0] == ["cell A", "63.0", "62.0", "60.0", "–", "–"]
-
-
-def test_a_column_that_some_seeds_lack_says_so(study: Study) -> None:
-    lines = lines_of(study)
-    for line in lines:
-        if line["cell"] == "a" and line["seed"] == 2:
-            line["columns"] = [*line["columns"], "concat"]  # type: ignore[misc]
-            line["means"]["overall"]["concat"] = 0.7  # type: ignore[index]
-    heading, _, first, second = rows(column_table(study, lines))
-    assert heading[-1] == "concat"
-    assert (first[-1], second[-1]) == ("70.0 (1 of 3 seeds)", "–")
-
-
 def test_differences_are_paired(study: Study) -> None:
     heading, _, row = rows(difference_table(study, lines_of(study)))
     entries = dict(zip(heading, row, strict=True))
@@ -84,18 +64,6 @@ def test_differences_are_paired(study: Study) -> None:
     assert entries["seeds"] == "3"
     assert entries["token passes"] == "1.00 : 1"
     assert entries["Holm p"] == "0.000"
-
-
-def test_the_ratio_of_token_passes_is_of_over_over_and_of_the_seeds_that_both_have(study: Study) -> None:
-    lines = lines_of(study)
-    for line in lines:
-        if line["cell"] == "a":
-            line["token_passes"] *= 3 if line["seed"] < 2 else 100
-    lines = [line for line in lines if (line["cell"], line["seed"]) != ("b", 2)]
-    heading, _, row = rows(difference_table(study, lines))
-    entries = dict(zip(heading, row, strict=True))
-    assert (entries["seeds"], entries["token passes"]) == ("2", "3.00 : 1")
-    assert entries["Holm p"] == "–"
 
 
 def test_p_values_are_corrected_for_the_differences_that_have_one(tmp_path: Path) -> None:
@@ -120,16 +88,6 @@ def test_p_values_are_corrected_for_the_differences_that_have_one(tmp_path: Path
     ]
 
 
-def test_minutes_are_of_whole_trainings(study: Study) -> None:
-    lines = lines_of(study)
-    lines[1]["resumed"] = True  # an early line, with the seconds of its last part
-    lines[3]["fit_commits"] = ["unknown", "a" * 40]
-    for line in (lines[1], lines[3]):
-        line["fit_seconds"] = 6000.0
-    heading, _, first, _ = rows(cell_table(study, lines))
-    assert dict(zip(heading, first, strict=True))["minutes"] == "1.0"
-
-
 def test_the_report_has_pictures_table_conclusion_and_what_is_missing(study: Study) -> None:
     (study.output_dir / "conclusion.md").write_text("A is better.\n", encoding="utf-8")
     readme = write_report(study).read_text(encoding="utf-8")
@@ -146,33 +104,12 @@ def test_the_report_has_pictures_table_conclusion_and_what_is_missing(study: Stu
 def test_a_report_says_that_the_configuration_has_changed_since(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("studies.report.study_figures", lambda study, results: {})
+    monkeypatch.setattr("studies.study_report.study_figures", lambda study, results: {})
     changed = toy_study(
         tmp_path, curve=["0.5x", "1x"], cells={"a": {"overrides": {"model.num_paths": 3}}, "b": None}
     )
     readme = write_report(changed).read_text(encoding="utf-8")
     assert "**Results of an earlier configuration**, run the study again: a." in readme
-
-
-def test_a_report_names_the_commits_that_trained_and_that_scored(
-    study: Study, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("studies.report.study_figures", lambda study, results: {})
-    line = made_up_result(study.cells["later"], 0, 100, 50.0)
-    line |= {"commit": "c" * 40, "dirty": True, "fit_commits": ["a" * 40, "b" * 40 + " with changes"]}
-    append_result(study.results_file, line)
-    early = made_up_result(study.cells["later"], 0, 50, 50.0)
-    del early["fit_commits"]
-    append_result(study.results_file, early)
-    readme = write_report(study).read_text(encoding="utf-8")
-    names = f"{'0' * 12}, {'a' * 12}, {'b' * 12} with changes, {'c' * 12} with changes"
-    assert f"at commits {names};" in readme
-
-
-def test_no_results_no_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="has no results"):
-        write_report(toy_study(tmp_path, cells={"a": None}))
 
 
 def test_a_module_s_folder_gets_a_readme_too(tmp_path: Path) -> None:

@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
+from parallel_decoupling.data.collate import Collator
+from parallel_decoupling.diagnostics.patch_maps import (
+    attention_maps,
+    map_agreement,
+    occluded,
+    patch_contributions,
+    recorded_attention,
+    token_grid,
+)
+from parallel_decoupling.evaluation.embedder import Embedder
+from parallel_decoupling.model.backbone import load_backbone
+from parallel_decoupling.model.encoder import ParallelEncoder
+from tests.support.families import save_tiny_family
+from tests.support.tiny import noise_image
+
+
+def encoder(backbone_dir: str, **options: Any) -> ParallelEncoder:
+    settings = {"num_paths": 2, "prefix_length": 3, "prefix_init": "random", **options}
+    return ParallelEncoder(load_backbone(backbone_dir), **settings).eval()
+
+
+def asking(picture: Image.Image, text: str) -> RawInput:
+    return RawInput(f"{IMAGE_PLACEHOLDER}\n{text}\n", (picture,))
+
+
+@pytest.fixture(scope="module")
+def inputs() -> list[RawInput]:
+    """Two sizes of image, texts of different length."""
+    large, small = noise_image(64, 64), noise_image(64, 32, seed=1)
+    return [asking(large, "read the word and count"), asking(small, "read"), asking(large, "read")]
+
+
+def test_weights_are_those_of_a_model_with_one_plain_prefix_cache(
+    tiny_backbone_dir: str, inputs: list[RawInput]
+) -> None:
+    """Against stock eager attention, whose cache holds the prefix."""
+    from transformers import DynamicCache
+
+    model = encoder(tiny_backbone_dir)
+    collator = Collator(model.processor, image_token=model.image_token)
+    tokenised = collator.encode_inputs(inputs[:1])
+    with recorded_attention(model) as (_, weights), torch.no_grad():
+        model(tokenised)
+    found = torch.stack(weights, dim=2)
+    assert model.prefixes is not None
+    stock = load_backbone(tiny_backbone_dir).eval().base
+    stock.language_model.set_attn_implementation("eager")  # type: ignore[operator,union-attr]
+    vision = dict(tokenised.vision[0])
+    positions = model.backbone.position_ids(tokenised.tokens, vision)
+    for path, states in enumerate(model.prefixes.key_values.detach()):
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(states):
+            cache.update(keys[None], values[None], layer)
+        mask = torch.nn.functional.pad(tokenised.tokens["attention_mask"], (3, 0), value=1)
+        tokens = {**tokenised.tokens, "attention_mask": mask}
+        with torch.no_grad():
+            output = stock(
+                **tokens, **vision, position_ids=positions, past_key_values=cache, output_attentions=True
+            )
+        expected = torch.stack([weights[0, :, -1].mean(dim=0) for weights in output.attentions])
+        torch.testing.assert_close(found[path, 0], expected)
+
+
+def test_mass_and_patches_are_shares(tiny_backbone_dir: str, inputs: list[RawInput]) -> None:
+    found = attention_maps(Embedder(encoder(tiny_backbone_dir)), inputs)
+    assert found.mass.shape == (2, 2, 3)
+    assert (found.mass > 0).all()
+    torch.testing.assert_close(found.mass.sum(dim=-1), torch.ones(2, 2))
+    shapes = [tuple(patches.shape) for patches in found.patches]
+    assert shapes == [(2, 4, 4), (2, 2, 4), (2, 4, 4)]
+    for patches in found.patches:
+        torch.testing.assert_close(patches.sum(dim=(1, 2)), torch.ones(2))
+
+
+def test_every_map_has_its_input_s_tokens_in_their_places(
+    tiny_backbone_dir: str, inputs: list[RawInput]
+) -> None:
+    """Maps are those of a batch, where rows are padded and sorted by length."""
+    model = encoder(tiny_backbone_dir)
+    image_id = model.processor.tokenizer.convert_tokens_to_ids(model.image_token)
+    found = attention_maps(Embedder(model), inputs)
+    tokenised = Collator(model.processor, image_token=model.image_token).encode_inputs(inputs)
+    with recorded_attention(model) as (_, weights), torch.no_grad():
+        model(tokenised)
+    for row, patches in enumerate(found.patches):
+        is_image = tokenised.tokens["input_ids"][row] == image_id
+        expected = torch.stack(weights, dim=2)[:, row, :, 3:][..., is_image].mean(dim=1)
+        expected = (expected / expected.sum(dim=1, keepdim=True)).reshape(patches.shape)
+        torch.testing.assert_close(patches, expected)
+
+
+def test_equal_prefixes_give_equal_maps(tiny_backbone_dir: str, inputs: list[RawInput]) -> None:
+    model = encoder(tiny_backbone_dir)
+    different = attention_maps(Embedder(model), inputs).mass
+    assert not torch.allclose(different[0], different[1], atol=1e-3)
+    assert model.prefixes is not None
+    with torch.no_grad():
+        model.prefixes.key_values[1] = model.prefixes.key_values[0]
+    same = attention_maps(Embedder(model), inputs).mass
+    torch.testing.assert_close(same[0], same[1])
+
+
+def test_with_zero_queries_attention_is_uniform(tiny_backbone_dir: str, inputs: list[RawInput]) -> None:
+    model = encoder(tiny_backbone_dir)
+    with torch.no_grad():
+        for name, parameter in model.backbone.named_parameters():
+            if "language_model" in name and "q_proj" in name:
+                parameter.zero_()
+    found = attention_maps(Embedder(model), inputs[:1])
+    keys = int(Collator(model.processor, image_token=model.image_token).encode_inputs(inputs[:1]).lengths) + 3
+    expected = torch.tensor([3 / keys, 16 / keys, (keys - 19) / keys])
+    torch.testing.assert_close(found.mass, expected.expand(2, 2, 3))
+    torch.testing.assert_close(found.patches[0], torch.full((2, 4, 4), 1 / 16))
+
+
+def test_layers_below_the_prefix_are_shared_and_have_none(
+    tiny_backbone_dir: str, inputs: list[RawInput]
+) -> None:
+    found = attention_maps(Embedder(encoder(tiny_backbone_dir, prefix_layers=1)), inputs)
+    assert (found.mass[:, 0, 0] == 0).all()
+    assert (found.mass[:, 1, 0] > 0).all()
+    torch.testing.assert_close(found.mass[0, 0], found.mass[1, 0])
+
+
+def test_the_encoder_is_left_as_it_was(tiny_backbone_dir: str, inputs: list[RawInput]) -> None:
+    model = encoder(tiny_backbone_dir)
+    former = copy.copy(model.backbone.language_model.config._attn_implementation)  # type: ignore[union-attr]
+    attention_maps(Embedder(model), inputs[:1])
+    assert model.backbone.language_model.config._attn_implementation == former  # type: ignore[union-attr]
+    layers = model.backbone.base.get_submodule(model.backbone.family.layers)
+    assert all(not layer.self_attn._forward_hooks for layer in layers)  # type: ignore[union-attr]
+
+
+def test_token_grid_of_merged_patches_of_a_square_and_of_neither() -> None:
+    assert token_grid({"image_grid_thw": torch.tensor([[1, 4, 8]])}, 8) == (2, 4)
+    assert token_grid({}, 9) == (3, 3)
+    assert token_grid({}, 10) is None
+
+
+def test_a_backbone_that_cuts_images_into_tiles_has_masses_but_no_maps(tmp_path: Path) -> None:
+    model = encoder(save_tiny_family("llava_next_mistral", tmp_path))
+    found = attention_maps(Embedder(model), [asking(noise_image(64, 64), "read")])
+    assert found.patches == []
+    assert (found.mass > 0).all()
+
+
+class QuadrantEmbedder:
+    """Path 0 sees the top left quadrant only, path 1 the bottom right one."""
+
+    def encode(self, inputs: Sequence[Any], **options: Any) -> Tensor:
+        rows = []
+        for item in inputs:
+            pixels = np.asarray(item.convert("L"), float)
+            parts = pixels[:4, :4], pixels[4:, 4:]
+            rows.append(torch.tensor(np.stack([part.ravel() for part in parts])) + 1)
+        return torch.nn.functional.normalize(torch.stack(rows).float(), dim=-1)
+
+
+@pytest.fixture
+def picture() -> Image.Image:
+    """Black with a white dot in the top left and in the bottom right quadrant, both off the diagonal."""
+    picture = Image.new("RGB", (8, 8), "black")
+    picture.putpixel((2, 1), (255, 255, 255))
+    picture.putpixel((5, 7), (255, 255, 255))
+    return picture
+
+
+def test_each_path_depends_on_what_it_sees(picture: Image.Image) -> None:
+    embedder: Any = QuadrantEmbedder()
+    found = patch_contributions(embedder, [picture], grid=4)
+    assert found.shape == (1, 2, 4, 4)
+    changed = found > 1e-5
+    assert changed[0, 0].nonzero().tolist() == [[0, 1]]
+    assert changed[0, 1].nonzero().tolist() == [[3, 2]]
+    same, _ = map_agreement(list(found))
+    assert same[0, 1] == pytest.approx(-1 / 15)
+
+
+def test_patches_cover_the_picture_once(picture: Image.Image) -> None:
+    white = Image.new("RGB", (10, 7), "white")
+    white.paste("black", (0, 0, 10, 3))  # the median is white
+    changed = np.zeros((7, 10), dtype=int)
+    for hidden in occluded(white, 3):
+        changed += (np.asarray(hidden) != np.asarray(white)).any(axis=2)
+    expected = np.zeros((7, 10), dtype=int)
+    expected[:3] = 1
+    assert (changed == expected).all()
+
+
+def test_agreement_on_different_pictures_is_the_mean_over_all_pairs_of_one_grid() -> None:
+    generator = torch.Generator().manual_seed(0)
+    maps = [torch.rand(2, 3, 4, generator=generator) for _ in range(3)]
+    maps += [torch.rand(2, 2, 2, generator=generator) for _ in range(2)]
+    pairs = [(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1), (3, 4), (4, 3)]
+    same, different = map_agreement(maps)
+    for i in range(2):
+        for j in range(2):
+            expected = [correlation(picture[i], picture[j]) for picture in maps]
+            assert same[i, j] == pytest.approx(np.mean(expected))
+            expected = [correlation(maps[k][i], maps[m][j]) for k, m in pairs]
+            assert different[i, j] == pytest.approx(np.mean(expected))
+    assert torch.isnan(map_agreement(maps[:1])[1]).all()
+
+
+def correlation(first: Tensor, second: Tensor) -> float:
+    return float(np.corrcoef(first.flatten().numpy(), second.flatten().numpy())[0, 1])
