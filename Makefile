@@ -92,7 +92,7 @@ studies: $(INSTALLED) ## every study: runs what is missing, then tables and pict
 	@test -f $(DEMO)/checkpoints/last.ckpt || $(MAKE) demo  # search looks at its model
 	@failed=0; for study in help full_data paths prefix mutual_information little_data beyond; do \
 	  $(BIN)/python -m studies $$study --jobs $(STUDY_JOBS) || failed=1; done; \
-	for study in estimators path_differences prefix_gradients search; do $(BIN)/python -m studies $$study || failed=1; done; exit $$failed
+	for study in estimators path_differences prefix_gradients; do $(BIN)/python -m studies $$study || failed=1; done; exit $$failed
 
 clean: ## remove caches and build output (keeps runs/ and .venv/)
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist
