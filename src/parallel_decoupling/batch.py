@@ -3,8 +3,6 @@
 ``B`` local batch, ``G`` gathered batch, ``N`` paths, ``M`` path pairs, ``L`` tokens,
 ``P`` prefix length, ``Y`` layers, ``K`` key/value heads, ``H`` head dim,
 ``D`` embedding dim, ``C`` candidates per query. Order at every boundary: batch, path, feature.
-
-Containers only: reading is in ``data``, tokenisation in ``data.collate``, encoding in ``model``.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ IMAGE_PLACEHOLDER = "<|image_1|>"
 """The image token of every MMEB text (Phi-3's); the collator swaps in the backbone's own."""
 
 PADDING_ID = torch.iinfo(torch.int64).min
-"""In ``candidate_ids``: the candidate stands in for a missing hard negative and is nobody's negative."""
+"""In ``candidate_ids``: the candidate stands in for a missing hard negative and matches no query."""
 
 
 @dataclass(frozen=True)
@@ -74,19 +72,15 @@ class EncoderInputs:
         return len(self.vision)
 
     @property
-    def num_tokens(self) -> int:
-        """Real (unpadded) tokens in all rows."""
-        return int(self.lengths.sum())
-
-    @property
     def lengths(self) -> Tensor:
-        """Real (unpadded) tokens of each row, ``[B]``."""
+        """Count the real (unpadded) tokens of each row, ``[B]``."""
         return self.tokens["attention_mask"].sum(dim=1)
 
     def select(self, rows: Sequence[int]) -> EncoderInputs:
         """Return the given rows in that order, padded to the longest of them only."""
-        used = self.tokens["attention_mask"][list(rows)].any(dim=0)
-        tokens = {key: value[list(rows)][:, used] for key, value in self.tokens.items()}
+        chosen = list(rows)
+        used = self.tokens["attention_mask"][chosen].any(dim=0)
+        tokens = {key: value[chosen][:, used] for key, value in self.tokens.items()}
         return EncoderInputs(tokens, tuple(self.vision[row] for row in rows))
 
     def to(self, device: torch.device | str) -> EncoderInputs:
@@ -117,9 +111,5 @@ class PairBatch:
 
     def to(self, device: torch.device | str) -> PairBatch:
         """Move every tensor to ``device``."""
-        return replace(
-            self,
-            query=self.query.to(device),
-            candidate=self.candidate.to(device),
-            candidate_ids=self.candidate_ids.to(device),
-        )
+        sides = {"query": self.query.to(device), "candidate": self.candidate.to(device)}
+        return replace(self, **sides, candidate_ids=self.candidate_ids.to(device))

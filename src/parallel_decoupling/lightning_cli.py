@@ -30,9 +30,9 @@ from parallel_decoupling.evaluation.embedding_writer import EmbeddingWriter
 from parallel_decoupling.evaluation.run import PathPictures, Scoring
 from parallel_decoupling.evaluation.store import Keeper, VectorType
 from parallel_decoupling.model.encoder import absolute_name
-from parallel_decoupling.model.pretrained import read_checkpoint
+from parallel_decoupling.model.pretrained import LAST_CHECKPOINT, read_checkpoint
 from parallel_decoupling.plan import plan_tables
-from parallel_decoupling.training.callbacks import LAST_FILE, console
+from parallel_decoupling.training.callbacks import console
 from parallel_decoupling.training.module import PDFEmbedder
 from parallel_decoupling.training.settings import CONFIGS, is_fixed
 
@@ -256,7 +256,7 @@ class RunCLI(LightningCLI):
             raise ValueError(
                 "--ckpt_path last: this logger numbers its runs, so give the checkpoint file instead."
             )
-        file = folder / LAST_FILE if wanted == "last" else Path(wanted)
+        file = folder / LAST_CHECKPOINT.name if wanted == "last" else Path(wanted)
         if file.is_file():
             return file
         if wanted == "last" and self.config.subcommand == "fit":
@@ -315,9 +315,9 @@ def _check(config: Any) -> None:
 
 def _check_nothing_is_overwritten(trainer: Any) -> None:
     folder = _checkpoint_dir(trainer)
-    if folder is not None and (folder / LAST_FILE).exists():
+    if folder is not None and (folder / LAST_CHECKPOINT.name).exists():
         raise ValueError(
-            f"{folder / LAST_FILE} is there already, and this fit would overwrite it. Resume it with "
+            f"{folder / LAST_CHECKPOINT.name} is there already, and this fit would overwrite it. Resume it with "
             "--ckpt_path last, choose another --trainer.default_root_dir, or remove the folder."
         )
 

@@ -25,7 +25,6 @@ from parallel_decoupling.model.open_clip import is_open_clip
 from parallel_decoupling.objective.mutual_information import MutualInformation
 from parallel_decoupling.training import compute
 from parallel_decoupling.training.settings import check_trained_dtype, read_settings
-from parallel_decoupling.training.strategies import sharded_blocks
 
 TEXT_TOKENS, NATURAL_IMAGE = 64, (640, 480)
 """Assumed tokens of text per input, and width and height of an image before the image policy (ours)."""
@@ -201,7 +200,7 @@ class Plan:
     def memory(self) -> dict[str, float]:
         """Return the bytes on one GPU by part."""
         gradients = sum(size for _, size, trains in self.groups.values() if trains)
-        block = sum(p.numel() * p.itemsize for p in sharded_blocks(self.backbone)[0].parameters())
+        block = sum(p.numel() * p.itemsize for p in self.layers[0].parameters())
         whole = sum(rows for rows, _, chunk in self.sides if chunk is None)
         rows = max(whole, *(min(rows, chunk or 0) for rows, _, chunk in self.sides))
         pairs, dim = math.comb(self.encoder.num_paths, 2), self.encoder.embed_dim

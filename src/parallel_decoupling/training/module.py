@@ -1,8 +1,7 @@
 """PDFEmbedder: the training algorithm of the Parallel Decoupling Framework, as a LightningModule.
 
-``training_step`` is the alternating step in order. The terms are in ``training.terms``, chunks in
-``training.grad_cache``, schedules in ``training.optimization``, the content of a checkpoint in
-``training.checkpoint``. Evaluation is a client: ``evaluation.run`` scores what ``test_step`` returns.
+``training_step`` is the alternating step in order. Evaluation is a client: ``evaluation.run`` scores what
+``test_step`` returns.
 """
 
 from __future__ import annotations
@@ -20,12 +19,7 @@ from torch import Tensor, nn
 
 from parallel_decoupling.batch import EncoderInputs, PairBatch
 from parallel_decoupling.data.images import ImagePolicy
-from parallel_decoupling.distributed import (
-    average_gradients,
-    clip_gradients,
-    rank,
-    world_size,
-)
+from parallel_decoupling.distributed import average_gradients, clip_gradients, rank, world_size
 from parallel_decoupling.evaluation.embedder import Embedder, about_encoder
 from parallel_decoupling.evaluation.encode import RowBatch
 from parallel_decoupling.model.backbone import AdapterConfig
@@ -57,8 +51,7 @@ class PDFEmbedder(LightningModule):
             open_clip:<architecture>/<pretrained tag> (docs/openclip.md).
         num_paths: N, paths per input.
         prefix_length: P, key/value slots per layer and path; 0 is the plain backbone (num_paths=1 only).
-        prefix_layers: first layer with a prefix; the layers below run once for all paths. Or [start, stop]:
-            layers start to stop - 1 have one.
+        prefix_layers: first layer with a prefix; the layers below run once for all paths. Or [start, stop].
         prefix_type: deep (trained keys and values in every layer) or shallow (trained input embeddings).
         prefix_init: meta (states of short meta-prompts) or random (at the scale of real states).
         aggregation: of the paths' embeddings: mean, concat or learned weights.
@@ -66,8 +59,8 @@ class PDFEmbedder(LightningModule):
         mi: the estimator of mutual information and its schedule.
         mi_weight: final weight of the mutual-information term; with 0 the estimator only watches.
         aggregate_weight: weight of the aggregate's InfoNCE; 0 switches it off.
-        matryoshka_dims: smaller dimensions at which every path and the aggregate are contrasted, too, so that
-            truncate_dim of encode works well; the terms are means over these and the full dimension.
+        matryoshka_dims: smaller dimensions at which every path and the aggregate are contrasted, too; the
+            terms are means over these and the full dimension.
         temperature: divides cosines in InfoNCE, above 0.
         learn_temperature: train the temperature, starting from temperature.
         symmetric: also contrast candidates with queries.
@@ -80,19 +73,14 @@ class PDFEmbedder(LightningModule):
         dtype: of the backbone's weights; adapters and prefixes are fp32.
         attention: of the language model; flash_attention_2 and flex_attention need a GPU.
         gradient_checkpointing: recompute layers in the backward pass.
-        initial_adapter: folder or hub id of a published LoRA or DoRA adapter to continue from; its file
-            decides rank, alpha, dropout and targets.
+        initial_adapter: folder or hub id of a published LoRA or DoRA adapter to continue, with its options.
         quantization: 4bit keeps the frozen weights in four bits (needs bitsandbytes).
         family: names inside a model whose family has no row in docs/backbones.md.
         seed: of everything random in initialisation and training, but not of the data order.
 
-    Raises:
-        ValueError: for a combination that cannot work; says what to change.
-
     Relations:
         ``num_paths=1, prefix_length=0, mi_weight=0, aggregate_weight=0`` is the single-path VLM2Vec recipe.
         Without dropout, loss and gradients do not depend on the chunk sizes or the number of processes.
-        ``matryoshka_dims=[D]`` is none.
     """
 
     def __init__(
@@ -197,7 +185,7 @@ class PDFEmbedder(LightningModule):
 
     @property
     def temperature(self) -> Tensor:
-        """What divides the cosines, 0-dim."""
+        """Return what divides the cosines, 0-dim."""
         if self.log_temperature is None:
             return torch.tensor(self.fixed_temperature, device=self.device)
         return self.log_temperature.exp()
@@ -234,7 +222,7 @@ class PDFEmbedder(LightningModule):
 
     def _main_step(self) -> None:
         """Average over ranks, clip, step the embedder and its schedule."""
-        optimizers = self.optimizers()
+        optimizers = cast(Any, self.optimizers())
         optimizer = optimizers[0] if isinstance(optimizers, list) else optimizers
         parameters = [parameter for group in self.trainables().values() for parameter in group]
         average_gradients(parameters)
@@ -258,7 +246,7 @@ class PDFEmbedder(LightningModule):
         self.log_dict(values)
 
     def trainables(self) -> dict[str, list[nn.Parameter]]:
-        """What the main optimizer steps, by parameter group; groups may be empty."""
+        """Return what the main optimizer steps, by parameter group; groups may be empty."""
         return {
             "adapters": list(self.encoder.adapter_parameters()),
             "prefixes": list(self.encoder.prefix_parameters()),
@@ -267,11 +255,10 @@ class PDFEmbedder(LightningModule):
         }
 
     def configure_optimizers(self) -> Any:
-        """AdamW with its schedule for the embedder, Adam for the estimator."""
+        """Build AdamW with its schedule for the embedder, and Adam for the estimator."""
         main = optimization.main_optimizer(self.trainables(), self.optimizer_config)
-        schedule = optimization.learning_rate_schedule(
-            main, self.optimizer_config, optimization.total_steps(self.trainer)
-        )
+        steps = optimization.total_steps(self.trainer)
+        schedule = optimization.learning_rate_schedule(main, self.optimizer_config, steps)
         optimizers: list[torch.optim.Optimizer] = [main]
         if self.mutual_information.needs_fit:
             parameters = self.mutual_information.parameters()
@@ -291,7 +278,7 @@ class PDFEmbedder(LightningModule):
             shard_encoder(self.encoder, self.device_mesh["data_parallel"])
 
     def configure_callbacks(self) -> list[Callback]:
-        """What every run has; the Trainer's own callback of the same class wins."""
+        """Return what every run has; the Trainer's own callback of the same class wins."""
         own = [type(callback) for callback in cast(Any, self.trainer).callbacks]
         return [default() for default in callbacks.DEFAULTS if default not in own]
 
@@ -305,13 +292,13 @@ class PDFEmbedder(LightningModule):
             self.trainer.optimizers, self.lr_schedulers(), self.optimizer_config, self.mi_config
         )
 
-    def on_save_checkpoint(self, checkpoint_content: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, content: dict[str, Any]) -> None:  # type: ignore[override]
         """Keep what trains; see ``training.checkpoint``."""
-        checkpoint.save_into(checkpoint_content, self)
+        checkpoint.save_into(content, self)
 
-    def on_load_checkpoint(self, checkpoint_content: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, content: dict[str, Any]) -> None:  # type: ignore[override]
         """Check every key and load; see ``training.checkpoint``."""
-        checkpoint.load_into(self, checkpoint_content)
+        checkpoint.load_into(self, content)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -334,10 +321,9 @@ class PDFEmbedder(LightningModule):
     predict_step = validation_step
 
     def on_test_start(self) -> None:
-        """Warn if nothing takes the embeddings."""
-        if not any(
-            getattr(callback, "scores_tasks", False) for callback in cast(Any, self.trainer).callbacks
-        ):
+        """Warn if nothing scores the embeddings."""
+        own = cast(Any, self.trainer).callbacks
+        if not any(getattr(callback, "scores_tasks", False) for callback in own):
             rank_zero_warn(
                 "Nothing scores this test: add parallel_decoupling.evaluation.run.Scoring to the Trainer's "
                 "callbacks, or call evaluate(model, data_dir)."
@@ -347,9 +333,8 @@ class PDFEmbedder(LightningModule):
         """Identify what turns inputs into embeddings; see ``model.identity.encoder_identity``."""
         precision = None if self._trainer is None else str(self._trainer.precision)
         shaping = settings.embedding_settings(self.hparams)
-        return encoder_identity(
-            self.encoder, fingerprint=checkpoint.fingerprint(self), precision=precision, settings=shaping
-        )
+        conditions: dict[str, Any] = {"precision": precision, "settings": shaping}
+        return encoder_identity(self.encoder, fingerprint=checkpoint.fingerprint(self), **conditions)
 
     def about(self) -> dict[str, Any]:
         """Return what stored embeddings say of this model; see ``evaluation.embedder.about_encoder``."""
@@ -367,14 +352,10 @@ class PDFEmbedder(LightningModule):
         }
 
     @property
-    def images(self) -> ImagePolicy:
-        """What happened to the pictures that the weights were trained on."""
-        return ImagePolicy.from_settings(self.trained_data)
-
-    @property
     def embedder(self) -> Embedder:
-        """The same weights without Lightning; pictures as in training."""
-        embedder = Embedder(self.encoder, self.query_instruction, self.candidate_instruction, self.images)
+        """Return the same weights without Lightning; pictures are treated as in training."""
+        images = ImagePolicy.from_settings(self.trained_data)
+        embedder = Embedder(self.encoder, self.query_instruction, self.candidate_instruction, images)
         embedder.run = self.run_info()
         return embedder
 
