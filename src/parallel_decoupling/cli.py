@@ -1,6 +1,5 @@
 """The ``lightning`` command: a LightningCLI for ``PDFEmbedder`` and ``MMEBDataModule``, and ``commands``.
 
-Here: dispatch, and how errors are shown. Elsewhere on purpose: options and runs (``lightning_cli``).
 torch and Lightning are imported only for the subcommand that needs them, so that the help is there at once.
 """
 
@@ -10,6 +9,7 @@ import inspect
 import re
 import sys
 import traceback
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,27 +28,18 @@ TRAINER_SUBCOMMANDS = {
 COMMANDS = {name: getattr(commands, name).__doc__.splitlines()[0] for name in commands.__all__}
 """Subcommands without a Trainer; each is a function of ``commands``."""
 
-WORKER_TRACEBACK = "Original Traceback (most recent call last):"
-TRAINER_MODULES = "lightning.pytorch.trainer."
-"""Where Lightning checks the options of the Trainer."""
-
 SUBCOMMANDS = TRAINER_SUBCOMMANDS | COMMANDS
+WORKER_TRACEBACK = "Original Traceback (most recent call last):"
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run a subcommand; a user's mistake ends with one message and exit code 2.
-
-    Args:
-        args: command line without the program's name; ``None`` takes ``sys.argv``.
-    """
+    """Run a subcommand (``sys.argv`` by default); a mistake ends with one message and exit code 2."""
     arguments = list(sys.argv[1:] if args is None else args)
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(_help())
         return
     if arguments[0] == "--version":
-        from parallel_decoupling import __version__
-
-        sys.stdout.write(f"parallel-decoupling {__version__}\n")
+        sys.stdout.write(f"parallel-decoupling {version('parallel-decoupling')}\n")
         return
     if arguments[0] not in SUBCOMMANDS:
         _fail(f"there is no subcommand {arguments[0]!r}; choose from {', '.join(SUBCOMMANDS)}")
@@ -79,22 +70,23 @@ def _fail(message: str) -> None:
 
 
 def _is_the_users(error: ValueError | OSError) -> bool:
-    """Whether the error speaks to the user; others keep their traceback.
+    """Tell whether an error speaks to the user; others keep their traceback.
 
-    Those are: files and folders (``OSError``, whose text names them), what Lightning says of the Trainer's
-    options, and this package's ``ValueError``. What a worker of the DataLoader raises, torch raises again
-    here with the worker's traceback as its text.
+    Those that do are about files (``OSError``), the Trainer's options, or raised in this package. What a
+    worker of the DataLoader raises, torch raises again here with the worker's traceback as its text.
     """
     if isinstance(error, OSError):
         return True
     if WORKER_TRACEBACK in str(error):
         return "parallel_decoupling" in Path(re.findall(r'File "(.+)", line', str(error))[-1]).parts
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return str(frame.f_globals.get("__name__", "")).startswith(("parallel_decoupling", TRAINER_MODULES))
+    return str(frame.f_globals.get("__name__", "")).startswith(
+        ("parallel_decoupling", "lightning.pytorch.trainer.")
+    )
 
 
 def _message(error: Exception) -> str:
-    """The error's own words, without a worker's traceback."""
+    """Return the error's own words, without a worker's traceback."""
     text = str(error) or type(error).__name__
     return text.rsplit(f"{type(error).__name__}: ", 1)[-1].strip() if WORKER_TRACEBACK in text else text
 
@@ -107,11 +99,8 @@ def _run_command(name: str, arguments: list[str]) -> None:
     command = getattr(commands, name)
     parser = ArgumentParser(prog=f"lightning {name}", description=COMMANDS[name])
     about = {each.arg_name: each.description for each in parse(command.__doc__).params}
-    rest = [
-        each.name
-        for each in inspect.signature(command).parameters.values()
-        if each.kind == each.VAR_POSITIONAL
-    ]
+    arguments_of = inspect.signature(command).parameters.values()
+    rest = [each.name for each in arguments_of if each.kind == each.VAR_POSITIONAL]
     for each in rest:
         parser.add_argument(each, nargs="+", type=str, help=about[each])
     parser.add_function_arguments(command, as_positional=True, as_group=False)

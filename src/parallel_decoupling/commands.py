@@ -1,4 +1,4 @@
-"""The subcommands without a Trainer, one function each: ``cli`` makes options of signature and docstring.
+"""The subcommands without a Trainer: ``cli`` makes options of a function's signature and docstring.
 
 They import what they need when they run, so that help is there at once.
 """
@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from rich.console import Console
     from rich.table import Table
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from parallel_decoupling.search import Hit, Searcher
 
 __all__ = ["app", "compare", "export", "index", "paths", "search", "serve", "verify"]
-
-LONGEST_CELL = 60
 
 
 def index(
@@ -100,10 +99,8 @@ def serve(
         waiting: most requests that are being answered or wait; further ones get status 429.
         batch_size: inputs per forward pass, and requests that are embedded together.
     """
-    try:
+    with _extra("serve", "fastapi", "uvicorn"):
         from parallel_decoupling.serve import Limits, run_server
-    except ModuleNotFoundError as error:
-        raise _missing(error, "serve", "fastapi", "uvicorn") from error
 
     limits = Limits(body_bytes, inputs, characters, pixels, waiting, batch_size)
     run_server(lambda: load_model(model), path, limits, host, port)
@@ -128,10 +125,8 @@ def app(
         port: port to listen on.
     """
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
-    try:
+    with _extra("app", "gradio"):
         from parallel_decoupling.app import build_page, show_page
-    except ModuleNotFoundError as error:
-        raise _missing(error, "app", "gradio") from error
 
     searcher = open_searcher(embeddings, model)
     pictures = image_dir or searcher.index.metadata.get("image_dir") or "."
@@ -216,11 +211,7 @@ def load_model(path: str | Path) -> Embedder:
 
 
 def open_searcher(embeddings: str | Path, model: str | None = None) -> Searcher:
-    """Open a folder of embeddings or an index, and a model for it; None is the one that it names.
-
-    Raises:
-        ValueError: there are no embeddings, no model is known, or the two do not belong together.
-    """
+    """Open a folder of embeddings or an index, and a model for it; None is the one that it names."""
     from parallel_decoupling.evaluation.store import Store
     from parallel_decoupling.lance_index import TABLE, LanceIndex
     from parallel_decoupling.search import ExactIndex, Searcher
@@ -238,21 +229,15 @@ def hits_table(hits: Sequence[Hit]) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("rank", "score", "id")
-    for name in hits[0].similarities if hits else ():
-        table.add_column(name, justify="right")
+    table = Table("rank", "score", "id", *(hits[0].similarities if hits else ()))
     for name in hits[0].fields if hits else ():
         table.add_column(escape(name), overflow="fold")
     for rank, hit in enumerate(hits, start=1):
+        texts = [hit.id, *("" if value is None else str(value) for value in hit.fields.values())]
+        item, *fields = (escape(text if len(text) <= 60 else f"{text[:59]}…") for text in texts)
         cosines = [f"{value:.3f}" for value in hit.similarities.values()]
-        fields = [escape(_short(value)) for value in hit.fields.values()]
-        table.add_row(str(rank), f"{hit.score:.3f}", escape(hit.id), *cosines, *fields)
+        table.add_row(str(rank), f"{hit.score:.3f}", item, *cosines, *fields)
     return table
-
-
-def _short(value: Any) -> str:
-    text = "" if value is None else str(value)
-    return text if len(text) <= LONGEST_CELL else f"{text[: LONGEST_CELL - 1]}…"
 
 
 def _console() -> Console:
@@ -265,8 +250,12 @@ def _say(message: str) -> None:
     _console().print(message, markup=False, highlight=False, soft_wrap=True)
 
 
-def _missing(error: ModuleNotFoundError, extra: str, *packages: str) -> Exception:
-    """Return what a user is told if a package of an extra is missing; any other error as it is."""
-    if error.name not in packages:
-        return error
-    return ValueError(f"this needs {error.name}: pip install 'parallel-decoupling[{extra}]'")
+@contextmanager
+def _extra(extra: str, *packages: str) -> Iterator[None]:
+    """Say what to install if one of an extra's packages is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in packages:
+            raise
+        raise ValueError(f"this needs {error.name}: pip install 'parallel-decoupling[{extra}]'") from error

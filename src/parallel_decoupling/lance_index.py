@@ -42,9 +42,6 @@ def write_lance_index(store: Store, index_dir: str | Path, index_type: IndexType
         store: what ``predict`` wrote.
         index_dir: the folder of the database.
         index_type: of the approximate index of every column; None compares with every item.
-
-    Raises:
-        ValueError: LanceDB is not installed, or there are too few items for an approximate index.
     """
     if index_type is not None and index_type not in get_args(IndexType):
         raise ValueError(f"index_type is {index_type!r}; choose from {', '.join(get_args(IndexType))}")
@@ -53,11 +50,9 @@ def write_lance_index(store: Store, index_dir: str | Path, index_type: IndexType
             f"{len(store)} items are too few for index_type {index_type}, which is trained on at least "
             f"{ROWS_FOR_TRAINING}; leave it out to compare with every item"
         )
-    tables = _tables(store)
-    first = next(tables)
-    metadata = {METADATA_KEY: json.dumps(store.metadata)}
-    database = _lancedb().connect(index_dir)
-    table = database.create_table(TABLE, first.replace_schema_metadata(metadata), mode="overwrite")
+    tables, metadata = _tables(store), {METADATA_KEY: json.dumps(store.metadata)}
+    first = next(tables).replace_schema_metadata(metadata)
+    table = _lancedb().connect(index_dir).create_table(TABLE, first, mode="overwrite")
     for rows in tables:
         table.add(rows)
     if index_type is not None:
@@ -73,16 +68,11 @@ class LanceIndex:
 
     Args:
         index_dir: the folder of the database.
-
-    Raises:
-        ValueError: LanceDB is not installed, or the folder does not hold such a table.
     """
 
     def __init__(self, index_dir: str | Path) -> None:
         if not Path(index_dir, f"{TABLE}.lance").is_dir():
-            raise ValueError(
-                f"{index_dir} does not hold an index ({TABLE}.lance): write one with lightning index"
-            )
+            raise ValueError(f"{index_dir} has no {TABLE}.lance: write an index with lightning index")
         self._table = _lancedb().connect(index_dir).open_table(TABLE)
         schema = self._table.schema
         self.metadata: Mapping[str, Any] = json.loads(schema.metadata[METADATA_KEY])
@@ -97,33 +87,25 @@ class LanceIndex:
         self, queries: Mapping[str, Tensor], top_k: int, scoring: str, where: str | None = None
     ) -> list[list[Hit]]:
         """Find the best items of every query; see ``search.Index``."""
-        return [
-            self._search_one(
-                vector, {name: column[number] for name, column in queries.items()}, top_k, scoring, where
-            )
-            for number, vector in enumerate(query_vectors(queries, top_k, scoring, self))
-        ]
-
-    def _search_one(
-        self, vector: Tensor, query: Mapping[str, Tensor], top_k: int, scoring: str, where: str | None
-    ) -> list[Hit]:
-        paths = [name for name in path_columns(self.columns) if name in query]
-        names = tuple(dict.fromkeys([*compared(scoring, self.columns), *paths]))
-        search = self._table.search(vector.numpy(), vector_column_name=scoring).distance_type("cosine")
-        search = search.limit(top_k).refine_factor(REFINED).select([*self._fields, *names])
-        if where is not None:
-            search = search.where(where)
-        try:
-            found = search.to_arrow()
-        except ValueError as error:
-            raise ValueError(f"LanceDB refuses the search (where={where!r}): {error}") from error
-        vectors = {name: F.normalize(to_tensor(found[name]), dim=-1) for name in names}
-        items = {name: vectors[name] for name in compared(scoring, self.columns)}
-        scores_K = similarities(vector.unsqueeze(0), scored_vectors(items, scoring))[0]
-        order_K = scores_K.argsort(descending=True, stable=True)
-        rows = found.select(self._fields).take(order_K.numpy()).to_pylist()
-        cosines = {name: query[name] for name in paths}
-        return make_hits(cosines, {name: vectors[name][order_K] for name in paths}, scores_K[order_K], rows)
+        paths = [name for name in path_columns(self.columns) if name in queries]
+        needed = compared(scoring, self.columns)
+        names = tuple(dict.fromkeys([*needed, *paths]))
+        all_hits = []
+        for number, vector in enumerate(query_vectors(queries, top_k, scoring, self)):
+            search = self._table.search(vector.numpy(), vector_column_name=scoring).distance_type("cosine")
+            search = search.limit(top_k).refine_factor(REFINED).select([*self._fields, *names])
+            try:
+                found = (search if where is None else search.where(where)).to_arrow()
+            except ValueError as error:
+                raise ValueError(f"LanceDB refuses the search (where={where!r}): {error}") from error
+            vectors = {name: F.normalize(to_tensor(found[name]), dim=-1) for name in names}
+            items = scored_vectors({name: vectors[name] for name in needed}, scoring)
+            scores_K, order_K = similarities(vector.unsqueeze(0), items)[0].sort(descending=True, stable=True)
+            rows = found.select(self._fields).take(order_K.numpy()).to_pylist()
+            query = {name: queries[name][number] for name in paths}
+            in_order = {name: vectors[name][order_K] for name in paths}
+            all_hits.append(make_hits(query, in_order, scores_K, rows))
+        return all_hits
 
 
 def _tables(store: Store) -> Iterator[pa.Table]:

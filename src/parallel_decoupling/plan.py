@@ -24,7 +24,7 @@ from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.model.open_clip import is_open_clip
 from parallel_decoupling.objective.mutual_information import MutualInformation
 from parallel_decoupling.training import compute
-from parallel_decoupling.training.settings import check_trained_dtype, read_settings
+from parallel_decoupling.training.settings import check_trained_dtype, group, read_settings
 
 TEXT_TOKENS, NATURAL_IMAGE = 64, (640, 480)
 """Assumed tokens of text per input, and width and height of an image before the image policy (ours)."""
@@ -40,10 +40,7 @@ FP32, NF4, GIB = 4, 0.5 + 1 / 64 + 4 / (64 * 256), 2**30
 def plan_tables(
     model: dict[str, Any], data: dict[str, Any], trainer: dict[str, Any], gpu_memory_gib: float = 80.0
 ) -> list[Table]:
-    """Return tables of batch, parameters, memory of one GPU, and work.
-
-    They follow from all arguments of ``PDFEmbedder``, of ``MMEBDataModule`` and of the Trainer.
-    """
+    """Return tables for all arguments of ``PDFEmbedder``, of ``MMEBDataModule`` and of the Trainer."""
     plan = Plan(model, data, trainer)
     needed, hours = sum(plan.memory.values()) / GIB, plan.steps * plan.seconds / 3600
     fits = "fits" if needed <= USABLE * gpu_memory_gib else "does not fit"
@@ -71,11 +68,10 @@ def plan_tables(
             ("run", f"{plan.steps:,} steps, {hours:.1f} hours, {hours * plan.processes:.0f} GPU-hours"),
         ],
     }
-    tables = []
-    for title, rows in contents.items():
-        tables.append(Table("quantity", "value", title=title))
+    tables = [Table("quantity", "value", title=title) for title in contents]
+    for table, rows in zip(tables, contents.values(), strict=True):
         for row in rows:
-            tables[-1].add_row(*row)
+            table.add_row(*row)
     return tables
 
 
@@ -88,11 +84,9 @@ def read_layout(trainer: Mapping[str, Any]) -> tuple[int, str]:
         devices = len(devices if isinstance(devices, list) else devices.split(","))
     processes = int(devices) * int(trainer["num_nodes"])
     name = strategy if isinstance(strategy, str) else strategy["class_path"].rsplit(".", 1)[-1].lower()
-    if name == "auto":
-        name = "ddp" if processes > 1 else "single"
-    for known in ("single", "ddp", "fsdp2"):
-        if name.startswith(known):
-            return processes, known
+    name = ("ddp" if processes > 1 else "single") if name == "auto" else name
+    if known := [each for each in ("single", "ddp", "fsdp2") if name.startswith(each)]:
+        return processes, known[0]
     raise ValueError(f"trainer.strategy={name} cannot be planned: use auto, ddp or fsdp2.")
 
 
@@ -120,10 +114,10 @@ def image_cost(backbone: Backbone, images: ImagePolicy) -> ImageCost:
 
 
 def saved_bytes(layers: nn.Module, element: int) -> int:
-    """Return what the backward pass of transformer layers needs, in bytes per token.
+    """Return the bytes per token that the backward pass of transformer layers needs.
 
-    That is the input and the output of every linear layer, once more the input of a trained or adapted one
-    (it is cast), and in fp32 the input of every norm.
+    Those are input and output of every linear layer, the input again of a trained or adapted one (it is
+    cast), and in fp32 the input of every norm.
     """
     linear = {name: m for name, m in layers.named_modules() if isinstance(m, nn.Linear)}
     own = [m.in_features + m.out_features for name, m in linear.items() if "lora_" not in name]
@@ -147,9 +141,8 @@ class Plan:
             raise ValueError(f"batch_size={self.queries} must be a multiple of {self.processes} processes.")
         options = {name: self.model[name] for name in ("dtype", "adapter", "initial_adapter", "family")}
         self.backbone = meta_backbone(model["backbone"], revision=model["backbone_revision"], **options)
-        names = ("num_paths", "prefix_length", "prefix_layers", "prefix_type", "aggregation")
-        options = {name: self.model[name] for name in names}
-        self.encoder = ParallelEncoder(self.backbone, prefix_init="random", **options)
+        options = {**group("paths", self.model), "prefix_init": "random"}
+        self.encoder = ParallelEncoder(self.backbone, **options)
         self.full: bool = self.backbone.adapter.kind == "full"
         self.element = 2 if "mixed" in str(trainer["precision"]) else self.backbone.dtype.itemsize
         self.layers = self.backbone.layers

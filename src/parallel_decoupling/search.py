@@ -17,7 +17,6 @@ from parallel_decoupling.evaluation.store import AGGREGATE, Store, path_column
 from parallel_decoupling.model.identity import path_hashes
 
 MEAN, CONCAT, MAXSIM = "mean", "concat", "maxsim"
-MEMORY_BUDGET = 4 * 2**30
 ROWS_AT_ONCE = 1024
 """Items that are scored together."""
 DECODING_BYTES = 9
@@ -44,10 +43,7 @@ class Hit:
 class Index(Protocol):
     """Items that can be searched: ``ExactIndex``, or ``lance_index.LanceIndex``.
 
-    Attributes:
-        metadata: of the store that the items come from.
-        columns: names of the vectors of every item.
-        scorings: what ``search`` may score by.
+    ``metadata`` and ``columns`` are those of the store that the items come from.
     """
 
     metadata: Mapping[str, Any]
@@ -59,14 +55,7 @@ class Index(Protocol):
     def search(
         self, queries: Mapping[str, Tensor], top_k: int, scoring: str, where: str | None = None
     ) -> list[list[Hit]]:
-        """Find the best items of every query; see ``Searcher.search``.
-
-        Args:
-            queries: by column, ``[Q, D]``: those that the scoring compares, and perhaps further paths.
-            top_k: hits per query, at least 1.
-            scoring: one of ``scorings``.
-            where: condition on source fields in LanceDB's SQL.
-        """
+        """Find the best items of every query, given by column as ``[Q, D]``; see ``Searcher.search``."""
 
 
 class ExactIndex:
@@ -77,14 +66,11 @@ class ExactIndex:
         memory_budget: bytes that decoded vectors may take. Vectors that fit stay in memory, others are read
             again for every search.
 
-    Raises:
-        ValueError: one row group of all paths does not fit into the budget.
-
     Relations:
-        The hits do not depend on the budget.
+        The hits do not depend on the budget, into which one row group of all paths must fit.
     """
 
-    def __init__(self, store: Store, memory_budget: int = MEMORY_BUDGET) -> None:
+    def __init__(self, store: Store, memory_budget: int = 4 * 2**30) -> None:
         self.store, self.columns = store, store.columns
         self.metadata: Mapping[str, Any] = store.metadata
         several = (MEAN, CONCAT, MAXSIM) if len(path_columns(self.columns)) > 1 else ()
@@ -107,10 +93,7 @@ class ExactIndex:
     ) -> list[list[Hit]]:
         """Find the best items of every query; see ``Index``. Of equal scores the earlier row comes first."""
         if where is not None:
-            raise ValueError(
-                f"where={where!r}: exact search does not take conditions; make a LanceDB index of the folder "
-                "(lightning index EMBEDDINGS INDEX_DIR) and search that"
-            )
+            raise ValueError("exact search does not take conditions; make a LanceDB index (lightning index)")
         query = query_vectors(queries, top_k, scoring, self)
         best_QK, rows_QK = torch.empty(len(query), 0), torch.empty(len(query), 0, dtype=torch.long)
         for batch, size in enumerate(self.store.batch_sizes):
@@ -125,11 +108,9 @@ class ExactIndex:
 
     def _scores(self, batch: int, query: Tensor, scoring: str) -> Tensor:
         columns = {name: self._vectors(batch, name) for name in compared(scoring, self.columns)}
-        starts = range(0, self.store.batch_sizes[batch], ROWS_AT_ONCE)
-        parts = [
-            {name: each[start : start + ROWS_AT_ONCE] for name, each in columns.items()} for start in starts
-        ]
-        return torch.cat([similarities(query, scored_vectors(part, scoring)) for part in parts], dim=1)
+        in_parts = zip(*(each.split(ROWS_AT_ONCE) for each in columns.values()), strict=True)
+        parts = [scored_vectors(dict(zip(columns, part, strict=True)), scoring) for part in in_parts]
+        return torch.cat([similarities(query, part) for part in parts], dim=1)
 
     def _hits(self, query: Mapping[str, Tensor], rows_K: Tensor, scores_K: Tensor) -> list[Hit]:
         vectors = {name: torch.empty(len(rows_K), len(query_D)) for name, query_D in query.items()}
@@ -174,9 +155,6 @@ class Searcher:
 
     Attributes:
         scorings: what may be scored by: what the index has and the model can embed.
-
-    Raises:
-        ValueError: the model has other weights than the one that embedded the items, or lacks their paths.
     """
 
     def __init__(self, embedder: Any, index: Index) -> None:
@@ -193,9 +171,8 @@ class Searcher:
         if not self.scorings:
             raise ValueError(
                 "the model has other weights than the one that embedded the items "
-                f"({index.metadata.get('model') or 'no checkpoint'}): it was trained further, is another "
-                "model, was exported with merged adapters, or lacks their paths. Give that model, or embed "
-                "the items with this one (lightning predict)"
+                f"({index.metadata.get('model') or 'no checkpoint'}): another model, trained further, merged "
+                "adapters, or other paths. Give that model, or embed the items with this one"
             )
 
     def search(
@@ -207,7 +184,7 @@ class Searcher:
         where: str | None = None,
         instruction: str | None = None,
     ) -> list[list[Hit]]:
-        """Find the best items of every query.
+        """Find at most ``top_k`` items of every query, best first.
 
         Args:
             inputs: a list of what ``Embedder.encode`` takes: texts, PIL images, image files, dictionaries.
@@ -217,12 +194,6 @@ class Searcher:
                 item's best path.
             where: condition on source fields in SQL, for a LanceDB index.
             instruction: put before every text; None is the model's own for queries.
-
-        Returns:
-            For every query at most ``top_k`` hits, best first.
-
-        Raises:
-            ValueError: an argument cannot be used with this model and index.
         """
         if scoring not in self.scorings:
             raise ValueError(f"scoring is {scoring!r}; this model and index have {', '.join(self.scorings)}")

@@ -7,7 +7,6 @@ import base64
 import io
 import math
 import signal
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -43,16 +42,7 @@ GRACE_SECONDS = 30
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request and all waiting ones together may cost; all at least 1.
-
-    Attributes:
-        body_bytes: in a request.
-        inputs: in a request.
-        characters: in an input's text and instruction together.
-        pixels: in an image, width times height, read from its header before decoding.
-        waiting: requests that are being answered or wait; further ones get status 429.
-        batch_size: inputs per forward pass, and requests that are embedded together.
-    """
+    """What one request and all waiting ones together may cost; see ``commands.serve``."""
 
     body_bytes: int = 20_000_000
     inputs: int = 256
@@ -112,15 +102,11 @@ Result = tuple[Tensor, int] | ValueError
 class CountingCollator(Collator):
     """Remembers every row's number of tokens, image tokens included."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.num_tokens: dict[int, int] = {}
-
     def encode_inputs(self, inputs: Sequence[RawInput], *args: Any, **kwargs: Any) -> EncoderInputs:
         """Tokenise as ``Collator`` does."""
         encoded = super().encode_inputs(inputs, *args, **kwargs)
-        for row, count in zip(inputs, encoded.tokens["attention_mask"].sum(dim=1).tolist(), strict=True):
-            self.num_tokens[id(row)] = int(count)
+        self.num_tokens = getattr(self, "num_tokens", {})
+        self.num_tokens |= dict(zip(map(id, inputs), encoded.lengths.tolist(), strict=True))
         return encoded
 
 
@@ -157,9 +143,12 @@ class Server:
             del self._waiting[future]
         if isinstance(result, ValueError):
             raise result
+        numbers: list[Any] = result[0].tolist()
+        if body.encoding_format == "base64":  # of little-endian float32
+            rows = result[0].numpy().astype("<f4")
+            numbers = [base64.b64encode(row.tobytes()).decode("ascii") for row in rows]
         data = [
-            {"object": "embedding", "index": index, "embedding": _numbers(embedding_D, body.encoding_format)}
-            for index, embedding_D in enumerate(result[0])
+            {"object": "embedding", "index": index, "embedding": each} for index, each in enumerate(numbers)
         ]
         usage = {"prompt_tokens": result[1], "total_tokens": result[1]}
         return {"object": "list", "data": data, "model": body.model, "usage": usage}
@@ -167,7 +156,8 @@ class Server:
     async def _embed_oldest(self) -> None:
         oldest = [future for future in self._waiting if not future.done()][: self.limits.batch_size]
         tasks = [self._waiting[future] for future in oldest]
-        results = await asyncio.get_running_loop().run_in_executor(self._model_thread, self.embed, tasks)
+        loop = asyncio.get_running_loop()
+        results = await loop.run_in_executor(self._model_thread, self.embed, tasks)
         for future, result in zip(oldest, results, strict=True):
             future.set_result(result)
 
@@ -175,13 +165,11 @@ class Server:
         """Embed the inputs of several requests together, or one by one if that fails, as ``encode`` does."""
         encoder, images = self.embedder.encoder, self.embedder.images
         collator = CountingCollator(encoder.processor, image_token=encoder.image_token, images=images)
-        groups: dict[tuple[Output, int | None], list[Task]] = defaultdict(list)
-        for task in tasks:
-            groups[task.output, task.truncate_dim].append(task)
         embeddings: dict[int, Tensor] = {}
         options: dict[str, Any] = {"batch_size": self.limits.batch_size, "show_progress": False}
         try:
-            for (output, dim), group in groups.items():
+            for output, dim in {(task.output, task.truncate_dim) for task in tasks}:
+                group = [task for task in tasks if (task.output, task.truncate_dim) == (output, dim)]
                 rows = [row for task in group for row in task.rows]
                 joined = encode(encoder, collator, rows, paths=output, truncate_dim=dim, **options)
                 parts = torch.split(joined, [len(task.rows) for task in group])
@@ -197,9 +185,9 @@ class Server:
             known = ", ".join(self.models)
             raise RequestError(f"there is no model {body.model!r}; use {known}", 404, "model")
         output, limits = self.models[body.model], self.limits
-        if not 0 < len(body.input) <= limits.inputs:
-            message = f"input has {len(body.input)} items; 1 to {limits.inputs} are allowed"
-            raise RequestError(message, 413 if body.input else 400)
+        if not (count := len(body.input)) or count > limits.inputs:
+            message = f"input has {count} items; 1 to {limits.inputs} are allowed"
+            raise RequestError(message, 413 if count else 400)
         rows = to_raw_inputs(_checked(*each, limits) for each in enumerate(body.input))
         processor = self.embedder.encoder.processor
         texts = [f"{item.instruction or ''} {item.text}" for item in body.input]
@@ -211,8 +199,7 @@ class Server:
         whole = self.embedder.encoder.aggregate_dim if output == "aggregate" else path_dim
         step = whole // path_dim  # paths that are concatenated
         if not step <= body.dimensions <= whole or body.dimensions % step:
-            steps = "" if step == 1 else f", a multiple of {step}: the aggregate joins {step} paths"
-            message = f"dimensions is {body.dimensions}; use {step} to {whole}{steps}"
+            message = f"dimensions is {body.dimensions}; use {step} to {whole}, a multiple of {step}"
             raise RequestError(message, param="dimensions")
         return Task(rows, output, body.dimensions // step)
 
@@ -316,10 +303,3 @@ def _image(uri: str, where: str, limits: Limits) -> Image.Image:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise RequestError(f"{where}: image cannot be decoded: {error.__cause__ or error}") from error
     return image
-
-
-def _numbers(embedding_D: Tensor, encoding_format: str) -> Any:
-    """Return a list of floats, or base64 of little-endian float32."""
-    if encoding_format == "float":
-        return embedding_D.tolist()
-    return base64.b64encode(embedding_D.numpy().astype("<f4").tobytes()).decode("ascii")

@@ -352,10 +352,14 @@ class PDFEmbedder(LightningModule):
         }
 
     @property
+    def images(self) -> ImagePolicy:
+        """Return what happened to the pictures that the weights were trained on."""
+        return ImagePolicy.from_settings(self.trained_data)
+
+    @property
     def embedder(self) -> Embedder:
         """Return the same weights without Lightning; pictures are treated as in training."""
-        images = ImagePolicy.from_settings(self.trained_data)
-        embedder = Embedder(self.encoder, self.query_instruction, self.candidate_instruction, images)
+        embedder = Embedder(self.encoder, self.query_instruction, self.candidate_instruction, self.images)
         embedder.run = self.run_info()
         return embedder
 

@@ -154,7 +154,7 @@ def mean_path_cosine(paths: Tensor) -> Tensor:
 def monitored_values(
     pairs: GatheredPairs, terms: Mapping[str, Any], path_loss: Tensor, pair_mi: Tensor
 ) -> dict[str, Any]:
-    """Return what is worth a curve by log key, without graph; ``path_loss`` is ``[N]``, ``pair_mi`` ``[M]``."""
+    """Return what is worth a curve, without graph; ``path_loss`` is ``[N]``, ``pair_mi`` ``[M]``."""
     path_hit_N = in_batch_hit_at_1(pairs.query, pairs.candidate, **pairs.labels)
     hit = in_batch_hit_at_1(pairs.query_aggregate, pairs.candidate_aggregate, **pairs.labels)
     values = {f"train/{name}": value for name, value in terms.items()}
