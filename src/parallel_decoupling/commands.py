@@ -65,11 +65,11 @@ def search(
         scoring: aggregate, path_0 and so on, or with several paths mean, concat or maxsim.
         where: condition on fields in SQL, for an index, such as "colour = 'red' AND size < 3".
     """
-    query = {key: value for key, value in (("text", text), ("image", image)) if value is not None}
-    if not query:
+    if text is None and image is None:
         raise ValueError("there is nothing to search for: give --text, --image or both")
+    options = {"where": where, "instruction": instruction}
     searcher = open_searcher(embeddings, model)
-    (hits,) = searcher.search([query], top_k, scoring, where=where, instruction=instruction)
+    (hits,) = searcher.search([{"text": text, "image": image}], top_k, scoring, **options)
     _console().print(hits_table(hits))
 
 
@@ -169,8 +169,7 @@ def export(
     if scores is not None:
         embedder.run = {**embedder.run, "commit": scores["run"].get("commit")}
     chosen = [paths] if isinstance(paths, int) else paths
-    flags = {"merge_adapters": merge_adapters, "include_backbone": include_backbone}
-    embedder.save_pretrained(folder, chosen, scores=scores, **flags)
+    embedder.save_pretrained(folder, chosen, merge_adapters, include_backbone=include_backbone, scores=scores)
     files = [file for file in Path(folder).rglob("*") if file.is_file()]
     _say(f"{folder}: {len(files)} files, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB")
 
@@ -218,10 +217,10 @@ def open_searcher(embeddings: str | Path, model: str | None = None) -> Searcher:
 
     is_lance = Path(embeddings, f"{TABLE}.lance").is_dir()
     items = LanceIndex(embeddings) if is_lance else ExactIndex(Store(embeddings))
-    name = model or items.metadata.get("model")
-    if name is None:
+    model = model or items.metadata.get("model")
+    if model is None:
         raise ValueError(f"{embeddings} does not say which checkpoint it was made with: give --model")
-    return Searcher(load_model(name), items)
+    return Searcher(load_model(model), items)
 
 
 def hits_table(hits: Sequence[Hit]) -> Table:

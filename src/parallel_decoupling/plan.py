@@ -91,7 +91,7 @@ def read_layout(trainer: Mapping[str, Any]) -> tuple[int, str]:
 
 
 class ImageCost(NamedTuple):
-    """One image: tokens of the language model, patches in rows of ``context``, bytes of pixels."""
+    """Tokens of one image, patches in rows of ``context``, and bytes of pixels."""
 
     tokens: int
     patches: int

@@ -172,7 +172,7 @@ class Searcher:
             raise ValueError(
                 "the model has other weights than the one that embedded the items "
                 f"({index.metadata.get('model') or 'no checkpoint'}): another model, trained further, merged "
-                "adapters, or other paths. Give that model, or embed the items with this one"
+                "adapters, or other paths. Give that model, or embed the items again (lightning predict)"
             )
 
     def search(

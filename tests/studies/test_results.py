@@ -6,14 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from studies.results import (
-    append_result,
-    missing_points,
-    newest_results,
-    outdated,
-    read_results,
-    take_over,
-)
+from studies.results import append_result, missing_points, newest_results, outdated, read_results, take_over
 from studies.study import Run
 from tests.support.study import made_up_result, toy_study
 

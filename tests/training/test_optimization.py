@@ -70,12 +70,7 @@ def test_nothing_to_train_is_an_error() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {"learning_rate": -1.0},
-        {"prefix_learning_rate": math.nan},
-        {"schedule": "step"},
-        {"clip_norm": -1.0},
-    ],
+    [{"learning_rate": -1.0}, {"prefix_learning_rate": math.nan}, {"schedule": "step"}, {"clip_norm": -1.0}],
 )
 def test_numbers_out_of_range_are_named(options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
