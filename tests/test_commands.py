@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from parallel_decoupling import cli, commands
+from parallel_decoupling import cli
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.model.identity import path_hashes
 from tests.model.test_pretrained import checkpoint_of, every_path, save_run
@@ -130,13 +130,13 @@ def test_missing_packages_are_named(
     assert mistake([command, "anything"], capsys).endswith(message)
 
 
-@pytest.mark.parametrize("name", commands.__all__)
+@pytest.mark.parametrize("name", cli.COMMANDS)
 def test_help_describes_every_argument(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main([name, "--help"])
     assert not stopped.value.code
     shown = " ".join(capsys.readouterr().out.split())
-    command = getattr(commands, name)
+    command = cli.command_of(name)
     about = inspect.getdoc(command)
     assert about is not None
     assert about.splitlines()[0] in shown
@@ -181,7 +181,7 @@ def test_export_of_several_paths_with_merged_adapters(run_dir: Path, tmp_path: P
         ["export", str(run_dir), str(tmp_path / "model"), "--paths", "[1,0]", "--merge_adapters", "true"]
     )
     config = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
-    assert (config["paths"], config["adapter"]["kind"]) == ([1, 0], "frozen")
+    assert (config["paths"], config["settings"]["adapter"]["kind"]) == ([1, 0], "frozen")
     expected = every_path(Embedder.from_pretrained(run_dir), [1, 0])
     torch.testing.assert_close(every_path(Embedder.from_pretrained(tmp_path / "model")), expected)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import inspect
 import io
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +18,7 @@ pytest.importorskip("fastapi")
 
 from fastapi.testclient import TestClient
 
-from parallel_decoupling import commands
-from parallel_decoupling.data.images import ImagePolicy, load_image
+from parallel_decoupling.data.images import load_image
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.serve import Body, Gate, Limits, RequestError, Server, Task, build_app
 from tests.support.embedders import tiny_embedder
@@ -135,17 +133,6 @@ def test_bad_requests(body: Any, status: int, param: str | None, client: TestCli
     assert error["message"]
 
 
-def test_messages_name_the_input(client: TestClient) -> None:
-    for body, message in (
-        ({"input": ["a", {"text": 3}]}, r"input[1].text: Input should be a valid string"),
-        ({"input": ["a", " "]}, "input[1] has neither text nor image"),
-        ({"input": ["a", {"image": "x"}]}, "input[1]: image must be a data URI"),
-    ):
-        assert message in ask(client, **body).json()["error"]["message"]
-    assert client.post("/v1/embeddings", content=b"\xff{").status_code == 400
-    assert client.get("/v1/nothing").json()["error"]["message"] == "Not Found"
-
-
 def test_models_and_health(client: TestClient, embedder: Embedder) -> None:
     rows = client.get("/v1/models").json()["data"]
     assert [row["id"] for row in rows] == ["default", "aggregate", "path_0", "path_1", "path_2"]
@@ -230,17 +217,6 @@ def test_open_clip_cuts_no_text(clip: Embedder) -> None:
         tasks(server, "a", "a " * CONTEXT_LENGTH)
 
 
-def test_pictures_are_resized_as_by_the_embedder(tiny_backbone_dir: str) -> None:
-    embedder = small_embedder(tiny_backbone_dir).embedder
-    server = Server(embedder)
-    (task,) = tasks(server, {"image": data_uri(noise_image(40, 30))})
-    ((_, plain),) = server.embed([task])
-    embedder.images = ImagePolicy(size="low")
-    ((resized, num_tokens),) = server.embed([task])
-    torch.testing.assert_close(resized, embedder.encode(task.rows, paths=0), atol=1e-6, rtol=0)
-    assert num_tokens > plain
-
-
 def test_those_that_wait_are_embedded_together(embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
     """At most ``batch_size`` while the model is busy, in the order of arrival; an error is one's own."""
     server, batches = Server(embedder, limits=replace(Limits(), batch_size=4)), list[int]()
@@ -300,8 +276,3 @@ def test_the_gate_refuses_what_is_too_much(sizes: list[int], waiting: int, statu
         assert (refused.value.headers == {"retry-after": "1"}) == (status == 429)
     assert gate.waiting == waiting
     assert len(read) == (0 if waiting == 2 else len(sizes))
-
-
-def test_the_command_has_the_same_limits() -> None:
-    options = inspect.signature(commands.serve).parameters
-    assert {name: options[name].default for name in vars(Limits())} == vars(Limits())

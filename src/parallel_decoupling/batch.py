@@ -23,12 +23,7 @@ PADDING_ID = torch.iinfo(torch.int64).min
 
 @dataclass(frozen=True)
 class RawInput:
-    """One query or candidate before tokenisation.
-
-    Attributes:
-        text: the prompt; every image stands in it as ``IMAGE_PLACEHOLDER``.
-        images: PIL images or image files, in the order of the placeholders.
-    """
+    """One query or candidate before tokenisation; images stand in the text as ``IMAGE_PLACEHOLDER``."""
 
     text: str
     images: tuple[Image.Image | str, ...] = ()
@@ -39,11 +34,8 @@ class RawPair:
     """A training row: a query, its positive candidate and optional hard negatives.
 
     Attributes:
-        query: what is asked.
-        candidate: the positive.
         negatives: hard negatives of this query, possibly none; None pads to the number asked for.
-        subset: name of the training subset the row comes from.
-        row: row number inside the subset, for error messages.
+        subset: name of the training subset the row comes from; ``row`` is its number there.
         skipped: why rows before this one were passed over, one reason each.
     """
 
@@ -111,5 +103,5 @@ class PairBatch:
 
     def to(self, device: torch.device | str) -> PairBatch:
         """Move every tensor to ``device``."""
-        sides = {"query": self.query.to(device), "candidate": self.candidate.to(device)}
-        return replace(self, **sides, candidate_ids=self.candidate_ids.to(device))
+        query, candidate = self.query.to(device), self.candidate.to(device)
+        return replace(self, query=query, candidate=candidate, candidate_ids=self.candidate_ids.to(device))

@@ -9,14 +9,13 @@ import inspect
 import re
 import sys
 import traceback
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from parallel_decoupling import commands
-
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 TRAINER_SUBCOMMANDS = {
     "fit": "train (and validate, if data.validation_tasks names tasks)",
@@ -25,10 +24,20 @@ TRAINER_SUBCOMMANDS = {
     "test": "score the evaluation tasks; writes scores.json and scores.csv",
     "predict": "embed a folder of images or a table as Parquet files, or the evaluation tasks",
 }
-COMMANDS = {name: getattr(commands, name).__doc__.splitlines()[0] for name in commands.__all__}
-"""Subcommands without a Trainer; each is a function of ``commands``."""
+COMMANDS = {
+    "app": ("commands.app", "show a page to search embeddings by text and image"),
+    "compare": ("evaluation.compare.compare_runs", "compare one or several tested runs side by side"),
+    "export": ("commands.export", "write a model as a folder to share"),
+    "index": ("commands.index", "make a LanceDB index of embeddings"),
+    "paths": ("diagnostics.path_analysis.analyse_paths", "show how the paths of a trained model differ"),
+    "search": ("commands.search", "search embeddings by a text, an image or both"),
+    "serve": ("serve.serve", "serve embeddings over HTTP in OpenAI's form"),
+    "verify": ("data.verify.print_verification", "check a data folder"),
+}
+"""Subcommands without a Trainer: the function that makes the options, and a line of help."""
+EXTRAS = {"fastapi": "serve", "uvicorn": "serve", "gradio": "app"}
 
-SUBCOMMANDS = TRAINER_SUBCOMMANDS | COMMANDS
+SUBCOMMANDS = TRAINER_SUBCOMMANDS | {name: text for name, (_, text) in COMMANDS.items()}
 WORKER_TRACEBACK = "Original Traceback (most recent call last):"
 
 
@@ -91,19 +100,29 @@ def _message(error: Exception) -> str:
     return text.rsplit(f"{type(error).__name__}: ", 1)[-1].strip() if WORKER_TRACEBACK in text else text
 
 
+def command_of(name: str) -> Callable[..., None]:
+    """Import the function of a subcommand."""
+    module, _, function = COMMANDS[name][0].rpartition(".")
+    command: Callable[..., None] = getattr(import_module(f"parallel_decoupling.{module}"), function)
+    return command
+
+
 def _run_command(name: str, arguments: list[str]) -> None:
-    """Parse the command line by the function's signature and docstring, and call it."""
     from docstring_parser import parse
     from jsonargparse import ArgumentParser
 
-    command = getattr(commands, name)
-    parser = ArgumentParser(prog=f"lightning {name}", description=COMMANDS[name])
-    about = {each.arg_name: each.description for each in parse(command.__doc__).params}
-    arguments_of = inspect.signature(command).parameters.values()
-    rest = [each.name for each in arguments_of if each.kind == each.VAR_POSITIONAL]
-    for each in rest:
-        parser.add_argument(each, nargs="+", type=str, help=about[each])
-    parser.add_function_arguments(command, as_positional=True, as_group=False)
-    options = parser.parse_args(arguments).as_dict()
-    values = [value for each in rest for value in options.pop(each)]
-    command(*values, **options)
+    try:
+        command = command_of(name)
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        extra = EXTRAS[error.name]
+        raise ValueError(f"this needs {error.name}: pip install 'parallel-decoupling[{extra}]'") from error
+    about = parse(command.__doc__ or "")
+    parser = ArgumentParser(prog=f"lightning {name}", description=about.short_description)
+    parameters = inspect.signature(command).parameters.values()
+    several = {each.name for each in parameters if each.annotation == "list[str]"}
+    for each in (each for each in about.params if each.arg_name in several):
+        parser.add_argument(each.arg_name, nargs="+", type=str, help=each.description)
+    parser.add_function_arguments(command, as_positional=True, as_group=False, skip=several)
+    command(**parser.parse_args(arguments).as_dict())

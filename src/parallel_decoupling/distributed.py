@@ -72,11 +72,7 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
 
 
 def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> Tensor:
-    """Scale all gradients together so that their norm is at most ``max_norm``; return the norm before.
-
-    Relations:
-        Equals ``torch.nn.utils.clip_grad_norm_``, which takes whole or sharded parameters but not both.
-    """
+    """Do what ``torch.nn.utils.clip_grad_norm_`` does, for whole and sharded parameters together."""
     with_gradient = [p for p in parameters if p.grad is not None]
     sharded = [p for p in with_gradient if isinstance(p, DTensor)]
     own = [p for p in with_gradient if not isinstance(p, DTensor)]

@@ -38,17 +38,13 @@ IndexType = Literal["IVF_FLAT", "IVF_SQ", "IVF_PQ", "IVF_RQ"]
 def write_lance_index(store: Store, index_dir: str | Path, index_type: IndexType | None = None) -> None:
     """Write a table of all rows of a store; one that is there is replaced.
 
-    Args:
-        store: what ``predict`` wrote.
-        index_dir: the folder of the database.
-        index_type: of the approximate index of every column; None compares with every item.
+    ``index_type`` is that of the approximate index of every column; None compares with every item.
     """
     if index_type is not None and index_type not in get_args(IndexType):
         raise ValueError(f"index_type is {index_type!r}; choose from {', '.join(get_args(IndexType))}")
     if index_type is not None and len(store) < ROWS_FOR_TRAINING:
         raise ValueError(
-            f"{len(store)} items are too few for index_type {index_type}, which is trained on at least "
-            f"{ROWS_FOR_TRAINING}; leave it out to compare with every item"
+            f"{len(store)} items are too few for index_type {index_type}: train it on {ROWS_FOR_TRAINING} or more"
         )
     tables, metadata = _tables(store), {METADATA_KEY: json.dumps(store.metadata)}
     first = next(tables).replace_schema_metadata(metadata)
@@ -65,9 +61,6 @@ class LanceIndex:
     """Searches a table that ``write_lance_index`` wrote, by the aggregate, one path, or MaxSim.
 
     LanceDB finds the items, the scores are computed from the vectors as in exact search.
-
-    Args:
-        index_dir: the folder of the database.
     """
 
     def __init__(self, index_dir: str | Path) -> None:

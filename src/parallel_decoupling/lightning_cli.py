@@ -87,11 +87,10 @@ class _SaveConfig(SaveConfigCallback):
 
 
 class RunCLI(LightningCLI):
-    """LightningCLI with this package's model and data, and everything of a run in one folder.
+    """LightningCLI with this package's model and data; ``trainer.default_root_dir`` holds all of a run.
 
-    Without a logger of your own, ``trainer.default_root_dir`` is that folder: TensorBoard's files,
-    ``config.yaml``, ``checkpoints/last.ckpt``, ``scores.json``. ``config.yaml`` is that of ``fit`` and can be
-    given to ``fit`` again; the other subcommands write theirs beside it, as ``test_config.yaml``.
+    ``config.yaml`` is that of ``fit`` and can be given to ``fit`` again; the other subcommands write theirs
+    beside it, as ``test_config.yaml``.
     """
 
     def __init__(self, args: list[str]) -> None:
@@ -153,8 +152,7 @@ class RunCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Hand model and data to each other and to the callbacks; add TensorBoard and ``last.ckpt``.
 
-        The user's own logger and checkpoint callbacks replace the defaults. A store of embeddings is not a
-        run: nothing is logged, and the configuration goes where the embeddings go.
+        The user's own logger and checkpoint callbacks replace the defaults; ``predict`` logs nothing.
         """
         config = self._get(self.config_init, "trainer")
         callbacks, keeper = list(_as_list(config.get("callbacks"))), self._keeper()
@@ -197,7 +195,7 @@ class RunCLI(LightningCLI):
         """Find the checkpoint, take over its settings that were not typed, and show those that differ."""
         config = self.config[self.config.subcommand]
         file = self._checkpoint_file(config)
-        config["ckpt_path"] = None if file is None else str(file)
+        config["ckpt_path"] = file and str(file)
         if file is None:
             return
         try:

@@ -42,7 +42,8 @@ def plan_tables(
 ) -> list[Table]:
     """Return tables for all arguments of ``PDFEmbedder``, of ``MMEBDataModule`` and of the Trainer."""
     plan = Plan(model, data, trainer)
-    needed, hours = sum(plan.memory.values()) / GIB, plan.steps * plan.seconds / 3600
+    seconds = plan.flops / (plan.processes * PEAK_FLOPS * UTILISATION)
+    needed, hours = sum(plan.memory.values()) / GIB, plan.steps * seconds / 3600
     fits = "fits" if needed <= USABLE * gpu_memory_gib else "does not fit"
     shares = f"{QUERY_IMAGES:.0%} of queries and {CANDIDATE_IMAGES:.0%} of candidates"
     contents: dict[str, Sequence[tuple[str, str]]] = {
@@ -64,7 +65,7 @@ def plan_tables(
             ("assumed tokens", f"{TEXT_TOKENS} of text, {plan.image.tokens} of an image in {shares}"),
             ("token passes per step", f"{plan.token_passes:,.0f}"),
             ("floating-point operations per step", f"{plan.flops:.3g}"),
-            ("seconds per step", f"{plan.seconds:,.1f} on H100s at {UTILISATION:.0%} of their peak"),
+            ("seconds per step", f"{seconds:,.1f} on H100s at {UTILISATION:.0%} of their peak"),
             ("run", f"{plan.steps:,} steps, {hours:.1f} hours, {hours * plan.processes:.0f} GPU-hours"),
         ],
     }
@@ -109,8 +110,9 @@ def image_cost(backbone: Backbone, images: ImagePolicy) -> ImageCost:
     patch, whole = (side[0] if isinstance(side, list | tuple) else side for side in sides)
     patches = pixels.numel() // (3 * patch**2 * getattr(vision, "temporal_patch_size", 1))
     context = patches if whole is None else min(patches, (whole // patch) ** 2)
-    tokens = int((inputs.tokens["input_ids"] == token).sum())
-    return ImageCost(tokens, patches, context, pixels.numel() * FP32)
+    return ImageCost(
+        int((inputs.tokens["input_ids"] == token).sum()), patches, context, pixels.numel() * FP32
+    )
 
 
 def saved_bytes(layers: nn.Module, element: int) -> int:
@@ -165,11 +167,11 @@ class Plan:
     @cached_property
     def groups(self) -> dict[str, tuple[int, float, bool]]:
         """Return by part how many parameters it has, their bytes on one GPU, and whether they train."""
-        mi, base = self.model["mi"], self.backbone.base
         language = set(self.backbone.language_model.parameters())
-        linear = {m.weight for m in base.modules() if isinstance(m, nn.Linear)}
+        linear = {m.weight for m in self.backbone.base.modules() if isinstance(m, nn.Linear)}
+        sizes = {"num_paths": self.encoder.num_paths, "embed_dim": self.encoder.embed_dim}
         with torch.device("meta"):
-            sizes = {"num_paths": self.encoder.num_paths, "embed_dim": self.encoder.embed_dim}
+            mi = self.model["mi"]
             estimator = MutualInformation(mi.kind, hidden_size=mi.hidden_size, **sizes)
         named = [*self.encoder.named_parameters(), *(("estimator", p) for p in estimator.parameters())]
         if self.model["learn_temperature"]:
@@ -189,7 +191,7 @@ class Plan:
             groups[part] = count + parameter.numel(), num_bytes + size * parameter.numel(), trains
         return groups
 
-    @cached_property
+    @property
     def memory(self) -> dict[str, float]:
         """Return the bytes on one GPU by part."""
         gradients = sum(size for _, size, trains in self.groups.values() if trains)
@@ -219,7 +221,7 @@ class Plan:
         tokens = (TEXT_TOKENS + self.image.tokens) * self.paths
         return tokens * kept + self.image.patches * tower * self.tower_trains
 
-    @cached_property
+    @property
     def flops(self) -> float:
         """Return the floating-point operations of one step of all processes."""
         vision, width = self.backbone.config.vision_config, self.backbone.num_layers * self.encoder.embed_dim
@@ -235,8 +237,3 @@ class Plan:
             options, tokens = both if self.tower_trains else once, images * self.image.patches
             total += compute.layer_flops(self.tower, tower_width, tokens, self.image.context, **options)
         return total * self.processes
-
-    @property
-    def seconds(self) -> float:
-        """Return the time of one step on H100s at the assumed utilisation."""
-        return self.flops / (self.processes * PEAK_FLOPS * UTILISATION)

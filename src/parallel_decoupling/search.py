@@ -25,14 +25,7 @@ DECODING_BYTES = 9
 
 @dataclass(frozen=True)
 class Hit:
-    """One item that was found.
-
-    Attributes:
-        id: the item's.
-        score: by the scoring of the search, in [-1, 1]; higher is better.
-        similarities: cosine of query and item on each path that both have, by column.
-        fields: the item's source fields.
-    """
+    """One item that was found, with the cosine on each path that query and item both have."""
 
     id: str
     score: float
@@ -63,8 +56,7 @@ class ExactIndex:
 
     Args:
         store: what ``predict`` wrote.
-        memory_budget: bytes that decoded vectors may take. Vectors that fit stay in memory, others are read
-            again for every search.
+        memory_budget: bytes of decoded vectors; those that do not fit are read again for every search.
 
     Relations:
         The hits do not depend on the budget, into which one row group of all paths must fit.
@@ -108,7 +100,7 @@ class ExactIndex:
 
     def _scores(self, batch: int, query: Tensor, scoring: str) -> Tensor:
         columns = {name: self._vectors(batch, name) for name in compared(scoring, self.columns)}
-        in_parts = zip(*(each.split(ROWS_AT_ONCE) for each in columns.values()), strict=True)
+        in_parts = zip(*(torch.split(each, ROWS_AT_ONCE) for each in columns.values()), strict=True)
         parts = [scored_vectors(dict(zip(columns, part, strict=True)), scoring) for part in in_parts]
         return torch.cat([similarities(query, part) for part in parts], dim=1)
 
@@ -148,10 +140,6 @@ class Searcher:
 
     The items must have been embedded with the weights of the model. A model that was exported with some of
     the paths, in any order, searches by those.
-
-    Args:
-        embedder: an ``Embedder``.
-        index: the items.
 
     Attributes:
         scorings: what may be scored by: what the index has and the model can embed.

@@ -74,7 +74,9 @@ class PathEmbedding(InputModule):
         self.embedder.save_pretrained(output_path, [self.paths] if isinstance(self.paths, int) else None)
 
     @classmethod
-    def load(cls, model_name_or_path: str, subfolder: str = "", **options: Any) -> PathEmbedding:
+    def load(  # type: ignore[override]
+        cls, model_name_or_path: str, subfolder: str = "", **options: Any
+    ) -> PathEmbedding:
         """Load an exported folder, local or from the hub; of one path it gives that path."""
         names = ("token", "cache_folder", "revision", "local_files_only")
         of_hub = {name: options[name] for name in names if name in options}

@@ -7,10 +7,10 @@ import base64
 import io
 import math
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import uvicorn
@@ -20,6 +20,7 @@ from fastapi.responses import JSONResponse
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, field_validator
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor
 
 from parallel_decoupling.batch import EncoderInputs, RawInput
@@ -30,9 +31,6 @@ from parallel_decoupling.evaluation.encode import encode
 from parallel_decoupling.evaluation.user_inputs import to_raw_inputs
 from parallel_decoupling.model.open_clip import OpenCLIPProcessor
 
-if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
 Output = int | Literal["aggregate"]
 """What a model name stands for: a path's number, or the aggregate."""
 
@@ -42,7 +40,16 @@ GRACE_SECONDS = 30
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request and all waiting ones together may cost; see ``commands.serve``."""
+    """What requests may cost.
+
+    Args:
+        body_bytes: most bytes in a request.
+        inputs: most inputs in a request.
+        characters: most characters in an input's text and instruction together.
+        pixels: most pixels in an image.
+        waiting: most requests that are being answered or wait; further ones get status 429.
+        batch_size: inputs per forward pass, and requests that are embedded together.
+    """
 
     body_bytes: int = 20_000_000
     inputs: int = 256
@@ -50,6 +57,9 @@ class Limits:
     pixels: int = 16_000_000
     waiting: int = 256
     batch_size: int = 32
+
+
+_LIMITS = Limits()
 
 
 class Input(BaseModel):
@@ -113,14 +123,11 @@ class CountingCollator(Collator):
 class Server:
     """Checks requests, and embeds together those that wait together.
 
-    Args:
-        embedder: the model.
-        path: what the model name ``default`` stands for; a ``ValueError`` if the model does not have it.
-        limits: of requests and batches.
+    ``path`` is what the model name ``default`` stands for.
     """
 
-    def __init__(self, embedder: Embedder, path: Output = 0, limits: Limits | None = None) -> None:
-        self.embedder, self.limits = embedder, limits or Limits()
+    def __init__(self, embedder: Embedder, path: Output = 0, limits: Limits = _LIMITS) -> None:
+        self.embedder, self.limits = embedder, limits
         paths: dict[str, Output] = {f"path_{number}": number for number in range(embedder.num_paths)}
         self.models: dict[str, Output] = {"default": path, "aggregate": "aggregate", **paths}
         if path not in [*paths.values(), "aggregate"]:
@@ -267,9 +274,25 @@ def build_app(server: Server) -> FastAPI:
     return app
 
 
-def run_server(load: Callable[[], Embedder], path: Output, limits: Limits, host: str, port: int) -> None:
-    """Answer requests until SIGTERM or Ctrl-C, and then those that were accepted."""
-    app = build_app(Server(load(), path, limits))
+def serve(
+    model: str, host: str = "127.0.0.1", port: int = 8000, path: Output = 0, limits: Limits = _LIMITS
+) -> None:
+    """Serve embeddings over HTTP in OpenAI's form until SIGTERM or Ctrl-C.
+
+    Requests that were accepted are answered before it ends.
+
+    Args:
+        model: checkpoint, run or exported folder.
+        host: address to listen on.
+        port: port to listen on.
+        path: what the model name "default" stands for.
+        limits: of requests and batches.
+    """
+    app = build_app(
+        Server(
+            Embedder.from_pretrained(model).to("cuda" if torch.cuda.is_available() else "cpu"), path, limits
+        )
+    )
     options: dict[str, Any] = {"log_level": "warning", "timeout_graceful_shutdown": GRACE_SECONDS}
     server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, **options))
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -281,8 +304,7 @@ def _checked(number: int, item: Input, limits: Limits) -> dict[str, Any]:
     """Return an input as ``Embedder.encode`` takes it, its image decoded."""
     where, characters = f"input[{number}]", len(item.text) + len(item.instruction or "")
     if characters > limits.characters:
-        message = f"{where} has {characters} characters; at most {limits.characters} are allowed"
-        raise RequestError(message, 413)
+        raise RequestError(f"{where} has more than {limits.characters} characters", 413)
     if item.image is None and not item.text.strip():
         raise RequestError(f"{where} has neither text nor image")
     image = None if item.image is None else _image(item.image, where, limits)
@@ -295,10 +317,8 @@ def _image(uri: str, where: str, limits: Limits) -> Image.Image:
         raise RequestError(f"{where}: image must be a data URI (data:image/png;base64,...)")
     try:
         image = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
-        pixels = math.prod(image.size)
-        if pixels > limits.pixels:
-            message = f"{where}: image has {pixels} pixels; at most {limits.pixels} are allowed"
-            raise RequestError(message, 413)
+        if math.prod(image.size) > limits.pixels:
+            raise RequestError(f"{where}: image has more than {limits.pixels} pixels", 413)
         load_image(image)  # a check; encode does it again, with the model's settings
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise RequestError(f"{where}: image cannot be decoded: {error.__cause__ or error}") from error

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -107,50 +106,6 @@ def test_own_score_files_are_read_in_all_formats(tmp_path: Path) -> None:
     assert problem.startswith("GQA counts as grounding, MMEB has it in vqa")
 
 
-def test_missing_tasks_are_those_of_files_with_a_task_of_mmeb(tmp_path: Path) -> None:
-    own_report(["mine", "other"]).to_json_file(tmp_path / "scores.json")
-    assert audit_scores(read_scores(tmp_path)).problems == ()
-    own_report(["mine", "GQA"]).to_json_file(tmp_path / "scores.json")
-    (problem,) = audit_scores(read_scores(tmp_path)).problems
-    assert problem.startswith("35 of MMEB's 36 tasks are missing")
-    (tmp_path / "mine_score.json").write_text('{"hit@1": 0.5}')
-    alone = audit_scores(read_scores(tmp_path / "mine_score.json"))
-    assert (alone.report, len(alone.problems)) == (None, 1)
-
-
-def test_tasks_that_upstream_marks_as_not_run_are_missing_and_noted(tmp_path: Path) -> None:
-    image: dict[str, Any] = {**scores(), "GQA": "FILE_N/A", "EDIS": "DIR_N/A"}
-    content = {"metrics": {"image": image, "video": {"K700": "FILE_N/A"}, "visdoc": {}}}
-    (tmp_path / "x.json").write_text(json.dumps(content))
-    read = read_scores(tmp_path / "x.json")
-    (problem,) = audit_scores(read).problems
-    assert "2 of MMEB's 36 tasks are missing" in problem
-    assert "GQA is FILE_N/A: it was not run" in read.notes
-    assert "1 video tasks are not part of the image means and were not read" in read.notes
-    content["metrics"]["image"] = scores()
-    (tmp_path / "x.json").write_text(json.dumps(content))
-    assert main([str(tmp_path / "x.json")]) == 0, "notes are not problems"
-
-
-def test_the_leaderboards_own_headings_are_read(tmp_path: Path) -> None:
-    table = tmp_path / "results.csv"
-    table.write_text(
-        "Models,Model Size(B),Data Source,Overall,IND,OOD,Classification,VQA,Retrieval,Grounding\n"
-        "E5-V,8.36,TIGER-Lab,13.3,14.9,11.5,21.8,4.9,11.5,19.0\nshort,1,x,50.0,,,-,,,\n"
-    )
-    first, second = read_table(table)
-    assert first.means["in_distribution"] == 14.9
-    assert first.source == "TIGER-Lab"
-    assert not audit_row(first).problems
-    assert second.means == {"overall": 50.0}
-    table.write_text("model,overall\nx,much\n")
-    with pytest.raises(ValueError, match=r"results.csv, line 2, column overall: 'much'"):
-        read_table(table)
-    table.write_text("name,score\nx,1\n")
-    with pytest.raises(ValueError, match="needs one column model"):
-        read_table(table)
-
-
 def test_the_command_says_what_is_wrong_by_its_exit_code(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -160,22 +115,3 @@ def test_the_command_says_what_is_wrong_by_its_exit_code(
     good.write_text(json.dumps({"metadata": {}, "metrics": {"image": scores(), "video": {}, "visdoc": {}}}))
     assert main([str(good)]) == 0
     assert "59.7" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ('{"x": 1}', "is not a score file"),
-        ('{"metrics": {"image": {}}}', "has no tasks"),
-        ('{"metrics": {"image": {"GQA": {"mrr": 1}}}}', "GQA: hit@1 is None"),
-        ('{"metrics": {"image": {"GQA": {"hit@1": "high"}}}}', "GQA: hit@1 is 'high'"),
-        ('{"metrics": {"image": {"GQA": {"hit@1": 0.5, "num_pred": NaN}}}}', "GQA: num_pred is nan"),
-    ],
-)
-def test_other_files_are_an_error_that_says_where(text: str, words: str, tmp_path: Path) -> None:
-    (tmp_path / "x.json").write_text(text)
-    with pytest.raises(ValueError, match=words):
-        read_scores(tmp_path / "x.json")
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(ValueError, match="holds neither"):
-        read_scores(tmp_path / "folder")

@@ -200,30 +200,6 @@ def test_meta_prompts_without_learning_need_no_checkpoint(
     assert (cosine - torch.eye(3)).max() < 0.9999, "the paths differ before any training"
 
 
-@pytest.mark.parametrize("prefix_type", ["deep", "shallow"])
-def test_prefix_type_survives_a_checkpoint(
-    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path, prefix_type: str
-) -> None:
-    module = small_embedder(tiny_backbone_dir, prefix_type=prefix_type, prefix_layers=[0, 2])
-    trainer = make_trainer(tmp_path, max_steps=2)
-    trainer.fit(module, small_data(tiny_mmeb_dir))
-    trainer.save_checkpoint(tmp_path / "two.ckpt")
-    again = PDFEmbedder.load_from_checkpoint(tmp_path / "two.ckpt")
-    assert torch.equal(again.encode(["a red circle"]), module.encode(["a red circle"]))
-    assert again.hparams["prefix_layers"] == [0, 2]
-
-
-def test_global_step_counts_main_steps_only(
-    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
-) -> None:
-    module, trainer = (
-        small_embedder(tiny_backbone_dir, mi={"fit_steps": 3}),
-        make_trainer(tmp_path, max_steps=5),
-    )
-    trainer.fit(module, small_data(tiny_mmeb_dir))
-    assert (trainer.global_step, module.progress.steps_done) == (5, 5)
-
-
 def test_two_runs_are_equal_bit_for_bit_and_the_seed_matters(
     tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
 ) -> None:
@@ -235,19 +211,6 @@ def test_two_runs_are_equal_bit_for_bit_and_the_seed_matters(
         states.append(trained(module))
     assert_equal(states[0], states[1])
     assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0])
-
-
-def test_shared_layers_count_once_in_the_compute_counter(
-    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
-) -> None:
-    passes = []
-    for settings in (SINGLE_PATH, {}, {"prefix_layers": 1}, {"prefix_layers": [0, 1]}):
-        recorder, module = Recorder(), small_embedder(tiny_backbone_dir, **settings)
-        make_trainer(tmp_path, recorder, max_steps=2).fit(module, small_data(tiny_mmeb_dir))
-        passes.append(recorder.values[-1]["compute/token_passes"])
-    assert passes[1] == 2 * passes[0]
-    assert passes[2] == 1.5 * passes[0]
-    assert passes[3] == passes[1]
 
 
 def test_a_shallow_prompt_counts_once_per_forward_pass(
@@ -278,10 +241,6 @@ def settings_with(**changes: Any) -> dict[str, Any]:
     parameters = inspect.signature(PDFEmbedder.__init__).parameters
     defaults = {name: p.default for name, p in parameters.items() if name != "self"}
     return {**defaults, "mi": {"kind": "vclub"}, **changes}
-
-
-def test_the_defaults_can_work() -> None:
-    check_settings(settings_with())
 
 
 @pytest.mark.parametrize(
@@ -340,32 +299,6 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_its_step(
     with pytest.raises(ValueError, match=r"main step 3 is not finite \(norm nan\)"):
         make_trainer(tmp_path, max_steps=4).fit(module, small_data(tiny_mmeb_dir))
     assert_equal(module.before, trained(module))
-
-
-def test_an_unknown_option_of_a_config_is_named() -> None:
-    with pytest.raises(ValueError, match="rnk"):
-        PDFEmbedder(adapter={"rnk": 4})  # type: ignore[arg-type]
-
-
-def test_fsdp1_is_refused_with_the_alternative(tiny_backbone_dir: str) -> None:
-    module = small_embedder(tiny_backbone_dir)
-
-    class Fake:
-        from lightning.pytorch.strategies import FSDPStrategy
-
-        strategy = FSDPStrategy()
-        precision = "32-true"
-
-    module._trainer = Fake()  # type: ignore[assignment]
-    with pytest.raises(ValueError, match="fsdp2"):
-        module.setup("fit")
-
-
-def test_shallow_prompts_are_refused_under_fsdp2_with_the_alternative(tiny_backbone_dir: str) -> None:
-    module = small_embedder(tiny_backbone_dir, prefix_type="shallow")
-    module._device_mesh = {"data_parallel": None}  # type: ignore[assignment]
-    with pytest.raises(ValueError, match="use strategy ddp"):
-        module.configure_model()
 
 
 def test_training_step_is_short_enough_to_read() -> None:

@@ -292,11 +292,11 @@ class PDFEmbedder(LightningModule):
             self.trainer.optimizers, self.lr_schedulers(), self.optimizer_config, self.mi_config
         )
 
-    def on_save_checkpoint(self, content: dict[str, Any]) -> None:  # type: ignore[override]
+    def on_save_checkpoint(self, content: dict[str, Any]) -> None:
         """Keep what trains; see ``training.checkpoint``."""
         checkpoint.save_into(content, self)
 
-    def on_load_checkpoint(self, content: dict[str, Any]) -> None:  # type: ignore[override]
+    def on_load_checkpoint(self, content: dict[str, Any]) -> None:
         """Check every key and load; see ``training.checkpoint``."""
         checkpoint.load_into(self, content)
 
