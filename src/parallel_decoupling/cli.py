@@ -124,5 +124,5 @@ def _run_command(name: str, arguments: list[str]) -> None:
     several = {each.name for each in parameters if each.annotation == "list[str]"}
     for each in (each for each in about.params if each.arg_name in several):
         parser.add_argument(each.arg_name, nargs="+", type=str, help=each.description)
-    parser.add_function_arguments(command, as_positional=True, as_group=False, skip=several)
+    parser.add_function_arguments(command, as_positional=True, as_group=False, skip={*several})
     command(**parser.parse_args(arguments).as_dict())

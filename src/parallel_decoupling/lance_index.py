@@ -43,9 +43,7 @@ def write_lance_index(store: Store, index_dir: str | Path, index_type: IndexType
     if index_type is not None and index_type not in get_args(IndexType):
         raise ValueError(f"index_type is {index_type!r}; choose from {', '.join(get_args(IndexType))}")
     if index_type is not None and len(store) < ROWS_FOR_TRAINING:
-        raise ValueError(
-            f"{len(store)} items are too few for index_type {index_type}: train it on {ROWS_FOR_TRAINING} or more"
-        )
+        raise ValueError(f"{len(store)} items are too few for {index_type}, which needs {ROWS_FOR_TRAINING}")
     tables, metadata = _tables(store), {METADATA_KEY: json.dumps(store.metadata)}
     first = next(tables).replace_schema_metadata(metadata)
     table = _lancedb().connect(index_dir).create_table(TABLE, first, mode="overwrite")

@@ -288,11 +288,8 @@ def serve(
         path: what the model name "default" stands for.
         limits: of requests and batches.
     """
-    app = build_app(
-        Server(
-            Embedder.from_pretrained(model).to("cuda" if torch.cuda.is_available() else "cpu"), path, limits
-        )
-    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    app = build_app(Server(Embedder.from_pretrained(model).to(device), path, limits))
     options: dict[str, Any] = {"log_level": "warning", "timeout_graceful_shutdown": GRACE_SECONDS}
     server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, **options))
     for number in (signal.SIGTERM, signal.SIGINT):
