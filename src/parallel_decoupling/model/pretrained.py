@@ -34,14 +34,18 @@ from parallel_decoupling.model.families import FAMILIES, Family
 from parallel_decoupling.model.identity import backbone_fingerprint, check_fingerprint, weights_hash
 from parallel_decoupling.model.model_card import model_card
 from parallel_decoupling.model.open_clip import is_open_clip
-from parallel_decoupling.model.trained_state import PER_PATH, load_trainable_state, trainable_state
+from parallel_decoupling.model.trained_state import (
+    LAST_CHECKPOINT,
+    PER_PATH,
+    load_trainable_state,
+    trainable_state,
+)
 
 FORMAT = 1
 MODEL_TYPE = "parallel_decoupling"
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
 SCORES_FILE = "scores.json"
 PROCESSOR_DIR, BACKBONE_DIR = "processor", "backbone"
-LAST_CHECKPOINT = Path("checkpoints", "last.ckpt")
 CHECKPOINT_KEYS = (
     "state_dict",
     "pytorch-lightning_version",

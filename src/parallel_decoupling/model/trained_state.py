@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from parallel_decoupling.distributed import shard_like, whole
 
+LAST_CHECKPOINT = Path("checkpoints", "last.ckpt")
+"""Where a run keeps its newest checkpoint."""
 PER_PATH = ("prefixes.", "path_logits")
 """Starts of the names of parameters whose first dimension is the path."""
 

@@ -1,7 +1,7 @@
 """PDFEmbedder: the training algorithm of the Parallel Decoupling Framework, as a LightningModule.
 
 ``training_step`` is the alternating step in order. Evaluation is a client: ``evaluation.run`` scores what
-``test_step`` returns.
+``test_step`` returns, and the code behind ``encode`` is imported when it is called.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -18,10 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from parallel_decoupling.batch import EncoderInputs, PairBatch
-from parallel_decoupling.data.images import ImagePolicy
 from parallel_decoupling.distributed import average_gradients, clip_gradients, rank, world_size
-from parallel_decoupling.evaluation.embedder import Embedder, about_encoder
-from parallel_decoupling.evaluation.encode import RowBatch
 from parallel_decoupling.model.backbone import AdapterConfig
 from parallel_decoupling.model.encoder import build_encoder, nested_dims
 from parallel_decoupling.model.families import Family
@@ -33,6 +30,11 @@ from parallel_decoupling.training.grad_cache import Encoding, encode_in_chunks
 from parallel_decoupling.training.optimization import MIConfig, OptimizerConfig
 from parallel_decoupling.training.randomness import seeded
 from parallel_decoupling.training.strategies import shard_encoder
+
+if TYPE_CHECKING:
+    from parallel_decoupling.data.images import ImagePolicy
+    from parallel_decoupling.evaluation.embedder import Embedder
+    from parallel_decoupling.evaluation.encode import RowBatch
 
 _ADAPTER, _MI, _OPTIMIZER = AdapterConfig(), MIConfig(), OptimizerConfig()
 
@@ -338,6 +340,8 @@ class PDFEmbedder(LightningModule):
 
     def about(self) -> dict[str, Any]:
         """Return what stored embeddings say of this model; see ``evaluation.embedder.about_encoder``."""
+        from parallel_decoupling.evaluation.embedder import about_encoder
+
         return about_encoder(self.encoder, self.identity())
 
     def run_info(self) -> dict[str, Any]:
@@ -354,11 +358,15 @@ class PDFEmbedder(LightningModule):
     @property
     def images(self) -> ImagePolicy:
         """Return what happened to the pictures that the weights were trained on."""
+        from parallel_decoupling.data.images import ImagePolicy
+
         return ImagePolicy.from_settings(self.trained_data)
 
     @property
     def embedder(self) -> Embedder:
         """Return the same weights without Lightning; pictures are treated as in training."""
+        from parallel_decoupling.evaluation.embedder import Embedder
+
         embedder = Embedder(self.encoder, self.query_instruction, self.candidate_instruction, self.images)
         embedder.run = self.run_info()
         return embedder
@@ -376,8 +384,14 @@ class PDFEmbedder(LightningModule):
         return self.embedder.encode_document(inputs, **options)
 
     encode_candidate = encode_document
-    similarity = staticmethod(Embedder.similarity)
-    similarity_pairwise = staticmethod(Embedder.similarity_pairwise)
+
+    def similarity(self, a: Tensor, b: Tensor) -> Tensor:
+        """Compare all pairs; see ``Embedder.similarity``."""
+        return self.embedder.similarity(a, b)
+
+    def similarity_pairwise(self, a: Tensor, b: Tensor) -> Tensor:
+        """Compare row by row; see ``Embedder.similarity_pairwise``."""
+        return self.embedder.similarity_pairwise(a, b)
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
         """Write a folder to share; see ``Embedder.save_pretrained``."""

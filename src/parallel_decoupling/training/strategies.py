@@ -22,8 +22,7 @@ from torch.utils._pytree import tree_map
 
 from parallel_decoupling.distributed import broadcast_parameters, rank, shard_like, whole
 from parallel_decoupling.model.backbone import Backbone
-from parallel_decoupling.model.encoder import ParallelEncoder
-from parallel_decoupling.model.open_clip import OpenCLIPEncoder
+from parallel_decoupling.model.encoder import Encoder, ParallelEncoder
 from parallel_decoupling.model.prefixes import ShallowPrefixes
 
 
@@ -135,9 +134,9 @@ def shard_backbone(backbone: Backbone, mesh: DeviceMesh) -> None:
     backbone.language_model.register_forward_pre_hook(_same_graph_everywhere, with_kwargs=True)
 
 
-def shard_encoder(encoder: ParallelEncoder | OpenCLIPEncoder, mesh: DeviceMesh) -> None:
+def shard_encoder(encoder: Encoder, mesh: DeviceMesh) -> None:
     """Shard an encoder's backbone over ``mesh``; raise ``ValueError`` for one that FSDP2 cannot train."""
-    if isinstance(encoder, OpenCLIPEncoder) or isinstance(encoder.prefixes, ShallowPrefixes):
+    if not isinstance(encoder, ParallelEncoder) or isinstance(encoder.prefixes, ShallowPrefixes):
         raise ValueError("fsdp2 trains neither OpenCLIP models nor prefix_type=shallow: use strategy ddp.")
     shard_backbone(encoder.backbone, mesh)
 
