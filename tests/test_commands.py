@@ -141,7 +141,7 @@ def test_help_describes_every_argument(name: str, capsys: pytest.CaptureFixture[
     assert about is not None
     assert about.splitlines()[0] in shown
     for argument in inspect.signature(command).parameters:
-        assert about.split(f" {argument}: ")[1].splitlines()[0] in shown
+        assert about.split(f" {argument}: ")[1].splitlines()[0].rstrip(".") in shown
 
 
 @pytest.fixture(scope="module")

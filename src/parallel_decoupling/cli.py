@@ -59,6 +59,10 @@ def main(args: Sequence[str] | None = None) -> None:
             from parallel_decoupling.lightning_cli import run
 
             run(arguments)
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        _fail(f"this needs {error.name}: pip install 'parallel-decoupling[{EXTRAS[error.name]}]'")
     except (ValueError, OSError) as error:
         if not _is_the_users(error):
             raise
@@ -111,13 +115,7 @@ def _run_command(name: str, arguments: list[str]) -> None:
     from docstring_parser import parse
     from jsonargparse import ArgumentParser
 
-    try:
-        command = command_of(name)
-    except ModuleNotFoundError as error:
-        if error.name not in EXTRAS:
-            raise
-        extra = EXTRAS[error.name]
-        raise ValueError(f"this needs {error.name}: pip install 'parallel-decoupling[{extra}]'") from error
+    command = command_of(name)
     about = parse(command.__doc__ or "")
     parser = ArgumentParser(prog=f"lightning {name}", description=about.short_description)
     parameters = inspect.signature(command).parameters.values()
