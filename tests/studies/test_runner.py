@@ -68,13 +68,6 @@ def test_what_is_finished_is_skipped(started: list[str], tmp_path: Path) -> None
     assert len(started) == 3
 
 
-def test_cells_of_one_configuration_run_once(started: list[str], tmp_path: Path) -> None:
-    study = toy_study(tmp_path, cells={"a": None, "twin": {"overrides": {"model.num_paths": 2}}})
-    assert runner.run_study(study, "toy", jobs=2) == []
-    assert started == ["a_seed0"]
-    assert [line["cell"] for line in read_results(study.results_file)] == ["a", "twin"]
-
-
 @pytest.mark.parametrize("stubborn", [False, True])
 def test_a_stopped_study_ends_its_runs_and_waits_for_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stubborn: bool

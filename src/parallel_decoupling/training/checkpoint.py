@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from parallel_decoupling.model.identity import backbone_fingerprint, check_fingerprint
+from parallel_decoupling.model.identity import check_fingerprint
 from parallel_decoupling.model.trained_state import load_trainable_state, trainable_state
 from parallel_decoupling.training.compute import Progress
 from parallel_decoupling.training.settings import SETTINGS
@@ -36,16 +36,9 @@ def trained_state(module: PDFEmbedder) -> dict[str, Tensor]:
 def save_into(checkpoint: dict[str, Any], module: PDFEmbedder) -> None:
     """Replace Lightning's full ``state_dict`` and add what a resumed run needs."""
     checkpoint["state_dict"] = trained_state(module)
-    checkpoint["backbone"] = fingerprint(module)
+    checkpoint["backbone"] = module.fingerprint
     checkpoint["data"] = module.trained_data or module.data_settings
     checkpoint["progress"] = asdict(module.progress)
-
-
-def fingerprint(module: PDFEmbedder) -> dict[str, Any]:
-    """Return what identifies the frozen weights, taken once: before they are sharded."""
-    if module.fingerprint is None:
-        module.fingerprint = backbone_fingerprint(module.encoder.backbone)
-    return module.fingerprint
 
 
 def load_into(module: PDFEmbedder, checkpoint: Mapping[str, Any]) -> None:
@@ -56,7 +49,7 @@ def load_into(module: PDFEmbedder, checkpoint: Mapping[str, Any]) -> None:
     """
     if not {"backbone", "data", "progress", "state_dict"} <= checkpoint.keys():
         raise ValueError("This is not a checkpoint of PDFEmbedder.")
-    check_fingerprint(checkpoint["backbone"], fingerprint(module))
+    check_fingerprint(checkpoint["backbone"], module.fingerprint)
     stored: Mapping[str, Tensor] = checkpoint["state_dict"]
     wanted, found = (
         {name: value.shape for name, value in state.items() if not name.startswith("encoder.")}

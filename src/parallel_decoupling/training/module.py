@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -22,7 +23,7 @@ from parallel_decoupling.distributed import average_gradients, clip_gradients, r
 from parallel_decoupling.model.backbone import AdapterConfig
 from parallel_decoupling.model.encoder import build_encoder, nested_dims
 from parallel_decoupling.model.families import Family
-from parallel_decoupling.model.identity import encoder_identity
+from parallel_decoupling.model.identity import backbone_fingerprint, encoder_identity
 from parallel_decoupling.objective.mutual_information import MutualInformation
 from parallel_decoupling.training import callbacks, checkpoint, optimization, settings, terms
 from parallel_decoupling.training.compute import Progress
@@ -132,7 +133,6 @@ class PDFEmbedder(LightningModule):
         self.progress = Progress()
         self.data_settings: dict[str, Any] = {}
         self.trained_data: dict[str, Any] = {}
-        self.fingerprint: dict[str, Any] | None = None
         loading = {"revision": backbone_revision, **settings.group("loading", typed)}
         self.encoder = build_encoder(backbone, loading, settings.group("paths", typed))
         self.nested_dims = nested_dims(matryoshka_dims, self.encoder.embed_dim)
@@ -276,7 +276,7 @@ class PDFEmbedder(LightningModule):
     def configure_model(self) -> None:
         """Shard the backbone under FSDP2; nothing to do for one process and for DDP."""
         if self.device_mesh is not None:
-            checkpoint.fingerprint(self)
+            assert self.fingerprint, "taken before the weights are sharded"
             shard_encoder(self.encoder, self.device_mesh["data_parallel"])
 
     def configure_callbacks(self) -> list[Callback]:
@@ -331,12 +331,17 @@ class PDFEmbedder(LightningModule):
                 "callbacks, or call evaluate(model, data_dir)."
             )
 
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """Identify the frozen weights, once: before they are sharded."""
+        return backbone_fingerprint(self.encoder.backbone)
+
     def identity(self) -> dict[str, Any]:
         """Identify what turns inputs into embeddings; see ``model.identity.encoder_identity``."""
         precision = None if self._trainer is None else str(self._trainer.precision)
         shaping = settings.embedding_settings(self.hparams)
         conditions: dict[str, Any] = {"precision": precision, "settings": shaping}
-        return encoder_identity(self.encoder, fingerprint=checkpoint.fingerprint(self), **conditions)
+        return encoder_identity(self.encoder, fingerprint=self.fingerprint, **conditions)
 
     def about(self) -> dict[str, Any]:
         """Return what stored embeddings say of this model; see ``evaluation.embedder.about_encoder``."""
