@@ -123,4 +123,5 @@ def _run_command(name: str, arguments: list[str]) -> None:
     for each in (each for each in about.params if each.arg_name in several):
         parser.add_argument(each.arg_name, nargs="+", type=str, help=each.description)
     parser.add_function_arguments(command, as_positional=True, as_group=False, skip={*several})
-    command(**parser.parse_args(arguments).as_dict())
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # before 4.49
+    command(**instantiate(parser.parse_args(arguments)).as_dict())

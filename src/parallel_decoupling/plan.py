@@ -129,7 +129,7 @@ def saved_bytes(layers: nn.Module, element: int) -> int:
 
 
 class Plan:
-    """What one run needs; for arguments and errors see ``plan_tables``."""
+    """What one run needs."""
 
     def __init__(self, model: Mapping[str, Any], data: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
         if is_open_clip(model["backbone"]):

@@ -279,8 +279,6 @@ def serve(
 ) -> None:
     """Serve embeddings over HTTP in OpenAI's form until SIGTERM or Ctrl-C.
 
-    Requests that were accepted are answered before it ends.
-
     Args:
         model: checkpoint, run or exported folder.
         host: address to listen on.

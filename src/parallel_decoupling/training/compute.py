@@ -16,7 +16,7 @@ from parallel_decoupling.training.grad_cache import LENGTH_GROUPS
 
 
 def paths_per_layer(settings: Mapping[str, Any], num_layers: int) -> float:
-    """Return the rows per input in the average layer; layers below the first prefix see an input once."""
+    """Return the rows per input in the average layer."""
     shared = prefix_range(settings["prefix_layers"], num_layers).start / num_layers
     return shared + float(settings["num_paths"]) * (1 - shared)
 

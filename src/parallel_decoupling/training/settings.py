@@ -23,12 +23,8 @@ from parallel_decoupling.training.strategies import FSDP2Strategy
 class Setting:
     """What is known of one argument of ``PDFEmbedder``.
 
-    Attributes:
-        group: the part of the package that reads it.
-        shapes_weights: it decides names or shapes of what a checkpoint holds.
-        shapes_embeddings: it changes embeddings although no weight tells.
-        fixed: ``validate``, ``test`` and ``predict`` take the checkpoint's value, whatever is typed.
-        config: the class of its own options, if it has some.
+    ``shapes_embeddings`` means that it changes embeddings although no weight tells; a ``fixed`` one is taken
+    from the checkpoint by all subcommands but ``fit``. ``config`` is the class of its own options.
     """
 
     group: Literal["backbone", "loading", "paths", "objective", "training", "prompts"]

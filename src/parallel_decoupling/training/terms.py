@@ -24,13 +24,10 @@ from parallel_decoupling.objective.statistics import path_cosine
 
 @dataclass(frozen=True)
 class GatheredPairs:
-    """The embeddings of one batch, of all ranks.
+    """The embeddings of one batch, of all ranks: queries ``[G, N, D]``, candidates ``[C, N, D]``.
 
     Attributes:
-        query: ``[G, N, D]``.
-        candidate: ``[C, N, D]``, positives and hard negatives.
-        query_aggregate: ``[G, 1, D']``.
-        candidate_aggregate: ``[C, 1, D']``.
+        query_aggregate: ``[G, 1, D']``; of the candidates ``[C, 1, D']``.
         positive: ``[G]`` int64, index into the candidates.
         candidate_ids: ``[C]`` int64; ``PADDING_ID`` where a hard negative is missing.
         nested: the same rows at each smaller dimension of Matryoshka training.
