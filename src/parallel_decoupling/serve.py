@@ -150,10 +150,11 @@ class Server:
             del self._waiting[future]
         if isinstance(result, ValueError):
             raise result
-        numbers: list[Any] = result[0].tolist()
         if body.encoding_format == "base64":  # of little-endian float32
             rows = result[0].numpy().astype("<f4")
-            numbers = [base64.b64encode(row.tobytes()).decode("ascii") for row in rows]
+            numbers: list[Any] = [base64.b64encode(row.tobytes()).decode("ascii") for row in rows]
+        else:
+            numbers = result[0].tolist()
         data = [
             {"object": "embedding", "index": index, "embedding": each} for index, each in enumerate(numbers)
         ]
