@@ -181,7 +181,7 @@ def test_export_of_several_paths_with_merged_adapters(run_dir: Path, tmp_path: P
         ["export", str(run_dir), str(tmp_path / "model"), "--paths", "[1,0]", "--merge_adapters", "true"]
     )
     config = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
-    assert (config["paths"], config["adapter"]["kind"]) == ([1, 0], "frozen")
+    assert (config["paths"], config["settings"]["adapter"]["kind"]) == ([1, 0], "frozen")
     expected = every_path(Embedder.from_pretrained(run_dir), [1, 0])
     torch.testing.assert_close(every_path(Embedder.from_pretrained(tmp_path / "model")), expected)
 

@@ -21,7 +21,11 @@ SOURCE_DIR = PROJECT_DIR / "src" / "parallel_decoupling"
 README = (PROJECT_DIR / "README.md").read_text(encoding="utf-8")
 PAGES = {
     file.name: file.read_text(encoding="utf-8")
-    for file in (PROJECT_DIR / "README.md", PROJECT_DIR / "CONTRIBUTING.md", *(PROJECT_DIR / "docs").glob("*.md"))
+    for file in (
+        PROJECT_DIR / "README.md",
+        PROJECT_DIR / "CONTRIBUTING.md",
+        *(PROJECT_DIR / "docs").glob("*.md"),
+    )
     if file.name != "experiments.md"  # past commands of past versions
 }
 PROGRAMS = ("parallel-decoupling", "lightning")
@@ -76,13 +80,17 @@ def test_the_tree_names_every_file_and_folder_on_top_of_the_package() -> None:
     there = [file.name for file in SOURCE_DIR.glob("*.py") if not file.name.startswith("__")]
     there += [f"{file.parent.name}/" for file in SOURCE_DIR.glob("*/__init__.py")]
     assert sorted(named) == sorted(there)
-    top = re.findall(r"[A-Za-z_]+[/.][a-z]*|Makefile", "\n".join(re.findall(r"^\S.*?(?=  |$)", tree, flags=re.M)))
+    top = re.findall(
+        r"[A-Za-z_]+[/.][a-z]*|Makefile", "\n".join(re.findall(r"^\S.*?(?=  |$)", tree, flags=re.M))
+    )
     assert all((PROJECT_DIR / name.removesuffix("/")).exists() for name in top)
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_link_leads_to_a_file(page: str) -> None:
-    folder = PROJECT_DIR if page.isupper() or page in ("README.md", "CONTRIBUTING.md") else PROJECT_DIR / "docs"
+    folder = (
+        PROJECT_DIR if page.isupper() or page in ("README.md", "CONTRIBUTING.md") else PROJECT_DIR / "docs"
+    )
     targets = re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", PAGES[page])
     assert [target for target in targets if not (folder / target).exists()] == []
 
@@ -98,9 +106,7 @@ def test_every_make_target_and_module_that_is_named_exists() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_command_parses(
-    command: tuple[str, str], working_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_command_parses(command: tuple[str, str], working_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     del working_dir
     parse = jsonargparse.ArgumentParser.parse_args
 
