@@ -82,7 +82,7 @@ class OpenCLIPProcessor:
         return data
 
     def _warn_of_cut_texts(self, texts: Sequence[str], ids_BL: Tensor) -> None:
-        """A text was cut if twice the room holds more of its tokens."""
+        """Warn once of a text that was cut: twice the room holds more of its tokens."""
         real_BL = ids_BL != self.padding_id
         full = real_BL[:, -2:].any(dim=1).nonzero()[:, 0].tolist()  # the last may be an end token that pads
         if self._warned or not full:
