@@ -10,7 +10,7 @@ INSTALLED := .venv/.installed
 DEMO := runs/demo$(if $(filter-out 0,$(SEED)),_seed$(SEED))
 DEMO_SINGLE_PATH := runs/demo_single_path$(if $(filter-out 0,$(SEED)),_seed$(SEED))
 
-.PHONY: help install demo test test-slow lint types checks format golden backbone notebooks bench studies app clean
+.PHONY: help install demo test test-slow lint types checks format golden backbone configs notebooks bench studies app clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,12 +45,9 @@ demo: $(INSTALLED) ## train and score one path and N paths on the embedded bench
 
 app: $(INSTALLED) ## search pictures of the embedded benchmark in a browser, with the demo's model (after make demo)
 	@test -f $(DEMO)/checkpoints/last.ckpt || (echo "no $(DEMO)/checkpoints/last.ckpt: run make demo first" && exit 1)
-	@test -f $(DEMO)/index/index.json || ( \
-	  pictures=$$($(BIN)/python -c 'from parallel_decoupling.world.benchmark import ensure_benchmark; print(ensure_benchmark())')/MMEB-eval/Scene_t2i && \
-	  $(BIN)/lightning predict --ckpt_path $(DEMO)/checkpoints/last.ckpt \
-	    --data.predict_source $$pictures --writer.output_dir $(DEMO)/embeddings && \
-	  $(BIN)/lightning index $(DEMO)/embeddings $(DEMO)/index )
-	$(BIN)/lightning app $(DEMO)/index --model $(DEMO)/checkpoints/last.ckpt --instruction 'Find a picture that matches the caption:'
+	pictures=$$($(BIN)/python -c 'from parallel_decoupling.world.benchmark import ensure_benchmark; print(ensure_benchmark())')/MMEB-eval/Scene_t2i && \
+	  $(BIN)/lightning predict --ckpt_path $(DEMO)/checkpoints/last.ckpt --data.predict_source $$pictures --output_dir $(DEMO)/embeddings
+	$(BIN)/lightning app $(DEMO)/embeddings --model $(DEMO) --instruction 'Find a picture that matches the caption:'
 
 test: $(INSTALLED) ## the test suite without the slow tests
 	$(BIN)/pytest -q
@@ -78,6 +75,9 @@ golden: $(INSTALLED) ## write the golden losses anew (say why in the commit)
 backbone: $(INSTALLED) ## train the shipped tiny backbone anew
 	$(BIN)/python -m recipes.tiny_backbone
 
+configs: $(INSTALLED) ## write lightning_configs/reproduce/ anew from its layers
+	$(BIN)/python -m recipes.ready_configs
+
 notebooks: $(INSTALLED) ## execute every notebook in place
 	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
 
@@ -88,10 +88,9 @@ bench: $(INSTALLED) ## cost of N paths and of the vCLUB estimator, start-up on M
 	$(BIN)/python -m benchmarks.predict
 
 studies: $(INSTALLED) ## every study: runs what is missing, then tables and pictures in docs/studies/
-	@test -f $(DEMO)/checkpoints/last.ckpt || $(MAKE) demo  # search looks at its model
 	@failed=0; for study in help full_data paths prefix mutual_information little_data beyond; do \
 	  $(BIN)/python -m studies $$study --jobs $(STUDY_JOBS) || failed=1; done; \
-	for study in estimators path_differences prefix_gradients search; do $(BIN)/python -m studies $$study || failed=1; done; exit $$failed
+	for study in estimators path_differences prefix_gradients; do $(BIN)/python -m studies $$study || failed=1; done; exit $$failed
 
 clean: ## remove caches and build output (keeps runs/ and .venv/)
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,6 +14,7 @@ from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.lightning_cli import PlanCLI, RunCLI
 from parallel_decoupling.plan import Plan
 from parallel_decoupling.training.module import PDFEmbedder
+from recipes.ready_configs import READY, ROWS, ready_config
 from tests.support.published_sizes import save_published
 
 PROJECT_DIR = Path(__file__).parent.parent
@@ -29,11 +29,21 @@ class BuiltCLI(RunCLI):
         self.built = subcommand
 
 
+class ParsedCLI(RunCLI):
+    """Parses and builds nothing."""
+
+    def instantiate_classes(self) -> None:
+        """Build nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run nothing."""
+
+
 @pytest.fixture
 def on_this_machine(
     tiny_backbone_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> list[str]:
-    """Options that put a tiny backbone on one CPU in the place of what a config asks for."""
+    """Options that put a tiny backbone on one CPU instead of what a config asks for."""
     monkeypatch.chdir(tmp_path)
     caplog.set_level(logging.WARNING)
     hardware = {
@@ -89,11 +99,6 @@ def test_unknown_key_in_a_config_is_refused(
 
 
 REPRODUCE = (PROJECT_DIR / "docs" / "reproduce.md").read_text(encoding="utf-8")
-COMMANDS = {
-    line.rsplit("runs/", 1)[-1]: shlex.split(line)[2:]
-    for line in REPRODUCE.splitlines()
-    if line.startswith("lightning fit ")
-}
 
 
 def table_rows() -> dict[str, list[str]]:
@@ -102,8 +107,8 @@ def table_rows() -> dict[str, list[str]]:
     return {row[0].strip("`"): row for row in cells}
 
 
-def in_project(arguments: list[str]) -> list[str]:
-    return [str(PROJECT_DIR / a) if a.startswith("lightning_configs/") else a for a in arguments]
+def ready_file(row: str) -> str:
+    return str(CONFIG_DIR / READY / f"{row}.yaml")
 
 
 class PlannedCLI(PlanCLI):
@@ -116,24 +121,37 @@ class PlannedCLI(PlanCLI):
             self.plan = Plan(config["model"], config["data"], config["trainer"])
 
 
-def test_every_row_has_a_command_and_every_layered_file_a_use() -> None:
-    assert len(COMMANDS) == 13
-    assert COMMANDS.keys() == table_rows().keys()
+def test_ready_files_are_what_make_configs_writes() -> None:
+    there = {file.stem: file.read_text(encoding="utf-8") for file in (CONFIG_DIR / READY).glob("*.yaml")}
+    assert there == {row: ready_config(row) for row in ROWS}
+
+
+def test_every_row_of_the_docs_has_a_ready_file_and_every_layer_a_use() -> None:
+    assert list(table_rows()) == list(ROWS)
+    command = "parallel-decoupling fit --config lightning_configs/reproduce/"
+    assert [row for row in ROWS if f"{command}{row}.yaml\n" not in REPRODUCE] == []
     docs = REPRODUCE + (PROJECT_DIR / "docs" / "layouts.md").read_text(encoding="utf-8")
-    files = [str(file.relative_to(CONFIG_DIR)) for file in CONFIG_DIR.glob("*/*.yaml")]
-    assert files
-    assert [file for file in files if file not in docs] == []
-    options = [
-        word for command in COMMANDS.values() for word in command if word.startswith("lightning_configs/")
-    ]
-    assert all((PROJECT_DIR / option).is_file() for option in options)
+    layers = [str(file.relative_to(CONFIG_DIR).with_suffix("")) for file in CONFIG_DIR.glob("*/*.yaml")]
+    unused = [name for name in layers if not name.startswith(READY) and f"{name}.yaml" not in docs]
+    assert set(unused) <= {layer for row in ROWS.values() for layer in row}
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+def test_a_ready_file_equals_its_layers_on_the_command_line() -> None:
+    name = "pdf_qwen2_vl_2b"
+    layers = [f"--config={CONFIG_DIR / layer}.yaml" for layer in ROWS[name]]
+    options = {"joined": [f"--config={ready_file(name)}"]}
+    options["layers"] = [*layers, f"--trainer.default_root_dir=runs/{name}"]
+    parsed = {key: ParsedCLI(["fit", *each]).config["fit"].as_dict() for key, each in options.items()}
+    for config in parsed.values():
+        del config["config"]
+    assert parsed["joined"] == parsed["layers"]
+
+
+@pytest.mark.parametrize("name", ROWS)
 def test_row_instantiates_with_a_small_backbone_and_plans_as_documented(
     name: str, on_this_machine: list[str]
 ) -> None:
-    arguments = ["fit", *in_project(COMMANDS[name])]
+    arguments = ["fit", "--config", ready_file(name)]
     built: Any = BuiltCLI([*arguments, *on_this_machine])
     assert built.built == "fit"
     assert built.model.encoder.num_paths == (4 if name.startswith("pdf") else 1)
@@ -150,22 +168,19 @@ def test_row_instantiates_with_a_small_backbone_and_plans_as_documented(
 
 
 def test_single_path_and_pdf_rows_differ_in_the_paths_only() -> None:
-    for name, arguments in COMMANDS.items():
+    for name, layers in ROWS.items():
         other = name.replace("pdf_", "single_path_")
-        if name.startswith("pdf_") and other in COMMANDS:
-            changed = [
-                word.replace("paths/pdf", "paths/single_path").replace(name, other) for word in arguments
-            ]
-            assert changed == COMMANDS[other]
+        if name.startswith("pdf_") and other in ROWS:
+            assert [layer.replace("paths/pdf", "paths/single_path") for layer in layers] == list(ROWS[other])
 
 
 @pytest.mark.parametrize("layout", ["single", "ddp", "fsdp2"])
 def test_a_layout_changes_nothing_that_is_trained(layout: str) -> None:
-    command = in_project(COMMANDS["pdf_qwen2_vl_2b"])
-    plans = []
-    for name in ("ddp", layout):
-        changed = [word.replace("layout/ddp", f"layout/{name}") for word in command]
-        plans.append(PlannedCLI(["fit", *changed]).plan)
+    arguments = ["fit", "--config", ready_file("pdf_qwen2_vl_2b")]
+    plans = [
+        PlannedCLI([*arguments, *more]).plan
+        for more in ([], ["--config", str(CONFIG_DIR / "layout" / f"{layout}.yaml")])
+    ]
     assert plans[1].strategy == layout
     assert plans[0].model | {"backbone": ""} == plans[1].model | {"backbone": ""}
     assert (plans[0].queries, plans[0].image) == (plans[1].queries, plans[1].image)

@@ -1,91 +1,143 @@
-"""What the README tells a user to type exists and works; docs/files.md lists every file."""
+"""What README and docs tell a user to type parses or runs, and the README's tree is the package's."""
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import jsonargparse
 import pytest
 
 from parallel_decoupling.cli import main
 from parallel_decoupling.world.benchmark import ensure_benchmark
 
 PROJECT_DIR = Path(__file__).parent.parent
-WHOLE_FOLDERS = {"data/world", "commands"}
-"""Folders with one row in docs/files.md, not one per file."""
-README = (PROJECT_DIR / "README.md").read_text(encoding="utf-8")
 SOURCE_DIR = PROJECT_DIR / "src" / "parallel_decoupling"
+README = (PROJECT_DIR / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    file.name: file.read_text(encoding="utf-8")
+    for file in (PROJECT_DIR / "README.md", PROJECT_DIR / "CONTRIBUTING.md", *(PROJECT_DIR / "docs").glob("*.md"))
+    if file.name != "experiments.md"  # past commands of past versions
+}
+PROGRAMS = ("parallel-decoupling", "lightning")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+def blocks(text: str, *languages: str) -> list[str]:
+    pattern = rf"^ *```(?:{'|'.join(languages)})\n(.*?)^ *```$"
+    return re.findall(pattern, text, flags=re.MULTILINE | re.DOTALL)
 
 
-def commands(program: str) -> list[list[str]]:
-    lines = "\n".join(blocks("console")).splitlines()
-    return [shlex.split(line)[1:] for line in lines if line.split()[:1] == [program]]
+def command_lines(text: str) -> list[list[str]]:
+    """Words of the lines in shell blocks, without ``srun``."""
+    lines = "\n".join(blocks(text, "console", "bash")).replace("\\\n", " ").splitlines()
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [each[1:] if each[0] == "srun" else each for each in words if each]
+
+
+COMMANDS = {
+    (page, shlex.join(words)): words[1:]
+    for page, text in PAGES.items()
+    for words in command_lines(text)
+    if words[0] in PROGRAMS
+}
+PYTHON = [(page, block) for page, text in PAGES.items() for block in blocks(text, "python")]
+
+
+class ParsedError(Exception):
+    """Raised in place of running a command."""
 
 
 @pytest.fixture
-def readme_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with the shipped configs and the files that the README shows."""
+def working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the shipped configs and the named YAML files that the pages show."""
     (tmp_path / "lightning_configs").symlink_to(PROJECT_DIR / "lightning_configs")
-    for block in blocks("yaml"):
-        (tmp_path / block.splitlines()[0].removeprefix("# ")).write_text(block, encoding="utf-8")
+    for text in PAGES.values():
+        for block in blocks(text, "yaml"):
+            if (first := block.splitlines()[0]).endswith(".yaml"):
+                (tmp_path / first.removeprefix("# ")).write_text(block, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_first_line_says_which_pdf_is_meant() -> None:
-    assert README.splitlines()[0] == "# Parallel Decoupling Framework (not the document format)"
+def test_first_line_says_which_pdf_is_meant_and_two_screens_are_enough() -> None:
+    lines = README.splitlines()
+    assert lines[0] == "# Parallel Decoupling Framework (not the document format)"
+    assert len(lines) <= 120
 
 
-def test_every_make_target_in_the_docs_exists() -> None:
+def test_the_tree_names_every_file_and_folder_on_top_of_the_package() -> None:
+    (tree,) = (block for block in re.findall(r"^```\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL))
+    named = re.findall(r"^  ([a-z_]+(?:\.py|/)) ", tree, flags=re.MULTILINE)
+    there = [file.name for file in SOURCE_DIR.glob("*.py") if not file.name.startswith("__")]
+    there += [f"{file.parent.name}/" for file in SOURCE_DIR.glob("*/__init__.py")]
+    assert sorted(named) == sorted(there)
+    top = re.findall(r"[A-Za-z_]+[/.][a-z]*|Makefile", "\n".join(re.findall(r"^\S.*?(?=  |$)", tree, flags=re.M)))
+    assert all((PROJECT_DIR / name.removesuffix("/")).exists() for name in top)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_to_a_file(page: str) -> None:
+    folder = PROJECT_DIR if page.isupper() or page in ("README.md", "CONTRIBUTING.md") else PROJECT_DIR / "docs"
+    targets = re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", PAGES[page])
+    assert [target for target in targets if not (folder / target).exists()] == []
+
+
+def test_every_make_target_and_module_that_is_named_exists() -> None:
     makefile = (PROJECT_DIR / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z-]+):.*##", makefile, flags=re.MULTILINE))
-    text = README + (PROJECT_DIR / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    text = "\n".join(PAGES.values())
     mentioned = set(re.findall(r"(?:^|`)make ([a-z-]+)", text, flags=re.MULTILINE))
     assert {"install", "demo"} <= mentioned <= targets
+    modules = set(re.findall(r"python -m ([\w.]+)", text))
+    assert [name for name in modules if find_spec(name) is None] == []
 
 
-def test_tree_lists_every_source_file_and_no_other() -> None:
-    tree = (PROJECT_DIR / "docs" / "files.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^  ([a-z_]+/?[a-z_]*(?:\.py|/)) ", tree, flags=re.MULTILINE)
-    listed = {row.rstrip("/") for row in rows}
-    present = {
-        str(file.relative_to(SOURCE_DIR))
-        for file in SOURCE_DIR.rglob("*.py")
-        if not file.name.startswith("__") and str(file.parent.relative_to(SOURCE_DIR)) not in WHOLE_FOLDERS
-    }
-    assert listed == present | WHOLE_FOLDERS | {"model/tiny"}
-
-
-@pytest.mark.parametrize("arguments", commands("lightning"), ids=" ".join)
-def test_lightning_command_parses(
-    arguments: list[str],
-    readme_dir: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_command_parses(
+    command: tuple[str, str], working_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    del readme_dir
-    if "--print_config" not in arguments:
-        arguments = [*arguments, "--print_config"]
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    assert stop.value.code == 0
-    assert "num_paths:" in capsys.readouterr().out
+    del working_dir
+    parse = jsonargparse.ArgumentParser.parse_args
+
+    def parse_and_stop(self: Any, *args: Any, **options: Any) -> None:
+        parse(self, *args, **options)
+        raise ParsedError
+
+    monkeypatch.setattr(jsonargparse.ArgumentParser, "parse_args", parse_and_stop)
+    with pytest.raises((ParsedError, SystemExit)) as stopped:
+        main(COMMANDS[command])
+    assert not isinstance(stopped.value, SystemExit) or stopped.value.code == 0  # --print_config
+
+
+@pytest.mark.parametrize(("page", "block"), PYTHON, ids=[f"{page}-{n}" for n, (page, _) in enumerate(PYTHON)])
+def test_names_that_a_python_block_imports_exist(page: str, block: str) -> None:
+    del page
+    for node in ast.walk(ast.parse(block)):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("parallel_decoupling"):
+            module = import_module(str(node.module))
+            assert [each.name for each in node.names if not hasattr(module, each.name)] == []
 
 
 @pytest.mark.slow
-def test_python_block_runs_on_the_checkpoint_of_a_short_demo(
-    readme_dir: Path, capsys: pytest.CaptureFixture[str]
+def test_the_readme_works_from_a_short_demo_to_a_search(
+    working_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data_dir = ensure_benchmark(readme_dir / "data", train_rows=16, eval_rows=16)
+    data_dir = ensure_benchmark(working_dir / "data", train_rows=16, eval_rows=16)
     short = ["--trainer.max_steps", "2", "--data.batch_size", "16", "--data.data_dir", str(data_dir)]
     main(["fit", "--config", "lightning_configs/demo.yaml", *short])
-    assert (readme_dir / "runs/demo/checkpoints/last.ckpt").is_file()
+    assert (working_dir / "runs/demo/checkpoints/last.ckpt").is_file()
     capsys.readouterr()
-    (block,) = blocks("python")
+    (block,) = blocks(README, "python")
     exec(compile(block, "README.md", "exec"), {})  # the example is part of this project
-    assert "cosine of paths 0 and 1:" in capsys.readouterr().out
+    assert "torch.Size([3, 160])" in capsys.readouterr().out
+    (working_dir / "photos").symlink_to(data_dir / "MMEB-eval" / "Scene_t2i")
+    for words in command_lines(README):
+        if words[1:2] in (["predict"], ["search"], ["export"]):
+            main(words[1:])
+    assert "rank" in capsys.readouterr().out
+    assert (working_dir / "my-model" / "config.json").is_file()

@@ -184,7 +184,7 @@ class RunCLI(LightningCLI):
             root_dir = self._get(self.config_init, "trainer")["default_root_dir"]
             output_dir = Path(self._get(self.config_init, "output_dir") or Path(root_dir, "embeddings"))
             file = self._get(self.config_init, "ckpt_path")
-            model = None if file is None else os.path.relpath(file, output_dir)
+            model = None if file is None else os.path.abspath(file)
             dtype = self._get(self.config_init, "output_dtype")
             return Keeper(output_dir, lambda: {**self.model.about(), "model": model}, dtype=dtype)
         folder = self._get(self.config_init, "embeddings_dir") if self.config.subcommand == "test" else None

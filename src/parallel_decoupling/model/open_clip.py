@@ -71,7 +71,13 @@ class OpenCLIPProcessor:
             if not rest and IMAGE_PLACEHOLDER not in row:
                 raise ValueError("An input needs a text or an image.")
         ids_BL = self.tokenizer(texts)
-        self._warn_of_cut_texts(texts, ids_BL)
+        if not self._warned and self.cuts(texts, ids_BL):
+            self._warned = True
+            warnings.warn(
+                f"A text has more than the {self.context_length} tokens that this text tower takes; the rest "
+                "is cut off, also of further texts.",
+                stacklevel=2,
+            )
         has_text_B1 = torch.tensor([[bool(rest)] for rest in texts])
         data = {"input_ids": ids_BL, "attention_mask": has_text_B1.long().expand_as(ids_BL)}
         rows = [[each] if isinstance(each, Image.Image) else each for each in images or ()]
@@ -81,20 +87,14 @@ class OpenCLIPProcessor:
             data["image_sizes"] = torch.tensor([[image.height, image.width] for image in flat])
         return data
 
-    def _warn_of_cut_texts(self, texts: Sequence[str], ids_BL: Tensor) -> None:
-        """Warn once of a text that was cut: twice the room holds more of its tokens."""
-        real_BL = ids_BL != self.padding_id
+    def cuts(self, texts: Sequence[str], ids_BL: Tensor | None = None) -> bool:
+        """Tell whether one of the texts does not fit: whether twice the room holds more of its tokens."""
+        real_BL = (self.tokenizer(texts) if ids_BL is None else ids_BL) != self.padding_id
         full = real_BL[:, -2:].any(dim=1).nonzero()[:, 0].tolist()  # the last may be an end token that pads
-        if self._warned or not full:
-            return
+        if not full:
+            return False
         longer = self.tokenizer([texts[row] for row in full], context_length=2 * self.context_length)
-        if ((longer != self.padding_id).sum(dim=1) > real_BL[full].sum(dim=1)).any():
-            self._warned = True
-            warnings.warn(
-                f"A text has more than the {self.context_length} tokens that this text tower takes; the rest "
-                "is cut off, also of further texts.",
-                stacklevel=3,
-            )
+        return bool(((longer != self.padding_id).sum(dim=1) > real_BL[full].sum(dim=1)).any())
 
 
 @dataclass(frozen=True)
