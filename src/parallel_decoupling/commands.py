@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from parallel_decoupling.search import Hit, Searcher
 
 __all__ = ["app", "compare", "export", "index", "paths", "search", "serve", "verify"]
-
-LONGEST_CELL = 60
 
 
 def index(
@@ -221,12 +219,11 @@ def open_searcher(embeddings: str | Path, model: str | None = None) -> Searcher:
     Raises:
         ValueError: there are no embeddings, no model is known, or the two do not belong together.
     """
-    from parallel_decoupling.evaluation.store import Store
     from parallel_decoupling.lance_index import TABLE, LanceIndex
     from parallel_decoupling.search import ExactIndex, Searcher
 
     is_lance = Path(embeddings, f"{TABLE}.lance").is_dir()
-    items = LanceIndex(embeddings) if is_lance else ExactIndex(Store(embeddings))
+    items = LanceIndex(embeddings) if is_lance else ExactIndex(embeddings)
     name = model or items.metadata.get("model")
     if name is None:
         raise ValueError(f"{embeddings} does not say which checkpoint it was made with: give --model")
@@ -242,17 +239,12 @@ def hits_table(hits: Sequence[Hit]) -> Table:
     for name in hits[0].similarities if hits else ():
         table.add_column(name, justify="right")
     for name in hits[0].fields if hits else ():
-        table.add_column(escape(name), overflow="fold")
+        table.add_column(escape(name), overflow="ellipsis", no_wrap=True, max_width=60)
     for rank, hit in enumerate(hits, start=1):
         cosines = [f"{value:.3f}" for value in hit.similarities.values()]
-        fields = [escape(_short(value)) for value in hit.fields.values()]
+        fields = ["" if value is None else escape(str(value)) for value in hit.fields.values()]
         table.add_row(str(rank), f"{hit.score:.3f}", escape(hit.id), *cosines, *fields)
     return table
-
-
-def _short(value: Any) -> str:
-    text = "" if value is None else str(value)
-    return text if len(text) <= LONGEST_CELL else f"{text[: LONGEST_CELL - 1]}…"
 
 
 def _console() -> Console:

@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -73,7 +74,7 @@ class ExactIndex:
     """Compares queries with every item of a store, one row group at a time.
 
     Args:
-        store: what ``predict`` wrote.
+        store: what ``predict`` wrote, or its folder.
         memory_budget: bytes that decoded vectors may take. Vectors that fit stay in memory, others are read
             again for every search.
 
@@ -84,7 +85,8 @@ class ExactIndex:
         The hits do not depend on the budget.
     """
 
-    def __init__(self, store: Store, memory_budget: int = MEMORY_BUDGET) -> None:
+    def __init__(self, store: Store | str | Path, memory_budget: int = MEMORY_BUDGET) -> None:
+        store = store if isinstance(store, Store) else Store(store)
         self.store, self.columns = store, store.columns
         self.metadata: Mapping[str, Any] = store.metadata
         several = (MEAN, CONCAT, MAXSIM) if len(path_columns(self.columns)) > 1 else ()
