@@ -21,7 +21,11 @@ SOURCE_DIR = PROJECT_DIR / "src" / "parallel_decoupling"
 README = (PROJECT_DIR / "README.md").read_text(encoding="utf-8")
 PAGES = {
     file.name: file.read_text(encoding="utf-8")
-    for file in (PROJECT_DIR / "README.md", PROJECT_DIR / "CONTRIBUTING.md", *(PROJECT_DIR / "docs").glob("*.md"))
+    for file in (
+        PROJECT_DIR / "README.md",
+        PROJECT_DIR / "CONTRIBUTING.md",
+        *(PROJECT_DIR / "docs").glob("*.md"),
+    )
     if file.name != "experiments.md"  # past commands of past versions
 }
 PROGRAMS = ("parallel-decoupling", "lightning")
@@ -40,11 +44,13 @@ def command_lines(text: str) -> list[list[str]]:
 
 
 COMMANDS = {
-    (page, shlex.join(words)): words[1:]
-    for page, text in PAGES.items()
+    shlex.join(words[1:]): words[1:]
+    for text in PAGES.values()
     for words in command_lines(text)
     if words[0] in PROGRAMS
 }
+READY = re.compile(r"fit --config lightning_configs/reproduce/\w+\.yaml")
+"""Commands that tests/test_configs.py builds."""
 PYTHON = [(page, block) for page, text in PAGES.items() for block in blocks(text, "python")]
 
 
@@ -71,18 +77,20 @@ def test_first_line_says_which_pdf_is_meant_and_two_screens_are_enough() -> None
 
 
 def test_the_tree_names_every_file_and_folder_on_top_of_the_package() -> None:
-    (tree,) = (block for block in re.findall(r"^```\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL))
+    tree = README.split("## Files")[1].split("```")[1]
     named = re.findall(r"^  ([a-z_]+(?:\.py|/)) ", tree, flags=re.MULTILINE)
     there = [file.name for file in SOURCE_DIR.glob("*.py") if not file.name.startswith("__")]
     there += [f"{file.parent.name}/" for file in SOURCE_DIR.glob("*/__init__.py")]
     assert sorted(named) == sorted(there)
-    top = re.findall(r"[A-Za-z_]+[/.][a-z]*|Makefile", "\n".join(re.findall(r"^\S.*?(?=  |$)", tree, flags=re.M)))
-    assert all((PROJECT_DIR / name.removesuffix("/")).exists() for name in top)
+    heads = re.findall(r"^(\S.*?)  ", tree, flags=re.MULTILINE)
+    top = [name for head in heads for name in head.split(", ")]
+    assert {"lightning_configs/", "tests/", "Makefile"} < set(top)
+    assert [name for name in top if not (PROJECT_DIR / name).exists()] == []
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_link_leads_to_a_file(page: str) -> None:
-    folder = PROJECT_DIR if page.isupper() or page in ("README.md", "CONTRIBUTING.md") else PROJECT_DIR / "docs"
+    folder = PROJECT_DIR if (PROJECT_DIR / page).exists() else PROJECT_DIR / "docs"
     targets = re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", PAGES[page])
     assert [target for target in targets if not (folder / target).exists()] == []
 
@@ -97,10 +105,8 @@ def test_every_make_target_and_module_that_is_named_exists() -> None:
     assert [name for name in modules if find_spec(name) is None] == []
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_command_parses(
-    command: tuple[str, str], working_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("command", [each for each in COMMANDS if not READY.fullmatch(each)])
+def test_command_parses(command: str, working_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     del working_dir
     parse = jsonargparse.ArgumentParser.parse_args
 
