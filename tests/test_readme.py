@@ -51,6 +51,11 @@ COMMANDS = {
 }
 READY = re.compile(r"fit --config lightning_configs/reproduce/\w+\.yaml")
 """Commands that tests/test_configs.py builds."""
+WHOLE = [
+    (page, next(iter(blocks(PAGES[page], "python"))))
+    for page in ("training.md", "embedding_files.md", "search.md", "sharing.md")
+]
+"""Blocks that need nothing but what the README's commands leave behind."""
 PYTHON = [(page, block) for page, text in PAGES.items() for block in blocks(text, "python")]
 
 
@@ -147,3 +152,5 @@ def test_the_readme_works_from_a_short_demo_to_a_search(
             main(words[1:])
     assert "rank" in capsys.readouterr().out
     assert (working_dir / "my-model" / "config.json").is_file()
+    for page, block in WHOLE:
+        exec(compile(block.replace("mini-mmeb", str(data_dir)), page, "exec"), {})
