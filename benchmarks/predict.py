@@ -1,4 +1,4 @@
-"""Rows per second of ``lightning predict`` against three ways to encode the same rows in a loop of one's own.
+"""Rows per second of ``predict`` against three ways to encode the same rows in a loop of one's own.
 
 Run as ``OMP_NUM_THREADS=1 python -m benchmarks.predict`` from the repository root. Per round, one after the
 other on the same rows and with the same weights:
@@ -39,11 +39,12 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 
 from parallel_decoupling import model as model_package
 from parallel_decoupling.data.datamodule import MMEBDataModule
+from parallel_decoupling.evaluation.embedding_writer import EmbeddingWriter
+from parallel_decoupling.evaluation.store import Keeper
 from parallel_decoupling.sentence_transformers import as_sentence_transformer
 from parallel_decoupling.training.module import PDFEmbedder
-from parallel_decoupling.training.prediction_writer import EmbeddingWriter
 
-WORDS = (
+WORDS = [
     "a",
     "the",
     "red",
@@ -57,7 +58,7 @@ WORDS = (
     "right",
     "of",
     "two",
-)
+]
 SIDES = (32, 48, 64, 96, 128)
 MODELS: dict[str, dict[str, Any]] = {
     "bare backbone": {
@@ -86,54 +87,52 @@ def save_rows(folder: Path, count: int, *, mixed: bool) -> Path:
 
 
 def as_inputs(table_file: Path) -> list[dict[str, str]]:
-    """The rows as ``encode`` takes them."""
+    """Return the rows as ``encode`` takes them."""
     cells = pq.read_table(table_file).to_pylist()
     files = [{**row, "image": str(table_file.parent / row["image"]) if row["image"] else ""} for row in cells]
     return [{name: cell for name, cell in row.items() if cell} for row in files]
 
 
 def predict(module: PDFEmbedder, table_file: Path, batch_size: int) -> None:
-    """A whole run without command line and loading."""
+    """Make a whole run without command line and loading."""
     with tempfile.TemporaryDirectory() as folder:
         data = MMEBDataModule(predict_source=str(table_file), eval_batch_size=batch_size)
-        trainer = Trainer(
-            accelerator="cpu",
-            logger=False,
-            callbacks=[EmbeddingWriter(folder)],
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=folder,
-        )
+        keeper = Keeper(folder, module.about)
+        data.connect(module, keeper)
+        quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+        options: dict[str, Any] = {
+            "accelerator": "cpu",
+            "default_root_dir": folder,
+            **dict.fromkeys(quiet, False),
+        }
+        trainer = Trainer(callbacks=[EmbeddingWriter(data, keeper)], **options)
         trainer.predict(module, data, return_predictions=False)
-        assert len(list(Path(folder).glob("*.parquet"))) == 1
+        assert len(list(Path(folder).rglob("*.parquet"))) == 1
 
 
 def ways(module: PDFEmbedder, table_file: Path, batch_size: int) -> dict[str, Callable[[], Any]]:
-    """What is timed, by name."""
+    """Return what is timed, by name."""
     inputs = as_inputs(table_file)
     bare, texts_only = module.encoder.num_paths == 1, all("image" not in row for row in inputs)
     same = as_sentence_transformer(module.embedder, 0 if bare else "aggregate")
     options: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": False}
     timed: dict[str, Callable[[], Any]] = {
         "predict": lambda: predict(module, table_file, batch_size),
-        "loop": lambda: [module.encode([row]) for row in inputs],
-        "list": lambda: module.encode(inputs, batch_size=batch_size, show_progress=False),
+        "loop": lambda: [module.encode([row], paths="all") for row in inputs],
+        "list": lambda: module.encode(inputs, paths="all", batch_size=batch_size, show_progress=False),
         "sentence-transformers, our module": lambda: same.encode(inputs, **options),
     }
     if bare and texts_only:
         transformer = Transformer(str(TINY_DIR), model_kwargs={"dtype": "float32"})
         pooling = Pooling(module.encoder.embed_dim, "lasttoken")
-        stock, texts = (
-            SentenceTransformer(modules=[transformer, pooling], device="cpu"),
-            [row["text"] for row in inputs],
-        )
+        stock = SentenceTransformer(modules=[transformer, pooling], device="cpu")
+        texts = [row["text"] for row in inputs]
         timed["sentence-transformers, its own"] = lambda: stock.encode(texts, **options)
     return timed
 
 
 def measure(timed: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """Seconds by the clock and of the processor, of each in every round; a first round does not count."""
+    """Return seconds by the clock and of the processor in every round; a first round does not count."""
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in timed}
     for number in range(rounds + 1):
         for name, call in timed.items():

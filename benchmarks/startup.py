@@ -1,4 +1,7 @@
-"""What starting on MMEB-train costs: run as ``python -m benchmarks.startup`` from the repository root.
+"""What starting costs: run as ``python -m benchmarks.startup`` from the repository root.
+
+First the commands: seconds of ``--help``, ``fit --help`` and ``search --help`` over those of importing torch,
+lightning and transformers, medians of three. Then MMEB-train.
 
 Writes tables of the published sizes (1.07 million rows in 20 subsets, texts of realistic length, no
 pictures) into a temporary folder and starts on them three times: without copies in the cache, with
@@ -12,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -97,13 +101,11 @@ def write_tables(data_dir: Path, scale: float) -> None:
 def start(data_dir: str) -> tuple[TrainRows, MixtureSampler, dict[str, float]]:
     """Open all subsets and plan an epoch; seconds until the tables, the plan and the first row are there."""
     began = time.perf_counter()
-    subsets = [TrainSubset(data_dir, name) for name in sorted(ROWS)]
+    subsets = [TrainSubset(data_dir, name, must_exist=False) for name in sorted(ROWS)]
     opened = time.perf_counter()
     sampler = MixtureSampler([len(subset) for subset in subsets], batch_size=BATCH_SIZE)
     batch = sampler.batch(0)
     planned = time.perf_counter()
-    for subset in subsets:
-        subset.inputs.must_exist = False
     rows = TrainRows(subsets)
     assert rows[batch[0]].query.text
     done = time.perf_counter()
@@ -184,6 +186,9 @@ def print_starts(data_dir: str) -> None:
     for name, result in starts.items():
         cells = [f"{result['seconds'][part]:.3f}" if part in result["seconds"] else "" for part in names]
         print(f"{name:<34}" + "".join(f"{cell:>13}" for cell in cells) + f"{result['own']:>13.0f}")
+    later, decoding = starts["later starts"], starts["decoding parquet instead"]
+    ratio = decoding["seconds"]["first index"] / later["seconds"]["first index"]
+    print(f"decoding / later starts: {ratio:.1f} in seconds")
 
 
 def print_workers(data_dir: str, batches: int) -> None:
@@ -201,14 +206,33 @@ def print_workers(data_dir: str, batches: int) -> None:
         print(f"{num_workers:<10}" + "".join(f"{number:>18,.0f}" for number in numbers))
 
 
+def print_commands() -> None:
+    """Print seconds of commands, and their ratio to the imports that a training needs anyway."""
+
+    def seconds(*arguments: str) -> float:
+        times = []
+        for _ in range(3):
+            began = time.perf_counter()
+            subprocess.run([sys.executable, *arguments], capture_output=True, check=True)
+            times.append(time.perf_counter() - began)
+        return statistics.median(times)
+
+    imports = seconds("-c", "import torch, lightning.pytorch, transformers")
+    print(f"{'import torch, lightning, transformers':<40}{imports:>8.2f} s")
+    for command in ("--help", "fit --help", "search --help"):
+        own = seconds("-m", "parallel_decoupling", *command.split())
+        print(f"{command:<40}{own:>8.2f} s, ratio {own / imports:.2f}")
+
+
 def main() -> None:
-    """Write the tables and print both reports."""
+    """Print the commands' times, write the tables and print both reports."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--scale", type=float, default=1.0, help="share of the published rows")
     parser.add_argument("--batches", type=int, default=200)
     args = parser.parse_args()
+    print_commands()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["PARALLEL_DECOUPLING_CACHE"] = f"{folder}/cache"
         write_tables(Path(folder), args.scale)

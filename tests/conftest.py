@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,3 +57,24 @@ def tiny_clip_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 def tiny_mmeb_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with a benchmark of two tasks in MMEB's layout."""
     return save_tiny_mmeb(tmp_path_factory.mktemp("mmeb") / "data")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tiny_backbone_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of an untrained model with two paths."""
+    from tests.support.fit import make_trainer, small_embedder
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    trainer = make_trainer(folder)
+    trainer.strategy.connect(small_embedder(tiny_backbone_dir))
+    trainer.save_checkpoint(folder / "tiny.ckpt", weights_only=True)
+    return folder / "tiny.ckpt"
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Any]:
+    """``start("serve", ...)`` runs a subcommand on a free port; see ``servers``."""
+    from tests.support.servers import servers
+
+    with servers(tmp_path) as run:
+        yield run

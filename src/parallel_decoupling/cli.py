@@ -6,12 +6,14 @@ torch and Lightning are imported only for the subcommand that needs them, so tha
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 import traceback
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from parallel_decoupling import commands
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,17 +25,8 @@ TRAINER_SUBCOMMANDS = {
     "test": "score the evaluation tasks; writes scores.json and scores.csv",
     "predict": "embed a folder of images or a table as Parquet files, or the evaluation tasks",
 }
-COMMANDS = {
-    "app": "a page to search an index by text and image: app INDEX_DIR [--model MODEL]",
-    "compare": "one or several runs side by side: compare RUN_DIR ... [--output_dir DIR]",
-    "export": "a folder to share: export MODEL FOLDER [--paths 0] [--merge_adapters]",
-    "index": "make an index of embeddings: index EMBEDDINGS INDEX_DIR [--kind torch|lance]",
-    "paths": "how the paths of a model differ: paths RUN_OR_CHECKPOINT [--output_dir DIR] [--data_dir DIR]",
-    "search": "search an index: search INDEX_DIR --text TEXT | --image FILE [--gallery FILE]",
-    "serve": "embeddings over HTTP in OpenAI's form: serve MODEL [--host HOST] [--port PORT] [--path PATH]",
-    "verify": "check a data folder: verify DATA_DIR [--sample N] [--output_file FILE]",
-}
-"""Subcommands without a Trainer; each is a module of ``commands``."""
+COMMANDS = {name: getattr(commands, name).__doc__.splitlines()[0] for name in commands.__all__}
+"""Subcommands without a Trainer; each is a function of ``commands``."""
 
 WORKER_TRACEBACK = "Original Traceback (most recent call last):"
 TRAINER_MODULES = "lightning.pytorch.trainer."
@@ -107,9 +100,20 @@ def _message(error: Exception) -> str:
 
 
 def _run_command(name: str, arguments: list[str]) -> None:
+    """Parse the command line by the function's signature and docstring, and call it."""
+    from docstring_parser import parse
     from jsonargparse import ArgumentParser
 
-    command = import_module(f"parallel_decoupling.commands.{name}")
+    command = getattr(commands, name)
     parser = ArgumentParser(prog=f"lightning {name}", description=COMMANDS[name])
-    command.add_arguments(parser)
-    command.run(parser.parse_args(arguments))
+    about = {each.arg_name: each.description for each in parse(command.__doc__).params}
+    rest = [
+        each.name
+        for each in inspect.signature(command).parameters.values()
+        if each.kind == each.VAR_POSITIONAL
+    ]
+    for each in rest:
+        parser.add_argument(each, nargs="+", type=str, help=about[each])
+    parser.add_function_arguments(command, as_positional=True, as_group=False)
+    options = parser.parse_args(arguments).as_dict()
+    command(*(value for each in rest for value in options.pop(each)), **options)

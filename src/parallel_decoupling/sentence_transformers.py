@@ -1,8 +1,4 @@
-"""An ``Embedder`` as a ``SentenceTransformer``: its evaluators, prompts, quantization, and ``mteb``.
-
-Needs the extra ``sentence-transformers``. Here: the one module that such a model has, and building it from an
-embedder. Elsewhere: the files that an exported folder has for it (``model.pretrained``).
-"""
+"""An ``Embedder`` as a ``SentenceTransformer``: its evaluators, prompts, quantization, and ``mteb``."""
 
 from __future__ import annotations
 
@@ -13,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.evaluation.user_inputs import to_raw_inputs
 
@@ -50,12 +45,9 @@ class PathEmbedding(InputModule):
 
     def __init__(self, embedder: Embedder, paths: Output = "aggregate") -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.embedder = embedder
-        self.encoder = embedder.encoder
+        self.embedder, self.encoder = embedder, embedder.encoder
         self.paths = self._checked(paths)
-        processor, image_token = self.encoder.processor, self.encoder.image_token
-        self.collator = Collator(processor, image_token=image_token, images=embedder.images)
-        self.tokenizer = self.encoder.processor.tokenizer
+        self.collator, self.tokenizer = embedder.collator, embedder.encoder.processor.tokenizer
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **options: Any) -> dict[str, Any]:
         """Tokenise texts, images and dictionaries of both.
@@ -73,7 +65,7 @@ class PathEmbedding(InputModule):
     ) -> dict[str, Any]:
         """Add ``sentence_embedding`` ``[B, D]``, fp32, unit norm, to ``features``."""
         chosen = self.paths if paths is None else self._checked(paths)
-        inputs = features["encoder_inputs"].to(next(self.encoder.parameters()).device)
+        inputs = features["encoder_inputs"].to(self.embedder.device)
         if isinstance(chosen, int):
             embedding_BD: Tensor = self.encoder(inputs, [chosen])[:, 0]
         else:
@@ -81,13 +73,12 @@ class PathEmbedding(InputModule):
         return {**features, "sentence_embedding": embedding_BD}
 
     def get_embedding_dimension(self) -> int:
-        """D of one path, or of the aggregate."""
+        """Return D of one path, or of the aggregate."""
         return self.encoder.embed_dim if isinstance(self.paths, int) else self.encoder.aggregate_dim
 
     def save(self, output_path: str, *args: Any, **options: Any) -> None:
         """Write the embedder's own files, of a chosen path that path alone; the library writes the others."""
-        paths = [self.paths] if isinstance(self.paths, int) else None
-        self.embedder.save_pretrained(output_path, paths=paths)
+        self.embedder.save_pretrained(output_path, [self.paths] if isinstance(self.paths, int) else None)
 
     @classmethod
     def load(
@@ -130,13 +121,13 @@ def as_sentence_transformer(
     truncate_dim: int | None = None,
     device: str | torch.device = "cpu",
 ) -> SentenceTransformer:
-    """Make a ``SentenceTransformer`` of an embedder, an exported folder, a run or a checkpoint.
+    """Make a ``SentenceTransformer`` of an embedder, a checkpoint, a run or an exported folder.
 
-    The same as ``SentenceTransformer(folder, trust_remote_code=True)``, without that flag: version 6 asks for
-    it before it imports any class that is not its own, even an installed one.
+    Of an exported folder it is the same as ``SentenceTransformer(folder, trust_remote_code=True)``, without
+    that flag: version 6 asks for it before it imports any class that is not its own, even an installed one.
 
     Args:
-        model: shared with the result, not copied; a path is loaded with ``Embedder.from_pretrained``.
+        model: an embedder, which is shared and not copied, or what ``Embedder.from_pretrained`` takes.
         paths: what ``encode`` gives: a path's number, or ``aggregate``.
         prompts: by name; None is ``query`` and ``document``, the embedder's own instructions.
         truncate_dim: numbers to keep of every embedding.

@@ -17,7 +17,6 @@ from transformers.integrations.flash_attention import flash_attention_forward
 
 from parallel_decoupling.batch import EncoderInputs
 from parallel_decoupling.model.attention import (
-    PrefixStates,
     extend_block_mask,
     extend_mask,
     prepend,
@@ -200,17 +199,6 @@ def test_mask_is_extended_once_per_forward(tiny_backbone_dir: str, monkeypatch: 
     inputs = tiny_inputs(backbone.processor, ROWS)
     backbone(inputs.tokens, join(inputs), random_prefixes(backbone).states(range(3), 0, torch.float32))
     assert len(calls) == 1
-
-
-def test_layers_without_a_prefix_have_none() -> None:
-    states = PrefixStates(torch.zeros(1, 2, 2, 1, 3, 4), first_layer=1)
-    assert [states.layer(index) is None for index in range(4)] == [True, False, False, True]
-
-
-def test_registering_twice_changes_nothing_and_unknown_base_raises() -> None:
-    assert register_prefix_attention("sdpa") == register_prefix_attention("sdpa") == "prefix_sdpa"
-    with pytest.raises(ValueError, match="'sdpa', 'eager'"):
-        register_prefix_attention("paged")
 
 
 def packed_attention(

@@ -66,36 +66,6 @@ def test_text_states_equal_the_cache_of_the_stock_model(tiny_backbone_dir: str) 
     assert backbone.base.training
 
 
-@pytest.mark.parametrize(
-    ("adapter", "expected"),
-    [
-        (AdapterConfig(kind="lora"), (2 * len(LANGUAGE), "language_model.layers")),
-        (AdapterConfig(kind="lora", scope="vision"), (4, "visual.blocks")),
-        (AdapterConfig(kind="dora", scope="both"), (2 * len(LANGUAGE) + 4, "")),
-        (AdapterConfig(kind="lora", targets=("q_proj", "v_proj")), (4, "language_model.layers")),
-    ],
-)
-def test_adapters_go_where_the_scope_says(
-    tiny_backbone_dir: str, adapter: AdapterConfig, expected: tuple[int, str]
-) -> None:
-    backbone = load_backbone(tiny_backbone_dir, adapter=adapter)
-    count, root = expected
-    assert len(backbone.adapted_modules) == count
-    parts = ["lora_A.default.weight", "lora_B.default.weight"]
-    parts += ["lora_magnitude_vector.default.weight"] if adapter.kind == "dora" else []
-    wanted = {f"{module}.{part}" for module in backbone.adapted_modules for part in parts}
-    trainable = {name for name, parameter in backbone.base.named_parameters() if parameter.requires_grad}
-    assert trainable == wanted
-    assert all(name.startswith(root) for name in trainable)
-
-
-def test_frozen_trains_nothing_and_full_everything(tiny_backbone_dir: str) -> None:
-    frozen = load_backbone(tiny_backbone_dir, adapter=FROZEN)
-    full = load_backbone(tiny_backbone_dir, adapter=AdapterConfig(kind="full"))
-    assert not any(parameter.requires_grad for parameter in frozen.parameters())
-    assert all(parameter.requires_grad for parameter in full.parameters())
-
-
 def test_adapters_are_fp32_on_a_bfloat16_backbone(tiny_backbone_dir: str) -> None:
     backbone = load_backbone(tiny_backbone_dir, dtype="bfloat16")
     assert backbone.dtype == torch.bfloat16
@@ -126,7 +96,7 @@ def test_loading_leaves_the_global_random_state_alone(tiny_backbone_dir: str) ->
 def test_unmatched_targets_raise(tiny_backbone_dir: str) -> None:
     with pytest.raises(ValueError, match="no linear layer"):
         load_backbone(tiny_backbone_dir, adapter=AdapterConfig(targets=("qkv",)))
-    with pytest.raises(ValueError, match="called 'k_porj'; close: k_proj"):
+    with pytest.raises(ValueError, match="called 'k_porj'; there are .*k_proj"):
         load_backbone(tiny_backbone_dir, adapter=AdapterConfig(targets=("q_proj", "k_porj")))
     every_family = AdapterConfig(targets=("q_proj", "qkv_proj", "out_proj"))  # as in VLM2Vec's list
     assert len(load_backbone(tiny_backbone_dir, adapter=every_family).adapted_modules) == 2

@@ -150,6 +150,7 @@ def test_n_paths_in_one_pass_equal_n_passes(
     together = encoder(inputs)
     apart = torch.cat([encoder(inputs, [path]) for path in range(3)], dim=1)
     torch.testing.assert_close(together, apart, **CLOSE)
+    torch.testing.assert_close(encoder(inputs, [2, 0]), together[:, [2, 0]], **CLOSE)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from scipy.stats import ttest_1samp
 
-from studies.paired_statistics import group_score, holm, interval, p_value, paired_difference
+from studies.paired_statistics import holm, interval, p_value, paired_difference
 from studies.study import Difference
 from tests.support.study import made_up_result, toy_study
 
@@ -65,15 +65,6 @@ def test_a_column_of_either_side(tmp_path: Path, columns: dict[str, str], differ
     assert (found.values if found else None) == (
         difference if difference is None else pytest.approx((difference,))
     )
-
-
-def test_a_group_of_the_study_needs_all_its_tasks(tmp_path: Path) -> None:
-    groups = {"both": ["easy", "hard"], "more": ["easy", "absent"]}
-    study = toy_study(tmp_path, cells={"a": None}, groups=groups)
-    line = made_up_result(study.cells["a"], 0, 100, 50.0)
-    assert group_score(study, line, "both") == pytest.approx(50.0)
-    assert group_score(study, line, "more") is None
-    assert group_score(study, line, "overall", "path_1") == pytest.approx(47.0)
 
 
 @pytest.mark.parametrize("values", [(1.0, 2.0, 4.0), (-0.5, 0.1, 0.3, -2.0)])

@@ -11,7 +11,6 @@ from torch import Tensor
 from parallel_decoupling.batch import PairBatch
 from parallel_decoupling.training.module import PDFEmbedder
 from studies import prefix_gradients
-from studies.estimators import norm_and_variance
 from studies.prefix_gradients import gradients, summary, with_network_of, write
 from tests.support.fit import RecordingEmbedder, make_trainer, small_data, small_embedder
 
@@ -21,15 +20,6 @@ NO_CLIP = {"clip_norm": 0.0}
 def noisy(mean: Tensor, deviation: float, draws: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return mean + deviation * torch.randn(draws, len(mean), generator=generator, dtype=torch.float64)
-
-
-def test_norm_and_variance_are_those_of_what_the_draws_come_from() -> None:
-    mean = torch.zeros(400, dtype=torch.float64)
-    mean[:2] = torch.tensor([3.0, 4.0])
-    norm, variance = norm_and_variance(noisy(mean, 0.5, 2000))
-    assert norm == pytest.approx(5, rel=0.01)
-    assert variance == pytest.approx(400 * 0.25, rel=0.01)
-    assert norm_and_variance(torch.tensor([[1.0], [-1.0]])) == (0.0, 2.0)
 
 
 def test_summary_of_known_gradients() -> None:

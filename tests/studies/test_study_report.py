@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from scipy.stats import ttest_1samp
 
 from studies.results import append_result, newest_results
 from studies.study import Study
@@ -64,28 +63,6 @@ def test_differences_are_paired(study: Study) -> None:
     assert entries["seeds"] == "3"
     assert entries["token passes"] == "1.00 : 1"
     assert entries["Holm p"] == "0.000"
-
-
-def test_p_values_are_corrected_for_the_differences_that_have_one(tmp_path: Path) -> None:
-    study = toy_study(
-        tmp_path,
-        seeds=[0, 1, 2],
-        cells={"a": None, "b": None, "two_seeds": None},
-        differences=[
-            {"name": "two seeds", "of": "two_seeds", "over": "b"},
-            {"name": "one way", "of": "a", "over": "b"},
-            {"name": "the other", "of": "b", "over": "a"},
-        ],
-    )
-    values = (1.0, 2.0, 4.0)
-    lines = [made_up_result(study.cells["b"], seed, 100, 50.0) for seed in range(3)]
-    lines += [made_up_result(study.cells["a"], seed, 100, 50.0 + value) for seed, value in enumerate(values)]
-    lines += [made_up_result(study.cells["two_seeds"], seed, 100, 60.0) for seed in range(2)]
-    expected = f"{2 * ttest_1samp(values, 0).pvalue:.3f}"
-    assert [row[-1] for row in rows(difference_table(study, lines))] == [
-        *("Holm p", "---:"),
-        *("–", expected, expected),
-    ]
 
 
 def test_the_report_has_pictures_table_conclusion_and_what_is_missing(study: Study) -> None:

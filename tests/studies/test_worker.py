@@ -71,14 +71,6 @@ def test_a_curve_is_one_training_scored_at_its_points(small_study: Study) -> Non
     assert read_results(small_study.results_file) == lines
 
 
-def test_no_steps_is_the_untrained_model(small_study: Study) -> None:
-    run = Run("toy", small_study.cells["untrained"], 0)
-    execute(run, small_study.results_file)
-    (line,) = read_results(small_study.results_file)
-    assert (line["step"], line["token_passes"], line["fit_seconds"], line["monitored"]) == (0, 0.0, 0.0, {})
-    assert not (run.folder / "checkpoints").exists()
-
-
 @pytest.mark.parametrize("cell", ["plain", "curve"])
 def test_a_stopped_run_goes_on_and_ends_where_an_uninterrupted_one_does(
     small_study: Study, monkeypatch: pytest.MonkeyPatch, cell: str

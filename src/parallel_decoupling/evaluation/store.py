@@ -240,6 +240,7 @@ class Store:
     Attributes:
         metadata: what all shards say about themselves.
         columns: names of the columns with embeddings.
+        batch_sizes: number of rows of every row group.
         bad_rows: ``row``, ``id`` and ``reason`` of the rows that could not be embedded.
 
     Raises:
@@ -266,8 +267,16 @@ class Store:
         if missing:
             raise ValueError(f"{self.folder} lacks {missing} files: run the same predict command again.")
         self.columns: tuple[str, ...] = tuple(self.metadata["columns"])
-        self._sizes = [pq.read_metadata(file).num_rows for file in self.files]
+        files_metadata = [pq.read_metadata(file) for file in self.files]
+        self._sizes = [each.num_rows for each in files_metadata]
         self._ends: list[int] = list(accumulate(self._sizes))
+        groups = [
+            (file, group, each.row_group(group).num_rows)
+            for file, each in zip(self.files, files_metadata, strict=True)
+            for group in range(each.num_row_groups)
+        ]
+        self._groups = [(file, group) for file, group, size in groups if size]
+        self.batch_sizes = [size for _, _, size in groups if size]
 
     def _check(self, file: Path, common: Mapping[str, Any]) -> None:
         for key, value in common.items():
@@ -285,15 +294,21 @@ class Store:
         self._require(column)
         return int(pq.read_schema(self.files[0]).field(column).type.list_size)
 
+    def read(self, batch: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """Read one row group; ``columns`` are names of any columns, None reads all."""
+        file, group = self._groups[batch]
+        with pq.ParquetFile(file, memory_map=True) as content:
+            return content.read_row_group(group, columns=columns)
+
+    def vectors(self, batch: int, column: str) -> Tensor:
+        """Read a column of one row group as float32 ``[rows, D]``."""
+        self._require(column)
+        return to_tensor(self.read(batch, [column])[column])
+
     def batches(self, column: str) -> Iterator[Tensor]:
         """Yield a column as float32 ``[rows, D]``, one row group at a time, in row order."""
-        self._require(column)
-        for file in self.files:
-            with pq.ParquetFile(file, memory_map=True) as content:
-                for group in range(content.num_row_groups):
-                    cells = content.read_row_group(group, columns=[column]).column(0).combine_chunks()
-                    numbers = cells.flatten().to_numpy(zero_copy_only=False)
-                    yield torch.from_numpy(numbers.reshape(-1, cells.type.list_size).astype("float32"))
+        for batch in range(len(self.batch_sizes)):
+            yield self.vectors(batch, column)
 
     def column(self, column: str) -> Tensor:
         """Read a whole column, float32 ``[len(self), D]``."""
@@ -327,6 +342,13 @@ class Store:
     def _require(self, column: str) -> None:
         if column not in self.columns:
             raise ValueError(f"{self.folder} has no column {column!r}; it has {', '.join(self.columns)}.")
+
+
+def to_tensor(column: pa.ChunkedArray) -> Tensor:
+    """Turn a column of vectors into float32 ``[rows, D]``."""
+    cells = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    numbers = cells.flatten().to_numpy(zero_copy_only=False)
+    return torch.from_numpy(numbers.reshape(-1, cells.type.list_size).astype("float32"))
 
 
 def read_metadata(file: Path) -> dict[str, Any]:

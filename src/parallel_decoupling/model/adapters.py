@@ -1,12 +1,7 @@
-"""What trains in a backbone: nothing, LoRA or DoRA layers, or every weight.
-
-Here: which linear layers get an adapter, adding fresh ones, loading published ones. Elsewhere: the names of a
-family's layers (``families``), loading the backbone itself (``backbone``).
-"""
+"""What trains in a backbone: nothing, LoRA or DoRA layers, fresh or published, or every weight."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,9 +31,6 @@ class AdapterConfig:
         dropout: on the input of the update, in [0, 1).
         scope: where LoRA and DoRA go: the language model, the vision tower or both.
         targets: last names of the linear layers to adapt; None is the family's default.
-
-    Raises:
-        ValueError: for another kind or scope; if a number is out of its range.
     """
 
     kind: Literal["frozen", "lora", "dora", "full"] = "lora"
@@ -49,16 +41,19 @@ class AdapterConfig:
     targets: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("frozen", "lora", "dora", "full"):
-            raise ValueError(f"adapter.kind must be frozen, lora, dora or full, got {self.kind!r}.")
-        if self.scope not in ("language", "vision", "both"):
-            raise ValueError(f"adapter.scope must be language, vision or both, got {self.scope!r}.")
-        if self.rank < 1:
-            raise ValueError(f"adapter.rank must be 1 or more, got {self.rank}.")
-        if not self.alpha > 0:
-            raise ValueError(f"adapter.alpha must be above 0, got {self.alpha}; the update is scaled by it.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"adapter.dropout must be 0 or more and below 1, got {self.dropout}.")
+        for name, known, value in (
+            ("kind", "frozen, lora, dora or full", self.kind),
+            ("scope", "language, vision or both", self.scope),
+        ):
+            if value not in known.replace(" or ", ", ").split(", "):
+                raise ValueError(f"adapter.{name} must be {known}, got {value!r}.")
+        for name, rule, valid in (
+            ("rank", "1 or more", self.rank >= 1),
+            ("alpha", "above 0", self.alpha > 0),
+            ("dropout", "0 or more and below 1", 0 <= self.dropout < 1),
+        ):
+            if not valid:
+                raise ValueError(f"adapter.{name} must be {rule}, got {getattr(self, name)}.")
 
 
 def add_adapters(base: nn.Module, family: Family, adapter: AdapterConfig) -> tuple[str, ...]:
@@ -92,14 +87,12 @@ def load_adapter(
 ) -> tuple[AdapterConfig, tuple[str, ...]]:
     """Continue from a published LoRA or DoRA adapter, such as VLM2Vec's.
 
-    Its ``adapter_config.json`` decides rank, alpha, dropout and targets, and whether it is DoRA; of
-    ``adapter`` only ``kind`` counts. Module paths of older transformers versions are translated. A base on
-    the meta device gets the shapes alone.
+    Module paths of older transformers versions are translated. A base on the meta device gets shapes alone.
 
     Args:
         base: the stock base model, without adapters.
         family: its family.
-        adapter: ``kind`` is what the adapter is (``"lora"`` or ``"dora"``: it goes on training), or
+        adapter: only ``kind`` counts: what the adapter is (``"lora"`` or ``"dora"``: it trains on), or
             ``"frozen"`` (it stays as it is).
         source: local folder or hub id, with ``adapter_config.json`` and ``adapter_model.safetensors``.
 
@@ -135,16 +128,13 @@ def load_adapter(
 
 def _read_config(source: str, adapter: AdapterConfig) -> Any:
     """Read ``adapter_config.json`` and refuse what would not be continued faithfully."""
-    if Path(source).is_dir():
-        for file in (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE):
-            if not (Path(source) / file).is_file():
-                raise ValueError(f"initial adapter {source!r}: the folder has no {file}")
+    for file in (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE):
+        if Path(source).is_dir() and not (Path(source) / file).is_file():
+            raise ValueError(f"initial adapter {source!r}: the folder has no {file}")
     try:
         config: Any = PeftConfig.from_pretrained(source)
     except ValueError as error:
-        raise ValueError(
-            f"initial adapter {source!r}: no readable {ADAPTER_CONFIG_FILE} ({error})"
-        ) from error
+        raise ValueError(f"initial adapter {source!r}: {ADAPTER_CONFIG_FILE}: {error}") from error
     kind = "dora" if getattr(config, "use_dora", False) else "lora"
     if config.peft_type != PeftType.LORA:
         raise ValueError(f"initial adapter {source!r} is {config.peft_type}, not LoRA or DoRA")
@@ -195,11 +185,7 @@ def _copy_weights(model: Any, source: str, config: Any) -> None:
 
 
 def target_modules(base: nn.Module, family: Family, adapter: AdapterConfig) -> tuple[str, ...]:
-    """Full names of the linear layers that ``adapter`` means, in model order.
-
-    Raises:
-        ValueError: when there are none, or a target is a name that neither they nor ``OTHER_TARGETS`` have.
-    """
+    """Return the full names of the linear layers that ``adapter`` means, in model order."""
     scopes = {
         "language": (family.language_module, family.language_targets),
         "vision": (family.vision_module, family.vision_targets),
@@ -216,10 +202,9 @@ def target_modules(base: nn.Module, family: Family, adapter: AdapterConfig) -> t
                     found.append(f"{root}.{name}")
     for target in adapter.targets or ():
         if target not in names | OTHER_TARGETS:
-            close = difflib.get_close_matches(target, sorted(names))
-            hint = f"close: {', '.join(close)}" if close else f"there are {', '.join(sorted(names))}"
             raise ValueError(
-                f"adapter.targets: no linear layer in scope {adapter.scope!r} is called {target!r}; {hint}."
+                f"adapter.targets: no linear layer in scope {adapter.scope!r} is called {target!r}; there "
+                f"are {', '.join(sorted(names))}."
             )
     if not found:
         raise ValueError(

@@ -1,9 +1,5 @@
 """Attention with a prefix: extra keys and values in front of the real ones, for N paths in one pass.
 
-Here: the attention functions registered with transformers and the states that they read
-(:class:`PrefixStates`). Elsewhere: the prefix parameters (``prefixes``), repeating a batch once per path
-(``paths``), loading a backbone and choosing the attention function (``backbone``).
-
 Rows of a repeated batch are path-major: row ``n * B + b`` is path ``n`` of sample ``b``.
 Shapes as in ``batch``; ``R = N * B`` rows.
 """

@@ -169,15 +169,7 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def text_embeddings(self, text: str, min_length: int = 1) -> Tensor:
-        """Input embeddings of a text.
-
-        Args:
-            text: without special tokens.
-            min_length: the text is repeated until it has that many tokens.
-
-        Returns:
-            ``[T, D]`` fp32, ``T >= min_length``.
-        """
+        """Return a text's input embeddings ``[T, D]`` fp32, repeated until it has ``min_length`` tokens."""
         ids: list[int] = []
         repeats = 0
         while len(ids) < min_length:
@@ -188,7 +180,7 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def text_states(self, text: str, min_length: int = 1) -> Tensor:
-        """``prompt_states`` of ``text_embeddings``: ``[Y, 2, K, T, H]`` fp32, without graph.
+        """Return ``prompt_states`` of ``text_embeddings``: ``[Y, 2, K, T, H]`` fp32, without graph.
 
         Always with SDPA: prefixes start while the backbone is on the CPU, where FlashAttention has no kernel
         and flex attention compiles for minutes.
@@ -203,7 +195,7 @@ class Backbone(nn.Module):
             config._attn_implementation = wanted
 
     def prompt_states(self, embeddings: Tensor) -> Tensor:
-        """Keys (post-rotary) and values that the language model itself computes for prompts run alone.
+        """Compute the keys (post-rotary) and values that the language model gives to prompts run alone.
 
         Positions are 0 to P - 1. Modules are in evaluation mode meanwhile (no dropout on prompts), as
         gradient checkpointing drops caches in training mode.
@@ -326,28 +318,23 @@ def check_dtype(dtype: str) -> None:
 def _check_options(dtype: str, attention: str, adapter: AdapterConfig, quantization: str | None) -> None:
     """Refuse what cannot work before anything is read."""
     check_dtype(dtype)
-    if attention == "flash_attention_2":
-        if find_spec("flash_attn") is None:
-            raise ValueError(
-                "attention='flash_attention_2' needs a GPU and the package flash-attn "
-                "(pip install flash-attn); attention='sdpa' works everywhere"
-            )
-        if dtype == "float32":
-            raise ValueError("attention='flash_attention_2' needs dtype='bfloat16' or 'float16'")
-    if quantization is None:
-        return
-    if quantization != "4bit":
-        raise ValueError(f"quantization must be '4bit' or None, got {quantization!r}")
-    if find_spec("bitsandbytes") is None:
+    if attention == "flash_attention_2" and find_spec("flash_attn") is None:
         raise ValueError(
-            "quantization='4bit' needs bitsandbytes: pip install 'parallel-decoupling[quantized]'"
+            "attention='flash_attention_2' needs a GPU and flash-attn (pip install flash-attn); "
+            "attention='sdpa' works everywhere"
         )
-    if adapter.kind == "full":
+    if attention == "flash_attention_2" and dtype == "float32":
+        raise ValueError("attention='flash_attention_2' needs dtype='bfloat16' or 'float16'")
+    if quantization not in (None, "4bit"):
+        raise ValueError(f"quantization must be '4bit' or None, got {quantization!r}")
+    if quantization and find_spec("bitsandbytes") is None:
+        raise ValueError("quantization='4bit' needs: pip install 'parallel-decoupling[quantized]'")
+    if quantization and adapter.kind == "full":
         raise ValueError("quantized weights cannot train: set adapter.kind to lora, dora or frozen")
 
 
 def _quantized(dtype: Dtype) -> dict[str, Any]:
-    """Arguments of ``from_pretrained`` for frozen weights in 4 bits, computed with in ``dtype``.
+    """Return arguments of ``from_pretrained`` for frozen weights in 4 bits, computed with in ``dtype``.
 
     They are made on this process's GPU. bitsandbytes repacks weights on a CPU in evaluation, after which they
     cannot train there.
@@ -367,8 +354,7 @@ def _source(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
     folder = TINY_BACKBONE_DIR if name == "tiny" else Path(name).expanduser()
     if folder.is_dir():
         return str(folder), {"local_files_only": True}
-    looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    if not looks_like_hub_id:
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ValueError(
             f"backbone {name!r}: the folder {folder} does not exist, and it is not a hub id 'owner/model'"
         )

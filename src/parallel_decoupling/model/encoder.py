@@ -28,14 +28,11 @@ from parallel_decoupling.model.prefixes import (
 
 
 def last_token(states: Tensor, attention_mask: Tensor) -> Tensor:
-    """Return the state of each row's last real token.
+    """Return the state ``[R, D]`` of each row's last real token.
 
     Args:
         states: ``[R, L, D]``.
         attention_mask: ``[R, L]``, 1 = real token, padding on either side.
-
-    Returns:
-        ``[R, D]``.
     """
     length = attention_mask.shape[1]
     last_R = length - 1 - attention_mask.flip(1).to(torch.int64).argmax(dim=1)
@@ -108,6 +105,13 @@ class ParallelEncoder(nn.Module):
         self.path_logits = nn.Parameter(torch.zeros(num_paths)) if aggregation == "learned" else None
 
     def _check_sizes(self, prefix_init: str) -> None:
+        for name, known, value in (
+            ("prefix_type", ("deep", "shallow"), self.prefix_type),
+            ("prefix_init", ("meta", "random"), prefix_init),
+            ("aggregation", ("mean", "concat", "learned"), self.aggregation),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         if self.num_paths < 1 or self.prefix_length < 0:
             raise ValueError(
                 f"num_paths must be at least 1 and prefix_length at least 0, "
@@ -117,17 +121,10 @@ class ParallelEncoder(nn.Module):
             raise ValueError(
                 f"prefix_length=0 makes all {self.num_paths} paths the same; set num_paths=1 or a prefix"
             )
-        if self.prefix_type not in ("deep", "shallow"):
-            raise ValueError(f"prefix_type {self.prefix_type!r} must be deep or shallow")
         if self.prefix_type == "shallow" and len(self.prefix_range) < self.backbone.num_layers:
             raise ValueError(
                 "prefix_type='shallow' enters at the input and reaches every layer: set prefix_layers=0, "
                 f"got {self.prefix_layers}"
-            )
-        if prefix_init not in ("meta", "random") or self.aggregation not in ("mean", "concat", "learned"):
-            raise ValueError(
-                f"prefix_init {prefix_init!r} must be meta or random, "
-                f"aggregation {self.aggregation!r} must be mean, concat or learned"
             )
         if prefix_init == "meta" and self.num_paths > len(META_PROMPTS):
             raise ValueError(
@@ -158,12 +155,9 @@ class ParallelEncoder(nn.Module):
 
     def _make_shallow(self, prefix_init: str, seed: int) -> ShallowPrefixes:
         backbone, length = self.backbone, self.prefix_length
+        sizes = {"num_paths": self.num_paths, "prefix_length": length, "hidden_size": backbone.hidden_size}
         with torch.device("meta" if backbone.is_meta else "cpu"):
-            prefixes = ShallowPrefixes(
-                num_paths=self.num_paths,
-                prefix_length=length,
-                hidden_size=backbone.hidden_size,
-            )
+            prefixes = ShallowPrefixes(**sizes)
         if backbone.is_meta:
             return prefixes
         prompts, min_length = self._start(prefix_init)
@@ -227,13 +221,7 @@ class ParallelEncoder(nn.Module):
         return self.prefixes.states(paths, self.prefix_range.start, self.backbone.dtype)
 
     def aggregate(self, embeddings: Tensor) -> Tensor:
-        """Combine the paths' embeddings into one.
-
-        Args:
-            embeddings: ``[B, N, D]``, unit norm per path.
-
-        Returns:
-            ``[B, D]``, or ``[B, N * D]`` for concat; unit norm.
+        """Combine embeddings ``[B, N, D]`` of all paths into ``[B, D]``, or ``[B, N * D]`` for concat.
 
         Raises:
             ValueError: when learned weights meet another number of paths.
@@ -287,13 +275,6 @@ def truncate(paths: Tensor, dim: int) -> Tensor:
     """Keep the first ``dim`` coordinates of every path and bring them back to unit norm (Matryoshka).
 
     A shorter aggregate is the aggregate of shorter paths: with ``concat`` it is ``N * dim`` wide.
-
-    Args:
-        paths: ``[B, N, D]``, unit norm.
-        dim: 1 to D.
-
-    Returns:
-        ``[B, N, dim]``, unit norm.
 
     Relations:
         ``dim = D`` changes nothing (up to rounding). Truncating twice is truncating once, to the smaller one.

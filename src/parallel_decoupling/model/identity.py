@@ -1,8 +1,4 @@
-"""What identifies weights, a backbone, a processor and rows: the only file that hashes for identity.
-
-Elsewhere on purpose: seeds (``training.randomness``), which targets are the same (``data.collate``), and the
-name of a generated benchmark (``world.benchmark``).
-"""
+"""What identifies weights, a backbone, a processor and rows: the only file that hashes for identity."""
 
 from __future__ import annotations
 
@@ -11,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from hashlib import sha256
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -43,15 +39,9 @@ def weights_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 def path_hashes(encoder: Any) -> list[str]:
-    """Identify the weights behind every path: those that all paths share, and its own.
+    """Return a SHA-256 of the weights behind every path: those that all paths share, and its own.
 
-    Weights count rounded to bfloat16, large tensors at evenly spaced values.
-
-    Args:
-        encoder: any encoder; on all ranks at once if it is sharded.
-
-    Returns:
-        The SHA-256 of every path.
+    Weights count rounded to bfloat16, large tensors at evenly spaced values. Call it on all ranks at once.
 
     Relations:
         An exported folder has those of its checkpoint, path n that of ``paths[n]``, except with merged
@@ -107,14 +97,10 @@ def backbone_fingerprint(backbone: Any) -> dict[str, Any]:
 
 
 def check_fingerprint(stored: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Check that two results of ``backbone_fingerprint`` belong to the same backbone.
+    """Check that two results of ``backbone_fingerprint``, a stored and a new one, are of the same backbone.
 
     The config holds class defaults too, of which a release of transformers adds or removes some: between two
     versions a warning names the keys that only one of them has.
-
-    Args:
-        stored: what was kept beside the trained weights.
-        current: of the backbone that was loaded.
 
     Raises:
         ValueError: when frozen weights differ, or a value of the config that both have, or with the same
@@ -145,12 +131,12 @@ def processor_hash(processor: Any) -> str:
     Padding and truncation of the last call, which a tokenizer saves too, do not count. An OpenCLIP
     processor saves nothing: its configuration is in the backbone's fingerprint, its vocabulary counts here.
     """
-    digest = sha256()
     if not hasattr(processor, "save_pretrained"):
         tokenizer: Any = getattr(processor.tokenizer, "tokenizer", processor.tokenizer)
         vocabulary = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else tokenizer.encoder
         about = [type(tokenizer).__name__, processor.context_length, sorted(vocabulary.items())]
         return sha256(json.dumps(about).encode()).hexdigest()
+    digest = sha256()
     with TemporaryDirectory() as folder:
         processor.save_pretrained(folder)
         for file in sorted(Path(folder).rglob("*")):
@@ -164,15 +150,10 @@ def processor_hash(processor: Any) -> str:
 
 
 def rows_hash(rows: Iterable[RawInput], *, files: bool = True) -> str:
-    """Identify inputs by their texts and images, in order.
+    """Return a SHA-256 of inputs: texts and images, in order.
 
-    Args:
-        rows: an image file counts by the last two parts of its path, so that a data set may move; a PIL image
-            by its pixels.
-        files: count an image file by its size and three samples of its bytes as well.
-
-    Returns:
-        The SHA-256. A file that cannot be read counts by its name alone.
+    A PIL image counts by its pixels, an image file by the last two parts of its path, so that a data set may
+    move, and with ``files`` by its size and three samples of its bytes, if it can be read.
     """
     digest = sha256()
     for row in rows:
@@ -184,10 +165,10 @@ def rows_hash(rows: Iterable[RawInput], *, files: bool = True) -> str:
 def encoder_identity(
     encoder: Any, *, fingerprint: Mapping[str, Any] | None = None, **conditions: Any
 ) -> dict[str, Any]:
-    """Identify what turns inputs into embeddings.
+    """Identify what turns inputs into embeddings. Call it on all ranks at once.
 
     Args:
-        encoder: any encoder; on all ranks at once if it is sharded.
+        encoder: any encoder.
         fingerprint: of its backbone, from ``backbone_fingerprint``; needed if it is sharded.
         conditions: further plain values that change embeddings, such as precision or the image size.
 
@@ -196,20 +177,21 @@ def encoder_identity(
         ``weights_sha256`` of the trainable tensors, ``path_sha256``, ``backbone_sha256`` and
         ``processor_sha256``.
     """
-    backbone = encoder.backbone
-    family = getattr(backbone, "family", None)
     parts: dict[str, Any] = {
         "weights_sha256": weights_hash(trainable_state(encoder)),
         "path_sha256": path_hashes(encoder),
-        "backbone_sha256": (fingerprint or backbone_fingerprint(backbone))["sha256"],
+        "backbone_sha256": (fingerprint or backbone_fingerprint(encoder.backbone))["sha256"],
         "processor_sha256": processor_hash(encoder.processor),
     }
+    scales = {name: getattr(module, "scaling", None) for name, module in encoder.named_modules()}
+    family = getattr(encoder.backbone, "family", None)
+    packages = PACKAGES if family else (*PACKAGES, "open_clip_torch")
     about = {
         **parts,
         "conditions": conditions,
-        "family": None if family is None else asdict(family),
-        "adapter_scales": _adapter_scales(encoder),
-        "versions": {name: _version(name) for name in (*PACKAGES, *(() if family else ("open_clip_torch",)))},
+        "family": asdict(family) if family else None,
+        "adapter_scales": {name: scale for name, scale in scales.items() if isinstance(scale, dict)},
+        "versions": {name: version(name) for name in packages},
     }
     total = sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
     return {"sha256": total, **parts}
@@ -266,16 +248,3 @@ def _image_content(image: Any, files: bool) -> list[Any]:
     except OSError:
         return [name, "unreadable"]
     return [name, size, digest.hexdigest()]
-
-
-def _adapter_scales(encoder: Any) -> dict[str, Any]:
-    """Return what each LoRA layer multiplies its update with, which no tensor tells."""
-    scales = {name: getattr(module, "scaling", None) for name, module in encoder.named_modules()}
-    return {name: scale for name, scale in scales.items() if isinstance(scale, dict)}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import combinations
 from typing import Any
 
 CARD = """---
@@ -57,11 +56,10 @@ def model_card(config: Mapping[str, Any], scores: Mapping[str, Any] | None = Non
         config: content of ``config.json``.
         scores: content of the training run's ``scores.json``; paths are numbered as there.
     """
-    run, backbone = config["run"], config["backbone"]
-    name = str(backbone["fingerprint"]["name"])
+    run, name = config["run"], str(config["backbone"]["name"])
     limits = []
-    if not backbone["included"]:
-        limits.append(f"It needs the backbone {backbone['name']} on the machine that loads it.")
+    if not config["backbone_included"]:
+        limits.append(f"It needs the backbone {name} on the machine that loads it.")
     if name == "tiny":
         limits.append("The tiny backbone knows small generated scenes, no photographs and little language.")
     if scores is None:
@@ -78,7 +76,6 @@ def model_card(config: Mapping[str, Any], scores: Mapping[str, Any] | None = Non
         "Hyper-parameters": _table(run.get("model", {}).items()),
         "Compute": _table(compute.items()),
         "Scores": ["Not evaluated."] if scores is None else _scores(scores),
-        "Paths": [] if scores is None else _paths(config["paths"], scores),
     }
     count = len(config["paths"])
     return CARD.format(
@@ -91,21 +88,15 @@ def model_card(config: Mapping[str, Any], scores: Mapping[str, Any] | None = Non
 
 
 def _model(config: Mapping[str, Any]) -> list[str]:
-    backbone, adapter = config["backbone"], config["adapter"]
-    low_rank = {name: adapter.get(name) for name in ("rank", "alpha", "scope")}
     rows = {
-        "backbone": backbone["fingerprint"]["name"],
-        "revision": backbone.get("revision"),
-        "backbone's sha256": backbone["fingerprint"]["sha256"],
-        "backbone in this folder": "yes" if backbone["included"] else "no, referred to",
-        "dtype": backbone["dtype"],
-        "adapter": adapter["kind"],
-        **(low_rank if adapter["kind"] in ("lora", "dora") else {}),
+        **config["settings"],
+        "backbone": config["backbone"]["name"],
+        "backbone's sha256": config["backbone"]["sha256"],
+        "backbone in this folder": "yes" if config["backbone_included"] else "no, referred to",
         "paths (numbers in the training run)": ", ".join(map(str, config["paths"])),
         "embedding": f"{config['embed_dim']} numbers per path, {config['aggregate_dim']} of the aggregate",
         "query instruction": config["query_instruction"],
         "candidate instruction": config["candidate_instruction"],
-        **config["encoder"],
     }
     return _table(rows.items())
 
@@ -126,29 +117,6 @@ def _scores(scores: Mapping[str, Any]) -> list[str]:
     queries = sum(task["num_queries"] for task in tasks)
     about = f"hit@1 in percent, means over {len(tasks)} tasks with {queries} queries, all paths of the run."
     return [about, "", *_table(rows, ("", *columns))]
-
-
-def _paths(paths: Sequence[int], scores: Mapping[str, Any]) -> list[str]:
-    """Agreement of every two exported paths, and what at least one of them answers."""
-    columns, tasks = [f"path_{path}" for path in paths], scores["hits"].values()
-    if len(paths) < 2 or not tasks or not all(set(columns) <= hits.keys() for hits in tasks):
-        return []
-    joined = {column: "".join(hits[column] for hits in tasks) for column in columns}
-    rows = [
-        (
-            f"{first} and {second}",
-            _percent(x == y for x, y in zip(joined[first], joined[second], strict=True)),
-        )
-        for first, second in combinations(columns, 2)
-    ]
-    some = _percent("1" in answers for answers in zip(*joined.values(), strict=True))
-    about = "Share of evaluation queries in percent on which two paths are both right or both wrong."
-    return [about, "", *_table(rows, ("paths", "agree")), "", f"Right on at least one path: {some}."]
-
-
-def _percent(answers: Iterable[bool]) -> str:
-    values = list(answers)
-    return f"{100 * sum(values) / len(values):.1f}"
 
 
 def _table(rows: Iterable[Sequence[Any]], head: Sequence[str] = ("setting", "value")) -> list[str]:

@@ -6,7 +6,7 @@ The only file that imports open_clip, and only when such a model is loaded.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,9 @@ PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 """open_clip's names; with the last two, normalisation layers stay fp32."""
 UNUSED_PARAMETERS = ("logit_scale", "logit_bias")
 """Of OpenCLIP's own loss; ours has its own temperature."""
-NEUTRAL_OPTIONS = {
-    "num_paths": 1,
-    "prefix_length": 0,
-    "prefix_layers": 0,
-    "aggregation": "mean",
-    "attention": "sdpa",
-}
-"""Values that options for multimodal LLMs must have here; every other option must be None."""
-UNUSED_OPTIONS = ("prefix_type", "prefix_init", "seed")
+NEUTRAL = {"num_paths": 1, "prefix_length": 0, "prefix_layers": 0, "aggregation": "mean", "attention": "sdpa"}
+"""What options of multimodal LLMs must be here; every other one must be None."""
+UNUSED = ("prefix_type", "prefix_init", "seed")
 """Without a prefix and without LoRA weights these change nothing."""
 
 
@@ -44,24 +38,18 @@ def is_open_clip(name: str) -> bool:
 
 
 class OpenCLIPProcessor:
-    """Texts and images to tensors, called like a Hugging Face processor.
+    """Turn texts and images into tensors, called like a Hugging Face processor.
 
     Image placeholders are taken out of the text. Images get the model's own evaluation transform, also in
     training (no augmentation). The first text that does not fit is a warning.
 
-    Args:
-        tokenizer: open_clip's, called with texts and optionally another ``context_length``.
-        transform: an RGB image to ``[3, height, width]``.
-
-    Attributes:
-        context_length: L, tokens that the text tower takes.
     """
 
     def __init__(self, tokenizer: Callable[..., Tensor], transform: Callable[[Image.Image], Tensor]) -> None:
         self.tokenizer = tokenizer
         self.transform = transform
         empty_1L = tokenizer([""])
-        self.context_length: int = empty_1L.shape[1]
+        self.context_length: int = empty_1L.shape[1]  # L
         self.padding_id = int(empty_1L[0, -2])  # the very last one may be a class token
         self._warned = False
 
@@ -71,27 +59,25 @@ class OpenCLIPProcessor:
         images: Sequence[Image.Image | Sequence[Image.Image]] | None = None,
         **options: Any,
     ) -> dict[str, Tensor]:
-        """Tokenise rows and transform their images.
-
-        Args:
-            text: ``B`` prompts with one ``IMAGE_PLACEHOLDER`` per image.
-            images: of all rows in the order of the placeholders, in one list or in one per row.
-            options: of Hugging Face processors, without effect.
+        """Tokenise ``B`` rows, with their images in one list or in one per row.
 
         Returns:
             ``input_ids`` ``[B, L]``, padded; ``attention_mask`` ``[B, L]``, all 1 for a row with text (the
             text tower always runs over L tokens), all 0 for one without. One entry per image:
             ``pixel_values``, ``image_sizes`` (height and width as given).
-
-        Raises:
-            ValueError: a row with neither text nor image.
         """
         texts = [row.replace(IMAGE_PLACEHOLDER, " ").strip() for row in text]
         for row, rest in zip(text, texts, strict=True):
             if not rest and IMAGE_PLACEHOLDER not in row:
                 raise ValueError("An input needs a text or an image.")
         ids_BL = self.tokenizer(texts)
-        self._warn_of_cut_texts(texts, ids_BL)
+        if not self._warned and self.cuts(texts, ids_BL):
+            self._warned = True
+            warnings.warn(
+                f"A text has more than the {self.context_length} tokens that this text tower takes; the rest "
+                "is cut off, also of further texts.",
+                stacklevel=2,
+            )
         has_text_B1 = torch.tensor([[bool(rest)] for rest in texts])
         data = {"input_ids": ids_BL, "attention_mask": has_text_B1.long().expand_as(ids_BL)}
         rows = [[each] if isinstance(each, Image.Image) else each for each in images or ()]
@@ -101,20 +87,14 @@ class OpenCLIPProcessor:
             data["image_sizes"] = torch.tensor([[image.height, image.width] for image in flat])
         return data
 
-    def _warn_of_cut_texts(self, texts: Sequence[str], ids_BL: Tensor) -> None:
-        """A text was cut if twice the room holds more of its tokens."""
-        real_BL = ids_BL != self.padding_id
+    def cuts(self, texts: Sequence[str], ids_BL: Tensor | None = None) -> bool:
+        """Tell whether one of the texts does not fit: whether twice the room holds more of its tokens."""
+        real_BL = (self.tokenizer(texts) if ids_BL is None else ids_BL) != self.padding_id
         full = real_BL[:, -2:].any(dim=1).nonzero()[:, 0].tolist()  # the last may be an end token that pads
-        if self._warned or not full:
-            return
+        if not full:
+            return False
         longer = self.tokenizer([texts[row] for row in full], context_length=2 * self.context_length)
-        if ((longer != self.padding_id).sum(dim=1) > real_BL[full].sum(dim=1)).any():
-            self._warned = True
-            warnings.warn(
-                f"A text has more than the {self.context_length} tokens that this text tower takes; the rest "
-                "is cut off, also of further texts.",
-                stacklevel=3,
-            )
+        return bool(((longer != self.padding_id).sum(dim=1) > real_BL[full].sum(dim=1)).any())
 
 
 @dataclass(frozen=True)
@@ -137,10 +117,12 @@ class OpenCLIPBackbone(nn.Module):
     num_layers = 1
     """For counting compute: no layer is shared between paths."""
 
-    def __init__(self, base: nn.Module, config: OpenCLIPConfig, *, name: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self, base: Any, config: OpenCLIPConfig, adapter: AdapterConfig, *, name: str, dtype: torch.dtype
+    ) -> None:
         super().__init__()
-        self.base: Any = base
-        self.config, self.name, self.dtype = config, name, dtype
+        self.base = base
+        self.config, self.adapter, self.name, self.dtype = config, adapter, name, dtype
 
 
 class OpenCLIPEncoder(nn.Module):
@@ -150,10 +132,6 @@ class OpenCLIPEncoder(nn.Module):
     image; what a row does not have is left out. The score of two inputs is then proportional to the sum of
     the cosines between their parts: score-level fusion as in UniIR's CLIP_SF (which adds embeddings of any
     norm; giving text and image the same weight is ours).
-
-    Args:
-        backbone: the towers.
-        processor: of that model.
 
     Relations:
         A text is open_clip's ``encode_text`` and an image without text its ``encode_image``, normalised.
@@ -171,19 +149,17 @@ class OpenCLIPEncoder(nn.Module):
         self.processor: Any = processor
 
     def prefix_parameters(self) -> Iterator[nn.Parameter]:
-        """Return nothing: there is no prefix."""
+        """Return nothing: there is no prefix, and one path needs no weights."""
         return iter(())
+
+    aggregation_parameters = prefix_parameters
 
     def adapter_parameters(self) -> Iterator[nn.Parameter]:
         """Return the trainable weights: those of both towers, or none."""
         return (parameter for parameter in self.backbone.parameters() if parameter.requires_grad)
 
-    def aggregation_parameters(self) -> Iterator[nn.Parameter]:
-        """Return nothing: there is one path."""
-        return iter(())
-
     def train(self, mode: bool = True) -> OpenCLIPEncoder:
-        """Set the mode; batch normalisation keeps its pretrained statistics, which no checkpoint holds."""
+        """Set the mode; batch normalisation keeps its statistics, which no checkpoint holds."""
         super().train(mode)
         for module in self.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -236,16 +212,25 @@ def load_open_clip(
         dtype: of the weights.
         adapter: only its kind counts: ``"full"`` (default; both towers) or ``"frozen"``.
         gradient_checkpointing: recompute layers in the backward pass.
-        options: of ``load_backbone`` and ``ParallelEncoder``, at ``NEUTRAL_OPTIONS`` or None.
+        options: all others of multimodal LLMs, which must have no effect.
 
     Raises:
         ValueError: an option that has no meaning here, or what open_clip cannot load.
     """
-    _check_options(name, options)
+    wrong = [
+        f"{option}={NEUTRAL.get(option, 'null')} (got {value})"
+        for option, value in options.items()
+        if option not in UNUSED and value != NEUTRAL.get(option)
+    ]
+    if wrong:
+        raise ValueError(
+            f"backbone {name!r} is an OpenCLIP model, which has one path and no prefix: "
+            f"set {', '.join(wrong)}. lightning_configs/openclip.yaml has all it needs."
+        )
     check_dtype(dtype)
-    kind = "full" if adapter is None else adapter.kind
-    if kind not in ("full", "frozen"):
-        raise ValueError(f"adapter.kind={kind} does not exist for an open_clip backbone: set full or frozen.")
+    adapter = adapter or AdapterConfig(kind="full")
+    if adapter.kind not in ("full", "frozen"):
+        raise ValueError(f"adapter.kind={adapter.kind} does not exist for OpenCLIP: set full or frozen.")
     import open_clip
 
     source, weights = f"local-dir:{Path(name).expanduser()}", None
@@ -268,19 +253,6 @@ def load_open_clip(
     if gradient_checkpointing:
         base.set_grad_checkpointing(True)
     for parameter_name, parameter in base.named_parameters():
-        parameter.requires_grad_(kind == "full" and parameter_name not in UNUSED_PARAMETERS)
-    backbone = OpenCLIPBackbone(base, config, name=name, dtype=getattr(torch, dtype))
+        parameter.requires_grad_(adapter.kind == "full" and parameter_name not in UNUSED_PARAMETERS)
+    backbone = OpenCLIPBackbone(base, config, adapter, name=name, dtype=getattr(torch, dtype))
     return OpenCLIPEncoder(backbone, processor).train()
-
-
-def _check_options(name: str, options: Mapping[str, Any]) -> None:
-    wrong = [
-        f"{option}={NEUTRAL_OPTIONS.get(option, 'null')} (got {value})"
-        for option, value in options.items()
-        if option not in UNUSED_OPTIONS and value != NEUTRAL_OPTIONS.get(option)
-    ]
-    if wrong:
-        raise ValueError(
-            f"backbone {name!r} is an OpenCLIP model, which has one path and no prefix: "
-            f"set {', '.join(wrong)}. lightning_configs/openclip.yaml has all it needs."
-        )

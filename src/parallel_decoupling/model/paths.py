@@ -1,8 +1,4 @@
-"""From B rows to N * B: what makes one forward call of a language model run N paths.
-
-Here: the hooks that hand the prefixes down and repeat the batch once per path, path-major. Elsewhere: the
-attention that reads the prefixes (``attention``), setting the hooks (``backbone``).
-"""
+"""From B rows to N * B: the hooks that hand prefixes down and repeat a batch once per path, path-major."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
 """Prefixes: the trainable part that makes one backbone see one input in N ways.
 
-Here: their parameters, deep (keys and values of every layer) or shallow (input embeddings), their
-initialisation from given statistics or states, and which layers have one. Elsewhere: how attention uses them
-(``attention``), what the language model makes of an input embedding or a meta-prompt (``backbone``).
+Elsewhere on purpose: how attention uses them (``attention``).
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ PrefixLayers = int | Sequence[int]
 
 
 def prefix_range(prefix_layers: PrefixLayers, num_layers: int) -> range:
-    """Layers that have a prefix. Those below run once for all paths, those above once per path without it.
+    """Return the layers with a prefix. Those below run once for all paths, those above once per path.
 
     Args:
         prefix_layers: the first layer, or ``[start, stop]`` with stop excluded.
@@ -62,14 +60,11 @@ class DeepPrefixes(nn.Module):
     prefixes, not their positions). Parameters are fp32 whatever the backbone's dtype.
 
     Args:
-        num_paths: N, at least 1.
-        num_layers: prefixed layers Y, at least 1.
+        num_paths: N, at least 1, like all sizes.
+        num_layers: prefixed layers Y.
         num_key_value_heads: K of the backbone.
-        prefix_length: P in tokens, at least 1.
+        prefix_length: P in tokens.
         head_dim: H of the backbone.
-
-    Raises:
-        ValueError: when a size is below 1.
     """
 
     def __init__(
@@ -77,37 +72,17 @@ class DeepPrefixes(nn.Module):
     ) -> None:
         super().__init__()
         shape = (num_paths, num_layers, 2, num_key_value_heads, prefix_length, head_dim)
-        if min(shape) < 1:
-            raise ValueError(f"prefixes need sizes of at least 1, got [N, Y, 2, K, P, H] = {list(shape)}")
+        assert min(shape) > 0, f"[N, Y, 2, K, P, H] = {list(shape)}"
         self.key_values = nn.Parameter(torch.zeros(shape, dtype=torch.float32))
 
-    @torch.no_grad()
     def init_random(self, scale: Tensor, generator: torch.Generator) -> None:
-        """Draw normal keys and values at the scale of real ones.
-
-        Args:
-            scale: ``[Y, 2]``, standard deviation of real keys and values per layer.
-            generator: on the CPU; paths are drawn one after the other, so path n does not depend on how many
-                paths follow it.
-        """
-        for path in self.key_values.unbind():
-            noise = torch.randn(path.shape, generator=generator, dtype=torch.float32)
-            path.copy_(noise * scale.to("cpu", torch.float32)[:, :, None, None, None])
+        """Draw normal keys and values at the standard deviation ``scale`` ``[Y, 2]`` of real ones."""
+        _draw(self.key_values, scale[:, :, None, None, None], generator)
 
     @torch.no_grad()
     def init_from_states(self, states: Tensor) -> None:
-        """Copy measured keys and values.
-
-        Args:
-            states: ``[N, Y, 2, K, P, H]``, e.g. one meta-prompt per path run through the backbone.
-
-        Raises:
-            ValueError: when the shape differs.
-        """
-        if states.shape != self.key_values.shape:
-            raise ValueError(
-                f"states have shape {list(states.shape)}, prefixes {list(self.key_values.shape)}"
-            )
+        """Copy ``[N, Y, 2, K, P, H]``, e.g. the keys and values of one meta-prompt per path."""
+        assert states.shape == self.key_values.shape
         self.key_values.copy_(states)
 
     def states(self, paths: Sequence[int], first_layer: int, dtype: torch.dtype) -> PrefixStates:
@@ -130,33 +105,20 @@ class ShallowPrefixes(nn.Module):
     positions that they have without a prompt (both ours). Parameters are fp32 whatever the backbone's dtype.
 
     Args:
-        num_paths: N, at least 1.
-        prefix_length: P in tokens, at least 1.
+        num_paths: N, at least 1, like all sizes.
+        prefix_length: P in tokens.
         hidden_size: D of the backbone.
-
-    Raises:
-        ValueError: when a size is below 1.
     """
 
     def __init__(self, *, num_paths: int, prefix_length: int, hidden_size: int) -> None:
         super().__init__()
         shape = (num_paths, prefix_length, hidden_size)
-        if min(shape) < 1:
-            raise ValueError(f"prompts need sizes of at least 1, got [N, P, D] = {list(shape)}")
+        assert min(shape) > 0, f"[N, P, D] = {list(shape)}"
         self.embeddings = nn.Parameter(torch.zeros(shape, dtype=torch.float32))
 
-    @torch.no_grad()
     def init_random(self, scale: Tensor, generator: torch.Generator) -> None:
-        """Draw normal embeddings at the scale of real ones.
-
-        Args:
-            scale: 0-dim, standard deviation of real embeddings.
-            generator: on the CPU; paths are drawn one after the other, so path n does not depend on how many
-                paths follow it.
-        """
-        for path in self.embeddings.unbind():
-            noise = torch.randn(path.shape, generator=generator, dtype=torch.float32)
-            path.copy_(noise * scale.to("cpu", torch.float32))
+        """Draw normal embeddings at the standard deviation ``scale`` (0-dim) of real ones."""
+        _draw(self.embeddings, scale, generator)
 
     @torch.no_grad()
     def init_from_embeddings(self, embeddings: Tensor) -> None:
@@ -164,12 +126,20 @@ class ShallowPrefixes(nn.Module):
         self.embeddings.copy_(embeddings)
 
     def prompts(self, paths: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Embeddings ``[N', P, D]`` of the chosen paths in that order, in the backbone's dtype."""
+        """Return the embeddings ``[N', P, D]`` of the chosen paths in that order, in the backbone's dtype."""
         return _chosen(self.embeddings, paths).to(dtype)
 
 
+@torch.no_grad()
+def _draw(parameter: Tensor, scale: Tensor, generator: torch.Generator) -> None:
+    """Draw one path after the other on the CPU, so that path n does not depend on how many follow it."""
+    for path in parameter.unbind():
+        noise = torch.randn(path.shape, generator=generator, dtype=torch.float32)
+        path.copy_(noise * scale.to("cpu", torch.float32))
+
+
 def _chosen(parameter: Tensor, paths: Sequence[int]) -> Tensor:
-    """Rows of the paths in the order wanted; the parameter itself for all of them."""
+    """Return the rows of the paths in the order wanted; the parameter itself for all of them."""
     if list(paths) == list(range(parameter.shape[0])):
         return parameter
     return parameter[list(paths)]

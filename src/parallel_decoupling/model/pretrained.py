@@ -33,7 +33,7 @@ from parallel_decoupling.model.encoder import Encoder, ParallelEncoder, absolute
 from parallel_decoupling.model.families import FAMILIES, Family
 from parallel_decoupling.model.identity import backbone_fingerprint, check_fingerprint, weights_hash
 from parallel_decoupling.model.model_card import model_card
-from parallel_decoupling.model.open_clip import OpenCLIPEncoder, is_open_clip, load_open_clip
+from parallel_decoupling.model.open_clip import is_open_clip
 from parallel_decoupling.model.trained_state import PER_PATH, load_trainable_state, trainable_state
 
 FORMAT = 1
@@ -52,7 +52,7 @@ CHECKPOINT_KEYS = (
 )
 """Keys that every checkpoint of a run has."""
 ENCODER_OPTIONS = ("prefix_length", "prefix_layers", "prefix_type", "aggregation")
-"""Options of ``ParallelEncoder`` beside the number of paths that say what an encoder computes."""
+"""Options of ``ParallelEncoder`` beside the number of paths that shape embeddings."""
 IMAGE_OPTIONS = ("image_size", "min_pixels", "max_pixels")
 """Settings of the data module that say how pictures are resized."""
 SENTENCE_MODULE = "parallel_decoupling.sentence_transformers.PathEmbedding"
@@ -125,11 +125,7 @@ def scores_of(file: str | Path) -> dict[str, Any] | None:
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """Read ``config.json`` of an exported folder.
-
-    Raises:
-        ValueError: there is none, or one of another format.
-    """
+    """Read ``config.json`` of an exported folder; a ValueError if there is none, or one of another format."""
     file = Path(folder) / CONFIG_FILE
     if not is_pretrained(folder):
         raise ValueError(f"{file} does not belong to a model that save_pretrained or lightning export wrote")
@@ -150,8 +146,7 @@ def load_encoder(path: str | Path) -> tuple[Encoder, dict[str, Any]]:
         (settings) and ``run`` (what trained it), plain values.
 
     Raises:
-        ValueError: there is no model; files that are missing or changed; another backbone than the one that
-            was trained on.
+        ValueError: there is no model, a file is missing or changed, or the backbone is not the trained one.
     """
     encoder, about = _load_folder(Path(path)) if is_pretrained(path) else _load_checkpoint(path)
     encoder.eval()
@@ -172,20 +167,10 @@ def save_encoder(
     include_backbone: bool = False,
     scores: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a folder to share.
+    """Write a folder to share; for the arguments see ``Embedder`` and ``Embedder.save_pretrained``.
 
-    Args:
-        encoder: not sharded; it is left as it is.
-        folder: without a ``config.json``; made if missing.
-        query_instruction: stands before every query.
-        candidate_instruction: stands before every candidate.
-        images: settings of the pictures' sizes.
-        run: what trained the encoder, plain values, for the card; empty if not known.
-        paths: which paths, in that order; None is all. The aggregate is then that of these paths.
-        merge_adapters: add LoRA or DoRA to the base model and write that into ``backbone/``.
-        include_backbone: write the base model into ``backbone/``; otherwise its name stands for it. A base
-            model that was trained itself is always written.
-        scores: content of the run's ``scores.json``, for the card.
+    The encoder must not be sharded, and is left as it is. A base model that was trained itself is always
+    written.
 
     Raises:
         ValueError: the folder holds a model, a path that does not exist, or weights that cannot be written.
@@ -198,29 +183,34 @@ def save_encoder(
     if (folder / CONFIG_FILE).exists():
         raise ValueError(f"{folder} already holds a model ({CONFIG_FILE}); name another folder or empty it")
     chosen = _checked_paths(paths, encoder.num_paths)
-    state = trainable_state(encoder)
-    if isinstance(encoder, OpenCLIPEncoder):
-        about = _describe_open_clip(encoder, merge_adapters or include_backbone)
-        folder.mkdir(parents=True, exist_ok=True)
-    else:
-        merge = merge_adapters or encoder.backbone.adapter.kind == "full"
-        about = _save_backbone(encoder, folder, merge=merge, include=merge or include_backbone)
-        if merge:
-            state = {name: value for name, value in state.items() if not name.startswith("backbone.")}
-    rows = {
+    trained = isinstance(encoder, ParallelEncoder) and encoder.backbone.adapter.kind == "full"
+    merge = merge_adapters or trained
+    included = merge or include_backbone
+    settings = _settings(encoder, included=included, merge=merge) | {"num_paths": len(chosen)}
+    folder.mkdir(parents=True, exist_ok=True)
+    written: Any = encoder.backbone
+    if included:
+        _save_base(written, folder / BACKBONE_DIR, merge=merge)
+        written = _build({**settings, "backbone": str(folder / BACKBONE_DIR)}).backbone
+    elif isinstance(encoder, ParallelEncoder):
+        encoder.processor.save_pretrained(folder / PROCESSOR_DIR)
+    state = {
         name: (value[chosen] if name.startswith(PER_PATH) else value).contiguous()
-        for name, value in state.items()
+        for name, value in trainable_state(encoder).items()
+        if not (merge and name.startswith("backbone."))
     }
-    save_file(rows, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     joined = len(chosen) if encoder.aggregate_dim > encoder.embed_dim else 1
     config = {
         "model_type": MODEL_TYPE,
         "format": FORMAT,
-        **about,
+        "settings": settings,
+        "backbone": backbone_fingerprint(written) | {"name": encoder.backbone.name},
+        "backbone_included": included,
         "paths": chosen,
         "embed_dim": encoder.embed_dim,
         "aggregate_dim": encoder.embed_dim * joined,
-        "weights_sha256": weights_hash(rows),
+        "weights_sha256": weights_hash(state),
         "query_instruction": query_instruction,
         "candidate_instruction": candidate_instruction,
         "images": dict(images),
@@ -242,36 +232,31 @@ def _load_checkpoint(path: str | Path) -> tuple[Encoder, dict[str, Any]]:
     file = checkpoint_file(path)
     content = read_checkpoint(file)
     settings = content["hyper_parameters"]
-    given = {**settings, "revision": settings["backbone_revision"], **_typed(settings)}
-    loading, paths = (
-        {name: given[name] for name in inspect.signature(function).parameters if name in given}
-        for function in (load_backbone, ParallelEncoder)
-    )
-    del paths["backbone"]
-    encoder = build_encoder(settings["backbone"], loading, paths)
-    check_fingerprint(content["backbone"], backbone_fingerprint(encoder.backbone))
-    own = "encoder."
-    state = {k.removeprefix(own): v for k, v in content["state_dict"].items() if k.startswith(own)}
-    _load_state(encoder, state, file)
+    encoder = _build({**settings, "revision": settings["backbone_revision"]})
+    state = {
+        name.removeprefix("encoder."): value
+        for name, value in content["state_dict"].items()
+        if name.startswith("encoder.")
+    }
+    _load_state(encoder, state, content["backbone"], file)
     images = {name: content["data"].get(name) for name in IMAGE_OPTIONS}
     return encoder, {**settings, "images": images, "run": run_of(file)}
 
 
 def _load_folder(folder: Path) -> tuple[Encoder, dict[str, Any]]:
     config = read_config(folder)
-    settings = config["backbone"]
-    encoder: Encoder
-    if is_open_clip(settings["name"]):
-        adapter = _typed(config)["adapter"]
-        encoder = load_open_clip(settings["name"], dtype=settings["dtype"], adapter=adapter)
-    else:
-        encoder = ParallelEncoder(
-            _load_backbone(folder, config),
-            num_paths=len(config["paths"]),
-            prefix_init="random",  # replaced; "meta" has no more than eight
-            **config["encoder"],
-        )
-    check_fingerprint(settings["fingerprint"], backbone_fingerprint(encoder.backbone))
+    settings, included = config["settings"], config["backbone_included"]
+    source = folder / (BACKBONE_DIR if included else PROCESSOR_DIR)
+    multimodal = not is_open_clip(settings["backbone"])
+    if multimodal and not source.is_dir():
+        raise ValueError(f"{source} is missing: copy the whole exported folder")
+    backbone = str(source) if included else _without_network(settings["backbone"], settings["revision"])
+    # any start does, it is replaced; there are no more than eight meta-prompts
+    encoder = _build({**settings, "backbone": backbone, "prefix_init": "random"})
+    if multimodal and not included:
+        encoder.backbone.name, encoder.backbone.revision = settings["backbone"], settings["revision"]
+        encoder.processor = cast(Any, AutoProcessor).from_pretrained(source, local_files_only=True)
+        cast(Any, encoder.backbone).processor = encoder.processor
     file = folder / WEIGHTS_FILE
     try:
         state = load_file(file)
@@ -279,26 +264,30 @@ def _load_folder(folder: Path) -> tuple[Encoder, dict[str, Any]]:
         raise ValueError(f"{file} cannot be read ({error}): copy the whole exported folder") from error
     if weights_hash(state) != config["weights_sha256"]:
         raise ValueError(f"{file} is not the file that was exported: its hash differs from {CONFIG_FILE}'s")
-    _load_state(encoder, state, file)
+    _load_state(encoder, state, config["backbone"], file)
     return encoder, config
 
 
-def _load_backbone(folder: Path, config: Mapping[str, Any]) -> Backbone:
-    settings = config["backbone"]
-    source = folder / (BACKBONE_DIR if settings["included"] else PROCESSOR_DIR)
-    if not source.is_dir():
-        raise ValueError(f"{source} is missing: copy the whole exported folder")
-    options = {name: settings[name] for name in ("dtype", "attention", "quantization")}
-    options |= {"adapter": _typed(config)["adapter"], "family": _typed(settings)["family"]}
-    if settings["included"]:
-        return load_backbone(str(source), **options)
-    backbone = load_backbone(_without_network(settings["name"], settings["revision"]), **options)
-    backbone.name, backbone.revision = settings["name"], settings["revision"]
-    backbone.processor = cast(Any, AutoProcessor).from_pretrained(source, local_files_only=True)
-    return backbone
+def _build(settings: Mapping[str, Any]) -> Encoder:
+    """Build an encoder from plain settings, of which there may be more."""
+    given = dict(settings)
+    for name, kind in (("adapter", AdapterConfig), ("family", Family)):
+        if given.get(name) is not None:
+            values = given[name].items()
+            given[name] = cast(Any, kind)(
+                **{key: tuple(v) if isinstance(v, list) else v for key, v in values}
+            )
+    loading, paths = (
+        {name: given[name] for name in list(inspect.signature(function).parameters)[1:] if name in given}
+        for function in (load_backbone, ParallelEncoder)
+    )
+    return build_encoder(settings["backbone"], loading, paths)
 
 
-def _load_state(encoder: Encoder, state: Mapping[str, Tensor], file: Path) -> None:
+def _load_state(
+    encoder: Encoder, state: Mapping[str, Tensor], fingerprint: Mapping[str, Any], file: Path
+) -> None:
+    check_fingerprint(fingerprint, backbone_fingerprint(encoder.backbone))
     try:
         load_trainable_state(encoder, state)
     except ValueError as error:
@@ -322,16 +311,6 @@ def _without_network(name: str, revision: str | None) -> str:
         ) from error
 
 
-def _typed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return adapter and family of plain settings as what they were, as far as they are there."""
-    typed: dict[str, Any] = {}
-    for name, kind in (("adapter", AdapterConfig), ("family", Family)):
-        values = settings.get(name)
-        lists = {key: tuple(v) if isinstance(v, list) else v for key, v in (values or {}).items()}
-        typed[name] = None if values is None else cast(Any, kind)(**lists)
-    return typed
-
-
 def _checked_paths(paths: Sequence[int] | None, num_paths: int) -> list[int]:
     chosen = list(range(num_paths)) if paths is None else list(paths)
     wrong = [path for path in chosen if isinstance(path, bool) or path not in range(num_paths)]
@@ -340,29 +319,25 @@ def _checked_paths(paths: Sequence[int] | None, num_paths: int) -> list[int]:
     return chosen
 
 
-def _describe_open_clip(encoder: OpenCLIPEncoder, with_backbone: bool) -> dict[str, Any]:
-    if with_backbone:
-        raise ValueError(
-            "an OpenCLIP model is always referred to by its name: export without merge_adapters and "
-            "include_backbone"
-        )
+def _settings(encoder: Encoder, *, included: bool, merge: bool) -> dict[str, Any]:
+    """Return what ``_build`` needs to build an encoder again, if it can be."""
     backbone = encoder.backbone
     settings = {
-        "name": absolute_name(backbone.name),
-        "included": False,
+        "backbone": absolute_name(backbone.name),
+        "revision": backbone.revision,
         "dtype": str(backbone.dtype).removeprefix("torch."),
-        "fingerprint": backbone_fingerprint(backbone),
+        "adapter": asdict(AdapterConfig(kind="frozen") if merge else backbone.adapter),
     }
-    trains = any(parameter.requires_grad for parameter in backbone.parameters())
-    adapter = AdapterConfig(kind="full" if trains else "frozen")
-    return {"backbone": settings, "adapter": asdict(adapter), "encoder": {}}
-
-
-def _save_backbone(encoder: ParallelEncoder, folder: Path, *, merge: bool, include: bool) -> dict[str, Any]:
-    """Write the base model or its processor alone; return what ``config.json`` says of it."""
+    if not isinstance(encoder, ParallelEncoder):
+        if included:
+            raise ValueError(
+                "an OpenCLIP model is always referred to by its name: export without merge_adapters and "
+                "include_backbone"
+            )
+        return settings
     backbone = encoder.backbone
     quantized = bool(getattr(backbone.base, "is_quantized", False))
-    if include and quantized:
+    if included and quantized:
         raise ValueError(
             "a quantized backbone is not written: export without merge_adapters and include_backbone"
         )
@@ -371,33 +346,16 @@ def _save_backbone(encoder: ParallelEncoder, folder: Path, *, merge: bool, inclu
             f"the backbone continues the published adapter {backbone.initial_adapter!r}, whose settings "
             f"{CONFIG_FILE} does not hold: export with merge_adapters=True (--merge_adapters)"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    adapter = AdapterConfig(kind="frozen") if merge else backbone.adapter
     known = FAMILIES.get(backbone.config.model_type)
     listed = known is not None and known.resolved(backbone.base, backbone.processor) == backbone.family
     eager = cast(Any, backbone.language_model).config._attn_implementation == "prefix_eager"
-    settings: dict[str, Any] = {
-        "name": absolute_name(backbone.name),
-        "revision": backbone.revision,
-        "included": include,
-        "dtype": str(backbone.dtype).removeprefix("torch."),
+    return {
+        **settings,
         "attention": "eager" if eager else "sdpa",  # which work on every machine
         "quantization": "4bit" if quantized else None,
         "family": None if listed else asdict(backbone.family),
+        **{name: getattr(encoder, name) for name in ENCODER_OPTIONS},
     }
-    about = {
-        "backbone": settings,
-        "adapter": asdict(adapter),
-        "encoder": {name: getattr(encoder, name) for name in ENCODER_OPTIONS},
-    }
-    written = backbone
-    if include:
-        _save_base(backbone, folder / BACKBONE_DIR, merge=merge)
-        written = _load_backbone(folder, about)
-    else:
-        backbone.processor.save_pretrained(folder / PROCESSOR_DIR)
-    settings["fingerprint"] = backbone_fingerprint(written) | {"name": backbone.name}
-    return about
 
 
 def _save_base(backbone: Backbone, folder: Path, *, merge: bool) -> None:

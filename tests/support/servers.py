@@ -1,4 +1,4 @@
-"""A checkpoint of a tiny model, and a process of the command line until its port answers."""
+"""A process of the command line until its port answers."""
 
 from __future__ import annotations
 
@@ -9,23 +9,10 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-
-from tests.support.fit import make_trainer, small_embedder
-
 Start = Callable[..., tuple[subprocess.Popen[bytes], str]]
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tiny_backbone_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained model with two paths."""
-    folder = tmp_path_factory.mktemp("served")
-    trainer = make_trainer(folder)
-    trainer.strategy.connect(small_embedder(tiny_backbone_dir))
-    trainer.save_checkpoint(folder / "tiny.ckpt", weights_only=True)
-    return folder / "tiny.ckpt"
 
 
 def said(process: subprocess.Popen[bytes]) -> str:
@@ -35,11 +22,11 @@ def said(process: subprocess.Popen[bytes]) -> str:
     return re.sub(r"\rLoading weights.*|(?<=it/s])\n", "", process.stderr.read().decode()).lstrip("\n")
 
 
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """``start("serve", ...)`` runs a subcommand on a free port: the process and its address.
+@contextmanager
+def servers(tmp_path: Path) -> Iterator[Start]:
+    """Give ``start("serve", ...)``, which runs a subcommand on a free port: the process and its address.
 
-    Returns once ``answers`` does, or at once for None.
+    It returns once ``answers`` does, or at once for None; at the end all processes end.
     """
     started = []
 

@@ -1,0 +1,108 @@
+"""A page to search embeddings by text, image or both, and to see what each path finds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gradio
+from PIL import Image
+
+from parallel_decoupling.data.images import ImageError, load_image
+from parallel_decoupling.search import Searcher
+
+HITS = 12
+IMAGE_FIELD = "image"
+
+
+def find(
+    searcher: Searcher, image_dir: Path, instruction: str, text: str, image: Image.Image | None, scoring: str
+) -> tuple[list[tuple[Image.Image, str]], list[list[str]]]:
+    """Answer one query.
+
+    Args:
+        searcher: the model and the items.
+        image_dir: folder of pictures with relative names.
+        instruction: put before the text; may be empty.
+        text: may be empty.
+        image: may be None.
+        scoring: see ``Searcher.search``.
+
+    Returns:
+        Pictures with captions, and a table of rank, id, score and cosines by path; nothing without a query.
+    """
+    query = {"text": text.strip() or None, "image": image}
+    if query == {"text": None, "image": None}:
+        return [], []
+    (hits,) = searcher.search([query], HITS, scoring, instruction=instruction.strip())
+    pictures, rows = [], []
+    for rank, hit in enumerate(hits, start=1):
+        name, caption = hit.fields.get(IMAGE_FIELD), f"{rank}. {hit.score:.3f}"
+        picture = Image.new("RGB", (64, 64), "#eeeeee")
+        if name:
+            try:
+                picture = load_image(str(image_dir / name))
+            except ImageError:
+                caption = f"{caption} (picture cannot be read)"
+        pictures.append((picture, caption if name else f"{caption} {hit.id}"))
+        rows.append(
+            [str(rank), hit.id, *(f"{value:.3f}" for value in (hit.score, *hit.similarities.values()))]
+        )
+    return pictures, rows
+
+
+def build_page(searcher: Searcher, image_dir: str | Path, instruction: str = "") -> gradio.Blocks:
+    """Make the page.
+
+    Args:
+        searcher: the model and the items.
+        image_dir: folder of pictures with relative names.
+        instruction: stands in its field at first.
+    """
+    scorings = list(searcher.scorings)
+    shared = [name for name in searcher.index.columns if name in searcher.scorings and name != "aggregate"]
+
+    def answer(instruction: str, text: str, image: Image.Image | None, scoring: str) -> Any:
+        try:
+            return find(searcher, Path(image_dir), instruction, text, image, scoring)
+        except ValueError as error:
+            raise gradio.Error(str(error)) from error
+
+    page: gradio.Blocks = gradio.Blocks(title="Search by paths", analytics_enabled=False)
+    with page:
+        gradio.Markdown(f"## Search {len(searcher.index):,} items by text, image or both")
+        with gradio.Row():
+            with gradio.Column(scale=1, min_width=280):
+                prefix = gradio.Textbox(
+                    instruction, label="Instruction (before the text)", elem_id="instruction"
+                )
+                text = gradio.Textbox(label="Text", placeholder="what to look for", elem_id="text")
+                image = gradio.Image(
+                    label="Image", type="pil", sources=["upload", "clipboard"], height=180, elem_id="image"
+                )
+                scoring = gradio.Radio(scorings, value=scorings[0], label="Score by", elem_id="scoring")
+                button = gradio.Button("Search", variant="primary", elem_id="search")
+            with gradio.Column(scale=3):
+                gallery = gradio.Gallery(
+                    show_label=False, columns=6, height=310, object_fit="contain", elem_id="gallery"
+                )
+                cosines = gradio.Dataframe(
+                    headers=["rank", "id", "score", *shared],
+                    label="Cosine of query and hit on each path",
+                    interactive=False,
+                    elem_id="cosines",
+                )
+        gradio.on(
+            [button.click, prefix.submit, text.submit, scoring.change, image.change],
+            answer,
+            [prefix, text, image, scoring],
+            [gallery, cosines],
+            api_name=False,
+        )
+    return page
+
+
+def show_page(page: gradio.Blocks, host: str, port: int) -> None:
+    """Show the page until Ctrl-C; fonts are the system's, so that nothing is fetched."""
+    theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    page.launch(server_name=host, server_port=port, share=False, theme=theme)

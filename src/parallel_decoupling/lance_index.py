@@ -1,0 +1,154 @@
+"""A LanceDB table made of the embeddings that ``predict`` wrote: approximate search, SQL conditions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, get_args
+
+import numpy as np
+import pyarrow as pa
+import torch.nn.functional as F
+from torch import Tensor
+
+from parallel_decoupling.evaluation.score import similarities
+from parallel_decoupling.evaluation.store import METADATA_KEY, Store, is_vector_column, to_tensor
+from parallel_decoupling.search import (
+    MAXSIM,
+    Hit,
+    compared,
+    make_hits,
+    path_columns,
+    query_vectors,
+    scored_vectors,
+)
+
+TABLE = "items"
+REFINED = 10
+"""Items per hit that an approximate index scores again with the vectors themselves."""
+ROWS_FOR_TRAINING = 256
+"""Fewest items on which LanceDB trains an approximate index."""
+
+IndexType = Literal["IVF_FLAT", "IVF_SQ", "IVF_PQ", "IVF_RQ"]
+"""LanceDB's names: partitions of whole vectors, or of vectors in 8 bits, product codes or 1 bit a number."""
+
+
+def write_lance_index(store: Store, index_dir: str | Path, index_type: IndexType | None = None) -> None:
+    """Write a table of all rows of a store; one that is there is replaced.
+
+    Args:
+        store: what ``predict`` wrote.
+        index_dir: the folder of the database.
+        index_type: of the approximate index of every column; None compares with every item.
+
+    Raises:
+        ValueError: LanceDB is not installed, or there are too few items for an approximate index.
+    """
+    if index_type is not None and index_type not in get_args(IndexType):
+        raise ValueError(f"index_type is {index_type!r}; choose from {', '.join(get_args(IndexType))}")
+    if index_type is not None and len(store) < ROWS_FOR_TRAINING:
+        raise ValueError(
+            f"{len(store)} items are too few for index_type {index_type}, which is trained on at least "
+            f"{ROWS_FOR_TRAINING}; leave it out to compare with every item"
+        )
+    tables = _tables(store)
+    first = next(tables)
+    metadata = {METADATA_KEY: json.dumps(store.metadata)}
+    database = _lancedb().connect(index_dir)
+    table = database.create_table(TABLE, first.replace_schema_metadata(metadata), mode="overwrite")
+    for rows in tables:
+        table.add(rows)
+    if index_type is not None:
+        kind = getattr(_lancedb().index, index_type.title().replace("_", ""))
+        for column in (*store.columns, *([MAXSIM] if MAXSIM in first.column_names else [])):
+            table.create_index(column, config=kind(distance_type="cosine"))
+
+
+class LanceIndex:
+    """Searches a table that ``write_lance_index`` wrote, by the aggregate, one path, or MaxSim.
+
+    LanceDB finds the items, the scores are computed from the vectors as in exact search.
+
+    Args:
+        index_dir: the folder of the database.
+
+    Raises:
+        ValueError: LanceDB is not installed, or the folder does not hold such a table.
+    """
+
+    def __init__(self, index_dir: str | Path) -> None:
+        if not Path(index_dir, f"{TABLE}.lance").is_dir():
+            raise ValueError(
+                f"{index_dir} does not hold an index ({TABLE}.lance): write one with lightning index"
+            )
+        self._table = _lancedb().connect(index_dir).open_table(TABLE)
+        schema = self._table.schema
+        self.metadata: Mapping[str, Any] = json.loads(schema.metadata[METADATA_KEY])
+        self.columns: tuple[str, ...] = tuple(self.metadata["columns"])
+        self._fields = [name for name in schema.names if not is_vector_column(name) and name != MAXSIM]
+        self.scorings = (*self.columns, *([MAXSIM] if MAXSIM in schema.names else []))
+
+    def __len__(self) -> int:
+        return int(self._table.count_rows())
+
+    def search(
+        self, queries: Mapping[str, Tensor], top_k: int, scoring: str, where: str | None = None
+    ) -> list[list[Hit]]:
+        """Find the best items of every query; see ``search.Index``."""
+        return [
+            self._search_one(
+                vector, {name: column[number] for name, column in queries.items()}, top_k, scoring, where
+            )
+            for number, vector in enumerate(query_vectors(queries, top_k, scoring, self))
+        ]
+
+    def _search_one(
+        self, vector: Tensor, query: Mapping[str, Tensor], top_k: int, scoring: str, where: str | None
+    ) -> list[Hit]:
+        paths = [name for name in path_columns(self.columns) if name in query]
+        names = tuple(dict.fromkeys([*compared(scoring, self.columns), *paths]))
+        search = self._table.search(vector.numpy(), vector_column_name=scoring).distance_type("cosine")
+        search = search.limit(top_k).refine_factor(REFINED).select([*self._fields, *names])
+        if where is not None:
+            search = search.where(where)
+        try:
+            found = search.to_arrow()
+        except ValueError as error:
+            raise ValueError(f"LanceDB refuses the search (where={where!r}): {error}") from error
+        vectors = {name: F.normalize(to_tensor(found[name]), dim=-1) for name in names}
+        items = {name: vectors[name] for name in compared(scoring, self.columns)}
+        scores_K = similarities(vector.unsqueeze(0), scored_vectors(items, scoring))[0]
+        order_K = scores_K.argsort(descending=True, stable=True)
+        rows = found.select(self._fields).take(order_K.numpy()).to_pylist()
+        cosines = {name: query[name] for name in paths}
+        return make_hits(cosines, {name: vectors[name][order_K] for name in paths}, scores_K[order_K], rows)
+
+
+def _tables(store: Store) -> Iterator[pa.Table]:
+    """Yield the rows of a store, with float32 vectors, and a column of all paths if there are several."""
+    paths = path_columns(store.columns)
+    for batch in range(len(store.batch_sizes)):
+        table = store.read(batch).replace_schema_metadata(None)
+        vectors = {name: to_tensor(table[name]).numpy() for name in store.columns}
+        for name, vectors_BD in vectors.items():
+            table = table.set_column(table.column_names.index(name), name, _lists(vectors_BD))
+        if len(paths) > 1:
+            paths_BND = np.stack([vectors[name] for name in paths], axis=1)
+            ends = pa.array(np.arange(0, len(table) * len(paths) + 1, len(paths)), pa.int32())
+            several = pa.ListArray.from_arrays(ends, _lists(paths_BND.reshape(-1, paths_BND.shape[2])))
+            table = table.append_column(MAXSIM, several)
+        yield table
+
+
+def _lists(vectors_BD: np.ndarray) -> pa.FixedSizeListArray:
+    return pa.FixedSizeListArray.from_arrays(pa.array(vectors_BD.reshape(-1)), vectors_BD.shape[1])
+
+
+def _lancedb() -> ModuleType:
+    try:
+        import lancedb.index
+    except ImportError as error:
+        raise ValueError("this index needs LanceDB: pip install 'parallel-decoupling[search]'") from error
+    return lancedb

@@ -1,0 +1,284 @@
+"""Search by one path, the aggregate or all paths; exact search reads the folder that ``predict`` wrote."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from parallel_decoupling.evaluation.score import similarities
+from parallel_decoupling.evaluation.store import AGGREGATE, Store, path_column
+from parallel_decoupling.model.identity import path_hashes
+
+MEAN, CONCAT, MAXSIM = "mean", "concat", "maxsim"
+MEMORY_BUDGET = 4 * 2**30
+ROWS_AT_ONCE = 1024
+"""Items that are scored together."""
+DECODING_BYTES = 9
+"""What reading a number takes for a moment, beside the four bytes of its float32."""
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One item that was found.
+
+    Attributes:
+        id: the item's.
+        score: by the scoring of the search, in [-1, 1]; higher is better.
+        similarities: cosine of query and item on each path that both have, by column.
+        fields: the item's source fields.
+    """
+
+    id: str
+    score: float
+    similarities: Mapping[str, float]
+    fields: Mapping[str, Any]
+
+
+class Index(Protocol):
+    """Items that can be searched: ``ExactIndex``, or ``lance_index.LanceIndex``.
+
+    Attributes:
+        metadata: of the store that the items come from.
+        columns: names of the vectors of every item.
+        scorings: what ``search`` may score by.
+    """
+
+    metadata: Mapping[str, Any]
+    columns: tuple[str, ...]
+    scorings: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def search(
+        self, queries: Mapping[str, Tensor], top_k: int, scoring: str, where: str | None = None
+    ) -> list[list[Hit]]:
+        """Find the best items of every query; see ``Searcher.search``.
+
+        Args:
+            queries: by column, ``[Q, D]``: those that the scoring compares, and perhaps further paths.
+            top_k: hits per query, at least 1.
+            scoring: one of ``scorings``.
+            where: condition on source fields in LanceDB's SQL.
+        """
+
+
+class ExactIndex:
+    """Compares queries with every item of a store, one row group at a time.
+
+    Args:
+        store: what ``predict`` wrote.
+        memory_budget: bytes that decoded vectors may take. Vectors that fit stay in memory, others are read
+            again for every search.
+
+    Raises:
+        ValueError: one row group of all paths does not fit into the budget.
+
+    Relations:
+        The hits do not depend on the budget.
+    """
+
+    def __init__(self, store: Store, memory_budget: int = MEMORY_BUDGET) -> None:
+        self.store, self.columns = store, store.columns
+        self.metadata: Mapping[str, Any] = store.metadata
+        several = (MEAN, CONCAT, MAXSIM) if len(path_columns(self.columns)) > 1 else ()
+        self.scorings = (*self.columns, *several)
+        self._ends = list(accumulate(store.batch_sizes))
+        working = max(self._working_bytes(compared(scoring, self.columns)) for scoring in self.scorings)
+        if memory_budget < working:
+            raise ValueError(
+                f"a memory_budget of {memory_budget:,} bytes is too small: reading one row group of "
+                f"{store.folder} takes {working:,} bytes"
+            )
+        self._free_bytes = memory_budget - working
+        self._cache: dict[tuple[int, str], Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def search(
+        self, queries: Mapping[str, Tensor], top_k: int, scoring: str, where: str | None = None
+    ) -> list[list[Hit]]:
+        """Find the best items of every query; see ``Index``. Of equal scores the earlier row comes first."""
+        if where is not None:
+            raise ValueError(
+                f"where={where!r}: exact search does not take conditions; make a LanceDB index of the folder "
+                "(lightning index EMBEDDINGS INDEX_DIR) and search that"
+            )
+        query = query_vectors(queries, top_k, scoring, self)
+        best_QK, rows_QK = torch.empty(len(query), 0), torch.empty(len(query), 0, dtype=torch.long)
+        for batch, size in enumerate(self.store.batch_sizes):
+            rows_QC = torch.arange(self._ends[batch] - size, self._ends[batch]).expand(len(query), -1)
+            rows_QK = torch.cat([rows_QK, rows_QC], dim=1)
+            best_QK = torch.cat([best_QK, self._scores(batch, query, scoring)], dim=1)
+            best_QK, order_QK = best_QK.sort(descending=True, stable=True)
+            best_QK, rows_QK = best_QK[:, :top_k], rows_QK.gather(1, order_QK[:, :top_k])
+        paths = [name for name in path_columns(self.columns) if name in queries]
+        by_query = [{name: queries[name][number] for name in paths} for number in range(len(query))]
+        return [self._hits(*each) for each in zip(by_query, rows_QK, best_QK, strict=True)]
+
+    def _scores(self, batch: int, query: Tensor, scoring: str) -> Tensor:
+        columns = {name: self._vectors(batch, name) for name in compared(scoring, self.columns)}
+        starts = range(0, self.store.batch_sizes[batch], ROWS_AT_ONCE)
+        parts = [
+            {name: each[start : start + ROWS_AT_ONCE] for name, each in columns.items()} for start in starts
+        ]
+        return torch.cat([similarities(query, scored_vectors(part, scoring)) for part in parts], dim=1)
+
+    def _hits(self, query: Mapping[str, Tensor], rows_K: Tensor, scores_K: Tensor) -> list[Hit]:
+        vectors = {name: torch.empty(len(rows_K), len(query_D)) for name, query_D in query.items()}
+        batch_K = torch.tensor([bisect_right(self._ends, row) for row in rows_K.tolist()])
+        for batch in sorted(set(batch_K.tolist())):
+            rows = rows_K[batch_K == batch] - (self._ends[batch] - self.store.batch_sizes[batch])
+            for name in query:
+                vectors[name][batch_K == batch] = self._vectors(batch, name)[rows]
+        return make_hits(query, vectors, scores_K, self.store.rows(rows_K.tolist()))
+
+    def _vectors(self, batch: int, name: str) -> Tensor:
+        """Return the unit vectors of one row group ``[rows, D]``, from memory if they fitted into it."""
+        if (batch, name) in self._cache:
+            return self._cache[batch, name]
+        vectors = self.store.vectors(batch, name)
+        norms = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+        bad = ~(norms.isfinite() & (norms > 0))[:, 0]
+        if bad.any():
+            (row,) = self.store.rows([self._ends[batch] - len(vectors) + int(bad.nonzero()[0])])
+            raise ValueError(f"{name} of {row['id']!r} is zero or not finite; embed that row again")
+        vectors /= norms
+        if vectors.nbytes <= self._free_bytes:
+            self._free_bytes -= vectors.nbytes
+            self._cache[batch, name] = vectors
+        return vectors
+
+    def _working_bytes(self, names: Sequence[str]) -> int:
+        """Return what a row group of some columns takes while its last column is read."""
+        dims = [self.store.dim(name) for name in names]
+        return max(self.store.batch_sizes, default=0) * (4 * sum(dims) + DECODING_BYTES * max(dims))
+
+
+class Searcher:
+    """Searches an index with texts, images or both.
+
+    The items must have been embedded with the weights of the model. A model that was exported with some of
+    the paths, in any order, searches by those.
+
+    Args:
+        embedder: an ``Embedder``.
+        index: the items.
+
+    Attributes:
+        scorings: what may be scored by: what the index has and the model can embed.
+
+    Raises:
+        ValueError: the model has other weights than the one that embedded the items, or lacks their paths.
+    """
+
+    def __init__(self, embedder: Any, index: Index) -> None:
+        self.embedder, self.index = embedder, index
+        encoder, items = embedder.encoder, index.metadata["identity"]["path_sha256"]
+        own = path_hashes(encoder)
+        self._paths = {path_column(n): own.index(item) for n, item in enumerate(items) if item in own}
+        in_any_order = encoder.aggregate_dim == encoder.embed_dim  # the paths are not concatenated
+        same_aggregate = own == items or (in_any_order and sorted(own) == sorted(items))
+        known = {*self._paths, *([AGGREGATE] if same_aggregate else [])}
+        self.scorings = tuple(
+            name for name in index.scorings if known.issuperset(compared(name, index.columns))
+        )
+        if not self.scorings:
+            raise ValueError(
+                "the model has other weights than the one that embedded the items "
+                f"({index.metadata.get('model') or 'no checkpoint'}): it was trained further, is another "
+                "model, was exported with merged adapters, or lacks their paths. Give that model, or embed "
+                "the items with this one (lightning predict)"
+            )
+
+    def search(
+        self,
+        inputs: Iterable[Any],
+        top_k: int = 10,
+        scoring: str = AGGREGATE,
+        *,
+        where: str | None = None,
+        instruction: str | None = None,
+    ) -> list[list[Hit]]:
+        """Find the best items of every query.
+
+        Args:
+            inputs: a list of what ``Embedder.encode`` takes: texts, PIL images, image files, dictionaries.
+            top_k: hits per query.
+            scoring: ``aggregate``; ``path_0`` and so on; ``mean`` of the paths; ``concat``, all paths side by
+                side, which is the mean cosine of aligned paths; or ``maxsim``, every query path with the
+                item's best path.
+            where: condition on source fields in SQL, for a LanceDB index.
+            instruction: put before every text; None is the model's own for queries.
+
+        Returns:
+            For every query at most ``top_k`` hits, best first.
+
+        Raises:
+            ValueError: an argument cannot be used with this model and index.
+        """
+        if scoring not in self.scorings:
+            raise ValueError(f"scoring is {scoring!r}; this model and index have {', '.join(self.scorings)}")
+        options = {} if instruction is None else {"instruction": instruction}
+        embeddings_QND = self.embedder.encode_query(list(inputs), paths="all", **options)
+        shared = [name for name in path_columns(self.index.columns) if name in self._paths]
+        queries = {name: embeddings_QND[:, self._paths[name]] for name in shared}
+        if scoring == AGGREGATE:
+            with torch.inference_mode():
+                aggregate_QD = self.embedder.encoder.aggregate(embeddings_QND.to(self.embedder.device))
+            queries[AGGREGATE] = aggregate_QD.float().cpu()
+        return self.index.search(queries, top_k, scoring, where)
+
+
+def path_columns(columns: Iterable[str]) -> tuple[str, ...]:
+    """Return those columns that hold a path."""
+    return tuple(name for name in columns if name != AGGREGATE)
+
+
+def compared(scoring: str, columns: Iterable[str]) -> tuple[str, ...]:
+    """Return the columns that a scoring needs."""
+    return path_columns(columns) if scoring in (MEAN, CONCAT, MAXSIM) else (scoring,)
+
+
+def scored_vectors(columns: Mapping[str, Tensor], scoring: str) -> Tensor:
+    """Return what ``similarities`` takes for a scoring, ``[B, D]`` or ``[B, N, D]``, from unit vectors."""
+    if scoring in columns:
+        return columns[scoring]
+    paths_BND = torch.stack([columns[name] for name in path_columns(columns)], dim=1)
+    if scoring == MAXSIM:
+        return paths_BND
+    return F.normalize(paths_BND.mean(dim=1) if scoring == MEAN else paths_BND.flatten(1), dim=-1)
+
+
+def query_vectors(queries: Mapping[str, Tensor], top_k: int, scoring: str, index: Index) -> Tensor:
+    """Return ``scored_vectors`` of queries; raise ``ValueError`` for arguments that cannot be used."""
+    if top_k < 1:
+        raise ValueError(f"top_k is {top_k}; it must be at least 1")
+    if scoring not in index.scorings:
+        raise ValueError(f"scoring is {scoring!r}; this index has {', '.join(index.scorings)}")
+    names = compared(scoring, index.columns)
+    vectors = scored_vectors({name: F.normalize(queries[name].float(), dim=-1) for name in names}, scoring)
+    if not (vectors.norm(dim=-1) > 0.5).all():
+        raise ValueError("the embedding of a query is zero or not finite")
+    return vectors
+
+
+def make_hits(
+    query: Mapping[str, Tensor],
+    vectors: Mapping[str, Tensor],
+    scores_K: Tensor,
+    rows: Sequence[dict[str, Any]],
+) -> list[Hit]:
+    """Make the hits of one query from its paths ``[D]``, those of items ``[K, D]``, scores and rows."""
+    cosines = {name: F.cosine_similarity(query[name], vectors[name], dim=-1).tolist() for name in query}
+    return [
+        Hit(str(row.pop("id")), score, {name: values[place] for name, values in cosines.items()}, row)
+        for place, (row, score) in enumerate(zip(rows, scores_K.tolist(), strict=True))
+    ]

@@ -1,0 +1,194 @@
+"""The subcommands without a Trainer, as they are typed."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from parallel_decoupling import cli, commands
+from parallel_decoupling.evaluation.embedder import Embedder
+from parallel_decoupling.model.identity import path_hashes
+from tests.model.test_pretrained import checkpoint_of, every_path, save_run
+from tests.support.embedders import tiny_embedder
+from tests.support.stores import save_store
+from tests.support.tiny import noise_image
+
+COUNT = 12
+SCORINGS = ("aggregate", "path_1", "mean", "concat", "maxsim")
+
+
+@pytest.fixture(scope="module")
+def embeddings(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What predict writes of twelve pictures."""
+    folder = tmp_path_factory.mktemp("embeddings")
+    for number in range(COUNT):
+        noise_image(32, 32, seed=number).save(folder / f"{number}.png")
+    files = [folder / f"{number}.png" for number in range(COUNT)]
+    embedder = Embedder.from_pretrained(checkpoint)
+    save_store(
+        folder,
+        embedder.encode_document(files, paths="all"),
+        {"image": [file.name for file in files], "part": [number % 2 for number in range(COUNT)]},
+        aggregate=embedder.encode_document(files, paths="aggregate"),
+        path_sha256=path_hashes(embedder.encoder),
+        model=str(checkpoint),
+        image_dir=str(folder),
+    )
+    return folder
+
+
+def rows(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return [line for line in capsys.readouterr().out.splitlines() if ".png" in line]
+
+
+def mistake(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Standard error of a command that must end with exit code 2 and without a traceback."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error
+
+
+@pytest.mark.parametrize("kind", ["exact", "lance"])
+def test_search_finds_a_picture_by_itself(
+    kind: str, embeddings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the folder itself, and in the index made of it."""
+    folder, scorings = embeddings, SCORINGS
+    if kind == "lance":
+        pytest.importorskip("lancedb")
+        folder, scorings = tmp_path, ("aggregate", "path_1", "maxsim")
+        cli.main(["index", str(embeddings), str(tmp_path)])
+        assert "12 items with aggregate, path_0, path_1" in capsys.readouterr().out
+    for scoring in scorings:
+        query = ["--image", str(embeddings / "7.png"), "--top_k", "3", "--scoring", scoring]
+        cli.main(["search", str(folder), *query])
+        found = rows(capsys)
+        assert len(found) == 3
+        assert " 7.png " in found[0]
+        assert " 1.000 " in found[0]
+
+
+def test_text_conditions_and_another_model(
+    embeddings: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder exported with one path searches by that path."""
+    pytest.importorskip("lancedb")
+    Embedder.from_pretrained(checkpoint).save_pretrained(tmp_path / "model", paths=[1])
+    cli.main(["index", str(embeddings), str(tmp_path / "index")])
+    search = ["search", str(tmp_path / "index"), "--text", "5", "--model", str(tmp_path / "model")]
+    capsys.readouterr()
+    cli.main([*search, "--scoring", "path_1", "--where", "part = 1 AND image < '4'"])
+    assert {line.split(".png")[0].split()[-1] for line in rows(capsys)} == {"1", "3", "11"}
+    assert "this model and index have path_1" in mistake(search, capsys)
+
+
+def test_mistakes_of_a_search_are_one_message(
+    embeddings: Path, tiny_backbone_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tiny_embedder(tiny_backbone_dir, num_paths=2)
+    other.save_pretrained(tmp_path / "other", include_backbone=True)
+    search = ["search", str(embeddings), "--text", "a"]
+    for arguments, message in (
+        (["search", str(embeddings)], "nothing to search for"),
+        (["search", str(tmp_path), "--text", "a"], "holds no embeddings-*.parquet"),
+        ([*search, "--scoring", "best"], "scoring is 'best'; this model and index have aggregate"),
+        ([*search, "--where", "part = 1"], "make a LanceDB index"),
+        ([*search, "--model", str(tmp_path / "other")], "the model has other weights"),
+        ([*search, "--model", str(tmp_path / "none")], "none"),
+        ([*search, "--top_k", "many"], "top_k"),
+        (
+            ["index", str(embeddings), str(tmp_path / "index"), "--index_type", "IVF_PQ"],
+            "12 items are too few",
+        ),
+    ):
+        assert message in mistake(arguments, capsys)
+    embedder = Embedder.from_pretrained(tmp_path / "other")
+    save_store(tmp_path, embedder.encode(["a"], paths="all"), path_sha256=path_hashes(embedder.encoder))
+    assert "give --model" in mistake(["search", str(tmp_path), "--text", "a"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("command", "package"), [("serve", "fastapi"), ("serve", "uvicorn"), ("app", "gradio")]
+)
+def test_missing_packages_are_named(
+    command: str, package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, f"parallel_decoupling.{command}", raising=False)
+    for name in ("GRADIO_ANALYTICS_ENABLED", "HF_HUB_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    message = f"this needs {package}: pip install 'parallel-decoupling[{command}]'\n"
+    assert mistake([command, "anything"], capsys).endswith(message)
+
+
+@pytest.mark.parametrize("name", commands.__all__)
+def test_help_describes_every_argument(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([name, "--help"])
+    assert not stopped.value.code
+    shown = " ".join(capsys.readouterr().out.split())
+    command = getattr(commands, name)
+    about = inspect.getdoc(command)
+    assert about is not None
+    assert about.splitlines()[0] in shown
+    for argument in inspect.signature(command).parameters:
+        assert about.split(f" {argument}: ")[1].splitlines()[0] in shown
+
+
+@pytest.fixture(scope="module")
+def run_dir(tiny_backbone_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint, and the scores of its steps."""
+    embedder = tiny_embedder(tiny_backbone_dir)
+    folder = save_run(tmp_path_factory.mktemp("run"), checkpoint_of(embedder, tiny_backbone_dir))
+    hits = {column: "10" for column in ("aggregate", "path_0", "path_1", "path_2")}
+    scores = {
+        "means": {"overall": dict.fromkeys(hits, 0.5)},
+        "tasks": {"Sign": {"num_queries": 2}},
+        "hits": {"Sign": hits},
+        "run": {"seed": 0, "token_passes": 9.0, "global_step": 2, "commit": "c0ffee"},
+    }
+    (folder / "scores.json").write_text(json.dumps(scores))
+    return folder
+
+
+@pytest.mark.parametrize("source", ["run", "checkpoint", "export"])
+def test_export_of_one_path_with_its_backbone(source: str, run_dir: Path, tmp_path: Path) -> None:
+    checkpoint = run_dir / "checkpoints" / "last.ckpt"
+    model = {"run": run_dir, "checkpoint": checkpoint, "export": tmp_path / "exported"}[source]
+    if source == "export":
+        cli.main(["export", str(run_dir), str(model)])
+    cli.main(["export", str(model), str(tmp_path / "model"), "--paths", "1", "--include_backbone", "true"])
+    expected = every_path(Embedder.from_pretrained(run_dir), 1)
+    assert torch.equal(every_path(Embedder.from_pretrained(tmp_path / "model"), 0), expected)
+    card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    assert "| main steps | 2 |" in card
+    assert "| commit | c0ffee |" in card
+    assert ("| overall | 50.0 |" in card) == (source != "export")
+    assert (tmp_path / "model" / "backbone").is_dir()
+
+
+def test_export_of_several_paths_with_merged_adapters(run_dir: Path, tmp_path: Path) -> None:
+    cli.main(
+        ["export", str(run_dir), str(tmp_path / "model"), "--paths", "[1,0]", "--merge_adapters", "true"]
+    )
+    config = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
+    assert (config["paths"], config["adapter"]["kind"]) == ([1, 0], "frozen")
+    expected = every_path(Embedder.from_pretrained(run_dir), [1, 0])
+    torch.testing.assert_close(every_path(Embedder.from_pretrained(tmp_path / "model")), expected)
+
+
+def test_export_of_a_path_that_does_not_exist(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["export", str(run_dir), str(tmp_path / "model"), "--paths", "3"])
+    assert "paths must name some of 0 to 2" in capsys.readouterr().err

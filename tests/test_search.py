@@ -1,0 +1,228 @@
+"""Exact search against plain loops, within its memory, and only with the model of the items."""
+
+from __future__ import annotations
+
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from parallel_decoupling.evaluation import store as store_module
+from parallel_decoupling.evaluation.store import Store
+from parallel_decoupling.model.identity import path_hashes
+from parallel_decoupling.search import ExactIndex, Searcher
+from tests.support.stores import check_hits, queries_by_column, save_store, vectors
+
+SCORINGS = ("aggregate", "path_0", "path_1", "path_2", "mean", "concat", "maxsim")
+ITEMS, QUERIES = vectors(400), vectors(5, seed=1)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """400 items in three shards."""
+    return save_store(tmp_path_factory.mktemp("store"), ITEMS, {"group": [row % 3 for row in range(400)]})
+
+
+@pytest.mark.parametrize("scoring", SCORINGS)
+def test_equals_plain_loops(scoring: str, store: Store) -> None:
+    index = ExactIndex(store)
+    assert index.scorings == SCORINGS
+    hits = index.search(queries_by_column(3 * QUERIES), 6, scoring)
+    check_hits(hits, QUERIES, ITEMS, 6, scoring)
+    assert all(hit.similarities.keys() == {"path_0", "path_1", "path_2"} for hit in hits[0])
+    assert all(hit.fields == {"group": int(hit.id) % 3} for hit in hits[0])
+
+
+def test_half_precision_and_fewer_items_than_hits(tmp_path: Path) -> None:
+    index = ExactIndex(save_store(tmp_path, ITEMS[:4], dtype="float16"))
+    check_hits(
+        index.search(queries_by_column(QUERIES), 9, "maxsim"), QUERIES, ITEMS[:4], 9, "maxsim", abs=1e-3
+    )
+
+
+def test_concatenated_aggregates(tmp_path: Path) -> None:
+    """The cosine of an aggregate of 3 D numbers is the mean cosine of aligned paths."""
+    index = ExactIndex(save_store(tmp_path, ITEMS, aggregate=ITEMS.flatten(1) / 3**0.5))
+    queries = queries_by_column(QUERIES) | {"aggregate": QUERIES.flatten(1)}
+    check_hits(index.search(queries, 5, "aggregate"), QUERIES, ITEMS, 5, "concat")
+
+
+@pytest.mark.parametrize(
+    ("columns", "scorings"),
+    [
+        (["aggregate"], ("aggregate",)),
+        (["aggregate", "path_1"], ("aggregate", "path_1")),
+        (["path_0", "path_2"], ("path_0", "path_2", "mean", "concat", "maxsim")),
+    ],
+)
+def test_scorings_are_those_of_the_columns(
+    columns: list[str], scorings: tuple[str, ...], tmp_path: Path
+) -> None:
+    index = ExactIndex(save_store(tmp_path, ITEMS, columns=columns))
+    assert index.scorings == scorings
+    for scoring in scorings:
+        ((hit,),) = index.search(queries_by_column(ITEMS[[7]]), 1, scoring)
+        assert (hit.id, hit.score) == ("7", pytest.approx(1))
+        assert list(hit.similarities) == [name for name in columns if name != "aggregate"]
+    with pytest.raises(ValueError, match=f"scoring is 'path_7'; this index has {', '.join(scorings)}"):
+        index.search(queries_by_column(ITEMS[[7]]), 1, "path_7")
+
+
+def test_equal_items_are_found_in_their_order(tmp_path: Path) -> None:
+    index = ExactIndex(save_store(tmp_path, ITEMS[:1].repeat(3000, 1, 1), rows_per_shard=1100))
+    (hits,) = index.search(queries_by_column(QUERIES[:1]), 4, "path_0")
+    assert [hit.id for hit in hits] == ["0", "1", "2", "3"]
+
+
+POOL = pa.proxy_memory_pool(pa.default_memory_pool())
+"""Counts what Arrow decodes; kept, as buffers may outlive the test."""
+
+
+def test_vectors_in_memory_stay_within_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peak of Arrow and numpy together, which decode all vectors; a larger budget is used."""
+    monkeypatch.setattr(store_module, "ROW_GROUP_SIZE", 500)
+    items = vectors(4000, dim=128)
+    store = save_store(tmp_path, items, rows_per_shard=2000)
+    all_bytes, group_bytes = items.nbytes, 500 * 3 * 128 * 4
+    with pytest.raises(
+        ValueError, match="a memory_budget of 1,000,000 bytes is too small: reading one row group"
+    ):
+        ExactIndex(store, 1_000_000)
+    expected = ExactIndex(store).search(queries_by_column(QUERIES128), 5, "maxsim")
+    peaks = []
+    for budget in (3 * group_bytes, all_bytes // 2, 4 * all_bytes):
+        index = ExactIndex(store, budget)
+        pa.set_memory_pool(POOL)
+        tracemalloc.start()
+        try:
+            for _ in range(2):
+                assert index.search(queries_by_column(QUERIES128), 5, "maxsim") == expected
+            held = sum(vectors.nbytes for vectors in index._cache.values())
+            peaks.append(tracemalloc.get_traced_memory()[1] + POOL.max_memory())
+        finally:
+            tracemalloc.stop()
+            pa.set_memory_pool(pa.default_memory_pool())
+        assert peaks[-1] <= budget
+        assert held < budget
+    assert peaks[0] < peaks[1] < peaks[2]
+    assert held == all_bytes
+
+
+QUERIES128 = vectors(2, dim=128, seed=1)
+
+
+def test_unusable_arguments(store: Store, tmp_path: Path) -> None:
+    index, queries = ExactIndex(store), queries_by_column(QUERIES)
+    for arguments, message in (
+        ((queries, 0, "path_0"), "top_k is 0"),
+        ((queries, 3, "path_0", "group = 1"), "exact search does not take conditions; make a LanceDB index"),
+        (({"path_0": QUERIES[:, 0] * torch.nan}, 3, "path_0"), "embedding of a query is zero or not finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            index.search(*arguments)
+    for value in (0.0, torch.inf, torch.nan):
+        items = ITEMS[:20].clone()
+        items[17, 1] = value
+        index = ExactIndex(save_store(tmp_path / str(value), items, rows_per_shard=8))
+        index.search(queries, 1, "path_0", None)
+        with pytest.raises(ValueError, match="path_1 of '17' is zero or not finite"):
+            index.search(queries, 1, "maxsim")
+
+
+class RowEmbedder:
+    """Embeds the text "7" as item 7 with some of its paths; ``shared`` and ``own`` stand for the weights."""
+
+    device = torch.device("cpu")
+
+    def __init__(
+        self, *paths: int, concatenates: bool = False, shared: float = 0.0, own: float = 0.0
+    ) -> None:
+        self.paths, self.options = list(paths), dict[str, Any]()
+        self.encoder: Any = nn.Module()
+        self.encoder.shared = nn.Parameter(torch.full((4,), float(shared)))
+        weights = torch.arange(3.0).unsqueeze(1)[self.paths] + own
+        self.encoder.prefixes = nn.ParameterDict({"numbers": nn.Parameter(weights)})
+        self.encoder.num_paths, self.encoder.embed_dim = len(paths), 24
+        self.encoder.aggregate_dim = 24 * (len(paths) if concatenates else 1)
+        self.encoder.aggregate = lambda embeddings_BND: F.normalize(
+            embeddings_BND.flatten(1) if concatenates else embeddings_BND.mean(dim=1), dim=-1
+        )
+
+    def encode_query(self, inputs: list[str], **options: Any) -> Tensor:
+        self.options = options
+        assert options["paths"] == "all"
+        return ITEMS[[int(text) for text in inputs]][:, self.paths]
+
+
+def stored(folder: Path, embedder: RowEmbedder, **options: Any) -> ExactIndex:
+    """Embed all items."""
+    aggregate = embedder.encoder.aggregate(ITEMS[:, embedder.paths])
+    hashes = path_hashes(embedder.encoder)
+    store = save_store(folder, ITEMS[:, embedder.paths], aggregate=aggregate, path_sha256=hashes, **options)
+    return ExactIndex(store)
+
+
+@pytest.mark.parametrize("paths", [(0, 1, 2), (1, 2, 0), (2,), (2, 0)])
+@pytest.mark.parametrize("concatenates", [False, True])
+def test_a_model_searches_by_the_paths_that_it_has(
+    paths: tuple[int, ...], concatenates: bool, tmp_path: Path
+) -> None:
+    """Whatever their numbers in it; by all paths or the aggregate only with all of them."""
+    index = stored(tmp_path, RowEmbedder(0, 1, 2, concatenates=concatenates))
+    searcher = Searcher(RowEmbedder(*paths, concatenates=concatenates), index)
+    by_path = {f"path_{path}" for path in paths}
+    several = {"mean", "concat", "maxsim"} if len(paths) == 3 else set()
+    if len(paths) == 3 and (paths == (0, 1, 2) or not concatenates):
+        several.add("aggregate")
+    assert set(searcher.scorings) == by_path | several
+    for scoring in searcher.scorings:
+        hits = searcher.search(["7", "3"], 2, scoring)
+        assert [[found.id for found in best][0] for best in hits] == ["7", "3"]
+        assert hits[0][0].score == pytest.approx(1)
+        assert hits[0][0].similarities == pytest.approx(dict.fromkeys(sorted(by_path), 1))
+    for scoring in {*SCORINGS} - {*searcher.scorings}:
+        with pytest.raises(ValueError, match=f"scoring is '{scoring}'; this model and index have"):
+            searcher.search(["7"], 2, scoring)
+
+
+def test_only_some_columns_are_stored(tmp_path: Path) -> None:
+    """The aggregate of the whole model, and the paths that are there, at their own numbers."""
+    index = stored(tmp_path, RowEmbedder(0, 1, 2), columns=["aggregate", "path_2"])
+    searcher = Searcher(RowEmbedder(2, 1, 0), index)
+    assert searcher.scorings == ("aggregate", "path_2")
+    for scoring in searcher.scorings:
+        ((hit,),) = searcher.search(["7"], 1, scoring)
+        assert (hit.id, hit.score, hit.similarities) == ("7", pytest.approx(1), {"path_2": pytest.approx(1)})
+
+
+@pytest.mark.parametrize(
+    ("columns", "other"),
+    [
+        ([], RowEmbedder(0, 1, 2, shared=1)),
+        ([], RowEmbedder(0, 1, 2, own=0.1)),
+        (["aggregate"], RowEmbedder(0, 1)),
+        (["path_1"], RowEmbedder(0, 2)),
+    ],
+)
+def test_other_weights_than_those_of_the_items_are_refused(
+    columns: list[str], other: RowEmbedder, tmp_path: Path
+) -> None:
+    index = stored(tmp_path, RowEmbedder(0, 1, 2), columns=columns, model="last.ckpt")
+    with pytest.raises(
+        ValueError, match=r"other weights than .*last\.ckpt.*trained further.*lightning predict"
+    ):
+        Searcher(other, index)
+
+
+def test_the_instruction_is_the_models_own_unless_given(tmp_path: Path) -> None:
+    embedder = RowEmbedder(0, 1, 2)
+    searcher = Searcher(embedder, stored(tmp_path, embedder))
+    searcher.search(["7"], 1)
+    assert embedder.options == {"paths": "all"}
+    searcher.search(["7"], 1, instruction="")
+    assert embedder.options == {"paths": "all", "instruction": ""}

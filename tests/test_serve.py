@@ -1,0 +1,307 @@
+"""The server's application in this process: parsing, limits, batches, and answers equal to ``encode``."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import inspect
+import io
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("fastapi")
+
+from fastapi.testclient import TestClient
+
+from parallel_decoupling import commands
+from parallel_decoupling.data.images import ImagePolicy, load_image
+from parallel_decoupling.evaluation.embedder import Embedder
+from parallel_decoupling.serve import Body, Gate, Limits, RequestError, Server, Task, build_app
+from tests.support.embedders import tiny_embedder
+from tests.support.fit import small_embedder
+from tests.support.tiny import noise_image
+from tests.support.tiny_clip import CONTEXT_LENGTH
+
+LIMITS = Limits(body_bytes=20_000, inputs=3, characters=20, pixels=64)
+CLIP_SETTINGS: dict[str, Any] = {
+    "num_paths": 1,
+    "prefix_length": 0,
+    "mi_weight": 0,
+    "aggregate_weight": 0,
+    "adapter": {"kind": "frozen"},
+}
+
+
+def data_uri(image: Image.Image) -> str:
+    """The image as PNG in a data URI."""
+    buffer = io.BytesIO()
+    image.save(buffer, "png")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+@pytest.fixture(scope="module")
+def embedder(tiny_backbone_dir: str) -> Embedder:
+    return tiny_embedder(tiny_backbone_dir)
+
+
+@pytest.fixture(scope="module")
+def clip(tiny_clip_dir: str) -> Embedder:
+    return small_embedder(tiny_clip_dir, **CLIP_SETTINGS).embedder
+
+
+@pytest.fixture(scope="module")
+def client(embedder: Embedder) -> TestClient:
+    return TestClient(build_app(Server(embedder, 1, LIMITS)))
+
+
+def ask(client: TestClient, **body: Any) -> Any:
+    return client.post("/v1/embeddings", json=body)
+
+
+def numbers(answer: Any) -> torch.Tensor:
+    assert answer.status_code == 200, answer.text
+    return torch.tensor([each["embedding"] for each in answer.json()["data"]])
+
+
+@pytest.mark.parametrize(
+    ("model", "paths"), [(None, 1), ("default", 1), ("path_2", 2), ("aggregate", "aggregate")]
+)
+def test_answers_are_what_encode_gives(
+    model: str | None, paths: Any, client: TestClient, embedder: Embedder
+) -> None:
+    """Texts, pictures and both; a string with a picture's name is a text; both number formats."""
+    image = noise_image(8, 8)
+    inputs = [
+        "setup.cfg.png",
+        {"text": "b", "image": data_uri(image), "instruction": "find"},
+        {"image": data_uri(image)},
+    ]
+    name = {} if model is None else {"model": model}
+    answer = ask(client, input=inputs, **name)
+    plain = [{"text": "setup.cfg.png"}, {"text": "b", "image": image, "instruction": "find"}, image]
+    expected = embedder.encode(plain, paths=paths)
+    torch.testing.assert_close(numbers(answer), expected, atol=3e-7, rtol=0)
+    body = answer.json()
+    assert (body["object"], body["model"]) == ("list", model or "default")
+    assert [each["index"] for each in body["data"]] == [0, 1, 2]
+    coded = ask(client, input=inputs, encoding_format="base64", **name).json()
+    for item, row in zip(coded["data"], numbers(answer), strict=True):
+        found = torch.frombuffer(bytearray(base64.b64decode(item["embedding"])), dtype=torch.float32)
+        assert torch.equal(found, row)
+    one = [ask(client, input=item, **name).json()["usage"]["prompt_tokens"] for item in inputs]
+    assert body["usage"] == {"prompt_tokens": sum(one), "total_tokens": sum(one)}
+    assert min(one) > 0
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [
+        ([], 400, None),
+        ({}, 400, "input"),
+        ({"input": []}, 400, "input"),
+        ({"input": [1, 2]}, 400, "input"),
+        ({"input": " "}, 400, "input"),
+        ({"input": ["a", {"txt": "b"}]}, 400, "input"),
+        ({"input": {"text": 3}}, 400, "input"),
+        ({"input": {"image": "https://example.org/a.png"}}, 400, "input"),
+        ({"input": {"image": "photo.png"}}, 400, "input"),
+        ({"input": {"image": "data:image/png;base64,AAAA"}}, 400, "input"),
+        ({"input": {"image": "data:image/png;base64,%"}}, 400, "input"),
+        ({"input": "<|image_1|> a"}, 400, None),
+        ({"input": "a", "model": "path_3"}, 404, "model"),
+        ({"input": "a", "dimensions": 33}, 400, "dimensions"),
+        ({"input": "a", "dimensions": 0}, 400, "dimensions"),
+        ({"input": "a", "dimensions": True}, 400, "dimensions"),
+        ({"input": "a", "encoding_format": "hex"}, 400, "encoding_format"),
+        ({"input": "a", "temperature": 1}, 400, "temperature"),
+        ({"input": ["a"] * 4}, 413, "input"),
+        ({"input": "a" * 21}, 413, "input"),
+        ({"input": {"image": data_uri(Image.new("RGB", (13, 5)))}}, 413, "input"),
+        ({"input": "a" * 20_000}, 413, None),
+    ],
+)
+def test_bad_requests(body: Any, status: int, param: str | None, client: TestClient) -> None:
+    """Each has its status and names the key, in OpenAI's form."""
+    answer = client.post("/v1/embeddings", json=body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], error["type"]) == (status, param, "invalid_request_error")
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["message"]
+
+
+def test_messages_name_the_input(client: TestClient) -> None:
+    for body, message in (
+        ({"input": ["a", {"text": 3}]}, r"input[1].text: Input should be a valid string"),
+        ({"input": ["a", " "]}, "input[1] has neither text nor image"),
+        ({"input": ["a", {"image": "x"}]}, "input[1]: image must be a data URI"),
+    ):
+        assert message in ask(client, **body).json()["error"]["message"]
+    assert client.post("/v1/embeddings", content=b"\xff{").status_code == 400
+    assert client.get("/v1/nothing").json()["error"]["message"] == "Not Found"
+
+
+def test_models_and_health(client: TestClient, embedder: Embedder) -> None:
+    rows = client.get("/v1/models").json()["data"]
+    assert [row["id"] for row in rows] == ["default", "aggregate", "path_0", "path_1", "path_2"]
+    assert client.get("/health").status_code == 200
+    with pytest.raises(ValueError, match="no path 3; the model has paths 0 to 2"):
+        Server(embedder, 3)
+
+
+@pytest.mark.parametrize("aggregation", ["mean", "concat"])
+def test_dimensions_cut_paths_before_they_are_aggregated(aggregation: str, tiny_backbone_dir: str) -> None:
+    """The answer has as many numbers as were asked for; of concatenated paths each gives its part."""
+    embedder = tiny_embedder(tiny_backbone_dir, aggregation=aggregation)
+    client = TestClient(build_app(Server(embedder)))
+    step = 3 if aggregation == "concat" else 1
+    for model, paths, dimensions, kept in (
+        ("aggregate", "aggregate", 5 * step, 5),
+        ("aggregate", "aggregate", 32 * step, 32),
+        ("path_1", 1, 5, 5),
+    ):
+        found = numbers(ask(client, input="a red circle", model=model, dimensions=dimensions))
+        expected = embedder.encode(["a red circle"], paths=paths, truncate_dim=kept)
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    for dimensions in (0, 2, 5, 97):
+        answer = ask(client, input="a", model="aggregate", dimensions=dimensions)
+        if step == 3:
+            assert "use 3 to 96, a multiple of 3" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("mode", ["I;16", "P", "CMYK", "rotated", "L"])
+def test_pictures_are_those_that_encode_reads_from_the_file(
+    mode: str, embedder: Embedder, tmp_path: Path
+) -> None:
+    """16-bit greyscale is scaled, and the orientation is left to the model's settings."""
+    pixels = np.arange(48, dtype=np.uint16).reshape(6, 8) * 1300
+    image, options = Image.fromarray(pixels), {"format": "png"}
+    if mode != "I;16":
+        image = Image.fromarray((pixels // 257).astype(np.uint8)).convert("L" if mode == "rotated" else mode)
+    if mode in ("CMYK", "rotated"):
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        options = {"format": "tiff"} if mode == "CMYK" else {"format": "png", "exif": exif}
+    image.save(tmp_path / "file", **options)
+    code = base64.b64encode((tmp_path / "file").read_bytes()).decode()
+    body = Body.model_validate({"input": {"image": f"data:image/png;base64,{code}"}})
+    (row,) = Server(embedder, limits=LIMITS).check(body).rows
+    for turn in (True, False):
+        expected = load_image(str(tmp_path / "file"), turn=turn)
+        served = load_image(row.images[0], turn=turn)
+        assert (served.size, served.tobytes()) == (expected.size, expected.tobytes())
+    assert len(set(expected.tobytes())) > 10
+
+
+def tasks(server: Server, *inputs: Any, **body: Any) -> list[Task]:
+    return [server.check(Body.model_validate({"input": each, **body})) for each in inputs]
+
+
+@pytest.mark.parametrize("kind", ["embedder", "clip"])
+def test_requests_together_get_what_each_would_get_alone(kind: str, request: pytest.FixtureRequest) -> None:
+    """Mixed modalities, paths and dimensions in one batch, of which the last is refused by the model."""
+    embedder: Embedder = request.getfixturevalue(kind)
+    server, image = Server(embedder, limits=replace(Limits(), batch_size=2)), noise_image(40, 30)
+    both = {"text": "what colour", "image": data_uri(image)}
+    batch = [
+        *tasks(server, ["a red circle", {"image": data_uri(image)}], both, dimensions=5),
+        *tasks(server, both, "b", model="aggregate"),
+        Task(tasks(server, "a")[0].rows * 2, 0, None),
+    ]
+    results = server.embed([*batch, Task([replace(batch[0].rows[0], text="<|image_1|> a")], 0, None)])
+    assert isinstance(results.pop(), ValueError)
+    for task, result in zip(batch, results, strict=True):
+        assert isinstance(result, tuple)
+        expected = embedder.encode(task.rows, paths=task.output, truncate_dim=task.truncate_dim)
+        torch.testing.assert_close(result[0], expected, atol=1e-6, rtol=0)
+        assert result[1] > 0
+
+
+def test_open_clip_cuts_no_text(clip: Embedder) -> None:
+    """A text longer than the tower is refused; one that fits is not."""
+    server = Server(clip)
+    tasks(server, "a " * (CONTEXT_LENGTH - 2))
+    with pytest.raises(RequestError, match=f"more than the {CONTEXT_LENGTH} tokens"):
+        tasks(server, "a", "a " * CONTEXT_LENGTH)
+
+
+def test_pictures_are_resized_as_by_the_embedder(tiny_backbone_dir: str) -> None:
+    embedder = small_embedder(tiny_backbone_dir).embedder
+    server = Server(embedder)
+    (task,) = tasks(server, {"image": data_uri(noise_image(40, 30))})
+    ((_, plain),) = server.embed([task])
+    embedder.images = ImagePolicy(size="low")
+    ((resized, num_tokens),) = server.embed([task])
+    torch.testing.assert_close(resized, embedder.encode(task.rows, paths=0), atol=1e-6, rtol=0)
+    assert num_tokens > plain
+
+
+def test_those_that_wait_are_embedded_together(embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most ``batch_size`` while the model is busy, in the order of arrival; an error is one's own."""
+    server, batches = Server(embedder, limits=replace(Limits(), batch_size=4)), list[int]()
+    embed = server.embed
+
+    def noted(tasks: Any) -> Any:
+        batches.append(len(tasks))
+        if len(batches) == 1:
+            raise RuntimeError("the model failed")
+        return embed(tasks)
+
+    monkeypatch.setattr(server, "embed", noted)
+
+    async def run() -> list[Any]:
+        bodies = [Body.model_validate({"input": f"a {number}"}) for number in range(12)]
+        bodies[5] = Body.model_validate({"input": "<|image_1|> a"})
+        return await asyncio.gather(*map(server.answer, bodies), return_exceptions=True)
+
+    answers = asyncio.run(run())
+    assert sum(isinstance(answer, RuntimeError) for answer in answers) == 1
+    assert isinstance(answers[5], ValueError)
+    expected = embedder.encode([f"a {number}" for number in range(12)], paths=0)
+    good = [number for number, answer in enumerate(answers) if isinstance(answer, dict)]
+    assert len(good) == 10
+    for number in good:
+        found = torch.tensor(answers[number]["data"][0]["embedding"])
+        torch.testing.assert_close(found, expected[number], atol=1e-6, rtol=0)
+    assert max(batches) == 4
+    assert len(batches) < 9
+    assert not server._waiting
+
+
+@pytest.mark.parametrize(
+    ("sizes", "waiting", "status"), [([60, 40], 1, None), ([60, 41], 1, 413), ([60], 2, 429)]
+)
+def test_the_gate_refuses_what_is_too_much(sizes: list[int], waiting: int, status: int | None) -> None:
+    """The body is counted while it is read; with a full queue it is not read."""
+    read: list[int] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        assert gate.waiting == 2
+        while (message := await receive())["more_body"]:
+            assert message["body"]
+
+    async def receive() -> dict[str, Any]:
+        read.append(sizes[len(read)])
+        return {"body": b" " * read[-1], "more_body": len(read) < len(sizes)}
+
+    gate = Gate(application, Limits(body_bytes=100, waiting=2))
+    gate.waiting = waiting
+    if status is None:
+        asyncio.run(gate({"type": "http"}, receive, None))  # type: ignore[arg-type]
+    else:
+        with pytest.raises(RequestError) as refused:
+            asyncio.run(gate({"type": "http"}, receive, None))  # type: ignore[arg-type]
+        assert refused.value.status_code == status
+        assert (refused.value.headers == {"retry-after": "1"}) == (status == 429)
+    assert gate.waiting == waiting
+    assert len(read) == (0 if waiting == 2 else len(sizes))
+
+
+def test_the_command_has_the_same_limits() -> None:
+    options = inspect.signature(commands.serve).parameters
+    assert {name: options[name].default for name in vars(Limits())} == vars(Limits())

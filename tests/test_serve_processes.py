@@ -1,0 +1,140 @@
+"""The real server in a process of its own, asked by the real client over loopback."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import openai
+import psutil
+import pytest
+import torch
+
+from parallel_decoupling.commands import load_model
+from tests.support.servers import Start, said
+from tests.support.tiny import noise_image
+from tests.test_serve import data_uri
+
+pytestmark = pytest.mark.slow
+
+LIMITS = ("--inputs", 64, "--body_bytes", 100_000)
+
+
+def connect(address: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+
+
+def test_concurrent_clients_get_what_encode_gives(checkpoint: Path, start: Start) -> None:
+    """32 clients, mixed models and inputs, four of them refused; then limits; then SIGTERM."""
+    process, address = start("serve", checkpoint, *LIMITS, answers="/health")
+    client, embedder, image = connect(address), load_model(checkpoint), noise_image(40, 30)
+    paths: list[Any] = ["aggregate", 0, 1]
+
+    def inputs(number: int, picture: Any) -> list[Any]:
+        return [f"a red circle {number}", {"text": "what colour", "image": picture}, {"image": picture}]
+
+    def ask(number: int) -> torch.Tensor:
+        model = ("aggregate", "path_0", "path_1")[number % 3]
+        answer = client.embeddings.create(model=model, input=inputs(number, data_uri(image)))
+        assert answer.usage.prompt_tokens > 0
+        return torch.tensor([row.embedding for row in answer.data])
+
+    with ThreadPoolExecutor(36) as pool:
+        guilty = [
+            pool.submit(client.embeddings.create, model="default", input="<|image_1|> a") for _ in range(4)
+        ]
+        answers = list(pool.map(ask, range(32)))
+    for number, answer in enumerate(answers):
+        expected = embedder.encode(inputs(number, image), paths=paths[number % 3])
+        torch.testing.assert_close(answer, expected, atol=1e-6, rtol=0)
+    for future in guilty:
+        assert isinstance(future.exception(), openai.BadRequestError)
+    short = client.embeddings.create(model="default", input="a", dimensions=5).data[0].embedding
+    whole = embedder.encode(["a"], paths=0)[0, :5]
+    torch.testing.assert_close(torch.tensor(short), whole / whole.norm(), atol=1e-6, rtol=0)
+    assert [row.id for row in client.models.list()] == ["default", "aggregate", "path_0", "path_1"]
+    with pytest.raises(openai.NotFoundError, match="no model"):
+        client.embeddings.create(model="gpt", input="a")
+    for too_large in (["a"] * 65, "a" * 100_001):
+        with pytest.raises(openai.APIStatusError) as refused:
+            client.embeddings.create(model="default", input=too_large)
+        assert refused.value.status_code == 413
+    assert stopped_cleanly(process)
+    with pytest.raises(openai.APIConnectionError):
+        client.models.list()
+
+
+def status_of(call: Callable[[], Any]) -> int:
+    """Status of an answer; 0 without one."""
+    try:
+        call()
+    except openai.APIStatusError as error:
+        return error.status_code
+    except openai.APIConnectionError:
+        return 0
+    return 200
+
+
+def test_all_in_flight_are_answered_after_sigterm(checkpoint: Path, start: Start) -> None:
+    process, address = start("serve", checkpoint, answers="/health")
+    client = connect(address)
+    with ThreadPoolExecutor(64) as pool:
+        asked = [
+            pool.submit(
+                status_of, lambda: client.embeddings.create(model="aggregate", input=["a circle"] * 256)
+            )
+            for _ in range(64)
+        ]
+        wait(asked, return_when=FIRST_COMPLETED)
+        time.sleep(1)  # the slowest client has sent its request by now
+        assert not all(each.done() for each in asked)
+        assert stopped_cleanly(process)
+        assert Counter(each.result() for each in asked) == {200: 64}
+
+
+def test_sigterm_while_clients_keep_asking(checkpoint: Path, start: Start) -> None:
+    """Each request is answered, or finds no server."""
+    process, address = start("serve", checkpoint, answers="/health")
+    client = connect(address)
+    with ThreadPoolExecutor(16) as pool:
+        asked = [
+            pool.submit(status_of, lambda: client.embeddings.create(model="aggregate", input=["a"] * 64))
+            for _ in range(300)
+        ]
+        wait(asked[:8], return_when=FIRST_COMPLETED)
+        assert stopped_cleanly(process)
+        counts = Counter(each.result() for each in asked)
+    assert set(counts) == {0, 200}
+    assert counts[200] >= 8
+
+
+def test_a_full_queue_is_refused_and_sigterm_while_loading(checkpoint: Path, start: Start) -> None:
+    process, address = start("serve", checkpoint, "--waiting", 3, answers="/health")
+    client = connect(address)
+    with ThreadPoolExecutor(16) as pool:
+        asked = [
+            pool.submit(status_of, lambda: client.embeddings.create(model="aggregate", input=["a"] * 256))
+            for _ in range(16)
+        ]
+        counts = Counter(each.result() for each in asked)
+    assert set(counts) == {200, 429}
+    assert counts[200] >= 3
+    assert stopped_cleanly(process)
+    process, _ = start("serve", checkpoint, answers=None)
+    time.sleep(1)
+    process.terminate()
+    assert process.wait(timeout=60) == -15
+
+
+def stopped_cleanly(process: subprocess.Popen[bytes]) -> bool:
+    """SIGTERM ends the process with code 0 and without a word, and everything that it started."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    code = process.wait(timeout=60)
+    assert (code, said(process)) == (0, "")
+    return not psutil.wait_procs(children, timeout=5)[1]
