@@ -44,21 +44,7 @@ from parallel_decoupling.evaluation.store import Keeper
 from parallel_decoupling.sentence_transformers import as_sentence_transformer
 from parallel_decoupling.training.module import PDFEmbedder
 
-WORDS = [
-    "a",
-    "the",
-    "red",
-    "blue",
-    "small",
-    "large",
-    "circle",
-    "square",
-    "star",
-    "left",
-    "right",
-    "of",
-    "two",
-]
+WORDS = ("a", "the", "red", "blue", "small", "large", "circle", "square", "star", "left", "right", "of")
 SIDES = (32, 48, 64, 96, 128)
 MODELS: dict[str, dict[str, Any]] = {
     "bare backbone": {

@@ -72,7 +72,7 @@ def write_module_report(output_dir: Path, description: str) -> Path:
         description: docstring of the module; its first line is the title.
     """
     title, _, text = description.strip().partition("\n")
-    pictures = sorted(file.name for file in output_dir.glob("*.png"))
+    pictures = sorted(str(file.relative_to(output_dir)) for file in output_dir.rglob("*.png"))
     notes = [f"Made by `python -m studies {output_dir.name}`."]
     return write_readme(output_dir, title.rstrip("."), text.strip(), pictures, notes)
 
@@ -92,7 +92,7 @@ def write_readme(output_dir: Path, title: str, question: str, pictures: list[str
     if conclusion.is_file():
         parts += ["## Conclusion", conclusion.read_text(encoding="utf-8").strip()]
     parts += ["## Results", *notes]
-    parts += [f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in pictures]
+    parts += [f"![{re.sub('[_/]', ' ', name.removesuffix('.png'))}]({name})" for name in pictures]
     table = output_dir / TABLE_FILE
     if table.is_file():
         parts.append(table.read_text(encoding="utf-8").strip())

@@ -34,7 +34,7 @@ from studies.study import Run, load_study
 from studies.training_log import logged, monitored
 
 SAVE_EVERY = 60
-"""Main steps after which ``last.ckpt`` is renewed, from which a stopped training goes on."""
+"""Main steps after which ``last.ckpt`` is renewed, from which a stopped training resumes."""
 HASH_FILE = "config_hash.txt"
 CONFIG_FILE = "study_config.yaml"
 FITS_FILE = "fits.json"
@@ -48,7 +48,7 @@ class BusyError(ValueError):
 def execute(run: Run, results_file: Path) -> None:
     """Train what is missing, score what is missing.
 
-    A stopped training goes on from its last checkpoint; a folder of another configuration is emptied.
+    A stopped training resumes from its last checkpoint; a folder of another configuration is emptied.
 
     Args:
         run: the run.

@@ -1,42 +1,17 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
-import pytest
 import torch
-from torch import Tensor
 
 from parallel_decoupling.batch import PairBatch
 from parallel_decoupling.training.module import PDFEmbedder
 from studies import prefix_gradients
-from studies.prefix_gradients import gradients, summary, with_network_of, write
+from studies.prefix_gradients import gradients, with_network_of, write
 from tests.support.fit import RecordingEmbedder, make_trainer, small_data, small_embedder
 
 NO_CLIP = {"clip_norm": 0.0}
-
-
-def noisy(mean: Tensor, deviation: float, draws: int) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return mean + deviation * torch.randn(draws, len(mean), generator=generator, dtype=torch.float64)
-
-
-def test_summary_of_known_gradients() -> None:
-    mean = torch.tensor([1.0, 0, 0, 0], dtype=torch.float64)
-    gradient_SW = {
-        "contrastive": noisy(mean, 0.001, 50),
-        "against": noisy(-3 * mean, 0.6, 5000)[:50],
-        "across": noisy(torch.tensor([0, 2.0, 0, 0], dtype=torch.float64), 0.001, 50),
-    }
-    against, across = summary("against", gradient_SW), summary("across", gradient_SW)
-    assert against["size"] == pytest.approx(3, rel=0.05)
-    assert against["noise"] == pytest.approx(math.sqrt(4) * 0.6 / 3, rel=0.15)
-    assert against["agreement"] == pytest.approx(-1, abs=0.02)
-    assert 0.8 < against["one_against_others"] < 0.99
-    assert across["size"] == pytest.approx(2, rel=0.01)
-    assert across["agreement"] == pytest.approx(0, abs=0.01)
-    assert across["one_against_others"] == pytest.approx(1, abs=1e-3)
 
 
 def a_batch(module: PDFEmbedder, tiny_mmeb_dir: str) -> PairBatch:

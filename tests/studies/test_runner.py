@@ -12,7 +12,7 @@ import pytest
 import studies.__main__ as command_line
 from studies import runner
 from studies.results import append_result, read_results
-from studies.study import Run, load_study
+from studies.study import Run
 from tests.support.study import made_up_result, save_study, toy_study
 
 
@@ -115,17 +115,3 @@ def test_a_stopped_study_ends_its_runs_and_waits_for_them(
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
     assert (tmp_path / "ended").exists() != stubborn
-
-
-def test_a_run_that_leaves_points_out_has_failed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = save_study(tmp_path, {"cells": {"a": {"curve": [1, 2]}}})
-    study = load_study(file)
-    append_result(study.results_file, made_up_result(study.cells["a"], 0, 1, 50.0))
-    monkeypatch.setattr(runner, "command", lambda run, source: [sys.executable, "-c", "print('the end')"])
-    assert runner.run_study(study, file) == ["a_seed0"]
-    assert "a_seed0: FAILED (no error, but not scored at 2: the end; " in capsys.readouterr().out
-    study.results_file.unlink()
-    assert command_line.main([file]) == 1
-    assert "nothing is scored yet; failed, as said above: a_seed0" in capsys.readouterr().err

@@ -37,12 +37,8 @@ def rows(table: str) -> list[list[str]]:
     return [[entry.strip() for entry in line.strip("|").split("|")] for line in table.splitlines()]
 
 
-def lines_of(study: Study) -> list[dict[str, object]]:
-    return newest_results(study)
-
-
 def test_cells_show_the_last_step_and_the_gain_of_aggregation(study: Study) -> None:
-    heading, _, first, second = rows(cell_table(study, lines_of(study)))
+    heading, _, first, second = rows(cell_table(study, newest_results(study)))
     row = dict(zip(heading, first, strict=True))
     assert row["cell"] == "cell A"
     assert row["overall"] == "63.0 ± 2.5"  # 62, 63 and 64
@@ -56,7 +52,7 @@ def test_cells_show_the_last_step_and_the_gain_of_aggregation(study: Study) -> N
 
 
 def test_differences_are_paired(study: Study) -> None:
-    heading, _, row = rows(difference_table(study, lines_of(study)))
+    heading, _, row = rows(difference_table(study, newest_results(study)))
     entries = dict(zip(heading, row, strict=True))
     assert entries["difference"] == "+3.0 (excludes 0)"
     assert entries["95 % interval"] == "+3.0 to +3.0"
@@ -91,8 +87,9 @@ def test_a_report_says_that_the_configuration_has_changed_since(
 
 def test_a_module_s_folder_gets_a_readme_too(tmp_path: Path) -> None:
     (tmp_path / "table.md").write_text("| a |\n", encoding="utf-8")
-    Image.new("RGB", (4, 4)).save(tmp_path / "bias.png")
+    (tmp_path / "a_run").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "a_run" / "bias.png")
     readme = write_module_report(tmp_path, "Bias of things.\n\nWhat it is.\n").read_text(encoding="utf-8")
     assert readme.startswith("# Bias of things\n\nWhat it is.\n")
-    assert "![bias](bias.png)" in readme
+    assert "![a run bias](a_run/bias.png)" in readme
     assert "| a |" in readme

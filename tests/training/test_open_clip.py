@@ -11,7 +11,6 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-import yaml
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
@@ -261,7 +260,7 @@ def test_what_is_made_for_multimodal_llms_is_refused(
     tiny_clip_dir: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     module = embedder(tiny_clip_dir)
-    module._device_mesh = object()  # type: ignore[assignment]
+    module._device_mesh = {"data_parallel": None}  # type: ignore[assignment]
     with pytest.raises(ValueError, match="use strategy ddp"):
         module.configure_model()
     with pytest.raises(SystemExit):

@@ -28,9 +28,8 @@ from parallel_decoupling.model.encoder import ParallelEncoder
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PATHS_FILE = "paths.json"
-EMBEDDED = "mini-mmeb"
-"""How the name of the embedded benchmark's folder begins."""
+PATHS_FILE, EMBEDDED = "paths.json", "mini-mmeb"
+"""What is written, and how the name of the embedded benchmark's folder begins."""
 INSTRUCTION, SCENES, MAPPED, SHOWN = "Represent the given picture", 600, 64, 4
 """What is asked of scenes, scenes of each kind, pictures whose attention is read, pictures in figures."""
 
@@ -95,8 +94,8 @@ def analyse_world(embedder: Embedder, report: ScoreReport | None, *, scenes: int
     """Analyse a model on scenes of the embedded world, whose factors are known.
 
     Args:
-        embedder: in evaluation mode.
-        report: of the same model, or None.
+        embedder: the model.
+        report: its scores, or None.
         scenes: drawn of each kind, at least 80 so that every value is there often enough for a probe.
     """
     embeddings: list[Tensor] = []

@@ -74,10 +74,7 @@ def attention_mass_figure(attention: AttentionMaps) -> Figure:
 
 
 def maps_figure(pictures: Sequence[Image.Image], maps: Sequence[Tensor], title: str) -> Figure:
-    """Draw pictures (rows) with each path's map ``[N, height, width]`` over a grey copy.
-
-    Maps of one picture share their colour scale, so paths can be compared along a row.
-    """
+    """Draw pictures (rows) and each path's map ``[N, height, width]``; a row has one colour scale."""
     width = 2.2 * (len(maps[0]) + 1) + 1.0
     figure = new_figure(width, 2.15 * len(pictures) + 0.8)
     grid = figure.subplots(len(pictures), len(maps[0]) + 1, squeeze=False)

@@ -37,7 +37,7 @@ class PrefixStates:
         self._memo: dict[tuple[str, int], tuple[Any, Any]] = {}
 
     def layer(self, layer_index: int) -> tuple[Tensor, Tensor] | None:
-        """Keys and values ``[N, K, P, H]`` of a layer, or None when the layer has no prefix."""
+        """Return keys and values ``[N, K, P, H]`` of a layer, or None when the layer has no prefix."""
         row = layer_index - self.first_layer
         if self.prefix_length == 0 or not 0 <= row < self.key_values.shape[1]:
             return None
@@ -149,12 +149,12 @@ def _attend(
 
 
 def prefix_sdpa(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """Scaled dot-product attention of transformers, with the prefix of ``prefix_states`` if given."""
+    """Compute scaled dot-product attention of transformers, with the prefix of ``prefix_states`` if given."""
     return _attend(sdpa_attention_forward, extend_mask, module, *args, **kwargs)
 
 
 def prefix_eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """The model family's own eager attention, with the prefix of ``prefix_states`` if given."""
+    """Compute the model family's own eager attention, with the prefix of ``prefix_states`` if given."""
     for owner in type(module).__mro__:  # a sharded module is a subclass defined in another file
         function = getattr(sys.modules[owner.__module__], "eager_attention_forward", None)
         if function is not None:
@@ -165,12 +165,12 @@ def prefix_eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, 
 
 
 def prefix_flash(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """FlashAttention 2 of transformers, with the prefix of ``prefix_states`` if given. Needs a GPU."""
+    """Compute FlashAttention 2 of transformers, with the prefix if given; it needs a GPU."""
     return _attend(flash_attention_forward, extend_padding_mask, module, *args, **kwargs)
 
 
 def prefix_flex(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """Flex attention of transformers, with the prefix of ``prefix_states`` if given. Trains on a GPU only."""
+    """Compute flex attention of transformers, with the prefix if given; it trains on a GPU only."""
     return _attend(flex_attention_forward, extend_block_mask, module, *args, **kwargs)
 
 

@@ -149,7 +149,7 @@ class Backbone(nn.Module):
             hook.remove()
 
     def position_ids(self, tokens: Mapping[str, Tensor], vision: Mapping[str, Tensor]) -> Tensor:
-        """Positions of real tokens, from 0 despite a prefix: ``[3, B, L]`` for M-RoPE, else ``[B, L]``."""
+        """Return positions of real tokens, from 0 despite a prefix: ``[3, B, L]`` (M-RoPE) or ``[B, L]``."""
         mask = tokens["attention_mask"]
         position_BL = (mask.cumsum(-1) - 1).clamp(min=0)
         if self.family.position_ids == "sequential":
