@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 from pathlib import Path
 
 import pdoc
@@ -16,7 +17,9 @@ def main() -> None:
     for name in parallel_decoupling.__all__:  # imported on first use, which pdoc does not see
         setattr(parallel_decoupling, name, getattr(parallel_decoupling, name))
     pdoc.render.configure(docformat="google")
-    pdoc.pdoc("parallel_decoupling", output_directory=OUTPUT_DIR)
+    found = pkgutil.iter_modules(parallel_decoupling.__path__, "parallel_decoupling.")
+    modules = [module.name for module in found if not module.name.endswith("__main__")]
+    pdoc.pdoc("parallel_decoupling", *modules, output_directory=OUTPUT_DIR)
     print(OUTPUT_DIR / "index.html")
 
 
