@@ -14,7 +14,7 @@ import yaml
 
 from parallel_decoupling import cli
 from parallel_decoupling.evaluation.report import ScoreReport
-from parallel_decoupling.index.tables import open_embeddings
+from parallel_decoupling.evaluation.store import Store
 from tests.support.mmeb import save_tiny_mmeb
 
 BLOCKED = (
@@ -223,9 +223,9 @@ def test_predict_embeds_a_folder_of_images_and_goes_on(
     command = [places.get(word, word) for word in words[1:]]
     assert set(places.values()) < set(command)
     cli.main(command)
-    table = open_embeddings(embeddings)
-    assert (table.num_rows, table.path_names) == (24, ("path_0", "path_1"))
-    assert table.metadata["model"] == file
+    store = Store(embeddings)
+    assert (len(store), store.columns) == (24, ("aggregate", "path_0", "path_1"))
+    assert store.metadata["model"] == file
     assert (embeddings / "predict_config.yaml").is_file()
     assert not list(embeddings.glob("events*"))
     shown = message([*command, "--writer.dtype", "float16"], capsys)
