@@ -130,6 +130,15 @@ def test_missing_packages_are_named(
     assert mistake([command, "anything"], capsys).endswith(message)
 
 
+def test_several_words_and_options_reach_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[object] = []
+    compare = "parallel_decoupling.evaluation.compare.compare_runs"
+    monkeypatch.setattr(compare, lambda *arguments: called.append(arguments))
+    cli.main(["compare", "a", "b", "--output_dir", "c"])
+    cli.main(["compare", "--output_dir", "c", "a"])
+    assert called == [(["a", "b"], "c"), (["a"], "c")]
+
+
 @pytest.mark.parametrize("name", commands.__all__)
 def test_help_describes_every_argument(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:

@@ -116,4 +116,5 @@ def _run_command(name: str, arguments: list[str]) -> None:
         parser.add_argument(each, nargs="+", type=str, help=about[each])
     parser.add_function_arguments(command, as_positional=True, as_group=False)
     options = parser.parse_args(arguments).as_dict()
-    command(*(value for each in rest for value in options.pop(each)), **options)
+    values = [value for each in rest for value in options.pop(each)]
+    command(*values, **options)
