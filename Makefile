@@ -81,11 +81,12 @@ configs: $(INSTALLED) ## write lightning_configs/reproduce/ anew from its layers
 notebooks: $(INSTALLED) ## execute every notebook in place
 	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
 
-bench: $(INSTALLED) ## cost of N paths and of the vCLUB estimator, start-up on MMEB tables, throughput of predict
+bench: $(INSTALLED) ## cost of N paths and of the vCLUB estimator, start-up on MMEB tables, throughput of predict and test
 	$(BIN)/python -m benchmarks.paths
 	$(BIN)/python -m benchmarks.vclub
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.predict
+	$(BIN)/python -m benchmarks.evaluation
 
 studies: $(INSTALLED) ## every study: runs what is missing, then tables and pictures in docs/studies/
 	@failed=0; for study in help full_data paths prefix mutual_information little_data beyond; do \

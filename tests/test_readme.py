@@ -85,7 +85,7 @@ def test_the_tree_names_every_file_and_folder_on_top_of_the_package() -> None:
     tree = README.split("## Files")[1].split("```")[1]
     named = re.findall(r"^  ([a-z_]+(?:\.py|/)) ", tree, flags=re.MULTILINE)
     there = [file.name for file in SOURCE_DIR.glob("*.py") if not file.name.startswith("__")]
-    there += [f"{file.parent.name}/" for file in SOURCE_DIR.glob("*/__init__.py")]
+    there += [f"{entry.name}/" for entry in SOURCE_DIR.glob("[a-z]*") if entry.is_dir()]
     assert sorted(named) == sorted(there)
     heads = re.findall(r"^(\S.*?)  ", tree, flags=re.MULTILINE)
     top = [name for head in heads for name in head.split(", ")]
