@@ -22,7 +22,7 @@ from parallel_decoupling.data.images import ImagePolicy
 from parallel_decoupling.model.backbone import Backbone, meta_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.model.open_clip import is_open_clip
-from parallel_decoupling.objective.mutual_information import MutualInformation
+from parallel_decoupling.objective.vclub import MutualInformation
 from parallel_decoupling.training import compute
 from parallel_decoupling.training.settings import check_trained_dtype, read_settings
 from parallel_decoupling.training.strategies import sharded_blocks

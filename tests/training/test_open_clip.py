@@ -11,7 +11,6 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-import yaml
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 

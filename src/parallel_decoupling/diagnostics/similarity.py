@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from parallel_decoupling.objective.mutual_information import path_pairs
+from parallel_decoupling.objective.vclub import path_pairs
 from parallel_decoupling.objective.statistics import effective_rank, path_cosine
 
 SUBSPACE_DIM = 10

@@ -15,17 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.vclub import count_elements, quadratic_vclub
-from parallel_decoupling.objective.mutual_information import (
-    Kind,
-    MutualInformation,
+from parallel_decoupling.objective.alternatives import (
     club_sample_bound,
     cross_covariance,
-    gaussian_nll,
     hsic,
     l1out_bound,
+    squared_cosine,
+)
+from parallel_decoupling.objective.vclub import (
+    Kind,
+    MutualInformation,
+    gaussian_nll,
     mi_weight_schedule,
     path_pairs,
-    squared_cosine,
     standardise,
     vclub_bound,
 )
