@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, DynamicCache
 
 from parallel_decoupling.model import backbone as backbones
-from parallel_decoupling.model.backbone import AdapterConfig, load_backbone, meta_backbone
+from parallel_decoupling.model.adapters import reset_adapters
+from parallel_decoupling.model.backbone import AdapterConfig, load_backbone
 from tests.model.test_attention import FROZEN, OTHER_SIZES, ROWS, join
 from tests.support.tiny import tiny_inputs
 
@@ -78,7 +79,7 @@ def test_adapter_weights_depend_on_the_seed_only(tiny_backbone_dir: str) -> None
         torch.rand(seed + 1)
         backbone = load_backbone(tiny_backbone_dir)
         before = torch.get_rng_state()
-        backbone.reset_adapters(seed)
+        reset_adapters(backbone.base, seed)
         assert torch.equal(torch.get_rng_state(), before)
         return [p.detach() for name, p in backbone.named_parameters() if "lora_A" in name]
 
@@ -123,7 +124,7 @@ def test_building_asks_no_gpu_for_its_state(tiny_backbone_dir: str, monkeypatch:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(torch.cuda, "get_rng_state", asked)
     monkeypatch.setattr(torch.cuda, "manual_seed_all", asked)
-    load_backbone(tiny_backbone_dir).reset_adapters(3)
+    reset_adapters(load_backbone(tiny_backbone_dir).base, 3)
 
 
 def test_missing_folder_raises(tmp_path: Path) -> None:
@@ -219,7 +220,10 @@ def test_meta_backbone_has_the_parameters_of_the_loaded_one(tiny_backbone_dir: s
     def described(backbone: Any) -> dict[str, tuple[torch.Size, torch.dtype, bool]]:
         return {name: (p.shape, p.dtype, p.requires_grad) for name, p in backbone.named_parameters()}
 
-    meta, loaded = meta_backbone(tiny_backbone_dir, **options), load_backbone(tiny_backbone_dir, **options)
+    meta, loaded = (
+        load_backbone(tiny_backbone_dir, **options, meta=True),
+        load_backbone(tiny_backbone_dir, **options),
+    )
     assert described(meta) == described(loaded)
     assert meta.adapted_modules == loaded.adapted_modules
     assert meta.is_meta

@@ -23,10 +23,10 @@ from transformers.utils import logging
 
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, EncoderInputs, RawInput
 from parallel_decoupling.data.collate import Collator
-from parallel_decoupling.model.backbone import AdapterConfig, Backbone, load_backbone, meta_backbone
+from parallel_decoupling.model.backbone import AdapterConfig, Backbone, load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.model.families import FAMILIES, Family
-from parallel_decoupling.model.trained_state import load_trainable_state, trainable_state
+from parallel_decoupling.model.identity import load_trainable_state, trainable_state
 from tests.support.families import TINY_FAMILIES, raw_input, save_tiny_family
 from tests.support.tiny import noise_image
 
@@ -284,7 +284,7 @@ def test_names_that_transformers_tells(frozen: Backbone, name: str) -> None:
 
 
 def test_meta_backbone_has_the_same_parameters(folder: str, name: str, frozen: Backbone) -> None:
-    meta = meta_backbone(folder, adapter=FROZEN, family=UNLISTED if name == "llava" else None)
+    meta = load_backbone(folder, adapter=FROZEN, family=UNLISTED if name == "llava" else None, meta=True)
     shapes = {path: p.shape for path, p in meta.named_parameters()}
     assert shapes == {path: p.shape for path, p in frozen.named_parameters()}
 

@@ -12,7 +12,7 @@ from transformers import AutoModel, DynamicCache
 
 from parallel_decoupling.batch import EncoderInputs
 from parallel_decoupling.model.attention import register_prefix_attention
-from parallel_decoupling.model.backbone import AdapterConfig, load_backbone, meta_backbone
+from parallel_decoupling.model.backbone import AdapterConfig, load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
 from tests.model.test_attention import OTHER_SIZES, ROWS, flash, flex
 from tests.model.test_encoder import make, rows_of
@@ -110,7 +110,7 @@ def test_shallow_prompts_train_input_embeddings_alone(tiny_backbone_dir: str) ->
     assert trainable == {"prefixes.embeddings": (3, 5, 32)}
     assert [id(p) for p in encoder.prefix_parameters()] == [id(encoder.prefixes.embeddings)]
     shapes = ParallelEncoder(
-        meta_backbone(tiny_backbone_dir), num_paths=3, prefix_length=5, prefix_type="shallow"
+        load_backbone(tiny_backbone_dir, meta=True), num_paths=3, prefix_length=5, prefix_type="shallow"
     )
     assert shapes.prefixes.embeddings.shape == (3, 5, 32)
 

@@ -17,7 +17,12 @@ from safetensors.torch import load_file
 
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.model.backbone import AdapterConfig
-from parallel_decoupling.model.identity import backbone_fingerprint, path_hashes, weights_hash
+from parallel_decoupling.model.identity import (
+    backbone_fingerprint,
+    path_hashes,
+    trainable_state,
+    weights_hash,
+)
 from parallel_decoupling.model.open_clip import load_open_clip
 from parallel_decoupling.model.pretrained import (
     checkpoint_file,
@@ -27,7 +32,6 @@ from parallel_decoupling.model.pretrained import (
     read_config,
     scores_of,
 )
-from parallel_decoupling.model.trained_state import trainable_state
 from parallel_decoupling.training.module import PDFEmbedder
 from tests.support.embedders import mixed_inputs, tiny_embedder
 from tests.support.families import save_tiny_family

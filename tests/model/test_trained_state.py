@@ -7,7 +7,7 @@ import torch
 
 from parallel_decoupling.model.backbone import AdapterConfig, load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
-from parallel_decoupling.model.trained_state import load_trainable_state, trainable_state
+from parallel_decoupling.model.identity import load_trainable_state, trainable_state
 from tests.model.test_attention import ROWS
 from tests.support.tiny import tiny_inputs
 
