@@ -141,7 +141,7 @@ def gradients(
     )
     terms = {CONTRASTIVE: path_N.mean() + module.aggregate_weight * aggregate}
     terms |= {kind: mutual_information_terms(each, pairs).mean() for kind, each in estimators.items()}
-    prefixes = list(module.encoder.prefix_parameters())
+    prefixes = module.encoder.parameter_groups()["prefixes"]
     return {
         term: torch.cat([part.flatten() for part in torch.autograd.grad(value, prefixes, retain_graph=True)])
         for term, value in terms.items()

@@ -71,7 +71,7 @@ def test_parameters_and_their_states_are_the_embedders(
     assert plan.memory["weights"] == sum(p.numel() * p.itemsize for p in module.parameters())
     assert plan.memory["gradients"] == trained
     assert plan.memory["optimizer states"] == 2 * trained
-    prefixes = sum(p.numel() for p in module.encoder.prefix_parameters())
+    prefixes = sum(p.numel() for p in module.encoder.parameter_groups()["prefixes"])
     assert plan.groups.get("prefixes", (0,))[0] == prefixes
 
 

@@ -198,8 +198,8 @@ def test_seed_decides_random_prefixes_and_adapters(tiny_backbone_dir: str) -> No
 )
 def test_trainable_names_are_exact(tiny_backbone_dir: str, kind: Any, adapters: int | None) -> None:
     encoder = make(tiny_backbone_dir, adapter=AdapterConfig(kind=kind), aggregation="learned")
-    groups = [encoder.prefix_parameters(), encoder.adapter_parameters(), encoder.aggregation_parameters()]
-    counted = [list(group) for group in groups]
+    groups = encoder.parameter_groups()
+    counted = [groups[name] for name in ("prefixes", "adapters", "aggregation")]
     trainable = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
     assert {id(p) for group in counted for p in group} == {id(p) for p in trainable.values()}
     others = {name for name in trainable if not name.startswith("backbone.base.")}

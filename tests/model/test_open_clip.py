@@ -81,7 +81,7 @@ def test_a_folder_is_loaded_without_network(tiny_clip_dir: str) -> None:
 def test_a_tag_brings_its_weights_preprocessing_and_activation(own_architecture: str) -> None:
     encoder = load_open_clip("open_clip:tiny-clip/mine")
     assert_same_weights(encoder, load_file(own_architecture))
-    assert encoder.backbone.config.preprocess["mean"] == (0.1, 0.2, 0.3)
+    assert encoder.backbone.config["preprocess"]["mean"] == (0.1, 0.2, 0.3)
     assert type(encoder.backbone.base.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
 
 
@@ -320,7 +320,7 @@ def test_gradient_reaches_both_towers_and_not_the_own_temperature(tiny_clip_dir:
     encoder(inputs_of(encoder, ROWS))[:, 0, 0].sum().backward()
     without = [name for name, p in encoder.backbone.base.named_parameters() if p.grad is None]
     assert without == ["logit_scale"]
-    assert all(p.grad is not None and bool(p.grad.any()) for p in encoder.adapter_parameters())
+    assert all(p.grad is not None and bool(p.grad.any()) for p in encoder.parameter_groups()["adapters"])
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -330,7 +330,7 @@ def test_chunks_and_recomputed_layers_give_the_same_gradient(tiny_clip_dir: str,
         encoding = encode_in_chunks(encoder, inputs_of(encoder, ROWS), chunk_size=chunk_size, seed_parts=(0,))
         encoding.embeddings[:, 0].cumsum(0).square().sum().backward()
         encoding.backward()
-        return [p.grad for p in encoder.adapter_parameters() if p.grad is not None]
+        return [p.grad for p in encoder.parameter_groups()["adapters"] if p.grad is not None]
 
     plain, chunked = gradients(None), gradients(2, gradient_checkpointing=checkpointing)
     assert len(plain) == len(chunked) > 20

@@ -108,7 +108,7 @@ def test_shallow_prompts_train_input_embeddings_alone(tiny_backbone_dir: str) ->
     encoder = make(tiny_backbone_dir, num_paths=3, prefix_length=5, prefix_type="shallow")
     trainable = {name: p.shape for name, p in encoder.named_parameters() if p.requires_grad}
     assert trainable == {"prefixes.embeddings": (3, 5, 32)}
-    assert [id(p) for p in encoder.prefix_parameters()] == [id(encoder.prefixes.embeddings)]
+    assert [id(p) for p in encoder.parameter_groups()["prefixes"]] == [id(encoder.prefixes.embeddings)]
     shapes = ParallelEncoder(
         load_backbone(tiny_backbone_dir, meta=True), num_paths=3, prefix_length=5, prefix_type="shallow"
     )

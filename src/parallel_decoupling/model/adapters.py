@@ -53,11 +53,7 @@ class AdapterConfig:
 
 
 def add_adapters(base: nn.Module, family: Family, adapter: AdapterConfig) -> tuple[str, ...]:
-    """Set what trains in ``base``, with LoRA or DoRA layers in fp32 if asked for; return the adapted layers.
-
-    Raises:
-        ValueError: when targets match no linear layer.
-    """
+    """Set what trains in ``base``, adding LoRA or DoRA in fp32 if asked for; return the adapted layers."""
     base.requires_grad_(adapter.kind == "full")
     if adapter.kind not in ("lora", "dora"):
         return ()
@@ -83,11 +79,8 @@ def load_adapter(
     Module paths of older transformers versions are translated. A base on the meta device gets shapes alone.
     Of ``adapter`` only ``kind`` counts: what the adapter is (it trains on), or frozen (it stays as it is).
 
-    Returns:
-        What the file says, as an ``AdapterConfig``, and the names of the adapted layers.
-
-    Raises:
-        ValueError: unreadable files, another kind of adapter, or a tensor that does not land.
+    Return what the file says, and the names of the adapted layers. A ValueError tells of unreadable files,
+    another kind of adapter, or a tensor that does not land.
     """
     config = _read_config(source, adapter.kind)
     model = cast(Any, base)
@@ -164,12 +157,8 @@ def _copy_weights(model: Any, source: str, config: Any) -> None:
         hotswap=True,
         ignore_mismatched_sizes=True,  # they are reported below
     )
-    missing, unexpected = sorted(info.missing_keys), sorted(info.unexpected_keys)
-    if missing or unexpected or info.mismatched_keys:
-        raise ValueError(
-            f"initial adapter {source!r} does not fit this backbone: missing {missing}, "
-            f"unexpected {unexpected}, wrong shape {sorted(map(str, info.mismatched_keys))}"
-        )
+    if info.missing_keys or info.unexpected_keys or info.mismatched_keys:
+        raise ValueError(f"initial adapter {source!r} does not fit this backbone: {info}")
 
 
 def target_modules(base: nn.Module, family: Family, adapter: AdapterConfig) -> tuple[str, ...]:

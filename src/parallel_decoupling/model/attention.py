@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -24,10 +25,8 @@ from transformers.masking_utils import eager_mask, flash_attention_mask, flex_at
 class PrefixStates:
     """The prefixes of one forward call, handed to every attention layer as ``prefix_states``.
 
-    Args:
-        key_values: ``[N, Y, 2, K, P, H]``, keys (post-rotary) and values of the prefixed layers.
-        first_layer: the layer that ``key_values[:, 0]`` belongs to. Layers below it have no prefix
-            and see ``B`` rows, the others ``N * B``.
+    ``key_values`` ``[N, Y, 2, K, P, H]`` are keys (post-rotary) and values of the layers from ``first_layer``
+    on. Layers below it see ``B`` rows, the others ``N * B``.
     """
 
     def __init__(self, key_values: Tensor, first_layer: int = 0) -> None:
@@ -60,34 +59,26 @@ def prepend(prefix: Tensor, states: Tensor) -> Tensor:
 
 
 def extend_mask(mask: Tensor | None, query: Tensor, prefix_length: int, *, causal: bool) -> Tensor:
-    """Return a boolean or additive mask with ``prefix_length`` visible columns in front.
+    """Return a boolean or additive mask ``[R or 1, 1, L, P + L]`` with ``P`` visible columns in front.
 
-    Args:
-        mask: ``[R or 1, 1, L, L]``, True or 0 where visible; None is plain causal (or no) masking, which
-            must become explicit: with more keys than queries SDPA's own causal mask hides real keys.
-        query: ``[R, heads, L, H]``, for the length and device.
-        prefix_length: ``P``.
-        causal: what None stands for.
+    None is plain causal (or no) masking of ``query`` ``[R, heads, L, H]``, which must become explicit: with
+    more keys than queries SDPA's own causal mask hides real keys.
     """
     if mask is None:
         mask = torch.ones(1, 1, query.shape[2], query.shape[2], dtype=torch.bool, device=query.device)
         mask = mask.tril() if causal else mask
-    visible = torch.ones if mask.dtype == torch.bool else torch.zeros
-    columns = visible(1, dtype=mask.dtype, device=mask.device).expand(*mask.shape[:-1], prefix_length)
-    return torch.cat((columns, mask), dim=-1)
+    return F.pad(mask, (prefix_length, 0), value=mask.dtype == torch.bool)
 
 
 def extend_padding_mask(
     mask: Tensor | None, query: Tensor, prefix_length: int, *, causal: bool
 ) -> Tensor | None:
-    """Return FlashAttention's padding mask ``[R, P + L]``: ``prefix_length`` real keys, then the given ones.
+    """Return FlashAttention's padding mask ``[R, P + L]``: ``P`` real keys, then the given ones.
 
-    None (no padding) stays None: FlashAttention aligns its causal mask to the last key, so that keys before
-    the first query are visible to all of them.
+    None (no padding) stays None: its causal mask is aligned to the last key, so that all queries see the
+    keys before the first one.
     """
-    if mask is None:
-        return None
-    return torch.cat((mask.new_ones(mask.shape[0], prefix_length), mask), dim=1)
+    return None if mask is None else F.pad(mask, (prefix_length, 0), value=1)
 
 
 def extend_block_mask(mask: BlockMask, query: Tensor, prefix_length: int, *, causal: bool) -> BlockMask:
@@ -148,20 +139,14 @@ def _family_eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor,
     )
 
 
+_FLASH = partial(_attend, flash_attention_forward, extend_padding_mask)
+_FLEX = partial(_attend, flex_attention_forward, extend_block_mask)
 _FUNCTIONS: dict[str, tuple[str, Any, Any]] = {
     "sdpa": ("prefix_sdpa", partial(_attend, sdpa_attention_forward, extend_mask), sdpa_mask),
     "eager": ("prefix_eager", partial(_attend, _family_eager, extend_mask), eager_mask),
     # transformers finds the kernel by this very name, and without a prefix the function is the stock one
-    "flash_attention_2": (
-        "flash_attention_2",
-        partial(_attend, flash_attention_forward, extend_padding_mask),
-        flash_attention_mask,
-    ),
-    "flex_attention": (
-        "prefix_flex",
-        partial(_attend, flex_attention_forward, extend_block_mask),
-        flex_attention_mask,
-    ),
+    "flash_attention_2": ("flash_attention_2", _FLASH, flash_attention_mask),
+    "flex_attention": ("prefix_flex", _FLEX, flex_attention_mask),
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -42,9 +42,6 @@ class ParallelEncoder(nn.Module):
     ``PDFEmbedder`` documents the options. Layers below the prefixed ones are computed once for all paths,
     those above see no prefix, but every path. Fresh LoRA weights are drawn anew from ``seed``.
 
-    Raises:
-        ValueError: for sizes out of range, or more paths than meta-prompts.
-
     Relations:
         ``num_paths=1, prefix_length=0`` equals the stock backbone with last-token pooling.
         N paths in one forward equal N forwards with one path.
@@ -67,12 +64,9 @@ class ParallelEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.num_paths = num_paths
-        self.prefix_length = prefix_length
-        self.prefix_type = prefix_type
-        self.prefix_layers = prefix_layers
+        self.num_paths, self.prefix_length, self.prefix_layers = num_paths, prefix_length, prefix_layers
+        self.prefix_type, self.aggregation = prefix_type, aggregation
         self.prefix_range = prefix_range(prefix_layers, backbone.num_layers)
-        self.aggregation = aggregation
         self._check_sizes(prefix_init)
         self.embed_dim: int = backbone.hidden_size
         self.aggregate_dim: int = self.embed_dim * (num_paths if aggregation == "concat" else 1)
@@ -135,51 +129,35 @@ class ParallelEncoder(nn.Module):
             init_random(parameter, scale, torch.Generator().manual_seed(seed))
         return prefixes
 
-    def prefix_parameters(self) -> Iterator[nn.Parameter]:
-        """Return the trainable prefixes."""
-        return iter(()) if self.prefixes is None else self.prefixes.parameters()
-
-    def adapter_parameters(self) -> Iterator[nn.Parameter]:
-        """Return the trainable weights of the backbone: adapters, or all of them with ``kind="full"``."""
-        return (parameter for parameter in self.backbone.parameters() if parameter.requires_grad)
-
-    def aggregation_parameters(self) -> Iterator[nn.Parameter]:
-        """Return the trainable path weights of ``aggregation="learned"``."""
-        return iter(()) if self.path_logits is None else iter((self.path_logits,))
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Return what trains: ``adapters`` (or the whole backbone), ``prefixes`` and ``aggregation``."""
+        return {
+            "adapters": [parameter for parameter in self.backbone.parameters() if parameter.requires_grad],
+            "prefixes": list(self.prefixes.parameters()) if self.prefixes is not None else [],
+            "aggregation": [self.path_logits] if self.path_logits is not None else [],
+        }
 
     def forward(self, inputs: EncoderInputs, paths: Sequence[int] | None = None) -> Tensor:
-        """Embed the inputs, one embedding per path.
+        """Embed ``B`` tokenised rows by the wanted paths, in that order: ``[B, N', D]`` fp32, unit norm.
 
-        Args:
-            inputs: ``B`` tokenised rows.
-            paths: path numbers wanted, in that order; None is all. One path costs one row per input.
-
-        Returns:
-            ``[B, N', D]`` fp32, unit norm, ``N'`` the number of wanted paths.
+        None is all paths. One path costs one row per input.
 
         Relations:
             ``forward(inputs, [i])`` equals column ``i`` of ``forward(inputs)``.
         """
         chosen = check_paths(paths, self.num_paths)
-        vision = _concatenate(inputs.vision)
-        states_RLD = self.backbone(inputs.tokens, vision, self._prefix_states(chosen))
+        states, dtype = None, self.backbone.dtype
+        if isinstance(self.prefixes, ShallowPrefixes):
+            states = PrefixStates(self.backbone.prompt_states(self.prefixes.prompts(chosen, dtype)))
+        elif self.prefixes is not None:
+            states = self.prefixes.states(chosen, self.prefix_range.start, dtype)
+        states_RLD = self.backbone(inputs.tokens, _concatenate(inputs.vision), states)
         mask_RL = inputs.tokens["attention_mask"].repeat(len(chosen), 1)
         pooled_NBD = last_token(states_RLD, mask_RL).reshape(len(chosen), -1, self.embed_dim)
         return F.normalize(pooled_NBD.transpose(0, 1).float(), dim=-1)
 
-    def _prefix_states(self, paths: Sequence[int]) -> PrefixStates | None:
-        if self.prefixes is None:
-            return None
-        if isinstance(self.prefixes, ShallowPrefixes):
-            prompts_NPD = self.prefixes.prompts(paths, self.backbone.dtype)
-            return PrefixStates(self.backbone.prompt_states(prompts_NPD))
-        return self.prefixes.states(paths, self.prefix_range.start, self.backbone.dtype)
-
     def aggregate(self, embeddings: Tensor) -> Tensor:
         """Combine embeddings ``[B, N, D]`` of all paths into ``[B, D]``, or ``[B, N * D]`` for concat.
-
-        Raises:
-            ValueError: when learned weights meet another number of paths.
 
         Relations:
             With one path it equals that path. The dot product of two concatenations is the mean over
@@ -201,11 +179,7 @@ Encoder: TypeAlias = ParallelEncoder | OpenCLIPEncoder
 
 
 def build_encoder(backbone: str, loading: Mapping[str, Any], paths: Mapping[str, Any]) -> Encoder:
-    """Build an encoder with options of ``load_backbone`` and of ``ParallelEncoder``, or an OpenCLIP model.
-
-    Raises:
-        ValueError: an option that this kind of backbone does not have; what the loaders refuse.
-    """
+    """Build an encoder with options of ``load_backbone`` and of ``ParallelEncoder``, or an OpenCLIP model."""
     if is_open_clip(backbone):
         return load_open_clip(backbone, **loading, **paths)
     return ParallelEncoder(load_backbone(backbone, **loading), **paths)
@@ -225,9 +199,6 @@ def truncate(paths: Tensor, dim: int) -> Tensor:
     """Keep the first ``dim`` coordinates of every path and bring them back to unit norm (Matryoshka).
 
     A shorter aggregate is the aggregate of shorter paths: with ``concat`` it is ``N * dim`` wide.
-
-    Relations:
-        ``dim = D`` changes nothing (up to rounding). Truncating twice is truncating once, to the smaller one.
     """
     return F.normalize(paths[..., :dim], dim=-1)
 
@@ -262,12 +233,8 @@ def _concatenate(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     joined = {}
     for key in dict.fromkeys(key for row in rows for key in row):
         tensors = [row[key] for row in rows if key in row]
-        shape = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
-        whole = tensors[0].new_zeros(sum(map(len, tensors)), *shape)
-        start = 0
-        for tensor in tensors:
-            place = (slice(start, start + len(tensor)), *map(slice, tensor.shape[1:]))
-            whole[place] = tensor
-            start += len(tensor)
-        joined[key] = whole
+        sizes = [max(each) for each in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+        joined[key] = tensors[0].new_zeros(sum(map(len, tensors)), *sizes)
+        for part, tensor in zip(joined[key].split([len(each) for each in tensors]), tensors, strict=True):
+            part[(slice(None), *map(slice, tensor.shape[1:]))] = tensor
     return joined

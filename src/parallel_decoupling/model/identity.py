@@ -46,8 +46,7 @@ def trainable_state(encoder: nn.Module) -> dict[str, Tensor]:
 def load_trainable_state(encoder: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy a state from ``trainable_state`` into an encoder that was built with the same settings.
 
-    Raises:
-        ValueError: when names or shapes differ; nothing is changed then.
+    When names or shapes differ, it is a ValueError and nothing is changed.
 
     Relations:
         Embeddings after loading equal those before saving bit for bit.
@@ -83,8 +82,7 @@ def path_hashes(encoder: Any) -> list[str]:
     Weights count rounded to bfloat16, large tensors at evenly spaced values. Call it on all ranks at once.
 
     Relations:
-        An exported folder has those of its checkpoint, path n that of ``paths[n]``, except with merged
-        adapters.
+        An exported folder has those of its checkpoint and ``paths[n]``, except with merged adapters.
     """
     shared, own = sha256(), {}
     for name, parameter in sorted(encoder.named_parameters()):
@@ -108,7 +106,7 @@ def backbone_fingerprint(backbone: Any) -> dict[str, Any]:
     Frozen weights are hashed rounded to bfloat16 so that float32 and bfloat16 give the same; float16, which
     rounds differently, does not. Call it before the weights are sharded.
     """
-    config = json.dumps(_without_volatile(backbone.config.to_dict()), sort_keys=True, default=str)
+    config = json.dumps(_flat(backbone.config.to_dict()), sort_keys=True, default=str)
     both, weights = sha256(config.encode()), sha256()
     num_frozen = 0
     for name, parameter in sorted(backbone.base.named_parameters()):
@@ -136,23 +134,28 @@ def check_fingerprint(stored: Mapping[str, Any], current: Mapping[str, Any]) -> 
     The config holds class defaults too, of which a release of transformers adds or removes some: between two
     versions a warning names the keys that only one of them has.
 
-    Raises:
-        ValueError: when frozen weights differ, a value of the config that both have, or, within one version
-            of transformers, anything in it.
+    A ValueError tells when frozen weights differ, a value of the config that both have, or, within one
+    version of transformers, anything in it.
     """
     if stored["sha256"] == current["sha256"]:
         return
-    differ = f"the weights were trained on backbone {_short(stored)}, but {_short(current)} was loaded: "
+    trained, loaded = (
+        f"{each['name']!r} (revision {each['revision']}, sha256 {each['sha256'][:12]})"
+        for each in (stored, current)
+    )
+    differ = f"the weights were trained on backbone {trained}, but {loaded} was loaded: "
     if stored["weights_sha256"] != current["weights_sha256"]:
         raise ValueError(f"{differ}frozen weights differ; load the backbone it was trained on")
-    then, now = stored["transformers_version"], current["transformers_version"]
-    one_sided, changed = _config_differences(stored["config"], current["config"])
-    if changed or then == now:
+    old, new = stored["transformers_version"], current["transformers_version"]
+    then, now = stored["config"], current["config"]
+    both, one_sided = sorted(then.keys() & now.keys()), sorted(then.keys() ^ now.keys())
+    changed = [f"{key} was {then[key]!r} and is {now[key]!r}" for key in both if then[key] != now[key]]
+    if changed or old == new:
         found = "; ".join(changed + [f"only one has {key}" for key in one_sided]) or "the file was changed"
         raise ValueError(f"{differ}config differs: {found}; load the backbone it was trained on")
     if one_sided:
         warnings.warn(
-            f"the weights were written with transformers {then}, and {now} is installed: only one of them "
+            f"the weights were written with transformers {old}, and {new} is installed: only one of them "
             f"has {', '.join(one_sided)} in the config of {current['name']!r}. All else is equal.",
             stacklevel=2,
         )
@@ -200,14 +203,9 @@ def encoder_identity(
 ) -> dict[str, Any]:
     """Identify what turns inputs into embeddings. Call it on all ranks at once.
 
-    Args:
-        encoder: any encoder.
-        fingerprint: of its backbone, from ``backbone_fingerprint``; needed if it is sharded.
-        conditions: further plain values that change embeddings, such as precision or the image size.
-
-    Returns:
-        ``sha256`` of all that is known, versions, adapter scales, family and conditions included; and the
-        hashes of its parts.
+    ``fingerprint`` is that of its backbone, needed if it is sharded; ``conditions`` are further plain values
+    that change embeddings, such as precision or the image size. ``sha256`` is of all that is known, versions,
+    adapter scales, family and conditions included; the others are of its parts.
     """
     parts: dict[str, Any] = {
         "weights_sha256": weights_hash(trainable_state(encoder)),
@@ -236,33 +234,15 @@ def _sampled(name: str, tensor: Tensor) -> bytes:
     return f"{name} {list(tensor.shape)}".encode() + rounded.view(torch.int16).numpy().tobytes()
 
 
-def _without_volatile(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_volatile(item) for key, item in value.items() if key not in VOLATILE_CONFIG}
-    return value
-
-
-def _config_differences(
-    stored: Mapping[str, Any], current: Mapping[str, Any], path: str = ""
-) -> tuple[list[str], list[str]]:
-    """Return keys that only one config has, and keys that both have with different values."""
-    one_sided = [path + key for key in sorted(stored.keys() ^ current.keys())]
-    changed = []
-    for key in sorted(stored.keys() & current.keys()):
-        then, now = stored[key], current[key]
-        if isinstance(then, dict) and isinstance(now, dict):
-            inside = _config_differences(then, now, f"{path}{key}.")
-            one_sided += inside[0]
-            changed += inside[1]
-        elif then != now:
-            changed.append(f"{path}{key} was {then!r} and is {now!r}")
-    return one_sided, changed
-
-
-def _short(fingerprint: Mapping[str, Any]) -> str:
-    return (
-        f"{fingerprint['name']!r} (revision {fingerprint['revision']}, sha256 {fingerprint['sha256'][:12]})"
-    )
+def _flat(config: Mapping[str, Any], start: str = "") -> dict[str, Any]:
+    """Return a nested config by dotted keys, without what says only how or from where it was loaded."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if key not in VOLATILE_CONFIG:
+            is_group = isinstance(value, dict)
+            flat[f"{start}{key}"] = "a group" if is_group else value
+            flat |= _flat(value, f"{start}{key}.") if is_group else {}
+    return flat
 
 
 def _image_content(image: Any, files: bool) -> list[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,6 @@ PREFIX = "open_clip:"
 CONFIG_FILE = "open_clip_config.json"
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 """open_clip's names; with the last two, normalisation layers stay fp32."""
-UNUSED_PARAMETERS = ("logit_scale", "logit_bias")
-"""Of OpenCLIP's own loss; ours has its own temperature."""
 NEUTRAL = {"num_paths": 1, "prefix_length": 0, "prefix_layers": 0, "aggregation": "mean", "attention": "sdpa"}
 """What options of multimodal LLMs must be; every other one must be None, or changes nothing."""
 
@@ -111,8 +109,7 @@ class OpenCLIPEncoder(nn.Module):
 
     ``normalize(t + normalize(mean of v))`` with the unit-norm embeddings ``t`` of the text and ``v`` of every
     image; what a row does not have is left out. The score of two inputs is then proportional to the sum of
-    the cosines between their parts: score-level fusion as in UniIR's CLIP_SF (which adds embeddings of any
-    norm; giving text and image the same weight is ours).
+    the cosines between their parts: score-level fusion as in UniIR's CLIP_SF (the equal weights are ours).
 
     Relations:
         A text is open_clip's ``encode_text`` and an image without text its ``encode_image``, normalised.
@@ -129,15 +126,10 @@ class OpenCLIPEncoder(nn.Module):
         self.aggregate_dim: int = self.embed_dim
         self.processor: Any = processor
 
-    def prefix_parameters(self) -> Iterator[nn.Parameter]:
-        """Return nothing: there is no prefix, and one path needs no weights."""
-        return iter(())
-
-    aggregation_parameters = prefix_parameters
-
-    def adapter_parameters(self) -> Iterator[nn.Parameter]:
-        """Return the trainable weights: those of both towers, or none."""
-        return (parameter for parameter in self.backbone.parameters() if parameter.requires_grad)
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Return what trains: the weights of both towers, or none."""
+        towers = [parameter for parameter in self.backbone.parameters() if parameter.requires_grad]
+        return {"adapters": towers, "prefixes": [], "aggregation": []}
 
     def train(self, mode: bool = True) -> OpenCLIPEncoder:
         """Set the mode; batch normalisation keeps its statistics, which no checkpoint holds."""
@@ -189,10 +181,7 @@ def load_open_clip(
         dtype: of the weights.
         adapter: only its kind counts: ``"full"`` (default; both towers) or ``"frozen"``.
         gradient_checkpointing: recompute layers in the backward pass.
-        options: all others of ``PDFEmbedder``, which must have no effect.
-
-    Raises:
-        ValueError: an option that has no meaning here, or what open_clip cannot load.
+        options: all others of ``PDFEmbedder``; one that would have an effect is a ValueError.
     """
     wrong = [
         f"{option}={NEUTRAL.get(option, 'null')} (got {value})"
@@ -232,6 +221,7 @@ def load_open_clip(
     if gradient_checkpointing:
         base.set_grad_checkpointing(True)
     for parameter_name, parameter in base.named_parameters():
-        parameter.requires_grad_(adapter.kind == "full" and parameter_name not in UNUSED_PARAMETERS)
+        ours = parameter_name not in ("logit_scale", "logit_bias")  # of OpenCLIP's own loss
+        parameter.requires_grad_(adapter.kind == "full" and ours)
     backbone = OpenCLIPBackbone(base, name, config, adapter, getattr(torch, dtype))
     return OpenCLIPEncoder(backbone, processor).train()

@@ -29,11 +29,7 @@ PrefixLayers = int | Sequence[int]
 def prefix_range(prefix_layers: PrefixLayers, num_layers: int) -> range:
     """Return the layers with a prefix. Those below run once for all paths, those above once per path.
 
-    Raises:
-        ValueError: for layers that a backbone of ``num_layers`` does not have, or none at all.
-
-    Relations:
-        ``start`` and ``[start, num_layers]`` are the same.
+    A ValueError names layers that a backbone of ``num_layers`` does not have, or none at all.
     """
     bounds = (prefix_layers, num_layers) if isinstance(prefix_layers, int) else tuple(prefix_layers)
     whole = all(isinstance(bound, int) for bound in bounds)

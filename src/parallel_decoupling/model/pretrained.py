@@ -26,40 +26,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
+from parallel_decoupling.model import encoder as encoders
+from parallel_decoupling.model import identity
 from parallel_decoupling.model.adapters import AdapterConfig
 from parallel_decoupling.model.backbone import Backbone, load_backbone
-from parallel_decoupling.model.encoder import (
-    Encoder,
-    ParallelEncoder,
-    absolute_name,
-    build_encoder,
-    check_paths,
-)
+from parallel_decoupling.model.encoder import Encoder, ParallelEncoder
 from parallel_decoupling.model.families import FAMILIES, Family
-from parallel_decoupling.model.identity import (
-    PER_PATH,
-    backbone_fingerprint,
-    check_fingerprint,
-    load_trainable_state,
-    trainable_state,
-    weights_hash,
-)
 from parallel_decoupling.model.model_card import model_card
 from parallel_decoupling.model.open_clip import is_open_clip
 
 MODEL_TYPE = "parallel_decoupling"
-CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
-SCORES_FILE = "scores.json"
+CONFIG_FILE, WEIGHTS_FILE, SCORES_FILE = "config.json", "model.safetensors", "scores.json"
 PROCESSOR_DIR, BACKBONE_DIR = "processor", "backbone"
 LAST_CHECKPOINT = Path("checkpoints", "last.ckpt")
-CHECKPOINT_KEYS = (
-    "state_dict",
-    "pytorch-lightning_version",
-    "hyper_parameters",
-    "backbone",
-    "data",
-    "progress",
-)
+RUN_KEYS = ("state_dict", "pytorch-lightning_version", "hyper_parameters", "backbone", "data", "progress")
 """Keys that every checkpoint of a run has."""
 ABOUT = ("query_instruction", "candidate_instruction", "images", "run")
 """What is kept of an encoder beside itself: its instructions, image settings, and what trained it."""
@@ -86,16 +66,12 @@ def checkpoint_file(path: str | Path) -> Path:
 
 
 def read_checkpoint(file: str | Path) -> dict[str, Any]:
-    """Read the checkpoint of a run; weights stay in the file until they are used.
-
-    Raises:
-        ValueError: the file is something else, or damaged.
-    """
+    """Read the checkpoint of a run; weights stay in the file until they are used."""
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"{file} is not a checkpoint, or is damaged") from error
-    missing = [key for key in CHECKPOINT_KEYS if not isinstance(content, Mapping) or key not in content]
+    missing = [key for key in RUN_KEYS if not isinstance(content, Mapping) or key not in content]
     if missing:
         raise ValueError(f"{file} is not a checkpoint of a run, it lacks {', '.join(missing)}")
     return dict(content)
@@ -114,13 +90,10 @@ def scores_of(file: str | Path) -> dict[str, Any] | None:
 
 
 def load_encoder(path: str | Path) -> tuple[Encoder, dict[str, Any]]:
-    """Load a trained encoder, on the CPU and without Lightning.
-
-    Args:
-        path: an exported folder, the folder of a run (its last checkpoint), or a checkpoint.
+    """Load a trained encoder from an exported folder, a run's folder or a checkpoint, without Lightning.
 
     Returns:
-        The encoder in evaluation mode, and the plain values that ``ABOUT`` names.
+        The encoder on the CPU in evaluation mode, and the plain values that ``ABOUT`` names.
 
     Raises:
         ValueError: there is no model, a file is missing or changed, or the backbone is not the trained one.
@@ -144,18 +117,11 @@ def save_encoder(
 
     ``about`` are the values that ``ABOUT`` names. The encoder must not be sharded, and is left as it is. A
     base model that was trained itself is always written.
-
-    Raises:
-        ValueError: the folder holds a model, a path that does not exist, or weights that cannot be written.
-
-    Relations:
-        ``load_encoder`` gives the same embeddings bit for bit, column n those of ``paths[n]``; with
-        ``merge_adapters`` up to rounding.
     """
     folder = Path(folder)
     if (folder / CONFIG_FILE).exists():
         raise ValueError(f"{folder} already holds a model ({CONFIG_FILE}); name another folder or empty it")
-    chosen = check_paths(paths, encoder.num_paths)
+    chosen = encoders.check_paths(paths, encoder.num_paths)
     if len(set(chosen)) < len(chosen):
         raise ValueError(f"paths must name each path once, got {chosen}")
     merge = merge_adapters or (
@@ -171,8 +137,8 @@ def save_encoder(
     elif isinstance(encoder, ParallelEncoder):
         encoder.processor.save_pretrained(folder / PROCESSOR_DIR)
     state = {
-        name: (value[chosen] if name.startswith(PER_PATH) else value).contiguous()
-        for name, value in trainable_state(encoder).items()
+        name: (value[chosen] if name.startswith(identity.PER_PATH) else value).contiguous()
+        for name, value in identity.trainable_state(encoder).items()
         if not (merge and name.startswith("backbone."))
     }
     save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -180,12 +146,12 @@ def save_encoder(
     config = {
         "model_type": MODEL_TYPE,
         "settings": settings,
-        "backbone": backbone_fingerprint(written) | {"name": encoder.backbone.name},
+        "backbone": identity.backbone_fingerprint(written) | {"name": encoder.backbone.name},
         "backbone_included": included,
         "paths": chosen,
         "embed_dim": encoder.embed_dim,
         "aggregate_dim": encoder.embed_dim * joined,
-        "weights_sha256": weights_hash(state),
+        "weights_sha256": identity.weights_hash(state),
         **{name: about[name] for name in ABOUT},
     }
     module = "parallel_decoupling.sentence_transformers.PathEmbedding"
@@ -197,7 +163,7 @@ def save_encoder(
         "similarity_fn_name": "cosine",
     }
     _write_json(folder / "config_sentence_transformers.json", sentence_transformers)
-    (folder / CARD_FILE).write_text(model_card(config, scores), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(config, scores), encoding="utf-8")
     _write_json(folder / CONFIG_FILE, config)  # last: it makes the folder a model
 
 
@@ -208,8 +174,8 @@ def _load_checkpoint(path: str | Path) -> tuple[Encoder, dict[str, Any]]:
     encoder = _build({**settings, "revision": settings["backbone_revision"]})
     start = "encoder."
     state = {name.removeprefix(start): value for name, value in stored.items() if name.startswith(start)}
-    check_fingerprint(content["backbone"], backbone_fingerprint(encoder.backbone))
-    load_trainable_state(encoder, state)
+    identity.check_fingerprint(content["backbone"], identity.backbone_fingerprint(encoder.backbone))
+    identity.load_trainable_state(encoder, state)
     images = {name: content["data"].get(name) for name in ("image_size", "min_pixels", "max_pixels")}
     return encoder, {**settings, "images": images, "run": _run(content)}
 
@@ -244,10 +210,10 @@ def _load_folder(folder: Path) -> tuple[Encoder, dict[str, Any]]:
         state = load_file(file)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} cannot be read ({error}): copy the whole exported folder") from error
-    if weights_hash(state) != config["weights_sha256"]:
+    if identity.weights_hash(state) != config["weights_sha256"]:
         raise ValueError(f"{file} is not the file that was exported: its hash differs from {CONFIG_FILE}'s")
-    check_fingerprint(config["backbone"], backbone_fingerprint(encoder.backbone))
-    load_trainable_state(encoder, state)
+    identity.check_fingerprint(config["backbone"], identity.backbone_fingerprint(encoder.backbone))
+    identity.load_trainable_state(encoder, state)
     return encoder, config
 
 
@@ -262,14 +228,14 @@ def _build(settings: Mapping[str, Any]) -> Encoder:
         {name: given[name] for name in list(inspect.signature(function).parameters)[1:] if name in given}
         for function in (load_backbone, ParallelEncoder)
     )
-    return build_encoder(settings["backbone"], loading, paths)
+    return encoders.build_encoder(settings["backbone"], loading, paths)
 
 
 def _settings(encoder: Encoder, *, included: bool, merge: bool) -> dict[str, Any]:
     """Return what ``_build`` needs to build an encoder again, if it can be."""
     backbone = encoder.backbone
     settings = {
-        "backbone": absolute_name(backbone.name),
+        "backbone": encoders.absolute_name(backbone.name),
         "revision": backbone.revision,
         "dtype": str(backbone.dtype).removeprefix("torch."),
         "adapter": asdict(AdapterConfig(kind="frozen") if merge else backbone.adapter),
@@ -280,8 +246,9 @@ def _settings(encoder: Encoder, *, included: bool, merge: bool) -> dict[str, Any
             "an OpenCLIP model or a quantized backbone is not written but always referred to by its name: "
             "export without merge_adapters and include_backbone"
         )
-    if not isinstance(backbone, Backbone):
+    if not isinstance(encoder, ParallelEncoder):
         return settings
+    backbone = encoder.backbone
     if backbone.initial_adapter is not None and not merge:
         raise ValueError(
             f"the backbone continues the published adapter {backbone.initial_adapter!r}, whose settings "
@@ -295,10 +262,10 @@ def _settings(encoder: Encoder, *, included: bool, merge: bool) -> dict[str, Any
         "attention": "eager" if eager else "sdpa",  # which work on every machine
         "quantization": "4bit" if quantized else None,
         "family": None if listed else asdict(backbone.family),
-        **{
-            name: getattr(encoder, name)
-            for name in ("prefix_length", "prefix_layers", "prefix_type", "aggregation")
-        },
+        "prefix_length": encoder.prefix_length,
+        "prefix_layers": encoder.prefix_layers,
+        "prefix_type": encoder.prefix_type,
+        "aggregation": encoder.aggregation,
     }
 
 

@@ -260,9 +260,7 @@ class PDFEmbedder(LightningModule):
     def trainables(self) -> dict[str, list[nn.Parameter]]:
         """What the main optimizer steps, by parameter group; groups may be empty."""
         return {
-            "adapters": list(self.encoder.adapter_parameters()),
-            "prefixes": list(self.encoder.prefix_parameters()),
-            "aggregation": list(self.encoder.aggregation_parameters()),
+            **self.encoder.parameter_groups(),
             "temperature": [] if self.log_temperature is None else [self.log_temperature],
         }
 
