@@ -23,7 +23,7 @@ from parallel_decoupling.model.attention import (
     register_prefix_attention,
 )
 from parallel_decoupling.model.backbone import AdapterConfig, Backbone, load_backbone
-from parallel_decoupling.model.prefixes import DeepPrefixes
+from parallel_decoupling.model.prefixes import DeepPrefixes, init_random
 from tests.support.tiny import noise_image, tiny_inputs
 
 FROZEN = AdapterConfig(kind="frozen")
@@ -41,14 +41,9 @@ OTHER_SIZES = [
 def random_prefixes(
     backbone: Backbone, *, num_paths: int = 3, length: int = 5, num_layers: int = 2
 ) -> DeepPrefixes:
-    prefixes = DeepPrefixes(
-        num_paths=num_paths,
-        num_layers=num_layers,
-        num_key_value_heads=backbone.num_key_value_heads,
-        prefix_length=length,
-        head_dim=backbone.head_dim,
-    )
-    prefixes.init_random(torch.ones(num_layers, 2), torch.Generator().manual_seed(1))
+    heads, size = backbone.num_key_value_heads, backbone.head_dim
+    prefixes = DeepPrefixes((num_paths, num_layers, 2, heads, length, size))
+    init_random(prefixes.key_values, torch.ones(()), torch.Generator().manual_seed(1))
     return prefixes
 
 
@@ -188,17 +183,12 @@ def test_extended_mask_keeps_what_was_visible() -> None:
     assert additive[..., 2:].eq(-9).all()
 
 
-def test_mask_is_extended_once_per_forward(tiny_backbone_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import parallel_decoupling.model.attention as module
-
-    calls = []
-    monkeypatch.setattr(
-        module, "extend_mask", lambda *args, **kwargs: calls.append(1) or extend_mask(*args, **kwargs)
-    )
+def test_mask_is_extended_once_per_forward(tiny_backbone_dir: str) -> None:
     backbone = load_backbone(tiny_backbone_dir, adapter=FROZEN)
     inputs = tiny_inputs(backbone.processor, ROWS)
-    backbone(inputs.tokens, join(inputs), random_prefixes(backbone).states(range(3), 0, torch.float32))
-    assert len(calls) == 1
+    states = random_prefixes(backbone).states(range(3), 0, torch.float32)
+    backbone(inputs.tokens, join(inputs), states)
+    assert len([purpose for purpose, _ in states._memo if purpose.startswith("mask")]) == 1
 
 
 def packed_attention(

@@ -97,7 +97,7 @@ def test_loading_leaves_the_global_random_state_alone(tiny_backbone_dir: str) ->
 def test_unmatched_targets_raise(tiny_backbone_dir: str) -> None:
     with pytest.raises(ValueError, match="no linear layer"):
         load_backbone(tiny_backbone_dir, adapter=AdapterConfig(targets=("qkv",)))
-    with pytest.raises(ValueError, match="called 'k_porj'; there are .*k_proj"):
+    with pytest.raises(ValueError, match="called .*'k_porj'.*; there are .*k_proj"):
         load_backbone(tiny_backbone_dir, adapter=AdapterConfig(targets=("q_proj", "k_porj")))
     every_family = AdapterConfig(targets=("q_proj", "qkv_proj", "out_proj"))  # as in VLM2Vec's list
     assert len(load_backbone(tiny_backbone_dir, adapter=every_family).adapted_modules) == 2
@@ -130,14 +130,15 @@ def test_building_asks_no_gpu_for_its_state(tiny_backbone_dir: str, monkeypatch:
 def test_missing_folder_raises(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         load_backbone(str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="no config.json"):
+    with pytest.raises(ValueError, match="no config that can be read.*config.json"):
         load_backbone(str(tmp_path))
 
 
-def test_unknown_family_raises(tiny_backbone_dir: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "novel_vl"}))
-    with pytest.raises(ValueError, match="novel_vl.*qwen2_vl"):
-        load_backbone(str(tmp_path))
+def test_unknown_family_raises(tmp_path: Path) -> None:
+    for model_type, message in (("paligemma", "paligemma.*qwen2_vl"), ("novel_vl", "novel_vl")):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+        with pytest.raises(ValueError, match=message):
+            load_backbone(str(tmp_path))
 
 
 @pytest.mark.parametrize("change", ["missing", "unexpected"])
@@ -168,36 +169,19 @@ def test_tiny_names_the_shipped_folder(tiny_backbone_dir: str, monkeypatch: pyte
     assert load_backbone("tiny").hidden_size == 32
 
 
-@pytest.fixture
-def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """Names of the optional packages that seem to be there."""
-    names: set[str] = set()
-    monkeypatch.setattr(backbones, "find_spec", lambda name: name if name in names else None)
-    return names
-
-
 @pytest.mark.parametrize(
-    ("options", "packages", "message"),
+    ("options", "message"),
     [
-        ({"attention": "flash_attention_2", "dtype": "bfloat16"}, (), "flash-attn"),
-        ({"attention": "flash_attention_2"}, ("flash_attn",), "dtype='bfloat16'"),
-        ({"quantization": "4bit"}, (), r"parallel-decoupling\[quantized\]"),
-        ({"dtype": "bf16"}, (), "dtype must be one of float32, bfloat16, float16, got 'bf16'"),
-        ({"quantization": "8bit"}, (), "'4bit' or None"),
-        (
-            {"quantization": "4bit", "adapter": AdapterConfig(kind="full")},
-            ("bitsandbytes",),
-            "lora, dora or frozen",
-        ),
+        ({"attention": "flash_attention_2", "dtype": "bfloat16"}, "FlashAttention2 .*installed"),
+        ({"quantization": "4bit"}, "bitsandbytes"),
+        ({"dtype": "bf16"}, "dtype must be one of float32, bfloat16, float16, got 'bf16'"),
+        ({"quantization": "8bit"}, "'4bit' or None"),
+        ({"quantization": "4bit", "adapter": AdapterConfig(kind="full")}, "lora, dora or frozen"),
     ],
 )
-def test_impossible_options_raise_in_one_line(
-    tiny_backbone_dir: str, installed: set[str], options: dict[str, Any], packages: Any, message: str
-) -> None:
-    installed.update(packages)
-    with pytest.raises(ValueError, match=message) as error:
+def test_impossible_options_raise(tiny_backbone_dir: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         load_backbone(tiny_backbone_dir, **options)
-    assert "\n" not in str(error.value)
 
 
 def test_quantized_weights_are_asked_for_in_four_bits_and_the_runs_dtype() -> None:

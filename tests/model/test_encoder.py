@@ -14,7 +14,6 @@ from transformers import AttentionInterface, AutoModel, PreTrainedModel
 from transformers.integrations.flash_attention import flash_attention_forward
 
 from parallel_decoupling.batch import EncoderInputs
-from parallel_decoupling.model import backbone as backbones
 from parallel_decoupling.model.attention import register_prefix_attention
 from parallel_decoupling.model.backbone import AdapterConfig, load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder, last_token, nested_dims, truncate
@@ -136,7 +135,6 @@ def no_kernel_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     kernels = (kernel, kernel, None, flash_utils._pad_input, flash_utils._unpad_input)
     monkeypatch.setattr(flash_utils, "lazy_import_flash_attention", lambda _: (kernels, (options, options)))
     monkeypatch.setattr(flex_integration, "compile_friendly_flex_attention", kernel)
-    monkeypatch.setattr(backbones, "find_spec", lambda package: package)
     monkeypatch.setattr(PreTrainedModel, "_check_and_adjust_attn_implementation", lambda _, name, **__: name)
     yield
     AttentionInterface.register("flash_attention_2", flash_attention_forward)

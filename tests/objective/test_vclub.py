@@ -120,10 +120,7 @@ def test_value_and_gradients_equal_the_loop(name: str) -> None:
 def test_standardise_equals_the_loop() -> None:
     paths = 3 * random(6, 2, 3, seed=1) + 2
     assert_same_value_and_gradients(
-        lambda value: standardise(value[0])[None],
-        references.standardise_loop,
-        [paths[None]],
-        1,
+        lambda value: standardise(value[0])[None], references.standardise_loop, [paths[None]], 1
     )
 
 

@@ -158,7 +158,10 @@ def _copy_weights(model: Any, source: str, config: Any) -> None:
         ignore_mismatched_sizes=True,  # they are reported below
     )
     if info.missing_keys or info.unexpected_keys or info.mismatched_keys:
-        raise ValueError(f"initial adapter {source!r} does not fit this backbone: {info}")
+        raise ValueError(
+            f"initial adapter {source!r} does not fit this backbone: missing {info.missing_keys}, "
+            f"unexpected {info.unexpected_keys}, wrong shape {info.mismatched_keys}"
+        )
 
 
 def target_modules(base: nn.Module, family: Family, adapter: AdapterConfig) -> tuple[str, ...]:

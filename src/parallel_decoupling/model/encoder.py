@@ -235,6 +235,6 @@ def _concatenate(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         tensors = [row[key] for row in rows if key in row]
         sizes = [max(each) for each in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
         joined[key] = tensors[0].new_zeros(sum(map(len, tensors)), *sizes)
-        for part, tensor in zip(joined[key].split([len(each) for each in tensors]), tensors, strict=True):
+        for part, tensor in zip(torch.split(joined[key], list(map(len, tensors))), tensors, strict=True):
             part[(slice(None), *map(slice, tensor.shape[1:]))] = tensor
     return joined
