@@ -19,7 +19,6 @@ from parallel_decoupling.batch import EncoderInputs
 from parallel_decoupling.model.attention import (
     extend_block_mask,
     extend_mask,
-    prepend,
     register_prefix_attention,
 )
 from parallel_decoupling.model.backbone import AdapterConfig, Backbone, load_backbone
@@ -94,62 +93,6 @@ def test_prefix_equals_filled_cache_also_on_second_batch(
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_unpadded_batch_has_no_mask_and_still_sees_every_token(tiny_backbone_dir: str) -> None:
-    # SDPA's causal flag with more keys than queries would drop the last P real keys.
-    backbone = load_backbone(tiny_backbone_dir, adapter=FROZEN)
-    stock = AutoModel.from_pretrained(tiny_backbone_dir, attn_implementation="sdpa")
-    prefixes = random_prefixes(backbone, num_paths=1)
-    inputs = tiny_inputs(backbone.processor, [("read the word and count", [])])
-    hidden = backbone(inputs.tokens, {}, prefixes.states([0], 0, torch.float32))
-    expected = forward_with_cache(stock, inputs, prefixes.key_values[0])
-    torch.testing.assert_close(hidden, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_only_the_language_model_gets_prefix_attention(tiny_backbone_dir: str) -> None:
-    config: Any = load_backbone(tiny_backbone_dir, adapter=FROZEN).config
-    assert config.text_config._attn_implementation == "prefix_sdpa"
-    assert config.vision_config._attn_implementation == "sdpa"
-
-
-@pytest.mark.parametrize("first_layer", [0, 1])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_gradients_equal_with_and_without_checkpointing(
-    tiny_backbone_dir: str, attention: str, first_layer: int
-) -> None:
-    gradients = []
-    for gradient_checkpointing in (False, True):
-        backbone = load_backbone(
-            tiny_backbone_dir,
-            attention=attention,
-            adapter=AdapterConfig(kind="full"),
-            gradient_checkpointing=gradient_checkpointing,
-        )
-        calls = count_calls(backbone.language_model.get_submodule("layers.1.mlp"))
-        prefixes = random_prefixes(backbone, num_layers=2 - first_layer)
-        inputs = tiny_inputs(backbone.processor, ROWS)
-        hidden = backbone(inputs.tokens, join(inputs), prefixes.states(range(3), first_layer, torch.float32))
-        weight = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
-        (hidden * weight).sum().backward()
-        assert len(calls) == 1 + gradient_checkpointing
-        parameters = [prefixes.key_values, *backbone.parameters()]
-        gradients.append([parameter.grad for parameter in parameters])
-    assert gradients[0][0].abs().sum() > 0
-    for plain, checkpointed in zip(*gradients, strict=True):
-        torch.testing.assert_close(plain, checkpointed, rtol=0, atol=0)
-
-
-def count_calls(module: torch.nn.Module) -> list[int]:
-    calls: list[int] = []
-    original = module.forward
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        return original(*args, **kwargs)
-
-    module.forward = counted  # type: ignore[method-assign]
-    return calls
-
-
 def test_prefix_gradient_equals_that_of_the_filled_cache(tiny_backbone_dir: str) -> None:
     backbone = load_backbone(tiny_backbone_dir, adapter=FROZEN)
     stock = AutoModel.from_pretrained(tiny_backbone_dir, attn_implementation="sdpa")
@@ -163,15 +106,6 @@ def test_prefix_gradient_equals_that_of_the_filled_cache(tiny_backbone_dir: str)
         key_values = prefixes.key_values[path].detach().requires_grad_()
         (forward_with_cache(stock, inputs, key_values) * weight[path]).sum().backward()
         torch.testing.assert_close(prefixes.key_values.grad[path], key_values.grad, rtol=1e-4, atol=1e-4)
-
-
-def test_prepend_gives_each_row_the_prefix_of_its_path() -> None:
-    prefix, states = torch.randn(3, 2, 4, 5), torch.randn(3 * 2, 2, 7, 5)
-    actual = prepend(prefix, states)
-    for row in range(6):
-        torch.testing.assert_close(
-            actual[row], torch.cat((prefix[row // 2], states[row]), dim=1), rtol=0, atol=0
-        )
 
 
 def test_extended_mask_keeps_what_was_visible() -> None:

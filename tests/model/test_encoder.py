@@ -16,7 +16,7 @@ from transformers.integrations.flash_attention import flash_attention_forward
 from parallel_decoupling.batch import EncoderInputs
 from parallel_decoupling.model.attention import register_prefix_attention
 from parallel_decoupling.model.backbone import AdapterConfig, load_backbone
-from parallel_decoupling.model.encoder import ParallelEncoder, last_token, nested_dims, truncate
+from parallel_decoupling.model.encoder import ParallelEncoder, nested_dims, truncate
 from parallel_decoupling.model.prefixes import META_PROMPTS
 from tests.model.test_attention import FROZEN, OTHER_SIZES, ROWS
 from tests.support.tiny import save_tiny_backbone, tiny_inputs
@@ -68,12 +68,6 @@ def test_shared_lower_layers_equal_separate_forwards(
         for path in range(3):
             # slow: the path alone, so nothing is shared or repeated
             torch.testing.assert_close(encoder(inputs, [path])[:, 0], together[:, path], rtol=1e-5, atol=1e-5)
-
-
-def test_last_token_is_the_last_real_one() -> None:
-    states = torch.arange(12.0).view(3, 4, 1)
-    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]])
-    assert last_token(states, mask).flatten().tolist() == [3, 5, 11]
 
 
 def test_pooled_state_is_after_the_final_norm(tiny_backbone_dir: str) -> None:
@@ -157,21 +151,6 @@ def test_prefixes_start_on_the_cpu_without_the_gpu_kernel(
     assert encoder.backbone.language_model.config._attn_implementation == wanted
     with pytest.raises(RuntimeError, match="no kernel on cpu"):
         encoder(rows_of(encoder, ROWS[1:2]))
-
-
-def test_attention_is_put_back_when_reading_states_fails(
-    tiny_backbone_dir: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    backbone = load_backbone(tiny_backbone_dir, attention="eager")
-
-    def fail(_: Tensor) -> NoReturn:
-        assert backbone.language_model.config._attn_implementation == "prefix_sdpa"
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(backbone, "prompt_states", fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        backbone.text_states("read the word")
-    assert backbone.language_model.config._attn_implementation == "prefix_eager"
 
 
 def test_seed_decides_random_prefixes_and_adapters(tiny_backbone_dir: str) -> None:
