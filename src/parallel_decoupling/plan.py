@@ -19,10 +19,10 @@ from torch import nn
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.images import ImagePolicy
-from parallel_decoupling.model.backbone import Backbone, meta_backbone
+from parallel_decoupling.model.backbone import Backbone, load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.model.open_clip import is_open_clip
-from parallel_decoupling.objective.mutual_information import MutualInformation
+from parallel_decoupling.objective.vclub import MutualInformation
 from parallel_decoupling.training import compute
 from parallel_decoupling.training.settings import check_trained_dtype, read_settings
 from parallel_decoupling.training.strategies import sharded_blocks
@@ -147,7 +147,9 @@ class Plan:
         if self.queries % self.processes:
             raise ValueError(f"batch_size={self.queries} must be a multiple of {self.processes} processes.")
         options = {name: self.model[name] for name in ("dtype", "adapter", "initial_adapter", "family")}
-        self.backbone = meta_backbone(model["backbone"], revision=model["backbone_revision"], **options)
+        self.backbone = load_backbone(
+            model["backbone"], revision=model["backbone_revision"], **options, meta=True
+        )
         names = ("num_paths", "prefix_length", "prefix_layers", "prefix_type", "aggregation")
         options = {name: self.model[name] for name in names}
         self.encoder = ParallelEncoder(self.backbone, prefix_init="random", **options)

@@ -291,7 +291,7 @@ def test_other_weights_or_pictures_are_encoded_again(tiny_backbone_dir: str, tmp
     picture.write_bytes(content)
     assert run(module, data_dir, tmp_path, kept, image_size="low") == 16
     with torch.no_grad():
-        next(module.encoder.prefix_parameters()).view(-1)[0] += 1e-6
+        module.encoder.parameter_groups()["prefixes"][0].view(-1)[0] += 1e-6
     assert run(module, data_dir, tmp_path, kept, image_size="low") == 16
 
 

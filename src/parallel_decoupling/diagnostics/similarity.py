@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from parallel_decoupling.objective.mutual_information import path_pairs
 from parallel_decoupling.objective.statistics import effective_rank, path_cosine
+from parallel_decoupling.objective.vclub import path_pairs
 
 SUBSPACE_DIM = 10
 """Directions per path whose angles are compared ("ours"); fewer when there are fewer inputs or dimensions."""
