@@ -1,28 +1,23 @@
 """From raw rows to tensors: tokenisation, padding, target identity.
 
-The processor is passed in, so nothing here knows a backbone. No chat template, system prompt or end token
-is added, as in VLM2Vec. Rows are read in ``readers`` and chosen in ``mixture``, texts are written in
-``prompts``, pictures are decoded and resized in ``images``.
+No chat template, system prompt or end token is added, as in VLM2Vec.
 """
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from hashlib import blake2b
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from parallel_decoupling.batch import (
-    IMAGE_PLACEHOLDER,
-    PADDING_ID,
-    EncoderInputs,
-    PairBatch,
-    RawInput,
-    RawPair,
-)
+from parallel_decoupling.batch import IMAGE_PLACEHOLDER as PLACEHOLDER
+from parallel_decoupling.batch import PADDING_ID, EncoderInputs, PairBatch, RawInput, RawPair
 from parallel_decoupling.data.images import ImageError, ImagePolicy, load_image
 
 PADDING = RawInput("-")
@@ -48,7 +43,11 @@ class Collator:
     def __init__(self, processor: Any, *, image_token: str, images: ImagePolicy | None = None) -> None:
         self.processor = processor
         self.image_token = image_token
-        self.images = (images or ImagePolicy()).for_processor(processor)
+        image_processor = getattr(processor, "image_processor", None)
+        patch, merge = (getattr(image_processor, name, None) for name in ("patch_size", "merge_size"))
+        self.images = images or ImagePolicy()
+        if isinstance(patch, int) and isinstance(merge, int):
+            self.images = replace(self.images, factor=patch * merge)
         self._splits = True  # until the processor's image tensors are seen not to split by row
 
     def __call__(self, pairs: Sequence[RawPair]) -> PairBatch:
@@ -65,7 +64,6 @@ class Collator:
             candidate=self.encode_inputs([each or PADDING for each in candidates], places + negatives),
             candidate_ids=torch.tensor([identity(each) if each else PADDING_ID for each in candidates]),
             subsets=tuple(pair.subset for pair in pairs),
-            skipped=tuple(reason for pair in pairs for reason in pair.skipped),
         )
 
     def encode_inputs(self, inputs: Sequence[RawInput], places: Sequence[str] | None = None) -> EncoderInputs:
@@ -86,12 +84,10 @@ class Collator:
         images = [self._images(row, where) for row, where in zip(inputs, at, strict=True)]
         try:
             together = self._process(texts, images)
-        except ValueError:
+        except ValueError:  # one by one, to find out which row it is
             together = None
-        if together is not None:
-            return together
         rows = zip(inputs, texts, images, at, strict=True)
-        return self._join([self._process_alone(*row) for row in rows])
+        return together or self._join([self._process_alone(*row) for row in rows])
 
     def _images(self, row: RawInput, where: str) -> list[Image.Image]:
         try:
@@ -100,25 +96,22 @@ class Collator:
             raise ImageError(f"{where}{error}") from error
 
     def _text(self, row: RawInput, where: str) -> str:
-        count = row.text.count(IMAGE_PLACEHOLDER)
+        count, shown = row.text.count(PLACEHOLDER), reprlib.repr(row.text)
         if count != len(row.images):
-            raise ValueError(
-                f"{where}{len(row.images)} images but {count} {IMAGE_PLACEHOLDER} in {_quote(row.text)}."
-            )
-        if self.image_token != IMAGE_PLACEHOLDER and self.image_token in row.text:
-            raise ValueError(
-                f"{where}The text {_quote(row.text)} holds {self.image_token!r}, the backbone's own image "
-                f"token. Mark images with {IMAGE_PLACEHOLDER}."
-            )
-        return row.text.replace(IMAGE_PLACEHOLDER, self.image_token)
+            raise ValueError(f"{where}{len(row.images)} images but {count} {PLACEHOLDER} in {shown}.")
+        if self.image_token != PLACEHOLDER and self.image_token in row.text:
+            found = f"{where}The text {shown} holds {self.image_token!r}, the backbone's own image token"
+            raise ValueError(f"{found}. Mark images with {PLACEHOLDER}.")
+        return row.text.replace(PLACEHOLDER, self.image_token)
 
     def _process(self, texts: list[str], images: list[list[Image.Image]]) -> EncoderInputs | None:
-        """All rows in one call, or None if the image tensors cannot be told apart by row."""
+        """Process all rows in one call; return None if the image tensors cannot be told apart by row."""
         if any(images) and not self._splits:
             return None
         nested = images if any(images) else None  # by row: a family may treat several images of a row apart
-        data = self.processor(text=texts, images=nested, padding=True, return_tensors="pt")
-        tokens, pixels = self._separate(data)
+        tokens, pixels = self._separate(
+            self.processor(text=texts, images=nested, padding=True, return_tensors="pt")
+        )
         vision = _split(pixels, [len(row) for row in images])
         self._splits = vision is not None
         return None if vision is None else EncoderInputs(tokens, vision)
@@ -129,14 +122,13 @@ class Collator:
         try:
             data = self.processor(text=[text], images=[images] if images else None, return_tensors="pt")
         except ValueError as error:
-            raise ValueError(
-                f"{where}The processor refuses {_quote(row.text)} with images {row.images}: {error}"
-            ) from error
+            shown = f"{reprlib.repr(row.text)} with images {row.images}"
+            raise ValueError(f"{where}The processor refuses {shown}: {error}") from error
         tokens, pixels = self._separate(data)
         return EncoderInputs(tokens, (pixels,))
 
     def _separate(self, data: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What has one entry per token, and the image tensors (whose shape may be the same by chance)."""
+        """Separate what has one entry per token from image tensors, whose shape may be the same by chance."""
         images = getattr(getattr(self.processor, "image_processor", None), "model_input_names", ())
         shape = data["input_ids"].shape
         tokens = {key: value for key, value in data.items() if value.shape == shape and key not in images}
@@ -145,21 +137,16 @@ class Collator:
     def _join(self, rows: list[EncoderInputs]) -> EncoderInputs:
         """Pad rows that were processed alone; a key that a row lacks is zero there."""
         tokenizer = self.processor.tokenizer
-        length = max(row.tokens["input_ids"].shape[1] for row in rows)
-        keys = dict.fromkeys(key for row in rows for key in row.tokens)
         tokens: dict[str, Tensor] = {}
-        for key in keys:
+        for key in dict.fromkeys(key for row in rows for key in row.tokens):
+            values = [row.tokens.get(key, torch.zeros_like(row.tokens["input_ids"]))[0] for row in rows]
             fill = tokenizer.pad_token_id if key == "input_ids" else 0
-            tokens[key] = torch.full((len(rows), length), fill, dtype=torch.int64)
-            for number, row in enumerate(rows):
-                width = row.tokens["input_ids"].shape[1]
-                place = slice(length - width, length) if tokenizer.padding_side == "left" else slice(width)
-                tokens[key][number, place] = row.tokens[key][0] if key in row.tokens else 0
+            tokens[key] = pad_sequence(values, True, fill, tokenizer.padding_side)
         return EncoderInputs(tokens, tuple(row.vision[0] for row in rows))
 
 
 def _split(pixels: Mapping[str, Tensor], counts: list[int]) -> tuple[Mapping[str, Tensor], ...] | None:
-    """Image tensors by row: those of one entry per image, and those of one entry per patch.
+    """Split image tensors by row: those of one entry per image, and those of one entry per patch.
 
     Patches are counted by ``image_grid_thw`` (time, height, width per image). None if some tensor
     is neither, or could as well have one entry per row.
@@ -187,10 +174,7 @@ def _split(pixels: Mapping[str, Tensor], counts: list[int]) -> tuple[Mapping[str
 
 
 def identity(row: RawInput) -> int:
-    """A 64-bit signed number that is equal for equal targets: same text, same image files.
-
-    PIL images count by mode, size and pixels.
-    """
+    """Return a 64-bit signed number that is equal for equal targets: same text, same files or same pixels."""
     digest = blake2b(row.text.encode(), digest_size=8)
     for image in row.images:
         digest.update(b"\0")
@@ -199,7 +183,3 @@ def identity(row: RawInput) -> int:
         else:
             digest.update(f"{image.mode} {image.size} ".encode() + image.tobytes())
     return int.from_bytes(digest.digest(), "big", signed=True)
-
-
-def _quote(text: str) -> str:
-    return repr(text if len(text) <= 80 else f"{text[:77]}...")

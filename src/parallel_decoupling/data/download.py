@@ -1,7 +1,6 @@
 """MMEB from the Hugging Face hub into a data folder, in the layout that ``readers`` reads.
 
-Nothing is fetched for a subset or task that is there already. The hub's client resumes a broken download;
-pictures are unpacked next to their place and moved there whole, so no half-filled folder is left behind.
+Nothing is fetched for a subset or task that is there already.
 """
 
 from __future__ import annotations
@@ -13,23 +12,9 @@ from tempfile import TemporaryDirectory
 
 from tqdm import tqdm
 
-from parallel_decoupling.data.tasks import (
-    MMEB_TASKS,
-    MMEB_TRAIN_SUBSETS,
-    check_names,
-    find_eval_tasks,
-    find_train_subsets,
-)
-
 TRAIN_REPO, EVAL_REPO = "TIGER-Lab/MMEB-train", "TIGER-Lab/MMEB-eval"
 GHOSTS = ("._", "__MACOSX", ".DS_Store")
 """Beginnings of the names that macOS adds to archives."""
-
-
-def check_known(data_dir: Path, split: str, subsets: Sequence[str], tasks: Sequence[str]) -> None:
-    """Raise ``ValueError`` for a name that neither MMEB nor ``data_dir`` has, before anything is fetched."""
-    check_names(subsets, [*MMEB_TRAIN_SUBSETS, *find_train_subsets(data_dir, split)], "training subset")
-    check_names(tasks, [*MMEB_TASKS, *find_eval_tasks(data_dir)], "evaluation task")
 
 
 def download_train(data_dir: Path, subsets: Sequence[str], split: str) -> None:
@@ -41,10 +26,9 @@ def download_train(data_dir: Path, subsets: Sequence[str], split: str) -> None:
     root = data_dir / "MMEB-train"
     tables = [name for name in subsets if not any((root / name).glob(f"{split}-*.parquet"))]
     places = {name: (root / "images" / name, root / name / "Train") for name in subsets}
-    pictures = [name for name in subsets if not any(folder.is_dir() for folder in places[name])]
-    archives = [f"images_zip/{name}.zip" for name in pictures]
-    _fetch(TRAIN_REPO, root, [*(f"{name}/{split}-*.parquet" for name in tables), *archives])
-    for name, archive in zip(pictures, archives, strict=True):
+    archives = {name: f"images_zip/{name}.zip" for name in subsets if not any(map(Path.is_dir, places[name]))}
+    _fetch(TRAIN_REPO, root, [*(f"{name}/{split}-*.parquet" for name in tables), *archives.values()])
+    for name, archive in archives.items():
         unpack(root / archive, root / "images", [name], inside=name)
 
 
@@ -68,11 +52,10 @@ def download_eval(data_dir: Path, tasks: Sequence[str]) -> None:
 
 
 def _fetch(repo: str, root: Path, patterns: list[str]) -> None:
-    if not patterns:
-        return
     from huggingface_hub import snapshot_download
 
-    snapshot_download(repo, repo_type="dataset", local_dir=root, allow_patterns=patterns)
+    if patterns:
+        snapshot_download(repo, repo_type="dataset", local_dir=root, allow_patterns=patterns)
     for pattern in patterns:
         if not any(root.glob(pattern)):
             raise ValueError(f"{repo} has no {pattern}. Check the names of subsets and tasks.")
@@ -81,9 +64,9 @@ def _fetch(repo: str, root: Path, patterns: list[str]) -> None:
 def unpack(archive_file: Path, target_dir: Path, folders: Collection[str], inside: str | None = None) -> None:
     """Unpack top-level folders of a zip archive; each appears whole in ``target_dir`` or not at all.
 
-    Files that macOS adds and a leading ``images/`` are ignored, an archive without the folder ``inside``
-    holds its contents, and ``zipfile`` writes nothing outside. Several processes may unpack the same archive:
-    the first to finish moves the folder to its place, where it stays as it is.
+    A leading ``images/`` is ignored, an archive without the folder ``inside`` holds its contents, and
+    ``zipfile`` writes nothing outside. Several processes may unpack the same archive: the first to finish
+    moves the folder to its place, where it stays as it is.
 
     Raises:
         ValueError: the archive is broken or lacks a folder.
@@ -96,19 +79,18 @@ def unpack(archive_file: Path, target_dir: Path, folders: Collection[str], insid
                     parts = PurePosixPath(member.filename.removeprefix("images/")).parts
                     if inside is not None and parts[:1] != (inside,):
                         parts = (inside, *parts)
-                    if member.is_dir() or any(part.startswith(GHOSTS) for part in parts):
-                        continue
-                    if len(parts) > 1 and parts[0] in folders:
+                    ghost = member.is_dir() or any(part.startswith(GHOSTS) for part in parts)
+                    if not ghost and len(parts) > 1 and parts[0] in folders:
                         member.filename = "/".join(parts)
                         archive.extract(member, work_dir)
         except zipfile.BadZipFile as error:
             raise ValueError(f"{archive_file}: {error}. Delete the file to fetch it again.") from error
-        lacking = [name for name in folders if not (Path(work_dir) / name).is_dir()]
-        if lacking:
-            raise ValueError(f"{archive_file} has no pictures of {', '.join(lacking)}.")
         for name in folders:
+            place, target = Path(work_dir) / name, target_dir / name
+            if not place.is_dir():
+                raise ValueError(f"{archive_file} has no pictures of {name}.")
             try:
-                (Path(work_dir) / name).rename(target_dir / name)
+                place.rename(target)
             except OSError:
-                if not (target_dir / name).is_dir():
+                if not target.is_dir():
                     raise

@@ -1,4 +1,4 @@
-"""The training mixture: which rows make up which batch.
+"""The training mixture: which rows make up which batch, and a loader that starts at any of them.
 
 A batch is a pure function of (seed, step). World size, data-loader workers and prefetching have no part
 in it: every process computes the same GLOBAL batch and takes its own slice, so a step number is enough to
@@ -7,12 +7,13 @@ resume.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 import numpy as np
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 
+Batch = TypeVar("Batch")
 Policy: TypeAlias = Literal["mixed", "homogeneous", "sub_batch"]
 _Array: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
 
@@ -23,29 +24,24 @@ _ORDER, _ROWS, _REPAIR = 0, 1, 2
 class MixtureSampler(Sampler[list[tuple[int, int]]]):
     """Batches of ``(subset, row)`` from several subsets, as a pure function of (seed, step).
 
-    In an epoch subset s is drawn c_s times: all its rows, or its share by weight of the rows of all
-    subsets. Draws come in groups of g rows of one subset (g = 1 mixed, ``sub_batch_size``
-    sub_batch, ``batch_size`` homogeneous), so c_s is a multiple of g and at least g. The groups of
-    all subsets are shuffled by (seed, epoch) and cut into batches; an incomplete last batch is
-    dropped. Draw k of subset s, counted over all epochs, is
-    ``permutation(seed, s, k // n_s)[k mod n_s]``: a subset is used up before any row comes again.
-    Where two permutations meet inside one batch, a row that they share is replaced by another row of
+    In an epoch subset s is drawn c_s times: all its rows, or its share by weight of the rows of all subsets.
+    Draws come in groups of g rows of one subset (g = 1 mixed, ``sub_batch_size`` sub_batch, ``batch_size``
+    homogeneous), so c_s is a multiple of g and at least g. The groups of all subsets are shuffled by
+    (seed, epoch) and cut into batches; an incomplete last batch is dropped. Draw k of subset s, counted over
+    all epochs, is ``permutation(seed, s, k // n_s)[k mod n_s]``: a subset is used up before any row comes
+    again. Where two permutations meet inside one batch, a row that they share is replaced by another row of
     the subset, so a batch repeats a row only if it draws more rows than the subset has.
 
     Args:
         sizes: rows n_s per subset, each >= 1.
-        batch_size: GLOBAL batch, over all processes.
+        batch_size: GLOBAL batch, over all processes; a multiple of ``world_size``.
         weights: share of the epoch per SUBSET (not per row), each > 0; None is by size.
-        policy: ``mixed`` (any rows), ``homogeneous`` (one subset per batch) or ``sub_batch`` (blocks
-            of ``sub_batch_size`` rows of one subset).
+        policy: see ``MMEBDataModule``.
         sub_batch_size: block size of ``sub_batch``; divides ``batch_size``.
         seed: >= 0.
         start_step: first step of the first iteration.
         rank: this process.
-        world_size: number of processes; divides ``batch_size``.
-
-    Raises:
-        ValueError: sizes, weights or divisions that do not work out.
+        world_size: number of processes.
 
     Relations:
         ``sub_batch`` with ``sub_batch_size=1`` equals ``mixed``, with ``batch_size`` equals
@@ -147,17 +143,16 @@ def _without(before: _Array, after: _Array, size: int, rng: np.random.Generator)
 
 
 def _group_size(policy: Policy, batch_size: int, sub_batch_size: int | None) -> int:
-    if policy == "sub_batch":
-        if not sub_batch_size or sub_batch_size < 1 or batch_size % sub_batch_size:
-            raise ValueError(
-                f"policy sub_batch needs a sub_batch_size that divides {batch_size=}, got {sub_batch_size}."
-            )
-        return sub_batch_size
-    if sub_batch_size is not None:
+    if policy != "sub_batch" and sub_batch_size is not None:
         raise ValueError(f"sub_batch_size={sub_batch_size} has no meaning for policy {policy!r}.")
-    if policy not in ("mixed", "homogeneous"):
+    sizes = {"mixed": 1, "homogeneous": batch_size, "sub_batch": sub_batch_size}
+    if policy not in sizes:
         raise ValueError(f"unknown policy {policy!r}; use mixed, homogeneous or sub_batch.")
-    return 1 if policy == "mixed" else batch_size
+    size = sizes[policy]
+    if not size or size < 1 or batch_size % size:
+        rule = f"a sub_batch_size that divides {batch_size=}"
+        raise ValueError(f"policy sub_batch needs {rule}, got {sub_batch_size}.")
+    return size
 
 
 def _groups_per_epoch(sizes: list[int], group_size: int, weights: Sequence[float] | None) -> list[int]:
@@ -168,3 +163,39 @@ def _groups_per_epoch(sizes: list[int], group_size: int, weights: Sequence[float
         raise ValueError(f"weights must be {rule}, got {list(weights)}.")
     total = sum(sizes) / group_size / sum(weights)
     return [max(1, round(total * weight)) for weight in weights]
+
+
+class Batches(Generic[Batch]):
+    """A loader's batches, started anew by each iteration at the step that ``position`` says.
+
+    Iterating is lazy: workers start with the first batch, so an iterator that is made and dropped (Lightning
+    does so when it resumes at the end of an epoch) takes nothing from the sampler.
+
+    Args:
+        loader: the data loader.
+        sampler: its sampler, if the start can move.
+        position: number of batches consumed so far; None lets the sampler count its own epochs.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        sampler: MixtureSampler | None = None,
+        position: Callable[[], int] | None = None,
+    ) -> None:
+        self.loader, self.batch_sampler, self.position = loader, sampler, position
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.batch_sampler is not None and self.position is not None:
+            self.batch_sampler.start_step = self.position()
+        yield from self.loader
+
+    def state_dict(self) -> dict[str, int]:
+        """Return nothing: the trainer's progress is the position. Tells Lightning that this resumes."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Restore nothing."""
