@@ -16,7 +16,7 @@ from parallel_decoupling import distributed
 from parallel_decoupling.batch import PADDING_ID, PairBatch
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.data.images import ImagePolicy
-from parallel_decoupling.data.loaders import TrainRows
+from parallel_decoupling.data.readers import TrainRows
 from parallel_decoupling.data.tables import default_cache_dir
 from parallel_decoupling.evaluation.encode import RowBatch
 from tests.data.mmeb_files import eval_row, train_row, write_eval, write_train
@@ -255,7 +255,7 @@ def test_only_validate_needs_validation_tasks(data_dir: Path, tmp_path: Path) ->
     data, toy = module(data_dir, None), Toy()
     trainer(tmp_path, max_epochs=1, enable_checkpointing=False).fit(toy, datamodule=data)
     assert toy.tested == []
-    with pytest.raises(ValueError, match=r"Nothing to validate.*--data\.validation_tasks"):
+    with pytest.raises(ValueError, match=r"Nothing to evaluate.*--data\.validation_tasks"):
         trainer(tmp_path).validate(toy, datamodule=data, verbose=False)
     data = module(data_dir, None, validation_tasks=["GQA"])
     trainer(tmp_path).validate(toy, datamodule=data, verbose=False)
@@ -317,7 +317,7 @@ def test_preparing_makes_the_mapped_tables_of_the_stage(data_dir: Path, tmp_path
         ("fit", {"train_subsets": ["a"]}, "Unknown training subset 'a'.*Found: A, B"),
         ("fit", {"weights": {"C": 1.0}}, "Unknown subset in weights 'C'.*Found: A, B"),
         ("fit", {"split": "diverse_instruction"}, "No training subset .*diverse_instruction"),
-        ("fit", {"train_subsets": []}, "data.train_subsets is empty"),
+        ("fit", {"train_subsets": []}, "No training subset .*train_subsets"),
         ("test", {"eval_tasks": []}, "data.eval_tasks is empty"),
         (
             "fit",

@@ -12,13 +12,11 @@ from PIL import Image
 from transformers import AutoProcessor
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-from parallel_decoupling.batch import RawInput
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.images import (
     ImageError,
     ImageFolder,
     ImagePolicy,
-    check_images,
     load_image,
     smart_size,
 )
@@ -92,9 +90,6 @@ def test_broken_missing_and_bomb_sized_files_are_named(
     for name in (*contents, "missing.png", "bomb.png"):
         with pytest.raises(ImageError, match=f"Cannot read image .*{name}"):
             load_image(str(tmp_path / name))
-        with pytest.raises(ImageError, match=name):
-            check_images(RawInput("x", (str(tmp_path / "whole.png"), str(tmp_path / name))))
-    check_images(RawInput("x", (str(tmp_path / "whole.png"),)))
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "webp", "tif", "bmp"])
@@ -171,8 +166,8 @@ def test_a_budget_of_one_bound_and_no_patches() -> None:
     [
         ({"size": "large"}, "one of low, mid, high or null, got 'large'"),
         ({"size": "low", "max_pixels": 9}, "min_pixels and max_pixels have no meaning"),
-        ({"min_pixels": 0}, "min_pixels must be at least 1"),
-        ({"min_pixels": 10, "max_pixels": 9}, "min_pixels=10 is above max_pixels=9"),
+        ({"min_pixels": 0}, "min_pixels=0.* at least 1"),
+        ({"min_pixels": 10, "max_pixels": 9}, "min_pixels=10, max_pixels=9.* not above"),
     ],
 )
 def test_settings_that_contradict_are_errors(options: dict[str, object], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +87,12 @@ def test_skipping_is_the_same_for_all_processes_and_workers(
 
 
 def test_skipped_rows_are_counted_in_the_log(data_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
-    loader = module(data_dir, missing_images="skip").train_dataloader()
+    data = module(data_dir, missing_images="skip")
     with caplog.at_level(logging.WARNING):
-        list(loader)
-    assert loader.num_skipped == 6, "row 3 passes over 3 and 4"
-    assert "Training rows skipped so far: " in caplog.messages[0]
-    assert "training subset 'S', row" in caplog.messages[0]
+        list(data.train_dataloader())
+    assert data.train_data[0].num_skipped == 6, "row 3 passes over 3 and 4"
+    assert "training subset 'S', rows skipped so far: 1. The last: row" in caplog.messages[0]
+    assert [re.findall(r"so far: (\d)", message) for message in caplog.messages] == [["1"], ["2"], ["4"]]
 
 
 def test_the_positive_stays_with_its_query_and_a_repeated_row_is_no_negative(data_dir: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -93,10 +94,6 @@ def test_own_subsets_stand_next_to_mmebs(shop: Path) -> None:
     ("content", "message"),
     [
         ("q,b\nx,y\n", "training subset 'Mine', file .*a.csv: column 'a' is missing; found q, b"),
-        (
-            'q,a\nx,"[""y"", ""z""]"\n',
-            "column 'a': holds a list; a training row has one query and one positive",
-        ),
         ("q,a\n,\n", "every row has neither text nor image"),
     ],
 )
@@ -107,37 +104,36 @@ def test_files_that_do_not_fit_their_columns_are_named(tmp_path: Path, content: 
         TrainSubset(tmp_path, "Mine")
 
 
-def test_a_list_of_queries_is_named(tmp_path: Path) -> None:
-    (tmp_path / "tasks.json").write_text(json.dumps({"Mine": OWN_ENTRY}))
-    (tmp_path / "a.csv").write_text('q,a\n"[""x"", ""y""]","[""cat"", ""dog""]"\n')
-    with pytest.raises(ValueError, match=r"'Mine', .*row 0, column 'q': holds a list; a row has one query"):
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"q": ["x", "y"], "a": ["cat", "dog"]}], "row 0, column 'q': holds a list, where a row has one"),
+        ([{"q": "x", "a": ["cat"]}], "row 0, column 'a': 1 candidates"),
+        ([{"q": "x", "a": ["cat", "dog"]}, {"q": "x", "a": []}], "row 1, column 'a': 0 candidates"),
+    ],
+)
+def test_lists_that_do_not_fit_are_named(tmp_path: Path, rows: list[Any], message: str) -> None:
+    entry = {**OWN_ENTRY, "train_file": "a.jsonl", "eval_file": "a.jsonl"}
+    (tmp_path / "tasks.json").write_text(json.dumps({"Mine": entry}))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=f"'Mine', .*{message}"):
         read_eval_task(tmp_path, "Mine")
+    with pytest.raises(ValueError, match="column '[qa]': holds a list, where a row has one value"):
+        TrainSubset(tmp_path, "Mine")
 
 
-def test_one_bad_cell_does_not_turn_lists_of_candidates_into_texts(tmp_path: Path) -> None:
-    (tmp_path / "tasks.json").write_text(json.dumps({"Mine": OWN_ENTRY}))
-    lists = 'q,a\n1,"[""cat"", ""dog""]"\n2,"[""dog"", ""cat""]"\n'
-    (tmp_path / "a.csv").write_text(lists + "3,\"['dog', 'cat']\"\n")
-    with pytest.raises(ValueError, match=r"a\.csv, row 2, column 'a': .*\['dog', 'cat'\].* not a JSON list"):
-        read_eval_task(tmp_path, "Mine")
-    (tmp_path / "a.csv").write_text(lists + "3,\n")
-    with pytest.raises(ValueError, match=r"'Mine', file .*a\.csv, row 2, column 'a': 0 candidates"):
-        read_eval_task(tmp_path, "Mine")
-    (tmp_path / "a.csv").write_text("q,a\n1,[a]\n2,cat\n")
-    assert read_eval_task(tmp_path, "Mine").candidates_of_row == [[0, 1], [1, 0]]
-
-
-def test_an_empty_cell_of_negatives_is_an_empty_list(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cell", ['"[""cat"", ""dog""]"', "\"['dog', 'cat']\""])
+def test_a_list_in_a_csv_cell_is_named(tmp_path: Path, cell: str) -> None:
     columns = {"query_text": "q", "candidate_text": "a", "negative_text": "n"}
     (tmp_path / "tasks.json").write_text(json.dumps({"Mine": {**OWN_ENTRY, "columns": columns}}))
-    (tmp_path / "a.csv").write_text(
-        'q,a,n\n"[""a"", ""b""]",[a],"[""x"", ""y""]"\n2,b,\n3,"[""c""]","[""z""]"\n'
-    )
-    subset = TrainSubset(tmp_path, "Mine", hard_negatives=2)
-    found = [[negative and negative.text for negative in subset[row].negatives] for row in range(3)]
-    assert found == [["x", "y"], [None, None], ["z", None]]
-    assert [subset[row].candidate.text for row in range(3)] == ["[a]", "b", '["c"]'], "one text per row"
-    assert subset[0].query.text == '["a", "b"]'
+    (tmp_path / "a.csv").write_text(f"q,a,n\n1,x,[y]\n2,{cell},z\n")
+    with pytest.raises(ValueError, match=r"a\.csv, row 1, column 'a': .*Keep lists in a JSONL"):
+        read_eval_task(tmp_path, "Mine")
+    (tmp_path / "a.csv").write_text(f"q,a,n\n{cell},[x],{cell}\n")
+    with pytest.raises(ValueError, match=r"a\.csv, row 0, column 'n': .*Keep lists in a JSONL"):
+        TrainSubset(tmp_path, "Mine")
+    (tmp_path / "a.csv").write_text(f"q,a,n\n{cell},[x],z\n3,cat,z\n")
+    assert read_eval_task(tmp_path, "Mine").candidates_of_row == [[0, 1], [1, 0]], "queries are texts"
 
 
 def test_a_pool_must_not_be_huge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

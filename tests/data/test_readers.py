@@ -10,6 +10,7 @@ import pytest
 from parallel_decoupling.batch import RawInput
 from parallel_decoupling.data.images import ImageError
 from parallel_decoupling.data.readers import TrainSubset, read_eval_task
+from parallel_decoupling.data.row_sources import TaskSide
 from parallel_decoupling.data.tasks import MMEB_TASKS, find_train_subsets
 from tests.data.mmeb_files import eval_row, train_row, write_eval, write_image, write_rows, write_train
 
@@ -85,7 +86,7 @@ def test_every_row_has_the_asked_number_of_negatives(
 ) -> None:
     write_train(tmp_path, "S", [train_row(**negatives)])
     subset = TrainSubset(tmp_path, "S", hard_negatives=2)
-    for pair in (subset[0], subset.readable(0)):
+    for pair in (subset[0], TrainSubset(tmp_path, "S", hard_negatives=2, missing_images="skip")[0]):
         assert [negative and negative.text for negative in pair.negatives] == expected
 
 
@@ -225,19 +226,14 @@ def test_the_next_readable_row_stands_in(tmp_path: Path) -> None:
         write_image(images / f"{number}.png")
     (images / "1.png").write_bytes(b"broken")
     write_train(tmp_path, "S", [train_row("q", qry_image_path=f"images/{row}.png") for row in range(5)])
-    subset = TrainSubset(tmp_path, "S")
-    assert [subset.readable(row).row for row in range(5)] == [0, 3, 3, 3, 0]
-    assert subset.readable(0).skipped == ()
-    first, second = subset.readable(1).skipped
-    assert first.startswith("training subset 'S', row 1: Cannot read image")
-    assert second.startswith("training subset 'S', row 2: ")
-    assert "no image file 'images/2.png'" in second
+    subset = TrainSubset(tmp_path, "S", missing_images="skip")
+    assert [subset[row].row for row in range(5)] == [0, 3, 3, 3, 0]
     write_train(tmp_path, "T", [train_row("q", qry_image_path="images/1.png")] * 3)
     with pytest.raises(ValueError, match="3 rows in a row .* `lightning verify`"):
-        TrainSubset(tmp_path, "T").readable(1)
+        TrainSubset(tmp_path, "T", missing_images="skip")[1]
     write_train(tmp_path, "U", [train_row("<|image_1|>")])
     with pytest.raises(ValueError, match="in the text but no image"):
-        TrainSubset(tmp_path, "U").readable(0)
+        TrainSubset(tmp_path, "U", missing_images="skip")[0]
 
 
 def test_missing_evaluation_images_are_left_to_the_loader_on_demand(tmp_path: Path) -> None:
@@ -270,8 +266,8 @@ def test_rows_and_candidates_can_be_left_out(tmp_path: Path) -> None:
     rows = [eval_row("p", ["a", "b", "c"]), eval_row("q", ["b", "a"]), eval_row("r", ["c", "b"])]
     write_eval(tmp_path, "GQA", rows)
     task = read_eval_task(tmp_path, "GQA")
-    assert task.place("query", 2) == "evaluation task 'GQA', row 2, query"
-    assert task.place("candidate", 2) == "evaluation task 'GQA', row 0, candidate"
+    for side, row in (("query", 2), ("candidate", 0)):
+        assert TaskSide(task, side, tmp_path).where(2) == f"evaluation task 'GQA', row {row}, {side}"
     less = task.without({2}, set())
     assert (less.query_of_row, less.candidates_of_row) == ([0, 1], task.candidates_of_row[:2])
     less = task.without(set(), {0})  # the positive of p; q keeps nothing but its positive

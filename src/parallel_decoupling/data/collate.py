@@ -6,7 +6,8 @@ No chat template, system prompt or end token is added, as in VLM2Vec.
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import blake2b
 from typing import Any
@@ -27,9 +28,8 @@ PADDING = RawInput("-")
 class Collator:
     """Turns rows into padded tensors with one processor call per side.
 
-    All texts and all images of a side go through the processor together; its image tensors are then
-    split by the images (or patches) of each row. Where they do not split that way, every row is
-    processed alone, which gives the same rows more slowly. Every key of the processor is kept.
+    The processor's image tensors are split by the images (or patches) of each row. Where they do not split
+    that way, every row is processed alone, which gives the same rows more slowly.
 
     Args:
         processor: a Hugging Face multimodal processor with a ``tokenizer``.
@@ -57,7 +57,7 @@ class Collator:
         """
         candidates: list[RawInput | None] = [pair.candidate for pair in pairs]
         candidates += [negative for pair in pairs for negative in pair.negatives]
-        places = [f"training subset {pair.subset!r}, row {pair.row}" for pair in pairs]
+        places = [f"training subset {pair.subset!r}, row {pair.row}: " for pair in pairs]
         negatives = [place for pair, place in zip(pairs, places, strict=True) for _ in pair.negatives]
         return PairBatch(
             query=self.encode_inputs([pair.query for pair in pairs], places),
@@ -71,7 +71,7 @@ class Collator:
 
         Args:
             inputs: at least one.
-            places: where each input comes from, for error messages.
+            places: where each input comes from, the beginnings of error messages.
 
         Raises:
             ValueError: no rows; placeholders and images differ in number; the text holds the
@@ -79,28 +79,33 @@ class Collator:
         """
         if not inputs:
             raise ValueError("There are no inputs to encode.")
-        at = [""] * len(inputs) if places is None else [f"{place}: " for place in places]
-        texts = [self._text(row, where) for row, where in zip(inputs, at, strict=True)]
-        images = [self._images(row, where) for row, where in zip(inputs, at, strict=True)]
+        places = places or [""] * len(inputs)
+        texts, images, turn = [], [], self.images.size is None
+        for row, place in zip(inputs, places, strict=True):
+            with _naming(place):
+                texts.append(self._text(row))
+                images.append([self.images(load_image(image, turn=turn)) for image in row.images])
         try:
             together = self._process(texts, images)
         except ValueError:  # one by one, to find out which row it is
             together = None
-        rows = zip(inputs, texts, images, at, strict=True)
-        return together or self._join([self._process_alone(*row) for row in rows])
+        if together is not None:
+            return together
+        rows = []
+        for row, text, pictures, place in zip(inputs, texts, images, places, strict=True):
+            with _naming(f"{place}The processor refuses {reprlib.repr(row.text)} with images {row.images}: "):
+                nested = [pictures] if pictures else None
+                data = self.processor(text=[text], images=nested, return_tensors="pt")
+            tokens, pixels = self._separate(data)
+            rows.append(EncoderInputs(tokens, (pixels,)))
+        return self._join(rows)
 
-    def _images(self, row: RawInput, where: str) -> list[Image.Image]:
-        try:
-            return [self.images(load_image(image, turn=self.images.size is None)) for image in row.images]
-        except ImageError as error:
-            raise ImageError(f"{where}{error}") from error
-
-    def _text(self, row: RawInput, where: str) -> str:
+    def _text(self, row: RawInput) -> str:
         count, shown = row.text.count(PLACEHOLDER), reprlib.repr(row.text)
         if count != len(row.images):
-            raise ValueError(f"{where}{len(row.images)} images but {count} {PLACEHOLDER} in {shown}.")
+            raise ValueError(f"{len(row.images)} images but {count} {PLACEHOLDER} in {shown}.")
         if self.image_token != PLACEHOLDER and self.image_token in row.text:
-            found = f"{where}The text {shown} holds {self.image_token!r}, the backbone's own image token"
+            found = f"The text {shown} holds {self.image_token!r}, the backbone's own image token"
             raise ValueError(f"{found}. Mark images with {PLACEHOLDER}.")
         return row.text.replace(PLACEHOLDER, self.image_token)
 
@@ -109,23 +114,11 @@ class Collator:
         if any(images) and not self._splits:
             return None
         nested = images if any(images) else None  # by row: a family may treat several images of a row apart
-        tokens, pixels = self._separate(
-            self.processor(text=texts, images=nested, padding=True, return_tensors="pt")
-        )
+        data = self.processor(text=texts, images=nested, padding=True, return_tensors="pt")
+        tokens, pixels = self._separate(data)
         vision = _split(pixels, [len(row) for row in images])
         self._splits = vision is not None
         return None if vision is None else EncoderInputs(tokens, vision)
-
-    def _process_alone(
-        self, row: RawInput, text: str, images: list[Image.Image], where: str
-    ) -> EncoderInputs:
-        try:
-            data = self.processor(text=[text], images=[images] if images else None, return_tensors="pt")
-        except ValueError as error:
-            shown = f"{reprlib.repr(row.text)} with images {row.images}"
-            raise ValueError(f"{where}The processor refuses {shown}: {error}") from error
-        tokens, pixels = self._separate(data)
-        return EncoderInputs(tokens, (pixels,))
 
     def _separate(self, data: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Separate what has one entry per token from image tensors, whose shape may be the same by chance."""
@@ -143,6 +136,14 @@ class Collator:
             fill = tokenizer.pad_token_id if key == "input_ids" else 0
             tokens[key] = pad_sequence(values, True, fill, tokenizer.padding_side)
         return EncoderInputs(tokens, tuple(row.vision[0] for row in rows))
+
+
+@contextmanager
+def _naming(place: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise (ImageError if isinstance(error, ImageError) else ValueError)(f"{place}{error}") from error
 
 
 def _split(pixels: Mapping[str, Tensor], counts: list[int]) -> tuple[Mapping[str, Tensor], ...] | None:

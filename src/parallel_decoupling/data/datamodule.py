@@ -1,15 +1,11 @@
-"""The LightningDataModule that wires ``readers``, ``mixture`` and ``collate`` into ``loaders``.
-
-The loaders are not ``torch.utils.data.DataLoader`` to Lightning, so it neither replaces their sampler nor
-splits their rows: every process takes its own share here.
-"""
+"""The LightningDataModule; every process takes its own share of the rows here, not in Lightning."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -131,14 +127,11 @@ class MMEBDataModule(LightningDataModule):
         self._keeper: Keeper | None = None
 
     def connect(self, model: Any, keeper: Keeper | None = None) -> MMEBDataModule:
-        """Take the processor and the prompts of a model, and give it the settings of this data.
+        """Take the processor and the prompts of a model, give it the settings of this data, return itself.
 
         Args:
             model: the ``PDFEmbedder`` that the batches are for.
             keeper: knows which embeddings of ``test`` or ``predict`` are on disk; their rows are left out.
-
-        Returns:
-            Itself, so that ``trainer.fit(model, MMEBDataModule(...).connect(model))`` reads well.
         """
         self._model, self._keeper = model, keeper
         model.data_settings = self.settings
@@ -179,7 +172,7 @@ class MMEBDataModule(LightningDataModule):
             readers.open_eval(self.folder, tasks.read_tasks(self.folder)[task])
 
     def setup(self, stage: str) -> None:
-        """Open the files that ``stage`` needs: fit, validate or test. ``fit`` checks the names of all three.
+        """Open the files that ``stage`` needs; ``fit`` checks the names of ``validate`` and ``test``, too.
 
         Raises:
             ValueError: unknown subset or task, no task to validate or test, or files that do not have MMEB's
@@ -188,21 +181,17 @@ class MMEBDataModule(LightningDataModule):
         if stage == "predict" and self.predict_source is not None:
             return
         found = tasks.find_eval_tasks(self.folder)
+        names, option = list(self.validation_tasks), "validation_tasks"
         if stage == "fit":
             to_come = tasks.MMEB_TASKS if self.download else ()
             tasks.check_names(self.eval_tasks or [], [*found, *to_come], "evaluation task")
             self.train_data = self._open_subsets()
-        names = self.validation_tasks
-        if stage in ("test", "predict"):
-            names = found if self.eval_tasks is None else self.eval_tasks
-            if self.eval_tasks == []:
-                raise ValueError("data.eval_tasks is empty. Name some, or leave it out for all.")
-            if not names:
-                raise ValueError(f"No evaluation task under {self.folder / 'MMEB-eval'}. Check data_dir.")
-        elif stage == "validate" and not names:
-            example = f"--data.validation_tasks '[{found[0] if found else 'GQA'}]'"
-            advice = f"Name tasks, such as {example}. Found: {', '.join(found) or 'none'}."
-            raise ValueError(f"Nothing to validate: data.validation_tasks is empty. {advice}")
+        elif stage != "validate":
+            names, option = found if self.eval_tasks is None else self.eval_tasks, "eval_tasks"
+        if not names and stage != "fit":
+            example = f"such as --data.{option} '[{found[0] if found else 'GQA'}]'"
+            known = f"Name tasks, {example}. Found: {', '.join(found) or 'none'}."
+            raise ValueError(f"Nothing to evaluate: data.{option} is empty. {known}")
         tasks.check_names(names, found, "evaluation task")
         must_exist = self.missing_images == "error"
         self.eval_tasks_data = [
@@ -212,17 +201,14 @@ class MMEBDataModule(LightningDataModule):
 
     def _open_subsets(self) -> list[readers.TrainSubset]:
         found = tasks.find_train_subsets(self.folder, self.split)
-        if self.train_subsets == []:
-            raise ValueError("data.train_subsets is empty. Name some, or leave it out for all.")
         names = found if self.train_subsets is None else self.train_subsets
         if not names:
             place = self.folder / "MMEB-train" / "<subset>" / f"{self.split}-*.parquet"
-            raise ValueError(f"No training subset {place}. Check data_dir and split.")
+            raise ValueError(f"No training subset {place}. Check data_dir, split and train_subsets.")
         tasks.check_names(names, found, "training subset")
         tasks.check_names(self.weights or (), names, "subset in weights")
-        names_passed_on = ("hard_negatives", "seed", "missing_images")
-        options: dict[str, Any] = {name: getattr(self, name) for name in names_passed_on}
-        options |= {"limit": self.row_limit, "limit_by": self.row_limit_by}
+        options: dict[str, Any] = {"limit": self.row_limit, "limit_by": self.row_limit_by, "seed": self.seed}
+        options |= {"hard_negatives": self.hard_negatives, "missing_images": self.missing_images}
         subsets = [readers.TrainSubset(self.folder, name, self.split, **options) for name in names]
         for subset in subsets if distributed.rank() == 0 else ():
             subset.log_gaps()
@@ -256,33 +242,28 @@ class MMEBDataModule(LightningDataModule):
         return int(trainer.fit_loop.epoch_loop.batch_progress.total.processed)
 
     def val_dataloader(self) -> list[Batches[RowBatch]]:
-        """Two loaders per validation task: queries, then candidates."""
-        return self._task_loaders()
+        """Two loaders per task of the stage: queries, then candidates, without embeddings that are kept."""
+        columns = tuple(map(path_column, range(self._connected.encoder.num_paths)))
+        return self._loaders(self._sides(), columns, self.missing_images == "skip")
 
-    def test_dataloader(self) -> list[Batches[RowBatch]]:
-        """Two loaders per evaluation task: queries, then candidates, without the embeddings that are kept."""
-        return self._task_loaders()
+    test_dataloader = val_dataloader
 
     def predict_dataloader(self) -> list[Batches[RowBatch]]:
         """Load the rows of predict_source, or else of the evaluation tasks, that are not embedded yet.
 
-        Pictures are as in the model's training, unless this data module has image settings.
-
         Raises:
             ValueError: a predict_source that cannot be read; unknown predict_columns.
         """
-        columns = chosen_columns(self.predict_columns, self._connected.encoder.num_paths)
-        if self.predict_source is None:
-            self.rows = self._sides()
-        else:
-            instruction = self.predict_instruction
-            if instruction is None:
-                instruction = self._connected.candidate_instruction
-            self.rows = [RowSource(self.predict_source, instruction)]
+        model, instruction = self._connected, self.predict_instruction
+        columns = chosen_columns(self.predict_columns, model.encoder.num_paths)
         wanted = None
         if AGGREGATE not in columns:
             wanted = tuple(int(name.removeprefix("path_")) for name in columns)
-        return self._loaders(columns, True, self.predict_rows_per_shard, wanted)
+        rows: list[TaskSide] | list[RowSource] = self._sides()
+        if self.predict_source is not None:
+            used = model.candidate_instruction if instruction is None else instruction
+            rows = [RowSource(self.predict_source, used)]
+        return self._loaders(rows, columns, True, self.predict_rows_per_shard, wanted)
 
     @property
     def folder(self) -> Path:
@@ -291,12 +272,11 @@ class MMEBDataModule(LightningDataModule):
             from parallel_decoupling.world.benchmark import ensure_benchmark
 
             return ensure_benchmark()
-        folder = Path(self.data_dir)
-        if not folder.is_dir():
+        if not Path(self.data_dir).is_dir():
             advice = "Give the folder that holds MMEB-train/ and MMEB-eval/"
             known = f"{advice}, or {EMBEDDED!r} for the embedded benchmark."
             raise ValueError(f"data_dir {self.data_dir!r} is not a folder. {known}")
-        return folder
+        return Path(self.data_dir)
 
     @property
     def collator(self) -> Collator:
@@ -313,30 +293,26 @@ class MMEBDataModule(LightningDataModule):
         return self._model
 
     def _sides(self) -> list[TaskSide]:
-        sides: tuple[Literal["query", "candidate"], ...] = ("query", "candidate")
+        sides = ("query", "candidate")
         return [TaskSide(task, side, self.folder) for task in self.eval_tasks_data for side in sides]
-
-    def _task_loaders(self) -> list[Batches[RowBatch]]:
-        self.rows = self._sides()
-        columns = tuple(map(path_column, range(self._connected.encoder.num_paths)))
-        return self._loaders(columns, self.missing_images == "skip")
 
     def _loaders(
         self,
+        rows: list[TaskSide] | list[RowSource],
         columns: tuple[str, ...],
         keep_going: bool,
         rows_per_shard: int | None = None,
         paths: tuple[int, ...] | None = None,
     ) -> list[Batches[RowBatch]]:
-        collator, loaders = self.collator, []
-        for rows in self.rows:
+        self.rows, collator, loaders = rows, self.collator, []
+        for each in rows:
             finished = frozenset[int]()
             if self._keeper is not None:
-                about = {**rows.about, "columns": list(columns), "images": collator.images.settings}
-                about |= {"num_rows": len(rows), "rows_per_shard": rows_per_shard or max(1, len(rows))}
-                finished = self._keeper.finished(rows, about, with_bad_rows=keep_going)
+                about = {**each.about, "columns": list(columns), "images": collator.images.settings}
+                about |= {"num_rows": len(each), "rows_per_shard": rows_per_shard or max(1, len(each))}
+                finished = self._keeper.finished(each, about, with_bad_rows=keep_going)
             plan = BatchPlan(
-                rows,
+                each,
                 TokenEstimate(collator),
                 self.eval_batch_size,
                 rows_per_shard=rows_per_shard,
@@ -344,7 +320,7 @@ class MMEBDataModule(LightningDataModule):
                 rank=distributed.rank(),
                 world_size=distributed.world_size(),
             )
-            batches = RowBatches(rows, collator, rows.where, keep_going=keep_going, paths=paths)
+            batches = RowBatches(each, collator, each.where, keep_going=keep_going, paths=paths)
             options: dict[str, Any] = {"num_workers": self.num_workers, "generator": torch.Generator()}
             loaders.append(Batches[RowBatch](DataLoader(batches, batch_size=None, sampler=plan, **options)))
         return loaders

@@ -1,8 +1,6 @@
 """The training mixture: which rows make up which batch, and a loader that starts at any of them.
 
-A batch is a pure function of (seed, step). World size, data-loader workers and prefetching have no part
-in it: every process computes the same GLOBAL batch and takes its own slice, so a step number is enough to
-resume.
+Every process computes the same GLOBAL batch and takes its own slice, so a step number is enough to resume.
 """
 
 from __future__ import annotations
@@ -62,8 +60,7 @@ class MixtureSampler(Sampler[list[tuple[int, int]]]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if not sizes or min(sizes) < 1:
-            raise ValueError(f"every subset needs at least one row, got sizes {list(sizes)}.")
+        assert min(sizes, default=0) > 0, "TrainSubset refuses subsets without rows"
         if batch_size < 1 or batch_size % world_size:
             rule = f"must be a positive multiple of the {world_size} processes"
             raise ValueError(f"batch_size={batch_size} is the global batch and {rule}.")
@@ -82,10 +79,7 @@ class MixtureSampler(Sampler[list[tuple[int, int]]]):
         return self.steps_per_epoch
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        """Yield this rank's slices from ``start_step`` to the end of that epoch; the next epoch is up then.
-
-        An iterator counts once its first batch is drawn: a loader with workers makes one and drops it.
-        """
+        """Yield this rank's slices from ``start_step`` to the end of that epoch; the next is up then."""
         first = self.start_step
         stop = (first // self.steps_per_epoch + 1) * self.steps_per_epoch
         self.start_step = stop

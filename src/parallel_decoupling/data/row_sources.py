@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,19 +24,14 @@ VECTOR_NAME = re.compile(r"aggregate|path_\d+")
 
 
 class TaskSide:
-    """The unique queries or candidates of one evaluation task.
-
-    Args:
-        task: the task.
-        side: which of them.
-        data_dir: what image names are relative to when they are stored.
+    """The unique queries or candidates (``side``) of one evaluation task.
 
     Attributes:
         name: of the folder for their embeddings.
         about: where the rows come from, as plain values.
     """
 
-    def __init__(self, task: EvalTask, side: Literal["query", "candidate"], data_dir: Path) -> None:
+    def __init__(self, task: EvalTask, side: str, data_dir: Path) -> None:
         self.task, self.side, self.data_dir = task, side, data_dir
         self.name = f"{task.task.name}/{side}"
         self.about: dict[str, Any] = {"source": self.name, "instruction": ""}
@@ -56,23 +52,16 @@ class TaskSide:
 
     def columns(self, rows: Sequence[int]) -> pa.Table:
         """Return ``id``, ``text`` and ``image`` (the first one, relative to ``data_dir``) of some rows."""
-        used = [self._rows[row] for row in rows]
-        files = [row.images[0] if row.images else None for row in used]
-        images = [os.path.relpath(file, self.data_dir) if isinstance(file, str) else None for file in files]
-        columns = {ID: [str(row) for row in rows], TEXT: [row.text for row in used], IMAGE: images}
-        return pa.table(columns, schema=pa.schema({name: pa.string() for name in columns}))
+        files = [self._rows[row].images[:1] for row in rows]
+        images = [os.path.relpath(str(file[0]), self.data_dir) if file else None for file in files]
+        columns = {ID: [*map(str, rows)], TEXT: [self._rows[row].text for row in rows], IMAGE: images}
+        return pa.table({name: pa.array(cells, pa.string()) for name, cells in columns.items()})
 
 
 class RowSource:
-    """A folder of images, or the rows of a Parquet, JSONL or CSV file with a text, an image or both.
+    """A folder of images, or the rows of a table with a text, an image or both (``docs/embedding_files.md``).
 
-    A table has a column ``text``, a column ``image`` with names of files relative to the table, or both. A
-    column ``id`` names the rows; without it they are called by their numbers, from 0. Image files of a folder
-    are called by their names relative to it.
-
-    Args:
-        path: folder or file.
-        instruction: put before every text.
+    The attributes are those of ``TaskSide``; ``instruction`` is put before every text.
 
     Raises:
         ValueError: there is nothing to embed, or the table cannot be read.
@@ -81,15 +70,11 @@ class RowSource:
     name = ""
 
     def __init__(self, path: str | Path, instruction: str = "") -> None:
-        self.path, self.instruction = Path(path), instruction
-        if self.path.is_dir():
-            image_dir, self._fields = self.path.resolve(), _list_images(self.path)
-        else:
-            image_dir, self._fields = self.path.resolve().parent, _read_table(self.path)
-        self._image_dir = image_dir
-        self._inputs = self._fields.select(
-            [name for name in (TEXT, IMAGE) if name in self._fields.column_names]
-        )
+        self.path, self.instruction, is_dir = Path(path), instruction, Path(path).is_dir()
+        self._fields = _list_images(self.path) if is_dir else _read_table(self.path)
+        self._image_dir = image_dir = self.path.resolve() if is_dir else self.path.resolve().parent
+        names = self._fields.column_names
+        self._inputs = self._fields.select([name for name in (TEXT, IMAGE) if name in names])
         source = str(self.path.resolve())
         self.about = {"source": source, "image_dir": str(image_dir), "instruction": instruction}
 
@@ -115,11 +100,8 @@ class RowSource:
 
 def _read_table(path: Path) -> pa.Table:
     """Read a table, with ``id`` as its first column."""
-    if not path.exists():
-        raise ValueError(f"{path} does not exist. Check the name.")
     if path.suffix not in SUFFIXES:
-        kinds = f"a folder of images nor a file that ends with one of {', '.join(SUFFIXES)}"
-        raise ValueError(f"{path} is neither {kinds}.")
+        raise ValueError(f"{path} is neither a folder nor a file that ends with {', '.join(SUFFIXES)}.")
     texts = {name: name for name in (ID, TEXT, IMAGE)}
     table = Table("predict_source", [path], texts, keep_others=True)
     names = table.rows.column_names
@@ -132,14 +114,11 @@ def _read_table(path: Path) -> pa.Table:
     if ID not in names:
         return table.rows.add_column(0, ID, pa.array(map(str, range(len(table))), pa.string()))
     ids = table.rows[ID]
-    if ids.null_count:
-        row = pc.index(ids.is_null(), True).as_py()
-        raise ValueError(f"{table.where(row, ID)}: no {ID}. Fill in every {ID}, or leave the column out.")
-    counts = pc.value_counts(ids)
-    if len(counts) < len(ids):
-        repeated = next(count["values"] for count in counts.to_pylist() if count["counts"] > 1)
-        row = pc.index(ids, repeated).as_py()
-        raise ValueError(f"{table.where(row, ID)}: the {ID} {repeated!r} stands in other rows, too.")
+    if ids.null_count or pc.count_distinct(ids).as_py() < len(ids):
+        counts = Counter(ids.to_pylist())
+        row = next(row for row, each in enumerate(ids.to_pylist()) if each is None or counts[each] > 1)
+        rule = f"every row needs an {ID} of its own, got {ids[row]}. Correct them, or leave the column out."
+        raise ValueError(f"{table.where(row, ID)}: {rule}")
     return table.rows.select([ID, *(name for name in names if name != ID)])
 
 

@@ -1,8 +1,7 @@
 """The reader of Parquet, JSONL and CSV files, row by row through Arrow memory mapping.
 
-Parquet has to be decoded, so every process that reads it would hold its own copy. The columns are therefore
-written once to an Arrow file in the cache, which the operating system maps into every process and loader
-worker and keeps in memory once (``docs/decisions/0011-mapped-tables.md``).
+The columns are written once to an Arrow file in the cache, which the operating system maps into every process
+and loader worker and keeps in memory once (``docs/decisions/0011-mapped-tables.md``).
 """
 
 from __future__ import annotations
@@ -30,10 +29,8 @@ FORMAT = "4"
 
 def default_cache_dir() -> Path:
     """Return ``$PARALLEL_DECOUPLING_CACHE``, or ``parallel_decoupling`` in the user's cache folder."""
-    configured = os.environ.get("PARALLEL_DECOUPLING_CACHE")
-    if configured:
-        return Path(configured)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "parallel_decoupling"
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return Path(os.environ.get("PARALLEL_DECOUPLING_CACHE") or user_cache / "parallel_decoupling")
 
 
 class Table:
@@ -64,9 +61,8 @@ class Table:
         cells = {name: rows[theirs] for name, theirs in columns.items() if theirs in rows.column_names}
         for name, column in cells.items():
             cells[name] = column.cast(pa.string()) if pa.types.is_null(column.type) else column
-        if keep_others:
-            cells = {name: cells.get(name, rows[name]) for name in rows.column_names}
-        self.rows = pa.table(cells)
+        others = rows.column_names if keep_others else ()
+        self.rows = pa.table({name: rows[name] for name in others} | cells)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Table, (self.owner, self.files, self.columns, self._keep_others)
@@ -112,16 +108,15 @@ class Table:
 def arrow_copy(file: Path, texts: Sequence[str], owner: str, keep_others: bool = False) -> Path:
     """Return the memory-mappable copy of a file, after writing it if the cache lacks it.
 
-    The copy appears by one rename, so processes that write it at the same time do not disturb each other.
-    Copies of earlier contents of the same file are removed. Arguments and errors are those of ``Table``.
+    Several processes may write it at the same time. Copies of earlier contents of the file are removed.
     """
     try:
         status = file.stat()
     except OSError as error:
         raise ValueError(f"{owner}: cannot read {file}: {error}. Check data_dir and the name.") from error
-    place = _hash(str(file.resolve()), repr((list(texts), keep_others)))
-    copy_name = f"{place}-{_hash(FORMAT, str(status.st_size), str(status.st_mtime_ns))}.arrow"
-    copy = default_cache_dir() / "tables" / copy_name
+    about = repr((FORMAT, str(file.resolve()), list(texts), keep_others))
+    place = blake2b(about.encode(), digest_size=8).hexdigest()
+    copy = default_cache_dir() / "tables" / f"{place}-{status.st_size}-{status.st_mtime_ns}.arrow"
     if copy.is_file():
         return copy
     copy.parent.mkdir(parents=True, exist_ok=True)
@@ -139,10 +134,6 @@ def arrow_copy(file: Path, texts: Sequence[str], owner: str, keep_others: bool =
     finally:
         Path(unfinished).unlink(missing_ok=True)
     return copy
-
-
-def _hash(*parts: str) -> str:
-    return blake2b("\0".join(parts).encode(), digest_size=8).hexdigest()
 
 
 def _write(file: Path, texts: Sequence[str], keep_others: bool, copy: Path) -> None:
@@ -202,7 +193,7 @@ def _to_copy(file: Path, name: str, cells: pa.Array, is_text: bool) -> pa.Array:
         return cells
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
     entry = kind.value_type if is_list else kind
-    if pa.types.is_nested(entry) or pa.types.is_binary(entry) or pa.types.is_large_binary(entry):
+    if pa.types.is_nested(entry) or entry in (pa.binary(), pa.large_binary()):
         advice = "not texts or lists of texts. Images must be files that a text column names"
         raise ValueError(f"{file}, column {name!r}: holds {kind}, {advice}.")
     return cells.cast(pa.list_(pa.string()) if is_list else pa.string())

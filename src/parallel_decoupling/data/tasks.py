@@ -1,9 +1,4 @@
-"""The table of tasks: MMEB's, plus those of your own ``tasks.json``.
-
-The tasks, the subset names and the folder layout are MMEB's (``TIGER-Lab/MMEB-train``,
-``TIGER-Lab/MMEB-eval``); how each kind of task puts its prompts together and what makes two candidates the
-same are VLM2Vec's.
-"""
+"""The table of tasks: MMEB's, with VLM2Vec's rules for them, plus those of your own ``tasks.json``."""
 
 from __future__ import annotations
 
@@ -16,7 +11,6 @@ from typing import Any, Literal, cast, get_args
 
 from parallel_decoupling.batch import RawInput
 from parallel_decoupling.data.prompts import PromptRules
-from parallel_decoupling.data.tables import SUFFIXES
 
 MetaTask = Literal["classification", "vqa", "retrieval", "grounding"]
 Identity = Literal["text", "image", "image_and_text"]
@@ -29,12 +23,7 @@ ROLES = tuple(f"{side}_{kind}" for side in ("query", "candidate", "negative") fo
 
 @dataclass(frozen=True)
 class Source:
-    """Where a task's rows are when they are not in MMEB's layout (``docs/data.md``).
-
-    A training row has one query and its positive. In an evaluation row the candidate is a list with the
-    positive first, or the positive alone, and then all positives of the file are candidates of every row.
-    ``columns`` are the names of columns by role; image cells are relative to ``image_dir``.
-    """
+    """Where a task's rows are when they are not in MMEB's layout (``docs/data.md``)."""
 
     train_file: Path | None = None
     eval_file: Path | None = None
@@ -73,7 +62,7 @@ _FORMS: dict[str, tuple[Identity, PromptRules]] = {
     "picture": ("image", PromptRules(query_image=False)),
     "similar": ("image_and_text", PromptRules(own_line=True, candidate_end="")),
 }
-"""What the candidates of a task are: their identity, and the rules of the prompts."""
+"""Identity and prompt rules by what the candidates of a task are."""
 
 # Meta-task, in (IND) or out of (OOD) distribution, form, tasks; in MMEB's order.
 _MMEB = """
@@ -105,13 +94,9 @@ MMEB_TASKS: dict[str, Task] = {
 }
 """The 36 tasks of MMEB v1; other folders of ``MMEB-eval`` (such as ``CIFAR-100``) are not tasks."""
 
-_TRAIN_NAMES = {"ImageNet-1K": "ImageNet_1K"}
-"""MMEB spells it with an underscore in training and a hyphen in evaluation."""
-
-MMEB_TRAIN_SUBSETS: tuple[str, ...] = tuple(
-    _TRAIN_NAMES.get(name, name) for name, task in MMEB_TASKS.items() if task.in_distribution
-)
-"""The 20 training subsets."""
+_TRAINED = [name for name, task in MMEB_TASKS.items() if task.in_distribution]
+MMEB_TRAIN_SUBSETS = tuple("ImageNet_1K" if name == "ImageNet-1K" else name for name in _TRAINED)
+"""The 20 training subsets; MMEB spells one with an underscore in training and a hyphen in evaluation."""
 
 
 @dataclass
@@ -159,11 +144,7 @@ def check_names(names: Collection[str], available: Collection[str], what: str) -
 def read_tasks(data_dir: str | Path) -> dict[str, Task]:
     """Return MMEB's task table plus the entries of ``data_dir/tasks.json``, which win.
 
-    An entry is ``"<task>": {"meta_task": "vqa", "in_distribution": true}`` in MMEB's layout, and has the
-    attributes of ``Source`` as further keys otherwise.
-
-    Raises:
-        ValueError: the file does not hold such entries.
+    An entry has ``meta_task`` and ``in_distribution``, and the attributes of ``Source`` if it is your own.
     """
     tasks, tasks_file = dict(MMEB_TASKS), Path(data_dir) / "tasks.json"
     if not tasks_file.is_file():
@@ -200,11 +181,8 @@ def _task(name: str, entry: dict[str, Any], data_dir: Path) -> Task:
 
 def _source(entry: dict[str, Any], data_dir: Path) -> Source:
     columns = entry.pop("columns", None)
-    for key, value in entry.items():
-        if not isinstance(value, str):
-            raise ValueError(f"{key} must be a text, got {value!r}.")
-        if key in FILES and Path(value).suffix not in SUFFIXES:
-            raise ValueError(f"{key}: {value} must end with one of {', '.join(SUFFIXES)}.")
+    if wrong := [key for key, value in entry.items() if not isinstance(value, str)]:
+        raise ValueError(f"{wrong[0]} must be a text, got {entry[wrong[0]]!r}.")
     if not set(FILES) & set(entry):
         raise ValueError(
             f"{', '.join(entry) or 'columns'} without a file. Add train_file, eval_file or both."
@@ -222,8 +200,7 @@ def _source(entry: dict[str, Any], data_dir: Path) -> Source:
 
 def task_of_subset(tasks: dict[str, Task], subset: str) -> Task | None:
     """Return the task that a training subset belongs to, or None if there is none."""
-    evaluated = {train: name for name, train in _TRAIN_NAMES.items()}
-    return tasks.get(evaluated.get(subset, subset))
+    return tasks.get("ImageNet-1K" if subset == "ImageNet_1K" else subset)
 
 
 def find_train_subsets(data_dir: str | Path, split: str = "original") -> list[str]:

@@ -1,13 +1,10 @@
-"""What is in a data folder, what is wrong with it, and how to put it right.
-
-Rows are read with the same code that trains and evaluates. A *problem* stops a run or changes a score; a
-*note* is worth knowing.
-"""
+"""What is in a data folder, and what is wrong with it: a problem stops a run or changes a score."""
 
 from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -22,9 +19,7 @@ from parallel_decoupling.data.images import ImageError, load_image
 class Check:
     """What one subset (``train``), task (``eval``) or the ``folder`` holds, and what is wrong with it.
 
-    Attributes:
-        counts: rows; repeated training rows, or evaluation rows that list a candidate twice; candidates of
-            an evaluation row; image files that the rows name, and those missing, opened and broken.
+    ``repeated`` counts training rows, or evaluation rows that list a candidate twice.
     """
 
     part: str
@@ -39,23 +34,16 @@ class Check:
 
 
 def verify(data_dir: str | Path, sample: int = 20) -> list[Check]:
-    """Check a folder, then every subset and task with ``sample`` images and training rows of each.
-
-    Raises:
-        ValueError: no such folder, or a ``tasks.json`` that cannot be used.
-    """
+    """Check a folder, then every subset and task with ``sample`` images and training rows of each."""
     root = Path(data_dir)
     if not root.is_dir():
         raise ValueError(f"{root} is not a folder. Give the one that holds MMEB-train/ and MMEB-eval/.")
-    files = (root / "MMEB-train").glob("*/*-*.parquet")
-    splits = sorted({file.name.split("-")[0] for file in files if not file.name.startswith("._")}) or [""]
+    files = (root / "MMEB-train").glob("*/[!.]*-*.parquet")
+    splits = sorted({file.name.split("-")[0] for file in files}) or [""]
+    names = {(split, name) for split in splits for name in tasks.find_train_subsets(root, split)}
     own = {name for name, task in tasks.read_tasks(root).items() if task.source is not None}
-    checks = [
-        Check("train", name, split)
-        for split in splits
-        for name in tasks.find_train_subsets(root, split)
-        if split == splits[0] or name not in own
-    ]
+    checks = [Check("train", name, split) for split, name in sorted(names)]
+    checks = [check for check in checks if check.split == splits[0] or check.name not in own]
     checks += [Check("eval", name, "test") for name in tasks.find_eval_tasks(root)]
     for check in tqdm(checks, desc="verify", unit="set", leave=False, disable=None):
         try:
@@ -68,8 +56,7 @@ def verify(data_dir: str | Path, sample: int = 20) -> list[Check]:
         advice = f"The folder must hold {layout}; --data.download true fetches MMEB."
         folder.problems.append(f"Neither training subsets nor evaluation tasks. {advice}")
     for part, known in (("train", tasks.MMEB_TRAIN_SUBSETS), ("eval", tuple(tasks.MMEB_TASKS))):
-        found = {check.name for check in checks if check.part == part}
-        lacking = [name for name in known if name not in found]
+        lacking = [name for name in known if name not in {each.name for each in checks if each.part == part}]
         if 0 < len(lacking) < len(known):
             folder.notes.append(f"MMEB-{part} lacks {len(lacking)} of {len(known)}: {', '.join(lacking)}.")
     return [folder, *checks]
@@ -77,18 +64,16 @@ def verify(data_dir: str | Path, sample: int = 20) -> list[Check]:
 
 def _check_train(root: Path, check: Check, sample: int) -> None:
     subset = readers.TrainSubset(root, check.name, check.split, hard_negatives=100)
-    rows, sides = subset.table.rows, (*readers.QUERY, *readers.CANDIDATE)
-    names = [name for name in sides if name in rows.column_names]
+    rows = subset.table.rows
+    names = [name for name in (*readers.QUERY, *readers.CANDIDATE) if name in rows.column_names]
     distinct = rows.select(names).group_by(names).aggregate([])
     check.counts |= {"rows": len(rows), "repeated": len(rows) - len(distinct)}
     _check_images(check, subset.reader, sample)
     if subset.blank_rows:
         check.notes.append(f"{subset.blank_rows} rows with neither text nor image on a side are left out.")
     for index in _spread(len(subset), sample):
-        try:
+        with suppress(ImageError):  # counted above
             subset[index]
-        except ImageError:
-            continue  # counted above
 
 
 def _check_eval(root: Path, check: Check, sample: int) -> None:
@@ -99,8 +84,7 @@ def _check_eval(root: Path, check: Check, sample: int) -> None:
     missing = _check_images(check, readers.open_eval(root, read.task), sample)
     rows = zip(read.query_of_row, lists, strict=True)
     needed = [(*read.queries[query].images, *read.candidates[row[0]].images) for query, row in rows]
-    lost = sum(not missing.isdisjoint(images) for images in needed)
-    if lost:
+    if lost := sum(not missing.isdisjoint(images) for images in needed):
         what = "rows cannot be scored: no image of the query or of the positive"
         check.problems.append(f"{lost} of {len(lists)} {what}.")
     if read.task.source is None and check.name in tasks.MMEB_TASKS and len(lists) != 1000:
@@ -119,8 +103,8 @@ def _check_images(check: Check, reader: readers.RowReader, sample: int) -> set[s
     missing = [image for image, file in files.items() if file is None]
     if missing:
         first = f"first {missing[0]!r} in {reader.table.where(*places[missing[0]])}"
-        advice = "Unpack the archive or correct image_dir, or train and score without them"
         found = f"{len(missing)} of {len(files)} images are missing, {first}"
+        advice = "Unpack the archive or correct image_dir, or train and score without them"
         check.problems.append(f"{found}. {advice} with `missing_images: skip`.")
     there = [(image, file) for image, file in files.items() if file is not None]
     opened, errors = [there[index] for index in _spread(len(there), sample)], []
@@ -151,7 +135,6 @@ def print_verification(data_dir: str, sample: int = 20, output_file: str | None 
         lines = [", ".join(f"{count} {what}" for what, count in check.counts.items())]
         lines += [f"note: {note}" for note in check.notes]
         lines += [f"problem: {problem}" for problem in check.problems]
-        for line in filter(None, lines):
-            sys.stdout.write(f"{check}: {line}\n")
+        sys.stdout.writelines(f"{check}: {line}\n" for line in lines if line)
     if any(check.problems for check in checks):
         raise SystemExit(1)
