@@ -41,8 +41,7 @@ class Collator:
     """
 
     def __init__(self, processor: Any, *, image_token: str, images: ImagePolicy | None = None) -> None:
-        self.processor = processor
-        self.image_token = image_token
+        self.processor, self.image_token = processor, image_token
         image_processor = getattr(processor, "image_processor", None)
         patch, merge = (getattr(image_processor, name, None) for name in ("patch_size", "merge_size"))
         self.images = images or ImagePolicy()
@@ -67,16 +66,7 @@ class Collator:
         )
 
     def encode_inputs(self, inputs: Sequence[RawInput], places: Sequence[str] | None = None) -> EncoderInputs:
-        """Tokenise, decode images and pad at the tokenizer's padding side.
-
-        Args:
-            inputs: at least one.
-            places: where each input comes from, the beginnings of error messages.
-
-        Raises:
-            ValueError: no rows; placeholders and images differ in number; the text holds the
-                backbone's own image token; an image that cannot be read or processed.
-        """
+        """Tokenise, decode images and pad; ``places`` begin the messages of errors, one per input."""
         if not inputs:
             raise ValueError("There are no inputs to encode.")
         places = places or [""] * len(inputs)

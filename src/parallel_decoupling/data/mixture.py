@@ -121,19 +121,14 @@ class MixtureSampler(Sampler[list[tuple[int, int]]]):
         for seam in range(size - skipped, count, size):
             if batch_of_draw[seam - 1] == batch_of_draw[seam]:
                 start, stop = np.searchsorted(batch_of_draw, batch_of_draw[seam] + np.array([0, 1]))
-                if stop - start <= size:
+                if (
+                    stop - start <= size
+                ):  # a row on both sides is replaced by one on neither
                     rng = np.random.default_rng([self.seed, _REPAIR, subset, first + seam])
-                    rows[seam:stop] = _without(rows[start:seam], rows[seam:stop], size, rng)
+                    clash = np.flatnonzero(np.isin(rows[seam:stop], rows[start:seam])) + seam
+                    free = np.setdiff1d(np.arange(size), rows[start:stop])
+                    rows[clash] = rng.permutation(free)[: len(clash)]
         return rows
-
-
-def _without(before: _Array, after: _Array, size: int, rng: np.random.Generator) -> _Array:
-    """Replace every row of ``after`` that is in ``before`` by one that is in neither."""
-    clash = np.isin(after, before)
-    free = np.setdiff1d(np.arange(size), np.concatenate([before, after]))
-    after = after.copy()
-    after[clash] = rng.permutation(free)[: int(clash.sum())]
-    return after
 
 
 def _group_size(policy: Policy, batch_size: int, sub_batch_size: int | None) -> int:
@@ -162,13 +157,8 @@ def _groups_per_epoch(sizes: list[int], group_size: int, weights: Sequence[float
 class Batches(Generic[Batch]):
     """A loader's batches, started anew by each iteration at the step that ``position`` says.
 
-    Iterating is lazy: workers start with the first batch, so an iterator that is made and dropped (Lightning
-    does so when it resumes at the end of an epoch) takes nothing from the sampler.
-
-    Args:
-        loader: the data loader.
-        sampler: its sampler, if the start can move.
-        position: number of batches consumed so far; None lets the sampler count its own epochs.
+    Iterating is lazy: an iterator that is made and dropped (Lightning does so when it resumes at the end of
+    an epoch) takes nothing from the sampler. Without ``position`` the sampler counts its own epochs.
     """
 
     def __init__(

@@ -15,19 +15,11 @@ import pyarrow.compute as pc
 from torch.utils.data import Dataset
 
 from parallel_decoupling.batch import RawInput, RawPair
+from parallel_decoupling.data import tasks
 from parallel_decoupling.data.images import ImageError, ImageFolder, load_image
 from parallel_decoupling.data.prompts import PromptRules, prompt, split_candidate, split_query, written_text
 from parallel_decoupling.data.tables import Table
-from parallel_decoupling.data.tasks import (
-    INSTRUCTIONS,
-    ROLES,
-    EvalTask,
-    Source,
-    Task,
-    check_names,
-    read_tasks,
-    task_of_subset,
-)
+from parallel_decoupling.data.tasks import INSTRUCTIONS, ROLES, EvalTask, Source, Task, read_tasks
 
 LimitBy = Literal["sample", "first"]
 MissingImages = Literal["error", "skip"]
@@ -36,7 +28,7 @@ Side: TypeAlias = tuple[str, str]
 """Text and image file of a query or candidate, "" for none; or the names of the columns that hold them."""
 
 QUERY, CANDIDATE, NEGATIVE = zip(ROLES[::2], ROLES[1::2], strict=True)
-"""Columns of a table, named by their roles. The files' own names follow."""
+"""Columns of a table, named by their roles. MMEB's names follow."""
 MMEB_TRAIN = ("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path")
 MMEB_EVAL = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path", "qry_inst", "tgt_inst")
 """The last two columns are those of MMEB_Test_Instruct, which splits instructions off."""
@@ -88,13 +80,16 @@ class RowReader:
 
 def open_train(data_dir: Path, subset: str, split: str) -> RowReader:
     """Open a training subset of MMEB-train or of your own."""
-    owner, task = f"training subset {subset!r}", task_of_subset(read_tasks(data_dir), subset)
-    if task is not None and task.source is not None and task.source.train_file is not None:
-        return _open_own(owner, task.source.train_file, task.source, ROLES, (*QUERY, *CANDIDATE))
-    root = data_dir / "MMEB-train"
-    table = _open_mmeb(owner, root / subset, split, dict(zip(ROLES, MMEB_TRAIN, strict=True)))
-    table.check((*QUERY, *CANDIDATE), (*QUERY, *CANDIDATE))
-    return RowReader(table, ImageFolder(root), PromptRules() if task is None else task.prompt)
+    task = tasks.task_of_subset(read_tasks(data_dir), subset) or Task(subset, "retrieval", False)
+    source, single, root = task.source, (*QUERY, *CANDIDATE), data_dir / "MMEB-train"
+    owner, columns = f"training subset {subset!r}", dict(zip(ROLES, MMEB_TRAIN, strict=True))
+    if source is None or source.train_file is None:
+        table = Table(owner, _files(owner, root / subset, split), columns)
+        table.check(single, single)
+        return RowReader(table, ImageFolder(root), task.prompt)
+    table = Table(owner, [source.train_file], source.columns)
+    table.check(source.columns, single)
+    return RowReader(table, ImageFolder(source.image_dir), source=source)
 
 
 def open_eval(data_dir: Path, task: Task, *, must_exist: bool = True) -> RowReader:
@@ -102,36 +97,28 @@ def open_eval(data_dir: Path, task: Task, *, must_exist: bool = True) -> RowRead
 
     Pictures are looked for in ``MMEB-eval``, ``MMEB-eval/images`` and ``image-tasks`` (of either folder).
     """
-    owner, source, roles = f"evaluation task {task.name!r}", task.source, (*QUERY, *CANDIDATE)
-    if source is not None and source.eval_file is not None:
-        return _open_own(owner, source.eval_file, source, roles, QUERY, must_exist)
-    root = data_dir / "MMEB-eval"
-    columns = dict(zip((*roles, *INSTRUCTIONS), MMEB_EVAL, strict=True))
-    table = _open_mmeb(owner, root / task.name, "test", columns)
-    table.check(roles[::2] if table.column(INSTRUCTIONS[0]) is not None else roles, QUERY)
-    roots = (root, root / "image-tasks", data_dir / "image-tasks")
-    return RowReader(table, ImageFolder(*roots, must_exist=must_exist), task.prompt)
-
-
-def _open_own(
-    owner: str,
-    file: Path,
-    source: Source,
-    roles: Sequence[str],
-    single: Sequence[str],
-    must_exist: bool = True,
-) -> RowReader:
-    table = Table(owner, [file], {role: name for role, name in source.columns.items() if role in roles})
-    table.check(table.columns, single)
+    source, roles, root = task.source, (*QUERY, *CANDIDATE), data_dir / "MMEB-eval"
+    owner, columns = (
+        f"evaluation task {task.name!r}",
+        dict(zip((*roles, *INSTRUCTIONS), MMEB_EVAL, strict=True)),
+    )
+    if source is None or source.eval_file is None:
+        table = Table(owner, _files(owner, root / task.name, "test"), columns)
+        table.check(roles[::2] if table.column(INSTRUCTIONS[0]) is not None else roles, QUERY)
+        roots = (root, root / "image-tasks", data_dir / "image-tasks")
+        return RowReader(table, ImageFolder(*roots, must_exist=must_exist), task.prompt)
+    used = {role: name for role, name in source.columns.items() if role in roles}
+    table = Table(owner, [source.eval_file], used)
+    table.check(used, QUERY)
     return RowReader(table, ImageFolder(source.image_dir, must_exist=must_exist), source=source)
 
 
-def _open_mmeb(owner: str, folder: Path, split: str, columns: Mapping[str, str]) -> Table:
+def _files(owner: str, folder: Path, split: str) -> list[Path]:
     files = sorted(folder.glob(f"{split}-*.parquet"))
     if not files:
         others = ", ".join(sorted(file.name for file in folder.glob("*.parquet"))) or "no parquet file"
         raise ValueError(f"{owner}: no file {folder / split}-*.parquet; the folder holds {others}.")
-    return Table(owner, files, columns)
+    return files
 
 
 class TrainSubset:
@@ -163,7 +150,10 @@ class TrainSubset:
         self.num_skipped = 0
         self.reader = open_train(Path(data_dir), subset, split)
         self.table = self.reader.table
-        blank = _blank_rows(self.table, QUERY) | _blank_rows(self.table, CANDIDATE)
+        blank = np.zeros(len(self.table), dtype=bool)
+        for side in (QUERY, CANDIDATE):
+            columns = [column for column in map(self.table.column, side) if column is not None]
+            blank |= np.logical_and.reduce([_is_blank(column).to_numpy() for column in columns])
         if limit_by == "first":
             blank, limit = blank[:limit], None
         self.blank_rows = int(blank.sum())
@@ -193,15 +183,11 @@ class TrainSubset:
                 last = f"row {self.kept[place]}: {error}"
             self.num_skipped += 1
             if self.num_skipped.bit_count() == 1:  # each time that the number doubles
-                log.warning(
-                    "%s, rows skipped so far: %d. The last: %s", self.table.owner, self.num_skipped, last
-                )
-        advice = (
-            "Skipping is for single files; find out with `lightning verify` what is wrong with the folder."
-        )
-        raise ValueError(
-            f"{self.table.owner}: {step + 1} rows in a row have unreadable images, {last} {advice}"
-        )
+                count = f"rows skipped so far: {self.num_skipped}"
+                log.warning("%s, %s. The last: %s", self.table.owner, count, last)
+        what = f"{step + 1} rows in a row have unreadable images, {last}"
+        advice = "Skipping is for single files; `lightning verify` finds out what is wrong with the folder."
+        raise ValueError(f"{self.table.owner}: {what} {advice}")
 
     def _read(self, index: int) -> RawPair:
         row, reader = int(self.kept[index]), self.reader
@@ -247,35 +233,23 @@ def _is_blank(texts: Any) -> Any:
     return pc.fill_null(pc.or_(empty, pc.utf8_is_space(texts)), True)
 
 
-def _blank_rows(table: Table, columns: Side) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Return which rows have neither text nor image on a side."""
-    blank = np.ones(len(table), dtype=bool)
-    for column in filter(None, map(table.column, columns)):
-        blank &= _is_blank(column).to_numpy()
-    return blank
-
-
 def read_eval_task(
     data_dir: str | Path, task: str, limit: int | None = None, *, must_exist: bool = True
 ) -> EvalTask:
     """Read one evaluation task of MMEB, in either published format, or of your own.
 
-    Args:
-        data_dir: folder that holds ``MMEB-eval`` or ``tasks.json``.
-        task: name in the task table.
-        limit: keep at most this many rows, evenly spaced over the file.
-        must_exist: False keeps the names of image files that are not there.
+    ``limit`` keeps at most this many rows, evenly spaced; without ``must_exist`` image files may be missing.
     """
-    tasks = read_tasks(data_dir)
-    check_names([task], tasks, "evaluation task")
-    reader = open_eval(Path(data_dir), tasks[task], must_exist=must_exist)
+    known = read_tasks(data_dir)
+    tasks.check_names([task], known, "evaluation task")
+    reader = open_eval(Path(data_dir), known[task], must_exist=must_exist)
     table = reader.table
     is_split = table.column(INSTRUCTIONS[0]) is not None
     pool = [] if reader.source is None else _pool(table)
     count = len(table) if limit is None else min(limit, len(table))
     queries: dict[tuple[str, ...], int] = {}
     candidates: dict[Side, int] = {}
-    read = EvalTask(tasks[task], [], [], [], [])
+    read = EvalTask(known[task], [], [], [], [])
     for number in range(count):
         row = number * len(table) // count
         cells = table[row]
@@ -286,7 +260,7 @@ def read_eval_task(
             read.queries.append(reader.input(row, QUERY, query, asked))
         keys: list[int] = []
         for side in reader.sides(row, CANDIDATE, cells) + pool:
-            keys.append(candidates.setdefault(_identity(tasks[task], side), len(candidates)))
+            keys.append(candidates.setdefault(_identity(known[task], side), len(candidates)))
             if len(candidates) > len(read.candidates):
                 read.candidates.append(reader.input(row, CANDIDATE, side, shown))
         read.candidates_of_row.append(list(dict.fromkeys(keys)) if pool else keys)

@@ -42,9 +42,6 @@ class Table:
         columns: name in this package to name in the files, of the columns that become texts or, except in
             CSV files, lists of texts; null where a file lacks them.
         keep_others: keep all other columns with their types, under the names of the files.
-
-    Raises:
-        ValueError: a file cannot be read, or a column does not hold texts alone or lists of them alone.
     """
 
     def __init__(
@@ -71,8 +68,7 @@ class Table:
         return len(self.rows)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        cells: dict[str, Any] = self.rows.slice(row, 1).to_pylist()[0]
-        return cells
+        return dict(self.rows.slice(row, 1).to_pylist()[0])
 
     def column(self, name: str) -> pa.ChunkedArray | None:
         """Return one whole column without copying it, or None if no file has it."""
@@ -86,12 +82,9 @@ class Table:
                     lacking = f"column {self.columns[name]!r} is missing; found {', '.join(found)}"
                     raise ValueError(f"{self.owner}, file {file}: {lacking}. Rename or add it.")
         for name, column in zip(self.rows.column_names, self.rows.columns, strict=True):
-            is_list = pa.types.is_list(column.type)
-            if is_list and name in single:
-                advice = (
-                    "holds a list, where a row has one value. Only candidates of evaluation and negatives"
-                )
-                raise ValueError(f"{self.where(0, name)}: {advice} may be lists.")
+            if pa.types.is_list(column.type) and name in single:
+                advice = "Only candidates of evaluation and negatives may be lists"
+                raise ValueError(f"{self.where(0, name)}: holds a list, where a row has one value. {advice}.")
             if self.files[0].suffix == ".csv" and name in self.columns and name not in single:
                 row = pc.index(pc.match_substring_regex(column, r"^\s*\[\s*['\"]"), True).as_py()
                 if row >= 0:
@@ -161,13 +154,11 @@ def _read(file: Path, texts: Sequence[str], keep_others: bool) -> tuple[list[str
         return found, source.iter_batches(ROWS_PER_BATCH, columns=columns)
     if file.suffix not in SUFFIXES:
         raise ValueError(f"{file}: the file must end with one of {', '.join(SUFFIXES)}.")
-    if file.suffix == ".jsonl":
-        table = _read_jsonl(file)
-    else:
-        types = dict.fromkeys(texts, pa.string())
-        convert = pa.csv.ConvertOptions(column_types=types, strings_can_be_null=False)
-        parse = pa.csv.ParseOptions(newlines_in_values=True)
-        table = pa.csv.read_csv(str(file), convert_options=convert, parse_options=parse)
+    types = dict.fromkeys(texts, pa.string())
+    convert = pa.csv.ConvertOptions(column_types=types, strings_can_be_null=False)
+    parse = pa.csv.ParseOptions(newlines_in_values=True)
+    is_csv = file.suffix == ".csv"
+    table = pa.csv.read_csv(file, None, parse, convert) if is_csv else _read_jsonl(file)
     return table.column_names, iter(table.to_batches(ROWS_PER_BATCH))
 
 

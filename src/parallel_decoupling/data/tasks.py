@@ -101,14 +101,9 @@ MMEB_TRAIN_SUBSETS = tuple("ImageNet_1K" if name == "ImageNet-1K" else name for 
 
 @dataclass
 class EvalTask:
-    """One evaluation task with its unique queries and candidates.
+    """One evaluation task with its unique queries and candidates, both in order of first use.
 
-    Attributes:
-        task: row of the task table.
-        queries: unique queries in order of first use.
-        candidates: unique candidates (by the task's ``identity``) in order of first use.
-        query_of_row: index into ``queries`` per row.
-        candidates_of_row: indices into ``candidates`` per row; the positive is first.
+    ``query_of_row`` and ``candidates_of_row`` are indices into them; the positive is the first candidate.
     """
 
     task: Task

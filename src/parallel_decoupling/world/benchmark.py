@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
@@ -97,13 +97,14 @@ def _write_train(train_dir: Path, task: WorldTask, rows: list[Row]) -> None:
     sides = ((row.query, row.positive, row.negatives[0]) for row in rows)
     cells = ([cell for side in row for cell in (side.text, write(side))] for row in sides)
     table = [dict(zip(columns, row, strict=True)) for row in cells]
-    _write_table(train_dir / task.name / "original-00000-of-00001.parquet", table)
+    (train_dir / task.name).mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(table), train_dir / task.name / "original-00000-of-00001.parquet")
 
 
 def _write_eval(eval_dir: Path, task: WorldTask, rows: list[Row], rng: np.random.Generator) -> None:
     write = _image_writer(eval_dir, task.name, "image")
     positives = [write(row.positive) for row in rows]
-    table = []
+    table: list[dict[str, str | list[str]]] = []
     for index, row in enumerate(rows):
         negatives = [(side.text, write(side)) for side in row.negatives]
         known = {row.positive.meaning, *(side.meaning for side in row.negatives)}
@@ -117,9 +118,4 @@ def _write_eval(eval_dir: Path, task: WorldTask, rows: list[Row], rng: np.random
         texts, paths = zip((row.positive.text, positives[index]), *negatives, strict=True)
         query = {"qry_text": row.query.text, "qry_img_path": write(row.query)}
         table.append({**query, "tgt_text": list(texts), "tgt_img_path": list(paths)})
-    _write_table(eval_dir / task.name / "test-00000-of-00001.parquet", table)
-
-
-def _write_table(file: Path, rows: Sequence[Mapping[str, str | Sequence[str]]]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(list(rows)), file)
+    pq.write_table(pa.Table.from_pylist(table), eval_dir / task.name / "test-00000-of-00001.parquet")
