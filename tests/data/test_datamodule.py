@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from parallel_decoupling.data.images import ImagePolicy
 from parallel_decoupling.data.readers import TrainRows
 from parallel_decoupling.data.tables import default_cache_dir
 from parallel_decoupling.evaluation.encode import RowBatch
-from tests.data.mmeb_files import eval_row, train_row, write_eval, write_train
+from tests.data.mmeb_files import eval_row, train_row, write_eval, write_image, write_train
 from tests.support.fit import stand_in_model
 
 BATCH_SIZE = 8
@@ -27,12 +29,12 @@ STEPS = 5  # per epoch: 40 rows
 
 
 class CharacterProcessor:
-    """A text-only stand-in for a processor: token ids are the code points."""
+    """A stand-in for a processor that ignores images: token ids are the code points."""
 
     def __init__(self) -> None:
         self.tokenizer = self
 
-    def __call__(self, text: list[str], images: None = None, **_: Any) -> dict[str, torch.Tensor]:
+    def __call__(self, text: list[str], **_: Any) -> dict[str, torch.Tensor]:
         rows = [torch.tensor([ord(character) for character in one]) for one in text]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         return {"input_ids": ids, "attention_mask": (ids > 0).long()}
@@ -240,12 +242,6 @@ def test_only_validate_needs_validation_tasks(data_dir: Path, tmp_path: Path) ->
     assert [loader for loader, _ in toy.tested] == [0, 1] * 2
 
 
-def test_query_limit_thins_out_the_rows(data_dir: Path, tmp_path: Path) -> None:
-    data, toy = module(data_dir, None, eval_tasks=["VOC2007"], query_limit=2), Toy()
-    trainer(tmp_path).test(toy, datamodule=data, verbose=False)
-    assert toy.tested == [(0, ["v0", "v2"]), (1, ["cat", "dog", "owl"])]
-
-
 def test_image_options_and_the_kind_of_limit_are_passed_on(data_dir: Path) -> None:
     data = module(data_dir, train_subsets=["A"], row_limit=8, row_limit_by="first", image_size="mid")
     assert [data.train_data[0][row].row for row in range(8)] == list(range(8))
@@ -297,12 +293,9 @@ def test_preparing_makes_the_mapped_tables_of_the_stage(data_dir: Path, tmp_path
 def test_unknown_names_list_what_exists(
     data_dir: Path, stage: str, options: dict[str, Any], message: str
 ) -> None:
+    MMEBDataModule(str(data_dir), eval_tasks=["CIRR"], download=True).setup("fit")  # a download will fetch it
     with pytest.raises(ValueError, match=message):
         MMEBDataModule(**{"data_dir": str(data_dir), **options}).setup(stage)
-
-
-def test_tasks_that_a_later_download_fetches_are_known_to_fit(data_dir: Path) -> None:
-    module(data_dir, "fit", eval_tasks=["CIRR"], download=True)
 
 
 @pytest.mark.parametrize(
@@ -316,7 +309,78 @@ def test_bad_numbers_are_named(name: str, least: int) -> None:
 
 
 def test_a_data_module_without_model_says_so(data_dir: Path) -> None:
-    data = MMEBDataModule(str(data_dir))
-    data.setup("test")
     with pytest.raises(ValueError, match=r"call data\.connect\(model\)"):
-        data.test_dataloader()
+        MMEBDataModule(str(data_dir)).test_dataloader()
+
+
+ROWS = 24
+GONE = (3, 4, 11, 23)
+BROKEN = 17
+BAD = (*GONE, BROKEN)
+
+
+@pytest.fixture
+def gaps_dir(tmp_path: Path) -> Path:
+    """Queries q0, q1, ... with an image each, some of which are not there."""
+    images = tmp_path / "MMEB-train" / "images"
+    for row in set(range(ROWS)) - set(GONE):
+        write_image(images / f"{row}.png")
+    (images / f"{BROKEN}.png").write_bytes(b"broken")
+    rows = [train_row(f"q{row}\n", f"p{row}", qry_image_path=f"images/{row}.png") for row in range(ROWS)]
+    write_train(tmp_path, "S", rows)
+    return tmp_path
+
+
+def test_a_missing_image_stops_training_and_says_where(gaps_dir: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"subset 'S', file .*, row (3|4|11|23), column 'qry': no image file"
+    ):
+        list(module(gaps_dir).train_dataloader())
+    for row in GONE:
+        write_image(gaps_dir / f"MMEB-train/images/{row}.png")
+    with pytest.raises(ValueError, match=r"training subset 'S', row 17: Cannot read image .*17.png"):
+        list(module(gaps_dir).train_dataloader())
+
+
+def expected_queries(gaps_dir: Path) -> list[list[str]]:
+    """By hand: the sampler's rows, where a bad one is replaced by the next good one."""
+    sampler = module(gaps_dir).train_dataloader().batch_sampler
+    assert sampler is not None
+    after = {row: [(row + step) % ROWS for step in range(ROWS)] for row in range(ROWS)}
+    good = {row: next(other for other in after[row] if other not in BAD) for row in after}
+    steps = range(ROWS // 8)
+    return [[f"<image>\nq{good[row]}\n" for _, row in sampler.batch(step)] for step in steps]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_skipping_is_the_same_for_all_processes_and_workers(
+    gaps_dir: Path, world_size: int, num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "world_size", lambda: world_size)
+    parts = []
+    for rank in range(world_size):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        data = module(gaps_dir, missing_images="skip", num_workers=num_workers)
+        parts.append(queries(data.train_dataloader()))
+    assert [sum(step, []) for step in zip(*parts, strict=True)] == expected_queries(gaps_dir)
+
+
+def test_skipped_rows_are_counted_in_the_log(gaps_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = module(gaps_dir, missing_images="skip")
+    with caplog.at_level(logging.WARNING):
+        list(data.train_dataloader())
+    assert data.train_data[0].num_skipped == 6, "row 3 passes over 3 and 4"
+    assert "training subset 'S', rows skipped so far: 1. The last: row" in caplog.messages[0]
+    assert [re.findall(r"so far: (\d)", message) for message in caplog.messages] == [["1"], ["2"], ["4"]]
+
+
+def test_a_broken_evaluation_image_is_named_by_task_and_row(tmp_path: Path) -> None:
+    write_image(tmp_path / "MMEB-eval/GQA/0.png")
+    (tmp_path / "MMEB-eval/GQA/1.png").write_bytes(b"broken")
+    rows = [eval_row("q", ["a", "b"], qry_img_path=f"GQA/{row}.png") for row in range(2)]
+    write_eval(tmp_path, "GQA", rows)
+    data = module(tmp_path, "test")
+    loader, _ = data.test_dataloader()
+    with pytest.raises(ValueError, match=r"evaluation task 'GQA', row 1, query: Cannot read image .*1.png"):
+        list(loader)

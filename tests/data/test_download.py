@@ -226,12 +226,3 @@ def test_unknown_names_are_an_error_before_anything_is_fetched(
     with pytest.raises(ValueError, match=message):
         prepared(MMEBDataModule(str(tmp_path), download=True, **options), stage)
     assert hub.asked == []
-
-
-def test_own_subsets_and_tasks_need_no_download(tmp_path: Path, hub: Hub) -> None:
-    write_train(tmp_path, "Mine", [train_row()])
-    (tmp_path / "tasks.json").write_text('{"Ours": {"meta_task": "vqa", "in_distribution": true}}')
-    write_eval(tmp_path, "Ours", [eval_row("q", ["a", "b"])])
-    options: dict[str, Any] = {"train_subsets": ["Mine"], "validation_tasks": ["Ours"], "download": True}
-    prepared(MMEBDataModule(str(tmp_path), **options), "fit").setup("fit")
-    assert hub.asked == []

@@ -89,18 +89,9 @@ def test_an_empty_row_has_no_input(tmp_path: Path) -> None:
         ([{"caption": "x"}], "needs a column text, image .* found caption"),
         ([{"text": "x", "path_3": 1}], "a column 'path_3' holds embeddings"),
         ([{"text": "x", "aggregate": 1}], "a column 'aggregate' holds embeddings"),
-        (
-            [{"text": "x", "id": "1"}, {"text": "y", "id": None}],
-            "row 1, column 'id': every row needs an id of its own, got None",
-        ),
-        (
-            [{"text": "x", "id": "1"}, {"text": "y", "id": "1"}],
-            "row 0, column 'id': every row needs an id of its own, got 1",
-        ),
-        (
-            [{"text": "x", "image": {"bytes": b"x", "path": "y"}}],
-            "column 'image': holds struct<.*Images must be files",
-        ),
+        ([{"text": "x", "id": "1"}, {"text": "y", "id": None}], "row 1, .* an id of its own, got None"),
+        ([{"text": "x", "id": "1"}, {"text": "y", "id": "1"}], "row 0, .* an id of its own, got 1"),
+        ([{"text": "x", "image": {"bytes": b"x", "path": "y"}}], "'image': holds struct<.*Images must be"),
         ([{"text": ["x"]}], "column 'text': holds a list"),
     ],
 )
@@ -114,14 +105,9 @@ def test_unusable_tables(rows: list[dict[str, Any]], message: str, tmp_path: Pat
     [
         ("photo", None, "photo is neither a folder nor a file"),
         ("", None, "holds no file that ends with one of"),
-        ("rows.xlsx", "x", "neither a folder nor a file"),
         ("rows.csv", "text,image\nx\n", "cannot read .*rows.csv"),
-        (
-            "rows.jsonl",
-            '{"text": "x"}\n{"text": 3}\n',
-            "cannot read .*rows.jsonl: .* one JSON object",
-        ),
-        ("rows.jsonl", '[{"text": "x"},\n{"text": "y"}]\n', "cannot read .*rows.jsonl: .* one JSON object"),
+        ("rows.jsonl", '{"text": "x"}\n{"text": 3}\n', "cannot read .*rows.jsonl: .* one JSON object"),
+        ("rows.jsonl", '["text"]\n', "a line is not a JSON object"),
     ],
 )
 def test_unusable_places(tmp_path: Path, name: str, content: str | None, message: str) -> None:
