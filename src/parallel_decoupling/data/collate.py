@@ -1,7 +1,4 @@
-"""From raw rows to tensors: tokenisation, padding, target identity.
-
-No chat template, system prompt or end token is added, as in VLM2Vec.
-"""
+"""From raw rows to tensors; no chat template, system prompt or end token is added, as in VLM2Vec."""
 
 from __future__ import annotations
 
@@ -28,13 +25,8 @@ PADDING = RawInput("-")
 class Collator:
     """Turns rows into padded tensors with one processor call per side.
 
-    The processor's image tensors are split by the images (or patches) of each row. Where they do not split
-    that way, every row is processed alone, which gives the same rows more slowly.
-
-    Args:
-        processor: a Hugging Face multimodal processor with a ``tokenizer``.
-        image_token: what stands for an image in this backbone's text.
-        images: what happens to a picture before the processor sees it; nothing by default.
+    Where the image tensors of a Hugging Face ``processor`` cannot be split by row, every row is processed
+    alone, which gives the same rows more slowly. ``image_token`` stands for an image in the backbone's text.
 
     Relations:
         Each row without its padding equals the processor's output for that row alone.
@@ -139,8 +131,7 @@ def _naming(place: str) -> Iterator[None]:
 def _split(pixels: Mapping[str, Tensor], counts: list[int]) -> tuple[Mapping[str, Tensor], ...] | None:
     """Split image tensors by row: those of one entry per image, and those of one entry per patch.
 
-    Patches are counted by ``image_grid_thw`` (time, height, width per image). None if some tensor
-    is neither, or could as well have one entry per row.
+    Patches are counted by ``image_grid_thw``. None if a tensor is neither, or could have one entry per row.
     """
     total = sum(counts)
     by_image = "image_grid_thw" in pixels or "image_sizes" in pixels

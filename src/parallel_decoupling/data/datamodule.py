@@ -144,13 +144,7 @@ class MMEBDataModule(LightningDataModule):
         return {name: getattr(self, name) for name in names if not name.startswith("predict_")}
 
     def prepare_data(self) -> None:
-        """Make what is needed and not there yet: downloads, the embedded benchmark, mapped tables.
-
-        Lightning calls this on one process per node. Training data only before ``fit``.
-
-        Raises:
-            ValueError: a name that neither MMEB nor the folder has, before anything is fetched.
-        """
+        """Make what the stage needs and is not there yet: downloads, the benchmark, mapped tables."""
         stage = None if self.trainer is None else self.trainer.state.fn
         if stage == "predict" and self.predict_source is not None:
             return
@@ -172,12 +166,7 @@ class MMEBDataModule(LightningDataModule):
             readers.open_eval(self.folder, tasks.read_tasks(self.folder)[task])
 
     def setup(self, stage: str) -> None:
-        """Open the files that ``stage`` needs; ``fit`` checks the names of ``validate`` and ``test``, too.
-
-        Raises:
-            ValueError: unknown subset or task, no task to validate or test, or files that do not have MMEB's
-                layout.
-        """
+        """Open the files that ``stage`` needs; ``fit`` checks the names of ``validate`` and ``test``, too."""
         if stage == "predict" and self.predict_source is not None:
             return
         found = tasks.find_eval_tasks(self.folder)
@@ -216,22 +205,18 @@ class MMEBDataModule(LightningDataModule):
 
     def train_dataloader(self) -> Batches[PairBatch]:
         """Batches of this process from the next step on: the trainer's count of processed ones."""
-        weights = None
-        if self.weights is not None:
-            weights = [self.weights.get(subset.subset, 1.0) for subset in self.train_data]
-        sampler = MixtureSampler(
-            [len(subset) for subset in self.train_data],
-            batch_size=self.batch_size,
-            weights=weights,
-            policy=self.policy,
-            sub_batch_size=self.sub_batch_size,
-            seed=self.seed,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-        )
-        rows = readers.TrainRows(self.train_data)
-        options: dict[str, Any] = {"num_workers": self.num_workers, "generator": torch.Generator()}
-        loader = DataLoader(rows, batch_sampler=sampler, collate_fn=self.collator, **options)
+        weighted = self.weights
+        weights = None if weighted is None else [weighted.get(each.subset, 1.0) for each in self.train_data]
+        sizes = [len(subset) for subset in self.train_data]
+        options: dict[str, Any] = {
+            "policy": self.policy,
+            "sub_batch_size": self.sub_batch_size,
+            "seed": self.seed,
+        }
+        options |= {"rank": distributed.rank(), "world_size": distributed.world_size(), "weights": weights}
+        sampler = MixtureSampler(sizes, batch_size=self.batch_size, **options)
+        options = {"num_workers": self.num_workers, "generator": torch.Generator(), "batch_sampler": sampler}
+        loader = DataLoader(readers.TrainRows(self.train_data), collate_fn=self.collator, **options)
         return Batches(loader, sampler, None if self.trainer is None else self._consumed)
 
     def _consumed(self) -> int:
@@ -249,16 +234,11 @@ class MMEBDataModule(LightningDataModule):
     test_dataloader = val_dataloader
 
     def predict_dataloader(self) -> list[Batches[RowBatch]]:
-        """Load the rows of predict_source, or else of the evaluation tasks, that are not embedded yet.
-
-        Raises:
-            ValueError: a predict_source that cannot be read; unknown predict_columns.
-        """
+        """Load the rows of predict_source, or else of the evaluation tasks, that are not embedded yet."""
         model, instruction = self._connected, self.predict_instruction
         columns = chosen_columns(self.predict_columns, model.encoder.num_paths)
-        wanted = None
-        if AGGREGATE not in columns:
-            wanted = tuple(int(name.removeprefix("path_")) for name in columns)
+        numbers = (int(name.removeprefix("path_")) for name in columns if name != AGGREGATE)
+        wanted = None if AGGREGATE in columns else tuple(numbers)
         rows: list[TaskSide] | list[RowSource] = self._sides()
         if self.predict_source is not None:
             used = model.candidate_instruction if instruction is None else instruction
@@ -311,18 +291,12 @@ class MMEBDataModule(LightningDataModule):
                 about = {**each.about, "columns": list(columns), "images": collator.images.settings}
                 about |= {"num_rows": len(each), "rows_per_shard": rows_per_shard or max(1, len(each))}
                 finished = self._keeper.finished(each, about, with_bad_rows=keep_going)
-            plan = BatchPlan(
-                each,
-                TokenEstimate(collator),
-                self.eval_batch_size,
-                rows_per_shard=rows_per_shard,
-                finished=finished,
-                rank=distributed.rank(),
-                world_size=distributed.world_size(),
-            )
+            options: dict[str, Any] = {"rows_per_shard": rows_per_shard, "finished": finished}
+            options |= {"rank": distributed.rank(), "world_size": distributed.world_size()}
+            plan = BatchPlan(each, TokenEstimate(collator), self.eval_batch_size, **options)
             batches = RowBatches(each, collator, each.where, keep_going=keep_going, paths=paths)
-            options: dict[str, Any] = {"num_workers": self.num_workers, "generator": torch.Generator()}
-            loaders.append(Batches[RowBatch](DataLoader(batches, batch_size=None, sampler=plan, **options)))
+            options = {"num_workers": self.num_workers, "generator": torch.Generator(), "batch_size": None}
+            loaders.append(Batches[RowBatch](DataLoader(batches, sampler=plan, **options)))
         return loaders
 
 

@@ -1,7 +1,4 @@
-"""MMEB from the Hugging Face hub into a data folder, in the layout that ``readers`` reads.
-
-Nothing is fetched for a subset or task that is there already.
-"""
+"""MMEB from the Hugging Face hub into a data folder, unless a subset or task is there already."""
 
 from __future__ import annotations
 
@@ -18,11 +15,7 @@ GHOSTS = ("._", "__MACOSX", ".DS_Store")
 
 
 def download_train(data_dir: Path, subsets: Sequence[str], split: str) -> None:
-    """Fetch tables and pictures of the training subsets that ``data_dir/MMEB-train`` lacks.
-
-    Raises:
-        ValueError: the hub has no such file, or an archive is broken or lacks pictures.
-    """
+    """Fetch tables and pictures of the training subsets that ``data_dir/MMEB-train`` lacks."""
     root = data_dir / "MMEB-train"
     tables = [name for name in subsets if not any((root / name).glob(f"{split}-*.parquet"))]
     places = {name: (root / "images" / name, root / name / "Train") for name in subsets}
@@ -33,13 +26,7 @@ def download_train(data_dir: Path, subsets: Sequence[str], split: str) -> None:
 
 
 def download_eval(data_dir: Path, tasks: Sequence[str]) -> None:
-    """Fetch tables and pictures of the evaluation tasks that ``data_dir/MMEB-eval`` lacks.
-
-    The pictures of all tasks are one archive; those asked for are unpacked.
-
-    Raises:
-        ValueError: the hub has no such file, or the archive is broken or lacks pictures.
-    """
+    """Fetch tables and pictures (one archive) of the evaluation tasks that ``data_dir/MMEB-eval`` lacks."""
     root = data_dir / "MMEB-eval"
     tables = [name for name in tasks if not any((root / name).glob("test-*.parquet"))]
     loose = {name for name in tasks if any(file.suffix != ".parquet" for file in (root / name).glob("*"))}
@@ -65,11 +52,7 @@ def unpack(archive_file: Path, target_dir: Path, folders: Collection[str], insid
     """Unpack top-level folders of a zip archive; each appears whole in ``target_dir`` or not at all.
 
     A leading ``images/`` is ignored, an archive without the folder ``inside`` holds its contents, and
-    ``zipfile`` writes nothing outside. Several processes may unpack the same archive: the first to finish
-    moves the folder to its place, where it stays as it is.
-
-    Raises:
-        ValueError: the archive is broken or lacks a folder.
+    ``zipfile`` writes nothing outside. Of several processes the first to finish moves its folder.
     """
     target_dir.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".unpacking-{archive_file.stem}-", dir=target_dir) as work_dir:

@@ -54,7 +54,7 @@ class ImagePolicy:
     def __post_init__(self) -> None:
         """Check the values."""
         bounds = [bound for bound in (self.min_pixels, self.max_pixels) if bound is not None]
-        if self.size is not None and self.size not in SQUARES:
+        if self.size not in (None, *SQUARES):
             raise ValueError(f"image_size must be one of {', '.join(SQUARES)} or null, got {self.size!r}.")
         if self.size is not None and bounds:
             meaning = "forces a square, so min_pixels and max_pixels have no meaning"
@@ -108,11 +108,7 @@ def smart_size(
 
 
 def load_image(image: Image.Image | str, *, turn: bool = True) -> Image.Image:
-    """Decode a PIL image or a file to 8-bit RGB, without transparency; ``turn`` applies the EXIF orientation.
-
-    Raises:
-        ImageError: the file is missing, broken or larger than Pillow's limit.
-    """
+    """Decode an image or file to 8-bit RGB or raise ``ImageError``; ``turn`` applies the EXIF orientation."""
     try:
         if not isinstance(image, str):
             return _rgb(ImageOps.exif_transpose(image) if turn else image)
@@ -145,10 +141,8 @@ def image_size(file: str) -> tuple[int, int] | None:
 class ImageFolder:
     """Finds the files that the image cells of a table name.
 
-    Each root is tried with the cell as it is, with ``images/`` before it and without a leading ``images/``:
-    MMEB-train's cells start with it, MMEB-eval's do not, and either may be unpacked with or without that
-    folder. The place that fitted last is tried first. Without ``must_exist`` ``get`` returns the cell if
-    there is no such file.
+    Each root is tried with the cell as it is and with ``images/`` added or taken away: MMEB may be unpacked
+    with or without it. Without ``must_exist`` ``get`` returns the cell if there is no such file.
     """
 
     def __init__(self, *roots: Path, must_exist: bool = True) -> None:
@@ -169,7 +163,6 @@ class ImageFolder:
         file = self.find(image)
         if file is None and self.must_exist:
             roots = " or ".join(map(str, self.roots))
-            tried = f"under {roots} (also tried with and without a leading 'images/')"
-            advice = "Unpack the dataset's images there; a truncated download shows up like this."
-            raise ImageError(f"no image file {image!r} {tried}. {advice}")
+            advice = "Unpack the dataset's images there, with or without a folder images/."
+            raise ImageError(f"no image file {image!r} under {roots}. {advice}")
         return file or image

@@ -34,12 +34,7 @@ class MixtureSampler(Sampler[list[tuple[int, int]]]):
         sizes: rows n_s per subset, each >= 1.
         batch_size: GLOBAL batch, over all processes; a multiple of ``world_size``.
         weights: share of the epoch per SUBSET (not per row), each > 0; None is by size.
-        policy: see ``MMEBDataModule``.
-        sub_batch_size: block size of ``sub_batch``; divides ``batch_size``.
-        seed: >= 0.
         start_step: first step of the first iteration.
-        rank: this process.
-        world_size: number of processes.
 
     Relations:
         ``sub_batch`` with ``sub_batch_size=1`` equals ``mixed``, with ``batch_size`` equals
@@ -68,7 +63,14 @@ class MixtureSampler(Sampler[list[tuple[int, int]]]):
         self.seed, self.start_step = seed, start_step
         self.rank, self.world_size = rank, world_size
         self.group_size = _group_size(policy, batch_size, sub_batch_size)
-        self.groups = _groups_per_epoch(self.sizes, self.group_size, weights)
+        counts = [size // self.group_size for size in self.sizes]
+        if weights is not None:
+            if len(weights) != len(sizes) or min(weights) <= 0:
+                rule = f"one positive number per subset ({len(sizes)})"
+                raise ValueError(f"weights must be {rule}, got {list(weights)}.")
+            total = sum(sizes) / self.group_size / sum(weights)
+            counts = [round(total * weight) for weight in weights]
+        self.groups = [max(1, count) for count in counts]
         self.steps_per_epoch = sum(self.groups) * self.group_size // batch_size
         if not self.steps_per_epoch:
             rows = sum(self.sizes)
@@ -121,9 +123,7 @@ class MixtureSampler(Sampler[list[tuple[int, int]]]):
         for seam in range(size - skipped, count, size):
             if batch_of_draw[seam - 1] == batch_of_draw[seam]:
                 start, stop = np.searchsorted(batch_of_draw, batch_of_draw[seam] + np.array([0, 1]))
-                if (
-                    stop - start <= size
-                ):  # a row on both sides is replaced by one on neither
+                if stop - start <= size:  # a row on both sides is replaced by one on neither
                     rng = np.random.default_rng([self.seed, _REPAIR, subset, first + seam])
                     clash = np.flatnonzero(np.isin(rows[seam:stop], rows[start:seam])) + seam
                     free = np.setdiff1d(np.arange(size), rows[start:stop])
@@ -142,16 +142,6 @@ def _group_size(policy: Policy, batch_size: int, sub_batch_size: int | None) -> 
         rule = f"a sub_batch_size that divides {batch_size=}"
         raise ValueError(f"policy sub_batch needs {rule}, got {sub_batch_size}.")
     return size
-
-
-def _groups_per_epoch(sizes: list[int], group_size: int, weights: Sequence[float] | None) -> list[int]:
-    if weights is None:
-        return [max(1, size // group_size) for size in sizes]
-    if len(weights) != len(sizes) or min(weights) <= 0:
-        rule = f"one positive number per subset ({len(sizes)})"
-        raise ValueError(f"weights must be {rule}, got {list(weights)}.")
-    total = sum(sizes) / group_size / sum(weights)
-    return [max(1, round(total * weight)) for weight in weights]
 
 
 class Batches(Generic[Batch]):

@@ -16,15 +16,14 @@ from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
 
 @dataclass(frozen=True)
 class PromptRules:
-    r"""How a task's prompts are put together.
+    """How a task's prompts are put together; all but ``query_image`` for split columns only.
 
     Attributes:
         query_image: False for queries that never show an image. The placeholder that MMEB writes into some
             of them all the same (WebQA, EDIS) is dropped (ours; VLM2Vec leaves a lone image token).
-        own_line: split columns only: the query's instruction starts a line of its own, not only where it is
-            written so; otherwise a space separates it from the placeholder.
-        query_end: split columns only: what ends a query.
-        candidate_end: split columns only: what ends a candidate with an image and no text.
+        own_line: the query's instruction always starts a line; otherwise only where it is written so.
+        query_end: what ends a query.
+        candidate_end: what ends a candidate with an image and no text.
     """
 
     query_image: bool = True
@@ -34,13 +33,9 @@ class PromptRules:
 
 
 def written_text(text: str, *, has_image: bool, drop_placeholder: bool = False) -> str:
-    """Check a finished prompt, and complete one that forgets its image.
+    """Check a finished prompt, and complete one that forgets its image by a placeholder on its own line.
 
-    A missing placeholder goes before it on a line of its own. With ``drop_placeholder`` one that has no image
-    goes, and the space or newline after it.
-
-    Raises:
-        ValueError: neither text nor image, or placeholders that do not fit.
+    With ``drop_placeholder`` one that has no image goes, and the space or newline after it.
     """
     count = text.count(IMAGE_PLACEHOLDER)
     if not has_image:

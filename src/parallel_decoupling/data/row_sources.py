@@ -19,8 +19,6 @@ from parallel_decoupling.data.tables import SUFFIXES, Table
 from parallel_decoupling.data.tasks import EvalTask
 
 ID, TEXT, IMAGE = "id", "text", "image"
-VECTOR_NAME = re.compile(r"aggregate|path_\d+")
-"""Names of the columns that hold embeddings."""
 
 
 class TaskSide:
@@ -109,8 +107,8 @@ def _read_table(path: Path) -> pa.Table:
         needed = f"needs a column {TEXT}, {IMAGE} (names of files) or both"
         raise ValueError(f"{path}: {needed}; found {', '.join(names)}.")
     table.check((), texts)
-    for name in filter(VECTOR_NAME.fullmatch, names):
-        raise ValueError(f"{path}: a column {name!r} holds embeddings in the result. Rename yours.")
+    if taken := [name for name in names if re.fullmatch(r"aggregate|path_\d+", name)]:
+        raise ValueError(f"{path}: a column {taken[0]!r} holds embeddings in the result. Rename yours.")
     if ID not in names:
         return table.rows.add_column(0, ID, pa.array(map(str, range(len(table))), pa.string()))
     ids = table.rows[ID]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -39,8 +39,7 @@ class Table:
     Args:
         owner: what the rows are, for error messages.
         files: Parquet, JSONL or CSV files, one after the other.
-        columns: name in this package to name in the files, of the columns that become texts or, except in
-            CSV files, lists of texts; null where a file lacks them.
+        columns: name here to name in the files, of what becomes texts or lists of texts; null if lacking.
         keep_others: keep all other columns with their types, under the names of the files.
     """
 
@@ -130,7 +129,22 @@ def arrow_copy(file: Path, texts: Sequence[str], owner: str, keep_others: bool =
 
 
 def _write(file: Path, texts: Sequence[str], keep_others: bool, copy: Path) -> None:
-    found, batches = _read(file, texts, keep_others)
+    """Write the columns of a file that are wanted; ``columns`` of the metadata names all that it has."""
+    batches: Iterable[pa.RecordBatch]
+    if file.suffix == ".parquet":
+        source = pq.ParquetFile(file)
+        found = source.schema_arrow.names
+        columns = None if keep_others else [name for name in found if name in texts]
+        batches = source.iter_batches(ROWS_PER_BATCH, columns=columns)
+    elif file.suffix in SUFFIXES:
+        types = dict.fromkeys(texts, pa.string())
+        convert = pa.csv.ConvertOptions(column_types=types, strings_can_be_null=False)
+        parse = pa.csv.ParseOptions(newlines_in_values=True)
+        is_csv = file.suffix == ".csv"
+        table = pa.csv.read_csv(file, None, parse, convert) if is_csv else _read_jsonl(file)
+        found, batches = table.column_names, table.to_batches(ROWS_PER_BATCH)
+    else:
+        raise ValueError(f"{file}: the file must end with one of {', '.join(SUFFIXES)}.")
     kept = [name for name in found if keep_others or name in texts]
     if len(set(kept)) < len(kept):
         raise ValueError(f"{file}: two columns have the same name; found {', '.join(found)}. Rename one.")
@@ -144,22 +158,6 @@ def _write(file: Path, texts: Sequence[str], keep_others: bool, copy: Path) -> N
         if writer is None:
             raise ValueError(f"{file} has no rows. Remove it or fill it in.")
         writer.close()
-
-
-def _read(file: Path, texts: Sequence[str], keep_others: bool) -> tuple[list[str], Iterator[pa.RecordBatch]]:
-    if file.suffix == ".parquet":
-        source = pq.ParquetFile(file)
-        found = source.schema_arrow.names
-        columns = None if keep_others else [name for name in found if name in texts]
-        return found, source.iter_batches(ROWS_PER_BATCH, columns=columns)
-    if file.suffix not in SUFFIXES:
-        raise ValueError(f"{file}: the file must end with one of {', '.join(SUFFIXES)}.")
-    types = dict.fromkeys(texts, pa.string())
-    convert = pa.csv.ConvertOptions(column_types=types, strings_can_be_null=False)
-    parse = pa.csv.ParseOptions(newlines_in_values=True)
-    is_csv = file.suffix == ".csv"
-    table = pa.csv.read_csv(file, None, parse, convert) if is_csv else _read_jsonl(file)
-    return table.column_names, iter(table.to_batches(ROWS_PER_BATCH))
 
 
 def _read_jsonl(file: Path) -> pa.Table:

@@ -42,8 +42,6 @@ class Task:
         meta_task: the group whose mean the task counts in.
         in_distribution: whether MMEB also trains on this dataset.
         identity: what makes two candidates the same; the first one seen stands for both.
-        prompt: how prompts are put together.
-        source: your own data, None in MMEB's layout.
     """
 
     name: str
@@ -64,33 +62,23 @@ _FORMS: dict[str, tuple[Identity, PromptRules]] = {
 }
 """Identity and prompt rules by what the candidates of a task are."""
 
-# Meta-task, in (IND) or out of (OOD) distribution, form, tasks; in MMEB's order.
+# Meta-task, in (IND) or out of (OOD) distribution, form, tasks (some with their own form); in MMEB's order.
 _MMEB = """
-classification IND label    ImageNet-1K N24News HatefulMemes VOC2007 SUN397
-classification OOD label    Place365 ImageNet-A ImageNet-R ObjectNet Country211
-vqa            IND answer   OK-VQA A-OKVQA DocVQA InfographicsVQA ChartQA Visual7W
-vqa            OOD answer   ScienceQA VizWiz GQA TextVQA
-retrieval      IND dialogue VisDial
-retrieval      IND similar  CIRR
-retrieval      IND picture  VisualNews_t2i
-retrieval      IND caption  VisualNews_i2t
-retrieval      IND picture  MSCOCO_t2i
-retrieval      IND caption  MSCOCO_i2t
-retrieval      IND similar  NIGHTS
-retrieval      IND picture  WebQA
-retrieval      OOD similar  FashionIQ
-retrieval      OOD picture  Wiki-SS-NQ
-retrieval      OOD similar  OVEN
-retrieval      OOD picture  EDIS
-grounding      IND similar  MSCOCO
-grounding      OOD similar  RefCOCO RefCOCO-Matching Visual7W-Pointing
+classification IND label ImageNet-1K N24News HatefulMemes VOC2007 SUN397
+classification OOD label Place365 ImageNet-A ImageNet-R ObjectNet Country211
+vqa IND answer OK-VQA A-OKVQA DocVQA InfographicsVQA ChartQA Visual7W
+vqa OOD answer ScienceQA VizWiz GQA TextVQA
+retrieval IND picture VisDial:dialogue CIRR:similar VisualNews_t2i VisualNews_i2t:caption MSCOCO_t2i
+retrieval IND picture MSCOCO_i2t:caption NIGHTS:similar WebQA
+retrieval OOD picture FashionIQ:similar Wiki-SS-NQ OVEN:similar EDIS
+grounding IND similar MSCOCO
+grounding OOD similar RefCOCO RefCOCO-Matching Visual7W-Pointing
 """
 
-
 MMEB_TASKS: dict[str, Task] = {
-    name: Task(name, cast(MetaTask, meta_task), distribution == "IND", *_FORMS[form])
-    for meta_task, distribution, form, *names in map(str.split, _MMEB.strip().splitlines())
-    for name in names
+    name: Task(name, cast(MetaTask, meta_task), distribution == "IND", *_FORMS[own or form])
+    for meta_task, distribution, form, *words in map(str.split, _MMEB.strip().splitlines())
+    for name, _, own in (word.partition(":") for word in words)
 }
 """The 36 tasks of MMEB v1; other folders of ``MMEB-eval`` (such as ``CIFAR-100``) are not tasks."""
 

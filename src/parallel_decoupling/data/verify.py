@@ -17,10 +17,7 @@ from parallel_decoupling.data.images import ImageError, load_image
 
 @dataclass
 class Check:
-    """What one subset (``train``), task (``eval``) or the ``folder`` holds, and what is wrong with it.
-
-    ``repeated`` counts training rows, or evaluation rows that list a candidate twice.
-    """
+    """What one subset (``train``), task (``eval``) or the ``folder`` holds, and what is wrong with it."""
 
     part: str
     name: str
@@ -40,10 +37,10 @@ def verify(data_dir: str | Path, sample: int = 20) -> list[Check]:
         raise ValueError(f"{root} is not a folder. Give the one that holds MMEB-train/ and MMEB-eval/.")
     files = (root / "MMEB-train").glob("*/[!.]*-*.parquet")
     splits = sorted({file.name.split("-")[0] for file in files}) or [""]
-    names = {(split, name) for split in splits for name in tasks.find_train_subsets(root, split)}
+    names = [(split, name) for split in splits for name in tasks.find_train_subsets(root, split)]
     own = {name for name, task in tasks.read_tasks(root).items() if task.source is not None}
-    checks = [Check("train", name, split) for split, name in sorted(names)]
-    checks = [check for check in checks if check.split == splits[0] or check.name not in own]
+    kept = [(split, name) for split, name in names if split == splits[0] or name not in own]
+    checks = [Check("train", name, split) for split, name in kept]
     checks += [Check("eval", name, "test") for name in tasks.find_eval_tasks(root)]
     for check in tqdm(checks, desc="verify", unit="set", leave=False, disable=None):
         try:
