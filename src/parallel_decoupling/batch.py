@@ -20,7 +20,7 @@ IMAGE_PLACEHOLDER = "<|image_1|>"
 """The image token of every MMEB text (Phi-3's); the collator swaps in the backbone's own."""
 
 PADDING_ID = torch.iinfo(torch.int64).min
-"""In ``candidate_ids``: the candidate stands in for a missing hard negative and is nobody's negative."""
+"""In ``candidate_ids``: padding for a missing hard negative, which matches no query."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,6 @@ class RawPair:
         negatives: hard negatives of this query, possibly none; None pads to the number asked for.
         subset: name of the training subset the row comes from.
         row: row number inside the subset, for error messages.
-        skipped: why rows before this one were passed over, one reason each.
     """
 
     query: RawInput
@@ -54,7 +53,6 @@ class RawPair:
     negatives: tuple[RawInput | None, ...]
     subset: str
     row: int
-    skipped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,14 +104,12 @@ class PairBatch:
         candidate_ids: ``[len(candidate)]`` int64; equal values are the same target, and
             ``PADDING_ID`` is none.
         subsets: the subset of each of the ``B`` queries.
-        skipped: why rows were passed over, one reason each.
     """
 
     query: EncoderInputs
     candidate: EncoderInputs
     candidate_ids: Tensor
     subsets: tuple[str, ...]
-    skipped: tuple[str, ...] = ()
 
     def to(self, device: torch.device | str) -> PairBatch:
         """Move every tensor to ``device``."""

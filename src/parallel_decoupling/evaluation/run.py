@@ -20,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.data.images import IMAGE_SETTINGS
-from parallel_decoupling.data.loaders import TaskSide
+from parallel_decoupling.data.row_sources import TaskSide
 from parallel_decoupling.data.tasks import EvalTask
 from parallel_decoupling.distributed import gather_objects, rank, world_size
 from parallel_decoupling.evaluation import checks
