@@ -115,9 +115,7 @@ def test_compare_writes_all_files_and_a_table(runs: int, tmp_path: Path) -> None
     picture = Image.open(tmp_path / "out" / "comparison.png")
     assert picture.width == 1600
     stream = io.StringIO()
-    Console(file=stream, width=80).print(
-        comparison.means_grid().terminal(), comparison.task_grid().terminal()
-    )
+    Console(file=stream, width=80).print(*(grid.terminal() for grid in comparison.grids()))
     lines = stream.getvalue().splitlines()
     assert "…" not in stream.getvalue(), "nothing is cut on a terminal of 80 columns"
     row = next(line for line in lines if line.startswith("│ shape"))
@@ -162,7 +160,7 @@ def test_other_rows_under_the_same_name_are_an_error(tmp_path: Path) -> None:
 def test_the_best_of_several_runs_is_said_to_be_picked_by_its_score(runs: int, tmp_path: Path) -> None:
     folders = [save(make_report(number, 0.5, 1), tmp_path / str(number)) for number in range(runs)]
     comparison = compare(folders)
-    for grid in (comparison.means_grid(), comparison.task_grid()):
+    for grid in comparison.grids():
         assert ("is the best of 2 runs by the same score" in grid.caption) == (runs == 3)
 
 
@@ -173,11 +171,6 @@ def test_missing_runs_are_an_error(tmp_path: Path) -> None:
     for nothing in ([], folder):
         with pytest.raises(ValueError, match="a list of runs"):
             compare(nothing)
-
-
-def test_a_folder_that_counts_steps_is_named_with_its_parent(tmp_path: Path) -> None:
-    folders = [save(make_report(n, 0.5, 1), tmp_path / name / "step_480") for n, name in enumerate("ab")]
-    assert list(compare(folders).reports) == ["a step_480", "b step_480"]
 
 
 class Page(HTMLParser):

@@ -15,7 +15,7 @@ from parallel_decoupling.evaluation.plots import (
     RIGHT,
     WRONG,
     comparison_figure,
-    path_similarity_figure,
+    path_matrices_figure,
     retrieval_examples_figure,
 )
 from parallel_decoupling.evaluation.report import ScoreReport, TaskResult
@@ -48,7 +48,7 @@ def score(task: EvalTask) -> TaskScore:
 
 
 def test_every_cosine_is_written_in_its_cell() -> None:
-    figure = path_similarity_figure(torch.tensor([[1.0, 0.25], [0.25, 1.0]]))
+    figure = path_matrices_figure({"cosine": torch.tensor([[1.0, 0.25], [0.25, 1.0]])})
     assert texts(figure) == ["1.00", "0.25", "0.25", "1.00"]
 
 
@@ -109,6 +109,6 @@ def test_comparison_shows_each_run_once_and_paths_only_where_there_are_several()
 
 
 def test_figures_leave_no_global_state() -> None:
-    path_similarity_figure(torch.eye(2))
+    path_matrices_figure({"cosine": torch.eye(2)})
     pyplot = sys.modules.get("matplotlib.pyplot")
     assert pyplot is None or pyplot.get_fignums() == []

@@ -22,7 +22,7 @@ from parallel_decoupling.diagnostics.error_agreement import ErrorAgreement, erro
 from parallel_decoupling.diagnostics.probes import ProbeResult, counted_scenes, crowded_scenes, probe
 from parallel_decoupling.diagnostics.similarity import PathSimilarity, path_similarity
 from parallel_decoupling.evaluation.embedder import Embedder
-from parallel_decoupling.evaluation.report import SCORES_FILE, Grid, ScoreReport, percent, progress
+from parallel_decoupling.evaluation.report import SCORES_FILE, Grid, ScoreReport, percent
 from parallel_decoupling.model.encoder import ParallelEncoder
 
 if TYPE_CHECKING:

@@ -32,27 +32,18 @@ ADVICE: dict[Check, str] = {
     "that the images reach the model, and that the prompts are those of training.",
     "non_finite": "embeddings are NaN or infinite, and their rows count as misses. Use trainer.precision "
     "bf16-mixed or 32-true in place of 16, and check the checkpoint's weights.",
-    "collapsed_paths": "paths give nearly the same embedding, so a second one costs as much again and adds "
-    "little: encode with one path, or train them apart (mi.kind orthogonal, a higher "
-    "optimizer.prefix_learning_rate) and compare the scores. train/path_cosine shows it early.",
+    "collapsed_paths": "paths give nearly the same embedding, so a second one adds little: encode with one "
+    "path, or train them apart (mi.kind orthogonal, a higher optimizer.prefix_learning_rate).",
     "collapsed_embeddings": "different inputs have nearly the same embedding. Lower the learning rate or "
     "mi_weight, and check that texts and images differ after tokenisation.",
-    "other_images": "images are resized in another way than in training. Use the image settings that the "
-    "checkpoint was trained with, or expect lower scores.",
-    "other_prompts": "instructions of evaluation and training differ. Use the tasks.json that the checkpoint "
-    "was trained with, or expect lower scores.",
+    "other_images": "images are resized differently than in training. Use the checkpoint's image settings.",
+    "other_prompts": "instructions differ from those of training. Use the checkpoint's tasks.json.",
 }
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that makes scores doubtful.
-
-    Attributes:
-        check: what was looked at.
-        detail: what was seen, with numbers.
-        tasks: where; empty for the whole run.
-    """
+    """One thing that makes scores doubtful: what was seen, and in which tasks; none is the whole run."""
 
     check: Check
     detail: str
@@ -70,12 +61,10 @@ def check_task(
     *,
     missing: tuple[int, int] = (0, 0),
 ) -> list[Finding]:
-    """Judge one task; costs two singular value decompositions of a few hundred rows.
-
-    A score is at chance up to two standard errors of a random choice above it.
+    """Judge one task by its first column; costs two singular value decompositions of a few hundred rows.
 
     Args:
-        score: of the task; its first column is judged.
+        score: of the task.
         queries: all paths ``[Uq, N, D]``, and their aggregate ``[Uq, D']``.
         candidates: the same of the candidates.
         missing: queries and candidates that could not be read; their rows are NaN, which is not the model's
@@ -87,10 +76,8 @@ def check_task(
     error = (chance * (1 - chance) / len(hits)) ** 0.5
     if hit_at_1 <= min(1.0, chance + CHANCE_ERRORS * error):
         found["chance"] = [f"{100 * hit_at_1:.1f} % (chance {100 * chance:.1f} %)"]
-    for side, (paths_UND, aggregate_UD), unread in zip(
-        ("query", "candidate"), (queries, candidates), missing, strict=True
-    ):
-        for check, seen in _check_embeddings(paths_UND, aggregate_UD, unread):
+    for side, embeddings, unread in zip(("query", "candidate"), (queries, candidates), missing, strict=True):
+        for check, seen in _check_embeddings(*embeddings, unread):
             found.setdefault(check, []).append(f"{side} {seen}")
     name = score.task.name
     return [Finding(check, f"{name} {', '.join(seen)}", (name,)) for check, seen in found.items()]
@@ -102,9 +89,7 @@ def findings(of_tasks: Iterable[Finding]) -> list[Finding]:
     for finding in of_tasks:
         joined[finding.check].append(finding)
     return [
-        Finding(
-            check, "; ".join(each.detail for each in found), tuple(n for each in found for n in each.tasks)
-        )
+        Finding(check, "; ".join(each.detail for each in found), sum((each.tasks for each in found), ()))
         for check, found in joined.items()
         if found
     ]
@@ -128,15 +113,15 @@ def check_prompts(train_dir: str | Path, tasks: Sequence[EvalTask]) -> list[Find
     """
     known = read_tasks(train_dir)
     found = []
-    for name, task in ((each.task.name, each.task) for each in tasks):
-        trained, asked = known[name].source if name in known else None, task.source
-        if trained is None or asked is None or trained.train_file is None:
+    for task in (each.task for each in tasks):
+        trained = known[task.name].source if task.name in known else None
+        if trained is None or task.source is None or trained.train_file is None:
             continue
         for side in ("query", "candidate"):
-            before, now = (getattr(source, f"{side}_instruction") for source in (trained, asked))
+            before, now = (getattr(source, f"{side}_instruction") for source in (trained, task.source))
             if before != now:
-                detail = f"{name} {side}: trained {before!r:.100}, asked {now!r:.100}"
-                found.append(Finding("other_prompts", detail, (name,)))
+                detail = f"{task.name} {side}: trained {before!r:.100}, asked {now!r:.100}"
+                found.append(Finding("other_prompts", detail, (task.name,)))
     return findings(found)
 
 

@@ -54,9 +54,6 @@ class Embedder:
         Args:
             path: a checkpoint (``runs/demo/checkpoints/last.ckpt``), the folder of a run (its last
                 checkpoint), or a folder that ``save_pretrained`` or ``export`` wrote.
-
-        Raises:
-            ValueError: there is nothing of that kind, or the files are damaged or belong to another backbone.
         """
         from parallel_decoupling.model.pretrained import load_encoder
 
@@ -121,9 +118,6 @@ class Embedder:
 
         Raises:
             ValueError: an input (named by its index), a path, the dimension or the batch size is not usable.
-
-        Relations:
-            ``encode(item)`` equals ``encode([item])[0]``.
         """
         single = is_single(inputs)
         embeddings = encode(
@@ -150,13 +144,22 @@ class Embedder:
 
     @staticmethod
     def similarity(a: Tensor, b: Tensor) -> Tensor:
-        """Compare all pairs; see ``similarity`` of this module."""
-        return similarity(a, b)
+        """Compute the cosine of every row of ``a`` with every row of ``b``: ``[A, B]`` float32.
+
+        Args:
+            a: ``[A, D]``, or ``[A, N, D]`` for the mean cosine over aligned paths.
+            b: ``[B, D]`` or ``[B, N, D]``; ``ValueError`` for another number of dimensions or another size.
+        """
+        unit_a, unit_b, num_paths = _unit_pair(a, b)
+        return unit_a @ unit_b.T / num_paths
 
     @staticmethod
     def similarity_pairwise(a: Tensor, b: Tensor) -> Tensor:
-        """Compare row by row; see ``similarity_pairwise`` of this module."""
-        return similarity_pairwise(a, b)
+        """Compute the diagonal of ``similarity(a, b)``, for as many rows of both: ``[A]``."""
+        unit_a, unit_b, num_paths = _unit_pair(a, b)
+        if len(unit_a) != len(unit_b):
+            raise ValueError(f"similarity_pairwise of {len(a)} and {len(b)} rows; pass as many of both")
+        return (unit_a * unit_b).sum(dim=1) / num_paths
 
     def identity(self) -> dict[str, Any]:
         """Identify what turns inputs into embeddings; see ``model.identity.encoder_identity``."""
@@ -180,9 +183,6 @@ class Embedder:
             include_backbone: write the backbone, too; otherwise the folder refers to it by name.
             scores: content of a ``scores.json`` for the card.
 
-        Raises:
-            ValueError: a folder that holds a model, a path that does not exist, weights that are not written.
-
         Relations:
             ``from_pretrained`` gives the same embeddings bit for bit in the same dtype, path n those of
             ``paths[n]``; with ``merge_adapters`` up to rounding.
@@ -204,48 +204,11 @@ class Embedder:
 
 
 def about_encoder(encoder: Any, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what stored embeddings say of the model: identity, paths, and how these are aggregated.
-
-    Args:
-        encoder: the model.
-        identity: of it, see ``model.identity.encoder_identity``.
-    """
+    """Return what stored embeddings say of the model: identity, paths, and how these are aggregated."""
     aggregation: dict[str, Any] = {"kind": getattr(encoder, "aggregation", "mean")}
     if (logits := getattr(encoder, "path_logits", None)) is not None:
         aggregation["weights"] = logits.detach().float().softmax(dim=0).tolist()
     return {"identity": dict(identity), "num_paths": encoder.num_paths, "aggregation": aggregation}
-
-
-def similarity(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine similarity of every row of ``a`` with every row of ``b``.
-
-    Args:
-        a: ``[A, D]``, or ``[A, N, D]`` for the mean cosine over aligned paths.
-        b: ``[B, D]`` or ``[B, N, D]``, of the same rank.
-
-    Returns:
-        ``[A, B]`` float32 in [-1, 1].
-
-    Raises:
-        ValueError: ranks or trailing sizes differ.
-
-    Relations:
-        For three dimensions, the mean over n of ``similarity(a[:, n], b[:, n])``.
-    """
-    unit_a, unit_b, num_paths = _unit_pair(a, b)
-    return unit_a @ unit_b.T / num_paths
-
-
-def similarity_pairwise(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine similarity of every row of ``a`` with the same row of ``b``: ``[A]`` float32 in [-1, 1].
-
-    Relations:
-        The diagonal of ``similarity(a, b)``.
-    """
-    unit_a, unit_b, num_paths = _unit_pair(a, b)
-    if len(unit_a) != len(unit_b):
-        raise ValueError(f"similarity_pairwise of {len(unit_a)} and {len(unit_b)} rows; pass as many of both")
-    return (unit_a * unit_b).sum(dim=1) / num_paths
 
 
 def _unit_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -255,6 +218,5 @@ def _unit_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, int]:
             f"similarity of shapes {tuple(a.shape)} and {tuple(b.shape)}; pass [A, D] and [B, D], "
             "or [A, N, D] and [B, N, D], encoded with the same paths"
         )
-    num_paths = a.shape[1] if a.ndim == 3 else 1
     unit_a, unit_b = F.normalize(a.float(), dim=-1), F.normalize(b.float(), dim=-1)
-    return unit_a.flatten(1), unit_b.flatten(1), num_paths
+    return unit_a.flatten(1), unit_b.flatten(1), a.shape[1] if a.ndim == 3 else 1

@@ -7,7 +7,6 @@ import time
 import warnings
 from typing import Any, cast
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -15,18 +14,12 @@ from torch import Tensor
 
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.distributed import gather_objects
-from parallel_decoupling.evaluation.store import (
-    AGGREGATE,
-    Keeper,
-    path_column,
-    read_metadata,
-    shard_hash,
-)
+from parallel_decoupling.evaluation.store import AGGREGATE, Keeper, path_column, read_metadata, shard_files
 from parallel_decoupling.training.module import PDFEmbedder
 
 BAD_ROWS_FILE = "bad_rows.jsonl"
 HARMLESS_WARNINGS = ("Couldn't infer the batch indices", "Total length of .* across ranks is zero")
-"""Of Lightning, about loaders that are not torch's."""
+"""Warnings of Lightning about loaders that are not torch's."""
 
 
 class EmbeddingWriter(Callback):
@@ -60,18 +53,20 @@ class EmbeddingWriter(Callback):
         if batch.place.shard is None:
             return
         rows = self.data.rows[dataloader_idx]
-        columns = self.keeper.writers[rows.name].about["columns"]
         self._rows += batch.rows
         self._bad_rows |= batch.bad_rows
         paths = range(outputs.shape[1]) if batch.paths is None else batch.paths
         embeddings_BND = outputs[: len(batch.rows)]
         vectors = {path_column(path): embeddings_BND[:, place] for place, path in enumerate(paths)}
+        columns = self.keeper.writers[rows.name].about["columns"]
         if AGGREGATE in columns:
             vectors[AGGREGATE] = cast(PDFEmbedder, pl_module).encoder.aggregate(embeddings_BND)
         for name in columns:
             self._vectors.setdefault(name, []).append(vectors[name].float().cpu())
         if batch.place.last:
-            self._write(rows, batch.place.shard)
+            whole = {name: torch.cat(parts) for name, parts in self._vectors.items()}
+            self.keeper.write(rows, batch.place.shard, self._rows, whole, self._bad_rows)
+            self._num_embedded += len(self._rows)
             self._begin_shard()
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -83,15 +78,15 @@ class EmbeddingWriter(Callback):
             return
         missing, num_rows, bad_rows = 0, 0, []
         for writer in self.keeper.writers.values():
-            there = writer.shards_there()
+            there = shard_files(writer.folder)
             missing += writer.num_shards - len(there)
             num_rows += sum(len(writer.rows_of(shard)) for shard in there)
-            bad_rows += [row for each in there for row in read_metadata(writer.file(each))["bad_rows"]]
+            bad_rows += [row for file in there.values() for row in read_metadata(file)["bad_rows"]]
         bad_rows_file = self.keeper.root / BAD_ROWS_FILE
         lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in bad_rows)
         bad_rows_file.write_text(lines, encoding="utf-8")
-        speed = f", {num_embedded:,} of them now at {num_embedded / seconds:,.1f} per second"
-        message = f"{self.keeper.root}: {num_rows - len(bad_rows):,} rows embedded{speed}."
+        speed = f"{num_embedded:,} of them now at {num_embedded / seconds:,.1f} per second"
+        message = f"{self.keeper.root}: {num_rows - len(bad_rows):,} rows embedded, {speed}."
         if bad_rows:
             message += f" {len(bad_rows):,} rows could not be embedded: {bad_rows_file} says which and why."
         if missing:
@@ -102,20 +97,3 @@ class EmbeddingWriter(Callback):
         self._rows: list[int] = []
         self._bad_rows: dict[int, str] = {}
         self._vectors: dict[str, list[Tensor]] = {}
-
-    def _write(self, rows: Any, shard: int) -> None:
-        writer = self.keeper.writers[rows.name]
-        order = np.argsort(self._rows)
-        bad = sorted(self._bad_rows)
-        ids = rows.columns(bad)["id"].to_pylist()
-        writer.write(
-            shard,
-            rows.columns([self._rows[place] for place in order]),
-            {name: torch.cat(vectors)[torch.from_numpy(order)] for name, vectors in self._vectors.items()},
-            rows_sha256=shard_hash(rows, writer.rows_of(shard)),
-            bad_rows=[
-                {"row": row, "id": id_, "reason": self._bad_rows[row]}
-                for row, id_ in zip(bad, ids, strict=True)
-            ],
-        )
-        self._num_embedded += len(self._rows)

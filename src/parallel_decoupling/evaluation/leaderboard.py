@@ -67,10 +67,7 @@ def write_predictions(folder: Path, task: EvalTask, score: TaskScore) -> None:
 
 
 def write_score_files(tasks: Mapping[str, TaskResult], column: str, folder: Path) -> None:
-    """Write ``v1/<task>_score.json`` and ``v2/<task>_score.json`` of every task.
-
-    The folder holds one test: scores and predictions of other tasks are an earlier test's and are removed.
-    """
+    """Write ``v1/<task>_score.json`` and ``v2/<task>_score.json``, and remove files of other tasks."""
     for version, predictions in PREDICTIONS.items():
         for suffix in (SCORE_SUFFIX, predictions):
             for old in (folder / version).glob(f"*{suffix}"):
@@ -99,18 +96,19 @@ def _v2(result: TaskResult, column: str) -> dict[str, Any]:
     With one positive, precision is hit / depth, recall is hit, average precision is 1 / rank, and both
     conventions of nDCG agree.
     """
-    metrics = result.metrics.get(column, {})
-    names = {"hit": "hit", "mrr": "mrr", "ndcg_linear": "ndcg", "ndcg_exponential": "ndcg"}
-    values = {
-        f"{name}@{k}": metrics[f"{ours}@{k}"] for name, ours in names.items() for k in DEPTHS if metrics
-    }
-    values["hit@1"] = result.hit_at_1[column]
+    metrics = result.metrics.get(column)
+    values: dict[str, float] = {}
     for k in DEPTHS if metrics else ():
-        hit = values[f"hit@{k}"]
+        hit, mrr, ndcg = (metrics[f"{name}@{k}"] for name in ("hit", "mrr", "ndcg"))
+        values |= {f"hit@{k}": hit, f"mrr@{k}": mrr, f"ndcg_linear@{k}": ndcg, f"ndcg_exponential@{k}": ndcg}
         values |= {f"precision@{k}": hit / k, f"recall@{k}": hit}
-        values |= {f"f1@{k}": 2 * hit / (k + 1), f"map@{k}": values[f"mrr@{k}"]}
-    rows = {"num_pred": result.num_queries, "num_data": result.num_queries + result.num_skipped}
-    return {**values, **rows}
+        values |= {f"f1@{k}": 2 * hit / (k + 1), f"map@{k}": mrr}
+    values["hit@1"] = result.hit_at_1[column]
+    return {
+        **values,
+        "num_pred": result.num_queries,
+        "num_data": result.num_queries + result.num_skipped,
+    }
 
 
 def _write(file: Path, content: Any) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from numpy.typing import NDArray
 from torch import Tensor
 
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
@@ -23,14 +23,13 @@ from parallel_decoupling.evaluation.score import TaskScore
 COLOURS = ("#8c8c8c", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Grey for the baseline, then Okabe and Ito's palette, safe for colour-blind readers."""
 RIGHT, WRONG, NEUTRAL, INK = "#009e73", "#d55e00", "#c8c8c8", "#333333"
-GROUPS = ("overall", *META_TASKS, "in_distribution", "out_of_distribution")
-GROUP_LABELS = ("overall", "classi-\nfication", "VQA", "retrieval", "grounding", "IND", "OOD")
+GROUP_LABELS = {
+    "overall": "overall",
+    **dict(zip(META_TASKS, ("classi-\nfication", "VQA", "retrieval", "grounding"), strict=True)),
+    "in_distribution": "IND",
+    "out_of_distribution": "OOD",
+}
 THUMBNAIL = 224
-
-
-def path_similarity_figure(cosine_NN: Tensor) -> Figure:
-    """Draw the mean cosine between paths, ``[N, N]`` in [-1, 1]."""
-    return path_matrices_figure({"mean cosine between paths": cosine_NN})
 
 
 def path_matrices_figure(matrices: Mapping[str, Tensor]) -> Figure:
@@ -56,15 +55,9 @@ def path_matrices_figure(matrices: Mapping[str, Tensor]) -> Figure:
 
 
 def retrieval_examples_figure(task: EvalTask, score: TaskScore, k: int = 5, rows: int = 4) -> Figure:
-    """Draw queries with their best candidates and the truth; misses first.
+    """Draw queries with their best candidates and the truth; misses first, half of ``rows`` if both last.
 
     Green frames the truth, orange-red what was ranked above it, grey what came after it.
-
-    Args:
-        task: the inputs.
-        score: of that task; its ranking and the hits of its first column are drawn.
-        k: candidates per query, 1 to 10.
-        rows: queries; half of them misses while both kinds last.
     """
     hits = next(iter(score.hits.values()))
     wrong, right = (~hits).nonzero()[:, 0].tolist(), hits.nonzero()[:, 0].tolist()
@@ -94,80 +87,54 @@ def retrieval_examples_figure(task: EvalTask, score: TaskScore, k: int = 5, rows
 
 
 def comparison_figure(reports: Mapping[str, ScoreReport], title: str) -> Figure:
-    """Draw means (left) and tasks (right) of several runs over the same tasks.
+    """Draw means (left) and tasks (right) of several runs over the same tasks; the baseline comes first.
 
-    A run with several paths shows its aggregate, and the mean of its single paths with whiskers from
-    the worst to the best path. Ticks on the right mark the level of chance. The baseline comes first.
+    Bars and dots are aggregates; whiskers and pale lines go from a run's worst to its best single path.
+    Ticks on the right mark the level of chance.
     """
-    tasks = len(next(iter(reports.values())).tasks)
-    figure = new_figure(16, max(7.0, 2.4 + 0.36 * tasks))
+    baseline, last = next(iter(reports.values())), len(reports) - 1
+    groups = [group for group in GROUP_LABELS if group in baseline.means]
+    order = [task for meta_task in META_TASKS for task in baseline.groups.get(meta_task, ())]
+    heights = np.arange(len(order))[::-1]
+    figure = new_figure(16, max(7.0, 2.4 + 0.36 * len(order)))
     left, right = figure.subplots(1, 2, width_ratios=[1.25, 1])
-    _draw_means(left, reports)
-    _draw_tasks(right, reports)
+    chance = [100 * baseline.tasks[task].chance for task in order]
+    right.plot(chance, heights, "|", color=INK, label="chance", markersize=9, markeredgewidth=1.4, zorder=4)
+    width, step = 0.84 / len(reports), 0.56 / max(last, 2)
+    for number, (name, report) in enumerate(reports.items()):
+        colour, means = COLOURS[number % len(COLOURS)], report.means
+        scores, low, high = _scores_and_range(report, [means[group] for group in groups])
+        places = np.arange(len(groups)) - 0.42 + width * (number + 0.5)
+        bars = left.bar(places, scores, width * 0.92, color=colour, label=name)
+        left.bar_label(bars, fmt="%.1f", padding=2, rotation=0 if width > 0.2 else 90, fontsize=9, color=INK)
+        levels = heights + step * (last / 2 - number)
+        if len(report.path_columns) > 1:
+            left.vlines(places, low, high, color=INK, linewidth=1.2, label=f"{name}, worst to best path")
+        scores, low, high = _scores_and_range(report, [report.tasks[task].hit_at_1 for task in order])
+        if len(report.path_columns) > 1:
+            right.hlines(levels, low, high, color=colour, alpha=0.4, linewidth=4)
+        right.plot(scores, levels, "o", color=colour, markersize=6.5)
+    left.set_xticks(range(len(groups)), [GROUP_LABELS[group] for group in groups], fontsize=11)
+    left.set_xlim(-0.5, len(groups) - 0.5)
+    left.set_title("means over tasks, hit@1 in %", fontsize=12, color=INK, loc="left")
+    labels = [f"{task}{'' if baseline.tasks[task].task.in_distribution else ' (OOD)'}" for task in order]
+    right.set_yticks(heights, labels, fontsize=10, parse_math=False)
+    right.set(ylim=(-0.6, len(order) - 0.4), xlim=(0, None))
+    right.set_title(
+        "tasks, hit@1 in %: aggregate, and range of single paths", fontsize=12, color=INK, loc="left"
+    )
+    clean_axes(left, "y")
+    clean_axes(right, "x")
     figure.suptitle(title, fontsize=15, color=INK, parse_math=False)
-    handles, labels = left.get_legend_handles_labels()
-    chance_handles, chance_labels = right.get_legend_handles_labels()
-    handles, labels = [*handles, *chance_handles], [*labels, *chance_labels]
-    columns = 4 if len(labels) < 5 else 3
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=11)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=11)
     return figure
 
 
-def _draw_means(axes: Axes, reports: Mapping[str, ScoreReport]) -> None:
-    means = {name: report.means for name, report in reports.items()}
-    groups = [group for group in GROUPS if group in next(iter(means.values()))]
-    labels = dict(zip(GROUPS, GROUP_LABELS, strict=True))
-    width = 0.84 / sum(2 if len(report.path_columns) > 1 else 1 for report in reports.values())
-    places = np.arange(len(groups)) - 0.42 + width / 2
-    for number, (name, report) in enumerate(reports.items()):
-        colour, several = COLOURS[number % len(COLOURS)], len(report.path_columns) > 1
-        headline = [100 * means[name][group][report.columns[0]] for group in groups]
-        label = f"{name}, aggregate" if several else name
-        bars = axes.bar(places, headline, width * 0.92, color=colour, label=label)
-        turned, size = (0, 9) if width > 0.2 else (90, 8)
-        axes.bar_label(bars, fmt="%.1f", padding=2, rotation=turned, fontsize=size, color=INK)
-        places = places + width
-        if several:
-            spread = [[100 * means[name][group][path] for path in report.path_columns] for group in groups]
-            centre = np.mean(spread, axis=1)
-            reach = [centre - np.min(spread, axis=1), np.max(spread, axis=1) - centre]
-            whiskers = {"ecolor": INK, "elinewidth": 1.2, "capsize": 2.5}
-            label = f"{name}, one path (mean, worst to best)"
-            pale = _pale(colour)
-            axes.bar(places, centre, width * 0.92, yerr=reach, color=pale, error_kw=whiskers, label=label)
-            places = places + width
-    axes.set_xticks(range(len(groups)), [labels[group] for group in groups], fontsize=11)
-    axes.set_title("means over tasks, hit@1 in %", fontsize=12, color=INK, loc="left")
-    axes.set_xlim(-0.5, len(groups) - 0.5)
-    clean_axes(axes, "y")
-    axes.tick_params(axis="x", length=0)
-
-
-def _draw_tasks(axes: Axes, reports: Mapping[str, ScoreReport]) -> None:
-    baseline = next(iter(reports.values()))
-    order = [task for meta_task in META_TASKS for task in baseline.groups.get(meta_task, ())]
-    heights = list(range(len(order) - 1, -1, -1))
-    chance = [100 * baseline.tasks[task].chance for task in order]
-    axes.plot(chance, heights, "|", color=INK, label="chance", markersize=9, markeredgewidth=1.4, zorder=4)
-    step = 0.56 / max(len(reports) - 1, 2)
-    for number, report in enumerate(reports.values()):
-        colour = COLOURS[number % len(COLOURS)]
-        shift = step * ((len(reports) - 1) / 2 - number)
-        for task, height in zip(order, heights, strict=True):
-            scores = report.tasks[task].hit_at_1
-            paths, level = [100 * scores[path] for path in report.path_columns], height + shift
-            if len(paths) > 1:
-                ends = [min(paths), max(paths)]
-                axes.plot(ends, [level] * 2, color=_pale(colour), linewidth=4, solid_capstyle="butt")
-            axes.plot(100 * scores[report.columns[0]], level, "o", color=colour, markersize=6.5)
-    labels = [f"{task}{'' if baseline.tasks[task].task.in_distribution else ' (OOD)'}" for task in order]
-    axes.set_yticks(heights, labels, fontsize=10, parse_math=False)
-    axes.set_ylim(-0.6, len(order) - 0.4)
-    axes.set_xlim(left=0)
-    title = "tasks, hit@1 in %: aggregate, and range of single paths"
-    axes.set_title(title, fontsize=12, color=INK, loc="left")
-    clean_axes(axes, "x")
-    axes.tick_params(axis="y", length=0)
+def _scores_and_range(report: ScoreReport, scores: Sequence[Mapping[str, float]]) -> NDArray[np.float64]:
+    """Return in percent the first column, and the worst and the best path: ``[3, len(scores)]``."""
+    paths = [[each[path] for path in report.path_columns or report.columns] for each in scores]
+    headline = [each[report.columns[0]] for each in scores]
+    return 100 * np.array([headline, np.min(paths, axis=1), np.max(paths, axis=1)])
 
 
 def _draw_input(axes: Axes, item: RawInput, frame: str | None) -> None:
@@ -184,12 +151,11 @@ def _draw_input(axes: Axes, item: RawInput, frame: str | None) -> None:
         inset.imshow(small)
         inset.set_axis_off()
     lines, most = textwrap.wrap(text, 24), 3 if item.images else 9
-    shown = "\n".join(
-        lines if len(lines) <= most else ["...", *lines[1 - most :]]
-    )  # prompts differ at the end
+    if len(lines) > most:
+        lines = ["...", *lines[1 - most :]]  # prompts differ at the end
     size = 11 if len(text) < 16 and not item.images else 7.5
-    height = 0.15 if item.images else 0.5
-    axes.text(0.5, height, shown, ha="center", va="center", fontsize=size, color=INK, parse_math=False)
+    place = {"x": 0.5, "y": 0.15 if item.images else 0.5, "ha": "center", "va": "center"}
+    axes.text(s="\n".join(lines), **place, fontsize=size, color=INK, parse_math=False)
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -200,14 +166,9 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _pale(colour: str) -> tuple[float, ...]:
-    """Mix the colour with white; unlike transparency this hides the grid."""
-    return tuple(0.4 * channel + 0.6 for channel in to_rgb(colour))
-
-
 def clean_axes(axes: Axes, grid: Literal["x", "y"]) -> None:
     """Leave only data, labels and a pale grid."""
     axes.spines[:].set_visible(False)
     axes.grid(axis=grid, color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=INK)
+    axes.tick_params(colors=INK, length=0)

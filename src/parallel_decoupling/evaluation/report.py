@@ -28,6 +28,8 @@ SCORES_FILE = "scores.json"
 CSV_FILE = "scores.csv"
 ROUNDING_ERROR = 1e-9
 """Two fractions of the same counts differ by at most this much."""
+OTHER_PARTS = ("modes", "path_cosine", "warnings", "run")
+"""Attributes of a report that its file holds as they are."""
 META_TASKS = ("classification", "vqa", "retrieval", "grounding")
 MEAN_TITLES = {
     **{meta_task: f"mean of {meta_task}" for meta_task in META_TASKS},
@@ -44,12 +46,7 @@ MMEB_COUNTS = dict(zip(MEAN_TITLES, (10, 10, 12, 4, 20, 16, 36), strict=False))
 class Grid:
     """A table as texts, for the terminal and for a page.
 
-    Attributes:
-        title: what it shows.
-        headings: of the columns.
-        rows: cells by row.
-        kinds: of the rows: ``""``, ``"mean"`` or ``"bad"``; without them all rows are alike.
-        caption: how to read it.
+    ``kinds`` of the rows are ``""``, ``"mean"`` or ``"bad"``; without them all rows are alike.
     """
 
     title: str
@@ -99,20 +96,20 @@ class TaskResult:
         """Whether the first column is no better than a random choice."""
         return next(iter(self.hit_at_1.values())) <= self.chance
 
-    def check_hits(self, where: str) -> None:
+    def check_hits(self) -> None:
         """Raise ``ValueError`` if the hits do not fit the number of rows or the scores."""
+        name = self.task.name
         if list(self.hits) != list(self.hit_at_1):
-            raise ValueError(f"{where}: hits of {list(self.hits)}, but scores of {list(self.hit_at_1)}")
+            raise ValueError(f"task {name}: hits of {list(self.hits)}, but scores of {list(self.hit_at_1)}")
         for column, hits in self.hits.items():
-            mean, score, place = (
-                hits.count("1") / self.num_queries,
-                self.hit_at_1[column],
-                f"{where}, {column}",
-            )
+            mean, score = hits.count("1") / self.num_queries, self.hit_at_1[column]
             if len(hits) != self.num_queries or set(hits) - {"0", "1"}:
-                raise ValueError(f"{place}: not one 0 or 1 for each of {self.num_queries} queries")
-            if not abs(mean - score) <= ROUNDING_ERROR:
-                raise ValueError(f"{place}: the mean of the hits is {mean:.6g}, but hit_at_1 is {score:.6g}")
+                found = f"not one 0 or 1 for each of {self.num_queries} queries"
+            elif not abs(mean - score) <= ROUNDING_ERROR:
+                found = f"the mean of the hits is {mean:.6g}, but hit_at_1 is {score:.6g}"
+            else:
+                continue
+            raise ValueError(f"task {name}, {column}: {found}")
 
 
 @dataclass(frozen=True)
@@ -145,11 +142,7 @@ class ScoreReport:
 
     @classmethod
     def from_scores(cls, scores: Sequence[TaskScore], run: Mapping[str, Any] | None = None) -> ScoreReport:
-        """Collect scored tasks, all with the same columns, and what produced them.
-
-        Raises:
-            ValueError: no task, a task twice, or columns that differ.
-        """
+        """Collect scored tasks, each once and all with the same columns, and what produced them."""
         tasks: dict[str, TaskResult] = {}
         for score in scores:
             if score.task.name in tasks:
@@ -228,30 +221,19 @@ class ScoreReport:
 
     def to_json_file(self, json_file: str | Path) -> None:
         """Write everything, fractions unrounded; per-row hits come last as strings of 0 and 1."""
-        shown = ("num_queries", "num_skipped", "chance", "hit_at_1", "metrics", "rows_sha256")
-        content = {
-            "format": FORMAT,
-            "metric": "hit@1",
-            "means": self.means,
-            "partial_means": {
-                group: f"of {count} of MMEB's {MMEB_COUNTS[group]} tasks"
-                for group, count in self.partial_means.items()
-            },
-            "tasks": {
-                name: {
-                    "meta_task": result.task.meta_task,
-                    "in_distribution": result.task.in_distribution,
-                    **{key: getattr(result, key) for key in shown},
-                }
-                for name, result in self.tasks.items()
-            },
-            "metric_means": self.metric_means,
-            "modes": self.modes,
-            "path_cosine": self.path_cosine,
-            "warnings": self.warnings,
-            "run": self.run,
-            "hits": {name: result.hits for name, result in self.tasks.items()},
+        tasks = {}
+        for name, result in self.tasks.items():
+            values = {key: value for key, value in vars(result).items() if key not in ("task", "hits")}
+            about = {"meta_task": result.task.meta_task, "in_distribution": result.task.in_distribution}
+            tasks[name] = {**about, **values}
+        partial = {
+            group: f"of {count} of MMEB's {MMEB_COUNTS[group]} tasks"
+            for group, count in self.partial_means.items()
         }
+        content = {"format": FORMAT, "metric": "hit@1", "means": self.means, "partial_means": partial}
+        content |= {"tasks": tasks, "metric_means": self.metric_means}
+        content |= {key: getattr(self, key) for key in OTHER_PARTS}
+        content["hits"] = {name: result.hits for name, result in self.tasks.items()}
         Path(json_file).write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
 
     @classmethod
@@ -272,8 +254,8 @@ class ScoreReport:
             for name, row in content["tasks"].items():
                 task = Task(name, row.pop("meta_task"), row.pop("in_distribution"))
                 tasks[name] = TaskResult(task, hits=content["hits"][name], **row)
-                tasks[name].check_hits(f"task {name}")
-            return cls(tasks, *(content[name] for name in ("run", "modes", "path_cosine", "warnings")))
+                tasks[name].check_hits()
+            return cls(tasks, **{key: content[key] for key in OTHER_PARTS})
         except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
             raise ValueError(f"{json_file} was changed or cut ({error!r}); run the test again") from error
         except ValueError as error:
@@ -281,16 +263,14 @@ class ScoreReport:
 
     def to_csv_file(self, csv_file: str | Path) -> None:
         """Write one line per task, then one per mean, fractions unrounded."""
+        about = ("meta_task", "in_distribution", "num_queries", "chance")
+        rows: list[list[Any]] = [["kind", "name", *about, *self.columns]]
+        for name, each in self.tasks.items():
+            cells = [each.task.meta_task, each.task.in_distribution, each.num_queries, each.chance]
+            rows.append(["task", name, *cells, *each.hit_at_1.values()])
+        rows += [["mean", name, *[""] * len(about), *mean.values()] for name, mean in self.means.items()]
         with open(csv_file, "w", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream)
-            about = ("meta_task", "in_distribution", "num_queries", "chance")
-            writer.writerow(["kind", "name", *about, *self.columns])
-            for name, result in self.tasks.items():
-                task = result.task
-                cells = [task.meta_task, task.in_distribution, result.num_queries, result.chance]
-                writer.writerow(["task", name, *cells, *result.hit_at_1.values()])
-            for name, mean in self.means.items():
-                writer.writerow(["mean", name, *[""] * len(about), *mean.values()])
+            csv.writer(stream).writerows(rows)
 
     def mean_title(self, mean: str) -> str:
         """Name a mean; one of some of MMEB's tasks with their number."""
@@ -337,13 +317,11 @@ class ScoreReport:
 
     def warning_panels(self) -> list[Panel]:
         """Show what makes the scores doubtful, each with what was seen and what to do."""
-        return [
-            Panel(
-                Text(f"{each['detail']}\n{each['advice']}"),
-                title=f"WARNING: {each['check'].replace('_', ' ')}",
-            )
-            for each in self.warnings
-        ]
+        panels = []
+        for each in self.warnings:
+            title = f"WARNING: {each['check'].replace('_', ' ')}"
+            panels.append(Panel(Text(f"{each['detail']}\n{each['advice']}"), title=title))
+        return panels
 
 
 def write_report(report: ScoreReport, folder: Path) -> None:
@@ -357,11 +335,6 @@ def write_report(report: ScoreReport, folder: Path) -> None:
     if column in report.modes:
         metadata["embedding_dimension"] = int(report.modes[column]["bytes_per_item"]) // 4
     write_leaderboard(report.tasks, column, folder / LEADERBOARD_FILE, metadata)
-
-
-def progress(run: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what tells weights from other weights of the same model, as far as a run says it."""
-    return {key: run.get(key) for key in ("global_step", "seed", "token_passes")}
 
 
 def _mean(values: Sequence[Mapping[str, float]]) -> dict[str, float]:

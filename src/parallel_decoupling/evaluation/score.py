@@ -66,19 +66,15 @@ def path_columns(query: Tensor, candidate: Tensor, aggregate: Callable[[Tensor],
 
     Returns:
         ``[U, D]`` each (``D`` differs between columns), or ``[U, N, D]`` for ``maxsim``.
-
-    Relations:
-        The cosine of ``concat`` is the mean cosine of aligned paths. ``maxsim`` is never below it.
     """
     num_paths = query.shape[1]
     columns = {"aggregate": (aggregate(query), aggregate(candidate))}
     columns |= {f"path_{path}": (query[:, path], candidate[:, path]) for path in range(num_paths)}
-    if num_paths == 1:
-        return columns
-    query, candidate = (F.normalize(paths_UND.float(), dim=-1) for paths_UND in (query, candidate))
-    columns["mean"] = query.mean(dim=1), candidate.mean(dim=1)
-    columns["concat"] = query.flatten(1), candidate.flatten(1)
-    columns["maxsim"] = query, candidate
+    if num_paths > 1:
+        query, candidate = (F.normalize(paths_UND.float(), dim=-1) for paths_UND in (query, candidate))
+        columns["mean"] = query.mean(dim=1), candidate.mean(dim=1)
+        columns["concat"] = query.flatten(1), candidate.flatten(1)
+        columns["maxsim"] = query, candidate
     return columns
 
 
@@ -118,27 +114,29 @@ def score_task(task: EvalTask, columns: Mapping[str, tuple[Tensor, Tensor]]) -> 
     """
     _check(task, columns)
     query_of_row = torch.tensor(task.query_of_row)
-    index_RC = _padded(task.candidates_of_row)
+    longest = max(map(len, task.candidates_of_row))
+    # short rows repeat their positive, which is never a rival
+    index_RC = torch.tensor([row + row[:1] * (longest - len(row)) for row in task.candidates_of_row])
     identity_U = torch.tensor([identity(candidate) for candidate in task.candidates])
     rivals_RC = identity_U[index_RC] != identity_U[index_RC[:, :1]]
     ranks: dict[str, Tensor] = {}
-    best_rows: list[Tensor] = []
+    ranking: list[Tensor] = []
     for name, (query, candidate) in columns.items():
-        distinct, distinct_of_candidate = _distinct_rows(
-            F.normalize(candidate.detach().float().cpu(), dim=-1)
+        unit_query, unit_candidate = (
+            F.normalize(each.detach().float().cpu(), dim=-1) for each in (query, candidate)
         )
-        unit_query = F.normalize(query.detach().float().cpu(), dim=-1)
-        ranks_by_chunk = []
+        distinct, distinct_of_candidate = _distinct_rows(unit_candidate)
+        rank_chunks = []
         for start in range(0, len(query_of_row), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
             all_scores = similarities(unit_query[query_of_row[rows]], distinct)
             scores_RC = all_scores.gather(1, distinct_of_candidate[index_RC[rows]])
-            ranks_by_chunk.append(positive_rank(scores_RC, rivals_RC[rows]))
+            rank_chunks.append(positive_rank(scores_RC, rivals_RC[rows]))
             if not ranks:
-                best_rows.append(_ranking(scores_RC, rivals_RC[rows], index_RC[rows]))
-        ranks[name] = torch.cat(ranks_by_chunk)
+                ranking.append(_ranking(scores_RC, rivals_RC[rows], index_RC[rows]))
+        ranks[name] = torch.cat(rank_chunks)
     chance = sum(1 / len(set(identity_U[row].tolist())) for row in task.candidates_of_row) / len(query_of_row)
-    return TaskScore(task.task, ranks, torch.cat(best_rows), chance, rows_sha256=task_hash(task))
+    return TaskScore(task.task, ranks, torch.cat(ranking), chance, rows_sha256=task_hash(task))
 
 
 def task_hash(task: EvalTask) -> str:
@@ -148,7 +146,7 @@ def task_hash(task: EvalTask) -> str:
 
 
 def positive_rank(scores_RC: Tensor, rivals_RC: Tensor) -> Tensor:
-    """Rank the positive, column 0, after every rival that it does not beat.
+    """Rank the positive, column 0, after every rival that it does not beat: int64 ``[R]``, 1 is best.
 
     Ties are pessimistic: MMEB keeps the positive at index 0, so that breaking ties by index would call a
     collapsed model perfect. A NaN rival counts as ahead; a NaN positive is behind everything.
@@ -156,12 +154,6 @@ def positive_rank(scores_RC: Tensor, rivals_RC: Tensor) -> Tensor:
     Args:
         scores_RC: ``[R, C]`` scores, higher is better.
         rivals_RC: ``[R, C]`` bool; False for the positive, its copies and padding.
-
-    Returns:
-        int64 ``[R]``, 1 is best.
-
-    Relations:
-        Copies of the positive and padding never change it.
     """
     positive_R1 = scores_RC[:, :1]
     ahead_RC = ~(scores_RC < positive_R1) & rivals_RC
@@ -170,11 +162,7 @@ def positive_rank(scores_RC: Tensor, rivals_RC: Tensor) -> Tensor:
 
 
 def mean_metrics(rank_R: Tensor) -> dict[str, float]:
-    """Average ``METRICS`` over queries with one right answer each, whose rank says everything.
-
-    Relations:
-        nDCG is the same with linear and with exponential gain.
-    """
+    """Average ``METRICS`` over queries with one right answer each, whose rank says everything."""
     rank_R = rank_R.double()
     worth = {"hit": torch.ones_like(rank_R), "mrr": 1 / rank_R, "ndcg": 1 / torch.log2(1 + rank_R)}
     cut = {f"{name}@{k}": value_R * (rank_R <= k) for name, value_R in worth.items() for k in DEPTHS}
@@ -197,15 +185,12 @@ def mode_costs(
     one_path: float | None = None,
     all_paths: float | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Say what each column costs to keep and to encode.
+    """Return ``bytes_per_item`` in float32 and, if measured, ``milliseconds_per_item`` of each column.
 
     Args:
         columns: of any task.
-        one_path: measured ``milliseconds_per_item`` with a single path, for ``path_n``; None if unknown.
+        one_path: measured ``milliseconds_per_item`` with a single path, for ``path_n``.
         all_paths: with all of them, for the other columns.
-
-    Returns:
-        By column ``bytes_per_item`` in float32 and, if measured, ``milliseconds_per_item``.
     """
     costs: dict[str, dict[str, float]] = {}
     for name, (_, candidate) in columns.items():
@@ -217,28 +202,18 @@ def mode_costs(
 
 
 def _check(task: EvalTask, columns: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    name = task.task.name
-    if not columns or not task.query_of_row:
-        raise ValueError(
-            f"{name}: {len(task.query_of_row)} rows and {len(columns)} columns; nothing to score"
-        )
-    for row, (_, candidates) in enumerate(zip(task.query_of_row, task.candidates_of_row, strict=True)):
-        if not candidates:
-            raise ValueError(f"{name}: row {row} has no candidates")
+    name, num_rows = task.task.name, len(task.query_of_row)
+    if not columns or not num_rows:
+        raise ValueError(f"{name}: {num_rows} rows and {len(columns)} columns; nothing to score")
+    if [] in task.candidates_of_row:
+        raise ValueError(f"{name}: row {task.candidates_of_row.index([])} has no candidates")
     expected = len(task.queries), len(task.candidates)
     for column, (query, candidate) in columns.items():
-        fits = (len(query), len(candidate)) == expected and query.shape[1:] == candidate.shape[1:]
-        if not fits or query.ndim not in (2, 3):
+        if (len(query), len(candidate)) != expected or query.shape[1:] != candidate.shape[1:]:
             raise ValueError(
                 f"{name}, {column}: embeddings of shape {tuple(query.shape)}, {tuple(candidate.shape)} "
                 f"for {expected[0]} queries and {expected[1]} candidates"
             )
-
-
-def _padded(candidates_of_row: list[list[int]]) -> Tensor:
-    """Return rows as one ``[R, C]`` tensor; short rows repeat their positive, which is never a rival."""
-    longest = max(map(len, candidates_of_row))
-    return torch.tensor([row + row[:1] * (longest - len(row)) for row in candidates_of_row])
 
 
 def _distinct_rows(embeddings: Tensor) -> tuple[Tensor, Tensor]:

@@ -45,63 +45,50 @@ def to_raw_inputs(inputs: Iterable[Any], instruction: str | None = None) -> list
 def _raw_input(item: Any, instruction: str | None, where: str) -> RawInput:
     if isinstance(item, RawInput):
         if instruction is not None:
-            raise ValueError(
-                f"{where} is a RawInput, a finished prompt; an instruction cannot be added to it"
-            )
+            raise ValueError(f"{where} is a RawInput, a finished prompt; it takes no instruction")
         return item
     if isinstance(item, Mapping):
         return _raw_input_from_mapping(item, instruction, where)
-    if isinstance(item, (Image.Image, Path)) or (isinstance(item, str) and _is_image_file(item, where)):
-        return prompt(images=[_image(item, where)], instruction=instruction)
-    if not isinstance(item, str):
+    if isinstance(item, str) and not item.lower().endswith(IMAGE_SUFFIXES):
+        if not item.strip():
+            raise ValueError(f"{where} is an empty text")
+        return prompt(text=item, instruction=instruction)
+    if not isinstance(item, (str, Path, Image.Image)):
         raise ValueError(
             f"{where} is a {type(item).__name__}; use a text, a PIL image, an image file or a dictionary"
         )
-    if not item.strip():
-        raise ValueError(f"{where} is an empty text")
-    return prompt(text=item, instruction=instruction)
+    hint = f"; if this is a text, pass {{'text': {item!r}}}" if isinstance(item, str) else ""
+    return prompt(images=[_image(item, where, hint)], instruction=instruction)
 
 
 def _raw_input_from_mapping(item: Mapping[str, Any], instruction: str | None, where: str) -> RawInput:
-    unknown = sorted(str(key) for key in item if key not in INPUT_KEYS)
-    if unknown:
+    if unknown := sorted(str(key) for key in item if key not in INPUT_KEYS):
         raise ValueError(f"{where} has unknown keys {unknown}; use {list(INPUT_KEYS)}")
-    if item.get("image") is not None and item.get("images") is not None:
+    text, image, images, own_instruction = (item.get(key) for key in INPUT_KEYS)
+    if image is not None and images is not None:
         raise ValueError(f"{where} has both 'image' and 'images'; use one of them")
-    text, own_instruction = item.get("text"), item.get("instruction")
     for key, value in (("text", text), ("instruction", own_instruction)):
         if value is not None and not isinstance(value, str):
             raise ValueError(f"{where} has a {type(value).__name__} as {key!r}; use a string")
-    images = item.get("images")
-    if images is None:
-        images = [] if item.get("image") is None else [item["image"]]
-    elif isinstance(images, (str, Path, Image.Image)):
+    if isinstance(images, (str, Path, Image.Image)):
         raise ValueError(
             f"{where} has a single {type(images).__name__} as 'images'; pass a list or use 'image'"
         )
+    images = [each for each in (image,) if each is not None] if images is None else images
     if not images and not (text or "").strip():
         raise ValueError(f"{where} has neither text nor image")
     return prompt(
         text=text,
-        images=[_image(image, where) for image in images],
+        images=[_image(each, where) for each in images],
         instruction=instruction if own_instruction is None else own_instruction,
     )
 
 
-def _is_image_file(text: str, where: str) -> bool:
-    """Whether a string names an image; one that only looks like it is an error, not a text."""
-    if not text.lower().endswith(IMAGE_SUFFIXES):
-        return False
-    if not os.path.isfile(text):
-        raise ValueError(f"{where}: no image file {text!r}; if this is a text, pass {{'text': {text!r}}}")
-    return True
-
-
-def _image(image: Any, where: str) -> Image.Image | str:
+def _image(image: Any, where: str, hint: str = "") -> Image.Image | str:
     if isinstance(image, Image.Image):
         return image
     if not isinstance(image, (str, Path)):
         raise ValueError(f"{where} has a {type(image).__name__} as image; use a PIL image or an image file")
     if not os.path.isfile(image):
-        raise ValueError(f"{where}: no image file {str(image)!r}")
+        raise ValueError(f"{where}: no image file {str(image)!r}{hint}")
     return str(image)
