@@ -63,12 +63,8 @@ def check_task(
 ) -> list[Finding]:
     """Judge one task by its first column; costs two singular value decompositions of a few hundred rows.
 
-    Args:
-        score: of the task.
-        queries: all paths ``[Uq, N, D]``, and their aggregate ``[Uq, D']``.
-        candidates: the same of the candidates.
-        missing: queries and candidates that could not be read; their rows are NaN, which is not the model's
-            fault.
+    ``queries`` and ``candidates`` are each all paths ``[U, N, D]`` and their aggregate ``[U, D']``, ``missing``
+    is how many of them could not be read; their rows are NaN, which is not the model's fault.
     """
     found: dict[Check, list[str]] = {}
     hits = next(iter(score.hits.values()))

@@ -28,8 +28,7 @@ class Embedder:
         encoder: the model.
         query_instruction: default instruction of ``encode_query``.
         candidate_instruction: default instruction of ``encode_document``.
-        images: what happens to a picture before the processor sees it: nothing by default, and as in
-            training for a model that was trained.
+        images: what happens to a picture before the processor sees it; nothing by default.
 
     Attributes:
         run: what trained the weights, as plain values; empty if not known.
@@ -49,12 +48,7 @@ class Embedder:
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Embedder:
-        """Load a trained model for encoding, on the CPU and without Lightning.
-
-        Args:
-            path: a checkpoint (``runs/demo/checkpoints/last.ckpt``), the folder of a run (its last
-                checkpoint), or a folder that ``save_pretrained`` or ``export`` wrote.
-        """
+        """Load a checkpoint, a run folder (its last checkpoint) or an exported folder, on the CPU."""
         from parallel_decoupling.model.pretrained import load_encoder
 
         encoder, about = load_encoder(path)
@@ -108,8 +102,8 @@ class Embedder:
             instruction: put before every text or after every image; a dictionary's own one wins.
             paths: ``aggregate`` of all paths for ``[B, D]`` (``[B, N*D]`` if the encoder concatenates);
                 ``all`` or a list of numbers for ``[B, N', D]``; a number for ``[B, D]``.
-            truncate_dim: keep the first so many coordinates of every path in place of all D, renormalised;
-                the aggregate is that of the shorter paths.
+            truncate_dim: keep the first so many coordinates of every path, renormalised; the aggregate is
+                that of the shorter paths.
             batch_size: rows per forward pass.
             show_progress: whether to show a bar; by default for long lists on a terminal.
 
@@ -120,16 +114,9 @@ class Embedder:
             ValueError: an input (named by its index), a path, the dimension or the batch size is not usable.
         """
         single = is_single(inputs)
-        embeddings = encode(
-            self.encoder,
-            self.collator,
-            [inputs] if single else inputs,
-            instruction=instruction,
-            paths=paths,
-            truncate_dim=truncate_dim,
-            batch_size=batch_size,
-            show_progress=show_progress,
-        )
+        options: dict[str, Any] = {"instruction": instruction, "paths": paths, "truncate_dim": truncate_dim}
+        options |= {"batch_size": batch_size, "show_progress": show_progress}
+        embeddings = encode(self.encoder, self.collator, [inputs] if single else inputs, **options)
         return embeddings[0] if single else embeddings
 
     def encode_query(self, inputs: Any, **options: Any) -> Tensor:
@@ -146,9 +133,7 @@ class Embedder:
     def similarity(a: Tensor, b: Tensor) -> Tensor:
         """Compute the cosine of every row of ``a`` with every row of ``b``: ``[A, B]`` float32.
 
-        Args:
-            a: ``[A, D]``, or ``[A, N, D]`` for the mean cosine over aligned paths.
-            b: ``[B, D]`` or ``[B, N, D]``; ``ValueError`` for another number of dimensions or another size.
+        Both are ``[rows, D]``, or ``[rows, N, D]`` for the mean cosine over aligned paths.
         """
         unit_a, unit_b, num_paths = _unit_pair(a, b)
         return unit_a @ unit_b.T / num_paths
@@ -182,25 +167,14 @@ class Embedder:
             merge_adapters: write a full backbone with the adapters in its weights.
             include_backbone: write the backbone, too; otherwise the folder refers to it by name.
             scores: content of a ``scores.json`` for the card.
-
-        Relations:
-            ``from_pretrained`` gives the same embeddings bit for bit in the same dtype, path n those of
-            ``paths[n]``; with ``merge_adapters`` up to rounding.
         """
         from parallel_decoupling.model.pretrained import save_encoder
 
-        save_encoder(
-            self.encoder,
-            folder,
-            query_instruction=self.query_instruction,
-            candidate_instruction=self.candidate_instruction,
-            images=self.images.settings,
-            run=self.run,
-            paths=paths,
-            merge_adapters=merge_adapters,
-            include_backbone=include_backbone,
-            scores=scores,
-        )
+        options: dict[str, Any] = {"paths": paths, "merge_adapters": merge_adapters}
+        options |= {"include_backbone": include_backbone, "scores": scores}
+        options |= {"query_instruction": self.query_instruction, "images": self.images.settings}
+        options |= {"candidate_instruction": self.candidate_instruction, "run": self.run}
+        save_encoder(self.encoder, folder, **options)
 
 
 def about_encoder(encoder: Any, identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """The only encoding loop: rows, in batches of similar length, over shards and processes.
 
-``BatchPlan`` decides which rows form a batch and which process encodes it, ``RowBatches`` makes its tensors,
-``encode`` is the loop in one process. ``test``, ``validate`` and ``predict`` hand the same plan and the same
-batches to a Trainer; what they return is kept in ``evaluation.store``.
+``BatchPlan`` and ``RowBatches`` make the batches that ``encode`` runs in one process and that ``test``,
+``validate`` and ``predict`` hand to a Trainer; what they return is kept in ``evaluation.store``.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 
 CHARACTERS_PER_TOKEN = 4
 FIXED_IMAGE_TOKENS = 576
-PROGRESS_FROM = 5
-"""Batches from which ``encode`` shows a progress bar on a terminal."""
+PROGRESS_FROM = 5  # batches from which encode shows a progress bar on a terminal
 STAND_IN = RawInput("missing")
 """What is encoded where a batch does not have a usable row, so that every process makes as many steps."""
 
@@ -51,8 +50,7 @@ class Rows(Protocol):
 class TokenEstimate:
     """Roughly how many tokens a row has, without decoding its pictures; only the order of rows depends on it.
 
-    Args:
-        collator: tells how large the processor makes pictures, if it has a pixel budget (as Qwen's has).
+    Pictures differ where the processor of the ``collator`` has a pixel budget (as Qwen's has).
     """
 
     def __init__(self, collator: Collator) -> None:
@@ -81,35 +79,21 @@ class TokenEstimate:
 
 @dataclass(frozen=True)
 class BatchPlace:
-    """Which rows form a batch.
+    """Which rows form a batch."""
 
-    Attributes:
-        shard: their shard; None for a batch without rows.
-        rows: row numbers.
-        last: whether the shard ends with this batch.
-    """
-
-    shard: int | None
+    shard: int | None  # None for a batch without rows
     rows: tuple[int, ...]
-    last: bool = False
+    last: bool = False  # whether the shard ends with this batch
 
 
 class BatchPlan(Sampler[BatchPlace]):
     """Batches of one process, each of rows of similar length, the longest first.
 
-    With ``rows_per_shard`` a process has every ``world_size``-th of the shards that are to be done; without,
-    all rows are one shard and the process has every ``world_size``-th of its batches. All processes have the
-    same number of batches, at least one: those with less to do end with batches without rows. Every row is in
-    one batch of one process, and which rows share a batch does not depend on the number of processes.
-
-    Args:
-        rows: to be encoded.
-        estimate: of the tokens of a row.
-        batch_size: rows per batch.
-        rows_per_shard: consecutive rows that belong together on disk; None makes one shard.
-        finished: shards that are done, the same on all processes.
-        rank: this process.
-        world_size: number of processes.
+    With ``rows_per_shard`` a process has every ``world_size``-th of the shards that are not ``finished``;
+    without, all rows are one shard and the process has every ``world_size``-th of its batches. All processes
+    have the same number of batches, at least one: those with less to do end with batches without rows. Every
+    row is in one batch of one process, and which rows share a batch does not depend on the number of
+    processes. ``estimate`` tells the tokens of a row.
     """
 
     def __init__(
@@ -125,18 +109,17 @@ class BatchPlan(Sampler[BatchPlace]):
     ) -> None:
         self._rows, self._estimate, self._batch_size = rows, estimate, batch_size
         size = rows_per_shard or max(1, len(rows))
-        starts = enumerate(range(0, len(rows), size))
-        self._shards = {
-            shard: range(start, min(start + size, len(rows)))
-            for shard, start in starts
-            if shard not in finished
-        }
-        processes = range(world_size)
+        shards = [range(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
+        self._shards = {number: shard for number, shard in enumerate(shards) if number not in finished}
+        places = [
+            [(shard, start) for start in range(0, len(numbers), batch_size)]
+            for shard, numbers in self._shards.items()
+        ]
         if rows_per_shard is None:
-            shares = [self._batches(self._shards)[process::world_size] for process in processes]
+            batches = list(chain.from_iterable(places))
+            shares = [batches[process::world_size] for process in range(world_size)]
         else:
-            to_do = list(self._shards)
-            shares = [self._batches(to_do[process::world_size]) for process in processes]
+            shares = [list(chain.from_iterable(places[process::world_size])) for process in range(world_size)]
         self._share = shares[rank]
         self._length = max(1, *map(len, shares))
 
@@ -152,14 +135,6 @@ class BatchPlan(Sampler[BatchPlace]):
             yield BatchPlace(shard, tuple(rows[start:stop]), last=stop >= len(rows))
         yield from [BatchPlace(None, ())] * (self._length - len(self._share))
 
-    def _batches(self, shards: Iterable[int]) -> list[tuple[int, int]]:
-        """Return shard and first place of every batch."""
-        return [
-            (shard, start)
-            for shard in shards
-            for start in range(0, len(self._shards[shard]), self._batch_size)
-        ]
-
     def _tokens(self, row: int) -> float:
         try:
             return self._estimate(self._rows[row])
@@ -169,21 +144,13 @@ class BatchPlan(Sampler[BatchPlace]):
 
 @dataclass(frozen=True)
 class RowBatch:
-    """Tokenised rows of one shard.
+    """Tokenised rows of one shard."""
 
-    Attributes:
-        inputs: ``B`` rows; one stand-in if the batch does not have a usable row.
-        place: which rows were asked for.
-        rows: numbers of the rows in ``inputs``, in that order.
-        bad_rows: the others, each with the reason.
-        paths: which paths are wanted; None is all.
-    """
-
-    inputs: EncoderInputs
-    place: BatchPlace
-    rows: tuple[int, ...]
-    bad_rows: dict[int, str] = field(default_factory=dict)
-    paths: tuple[int, ...] | None = None
+    inputs: EncoderInputs  # one stand-in if the batch does not have a usable row
+    place: BatchPlace  # which rows were asked for
+    rows: tuple[int, ...]  # numbers of the rows in inputs, in that order
+    bad_rows: dict[int, str] = field(default_factory=dict)  # the others, each with the reason
+    paths: tuple[int, ...] | None = None  # which are wanted; None is all
 
     def to(self, device: torch.device | str) -> RowBatch:
         """Move the inputs to ``device``."""
@@ -193,12 +160,8 @@ class RowBatch:
 class RowBatches(Dataset[RowBatch]):
     """Makes the tensors of a batch.
 
-    Args:
-        rows: to be encoded.
-        collator: makes tensors.
-        where: names a row in an error message.
-        keep_going: report a row that cannot be used in ``RowBatch.bad_rows`` instead of raising.
-        paths: see ``RowBatch``.
+    A row that cannot be used is reported in ``RowBatch.bad_rows``; without ``keep_going`` it is an error, in
+    which ``where`` names the row.
     """
 
     def __init__(
@@ -249,24 +212,11 @@ def encode(
     batch_size: int = 32,
     show_progress: bool | None = None,
 ) -> Tensor:
-    """Embed inputs of any mix of modalities in one process; the options are those of ``Embedder.encode``.
+    """Embed inputs of any mix of modalities in one process; see ``Embedder.encode`` for the options.
 
     Rows are encoded in batches of similar length, longest first (memory peaks at once), and returned in the
-    order given. Runs without gradients, in eval mode, on the device of the encoder; every submodule's
-    training mode is restored.
-
-    Returns:
-        CPU float32, unit norm: ``[B, D]`` for the aggregate (``[B, N * D]`` if the encoder concatenates) and
-        for one path; ``[B, N', D]`` for ``"all"`` or a sequence of ``N'`` paths, in its order. With
-        ``truncate_dim`` it takes the place of D.
-
-    Raises:
-        ValueError: an input (names its index), a path, the dimension or the batch size is not usable.
-
-    Relations:
-        ``paths=n`` equals column ``n`` of ``paths="all"``. The result does not depend on ``batch_size``.
-        ``truncate_dim=D`` changes nothing. A single truncated path is the first ``truncate_dim`` coordinates
-        of the whole one, renormalised.
+    order given: CPU float32. Runs without gradients, in eval mode, on the device of the encoder; every
+    submodule's training mode is restored. The result does not depend on ``batch_size``.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")

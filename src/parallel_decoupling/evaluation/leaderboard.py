@@ -1,9 +1,4 @@
-"""Score files as VLM2Vec's two versions and the MMEB leaderboard write them.
-
-First version: ``<task>_pred.txt`` and ``<task>_score.json`` with ``acc``, ``num_correct``, ``num_pred``.
-Second version: ``<task>_pred.jsonl`` and ``<task>_score.json`` with ``hit@1``, ``ndcg_linear@5`` and others.
-Leaderboard: one JSON of ``metadata`` and ``metrics``.
-"""
+"""Score files as VLM2Vec's two versions (``v1``, ``v2``) and the MMEB leaderboard write them."""
 
 from __future__ import annotations
 
@@ -20,12 +15,10 @@ from parallel_decoupling.evaluation.score import DEPTHS, TaskScore
 if TYPE_CHECKING:
     from parallel_decoupling.evaluation.report import TaskResult
 
-SCORE_FILES_DIR = "score_files"
-"""Folder of both versions' files in a run's folder: ``v1`` and ``v2``."""
+SCORE_FILES_DIR = "score_files"  # in a run's folder; holds v1 and v2
 LEADERBOARD_FILE = "leaderboard.json"
 SCORE_SUFFIX = "_score.json"
 PREDICTIONS = {"v1": "_pred.txt", "v2": "_pred.jsonl"}
-"""End of a file of predictions by version."""
 METADATA = (
     *("model_name", "model_backbone", "model_size", "embedding_dimension", "max_length_tokens"),
     *("model_release_date", "data_source", "url", "report_generated_date"),
@@ -48,10 +41,10 @@ def candidate_name(task: Task, candidate: RawInput) -> str:
 
 
 def write_predictions(folder: Path, task: EvalTask, score: TaskScore) -> None:
-    """Write one task's ``v1/<task>_pred.txt`` and ``v2/<task>_pred.jsonl``, a line per row.
+    """Write one task's predictions, a line per row, without copies of the positive.
 
     v1 has the best candidate, v2 the ten best (``prediction``), the positive (``label``) and ``rel_scores``
-    (null, as in rankings of one positive). Copies of the positive are left out.
+    (null, as in rankings of one positive).
     """
     names = [candidate_name(task.task, candidate) for candidate in task.candidates]
     best, lines = [], []

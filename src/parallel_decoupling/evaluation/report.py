@@ -44,15 +44,12 @@ MMEB_COUNTS = dict(zip(MEAN_TITLES, (10, 10, 12, 4, 20, 16, 36), strict=False))
 
 @dataclass(frozen=True)
 class Grid:
-    """A table as texts, for the terminal and for a page.
-
-    ``kinds`` of the rows are ``""``, ``"mean"`` or ``"bad"``; without them all rows are alike.
-    """
+    """A table as texts, for the terminal and for a page."""
 
     title: str
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
-    kinds: Sequence[str] = ()
+    kinds: Sequence[str] = ()  # of the rows: "", "mean" or "bad"; without them all rows are alike
     caption: str = ""
 
     def terminal(self) -> Table:
@@ -69,32 +66,16 @@ class Grid:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """Scores of one task.
-
-    Attributes:
-        task: name, meta-task and distribution.
-        num_queries: rows scored.
-        chance: hit@1 of a random choice, in [0, 1].
-        hit_at_1: by column (``"aggregate"``, ``"path_0"``, ...), in [0, 1].
-        hits: by column, one ``0`` or ``1`` per row; empty when only the score is known.
-        num_skipped: rows left out because their images could not be read.
-        metrics: by column, means of ``score.METRICS``; empty when only hit@1 is known.
-        rows_sha256: identifies the rows, see ``score.task_hash``.
-    """
+    """Scores of one task."""
 
     task: Task
-    num_queries: int
-    chance: float
-    hit_at_1: dict[str, float]
-    hits: dict[str, str] = field(default_factory=dict)
-    num_skipped: int = 0
-    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
-    rows_sha256: str = ""
-
-    @property
-    def at_chance(self) -> bool:
-        """Whether the first column is no better than a random choice."""
-        return next(iter(self.hit_at_1.values())) <= self.chance
+    num_queries: int  # rows scored
+    chance: float  # hit@1 of a random choice, in [0, 1]
+    hit_at_1: dict[str, float]  # by column (aggregate, path_0, ...), in [0, 1]
+    hits: dict[str, str] = field(default_factory=dict)  # by column, one 0 or 1 per row; empty if not known
+    num_skipped: int = 0  # rows left out because their images could not be read
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)  # by column, means of score.METRICS
+    rows_sha256: str = ""  # identifies the rows, see score.task_hash
 
     def check_hits(self) -> None:
         """Raise ``ValueError`` if the hits do not fit the number of rows or the scores."""
@@ -102,33 +83,24 @@ class TaskResult:
         if list(self.hits) != list(self.hit_at_1):
             raise ValueError(f"task {name}: hits of {list(self.hits)}, but scores of {list(self.hit_at_1)}")
         for column, hits in self.hits.items():
-            mean, score = hits.count("1") / self.num_queries, self.hit_at_1[column]
             if len(hits) != self.num_queries or set(hits) - {"0", "1"}:
-                found = f"not one 0 or 1 for each of {self.num_queries} queries"
-            elif not abs(mean - score) <= ROUNDING_ERROR:
-                found = f"the mean of the hits is {mean:.6g}, but hit_at_1 is {score:.6g}"
-            else:
-                continue
-            raise ValueError(f"task {name}, {column}: {found}")
+                what = f"not one 0 or 1 for each of {self.num_queries} queries"
+                raise ValueError(f"task {name}, {column}: {what}")
+            mean, score = hits.count("1") / self.num_queries, self.hit_at_1[column]
+            if not abs(mean - score) <= ROUNDING_ERROR:
+                what = f"the mean of the hits is {mean:.6g}, but hit_at_1 is {score:.6g}"
+                raise ValueError(f"task {name}, {column}: {what}")
 
 
 @dataclass(frozen=True)
 class ScoreReport:
-    """All scores of one run.
-
-    Attributes:
-        tasks: results by task name.
-        run: what produced them (configuration, seed, commit, steps, ...), plain values.
-        modes: by column, what it costs: ``score.mode_costs``.
-        path_cosine: ``[N][N]``, mean cosine between the paths' queries; None if not known.
-        warnings: what makes the scores doubtful: ``checks.Finding`` as plain values.
-    """
+    """All scores of one run."""
 
     tasks: dict[str, TaskResult]
-    run: dict[str, Any] = field(default_factory=dict)
-    modes: dict[str, dict[str, float]] = field(default_factory=dict)
-    path_cosine: list[list[float]] | None = None
-    warnings: list[dict[str, Any]] = field(default_factory=list)
+    run: dict[str, Any] = field(default_factory=dict)  # what produced them, as plain values
+    modes: dict[str, dict[str, float]] = field(default_factory=dict)  # score.mode_costs by column
+    path_cosine: list[list[float]] | None = None  # [N][N], mean between the paths' queries
+    warnings: list[dict[str, Any]] = field(default_factory=list)  # checks.Finding.plain
 
     def __post_init__(self) -> None:
         """Check that every task has the same columns and a meta-task that a mean counts."""
@@ -169,11 +141,6 @@ class ScoreReport:
     def path_columns(self) -> list[str]:
         """Columns of single paths."""
         return [column for column in self.columns if column.startswith("path_")]
-
-    @property
-    def shown_columns(self) -> list[str]:
-        """All columns, but of a single path, which is its own aggregate, the first only."""
-        return self.columns if len(self.path_columns) > 1 else self.columns[:1]
 
     @property
     def groups(self) -> dict[str, list[str]]:
@@ -272,27 +239,24 @@ class ScoreReport:
         with open(csv_file, "w", newline="", encoding="utf-8") as stream:
             csv.writer(stream).writerows(rows)
 
-    def mean_title(self, mean: str) -> str:
-        """Name a mean; one of some of MMEB's tasks with their number."""
-        count = self.partial_means.get(mean)
-        return MEAN_TITLES[mean] + ("" if count is None else f", {count}/{MMEB_COUNTS[mean]}")
-
     def task_grid(self) -> Grid:
         """Tabulate tasks by meta-task, then means, of aggregate and paths; tasks at chance are marked."""
         shown = [self.columns[0], *self.path_columns]
         rows: list[list[str]] = []
         kinds: list[str] = []
-        for mean in MEAN_TITLES:
+        for mean, title in MEAN_TITLES.items():
             for name in self.groups.get(mean, ()) if mean in META_TASKS else ():
                 result = self.tasks[name]
+                bad = result.hit_at_1[self.columns[0]] <= result.chance
                 split = "IND" if result.task.in_distribution else "OOD"
-                about = [f"{name} !" if result.at_chance else name, split, str(result.num_queries)]
-                scores = [percent(result.hit_at_1[column]) for column in shown]
-                rows.append([*about, percent(result.chance), *scores])
-                kinds.append("bad" if result.at_chance else "")
+                about = [f"{name} !" if bad else name, split, str(result.num_queries), percent(result.chance)]
+                rows.append([*about, *(percent(result.hit_at_1[column]) for column in shown)])
+                kinds.append("bad" if bad else "")
             if mean in self.means:
+                count = self.partial_means.get(mean)
+                part = "" if count is None else f", {count}/{MMEB_COUNTS[mean]}"
                 scores = [percent(self.means[mean][column]) for column in shown]
-                rows.append([self.mean_title(mean), "", "", "", *scores])
+                rows.append([title + part, "", "", "", *scores])
                 kinds.append("mean")
         notes = ["! at or below chance"] if "bad" in kinds else []
         headings = ("task", "split", "queries", "chance", *(column.replace("_", " ") for column in shown))
@@ -304,7 +268,8 @@ class ScoreReport:
         splits = [name for name in titles if name in self.means]
         metrics = [name for name in ("hit@5", "hit@10", "mrr", "ndcg@10") if self.metric_means]
         rows = []
-        for column in self.shown_columns:
+        # a single path is its own aggregate
+        for column in self.columns if len(self.path_columns) > 1 else self.columns[:1]:
             scores = [percent(self.means[split][column]) for split in splits]
             scores += [percent(self.metric_means[column][metric]) for metric in metrics]
             costs = self.modes.get(column, {})

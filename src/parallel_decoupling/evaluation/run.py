@@ -1,7 +1,4 @@
-"""The scoring callback: from what ``PDFEmbedder`` embeds to scores, files and tables.
-
-The module only embeds, the data module only loads; the callback gets both when it is built or called.
-"""
+"""The scoring callback: from what ``PDFEmbedder`` embeds to scores, files and tables."""
 
 from __future__ import annotations
 
@@ -60,8 +57,7 @@ class SideEmbeddings:
     def complete(self, trainer: Trainer, module: LightningModule) -> Tensor | None:
         """Join what all processes have: ``[U, N, D]``, NaN where a row could not be embedded.
 
-        Returns:
-            None if rows are missing, as they are when batches were limited. Every process gets the same.
+        None, on every process, if rows are missing, as they are when batches were limited.
         """
         vectors = torch.cat(self._vectors)
         embeddings_UND = torch.zeros(self._num_rows, *vectors.shape[1:])
@@ -84,16 +80,13 @@ class Scoring(Callback):
     """Scores the tasks of ``validate`` and ``test``, and writes and shows the scores of ``test``.
 
     Logs ``val/<task>/hit_at_1`` (or ``test/``) and the means, ``val/overall`` among them, for ModelCheckpoint
-    and EarlyStopping. ``test`` writes ``scores.json``, ``scores.csv``, VLM2Vec's score files and the
-    leaderboard's into the folder of the run, prints the tables, and says what makes the scores doubtful.
+    and EarlyStopping. The last ``report`` stays here; ``test`` also writes ``scores.json``, ``scores.csv``,
+    VLM2Vec's score files and the leaderboard's into the folder of the run.
 
     Args:
         data: the data module whose tasks are scored.
         keeper: keeps the embeddings of ``test``, so that a test that was stopped resumes; the same that
             ``data.connect`` was given.
-
-    Attributes:
-        report: of the last ``validate`` or ``test``.
     """
 
     scores_tasks = True
@@ -291,15 +284,9 @@ class PathPictures(Callback):
 
 
 def evaluate(model: PDFEmbedder, data: MMEBDataModule | str | Path, **trainer_options: Any) -> ScoreReport:
-    """Score a model on the evaluation tasks of a data folder.
+    """Score a model on the evaluation tasks of a data module or folder (or ``mini-mmeb``).
 
-    Args:
-        model: to be scored.
-        data: a data module, or the folder that holds ``MMEB-eval/``, or ``mini-mmeb``.
-        trainer_options: of Lightning's Trainer; ``default_root_dir`` is where the score files go.
-
-    Raises:
-        ValueError: what the data module refuses, or no task that could be scored.
+    ``trainer_options`` are Lightning's; ``default_root_dir`` is where the score files go.
     """
     module = data if isinstance(data, MMEBDataModule) else MMEBDataModule(str(data))
     scoring = Scoring(module.connect(model))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from statistics import median
 
 import torch
@@ -22,30 +23,19 @@ RANKING_DEPTH = 10
 ROWS_AT_ONCE = 256
 ENCODINGS = 3
 
-Columns = dict[str, tuple[Tensor, Tensor]]
-"""Name of a column to the embeddings of queries and of candidates."""
+Columns = dict[str, tuple[Tensor, Tensor]]  # embeddings of queries and of candidates by name
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """What one task's rows scored.
-
-    Attributes:
-        task: name, meta-task and distribution.
-        ranks: by column (``"aggregate"``, ``"path_0"``, ...): int64 ``[rows]``, see ``positive_rank``.
-        ranking: ``[rows, 10]`` int64, the first column's best candidates, best first, as indices
-            into the task's candidates; copies of the positive are left out; -1 where a row has fewer.
-        chance: hit@1 of a random choice, the mean over rows of 1 / number of distinct candidates.
-        num_skipped: rows left out because their images could not be read.
-        rows_sha256: identifies what was asked, see ``task_hash``.
-    """
+    """What one task's rows scored."""
 
     task: Task
-    ranks: dict[str, Tensor]
-    ranking: Tensor
-    chance: float
-    num_skipped: int = 0
-    rows_sha256: str = ""
+    ranks: dict[str, Tensor]  # by column (aggregate, path_0, ...): int64 [rows], see positive_rank
+    ranking: Tensor  # int64 [rows, 10]: best candidates of the first column; -1 where a row has fewer
+    chance: float  # hit@1 of a random choice, the mean over rows of 1 / number of distinct candidates
+    num_skipped: int = 0  # rows left out because their images could not be read
+    rows_sha256: str = ""  # identifies what was asked, see task_hash
 
     @property
     def hits(self) -> dict[str, Tensor]:
@@ -56,16 +46,9 @@ class TaskScore:
 def path_columns(query: Tensor, candidate: Tensor, aggregate: Callable[[Tensor], Tensor]) -> Columns:
     """Name what is scored: the aggregate, every path on its own, and the other ways to use all paths.
 
-    With several paths there are also ``mean`` (of the paths), ``concat`` (all paths side by side) and
-    ``maxsim`` (every query path takes its best candidate path).
-
-    Args:
-        query: ``[Uq, N, D]``, all paths.
-        candidate: ``[Uc, N, D]``.
-        aggregate: combines paths as the encoder was trained; ``ParallelEncoder.aggregate``.
-
-    Returns:
-        ``[U, D]`` each (``D`` differs between columns), or ``[U, N, D]`` for ``maxsim``.
+    ``query`` and ``candidate`` are ``[U, N, D]``, ``aggregate`` is that of the encoder. With several paths
+    there are also ``mean`` (of the paths), ``concat`` (all paths side by side) and ``maxsim`` (every query
+    path takes its best candidate path), which is ``[U, N, D]``.
     """
     num_paths = query.shape[1]
     columns = {"aggregate": (aggregate(query), aggregate(candidate))}
@@ -90,24 +73,17 @@ def similarities(query: Tensor, candidate: Tensor) -> Tensor:
     """
     if query.ndim == 2:
         return query @ candidate.T
-    flat, best = query.flatten(0, 1), None
-    for path in range(candidate.shape[1]):
-        cosine_QNC = (flat @ candidate[:, path].T).view(*query.shape[:2], -1)
-        best = cosine_QNC if best is None else torch.maximum(best, cosine_QNC)
-    assert best is not None
-    return best.mean(dim=1)
+    flat = query.flatten(0, 1)
+    cosines = ((flat @ candidate_CD.T).view(*query.shape[:2], -1) for candidate_CD in candidate.unbind(1))
+    return reduce(torch.maximum, cosines).mean(dim=1)
 
 
-def score_task(task: EvalTask, columns: Mapping[str, tuple[Tensor, Tensor]]) -> TaskScore:
+def score_task(task: EvalTask, columns: Columns) -> TaskScore:
     """Score every row of a task by cosine in float32, for several kinds of embeddings at once.
 
     Candidates equal to the positive as inputs (text and images) do not count against it. Candidates
     whose embeddings are equal bit for bit get one score, so a tie stays a tie at any matrix shape.
-
-    Args:
-        task: rows as indices into unique queries and candidates, each row's positive first.
-        columns: see ``path_columns``; several vectors ``[U, N, D]`` are scored by MaxSim. The ranking is
-            that of the first one.
+    ``columns`` are those of ``path_columns``; the ranking is that of the first one.
 
     Raises:
         ValueError: no rows, a row without candidates, or embeddings that do not fit the task.
@@ -149,11 +125,8 @@ def positive_rank(scores_RC: Tensor, rivals_RC: Tensor) -> Tensor:
     """Rank the positive, column 0, after every rival that it does not beat: int64 ``[R]``, 1 is best.
 
     Ties are pessimistic: MMEB keeps the positive at index 0, so that breaking ties by index would call a
-    collapsed model perfect. A NaN rival counts as ahead; a NaN positive is behind everything.
-
-    Args:
-        scores_RC: ``[R, C]`` scores, higher is better.
-        rivals_RC: ``[R, C]`` bool; False for the positive, its copies and padding.
+    collapsed model perfect. A NaN rival counts as ahead; a NaN positive is behind everything. ``rivals_RC``
+    is False for the positive, its copies and padding.
     """
     positive_R1 = scores_RC[:, :1]
     ahead_RC = ~(scores_RC < positive_R1) & rivals_RC
@@ -180,17 +153,14 @@ def milliseconds_per_item(encode: Callable[[], Tensor], num_items: int) -> float
 
 
 def mode_costs(
-    columns: Mapping[str, tuple[Tensor, Tensor]],
+    columns: Columns,
     *,
     one_path: float | None = None,
     all_paths: float | None = None,
 ) -> dict[str, dict[str, float]]:
     """Return ``bytes_per_item`` in float32 and, if measured, ``milliseconds_per_item`` of each column.
 
-    Args:
-        columns: of any task.
-        one_path: measured ``milliseconds_per_item`` with a single path, for ``path_n``.
-        all_paths: with all of them, for the other columns.
+    ``one_path`` are the milliseconds with a single path, for ``path_n``, ``all_paths`` those of the others.
     """
     costs: dict[str, dict[str, float]] = {}
     for name, (_, candidate) in columns.items():
@@ -201,7 +171,7 @@ def mode_costs(
     return costs
 
 
-def _check(task: EvalTask, columns: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+def _check(task: EvalTask, columns: Columns) -> None:
     name, num_rows = task.task.name, len(task.query_of_row)
     if not columns or not num_rows:
         raise ValueError(f"{name}: {num_rows} rows and {len(columns)} columns; nothing to score")

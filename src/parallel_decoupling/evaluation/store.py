@@ -42,11 +42,6 @@ def path_column(path: int) -> str:
     return f"path_{path}"
 
 
-def is_vector_column(name: str) -> bool:
-    """Tell whether a column of this name holds embeddings."""
-    return name == AGGREGATE or re.fullmatch(r"path_\d+", name) is not None
-
-
 class StoreWriter:
     """Writes shards into a folder; their bytes depend on rows and ``about``, not on the writing process.
 
@@ -91,12 +86,8 @@ class StoreWriter:
     ) -> None:
         """Write one shard, complete or not at all.
 
-        Args:
-            shard: its number.
-            fields: ``id`` and the source's columns of the rows that were embedded, in row order.
-            vectors: by column, ``[len(fields), D]``.
-            rows_sha256: ``rows_hash`` of all rows of the shard.
-            bad_rows: ``row``, ``id`` and ``reason`` of the rows that could not be embedded.
+        ``fields`` are ``id`` and the source's columns of the rows that were embedded, in row order,
+        ``vectors`` by column ``[len(fields), D]``, and ``bad_rows`` have ``row``, ``id`` and ``reason``.
         """
         assert len(fields) + len(bad_rows) == len(self.rows_of(shard)), "a shard accounts for all of its rows"
         table = fields
@@ -145,10 +136,8 @@ class Keeper:
     ) -> frozenset[int]:
         """Open the store of some rows and return the shards that are done, the same on all processes.
 
-        Args:
-            rows: the rows.
-            about: what is known of them, see ``StoreWriter``.
-            with_bad_rows: whether a shard counts in which some rows could not be embedded.
+        ``about`` is that of ``StoreWriter``; without ``with_bad_rows`` a shard in which some rows could not
+        be embedded does not count.
 
         Raises:
             ValueError: a shard of another model, other rows or other settings, unless ``replace``.
@@ -168,7 +157,7 @@ class Keeper:
         if problem and not self._replace:
             raise ValueError(f"{problem}. Give another output_dir, or empty this one.")
         self.writers[rows.name], self.kept[rows.name] = writer, frozenset(done)
-        return self.kept[rows.name]
+        return frozenset(done)
 
     def write(
         self,
@@ -307,11 +296,7 @@ def read_metadata(file: Path) -> dict[str, Any]:
 
 
 def chosen_columns(names: Collection[str] | None, num_paths: int) -> tuple[str, ...]:
-    """Return column names in the order of a file; None stands for the aggregate and every path.
-
-    Raises:
-        ValueError: the model does not have such a path, or no column is wanted.
-    """
+    """Return column names in the order of a file; None stands for the aggregate and every path."""
     known = (AGGREGATE, *map(path_column, range(num_paths)))
     unknown = sorted(set(names or ()) - set(known))
     if unknown or (names is not None and not names):

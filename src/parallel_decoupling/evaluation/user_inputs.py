@@ -22,7 +22,7 @@ def is_single(inputs: Any) -> bool:
 
 
 def to_raw_inputs(inputs: Iterable[Any], instruction: str | None = None) -> list[RawInput]:
-    """Turn texts, images and dictionaries into prompts.
+    """Turn texts, images and dictionaries into prompts, in order.
 
     Args:
         inputs: items, each a text; a PIL image; an image file, as ``Path`` or as a string that ends with an
@@ -30,9 +30,6 @@ def to_raw_inputs(inputs: Iterable[Any], instruction: str | None = None) -> list
             ``images``, and optionally its own ``instruction``; or a finished ``RawInput``.
         instruction: put before every text and after the placeholder of every image; a dictionary's own
             instruction wins. Not with a ``RawInput``.
-
-    Returns:
-        One ``RawInput`` per item, in order.
 
     Raises:
         ValueError: the instruction is not a text, or an item cannot be used; names its index.
