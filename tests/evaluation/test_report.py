@@ -109,12 +109,10 @@ def test_json_accepts_run_values_of_any_type(report: ScoreReport, tmp_path: Path
     assert ScoreReport.from_json_file(tmp_path / "scores.json").run == {"data_dir": str(Path("some/dir"))}
 
 
-@pytest.mark.parametrize(
-    ("text", "message"), [("{", "is not JSON"), ("[]", "of format 2"), ('{"format": 9}', "format 2")]
-)
-def test_another_file_is_an_error(text: str, message: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 9}', '{"format": 2}'])
+def test_another_file_is_an_error(text: str, tmp_path: Path) -> None:
     (tmp_path / "scores.json").write_text(text)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="scores.json is not a score file"):
         ScoreReport.from_json_file(tmp_path / "scores.json")
 
 
@@ -122,14 +120,14 @@ def test_another_file_is_an_error(text: str, message: str, tmp_path: Path) -> No
     ("place", "value", "message"),
     [
         (("tasks",), {}, "at least one task"),
-        (("tasks",), [], "was changed or cut"),
-        (("tasks", "digit"), 3, "was changed or cut"),
-        (("tasks", "digit", "more"), 3, "was changed or cut"),
+        (("tasks",), [], "is not a score file"),
+        (("tasks", "digit"), 3, "is not a score file"),
+        (("tasks", "digit", "more"), 3, "is not a score file"),
         (("tasks", "digit", "meta_task"), "video", "digit has meta-task 'video'"),
-        (("hits",), {}, "was changed or cut"),
+        (("hits",), {}, "is not a score file"),
         (("hits", "digit", "path_0"), "0", "task digit, path_0: not one 0 or 1 for each of 2 queries"),
         (("hits", "digit", "path_0"), "02", "task digit, path_0: not one 0 or 1"),
-        (("hits", "digit", "path_0"), "01", "the mean of the hits is 0.5, but hit_at_1 is 0;"),
+        (("hits", "digit", "path_0"), "01", "the mean of the hits is 0.5, but hit_at_1 is 0"),
         (("hits", "digit"), {"path_0": "00"}, r"task digit: hits of \['path_0'\], but scores of"),
     ],
 )

@@ -157,12 +157,7 @@ class Comparison:
 
 
 def compare_runs(run_dirs: list[str], output_dir: str | None = None) -> None:
-    """Print the scores of one or several tested runs and write them as JSON, picture and page.
-
-    Args:
-        run_dirs: runs with a scores.json, or such files; the first is the baseline.
-        output_dir: gets comparison.json, comparison.png and comparison.html; without it, only the tables.
-    """
+    """Print the scores of one or several tested runs; see ``compare``."""
     from rich.console import Console
 
     comparison, console = compare(run_dirs, output_dir), Console()
@@ -173,7 +168,11 @@ def compare_runs(run_dirs: list[str], output_dir: str | None = None) -> None:
 
 
 def compare(run_dirs: Sequence[str], output_dir: str | None = None) -> Comparison:
-    """Compare the score reports of finished runs; see ``compare_runs``.
+    """Compare the score reports of finished runs.
+
+    Args:
+        run_dirs: runs with a scores.json, or such files; the first is the baseline.
+        output_dir: gets comparison.json, comparison.png and comparison.html.
 
     Raises:
         ValueError: no run, a run without scores, or runs that scored different rows.
@@ -272,6 +271,5 @@ def _score_files(run_dirs: Sequence[str]) -> dict[str, Path]:
     return dict(zip(unique, files, strict=True))
 
 
-def _first_hits(hits: Mapping[str, str]) -> NDArray[np.int8]:
-    """Return the headline column's hits as an int8 array."""
-    return np.frombuffer(next(iter(hits.values())).encode("ascii"), dtype=np.int8) - np.int8(ord("0"))
+def _first_hits(hits: Mapping[str, str]) -> NDArray[np.int64]:
+    return np.array(list(next(iter(hits.values()))), dtype=np.int64)

@@ -89,7 +89,7 @@ def _v2(result: TaskResult, column: str) -> dict[str, Any]:
     With one positive, precision is hit / depth, recall is hit, average precision is 1 / rank, and both
     conventions of nDCG agree.
     """
-    metrics = result.metrics.get(column)
+    metrics = result.metrics.get(column, {})
     values: dict[str, float] = {}
     for k in DEPTHS if metrics else ():
         hit, mrr, ndcg = (metrics[f"{name}@{k}"] for name in ("hit", "mrr", "ndcg"))

@@ -210,23 +210,19 @@ class ScoreReport:
         Raises:
             ValueError: another file or format, or hits that do not fit the scores; names file and task.
         """
+        text = Path(json_file).read_text(encoding="utf-8")
         try:
-            content = json.loads(Path(json_file).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{json_file} is not JSON: {error}") from error
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError(f"{json_file} is not a score file of format {FORMAT}; run the test again")
-        try:
-            tasks = {}
+            content, tasks = json.loads(text), {}
+            if content.get("format") != FORMAT:
+                raise ValueError(f"not format {FORMAT}")
             for name, row in content["tasks"].items():
                 task = Task(name, row.pop("meta_task"), row.pop("in_distribution"))
                 tasks[name] = TaskResult(task, hits=content["hits"][name], **row)
                 tasks[name].check_hits()
             return cls(tasks, **{key: content[key] for key in OTHER_PARTS})
-        except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-            raise ValueError(f"{json_file} was changed or cut ({error!r}); run the test again") from error
-        except ValueError as error:
-            raise ValueError(f"{json_file}, {error}; the file was changed, run the test again") from error
+        except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+            message = f"{json_file} is not a score file as a test wrote it ({error!r}); run the test again"
+            raise ValueError(message) from error
 
     def to_csv_file(self, csv_file: str | Path) -> None:
         """Write one line per task, then one per mean, fractions unrounded."""
@@ -282,11 +278,9 @@ class ScoreReport:
 
     def warning_panels(self) -> list[Panel]:
         """Show what makes the scores doubtful, each with what was seen and what to do."""
-        panels = []
-        for each in self.warnings:
-            title = f"WARNING: {each['check'].replace('_', ' ')}"
-            panels.append(Panel(Text(f"{each['detail']}\n{each['advice']}"), title=title))
-        return panels
+        texts = [Text(f"{each['detail']}\n{each['advice']}") for each in self.warnings]
+        titles = [f"WARNING: {each['check'].replace('_', ' ')}" for each in self.warnings]
+        return [Panel(text, title=title) for text, title in zip(texts, titles, strict=True)]
 
 
 def write_report(report: ScoreReport, folder: Path) -> None:

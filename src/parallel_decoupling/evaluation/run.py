@@ -1,8 +1,11 @@
-"""The scoring callback: from what ``PDFEmbedder`` embeds to scores, files and tables."""
+"""The callbacks that take what ``PDFEmbedder`` embeds: ``Scoring`` and ``EmbeddingWriter``."""
 
 from __future__ import annotations
 
+import json
 import subprocess
+import time
+import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,9 +14,8 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.data.images import IMAGE_SETTINGS
@@ -23,7 +25,7 @@ from parallel_decoupling.distributed import gather_objects, rank, world_size
 from parallel_decoupling.evaluation import checks
 from parallel_decoupling.evaluation.encode import RowBatch
 from parallel_decoupling.evaluation.leaderboard import SCORE_FILES_DIR, write_predictions
-from parallel_decoupling.evaluation.plots import path_matrices_figure, retrieval_examples_figure
+from parallel_decoupling.evaluation.plots import path_matrices_figure
 from parallel_decoupling.evaluation.report import ScoreReport, write_report
 from parallel_decoupling.evaluation.score import (
     Columns,
@@ -33,10 +35,21 @@ from parallel_decoupling.evaluation.score import (
     path_columns,
     score_task,
 )
-from parallel_decoupling.evaluation.store import AGGREGATE, Keeper, Store, path_column
+from parallel_decoupling.evaluation.store import (
+    AGGREGATE,
+    Keeper,
+    Store,
+    path_column,
+    read_metadata,
+    shard_files,
+)
 from parallel_decoupling.objective.statistics import path_cosine
 from parallel_decoupling.training.callbacks import console
 from parallel_decoupling.training.module import PDFEmbedder
+
+BAD_ROWS_FILE = "bad_rows.jsonl"
+HARMLESS_WARNINGS = ("Couldn't infer the batch indices", "Total length of .* across ranks is zero")
+"""Warnings of Lightning about loaders that are not torch's."""
 
 
 class SideEmbeddings:
@@ -127,20 +140,14 @@ class Scoring(Callback):
         assert self._side is not None
         self._side.add(batch, outputs)
 
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: PDFEmbedder,  # type: ignore[override]
-        outputs: Any,
-        batch: RowBatch,
-        *places: int,
-    ) -> None:
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Take one batch, and measure the time per item with the first that is encoded."""
-        self.on_validation_batch_end(trainer, pl_module, outputs, batch, *places)
+        module, inputs = cast(PDFEmbedder, pl_module), args[1].inputs
+        self.on_validation_batch_end(trainer, module, *args)
         if not self._milliseconds and not self._was_kept(trainer):
             with trainer.precision_plugin.forward_context():
                 self._milliseconds = {
-                    name: milliseconds_per_item(partial(pl_module, batch.inputs, paths), len(batch.inputs))
+                    name: milliseconds_per_item(partial(module, inputs, paths), len(inputs))
                     for name, paths in (("one_path", (0,)), ("all_paths", None))
                 }
 
@@ -239,9 +246,6 @@ class Scoring(Callback):
         if finite_U.any():
             self._cosines.append(path_cosine(sides[0][finite_U]))
         write_predictions(self._run_dir / SCORE_FILES_DIR, task, score)
-        if (writer := tensorboard_writer(trainer)) is not None:
-            figure = retrieval_examples_figure(task, score)
-            writer.add_figure(f"retrieval/{name}", figure, global_step=module.progress.steps_done)
 
     def _log(self, stage: str, module: PDFEmbedder) -> None:
         if not self._scores:
@@ -265,6 +269,81 @@ class Scoring(Callback):
         return found
 
 
+class EmbeddingWriter(Callback):
+    """Writes what ``predict`` embeds, shard by shard; a killed run resumes with the shards that are missing.
+
+    ``data`` has the rows; ``keeper`` has their stores, and ``data.connect`` was given the same one.
+    """
+
+    def __init__(self, data: MMEBDataModule, keeper: Keeper) -> None:
+        self.data, self.keeper = data, keeper
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        for message in HARMLESS_WARNINGS:
+            warnings.filterwarnings("ignore", message=message)
+        self._begin_shard()
+        self._began, self._num_embedded = time.perf_counter(), 0
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the embeddings of a batch, and write the shard that ends with it."""
+        if batch.place.shard is None:
+            return
+        rows = self.data.rows[dataloader_idx]
+        self._rows += batch.rows
+        self._bad_rows |= batch.bad_rows
+        paths = range(outputs.shape[1]) if batch.paths is None else batch.paths
+        embeddings_BND = outputs[: len(batch.rows)]
+        vectors = {path_column(path): embeddings_BND[:, place] for place, path in enumerate(paths)}
+        columns = self.keeper.writers[rows.name].about["columns"]
+        if AGGREGATE in columns:
+            vectors[AGGREGATE] = cast(PDFEmbedder, pl_module).encoder.aggregate(embeddings_BND)
+        for name in columns:
+            self._vectors.setdefault(name, []).append(vectors[name].float().cpu())
+        if batch.place.last:
+            whole = {name: torch.cat(parts) for name, parts in self._vectors.items()}
+            self.keeper.write(rows, batch.place.shard, self._rows, whole, self._bad_rows)
+            self._num_embedded += len(self._rows)
+            self._begin_shard()
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """When all processes are done, write ``bad_rows.jsonl`` and say what there is."""
+        trainer.strategy.barrier()
+        seconds = time.perf_counter() - self._began
+        num_embedded = sum(gather_objects(self._num_embedded))
+        if not trainer.is_global_zero:
+            return
+        missing, num_rows, bad_rows = 0, 0, []
+        for writer in self.keeper.writers.values():
+            there = shard_files(writer.folder)
+            missing += writer.num_shards - len(there)
+            num_rows += sum(len(writer.rows_of(shard)) for shard in there)
+            bad_rows += [row for file in there.values() for row in read_metadata(file)["bad_rows"]]
+        bad_rows_file = self.keeper.root / BAD_ROWS_FILE
+        lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in bad_rows)
+        bad_rows_file.write_text(lines, encoding="utf-8")
+        speed = f"{num_embedded:,} of them now at {num_embedded / seconds:,.1f} per second"
+        message = f"{self.keeper.root}: {num_rows - len(bad_rows):,} rows embedded, {speed}."
+        if bad_rows:
+            message += f" {len(bad_rows):,} rows could not be embedded: {bad_rows_file} says which and why."
+        if missing:
+            message += f" {missing} files are missing: run the same command again."
+        rank_zero_info(message)
+
+    def _begin_shard(self) -> None:
+        self._rows: list[int] = []
+        self._bad_rows: dict[int, str] = {}
+        self._vectors: dict[str, list[Tensor]] = {}
+
+
 class PathPictures(Callback):
     """Draws the path cosine matrix to TensorBoard at the first step and then every so many steps."""
 
@@ -276,11 +355,11 @@ class PathPictures(Callback):
     ) -> None:
         """Draw this batch's queries."""
         step, query_GND = cast(PDFEmbedder, pl_module).progress.steps_done, outputs["pairs"].query
-        writer = tensorboard_writer(trainer)
-        if writer is None or query_GND.shape[1] == 1 or (step != 1 and step % self.every_n_steps):
-            return
-        figure = path_matrices_figure({"mean cosine between paths": path_cosine(query_GND)})
-        writer.add_figure("paths/cosine", figure, global_step=trainer.global_step)
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        is_due = step == 1 or step % self.every_n_steps == 0
+        if loggers and trainer.is_global_zero and query_GND.shape[1] > 1 and is_due:
+            figure = path_matrices_figure({"mean cosine between paths": path_cosine(query_GND)})
+            loggers[0].experiment.add_figure("paths/cosine", figure, global_step=trainer.global_step)
 
 
 def evaluate(model: PDFEmbedder, data: MMEBDataModule | str | Path, **trainer_options: Any) -> ScoreReport:
@@ -295,12 +374,6 @@ def evaluate(model: PDFEmbedder, data: MMEBDataModule | str | Path, **trainer_op
     if scoring.report is None:
         raise ValueError("no task was scored; the warnings above say why")
     return scoring.report
-
-
-def tensorboard_writer(trainer: Trainer) -> SummaryWriter | None:
-    """Return TensorBoard's writer on rank 0, and None elsewhere and without a TensorBoard logger."""
-    loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-    return loggers[0].experiment if loggers and trainer.is_global_zero else None
 
 
 def git_commit() -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -27,11 +27,18 @@ from parallel_decoupling.model.identity import rows_hash
 METADATA_KEY = b"parallel_decoupling"
 SHARD_NAME = re.compile(r"embeddings-(\d{5,})\.parquet")
 AGGREGATE = "aggregate"
-ROW_GROUP_SIZE = 16_384
-"""Rows that a reader holds at once."""
-OWN_KEYS = ("shard", "first_row", "rows_sha256", "bad_rows")
-"""Metadata that differs between the shards of one folder."""
-COMPARED = ("identity", "columns", "dtype", "instruction", "images", "num_rows", "rows_per_shard")
+ROW_GROUP_SIZE = 16_384  # rows that a reader holds at once
+OWN_KEYS = ("shard", "first_row", "rows_sha256", "bad_rows")  # differ between the shards of one folder
+COMPARED = (
+    "identity",
+    "columns",
+    "dtype",
+    "instruction",
+    "images",
+    "num_rows",
+    "rows_per_shard",
+    "rows_sha256",
+)
 """Metadata in which a shard that is kept must agree with the run that keeps it."""
 
 VectorType = Literal["float32", "float16"]
@@ -72,7 +79,7 @@ class StoreWriter:
         if shard >= self.num_shards:
             return f"{file} is beyond the {self.num_shards} files of this run"
         wanted = {**self.about, "rows_sha256": rows_sha256}
-        difference = _difference(read_metadata(file), wanted, (*COMPARED, "rows_sha256"))
+        difference = _difference(read_metadata(file), wanted, COMPARED)
         return f"{file} was written with another {difference}" if difference else None
 
     def write(
@@ -108,7 +115,7 @@ class StoreWriter:
 
 
 class Keeper:
-    """The stores of one run of ``test`` or ``predict``, one per source of rows.
+    """The stores of one run of ``test`` or ``predict`` below ``root``, one per source of rows.
 
     The loaders ask it which shards are finished, the callback that receives embeddings writes through it.
 
@@ -177,16 +184,13 @@ class Keeper:
             {name: vectors_BD[order] for name, vectors_BD in vectors.items()},
             rows_sha256=_shard_hash(rows, writer.rows_of(shard)),
             bad_rows=[
-                {"row": row, "id": ids[place], "reason": bad_rows[row]} for place, row in enumerate(bad)
+                {"row": row, "id": id_, "reason": bad_rows[row]} for row, id_ in zip(bad, ids, strict=True)
             ],
         )
 
 
 class Store:
     """Reads a complete folder of shards; vectors one row group at a time.
-
-    Args:
-        folder: what ``predict`` wrote.
 
     Attributes:
         metadata: what all shards say about themselves.
@@ -246,13 +250,9 @@ class Store:
         """Read a column of one row group as float32 ``[rows, D]``."""
         return to_tensor(self.read(batch, [column])[column])
 
-    def batches(self, column: str) -> Iterator[Tensor]:
-        """Yield a column as float32 ``[rows, D]``, one row group at a time, in row order."""
-        return (self.vectors(batch, column) for batch in range(len(self.batch_sizes)))
-
     def column(self, column: str) -> Tensor:
         """Read a whole column, float32 ``[len(self), D]``."""
-        return torch.cat(list(self.batches(column)))
+        return torch.cat([self.vectors(batch, column) for batch in range(len(self.batch_sizes))])
 
     def source_rows(self) -> list[int]:
         """Return the row number in the source of every row of the store."""
@@ -322,8 +322,7 @@ def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any], keys: Itera
     for key in keys:
         one, other = found.get(key), wanted.get(key)
         if one != other and isinstance(one, dict) and isinstance(other, dict):
-            names = sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
-            return f"{key}: {', '.join(names)}"
+            return f"{key}: {', '.join(sorted(k for k in one | other if one.get(k) != other.get(k)))}"
         if one != other:
             return f"{key}: {one!r} instead of {other!r}"
     return None
