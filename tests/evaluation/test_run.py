@@ -18,8 +18,7 @@ from parallel_decoupling.data.readers import read_eval_task
 from parallel_decoupling.evaluation import checks
 from parallel_decoupling.evaluation.encode import BatchPlace, RowBatch
 from parallel_decoupling.evaluation.report import ScoreReport
-from parallel_decoupling.evaluation.run import SideEmbeddings, evaluate, git_commit
-from parallel_decoupling.evaluation.store import Store
+from parallel_decoupling.evaluation.run import SideEmbeddings, evaluate
 from parallel_decoupling.training.module import PDFEmbedder
 from tests.support.fit import kept_data, make_trainer, small_data, small_embedder
 from tests.support.mmeb import save_tiny_mmeb
@@ -45,7 +44,7 @@ def test_rows_land_in_their_place_whatever_the_order() -> None:
 
 
 def test_a_test_run_writes_and_logs_the_scores_of_its_embeddings(
-    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     module = small_embedder(tiny_backbone_dir)
     trainer = make_trainer(tmp_path, logger=TensorBoardLogger(tmp_path, name="", version=""))
@@ -67,7 +66,18 @@ def test_a_test_run_writes_and_logs_the_scores_of_its_embeddings(
     assert content["run"]["model"]["num_paths"] == 2
     assert content["run"]["data"]["data_dir"] == tiny_mmeb_dir
     assert content["run"]["global_step"] == 0
-    assert (tmp_path / "scores.csv").is_file()
+    for name in ("scores.csv", "leaderboard.json", f"score_files/v2/{TASKS[0]}_pred.jsonl"):
+        assert (tmp_path / name).is_file()
+    assert list(report.modes) == report.columns
+    encoding = {name: mode["milliseconds_per_item"] for name, mode in report.modes.items()}
+    assert encoding["path_0"] == encoding["path_1"] > 0
+    assert encoding["aggregate"] == encoding["maxsim"] > 0
+    assert all(result.rows_sha256 for result in report.tasks.values())
+    (chance,) = [warning for warning in report.warnings if warning["check"] == "chance"]
+    assert set(chance["tasks"]) == set(TASKS), "random weights and four candidates"
+    shown = capsys.readouterr().out
+    assert "WARNING: chance" in shown
+    assert "inference modes" in shown
 
 
 def test_evaluate_needs_no_trainer_and_a_trainer_alone_says_that_nothing_is_scored(
@@ -129,27 +139,6 @@ def test_a_task_that_limited_batches_cut_has_no_score(
     assert not (tmp_path / "scores.json").exists()
 
 
-def test_a_test_writes_score_files_modes_and_warnings(
-    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    trainer = make_trainer(tmp_path)
-    trainer.test(small_embedder(tiny_backbone_dir), small_data(tiny_mmeb_dir), verbose=False)
-    report = ScoreReport.from_json_file(tmp_path / "scores.json")
-    assert list(report.modes) == report.columns
-    encoding = {name: mode["milliseconds_per_item"] for name, mode in report.modes.items()}
-    assert encoding["path_0"] == encoding["path_1"] > 0
-    assert encoding["aggregate"] == encoding["maxsim"] > 0
-    assert report.modes["maxsim"]["bytes_per_item"] == 2 * report.modes["aggregate"]["bytes_per_item"]
-    assert list((tmp_path / "score_files").rglob("*.json"))
-    assert (tmp_path / "leaderboard.json").is_file()
-    assert all(result.rows_sha256 for result in report.tasks.values())
-    (chance,) = [warning for warning in report.warnings if warning["check"] == "chance"]
-    assert set(chance["tasks"]) == set(TASKS), "random weights and four candidates"
-    shown = capsys.readouterr().out
-    assert "WARNING: chance" in shown
-    assert "inference modes" in shown
-
-
 def test_images_of_another_size_than_in_training_are_reported(
     tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
 ) -> None:
@@ -179,14 +168,6 @@ def test_scores_are_written_before_the_checks(
     with pytest.raises(ValueError, match="cannot be read"):
         make_trainer(tmp_path).test(module, small_data(tiny_mmeb_dir), verbose=False)
     assert set(ScoreReport.from_json_file(tmp_path / "scores.json").tasks) == set(TASKS)
-
-
-def test_outside_git_there_is_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert git_commit() is None
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert git_commit() is None
 
 
 def test_skipped_evaluation_rows_are_left_out_of_the_score_and_counted(
@@ -262,21 +243,6 @@ def test_a_stopped_test_resumes_with_what_is_not_kept(
     assert contents(kept) == contents(tmp_path / "whole" / "kept")
     assert run(module, tiny_mmeb_dir, tmp_path / "run", kept, **three) == 0
     assert scores(tmp_path / "run") == scores(tmp_path / "plain")
-
-
-def test_kept_embeddings_are_those_of_encode_and_can_be_searched(
-    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
-) -> None:
-    module = small_embedder(tiny_backbone_dir)
-    run(module, tiny_mmeb_dir, tmp_path, tmp_path / "kept")
-    rows = read_eval_task(tiny_mmeb_dir, "colours_t2i")
-    store = Store(tmp_path / "kept" / "colours_t2i" / "candidate")
-    paths_UND = module.encode(rows.candidates, paths="all")
-    for path in range(2):
-        torch.testing.assert_close(store.column(f"path_{path}"), paths_UND[:, path])
-    assert [Path(row["image"]).name for row in store.rows(range(4))] == [
-        Path(str(row.images[0])).name for row in rows.candidates
-    ]
 
 
 def test_other_weights_or_pictures_are_encoded_again(tiny_backbone_dir: str, tmp_path: Path) -> None:

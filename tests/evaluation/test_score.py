@@ -17,7 +17,6 @@ from parallel_decoupling.data.tasks import EvalTask, Task
 from parallel_decoupling.evaluation.score import (
     METRICS,
     mean_metrics,
-    milliseconds_per_item,
     mode_costs,
     path_columns,
     positive_rank,
@@ -119,7 +118,7 @@ def test_copies_of_the_positive_do_not_count_against_it() -> None:
     candidate = torch.tensor([[0.8, 0.6], [0.6, 0.8], [1.0, 0.0]])  # the copy scores even higher
     score = score_task(task, {"aggregate": (torch.tensor([[1.0, 0.0]]), candidate)})
     assert score.hits["aggregate"].tolist() == [True]
-    assert score.chance == 0.5
+    assert score.chance == 0.5, "one of two distinct candidates"
     assert score.ranking[0, :3].tolist() == [0, 1, -1]
 
 
@@ -173,13 +172,6 @@ def test_ranking_is_sorted_by_the_first_column_and_puts_the_positive_after_ties(
     tied = EvalTask(TASK, [RawInput("q")], [RawInput("a"), RawInput("b")], [0], [[0, 1]])
     score = score_task(tied, {"aggregate": (torch.ones(1, 2), torch.ones(2, 2))})
     assert score.ranking[0, :2].tolist() == [1, 0]
-
-
-def test_chance_is_the_mean_over_rows_of_one_by_distinct_candidates() -> None:
-    candidates = [RawInput(str(number)) for number in range(4)]
-    task = EvalTask(TASK, [RawInput("q")], candidates, [0, 0], [[0, 1], [0, 1, 2, 3]])
-    score = score_task(task, {"aggregate": (torch.randn(1, 3), torch.randn(4, 3))})
-    assert score.chance == pytest.approx((1 / 2 + 1 / 4) / 2)
 
 
 def test_half_precision_embeddings_are_scored_in_float32() -> None:
@@ -278,11 +270,3 @@ def test_costs_follow_the_shapes_and_what_was_encoded() -> None:
         "maxsim": (48, 4.0),
     }
     assert mode_costs(columns)["maxsim"] == {"bytes_per_item": 48}
-
-
-def test_encoding_is_timed_after_a_warm_up_and_an_outlier_does_not_count(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    seconds = iter([0, 50, 50, 51, 51, 99, 99, 101])  # calls of 50, 1, 48 and 2 seconds
-    monkeypatch.setattr("time.perf_counter", lambda: float(next(seconds)))
-    assert milliseconds_per_item(lambda: torch.zeros(1), num_items=4) == 500

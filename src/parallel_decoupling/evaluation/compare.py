@@ -14,16 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel_decoupling.evaluation.plots import comparison_figure
-from parallel_decoupling.evaluation.report import META_TASKS, SCORES_FILE, Grid, ScoreReport, percent
+from parallel_decoupling.evaluation.report import (
+    MEAN_TITLES,
+    META_TASKS,
+    SCORES_FILE,
+    Grid,
+    ScoreReport,
+    percent,
+)
 
 INTERVAL_NOTE = "95 % by paired bootstrap over queries within tasks, one training seed"
 PAGE_FILE = "comparison.html"
 RESAMPLES = 10_000
-MEASURES = ("overall", "in_distribution", "out_of_distribution", *META_TASKS, "mean_of_meta_tasks")
-SHORT_TITLES = dict(
-    zip(MEASURES, ("all", "IND", "OOD", "class", "vqa", "retr", "ground", "meta"), strict=True)
-)
-"""Means in the order of the table, with their headings."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +50,10 @@ class RunDifferences:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs that scored the same rows; the first one is the baseline.
-
-    Attributes:
-        reports: score report by run name.
-        differences: of every other run to the baseline, first columns (the aggregates).
-    """
+    """Runs that scored the same rows; the first one is the baseline."""
 
     reports: dict[str, ScoreReport]
-    differences: dict[str, RunDifferences]
+    differences: dict[str, RunDifferences]  # of every other run to the baseline, first columns
 
     @property
     def baseline(self) -> str:
@@ -86,34 +83,21 @@ class Comparison:
         overall = self.differences[self.best].means["overall"]
         return f"{' vs '.join(self.reports)}: {self.best} {overall} points overall"
 
-    def grids(self) -> list[Grid]:
-        """Tabulate the first column (the aggregate) by mean and by task, each with best minus baseline.
-
-        A single run has the table of its tasks.
-        """
-        baseline = self.reports[self.baseline]
+    def grid(self) -> Grid:
+        """Tabulate the first column (the aggregate) by task and by mean; the last is best minus baseline."""
         if not self.differences:
-            return [baseline.task_grid()]
-        best, runs = self.differences[self.best], self.reports.items()
-        measures = [name for name in SHORT_TITLES if name in baseline.means]
-        rows = [
-            [name, *(percent(report.means[each][report.columns[0]]) for each in measures)]
-            for name, report in runs
-        ]
-        for title, key in (("difference", "difference"), ("  2.5 %", "low"), ("  97.5 %", "high")):
-            rows.append([title, *(f"{100 * getattr(best.means[each], key):+.1f}" for each in measures)])
-        headings = ("run", *(SHORT_TITLES[measure] for measure in measures))
-        means = Grid("mean hit@1 in percent", headings, rows, caption=self.note)
-        rows = [
-            [
-                task,
-                *(percent(each.tasks[task].hit_at_1[each.columns[0]]) for _, each in runs),
-                str(difference),
-            ]
-            for task, difference in best.tasks.items()
-        ]
+            return self.reports[self.baseline].task_grid()
+        best, reports = self.differences[self.best], self.reports.values()
+        rows = []
+        for task, difference in best.tasks.items():
+            scores = [percent(each.tasks[task].hit_at_1[each.columns[0]]) for each in reports]
+            rows.append([task, *scores, str(difference)])
+        for mean, difference in best.means.items():
+            scores = [percent(each.means[mean][each.columns[0]]) for each in reports]
+            rows.append([MEAN_TITLES[mean], *scores, str(difference)])
+        kinds = [""] * len(best.tasks) + ["mean"] * len(best.means)
         headings = ("task", *self.reports, "difference [95 %]")
-        return [means, Grid("hit@1 in percent by task", headings, rows, caption=self.note)]
+        return Grid("hit@1 in percent", headings, rows, kinds, self.note)
 
     def to_json_file(self, json_file: str | Path) -> None:
         """Write means, task scores and differences, fractions unrounded."""
@@ -147,7 +131,7 @@ class Comparison:
         changed = [row for row in rows if len({*row[1:]}) > 1]
         page = template.render(
             title=self.title,
-            grids=self.grids(),
+            grid=self.grid(),
             picture=base64.b64encode(picture).decode("ascii"),
             runs={name: (report, report.mode_grid()) for name, report in self.reports.items()},
             changed=Grid("settings that differ", ("", *settings), changed),
@@ -161,7 +145,7 @@ def compare_runs(run_dirs: list[str], output_dir: str | None = None) -> None:
     from rich.console import Console
 
     comparison, console = compare(run_dirs, output_dir), Console()
-    console.print(*(grid.terminal() for grid in comparison.grids()), sep="\n")
+    console.print(comparison.grid().terminal())
     for name, report in comparison.reports.items():
         console.print(name, markup=False, highlight=False)
         console.print(report.mode_grid().terminal(), *report.warning_panels(), sep="\n")
