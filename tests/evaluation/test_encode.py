@@ -83,6 +83,7 @@ def test_rows_come_back_in_order_whatever_the_batch_size(batch_size: int) -> Non
     assert torch.equal(together, one_by_one)
     assert together.dtype == torch.float32
     assert not together.requires_grad
+    assert not together.is_inference(), "it can be used in training"
 
 
 def test_batches_are_sorted_by_length_longest_first() -> None:
@@ -114,6 +115,9 @@ def test_encoding_is_in_eval_mode_and_restores_the_mode_of_every_module() -> Non
     encoder.frozen.eval()
     encode_all(encoder, HashCollator(), raw(["text"]))
     assert encoder.modes == [False]
+    encoder.forward = lambda *_: 1 / 0  # type: ignore[method-assign,assignment]
+    with pytest.raises(ZeroDivisionError):
+        encode_all(encoder, HashCollator(), raw(["text"]))
     assert encoder.training
     assert not encoder.frozen.training
 

@@ -18,7 +18,7 @@ from parallel_decoupling.data.readers import read_eval_task
 from parallel_decoupling.evaluation import checks
 from parallel_decoupling.evaluation.encode import BatchPlace, RowBatch
 from parallel_decoupling.evaluation.report import ScoreReport
-from parallel_decoupling.evaluation.run import SideEmbeddings, evaluate
+from parallel_decoupling.evaluation.run import CollectedEmbeddings, evaluate
 from parallel_decoupling.training.module import PDFEmbedder
 from tests.support.fit import kept_data, make_trainer, small_data, small_embedder
 from tests.support.mmeb import save_tiny_mmeb
@@ -31,13 +31,13 @@ def batch_of(rows: list[int], bad_rows: dict[int, str] | None = None) -> RowBatc
 
 
 def test_rows_land_in_their_place_whatever_the_order() -> None:
-    side, embeddings_UND = SideEmbeddings(5), torch.randn(5, 2, 3)
+    side, embeddings_UND = CollectedEmbeddings(), torch.randn(5, 2, 3)
     side.add(batch_of([4, 1], {2: "broken"}), embeddings_UND[[4, 1]])
     side.add(batch_of([]), embeddings_UND[:1])  # a batch without rows has a stand-in
     trainer, module = Trainer(logger=False), PDFEmbedder.__new__(PDFEmbedder)
-    assert side.complete(trainer, module) is None, "rows are missing"
+    assert side.complete(5, trainer, module) is None, "rows are missing"
     side.add(batch_of([3, 0]), embeddings_UND[[3, 0]])
-    found_UND = side.complete(trainer, module)
+    found_UND = side.complete(5, trainer, module)
     assert found_UND is not None
     embeddings_UND[2] = torch.nan
     torch.testing.assert_close(found_UND, embeddings_UND, rtol=0, atol=0, equal_nan=True)

@@ -42,7 +42,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class RunDifferences:
-    """Headline scores of one run minus the baseline's, by mean and by task name."""
+    """Headline scores of one run minus the baseline's."""
 
     means: dict[str, Difference]
     tasks: dict[str, Difference]
@@ -154,12 +154,8 @@ def compare_runs(run_dirs: list[str], output_dir: str | None = None) -> None:
 def compare(run_dirs: Sequence[str], output_dir: str | None = None) -> Comparison:
     """Compare the score reports of finished runs.
 
-    Args:
-        run_dirs: runs with a scores.json, or such files; the first is the baseline.
-        output_dir: gets comparison.json, comparison.png and comparison.html.
-
-    Raises:
-        ValueError: no run, a run without scores, or runs that scored different rows.
+    ``run_dirs`` are runs with a ``scores.json``, or such files; the first is the baseline. ``output_dir``
+    gets comparison.json, comparison.png and comparison.html. Runs that scored other rows are refused.
     """
     if isinstance(run_dirs, str) or not run_dirs:
         raise ValueError(f"compare needs a list of runs, got {run_dirs!r}")

@@ -79,7 +79,7 @@ class Embedder:
         return Collator(self.encoder.processor, image_token=self.encoder.image_token, images=self.images)
 
     def to(self, device: torch.device | str) -> Embedder:
-        """Move the weights, and with them what ``encode`` computes; embeddings come back on the CPU."""
+        """Move the weights; embeddings come back on the CPU."""
         self.encoder.to(device)
         return self
 
@@ -109,9 +109,6 @@ class Embedder:
 
         Returns:
             float32, unit norm. One item gives its embedding without the batch dimension.
-
-        Raises:
-            ValueError: an input (named by its index), a path, the dimension or the batch size is not usable.
         """
         single = is_single(inputs)
         options: dict[str, Any] = {"instruction": instruction, "paths": paths, "truncate_dim": truncate_dim}

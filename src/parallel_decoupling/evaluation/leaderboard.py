@@ -84,11 +84,7 @@ def write_leaderboard(
 
 
 def _v2(result: TaskResult, column: str) -> dict[str, Any]:
-    """Return what the second version keeps of a task, all metrics cut at 1, 5 and 10.
-
-    With one positive, precision is hit / depth, recall is hit, average precision is 1 / rank, and both
-    conventions of nDCG agree.
-    """
+    """Return what the second version keeps of a task, all metrics cut at 1, 5 and 10, for one positive."""
     metrics = result.metrics.get(column, {})
     values: dict[str, float] = {}
     for k in DEPTHS if metrics else ():

@@ -52,31 +52,34 @@ HARMLESS_WARNINGS = ("Couldn't infer the batch indices", "Total length of .* acr
 """Warnings of Lightning about loaders that are not torch's."""
 
 
-class SideEmbeddings:
-    """All embeddings of one side of a task, ``num_rows`` of them, in any order and from any process."""
+class CollectedEmbeddings:
+    """Embeddings of the rows of a task's side or of a shard, batch by batch in any order."""
 
-    def __init__(self, num_rows: int) -> None:
-        self._num_rows = num_rows
-        self._rows: list[int] = []
-        self._vectors: list[Tensor] = []
+    def __init__(self) -> None:
+        self.rows: list[int] = []
         self.bad_rows: dict[int, str] = {}
+        self._vectors: list[Tensor] = []
 
     def add(self, batch: RowBatch, embeddings_BND: Tensor) -> None:
         """Take the embeddings of one batch."""
-        self._rows += batch.rows
+        self.rows += batch.rows
         self._vectors.append(embeddings_BND[: len(batch.rows)].float().cpu())
         self.bad_rows |= batch.bad_rows
 
-    def complete(self, trainer: Trainer, module: LightningModule) -> Tensor | None:
-        """Join what all processes have: ``[U, N, D]``, NaN where a row could not be embedded.
+    @property
+    def vectors(self) -> Tensor:
+        """The embeddings of ``rows``, ``[len(rows), N, D]``."""
+        return torch.cat(self._vectors)
+
+    def complete(self, num_rows: int, trainer: Trainer, module: LightningModule) -> Tensor | None:
+        """Join what all processes have: ``[U, N, D]`` of ``num_rows``, NaN where a row could not be embedded.
 
         None, on every process, if rows are missing, as they are when batches were limited.
         """
-        vectors = torch.cat(self._vectors)
-        embeddings_UND = torch.zeros(self._num_rows, *vectors.shape[1:])
-        embeddings_UND[self._rows] = vectors
-        seen_U = torch.zeros(self._num_rows)
-        seen_U[[*self._rows, *self.bad_rows]] = 1
+        embeddings_UND = torch.zeros(num_rows, *self.vectors.shape[1:])
+        embeddings_UND[self.rows] = self.vectors
+        seen_U = torch.zeros(num_rows)
+        seen_U[[*self.rows, *self.bad_rows]] = 1
         if world_size() > 1:
             embeddings_UND, seen_U = (
                 cast(Tensor, trainer.strategy.reduce(each.to(module.device), reduce_op="sum")).cpu()
@@ -113,7 +116,7 @@ class Scoring(Callback):
         self.report = None
         self._run_dir = Path(trainer.log_dir or trainer.default_root_dir)  # all processes must ask
         self._index = -1
-        self._side: SideEmbeddings | None = None
+        self._side: CollectedEmbeddings | None = None
         self._query: tuple[Tensor | None, dict[int, str]] = None, {}
         self._scores: list[TaskScore] = []
         self._found: list[checks.Finding] = []
@@ -136,7 +139,7 @@ class Scoring(Callback):
         if dataloader_idx != self._index:
             self._finish_side(trainer, pl_module)
             self._index = dataloader_idx
-            self._side = SideEmbeddings(len(self.data.rows[dataloader_idx]))
+            self._side = CollectedEmbeddings()
         assert self._side is not None
         self._side.add(batch, outputs)
 
@@ -193,7 +196,7 @@ class Scoring(Callback):
             embeddings_UND[store.source_rows()] = paths_UND
             bad_rows = {row["row"]: row["reason"] for row in store.bad_rows}
         else:
-            embeddings_UND, bad_rows = side.complete(trainer, module), side.bad_rows
+            embeddings_UND, bad_rows = side.complete(len(rows), trainer, module), side.bad_rows
             keeps = trainer.state.fn == "test" and self.keeper is not None and rank() == 0
             if keeps and self.keeper is not None and embeddings_UND is not None:
                 good = [row for row in range(len(rows)) if row not in bad_rows]
@@ -230,11 +233,7 @@ class Scoring(Callback):
             rank_zero_warn(f"{name}: no row's images could be read, so it has no score.")
             return
 
-        @torch.no_grad()
-        def aggregate(embeddings_UND: Tensor) -> Tensor:
-            return module.encoder.aggregate(embeddings_UND.to(module.device)).cpu()
-
-        columns = path_columns(*sides, aggregate)
+        columns = path_columns(*sides, partial(_aggregate, module))
         score = replace(score_task(task, columns), num_skipped=num_rows - len(task.query_of_row))
         self._scores.append(score)
         self._columns = {name: (each[0][:1], each[1][:1]) for name, each in columns.items()}
@@ -282,7 +281,7 @@ class EmbeddingWriter(Callback):
         """Start the clock."""
         for message in HARMLESS_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
-        self._begin_shard()
+        self._shard = CollectedEmbeddings()
         self._began, self._num_embedded = time.perf_counter(), 0
 
     def on_predict_batch_end(
@@ -297,22 +296,16 @@ class EmbeddingWriter(Callback):
         """Keep the embeddings of a batch, and write the shard that ends with it."""
         if batch.place.shard is None:
             return
-        rows = self.data.rows[dataloader_idx]
-        self._rows += batch.rows
-        self._bad_rows |= batch.bad_rows
-        paths = range(outputs.shape[1]) if batch.paths is None else batch.paths
-        embeddings_BND = outputs[: len(batch.rows)]
-        vectors = {path_column(path): embeddings_BND[:, place] for place, path in enumerate(paths)}
-        columns = self.keeper.writers[rows.name].about["columns"]
-        if AGGREGATE in columns:
-            vectors[AGGREGATE] = cast(PDFEmbedder, pl_module).encoder.aggregate(embeddings_BND)
-        for name in columns:
-            self._vectors.setdefault(name, []).append(vectors[name].float().cpu())
+        self._shard.add(batch, outputs)
         if batch.place.last:
-            whole = {name: torch.cat(parts) for name, parts in self._vectors.items()}
-            self.keeper.write(rows, batch.place.shard, self._rows, whole, self._bad_rows)
-            self._num_embedded += len(self._rows)
-            self._begin_shard()
+            rows, embeddings_BND = self.data.rows[dataloader_idx], self._shard.vectors
+            paths = range(outputs.shape[1]) if batch.paths is None else batch.paths
+            vectors = {path_column(path): embeddings_BND[:, place] for place, path in enumerate(paths)}
+            if batch.paths is None:
+                vectors[AGGREGATE] = _aggregate(cast(PDFEmbedder, pl_module), embeddings_BND)
+            self.keeper.write(rows, batch.place.shard, self._shard.rows, vectors, self._shard.bad_rows)
+            self._num_embedded += len(self._shard.rows)
+            self._shard = CollectedEmbeddings()
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """When all processes are done, write ``bad_rows.jsonl`` and say what there is."""
@@ -337,11 +330,6 @@ class EmbeddingWriter(Callback):
         if missing:
             message += f" {missing} files are missing: run the same command again."
         rank_zero_info(message)
-
-    def _begin_shard(self) -> None:
-        self._rows: list[int] = []
-        self._bad_rows: dict[int, str] = {}
-        self._vectors: dict[str, list[Tensor]] = {}
 
 
 class PathPictures(Callback):
@@ -386,3 +374,8 @@ def git_commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
     except (FileNotFoundError, subprocess.CalledProcessError):
         return None
+
+
+@torch.no_grad()
+def _aggregate(module: PDFEmbedder, embeddings_BND: Tensor) -> Tensor:
+    return module.encoder.aggregate(embeddings_BND.to(module.device)).cpu()

@@ -62,14 +62,10 @@ def path_columns(query: Tensor, candidate: Tensor, aggregate: Callable[[Tensor],
 
 
 def similarities(query: Tensor, candidate: Tensor) -> Tensor:
-    """Score all pairs of queries and candidates: the only definition of scoring in this package.
+    """Score all pairs ``[Q, C]``, the only definition of scoring in this package.
 
-    Args:
-        query: ``[Q, D]`` or ``[Q, N, D]``, unit norm.
-        candidate: ``[C, D]`` or ``[C, N', D]``, unit norm.
-
-    Returns:
-        ``[Q, C]``: cosines, or for several vectors MaxSim (ColBERT's) divided by N.
+    ``query`` and ``candidate`` have unit norm: ``[rows, D]`` for cosines, or ``[rows, N, D]`` for MaxSim
+    (ColBERT's) divided by N.
     """
     if query.ndim == 2:
         return query @ candidate.T
@@ -84,9 +80,6 @@ def score_task(task: EvalTask, columns: Columns) -> TaskScore:
     Candidates equal to the positive as inputs (text and images) do not count against it. Candidates
     whose embeddings are equal bit for bit get one score, so a tie stays a tie at any matrix shape.
     ``columns`` are those of ``path_columns``; the ranking is that of the first one.
-
-    Raises:
-        ValueError: no rows, a row without candidates, or embeddings that do not fit the task.
     """
     _check(task, columns)
     query_of_row = torch.tensor(task.query_of_row)

@@ -1,7 +1,6 @@
-"""The one format of embeddings on disk: a folder of Parquet shards, written and read in this file.
+"""The one format of embeddings on disk: a folder of Parquet shards (``docs/embedding_files.md``).
 
-A shard holds consecutive rows of one source and is complete or absent, so a killed run resumes with the
-shards that are missing. ``docs/embedding_files.md`` describes the layout.
+A shard holds consecutive rows of one source and is complete or absent, so a killed run resumes.
 """
 
 from __future__ import annotations
@@ -119,11 +118,8 @@ class Keeper:
 
     The loaders ask it which shards are finished, the callback that receives embeddings writes through it.
 
-    Args:
-        root: folder of the stores.
-        model: returns what is known of the model (``Embedder.about``); called when its weights are loaded.
-        dtype: of the stored numbers.
-        replace: encode again what another model or other rows have left, instead of refusing to.
+    ``model`` returns what is known of the model, and is called when its weights are loaded. With ``replace``,
+    what another model or other rows have left is encoded again; otherwise it is refused.
     """
 
     def __init__(
@@ -144,10 +140,7 @@ class Keeper:
         """Open the store of some rows and return the shards that are done, the same on all processes.
 
         ``about`` is that of ``StoreWriter``; without ``with_bad_rows`` a shard in which some rows could not
-        be embedded does not count.
-
-        Raises:
-            ValueError: a shard of another model, other rows or other settings, unless ``replace``.
+        be embedded does not count. ``ValueError`` for a shard that is refused.
         """
         writer = StoreWriter(self.root / rows.name, {**self._model(), **about}, self._dtype)
         done, problem = set[int](), None
