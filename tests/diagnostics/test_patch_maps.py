@@ -86,34 +86,6 @@ def test_mass_and_patches_are_shares(tiny_backbone_dir: str, inputs: list[RawInp
         torch.testing.assert_close(patches.sum(dim=(1, 2)), torch.ones(2))
 
 
-def test_every_map_has_its_input_s_tokens_in_their_places(
-    tiny_backbone_dir: str, inputs: list[RawInput]
-) -> None:
-    """Maps are those of a batch, where rows are padded and sorted by length."""
-    model = encoder(tiny_backbone_dir)
-    image_id = model.processor.tokenizer.convert_tokens_to_ids(model.image_token)
-    found = attention_maps(Embedder(model), inputs)
-    tokenised = Collator(model.processor, image_token=model.image_token).encode_inputs(inputs)
-    with recorded_attention(model) as (_, weights), torch.no_grad():
-        model(tokenised)
-    for row, patches in enumerate(found.patches):
-        is_image = tokenised.tokens["input_ids"][row] == image_id
-        expected = torch.stack(weights, dim=2)[:, row, :, 3:][..., is_image].mean(dim=1)
-        expected = (expected / expected.sum(dim=1, keepdim=True)).reshape(patches.shape)
-        torch.testing.assert_close(patches, expected)
-
-
-def test_equal_prefixes_give_equal_maps(tiny_backbone_dir: str, inputs: list[RawInput]) -> None:
-    model = encoder(tiny_backbone_dir)
-    different = attention_maps(Embedder(model), inputs).mass
-    assert not torch.allclose(different[0], different[1], atol=1e-3)
-    assert model.prefixes is not None
-    with torch.no_grad():
-        model.prefixes.key_values[1] = model.prefixes.key_values[0]
-    same = attention_maps(Embedder(model), inputs).mass
-    torch.testing.assert_close(same[0], same[1])
-
-
 def test_with_zero_queries_attention_is_uniform(tiny_backbone_dir: str, inputs: list[RawInput]) -> None:
     model = encoder(tiny_backbone_dir)
     with torch.no_grad():

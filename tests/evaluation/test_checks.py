@@ -10,13 +10,7 @@ import torch.nn.functional as F
 
 from parallel_decoupling.batch import RawInput
 from parallel_decoupling.data.tasks import EvalTask, Source, Task
-from parallel_decoupling.evaluation.checks import (
-    Finding,
-    check_images,
-    check_prompts,
-    check_task,
-    findings,
-)
+from parallel_decoupling.evaluation.checks import Finding, check_images, check_prompts, check_task, findings
 from parallel_decoupling.evaluation.score import TaskScore, path_columns, score_task
 
 

@@ -186,7 +186,7 @@ class Page(HTMLParser):
 def test_a_single_run_has_a_page_and_a_table_of_its_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    modes = {"path_1": {"bytes_per_item": 4096, "milliseconds_per_item": 2.345}}
+    modes = {"path_1": {"bytes_per_item": 4096, "paths_per_item": 1}}
     warning = {
         "check": "collapsed_paths",
         "detail": "0.99 of <path> 1",
@@ -211,7 +211,6 @@ def test_a_single_run_has_a_page_and_a_table_of_its_own(
         "path_1",
         "0.99 of <path> 1",
         "4,096",
-        "2.35",
         "0.37",
         "[bold]run: rows skipped because of their images: VOC2007 3",
         "[bold]run: means over 1 of MMEB's 36 tasks: not MMEB's means",

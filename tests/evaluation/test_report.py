@@ -159,9 +159,7 @@ def test_metrics_are_those_of_the_ranks_averaged_over_tasks(report: ScoreReport)
     assert report.tasks["shape"].metrics["aggregate"]["mrr"] == hits[0]
     assert report.metric_means["aggregate"]["mrr"] == pytest.approx(sum(hits) / 3)
     assert report.metric_means["path_0"]["hit@5"] == 1
-    shown = rendered(
-        replace(report, modes={"path_0": {"bytes_per_item": 4096, "milliseconds_per_item": 2.345}})
-    )
+    shown = rendered(replace(report, modes={"path_0": {"bytes_per_item": 4096, "paths_per_item": 1}}))
     assert f"{100 * sum(hits) / 3:.1f}" in shown
     bare = TaskResult(Task("shape", "vqa", True), 2, 0.1, {"aggregate": 0.5})
     assert ScoreReport({"shape": bare}).metric_means == {}
@@ -173,10 +171,10 @@ def test_what_a_mode_costs_is_shown(report: ScoreReport) -> None:
             name: replace(each, hit_at_1={**each.hit_at_1, "path_1": 0.5}, metrics={})
             for name, each in report.tasks.items()
         },
-        modes={"path_1": {"bytes_per_item": 4096, "milliseconds_per_item": 2.345}},
+        modes={"path_1": {"bytes_per_item": 4096, "paths_per_item": 1}},
     )
     rows = {row[0]: row for row in wide.mode_grid().rows}
-    assert rows["path_1"] == ["path_1", "50.0", "50.0", "50.0", "2.35", "4,096"]
+    assert rows["path_1"] == ["path_1", "50.0", "50.0", "50.0", "4,096", "1"]
     assert rows["path_0"][-2:] == ["", ""]
     assert [row[0] for row in report.mode_grid().rows] == ["aggregate"], "a single path is its own aggregate"
 
@@ -205,7 +203,7 @@ def test_table_shows_percent_and_flags_tasks_at_chance(report: ScoreReport) -> N
 
 def test_write_report_leaves_every_file_of_a_test(report: ScoreReport, tmp_path: Path) -> None:
     run = {"model": {"backbone": "tiny"}}
-    report = replace(report, run=run, modes={"aggregate": {"bytes_per_item": 128}})
+    report = replace(report, run=run, modes={"aggregate": {"bytes_per_item": 128, "paths_per_item": 1}})
     write_report(report, tmp_path / "run")
     assert {file.relative_to(tmp_path / "run").as_posix() for file in (tmp_path / "run").rglob("*.*")} == {
         "scores.json",

@@ -69,9 +69,6 @@ def test_a_test_run_writes_and_logs_the_scores_of_its_embeddings(
     for name in ("scores.csv", "leaderboard.json", f"score_files/v2/{TASKS[0]}_pred.jsonl"):
         assert (tmp_path / name).is_file()
     assert list(report.modes) == report.columns
-    encoding = {name: mode["milliseconds_per_item"] for name, mode in report.modes.items()}
-    assert encoding["path_0"] == encoding["path_1"] > 0
-    assert encoding["aggregate"] == encoding["maxsim"] > 0
     assert all(result.rows_sha256 for result in report.tasks.values())
     (chance,) = [warning for warning in report.warnings if warning["check"] == "chance"]
     assert set(chance["tasks"]) == set(TASKS), "random weights and four candidates"

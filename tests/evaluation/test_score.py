@@ -259,14 +259,12 @@ def test_maxsim_is_scored_like_its_similarities_and_keeps_ties() -> None:
         assert ranks[row] == 1 + ahead
 
 
-def test_costs_follow_the_shapes_and_what_was_encoded() -> None:
+def test_costs_follow_the_shapes_and_what_is_encoded() -> None:
     columns = path_columns(paths(2), paths(5), lambda z: z.mean(dim=1))
-    costs = mode_costs(columns, one_path=1.5, all_paths=4.0)
-    assert {name: tuple(cost.values()) for name, cost in costs.items()} == {
-        "aggregate": (16, 4.0),
-        **{f"path_{path}": (16, 1.5) for path in range(3)},
-        "mean": (16, 4.0),
-        "concat": (48, 4.0),
-        "maxsim": (48, 4.0),
+    assert {name: tuple(cost.values()) for name, cost in mode_costs(columns).items()} == {
+        "aggregate": (16, 3),
+        **{f"path_{path}": (16, 1) for path in range(3)},
+        "mean": (16, 3),
+        "concat": (48, 3),
+        "maxsim": (48, 3),
     }
-    assert mode_costs(columns)["maxsim"] == {"bytes_per_item": 48}

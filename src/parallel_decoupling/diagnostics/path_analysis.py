@@ -30,6 +30,7 @@ from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.evaluation.plots import new_figure, path_matrices_figure
 from parallel_decoupling.evaluation.report import SCORES_FILE, Grid, ScoreReport, percent
 from parallel_decoupling.model.encoder import ParallelEncoder
+from parallel_decoupling.world.scenes import render
 
 PATHS_FILE = "paths.json"
 EMBEDDED = "mini-mmeb"  # how the name of the embedded benchmark's folder begins
@@ -97,18 +98,19 @@ def analyse_world(embedder: Embedder, report: ScoreReport | None, *, scenes: int
 
     ``scenes`` are drawn of each kind, at least 80 so that every value is there often enough for a probe.
     """
-    embeddings: list[Tensor] = []
     probes: dict[str, ProbeResult] = {}
-    kinds = crowded_scenes(scenes), counted_scenes(scenes)
-    for kind in kinds:
-        paths_BND = embedder.encode(kind.pictures, instruction=INSTRUCTION, paths="all")
+    pictures: list[list[Image.Image]] = []
+    embeddings: list[Tensor] = []
+    for drawn, labels in (crowded_scenes(scenes), counted_scenes(scenes)):
+        pictures.append([render(scene) for scene in drawn])
+        paths_BND = embedder.encode(pictures[-1], instruction=INSTRUCTION, paths="all")
         embeddings.append(paths_BND)
         columns = {f"path_{path}": each for path, each in enumerate(paths_BND.unbind(1))}
         if len(columns) > 1:
             columns["aggregate"] = embedder.encoder.aggregate(paths_BND.to(embedder.device)).detach().cpu()
-        probes |= {factor: probe(columns, labels, factor) for factor, labels in kind.labels.items()}
-    pictures = [kind.pictures[index] for index in range(MAPPED // 2) for kind in kinds]
-    inputs = [RawInput(f"{IMAGE_PLACEHOLDER}\n{INSTRUCTION}\n", (picture,)) for picture in pictures]
+        probes |= {factor: probe(columns, each, factor) for factor, each in labels.items()}
+    mixed = [picture for pair in zip(*pictures, strict=True) for picture in pair][:MAPPED]
+    inputs = [RawInput(f"{IMAGE_PLACEHOLDER}\n{INSTRUCTION}\n", (picture,)) for picture in mixed]
     return _analyse(embedder, torch.cat(embeddings), inputs, report, probes)
 
 

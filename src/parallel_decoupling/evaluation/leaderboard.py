@@ -93,11 +93,7 @@ def _v2(result: TaskResult, column: str) -> dict[str, Any]:
         values |= {f"precision@{k}": hit / k, f"recall@{k}": hit}
         values |= {f"f1@{k}": 2 * hit / (k + 1), f"map@{k}": mrr}
     values["hit@1"] = result.hit_at_1[column]
-    return {
-        **values,
-        "num_pred": result.num_queries,
-        "num_data": result.num_queries + result.num_skipped,
-    }
+    return {**values, "num_pred": result.num_queries, "num_data": result.num_queries + result.num_skipped}
 
 
 def _write(file: Path, content: Any) -> None:

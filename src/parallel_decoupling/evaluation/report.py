@@ -98,7 +98,7 @@ class ScoreReport:
 
     tasks: dict[str, TaskResult]
     run: dict[str, Any] = field(default_factory=dict)  # what produced them, as plain values
-    modes: dict[str, dict[str, float]] = field(default_factory=dict)  # score.mode_costs by column
+    modes: dict[str, dict[str, int]] = field(default_factory=dict)  # score.mode_costs by column
     path_cosine: list[list[float]] | None = None  # [N][N], mean between the paths' queries
     warnings: list[dict[str, Any]] = field(default_factory=list)  # checks.Finding.plain
 
@@ -269,11 +269,10 @@ class ScoreReport:
             scores = [percent(self.means[split][column]) for split in splits]
             scores += [percent(self.metric_means[column][metric]) for metric in metrics]
             costs = self.modes.get(column, {})
-            milliseconds = costs.get("milliseconds_per_item")
-            size = f"{costs['bytes_per_item']:,}" if costs else ""
-            rows.append([column, *scores, "" if milliseconds is None else f"{milliseconds:.2f}", size])
-        headings = ("mode", *(titles[split] for split in splits), *metrics, "ms/item", "bytes/item")
-        caption = "means over tasks in percent; ms: one batch of this test, encoded with one path or with all"
+            sizes = [f"{costs[name]:,}" if costs else "" for name in ("bytes_per_item", "paths_per_item")]
+            rows.append([column, *scores, *sizes])
+        headings = ("mode", *(titles[split] for split in splits), *metrics, "bytes/item", "paths/item")
+        caption = "means over tasks in percent; what an item takes to keep, and the paths to encode for it"
         return Grid("inference modes", headings, rows, caption=caption)
 
     def warning_panels(self) -> list[Panel]:
@@ -292,7 +291,7 @@ def write_report(report: ScoreReport, folder: Path) -> None:
     write_score_files(report.tasks, column, folder / SCORE_FILES_DIR)
     metadata = {"model_name": folder.resolve().name, "model_backbone": backbone}
     if column in report.modes:
-        metadata["embedding_dimension"] = int(report.modes[column]["bytes_per_item"]) // 4
+        metadata["embedding_dimension"] = report.modes[column]["bytes_per_item"] // 4
     write_leaderboard(report.tasks, column, folder / LEADERBOARD_FILE, metadata)
 
 

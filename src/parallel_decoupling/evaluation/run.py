@@ -30,7 +30,6 @@ from parallel_decoupling.evaluation.report import ScoreReport, write_report
 from parallel_decoupling.evaluation.score import (
     Columns,
     TaskScore,
-    milliseconds_per_item,
     mode_costs,
     path_columns,
     score_task,
@@ -122,7 +121,6 @@ class Scoring(Callback):
         self._found: list[checks.Finding] = []
         self._cosines: list[Tensor] = []
         self._columns: Columns = {}
-        self._milliseconds: dict[str, float] = {}
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -143,16 +141,7 @@ class Scoring(Callback):
         assert self._side is not None
         self._side.add(batch, outputs)
 
-    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Take one batch, and measure the time per item with the first that is encoded."""
-        module, inputs = cast(PDFEmbedder, pl_module), args[1].inputs
-        self.on_validation_batch_end(trainer, module, *args)
-        if not self._milliseconds and not self._was_kept(trainer):
-            with trainer.precision_plugin.forward_context():
-                self._milliseconds = {
-                    name: milliseconds_per_item(partial(module, inputs, paths), len(inputs))
-                    for name, paths in (("one_path", (0,)), ("all_paths", None))
-                }
+    on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: PDFEmbedder) -> None:  # type: ignore[override]
         """Log the scores; ``validate`` prints them, too."""
@@ -171,7 +160,7 @@ class Scoring(Callback):
             return
         write_report(self.report, self._run_dir)  # whatever happens to the checks
         cosine_NN = torch.stack(self._cosines).mean(dim=0).tolist() if self._cosines else None
-        modes = mode_costs(self._columns, **self._milliseconds)
+        modes = mode_costs(self._columns)
         found = [finding.plain() for finding in self._doubts(pl_module)]
         self.report = replace(self.report, modes=modes, warnings=found, path_cosine=cosine_NN)
         write_report(self.report, self._run_dir)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
-from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +19,6 @@ DEPTHS = (1, 5, 10)
 METRICS = (*(f"hit@{k}" for k in DEPTHS), "mrr", *(f"{name}@{k}" for name in ("mrr", "ndcg") for k in DEPTHS))
 RANKING_DEPTH = 10
 ROWS_AT_ONCE = 256
-ENCODINGS = 3
 
 Columns = dict[str, tuple[Tensor, Tensor]]  # embeddings of queries and of candidates by name
 
@@ -135,33 +132,16 @@ def mean_metrics(rank_R: Tensor) -> dict[str, float]:
     return {name: float((cut | worth)[name].mean()) for name in METRICS}
 
 
-def milliseconds_per_item(encode: Callable[[], Tensor], num_items: int) -> float:
-    """Time the encoding of one batch of items: the median of three calls after one that warms up."""
-    times = []
-    for _ in range(1 + ENCODINGS):
-        start = time.perf_counter()
-        encode().cpu()  # a copy waits for the device
-        times.append(time.perf_counter() - start)
-    return 1e3 * median(times[1:]) / num_items
-
-
-def mode_costs(
-    columns: Columns,
-    *,
-    one_path: float | None = None,
-    all_paths: float | None = None,
-) -> dict[str, dict[str, float]]:
-    """Return ``bytes_per_item`` in float32 and, if measured, ``milliseconds_per_item`` of each column.
-
-    ``one_path`` are the milliseconds with a single path, for ``path_n``, ``all_paths`` those of the others.
-    """
-    costs: dict[str, dict[str, float]] = {}
-    for name, (_, candidate) in columns.items():
-        costs[name] = {"bytes_per_item": 4 * candidate[0].numel()}
-        milliseconds = one_path if name.startswith("path_") else all_paths
-        if milliseconds is not None:
-            costs[name]["milliseconds_per_item"] = milliseconds
-    return costs
+def mode_costs(columns: Columns) -> dict[str, dict[str, int]]:
+    """Return ``bytes_per_item`` in float32 and ``paths_per_item`` to encode of each column of any task."""
+    num_paths = sum(name.startswith("path_") for name in columns)
+    return {
+        name: {
+            "bytes_per_item": 4 * candidate[0].numel(),
+            "paths_per_item": 1 if name.startswith("path_") else num_paths,
+        }
+        for name, (_, candidate) in columns.items()
+    }
 
 
 def _check(task: EvalTask, columns: Columns) -> None:

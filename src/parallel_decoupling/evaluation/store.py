@@ -183,16 +183,11 @@ class Keeper:
 
 
 class Store:
-    """Reads a complete folder of shards; vectors one row group at a time.
+    """Reads a complete folder of shards; vectors one row group, ``batch_sizes`` rows, at a time.
 
-    Attributes:
-        metadata: what all shards say about themselves.
-        columns: names of the columns with embeddings.
-        batch_sizes: number of rows of every row group.
-        bad_rows: ``row``, ``id`` and ``reason`` of the rows that could not be embedded.
-
-    Raises:
-        ValueError: the folder holds no shards, lacks some, or mixes those of several runs.
+    ``metadata`` is what all shards say about themselves, ``columns`` are the names of those with embeddings,
+    and ``bad_rows`` have ``row``, ``id`` and ``reason``. A folder that lacks shards or mixes those of several
+    runs, is refused.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -245,7 +240,8 @@ class Store:
 
     def column(self, column: str) -> Tensor:
         """Read a whole column, float32 ``[len(self), D]``."""
-        return torch.cat([self.vectors(batch, column) for batch in range(len(self.batch_sizes))])
+        parts = [self.vectors(batch, column) for batch in range(len(self.batch_sizes))]
+        return torch.cat([torch.empty(0, self.dim(column)), *parts])
 
     def source_rows(self) -> list[int]:
         """Return the row number in the source of every row of the store."""
