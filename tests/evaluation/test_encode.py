@@ -173,11 +173,6 @@ def test_a_dimension_that_does_not_exist_is_an_error(dim: Any) -> None:
         encode_all(HashEncoder(), HashCollator(), raw(["a"]), truncate_dim=dim)
 
 
-def test_wrong_batch_size_is_an_error() -> None:
-    with pytest.raises(ValueError, match="batch_size is 0"):
-        encode_all(HashEncoder(), HashCollator(), [], batch_size=0)
-
-
 # ---- the plan
 
 
@@ -280,3 +275,8 @@ def test_errors_of_the_collator_name_the_index_of_the_input(collator: Collator, 
     ):
         with pytest.raises(ValueError, match=f"^input 1: {message}"):
             encode_all(HashEncoder(), collator, ["a longer first text", second])
+
+
+def test_wrong_batch_size_is_an_error() -> None:
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        encode_all(HashEncoder(), HashCollator(), [], batch_size=0)

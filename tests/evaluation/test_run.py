@@ -22,6 +22,7 @@ from parallel_decoupling.evaluation.run import CollectedEmbeddings, evaluate
 from parallel_decoupling.training.module import PDFEmbedder
 from tests.support.fit import kept_data, make_trainer, small_data, small_embedder
 from tests.support.mmeb import save_tiny_mmeb
+from tests.support.processes import run_ranks
 
 TASKS = ("colours_i2t", "colours_t2i")
 
@@ -89,14 +90,6 @@ def test_evaluate_needs_no_trainer_and_a_trainer_alone_says_that_nothing_is_scor
     with pytest.warns(UserWarning, match="Nothing scores this test: add .*Scoring"):
         alone.test(module, datamodule=small_data(tiny_mmeb_dir).connect(module), verbose=False)
     assert not (tmp_path / "alone" / "scores.json").exists()
-
-
-def test_data_without_a_model_says_to_connect_them(
-    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
-) -> None:
-    trainer = Trainer(default_root_dir=tmp_path, logger=False, accelerator="cpu")
-    with pytest.raises(ValueError, match=r"call data\.connect\(model\)"):
-        trainer.test(small_embedder(tiny_backbone_dir), datamodule=small_data(tiny_mmeb_dir))
 
 
 def test_validation_scores_only_its_tasks_for_checkpoints_and_early_stopping(
@@ -269,3 +262,44 @@ def test_what_was_skipped_does_not_serve_a_run_that_skips_nothing(
             assert run(module, data_dir, tmp_path, kept, missing_images="skip") == rows
     with pytest.raises(ValueError, match="Cannot read image .*red_0.png"):
         run(module, data_dir, tmp_path, kept)
+
+
+def run_on(backbone: str, data_dir: str, folder: Path, devices: int, **settings: Any) -> None:
+    module = small_embedder(backbone)
+    trainer = make_trainer(folder, devices=devices, strategy="ddp" if devices > 1 else "auto")
+    trainer.test(module, kept_data(module, folder / "kept", data_dir, **settings), verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "query_limit"), [(8, None), pytest.param(3, None, marks=pytest.mark.slow), (1, 3)]
+)
+def test_two_processes_embed_and_score_exactly_like_one_and_each_other(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path, batch_size: int, query_limit: int | None
+) -> None:
+    """Batches of 8 leave one process a batch without rows; the files are the same to the last byte."""
+    args = tiny_backbone_dir, tiny_mmeb_dir
+    settings = {"eval_batch_size": batch_size, "query_limit": query_limit}
+    run_on(*args, tmp_path / "one", 1, **settings)
+
+    def two() -> None:
+        run_on(*args, tmp_path / "two", 2, **settings)
+
+    run_ranks(two, timeout=60)
+    whole = contents(tmp_path / "one")
+    assert len(whole) == 4
+    assert contents(tmp_path / "two") == whole
+    assert scores(tmp_path / "two") == scores(tmp_path / "one")
+    lost = next((tmp_path / "two" / "kept").rglob("*.parquet"))
+    lost.unlink()
+    (tmp_path / "two" / "scores.json").unlink()
+    run_ranks(two, timeout=60)
+    assert contents(tmp_path / "two") == whole, "two processes resume what two have left"
+    assert scores(tmp_path / "two") == scores(tmp_path / "one")
+
+
+def test_data_without_a_model_says_to_connect_them(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    trainer = Trainer(default_root_dir=tmp_path, logger=False, accelerator="cpu")
+    with pytest.raises(ValueError, match=r"call data\.connect\(model\)"):
+        trainer.test(small_embedder(tiny_backbone_dir), datamodule=small_data(tiny_mmeb_dir))

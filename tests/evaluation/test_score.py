@@ -219,15 +219,6 @@ def paths(rows: int, num_paths: int = 3, dim: int = 4) -> torch.Tensor:
     return F.normalize(torch.randn(rows, num_paths, dim), dim=-1)
 
 
-def test_columns_are_the_aggregate_then_every_path_then_the_other_modes() -> None:
-    query, candidate = paths(2), paths(5)
-    columns = path_columns(query, candidate, lambda embeddings: embeddings.flatten(1))
-    assert list(columns) == ["aggregate", "path_0", "path_1", "path_2", "mean", "concat", "maxsim"]
-    assert columns["aggregate"][1].shape == (5, 12)
-    assert torch.equal(columns["path_1"][0], query[:, 1])
-    assert list(path_columns(paths(2, 1), paths(5, 1), lambda z: z[:, 0])) == ["aggregate", "path_0"]
-
-
 def test_concat_is_the_mean_cosine_of_aligned_paths_and_maxsim_a_loop_never_below_it() -> None:
     query, candidate = paths(6), paths(9)
     columns = path_columns(query, candidate, lambda z: z[:, 0])

@@ -71,8 +71,7 @@ class Comparison:
         """What the differences are, and how the best run was picked if there was a choice."""
         note = f"difference: {self.best} - {self.baseline}, {INTERVAL_NOTE}" if self.differences else ""
         if len(self.differences) > 1:
-            note += f"; {self.best} is the best of {len(self.differences)} runs by the same score, which "
-            note += "flatters its difference and its interval"
+            note += f"; {self.best} is the best of {len(self.differences)} runs by the same score"
         return note
 
     @property
@@ -80,8 +79,9 @@ class Comparison:
         """The runs' names, and how far the best one is from the baseline overall."""
         if not self.differences:
             return self.baseline
-        overall = self.differences[self.best].means["overall"]
-        return f"{' vs '.join(self.reports)}: {self.best} {overall} points overall"
+        return (
+            f"{' vs '.join(self.reports)}: {self.best} {self.differences[self.best].means['overall']} points"
+        )
 
     def grid(self) -> Grid:
         """Tabulate the first column (the aggregate) by task and by mean; the last is best minus baseline."""

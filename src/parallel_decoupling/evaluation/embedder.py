@@ -29,9 +29,6 @@ class Embedder:
         query_instruction: default instruction of ``encode_query``.
         candidate_instruction: default instruction of ``encode_document``.
         images: what happens to a picture before the processor sees it; nothing by default.
-
-    Attributes:
-        run: what trained the weights, as plain values; empty if not known.
     """
 
     def __init__(
@@ -44,7 +41,7 @@ class Embedder:
         self.encoder = encoder
         self.images = images or ImagePolicy()
         self.query_instruction, self.candidate_instruction = query_instruction, candidate_instruction
-        self.run: dict[str, Any] = {}
+        self.run: dict[str, Any] = {}  # what trained the weights, as plain values; empty if not known
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Embedder:

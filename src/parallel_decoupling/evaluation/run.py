@@ -98,10 +98,8 @@ class Scoring(Callback):
     and EarlyStopping. The last ``report`` stays here; ``test`` also writes ``scores.json``, ``scores.csv``,
     VLM2Vec's score files and the leaderboard's into the folder of the run.
 
-    Args:
-        data: the data module whose tasks are scored.
-        keeper: keeps the embeddings of ``test``, so that a test that was stopped resumes; the same that
-            ``data.connect`` was given.
+    ``keeper`` keeps the embeddings of ``test``, so that a test that was stopped resumes; ``data.connect`` was
+    given the same one.
     """
 
     scores_tasks = True
@@ -141,7 +139,7 @@ class Scoring(Callback):
         assert self._side is not None
         self._side.add(batch, outputs)
 
-    on_test_batch_end = on_validation_batch_end
+    on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: PDFEmbedder) -> None:  # type: ignore[override]
         """Log the scores; ``validate`` prints them, too."""
@@ -355,12 +353,9 @@ def evaluate(model: PDFEmbedder, data: MMEBDataModule | str | Path, **trainer_op
 
 def git_commit() -> str | None:
     """Return the commit of the working folder, with ``+changes`` if files differ; None outside git."""
-
-    def git(*args: str) -> str:
-        return subprocess.run(["git", *args], capture_output=True, text=True, check=True).stdout.strip()
-
+    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+changes"]
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (FileNotFoundError, subprocess.CalledProcessError):
         return None
 
