@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel_decoupling.evaluation.score import similarities
-from parallel_decoupling.evaluation.store import METADATA_KEY, Store, is_vector_column, to_tensor
+from parallel_decoupling.evaluation.store import METADATA_KEY, Store, to_tensor
 from parallel_decoupling.search import (
     MAXSIM,
     Hit,
@@ -88,7 +88,7 @@ class LanceIndex:
         schema = self._table.schema
         self.metadata: Mapping[str, Any] = json.loads(schema.metadata[METADATA_KEY])
         self.columns: tuple[str, ...] = tuple(self.metadata["columns"])
-        self._fields = [name for name in schema.names if not is_vector_column(name) and name != MAXSIM]
+        self._fields = [name for name in schema.names if name not in (*self.columns, MAXSIM)]
         self.scorings = (*self.columns, *([MAXSIM] if MAXSIM in schema.names else []))
 
     def __len__(self) -> int:

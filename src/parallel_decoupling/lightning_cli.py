@@ -26,8 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from parallel_decoupling.data.datamodule import MMEBDataModule
-from parallel_decoupling.evaluation.embedding_writer import EmbeddingWriter
-from parallel_decoupling.evaluation.run import PathPictures, Scoring
+from parallel_decoupling.evaluation.run import EmbeddingWriter, PathPictures, Scoring
 from parallel_decoupling.evaluation.store import Keeper, VectorType
 from parallel_decoupling.model.encoder import absolute_name
 from parallel_decoupling.model.pretrained import read_checkpoint

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from parallel_decoupling.data.readers import read_eval_task
 from parallel_decoupling.distributed import rank
-from parallel_decoupling.evaluation.embedding_writer import EmbeddingWriter
+from parallel_decoupling.evaluation.run import EmbeddingWriter
 from parallel_decoupling.evaluation.store import Keeper, Store, read_metadata
 from parallel_decoupling.training.module import PDFEmbedder
 from tests.support.fit import make_trainer, small_data, small_embedder
