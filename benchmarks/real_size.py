@@ -49,8 +49,8 @@ def main() -> None:
     print(
         f"{NAME}, {backbone.num_layers} language layers, {millions(encoder.parameters())} M parameters, "
         f"{millions(trainable)} M train; {NUM_PATHS} paths, prefix {PREFIX_LENGTH}; queries {BATCH_SIZE} x "
-        f"{query.num_tokens // BATCH_SIZE} tokens, candidates {BATCH_SIZE} x "
-        f"{candidate.num_tokens // BATCH_SIZE}; {torch.get_num_threads()} threads"
+        f"{int(query.lengths.sum()) // BATCH_SIZE} tokens, candidates {BATCH_SIZE} x "
+        f"{int(candidate.lengths.sum()) // BATCH_SIZE}; {torch.get_num_threads()} threads"
     )
     seconds: dict[str, float] = {}
     with timed("forward", seconds):

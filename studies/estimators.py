@@ -1,4 +1,4 @@
-"""How good are the estimators of dependence, and the gradients that training takes from them?
+"""Measure how good the estimators of dependence are, and the gradients that training takes from them.
 
 ``python -m studies estimators`` takes about ten minutes on one thread.
 

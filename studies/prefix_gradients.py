@@ -1,4 +1,4 @@
-"""How noisy is the gradient that an encoder's prefixes take from each estimator?
+"""Measure how noisy the gradient is that an encoder's prefixes take from each estimator.
 
 ``python -m studies prefix_gradients`` takes two runs of the study ``help``: with vCLUB, and without a term,
 where q only watched. It trains those that are not there, some minutes each; the rest takes some minutes.

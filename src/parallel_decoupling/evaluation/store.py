@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from parallel_decoupling.batch import RawInput
-from parallel_decoupling.data.loaders import SourceRows, TaskSide
+from parallel_decoupling.data.row_sources import RowSource, TaskSide
 from parallel_decoupling.distributed import gather_objects, rank
 from parallel_decoupling.model.identity import rows_hash
 
@@ -135,7 +135,7 @@ class Keeper:
         self.kept: dict[str, frozenset[int]] = {}
 
     def finished(
-        self, rows: SourceRows | TaskSide, about: Mapping[str, Any], *, with_bad_rows: bool = True
+        self, rows: RowSource | TaskSide, about: Mapping[str, Any], *, with_bad_rows: bool = True
     ) -> frozenset[int]:
         """Open the store of some rows and return the shards that are done, the same on all processes.
 
@@ -161,7 +161,7 @@ class Keeper:
 
     def write(
         self,
-        rows: SourceRows | TaskSide,
+        rows: RowSource | TaskSide,
         shard: int,
         numbers: Sequence[int],
         vectors: Mapping[str, Tensor],
@@ -294,7 +294,7 @@ def chosen_columns(names: Collection[str] | None, num_paths: int) -> tuple[str, 
     return tuple(name for name in known if names is None or name in names)
 
 
-def _shard_hash(rows: SourceRows | TaskSide, numbers: range) -> str:
+def _shard_hash(rows: RowSource | TaskSide, numbers: range) -> str:
     """Identify some rows; one that cannot be used counts by the reason."""
 
     def content(row: int) -> RawInput:
