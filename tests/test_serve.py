@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import inspect
 import io
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,6 @@ pytest.importorskip("fastapi")
 
 from fastapi.testclient import TestClient
 
-from parallel_decoupling import commands
 from parallel_decoupling.data.images import ImagePolicy, load_image
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.serve import Body, Limits, RequestError, Server, Task, build_app
@@ -286,8 +284,3 @@ def test_too_large_bodies_and_too_many_requests_are_refused(embedder: Embedder) 
     assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
     assert answer.json()["error"]["type"] == "rate_limit_error"
     assert server._num_requests == 2
-
-
-def test_the_command_has_the_same_limits() -> None:
-    options = inspect.signature(commands.serve).parameters
-    assert {name: options[name].default for name in vars(Limits())} == vars(Limits())

@@ -8,7 +8,7 @@ import io
 import math
 import signal
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -39,7 +39,16 @@ GRACE_SECONDS = 30
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request and all waiting ones together may cost; see ``commands.serve``."""
+    """What requests may cost.
+
+    Args:
+        body_bytes: most bytes in a request.
+        inputs: most inputs in a request.
+        characters: most characters in an input's text and instruction together.
+        pixels: most pixels in an image.
+        waiting: most requests that are being answered or wait; further ones get status 429.
+        batch_size: inputs per forward pass, and requests that are embedded together.
+    """
 
     body_bytes: int = 20_000_000
     inputs: int = 256
@@ -47,6 +56,9 @@ class Limits:
     pixels: int = 16_000_000
     waiting: int = 256
     batch_size: int = 32
+
+
+_LIMITS = Limits()
 
 
 class Input(BaseModel):
@@ -252,9 +264,20 @@ def build_app(server: Server) -> FastAPI:
     return app
 
 
-def run_server(load: Callable[[], Embedder], path: Output, limits: Limits, host: str, port: int) -> None:
-    """Answer requests until SIGTERM or Ctrl-C, and then those that were accepted."""
-    app = build_app(Server(load(), path, limits))
+def serve(
+    model: str, host: str = "127.0.0.1", port: int = 8000, path: Output = 0, limits: Limits = _LIMITS
+) -> None:
+    """Serve embeddings over HTTP in OpenAI's form until SIGTERM or Ctrl-C; what was accepted is answered.
+
+    Args:
+        model: checkpoint, run or exported folder.
+        host: address to listen on.
+        port: port to listen on.
+        path: what the model name "default" stands for.
+        limits: of requests and batches.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    app = build_app(Server(Embedder.from_pretrained(model).to(device), path, limits))
     options: dict[str, Any] = {"log_level": "warning", "timeout_graceful_shutdown": GRACE_SECONDS}
     server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, **options))
     for number in (signal.SIGTERM, signal.SIGINT):
