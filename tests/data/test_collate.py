@@ -58,33 +58,25 @@ def assert_rows_equal_single_calls(
         assert all(torch.equal(inputs.vision[number][key], expected[key]) for key in expected)
 
 
+@pytest.mark.parametrize("together", [True, False])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("pick", [[0, 1, 2, 3, 4], [0, 3], [1], [2, 4], [3]])
 def test_mixed_rows_equal_single_processor_calls(
-    processor: Any, rows: list[RawInput], side: str, pick: list[int], monkeypatch: pytest.MonkeyPatch
+    processor: Any,
+    rows: list[RawInput],
+    side: str,
+    pick: list[int],
+    together: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(processor.tokenizer, "padding_side", side)
-    chosen = [rows[number] for number in pick]
-    inputs = Collator(processor, image_token=TOKEN).encode_inputs(chosen)
+    chosen, collator = [rows[number] for number in pick], Collator(processor, image_token=TOKEN)
+    if not together:
+        monkeypatch.setattr(collator, "_process", lambda *_: None)
+    inputs = collator.encode_inputs(chosen)
     assert len(inputs) == len(chosen)
     assert set(inputs.tokens) == {"input_ids", "attention_mask", "mm_token_type_ids"}
     assert_rows_equal_single_calls(inputs, processor, chosen, side)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_rows_processed_alone_equal_rows_processed_together(
-    processor: Any, rows: list[RawInput], side: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(processor.tokenizer, "padding_side", side)
-    collator = Collator(processor, image_token=TOKEN)
-    together = collator.encode_inputs(rows)
-    monkeypatch.setattr(collator, "_process", lambda *_: None)
-    single = collator.encode_inputs(rows)
-    assert together.tokens.keys() == single.tokens.keys()
-    assert all(torch.equal(together.tokens[key], single.tokens[key]) for key in together.tokens)
-    for one, other in zip(together.vision, single.vision, strict=True):
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_image_tensors_are_told_from_tokens_of_the_same_shape(processor: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from parallel_decoupling import distributed
 from parallel_decoupling.batch import PADDING_ID, PairBatch
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.data.images import ImagePolicy
-from parallel_decoupling.data.readers import TrainRows
 from parallel_decoupling.data.tables import default_cache_dir
 from parallel_decoupling.evaluation.encode import RowBatch
 from tests.data.mmeb_files import eval_row, train_row, write_eval, write_image, write_train
@@ -208,9 +206,12 @@ def test_positives_and_negatives_come_with_their_query(data_dir: Path) -> None:
         assert [subset.lower() for subset in batch.subsets] == [text[0] for text in texts(batch.query)]
 
 
-def test_subsets_weights_and_limits_are_passed_on(data_dir: Path) -> None:
-    data = module(data_dir, train_subsets=["B"], row_limit=8)
-    assert [len(subset) for subset in data.train_data] == [8]
+def test_options_are_passed_on(data_dir: Path) -> None:
+    data = module(data_dir, train_subsets=["B"], row_limit=8, row_limit_by="first", image_size="mid")
+    (subset,) = data.train_data
+    assert [subset[row].row for row in range(len(subset))] == list(range(8))
+    assert data.collator.images == ImagePolicy("mid")
+    assert module(data_dir, None, max_pixels=99).collator.images == ImagePolicy(max_pixels=99)
     rows = sum(queries(module(data_dir, weights={"B": 4.0}).train_dataloader()), [])
     assert sum(row.startswith("b") for row in rows) == 32
     batches = queries(module(data_dir, policy="homogeneous").train_dataloader())
@@ -242,25 +243,12 @@ def test_only_validate_needs_validation_tasks(data_dir: Path, tmp_path: Path) ->
     assert [loader for loader, _ in toy.tested] == [0, 1] * 2
 
 
-def test_image_options_and_the_kind_of_limit_are_passed_on(data_dir: Path) -> None:
-    data = module(data_dir, train_subsets=["A"], row_limit=8, row_limit_by="first", image_size="mid")
-    assert [data.train_data[0][row].row for row in range(8)] == list(range(8))
-    assert data.collator.images == ImagePolicy("mid")
-    assert module(data_dir, None, max_pixels=99).collator.images == ImagePolicy(max_pixels=99)
-
-
 def test_every_option_can_be_read_back_for_the_checkpoint(data_dir: Path) -> None:
     options: dict[str, Any] = {"max_pixels": 99, "missing_images": "skip", "row_limit": 7, "download": True}
     data = MMEBDataModule(str(data_dir), **options)
     assert {name: data.settings[name] for name in options} == options
     names = inspect.signature(MMEBDataModule).parameters
     assert list(data.settings) == [name for name in names if not name.startswith("predict_")]
-
-
-def test_a_spawned_worker_gets_the_same_rows(data_dir: Path) -> None:
-    rows = TrainRows(module(data_dir).train_data)
-    again = pickle.loads(pickle.dumps(rows))
-    assert [again[0, row] for row in range(25)] == [rows[0, row] for row in range(25)]
 
 
 def test_preparing_makes_the_mapped_tables_of_the_stage(data_dir: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from parallel_decoupling.data.images import (
     ImageError,
     ImageFolder,
     ImagePolicy,
+    SquareSize,
     load_image,
     smart_size,
 )
@@ -94,10 +95,9 @@ def test_damaged_files_are_read_or_named_never_anything_else(tmp_path: Path, suf
 
 
 @pytest.mark.parametrize(("size", "side"), [("low", 128), ("mid", 672), ("high", 1344)])
-def test_vlm2vecs_squares_are_pillows_default_resize(size: str, side: int) -> None:
+def test_vlm2vecs_squares_are_pillows_default_resize(size: SquareSize, side: int) -> None:
     image = noise(90, 41)
-    resized = ImagePolicy(size)(image)  # type: ignore[arg-type]
-    assert np.array_equal(np.asarray(resized), np.asarray(image.resize((side, side))))
+    assert np.array_equal(np.asarray(ImagePolicy(size)(image)), np.asarray(image.resize((side, side))))
 
 
 @pytest.mark.parametrize("factor", [16, 28, 32])

@@ -90,23 +90,16 @@ def test_every_row_has_the_asked_number_of_negatives(
         assert [negative and negative.text for negative in pair.negatives] == expected
 
 
-@pytest.mark.parametrize(
-    ("negatives", "warned"),
-    [
-        ({}, True),
-        ({"neg_text": [""], "neg_image_path": [""]}, True),
-        ({"neg_text": ["", "n"], "neg_image_path": ["", ""]}, False),
-        ({"neg_text": None, "neg_image_path": "images/n.png"}, False),
-    ],
-)
 def test_a_subset_without_any_negative_is_said_to_have_none(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, negatives: dict[str, Any], warned: bool
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_train(tmp_path, "S", [train_row(**negatives), train_row()])
-    TrainSubset(tmp_path, "S").log_gaps()
-    assert caplog.text == "", "no negatives were asked for"
-    TrainSubset(tmp_path, "S", hard_negatives=1).log_gaps()
-    assert ("training subset 'S': no row has a hard negative" in caplog.text) == warned
+    write_train(tmp_path, "S", [train_row(neg_text=["", "n"], neg_image_path=["", ""]), train_row()])
+    write_train(tmp_path, "T", [train_row(neg_text=[""], neg_image_path=[""]), train_row()])
+    write_train(tmp_path, "U", [train_row()])
+    for name in "STU":
+        TrainSubset(tmp_path, name).log_gaps()
+        TrainSubset(tmp_path, name, hard_negatives=1).log_gaps()
+    assert re.findall("subset '(.)': no row has a hard negative", caplog.text) == ["T", "U"]
 
 
 def test_bad_training_row_is_named_when_it_is_read(tmp_path: Path) -> None:
@@ -122,9 +115,7 @@ def test_missing_column_and_file_are_named(tmp_path: Path) -> None:
     row = train_row()
     del row["pos_text"]
     write_train(tmp_path, "S", [row])
-    with pytest.raises(
-        ValueError, match=r"training subset 'S', file .*: column 'pos_text' is missing; found qry"
-    ):
+    with pytest.raises(ValueError, match=r"'S', file .*: column 'pos_text' is missing; found qry"):
         TrainSubset(tmp_path, "S")
     with pytest.raises(ValueError, match=r"no file .*S.train-\*\.parquet; the folder holds original-00000"):
         TrainSubset(tmp_path, "S", "train")
@@ -328,20 +319,6 @@ def test_the_example_goes_through_the_data_module(shop: Path, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("q,b\nx,y\n", "training subset 'Mine', file .*a.csv: column 'a' is missing; found q, b"),
-        ("q,a\n,\n", "every row has neither text nor image"),
-    ],
-)
-def test_files_that_do_not_fit_their_columns_are_named(tmp_path: Path, content: str, message: str) -> None:
-    (tmp_path / "tasks.json").write_text(json.dumps({"Mine": OWN_ENTRY}))
-    (tmp_path / "a.csv").write_text(content)
-    with pytest.raises(ValueError, match=message):
-        TrainSubset(tmp_path, "Mine")
-
-
-@pytest.mark.parametrize(
     ("rows", "message"),
     [
         ([{"q": ["x", "y"], "a": ["cat", "dog"]}], "row 0, column 'q': holds a list, where a row has one"),
@@ -379,13 +356,3 @@ def test_a_pool_must_not_be_huge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "a.csv").write_text("q,a\n1,x\n2,y\n3,z\n")
     with pytest.raises(ValueError, match="3 rows with 3 candidates each are too many"):
         read_eval_task(tmp_path, "Mine")
-
-
-def test_missing_images_are_named_by_row_and_column(shop: Path) -> None:
-    (shop / "photos" / "chair_1.jpg").unlink()
-    with pytest.raises(ValueError, match=r"'ShopLabels', file .*, row 0, column 'photo': no image file"):
-        read_eval_task(shop, "ShopLabels")
-    with pytest.raises(
-        ValueError, match=r"'ShopSearch', file .*train.jsonl, row 0, column 'title': no image file"
-    ):
-        TrainSubset(shop, "ShopSearch")[0]

@@ -165,17 +165,6 @@ def test_a_column_of_nulls_in_one_file_takes_the_type_of_the_other(tmp_path: Pat
     ]
 
 
-def test_missing_columns_are_named_with_those_that_are_there(tmp_path: Path) -> None:
-    files = [
-        parquet(tmp_path / "a.parquet", {"text": ["x"], "more": ["y"]}),
-        parquet(tmp_path / "b.parquet", {"text": ["x"], "else": ["y"]}),
-    ]
-    table = Table("S", files, COLUMNS)
-    table.check(["text"], ["text", "more"])
-    with pytest.raises(ValueError, match=r"S, file .*b.parquet: column 'more' is missing; found text, else"):
-        table.check(["more"], [])
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -196,12 +185,6 @@ def test_files_that_cannot_be_read_are_named(
     with pytest.raises(ValueError, match=message):
         Table("subset 'S'", [tmp_path / name], COLUMNS)
     assert not list((default_cache_dir() / "tables").glob("unfinished-*"))
-
-
-def test_a_column_of_anything_but_text_is_an_error(tmp_path: Path) -> None:
-    file = parquet(tmp_path / "a.parquet", {"text": [{"bytes": b"x", "path": "y"}]})
-    with pytest.raises(ValueError, match="column 'text': holds struct.*Images must be files"):
-        Table("S", [file], COLUMNS)
 
 
 def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

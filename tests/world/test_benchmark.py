@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from parallel_decoupling.data.readers import MMEB_EVAL, MMEB_TRAIN
 from parallel_decoupling.world.benchmark import content_hash, ensure_benchmark
 from parallel_decoupling.world.rows import WORLD_TASKS
 
@@ -29,9 +30,7 @@ def test_layout_and_columns_are_those_of_mmeb(data_dir: Path) -> None:
             rows = pq.read_table(train_file).to_pylist()
             folder = f"images/{task.name}/Train/"
             assert len(rows) == 30
-            assert list(rows[0]) == [
-                "qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path"
-            ]  # fmt: skip
+            assert tuple(rows[0]) == MMEB_TRAIN
             for row in rows:
                 assert row["qry_image_path"] == "" or row["qry_image_path"].startswith(folder)
                 for side in ("qry", "pos", "neg"):
@@ -39,7 +38,7 @@ def test_layout_and_columns_are_those_of_mmeb(data_dir: Path) -> None:
                     assert file == "" or (data_dir / "MMEB-train" / file).exists()
         rows = pq.read_table(data_dir / "MMEB-eval" / task.name / "test-00000-of-00001.parquet").to_pylist()
         assert len(rows) == 20
-        assert list(rows[0]) == ["qry_text", "qry_img_path", "tgt_text", "tgt_img_path"]
+        assert tuple(rows[0]) == MMEB_EVAL[:4]
 
 
 def test_no_candidate_list_repeats_a_candidate(data_dir: Path) -> None:

@@ -42,10 +42,7 @@ class Collator:
         self._splits = True  # until the processor's image tensors are seen not to split by row
 
     def __call__(self, pairs: Sequence[RawPair]) -> PairBatch:
-        """Batch training rows: the positives in query order, then all hard negatives row by row.
-
-        A missing hard negative is the text ``PADDING`` with the identity ``PADDING_ID``.
-        """
+        """Batch training rows: the positives in query order, then all hard negatives row by row."""
         candidates: list[RawInput | None] = [pair.candidate for pair in pairs]
         candidates += [negative for pair in pairs for negative in pair.negatives]
         places = [f"training subset {pair.subset!r}, row {pair.row}: " for pair in pairs]
@@ -65,7 +62,13 @@ class Collator:
         texts, images, turn = [], [], self.images.size is None
         for row, place in zip(inputs, places, strict=True):
             with _naming(place):
-                texts.append(self._text(row))
+                count, shown = row.text.count(PLACEHOLDER), reprlib.repr(row.text)
+                if count != len(row.images):
+                    raise ValueError(f"{len(row.images)} images but {count} {PLACEHOLDER} in {shown}.")
+                if self.image_token != PLACEHOLDER and self.image_token in row.text:
+                    found = f"The text {shown} holds {self.image_token!r}, the backbone's own image token"
+                    raise ValueError(f"{found}. Mark images with {PLACEHOLDER}.")
+                texts.append(row.text.replace(PLACEHOLDER, self.image_token))
                 images.append([self.images(load_image(image, turn=turn)) for image in row.images])
         try:
             together = self._process(texts, images)
@@ -81,15 +84,6 @@ class Collator:
             tokens, pixels = self._separate(data)
             rows.append(EncoderInputs(tokens, (pixels,)))
         return self._join(rows)
-
-    def _text(self, row: RawInput) -> str:
-        count, shown = row.text.count(PLACEHOLDER), reprlib.repr(row.text)
-        if count != len(row.images):
-            raise ValueError(f"{len(row.images)} images but {count} {PLACEHOLDER} in {shown}.")
-        if self.image_token != PLACEHOLDER and self.image_token in row.text:
-            found = f"The text {shown} holds {self.image_token!r}, the backbone's own image token"
-            raise ValueError(f"{found}. Mark images with {PLACEHOLDER}.")
-        return row.text.replace(PLACEHOLDER, self.image_token)
 
     def _process(self, texts: list[str], images: list[list[Image.Image]]) -> EncoderInputs | None:
         """Process all rows in one call; return None if the image tensors cannot be told apart by row."""

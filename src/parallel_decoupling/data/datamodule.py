@@ -12,14 +12,13 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from parallel_decoupling import distributed
-from parallel_decoupling.batch import PairBatch
 from parallel_decoupling.data import readers, tasks
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.download import download_eval, download_train
 from parallel_decoupling.data.images import ImagePolicy, SquareSize
 from parallel_decoupling.data.mixture import Batches, MixtureSampler, Policy
 from parallel_decoupling.data.row_sources import RowSource, TaskSide
-from parallel_decoupling.evaluation.encode import BatchPlan, RowBatch, RowBatches, TokenEstimate
+from parallel_decoupling.evaluation.encode import BatchPlan, RowBatches, TokenEstimate
 from parallel_decoupling.evaluation.store import AGGREGATE, Keeper, chosen_columns, path_column
 
 EMBEDDED = "mini-mmeb"
@@ -182,11 +181,8 @@ class MMEBDataModule(LightningDataModule):
             known = f"Name tasks, {example}. Found: {', '.join(found) or 'none'}."
             raise ValueError(f"Nothing to evaluate: data.{option} is empty. {known}")
         tasks.check_names(names, found, "evaluation task")
-        must_exist = self.missing_images == "error"
-        self.eval_tasks_data = [
-            readers.read_eval_task(self.folder, name, self.query_limit, must_exist=must_exist)
-            for name in names
-        ]
+        read, options = readers.read_eval_task, {"must_exist": self.missing_images == "error"}
+        self.eval_tasks_data = [read(self.folder, name, self.query_limit, **options) for name in names]
 
     def _open_subsets(self) -> list[readers.TrainSubset]:
         found = tasks.find_train_subsets(self.folder, self.split)
@@ -203,18 +199,14 @@ class MMEBDataModule(LightningDataModule):
             subset.log_gaps()
         return subsets
 
-    def train_dataloader(self) -> Batches[PairBatch]:
+    def train_dataloader(self) -> Batches:
         """Batches of this process from the next step on: the trainer's count of processed ones."""
         weighted = self.weights
         weights = None if weighted is None else [weighted.get(each.subset, 1.0) for each in self.train_data]
         sizes = [len(subset) for subset in self.train_data]
-        options: dict[str, Any] = {
-            "policy": self.policy,
-            "sub_batch_size": self.sub_batch_size,
-            "seed": self.seed,
-        }
-        options |= {"rank": distributed.rank(), "world_size": distributed.world_size(), "weights": weights}
-        sampler = MixtureSampler(sizes, batch_size=self.batch_size, **options)
+        options: dict[str, Any] = {"rank": distributed.rank(), "world_size": distributed.world_size()}
+        options |= {"sub_batch_size": self.sub_batch_size, "seed": self.seed, "weights": weights}
+        sampler = MixtureSampler(sizes, batch_size=self.batch_size, policy=self.policy, **options)
         options = {"num_workers": self.num_workers, "generator": torch.Generator(), "batch_sampler": sampler}
         loader = DataLoader(readers.TrainRows(self.train_data), collate_fn=self.collator, **options)
         return Batches(loader, sampler, None if self.trainer is None else self._consumed)
@@ -222,18 +214,17 @@ class MMEBDataModule(LightningDataModule):
     def _consumed(self) -> int:
         """Return the training batches of all epochs so far, which every checkpoint has."""
         trainer: Any = self.trainer
-        if trainer.overfit_batches:  # repeats the first ones
-            return 0
-        return int(trainer.fit_loop.epoch_loop.batch_progress.total.processed)
+        done = int(trainer.fit_loop.epoch_loop.batch_progress.total.processed)
+        return 0 if trainer.overfit_batches else done  # overfit_batches repeats the first ones
 
-    def val_dataloader(self) -> list[Batches[RowBatch]]:
+    def val_dataloader(self) -> list[Batches]:
         """Two loaders per task of the stage: queries, then candidates, without embeddings that are kept."""
         columns = tuple(map(path_column, range(self._connected.encoder.num_paths)))
         return self._loaders(self._sides(), columns, self.missing_images == "skip")
 
     test_dataloader = val_dataloader
 
-    def predict_dataloader(self) -> list[Batches[RowBatch]]:
+    def predict_dataloader(self) -> list[Batches]:
         """Load the rows of predict_source, or else of the evaluation tasks, that are not embedded yet."""
         model, instruction = self._connected, self.predict_instruction
         columns = chosen_columns(self.predict_columns, model.encoder.num_paths)
@@ -283,7 +274,7 @@ class MMEBDataModule(LightningDataModule):
         keep_going: bool,
         rows_per_shard: int | None = None,
         paths: tuple[int, ...] | None = None,
-    ) -> list[Batches[RowBatch]]:
+    ) -> list[Batches]:
         self.rows, collator, loaders = rows, self.collator, []
         for each in rows:
             finished = frozenset[int]()
@@ -296,7 +287,7 @@ class MMEBDataModule(LightningDataModule):
             plan = BatchPlan(each, TokenEstimate(collator), self.eval_batch_size, **options)
             batches = RowBatches(each, collator, each.where, keep_going=keep_going, paths=paths)
             options = {"num_workers": self.num_workers, "generator": torch.Generator(), "batch_size": None}
-            loaders.append(Batches[RowBatch](DataLoader(batches, sampler=plan, **options)))
+            loaders.append(Batches(DataLoader(batches, sampler=plan, **options)))
         return loaders
 
 

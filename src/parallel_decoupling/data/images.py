@@ -1,7 +1,4 @@
-"""Image files: finding them, decoding them to 8-bit RGB, and giving them the wanted size.
-
-The forced squares and the rule for tiny images are VLM2Vec's; the pixel budget is Qwen2-VL's "smart resize".
-"""
+"""Image files: finding them, decoding them to 8-bit RGB, and giving them the wanted size."""
 
 from __future__ import annotations
 
@@ -32,17 +29,13 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True)
 class ImagePolicy:
-    """What happens to a picture before the processor sees it; nothing without any setting.
-
-    The processor's own resizing comes afterwards and leaves a picture within its own limits alone.
+    """What happens to a picture before the processor sees it (and perhaps resizes it once more).
 
     Attributes:
-        size: forces a square of 128, 672 or 1344 pixels and ignores the EXIF orientation, as VLM2Vec does for
-            the rows that it publishes.
+        size: forces a square and ignores the EXIF orientation, as VLM2Vec does in its published rows.
         min_pixels: width times height at least; needs no ``size``.
         max_pixels: width times height at most. With either bound, the sides become multiples of ``factor``
-            near the aspect ratio, and a picture with a side below ``factor`` becomes a square of twice that,
-            as VLM2Vec does.
+            near the aspect ratio, and a picture with a side below it a square of twice that, as in VLM2Vec.
         factor: the processor's patch times merge size; 1 where it has none.
     """
 

@@ -1,17 +1,13 @@
-"""The training mixture: which rows make up which batch, and a loader that starts at any of them.
-
-Every process computes the same GLOBAL batch and takes its own slice, so a step number is enough to resume.
-"""
+"""Which rows make up which training batch, for every process alike, and a loader that starts anywhere."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from torch.utils.data import DataLoader, Sampler
 
-Batch = TypeVar("Batch")
 Policy: TypeAlias = Literal["mixed", "homogeneous", "sub_batch"]
 _Array: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
 
@@ -34,12 +30,10 @@ class MixtureSampler(Sampler[list[tuple[int, int]]]):
         sizes: rows n_s per subset, each >= 1.
         batch_size: GLOBAL batch, over all processes; a multiple of ``world_size``.
         weights: share of the epoch per SUBSET (not per row), each > 0; None is by size.
-        start_step: first step of the first iteration.
 
     Relations:
         ``sub_batch`` with ``sub_batch_size=1`` equals ``mixed``, with ``batch_size`` equals
         ``homogeneous``. The slices of all ranks, joined, equal the batch at ``world_size=1``.
-        ``start_step=k`` gives the tail of the epoch from its batch k.
     """
 
     def __init__(
@@ -51,7 +45,6 @@ class MixtureSampler(Sampler[list[tuple[int, int]]]):
         policy: Policy = "mixed",
         sub_batch_size: int | None = None,
         seed: int = 0,
-        start_step: int = 0,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -60,8 +53,8 @@ class MixtureSampler(Sampler[list[tuple[int, int]]]):
             rule = f"must be a positive multiple of the {world_size} processes"
             raise ValueError(f"batch_size={batch_size} is the global batch and {rule}.")
         self.sizes, self.batch_size = list(sizes), batch_size
-        self.seed, self.start_step = seed, start_step
-        self.rank, self.world_size = rank, world_size
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.start_step = 0  # of the next iteration
         self.group_size = _group_size(policy, batch_size, sub_batch_size)
         counts = [size // self.group_size for size in self.sizes]
         if weights is not None:
@@ -135,8 +128,6 @@ def _group_size(policy: Policy, batch_size: int, sub_batch_size: int | None) -> 
     if policy != "sub_batch" and sub_batch_size is not None:
         raise ValueError(f"sub_batch_size={sub_batch_size} has no meaning for policy {policy!r}.")
     sizes = {"mixed": 1, "homogeneous": batch_size, "sub_batch": sub_batch_size}
-    if policy not in sizes:
-        raise ValueError(f"unknown policy {policy!r}; use mixed, homogeneous or sub_batch.")
     size = sizes[policy]
     if not size or size < 1 or batch_size % size:
         rule = f"a sub_batch_size that divides {batch_size=}"
@@ -144,11 +135,10 @@ def _group_size(policy: Policy, batch_size: int, sub_batch_size: int | None) -> 
     return size
 
 
-class Batches(Generic[Batch]):
-    """A loader's batches, started anew by each iteration at the step that ``position`` says.
+class Batches:
+    """A loader's batches, started by each iteration at the step that ``position`` says, or else one epoch on.
 
-    Iterating is lazy: an iterator that is made and dropped (Lightning does so when it resumes at the end of
-    an epoch) takes nothing from the sampler. Without ``position`` the sampler counts its own epochs.
+    Iterating is lazy: an iterator that Lightning makes and drops when it resumes takes nothing.
     """
 
     def __init__(
@@ -162,7 +152,7 @@ class Batches(Generic[Batch]):
     def __len__(self) -> int:
         return len(self.loader)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         if self.batch_sampler is not None and self.position is not None:
             self.batch_sampler.start_step = self.position()
         yield from self.loader

@@ -1,7 +1,4 @@
-"""The texts that a model reads: MMEB's written prompts, and the same prompts from split columns.
-
-Finished texts are kept to the letter: the trailing newline is the token that last-token pooling reads.
-"""
+"""The texts that a model reads: MMEB's written prompts to the letter, and the same from split columns."""
 
 from __future__ import annotations
 

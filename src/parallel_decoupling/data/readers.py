@@ -93,10 +93,7 @@ def open_train(data_dir: Path, subset: str, split: str) -> RowReader:
 
 
 def open_eval(data_dir: Path, task: Task, *, must_exist: bool = True) -> RowReader:
-    """Open an evaluation task; both published formats are recognised by their columns.
-
-    Pictures are looked for in ``MMEB-eval``, ``MMEB-eval/images`` and ``image-tasks`` (of either folder).
-    """
+    """Open an evaluation task; both published formats are recognised by their columns."""
     source, roles, root = task.source, (*QUERY, *CANDIDATE), data_dir / "MMEB-eval"
     owner, columns = (
         f"evaluation task {task.name!r}",
@@ -127,11 +124,7 @@ class TrainSubset:
     Rows with neither text nor image on one side are left out, as in VLM2Vec; ``blank_rows`` counts them. The
     arguments are those of ``MMEBDataModule``. A row has exactly ``hard_negatives`` negatives, None where the
     file has fewer; a blank text without image does not count. With ``missing_images="skip"`` the next
-    readable row (the first after the last) replaces one whose images cannot be read. That depends on the
-    files alone, so every process and every run makes the same choice.
-
-    Raises:
-        ValueError: no file, a missing column, no usable row, or (on reading) a bad row.
+    readable row replaces one whose images cannot be read; that choice depends on the files alone.
     """
 
     def __init__(
@@ -205,11 +198,9 @@ class TrainSubset:
         if self.blank_rows:
             what = "rows with neither text nor image on a side"
             log.warning("%s: left out %d %s", self.table.owner, self.blank_rows, what)
-        columns = [column for column in map(self.table.column, NEGATIVE) if column is not None]
-        texts = [pc.list_flatten(each) if pa.types.is_list(each.type) else each for each in columns]
-        if self.hard_negatives and all(pc.all(_is_blank(each)).as_py() for each in texts):
-            cost = "so data.hard_negatives only adds padding that matches no query"
-            advice = f"{cost}. Set it to 0 unless another subset has some"
+        texts = [column for column in map(self.table.column, NEGATIVE) if column is not None]
+        if self.hard_negatives and all(pc.all(_is_blank(column)).as_py() for column in texts):
+            advice = "so data.hard_negatives only adds padding that matches no query"
             log.warning("%s: no row has a hard negative, %s", self.table.owner, advice)
 
 
@@ -228,7 +219,8 @@ def _side(cells: Mapping[str, Any], columns: Side) -> Side:
 
 
 def _is_blank(texts: Any) -> Any:
-    """Return which texts are null, empty or only whitespace."""
+    """Return which texts, alone or in lists, are null, empty or only whitespace."""
+    texts = pc.list_flatten(texts) if pa.types.is_list(texts.type) else texts
     empty = pc.equal(pc.binary_length(texts), 0)
     return pc.fill_null(pc.or_(empty, pc.utf8_is_space(texts)), True)
 

@@ -22,12 +22,7 @@ ID, TEXT, IMAGE = "id", "text", "image"
 
 
 class TaskSide:
-    """The unique queries or candidates (``side``) of one evaluation task.
-
-    Attributes:
-        name: of the folder for their embeddings.
-        about: where the rows come from, as plain values.
-    """
+    """The unique queries or candidates of a task; ``name`` is of the folder of their embeddings."""
 
     def __init__(self, task: EvalTask, side: str, data_dir: Path) -> None:
         self.task, self.side, self.data_dir = task, side, data_dir
@@ -57,13 +52,7 @@ class TaskSide:
 
 
 class RowSource:
-    """A folder of images, or the rows of a table with a text, an image or both (``docs/embedding_files.md``).
-
-    The attributes are those of ``TaskSide``; ``instruction`` is put before every text.
-
-    Raises:
-        ValueError: there is nothing to embed, or the table cannot be read.
-    """
+    """The images of a folder or the rows of a table (``docs/embedding_files.md``) with an instruction."""
 
     name = ""
 

@@ -1,19 +1,15 @@
-"""The reader of Parquet, JSONL and CSV files, row by row through Arrow memory mapping.
-
-The columns are written once to an Arrow file in the cache, which the operating system maps into every process
-and loader worker and keeps in memory once (``docs/decisions/0011-mapped-tables.md``).
-"""
+"""The reader of Parquet, JSONL and CSV files through memory-mapped copies (``docs/decisions/0011``)."""
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -36,11 +32,8 @@ def default_cache_dir() -> Path:
 class Table:
     """The files of one subset, task or source as one mapped table, pickled by the names of the files.
 
-    Args:
-        owner: what the rows are, for error messages.
-        files: Parquet, JSONL or CSV files, one after the other.
-        columns: name here to name in the files, of what becomes texts or lists of texts; null if lacking.
-        keep_others: keep all other columns with their types, under the names of the files.
+    ``columns`` maps names here to names in the files, of what becomes texts or lists of texts; null if
+    lacking. ``keep_others`` keeps all other columns with their types. ``owner`` begins error messages.
     """
 
     def __init__(
@@ -112,19 +105,18 @@ def arrow_copy(file: Path, texts: Sequence[str], owner: str, keep_others: bool =
     if copy.is_file():
         return copy
     copy.parent.mkdir(parents=True, exist_ok=True)
-    handle, unfinished = tempfile.mkstemp(dir=copy.parent, prefix="unfinished-")
-    os.close(handle)
+    unfinished = copy.with_name(f"unfinished-{uuid4().hex}")
     try:
-        _write(file, texts, keep_others, Path(unfinished))
+        _write(file, texts, keep_others, unfinished)
         for old in copy.parent.glob(f"{place}-*.arrow"):
             if old != copy:  # another process may have finished this one and be about to map it
                 old.unlink(missing_ok=True)
-        Path(unfinished).replace(copy)
+        unfinished.replace(copy)
     except (pa.ArrowException, json.JSONDecodeError, UnicodeDecodeError) as error:
         lines = ", with one JSON object per line and values of one type" if file.suffix == ".jsonl" else ""
         raise ValueError(f"{owner}: cannot read {file}: {error} Is it complete{lines}?") from error
     finally:
-        Path(unfinished).unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
     return copy
 
 

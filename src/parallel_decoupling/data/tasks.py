@@ -35,13 +35,9 @@ class Source:
 
 @dataclass(frozen=True)
 class Task:
-    """One evaluation task; two are equal if their first three attributes are.
+    """One evaluation task, named by its folder; two are equal if their first three attributes are.
 
-    Attributes:
-        name: folder under ``MMEB-eval``.
-        meta_task: the group whose mean the task counts in.
-        in_distribution: whether MMEB also trains on this dataset.
-        identity: what makes two candidates the same; the first one seen stands for both.
+    ``identity`` is what makes two candidates the same; the first one seen stands for both.
     """
 
     name: str

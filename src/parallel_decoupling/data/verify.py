@@ -42,7 +42,7 @@ def verify(data_dir: str | Path, sample: int = 20) -> list[Check]:
     kept = [(split, name) for split, name in names if split == splits[0] or name not in own]
     checks = [Check("train", name, split) for split, name in kept]
     checks += [Check("eval", name, "test") for name in tasks.find_eval_tasks(root)]
-    for check in tqdm(checks, desc="verify", unit="set", leave=False, disable=None):
+    for check in tqdm(checks, desc="verify", leave=False, disable=None):
         try:
             (_check_train if check.part == "train" else _check_eval)(root, check, sample)
         except ValueError as error:
@@ -68,7 +68,7 @@ def _check_train(root: Path, check: Check, sample: int) -> None:
     _check_images(check, subset.reader, sample)
     if subset.blank_rows:
         check.notes.append(f"{subset.blank_rows} rows with neither text nor image on a side are left out.")
-    for index in _spread(len(subset), sample):
+    for index in np.linspace(0, len(subset) - 1, min(len(subset), sample), dtype=int):
         with suppress(ImageError):  # counted above
             subset[index]
 
@@ -104,8 +104,8 @@ def _check_images(check: Check, reader: readers.RowReader, sample: int) -> set[s
         advice = "Unpack the archive or correct image_dir, or train and score without them"
         check.problems.append(f"{found}. {advice} with `missing_images: skip`.")
     there = [(image, file) for image, file in files.items() if file is not None]
-    opened, errors = [there[index] for index in _spread(len(there), sample)], []
-    for image, file in opened:
+    opened, errors = np.linspace(0, len(there) - 1, min(len(there), sample), dtype=int), []
+    for image, file in map(there.__getitem__, opened):
         try:
             load_image(file)
         except ImageError as error:
@@ -115,11 +115,6 @@ def _check_images(check: Check, reader: readers.RowReader, sample: int) -> set[s
     check.counts |= {"images": len(files), "missing": len(missing)}
     check.counts |= {"opened": len(opened), "broken": len(errors)}
     return set(missing)
-
-
-def _spread(count: int, sample: int) -> list[int]:
-    """Return at most ``sample`` evenly spaced places."""
-    return np.linspace(0, count - 1, min(count, sample), dtype=int).tolist() if count else []
 
 
 def print_verification(data_dir: str, sample: int = 20, output_file: str | None = None) -> None:
