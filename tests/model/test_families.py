@@ -206,7 +206,7 @@ def test_gradients_equal_with_checkpointing_and_with_separate_passes(
     calls: list[None] = []
     plain = gradients(make(), [[0, 1, 2]], inputs)
     recomputing = make(gradient_checkpointing=True)
-    recomputing.backbone.layers[1].mlp.register_forward_hook(lambda *_: calls.append(None))
+    recomputing.backbone.layers[1].mlp.register_forward_pre_hook(lambda *_: calls.append(None))
     checkpointed = gradients(recomputing, [[0, 1, 2]], inputs)
     assert len(calls) == 2
     apart = gradients(make(), [[0], [1], [2]], inputs)

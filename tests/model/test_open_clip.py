@@ -81,7 +81,7 @@ def test_a_folder_a_tag_and_a_weights_file_are_loaded(
         found, expected = encoder.backbone.base.state_dict(), load_file(own_architecture)
         assert found.keys() == expected.keys()
         assert all(torch.equal(value, expected[key]) for key, value in found.items())
-        assert tuple(encoder.backbone.config.to_dict()["preprocess"]["mean"]) == mean
+        assert tuple(encoder.backbone.config["preprocess"]["mean"]) == mean
         assert type(encoder.backbone.base.transformer.resblocks[0].mlp.gelu).__name__ == activation
         assert encoder.training
 

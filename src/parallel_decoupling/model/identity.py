@@ -106,25 +106,22 @@ def backbone_fingerprint(backbone: Any) -> dict[str, Any]:
     Frozen weights are hashed rounded to bfloat16 so that float32 and bfloat16 give the same; float16, which
     rounds differently, does not. Call it before the weights are sharded.
     """
-    config = json.dumps(_flat(backbone.config.to_dict()), sort_keys=True, default=str)
+    loaded = backbone.config if isinstance(backbone.config, dict) else backbone.config.to_dict()
+    config = json.dumps(_flat(loaded), sort_keys=True, default=str)
     both, weights = sha256(config.encode()), sha256()
-    num_frozen = 0
     for name, parameter in sorted(backbone.base.named_parameters()):
         if parameter.requires_grad:
             continue
-        num_frozen += parameter.numel()
         content = _sampled(name.replace(".base_layer", ""), parameter.detach())
         both.update(content)
         weights.update(content)
     return {
         "name": backbone.name,
         "revision": backbone.revision,
-        "model_type": str(backbone.config.model_type),
-        "num_frozen": num_frozen,
         "sha256": both.hexdigest(),
         "weights_sha256": weights.hexdigest(),
         "config": json.loads(config),
-        "transformers_version": backbone.config.to_dict().get("transformers_version"),
+        "transformers_version": loaded.get("transformers_version"),
     }
 
 

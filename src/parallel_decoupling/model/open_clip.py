@@ -81,24 +81,17 @@ class OpenCLIPProcessor:
         return bool(((long != self.padding_id).sum(dim=1) > (short != self.padding_id).sum(dim=1)).any())
 
 
-class OpenCLIPConfig(dict[str, Any]):
-    """The ``model`` and its image ``preprocess``, both as open_clip describes them."""
-
-    model_type = "open_clip"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return both as plain values."""
-        return dict(self)
-
-
 class OpenCLIPBackbone(nn.Module):
-    """An OpenCLIP model with the attributes of a ``Backbone`` that it can have."""
+    """An OpenCLIP model with the attributes of a ``Backbone`` that it can have.
+
+    ``config`` holds the ``model`` and its image ``preprocess``, both as open_clip describes them.
+    """
 
     revision: str | None = None
     num_layers = 1  # for counting compute: no layer is shared between paths
 
     def __init__(
-        self, base: Any, name: str, config: OpenCLIPConfig, adapter: AdapterConfig, dtype: torch.dtype
+        self, base: Any, name: str, config: dict[str, Any], adapter: AdapterConfig, dtype: torch.dtype
     ) -> None:
         super().__init__()
         self.base, self.name, self.config, self.adapter, self.dtype = base, name, config, adapter, dtype
@@ -210,9 +203,8 @@ def load_open_clip(
             source, weights, precision=PRECISIONS[dtype], force_quick_gelu=bool(tag.get("quick_gelu"))
         )
         processor = OpenCLIPProcessor(open_clip.get_tokenizer(source), transform)
-        config = OpenCLIPConfig(
-            model=open_clip.get_model_config(source), preprocess=open_clip.get_model_preprocess_cfg(base)
-        )
+        config = {"model": open_clip.get_model_config(source)}
+        config["preprocess"] = open_clip.get_model_preprocess_cfg(base)
     except (RuntimeError, OSError, ValueError, TypeError) as error:
         raise ValueError(
             f"backbone {name!r}: open_clip cannot load it: {error}. Write open_clip:<architecture>/<tag or "
