@@ -59,8 +59,10 @@ class PathAnalysis:
 def analyse_paths(run: str, output_dir: str | None = None, data_dir: str | None = None) -> None:
     """Print how the paths of a trained model differ, and write ``paths.json`` and pictures.
 
-    ``run`` is a run folder, a checkpoint or an exported folder; ``output_dir`` is by default its folder
-    ``paths``, ``data_dir`` the data that it was trained on.
+    Args:
+        run: a run folder, a checkpoint or an exported folder.
+        output_dir: folder of the files; by default the folder paths in that of the run.
+        data_dir: by default the data that the model was trained on.
     """
     from rich.console import Console
 

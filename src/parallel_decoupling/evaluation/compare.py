@@ -141,7 +141,12 @@ class Comparison:
 
 
 def compare_runs(run_dirs: list[str], output_dir: str | None = None) -> None:
-    """Print the scores of one or several tested runs; see ``compare``."""
+    """Compare one or several tested runs: tables, comparison.json, a picture and one page.
+
+    Args:
+        run_dirs: run folders with a scores.json, or such files; the first is the baseline.
+        output_dir: folder of the files; by default that of the last run.
+    """
     from rich.console import Console
 
     comparison, console = compare(run_dirs, output_dir), Console()
