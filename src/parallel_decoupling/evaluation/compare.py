@@ -145,7 +145,7 @@ def compare_runs(run_dirs: list[str], output_dir: str | None = None) -> None:
 
     Args:
         run_dirs: run folders with a scores.json, or such files; the first is the baseline.
-        output_dir: folder of the files; by default that of the last run.
+        output_dir: gets the files; by default only the tables are printed.
     """
     from rich.console import Console
 
