@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +14,8 @@ from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.images import ImagePolicy
 from parallel_decoupling.evaluation.encode import Paths, encode
 from parallel_decoupling.evaluation.user_inputs import is_single
+from parallel_decoupling.model.encoder import Encoder
 from parallel_decoupling.model.identity import encoder_identity
-
-if TYPE_CHECKING:
-    from parallel_decoupling.model.encoder import ParallelEncoder
-    from parallel_decoupling.model.open_clip import OpenCLIPEncoder
 
 
 class Embedder:
@@ -33,7 +30,7 @@ class Embedder:
 
     def __init__(
         self,
-        encoder: ParallelEncoder | OpenCLIPEncoder,
+        encoder: Encoder,
         query_instruction: str = "",
         candidate_instruction: str = "",
         images: ImagePolicy | None = None,

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,7 @@ from parallel_decoupling.batch import EncoderInputs, RawInput
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.images import image_size, smart_size
 from parallel_decoupling.evaluation.user_inputs import to_raw_inputs
-from parallel_decoupling.model.encoder import check_dim, truncate
-
-if TYPE_CHECKING:
-    from parallel_decoupling.model.encoder import ParallelEncoder
-    from parallel_decoupling.model.open_clip import OpenCLIPEncoder
+from parallel_decoupling.model.encoder import Encoder, check_dim, truncate
 
 CHARACTERS_PER_TOKEN = 4
 FIXED_IMAGE_TOKENS = 576
@@ -202,7 +198,7 @@ class RowBatches(Dataset[RowBatch]):
 
 
 def encode(
-    encoder: ParallelEncoder | OpenCLIPEncoder,
+    encoder: Encoder,
     collator: Collator,
     inputs: Iterable[Any],
     *,

@@ -287,10 +287,8 @@ def read_metadata(file: Path) -> dict[str, Any]:
 def chosen_columns(names: Collection[str] | None, num_paths: int) -> tuple[str, ...]:
     """Return column names in the order of a file; None stands for the aggregate and every path."""
     known = (AGGREGATE, *map(path_column, range(num_paths)))
-    unknown = sorted(set(names or ()) - set(known))
-    if unknown or (names is not None and not names):
-        what = f"{', '.join(unknown)} is unknown" if unknown else "the list is empty"
-        raise ValueError(f"predict_columns: {what}; this model has {', '.join(known)}.")
+    if names is not None and (not names or not set(known).issuperset(names)):
+        raise ValueError(f"predict_columns {list(names)}: name some of this model's {', '.join(known)}.")
     return tuple(name for name in known if names is None or name in names)
 
 
