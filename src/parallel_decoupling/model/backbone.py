@@ -27,16 +27,10 @@ Attention = Literal["sdpa", "eager", "flash_attention_2", "flex_attention"]
 
 
 class Backbone(nn.Module):
-    """A base model (without language-model head), its processor and the names inside it.
+    """A stock base model (without language-model head), its processor and the names inside it.
 
-    Args:
-        base: the stock base model; its language model gets prefix attention.
-        processor: the stock processor.
-        family: a row of ``FAMILIES``.
-        name: what the user asked for: ``"tiny"``, a folder or a hub id.
-        revision: commit of a hub model, else None.
-        attention: what prefix attention builds on.
-        gradient_checkpointing: recompute layers in the backward pass.
+    The language model gets prefix attention on top of ``attention``. ``name`` is what the user asked for,
+    ``revision`` the commit of a hub model.
     """
 
     def __init__(
@@ -58,7 +52,7 @@ class Backbone(nn.Module):
         self.initial_adapter: str | None = None
         self.adapted_modules: tuple[str, ...] = ()
         self.config: Any = base.config
-        text = self.config.get_text_config()
+        text = base.config.get_text_config()
         self.hidden_size: int = text.hidden_size
         self.num_layers: int = text.num_hidden_layers
         self.num_key_value_heads: int = text.num_key_value_heads
@@ -116,13 +110,9 @@ class Backbone(nn.Module):
     ) -> Tensor:
         """Run the vision tower once and the language model once per path.
 
-        Args:
-            tokens: ``input_ids``, ``attention_mask`` and whatever else the processor made, ``[B, L]``.
-            vision: image tensors of all rows, concatenated; empty without images.
-            prefix_states: the paths' prefixes; None is the stock model.
-
-        Returns:
-            ``[N * B, L, D]`` path-major, after the final norm.
+        ``tokens`` are ``input_ids``, ``attention_mask`` and whatever else the processor made, ``[B, L]``,
+        ``vision`` the image tensors of all rows, concatenated. The result is ``[N * B, L, D]``, path-major
+        and after the final norm.
 
         Relations:
             ``prefix_states=None`` equals the stock base model bit for bit.
@@ -223,12 +213,7 @@ def load_backbone(
     or ``local_files_only`` never touches the network. The vision tower has the same attention without prefix,
     but sdpa beside flex.
 
-    Returns:
-        The backbone in training mode, on the CPU; quantized on this process's GPU.
-
-    Raises:
-        ValueError: a folder that does not exist, a family not in ``FAMILIES``, missing or unexpected
-            weights, adapter targets that match nothing, a missing package, options that exclude each other.
+    The backbone is in training mode, on the CPU; quantized on this process's GPU.
 
     Relations:
         With ``meta`` names, shapes and dtypes of all parameters and what trains are those without it.

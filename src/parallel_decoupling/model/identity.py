@@ -103,8 +103,8 @@ def path_hashes(encoder: Any) -> list[str]:
 def backbone_fingerprint(backbone: Any) -> dict[str, Any]:
     """Identify the frozen part of a backbone, in plain types; ``sha256`` is of config and frozen weights.
 
-    Frozen weights are hashed rounded to bfloat16 so that float32 and bfloat16 give the same; float16, which
-    rounds differently, does not. Call it before the weights are sharded.
+    Frozen weights are hashed rounded to bfloat16, so that float32 and bfloat16 give the same (float16 does
+    not). Call it before the weights are sharded.
     """
     loaded = backbone.config if isinstance(backbone.config, dict) else backbone.config.to_dict()
     config = json.dumps(_flat(loaded), sort_keys=True, default=str)

@@ -33,7 +33,7 @@ class OpenCLIPProcessor:
     """Turn texts and images into tensors, called like a Hugging Face processor.
 
     Image placeholders are taken out of the text. Images get the model's own evaluation transform, also in
-    training (no augmentation). The first text that does not fit is a warning.
+    training. The first text that does not fit is a warning.
     """
 
     def __init__(self, tokenizer: Callable[..., Tensor], transform: Callable[[Image.Image], Tensor]) -> None:

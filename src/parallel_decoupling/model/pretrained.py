@@ -92,11 +92,8 @@ def scores_of(file: str | Path) -> dict[str, Any] | None:
 def load_encoder(path: str | Path) -> tuple[Encoder, dict[str, Any]]:
     """Load a trained encoder from an exported folder, a run's folder or a checkpoint, without Lightning.
 
-    Returns:
-        The encoder on the CPU in evaluation mode, and the plain values that ``ABOUT`` names.
-
-    Raises:
-        ValueError: there is no model, a file is missing or changed, or the backbone is not the trained one.
+    It is on the CPU in evaluation mode; the dictionary has the plain values that ``ABOUT`` names. It is a
+    ValueError if there is no model, a file is missing or changed, or the backbone is not the trained one.
     """
     encoder, about = _load_folder(Path(path)) if is_pretrained(path) else _load_checkpoint(path)
     encoder.eval()
