@@ -43,7 +43,7 @@ def main() -> None:
     upper = ParallelEncoder(backbone, num_paths=NUM_PATHS, prefix_layers=middle)
     print(
         f"backbone {name if name == 'tiny' else 'random-weight tiny'}: {backbone.num_layers} layers, width "
-        f"{backbone.hidden_size}; batch {BATCH_SIZE} x {inputs.num_tokens // BATCH_SIZE} tokens, "
+        f"{backbone.hidden_size}; batch {BATCH_SIZE} x {int(inputs.lengths.sum()) // BATCH_SIZE} tokens, "
         f"{NUM_PATHS} paths, prefix {deep.prefix_length}, {torch.get_num_threads()} threads, {ROUNDS} rounds"
     )
     contenders: dict[str, Callable[[], None]] = {

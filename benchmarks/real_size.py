@@ -49,8 +49,8 @@ def main() -> None:
     print(
         f"{NAME}, {backbone.num_layers} language layers, {millions(encoder.parameters())} M parameters, "
         f"{millions(trainable)} M train; {NUM_PATHS} paths, prefix {PREFIX_LENGTH}; queries {BATCH_SIZE} x "
-        f"{query.num_tokens // BATCH_SIZE} tokens, candidates {BATCH_SIZE} x "
-        f"{candidate.num_tokens // BATCH_SIZE}; {torch.get_num_threads()} threads"
+        f"{int(query.lengths.sum()) // BATCH_SIZE} tokens, candidates {BATCH_SIZE} x "
+        f"{int(candidate.lengths.sum()) // BATCH_SIZE}; {torch.get_num_threads()} threads"
     )
     seconds: dict[str, float] = {}
     with timed("forward", seconds):
@@ -84,8 +84,9 @@ def random_backbone(layers: int | None, gradient_checkpointing: bool) -> Backbon
     config = AutoConfig.for_model(arguments.pop("model_type"), **arguments)
     base = AutoModel.from_config(config, dtype=torch.bfloat16)
     processor = SimpleNamespace(tokenizer=tiny_tokenizer())
-    backbone = Backbone(base, processor, FAMILIES["qwen2_vl"], name=NAME)
-    backbone.prepare("sdpa", gradient_checkpointing=gradient_checkpointing)
+    backbone = Backbone(
+        base, processor, FAMILIES["qwen2_vl"], name=NAME, gradient_checkpointing=gradient_checkpointing
+    )
     backbone.add_adapters(AdapterConfig(kind="lora", rank=16, alpha=64))
     return backbone.train()
 

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("gradio")
 
-from parallel_decoupling.app import build_page, find
+from parallel_decoupling.app import find
 from parallel_decoupling.batch import RawInput
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.model.identity import path_hashes
@@ -71,14 +71,6 @@ def test_the_instruction_goes_before_the_text(searcher: Searcher) -> None:
     assert [row[1:3] for row in rows] == [[hit.id, f"{hit.score:.3f}"] for hit in hits]
     assert rows != ask(searcher, text="a red circle")[1]
     assert ask(searcher, instruction="find", text=" ") == ([], [])
-
-
-def test_the_page_offers_what_the_model_can_search_by(searcher: Searcher) -> None:
-    blocks = build_page(searcher, ".").config["components"]
-    (scoring,) = (block["props"] for block in blocks if block["props"].get("elem_id") == "scoring")
-    assert [value for value, _ in scoring["choices"]] == list(searcher.scorings)
-    (table,) = (block["props"] for block in blocks if block["props"].get("elem_id") == "cosines")
-    assert table["headers"] == ["rank", "id", "score", "path_0", "path_1"]
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import yaml
 
 from parallel_decoupling import cli
 from parallel_decoupling.evaluation.report import ScoreReport
-from parallel_decoupling.index.tables import open_embeddings
+from parallel_decoupling.evaluation.store import Store
 from tests.support.mmeb import save_tiny_mmeb
 
 BLOCKED = (
@@ -198,10 +198,16 @@ def test_a_test_takes_the_structure_of_the_checkpoint(
     assert (run_dir / "test_config.yaml").is_file()
 
 
-def test_predict_writes_every_task(run_dir: Path, config_file: Path) -> None:
+def test_predict_writes_a_store_per_task_and_side(run_dir: Path, config_file: Path) -> None:
     cli.main(["predict", "--config", str(config_file), "--ckpt_path", "last"])
-    content = torch.load(run_dir / "predictions" / "colours_t2i.pt", weights_only=True)
-    assert content["query"].shape == (4, 2, 32)
+    folders = sorted(str(file.parent.relative_to(run_dir)) for file in run_dir.rglob("*.parquet"))
+    assert folders == [
+        f"embeddings/{task}/{side}"
+        for task in ("colours_i2t", "colours_t2i")
+        for side in ("candidate", "query")
+    ]
+    store = Store(run_dir / folders[0])
+    assert store.column("path_1").shape == (len(store), 32)
 
 
 def test_predict_says_that_a_model_is_untrained(
@@ -211,7 +217,7 @@ def test_predict_says_that_a_model_is_untrained(
     assert "before any training" in caplog.text
 
 
-def test_predict_embeds_a_folder_of_images_and_goes_on(
+def test_predict_embeds_a_folder_of_images_and_resumes(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The first command of docs/embedding_files.md."""
@@ -219,17 +225,17 @@ def test_predict_embeds_a_folder_of_images_and_goes_on(
     places = {"runs/demo/checkpoints/last.ckpt": file, "embeddings/": str(embeddings)}
     places["photos/"] = str(run_dir.parents[1] / "data" / "MMEB-eval")
     text = (Path(__file__).parents[1] / "docs" / "embedding_files.md").read_text(encoding="utf-8")
-    words = next(line for line in text.splitlines() if line.startswith("lightning predict")).split()
+    words = next(line for line in text.splitlines() if line.startswith("parallel-decoupling predict")).split()
     command = [places.get(word, word) for word in words[1:]]
     assert set(places.values()) < set(command)
     cli.main(command)
-    table = open_embeddings(embeddings)
-    assert (table.num_rows, table.path_names) == (24, ("path_0", "path_1"))
-    assert table.metadata["model"] == file
+    store = Store(embeddings)
+    assert (len(store), store.columns) == (24, ("aggregate", "path_0", "path_1"))
+    assert store.metadata["model"] == file
     assert (embeddings / "predict_config.yaml").is_file()
     assert not list(embeddings.glob("events*"))
-    shown = message([*command, "--writer.dtype", "float16"], capsys)
-    assert "embeddings-00000.parquet was written with dtype 'float32', not 'float16'" in shown
+    shown = message([*command, "--output_dtype", "float16"], capsys)
+    assert "embeddings-00000.parquet was written with another dtype" in shown
 
 
 @pytest.mark.parametrize(
@@ -247,11 +253,11 @@ def test_predict_embeds_a_folder_of_images_and_goes_on(
         (["--data.data_dir", "nowhere"], "nowhere"),
         (["--data.train_subsets", "[colors_i2t]"], "colours_i2t"),
         (["--ckpt_path", "nowhere.ckpt"], "nowhere.ckpt"),
-        (["--ckpt_path", __file__], "this file is no checkpoint"),
+        (["--ckpt_path", __file__], "is not a checkpoint"),
         (["--data.num_workers=-1"], "data.num_workers must be at least 0"),
         (["--data.seed=-1"], "data.seed must be at least 0"),
         (["--trainer.gradient_clip_val", "1.0"], "model.optimizer.clip_norm"),
-        (["--trainer.accumulate_grad_batches", "2"], "model.optimizer.accumulate_batches"),
+        (["--trainer.accumulate_grad_batches", "2"], "GradCache"),
         (["--trainer.precision", "16-true"], "bf16-mixed"),
         (["--model.temperature", ".nan"], "above 0"),
         (["--model.adapter.dropout", "1.5"], "adapter.dropout"),

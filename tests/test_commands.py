@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from parallel_decoupling import cli, commands
+from parallel_decoupling import cli
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.model.identity import path_hashes
-from tests.model.test_pretrained import checkpoint_of, every_path, save_run
+from tests.model.test_pretrained import every_path
 from tests.support.embedders import tiny_embedder
+from tests.support.fit import make_trainer, small_data, small_embedder
 from tests.support.stores import save_store
 from tests.support.tiny import noise_image
 
@@ -130,31 +131,33 @@ def test_missing_packages_are_named(
     assert mistake([command, "anything"], capsys).endswith(message)
 
 
-@pytest.mark.parametrize("name", commands.__all__)
+@pytest.mark.parametrize("name", cli.COMMANDS)
 def test_help_describes_every_argument(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main([name, "--help"])
     assert not stopped.value.code
     shown = " ".join(capsys.readouterr().out.split())
-    command = getattr(commands, name)
+    command = cli.command_of(name)
     about = inspect.getdoc(command)
     assert about is not None
     assert about.splitlines()[0] in shown
     for argument in inspect.signature(command).parameters:
-        assert about.split(f" {argument}: ")[1].splitlines()[0] in shown
+        assert about.split(f" {argument}: ")[1].splitlines()[0].rstrip(".") in shown
 
 
 @pytest.fixture(scope="module")
-def run_dir(tiny_backbone_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint, and the scores of its steps."""
-    embedder = tiny_embedder(tiny_backbone_dir)
-    folder = save_run(tmp_path_factory.mktemp("run"), checkpoint_of(embedder, tiny_backbone_dir))
+def run_dir(tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of two steps, and the scores of these steps."""
+    folder, module = tmp_path_factory.mktemp("run"), small_embedder(tiny_backbone_dir, num_paths=3)
+    trainer = make_trainer(folder, max_steps=2)
+    trainer.fit(module, small_data(tiny_mmeb_dir))
+    trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt")
     hits = {column: "10" for column in ("aggregate", "path_0", "path_1", "path_2")}
     scores = {
         "means": {"overall": dict.fromkeys(hits, 0.5)},
         "tasks": {"Sign": {"num_queries": 2}},
         "hits": {"Sign": hits},
-        "run": {"seed": 0, "token_passes": 9.0, "global_step": 2, "commit": "c0ffee"},
+        "run": {**module.run_info(), "commit": "c0ffee"},
     }
     (folder / "scores.json").write_text(json.dumps(scores))
     return folder
@@ -181,7 +184,7 @@ def test_export_of_several_paths_with_merged_adapters(run_dir: Path, tmp_path: P
         ["export", str(run_dir), str(tmp_path / "model"), "--paths", "[1,0]", "--merge_adapters", "true"]
     )
     config = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
-    assert (config["paths"], config["adapter"]["kind"]) == ([1, 0], "frozen")
+    assert (config["paths"], config["settings"]["adapter"]["kind"]) == ([1, 0], "frozen")
     expected = every_path(Embedder.from_pretrained(run_dir), [1, 0])
     torch.testing.assert_close(every_path(Embedder.from_pretrained(tmp_path / "model")), expected)
 

@@ -1,21 +1,20 @@
-"""What importing the package does and does not do, seen in one fresh interpreter."""
+"""What importing the package loads, seen in fresh interpreters, and what is defined once."""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import parallel_decoupling
 
 ROOT = Path(next(iter(parallel_decoupling.__path__)))
-
-# Sockets refuse first; then the layers are imported in this order, and after each one the third-party
-# packages loaded so far are noted.
-SCRIPT = """
+REFUSE = """
 import importlib, json, socket, sys
 sys.path[:0] = [{folder!r}]
 calls = []
@@ -23,6 +22,8 @@ def refuse(*arguments, **_):
     calls.append(repr(arguments[-1]))
     raise OSError("this test allows no network")
 socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = socket.create_connection = refuse
+"""
+LAYERS = """
 loaded = {{}}
 for layer, modules in json.loads({layers!r}).items():
     for module in modules:
@@ -31,56 +32,99 @@ for layer, modules in json.loads({layers!r}).items():
 print(json.dumps({{"loaded": loaded, "calls": calls}}))
 """
 WATCHED = ("torch", "lightning", "pytorch_lightning", "transformers", "peft", "matplotlib.pyplot", "lancedb")
+WITH_LIGHTNING = ("__init__", "datamodule", "run", "embedding_writer")
+NOT_FOR_ENCODING = ("lightning", "matplotlib", "sklearn", "tensorboard", "torchmetrics", "rich", "open_clip")
+REPORTS = [f"parallel_decoupling.{name}" for name in ("evaluation.report", "evaluation.compare")]
+REPORTS += [f"parallel_decoupling.{name}" for name in ("evaluation.plots", "search", "serve")]
+
+
+def run(script: str) -> Any:
+    """Run a script in a fresh interpreter; the last line that it prints is JSON."""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def modules(layer: str) -> list[str]:
-    """All modules of a layer, without the one that is a LightningDataModule."""
-    files = sorted(
-        file for file in (ROOT / layer).rglob("*.py") if file.stem not in ("__init__", "datamodule")
-    )
+    """All modules of a layer without those that are made for Lightning."""
+    files = sorted(file for file in (ROOT / layer).rglob("*.py") if file.stem not in WITH_LIGHTNING)
     return [
         ".".join(("parallel_decoupling", *file.relative_to(ROOT).with_suffix("").parts)) for file in files
     ]
 
 
 @pytest.fixture(scope="module")
-def imported() -> dict[str, dict[str, list[str]]]:
+def imported() -> Any:
     layers = {"package": ["parallel_decoupling"]}
-    layers |= {layer: modules(layer) for layer in ("objective", "data", "retrieval", "index", "model")}
+    layers |= {layer: modules(layer) for layer in ("objective", "data", "model", "evaluation")}
+    layers["search"] = ["parallel_decoupling.search", "parallel_decoupling.lance_index"]
     assert all(layers.values()), "a layer without modules would check nothing"
-    script = SCRIPT.format(folder=str(ROOT.parent), layers=json.dumps(layers), watched=WATCHED)
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+    script = (REFUSE + LAYERS).format(folder=str(ROOT.parent), layers=json.dumps(layers), watched=WATCHED)
+    return run(script)
 
 
-def test_package_itself_imports_neither_torch_nor_lightning(
-    imported: dict[str, dict[str, list[str]]],
-) -> None:
-    assert imported["loaded"]["package"] == []
-
-
-@pytest.mark.parametrize("layer", ["objective", "data", "retrieval", "index", "model"])
-def test_layer_does_not_import_lightning(layer: str, imported: dict[str, dict[str, list[str]]]) -> None:
-    assert not {"lightning", "pytorch_lightning"} & set(imported["loaded"][layer])
-
-
-@pytest.mark.parametrize("layer", ["objective", "data", "retrieval", "index"])
-def test_layer_does_not_import_transformers(layer: str, imported: dict[str, dict[str, list[str]]]) -> None:
-    assert not {"transformers", "peft"} & set(imported["loaded"][layer])
-
-
-def test_model_layer_does_import_transformers(imported: dict[str, dict[str, list[str]]]) -> None:
-    assert "transformers" in imported["loaded"]["model"], "the checks above would see it"
-
-
-def test_retrieval_does_not_import_pyplot(imported: dict[str, dict[str, list[str]]]) -> None:
-    assert "matplotlib.pyplot" not in imported["loaded"]["retrieval"]
-
-
-def test_index_does_not_import_its_extra(imported: dict[str, dict[str, list[str]]]) -> None:
-    assert "lancedb" not in imported["loaded"]["index"]
-
-
-def test_importing_makes_no_network_call(imported: dict[str, dict[str, list[str]]]) -> None:
+def test_importing_makes_no_network_call(imported: Any) -> None:
     assert imported["calls"] == []
+
+
+def test_what_each_layer_loads(imported: Any) -> None:
+    """In the order of the layers; each list holds what the ones before it loaded, too."""
+    assert imported["loaded"] == {
+        "package": [],
+        "objective": ["torch"],
+        "data": ["torch"],
+        "model": ["torch", "transformers", "peft"],
+        "evaluation": ["torch", "transformers", "peft"],
+        "search": ["torch", "transformers", "peft"],
+    }
+
+
+def test_the_algorithm_loads_little_of_this_package_and_no_report() -> None:
+    """Nothing that shows a number is an ancestor of what makes it."""
+    script = REFUSE.format(folder=str(ROOT.parent)) + (
+        "import lightning.pytorch\n"  # torchmetrics imports pyplot
+        "sys.modules.pop('matplotlib.pyplot', None)\n"
+        "from parallel_decoupling import PDFEmbedder\n"
+        "print(json.dumps({name: getattr(module, '__file__', None) for name, module in sys.modules.items()\n"
+        "    if name.startswith('parallel_decoupling') or name == 'matplotlib.pyplot'}))"
+    )
+    files = run(script)
+    assert not {*REPORTS, "matplotlib.pyplot"} & files.keys()
+    assert sum(len(Path(file).read_text(encoding="utf-8").splitlines()) for file in files.values()) < 5000
+
+
+def test_encoding_needs_no_package_of_training_and_reports(checkpoint: Path, tmp_path: Path) -> None:
+    """An exported folder is loaded and encodes with these imports blocked."""
+    from parallel_decoupling import Embedder
+
+    Embedder.from_pretrained(checkpoint).save_pretrained(tmp_path / "model", include_backbone=True)
+    script = REFUSE.format(folder=str(ROOT.parent)) + (
+        f"sys.modules.update(dict.fromkeys({NOT_FOR_ENCODING!r}))\n"
+        "from parallel_decoupling import Embedder\n"
+        f"embeddings = Embedder.from_pretrained({str(tmp_path / 'model')!r}).encode('a', paths='all')\n"
+        "print(json.dumps(list(embeddings.shape)))"
+    )
+    assert run(script) == [2, 32]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "home"),
+    [
+        (r"def similarities\(", "evaluation/score.py"),
+        (r"METADATA_KEY(: \w+)? = ", "evaluation/store.py"),
+        *(
+            (rf"def {name}\(", "model/identity.py")
+            for name in ("weights_hash", "path_hashes", "backbone_fingerprint", "processor_hash")
+        ),
+        (r"def (rows_hash|encoder_identity)\(", "model/identity.py"),
+    ],
+)
+def test_what_must_agree_is_defined_once(pattern: str, home: str) -> None:
+    found = [file for file in ROOT.rglob("*.py") if re.search(pattern, file.read_text(encoding="utf-8"))]
+    assert [str(file.relative_to(ROOT)) for file in found] == [home]
+
+
+def test_only_identity_hashes_weights_and_rows() -> None:
+    """Elsewhere ``hashlib`` makes seeds, ids of targets and of rows, and the key of the generator's cache."""
+    files = {file.stem for file in ROOT.rglob("*.py") if "hashlib" in file.read_text(encoding="utf-8")}
+    assert files <= {"identity", "randomness", "collate", "tables", "benchmark"}

@@ -17,7 +17,7 @@ from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 from mteb.abstasks.task_metadata import TaskMetadata
 
 from parallel_decoupling.evaluation.embedder import Embedder
-from parallel_decoupling.mteb import mteb_model
+from parallel_decoupling.sentence_transformers import mteb_model
 from parallel_decoupling.world.glyphs import handwritten_digits
 from parallel_decoupling.world.rows import caption_to_scene
 from tests.support.embedders import tiny_embedder

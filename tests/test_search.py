@@ -214,7 +214,7 @@ def test_other_weights_than_those_of_the_items_are_refused(
 ) -> None:
     index = stored(tmp_path, RowEmbedder(0, 1, 2), columns=columns, model="last.ckpt")
     with pytest.raises(
-        ValueError, match=r"other weights than .*last\.ckpt.*trained further.*lightning predict"
+        ValueError, match=r"other weights than .*last\.ckpt.*trained further.*run predict with this one"
     ):
         Searcher(other, index)
 

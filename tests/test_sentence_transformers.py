@@ -12,13 +12,10 @@ from torch import Tensor
 pytest.importorskip("sentence_transformers", minversion="6")
 
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
-from parallel_decoupling.data.images import ImagePolicy
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.sentence_transformers import PathEmbedding, as_sentence_transformer
 from tests.support.embedders import mixed_inputs, tiny_embedder
-from tests.support.tiny import noise_image
 
 ROW_BY_ROW: dict[str, Any] = {"batch_size": 1}
 """Without padding the two libraries' batches are the same, so that embeddings are equal bit for bit."""
@@ -104,40 +101,6 @@ def test_truncate_dim(model: SentenceTransformer, embedder: Embedder) -> None:
     assert torch.equal(encode(made, mixed_inputs(), **ROW_BY_ROW), short)
 
 
-def test_dimension_and_concatenation(tiny_backbone_dir: str, model: SentenceTransformer) -> None:
-    assert model.get_embedding_dimension() == 32
-    joined = as_sentence_transformer(tiny_embedder(tiny_backbone_dir, aggregation="concat"))
-    assert joined.get_embedding_dimension() == encode(joined, ["a red circle"]).shape[1] == 96
-
-
-def test_evaluator_of_the_library_against_ranks(model: SentenceTransformer, embedder: Embedder) -> None:
-    """Images found by text: mean reciprocal rank equals that of ``Embedder.similarity``."""
-    texts = ["a red circle", "a blue square", "a green star"]
-    images = [noise_image(32, 32, seed) for seed in range(6)]
-    evaluator = InformationRetrievalEvaluator(
-        queries={f"q{number}": text for number, text in enumerate(texts)},
-        corpus={f"d{number}": image for number, image in enumerate(images)},
-        relevant_docs={f"q{number}": {f"d{number}"} for number in range(3)},
-        mrr_at_k=[10],
-        show_progress_bar=False,
-        write_csv=False,
-    )
-    scores = evaluator(model)
-    similarity = embedder.similarity(
-        embedder.encode_query(texts, paths="aggregate"), embedder.encode_candidate(images, paths="aggregate")
-    )
-    ranks = [int((row > row[number]).sum()) + 1 for number, row in enumerate(similarity)]
-    (value,) = (score for name, score in scores.items() if name.endswith("cosine_mrr@10"))
-    assert value == pytest.approx(sum(1 / rank for rank in ranks) / 3)
-
-
-def test_saving_from_the_library(model: SentenceTransformer, tmp_path: Path) -> None:
-    model.save_pretrained(str(tmp_path / "again"))
-    again = SentenceTransformer(str(tmp_path / "again"), trust_remote_code=True, device="cpu")
-    assert torch.equal(encode(again, mixed_inputs()), encode(model, mixed_inputs()))
-    assert again.prompts == model.prompts
-
-
 @pytest.mark.parametrize("paths", [0, 2, "aggregate"])
 @pytest.mark.parametrize("load", ["library", "ours"])
 def test_saving_keeps_the_chosen_path(paths: Any, load: str, embedder: Embedder, tmp_path: Path) -> None:
@@ -158,16 +121,3 @@ def test_bad_input(model: SentenceTransformer, embedder: Embedder) -> None:
         encode(model, ["text"], paths="all")
     with pytest.raises(ValueError, match="unknown keys"):
         encode(model, ["text", {"role": "user", "content": "a chat"}])
-
-
-def test_pictures_are_resized_as_by_the_embedder(tiny_backbone_dir: str, tmp_path: Path) -> None:
-    embedder = tiny_embedder(tiny_backbone_dir)
-    embedder.images = ImagePolicy(size="low")
-    model = as_sentence_transformer(embedder)
-    picture = noise_image(40, 30)
-    expected = embedder.encode([picture], paths="aggregate")
-    assert torch.equal(encode(model, [picture], **ROW_BY_ROW), expected)
-    model.save(str(tmp_path / "saved"))
-    assert torch.equal(
-        Embedder.from_pretrained(tmp_path / "saved").encode([picture], paths="aggregate"), expected
-    )

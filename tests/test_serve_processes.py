@@ -22,7 +22,7 @@ from tests.test_serve import data_uri
 
 pytestmark = pytest.mark.slow
 
-LIMITS = ("--inputs", 64, "--body_bytes", 100_000)
+LIMITS = ("--limits.inputs", 64, "--limits.body_bytes", 100_000)
 
 
 def connect(address: str) -> openai.OpenAI:
@@ -114,7 +114,7 @@ def test_sigterm_while_clients_keep_asking(checkpoint: Path, start: Start) -> No
 
 
 def test_a_full_queue_is_refused_and_sigterm_while_loading(checkpoint: Path, start: Start) -> None:
-    process, address = start("serve", checkpoint, "--waiting", 3, answers="/health")
+    process, address = start("serve", checkpoint, "--limits.waiting", 3, answers="/health")
     client = connect(address)
     with ThreadPoolExecutor(16) as pool:
         asked = [

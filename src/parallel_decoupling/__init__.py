@@ -3,8 +3,6 @@
 The public names are imported on first use: ``import parallel_decoupling`` loads neither torch nor Lightning.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -17,9 +15,9 @@ if TYPE_CHECKING:
 __all__ = ["Embedder", "MMEBDataModule", "PDFEmbedder", "__version__"]
 
 _HOMES = {
-    "Embedder": "parallel_decoupling.evaluation.embedder",
-    "MMEBDataModule": "parallel_decoupling.data.datamodule",
-    "PDFEmbedder": "parallel_decoupling.training.module",
+    "Embedder": "evaluation.embedder",
+    "MMEBDataModule": "data.datamodule",
+    "PDFEmbedder": "training.module",
 }
 
 
@@ -27,7 +25,7 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         return version("parallel-decoupling")
     if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+        return getattr(import_module(f"parallel_decoupling.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

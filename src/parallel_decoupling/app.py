@@ -18,18 +18,9 @@ IMAGE_FIELD = "image"
 def find(
     searcher: Searcher, image_dir: Path, instruction: str, text: str, image: Image.Image | None, scoring: str
 ) -> tuple[list[tuple[Image.Image, str]], list[list[str]]]:
-    """Answer one query.
+    """Return pictures with captions, and a table of rank, id, score and cosines by path.
 
-    Args:
-        searcher: the model and the items.
-        image_dir: folder of pictures with relative names.
-        instruction: put before the text; may be empty.
-        text: may be empty.
-        image: may be None.
-        scoring: see ``Searcher.search``.
-
-    Returns:
-        Pictures with captions, and a table of rank, id, score and cosines by path; nothing without a query.
+    Without text and image both are empty.
     """
     query = {"text": text.strip() or None, "image": image}
     if query == {"text": None, "image": None}:
@@ -52,13 +43,7 @@ def find(
 
 
 def build_page(searcher: Searcher, image_dir: str | Path, instruction: str = "") -> gradio.Blocks:
-    """Make the page.
-
-    Args:
-        searcher: the model and the items.
-        image_dir: folder of pictures with relative names.
-        instruction: stands in its field at first.
-    """
+    """Make the page; pictures with relative names are in ``image_dir``."""
     scorings = list(searcher.scorings)
     shared = [name for name in searcher.index.columns if name in searcher.scorings and name != "aggregate"]
 

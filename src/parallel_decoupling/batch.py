@@ -3,8 +3,6 @@
 ``B`` local batch, ``G`` gathered batch, ``N`` paths, ``M`` path pairs, ``L`` tokens,
 ``P`` prefix length, ``Y`` layers, ``K`` key/value heads, ``H`` head dim,
 ``D`` embedding dim, ``C`` candidates per query. Order at every boundary: batch, path, feature.
-
-Containers only: reading is in ``data``, tokenisation in ``data.collate``, encoding in ``model``.
 """
 
 from __future__ import annotations
@@ -25,12 +23,7 @@ PADDING_ID = torch.iinfo(torch.int64).min
 
 @dataclass(frozen=True)
 class RawInput:
-    """One query or candidate before tokenisation.
-
-    Attributes:
-        text: the prompt; every image stands in it as ``IMAGE_PLACEHOLDER``.
-        images: PIL images or image files, in the order of the placeholders.
-    """
+    """One query or candidate before tokenisation; images stand in the text as ``IMAGE_PLACEHOLDER``."""
 
     text: str
     images: tuple[Image.Image | str, ...] = ()
@@ -41,11 +34,9 @@ class RawPair:
     """A training row: a query, its positive candidate and optional hard negatives.
 
     Attributes:
-        query: what is asked.
-        candidate: the positive.
         negatives: hard negatives of this query, possibly none; None pads to the number asked for.
-        subset: name of the training subset the row comes from.
-        row: row number inside the subset, for error messages.
+        subset: name of the training subset the row comes from; ``row`` is its number there.
+        skipped: why rows before this one were passed over, one reason each.
     """
 
     query: RawInput
@@ -72,19 +63,15 @@ class EncoderInputs:
         return len(self.vision)
 
     @property
-    def num_tokens(self) -> int:
-        """Real (unpadded) tokens in all rows."""
-        return int(self.lengths.sum())
-
-    @property
     def lengths(self) -> Tensor:
-        """Real (unpadded) tokens of each row, ``[B]``."""
+        """Count the real (unpadded) tokens of each row, ``[B]``."""
         return self.tokens["attention_mask"].sum(dim=1)
 
     def select(self, rows: Sequence[int]) -> EncoderInputs:
         """Return the given rows in that order, padded to the longest of them only."""
-        used = self.tokens["attention_mask"][list(rows)].any(dim=0)
-        tokens = {key: value[list(rows)][:, used] for key, value in self.tokens.items()}
+        chosen = list(rows)
+        used = self.tokens["attention_mask"][chosen].any(dim=0)
+        tokens = {key: value[chosen][:, used] for key, value in self.tokens.items()}
         return EncoderInputs(tokens, tuple(self.vision[row] for row in rows))
 
     def to(self, device: torch.device | str) -> EncoderInputs:
@@ -113,9 +100,5 @@ class PairBatch:
 
     def to(self, device: torch.device | str) -> PairBatch:
         """Move every tensor to ``device``."""
-        return replace(
-            self,
-            query=self.query.to(device),
-            candidate=self.candidate.to(device),
-            candidate_ids=self.candidate_ids.to(device),
-        )
+        query, candidate = self.query.to(device), self.candidate.to(device)
+        return replace(self, query=query, candidate=candidate, candidate_ids=self.candidate_ids.to(device))

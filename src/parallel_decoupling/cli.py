@@ -1,6 +1,5 @@
 """The ``lightning`` command: a LightningCLI for ``PDFEmbedder`` and ``MMEBDataModule``, and ``commands``.
 
-Here: dispatch, and how errors are shown. Elsewhere on purpose: options and runs (``lightning_cli``).
 torch and Lightning are imported only for the subcommand that needs them, so that the help is there at once.
 """
 
@@ -10,13 +9,13 @@ import inspect
 import re
 import sys
 import traceback
+from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from parallel_decoupling import commands
-
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 TRAINER_SUBCOMMANDS = {
     "fit": "train (and validate, if data.validation_tasks names tasks)",
@@ -25,30 +24,31 @@ TRAINER_SUBCOMMANDS = {
     "test": "score the evaluation tasks; writes scores.json and scores.csv",
     "predict": "embed a folder of images or a table as Parquet files, or the evaluation tasks",
 }
-COMMANDS = {name: getattr(commands, name).__doc__.splitlines()[0] for name in commands.__all__}
-"""Subcommands without a Trainer; each is a function of ``commands``."""
+COMMANDS = {
+    "app": ("commands.app", "show a page to search embeddings by text and image"),
+    "compare": ("evaluation.compare.compare_runs", "compare one or several tested runs side by side"),
+    "export": ("commands.export", "write a model as a folder to share"),
+    "index": ("commands.index", "make a LanceDB index of embeddings"),
+    "paths": ("diagnostics.path_analysis.analyse_paths", "show how the paths of a trained model differ"),
+    "search": ("commands.search", "search embeddings by a text, an image or both"),
+    "serve": ("serve.serve", "serve embeddings over HTTP in OpenAI's form"),
+    "verify": ("data.verify.print_verification", "check a data folder"),
+}
+"""Subcommands without a Trainer: the function that makes the options, and a line of help."""
+EXTRAS = {"fastapi": "serve", "uvicorn": "serve", "gradio": "app"}
 
+SUBCOMMANDS = TRAINER_SUBCOMMANDS | {name: text for name, (_, text) in COMMANDS.items()}
 WORKER_TRACEBACK = "Original Traceback (most recent call last):"
-TRAINER_MODULES = "lightning.pytorch.trainer."
-"""Where Lightning checks the options of the Trainer."""
-
-SUBCOMMANDS = TRAINER_SUBCOMMANDS | COMMANDS
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run a subcommand; a user's mistake ends with one message and exit code 2.
-
-    Args:
-        args: command line without the program's name; ``None`` takes ``sys.argv``.
-    """
+    """Run a subcommand (``sys.argv`` by default); a mistake ends with one message and exit code 2."""
     arguments = list(sys.argv[1:] if args is None else args)
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(_help())
         return
     if arguments[0] == "--version":
-        from parallel_decoupling import __version__
-
-        sys.stdout.write(f"parallel-decoupling {__version__}\n")
+        sys.stdout.write(f"parallel-decoupling {version('parallel-decoupling')}\n")
         return
     if arguments[0] not in SUBCOMMANDS:
         _fail(f"there is no subcommand {arguments[0]!r}; choose from {', '.join(SUBCOMMANDS)}")
@@ -59,6 +59,10 @@ def main(args: Sequence[str] | None = None) -> None:
             from parallel_decoupling.lightning_cli import run
 
             run(arguments)
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        _fail(f"this needs {error.name}: pip install 'parallel-decoupling[{EXTRAS[error.name]}]'")
     except (ValueError, OSError) as error:
         if not _is_the_users(error):
             raise
@@ -79,41 +83,45 @@ def _fail(message: str) -> None:
 
 
 def _is_the_users(error: ValueError | OSError) -> bool:
-    """Whether the error speaks to the user; others keep their traceback.
+    """Tell whether an error speaks to the user; others keep their traceback.
 
-    Those are: files and folders (``OSError``, whose text names them), what Lightning says of the Trainer's
-    options, and this package's ``ValueError``. What a worker of the DataLoader raises, torch raises again
-    here with the worker's traceback as its text.
+    Those that do are about files (``OSError``), the Trainer's options, or raised in this package. What a
+    worker of the DataLoader raises, torch raises again here with the worker's traceback as its text.
     """
     if isinstance(error, OSError):
         return True
     if WORKER_TRACEBACK in str(error):
         return "parallel_decoupling" in Path(re.findall(r'File "(.+)", line', str(error))[-1]).parts
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return str(frame.f_globals.get("__name__", "")).startswith(("parallel_decoupling", TRAINER_MODULES))
+    return str(frame.f_globals.get("__name__", "")).startswith(
+        ("parallel_decoupling", "lightning.pytorch.trainer.")
+    )
 
 
 def _message(error: Exception) -> str:
-    """The error's own words, without a worker's traceback."""
+    """Return the error's own words, without a worker's traceback."""
     text = str(error) or type(error).__name__
     return text.rsplit(f"{type(error).__name__}: ", 1)[-1].strip() if WORKER_TRACEBACK in text else text
 
 
+def command_of(name: str) -> Callable[..., None]:
+    """Import the function of a subcommand."""
+    module, _, function = COMMANDS[name][0].rpartition(".")
+    command: Callable[..., None] = getattr(import_module(f"parallel_decoupling.{module}"), function)
+    return command
+
+
 def _run_command(name: str, arguments: list[str]) -> None:
-    """Parse the command line by the function's signature and docstring, and call it."""
     from docstring_parser import parse
     from jsonargparse import ArgumentParser
 
-    command = getattr(commands, name)
-    parser = ArgumentParser(prog=f"lightning {name}", description=COMMANDS[name])
-    about = {each.arg_name: each.description for each in parse(command.__doc__).params}
-    rest = [
-        each.name
-        for each in inspect.signature(command).parameters.values()
-        if each.kind == each.VAR_POSITIONAL
-    ]
-    for each in rest:
-        parser.add_argument(each, nargs="+", type=str, help=about[each])
-    parser.add_function_arguments(command, as_positional=True, as_group=False)
-    options = parser.parse_args(arguments).as_dict()
-    command(*(value for each in rest for value in options.pop(each)), **options)
+    command = command_of(name)
+    about = parse(command.__doc__ or "")
+    parser = ArgumentParser(prog=f"lightning {name}", description=about.short_description)
+    parameters = inspect.signature(command).parameters.values()
+    several = {each.name for each in parameters if each.annotation == "list[str]"}
+    for each in (each for each in about.params if each.arg_name in several):
+        parser.add_argument(each.arg_name, nargs="+", type=str, help=each.description)
+    parser.add_function_arguments(command, as_positional=True, as_group=False, skip={*several})
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # before 4.49
+    command(**instantiate(parser.parse_args(arguments)).as_dict())

@@ -17,12 +17,12 @@ Value = TypeVar("Value")
 
 
 def rank() -> int:
-    """Index of this process; 0 without a process group."""
+    """Return the index of this process; 0 without a process group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Number of processes; 1 without a process group."""
+    """Return the number of processes; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -31,13 +31,7 @@ def gather_with_grad(local: Tensor) -> Tensor:
 
     For rank 1 of 2 the result is ``[rank 0 (constant); rank 1 (with graph)]``. When every rank computes the
     same loss from the gathered rows of ALL queries and candidates, the sum over ranks of the gradients is
-    the gradient of one process with the whole batch.
-
-    Args:
-        local: ``[B, ...]``, the same shape on every rank.
-
-    Returns:
-        ``[world_size * B, ...]``; ``local`` itself in a single process.
+    the gradient of one process with the whole batch. ``local`` is ``[B, ...]`` of the same shape everywhere.
     """
     if world_size() == 1:
         return local
@@ -48,7 +42,7 @@ def gather_with_grad(local: Tensor) -> Tensor:
 
 
 def gather_objects(value: Value) -> list[Value]:
-    """List the ``value`` of every rank, in their order; any object that can be pickled."""
+    """List the value of every rank, in their order; any object that can be pickled."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -62,9 +56,6 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     Called once after all backward passes of a step. A parameter without a gradient on some ranks (their
     chunks hold no image) counts as zero there; one without a gradient anywhere keeps none, as in a single
     process. Sharded parameters are left alone: FSDP2 has averaged their gradients in the backward pass.
-
-    Relations:
-        Doing it twice equals doing it once.
     """
     if world_size() == 1:
         return
@@ -73,9 +64,7 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
         return
     used = torch.tensor([p.grad is not None for p in own], dtype=torch.int32, device=own[0].device)
     dist.all_reduce(used, dist.ReduceOp.MAX)
-    for parameter, anywhere in zip(own, used.tolist(), strict=True):
-        if not anywhere:
-            continue
+    for parameter in (p for p, anywhere in zip(own, used.tolist(), strict=True) if anywhere):
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         dist.all_reduce(parameter.grad)
@@ -83,11 +72,7 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
 
 
 def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> Tensor:
-    """Scale all gradients together so that their norm is at most ``max_norm``; returns the norm before.
-
-    Relations:
-        Equals ``torch.nn.utils.clip_grad_norm_``, which takes whole or sharded parameters but not both.
-    """
+    """Do what ``torch.nn.utils.clip_grad_norm_`` does, for whole and sharded parameters together."""
     with_gradient = [p for p in parameters if p.grad is not None]
     sharded = [p for p in with_gradient if isinstance(p, DTensor)]
     own = [p for p in with_gradient if not isinstance(p, DTensor)]
@@ -117,12 +102,8 @@ def whole(value: Value) -> Value | Any:
 def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
     """Return this rank's part of ``value`` if ``parameter`` is sharded, else ``value``; on its device.
 
-    Args:
-        value: the same on every rank; of the shape of ``parameter``.
-        parameter: sharded or not.
-
     Relations:
-        ``whole(shard_like(value, parameter))`` equals ``value``.
+        ``whole(shard_like(value, parameter))`` equals ``value``, which is the same on every rank.
     """
     value = value.to(parameter.device)
     if not isinstance(parameter, DTensor):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel_decoupling.evaluation.score import similarities
-from parallel_decoupling.evaluation.store import METADATA_KEY, Store, is_vector_column, to_tensor
+from parallel_decoupling.evaluation.store import METADATA_KEY, Store, to_tensor
 from parallel_decoupling.search import (
     MAXSIM,
     Hit,
@@ -57,7 +57,8 @@ def write_lance_index(store: Store, index_dir: str | Path, index_type: IndexType
     first = next(tables)
     metadata = {METADATA_KEY: json.dumps(store.metadata)}
     database = _lancedb().connect(index_dir)
-    table = database.create_table(TABLE, first.replace_schema_metadata(metadata), mode="overwrite")
+    database.drop_table(TABLE, ignore_missing=True)
+    table = database.create_table(TABLE, first.replace_schema_metadata(metadata))
     for rows in tables:
         table.add(rows)
     if index_type is not None:
@@ -87,7 +88,7 @@ class LanceIndex:
         schema = self._table.schema
         self.metadata: Mapping[str, Any] = json.loads(schema.metadata[METADATA_KEY])
         self.columns: tuple[str, ...] = tuple(self.metadata["columns"])
-        self._fields = [name for name in schema.names if not is_vector_column(name) and name != MAXSIM]
+        self._fields = [name for name in schema.names if name not in (*self.columns, MAXSIM)]
         self.scorings = (*self.columns, *([MAXSIM] if MAXSIM in schema.names else []))
 
     def __len__(self) -> int:
@@ -110,7 +111,7 @@ class LanceIndex:
         paths = [name for name in path_columns(self.columns) if name in query]
         names = tuple(dict.fromkeys([*compared(scoring, self.columns), *paths]))
         search = self._table.search(vector.numpy(), vector_column_name=scoring).distance_type("cosine")
-        search = search.limit(top_k).refine_factor(REFINED).select([*self._fields, *names])
+        search = search.limit(top_k).refine_factor(REFINED).select([*self._fields, *names, "_distance"])
         if where is not None:
             search = search.where(where)
         try:

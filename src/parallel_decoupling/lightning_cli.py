@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +26,16 @@ from rich.console import Console
 from rich.table import Table
 
 from parallel_decoupling.data.datamodule import MMEBDataModule
-from parallel_decoupling.evaluation.embedding_writer import EmbeddingWriter
-from parallel_decoupling.evaluation.run import PathPictures, Scoring
+from parallel_decoupling.evaluation.run import EmbeddingWriter, PathPictures, Scoring
 from parallel_decoupling.evaluation.store import Keeper, VectorType
 from parallel_decoupling.model.encoder import absolute_name
-from parallel_decoupling.model.pretrained import read_checkpoint
-from parallel_decoupling.plan import plan_tables
-from parallel_decoupling.training.callbacks import LAST_FILE, console
+from parallel_decoupling.model.pretrained import LAST_CHECKPOINT, read_checkpoint
+from parallel_decoupling.training.callbacks import console
 from parallel_decoupling.training.module import PDFEmbedder
 from parallel_decoupling.training.settings import CONFIGS, is_fixed
 
 log = logging.getLogger(__name__)
-
 FIT_CONFIG = "config.yaml"
-
 SAVE_EVERY = 50
 """Main steps after which ``last.ckpt`` is renewed inside an epoch."""
 
@@ -51,30 +47,30 @@ HARMLESS_WARNINGS = (
     "Couldn't infer the batch indices fetched from your dataloader",
 )
 """Of Lightning: about itself, no validation tasks, resuming in a folder, rows that carry their places."""
+REFUSED = {
+    "gradient_clip_val": (None, "this model clips by itself; use model.optimizer.clip_norm instead."),
+    "accumulate_grad_batches": (
+        1,
+        "in-batch negatives do not add up over batches. Set a larger data.batch_size with "
+        "model.query_chunk_size and model.candidate_chunk_size (GradCache) instead.",
+    ),
+}
+"""Options of the Trainer with the only value that they may have."""
 
 
 def run(args: Sequence[str]) -> None:
-    """Run ``fit``, ``validate``, ``test`` or ``predict``; ``plan`` takes the options of ``fit``.
-
-    Raises:
-        ValueError: options that cannot work, Lightning's own among them.
-    """
+    """Run ``fit``, ``validate``, ``test`` or ``predict``; ``plan`` takes the options of ``fit``."""
     for message in HARMLESS_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     try:
-        if args[0] == "plan":
-            PlanCLI(["fit", *args[1:]])
-        else:
-            RunCLI(list(args))
+        PlanCLI(["fit", *args[1:]]) if args[0] == "plan" else RunCLI(list(args))
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
 
 
 class _Parser(LightningArgumentParser):
-    """Does not list all options before an error; ``--help`` does."""
-
     def print_usage(self, *args: Any, **options: Any) -> None:
-        """Print nothing: a tip and the error follow."""
+        """Do not list all options before an error; ``--help`` does."""
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -88,21 +84,22 @@ class _SaveConfig(SaveConfigCallback):
 
 
 class RunCLI(LightningCLI):
-    """LightningCLI with this package's model and data, and everything of a run in one folder.
+    """LightningCLI with this package's model and data; ``trainer.default_root_dir`` holds all of a run.
 
-    Without a logger of your own, ``trainer.default_root_dir`` is that folder: TensorBoard's files,
-    ``config.yaml``, ``checkpoints/last.ckpt``, ``scores.json``. ``config.yaml`` is that of ``fit`` and can be
-    given to ``fit`` again; the other subcommands write theirs beside it, as ``test_config.yaml``.
+    ``config.yaml`` is that of ``fit`` and can be given to ``fit`` again; the other subcommands write theirs
+    beside it, as ``test_config.yaml``.
     """
 
     def __init__(self, args: list[str]) -> None:
         self.typed: Any = None
+        self.wanted = args[0]
+        file = FIT_CONFIG if args[0] == "fit" else f"{args[0]}_config.yaml"
         super().__init__(
             PDFEmbedder,
             MMEBDataModule,
             parser_class=_Parser,
             save_config_callback=_SaveConfig,
-            save_config_kwargs={"overwrite": True, "config_filename": _config_file(args[0])},
+            save_config_kwargs={"overwrite": True, "config_filename": file},
             trainer_defaults={"use_distributed_sampler": False, "default_root_dir": "runs/default"},
             seed_everything_default=0,
             auto_configure_optimizers=False,
@@ -111,6 +108,10 @@ class RunCLI(LightningCLI):
             args=args,
         )
 
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Return the subcommand that was typed alone, as each takes a second to build."""
+        return {self.wanted: LightningCLI.subcommands()[self.wanted]}
+
     def _prepare_subcommand_parser(
         self, klass: type, subcommand: str, **kwargs: Any
     ) -> LightningArgumentParser:
@@ -118,23 +119,14 @@ class RunCLI(LightningCLI):
         if subcommand in ("validate", "test"):
             parser.set_defaults({"verbose": False})  # the score table says it better
         if subcommand == "test":
-            parser.add_argument(
-                "--embeddings_dir",
-                type=str | None,
-                default=None,
-                help="Keep the embeddings in this folder, so that a stopped test resumes.",
-            )
+            about = "Keep the embeddings in this folder, so that a stopped test resumes."
+            parser.add_argument("--embeddings_dir", type=str | None, help=about)
         if subcommand == "predict":
             parser.set_defaults({"return_predictions": False})
-            parser.add_argument(
-                "--output_dir",
-                type=str | None,
-                default=None,
-                help="Folder of the embeddings; null is `embeddings` in trainer.default_root_dir.",
-            )
-            parser.add_argument(
-                "--output_dtype", type=VectorType, default="float32", help="Type of the stored numbers."
-            )
+            about = "Folder of the embeddings; null is `embeddings` in trainer.default_root_dir."
+            parser.add_argument("--output_dir", type=str | None, help=about)
+            about = "Type of the stored numbers."
+            parser.add_argument("--output_dtype", type=VectorType, default="float32", help=about)
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -143,23 +135,27 @@ class RunCLI(LightningCLI):
         self.typed = parser.parse_args(args, defaults=False)
 
     def instantiate_classes(self) -> None:
-        """Refuse what cannot work, then build."""
+        """Refuse what cannot work and what would overwrite a run, then build."""
         config = self.config[self.config.subcommand]
-        _check(config)
+        for name, (only, message) in REFUSED.items():
+            if config.trainer[name] not in (only, 0):
+                raise ValueError(f"trainer.{name}: {message}")
         if self.config.subcommand == "fit" and not config.ckpt_path and not config.trainer.fast_dev_run:
-            _check_nothing_is_overwritten(config.trainer)
+            folder = _checkpoint_dir(config.trainer)
+            if folder is not None and (file := folder / LAST_CHECKPOINT.name).exists():
+                raise ValueError(
+                    f"{file} is there already, and this fit would overwrite it. Resume it with --ckpt_path "
+                    "last, choose another --trainer.default_root_dir, or remove the folder."
+                )
         super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Hand model and data to each other and to the callbacks; add TensorBoard and ``last.ckpt``.
 
-        The user's own logger and checkpoint callbacks replace the defaults. A store of embeddings is not a
-        run: nothing is logged, and the configuration goes where the embeddings go.
+        The user's own logger and checkpoint callbacks replace the defaults; ``predict`` logs nothing.
         """
         config = self._get(self.config_init, "trainer")
-        callbacks = config.get("callbacks") or []
-        callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
-        keeper = self._keeper()
+        callbacks, keeper = list(_as_list(config.get("callbacks"))), self._keeper()
         self.datamodule.connect(self.model, keeper)
         callbacks += [Scoring(self.datamodule, keeper), PathPictures()]
         if self.config.subcommand == "predict":
@@ -173,6 +169,7 @@ class RunCLI(LightningCLI):
         wants_files = config.get("enable_checkpointing") is not False and not config.get("fast_dev_run")
         if wants_files and not any(isinstance(callback, Checkpoint) for callback in callbacks):
             options: dict[str, Any] = {"enable_version_counter": False, "auto_insert_metric_name": False}
+            options["dirpath"] = Path(config["default_root_dir"]) / LAST_CHECKPOINT.parent
             options["save_on_train_epoch_end"] = True  # else validations take the place of a run's end
             callbacks.append(ModelCheckpoint(filename="step={step}", save_last=True, **options))
             callbacks.append(ModelCheckpoint(filename="last", every_n_train_steps=SAVE_EVERY, **options))
@@ -180,57 +177,40 @@ class RunCLI(LightningCLI):
 
     def _keeper(self) -> Keeper | None:
         """Open the folder of embeddings of ``predict``, or the one that ``test`` was given."""
+        config = self.config_init[self.config.subcommand]
         if self.config.subcommand == "predict":
-            root_dir = self._get(self.config_init, "trainer")["default_root_dir"]
-            output_dir = Path(self._get(self.config_init, "output_dir") or Path(root_dir, "embeddings"))
-            file = self._get(self.config_init, "ckpt_path")
-            model = None if file is None else os.path.abspath(file)
-            dtype = self._get(self.config_init, "output_dtype")
-            return Keeper(output_dir, lambda: {**self.model.about(), "model": model}, dtype=dtype)
-        folder = self._get(self.config_init, "embeddings_dir") if self.config.subcommand == "test" else None
+            folder = config.output_dir or Path(config.trainer.default_root_dir, "embeddings")
+            model = None if config.ckpt_path is None else os.path.abspath(config.ckpt_path)
+            about = {"model": model}
+            return Keeper(folder, lambda: self.model.about() | about, dtype=config.output_dtype)
+        folder = config.get("embeddings_dir")
         return None if folder is None else Keeper(folder, self.model.about, replace=True)
 
     def before_predict(self) -> None:
         """Warn of a model that nothing has trained."""
         if self._get(self.config_init, "ckpt_path") is None:
-            log.warning(
-                "predict without --ckpt_path: the embeddings are those of the model before any training"
-            )
-
-    def predict(self, model: PDFEmbedder, datamodule: MMEBDataModule, **options: Any) -> None:
-        """Predict over ``data.predict_source``, or else over the evaluation tasks."""
-        self.trainer.predict(model, datamodule=datamodule, **options)
+            log.warning("predict without --ckpt_path: the embeddings are of the model before any training")
 
     def _parse_ckpt_path(self) -> None:
         """Find the checkpoint, take over its settings that were not typed, and show those that differ."""
         config = self.config[self.config.subcommand]
         file = self._checkpoint_file(config)
-        config["ckpt_path"] = None if file is None else str(file)
+        config["ckpt_path"] = file and str(file)
         if file is None:
             return
-        try:
-            content = read_checkpoint(file)
-        except ValueError as error:
-            raise ValueError(f"--ckpt_path {error}") from error
-        differences = []
-        for part, stored in (
-            ("model", content.get("hyper_parameters", {})),
-            ("data", content.get("data", {})),
-        ):
-            differences += self._merge(part, stored)
-        if differences:
-            _show(differences, file)
+        content = read_checkpoint(file)
+        stored = {"model": content["hyper_parameters"], "data": content["data"]}
+        rows = [row for part, values in stored.items() for row in self._merge(part, values)]
+        if rows:
+            _show(rows, f"Settings that differ from {file}")
 
-    def _merge(self, part: str, stored: Mapping[str, Any]) -> list[tuple[str, Any, Any, str]]:
-        """Settings of one part; returns (name, yours, the checkpoint's, which is used) where they differ."""
+    def _merge(self, part: str, stored: Mapping[str, Any]) -> Iterator[Sequence[str]]:
+        """Merge the settings of one part; yield name, yours, the checkpoint's, and whose is used."""
         subcommand = self.config.subcommand
         config = self.config[subcommand][part]
         typed = dict((self.typed.get(subcommand, {}).get(part) or {}).items())
-        differences = []
         for name, value in _leaves(stored):
-            if not any(
-                name == key or key.startswith(f"{name}.") or name.startswith(f"{key}.") for key in typed
-            ):
+            if not any(f"{name}.".startswith(f"{key}.") or key.startswith(f"{name}.") for key in typed):
                 config[name] = value
                 continue
             yours = config[name]
@@ -239,39 +219,27 @@ class RunCLI(LightningCLI):
             fixed = part == "model" and subcommand != "fit" and is_fixed(name)
             if fixed:
                 config[name] = value
-            differences.append((f"{part}.{name}", yours, value, "the checkpoint's" if fixed else "yours"))
-        return differences
+            used = "the checkpoint's" if fixed else "yours"
+            yield f"{part}.{name}", repr(yours), repr(value), used
 
     def _checkpoint_file(self, config: Any) -> Path | None:
-        """Resolve ``ckpt_path``; ``last`` is the run's own, and a fit without one starts from the beginning.
-
-        Raises:
-            ValueError: if there is no such file.
-        """
+        """Resolve ``ckpt_path``; ``last`` is the run's own, and a fit without one starts anew."""
         wanted = config.get("ckpt_path")
         if not wanted:
             return None
         folder = _checkpoint_dir(config["trainer"]) if wanted == "last" else Path()
         if folder is None:
-            raise ValueError(
-                "--ckpt_path last: this logger numbers its runs, so give the checkpoint file instead."
-            )
-        file = folder / LAST_FILE if wanted == "last" else Path(wanted)
+            raise ValueError("--ckpt_path last: this logger numbers its runs, so give the file instead.")
+        file = folder / LAST_CHECKPOINT.name if wanted == "last" else Path(wanted)
         if file.is_file():
             return file
         if wanted == "last" and self.config.subcommand == "fit":
-            rank_zero_info(
-                f"--ckpt_path last: {file} is not there yet, so this run starts from the beginning."
-            )
+            rank_zero_info(f"--ckpt_path last: {file} is not there yet, so this run starts anew.")
             return None
         raise ValueError(
             f"--ckpt_path {wanted}: there is no checkpoint file {file}. Give a file, "
             "or 'last' together with the trainer.default_root_dir of the run."
         )
-
-
-def _config_file(subcommand: str) -> str:
-    return FIT_CONFIG if subcommand == "fit" else f"{subcommand}_config.yaml"
 
 
 class PlanCLI(RunCLI):
@@ -290,62 +258,31 @@ class PlanCLI(RunCLI):
         """Build nothing."""
 
     def _run_subcommand(self, subcommand: str) -> None:
+        from parallel_decoupling.plan import plan_tables
+
         config = self.config[subcommand].as_dict()
-        parts = (config["model"], config["data"], config["trainer"])
-        console().print(*plan_tables(*parts, gpu_memory_gib=config["gpu_memory_gib"]), sep="\n")
+        parts = [config[name] for name in ("model", "data", "trainer", "gpu_memory_gib")]
+        console().print(*plan_tables(*parts), sep="\n")
 
 
-def _check(config: Any) -> None:
-    """Refuse values of the Trainer that Lightning would stop at with a traceback.
-
-    Raises:
-        ValueError: the first one found.
-    """
-    trainer = config.trainer
-    if trainer.gradient_clip_val:
-        raise ValueError(
-            "trainer.gradient_clip_val: this model clips by itself; use model.optimizer.clip_norm instead."
-        )
-    if trainer.accumulate_grad_batches != 1:
-        raise ValueError(
-            "trainer.accumulate_grad_batches: in-batch negatives do not add up over batches. Set a larger "
-            "data.batch_size with model.query_chunk_size and model.candidate_chunk_size (GradCache) instead."
-        )
-
-
-def _check_nothing_is_overwritten(trainer: Any) -> None:
-    folder = _checkpoint_dir(trainer)
-    if folder is not None and (folder / LAST_FILE).exists():
-        raise ValueError(
-            f"{folder / LAST_FILE} is there already, and this fit would overwrite it. Resume it with "
-            "--ckpt_path last, choose another --trainer.default_root_dir, or remove the folder."
-        )
+def _as_list(value: Any) -> Iterable[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _checkpoint_dir(trainer: Any) -> Path | None:
-    """Where this configuration's run keeps its checkpoints; ``None`` if its logger numbers runs."""
-    callbacks = trainer.get("callbacks") or []
-    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
-        dirpath = (callback.get("init_args") or {}).get("dirpath")
-        if callback["class_path"].endswith(".ModelCheckpoint") and dirpath:
-            return Path(dirpath)
-    logger = trainer.get("logger")
-    if logger in (None, True, False):
-        return Path(trainer["default_root_dir"]) / "checkpoints"
-    arguments = (logger[0] if isinstance(logger, list) else logger).get("init_args") or {}
-    places = [arguments.get(name) for name in ("save_dir", "name", "version")]
-    parts = [place for place in places if isinstance(place, str)]
-    return Path(*parts) / "checkpoints" if len(parts) == len(places) else None
-
-
-_NESTED = [name for name in CONFIGS if name != "family"]
-"""Settings whose options are compared one by one; a family is compared whole."""
+    """Return the folder of this configuration's checkpoints; None if its own logger numbers runs."""
+    for callback in _as_list(trainer.get("callbacks")):
+        if callback["class_path"].endswith(".ModelCheckpoint"):
+            dirpath = (callback.get("init_args") or {}).get("dirpath")
+            if dirpath or trainer.get("logger") not in (None, True, False):
+                return dirpath and Path(dirpath)
+    return Path(trainer["default_root_dir"]) / LAST_CHECKPOINT.parent
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Settings by dotted name."""
+    """Yield settings by dotted name; a family is compared whole."""
     for name, value in values.items():
-        if isinstance(value, Mapping) and value and prefix + name in _NESTED:
+        if isinstance(value, Mapping) and value and name in CONFIGS and name != "family":
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
@@ -358,8 +295,8 @@ def _comparable(name: str, value: Any) -> Any:
 
 
 @rank_zero_only
-def _show(differences: Sequence[tuple[str, Any, Any, str]], file: Path) -> None:
-    table = Table("setting", "yours", "checkpoint's", "used", title=f"Settings that differ from {file}")
-    for name, yours, stored, used in differences:
-        table.add_row(name, repr(yours), repr(stored), used)
+def _show(rows: Iterable[Sequence[str]], title: str) -> None:
+    table = Table("setting", "yours", "checkpoint's", "used", title=title)
+    for row in rows:
+        table.add_row(*row)
     Console(file=sys.stderr).print(table)

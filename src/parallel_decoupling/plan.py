@@ -19,13 +19,12 @@ from torch import nn
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.images import ImagePolicy
-from parallel_decoupling.model.backbone import Backbone, meta_backbone
+from parallel_decoupling.model.backbone import Backbone, load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.model.open_clip import is_open_clip
-from parallel_decoupling.objective.mutual_information import MutualInformation
+from parallel_decoupling.objective.vclub import MutualInformation
 from parallel_decoupling.training import compute
-from parallel_decoupling.training.settings import check_trained_dtype, read_settings
-from parallel_decoupling.training.strategies import sharded_blocks
+from parallel_decoupling.training.settings import check_trained_dtype, group, read_settings
 
 TEXT_TOKENS, NATURAL_IMAGE = 64, (640, 480)
 """Assumed tokens of text per input, and width and height of an image before the image policy (ours)."""
@@ -41,12 +40,10 @@ FP32, NF4, GIB = 4, 0.5 + 1 / 64 + 4 / (64 * 256), 2**30
 def plan_tables(
     model: dict[str, Any], data: dict[str, Any], trainer: dict[str, Any], gpu_memory_gib: float = 80.0
 ) -> list[Table]:
-    """Return tables of batch, parameters, memory of one GPU, and work.
-
-    They follow from all arguments of ``PDFEmbedder``, of ``MMEBDataModule`` and of the Trainer.
-    """
+    """Return tables for all arguments of ``PDFEmbedder``, of ``MMEBDataModule`` and of the Trainer."""
     plan = Plan(model, data, trainer)
-    needed, hours = sum(plan.memory.values()) / GIB, plan.steps * plan.seconds / 3600
+    seconds = plan.flops / (plan.processes * PEAK_FLOPS * UTILISATION)
+    needed, hours = sum(plan.memory.values()) / GIB, plan.steps * seconds / 3600
     fits = "fits" if needed <= USABLE * gpu_memory_gib else "does not fit"
     shares = f"{QUERY_IMAGES:.0%} of queries and {CANDIDATE_IMAGES:.0%} of candidates"
     contents: dict[str, Sequence[tuple[str, str]]] = {
@@ -68,15 +65,14 @@ def plan_tables(
             ("assumed tokens", f"{TEXT_TOKENS} of text, {plan.image.tokens} of an image in {shares}"),
             ("token passes per step", f"{plan.token_passes:,.0f}"),
             ("floating-point operations per step", f"{plan.flops:.3g}"),
-            ("seconds per step", f"{plan.seconds:,.1f} on H100s at {UTILISATION:.0%} of their peak"),
+            ("seconds per step", f"{seconds:,.1f} on H100s at {UTILISATION:.0%} of their peak"),
             ("run", f"{plan.steps:,} steps, {hours:.1f} hours, {hours * plan.processes:.0f} GPU-hours"),
         ],
     }
-    tables = []
-    for title, rows in contents.items():
-        tables.append(Table("quantity", "value", title=title))
+    tables = [Table("quantity", "value", title=title) for title in contents]
+    for table, rows in zip(tables, contents.values(), strict=True):
         for row in rows:
-            tables[-1].add_row(*row)
+            table.add_row(*row)
     return tables
 
 
@@ -89,16 +85,14 @@ def read_layout(trainer: Mapping[str, Any]) -> tuple[int, str]:
         devices = len(devices if isinstance(devices, list) else devices.split(","))
     processes = int(devices) * int(trainer["num_nodes"])
     name = strategy if isinstance(strategy, str) else strategy["class_path"].rsplit(".", 1)[-1].lower()
-    if name == "auto":
-        name = "ddp" if processes > 1 else "single"
-    for known in ("single", "ddp", "fsdp2"):
-        if name.startswith(known):
-            return processes, known
+    name = ("ddp" if processes > 1 else "single") if name == "auto" else name
+    if known := [each for each in ("single", "ddp", "fsdp2") if name.startswith(each)]:
+        return processes, known[0]
     raise ValueError(f"trainer.strategy={name} cannot be planned: use auto, ddp or fsdp2.")
 
 
 class ImageCost(NamedTuple):
-    """One image: tokens of the language model, patches in rows of ``context``, bytes of pixels."""
+    """Tokens of one image, patches in rows of ``context``, and bytes of pixels."""
 
     tokens: int
     patches: int
@@ -116,15 +110,16 @@ def image_cost(backbone: Backbone, images: ImagePolicy) -> ImageCost:
     patch, whole = (side[0] if isinstance(side, list | tuple) else side for side in sides)
     patches = pixels.numel() // (3 * patch**2 * getattr(vision, "temporal_patch_size", 1))
     context = patches if whole is None else min(patches, (whole // patch) ** 2)
-    tokens = int((inputs.tokens["input_ids"] == token).sum())
-    return ImageCost(tokens, patches, context, pixels.numel() * FP32)
+    return ImageCost(
+        int((inputs.tokens["input_ids"] == token).sum()), patches, context, pixels.numel() * FP32
+    )
 
 
 def saved_bytes(layers: nn.Module, element: int) -> int:
-    """Return what the backward pass of transformer layers needs, in bytes per token.
+    """Return the bytes per token that the backward pass of transformer layers needs.
 
-    That is the input and the output of every linear layer, once more the input of a trained or adapted one
-    (it is cast), and in fp32 the input of every norm.
+    Those are input and output of every linear layer, the input again of a trained or adapted one (it is
+    cast), and in fp32 the input of every norm.
     """
     linear = {name: m for name, m in layers.named_modules() if isinstance(m, nn.Linear)}
     own = [m.in_features + m.out_features for name, m in linear.items() if "lora_" not in name]
@@ -134,7 +129,7 @@ def saved_bytes(layers: nn.Module, element: int) -> int:
 
 
 class Plan:
-    """What one run needs; for arguments and errors see ``plan_tables``."""
+    """What one run needs."""
 
     def __init__(self, model: Mapping[str, Any], data: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
         if is_open_clip(model["backbone"]):
@@ -147,10 +142,11 @@ class Plan:
         if self.queries % self.processes:
             raise ValueError(f"batch_size={self.queries} must be a multiple of {self.processes} processes.")
         options = {name: self.model[name] for name in ("dtype", "adapter", "initial_adapter", "family")}
-        self.backbone = meta_backbone(model["backbone"], revision=model["backbone_revision"], **options)
-        names = ("num_paths", "prefix_length", "prefix_layers", "prefix_type", "aggregation")
-        options = {name: self.model[name] for name in names}
-        self.encoder = ParallelEncoder(self.backbone, prefix_init="random", **options)
+        self.backbone = load_backbone(
+            model["backbone"], revision=model["backbone_revision"], **options, meta=True
+        )
+        options = {**group("paths", self.model), "prefix_init": "random"}
+        self.encoder = ParallelEncoder(self.backbone, **options)
         self.full: bool = self.backbone.adapter.kind == "full"
         self.element = 2 if "mixed" in str(trainer["precision"]) else self.backbone.dtype.itemsize
         self.layers = self.backbone.layers
@@ -173,11 +169,11 @@ class Plan:
     @cached_property
     def groups(self) -> dict[str, tuple[int, float, bool]]:
         """Return by part how many parameters it has, their bytes on one GPU, and whether they train."""
-        mi, base = self.model["mi"], self.backbone.base
         language = set(self.backbone.language_model.parameters())
-        linear = {m.weight for m in base.modules() if isinstance(m, nn.Linear)}
+        linear = {m.weight for m in self.backbone.base.modules() if isinstance(m, nn.Linear)}
+        sizes = {"num_paths": self.encoder.num_paths, "embed_dim": self.encoder.embed_dim}
         with torch.device("meta"):
-            sizes = {"num_paths": self.encoder.num_paths, "embed_dim": self.encoder.embed_dim}
+            mi = self.model["mi"]
             estimator = MutualInformation(mi.kind, hidden_size=mi.hidden_size, **sizes)
         named = [*self.encoder.named_parameters(), *(("estimator", p) for p in estimator.parameters())]
         if self.model["learn_temperature"]:
@@ -197,11 +193,11 @@ class Plan:
             groups[part] = count + parameter.numel(), num_bytes + size * parameter.numel(), trains
         return groups
 
-    @cached_property
+    @property
     def memory(self) -> dict[str, float]:
         """Return the bytes on one GPU by part."""
         gradients = sum(size for _, size, trains in self.groups.values() if trains)
-        block = sum(p.numel() * p.itemsize for p in sharded_blocks(self.backbone)[0].parameters())
+        block = sum(p.numel() * p.itemsize for p in self.layers[0].parameters())
         whole = sum(rows for rows, _, chunk in self.sides if chunk is None)
         rows = max(whole, *(min(rows, chunk or 0) for rows, _, chunk in self.sides))
         pairs, dim = math.comb(self.encoder.num_paths, 2), self.encoder.embed_dim
@@ -227,7 +223,7 @@ class Plan:
         tokens = (TEXT_TOKENS + self.image.tokens) * self.paths
         return tokens * kept + self.image.patches * tower * self.tower_trains
 
-    @cached_property
+    @property
     def flops(self) -> float:
         """Return the floating-point operations of one step of all processes."""
         vision, width = self.backbone.config.vision_config, self.backbone.num_layers * self.encoder.embed_dim
@@ -243,8 +239,3 @@ class Plan:
             options, tokens = both if self.tower_trains else once, images * self.image.patches
             total += compute.layer_flops(self.tower, tower_width, tokens, self.image.context, **options)
         return total * self.processes
-
-    @property
-    def seconds(self) -> float:
-        """Return the time of one step on H100s at the assumed utilisation."""
-        return self.flops / (self.processes * PEAK_FLOPS * UTILISATION)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -59,7 +60,7 @@ class Index(Protocol):
     def search(
         self, queries: Mapping[str, Tensor], top_k: int, scoring: str, where: str | None = None
     ) -> list[list[Hit]]:
-        """Find the best items of every query; see ``Searcher.search``.
+        """Find at most ``top_k`` items for every query, best first.
 
         Args:
             queries: by column, ``[Q, D]``: those that the scoring compares, and perhaps further paths.
@@ -73,24 +74,24 @@ class ExactIndex:
     """Compares queries with every item of a store, one row group at a time.
 
     Args:
-        store: what ``predict`` wrote.
-        memory_budget: bytes that decoded vectors may take. Vectors that fit stay in memory, others are read
-            again for every search.
-
-    Raises:
-        ValueError: one row group of all paths does not fit into the budget.
+        store: what ``predict`` wrote, or its folder.
+        memory_budget: bytes that decoded vectors may take, at least those of one row group of all paths.
+            Vectors that fit stay in memory, others are read again for every search.
 
     Relations:
         The hits do not depend on the budget.
     """
 
-    def __init__(self, store: Store, memory_budget: int = MEMORY_BUDGET) -> None:
+    def __init__(self, store: Store | str | Path, memory_budget: int = MEMORY_BUDGET) -> None:
+        store = store if isinstance(store, Store) else Store(store)
         self.store, self.columns = store, store.columns
         self.metadata: Mapping[str, Any] = store.metadata
         several = (MEAN, CONCAT, MAXSIM) if len(path_columns(self.columns)) > 1 else ()
         self.scorings = (*self.columns, *several)
         self._ends = list(accumulate(store.batch_sizes))
-        working = max(self._working_bytes(compared(scoring, self.columns)) for scoring in self.scorings)
+        dims = [[store.dim(name) for name in compared(each, self.columns)] for each in self.scorings]
+        working = max(4 * sum(each) + DECODING_BYTES * max(each) for each in dims)
+        working *= max(store.batch_sizes, default=0)  # while the last column of a row group is read
         if memory_budget < working:
             raise ValueError(
                 f"a memory_budget of {memory_budget:,} bytes is too small: reading one row group of "
@@ -108,8 +109,8 @@ class ExactIndex:
         """Find the best items of every query; see ``Index``. Of equal scores the earlier row comes first."""
         if where is not None:
             raise ValueError(
-                f"where={where!r}: exact search does not take conditions; make a LanceDB index of the folder "
-                "(lightning index EMBEDDINGS INDEX_DIR) and search that"
+                f"where={where!r}: exact search does not take conditions; make a LanceDB index of "
+                f"{self.store.folder} (lightning index) and search that"
             )
         query = query_vectors(queries, top_k, scoring, self)
         best_QK, rows_QK = torch.empty(len(query), 0), torch.empty(len(query), 0, dtype=torch.long)
@@ -125,11 +126,9 @@ class ExactIndex:
 
     def _scores(self, batch: int, query: Tensor, scoring: str) -> Tensor:
         columns = {name: self._vectors(batch, name) for name in compared(scoring, self.columns)}
-        starts = range(0, self.store.batch_sizes[batch], ROWS_AT_ONCE)
-        parts = [
-            {name: each[start : start + ROWS_AT_ONCE] for name, each in columns.items()} for start in starts
-        ]
-        return torch.cat([similarities(query, scored_vectors(part, scoring)) for part in parts], dim=1)
+        parts = zip(*(torch.split(column, ROWS_AT_ONCE) for column in columns.values()), strict=True)
+        named = (dict(zip(columns, part, strict=True)) for part in parts)
+        return torch.cat([similarities(query, scored_vectors(part, scoring)) for part in named], dim=1)
 
     def _hits(self, query: Mapping[str, Tensor], rows_K: Tensor, scores_K: Tensor) -> list[Hit]:
         vectors = {name: torch.empty(len(rows_K), len(query_D)) for name, query_D in query.items()}
@@ -156,17 +155,11 @@ class ExactIndex:
             self._cache[batch, name] = vectors
         return vectors
 
-    def _working_bytes(self, names: Sequence[str]) -> int:
-        """Return what a row group of some columns takes while its last column is read."""
-        dims = [self.store.dim(name) for name in names]
-        return max(self.store.batch_sizes, default=0) * (4 * sum(dims) + DECODING_BYTES * max(dims))
-
 
 class Searcher:
-    """Searches an index with texts, images or both.
+    """Searches an index with texts, images or both, with the weights that embedded its items.
 
-    The items must have been embedded with the weights of the model. A model that was exported with some of
-    the paths, in any order, searches by those.
+    A model that was exported with some of the paths, in any order, searches by those.
 
     Args:
         embedder: an ``Embedder``.
@@ -176,7 +169,7 @@ class Searcher:
         scorings: what may be scored by: what the index has and the model can embed.
 
     Raises:
-        ValueError: the model has other weights than the one that embedded the items, or lacks their paths.
+        ValueError: the model has other weights, or lacks the paths of the items.
     """
 
     def __init__(self, embedder: Any, index: Index) -> None:
@@ -193,9 +186,8 @@ class Searcher:
         if not self.scorings:
             raise ValueError(
                 "the model has other weights than the one that embedded the items "
-                f"({index.metadata.get('model') or 'no checkpoint'}): it was trained further, is another "
-                "model, was exported with merged adapters, or lacks their paths. Give that model, or embed "
-                "the items with this one (lightning predict)"
+                f"({index.metadata.get('model')}): it was trained further, is another model, was exported "
+                "with merged adapters, or lacks their paths. Give that model, or run predict with this one"
             )
 
     def search(
@@ -207,7 +199,7 @@ class Searcher:
         where: str | None = None,
         instruction: str | None = None,
     ) -> list[list[Hit]]:
-        """Find the best items of every query.
+        """Find at most ``top_k`` hits for every query, best first.
 
         Args:
             inputs: a list of what ``Embedder.encode`` takes: texts, PIL images, image files, dictionaries.
@@ -217,12 +209,6 @@ class Searcher:
                 item's best path.
             where: condition on source fields in SQL, for a LanceDB index.
             instruction: put before every text; None is the model's own for queries.
-
-        Returns:
-            For every query at most ``top_k`` hits, best first.
-
-        Raises:
-            ValueError: an argument cannot be used with this model and index.
         """
         if scoring not in self.scorings:
             raise ValueError(f"scoring is {scoring!r}; this model and index have {', '.join(self.scorings)}")
@@ -271,10 +257,7 @@ def query_vectors(queries: Mapping[str, Tensor], top_k: int, scoring: str, index
 
 
 def make_hits(
-    query: Mapping[str, Tensor],
-    vectors: Mapping[str, Tensor],
-    scores_K: Tensor,
-    rows: Sequence[dict[str, Any]],
+    query: Mapping[str, Tensor], vectors: Mapping[str, Tensor], scores_K: Tensor, rows: list[dict[str, Any]]
 ) -> list[Hit]:
     """Make the hits of one query from its paths ``[D]``, those of items ``[K, D]``, scores and rows."""
     cosines = {name: F.cosine_similarity(query[name], vectors[name], dim=-1).tolist() for name in query}

@@ -1,10 +1,10 @@
-"""An ``Embedder`` as a ``SentenceTransformer``: its evaluators, prompts, quantization, and ``mteb``."""
+"""An ``Embedder`` as a ``SentenceTransformer`` (its evaluators, prompts, quantization), and for ``mteb``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ try:
     from sentence_transformers.base.modules import InputModule
 except ImportError as error:
     raise ImportError("pip install 'parallel-decoupling[sentence-transformers]' (version 6)") from error
+if TYPE_CHECKING:
+    from mteb.models import SentenceTransformerEncoderWrapper
 
 Output = int | str
 """A path's number, or ``"aggregate"``."""
@@ -31,9 +33,6 @@ class PathEmbedding(InputModule):
     Args:
         embedder: the model.
         paths: what ``encode`` gives: a path's number, or ``aggregate``.
-
-    Raises:
-        ValueError: there is no such path.
 
     Relations:
         Embeddings equal ``embedder.encode(inputs, instruction=prompt, paths=paths)``.
@@ -50,13 +49,7 @@ class PathEmbedding(InputModule):
         self.collator, self.tokenizer = embedder.collator, embedder.encoder.processor.tokenizer
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **options: Any) -> dict[str, Any]:
-        """Tokenise texts, images and dictionaries of both.
-
-        Args:
-            inputs: see ``Embedder.encode``.
-            prompt: put before every text, with a space between.
-            options: of ``encode``; no other is used here.
-        """
+        """Tokenise what ``Embedder.encode`` takes, with ``prompt`` and a space before every text."""
         rows = to_raw_inputs(list(inputs), (prompt or "").strip() or None)
         return {"encoder_inputs": self.collator.encode_inputs(rows)}
 
@@ -81,35 +74,23 @@ class PathEmbedding(InputModule):
         self.embedder.save_pretrained(output_path, [self.paths] if isinstance(self.paths, int) else None)
 
     @classmethod
-    def load(
-        cls,
-        model_name_or_path: str,
-        subfolder: str = "",
-        token: bool | str | None = None,
-        cache_folder: str | None = None,
-        revision: str | None = None,
-        local_files_only: bool = False,
-        init_defaults: dict[str, Any] | None = None,
-        **options: Any,
+    def load(  # type: ignore[override]
+        cls, model_name_or_path: str, subfolder: str = "", **options: Any
     ) -> PathEmbedding:
-        """Load an exported folder, local or from the hub; sentence-transformers calls this.
-
-        Of a folder with one path it gives that path, which its aggregate equals up to rounding.
-        """
-        folder = cls.load_dir_path(
-            model_name_or_path, subfolder, token, cache_folder, revision, local_files_only
-        )
+        """Load an exported folder, local or from the hub; of one path it gives that path."""
+        names = ("token", "cache_folder", "revision", "local_files_only")
+        of_hub = {name: options[name] for name in names if name in options}
+        folder = cls.load_dir_path(model_name_or_path, subfolder, **of_hub)
         if folder is None:
             raise ValueError(f"no folder {model_name_or_path!r}")
         embedder = Embedder.from_pretrained(folder)
-        return cls(embedder, 0 if embedder.encoder.num_paths == 1 else "aggregate")
+        return cls(embedder, 0 if embedder.num_paths == 1 else "aggregate")
 
     def _checked(self, paths: Output) -> Output:
         number = isinstance(paths, int) and 0 <= paths < self.encoder.num_paths
         if not number and paths != "aggregate":
-            raise ValueError(
-                f"paths is {paths!r}; use 'aggregate' or a path number, 0 to {self.encoder.num_paths - 1}"
-            )
+            last = self.encoder.num_paths - 1
+            raise ValueError(f"paths is {paths!r}; use 'aggregate' or a path number, 0 to {last}")
         return paths
 
 
@@ -132,9 +113,6 @@ def as_sentence_transformer(
         prompts: by name; None is ``query`` and ``document``, the embedder's own instructions.
         truncate_dim: numbers to keep of every embedding.
         device: where it runs.
-
-    Raises:
-        ValueError: there is no such path; what ``Embedder.from_pretrained`` refuses.
     """
     embedder = model if isinstance(model, Embedder) else Embedder.from_pretrained(model)
     own = {"query": embedder.query_instruction, "document": embedder.candidate_instruction}
@@ -146,3 +124,18 @@ def as_sentence_transformer(
         device=str(device),
         local_files_only=True,
     )
+
+
+def mteb_model(
+    model: Embedder | str | Path, paths: Output = "aggregate", *, prompts: Mapping[str, str] | None = None
+) -> SentenceTransformerEncoderWrapper:
+    """Make a model that ``mteb.evaluate`` takes; of a plain ``SentenceTransformer`` it assumes texts only.
+
+    ``prompts`` are by ``query``, ``document`` or the name of a task or of its type; None is the model's own.
+    """
+    from mteb.models import SentenceTransformerEncoderWrapper
+
+    wrapped = SentenceTransformerEncoderWrapper(as_sentence_transformer(model, paths, prompts=prompts))
+    known = {"name": f"parallel-decoupling/{paths}", "revision": "local", "modalities": ["image", "text"]}
+    wrapped.mteb_model_meta = wrapped.mteb_model_meta.model_copy(update=known)
+    return wrapped

@@ -8,18 +8,17 @@ import io
 import math
 import signal
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from starlette.exceptions import HTTPException
 from torch import Tensor
 
@@ -31,9 +30,6 @@ from parallel_decoupling.evaluation.encode import encode
 from parallel_decoupling.evaluation.user_inputs import to_raw_inputs
 from parallel_decoupling.model.open_clip import OpenCLIPProcessor
 
-if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
 Output = int | Literal["aggregate"]
 """What a model name stands for: a path's number, or the aggregate."""
 
@@ -43,14 +39,14 @@ GRACE_SECONDS = 30
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request and all waiting ones together may cost; all at least 1.
+    """What requests may cost.
 
-    Attributes:
-        body_bytes: in a request.
-        inputs: in a request.
-        characters: in an input's text and instruction together.
-        pixels: in an image, width times height, read from its header before decoding.
-        waiting: requests that are being answered or wait; further ones get status 429.
+    Args:
+        body_bytes: most bytes in a request.
+        inputs: most inputs in a request.
+        characters: most characters in an input's text and instruction together.
+        pixels: most pixels in an image.
+        waiting: most requests that are being answered or wait; further ones get status 429.
         batch_size: inputs per forward pass, and requests that are embedded together.
     """
 
@@ -60,6 +56,9 @@ class Limits:
     pixels: int = 16_000_000
     waiting: int = 256
     batch_size: int = 32
+
+
+_LIMITS = Limits()
 
 
 class Input(BaseModel):
@@ -139,12 +138,28 @@ class Server:
         self.models: dict[str, Output] = {"default": path, "aggregate": "aggregate", **paths}
         if path not in [*paths.values(), "aggregate"]:
             raise ValueError(f"there is no path {path}; the model has paths 0 to {embedder.num_paths - 1}")
+        self._num_requests = 0
         self._waiting: dict[asyncio.Future[Result], Task] = {}
         self._model_is_free = asyncio.Lock()
         self._model_thread = ThreadPoolExecutor(1)
 
-    async def answer(self, body: Body) -> dict[str, Any]:
-        """Embed the inputs of a request; returns OpenAI's ``CreateEmbeddingResponse``."""
+    async def answer(self, request: Request) -> dict[str, Any]:
+        """Read a request and embed its inputs; raises ``ValueError`` or ``RequestError`` for a bad one."""
+        if self._num_requests >= self.limits.waiting:
+            raise RequestError(f"{self._num_requests} requests are waiting; try again later", 429, None)
+        self._num_requests += 1
+        try:
+            content = bytearray()
+            async for chunk in request.stream():
+                content += chunk
+                if len(content) > self.limits.body_bytes:
+                    raise RequestError(f"the body has more than {self.limits.body_bytes} bytes", 413, None)
+            return await self.embeddings(await asyncio.to_thread(Body.model_validate_json, bytes(content)))
+        finally:
+            self._num_requests -= 1
+
+    async def embeddings(self, body: Body) -> dict[str, Any]:
+        """Embed the inputs of a body; returns OpenAI's ``CreateEmbeddingResponse``."""
         task = await asyncio.to_thread(self.check, body)
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._waiting[future] = task
@@ -157,10 +172,10 @@ class Server:
             del self._waiting[future]
         if isinstance(result, ValueError):
             raise result
-        data = [
-            {"object": "embedding", "index": index, "embedding": _numbers(embedding_D, body.encoding_format)}
-            for index, embedding_D in enumerate(result[0])
-        ]
+        vectors: Any = result[0].tolist()
+        if body.encoding_format == "base64":  # of little-endian float32
+            vectors = [base64.b64encode(each).decode("ascii") for each in result[0].numpy().astype("<f4")]
+        data = [{"object": "embedding", "index": n, "embedding": each} for n, each in enumerate(vectors)]
         usage = {"prompt_tokens": result[1], "total_tokens": result[1]}
         return {"object": "list", "data": data, "model": body.model, "usage": usage}
 
@@ -208,50 +223,20 @@ class Server:
         if body.dimensions is None:
             return Task(rows, output, None)
         path_dim = self.embedder.embed_dim
-        whole = self.embedder.encoder.aggregate_dim if output == "aggregate" else path_dim
-        step = whole // path_dim  # paths that are concatenated
-        if not step <= body.dimensions <= whole or body.dimensions % step:
-            steps = "" if step == 1 else f", a multiple of {step}: the aggregate joins {step} paths"
-            message = f"dimensions is {body.dimensions}; use {step} to {whole}{steps}"
+        joined = self.embedder.encoder.aggregate_dim // path_dim if output == "aggregate" else 1
+        if not 0 < body.dimensions <= joined * path_dim or body.dimensions % joined:
+            message = f"dimensions is {body.dimensions}; use a multiple of {joined} up to {joined * path_dim}"
             raise RequestError(message, param="dimensions")
-        return Task(rows, output, body.dimensions // step)
-
-
-class Gate:
-    """Middleware that refuses too large a body (413), and requests beyond those that may wait (429)."""
-
-    def __init__(self, app: ASGIApp, limits: Limits) -> None:
-        self.app, self.limits, self.waiting = app, limits, 0
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Watch the application reading the body."""
-        is_full, num_bytes = self.waiting >= self.limits.waiting, 0
-
-        async def watched() -> Message:
-            nonlocal num_bytes
-            if is_full:
-                raise RequestError(f"{self.waiting} requests are waiting; try again later", 429, None)
-            message = await receive()
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > self.limits.body_bytes:
-                raise RequestError(f"the body has more than {self.limits.body_bytes} bytes", 413, None)
-            return message
-
-        self.waiting += not is_full
-        try:
-            await self.app(scope, watched if scope["type"] == "http" else receive, send)
-        finally:
-            self.waiting -= not is_full
+        return Task(rows, output, body.dimensions // joined)
 
 
 def build_app(server: Server) -> FastAPI:
     """Make the application: ``POST /v1/embeddings``, ``GET /v1/models`` and ``GET /health``."""
-    app = FastAPI(title="parallel-decoupling", docs_url=None, redoc_url=None)
-    app.add_middleware(Gate, limits=server.limits)
+    app = FastAPI(openapi_url=None)
 
     @app.post("/v1/embeddings")
-    async def embeddings(body: Body) -> JSONResponse:
-        return JSONResponse(await server.answer(body))
+    async def embeddings(request: Request) -> JSONResponse:
+        return JSONResponse(await server.answer(request))
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -264,12 +249,11 @@ def build_app(server: Server) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     @app.exception_handler(ValueError)
-    @app.exception_handler(RequestValidationError)
     async def refused(_: Request, error: Exception) -> JSONResponse:
         message, param = getattr(error, "detail", str(error)), getattr(error, "param", None)
-        if isinstance(error, RequestValidationError):
+        if isinstance(error, ValidationError):
             first = error.errors()[0]
-            place = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"][1:]]
+            place = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]]
             message = f"{''.join(place).lstrip('.') or 'body'}: {first['msg']}"
             param = place[0][1:] if place else None
         status = getattr(error, "status_code", 400)
@@ -280,9 +264,20 @@ def build_app(server: Server) -> FastAPI:
     return app
 
 
-def run_server(load: Callable[[], Embedder], path: Output, limits: Limits, host: str, port: int) -> None:
-    """Answer requests until SIGTERM or Ctrl-C, and then those that were accepted."""
-    app = build_app(Server(load(), path, limits))
+def serve(
+    model: str, host: str = "127.0.0.1", port: int = 8000, path: Output = 0, limits: Limits = _LIMITS
+) -> None:
+    """Serve embeddings over HTTP in OpenAI's form until SIGTERM or Ctrl-C; what was accepted is answered.
+
+    Args:
+        model: checkpoint, run or exported folder.
+        host: address to listen on.
+        port: port to listen on.
+        path: what the model name "default" stands for.
+        limits: of requests and batches.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    app = build_app(Server(Embedder.from_pretrained(model).to(device), path, limits))
     options: dict[str, Any] = {"log_level": "warning", "timeout_graceful_shutdown": GRACE_SECONDS}
     server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, **options))
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -316,10 +311,3 @@ def _image(uri: str, where: str, limits: Limits) -> Image.Image:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise RequestError(f"{where}: image cannot be decoded: {error.__cause__ or error}") from error
     return image
-
-
-def _numbers(embedding_D: Tensor, encoding_format: str) -> Any:
-    """Return a list of floats, or base64 of little-endian float32."""
-    if encoding_format == "float":
-        return embedding_D.tolist()
-    return base64.b64encode(embedding_D.numpy().astype("<f4").tobytes()).decode("ascii")

@@ -21,13 +21,6 @@ def test_the_interval_is_the_textbook_one() -> None:
     assert not interval([-1.0, 2.0, 0.5]).excludes_zero
 
 
-@pytest.mark.parametrize("values", [[7.0], [7.0, 7.0]])
-def test_one_and_two_seeds_have_no_interval(values: list[float]) -> None:
-    assert interval(values).mean == 7.0
-    assert math.isinf(interval(values).half_width)
-    assert not interval(values).excludes_zero
-
-
 def test_differences_pair_seeds_and_ignore_those_of_one_side(tmp_path: Path) -> None:
     study = toy_study(tmp_path, cells={"a": None, "b": {"curve": ["0.5x", "1x"]}})
     a, b = study.cells.values()

@@ -6,14 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from studies.results import (
-    append_result,
-    missing_points,
-    newest_results,
-    outdated,
-    read_results,
-    take_over,
-)
+from studies.results import append_result, missing_points, newest_results, outdated, read_results
 from studies.study import Run
 from tests.support.study import made_up_result, toy_study
 
@@ -55,18 +48,6 @@ def test_only_the_newest_lines_of_present_configurations_and_seeds_count(tmp_pat
     assert outdated(study) == ["a"]  # seed 0 of b has a line of the present configuration
     append_result(study.results_file, made_up_result(a, 1, 100, 9.0))
     assert outdated(study) == []
-
-
-def test_the_same_run_of_another_study_is_taken_over_once(tmp_path: Path) -> None:
-    study = toy_study(tmp_path, cells={"a": None, "other": {"overrides": {"model.num_paths": 5}}})
-    elsewhere = Path("docs/studies/elsewhere/results.jsonl")
-    append_result(elsewhere, made_up_result(study.cells["a"], 0, 100, 42.0, study="elsewhere"))
-    for cell in study.cells.values():
-        for _ in range(2):
-            take_over(Run("toy", cell, 0), study.results_file)
-    (line,) = read_results(study.results_file)
-    assert (line["study"], line["cell"], line["copied_from"]) == ("toy", "a", "elsewhere/a")
-    assert line["means"]["overall"]["aggregate"] == 0.42
 
 
 @pytest.mark.parametrize("tail", ['{"study": "to', '{"cell": "a"}', ""])

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-import studies.__main__ as command_line
 from studies import runner
 from studies.results import append_result, read_results
 from studies.study import Run
-from tests.support.study import made_up_result, save_study, toy_study
+from tests.support.study import made_up_result, toy_study
 
 
 @pytest.fixture(autouse=True)
@@ -67,29 +66,6 @@ def test_what_is_finished_is_skipped(started: list[str], tmp_path: Path) -> None
     assert started == ["a_seed1", "b_seed0", "b_seed1"]
     assert runner.run_study(study, "toy") == []
     assert len(started) == 3
-
-
-def test_cells_of_one_configuration_run_once(started: list[str], tmp_path: Path) -> None:
-    study = toy_study(tmp_path, cells={"a": None, "twin": {"overrides": {"model.num_paths": 2}}})
-    assert runner.run_study(study, "toy", jobs=2) == []
-    assert started == ["a_seed0"]
-    assert [line["cell"] for line in read_results(study.results_file)] == ["a", "twin"]
-
-
-def test_the_command_line_runs_lists_and_reports(
-    started: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = save_study(tmp_path, {"cells": {"a": None, "bad": {"steps": 2}}})
-    assert command_line.main([file]) == 1
-    assert (tmp_path / "docs/studies/toy/README.md").is_file()
-    assert command_line.main([file, "--only", "a", "--report"]) == 0
-    assert command_line.main([file, "--list"]) == 0
-    assert "1/1" in capsys.readouterr().out
-    for report in ([], ["--report"]):
-        assert command_line.main([file, "--only", "c", *report]) == 2
-        assert "has no cell ['c']" in capsys.readouterr().err
-    assert command_line.main(["--list"]) == 0
-    assert {"help", "paths", "estimators"} <= set(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("stubborn", [False, True])

@@ -10,24 +10,12 @@ import pytest
 
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.model.backbone import AdapterConfig
-from parallel_decoupling.objective.mutual_information import Kind
+from parallel_decoupling.objective.vclub import Kind
 from parallel_decoupling.training.module import PDFEmbedder
 from parallel_decoupling.training.optimization import MIConfig, OptimizerConfig
 from parallel_decoupling.world.rows import WORLD_TASKS
-from studies.study import PROJECT_DIR, Run, load_study, study_files
+from studies.study import PROJECT_DIR, load_study, study_files
 from tests.support.study import save_study, toy_study
-
-
-def test_overrides_reach_the_configuration_and_leave_the_rest(tmp_path: Path) -> None:
-    study = toy_study(
-        tmp_path,
-        overrides={"data.batch_size": 8},
-        cells={"plain": None, "changed": {"overrides": {"model.mi.kind": "hsic"}}},
-    )
-    plain, changed = study.cells["plain"].config, study.cells["changed"].config
-    assert plain["model"]["mi"]["kind"] == "vclub"
-    assert changed["model"] == {"num_paths": 2, "mi": {"kind": "hsic"}, "seed": 0}
-    assert plain["data"]["batch_size"] == changed["data"]["batch_size"] == 8
 
 
 def test_steps_are_numbers_or_multiples_of_the_base_config(tmp_path: Path) -> None:
@@ -55,16 +43,6 @@ def test_the_hash_tells_configurations_apart_and_not_names(tmp_path: Path) -> No
     hashes = {name: cell.config_hash for name, cell in toy_study(tmp_path, cells=cells).cells.items()}
     assert hashes["one"] == hashes["same"] == hashes["curve"]
     assert len({hashes["one"], hashes["other"], hashes["longer"]}) == 3
-
-
-def test_a_run_has_its_seed_everywhere(tmp_path: Path) -> None:
-    study = toy_study(tmp_path, seeds=[0, 4], cells={"plain": None, "own": {"seeds": [1]}})
-    names = [run.name for run in study.runs()]
-    assert names == ["plain_seed0", "own_seed1", "plain_seed4"]
-    config = Run("toy", study.cells["plain"], 4).config
-    assert (config["seed_everything"], config["model"]["seed"], config["data"]["seed"]) == (4, 4, 4)
-    assert study.cells["plain"].config["model"]["seed"] == 0
-    assert [run.name for run in study.runs(["own"], [7])] == ["own_seed7"]
 
 
 @pytest.mark.parametrize(

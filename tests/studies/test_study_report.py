@@ -9,7 +9,7 @@ from PIL import Image
 
 from studies.results import append_result, newest_results
 from studies.study import Study
-from studies.study_report import write_module_report, write_report
+from studies.study_report import write_report
 from studies.study_tables import cell_table, difference_table
 from tests.support.study import made_up_result, toy_study
 
@@ -72,24 +72,3 @@ def test_the_report_has_pictures_table_conclusion_and_what_is_missing(study: Stu
         with Image.open(study.output_dir / f"{name}.png") as picture:
             assert picture.info["dpi"] == pytest.approx((150, 150), abs=0.1)
     assert (study.output_dir / "table.md").read_text(encoding="utf-8").strip() in readme
-
-
-def test_a_report_says_that_the_configuration_has_changed_since(
-    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("studies.study_report.study_figures", lambda study, results: {})
-    changed = toy_study(
-        tmp_path, curve=["0.5x", "1x"], cells={"a": {"overrides": {"model.num_paths": 3}}, "b": None}
-    )
-    readme = write_report(changed).read_text(encoding="utf-8")
-    assert "**Results of an earlier configuration**, run the study again: a." in readme
-
-
-def test_a_module_s_folder_gets_a_readme_too(tmp_path: Path) -> None:
-    (tmp_path / "table.md").write_text("| a |\n", encoding="utf-8")
-    (tmp_path / "a_run").mkdir()
-    Image.new("RGB", (4, 4)).save(tmp_path / "a_run" / "bias.png")
-    readme = write_module_report(tmp_path, "Bias of things.\n\nWhat it is.\n").read_text(encoding="utf-8")
-    assert readme.startswith("# Bias of things\n\nWhat it is.\n")
-    assert "![a run bias](a_run/bias.png)" in readme
-    assert "| a |" in readme

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 
 import studies.__main__ as command_line
 from parallel_decoupling.training.module import PDFEmbedder
-from studies import results, worker
+from studies import worker
 from studies.results import read_results
 from studies.study import Run, Study, load_study
 from studies.training_log import last_logged_step
@@ -137,24 +136,6 @@ def test_a_run_has_one_process(small_study: Study, tmp_path: Path) -> None:
     assert not run.folder.exists()
     with worker._only_process(run), pytest.raises(worker.BusyError):
         execute(run, small_study.results_file)
-
-
-def test_the_commit_is_the_project_s_and_only_code_makes_it_dirty(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(results, "PROJECT_DIR", tmp_path)
-    assert results.code_version() == (None, False)
-    for folder in ("src", "docs"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "file").touch()
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
-    for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "--no-verify", "-m", "first"]):
-        subprocess.run([*git, *arguments], check=True)
-    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
-    (tmp_path / "docs" / "file").write_text("changed")
-    assert results.code_version() == (head.strip(), False)
-    (tmp_path / "src" / "file").write_text("changed")
-    assert results.code_version() == (head.strip(), True)
 
 
 @pytest.mark.slow

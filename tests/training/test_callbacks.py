@@ -37,12 +37,6 @@ def alarms(alarm: CollapseAlarm, query: Tensor, contrastive: float, steps_done: 
     return [str(warning.message) for warning in caught]
 
 
-def test_healthy_embeddings_raise_no_alarm() -> None:
-    alarm = CollapseAlarm(after_steps=20, every_n_steps=20)
-    for done in (1, 20, 40):
-        assert not alarms(alarm, torch.randn(32, 2, 16), 1.0, done)
-
-
 def test_each_kind_of_collapse_is_named_once() -> None:
     alarm = CollapseAlarm(after_steps=20, every_n_steps=20)
     assert not alarms(alarm, torch.randn(64, 2, 32), 1.0, 1)
@@ -68,12 +62,7 @@ PADDED = NEGATIVES.masked_fill(NEGATIVES % 2 == 0, PADDING_ID)
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize(
     "ids",
-    [
-        torch.arange(64),
-        LABELS,
-        torch.cat([torch.arange(64), NEGATIVES]),
-        torch.cat([LABELS, PADDED]),
-    ],
+    [torch.arange(64), LABELS, torch.cat([torch.arange(64), NEGATIVES]), torch.cat([LABELS, PADDED])],
     ids=["all different", "8 labels", "hard negatives", "labels and padding"],
 )
 def test_a_constant_embedding_raises_the_alarm_and_random_ones_do_not(ids: Tensor, symmetric: bool) -> None:
@@ -97,7 +86,7 @@ def test_a_constant_embedding_raises_the_alarm_and_random_ones_do_not(ids: Tenso
 
 
 class Side:
-    num_tokens = 7
+    lengths = torch.tensor([2, 2, 3])
 
     def __len__(self) -> int:
         return 3
@@ -119,15 +108,6 @@ def test_throughput_is_that_of_training_alone(monkeypatch: pytest.MonkeyPatch) -
             now[0] += 100
             throughput.on_validation_end(trainer, module)
     assert logged == {"throughput/samples_per_second": 1.5, "throughput/tokens_per_second": 7.0}
-
-
-def test_frequent_validations_leave_the_throughput_in_the_log(
-    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
-) -> None:
-    data = small_data(tiny_mmeb_dir, validation_tasks=["colours_i2t"])
-    trainer = make_trainer(tmp_path, max_steps=6, val_check_interval=2, log_every_n_steps=3)
-    trainer.fit(small_embedder(tiny_backbone_dir), data)
-    assert trainer.callback_metrics["throughput/samples_per_second"] > 0
 
 
 def test_the_alarm_remembers_its_start_through_a_checkpoint() -> None:

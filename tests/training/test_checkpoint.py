@@ -60,17 +60,6 @@ def test_embeddings_after_loading_from_another_folder_are_equal_bit_for_bit(
     assert first.similarity(first.encode(texts), first.encode(texts)).shape == (2, 2)
 
 
-def test_instructions_are_put_before_queries_and_candidates(checkpoint_file: Path) -> None:
-    told = {"query_instruction": "find", "candidate_instruction": "show"}
-    module = PDFEmbedder.load_from_checkpoint(checkpoint_file, **told)
-    assert torch.equal(module.encode_query(["it"]), module.encode(["it"], instruction="find"))
-    assert torch.equal(module.encode_candidate(["it"]), module.encode(["it"], instruction="show"))
-    assert torch.equal(
-        module.encode_query(["it"], instruction="see"), module.encode(["it"], instruction="see")
-    )
-    assert not torch.equal(module.encode_query(["it"]), module.encode(["it"]))
-
-
 def changed(checkpoint_file: Path, folder: Path, change: Any) -> Path:
     content = torch.load(checkpoint_file, weights_only=True)
     change(content)

@@ -65,13 +65,6 @@ def test_chunks_give_the_gradient_of_one_graph(chunk_size: int) -> None:
         torch.testing.assert_close(one, other)
 
 
-def test_embeddings_are_those_of_one_forward_in_the_order_of_the_rows() -> None:
-    encoder, inputs = ToyEncoder(dropout=0.0), toy_inputs()
-    for chunk_size in (None, 1, 3, 100):
-        encoding = encode_in_chunks(encoder, inputs, chunk_size=chunk_size, seed_parts=(0,))
-        torch.testing.assert_close(encoding.embeddings, encoder(inputs))
-
-
 def test_short_rows_are_not_padded_to_long_ones() -> None:
     inputs, shapes = toy_inputs(), []
 
@@ -148,26 +141,6 @@ def test_autocast_weights_of_the_first_pass_do_not_cut_off_the_second() -> None:
     for one, other in zip(plain, chunked, strict=True):
         assert one.abs().max() > 0.1
         torch.testing.assert_close(one, other, rtol=0.05, atol=0.02)
-
-
-def test_autocast_weights_are_dropped_between_the_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    events: list[str] = []
-    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: events.append("clear"))
-
-    def encoder(chunk: EncoderInputs) -> Tensor:
-        events.append("forward" if torch.is_grad_enabled() else "forward without graph")
-        return torch.zeros(len(chunk), PATHS, WIDTH)
-
-    encoding = encode_in_chunks(encoder, toy_inputs(), chunk_size=4, seed_parts=(0,))
-    assert encoding.replay is not None
-    list(encoding.replay())
-    assert events == ["forward without graph"] * 2 + ["clear"] + ["forward"] * 2
-
-
-def test_a_loss_that_ignores_the_embeddings_costs_no_second_pass() -> None:
-    encoding = encode_in_chunks(ToyEncoder(0.0), toy_inputs(), chunk_size=2, seed_parts=(0,))
-    encoding.backward()
-    assert encoding.embeddings.grad is None
 
 
 VISION_ALONE: dict[str, Any] = {

@@ -11,7 +11,6 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-import yaml
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
@@ -126,15 +125,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert_equal(trained(module), trained(resumed))
 
 
-def test_loss_does_not_depend_on_chunks(
-    tiny_clip_dir: str, tiny_mmeb_dir: str, tmp_path: Path, four_steps: Any
-) -> None:
-    chunks = {"query_chunk_size": 3, "candidate_chunk_size": 3}
-    _, values, _ = fit(tmp_path, tiny_clip_dir, tiny_mmeb_dir, 4, **chunks)
-    for one, other in zip(four_steps[1], values, strict=True):
-        assert other["train/loss"] == pytest.approx(one["train/loss"], rel=1e-3)
-
-
 def test_a_checkpoint_gives_the_same_embeddings_from_any_folder(
     tiny_clip_dir: str, four_steps: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,35 +225,15 @@ def test_shipped_configs_score_train_resume_and_are_compared_with_pdf(
     assert Path("comparison/comparison.json").is_file()
 
 
-def test_a_test_of_a_frozen_model_trains_nothing_and_a_fit_says_so(
-    tiny_clip_dir: str, tiny_mmeb_dir: str, tmp_path: Path
-) -> None:
-    module = embedder(tiny_clip_dir, "frozen")
-    with pytest.raises(ValueError, match="Nothing to train"):
-        make_trainer(tmp_path, max_steps=1).fit(module, small_data(tiny_mmeb_dir))
-
-
-def test_a_mistake_is_one_message(tiny_clip_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
-    for options, words in (
-        (["--model.backbone", "open_clip:ViT-B-33/openai"], "'ViT-B-33' not found"),
-        (["--model.backbone", tiny_clip_dir, "--model.adapter.kind", "lora"], "set full or frozen"),
-        (["--model.backbone", tiny_clip_dir, "--model.attention", "eager"], "set attention=sdpa"),
-    ):
-        with pytest.raises(SystemExit) as stop:
-            cli.main(["test", "--config", str(CONFIG_DIR / "openclip.yaml"), *options])
-        assert stop.value.code == 2
-        shown = capsys.readouterr().err
-        assert words in shown
-        assert "Traceback" not in shown
-
-
 def test_what_is_made_for_multimodal_llms_is_refused(
-    tiny_clip_dir: str, capsys: pytest.CaptureFixture[str]
+    tiny_clip_dir: str, tiny_backbone_dir: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     module = embedder(tiny_clip_dir)
-    module._device_mesh = object()  # type: ignore[assignment]
-    with pytest.raises(ValueError, match="use strategy ddp"):
-        module.configure_model()
+    shallow = small_embedder(tiny_backbone_dir, prefix_type="shallow")
+    for refused in (module, shallow):
+        refused._device_mesh = {"data_parallel": None}  # type: ignore[assignment]
+        with pytest.raises(ValueError, match="use strategy ddp"):
+            refused.configure_model()
     with pytest.raises(SystemExit):
         cli.main(["plan", "--config", str(CONFIG_DIR / "openclip.yaml")])
     assert "is an OpenCLIP model, which has no plan" in capsys.readouterr().err

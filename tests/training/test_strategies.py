@@ -18,7 +18,7 @@ from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.model.backbone import AdapterConfig, load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
-from parallel_decoupling.training.strategies import FSDP2Strategy, shard_backbone, sharded_blocks
+from parallel_decoupling.training.strategies import FSDP2Strategy, shard_backbone
 from tests.support.families import save_tiny_family
 from tests.support.fit import small_embedder
 from tests.support.processes import run_ranks
@@ -66,7 +66,6 @@ def shard_and_compare(folder: str, kind: Any, attention: Any) -> None:
         if kind == "full" or not p.requires_grad
     }
     assert names == inside
-    assert len(sharded_blocks(whole.backbone)) == whole.backbone.num_layers
     dist.destroy_process_group()
 
 

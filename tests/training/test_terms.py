@@ -13,7 +13,7 @@ from torch import Tensor
 from parallel_decoupling.batch import PADDING_ID
 from parallel_decoupling.distributed import rank
 from parallel_decoupling.objective.contrastive import info_nce
-from parallel_decoupling.objective.mutual_information import MutualInformation
+from parallel_decoupling.objective.vclub import MutualInformation
 from parallel_decoupling.training import terms
 from parallel_decoupling.training.terms import GatheredPairs, gather_pairs, mean_path_cosine, shared
 from tests.support.processes import run_ranks
@@ -124,15 +124,6 @@ def test_mean_path_cosine_is_over_different_paths_of_one_input() -> None:
     torch.testing.assert_close(mean_path_cosine(paths[:, :1]), torch.tensor(1.0))
 
 
-def test_monitored_values_carry_no_graph() -> None:
-    pairs = local_pairs()
-    path_N, _ = terms.contrastive_terms(pairs, 0.5, symmetric=False, with_aggregate=True)
-    values = terms.monitored_values(pairs, {"loss": path_N.sum(), "mi_weight": 0.5}, path_N, torch.zeros(3))
-    assert values["train/mi_weight"] == 0.5
-    assert {"train/mi_pair_0_1", "train/mi_pair_0_2", "train/mi_pair_1_2"} <= values.keys()
-    assert not any(value.requires_grad for value in values.values() if isinstance(value, Tensor))
-
-
 def concatenated(paths: Tensor) -> Tensor:
     return torch.nn.functional.normalize(paths.flatten(1), dim=-1)
 
@@ -162,19 +153,3 @@ def test_nested_terms_equal_the_loop_over_dimensions(
         for leaf in (query, candidate):
             gradients = [torch.autograd.grad(x.sum(), leaf, retain_graph=True)[0] for x in (actual, slow)]
             torch.testing.assert_close(*gradients)
-
-
-def test_ids_are_gathered_once_for_all_dimensions(monkeypatch: pytest.MonkeyPatch) -> None:
-    gathered = []
-    monkeypatch.setattr(terms, "gather_with_grad", lambda local: gathered.append(local) or local)
-    sides, ids = [torch.randn(2, 2, 4), torch.randn(2, 2, 4)], torch.arange(2)
-    gather_pairs(*sides, ids, mean_of_paths, dims=(3, 2))
-    assert sum(local is ids for local in gathered) == 1
-
-
-def test_nested_rows_are_gone_after_detaching() -> None:
-    pairs = gather_pairs(
-        torch.randn(2, 2, 4), torch.randn(2, 2, 4), torch.arange(2), mean_of_paths, dims=(2,)
-    )
-    assert len(pairs.nested) == 1
-    assert pairs.detach().nested == ()

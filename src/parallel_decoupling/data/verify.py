@@ -118,7 +118,13 @@ def _check_images(check: Check, reader: readers.RowReader, sample: int) -> set[s
 
 
 def print_verification(data_dir: str, sample: int = 20, output_file: str | None = None) -> None:
-    """Print what ``verify`` finds, write it as JSON, and exit with 1 if something is wrong."""
+    """Check a data folder, and exit with 1 if something is wrong.
+
+    Args:
+        data_dir: the folder, in MMEB's layout or with a tasks.json.
+        sample: rows per table whose pictures are decoded.
+        output_file: gets the findings as JSON.
+    """
     checks = verify(data_dir, sample)
     if output_file is not None:
         content = json.dumps([asdict(check) for check in checks], indent=1)

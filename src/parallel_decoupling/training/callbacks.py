@@ -1,7 +1,6 @@
 """What a run shows of itself, and how it ends well: summary, throughput, collapse alarm, saving on a signal.
 
-``PDFEmbedder.configure_callbacks`` adds all of them with their defaults, except those whose class is among
-the Trainer's own callbacks.
+``PDFEmbedder.configure_callbacks`` adds all of them, except those whose class is among the Trainer's own.
 """
 
 from __future__ import annotations
@@ -18,27 +17,23 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from rich.console import Console
+from rich.table import Table
 
 from parallel_decoupling.batch import PairBatch
 from parallel_decoupling.distributed import world_size
+from parallel_decoupling.model.pretrained import LAST_CHECKPOINT
 from parallel_decoupling.objective.contrastive import info_nce
 from parallel_decoupling.objective.statistics import effective_rank
 from parallel_decoupling.training.optimization import total_steps
 from parallel_decoupling.training.terms import GatheredPairs, mean_path_cosine
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
     from parallel_decoupling.training.module import PDFEmbedder
-
-LAST_FILE = "last.ckpt"
 
 
 def console() -> Console:
-    """The terminal, or 120 columns of a file."""
-    from rich.console import Console
-
+    """Return the terminal, or 120 columns of a file."""
     terminal = Console()
     return terminal if terminal.is_terminal else Console(width=120)
 
@@ -48,39 +43,32 @@ class RunSummary(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: PDFEmbedder) -> None:  # type: ignore[override]
         """Print both tables on rank 0."""
-        if not trainer.is_global_zero:
-            return
-        console().print(self.parameters(pl_module), self.batches(trainer, pl_module))
+        if trainer.is_global_zero:
+            console().print(self.parameters(pl_module), self.batches(trainer, pl_module))
 
     @staticmethod
     def parameters(module: PDFEmbedder) -> Table:
         """Count parameters by group."""
-        from rich.table import Table
-
         table = Table("part", "parameters", "learning rate", title="What trains")
         frozen = sum(p.numel() for p in module.encoder.parameters() if not p.requires_grad)
         table.add_row("backbone (frozen)", f"{frozen:,}", "")
-        adapted = getattr(module.encoder.backbone, "adapted_modules", ())
-        if adapted:
+        if adapted := getattr(module.encoder.backbone, "adapted_modules", ()):
             names = ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in adapted))
             table.add_row(f"adapted layers: {len(adapted)} ({names})", "", "")
-        for name, parameters in module.trainables().items():
-            rate = module.optimizer_config.prefix_learning_rate if name == "prefixes" else None
-            rate = module.optimizer_config.learning_rate if rate is None else rate
+        config, groups = module.optimizer_config, module.trainables()
+        rates = dict.fromkeys(groups, config.learning_rate) | {"prefixes": config.prefix_learning_rate}
+        groups["estimator"] = list(module.mutual_information.parameters())
+        rates["estimator"] = module.mi_config.learning_rate
+        for name, parameters in groups.items():
             count = sum(p.numel() for p in parameters)
-            table.add_row(name, f"{count:,}", f"{rate:g}" if count else "")
-        count = sum(p.numel() for p in module.mutual_information.parameters())
-        table.add_row("estimator", f"{count:,}", f"{module.mi_config.learning_rate:g}" if count else "")
+            table.add_row(name, f"{count:,}", f"{rates[name]:g}" if count else "")
         return table
 
     @staticmethod
     def batches(trainer: Trainer, module: PDFEmbedder) -> Table:
         """Say how rows become steps."""
-        from rich.table import Table
-
         table = Table("quantity", "value", title="Batch arithmetic")
-        rows = module.data_settings.get("batch_size")
-        if rows is not None:
+        if (rows := module.data_settings.get("batch_size")) is not None:
             table.add_row("global batch", f"{rows} = {world_size()} processes x {rows // world_size()} rows")
             table.add_row("in-batch candidates per query", f"{rows} (plus hard negatives)")
         chunks = f"query {module.query_chunk_size or 'all'}, candidate {module.candidate_chunk_size or 'all'}"
@@ -94,16 +82,12 @@ class RunSummary(Callback):
 class Throughput(Callback):
     """Log samples and tokens per second, data loading included and validation excluded."""
 
-    def __init__(self) -> None:
-        self._restart()
-
-    def _restart(self) -> None:
-        self._rows = self._tokens = self._batches = 0
-        self._since = time.perf_counter()
+    _since = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
-        self._restart()
+        self._rows = self._tokens = self._batches = 0
+        self._since = time.perf_counter()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock."""
@@ -118,14 +102,14 @@ class Throughput(Callback):
     ) -> None:
         """Count, and log as often as the Trainer logs."""
         self._rows += len(batch.query) * world_size()
-        self._tokens += (batch.query.num_tokens + batch.candidate.num_tokens) * world_size()
+        self._tokens += int(batch.query.lengths.sum() + batch.candidate.lengths.sum()) * world_size()
         self._batches += 1
         if self._batches < trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
         seconds = time.perf_counter() - self._since
         pl_module.log("throughput/samples_per_second", self._rows / seconds)
         pl_module.log("throughput/tokens_per_second", self._tokens / seconds)
-        self._restart()
+        self.on_train_start(trainer, pl_module)
 
 
 class CollapseAlarm(Callback):
@@ -140,8 +124,7 @@ class CollapseAlarm(Callback):
     """
 
     def __init__(self, after_steps: int = 200, every_n_steps: int = 20) -> None:
-        self.after_steps = after_steps
-        self.every_n_steps = every_n_steps
+        self.after_steps, self.every_n_steps = after_steps, every_n_steps
         self.first_rank: float | None = None
         self.warned: set[str] = set()
 
@@ -161,64 +144,58 @@ class CollapseAlarm(Callback):
         if done != 1 and done % self.every_n_steps:
             return
         pairs: GatheredPairs = outputs["pairs"]
-        query_GND = pairs.query
-        rank = float(effective_rank(query_GND[:, 0]))
+        rank = float(effective_rank(pairs.query[:, 0]))
         pl_module.log("train/effective_rank", rank)
-        if self.first_rank is None:
-            self.first_rank = rank
+        self.first_rank = rank if self.first_rank is None else self.first_rank
         if rank < 0.1 * self.first_rank:
             self._warn(
-                "rank",
                 f"the effective rank of a batch of embeddings fell from {self.first_rank:.1f} to {rank:.1f}. "
                 "Lower learning rates or mi_weight, or warm up longer.",
+                kind="rank",
             )
         if done < self.after_steps:
             return
-        constant = constant_loss(pairs, symmetric=pl_module.symmetric)
-        if abs(float(outputs["contrastive"]) - constant) < 0.02 * constant:
+        loss, constant = float(outputs["contrastive"]), constant_loss(pairs, symmetric=pl_module.symmetric)
+        if abs(loss - constant) < 0.02 * constant:
             self._warn(
-                "loss",
-                f"the contrastive loss {float(outputs['contrastive']):.3f} is that of a constant embedding, "
-                f"{constant:.3f}. "
+                f"the contrastive loss {loss:.3f} is that of a constant embedding, {constant:.3f}. "
                 "Lower learning rates or mi_weight, and check that rows and images are read as intended.",
+                kind="loss",
             )
-        num_paths = query_GND.shape[1]
-        if num_paths > 1 and (cosine := float(mean_path_cosine(query_GND))) > 0.99:
+        num_paths = pairs.query.shape[1]
+        if num_paths > 1 and (cosine := float(mean_path_cosine(pairs.query))) > 0.99:
             self._warn(
-                "paths",
                 f"the {num_paths} paths are nearly one path (mean cosine {cosine:.4f}). Raise "
                 "optimizer.prefix_learning_rate, prefix_length or mi_weight, or use prefix_init=meta.",
+                kind="paths",
             )
 
-    def _warn(self, kind: str, message: str) -> None:
+    def _warn(self, message: str, *, kind: str) -> None:
         if kind not in self.warned:
             self.warned.add(kind)
             rank_zero_warn(f"Collapse alarm: {message}", category=UserWarning)
 
 
 def constant_loss(pairs: GatheredPairs, *, symmetric: bool) -> float:
-    """InfoNCE of these pairs if every embedding were the same, at any temperature.
+    """Return InfoNCE of these pairs if every embedding were the same, at any temperature.
 
     Relations:
         ``log(candidates)`` without padding and without targets that repeat; lower with them.
     """
     query, candidate = (torch.ones_like(side[:, :1, :1]) for side in (pairs.query, pairs.candidate))
-    ids = {"positive": pairs.positive, "candidate_ids": pairs.candidate_ids}
-    return float(info_nce(query, candidate, temperature=1.0, symmetric=symmetric, **ids))
+    return float(info_nce(query, candidate, temperature=1.0, symmetric=symmetric, **pairs.labels))
 
 
 class SaveOnSignal(Callback):
     """Write ``last.ckpt`` when the run is told to stop: SIGTERM, or Ctrl+C.
 
-    A step that has begun is finished first, so the checkpoint is one that a run can be resumed from bit for
-    bit. With several processes it is not certain that there is one: a signal that comes while one of them
-    waits for its data can leave them waiting for each other; then the last regular ``last.ckpt`` counts.
-    A second Ctrl+C stops at once, without saving.
+    A step that has begun is finished first, so that the run can be resumed from the checkpoint bit for bit.
+    With several processes a signal that comes while one of them waits for its data can leave them waiting for
+    each other; then the last regular ``last.ckpt`` counts. A second Ctrl+C stops at once, without saving.
     """
 
-    def __init__(self) -> None:
-        self._in_step = self._interrupted = self._saved = False
-        self._previous: Any = None
+    _in_step = _interrupted = _saved = False
+    _previous: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take over Ctrl+C for the time of a fit."""
@@ -228,12 +205,14 @@ class SaveOnSignal(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give Ctrl+C back."""
-        self._restore()
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """From here on the state is between two checkpoints."""
+        """Note that the state is between two checkpoints from here on."""
         self._in_step = True
 
     def on_train_batch_end(
@@ -254,7 +233,7 @@ class SaveOnSignal(Callback):
         told_to_stop = isinstance(exception, SIGTERMException | KeyboardInterrupt)
         if told_to_stop and trainer.fit_loop.epoch_loop.batch_progress.total.ready and not self._in_step:
             self._save(trainer)
-        self._restore()
+        self.teardown(trainer, pl_module, "fit")
 
     def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:
         if self._interrupted or not self._in_step:
@@ -266,22 +245,12 @@ class SaveOnSignal(Callback):
         if self._saved or trainer.fast_dev_run or trainer.sanity_checking:  # type: ignore[attr-defined]
             return
         self._saved = True
-        file = checkpoint_dir(trainer) / LAST_FILE
+        keeper = trainer.checkpoint_callback
+        own = keeper.dirpath if isinstance(keeper, ModelCheckpoint) else None
+        folder = own or Path(trainer.log_dir or trainer.default_root_dir) / LAST_CHECKPOINT.parent
+        file = Path(folder) / LAST_CHECKPOINT.name
         trainer.save_checkpoint(file)
         rank_zero_info(f"Stopped at step {trainer.global_step}; resume with --ckpt_path last ({file}).")
-
-    def _restore(self) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
-
-
-def checkpoint_dir(trainer: Trainer) -> Path:
-    """Folder of the run's checkpoints."""
-    callback = trainer.checkpoint_callback
-    if isinstance(callback, ModelCheckpoint) and callback.dirpath:
-        return Path(callback.dirpath)
-    return Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
 
 
 DEFAULTS = (RunSummary, Throughput, CollapseAlarm, SaveOnSignal)

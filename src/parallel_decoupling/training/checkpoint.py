@@ -1,7 +1,7 @@
 """What a training checkpoint holds beyond Lightning's own state, and the checks when it is loaded.
 
-Trainables, estimator and progress; the fingerprint of the frozen backbone instead of its weights. Optimizers,
-schedules and loops are Lightning's. No generator state is kept: see ``training.randomness``.
+Instead of the frozen backbone's weights it holds their fingerprint. No generator state is kept: see
+``training.randomness``.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from parallel_decoupling.model.identity import backbone_fingerprint, check_fingerprint
-from parallel_decoupling.model.trained_state import load_trainable_state, trainable_state
+from parallel_decoupling.model.identity import check_fingerprint, load_trainable_state, trainable_state
 from parallel_decoupling.training.compute import Progress
 from parallel_decoupling.training.settings import SETTINGS
 
@@ -25,28 +24,20 @@ _SHAPING = [name for name, setting in SETTINGS.items() if setting.shapes_weights
 
 
 def trained_state(module: PDFEmbedder) -> dict[str, Tensor]:
-    """CPU copies of all that trains, by name inside ``module``."""
-    state = {f"encoder.{name}": value for name, value in trainable_state(module.encoder).items()}
-    for name, value in module.mutual_information.state_dict().items():
-        state[f"mutual_information.{name}"] = value.detach().to("cpu", copy=True)
+    """Return CPU copies of all that trains, by name inside ``module``."""
+    own = module.mutual_information.state_dict(prefix="mutual_information.")
     if module.log_temperature is not None:
-        state["log_temperature"] = module.log_temperature.detach().to("cpu", copy=True)
-    return state
+        own["log_temperature"] = module.log_temperature
+    state = {f"encoder.{name}": value for name, value in trainable_state(module.encoder).items()}
+    return state | {name: value.detach().to("cpu", copy=True) for name, value in own.items()}
 
 
 def save_into(checkpoint: dict[str, Any], module: PDFEmbedder) -> None:
     """Replace Lightning's full ``state_dict`` and add what a resumed run needs."""
     checkpoint["state_dict"] = trained_state(module)
-    checkpoint["backbone"] = fingerprint(module)
+    checkpoint["backbone"] = module.fingerprint
     checkpoint["data"] = module.trained_data or module.data_settings
     checkpoint["progress"] = asdict(module.progress)
-
-
-def fingerprint(module: PDFEmbedder) -> dict[str, Any]:
-    """What identifies the frozen weights, taken once: before they are sharded."""
-    if module.fingerprint is None:
-        module.fingerprint = backbone_fingerprint(module.encoder.backbone)
-    return module.fingerprint
 
 
 def load_into(module: PDFEmbedder, checkpoint: Mapping[str, Any]) -> None:
@@ -56,15 +47,14 @@ def load_into(module: PDFEmbedder, checkpoint: Mapping[str, Any]) -> None:
         ValueError: another backbone, or parameters that are missing, left over or of another shape.
     """
     if not {"backbone", "data", "progress", "state_dict"} <= checkpoint.keys():
-        raise ValueError("This is not a checkpoint of PDFEmbedder: it has no backbone fingerprint.")
-    check_fingerprint(checkpoint["backbone"], fingerprint(module))
+        raise ValueError("This is not a checkpoint of PDFEmbedder.")
+    check_fingerprint(checkpoint["backbone"], module.fingerprint)
     stored: Mapping[str, Tensor] = checkpoint["state_dict"]
-    wanted = {
-        name: value.shape for name, value in trained_state(module).items() if not name.startswith("encoder.")
-    }
-    found = {name: value.shape for name, value in stored.items() if not name.startswith("encoder.")}
-    wrong = sorted({name for name, _ in wanted.items() ^ found.items()})
-    if wrong:
+    wanted, found = (
+        {name: value.shape for name, value in state.items() if not name.startswith("encoder.")}
+        for state in (trained_state(module), stored)
+    )
+    if wrong := sorted({name for name, _ in wanted.items() ^ found.items()}):
         raise ValueError(
             f"The checkpoint does not fit this model; missing, left over or of another shape: {wrong}. Build "
             f"the model with the values it was trained with of {', '.join(_SHAPING)}."

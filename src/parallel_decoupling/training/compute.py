@@ -16,7 +16,7 @@ from parallel_decoupling.training.grad_cache import LENGTH_GROUPS
 
 
 def paths_per_layer(settings: Mapping[str, Any], num_layers: int) -> float:
-    """Return the rows per input in the average layer; layers below the first prefix see an input once."""
+    """Return the rows per input in the average layer."""
     shared = prefix_range(settings["prefix_layers"], num_layers).start / num_layers
     return shared + float(settings["num_paths"]) * (1 - shared)
 
@@ -32,16 +32,10 @@ def forward_passes(settings: Mapping[str, Any], queries: int, candidates: int) -
 def token_passes(
     settings: Mapping[str, Any], num_layers: int, *, tokens: float, forward_passes: int
 ) -> float:
-    """Return tokens times paths through all layers of the language model.
+    """Return tokens (without padding) times paths through all layers of the language model.
 
     Shared lower layers count once for all paths. A deep prefix costs nothing; the prompts of shallow prefixes
     run once per path in every forward pass. A repeated pass (GradCache, checkpointing) does not count.
-
-    Args:
-        settings: arguments of ``PDFEmbedder``.
-        num_layers: of the language model.
-        tokens: of the inputs, without padding.
-        forward_passes: calls of the encoder.
     """
     prompts = 0
     if settings["prefix_type"] == "shallow":
@@ -52,18 +46,11 @@ def token_passes(
 def layer_flops(
     layers: nn.Module, width: int, tokens: float, context: float, *, forward: int, backward: int
 ) -> float:
-    """Return the floating-point operations of passing tokens through transformer layers.
+    """Return the floating-point operations of passing tokens, each with ``context`` keys, through layers.
 
     Every pass costs 2 per weight of a linear layer and token, and attention 4 per key that a token meets and
-    channel, twice that in the backward pass.
-
-    Args:
-        layers: a module, whose linear layers count.
-        width: layers times heads times head dim.
-        tokens: of all rows.
-        context: keys per token.
-        forward: how many forward passes, recomputed ones among them.
-        backward: 0 without, 1 for the gradient of the inputs, 2 also for that of the weights.
+    channel, twice that in the backward pass. ``width`` is layers times heads times head dim; ``backward`` is
+    0 without, 1 for the gradient of the inputs, and 2 also for that of the weights.
     """
     weights = sum(m.weight.numel() for m in layers.modules() if isinstance(m, nn.Linear))
     attention = 4 * width * context * (forward + (2 if backward else 0))
@@ -72,13 +59,7 @@ def layer_flops(
 
 @dataclass
 class Progress:
-    """What a run has done, kept in its checkpoints.
-
-    Attributes:
-        steps_done: main steps.
-        token_passes: compute, see ``token_passes``.
-        rows_by_subset: training rows of all processes, by subset.
-    """
+    """Main steps, compute (see ``token_passes``) and training rows of a run, kept in its checkpoints."""
 
     steps_done: int = 0
     token_passes: float = 0.0

@@ -8,8 +8,7 @@ similar length share a chunk, because captions padded to the length of pictures 
 3. ``backward`` forwards every chunk again, with the same seed and now with graph, and feeds in its part
    of the leaf's gradient.
 
-Here: the chunks. Elsewhere on purpose: the loss (``training.terms``), collectives (``distributed``), seeds
-(``training.randomness``). Method: Gao et al. 2021, arXiv 2101.06983.
+Method: Gao et al. 2021, arXiv 2101.06983.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ class Encoding:
     """Embeddings of all rows, and the way from their gradient back to the parameters.
 
     Attributes:
-        embeddings: ``[B, N, D]``. A leaf under GradCache, otherwise part of the encoder's graph.
-        replay: yields ``(row numbers, their embeddings with graph)``; ``None`` for a direct graph.
+        embeddings: ``[B, N, D]``, a leaf under GradCache, otherwise part of the encoder's graph.
+        replay: yields row numbers and their embeddings with graph; ``None`` for a direct graph.
     """
 
     embeddings: Tensor
@@ -44,7 +43,6 @@ class Encoding:
     def backward(self) -> None:
         """Carry the gradient of ``embeddings`` on to the parameters; nothing to do for a direct graph.
 
-        Call it once, after the loss has been back-propagated. A loss scale is already in the gradient.
         A chunk that no parameter takes part in (texts, when vision adapters alone train) adds nothing.
         """
         if self.replay is None or self.embeddings.grad is None:
@@ -65,9 +63,6 @@ def encode_in_chunks(
         chunk_size: rows per forward pass, at least 1; ``None`` keeps one graph of all rows, made in
             ``LENGTH_GROUPS`` forward passes.
         seed_parts: what the dropout of this call is seeded from, together with a chunk's number.
-
-    Returns:
-        The embeddings ``[B, N, D]`` in the order of the rows; call ``backward`` on it after the loss.
 
     Relations:
         ``chunk_size=ceil(B / LENGTH_GROUPS)`` gives the embeddings and gradients of ``chunk_size=None``,

@@ -1,8 +1,7 @@
 """PDFEmbedder: the training algorithm of the Parallel Decoupling Framework, as a LightningModule.
 
-``training_step`` is the alternating step in order. The terms are in ``training.terms``, chunks in
-``training.grad_cache``, schedules in ``training.optimization``, the content of a checkpoint in
-``training.checkpoint``. Evaluation is a client: ``evaluation.run`` scores what ``test_step`` returns.
+``training_step`` is the alternating step in order. Evaluation is a client: ``evaluation.run`` scores what
+``test_step`` returns, and the code behind ``encode`` is imported when it is called.
 """
 
 from __future__ import annotations
@@ -10,8 +9,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -19,26 +19,23 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from parallel_decoupling.batch import EncoderInputs, PairBatch
-from parallel_decoupling.data.images import ImagePolicy
-from parallel_decoupling.distributed import (
-    average_gradients,
-    clip_gradients,
-    rank,
-    world_size,
-)
-from parallel_decoupling.evaluation.embedder import Embedder, about_encoder
-from parallel_decoupling.evaluation.encode import RowBatch
+from parallel_decoupling.distributed import average_gradients, clip_gradients, rank, world_size
 from parallel_decoupling.model.backbone import AdapterConfig
 from parallel_decoupling.model.encoder import build_encoder, nested_dims
 from parallel_decoupling.model.families import Family
-from parallel_decoupling.model.identity import encoder_identity
-from parallel_decoupling.objective.mutual_information import MutualInformation
+from parallel_decoupling.model.identity import backbone_fingerprint, encoder_identity
+from parallel_decoupling.objective.vclub import MutualInformation
 from parallel_decoupling.training import callbacks, checkpoint, optimization, settings, terms
 from parallel_decoupling.training.compute import Progress
 from parallel_decoupling.training.grad_cache import Encoding, encode_in_chunks
 from parallel_decoupling.training.optimization import MIConfig, OptimizerConfig
 from parallel_decoupling.training.randomness import seeded
 from parallel_decoupling.training.strategies import shard_encoder
+
+if TYPE_CHECKING:
+    from parallel_decoupling.data.images import ImagePolicy
+    from parallel_decoupling.evaluation.embedder import Embedder
+    from parallel_decoupling.evaluation.encode import RowBatch
 
 _ADAPTER, _MI, _OPTIMIZER = AdapterConfig(), MIConfig(), OptimizerConfig()
 
@@ -57,8 +54,7 @@ class PDFEmbedder(LightningModule):
             open_clip:<architecture>/<pretrained tag> (docs/openclip.md).
         num_paths: N, paths per input.
         prefix_length: P, key/value slots per layer and path; 0 is the plain backbone (num_paths=1 only).
-        prefix_layers: first layer with a prefix; the layers below run once for all paths. Or [start, stop]:
-            layers start to stop - 1 have one.
+        prefix_layers: first layer with a prefix; the layers below run once for all paths. Or [start, stop].
         prefix_type: deep (trained keys and values in every layer) or shallow (trained input embeddings).
         prefix_init: meta (states of short meta-prompts) or random (at the scale of real states).
         aggregation: of the paths' embeddings: mean, concat or learned weights.
@@ -66,8 +62,8 @@ class PDFEmbedder(LightningModule):
         mi: the estimator of mutual information and its schedule.
         mi_weight: final weight of the mutual-information term; with 0 the estimator only watches.
         aggregate_weight: weight of the aggregate's InfoNCE; 0 switches it off.
-        matryoshka_dims: smaller dimensions at which every path and the aggregate are contrasted, too, so that
-            truncate_dim of encode works well; the terms are means over these and the full dimension.
+        matryoshka_dims: smaller dimensions at which every path and the aggregate are contrasted, too; the
+            terms are means over these and the full dimension.
         temperature: divides cosines in InfoNCE, above 0.
         learn_temperature: train the temperature, starting from temperature.
         symmetric: also contrast candidates with queries.
@@ -80,19 +76,14 @@ class PDFEmbedder(LightningModule):
         dtype: of the backbone's weights; adapters and prefixes are fp32.
         attention: of the language model; flash_attention_2 and flex_attention need a GPU.
         gradient_checkpointing: recompute layers in the backward pass.
-        initial_adapter: folder or hub id of a published LoRA or DoRA adapter to continue from; its file
-            decides rank, alpha, dropout and targets.
+        initial_adapter: folder or hub id of a published LoRA or DoRA adapter to continue, with its options.
         quantization: 4bit keeps the frozen weights in four bits (needs bitsandbytes).
         family: names inside a model whose family has no row in docs/backbones.md.
         seed: of everything random in initialisation and training, but not of the data order.
 
-    Raises:
-        ValueError: for a combination that cannot work; says what to change.
-
     Relations:
         ``num_paths=1, prefix_length=0, mi_weight=0, aggregate_weight=0`` is the single-path VLM2Vec recipe.
         Without dropout, loss and gradients do not depend on the chunk sizes or the number of processes.
-        ``matryoshka_dims=[D]`` is none.
     """
 
     def __init__(
@@ -142,7 +133,6 @@ class PDFEmbedder(LightningModule):
         self.progress = Progress()
         self.data_settings: dict[str, Any] = {}
         self.trained_data: dict[str, Any] = {}
-        self.fingerprint: dict[str, Any] | None = None
         loading = {"revision": backbone_revision, **settings.group("loading", typed)}
         self.encoder = build_encoder(backbone, loading, settings.group("paths", typed))
         self.nested_dims = nested_dims(matryoshka_dims, self.encoder.embed_dim)
@@ -197,7 +187,7 @@ class PDFEmbedder(LightningModule):
 
     @property
     def temperature(self) -> Tensor:
-        """What divides the cosines, 0-dim."""
+        """Return what divides the cosines, 0-dim."""
         if self.log_temperature is None:
             return torch.tensor(self.fixed_temperature, device=self.device)
         return self.log_temperature.exp()
@@ -234,7 +224,7 @@ class PDFEmbedder(LightningModule):
 
     def _main_step(self) -> None:
         """Average over ranks, clip, step the embedder and its schedule."""
-        optimizers = self.optimizers()
+        optimizers = cast(Any, self.optimizers())
         optimizer = optimizers[0] if isinstance(optimizers, list) else optimizers
         parameters = [parameter for group in self.trainables().values() for parameter in group]
         average_gradients(parameters)
@@ -258,20 +248,17 @@ class PDFEmbedder(LightningModule):
         self.log_dict(values)
 
     def trainables(self) -> dict[str, list[nn.Parameter]]:
-        """What the main optimizer steps, by parameter group; groups may be empty."""
+        """Return what the main optimizer steps, by parameter group; groups may be empty."""
         return {
-            "adapters": list(self.encoder.adapter_parameters()),
-            "prefixes": list(self.encoder.prefix_parameters()),
-            "aggregation": list(self.encoder.aggregation_parameters()),
+            **self.encoder.parameter_groups(),
             "temperature": [] if self.log_temperature is None else [self.log_temperature],
         }
 
     def configure_optimizers(self) -> Any:
-        """AdamW with its schedule for the embedder, Adam for the estimator."""
+        """Build AdamW with its schedule for the embedder, and Adam for the estimator."""
         main = optimization.main_optimizer(self.trainables(), self.optimizer_config)
-        schedule = optimization.learning_rate_schedule(
-            main, self.optimizer_config, optimization.total_steps(self.trainer)
-        )
+        steps = optimization.total_steps(self.trainer)
+        schedule = optimization.learning_rate_schedule(main, self.optimizer_config, steps)
         optimizers: list[torch.optim.Optimizer] = [main]
         if self.mutual_information.needs_fit:
             parameters = self.mutual_information.parameters()
@@ -287,11 +274,11 @@ class PDFEmbedder(LightningModule):
     def configure_model(self) -> None:
         """Shard the backbone under FSDP2; nothing to do for one process and for DDP."""
         if self.device_mesh is not None:
-            checkpoint.fingerprint(self)
+            assert self.fingerprint, "taken before the weights are sharded"
             shard_encoder(self.encoder, self.device_mesh["data_parallel"])
 
     def configure_callbacks(self) -> list[Callback]:
-        """What every run has; the Trainer's own callback of the same class wins."""
+        """Return what every run has; the Trainer's own callback of the same class wins."""
         own = [type(callback) for callback in cast(Any, self.trainer).callbacks]
         return [default() for default in callbacks.DEFAULTS if default not in own]
 
@@ -305,13 +292,13 @@ class PDFEmbedder(LightningModule):
             self.trainer.optimizers, self.lr_schedulers(), self.optimizer_config, self.mi_config
         )
 
-    def on_save_checkpoint(self, checkpoint_content: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, content: dict[str, Any]) -> None:
         """Keep what trains; see ``training.checkpoint``."""
-        checkpoint.save_into(checkpoint_content, self)
+        checkpoint.save_into(content, self)
 
-    def on_load_checkpoint(self, checkpoint_content: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, content: dict[str, Any]) -> None:
         """Check every key and load; see ``training.checkpoint``."""
-        checkpoint.load_into(self, checkpoint_content)
+        checkpoint.load_into(self, content)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -334,25 +321,30 @@ class PDFEmbedder(LightningModule):
     predict_step = validation_step
 
     def on_test_start(self) -> None:
-        """Warn if nothing takes the embeddings."""
-        if not any(
-            getattr(callback, "scores_tasks", False) for callback in cast(Any, self.trainer).callbacks
-        ):
+        """Warn if nothing scores the embeddings."""
+        own = cast(Any, self.trainer).callbacks
+        if not any(getattr(callback, "scores_tasks", False) for callback in own):
             rank_zero_warn(
                 "Nothing scores this test: add parallel_decoupling.evaluation.run.Scoring to the Trainer's "
                 "callbacks, or call evaluate(model, data_dir)."
             )
 
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """Identify the frozen weights, once: before they are sharded."""
+        return backbone_fingerprint(self.encoder.backbone)
+
     def identity(self) -> dict[str, Any]:
         """Identify what turns inputs into embeddings; see ``model.identity.encoder_identity``."""
         precision = None if self._trainer is None else str(self._trainer.precision)
         shaping = settings.embedding_settings(self.hparams)
-        return encoder_identity(
-            self.encoder, fingerprint=checkpoint.fingerprint(self), precision=precision, settings=shaping
-        )
+        conditions: dict[str, Any] = {"precision": precision, "settings": shaping}
+        return encoder_identity(self.encoder, fingerprint=self.fingerprint, **conditions)
 
     def about(self) -> dict[str, Any]:
         """Return what stored embeddings say of this model; see ``evaluation.embedder.about_encoder``."""
+        from parallel_decoupling.evaluation.embedder import about_encoder
+
         return about_encoder(self.encoder, self.identity())
 
     def run_info(self) -> dict[str, Any]:
@@ -368,12 +360,16 @@ class PDFEmbedder(LightningModule):
 
     @property
     def images(self) -> ImagePolicy:
-        """What happened to the pictures that the weights were trained on."""
+        """Return what happened to the pictures that the weights were trained on."""
+        from parallel_decoupling.data.images import ImagePolicy
+
         return ImagePolicy.from_settings(self.trained_data)
 
     @property
     def embedder(self) -> Embedder:
-        """The same weights without Lightning; pictures as in training."""
+        """Return the same weights without Lightning; pictures are treated as in training."""
+        from parallel_decoupling.evaluation.embedder import Embedder
+
         embedder = Embedder(self.encoder, self.query_instruction, self.candidate_instruction, self.images)
         embedder.run = self.run_info()
         return embedder
@@ -391,8 +387,14 @@ class PDFEmbedder(LightningModule):
         return self.embedder.encode_document(inputs, **options)
 
     encode_candidate = encode_document
-    similarity = staticmethod(Embedder.similarity)
-    similarity_pairwise = staticmethod(Embedder.similarity_pairwise)
+
+    def similarity(self, a: Tensor, b: Tensor) -> Tensor:
+        """Compare all pairs; see ``Embedder.similarity``."""
+        return self.embedder.similarity(a, b)
+
+    def similarity_pairwise(self, a: Tensor, b: Tensor) -> Tensor:
+        """Compare row by row; see ``Embedder.similarity_pairwise``."""
+        return self.embedder.similarity_pairwise(a, b)
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
         """Write a folder to share; see ``Embedder.save_pretrained``."""

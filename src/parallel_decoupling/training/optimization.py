@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +11,13 @@ from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from parallel_decoupling.objective.mutual_information import Kind, mi_weight_schedule
+from parallel_decoupling.objective.vclub import Kind, mi_weight_schedule
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ``ValueError`` with the message unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
 
 
 @dataclass(frozen=True)
@@ -26,9 +32,6 @@ class OptimizerConfig:
         warmup_steps: main steps over which both rates rise linearly from 0.
         schedule: what follows the warm-up: linear or cosine to 0 at the end of the run, or constant.
         clip_norm: largest norm of the whole gradient; 0 does not clip.
-
-    Raises:
-        ValueError: if a number is out of its range.
     """
 
     learning_rate: float = 5e-5
@@ -40,10 +43,10 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "prefix_learning_rate", "weight_decay", "warmup_steps", "clip_norm"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise ValueError(f"optimizer.{name} must be 0 or more, got {getattr(self, name)}.")
-        if self.schedule not in ("linear", "cosine", "constant"):
-            raise ValueError(f"optimizer.schedule must be linear, cosine or constant, got {self.schedule!r}.")
+            value = getattr(self, name)
+            require(math.isfinite(value) and value >= 0, f"optimizer.{name} must be 0 or more, got {value}.")
+        known = ("linear", "cosine", "constant")
+        require(self.schedule in known, f"optimizer.schedule must be one of {known}, got {self.schedule!r}.")
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,6 @@ class MIConfig:
         warmup_steps: main steps in which only q is fitted and the term has weight 0.
         ramp_steps: main steps after the warm-up over which the weight rises linearly to ``mi_weight``.
         learning_rate: of q (Adam, constant).
-
-    Raises:
-        ValueError: if a number is out of its range.
     """
 
     kind: Kind = "vclub"
@@ -72,61 +72,55 @@ class MIConfig:
 
     def __post_init__(self) -> None:
         for name, smallest in (("hidden_size", 1), ("fit_steps", 1), ("warmup_steps", 0), ("ramp_steps", 0)):
-            if getattr(self, name) < smallest:
-                raise ValueError(f"mi.{name} must be {smallest} or more, got {getattr(self, name)}.")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ValueError(f"mi.learning_rate must be above 0, got {self.learning_rate}.")
+            value = getattr(self, name)
+            require(value >= smallest, f"mi.{name} must be {smallest} or more, got {value}.")
+        rate = self.learning_rate
+        require(math.isfinite(rate) and rate > 0, f"mi.learning_rate must be above 0, got {rate}.")
 
     def weight_at(self, step: int, weight: float) -> float:
         """Return the weight of the term at a main step; ``weight`` is the final one."""
-        schedule = {"warmup_steps": self.warmup_steps, "ramp_steps": self.ramp_steps}
-        return mi_weight_schedule(step, weight=weight, **schedule)
+        return mi_weight_schedule(
+            step, weight=weight, warmup_steps=self.warmup_steps, ramp_steps=self.ramp_steps
+        )
 
 
 def main_optimizer(groups: Mapping[str, Iterable[nn.Parameter]], config: OptimizerConfig) -> AdamW:
-    """Build AdamW over the non-empty ones of ``adapters``, ``prefixes``, ``aggregation``, ``temperature``.
-
-    Raises:
-        ValueError: if no group holds a parameter.
-    """
-    settings: list[dict[str, Any]] = []
-    for name, parameters in groups.items():
-        settings.append({"params": list(parameters), "name": name, **_group_settings(name, config)})
+    """Build AdamW over the groups that are not empty; raise ``ValueError`` if all of them are."""
+    settings: list[dict[str, Any]] = [
+        {"params": list(parameters), "name": name, **_group_settings(name, config)}
+        for name, parameters in groups.items()
+    ]
     settings = [group for group in settings if group["params"]]
-    if not settings:
-        raise ValueError(
-            "Nothing to train: the backbone is frozen and there is no prefix. "
-            "Set prefix_length to 1 or more, or adapter.kind to lora, dora or full."
-        )
+    require(
+        bool(settings),
+        "Nothing to train: the backbone is frozen and there is no prefix. "
+        "Set prefix_length to 1 or more, or adapter.kind to lora, dora or full.",
+    )
     return AdamW(settings)
 
 
 def learning_rate_schedule(optimizer: AdamW, config: OptimizerConfig, total_steps: float) -> LambdaLR:
-    """Warm-up, then ``config.schedule`` down to 0 at ``total_steps`` main steps.
+    """Warm up, then follow ``config.schedule`` down to 0 at ``total_steps`` main steps."""
+    require(
+        config.schedule == "constant" or math.isfinite(total_steps),
+        f"optimizer.schedule={config.schedule} ends with the run, but the run has no end: "
+        "set trainer.max_steps or trainer.max_epochs, or optimizer.schedule=constant.",
+    )
 
-    Raises:
-        ValueError: if the schedule needs an end and the run has none.
-    """
-    if config.schedule != "constant" and math.isinf(total_steps):
-        raise ValueError(
-            f"optimizer.schedule={config.schedule} ends with the run, but the run has no end: "
-            "set trainer.max_steps or trainer.max_epochs, or optimizer.schedule=constant."
-        )
-    return LambdaLR(optimizer, _multiplier(config, total_steps))
+    def multiplier(step: int) -> float:
+        if step < config.warmup_steps:
+            return (step + 1) / (config.warmup_steps + 1)
+        if config.schedule == "constant":
+            return 1.0
+        done = (step - config.warmup_steps) / max(1.0, total_steps - config.warmup_steps)
+        left = max(0.0, 1.0 - done)
+        return left if config.schedule == "linear" else 0.5 * (1.0 - math.cos(math.pi * left))
+
+    return LambdaLR(optimizer, multiplier)
 
 
 def apply_config(optimizers: Sequence[Any], schedule: Any, config: OptimizerConfig, mi: MIConfig) -> None:
-    """Replace the rates and the decay that a checkpoint has restored by these.
-
-    Args:
-        optimizers: that of the embedder, and that of the estimator if there is one.
-        schedule: ``LambdaLR`` of the first.
-        config: of the first.
-        mi: of the second.
-
-    Relations:
-        With the settings of the checkpoint, and the same length of the run, nothing changes.
-    """
+    """Replace the rates and the decay that a checkpoint has restored in optimizers and schedule by these."""
     optimizer, *estimators = optimizers
     for estimator in estimators:
         for group in estimator.param_groups:
@@ -148,39 +142,18 @@ def _group_settings(name: str, config: OptimizerConfig) -> dict[str, float]:
 
 
 def check_gradient_norm(norm: float, steps_done: int) -> None:
-    """Stop a run before a step that would make its parameters NaN.
-
-    Raises:
-        ValueError: if the norm is NaN or infinite.
-    """
-    if not math.isfinite(norm):
-        raise ValueError(
-            f"The gradient of main step {steps_done + 1} is not finite (norm {norm}). The step is not made: "
-            "checkpoints hold the weights before it. Likely causes: learning rates or mi_weight too high, a "
-            "temperature near 0, model.dtype=float16, or an initial adapter or backbone with NaN weights."
-        )
+    """Raise ``ValueError`` before a step that would make the parameters NaN."""
+    require(
+        math.isfinite(norm),
+        f"The gradient of main step {steps_done + 1} is not finite (norm {norm}). The step is not made: "
+        "checkpoints hold the weights before it. Likely causes: learning rates or mi_weight too high, a "
+        "temperature near 0, model.dtype=float16, or an initial adapter or backbone with NaN weights.",
+    )
 
 
 def total_steps(trainer: Any) -> float:
-    """Return the main steps of the whole run; infinite without ``max_steps`` and ``max_epochs``.
-
-    Args:
-        trainer: Lightning's, with its training data attached.
-    """
+    """Return the main steps of the whole run; infinite without ``max_steps`` and ``max_epochs``."""
     steps = math.inf if trainer.max_steps == -1 else float(trainer.max_steps)
     if trainer.max_epochs not in (None, -1) and trainer.estimated_stepping_batches != math.inf:
         steps = min(steps, trainer.num_training_batches * trainer.max_epochs)
     return steps
-
-
-def _multiplier(config: OptimizerConfig, total_steps: float) -> Callable[[int], float]:
-    def multiplier(step: int) -> float:
-        if step < config.warmup_steps:
-            return (step + 1) / (config.warmup_steps + 1)
-        if config.schedule == "constant":
-            return 1.0
-        done = (step - config.warmup_steps) / max(1.0, total_steps - config.warmup_steps)
-        left = max(0.0, 1.0 - done)
-        return left if config.schedule == "linear" else 0.5 * (1.0 - math.cos(math.pi * left))
-
-    return multiplier

@@ -1,14 +1,9 @@
 """Seeds as a pure function of where a run is, so that no generator state is ever saved.
 
-Every training step runs under ``seeded(device, seed, batch)``, and every forward pass inside it under
-``seeded(device, seed, batch, rank, side, chunk)``: ``batch`` counts from the start of the run (and is in
-the checkpoint), ``side`` is ``query`` or ``candidate``, ``chunk`` the number of the GradCache chunk. So
-dropout in step 700 does not depend on how the run came to step 700, and the second forward pass of a
-GradCache chunk replays the dropout of the first.
-The objective, which is the same on every rank, draws the same numbers on every rank.
-The caller's own generators are put back afterwards.
-
-Which rows form a batch is decided by the sampler in ``data``, from its own seed and the step.
+Every training step runs under ``seeded(device, seed, step)``, and every forward pass inside it under
+``seeded(device, seed, step, rank, side, chunk)``. So dropout in step 700 does not depend on how the run came
+to step 700, the second forward pass of a GradCache chunk replays the dropout of the first, and the objective
+draws the same numbers on every rank.
 """
 
 from __future__ import annotations

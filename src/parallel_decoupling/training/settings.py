@@ -8,29 +8,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from parallel_decoupling.model.backbone import AdapterConfig
 from parallel_decoupling.model.encoder import absolute_name
 from parallel_decoupling.model.families import Family
-from parallel_decoupling.training.optimization import MIConfig, OptimizerConfig
+from parallel_decoupling.training.optimization import MIConfig, OptimizerConfig, require
 from parallel_decoupling.training.strategies import FSDP2Strategy
-
-Config = TypeVar("Config", AdapterConfig, Family, MIConfig, OptimizerConfig)
 
 
 @dataclass(frozen=True)
 class Setting:
     """What is known of one argument of ``PDFEmbedder``.
 
-    Attributes:
-        group: the part of the package that reads it.
-        shapes_weights: it decides names or shapes of what a checkpoint holds.
-        shapes_embeddings: it changes embeddings although no weight tells.
-        fixed: ``validate``, ``test`` and ``predict`` take the checkpoint's value, whatever is typed.
-        config: the class that holds its own options, if it has some.
+    ``shapes_embeddings`` means that it changes embeddings although no weight tells; a ``fixed`` one is taken
+    from the checkpoint by all subcommands but ``fit``. ``config`` is the class of its own options.
     """
 
     group: Literal["backbone", "loading", "paths", "objective", "training", "prompts"]
@@ -76,8 +70,7 @@ SETTINGS: dict[str, Setting] = {
     "family": Setting("loading", config=Family),
     "seed": Setting("paths"),
 }
-"""Every argument of ``PDFEmbedder``, and the options inside one that differ from it. Each list of names is a
-view of this table."""
+"""Every argument of ``PDFEmbedder``, and the options inside one that differ from it."""
 
 ARGUMENTS = tuple(name for name in SETTINGS if "." not in name)
 CONFIGS: dict[str, Any] = {name: each.config for name, each in SETTINGS.items() if each.config is not None}
@@ -116,13 +109,17 @@ def read_settings(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
     Raises:
         ValueError: unknown options, or a combination that cannot work.
     """
-    typed = dict(arguments)
+    typed, plain = dict(arguments), dict(arguments)
     for name, kind in CONFIGS.items():
-        if typed[name] is not None:
-            typed[name] = as_config(kind, typed[name], name)
-    plain: dict[str, Any] = {
-        name: as_plain(typed[name]) if name in CONFIGS and typed[name] else typed[name] for name in typed
-    }
+        if typed[name] is None:
+            continue
+        if isinstance(typed[name], Mapping):
+            known = {field.name for field in fields(kind)}
+            if unknown := sorted(typed[name].keys() - known):
+                raise ValueError(f"{name} has no option {unknown}; its options are {sorted(known)}.")
+            typed[name] = kind(**typed[name])
+        options = asdict(typed[name]).items()
+        plain[name] = {key: list(value) if isinstance(value, tuple) else value for key, value in options}
     for name in ("backbone", "initial_adapter"):
         if plain[name] is not None:
             plain[name] = absolute_name(plain[name])
@@ -130,98 +127,46 @@ def read_settings(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
     return typed, plain
 
 
-def as_config(kind: type[Config], value: Config | Mapping[str, Any], name: str) -> Config:
-    """Take a config as it is, or build it from the dictionary that a checkpoint holds.
-
-    Raises:
-        ValueError: for a key that ``kind`` does not have.
-    """
-    if isinstance(value, kind):
-        return value
-    known = {field.name for field in fields(kind)}
-    arguments = dict(value)  # type: ignore[arg-type]
-    unknown = sorted(arguments.keys() - known)
-    if unknown:
-        raise ValueError(f"{name} has no option {unknown}; its options are {sorted(known)}.")
-    return kind(**arguments)
-
-
-def as_plain(config: AdapterConfig | Family | MIConfig | OptimizerConfig) -> dict[str, Any]:
-    """Turn a config into a dictionary of strings, numbers and lists."""
-    return {
-        name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()
-    }
-
-
 def check_settings(settings: Mapping[str, Any]) -> None:
-    """Refuse impossible combinations, each with one message that says what to change.
-
-    Args:
-        settings: all arguments of ``PDFEmbedder``, configs as dictionaries.
-
-    Raises:
-        ValueError: the first problem found.
-    """
+    """Raise ``ValueError`` for impossible combinations; configs are dictionaries here."""
     num_paths, prefix_length = settings["num_paths"], settings["prefix_length"]
-    if num_paths < 1 or prefix_length < 0:
-        raise ValueError(
-            f"num_paths must be 1 or more and prefix_length 0 or more, got {num_paths} and {prefix_length}."
-        )
-    if prefix_length == 0 and num_paths > 1:
-        raise ValueError(
-            f"prefix_length=0 makes all {num_paths} paths the same: set num_paths=1 or prefix_length above 0."
-        )
+    require(num_paths >= 1, f"num_paths must be 1 or more, got {num_paths}.")
+    require(prefix_length >= 0, f"prefix_length must be 0 or more, got {prefix_length}.")
+    one_path = "prefix_length=0 makes all paths the same: set num_paths=1 or prefix_length above 0."
+    require(prefix_length > 0 or num_paths == 1, one_path)
     for name in ("mi_weight", "aggregate_weight"):
-        if not (math.isfinite(settings[name]) and settings[name] >= 0):
-            raise ValueError(f"{name} must be 0 or more, got {settings[name]}.")
-    if num_paths == 1 and settings["mi_weight"] > 0:
-        raise ValueError("num_paths=1 has no pair of paths to decouple: set mi_weight=0.")
-    if num_paths == 1 and settings["aggregate_weight"] > 0:
-        raise ValueError("num_paths=1 has no aggregate beside its path: set aggregate_weight=0.")
-    if settings["mi_weight"] > 0 and settings["mi"]["kind"] == "none":
-        raise ValueError("mi.kind=none leaves nothing to weigh: set mi_weight=0, or choose an estimator.")
-    if not (math.isfinite(settings["temperature"]) and settings["temperature"] > 0):
-        raise ValueError(
-            f"temperature divides the cosines and must be above 0, got {settings['temperature']}."
-        )
+        weight = settings[name]
+        require(math.isfinite(weight) and weight >= 0, f"{name} must be 0 or more, got {weight}.")
+        require(num_paths > 1 or weight == 0, f"num_paths=1 has no other path to weigh: set {name}=0.")
+    no_estimator = settings["mi"]["kind"] == "none" and settings["mi_weight"] > 0
+    require(not no_estimator, "mi.kind=none leaves nothing to weigh: set mi_weight=0.")
+    temperature = settings["temperature"]
+    usable = math.isfinite(temperature) and temperature > 0
+    require(usable, f"temperature divides the cosines and must be above 0, got {temperature}.")
     for name in ("query_chunk_size", "candidate_chunk_size"):
-        if settings[name] is not None and settings[name] < 1:
-            raise ValueError(
-                f"{name} must be 1 or more (null: the whole batch at once), got {settings[name]}."
-            )
+        size = settings[name]
+        require(size is None or size >= 1, f"{name} must be 1 or more (null: the whole batch), got {size}.")
 
 
 def check_trainer(strategy: Any, precision: str) -> None:
-    """Refuse what a Trainer may be given but ``PDFEmbedder`` does not work with.
-
-    Raises:
-        ValueError: another way of sharding than FSDP2, or another precision than the two that train.
-    """
-    if isinstance(strategy, FSDPStrategy):
-        raise ValueError(
-            "strategy fsdp (FSDP1) does not work with two alternating optimizers: use strategy ddp, "
-            "or fsdp2 to shard a large backbone."
-        )
-    if isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, FSDP2Strategy):
-        raise ValueError(
-            "ModelParallelStrategy writes checkpoints that only the same layout can read: use strategy "
-            "fsdp2, which is the same with checkpoints in one file."
-        )
-    if precision not in PRECISIONS:
-        raise ValueError(
-            f"trainer.precision={precision} does not work with fp32 prefixes and clipping by hand: use "
-            f"{' or '.join(PRECISIONS)}, and model.dtype=bfloat16 for a frozen backbone in half the memory."
-        )
+    """Raise ``ValueError`` for another way of sharding than FSDP2, or a precision that does not train."""
+    fsdp1 = "strategy fsdp (FSDP1) does not work with two alternating optimizers: use strategy ddp, or fsdp2."
+    require(not isinstance(strategy, FSDPStrategy), fsdp1)
+    require(
+        isinstance(strategy, FSDP2Strategy) or not isinstance(strategy, ModelParallelStrategy),
+        "ModelParallelStrategy writes checkpoints that only the same layout can read: use strategy fsdp2.",
+    )
+    require(
+        precision in PRECISIONS,
+        f"trainer.precision={precision} does not work with fp32 prefixes and clipping by hand: use "
+        f"{' or '.join(PRECISIONS)}, and model.dtype=bfloat16 for a frozen backbone in half the memory.",
+    )
 
 
 def check_trained_dtype(settings: Mapping[str, Any]) -> None:
-    """Refuse to train weights that are kept in half precision.
-
-    Raises:
-        ValueError: ``adapter.kind=full`` with another dtype than float32.
-    """
-    if settings["adapter"]["kind"] == "full" and settings["dtype"] != "float32":
-        raise ValueError(
-            f"adapter.kind=full with dtype={settings['dtype']} would round most updates away: use "
-            "model.dtype=float32 with trainer.precision=bf16-mixed."
-        )
+    """Raise ``ValueError`` where weights that are kept in half precision would be trained."""
+    require(
+        settings["adapter"]["kind"] != "full" or settings["dtype"] == "float32",
+        f"adapter.kind=full with dtype={settings['dtype']} would round most updates away: use "
+        "model.dtype=float32 with trainer.precision=bf16-mixed.",
+    )

@@ -1,8 +1,6 @@
 """FSDP2 for ``PDFEmbedder``: what is sharded, and checkpoints that every layout can read.
 
-``trainer.strategy: fsdp2`` is Lightning's ``ModelParallelStrategy`` with all processes in one data-parallel
-group. Here: sharding and restoring. Elsewhere on purpose: averaging the gradients of what is not sharded
-(``distributed.average_gradients``), what a checkpoint holds (``training.checkpoint``), DDP (Lightning's own).
+Gradients of what is not sharded are averaged by ``distributed.average_gradients``.
 """
 
 from __future__ import annotations
@@ -24,8 +22,7 @@ from torch.utils._pytree import tree_map
 
 from parallel_decoupling.distributed import broadcast_parameters, rank, shard_like, whole
 from parallel_decoupling.model.backbone import Backbone
-from parallel_decoupling.model.encoder import ParallelEncoder
-from parallel_decoupling.model.open_clip import OpenCLIPEncoder
+from parallel_decoupling.model.encoder import Encoder, ParallelEncoder
 from parallel_decoupling.model.prefixes import ShallowPrefixes
 
 
@@ -36,7 +33,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     would write: whole tensors, without the frozen backbone.
 
     Args:
-        process_group_backend: as in the parent; null chooses nccl or gloo by the accelerator.
+        process_group_backend: null chooses nccl or gloo by the accelerator.
         timeout: how long a collective may wait for a process that is gone.
 
     Relations:
@@ -54,7 +51,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         )
 
     def setup_environment(self) -> None:
-        """Start the processes' group; all of them share the data."""
+        """Start the group of all processes; each has its own rows."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
@@ -66,15 +63,15 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """Yes: through ``load_optimizer_state_dict``."""
+        """Let Lightning restore optimizers through ``load_optimizer_state_dict``."""
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Nothing is gathered: ``PDFEmbedder`` puts what trains into the checkpoint itself."""
+        """Gather nothing: ``PDFEmbedder`` puts what trains into the checkpoint itself."""
         return {}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """State of one optimizer with whole tensors on the CPU of the first process, empty elsewhere."""
+        """Return whole tensors on the CPU of the first process, nothing elsewhere."""
 
         def gathered(value: Any) -> Any:
             value = whole(value)
@@ -116,15 +113,7 @@ def shard_backbone(backbone: Backbone, mesh: DeviceMesh) -> None:
     Every process must run every sharded block in every forward and backward pass, or the others wait for
     ever. The vision tower runs only where a chunk has images, so it stays whole, with everything else outside
     the language model. Adapters stay whole as well: they are small, and their gradients are averaged once per
-    step. With ``adapter.kind: full`` the language model's weights train sharded, and FSDP2 averages their
-    gradients.
-
-    Args:
-        backbone: on the CPU or on this process's device.
-        mesh: one-dimensional, all processes.
-
-    Raises:
-        ValueError: for weights that are no floating-point numbers (4-bit).
+    step. With ``adapter.kind: full`` the language model's weights train sharded.
     """
     if isinstance(backbone.base, FSDPModule):
         return
@@ -140,40 +129,25 @@ def shard_backbone(backbone: Backbone, mesh: DeviceMesh) -> None:
         p for p in backbone.base.parameters() if p not in inside or (trains_whole and p.requires_grad)
     }
     # The weights that a module shows between two calls are always the sharded ones, also after an evaluation.
-    for module in (*sharded_blocks(backbone), backbone.base):
+    for module in (*backbone.layers, backbone.base):
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=kept_whole)
     backbone.language_model.register_forward_pre_hook(_same_graph_everywhere, with_kwargs=True)
 
 
-def shard_encoder(encoder: ParallelEncoder | OpenCLIPEncoder, mesh: DeviceMesh) -> None:
-    """Shard an encoder's backbone over ``mesh``; see ``shard_backbone``.
-
-    Raises:
-        ValueError: for an encoder that FSDP2 cannot train.
-    """
-    if isinstance(encoder, OpenCLIPEncoder):
-        raise ValueError("strategy fsdp2 does not shard an OpenCLIP model: use strategy ddp.")
-    if isinstance(encoder.prefixes, ShallowPrefixes):
-        raise ValueError(
-            "strategy fsdp2 does not train prefix_type=shallow, whose keys and values leave the sharded "
-            "layers on the side: use strategy ddp."
-        )
+def shard_encoder(encoder: Encoder, mesh: DeviceMesh) -> None:
+    """Shard an encoder's backbone over ``mesh``; raise ``ValueError`` for one that FSDP2 cannot train."""
+    if not isinstance(encoder, ParallelEncoder) or isinstance(encoder.prefixes, ShallowPrefixes):
+        raise ValueError("fsdp2 trains neither OpenCLIP models nor prefix_type=shallow: use strategy ddp.")
     shard_backbone(encoder.backbone, mesh)
-
-
-def sharded_blocks(backbone: Backbone) -> list[nn.Module]:
-    """Return the decoder layers of the language model."""
-    return list(backbone.layers)
 
 
 def _same_graph_everywhere(
     language_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Let the input require a gradient on every process.
+    """Let the input require a gradient on every process, as it does where a chunk has images.
 
-    With vision adapters it does where a chunk has images. FSDP2 frees a block's weights when the gradient of
-    its input is there, so elsewhere it would keep the first block's and gather them a different number of
-    times.
+    FSDP2 frees a block's weights when the gradient of its input is there; otherwise processes would gather
+    the first block's weights a different number of times.
     """
     if torch.is_grad_enabled():
         kwargs["inputs_embeds"].requires_grad_()

@@ -1,8 +1,5 @@
 """The terms of the objective for one batch: gather over ranks, then call ``objective``.
 
-Here: what meets what. Elsewhere on purpose: the formulas (``objective``), their weights and the order of the
-steps (``training.module``).
-
 Every rank computes the SAME terms, of all ranks' rows; gradient reaches its own rows only. So the sum over
 ranks of the gradients is that of one process with the whole batch. Parameters used after the gather (a
 learned temperature) see the whole gradient on every rank and take ``1 / world_size`` of it: ``shared``.
@@ -21,19 +18,16 @@ from torch import Tensor, nn
 from parallel_decoupling.distributed import gather_with_grad, world_size
 from parallel_decoupling.model.encoder import truncate
 from parallel_decoupling.objective.contrastive import in_batch_hit_at_1, info_nce
-from parallel_decoupling.objective.mutual_information import MutualInformation, path_pairs
 from parallel_decoupling.objective.statistics import path_cosine
+from parallel_decoupling.objective.vclub import MutualInformation, path_pairs
 
 
 @dataclass(frozen=True)
 class GatheredPairs:
-    """All ranks' embeddings of one batch.
+    """The embeddings of one batch, of all ranks: queries ``[G, N, D]``, candidates ``[C, N, D]``.
 
     Attributes:
-        query: ``[G, N, D]``.
-        candidate: ``[C, N, D]``, positives and hard negatives.
-        query_aggregate: ``[G, 1, D']``.
-        candidate_aggregate: ``[C, 1, D']``.
+        query_aggregate: ``[G, 1, D']``; of the candidates ``[C, 1, D']``.
         positive: ``[G]`` int64, index into the candidates.
         candidate_ids: ``[C]`` int64; ``PADDING_ID`` where a hard negative is missing.
         nested: the same rows at each smaller dimension of Matryoshka training.
@@ -46,6 +40,11 @@ class GatheredPairs:
     positive: Tensor
     candidate_ids: Tensor
     nested: tuple[GatheredPairs, ...] = ()
+
+    @property
+    def labels(self) -> dict[str, Tensor]:
+        """Return what ``info_nce`` and ``in_batch_hit_at_1`` compare candidates by."""
+        return {"positive": self.positive, "candidate_ids": self.candidate_ids}
 
     def detach(self) -> GatheredPairs:
         """The same rows without graph, and without nested ones."""
@@ -66,8 +65,7 @@ def gather_pairs(
         query: ``[B, N, D]`` of this rank.
         candidate: ``[B + J, N, D]`` of this rank, positives first; J is the same on every rank.
         candidate_ids: ``[B + J]`` int64, comparable between ranks.
-        aggregate: ``[*, N, D]`` to ``[*, D']``; applied before the gather, so that its own parameters
-            get this rank's part of their gradient.
+        aggregate: applied before the gather, so that its parameters get this rank's part of their gradient.
         dims: smaller dimensions; there the aggregate is that of truncated paths.
     """
     first_of_rank = torch.arange(world_size(), device=query.device) * len(candidate)
@@ -92,7 +90,7 @@ def gather_pairs(
 
 
 def shared(parameter: Tensor) -> Tensor:
-    """``parameter`` itself, with ``1 / world_size`` of its gradient; for use after a gather."""
+    """Return ``parameter`` itself, with ``1 / world_size`` of its gradient; for use after a gather."""
     if world_size() == 1:
         return parameter
     return parameter.detach() + (parameter - parameter.detach()) / world_size()
@@ -101,48 +99,39 @@ def shared(parameter: Tensor) -> Tensor:
 def contrastive_terms(
     pairs: GatheredPairs, temperature: Tensor | float, *, symmetric: bool, with_aggregate: bool
 ) -> tuple[Tensor, Tensor]:
-    """InfoNCE of every path ``[N]`` and of the aggregate (0-dim; without graph if not wanted).
+    """Return InfoNCE of every path ``[N]`` and of the aggregate (0-dim; without graph if not wanted).
 
-    With nested rows the mean over their dimensions and the full one, each with the same weight.
+    With nested rows it is the mean over their dimensions and the full one, each with the same weight.
     """
     if pairs.nested:
-        dims = (replace(pairs, nested=()), *pairs.nested)
         options = {"symmetric": symmetric, "with_aggregate": with_aggregate}
-        paths, aggregates = zip(
-            *(contrastive_terms(each, temperature, **options) for each in dims), strict=True
-        )
+        dims = (replace(pairs, nested=()), *pairs.nested)
+        of_dims = [contrastive_terms(each, temperature, **options) for each in dims]
+        paths, aggregates = zip(*of_dims, strict=True)
         return torch.stack(paths).mean(dim=0), torch.stack(aggregates).mean(dim=0)
-    shared_arguments = {"positive": pairs.positive, "candidate_ids": pairs.candidate_ids}
-    path_N = info_nce(
-        pairs.query, pairs.candidate, temperature=temperature, symmetric=symmetric, **shared_arguments
-    )
+    arguments: dict[str, Any] = {"temperature": temperature, "symmetric": symmetric, **pairs.labels}
+    path_N = info_nce(pairs.query, pairs.candidate, **arguments)
     with torch.set_grad_enabled(with_aggregate and torch.is_grad_enabled()):
-        aggregate = info_nce(
-            pairs.query_aggregate,
-            pairs.candidate_aggregate,
-            temperature=temperature,
-            symmetric=symmetric,
-            **shared_arguments,
-        )
+        aggregate = info_nce(pairs.query_aggregate, pairs.candidate_aggregate, **arguments)
     return path_N, aggregate.squeeze(0)
 
 
 def estimator_nll(estimator: MutualInformation, pairs: GatheredPairs) -> Tensor:
-    """NLL of one path given another on detached embeddings: 0-dim, mean over pairs and both sides."""
+    """Return the NLL of one path given another, detached: 0-dim, the mean over pairs and both sides."""
     query_M = estimator.nll(pairs.query.detach())
     candidate_M = estimator.nll(pairs.candidate[pairs.positive].detach())
     return (query_M + candidate_M).mean() / 2
 
 
 def mutual_information_terms(estimator: MutualInformation, pairs: GatheredPairs) -> Tensor:
-    """The bound of every path pair ``[M]``, mean of query side and candidate side."""
+    """Return the bound of every path pair ``[M]``, the mean of query side and candidate side."""
     mi_M: Tensor = estimator(pairs.query) + estimator(pairs.candidate[pairs.positive])
     return mi_M / 2
 
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Within the block no parameter of ``module`` gets a gradient; its inputs do."""
+    """Give no parameter of ``module`` a gradient within the block; its inputs get theirs."""
     module.requires_grad_(False)
     try:
         yield
@@ -152,7 +141,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def mean_path_cosine(paths: Tensor) -> Tensor:
-    """Mean over path pairs of the cosine between paths: 0-dim, 1 for one path."""
+    """Return the mean over path pairs of the cosine between paths: 0-dim, 1 for one path."""
     cosine_NN = path_cosine(paths)
     first_M, second_M = torch.triu_indices(len(cosine_NN), len(cosine_NN), offset=1)
     return cosine_NN[first_M, second_M].mean() if len(first_M) else cosine_NN.mean()
@@ -162,17 +151,9 @@ def mean_path_cosine(paths: Tensor) -> Tensor:
 def monitored_values(
     pairs: GatheredPairs, terms: Mapping[str, Any], path_loss: Tensor, pair_mi: Tensor
 ) -> dict[str, Any]:
-    """Everything worth a curve from one batch, by log key, without graph.
-
-    Args:
-        pairs: the batch.
-        terms: scalars, logged as ``train/<name>``.
-        path_loss: ``[N]``.
-        pair_mi: ``[M]``, in the order of ``path_pairs``.
-    """
-    arguments = {"positive": pairs.positive, "candidate_ids": pairs.candidate_ids}
-    path_hit_N = in_batch_hit_at_1(pairs.query, pairs.candidate, **arguments)
-    hit = in_batch_hit_at_1(pairs.query_aggregate, pairs.candidate_aggregate, **arguments)
+    """Return what is worth a curve, without graph; ``path_loss`` is ``[N]``, ``pair_mi`` ``[M]``."""
+    path_hit_N = in_batch_hit_at_1(pairs.query, pairs.candidate, **pairs.labels)
+    hit = in_batch_hit_at_1(pairs.query_aggregate, pairs.candidate_aggregate, **pairs.labels)
     values = {f"train/{name}": value for name, value in terms.items()}
     values["train/hit_at_1_aggregate"] = hit[0]
     values |= {f"train/hit_at_1_path_{path}": value for path, value in enumerate(path_hit_N)}
