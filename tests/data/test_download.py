@@ -40,15 +40,13 @@ class Hub:
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, list[str]]] = []
-        trained = {
-            name: train_row(qry_image_path=f"images/{name}/Train/0.jpg") for name in ("VisDial", "CIRR")
-        }
+        row = train_row(qry_image_path="images/VisDial/Train/0.jpg")
         scored = {name: eval_row("q", ["a", "b"], qry_img_path=f"{name}/0.jpg") for name in ("GQA", "CIRR")}
         self.files = {
             "TIGER-Lab/MMEB-train": {
-                "VisDial/original-00000-of-00001.parquet": table([trained["VisDial"]]),
-                "VisDial/diverse_instruction-00000-of-00001.parquet": table([trained["VisDial"]]),
-                "CIRR/original-00000-of-00001.parquet": table([trained["CIRR"]]),
+                "VisDial/original-00000-of-00001.parquet": table([row]),
+                "VisDial/diverse_instruction-00000-of-00001.parquet": table([row]),
+                "CIRR/original-00000-of-00001.parquet": table([train_row()]),
                 "images_zip/VisDial.zip": archive(["Train/0.jpg", "__MACOSX/Train/._0.jpg"]),
                 "images_zip/CIRR.zip": archive(["images/CIRR/Train/0.jpg", "images/CIRR/Train/._0.jpg"]),
             },
@@ -101,10 +99,8 @@ def test_tasks_share_one_archive_of_pictures(tmp_path: Path, hub: Hub) -> None:
     assert files(tmp_path / "MMEB-eval/images") == ["GQA/0.jpg"]
     download_eval(tmp_path, ["GQA", "CIRR"])
     assert files(tmp_path / "MMEB-eval/images") == ["CIRR/0.jpg", "GQA/0.jpg"]
-    assert [patterns for _, patterns in hub.asked] == [
-        ["GQA/test-*.parquet", "images.zip"],
-        ["CIRR/test-*.parquet"],
-    ]
+    expected = [["GQA/test-*.parquet", "images.zip"], ["CIRR/test-*.parquet"]]
+    assert [patterns for _, patterns in hub.asked] == expected
 
 
 @pytest.mark.parametrize("place", ["MMEB-train/images/VisDial/Train/0.jpg", "MMEB-train/VisDial/Train/0.jpg"])

@@ -19,15 +19,7 @@ from parallel_decoupling.data.images import ImageError
 from parallel_decoupling.data.readers import TrainSubset, read_eval_task
 from parallel_decoupling.data.row_sources import TaskSide
 from parallel_decoupling.data.tasks import MMEB_TASKS, find_eval_tasks, find_train_subsets
-from tests.data.mmeb_files import (
-    OWN_ENTRY,
-    eval_row,
-    train_row,
-    write_eval,
-    write_image,
-    write_rows,
-    write_train,
-)
+from tests.data.mmeb_files import OWN_ENTRY, eval_row, train_row, write_eval, write_image, write_train
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
 QUERY = "<|image_1|>\nRepresent the given image with the following question: What is it? \n"
@@ -46,15 +38,15 @@ def test_training_prompt_is_verbatim_in_every_image_layout(tmp_path: Path, root:
 
 
 def test_shards_are_one_table_and_errors_name_the_shard(tmp_path: Path) -> None:
-    folder = tmp_path / "MMEB-train/S"
-    write_rows(folder / "original-00001-of-00002.parquet", [train_row("c"), train_row("<|image_1|>")])
-    write_rows(folder / "original-00000-of-00002.parquet", [train_row("a"), train_row("b")])
-    write_rows(folder / "diverse_instruction-00000-of-00001.parquet", [train_row("z")])
+    write_train(tmp_path, "S", [train_row("a"), train_row("b")])
+    file = tmp_path / "MMEB-train/S/original-00000-of-00001.parquet"
+    file.rename(file.with_name("original-00000-of-00002.parquet"))
+    write_train(tmp_path, "S", [train_row("c"), train_row("<|image_1|>")])
+    file.rename(file.with_name("original-00001-of-00002.parquet"))
+    write_train(tmp_path, "S", [train_row("z")], split="diverse_instruction")
     subset = TrainSubset(tmp_path, "S")
     assert [subset[row].query.text for row in range(3)] == ["a", "b", "c"]
-    with pytest.raises(
-        ValueError, match=r"subset 'S', file .*original-00001-of-00002.parquet, row 1, column 'qry'"
-    ):
+    with pytest.raises(ValueError, match=r"'S', file .*original-00001-of-00002.parquet, row 1, column 'qry'"):
         subset[3]
     assert TrainSubset(tmp_path, "S", "diverse_instruction")[0].query.text == "z"
     assert find_train_subsets(tmp_path, "diverse_instruction") == ["S"]
@@ -172,17 +164,11 @@ def test_query_limit_is_spread_over_the_file(tmp_path: Path) -> None:
 
 def test_blank_rows_are_left_out_and_counted(tmp_path: Path) -> None:
     write_image(tmp_path / "MMEB-train/images/x.png")
-    rows = [
-        train_row("a"),
-        train_row("", "b"),
-        train_row("c", " \n"),
-        train_row("", "d", qry_image_path="images/x.png"),
-        train_row(None, "e"),  # type: ignore[arg-type]
-        train_row(" \u00a0" * 9, "f"),
-    ]
+    rows = [train_row("a"), train_row("", "b"), train_row("c", " \n"), train_row(" \u00a0" * 9, "f")]
+    rows += [train_row("", "d", qry_image_path="images/x.png"), train_row(qry=None)]  # type: ignore[arg-type]
     write_train(tmp_path, "S", rows)
     subset = TrainSubset(tmp_path, "S")
-    assert [subset[row].row for row in range(len(subset))] == [0, 3]
+    assert [subset[row].row for row in range(len(subset))] == [0, 4]
     assert subset.blank_rows == 4
     write_train(tmp_path, "T", rows[1:3])
     with pytest.raises(ValueError, match="subset 'T', .*every row has neither text nor image"):
@@ -285,14 +271,10 @@ def test_training_rows_are_what_the_document_shows(shop: Path) -> None:
 
 def test_a_positive_alone_is_ranked_among_all_positives(shop: Path) -> None:
     task = read_eval_task(shop, "ShopSearch")
-    assert [query.text for query in task.queries] == [
-        "Find a product that matches: a seat for the kitchen\n",
-        "Find a product that matches: a lamp\n",
-        "Find a product that matches: something red\n",
-    ]
-    assert [row.images for row in task.candidates] == [
-        (photo(shop, name),) for name in ("chair_2", "lamp_1", "chair_1")
-    ]
+    asked = ("a seat for the kitchen", "a lamp", "something red")
+    assert [query.text for query in task.queries] == [f"Find a product that matches: {q}\n" for q in asked]
+    shown = ("chair_2", "lamp_1", "chair_1")
+    assert [row.images for row in task.candidates] == [(photo(shop, name),) for name in shown]
     assert task.candidates_of_row == [[0, 1, 2], [1, 0, 2], [2, 0, 1]]
     assert task.candidates[0].text == "<|image_1|>\nRepresent the given product. Stool\n"
 

@@ -55,7 +55,13 @@ class MixtureSampler(Sampler[list[tuple[int, int]]]):
         self.sizes, self.batch_size = list(sizes), batch_size
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.start_step = 0  # of the next iteration
-        self.group_size = _group_size(policy, batch_size, sub_batch_size)
+        if policy != "sub_batch" and sub_batch_size is not None:
+            raise ValueError(f"sub_batch_size={sub_batch_size} has no meaning for policy {policy!r}.")
+        group_sizes = {"mixed": 1, "homogeneous": batch_size, "sub_batch": sub_batch_size or 0}
+        self.group_size = group_sizes[policy]
+        if self.group_size < 1 or batch_size % self.group_size:
+            rule = f"a sub_batch_size that divides {batch_size=}"
+            raise ValueError(f"policy sub_batch needs {rule}, got {sub_batch_size}.")
         counts = [size // self.group_size for size in self.sizes]
         if weights is not None:
             if len(weights) != len(sizes) or min(weights) <= 0:
@@ -122,17 +128,6 @@ class MixtureSampler(Sampler[list[tuple[int, int]]]):
                     free = np.setdiff1d(np.arange(size), rows[start:stop])
                     rows[clash] = rng.permutation(free)[: len(clash)]
         return rows
-
-
-def _group_size(policy: Policy, batch_size: int, sub_batch_size: int | None) -> int:
-    if policy != "sub_batch" and sub_batch_size is not None:
-        raise ValueError(f"sub_batch_size={sub_batch_size} has no meaning for policy {policy!r}.")
-    sizes = {"mixed": 1, "homogeneous": batch_size, "sub_batch": sub_batch_size}
-    size = sizes[policy]
-    if not size or size < 1 or batch_size % size:
-        rule = f"a sub_batch_size that divides {batch_size=}"
-        raise ValueError(f"policy sub_batch needs {rule}, got {sub_batch_size}.")
-    return size
 
 
 class Batches:

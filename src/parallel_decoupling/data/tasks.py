@@ -128,17 +128,16 @@ def read_tasks(data_dir: str | Path) -> dict[str, Task]:
     tasks, tasks_file = dict(MMEB_TASKS), Path(data_dir) / "tasks.json"
     if not tasks_file.is_file():
         return tasks
+    where = str(tasks_file)
     try:
         entries = json.loads(tasks_file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{tasks_file} is not valid JSON: {error}. Correct or remove it.") from error
-    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
-        raise ValueError(f"{tasks_file} must hold an object of tasks by name, each an object itself.")
-    for name, entry in entries.items():
-        try:
+        if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+            raise ValueError("it must hold an object of tasks by name, each an object itself.")
+        for name, entry in entries.items():
+            where = f"{tasks_file}, task {name!r}"
             tasks[name] = _task(name, entry, tasks_file.parent)
-        except ValueError as error:
-            raise ValueError(f"{tasks_file}, task {name!r}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     return tasks
 
 
@@ -163,9 +162,8 @@ def _source(entry: dict[str, Any], data_dir: Path) -> Source:
     if wrong := [key for key, value in entry.items() if not isinstance(value, str)]:
         raise ValueError(f"{wrong[0]} must be a text, got {entry[wrong[0]]!r}.")
     if not set(FILES) & set(entry):
-        raise ValueError(
-            f"{', '.join(entry) or 'columns'} without a file. Add train_file, eval_file or both."
-        )
+        keys = ", ".join(entry) or "columns"
+        raise ValueError(f"{keys} without a file. Add train_file, eval_file or both.")
     if not isinstance(columns, dict) or not all(isinstance(column, str) for column in columns.values()):
         example = '{"query_text": "question"}'
         raise ValueError(f"columns must name a column per role, such as {example}, got {columns!r}.")
@@ -192,8 +190,5 @@ def find_train_subsets(data_dir: str | Path, split: str = "original") -> list[st
 def find_eval_tasks(data_dir: str | Path) -> list[str]:
     """Return the names of the tasks whose rows are there, in the order of the task table."""
     found = {file.parent.name for file in (Path(data_dir) / "MMEB-eval").glob("*/test-*.parquet")}
-    return [
-        name
-        for name, task in read_tasks(data_dir).items()
-        if (name in found if task.source is None else task.source.eval_file is not None)
-    ]
+    own = {name: task.source.eval_file for name, task in read_tasks(data_dir).items() if task.source}
+    return [name for name in read_tasks(data_dir) if own.get(name, name in found)]
