@@ -10,7 +10,7 @@ INSTALLED := .venv/.installed
 DEMO := runs/demo$(if $(filter-out 0,$(SEED)),_seed$(SEED))
 DEMO_SINGLE_PATH := runs/demo_single_path$(if $(filter-out 0,$(SEED)),_seed$(SEED))
 
-.PHONY: help install demo test test-slow lint types checks format golden backbone configs notebooks bench studies app clean
+.PHONY: help install demo test test-slow test-oldest lint types checks format golden backbone configs docs wheel notebooks bench studies app clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -81,16 +81,29 @@ configs: $(INSTALLED) ## write lightning_configs/reproduce/ anew from its layers
 notebooks: $(INSTALLED) ## execute every notebook in place
 	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
 
-bench: $(INSTALLED) ## cost of N paths and of the vCLUB estimator, start-up on MMEB tables, throughput of predict
+bench: $(INSTALLED) ## cost of N paths and of the vCLUB estimator, start-up on MMEB tables, throughput of predict and test
 	$(BIN)/python -m benchmarks.paths
 	$(BIN)/python -m benchmarks.vclub
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.predict
+	$(BIN)/python -m benchmarks.evaluation
 
 studies: $(INSTALLED) ## every study: runs what is missing, then tables and pictures in docs/studies/
 	@failed=0; for study in help full_data paths prefix mutual_information little_data beyond; do \
 	  $(BIN)/python -m studies $$study --jobs $(STUDY_JOBS) || failed=1; done; \
 	for study in estimators path_differences prefix_gradients; do $(BIN)/python -m studies $$study || failed=1; done; exit $$failed
+
+docs: $(INSTALLED) ## an API reference from the docstrings, in build/docs/index.html
+	$(BIN)/python -m recipes.api_reference
+
+wheel: $(INSTALLED) ## build the wheel and try it in an empty environment outside the clone (installs PyTorch again)
+	rm -rf dist && $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	bash recipes/try_wheel.sh "$(PYTHON)" dist/*.whl
+
+test-oldest: ## the test suite on the oldest declared dependencies, in .venv-oldest
+	@test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' --constraint recipes/oldest.txt
+	.venv-oldest/bin/pytest -q
 
 clean: ## remove caches and build output (keeps runs/ and .venv/)
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist

@@ -39,7 +39,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 
 from parallel_decoupling import model as model_package
 from parallel_decoupling.data.datamodule import MMEBDataModule
-from parallel_decoupling.evaluation.embedding_writer import EmbeddingWriter
+from parallel_decoupling.evaluation.run import EmbeddingWriter
 from parallel_decoupling.evaluation.store import Keeper
 from parallel_decoupling.sentence_transformers import as_sentence_transformer
 from parallel_decoupling.training.module import PDFEmbedder

@@ -84,8 +84,9 @@ def random_backbone(layers: int | None, gradient_checkpointing: bool) -> Backbon
     config = AutoConfig.for_model(arguments.pop("model_type"), **arguments)
     base = AutoModel.from_config(config, dtype=torch.bfloat16)
     processor = SimpleNamespace(tokenizer=tiny_tokenizer())
-    backbone = Backbone(base, processor, FAMILIES["qwen2_vl"], name=NAME)
-    backbone.prepare("sdpa", gradient_checkpointing=gradient_checkpointing)
+    backbone = Backbone(
+        base, processor, FAMILIES["qwen2_vl"], name=NAME, gradient_checkpointing=gradient_checkpointing
+    )
     backbone.add_adapters(AdapterConfig(kind="lora", rank=16, alpha=64))
     return backbone.train()
 

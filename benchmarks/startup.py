@@ -30,9 +30,8 @@ import pyarrow.parquet as pq
 from torch.utils.data import DataLoader
 
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER
-from parallel_decoupling.data.loaders import TrainRows
 from parallel_decoupling.data.mixture import MixtureSampler
-from parallel_decoupling.data.readers import TrainSubset
+from parallel_decoupling.data.readers import TrainRows, TrainSubset
 from parallel_decoupling.data.tables import default_cache_dir
 from parallel_decoupling.data.tasks import MMEB_TRAIN_SUBSETS
 

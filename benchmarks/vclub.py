@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from parallel_decoupling.objective.mutual_information import vclub_bound
+from parallel_decoupling.objective.vclub import vclub_bound
 
 Bound = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -1,7 +1,7 @@
 """Write one ready config file per row of ``docs/reproduce.md``: ``python -m recipes.ready_configs``.
 
-A row is made of four layers: recipe, backbone, paths and layout; a later one wins. The layers hold the reasons
-for their values, so change a layer and run ``make configs``, never a ready file.
+A row is made of four layers: recipe, backbone, paths and layout; a later one wins. The layers hold the
+reasons for their values, so change a layer and run ``make configs``, never a ready file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How good are the estimators of dependence, and the gradients that training takes from them?
+"""Measure how good the estimators of dependence are, and the gradients that training takes from them.
 
 ``python -m studies estimators`` takes about ten minutes on one thread.
 
@@ -31,7 +31,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from parallel_decoupling.objective.mutual_information import Kind, MutualInformation
+from parallel_decoupling.objective.vclub import Kind, MutualInformation
 from studies.estimator_figures import WITHOUT_Q, write_figures, write_table
 from studies.results import code_version, commit_name
 

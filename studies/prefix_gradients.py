@@ -1,4 +1,4 @@
-"""How noisy is the gradient that an encoder's prefixes take from each estimator?
+"""Measure how noisy the gradient is that an encoder's prefixes take from each estimator.
 
 ``python -m studies prefix_gradients`` takes two runs of the study ``help``: with vCLUB, and without a term,
 where q only watched. It trains those that are not there, some minutes each; the rest takes some minutes.
@@ -37,7 +37,7 @@ from parallel_decoupling.batch import PairBatch
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.evaluation.plots import COLOURS, clean_axes, new_figure
 from parallel_decoupling.model.pretrained import read_checkpoint
-from parallel_decoupling.objective.mutual_information import MutualInformation
+from parallel_decoupling.objective.vclub import MutualInformation
 from parallel_decoupling.training.grad_cache import encode_in_chunks
 from parallel_decoupling.training.module import PDFEmbedder
 from parallel_decoupling.training.terms import contrastive_terms, gather_pairs, mutual_information_terms
@@ -141,7 +141,7 @@ def gradients(
     )
     terms = {CONTRASTIVE: path_N.mean() + module.aggregate_weight * aggregate}
     terms |= {kind: mutual_information_terms(each, pairs).mean() for kind, each in estimators.items()}
-    prefixes = list(module.encoder.prefix_parameters())
+    prefixes = module.encoder.parameter_groups()["prefixes"]
     return {
         term: torch.cat([part.flatten() for part in torch.autograd.grad(value, prefixes, retain_graph=True)])
         for term, value in terms.items()

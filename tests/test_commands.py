@@ -13,8 +13,9 @@ import torch
 from parallel_decoupling import cli
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.model.identity import path_hashes
-from tests.model.test_pretrained import checkpoint_of, every_path, save_run
+from tests.model.test_pretrained import every_path
 from tests.support.embedders import tiny_embedder
+from tests.support.fit import make_trainer, small_data, small_embedder
 from tests.support.stores import save_store
 from tests.support.tiny import noise_image
 
@@ -145,16 +146,18 @@ def test_help_describes_every_argument(name: str, capsys: pytest.CaptureFixture[
 
 
 @pytest.fixture(scope="module")
-def run_dir(tiny_backbone_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint, and the scores of its steps."""
-    embedder = tiny_embedder(tiny_backbone_dir)
-    folder = save_run(tmp_path_factory.mktemp("run"), checkpoint_of(embedder, tiny_backbone_dir))
+def run_dir(tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of two steps, and the scores of these steps."""
+    folder, module = tmp_path_factory.mktemp("run"), small_embedder(tiny_backbone_dir, num_paths=3)
+    trainer = make_trainer(folder, max_steps=2)
+    trainer.fit(module, small_data(tiny_mmeb_dir))
+    trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt")
     hits = {column: "10" for column in ("aggregate", "path_0", "path_1", "path_2")}
     scores = {
         "means": {"overall": dict.fromkeys(hits, 0.5)},
         "tasks": {"Sign": {"num_queries": 2}},
         "hits": {"Sign": hits},
-        "run": {"seed": 0, "token_passes": 9.0, "global_step": 2, "commit": "c0ffee"},
+        "run": {**module.run_info(), "commit": "c0ffee"},
     }
     (folder / "scores.json").write_text(json.dumps(scores))
     return folder

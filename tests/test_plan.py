@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.lightning_cli import run
-from parallel_decoupling.model.backbone import AdapterConfig, load_backbone, meta_backbone
+from parallel_decoupling.model.backbone import AdapterConfig, load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.plan import Plan, read_layout, saved_bytes
 from parallel_decoupling.training.module import PDFEmbedder
@@ -71,7 +71,7 @@ def test_parameters_and_their_states_are_the_embedders(
     assert plan.memory["weights"] == sum(p.numel() * p.itemsize for p in module.parameters())
     assert plan.memory["gradients"] == trained
     assert plan.memory["optimizer states"] == 2 * trained
-    prefixes = sum(p.numel() for p in module.encoder.prefix_parameters())
+    prefixes = sum(p.numel() for p in module.encoder.parameter_groups()["prefixes"])
     assert plan.groups.get("prefixes", (0,))[0] == prefixes
 
 
@@ -139,7 +139,7 @@ def test_the_command_prints_a_plan_without_loading_a_weight(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = save_published("Qwen/Qwen2-VL-2B-Instruct", tmp_path)  # holds none
-    assert meta_backbone(folder).is_meta
+    assert load_backbone(folder, meta=True).is_meta
     options = ["--model.backbone", folder, "--trainer.devices", "8", "--data.batch_size", "512"]
     run(["plan", *options, "--gpu_memory_gib", "24"])
     text = capsys.readouterr().out

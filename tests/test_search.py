@@ -45,6 +45,13 @@ def test_half_precision_and_fewer_items_than_hits(tmp_path: Path) -> None:
     )
 
 
+def test_concatenated_aggregates(tmp_path: Path) -> None:
+    """The cosine of an aggregate of 3 D numbers is the mean cosine of aligned paths."""
+    index = ExactIndex(save_store(tmp_path, ITEMS, aggregate=ITEMS.flatten(1) / 3**0.5))
+    queries = queries_by_column(QUERIES) | {"aggregate": QUERIES.flatten(1)}
+    check_hits(index.search(queries, 5, "aggregate"), QUERIES, ITEMS, 5, "concat")
+
+
 @pytest.mark.parametrize(
     ("columns", "scorings"),
     [
@@ -183,6 +190,16 @@ def test_a_model_searches_by_the_paths_that_it_has(
             searcher.search(["7"], 2, scoring)
 
 
+def test_only_some_columns_are_stored(tmp_path: Path) -> None:
+    """The aggregate of the whole model, and the paths that are there, at their own numbers."""
+    index = stored(tmp_path, RowEmbedder(0, 1, 2), columns=["aggregate", "path_2"])
+    searcher = Searcher(RowEmbedder(2, 1, 0), index)
+    assert searcher.scorings == ("aggregate", "path_2")
+    for scoring in searcher.scorings:
+        ((hit,),) = searcher.search(["7"], 1, scoring)
+        assert (hit.id, hit.score, hit.similarities) == ("7", pytest.approx(1), {"path_2": pytest.approx(1)})
+
+
 @pytest.mark.parametrize(
     ("columns", "other"),
     [
@@ -196,7 +213,9 @@ def test_other_weights_than_those_of_the_items_are_refused(
     columns: list[str], other: RowEmbedder, tmp_path: Path
 ) -> None:
     index = stored(tmp_path, RowEmbedder(0, 1, 2), columns=columns, model="last.ckpt")
-    with pytest.raises(ValueError, match=r"other weights than .*last\.ckpt.*trained further"):
+    with pytest.raises(
+        ValueError, match=r"other weights than .*last\.ckpt.*trained further.*run predict with this one"
+    ):
         Searcher(other, index)
 
 

@@ -18,9 +18,9 @@ pytest.importorskip("fastapi")
 
 from fastapi.testclient import TestClient
 
-from parallel_decoupling.data.images import load_image
+from parallel_decoupling.data.images import ImagePolicy, load_image
 from parallel_decoupling.evaluation.embedder import Embedder
-from parallel_decoupling.serve import Body, Gate, Limits, RequestError, Server, Task, build_app
+from parallel_decoupling.serve import Body, Limits, RequestError, Server, Task, build_app
 from tests.support.embedders import tiny_embedder
 from tests.support.fit import small_embedder
 from tests.support.tiny import noise_image
@@ -133,6 +133,17 @@ def test_bad_requests(body: Any, status: int, param: str | None, client: TestCli
     assert error["message"]
 
 
+def test_messages_name_the_input(client: TestClient) -> None:
+    for body, message in (
+        ({"input": ["a", {"text": 3}]}, r"input[1].text: Input should be a valid string"),
+        ({"input": ["a", " "]}, "input[1] has neither text nor image"),
+        ({"input": ["a", {"image": "x"}]}, "input[1]: image must be a data URI"),
+    ):
+        assert message in ask(client, **body).json()["error"]["message"]
+    assert client.post("/v1/embeddings", content=b"\xff{").status_code == 400
+    assert client.get("/v1/nothing").json()["error"]["message"] == "Not Found"
+
+
 def test_models_and_health(client: TestClient, embedder: Embedder) -> None:
     rows = client.get("/v1/models").json()["data"]
     assert [row["id"] for row in rows] == ["default", "aggregate", "path_0", "path_1", "path_2"]
@@ -158,7 +169,7 @@ def test_dimensions_cut_paths_before_they_are_aggregated(aggregation: str, tiny_
     for dimensions in (0, 2, 5, 97):
         answer = ask(client, input="a", model="aggregate", dimensions=dimensions)
         if step == 3:
-            assert "use 3 to 96, a multiple of 3" in answer.json()["error"]["message"]
+            assert "use a multiple of 3 up to 96" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("mode", ["I;16", "P", "CMYK", "rotated", "L"])
@@ -217,6 +228,17 @@ def test_open_clip_cuts_no_text(clip: Embedder) -> None:
         tasks(server, "a", "a " * CONTEXT_LENGTH)
 
 
+def test_pictures_are_resized_as_by_the_embedder(tiny_backbone_dir: str) -> None:
+    embedder = small_embedder(tiny_backbone_dir).embedder
+    server = Server(embedder)
+    (task,) = tasks(server, {"image": data_uri(noise_image(40, 30))})
+    ((_, plain),) = server.embed([task])
+    embedder.images = ImagePolicy(size="low")
+    ((resized, num_tokens),) = server.embed([task])
+    torch.testing.assert_close(resized, embedder.encode(task.rows, paths=0), atol=1e-6, rtol=0)
+    assert num_tokens > plain
+
+
 def test_those_that_wait_are_embedded_together(embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
     """At most ``batch_size`` while the model is busy, in the order of arrival; an error is one's own."""
     server, batches = Server(embedder, limits=replace(Limits(), batch_size=4)), list[int]()
@@ -233,7 +255,7 @@ def test_those_that_wait_are_embedded_together(embedder: Embedder, monkeypatch: 
     async def run() -> list[Any]:
         bodies = [Body.model_validate({"input": f"a {number}"}) for number in range(12)]
         bodies[5] = Body.model_validate({"input": "<|image_1|> a"})
-        return await asyncio.gather(*map(server.answer, bodies), return_exceptions=True)
+        return await asyncio.gather(*map(server.embeddings, bodies), return_exceptions=True)
 
     answers = asyncio.run(run())
     assert sum(isinstance(answer, RuntimeError) for answer in answers) == 1
@@ -249,30 +271,16 @@ def test_those_that_wait_are_embedded_together(embedder: Embedder, monkeypatch: 
     assert not server._waiting
 
 
-@pytest.mark.parametrize(
-    ("sizes", "waiting", "status"), [([60, 40], 1, None), ([60, 41], 1, 413), ([60], 2, 429)]
-)
-def test_the_gate_refuses_what_is_too_much(sizes: list[int], waiting: int, status: int | None) -> None:
-    """The body is counted while it is read; with a full queue it is not read."""
-    read: list[int] = []
-
-    async def application(scope: Any, receive: Any, send: Any) -> None:
-        assert gate.waiting == 2
-        while (message := await receive())["more_body"]:
-            assert message["body"]
-
-    async def receive() -> dict[str, Any]:
-        read.append(sizes[len(read)])
-        return {"body": b" " * read[-1], "more_body": len(read) < len(sizes)}
-
-    gate = Gate(application, Limits(body_bytes=100, waiting=2))
-    gate.waiting = waiting
-    if status is None:
-        asyncio.run(gate({"type": "http"}, receive, None))  # type: ignore[arg-type]
-    else:
-        with pytest.raises(RequestError) as refused:
-            asyncio.run(gate({"type": "http"}, receive, None))  # type: ignore[arg-type]
-        assert refused.value.status_code == status
-        assert (refused.value.headers == {"retry-after": "1"}) == (status == 429)
-    assert gate.waiting == waiting
-    assert len(read) == (0 if waiting == 2 else len(sizes))
+def test_too_large_bodies_and_too_many_requests_are_refused(embedder: Embedder) -> None:
+    """A body without a declared size is counted while it is read; with a full queue it is not read."""
+    server = Server(embedder, limits=Limits(body_bytes=100, waiting=2))
+    client = TestClient(build_app(server))
+    for size, status in ((100, 200), (101, 413)):
+        body = b'{"input": "a"}'.ljust(size)
+        answer = client.post("/v1/embeddings", content=iter([body[:60], body[60:]]))
+        assert answer.status_code == status
+    server._num_requests = 2
+    answer = client.post("/v1/embeddings", content=b"anything")
+    assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+    assert answer.json()["error"]["type"] == "rate_limit_error"
+    assert server._num_requests == 2

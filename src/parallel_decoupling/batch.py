@@ -18,7 +18,7 @@ IMAGE_PLACEHOLDER = "<|image_1|>"
 """The image token of every MMEB text (Phi-3's); the collator swaps in the backbone's own."""
 
 PADDING_ID = torch.iinfo(torch.int64).min
-"""In ``candidate_ids``: the candidate stands in for a missing hard negative and matches no query."""
+"""In ``candidate_ids``: padding for a missing hard negative, which matches no query."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,6 @@ class RawPair:
     negatives: tuple[RawInput | None, ...]
     subset: str
     row: int
-    skipped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,14 +91,12 @@ class PairBatch:
         candidate_ids: ``[len(candidate)]`` int64; equal values are the same target, and
             ``PADDING_ID`` is none.
         subsets: the subset of each of the ``B`` queries.
-        skipped: why rows were passed over, one reason each.
     """
 
     query: EncoderInputs
     candidate: EncoderInputs
     candidate_ids: Tensor
     subsets: tuple[str, ...]
-    skipped: tuple[str, ...] = ()
 
     def to(self, device: torch.device | str) -> PairBatch:
         """Move every tensor to ``device``."""

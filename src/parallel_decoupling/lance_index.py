@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel_decoupling.evaluation.score import similarities
-from parallel_decoupling.evaluation.store import METADATA_KEY, Store, is_vector_column, to_tensor
+from parallel_decoupling.evaluation.store import METADATA_KEY, Store, to_tensor
 from parallel_decoupling.search import (
     MAXSIM,
     Hit,
@@ -38,15 +38,27 @@ IndexType = Literal["IVF_FLAT", "IVF_SQ", "IVF_PQ", "IVF_RQ"]
 def write_lance_index(store: Store, index_dir: str | Path, index_type: IndexType | None = None) -> None:
     """Write a table of all rows of a store; one that is there is replaced.
 
-    ``index_type`` is that of the approximate index of every column; None compares with every item.
+    Args:
+        store: what ``predict`` wrote.
+        index_dir: the folder of the database.
+        index_type: of the approximate index of every column; None compares with every item.
+
+    Raises:
+        ValueError: LanceDB is not installed, or there are too few items for an approximate index.
     """
     if index_type is not None and index_type not in get_args(IndexType):
         raise ValueError(f"index_type is {index_type!r}; choose from {', '.join(get_args(IndexType))}")
     if index_type is not None and len(store) < ROWS_FOR_TRAINING:
-        raise ValueError(f"{len(store)} items are too few for {index_type}, which needs {ROWS_FOR_TRAINING}")
-    tables, metadata = _tables(store), {METADATA_KEY: json.dumps(store.metadata)}
-    first = next(tables).replace_schema_metadata(metadata)
-    table = _lancedb().connect(index_dir).create_table(TABLE, first, mode="overwrite")
+        raise ValueError(
+            f"{len(store)} items are too few for index_type {index_type}, which is trained on at least "
+            f"{ROWS_FOR_TRAINING}; leave it out to compare with every item"
+        )
+    tables = _tables(store)
+    first = next(tables)
+    metadata = {METADATA_KEY: json.dumps(store.metadata)}
+    database = _lancedb().connect(index_dir)
+    database.drop_table(TABLE, ignore_missing=True)
+    table = database.create_table(TABLE, first.replace_schema_metadata(metadata))
     for rows in tables:
         table.add(rows)
     if index_type is not None:
@@ -59,16 +71,24 @@ class LanceIndex:
     """Searches a table that ``write_lance_index`` wrote, by the aggregate, one path, or MaxSim.
 
     LanceDB finds the items, the scores are computed from the vectors as in exact search.
+
+    Args:
+        index_dir: the folder of the database.
+
+    Raises:
+        ValueError: LanceDB is not installed, or the folder does not hold such a table.
     """
 
     def __init__(self, index_dir: str | Path) -> None:
         if not Path(index_dir, f"{TABLE}.lance").is_dir():
-            raise ValueError(f"{index_dir} has no {TABLE}.lance: write an index with lightning index")
+            raise ValueError(
+                f"{index_dir} does not hold an index ({TABLE}.lance): write one with lightning index"
+            )
         self._table = _lancedb().connect(index_dir).open_table(TABLE)
         schema = self._table.schema
         self.metadata: Mapping[str, Any] = json.loads(schema.metadata[METADATA_KEY])
         self.columns: tuple[str, ...] = tuple(self.metadata["columns"])
-        self._fields = [name for name in schema.names if not is_vector_column(name) and name != MAXSIM]
+        self._fields = [name for name in schema.names if name not in (*self.columns, MAXSIM)]
         self.scorings = (*self.columns, *([MAXSIM] if MAXSIM in schema.names else []))
 
     def __len__(self) -> int:
@@ -78,25 +98,33 @@ class LanceIndex:
         self, queries: Mapping[str, Tensor], top_k: int, scoring: str, where: str | None = None
     ) -> list[list[Hit]]:
         """Find the best items of every query; see ``search.Index``."""
-        paths = [name for name in path_columns(self.columns) if name in queries]
-        needed = compared(scoring, self.columns)
-        names = tuple(dict.fromkeys([*needed, *paths]))
-        all_hits = []
-        for number, vector in enumerate(query_vectors(queries, top_k, scoring, self)):
-            search = self._table.search(vector.numpy(), vector_column_name=scoring).distance_type("cosine")
-            search = search.limit(top_k).refine_factor(REFINED).select([*self._fields, *names])
-            try:
-                found = (search if where is None else search.where(where)).to_arrow()
-            except ValueError as error:
-                raise ValueError(f"LanceDB refuses the search (where={where!r}): {error}") from error
-            vectors = {name: F.normalize(to_tensor(found[name]), dim=-1) for name in names}
-            items = scored_vectors({name: vectors[name] for name in needed}, scoring)
-            scores_K, order_K = similarities(vector.unsqueeze(0), items)[0].sort(descending=True, stable=True)
-            rows = found.select(self._fields).take(order_K.numpy()).to_pylist()
-            query = {name: queries[name][number] for name in paths}
-            in_order = {name: vectors[name][order_K] for name in paths}
-            all_hits.append(make_hits(query, in_order, scores_K, rows))
-        return all_hits
+        return [
+            self._search_one(
+                vector, {name: column[number] for name, column in queries.items()}, top_k, scoring, where
+            )
+            for number, vector in enumerate(query_vectors(queries, top_k, scoring, self))
+        ]
+
+    def _search_one(
+        self, vector: Tensor, query: Mapping[str, Tensor], top_k: int, scoring: str, where: str | None
+    ) -> list[Hit]:
+        paths = [name for name in path_columns(self.columns) if name in query]
+        names = tuple(dict.fromkeys([*compared(scoring, self.columns), *paths]))
+        search = self._table.search(vector.numpy(), vector_column_name=scoring).distance_type("cosine")
+        search = search.limit(top_k).refine_factor(REFINED).select([*self._fields, *names, "_distance"])
+        if where is not None:
+            search = search.where(where)
+        try:
+            found = search.to_arrow()
+        except ValueError as error:
+            raise ValueError(f"LanceDB refuses the search (where={where!r}): {error}") from error
+        vectors = {name: F.normalize(to_tensor(found[name]), dim=-1) for name in names}
+        items = {name: vectors[name] for name in compared(scoring, self.columns)}
+        scores_K = similarities(vector.unsqueeze(0), scored_vectors(items, scoring))[0]
+        order_K = scores_K.argsort(descending=True, stable=True)
+        rows = found.select(self._fields).take(order_K.numpy()).to_pylist()
+        cosines = {name: query[name] for name in paths}
+        return make_hits(cosines, {name: vectors[name][order_K] for name in paths}, scores_K[order_K], rows)
 
 
 def _tables(store: Store) -> Iterator[pa.Table]:

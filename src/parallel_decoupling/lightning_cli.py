@@ -26,12 +26,10 @@ from rich.console import Console
 from rich.table import Table
 
 from parallel_decoupling.data.datamodule import MMEBDataModule
-from parallel_decoupling.evaluation.embedding_writer import EmbeddingWriter
-from parallel_decoupling.evaluation.run import PathPictures, Scoring
+from parallel_decoupling.evaluation.run import EmbeddingWriter, PathPictures, Scoring
 from parallel_decoupling.evaluation.store import Keeper, VectorType
 from parallel_decoupling.model.encoder import absolute_name
-from parallel_decoupling.model.pretrained import read_checkpoint
-from parallel_decoupling.model.trained_state import LAST_CHECKPOINT
+from parallel_decoupling.model.pretrained import LAST_CHECKPOINT, read_checkpoint
 from parallel_decoupling.training.callbacks import console
 from parallel_decoupling.training.module import PDFEmbedder
 from parallel_decoupling.training.settings import CONFIGS, is_fixed

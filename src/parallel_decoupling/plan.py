@@ -19,10 +19,10 @@ from torch import nn
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.images import ImagePolicy
-from parallel_decoupling.model.backbone import Backbone, meta_backbone
+from parallel_decoupling.model.backbone import Backbone, load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.model.open_clip import is_open_clip
-from parallel_decoupling.objective.mutual_information import MutualInformation
+from parallel_decoupling.objective.vclub import MutualInformation
 from parallel_decoupling.training import compute
 from parallel_decoupling.training.settings import check_trained_dtype, group, read_settings
 
@@ -142,7 +142,9 @@ class Plan:
         if self.queries % self.processes:
             raise ValueError(f"batch_size={self.queries} must be a multiple of {self.processes} processes.")
         options = {name: self.model[name] for name in ("dtype", "adapter", "initial_adapter", "family")}
-        self.backbone = meta_backbone(model["backbone"], revision=model["backbone_revision"], **options)
+        self.backbone = load_backbone(
+            model["backbone"], revision=model["backbone_revision"], **options, meta=True
+        )
         options = {**group("paths", self.model), "prefix_init": "random"}
         self.encoder = ParallelEncoder(self.backbone, **options)
         self.full: bool = self.backbone.adapter.kind == "full"

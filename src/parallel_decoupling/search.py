@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from parallel_decoupling.evaluation.store import AGGREGATE, Store, path_column
 from parallel_decoupling.model.identity import path_hashes
 
 MEAN, CONCAT, MAXSIM = "mean", "concat", "maxsim"
+MEMORY_BUDGET = 4 * 2**30
 ROWS_AT_ONCE = 1024
 """Items that are scored together."""
 DECODING_BYTES = 9
@@ -25,7 +27,14 @@ DECODING_BYTES = 9
 
 @dataclass(frozen=True)
 class Hit:
-    """One item that was found, with the cosine on each path that query and item both have."""
+    """One item that was found.
+
+    Attributes:
+        id: the item's.
+        score: by the scoring of the search, in [-1, 1]; higher is better.
+        similarities: cosine of query and item on each path that both have, by column.
+        fields: the item's source fields.
+    """
 
     id: str
     score: float
@@ -36,7 +45,10 @@ class Hit:
 class Index(Protocol):
     """Items that can be searched: ``ExactIndex``, or ``lance_index.LanceIndex``.
 
-    ``metadata`` and ``columns`` are those of the store that the items come from.
+    Attributes:
+        metadata: of the store that the items come from.
+        columns: names of the vectors of every item.
+        scorings: what ``search`` may score by.
     """
 
     metadata: Mapping[str, Any]
@@ -48,27 +60,38 @@ class Index(Protocol):
     def search(
         self, queries: Mapping[str, Tensor], top_k: int, scoring: str, where: str | None = None
     ) -> list[list[Hit]]:
-        """Find the best items of every query, given by column as ``[Q, D]``; see ``Searcher.search``."""
+        """Find at most ``top_k`` items for every query, best first.
+
+        Args:
+            queries: by column, ``[Q, D]``: those that the scoring compares, and perhaps further paths.
+            top_k: hits per query, at least 1.
+            scoring: one of ``scorings``.
+            where: condition on source fields in LanceDB's SQL.
+        """
 
 
 class ExactIndex:
     """Compares queries with every item of a store, one row group at a time.
 
     Args:
-        store: what ``predict`` wrote.
-        memory_budget: bytes of decoded vectors; those that do not fit are read again for every search.
+        store: what ``predict`` wrote, or its folder.
+        memory_budget: bytes that decoded vectors may take, at least those of one row group of all paths.
+            Vectors that fit stay in memory, others are read again for every search.
 
     Relations:
-        The hits do not depend on the budget, into which one row group of all paths must fit.
+        The hits do not depend on the budget.
     """
 
-    def __init__(self, store: Store, memory_budget: int = 4 * 2**30) -> None:
+    def __init__(self, store: Store | str | Path, memory_budget: int = MEMORY_BUDGET) -> None:
+        store = store if isinstance(store, Store) else Store(store)
         self.store, self.columns = store, store.columns
         self.metadata: Mapping[str, Any] = store.metadata
         several = (MEAN, CONCAT, MAXSIM) if len(path_columns(self.columns)) > 1 else ()
         self.scorings = (*self.columns, *several)
         self._ends = list(accumulate(store.batch_sizes))
-        working = max(self._working_bytes(compared(scoring, self.columns)) for scoring in self.scorings)
+        dims = [[store.dim(name) for name in compared(each, self.columns)] for each in self.scorings]
+        working = max(4 * sum(each) + DECODING_BYTES * max(each) for each in dims)
+        working *= max(store.batch_sizes, default=0)  # while the last column of a row group is read
         if memory_budget < working:
             raise ValueError(
                 f"a memory_budget of {memory_budget:,} bytes is too small: reading one row group of "
@@ -85,7 +108,10 @@ class ExactIndex:
     ) -> list[list[Hit]]:
         """Find the best items of every query; see ``Index``. Of equal scores the earlier row comes first."""
         if where is not None:
-            raise ValueError("exact search does not take conditions; make a LanceDB index (lightning index)")
+            raise ValueError(
+                f"where={where!r}: exact search does not take conditions; make a LanceDB index of "
+                f"{self.store.folder} (lightning index) and search that"
+            )
         query = query_vectors(queries, top_k, scoring, self)
         best_QK, rows_QK = torch.empty(len(query), 0), torch.empty(len(query), 0, dtype=torch.long)
         for batch, size in enumerate(self.store.batch_sizes):
@@ -100,9 +126,9 @@ class ExactIndex:
 
     def _scores(self, batch: int, query: Tensor, scoring: str) -> Tensor:
         columns = {name: self._vectors(batch, name) for name in compared(scoring, self.columns)}
-        in_parts = zip(*(torch.split(each, ROWS_AT_ONCE) for each in columns.values()), strict=True)
-        parts = [scored_vectors(dict(zip(columns, part, strict=True)), scoring) for part in in_parts]
-        return torch.cat([similarities(query, part) for part in parts], dim=1)
+        parts = zip(*(torch.split(column, ROWS_AT_ONCE) for column in columns.values()), strict=True)
+        named = (dict(zip(columns, part, strict=True)) for part in parts)
+        return torch.cat([similarities(query, scored_vectors(part, scoring)) for part in named], dim=1)
 
     def _hits(self, query: Mapping[str, Tensor], rows_K: Tensor, scores_K: Tensor) -> list[Hit]:
         vectors = {name: torch.empty(len(rows_K), len(query_D)) for name, query_D in query.items()}
@@ -129,20 +155,21 @@ class ExactIndex:
             self._cache[batch, name] = vectors
         return vectors
 
-    def _working_bytes(self, names: Sequence[str]) -> int:
-        """Return what a row group of some columns takes while its last column is read."""
-        dims = [self.store.dim(name) for name in names]
-        return max(self.store.batch_sizes, default=0) * (4 * sum(dims) + DECODING_BYTES * max(dims))
-
 
 class Searcher:
-    """Searches an index with texts, images or both.
+    """Searches an index with texts, images or both, with the weights that embedded its items.
 
-    The items must have been embedded with the weights of the model. A model that was exported with some of
-    the paths, in any order, searches by those.
+    A model that was exported with some of the paths, in any order, searches by those.
+
+    Args:
+        embedder: an ``Embedder``.
+        index: the items.
 
     Attributes:
         scorings: what may be scored by: what the index has and the model can embed.
+
+    Raises:
+        ValueError: the model has other weights, or lacks the paths of the items.
     """
 
     def __init__(self, embedder: Any, index: Index) -> None:
@@ -159,8 +186,8 @@ class Searcher:
         if not self.scorings:
             raise ValueError(
                 "the model has other weights than the one that embedded the items "
-                f"({index.metadata.get('model') or 'no checkpoint'}): another model, trained further, merged "
-                "adapters, or other paths. Give that model, or embed the items again (lightning predict)"
+                f"({index.metadata.get('model')}): it was trained further, is another model, was exported "
+                "with merged adapters, or lacks their paths. Give that model, or run predict with this one"
             )
 
     def search(
@@ -172,7 +199,7 @@ class Searcher:
         where: str | None = None,
         instruction: str | None = None,
     ) -> list[list[Hit]]:
-        """Find at most ``top_k`` items of every query, best first.
+        """Find at most ``top_k`` hits for every query, best first.
 
         Args:
             inputs: a list of what ``Embedder.encode`` takes: texts, PIL images, image files, dictionaries.
@@ -230,10 +257,7 @@ def query_vectors(queries: Mapping[str, Tensor], top_k: int, scoring: str, index
 
 
 def make_hits(
-    query: Mapping[str, Tensor],
-    vectors: Mapping[str, Tensor],
-    scores_K: Tensor,
-    rows: Sequence[dict[str, Any]],
+    query: Mapping[str, Tensor], vectors: Mapping[str, Tensor], scores_K: Tensor, rows: list[dict[str, Any]]
 ) -> list[Hit]:
     """Make the hits of one query from its paths ``[D]``, those of items ``[K, D]``, scores and rows."""
     cosines = {name: F.cosine_similarity(query[name], vectors[name], dim=-1).tolist() for name in query}

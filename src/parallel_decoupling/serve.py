@@ -7,6 +7,7 @@ import base64
 import io
 import math
 import signal
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,12 +16,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor
 
 from parallel_decoupling.batch import EncoderInputs, RawInput
@@ -112,32 +111,55 @@ Result = tuple[Tensor, int] | ValueError
 class CountingCollator(Collator):
     """Remembers every row's number of tokens, image tokens included."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.num_tokens: dict[int, int] = {}
+
     def encode_inputs(self, inputs: Sequence[RawInput], *args: Any, **kwargs: Any) -> EncoderInputs:
         """Tokenise as ``Collator`` does."""
         encoded = super().encode_inputs(inputs, *args, **kwargs)
-        self.num_tokens = getattr(self, "num_tokens", {})
-        self.num_tokens |= dict(zip(map(id, inputs), encoded.lengths.tolist(), strict=True))
+        for row, count in zip(inputs, encoded.tokens["attention_mask"].sum(dim=1).tolist(), strict=True):
+            self.num_tokens[id(row)] = int(count)
         return encoded
 
 
 class Server:
     """Checks requests, and embeds together those that wait together.
 
-    ``path`` is what the model name ``default`` stands for.
+    Args:
+        embedder: the model.
+        path: what the model name ``default`` stands for; a ``ValueError`` if the model does not have it.
+        limits: of requests and batches.
     """
 
-    def __init__(self, embedder: Embedder, path: Output = 0, limits: Limits = _LIMITS) -> None:
-        self.embedder, self.limits = embedder, limits
+    def __init__(self, embedder: Embedder, path: Output = 0, limits: Limits | None = None) -> None:
+        self.embedder, self.limits = embedder, limits or Limits()
         paths: dict[str, Output] = {f"path_{number}": number for number in range(embedder.num_paths)}
         self.models: dict[str, Output] = {"default": path, "aggregate": "aggregate", **paths}
         if path not in [*paths.values(), "aggregate"]:
             raise ValueError(f"there is no path {path}; the model has paths 0 to {embedder.num_paths - 1}")
+        self._num_requests = 0
         self._waiting: dict[asyncio.Future[Result], Task] = {}
         self._model_is_free = asyncio.Lock()
         self._model_thread = ThreadPoolExecutor(1)
 
-    async def answer(self, body: Body) -> dict[str, Any]:
-        """Embed the inputs of a request; returns OpenAI's ``CreateEmbeddingResponse``."""
+    async def answer(self, request: Request) -> dict[str, Any]:
+        """Read a request and embed its inputs; raises ``ValueError`` or ``RequestError`` for a bad one."""
+        if self._num_requests >= self.limits.waiting:
+            raise RequestError(f"{self._num_requests} requests are waiting; try again later", 429, None)
+        self._num_requests += 1
+        try:
+            content = bytearray()
+            async for chunk in request.stream():
+                content += chunk
+                if len(content) > self.limits.body_bytes:
+                    raise RequestError(f"the body has more than {self.limits.body_bytes} bytes", 413, None)
+            return await self.embeddings(await asyncio.to_thread(Body.model_validate_json, bytes(content)))
+        finally:
+            self._num_requests -= 1
+
+    async def embeddings(self, body: Body) -> dict[str, Any]:
+        """Embed the inputs of a body; returns OpenAI's ``CreateEmbeddingResponse``."""
         task = await asyncio.to_thread(self.check, body)
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._waiting[future] = task
@@ -150,22 +172,17 @@ class Server:
             del self._waiting[future]
         if isinstance(result, ValueError):
             raise result
+        vectors: Any = result[0].tolist()
         if body.encoding_format == "base64":  # of little-endian float32
-            rows = result[0].numpy().astype("<f4")
-            numbers: list[Any] = [base64.b64encode(row.tobytes()).decode("ascii") for row in rows]
-        else:
-            numbers = result[0].tolist()
-        data = [
-            {"object": "embedding", "index": index, "embedding": each} for index, each in enumerate(numbers)
-        ]
+            vectors = [base64.b64encode(each).decode("ascii") for each in result[0].numpy().astype("<f4")]
+        data = [{"object": "embedding", "index": n, "embedding": each} for n, each in enumerate(vectors)]
         usage = {"prompt_tokens": result[1], "total_tokens": result[1]}
         return {"object": "list", "data": data, "model": body.model, "usage": usage}
 
     async def _embed_oldest(self) -> None:
         oldest = [future for future in self._waiting if not future.done()][: self.limits.batch_size]
         tasks = [self._waiting[future] for future in oldest]
-        loop = asyncio.get_running_loop()
-        results = await loop.run_in_executor(self._model_thread, self.embed, tasks)
+        results = await asyncio.get_running_loop().run_in_executor(self._model_thread, self.embed, tasks)
         for future, result in zip(oldest, results, strict=True):
             future.set_result(result)
 
@@ -173,11 +190,13 @@ class Server:
         """Embed the inputs of several requests together, or one by one if that fails, as ``encode`` does."""
         encoder, images = self.embedder.encoder, self.embedder.images
         collator = CountingCollator(encoder.processor, image_token=encoder.image_token, images=images)
+        groups: dict[tuple[Output, int | None], list[Task]] = defaultdict(list)
+        for task in tasks:
+            groups[task.output, task.truncate_dim].append(task)
         embeddings: dict[int, Tensor] = {}
         options: dict[str, Any] = {"batch_size": self.limits.batch_size, "show_progress": False}
         try:
-            for output, dim in {(task.output, task.truncate_dim) for task in tasks}:
-                group = [task for task in tasks if (task.output, task.truncate_dim) == (output, dim)]
+            for (output, dim), group in groups.items():
                 rows = [row for task in group for row in task.rows]
                 joined = encode(encoder, collator, rows, paths=output, truncate_dim=dim, **options)
                 parts = torch.split(joined, [len(task.rows) for task in group])
@@ -193,9 +212,9 @@ class Server:
             known = ", ".join(self.models)
             raise RequestError(f"there is no model {body.model!r}; use {known}", 404, "model")
         output, limits = self.models[body.model], self.limits
-        if not (count := len(body.input)) or count > limits.inputs:
-            message = f"input has {count} items; 1 to {limits.inputs} are allowed"
-            raise RequestError(message, 413 if count else 400)
+        if not 0 < len(body.input) <= limits.inputs:
+            message = f"input has {len(body.input)} items; 1 to {limits.inputs} are allowed"
+            raise RequestError(message, 413 if body.input else 400)
         rows = to_raw_inputs(_checked(*each, limits) for each in enumerate(body.input))
         processor = self.embedder.encoder.processor
         texts = [f"{item.instruction or ''} {item.text}" for item in body.input]
@@ -204,49 +223,20 @@ class Server:
         if body.dimensions is None:
             return Task(rows, output, None)
         path_dim = self.embedder.embed_dim
-        whole = self.embedder.encoder.aggregate_dim if output == "aggregate" else path_dim
-        step = whole // path_dim  # paths that are concatenated
-        if not step <= body.dimensions <= whole or body.dimensions % step:
-            message = f"dimensions is {body.dimensions}; use {step} to {whole}, a multiple of {step}"
+        joined = self.embedder.encoder.aggregate_dim // path_dim if output == "aggregate" else 1
+        if not 0 < body.dimensions <= joined * path_dim or body.dimensions % joined:
+            message = f"dimensions is {body.dimensions}; use a multiple of {joined} up to {joined * path_dim}"
             raise RequestError(message, param="dimensions")
-        return Task(rows, output, body.dimensions // step)
-
-
-class Gate:
-    """Middleware that refuses too large a body (413), and requests beyond those that may wait (429)."""
-
-    def __init__(self, app: ASGIApp, limits: Limits) -> None:
-        self.app, self.limits, self.waiting = app, limits, 0
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Watch the application reading the body."""
-        is_full, num_bytes = self.waiting >= self.limits.waiting, 0
-
-        async def watched() -> Message:
-            nonlocal num_bytes
-            if is_full:
-                raise RequestError(f"{self.waiting} requests are waiting; try again later", 429, None)
-            message = await receive()
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > self.limits.body_bytes:
-                raise RequestError(f"the body has more than {self.limits.body_bytes} bytes", 413, None)
-            return message
-
-        self.waiting += not is_full
-        try:
-            await self.app(scope, watched if scope["type"] == "http" else receive, send)
-        finally:
-            self.waiting -= not is_full
+        return Task(rows, output, body.dimensions // joined)
 
 
 def build_app(server: Server) -> FastAPI:
     """Make the application: ``POST /v1/embeddings``, ``GET /v1/models`` and ``GET /health``."""
-    app = FastAPI(title="parallel-decoupling", docs_url=None, redoc_url=None)
-    app.add_middleware(Gate, limits=server.limits)
+    app = FastAPI(openapi_url=None)
 
     @app.post("/v1/embeddings")
-    async def embeddings(body: Body) -> JSONResponse:
-        return JSONResponse(await server.answer(body))
+    async def embeddings(request: Request) -> JSONResponse:
+        return JSONResponse(await server.answer(request))
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -259,12 +249,11 @@ def build_app(server: Server) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     @app.exception_handler(ValueError)
-    @app.exception_handler(RequestValidationError)
     async def refused(_: Request, error: Exception) -> JSONResponse:
         message, param = getattr(error, "detail", str(error)), getattr(error, "param", None)
-        if isinstance(error, RequestValidationError):
+        if isinstance(error, ValidationError):
             first = error.errors()[0]
-            place = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"][1:]]
+            place = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]]
             message = f"{''.join(place).lstrip('.') or 'body'}: {first['msg']}"
             param = place[0][1:] if place else None
         status = getattr(error, "status_code", 400)
@@ -278,7 +267,7 @@ def build_app(server: Server) -> FastAPI:
 def serve(
     model: str, host: str = "127.0.0.1", port: int = 8000, path: Output = 0, limits: Limits = _LIMITS
 ) -> None:
-    """Serve embeddings over HTTP in OpenAI's form until SIGTERM or Ctrl-C.
+    """Serve embeddings over HTTP in OpenAI's form until SIGTERM or Ctrl-C; what was accepted is answered.
 
     Args:
         model: checkpoint, run or exported folder.
@@ -300,7 +289,8 @@ def _checked(number: int, item: Input, limits: Limits) -> dict[str, Any]:
     """Return an input as ``Embedder.encode`` takes it, its image decoded."""
     where, characters = f"input[{number}]", len(item.text) + len(item.instruction or "")
     if characters > limits.characters:
-        raise RequestError(f"{where} has more than {limits.characters} characters", 413)
+        message = f"{where} has {characters} characters; at most {limits.characters} are allowed"
+        raise RequestError(message, 413)
     if item.image is None and not item.text.strip():
         raise RequestError(f"{where} has neither text nor image")
     image = None if item.image is None else _image(item.image, where, limits)
@@ -313,8 +303,10 @@ def _image(uri: str, where: str, limits: Limits) -> Image.Image:
         raise RequestError(f"{where}: image must be a data URI (data:image/png;base64,...)")
     try:
         image = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
-        if math.prod(image.size) > limits.pixels:
-            raise RequestError(f"{where}: image has more than {limits.pixels} pixels", 413)
+        pixels = math.prod(image.size)
+        if pixels > limits.pixels:
+            message = f"{where}: image has {pixels} pixels; at most {limits.pixels} are allowed"
+            raise RequestError(message, 413)
         load_image(image)  # a check; encode does it again, with the model's settings
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise RequestError(f"{where}: image cannot be decoded: {error.__cause__ or error}") from error

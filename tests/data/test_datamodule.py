@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import pickle
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,9 @@ from parallel_decoupling import distributed
 from parallel_decoupling.batch import PADDING_ID, PairBatch
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.data.images import ImagePolicy
-from parallel_decoupling.data.loaders import TrainRows
 from parallel_decoupling.data.tables import default_cache_dir
 from parallel_decoupling.evaluation.encode import RowBatch
-from tests.data.mmeb_files import eval_row, train_row, write_eval, write_train
+from tests.data.mmeb_files import eval_row, train_row, write_eval, write_image, write_train
 from tests.support.fit import stand_in_model
 
 BATCH_SIZE = 8
@@ -27,12 +27,12 @@ STEPS = 5  # per epoch: 40 rows
 
 
 class CharacterProcessor:
-    """A text-only stand-in for a processor: token ids are the code points."""
+    """A stand-in for a processor that ignores images: token ids are the code points."""
 
     def __init__(self) -> None:
         self.tokenizer = self
 
-    def __call__(self, text: list[str], images: None = None, **_: Any) -> dict[str, torch.Tensor]:
+    def __call__(self, text: list[str], **_: Any) -> dict[str, torch.Tensor]:
         rows = [torch.tensor([ord(character) for character in one]) for one in text]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         return {"input_ids": ids, "attention_mask": (ids > 0).long()}
@@ -96,11 +96,16 @@ def trainer(root: Path, **options: Any) -> Trainer:
     return Trainer(default_root_dir=root, num_sanity_val_steps=0, **{**defaults, **quiet, **options})
 
 
+def fit(data: MMEBDataModule, root: Path, ckpt_path: Path | None = None, **options: Any) -> Toy:
+    toy = Toy()
+    runner = trainer(root, enable_checkpointing="callbacks" in options, **options)
+    runner.fit(toy, datamodule=data, ckpt_path=ckpt_path)
+    return toy
+
+
 @pytest.fixture
 def uninterrupted(data_dir: Path, tmp_path: Path) -> Toy:
-    toy = Toy()
-    trainer(tmp_path, enable_checkpointing=False).fit(toy, datamodule=module(data_dir, None))
-    return toy
+    return fit(module(data_dir, None), tmp_path)
 
 
 def test_fit_sees_every_row_once_per_epoch(uninterrupted: Toy) -> None:
@@ -127,14 +132,10 @@ def test_resumed_run_sees_the_remaining_batches(
                 trainer.save_checkpoint(tmp_path / "stop.ckpt")
                 raise RuntimeError("stopped on purpose")
 
-    first, second = Toy(), Toy()
-    data = module(data_dir, None, num_workers=num_workers)
+    first, data = Toy(), module(data_dir, None, num_workers=num_workers)
     with pytest.raises(RuntimeError, match="stopped on purpose"):
         trainer(tmp_path, callbacks=[StopAfter()], enable_checkpointing=False).fit(first, datamodule=data)
-    data = module(data_dir, None, num_workers=num_workers)
-    trainer(tmp_path, enable_checkpointing=False).fit(
-        second, datamodule=data, ckpt_path=tmp_path / "stop.ckpt"
-    )
+    second = fit(module(data_dir, None, num_workers=num_workers), tmp_path, tmp_path / "stop.ckpt")
     assert not [warning for warning in recwarn if "not resumable" in str(warning.message)]
     assert first.seen == uninterrupted.seen[:stop]
     assert second.seen == uninterrupted.seen[stop:]
@@ -142,35 +143,25 @@ def test_resumed_run_sees_the_remaining_batches(
 
 
 def test_a_run_continues_after_its_last_epoch(data_dir: Path, tmp_path: Path, uninterrupted: Toy) -> None:
-    first, second = Toy(), Toy()
     saving = ModelCheckpoint(tmp_path / "c", save_last=True)
-    trainer(tmp_path, max_epochs=2, callbacks=[saving]).fit(first, datamodule=module(data_dir, None))
-    trainer(tmp_path, enable_checkpointing=False).fit(
-        second, datamodule=module(data_dir, None), ckpt_path=tmp_path / "c" / "last.ckpt"
-    )
+    first = fit(module(data_dir, None), tmp_path, max_epochs=2, callbacks=[saving])
+    second = fit(module(data_dir, None), tmp_path, tmp_path / "c" / "last.ckpt")
     assert first.seen + second.seen == uninterrupted.seen
 
 
-def test_short_epochs_walk_through_the_data(data_dir: Path, tmp_path: Path, uninterrupted: Toy) -> None:
-    toy = Toy()
-    short = trainer(tmp_path, enable_checkpointing=False, limit_train_batches=2, max_epochs=2)
-    short.fit(toy, datamodule=module(data_dir, None))
+def test_limited_batches_walk_through_the_data_or_repeat(
+    data_dir: Path, tmp_path: Path, uninterrupted: Toy
+) -> None:
+    toy = fit(module(data_dir, None), tmp_path, limit_train_batches=2, max_epochs=2)
     assert toy.seen == uninterrupted.seen[:4]
-
-
-def test_overfit_batches_repeat(data_dir: Path, tmp_path: Path) -> None:
-    toy = Toy()
-    trainer(tmp_path, enable_checkpointing=False, overfit_batches=2).fit(
-        toy, datamodule=module(data_dir, None)
-    )
+    toy = fit(module(data_dir, None), tmp_path, overfit_batches=2)
     assert toy.seen == toy.seen[:2] * 3
 
 
-@pytest.mark.parametrize("num_workers", [2, 4])
-def test_workers_do_not_change_the_batches(data_dir: Path, num_workers: int) -> None:
+def test_workers_do_not_change_the_batches(data_dir: Path) -> None:
     expected = queries(module(data_dir).train_dataloader())
     assert len(expected) == STEPS
-    assert queries(module(data_dir, num_workers=num_workers).train_dataloader()) == expected
+    assert queries(module(data_dir, num_workers=2).train_dataloader()) == expected
 
 
 @pytest.mark.parametrize("world_size", [2, 8])
@@ -215,9 +206,12 @@ def test_positives_and_negatives_come_with_their_query(data_dir: Path) -> None:
         assert [subset.lower() for subset in batch.subsets] == [text[0] for text in texts(batch.query)]
 
 
-def test_subsets_weights_and_limits_are_passed_on(data_dir: Path) -> None:
-    data = module(data_dir, train_subsets=["B"], row_limit=8)
-    assert [len(subset) for subset in data.train_data] == [8]
+def test_options_are_passed_on(data_dir: Path) -> None:
+    data = module(data_dir, train_subsets=["B"], row_limit=8, row_limit_by="first", image_size="mid")
+    (subset,) = data.train_data
+    assert [subset[row].row for row in range(len(subset))] == list(range(8))
+    assert data.collator.images == ImagePolicy("mid")
+    assert module(data_dir, None, max_pixels=99).collator.images == ImagePolicy(max_pixels=99)
     rows = sum(queries(module(data_dir, weights={"B": 4.0}).train_dataloader()), [])
     assert sum(row.startswith("b") for row in rows) == 32
     batches = queries(module(data_dir, policy="homogeneous").train_dataloader())
@@ -231,75 +225,30 @@ def test_eval_loaders_give_unique_queries_then_unique_candidates(data_dir: Path,
     assert [rows.name for rows in data.rows] == [
         f"{task}/{side}" for task in ("VOC2007", "GQA") for side in ("query", "candidate")
     ]
-    assert toy.tested == [
-        (0, ["v0", "v1"]),
-        (0, ["v2", "v3"]),
-        (0, ["v4"]),
-        (1, ["cat", "dog"]),
-        (1, ["owl"]),
-        (2, ["g0", "g1"]),
-        (2, ["g2"]),
-        (3, ["y0", "no"]),
-        (3, ["y1", "y2"]),
-        (3, ["y3"]),
-    ]
-
-
-def test_validation_tasks_run_during_fit(data_dir: Path, tmp_path: Path) -> None:
-    data, toy = module(data_dir, None, validation_tasks=["GQA"]), Toy()
-    trainer(tmp_path, max_epochs=1, enable_checkpointing=False).fit(toy, datamodule=data)
-    assert [loader for loader, _ in toy.tested] == [0, 1]
+    expected = {0: "v0 v1|v2 v3|v4", 1: "cat dog|owl", 2: "g0 g1|g2", 3: "y0 no|y1 y2|y3"}
+    batches = [(loader, batch.split()) for loader, rows in expected.items() for batch in rows.split("|")]
+    assert toy.tested == batches
 
 
 def test_only_validate_needs_validation_tasks(data_dir: Path, tmp_path: Path) -> None:
-    data, toy = module(data_dir, None), Toy()
-    trainer(tmp_path, max_epochs=1, enable_checkpointing=False).fit(toy, datamodule=data)
-    assert toy.tested == []
-    with pytest.raises(ValueError, match=r"Nothing to validate.*--data\.validation_tasks"):
-        trainer(tmp_path).validate(toy, datamodule=data, verbose=False)
-    data = module(data_dir, None, validation_tasks=["GQA"])
-    trainer(tmp_path).validate(toy, datamodule=data, verbose=False)
+    data = module(data_dir, None)
+    assert fit(data, tmp_path, max_epochs=1).tested == []
+    with pytest.raises(ValueError, match=r"Nothing to evaluate.*--data\.validation_tasks"):
+        trainer(tmp_path).validate(Toy(), datamodule=data, verbose=False)
+    toy = fit(module(data_dir, None, validation_tasks=["GQA"]), tmp_path, max_epochs=1)
     assert [loader for loader, _ in toy.tested] == [0, 1]
-
-
-def test_query_limit_thins_out_the_rows(data_dir: Path, tmp_path: Path) -> None:
-    data, toy = module(data_dir, None, eval_tasks=["VOC2007"], query_limit=2), Toy()
-    trainer(tmp_path).test(toy, datamodule=data, verbose=False)
-    assert toy.tested == [(0, ["v0", "v2"]), (1, ["cat", "dog", "owl"])]
-
-
-def test_image_options_and_the_kind_of_limit_are_passed_on(data_dir: Path) -> None:
-    data = module(data_dir, train_subsets=["A"], row_limit=8, row_limit_by="first", image_size="mid")
-    assert [data.train_data[0][row].row for row in range(8)] == list(range(8))
-    assert data.collator.images == ImagePolicy("mid")
-    budget = {"min_pixels": 9, "max_pixels": 99}
-    assert module(data_dir, None, **budget).collator.images == ImagePolicy(**budget)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="forces a square, so min_pixels and max_pixels have no meaning"):
-        MMEBDataModule(image_size="low", max_pixels=9)
+    trainer(tmp_path).validate(
+        toy, datamodule=module(data_dir, None, validation_tasks=["GQA"]), verbose=False
+    )
+    assert [loader for loader, _ in toy.tested] == [0, 1] * 2
 
 
 def test_every_option_can_be_read_back_for_the_checkpoint(data_dir: Path) -> None:
-    options: dict[str, Any] = {
-        "image_size": None,
-        "min_pixels": 4,
-        "max_pixels": 99,
-        "missing_images": "skip",
-        "row_limit": 7,
-        "row_limit_by": "first",
-        "download": True,
-        "split": "original",
-        "hard_negatives": 2,
-    }
+    options: dict[str, Any] = {"max_pixels": 99, "missing_images": "skip", "row_limit": 7, "download": True}
     data = MMEBDataModule(str(data_dir), **options)
-    assert {name: getattr(data, name) for name in options} == options
+    assert {name: data.settings[name] for name in options} == options
     names = inspect.signature(MMEBDataModule).parameters
-    assert [name for name in names if not hasattr(data, name)] == []
-
-
-def test_a_spawned_worker_gets_the_same_rows(data_dir: Path) -> None:
-    rows = TrainRows(module(data_dir).train_data)
-    again = pickle.loads(pickle.dumps(rows))
-    assert [again[0, row] for row in range(25)] == [rows[0, row] for row in range(25)]
+    assert list(data.settings) == [name for name in names if not name.startswith("predict_")]
 
 
 def test_preparing_makes_the_mapped_tables_of_the_stage(data_dir: Path, tmp_path: Path) -> None:
@@ -317,57 +266,109 @@ def test_preparing_makes_the_mapped_tables_of_the_stage(data_dir: Path, tmp_path
         ("fit", {"train_subsets": ["a"]}, "Unknown training subset 'a'.*Found: A, B"),
         ("fit", {"weights": {"C": 1.0}}, "Unknown subset in weights 'C'.*Found: A, B"),
         ("fit", {"split": "diverse_instruction"}, "No training subset .*diverse_instruction"),
-        ("fit", {"train_subsets": []}, "data.train_subsets is empty"),
-        ("test", {"eval_tasks": []}, "data.eval_tasks is empty"),
+        ("fit", {"train_subsets": []}, "No training subset .*train_subsets"),
         (
             "fit",
             {"eval_tasks": ["GQA", "VOC2077"]},
             "Unknown evaluation task 'VOC2077'. Did you mean 'VOC2007'",
         ),
-        (
-            "fit",
-            {"validation_tasks": ["VOC2077"]},
-            "Unknown evaluation task 'VOC2077'. Did you mean 'VOC2007'",
-        ),
+        ("fit", {"validation_tasks": ["VOC2077"]}, "Unknown evaluation task 'VOC2077'"),
+        ("test", {"eval_tasks": []}, "data.eval_tasks is empty"),
         ("test", {"eval_tasks": ["DocVQA"]}, "Unknown evaluation task 'DocVQA'.*Found: GQA, VOC2007"),
-        (
-            "validate",
-            {},
-            r"validation_tasks is empty.*such as --data\.validation_tasks '\[VOC2007]'\. Found: VOC2007, GQA",
-        ),
         ("test", {"data_dir": "no/such"}, "data_dir 'no/such' is not a folder"),
     ],
 )
 def test_unknown_names_list_what_exists(
     data_dir: Path, stage: str, options: dict[str, Any], message: str
 ) -> None:
+    MMEBDataModule(str(data_dir), eval_tasks=["CIRR"], download=True).setup("fit")  # a download will fetch it
     with pytest.raises(ValueError, match=message):
         MMEBDataModule(**{"data_dir": str(data_dir), **options}).setup(stage)
 
 
-def test_tasks_that_a_later_download_fetches_are_known_to_fit(data_dir: Path) -> None:
-    module(data_dir, "fit", eval_tasks=["CIRR"], download=True)
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [("batch_size", 1), ("row_limit", 1), ("predict_rows_per_shard", 1), ("hard_negatives", 0), ("seed", 0)],
+)
+def test_bad_numbers_are_named(name: str, least: int) -> None:
+    options: dict[str, Any] = {name: least - 1}
+    with pytest.raises(ValueError, match=rf"data\.{name} must be at least {least}, got {least - 1}"):
+        MMEBDataModule(**options)
 
 
-def test_bad_numbers_and_missing_processor_are_named(data_dir: Path) -> None:
-    for name in ("batch_size", "eval_batch_size", "row_limit", "query_limit", "predict_rows_per_shard"):
-        options: dict[str, Any] = {name: 0}
-        with pytest.raises(ValueError, match=rf"data\.{name} must be at least 1, got 0"):
-            MMEBDataModule(**options)
-    for name in ("hard_negatives", "num_workers", "seed"):
-        options = {name: -1}
-        with pytest.raises(ValueError, match=rf"data\.{name} must be at least 0, got -1"):
-            MMEBDataModule(**options)
-    data = MMEBDataModule(str(data_dir))
-    data.setup("test")
+def test_a_data_module_without_model_says_so(data_dir: Path) -> None:
     with pytest.raises(ValueError, match=r"call data\.connect\(model\)"):
-        data.test_dataloader()
+        MMEBDataModule(str(data_dir)).test_dataloader()
 
 
-def test_subsets_without_negatives_are_named_once_each(
-    data_dir: Path, caplog: pytest.LogCaptureFixture
+ROWS = 24
+GONE = (3, 4, 11, 23)
+BROKEN = 17
+BAD = (*GONE, BROKEN)
+
+
+@pytest.fixture
+def gaps_dir(tmp_path: Path) -> Path:
+    """Queries q0, q1, ... with an image each, some of which are not there."""
+    images = tmp_path / "MMEB-train" / "images"
+    for row in set(range(ROWS)) - set(GONE):
+        write_image(images / f"{row}.png")
+    (images / f"{BROKEN}.png").write_bytes(b"broken")
+    rows = [train_row(f"q{row}\n", f"p{row}", qry_image_path=f"images/{row}.png") for row in range(ROWS)]
+    write_train(tmp_path, "S", rows)
+    return tmp_path
+
+
+def test_a_missing_image_stops_training_and_says_where(gaps_dir: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"subset 'S', file .*, row (3|4|11|23), column 'qry': no image file"
+    ):
+        list(module(gaps_dir).train_dataloader())
+    for row in GONE:
+        write_image(gaps_dir / f"MMEB-train/images/{row}.png")
+    with pytest.raises(ValueError, match=r"training subset 'S', row 17: Cannot read image .*17.png"):
+        list(module(gaps_dir).train_dataloader())
+
+
+def expected_queries(gaps_dir: Path) -> list[list[str]]:
+    """By hand: the sampler's rows, where a bad one is replaced by the next good one."""
+    sampler = module(gaps_dir).train_dataloader().batch_sampler
+    assert sampler is not None
+    after = {row: [(row + step) % ROWS for step in range(ROWS)] for row in range(ROWS)}
+    good = {row: next(other for other in after[row] if other not in BAD) for row in after}
+    steps = range(ROWS // 8)
+    return [[f"<image>\nq{good[row]}\n" for _, row in sampler.batch(step)] for step in steps]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_skipping_is_the_same_for_all_processes_and_workers(
+    gaps_dir: Path, world_size: int, num_workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = [train_row(f"b{number}", f"B{number}", neg_text="not", neg_image_path="") for number in range(3)]
-    write_train(data_dir, "B", rows)
-    module(data_dir, hard_negatives=1)
-    assert [record.getMessage()[:19] for record in caplog.records] == ["training subset 'A'"]
+    monkeypatch.setattr(distributed, "world_size", lambda: world_size)
+    parts = []
+    for rank in range(world_size):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        data = module(gaps_dir, missing_images="skip", num_workers=num_workers)
+        parts.append(queries(data.train_dataloader()))
+    assert [sum(step, []) for step in zip(*parts, strict=True)] == expected_queries(gaps_dir)
+
+
+def test_skipped_rows_are_counted_in_the_log(gaps_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = module(gaps_dir, missing_images="skip")
+    with caplog.at_level(logging.WARNING):
+        list(data.train_dataloader())
+    assert data.train_data[0].num_skipped == 6, "row 3 passes over 3 and 4"
+    assert "training subset 'S', rows skipped so far: 1. The last: row" in caplog.messages[0]
+    assert [re.findall(r"so far: (\d)", message) for message in caplog.messages] == [["1"], ["2"], ["4"]]
+
+
+def test_a_broken_evaluation_image_is_named_by_task_and_row(tmp_path: Path) -> None:
+    write_image(tmp_path / "MMEB-eval/GQA/0.png")
+    (tmp_path / "MMEB-eval/GQA/1.png").write_bytes(b"broken")
+    rows = [eval_row("q", ["a", "b"], qry_img_path=f"GQA/{row}.png") for row in range(2)]
+    write_eval(tmp_path, "GQA", rows)
+    data = module(tmp_path, "test")
+    loader, _ = data.test_dataloader()
+    with pytest.raises(ValueError, match=r"evaluation task 'GQA', row 1, query: Cannot read image .*1.png"):
+        list(loader)

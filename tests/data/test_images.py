@@ -12,13 +12,12 @@ from PIL import Image
 from transformers import AutoProcessor
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-from parallel_decoupling.batch import RawInput
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.images import (
     ImageError,
     ImageFolder,
     ImagePolicy,
-    check_images,
+    SquareSize,
     load_image,
     smart_size,
 )
@@ -47,54 +46,34 @@ def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
     assert load_image(image).mode == "RGB"
 
 
-def test_a_transparent_palette_keeps_its_colours(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+def test_a_transparent_palette_keeps_its_colours(tmp_path: Path) -> None:
     image = Image.new("P", (4, 4))
     image.putpalette([10, 20, 30, 200, 0, 0])
     image.putpixel((1, 1), 1)
     image.save(tmp_path / "x.png", transparency=bytes([0, 128]))
     pixels = np.asarray(load_image(str(tmp_path / "x.png")))
-    assert pixels[0, 0].tolist() == [10, 20, 30]
-    assert pixels[1, 1].tolist() == [200, 0, 0]
-    assert not recwarn.list
+    assert (pixels[0, 0].tolist(), pixels[1, 1].tolist()) == ([10, 20, 30], [200, 0, 0])
 
 
 def test_exif_rotation_is_applied_unless_told_otherwise_and_the_input_untouched(tmp_path: Path) -> None:
-    image = Image.new("RGB", (8, 4), "red")
+    image, exif = Image.new("RGB", (8, 4), "red"), Image.Exif()
     image.putpixel((0, 0), (0, 0, 255))
-    exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: show it rotated clockwise
     image.save(tmp_path / "x.png", exif=exif)
-    turned = load_image(str(tmp_path / "x.png"))
-    assert turned.size == (4, 8)
-    assert turned.getpixel((3, 0)) == (0, 0, 255)
     opened = Image.open(tmp_path / "x.png")
-    assert load_image(opened).size == (4, 8)
-    assert opened.size == (8, 4)
     for image_or_file in (opened, str(tmp_path / "x.png")):
-        assert load_image(image_or_file, turn=False).size == (8, 4)
+        turned = load_image(image_or_file)
+        assert (turned.size, turned.getpixel((3, 0))) == ((4, 8), (0, 0, 255))
+        assert load_image(image_or_file, turn=False).size == opened.size == (8, 4)
 
 
-def test_broken_missing_and_bomb_sized_files_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_and_bomb_sized_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64)
     noise(128, 65).save(tmp_path / "bomb.png")
-    whole = Path(write_image(tmp_path / "whole.png", size=(64, 64))).read_bytes()
-    noise(64, 64).save(tmp_path / "whole.jpg")
-    contents = {
-        "cut.png": whole[:-40],
-        "cut.jpg": (tmp_path / "whole.jpg").read_bytes()[:-600],
-        "junk.jpg": b"not an image",
-        "empty.jpg": b"",
-    }
-    for name, content in contents.items():
-        (tmp_path / name).write_bytes(content)
-    for name in (*contents, "missing.png", "bomb.png"):
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    for name in ("missing.png", "bomb.png", "empty.jpg"):
         with pytest.raises(ImageError, match=f"Cannot read image .*{name}"):
             load_image(str(tmp_path / name))
-        with pytest.raises(ImageError, match=name):
-            check_images(RawInput("x", (str(tmp_path / "whole.png"), str(tmp_path / name))))
-    check_images(RawInput("x", (str(tmp_path / "whole.png"),)))
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "webp", "tif", "bmp"])
@@ -116,10 +95,9 @@ def test_damaged_files_are_read_or_named_never_anything_else(tmp_path: Path, suf
 
 
 @pytest.mark.parametrize(("size", "side"), [("low", 128), ("mid", 672), ("high", 1344)])
-def test_vlm2vecs_squares_are_pillows_default_resize(size: str, side: int) -> None:
+def test_vlm2vecs_squares_are_pillows_default_resize(size: SquareSize, side: int) -> None:
     image = noise(90, 41)
-    resized = ImagePolicy(size)(image)  # type: ignore[arg-type]
-    assert np.array_equal(np.asarray(resized), np.asarray(image.resize((side, side))))
+    assert np.array_equal(np.asarray(ImagePolicy(size)(image)), np.asarray(image.resize((side, side))))
 
 
 @pytest.mark.parametrize("factor", [16, 28, 32])
@@ -153,17 +131,10 @@ def test_a_budget_bounds_the_pixels_and_keeps_the_aspect_ratio() -> None:
     assert ImagePolicy(max_pixels=9999, factor=28)(Image.new("RGB", (20, 40))).size == (56, 56)
     fitting = Image.new("RGB", (56, 84))
     assert policy(fitting) is fitting
-
-
-def test_a_budget_of_one_bound_and_no_patches() -> None:
-    for policy, before, after in (
-        (ImagePolicy(max_pixels=10_000), (400, 100), (200, 50)),
-        (ImagePolicy(max_pixels=10_000), (3, 5), (3, 5)),
-        (ImagePolicy(min_pixels=400), (10, 10), (20, 20)),
-    ):
+    least, most = ImagePolicy(min_pixels=400), ImagePolicy(max_pixels=10_000)  # one bound and no patches
+    cases = ((most, (400, 100), (200, 50)), (most, (3, 5), (3, 5)), (least, (10, 10), (20, 20)))
+    for policy, before, after in (*cases, (ImagePolicy(), (10, 10), (10, 10))):
         assert policy(Image.new("RGB", before)).size == after
-    image = Image.new("RGB", (10, 10))
-    assert ImagePolicy()(image) is image
 
 
 @pytest.mark.parametrize(
@@ -171,8 +142,8 @@ def test_a_budget_of_one_bound_and_no_patches() -> None:
     [
         ({"size": "large"}, "one of low, mid, high or null, got 'large'"),
         ({"size": "low", "max_pixels": 9}, "min_pixels and max_pixels have no meaning"),
-        ({"min_pixels": 0}, "min_pixels must be at least 1"),
-        ({"min_pixels": 10, "max_pixels": 9}, "min_pixels=10 is above max_pixels=9"),
+        ({"min_pixels": 0}, "min_pixels=0.* at least 1"),
+        ({"min_pixels": 10, "max_pixels": 9}, "min_pixels=10, max_pixels=9.* not above"),
     ],
 )
 def test_settings_that_contradict_are_errors(options: dict[str, object], message: str) -> None:
@@ -182,17 +153,14 @@ def test_settings_that_contradict_are_errors(options: dict[str, object], message
 
 def test_the_collator_resizes_before_the_processor_and_takes_its_factor(tiny_backbone_dir: str) -> None:
     processor = AutoProcessor.from_pretrained(tiny_backbone_dir)  # patches of 8, merged 2 x 2
-    policy = ImagePolicy(max_pixels=32 * 32)
-    collator = Collator(processor, image_token="<|image_pad|>", images=policy)
-    assert collator.images.factor == 16
+    budget = Collator(processor, image_token="<|image_pad|>", images=ImagePolicy(max_pixels=32 * 32))
+    assert budget.images.factor == 16
     picture = noise(64, 40)
-    (vision,) = collator.encode_inputs([prompt(image=picture)]).vision
+    (vision,) = budget.encode_inputs([prompt(image=picture)]).vision
     assert vision["image_grid_thw"].tolist() == [[1, 2, 4]]
-    (expected,) = (
-        Collator(processor, image_token="<|image_pad|>")
-        .encode_inputs([prompt(image=picture.resize((32, 16), Image.Resampling.BICUBIC))])
-        .vision
-    )
+    small = picture.resize((32, 16), Image.Resampling.BICUBIC)
+    plain = Collator(processor, image_token="<|image_pad|>")
+    (expected,) = plain.encode_inputs([prompt(image=small)]).vision
     assert torch.equal(vision["pixel_values"], expected["pixel_values"])
 
 

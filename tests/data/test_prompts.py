@@ -154,19 +154,6 @@ def test_written_prompts_are_kept(text: str, has_image: bool, drop: bool, expect
     assert written_text(text, has_image=has_image, drop_placeholder=drop) == expected
 
 
-@pytest.mark.parametrize(
-    ("text", "has_image", "message"),
-    [
-        ("<|image_1|>\nx", False, "in the text but no image"),
-        (" \n", False, "neither text nor image"),
-        ("<|image_1|><|image_1|>", True, "2 placeholders .* for one image"),
-    ],
-)
-def test_placeholders_that_do_not_fit_are_errors(text: str, has_image: bool, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        written_text(text, has_image=has_image)
-
-
 def test_a_lone_placeholder_is_dropped_in_training_where_queries_are_texts(tmp_path: Path) -> None:
     for subset in ("WebQA", "Mine"):
         write_train(tmp_path, subset, [train_row("<|image_1|>\nFind it: x\n", "that")])

@@ -1,18 +1,27 @@
-"""Rows of MMEB's files: prompts arrive verbatim, candidates are unique, bad rows are named or left out."""
+"""Rows of files: prompts arrive verbatim, candidates are unique, bad rows are named or left out.
+
+Rows of your own data are the worked example of docs/data.md.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from parallel_decoupling.batch import RawInput
+from parallel_decoupling.cli import main
+from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.data.images import ImageError
 from parallel_decoupling.data.readers import TrainSubset, read_eval_task
-from parallel_decoupling.data.tasks import MMEB_TASKS, find_train_subsets
-from tests.data.mmeb_files import eval_row, train_row, write_eval, write_image, write_rows, write_train
+from parallel_decoupling.data.row_sources import TaskSide
+from parallel_decoupling.data.tasks import MMEB_TASKS, find_eval_tasks, find_train_subsets
+from tests.data.mmeb_files import OWN_ENTRY, eval_row, train_row, write_eval, write_image, write_train
 
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
 QUERY = "<|image_1|>\nRepresent the given image with the following question: What is it? \n"
 
 
@@ -28,31 +37,16 @@ def test_training_prompt_is_verbatim_in_every_image_layout(tmp_path: Path, root:
     assert (pair.negatives, pair.subset, pair.row) == ((), "OK-VQA", 0)
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("", "<|image_1|>\n"),
-        (None, "<|image_1|>\n"),
-        ("a dog.", "<|image_1|>\na dog."),
-        ("<|image_1|> a\n", "<|image_1|> a\n"),
-    ],
-)
-def test_image_without_placeholder_gets_one_line(tmp_path: Path, text: str | None, expected: str) -> None:
-    image = write_image(tmp_path / "MMEB-train/images/x.png")
-    write_train(tmp_path, "S", [train_row(pos_text=text, pos_image_path="images/x.png")])
-    assert TrainSubset(tmp_path, "S")[0].candidate == RawInput(expected, (image,))
-
-
 def test_shards_are_one_table_and_errors_name_the_shard(tmp_path: Path) -> None:
-    folder = tmp_path / "MMEB-train/S"
-    write_rows(folder / "original-00001-of-00002.parquet", [train_row("c"), train_row("<|image_1|>")])
-    write_rows(folder / "original-00000-of-00002.parquet", [train_row("a"), train_row("b")])
-    write_rows(folder / "diverse_instruction-00000-of-00001.parquet", [train_row("z")])
+    write_train(tmp_path, "S", [train_row("a"), train_row("b")])
+    file = tmp_path / "MMEB-train/S/original-00000-of-00001.parquet"
+    file.rename(file.with_name("original-00000-of-00002.parquet"))
+    write_train(tmp_path, "S", [train_row("c"), train_row("<|image_1|>")])
+    file.rename(file.with_name("original-00001-of-00002.parquet"))
+    write_train(tmp_path, "S", [train_row("z")], split="diverse_instruction")
     subset = TrainSubset(tmp_path, "S")
     assert [subset[row].query.text for row in range(3)] == ["a", "b", "c"]
-    with pytest.raises(
-        ValueError, match=r"subset 'S', file .*original-00001-of-00002.parquet, row 1, column 'qry'"
-    ):
+    with pytest.raises(ValueError, match=r"'S', file .*original-00001-of-00002.parquet, row 1, column 'qry'"):
         subset[3]
     assert TrainSubset(tmp_path, "S", "diverse_instruction")[0].query.text == "z"
     assert find_train_subsets(tmp_path, "diverse_instruction") == ["S"]
@@ -74,7 +68,6 @@ def test_limit_is_a_seeded_sample_in_file_order(tmp_path: Path) -> None:
         ({"neg_text": "n", "neg_image_path": ""}, ["n", None]),
         ({"neg_text": ["n", "m", "o"], "neg_image_path": ["", "", ""]}, ["n", "m"]),
         ({"neg_text": ["n", "m"], "neg_image_path": None}, ["n", "m"]),
-        ({"neg_text": None, "neg_image_path": None}, [None, None]),
         ({"neg_text": " \n", "neg_image_path": ""}, [None, None]),
         ({"neg_text": [" ", "n"], "neg_image_path": ["", ""]}, ["n", None]),
         ({}, [None, None]),
@@ -85,56 +78,36 @@ def test_every_row_has_the_asked_number_of_negatives(
 ) -> None:
     write_train(tmp_path, "S", [train_row(**negatives)])
     subset = TrainSubset(tmp_path, "S", hard_negatives=2)
-    for pair in (subset[0], subset.readable(0)):
+    for pair in (subset[0], TrainSubset(tmp_path, "S", hard_negatives=2, missing_images="skip")[0]):
         assert [negative and negative.text for negative in pair.negatives] == expected
 
 
-@pytest.mark.parametrize(
-    ("negatives", "warned"),
-    [
-        ({}, True),
-        ({"neg_text": " ", "neg_image_path": ""}, True),
-        ({"neg_text": [""], "neg_image_path": [""]}, True),
-        ({"neg_text": ["", "n"], "neg_image_path": ["", ""]}, False),
-        ({"neg_text": None, "neg_image_path": "images/n.png"}, False),
-    ],
-)
 def test_a_subset_without_any_negative_is_said_to_have_none(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, negatives: dict[str, Any], warned: bool
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_train(tmp_path, "S", [train_row(**negatives), train_row()])
-    TrainSubset(tmp_path, "S").log_gaps()
-    assert caplog.text == "", "no negatives were asked for"
-    TrainSubset(tmp_path, "S", hard_negatives=1).log_gaps()
-    assert ("training subset 'S': no row has a hard negative" in caplog.text) == warned
+    write_train(tmp_path, "S", [train_row(neg_text=["", "n"], neg_image_path=["", ""]), train_row()])
+    write_train(tmp_path, "T", [train_row(neg_text=[""], neg_image_path=[""]), train_row()])
+    write_train(tmp_path, "U", [train_row()])
+    for name in "STU":
+        TrainSubset(tmp_path, name).log_gaps()
+        TrainSubset(tmp_path, name, hard_negatives=1).log_gaps()
+    assert re.findall("subset '(.)': no row has a hard negative", caplog.text) == ["T", "U"]
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        (
-            train_row("x", qry_image_path="images/no.jpg"),
-            r"column 'qry': no image file 'images/no.jpg' under .*MMEB-train",
-        ),
-        (train_row("<|image_1|>\nx"), "in the text but no image"),
-        (train_row("<|image_1|><|image_1|>", qry_image_path="images/x.png"), "2 placeholders"),
-    ],
-)
-def test_bad_training_row_is_named_when_it_is_read(tmp_path: Path, row: dict[str, Any], message: str) -> None:
-    write_image(tmp_path / "MMEB-train/images/x.png")
-    write_train(tmp_path, "S", [row])
+def test_bad_training_row_is_named_when_it_is_read(tmp_path: Path) -> None:
+    write_train(tmp_path, "S", [train_row("x", qry_image_path="images/no.jpg"), train_row("<|image_1|>\nx")])
     subset = TrainSubset(tmp_path, "S")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"column 'qry': no image file 'images/no.jpg' under .*MMEB-train"):
         subset[0]
+    with pytest.raises(ValueError, match="row 1, .*in the text but no image"):
+        subset[1]
 
 
 def test_missing_column_and_file_are_named(tmp_path: Path) -> None:
     row = train_row()
     del row["pos_text"]
     write_train(tmp_path, "S", [row])
-    with pytest.raises(
-        ValueError, match=r"training subset 'S', file .*: column 'pos_text' is missing; found qry"
-    ):
+    with pytest.raises(ValueError, match=r"'S', file .*: column 'pos_text' is missing; found qry"):
         TrainSubset(tmp_path, "S")
     with pytest.raises(ValueError, match=r"no file .*S.train-\*\.parquet; the folder holds original-00000"):
         TrainSubset(tmp_path, "S", "train")
@@ -174,11 +147,7 @@ def test_one_text_stands_for_a_list_of_images(tmp_path: Path) -> None:
         (eval_row("q", ["a"]), "row 1, column 'tgt_text': 1 candidates"),
         (eval_row("q", ["a", "b"], tgt_img_path=[""]), "2 texts but 1 image paths"),
         (eval_row("", ["a", "b"]), "column 'qry_text': neither text nor image"),
-        (eval_row("q", ["a", ""]), "column 'tgt_text': neither text nor image"),
-        (
-            eval_row("q", ["a", "b"], tgt_img_path=["", "GQA/0.jpg"]),
-            "task 'GQA', file .*, row 1.*no image file",
-        ),
+        (eval_row("q", ["a", "b"], tgt_img_path=["", "GQA/0.jpg"]), "task 'GQA', .*row 1.*no image file"),
     ],
 )
 def test_bad_eval_row_is_named(tmp_path: Path, row: dict[str, Any], message: str) -> None:
@@ -195,17 +164,11 @@ def test_query_limit_is_spread_over_the_file(tmp_path: Path) -> None:
 
 def test_blank_rows_are_left_out_and_counted(tmp_path: Path) -> None:
     write_image(tmp_path / "MMEB-train/images/x.png")
-    rows = [
-        train_row("a"),
-        train_row("", "b"),
-        train_row("c", " \n"),
-        train_row("", "d", qry_image_path="images/x.png"),
-        train_row(None, "e"),  # type: ignore[arg-type]
-        train_row(" \u00a0" * 9, "f"),
-    ]
+    rows = [train_row("a"), train_row("", "b"), train_row("c", " \n"), train_row(" \u00a0" * 9, "f")]
+    rows += [train_row("", "d", qry_image_path="images/x.png"), train_row(qry=None)]  # type: ignore[arg-type]
     write_train(tmp_path, "S", rows)
     subset = TrainSubset(tmp_path, "S")
-    assert [subset[row].row for row in range(len(subset))] == [0, 3]
+    assert [subset[row].row for row in range(len(subset))] == [0, 4]
     assert subset.blank_rows == 4
     write_train(tmp_path, "T", rows[1:3])
     with pytest.raises(ValueError, match="subset 'T', .*every row has neither text nor image"):
@@ -225,19 +188,14 @@ def test_the_next_readable_row_stands_in(tmp_path: Path) -> None:
         write_image(images / f"{number}.png")
     (images / "1.png").write_bytes(b"broken")
     write_train(tmp_path, "S", [train_row("q", qry_image_path=f"images/{row}.png") for row in range(5)])
-    subset = TrainSubset(tmp_path, "S")
-    assert [subset.readable(row).row for row in range(5)] == [0, 3, 3, 3, 0]
-    assert subset.readable(0).skipped == ()
-    first, second = subset.readable(1).skipped
-    assert first.startswith("training subset 'S', row 1: Cannot read image")
-    assert second.startswith("training subset 'S', row 2: ")
-    assert "no image file 'images/2.png'" in second
+    subset = TrainSubset(tmp_path, "S", missing_images="skip")
+    assert [subset[row].row for row in range(5)] == [0, 3, 3, 3, 0]
     write_train(tmp_path, "T", [train_row("q", qry_image_path="images/1.png")] * 3)
     with pytest.raises(ValueError, match="3 rows in a row .* `lightning verify`"):
-        TrainSubset(tmp_path, "T").readable(1)
+        TrainSubset(tmp_path, "T", missing_images="skip")[1]
     write_train(tmp_path, "U", [train_row("<|image_1|>")])
     with pytest.raises(ValueError, match="in the text but no image"):
-        TrainSubset(tmp_path, "U").readable(0)
+        TrainSubset(tmp_path, "U", missing_images="skip")[0]
 
 
 def test_missing_evaluation_images_are_left_to_the_loader_on_demand(tmp_path: Path) -> None:
@@ -270,10 +228,113 @@ def test_rows_and_candidates_can_be_left_out(tmp_path: Path) -> None:
     rows = [eval_row("p", ["a", "b", "c"]), eval_row("q", ["b", "a"]), eval_row("r", ["c", "b"])]
     write_eval(tmp_path, "GQA", rows)
     task = read_eval_task(tmp_path, "GQA")
-    assert task.place("query", 2) == "evaluation task 'GQA', row 2, query"
-    assert task.place("candidate", 2) == "evaluation task 'GQA', row 0, candidate"
+    for side, row in (("query", 2), ("candidate", 0)):
+        assert TaskSide(task, side, tmp_path).where(2) == f"evaluation task 'GQA', row {row}, {side}"
     less = task.without({2}, set())
     assert (less.query_of_row, less.candidates_of_row) == ([0, 1], task.candidates_of_row[:2])
     less = task.without(set(), {0})  # the positive of p; q keeps nothing but its positive
     assert (less.query_of_row, less.candidates_of_row) == ([2], [[2, 1]])
     assert less.candidates == task.candidates
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Path:
+    """The example of the document, as it stands there."""
+    blocks = re.findall(r"^`(shop/[^`]+)`:\n\n```\w+\n(.*?)^```", DOCUMENT, flags=re.MULTILINE | re.DOTALL)
+    names = ("tasks.json", "train.jsonl", "test.csv", "labels.jsonl")
+    assert [name for name, _ in blocks] == [f"shop/{name}" for name in names]
+    for name, content in blocks:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    for name in ("chair_1", "chair_2", "lamp_1"):
+        write_image(tmp_path / "shop" / "photos" / f"{name}.jpg")
+    return tmp_path / "shop"
+
+
+def photo(shop: Path, name: str) -> str:
+    return str(shop / "photos" / f"{name}.jpg")
+
+
+def test_training_rows_are_what_the_document_shows(shop: Path) -> None:
+    assert find_train_subsets(shop) == ["ShopSearch"]
+    first, second, third = (TrainSubset(shop, "ShopSearch", hard_negatives=2)[row] for row in range(3))
+    query, candidate = re.findall(r"^```\n((?:Find|<).*?)^```", DOCUMENT, flags=re.MULTILINE | re.DOTALL)
+    assert first.query == RawInput(query.removesuffix("\n"))
+    assert first.candidate == RawInput(candidate.removesuffix("\n"), (photo(shop, "chair_1"),))
+    shown = "<|image_1|>\nRepresent the given product.\n"
+    assert first.negatives == (RawInput(shown, (photo(shop, "lamp_1"),)), None)
+    found = [negative and negative.images[0] for negative in second.negatives]
+    assert found == [photo(shop, "chair_1"), photo(shop, "chair_2")]
+    assert third.candidate == RawInput(shown, (photo(shop, "chair_2"),))
+    assert third.negatives == (None, None)
+
+
+def test_a_positive_alone_is_ranked_among_all_positives(shop: Path) -> None:
+    task = read_eval_task(shop, "ShopSearch")
+    asked = ("a seat for the kitchen", "a lamp", "something red")
+    assert [query.text for query in task.queries] == [f"Find a product that matches: {q}\n" for q in asked]
+    shown = ("chair_2", "lamp_1", "chair_1")
+    assert [row.images for row in task.candidates] == [(photo(shop, name),) for name in shown]
+    assert task.candidates_of_row == [[0, 1, 2], [1, 0, 2], [2, 0, 1]]
+    assert task.candidates[0].text == "<|image_1|>\nRepresent the given product. Stool\n"
+
+
+def test_lists_of_candidates_belong_to_their_row(shop: Path) -> None:
+    task = read_eval_task(shop, "ShopLabels")
+    assert task.queries[0] == RawInput("<|image_1|>\nName the product.\n", (photo(shop, "chair_1"),))
+    assert [row.text for row in task.candidates] == ["chair", "lamp", "table"]
+    assert task.candidates_of_row == [[0, 1, 2], [1, 0]]
+
+
+def test_the_example_goes_through_the_data_module(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = MMEBDataModule(str(shop), batch_size=2)
+    data.prepare_data()
+    data.setup("fit")
+    assert [len(subset) for subset in data.train_data] == [3]
+    data.setup("test")
+    assert [task.task.name for task in data.eval_tasks_data] == ["ShopSearch", "ShopLabels"]
+    assert find_eval_tasks(shop) == ["ShopSearch", "ShopLabels"]
+    write_train(shop, "VOC2007", [train_row()])
+    assert find_train_subsets(shop) == ["ShopSearch", "VOC2007"]
+    main(["verify", str(shop)])
+    assert "problem" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"q": ["x", "y"], "a": ["cat", "dog"]}], "row 0, column 'q': holds a list, where a row has one"),
+        ([{"q": "x", "a": ["cat"]}], "row 0, column 'a': 1 candidates"),
+        ([{"q": "x", "a": ["cat", "dog"]}, {"q": "x", "a": []}], "row 1, column 'a': 0 candidates"),
+    ],
+)
+def test_lists_that_do_not_fit_are_named(tmp_path: Path, rows: list[Any], message: str) -> None:
+    entry = {**OWN_ENTRY, "train_file": "a.jsonl", "eval_file": "a.jsonl"}
+    (tmp_path / "tasks.json").write_text(json.dumps({"Mine": entry}))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=f"'Mine', .*{message}"):
+        read_eval_task(tmp_path, "Mine")
+    with pytest.raises(ValueError, match="column '[qa]': holds a list, where a row has one value"):
+        TrainSubset(tmp_path, "Mine")
+
+
+@pytest.mark.parametrize("cell", ['"[""cat"", ""dog""]"', "\"['dog', 'cat']\""])
+def test_a_list_in_a_csv_cell_is_named(tmp_path: Path, cell: str) -> None:
+    columns = {"query_text": "q", "candidate_text": "a", "negative_text": "n"}
+    (tmp_path / "tasks.json").write_text(json.dumps({"Mine": {**OWN_ENTRY, "columns": columns}}))
+    (tmp_path / "a.csv").write_text(f"q,a,n\n1,x,[y]\n2,{cell},z\n")
+    with pytest.raises(ValueError, match=r"a\.csv, row 1, column 'a': .*Keep lists in a JSONL"):
+        read_eval_task(tmp_path, "Mine")
+    (tmp_path / "a.csv").write_text(f"q,a,n\n{cell},[x],{cell}\n")
+    with pytest.raises(ValueError, match=r"a\.csv, row 0, column 'n': .*Keep lists in a JSONL"):
+        TrainSubset(tmp_path, "Mine")
+    (tmp_path / "a.csv").write_text(f"q,a,n\n{cell},[x],z\n3,cat,z\n")
+    assert read_eval_task(tmp_path, "Mine").candidates_of_row == [[0, 1], [1, 0]], "queries are texts"
+
+
+def test_a_pool_must_not_be_huge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("parallel_decoupling.data.readers.MAX_POOL_ENTRIES", 8)
+    (tmp_path / "tasks.json").write_text(json.dumps({"Mine": OWN_ENTRY}))
+    (tmp_path / "a.csv").write_text("q,a\n1,x\n2,y\n3,z\n")
+    with pytest.raises(ValueError, match="3 rows with 3 candidates each are too many"):
+        read_eval_task(tmp_path, "Mine")

@@ -9,7 +9,7 @@ import pytest
 
 from parallel_decoupling.cli import main
 from parallel_decoupling.data.verify import Check, verify
-from tests.data.mmeb_files import eval_row, train_row, write_eval, write_image, write_rows, write_train
+from tests.data.mmeb_files import eval_row, train_row, write_eval, write_image, write_train
 
 
 @pytest.fixture
@@ -18,16 +18,10 @@ def data_dir(tmp_path: Path) -> Path:
     for number in range(4):
         write_image(tmp_path / f"MMEB-train/images/CIRR/Train/{number}.jpg")
         write_image(tmp_path / f"MMEB-eval/GQA/{number}.jpg")
-    rows = [
-        train_row(
-            f"q{row % 3}",
-            "p",
-            qry_image_path=f"images/CIRR/Train/{row % 3}.jpg",
-            neg_text="n",
-            neg_image_path="" if row else "images/CIRR/Train/3.jpg",
-        )
-        for row in range(5)
-    ]
+    folder = "images/CIRR/Train"
+    rows = [train_row(f"q{row % 3}", "p", qry_image_path=f"{folder}/{row % 3}.jpg") for row in range(5)]
+    rows = [{**row, "neg_text": "n", "neg_image_path": ""} for row in rows]
+    rows[0]["neg_image_path"] = f"{folder}/3.jpg"
     write_train(tmp_path, "CIRR", rows)
     write_train(tmp_path, "CIRR", rows[:2], split="diverse_instruction")
     questions = [
@@ -46,28 +40,17 @@ def checked(data_dir: Path, sample: int = 20) -> dict[str, Check]:
 
 def test_a_whole_folder_has_counts_and_no_problem(data_dir: Path) -> None:
     checks = checked(data_dir, sample=2)
-    assert list(checks) == [
-        "folder",
-        "train CIRR diverse_instruction",
-        "train CIRR original",
-        "eval VOC2007 test",
-        "eval GQA test",
-    ]
+    trained = ["train CIRR diverse_instruction", "train CIRR original"]
+    assert list(checks) == ["folder", *trained, "eval VOC2007 test", "eval GQA test"]
     assert not any(check.problems for check in checks.values())
     images = {"images": 4, "missing": 0, "opened": 2, "broken": 0}
     assert checks["train CIRR original"].counts == {"rows": 5, "repeated": 2, **images}
-    assert checks["eval GQA test"].counts == {
-        "rows": 4,
-        "repeated": 0,
-        "candidates at least": 2,
-        "candidates at most": 3,
-        **images,
-    }
+    listed = {"candidates at least": 2, "candidates at most": 3}
+    assert checks["eval GQA test"].counts == {"rows": 4, "repeated": 0, **listed, **images}
     assert checks["eval VOC2007 test"].counts["repeated"] == 1
-    train, evaluation, unknown = checks["folder"].notes
+    train, evaluation = checks["folder"].notes
     assert train.startswith("MMEB-train lacks 19 of 20: ImageNet_1K, ")
     assert evaluation.startswith("MMEB-eval lacks 34 of 36")
-    assert unknown.startswith("MMEB-eval/CIFAR-100 is not scored")
     assert checks["eval GQA test"].notes == ["4 rows, where MMEB has 1000."]
 
 
@@ -111,18 +94,9 @@ def test_rows_and_files_that_cannot_be_used_are_problems(data_dir: Path) -> None
     assert checks["train CIRR original"].problems == [], "one bad subset does not hide the others"
 
 
-@pytest.mark.parametrize(
-    ("negatives", "message"),
-    [
-        ({"neg_text": [" ", "n"], "neg_image_path": ["", ""]}, None),
-        ({"neg_text": ["n", "m"], "neg_image_path": [""]}, "2 texts but 1 image paths"),
-        ({"neg_text": ["n", "<|image_1|>"], "neg_image_path": ["", ""]}, "row 0, column 'neg_text': <|ima"),
-    ],
-)
-def test_negatives_are_read_too(tmp_path: Path, negatives: dict[str, object], message: str | None) -> None:
-    write_train(tmp_path, "A", [train_row(**negatives)])
-    problems = checked(tmp_path)["train A original"].problems
-    assert problems == [] if message is None else message in problems[0]
+def test_negatives_are_read_too(tmp_path: Path) -> None:
+    write_train(tmp_path, "A", [train_row(neg_text=["n", "m"], neg_image_path=[""])])
+    assert "2 texts but 1 image paths" in checked(tmp_path)["train A original"].problems[0]
 
 
 def test_an_empty_folder_is_a_problem(tmp_path: Path) -> None:
@@ -130,11 +104,6 @@ def test_an_empty_folder_is_a_problem(tmp_path: Path) -> None:
     assert "Neither training subsets nor evaluation tasks" in folder.problems[0]
     with pytest.raises(ValueError, match="is not a folder"):
         verify(tmp_path / "none")
-
-
-def test_files_without_the_number_of_shards_are_a_split(tmp_path: Path) -> None:
-    write_rows(tmp_path / "MMEB-train/A/original-0.parquet", [train_row()])
-    assert list(checked(tmp_path)) == ["folder", "train A original"]
 
 
 def test_the_command_prints_writes_and_says_by_its_exit_code(
@@ -149,6 +118,3 @@ def test_the_command_prints_writes_and_says_by_its_exit_code(
         main(["verify", str(data_dir)])
     assert stopped.value.code == 1
     assert "eval GQA test: problem: 1 of 4 images are missing" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as stopped:
-        main(["verify", str(tmp_path / "none")])
-    assert stopped.value.code == 2

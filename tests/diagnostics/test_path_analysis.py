@@ -17,7 +17,7 @@ from parallel_decoupling.diagnostics.path_analysis import (
     analyse_world,
     figures,
     find_scores,
-    tables,
+    table,
     write_json,
 )
 from parallel_decoupling.diagnostics.probes import FACTORS
@@ -56,40 +56,34 @@ def test_everything_is_there_for_the_embedded_world(analysis: PathAnalysis, tmp_
     assert len(content["attention"]["mass_by_path_and_layer"]) == 3
     for part in ("attention", "contributions"):
         assert content[part]["map_correlation"][0][0] == pytest.approx(1)
-        assert content[part]["map_correlation_of_different_pictures"][0][0] < 1
     assert content["errors"]["scores"]["oracle"] == 0.5
 
 
-def test_tables_show_the_numbers(analysis: PathAnalysis) -> None:
-    _, pairs, probes, errors = found = tables(analysis)
-    assert [row[0] for row in pairs.rows] == ["0 and 1", "0 and 2", "1 and 2"]
-    cells = [dict(zip(pairs.headings, row, strict=True)) for row in pairs.rows]
-    assert cells[0]["cosine"] == f"{float(analysis.similarity.cosine[0, 1]):.3f}"
-    assert cells[1]["linear CKA, shuffled"] == f"{float(analysis.similarity.shuffled_cka[0, 2]):.3f}"
-    assert cells[1]["mean angle"] == f"{float(analysis.similarity.angles[1].mean()):.0f}"
-    assert cells[2]["misses, kappa"] == "1.000"
-    assert len(probes.rows) == len(FACTORS)
-    assert dict(zip(errors.headings, errors.rows[0], strict=True))["independent_oracle"] == "87.5"
-    for table in found:
-        Console(width=200, quiet=True).print(table.terminal())
-
-
-def test_figures_draw(analysis: PathAnalysis) -> None:
+def test_the_table_shows_the_numbers_and_the_figures_draw(analysis: PathAnalysis) -> None:
+    grid = table(analysis)
+    rows = {row[0]: list(row[1:]) for row in grid.rows}
+    similarity = analysis.similarity
+    others = [(similarity.cosine[path].sum() - 1) / 2 for path in range(3)]
+    assert rows["cosine"] == [f"{float(mean):.3f}" for mean in others]
+    first = similarity.angles[(similarity.pairs == 0).any(dim=1)].mean()
+    assert rows["mean principal angle"][0] == f"{float(first):.3f}"
+    assert rows["misses, kappa"] == ["1.000"] * 3
+    accuracy = 100 * analysis.probes["shape"].accuracy["path_2"]
+    (shape,) = [cells for name, cells in rows.items() if name.startswith("probe of shape")]
+    assert shape[2].startswith(f"{accuracy:.1f} ± ")
+    assert sum(name.startswith("probe of") for name in rows) == len(FACTORS)
+    assert "independent oracle 87.5" in grid.caption
+    Console(width=200, quiet=True).print(grid.terminal())
     drawn = figures(analysis)
-    names = {"similarity", "principal_angles", "probes", "attention_mass", "attention_maps", "contributions"}
-    assert set(drawn) == names
+    assert set(drawn) == {"similarity", "attention", "contributions"}
     for figure in drawn.values():
         figure.canvas.draw()
-    cells = [text.get_text() for text in drawn["probes"].axes[0].texts]
-    assert cells[0] == f"{100 * analysis.probes['shape'].majority:.0f}"
-    assert len(cells) == len(FACTORS) * 5
 
 
 def test_one_path_and_no_scores_leave_out_what_needs_more(tiny_backbone_dir: str) -> None:
     found = analyse_world(embedder(tiny_backbone_dir, 1), None, scenes=100)
     assert found.notes == ["errors: the run has no scores.json of this checkpoint; test writes it"]
-    titles = [table.title for table in tables(found)]
-    assert titles == ["Each path", "Linear probes, accuracy in percent"]
+    assert not {"cosine", "misses, kappa"} & {row[0] for row in table(found).rows}
     assert "similarity" not in figures(found)
 
 
@@ -109,7 +103,7 @@ def test_a_trained_run_is_analysed_with_the_scores_of_its_weights_only(
     trainer.save_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
     analyse_paths(str(tmp_path))
     printed = capsys.readouterr().out
-    for text in ("Pairs of paths", "left out: probes", "left out: errors"):
+    for text in ("effective rank", "left out: probes", "left out: errors"):
         assert text in printed
     assert (tmp_path / "paths" / "contributions.png").is_file()
     run = json.loads((tmp_path / "paths" / PATHS_FILE).read_text())["run"]

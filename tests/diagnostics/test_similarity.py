@@ -3,23 +3,24 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from scipy.linalg import subspace_angles
+from sklearn.metrics import cohen_kappa_score
 from torch import Tensor
 
+from parallel_decoupling.data.tasks import Task
 from parallel_decoupling.diagnostics.similarity import (
+    error_agreement,
     linear_cka,
     path_similarity,
     principal_angles,
+    stratified_kappa,
 )
+from parallel_decoupling.evaluation.report import ScoreReport, TaskResult
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def in_subspace(basis_SD: Tensor, count: int, seed: int) -> Tensor:
-    """Embeddings that lie in the span of a basis, away from the origin."""
-    return normal(count, len(basis_SD), seed=seed) @ basis_SD + 3
 
 
 def test_identical_paths_are_the_same_by_every_measure() -> None:
@@ -64,16 +65,6 @@ def test_shuffled_cka_is_that_of_unrelated_paths() -> None:
     assert 0.02 < unrelated < 0.06
 
 
-def test_principal_angles_of_a_known_subspace() -> None:
-    """Two planes of a five-dimensional space that share one direction and meet at 30 degrees otherwise."""
-    axes = torch.eye(5, dtype=torch.float64)
-    turned = np.cos(np.pi / 6) * axes[1] + np.sin(np.pi / 6) * axes[2]
-    paths = [in_subspace(torch.stack(plane), 60, seed=4) for plane in ((axes[0], axes[1]), (axes[0], turned))]
-    found = principal_angles(torch.stack(paths, dim=1), 2)
-    assert found.shape == (1, 2)
-    assert found[0].tolist() == pytest.approx([0, 30], abs=1e-4)
-
-
 def test_principal_angles_equal_scipy() -> None:
     paths = normal(50, 3, 8)
     found = principal_angles(paths, 4)
@@ -84,8 +75,7 @@ def test_principal_angles_equal_scipy() -> None:
 
 
 def test_a_shared_direction_hides_in_the_centred_cosine() -> None:
-    shared = 20 * torch.ones(8, dtype=torch.float64)
-    found = path_similarity(normal(500, 2, 8) + shared)
+    found = path_similarity(normal(500, 2, 8) + 20)
     assert found.cosine[0, 1] > 0.98
     assert abs(found.centred_cosine[0, 1]) < 0.1
 
@@ -93,3 +83,71 @@ def test_a_shared_direction_hides_in_the_centred_cosine() -> None:
 def test_too_few_inputs_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 3"):
         path_similarity(normal(2, 2, 4))
+
+
+Misses = NDArray[np.bool_]
+
+
+def report(*tasks: dict[str, str]) -> ScoreReport:
+    results = {}
+    for number, hits in enumerate(tasks):
+        scores = {column: row.count("1") / len(row) for column, row in hits.items()}
+        name = f"task_{number}"
+        results[name] = TaskResult(Task(name, "vqa", True), len(hits["aggregate"]), 0.1, scores, hits)
+    return ScoreReport(results)
+
+
+def report_of_misses(*tasks: Misses) -> ScoreReport:
+    """Each ``[2, R]``; the aggregate is path 0."""
+    rows = [["".join("10"[miss] for miss in line) for line in task.astype(int).tolist()] for task in tasks]
+    return report(*({"aggregate": first, "path_0": first, "path_1": second} for first, second in rows))
+
+
+def test_identical_paths_err_alike_and_the_oracle_gains_nothing() -> None:
+    tasks = ({"aggregate": hits, "path_0": hits, "path_1": hits} for hits in ("0110", "1000"))
+    found = error_agreement(report(*tasks))
+    assert found.kappa == pytest.approx(np.ones((2, 2)))
+    independent = (0.75 + 1 - 0.75**2) / 2
+    expected = {"aggregate": 0.375, "best_path": 0.375, "oracle": 0.375, "independent_oracle": independent}
+    assert found.scores == pytest.approx(expected)
+
+
+def test_independent_paths_have_kappa_zero_however_different_the_tasks() -> None:
+    """Pooled rows would give 0.6, and the oracle gains what independence gives."""
+    rng = np.random.default_rng(0)
+    rates = ((0.95, 4000), (0.9, 3000), (0.2, 5000), (0.1, 2000))
+    misses = [rng.random((2, rows)) > rate for rate, rows in rates]
+    found = error_agreement(report_of_misses(*misses))
+    assert abs(found.kappa[0, 1]) < 0.03
+    pooled = np.concatenate(misses, axis=1)
+    assert cohen_kappa_score(*pooled) > 0.55
+    assert found.scores["independent_oracle"] == pytest.approx(found.scores["oracle"], abs=0.01)
+    expected = np.mean([0.9975, 0.99, 0.36, 0.19])
+    assert found.scores["independent_oracle"] == pytest.approx(expected, abs=0.02)
+
+
+def test_kappa_of_one_task_equals_sklearn() -> None:
+    rng = np.random.default_rng(1)
+    misses = rng.random((3, 50)) < 0.4
+    misses[1] ^= misses[0] & (rng.random(50) < 0.5)
+    expected = [[cohen_kappa_score(first, second) for second in misses] for first in misses]
+    assert stratified_kappa([misses]) == pytest.approx(np.array(expected))
+
+
+def test_kappa_of_several_tasks_by_hand() -> None:
+    """Agreement 2 of 4 and 1 of 2, as by chance (path 0 misses all of the second), and then 8 of 8."""
+    first = np.array([[1, 1, 0, 0], [1, 0, 1, 0]], dtype=bool)
+    second = np.array([[1, 1], [1, 0]], dtype=bool)
+    third = np.array([[1] + [0] * 7] * 2, dtype=bool)
+    chance = 2 + 1 + 8 * (1 / 64 + 49 / 64)
+    found = error_agreement(report_of_misses(first, second, third)).kappa
+    assert found[0, 1] == found[1, 0] == pytest.approx((11 - chance) / (14 - chance))
+    assert found[0, 1] != pytest.approx((0 + 0 + 1) / 3), "a mean over tasks"
+
+
+def test_reports_without_paths_or_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match="no single paths"):
+        error_agreement(report({"aggregate": "10"}))
+    result = TaskResult(Task("bare", "vqa", True), 2, 0.1, {"aggregate": 0.5, "path_0": 0.5})
+    with pytest.raises(ValueError, match="no hits per row"):
+        error_agreement(ScoreReport({"bare": result}))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from parallel_decoupling.evaluation.embedder import Embedder, similarity, similarity_pairwise
+from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.model.backbone import AdapterConfig, load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
 from tests.support.embedders import mixed_inputs, tiny_embedder
@@ -79,26 +79,20 @@ def test_real_encoder_gives_the_same_embeddings_at_any_batch_size(tmp_path: Path
     aggregate = embedder.encode(inputs)
     torch.testing.assert_close(aggregate, encoder.aggregate(single), atol=1e-5, rtol=0)
     torch.testing.assert_close(single.norm(dim=-1), torch.ones(4, 2))
-    assert (similarity(single, single) - torch.eye(4)).tril(-1).max() < 0.9999, "rows must differ"
+    assert (Embedder.similarity(single, single) - torch.eye(4)).tril(-1).max() < 0.9999, "rows must differ"
 
 
 @pytest.mark.parametrize("shape", [(6,), (3, 6)])
 def test_similarity_equals_loops(shape: tuple[int, ...]) -> None:
     a, b = torch.randn(4, *shape), torch.randn(5, *shape)
-    result = similarity(a, b)
+    result = Embedder.similarity(a, b)
     for i in range(4):
         for j in range(5):
             cosine = F.cosine_similarity(a[i], b[j], dim=-1).mean()
             torch.testing.assert_close(result[i, j], cosine)
-    torch.testing.assert_close(similarity_pairwise(a, b[:4]), result[:, :4].diagonal())
+    torch.testing.assert_close(Embedder.similarity_pairwise(a, b[:4]), result[:, :4].diagonal())
     with pytest.raises(ValueError, match="4 and 5 rows"):
-        similarity_pairwise(a, b)
-
-
-def test_similarity_is_computed_in_float32() -> None:
-    a = torch.randn(4, 64).half()
-    assert similarity(a, a).dtype == torch.float32
-    torch.testing.assert_close(similarity(a, a).diagonal(), torch.ones(4), atol=1e-6, rtol=0)
+        Embedder.similarity_pairwise(a, b)
 
 
 @pytest.mark.parametrize(
@@ -106,4 +100,10 @@ def test_similarity_is_computed_in_float32() -> None:
 )
 def test_similarity_of_different_shapes_is_an_error(a: tuple[int, ...], b: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"pass \[A, D\] and \[B, D\]"):
-        similarity(torch.ones(a), torch.ones(b))
+        Embedder.similarity(torch.ones(a), torch.ones(b))
+
+
+def test_similarity_is_computed_in_float32() -> None:
+    a = torch.randn(4, 64).half()
+    assert Embedder.similarity(a, a).dtype == torch.float32
+    torch.testing.assert_close(Embedder.similarity(a, a).diagonal(), torch.ones(4), atol=1e-6, rtol=0)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from parallel_decoupling.data.readers import read_eval_task
 from parallel_decoupling.distributed import rank
-from parallel_decoupling.evaluation.embedding_writer import EmbeddingWriter
+from parallel_decoupling.evaluation.run import EmbeddingWriter
 from parallel_decoupling.evaluation.store import Keeper, Store, read_metadata
 from parallel_decoupling.training.module import PDFEmbedder
 from tests.support.fit import make_trainer, small_data, small_embedder
@@ -205,7 +205,7 @@ def test_files_of_another_run_are_refused(
         predict(module, table_file.parent, tmp_path)
     other = small_embedder(tiny_backbone_dir, candidate_instruction="Describe.")
     with torch.no_grad():
-        next(iter(other.encoder.prefix_parameters())).add_(1.0)
+        other.encoder.parameter_groups()["prefixes"][0].add_(1.0)
     with pytest.raises(ValueError, match="another identity: path_sha256, sha256, weights_sha256"):
         predict(other, table_file, tmp_path)
     (tmp_path / "embeddings-00001.parquet").write_bytes(b"half a file")

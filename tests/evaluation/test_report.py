@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from parallel_decoupling.data.tasks import MMEB_TASKS, Task
-from parallel_decoupling.evaluation.report import MMEB_COUNTS, ScoreReport, TaskResult, write_report
+from parallel_decoupling.evaluation.report import ScoreReport, TaskResult, write_report
 from parallel_decoupling.evaluation.score import TaskScore
 
 # hit@1 in percent of VLM2Vec (first version) on Qwen2-VL 2B / 7B, as its authors' score files have it.
@@ -104,17 +104,10 @@ def test_json_round_trip_keeps_everything(report: ScoreReport, tmp_path: Path) -
     assert content["hits"]["digit"] == {"aggregate": "10", "path_0": "00"}
 
 
-def test_json_accepts_run_values_of_any_type(report: ScoreReport, tmp_path: Path) -> None:
-    ScoreReport(report.tasks, {"data_dir": Path("some/dir")}).to_json_file(tmp_path / "scores.json")
-    assert ScoreReport.from_json_file(tmp_path / "scores.json").run == {"data_dir": str(Path("some/dir"))}
-
-
-@pytest.mark.parametrize(
-    ("text", "message"), [("{", "is not JSON"), ("[]", "of format 2"), ('{"format": 9}', "format 2")]
-)
-def test_another_file_is_an_error(text: str, message: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 9}', '{"format": 2}'])
+def test_another_file_is_an_error(text: str, tmp_path: Path) -> None:
     (tmp_path / "scores.json").write_text(text)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="scores.json is not a score file"):
         ScoreReport.from_json_file(tmp_path / "scores.json")
 
 
@@ -122,14 +115,14 @@ def test_another_file_is_an_error(text: str, message: str, tmp_path: Path) -> No
     ("place", "value", "message"),
     [
         (("tasks",), {}, "at least one task"),
-        (("tasks",), [], "was changed or cut"),
-        (("tasks", "digit"), 3, "was changed or cut"),
-        (("tasks", "digit", "more"), 3, "was changed or cut"),
+        (("tasks",), [], "is not a score file"),
+        (("tasks", "digit"), 3, "is not a score file"),
+        (("tasks", "digit", "more"), 3, "is not a score file"),
         (("tasks", "digit", "meta_task"), "video", "digit has meta-task 'video'"),
-        (("hits",), {}, "was changed or cut"),
+        (("hits",), {}, "is not a score file"),
         (("hits", "digit", "path_0"), "0", "task digit, path_0: not one 0 or 1 for each of 2 queries"),
         (("hits", "digit", "path_0"), "02", "task digit, path_0: not one 0 or 1"),
-        (("hits", "digit", "path_0"), "01", "the mean of the hits is 0.5, but hit_at_1 is 0;"),
+        (("hits", "digit", "path_0"), "01", "the mean of the hits is 0.5, but hit_at_1 is 0"),
         (("hits", "digit"), {"path_0": "00"}, r"task digit: hits of \['path_0'\], but scores of"),
     ],
 )
@@ -166,9 +159,7 @@ def test_metrics_are_those_of_the_ranks_averaged_over_tasks(report: ScoreReport)
     assert report.tasks["shape"].metrics["aggregate"]["mrr"] == hits[0]
     assert report.metric_means["aggregate"]["mrr"] == pytest.approx(sum(hits) / 3)
     assert report.metric_means["path_0"]["hit@5"] == 1
-    shown = rendered(
-        replace(report, modes={"path_0": {"bytes_per_item": 4096, "milliseconds_per_item": 2.345}})
-    )
+    shown = rendered(replace(report, modes={"path_0": {"bytes_per_item": 4096, "paths_per_item": 1}}))
     assert f"{100 * sum(hits) / 3:.1f}" in shown
     bare = TaskResult(Task("shape", "vqa", True), 2, 0.1, {"aggregate": 0.5})
     assert ScoreReport({"shape": bare}).metric_means == {}
@@ -180,21 +171,12 @@ def test_what_a_mode_costs_is_shown(report: ScoreReport) -> None:
             name: replace(each, hit_at_1={**each.hit_at_1, "path_1": 0.5}, metrics={})
             for name, each in report.tasks.items()
         },
-        modes={"path_1": {"bytes_per_item": 4096, "milliseconds_per_item": 2.345}},
+        modes={"path_1": {"bytes_per_item": 4096, "paths_per_item": 1}},
     )
     rows = {row[0]: row for row in wide.mode_grid().rows}
-    assert rows["path_1"] == ["path_1", "50.0", "50.0", "50.0", "2.35", "4,096"]
+    assert rows["path_1"] == ["path_1", "50.0", "50.0", "50.0", "4,096", "1"]
     assert rows["path_0"][-2:] == ["", ""]
     assert [row[0] for row in report.mode_grid().rows] == ["aggregate"], "a single path is its own aggregate"
-
-
-def test_names_with_markup_are_shown_as_they_are() -> None:
-    score = task_score("[red]shape[/red]", "vqa", True, {"aggregate": "00"}, 0.1)
-    warning = {"check": "chance", "detail": "[bold]x[/bold]", "advice": "[/]", "tasks": []}
-    report = replace(ScoreReport.from_scores([score]), warnings=[warning])
-    assert "[red]shape[/red] !" in rendered(report)
-    assert "[bold]x[/bold]" in rendered(report)
-    assert "[/]" in rendered(report)
 
 
 def test_csv_has_a_line_per_task_and_per_mean(report: ScoreReport, tmp_path: Path) -> None:
@@ -219,14 +201,9 @@ def test_table_shows_percent_and_flags_tasks_at_chance(report: ScoreReport) -> N
     assert "at or below chance" in grid.caption
 
 
-def test_skipped_rows_are_said(report: ScoreReport) -> None:
-    skipped = replace(report.tasks["shape"], num_skipped=3)
-    assert "rows skipped because of their images: shape 3" in rendered(ScoreReport({"shape": skipped}))
-
-
 def test_write_report_leaves_every_file_of_a_test(report: ScoreReport, tmp_path: Path) -> None:
     run = {"model": {"backbone": "tiny"}}
-    report = replace(report, run=run, modes={"aggregate": {"bytes_per_item": 128}})
+    report = replace(report, run=run, modes={"aggregate": {"bytes_per_item": 128, "paths_per_item": 1}})
     write_report(report, tmp_path / "run")
     assert {file.relative_to(tmp_path / "run").as_posix() for file in (tmp_path / "run").rglob("*.*")} == {
         "scores.json",
@@ -237,20 +214,6 @@ def test_write_report_leaves_every_file_of_a_test(report: ScoreReport, tmp_path:
     metadata = json.loads((tmp_path / "run" / "leaderboard.json").read_text())["metadata"]
     assert (metadata["model_name"], metadata["model_backbone"]) == ("run", "tiny")
     assert metadata["embedding_dimension"] == 32
-
-
-def test_means_know_how_many_tasks_mmeb_has() -> None:
-    whole = ScoreReport(
-        {name: TaskResult(task, 9, 0.1, {"aggregate": 0.5}) for name, task in MMEB_TASKS.items()}
-    )
-    assert {name: len(tasks) for name, tasks in whole.groups.items()} == MMEB_COUNTS
-
-
-def test_a_group_without_tasks_has_no_mean() -> None:
-    score = task_score("shape", "classification", True, {"aggregate": "10"}, 0.1)
-    report = ScoreReport.from_scores([score])
-    assert set(report.means) == {"classification", "in_distribution", "overall", "mean_of_meta_tasks"}
-    assert "mean OOD" not in rendered(report)
 
 
 def test_inconsistent_scores_are_an_error() -> None:

@@ -18,11 +18,11 @@ from parallel_decoupling.data.readers import read_eval_task
 from parallel_decoupling.evaluation import checks
 from parallel_decoupling.evaluation.encode import BatchPlace, RowBatch
 from parallel_decoupling.evaluation.report import ScoreReport
-from parallel_decoupling.evaluation.run import SideEmbeddings, evaluate, git_commit
-from parallel_decoupling.evaluation.store import Store
+from parallel_decoupling.evaluation.run import CollectedEmbeddings, evaluate
 from parallel_decoupling.training.module import PDFEmbedder
 from tests.support.fit import kept_data, make_trainer, small_data, small_embedder
 from tests.support.mmeb import save_tiny_mmeb
+from tests.support.processes import run_ranks
 
 TASKS = ("colours_i2t", "colours_t2i")
 
@@ -32,20 +32,20 @@ def batch_of(rows: list[int], bad_rows: dict[int, str] | None = None) -> RowBatc
 
 
 def test_rows_land_in_their_place_whatever_the_order() -> None:
-    side, embeddings_UND = SideEmbeddings(5), torch.randn(5, 2, 3)
+    side, embeddings_UND = CollectedEmbeddings(), torch.randn(5, 2, 3)
     side.add(batch_of([4, 1], {2: "broken"}), embeddings_UND[[4, 1]])
     side.add(batch_of([]), embeddings_UND[:1])  # a batch without rows has a stand-in
     trainer, module = Trainer(logger=False), PDFEmbedder.__new__(PDFEmbedder)
-    assert side.complete(trainer, module) is None, "rows are missing"
+    assert side.complete(5, trainer, module) is None, "rows are missing"
     side.add(batch_of([3, 0]), embeddings_UND[[3, 0]])
-    found_UND = side.complete(trainer, module)
+    found_UND = side.complete(5, trainer, module)
     assert found_UND is not None
     embeddings_UND[2] = torch.nan
     torch.testing.assert_close(found_UND, embeddings_UND, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_test_run_writes_and_logs_the_scores_of_its_embeddings(
-    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     module = small_embedder(tiny_backbone_dir)
     trainer = make_trainer(tmp_path, logger=TensorBoardLogger(tmp_path, name="", version=""))
@@ -67,7 +67,15 @@ def test_a_test_run_writes_and_logs_the_scores_of_its_embeddings(
     assert content["run"]["model"]["num_paths"] == 2
     assert content["run"]["data"]["data_dir"] == tiny_mmeb_dir
     assert content["run"]["global_step"] == 0
-    assert (tmp_path / "scores.csv").is_file()
+    for name in ("scores.csv", "leaderboard.json", f"score_files/v2/{TASKS[0]}_pred.jsonl"):
+        assert (tmp_path / name).is_file()
+    assert list(report.modes) == report.columns
+    assert all(result.rows_sha256 for result in report.tasks.values())
+    (chance,) = [warning for warning in report.warnings if warning["check"] == "chance"]
+    assert set(chance["tasks"]) == set(TASKS), "random weights and four candidates"
+    shown = capsys.readouterr().out
+    assert "WARNING: chance" in shown
+    assert "inference modes" in shown
 
 
 def test_evaluate_needs_no_trainer_and_a_trainer_alone_says_that_nothing_is_scored(
@@ -82,14 +90,6 @@ def test_evaluate_needs_no_trainer_and_a_trainer_alone_says_that_nothing_is_scor
     with pytest.warns(UserWarning, match="Nothing scores this test: add .*Scoring"):
         alone.test(module, datamodule=small_data(tiny_mmeb_dir).connect(module), verbose=False)
     assert not (tmp_path / "alone" / "scores.json").exists()
-
-
-def test_data_without_a_model_says_to_connect_them(
-    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
-) -> None:
-    trainer = Trainer(default_root_dir=tmp_path, logger=False, accelerator="cpu")
-    with pytest.raises(ValueError, match=r"call data\.connect\(model\)"):
-        trainer.test(small_embedder(tiny_backbone_dir), datamodule=small_data(tiny_mmeb_dir))
 
 
 def test_validation_scores_only_its_tasks_for_checkpoints_and_early_stopping(
@@ -129,27 +129,6 @@ def test_a_task_that_limited_batches_cut_has_no_score(
     assert not (tmp_path / "scores.json").exists()
 
 
-def test_a_test_writes_score_files_modes_and_warnings(
-    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    trainer = make_trainer(tmp_path)
-    trainer.test(small_embedder(tiny_backbone_dir), small_data(tiny_mmeb_dir), verbose=False)
-    report = ScoreReport.from_json_file(tmp_path / "scores.json")
-    assert list(report.modes) == report.columns
-    encoding = {name: mode["milliseconds_per_item"] for name, mode in report.modes.items()}
-    assert encoding["path_0"] == encoding["path_1"] > 0
-    assert encoding["aggregate"] == encoding["maxsim"] > 0
-    assert report.modes["maxsim"]["bytes_per_item"] == 2 * report.modes["aggregate"]["bytes_per_item"]
-    assert list((tmp_path / "score_files").rglob("*.json"))
-    assert (tmp_path / "leaderboard.json").is_file()
-    assert all(result.rows_sha256 for result in report.tasks.values())
-    (chance,) = [warning for warning in report.warnings if warning["check"] == "chance"]
-    assert set(chance["tasks"]) == set(TASKS), "random weights and four candidates"
-    shown = capsys.readouterr().out
-    assert "WARNING: chance" in shown
-    assert "inference modes" in shown
-
-
 def test_images_of_another_size_than_in_training_are_reported(
     tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
 ) -> None:
@@ -179,14 +158,6 @@ def test_scores_are_written_before_the_checks(
     with pytest.raises(ValueError, match="cannot be read"):
         make_trainer(tmp_path).test(module, small_data(tiny_mmeb_dir), verbose=False)
     assert set(ScoreReport.from_json_file(tmp_path / "scores.json").tasks) == set(TASKS)
-
-
-def test_outside_git_there_is_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert git_commit() is None
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert git_commit() is None
 
 
 def test_skipped_evaluation_rows_are_left_out_of_the_score_and_counted(
@@ -264,21 +235,6 @@ def test_a_stopped_test_resumes_with_what_is_not_kept(
     assert scores(tmp_path / "run") == scores(tmp_path / "plain")
 
 
-def test_kept_embeddings_are_those_of_encode_and_can_be_searched(
-    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
-) -> None:
-    module = small_embedder(tiny_backbone_dir)
-    run(module, tiny_mmeb_dir, tmp_path, tmp_path / "kept")
-    rows = read_eval_task(tiny_mmeb_dir, "colours_t2i")
-    store = Store(tmp_path / "kept" / "colours_t2i" / "candidate")
-    paths_UND = module.encode(rows.candidates, paths="all")
-    for path in range(2):
-        torch.testing.assert_close(store.column(f"path_{path}"), paths_UND[:, path])
-    assert [Path(row["image"]).name for row in store.rows(range(4))] == [
-        Path(str(row.images[0])).name for row in rows.candidates
-    ]
-
-
 def test_other_weights_or_pictures_are_encoded_again(tiny_backbone_dir: str, tmp_path: Path) -> None:
     data_dir, kept = save_tiny_mmeb(tmp_path / "data"), tmp_path / "kept"
     module = small_embedder(tiny_backbone_dir)
@@ -291,7 +247,7 @@ def test_other_weights_or_pictures_are_encoded_again(tiny_backbone_dir: str, tmp
     picture.write_bytes(content)
     assert run(module, data_dir, tmp_path, kept, image_size="low") == 16
     with torch.no_grad():
-        next(module.encoder.prefix_parameters()).view(-1)[0] += 1e-6
+        module.encoder.parameter_groups()["prefixes"][0].view(-1)[0] += 1e-6
     assert run(module, data_dir, tmp_path, kept, image_size="low") == 16
 
 
@@ -306,3 +262,44 @@ def test_what_was_skipped_does_not_serve_a_run_that_skips_nothing(
             assert run(module, data_dir, tmp_path, kept, missing_images="skip") == rows
     with pytest.raises(ValueError, match="Cannot read image .*red_0.png"):
         run(module, data_dir, tmp_path, kept)
+
+
+def run_on(backbone: str, data_dir: str, folder: Path, devices: int, **settings: Any) -> None:
+    module = small_embedder(backbone)
+    trainer = make_trainer(folder, devices=devices, strategy="ddp" if devices > 1 else "auto")
+    trainer.test(module, kept_data(module, folder / "kept", data_dir, **settings), verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "query_limit"), [(8, None), pytest.param(3, None, marks=pytest.mark.slow), (1, 3)]
+)
+def test_two_processes_embed_and_score_exactly_like_one_and_each_other(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path, batch_size: int, query_limit: int | None
+) -> None:
+    """Batches of 8 leave one process a batch without rows; the files are the same to the last byte."""
+    args = tiny_backbone_dir, tiny_mmeb_dir
+    settings = {"eval_batch_size": batch_size, "query_limit": query_limit}
+    run_on(*args, tmp_path / "one", 1, **settings)
+
+    def two() -> None:
+        run_on(*args, tmp_path / "two", 2, **settings)
+
+    run_ranks(two, timeout=60)
+    whole = contents(tmp_path / "one")
+    assert len(whole) == 4
+    assert contents(tmp_path / "two") == whole
+    assert scores(tmp_path / "two") == scores(tmp_path / "one")
+    lost = next((tmp_path / "two" / "kept").rglob("*.parquet"))
+    lost.unlink()
+    (tmp_path / "two" / "scores.json").unlink()
+    run_ranks(two, timeout=60)
+    assert contents(tmp_path / "two") == whole, "two processes resume what two have left"
+    assert scores(tmp_path / "two") == scores(tmp_path / "one")
+
+
+def test_data_without_a_model_says_to_connect_them(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    trainer = Trainer(default_root_dir=tmp_path, logger=False, accelerator="cpu")
+    with pytest.raises(ValueError, match=r"call data\.connect\(model\)"):
+        trainer.test(small_embedder(tiny_backbone_dir), datamodule=small_data(tiny_mmeb_dir))

@@ -17,7 +17,6 @@ from parallel_decoupling.data.tasks import EvalTask, Task
 from parallel_decoupling.evaluation.score import (
     METRICS,
     mean_metrics,
-    milliseconds_per_item,
     mode_costs,
     path_columns,
     positive_rank,
@@ -119,7 +118,7 @@ def test_copies_of_the_positive_do_not_count_against_it() -> None:
     candidate = torch.tensor([[0.8, 0.6], [0.6, 0.8], [1.0, 0.0]])  # the copy scores even higher
     score = score_task(task, {"aggregate": (torch.tensor([[1.0, 0.0]]), candidate)})
     assert score.hits["aggregate"].tolist() == [True]
-    assert score.chance == 0.5
+    assert score.chance == 0.5, "one of two distinct candidates"
     assert score.ranking[0, :3].tolist() == [0, 1, -1]
 
 
@@ -175,13 +174,6 @@ def test_ranking_is_sorted_by_the_first_column_and_puts_the_positive_after_ties(
     assert score.ranking[0, :2].tolist() == [1, 0]
 
 
-def test_chance_is_the_mean_over_rows_of_one_by_distinct_candidates() -> None:
-    candidates = [RawInput(str(number)) for number in range(4)]
-    task = EvalTask(TASK, [RawInput("q")], candidates, [0, 0], [[0, 1], [0, 1, 2, 3]])
-    score = score_task(task, {"aggregate": (torch.randn(1, 3), torch.randn(4, 3))})
-    assert score.chance == pytest.approx((1 / 2 + 1 / 4) / 2)
-
-
 def test_half_precision_embeddings_are_scored_in_float32() -> None:
     query = torch.tensor([[1.0, 0.0]]).bfloat16()
     candidate = torch.tensor([[1.0, 0.0625], [1.0, 0.0703125]]).bfloat16()  # equal cosines in bfloat16
@@ -227,15 +219,6 @@ def paths(rows: int, num_paths: int = 3, dim: int = 4) -> torch.Tensor:
     return F.normalize(torch.randn(rows, num_paths, dim), dim=-1)
 
 
-def test_columns_are_the_aggregate_then_every_path_then_the_other_modes() -> None:
-    query, candidate = paths(2), paths(5)
-    columns = path_columns(query, candidate, lambda embeddings: embeddings.flatten(1))
-    assert list(columns) == ["aggregate", "path_0", "path_1", "path_2", "mean", "concat", "maxsim"]
-    assert columns["aggregate"][1].shape == (5, 12)
-    assert torch.equal(columns["path_1"][0], query[:, 1])
-    assert list(path_columns(paths(2, 1), paths(5, 1), lambda z: z[:, 0])) == ["aggregate", "path_0"]
-
-
 def test_concat_is_the_mean_cosine_of_aligned_paths_and_maxsim_a_loop_never_below_it() -> None:
     query, candidate = paths(6), paths(9)
     columns = path_columns(query, candidate, lambda z: z[:, 0])
@@ -267,22 +250,12 @@ def test_maxsim_is_scored_like_its_similarities_and_keeps_ties() -> None:
         assert ranks[row] == 1 + ahead
 
 
-def test_costs_follow_the_shapes_and_what_was_encoded() -> None:
+def test_costs_follow_the_shapes_and_what_is_encoded() -> None:
     columns = path_columns(paths(2), paths(5), lambda z: z.mean(dim=1))
-    costs = mode_costs(columns, one_path=1.5, all_paths=4.0)
-    assert {name: tuple(cost.values()) for name, cost in costs.items()} == {
-        "aggregate": (16, 4.0),
-        **{f"path_{path}": (16, 1.5) for path in range(3)},
-        "mean": (16, 4.0),
-        "concat": (48, 4.0),
-        "maxsim": (48, 4.0),
+    assert {name: tuple(cost.values()) for name, cost in mode_costs(columns).items()} == {
+        "aggregate": (16, 3),
+        **{f"path_{path}": (16, 1) for path in range(3)},
+        "mean": (16, 3),
+        "concat": (48, 3),
+        "maxsim": (48, 3),
     }
-    assert mode_costs(columns)["maxsim"] == {"bytes_per_item": 48}
-
-
-def test_encoding_is_timed_after_a_warm_up_and_an_outlier_does_not_count(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    seconds = iter([0, 50, 50, 51, 51, 99, 99, 101])  # calls of 50, 1, 48 and 2 seconds
-    monkeypatch.setattr("time.perf_counter", lambda: float(next(seconds)))
-    assert milliseconds_per_item(lambda: torch.zeros(1), num_items=4) == 500

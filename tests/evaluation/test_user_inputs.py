@@ -48,7 +48,7 @@ def test_every_kind_of_input_becomes_its_prompt(image_file: str) -> None:
 
 def test_finished_prompts_pass_unchanged() -> None:
     assert to_raw_inputs([RawInput(" as it is \n")]) == [RawInput(" as it is \n")]
-    with pytest.raises(ValueError, match="input 0 is a RawInput"):
+    with pytest.raises(ValueError, match="input 0: a RawInput"):
         to_raw_inputs([RawInput("x")], instruction="more")
 
 
@@ -66,15 +66,15 @@ def test_text_that_only_ends_like_an_image_is_a_text_in_a_dictionary() -> None:
         (Path("missing.jpg"), "no image file 'missing.jpg'"),
         ({"image": "missing.jpg"}, "no image file 'missing.jpg'"),
         ({"txt": "typo"}, r"unknown keys \['txt'\]"),
-        ({"text": " "}, "neither text nor image"),
-        ({"instruction": "alone"}, "neither text nor image"),
-        ({"text": 3}, "a int as 'text'"),
-        ({"image": b"bytes"}, "a bytes as image"),
-        ({"image": "a.png", "images": ["a.png"]}, "both 'image' and 'images'"),
-        ({"images": "a.png"}, "a single str as 'images'"),
-        ("  ", "an empty text"),
-        (None, "is a NoneType; use a text"),
-        (torch.zeros(3), "is a Tensor; use a text"),
+        ({"text": " "}, "needs a text or an image"),
+        ({"instruction": "alone"}, "needs a text or an image"),
+        ({"text": 3}, "'text' is a int"),
+        ({"image": b"bytes"}, "a bytes cannot be embedded"),
+        ({"image": Image.new("L", (1, 1)), "images": [Image.new("L", (1, 1))]}, "image or images, not both"),
+        ({"images": "a.png"}, "'images' is a single str"),
+        ("  ", "needs a text or an image"),
+        (None, "a NoneType cannot be embedded; use a text"),
+        (torch.zeros(3), "a Tensor cannot be embedded; use a text"),
     ],
 )
 def test_bad_input_is_an_error_that_names_its_index(item: object, message: str) -> None:

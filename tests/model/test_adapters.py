@@ -18,9 +18,9 @@ from transformers import AutoModelForImageTextToText
 
 from parallel_decoupling.batch import EncoderInputs
 from parallel_decoupling.data.collate import Collator
-from parallel_decoupling.model.backbone import AdapterConfig, Backbone, load_backbone, meta_backbone
+from parallel_decoupling.model.backbone import AdapterConfig, Backbone, load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
-from parallel_decoupling.model.trained_state import load_trainable_state, trainable_state
+from parallel_decoupling.model.identity import load_trainable_state, trainable_state
 from tests.support.families import raw_input, save_tiny_family
 from tests.support.tiny import noise_image
 
@@ -155,7 +155,7 @@ def test_frozen_keeps_the_adapter_as_it_is(qwen: str, published: Path) -> None:
 
 def test_meta_backbone_counts_the_published_rank(qwen: str, published: Path) -> None:
     options: dict[str, Any] = {"adapter": AdapterConfig(kind="dora"), "initial_adapter": str(published)}
-    meta, loaded = meta_backbone(qwen, **options), load_backbone(qwen, **options)
+    meta, loaded = load_backbone(qwen, **options, meta=True), load_backbone(qwen, **options)
     shapes = [(name, p.shape, p.requires_grad) for name, p in meta.named_parameters()]
     assert shapes == [(name, p.shape, p.requires_grad) for name, p in loaded.named_parameters()]
     assert meta.is_meta

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, DynamicCache
 
 from parallel_decoupling.model import backbone as backbones
-from parallel_decoupling.model.backbone import AdapterConfig, load_backbone, meta_backbone
+from parallel_decoupling.model.adapters import reset_adapters
+from parallel_decoupling.model.backbone import AdapterConfig, load_backbone
 from tests.model.test_attention import FROZEN, OTHER_SIZES, ROWS, join
 from tests.support.tiny import tiny_inputs
 
@@ -76,9 +77,9 @@ def test_adapters_are_fp32_on_a_bfloat16_backbone(tiny_backbone_dir: str) -> Non
 def test_adapter_weights_depend_on_the_seed_only(tiny_backbone_dir: str) -> None:
     def weights(seed: int) -> list[torch.Tensor]:
         torch.rand(seed + 1)
-        backbone = load_backbone(tiny_backbone_dir)
         before = torch.get_rng_state()
-        backbone.reset_adapters(seed)
+        backbone = load_backbone(tiny_backbone_dir)
+        reset_adapters(backbone.base, seed)
         assert torch.equal(torch.get_rng_state(), before)
         return [p.detach() for name, p in backbone.named_parameters() if "lora_A" in name]
 
@@ -87,16 +88,10 @@ def test_adapter_weights_depend_on_the_seed_only(tiny_backbone_dir: str) -> None
         assert not torch.equal(first, other)
 
 
-def test_loading_leaves_the_global_random_state_alone(tiny_backbone_dir: str) -> None:
-    before = torch.get_rng_state()
-    load_backbone(tiny_backbone_dir)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 def test_unmatched_targets_raise(tiny_backbone_dir: str) -> None:
     with pytest.raises(ValueError, match="no linear layer"):
         load_backbone(tiny_backbone_dir, adapter=AdapterConfig(targets=("qkv",)))
-    with pytest.raises(ValueError, match="called 'k_porj'; there are .*k_proj"):
+    with pytest.raises(ValueError, match="called .*'k_porj'.*; there are .*k_proj"):
         load_backbone(tiny_backbone_dir, adapter=AdapterConfig(targets=("q_proj", "k_porj")))
     every_family = AdapterConfig(targets=("q_proj", "qkv_proj", "out_proj"))  # as in VLM2Vec's list
     assert len(load_backbone(tiny_backbone_dir, adapter=every_family).adapted_modules) == 2
@@ -123,20 +118,18 @@ def test_building_asks_no_gpu_for_its_state(tiny_backbone_dir: str, monkeypatch:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(torch.cuda, "get_rng_state", asked)
     monkeypatch.setattr(torch.cuda, "manual_seed_all", asked)
-    load_backbone(tiny_backbone_dir).reset_adapters(3)
+    reset_adapters(load_backbone(tiny_backbone_dir).base, 3)
 
 
-def test_missing_folder_raises(tmp_path: Path) -> None:
+def test_unknown_family_raises(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         load_backbone(str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="no config.json"):
+    with pytest.raises(ValueError, match="no config that can be read.*config.json"):
         load_backbone(str(tmp_path))
-
-
-def test_unknown_family_raises(tiny_backbone_dir: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "novel_vl"}))
-    with pytest.raises(ValueError, match="novel_vl.*qwen2_vl"):
-        load_backbone(str(tmp_path))
+    for model_type, message in (("paligemma", "paligemma.*qwen2_vl"), ("novel_vl", "novel_vl")):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+        with pytest.raises(ValueError, match=message):
+            load_backbone(str(tmp_path))
 
 
 @pytest.mark.parametrize("change", ["missing", "unexpected"])
@@ -153,50 +146,24 @@ def test_weights_that_do_not_fit_raise(tiny_backbone_dir: str, tmp_path: Path, c
         load_backbone(str(folder))
 
 
-def test_untied_language_head_is_ignored(tiny_backbone_dir: str, tmp_path: Path) -> None:
-    folder = tmp_path / "untied"
-    shutil.copytree(tiny_backbone_dir, folder)
-    weights = load_file(folder / "model.safetensors")
-    weights["lm_head.weight"] = torch.zeros(10, 32)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    load_backbone(str(folder))
-
-
 def test_tiny_names_the_shipped_folder(tiny_backbone_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backbones, "TINY_BACKBONE_DIR", Path(tiny_backbone_dir))
     assert load_backbone("tiny").hidden_size == 32
 
 
-@pytest.fixture
-def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """Names of the optional packages that seem to be there."""
-    names: set[str] = set()
-    monkeypatch.setattr(backbones, "find_spec", lambda name: name if name in names else None)
-    return names
-
-
 @pytest.mark.parametrize(
-    ("options", "packages", "message"),
+    ("options", "message"),
     [
-        ({"attention": "flash_attention_2", "dtype": "bfloat16"}, (), "flash-attn"),
-        ({"attention": "flash_attention_2"}, ("flash_attn",), "dtype='bfloat16'"),
-        ({"quantization": "4bit"}, (), r"parallel-decoupling\[quantized\]"),
-        ({"dtype": "bf16"}, (), "dtype must be one of float32, bfloat16, float16, got 'bf16'"),
-        ({"quantization": "8bit"}, (), "'4bit' or None"),
-        (
-            {"quantization": "4bit", "adapter": AdapterConfig(kind="full")},
-            ("bitsandbytes",),
-            "lora, dora or frozen",
-        ),
+        ({"attention": "flash_attention_2", "dtype": "bfloat16"}, "FlashAttention2 .*installed"),
+        ({"quantization": "4bit"}, "bitsandbytes"),
+        ({"dtype": "bf16"}, "dtype must be one of float32, bfloat16, float16, got 'bf16'"),
+        ({"quantization": "8bit"}, "'4bit' or None"),
+        ({"quantization": "4bit", "adapter": AdapterConfig(kind="full")}, "lora, dora or frozen"),
     ],
 )
-def test_impossible_options_raise_in_one_line(
-    tiny_backbone_dir: str, installed: set[str], options: dict[str, Any], packages: Any, message: str
-) -> None:
-    installed.update(packages)
-    with pytest.raises(ValueError, match=message) as error:
+def test_impossible_options_raise(tiny_backbone_dir: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         load_backbone(tiny_backbone_dir, **options)
-    assert "\n" not in str(error.value)
 
 
 def test_quantized_weights_are_asked_for_in_four_bits_and_the_runs_dtype() -> None:
@@ -206,9 +173,12 @@ def test_quantized_weights_are_asked_for_in_four_bits_and_the_runs_dtype() -> No
     assert config["bnb_4bit_compute_dtype"] == "bfloat16"
 
 
-def test_vision_tower_keeps_sdpa_beside_flex_attention(tiny_backbone_dir: str) -> None:
-    config: Any = load_backbone(tiny_backbone_dir, attention="flex_attention").config
-    assert config.text_config._attn_implementation == "prefix_flex"
+@pytest.mark.parametrize(("attention", "name"), [("flex_attention", "prefix_flex"), ("sdpa", "prefix_sdpa")])
+def test_only_the_language_model_gets_prefix_attention(
+    tiny_backbone_dir: str, attention: Any, name: str
+) -> None:
+    config: Any = load_backbone(tiny_backbone_dir, attention=attention).config
+    assert config.text_config._attn_implementation == name
     assert config.vision_config._attn_implementation == "sdpa"
 
 
@@ -219,7 +189,10 @@ def test_meta_backbone_has_the_parameters_of_the_loaded_one(tiny_backbone_dir: s
     def described(backbone: Any) -> dict[str, tuple[torch.Size, torch.dtype, bool]]:
         return {name: (p.shape, p.dtype, p.requires_grad) for name, p in backbone.named_parameters()}
 
-    meta, loaded = meta_backbone(tiny_backbone_dir, **options), load_backbone(tiny_backbone_dir, **options)
+    meta, loaded = (
+        load_backbone(tiny_backbone_dir, **options, meta=True),
+        load_backbone(tiny_backbone_dir, **options),
+    )
     assert described(meta) == described(loaded)
     assert meta.adapted_modules == loaded.adapted_modules
     assert meta.is_meta

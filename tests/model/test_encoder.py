@@ -14,10 +14,9 @@ from transformers import AttentionInterface, AutoModel, PreTrainedModel
 from transformers.integrations.flash_attention import flash_attention_forward
 
 from parallel_decoupling.batch import EncoderInputs
-from parallel_decoupling.model import backbone as backbones
 from parallel_decoupling.model.attention import register_prefix_attention
 from parallel_decoupling.model.backbone import AdapterConfig, load_backbone
-from parallel_decoupling.model.encoder import ParallelEncoder, last_token, nested_dims, truncate
+from parallel_decoupling.model.encoder import ParallelEncoder, nested_dims, truncate
 from parallel_decoupling.model.prefixes import META_PROMPTS
 from tests.model.test_attention import FROZEN, OTHER_SIZES, ROWS
 from tests.support.tiny import save_tiny_backbone, tiny_inputs
@@ -69,12 +68,6 @@ def test_shared_lower_layers_equal_separate_forwards(
         for path in range(3):
             # slow: the path alone, so nothing is shared or repeated
             torch.testing.assert_close(encoder(inputs, [path])[:, 0], together[:, path], rtol=1e-5, atol=1e-5)
-
-
-def test_last_token_is_the_last_real_one() -> None:
-    states = torch.arange(12.0).view(3, 4, 1)
-    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]])
-    assert last_token(states, mask).flatten().tolist() == [3, 5, 11]
 
 
 def test_pooled_state_is_after_the_final_norm(tiny_backbone_dir: str) -> None:
@@ -136,7 +129,6 @@ def no_kernel_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     kernels = (kernel, kernel, None, flash_utils._pad_input, flash_utils._unpad_input)
     monkeypatch.setattr(flash_utils, "lazy_import_flash_attention", lambda _: (kernels, (options, options)))
     monkeypatch.setattr(flex_integration, "compile_friendly_flex_attention", kernel)
-    monkeypatch.setattr(backbones, "find_spec", lambda package: package)
     monkeypatch.setattr(PreTrainedModel, "_check_and_adjust_attn_implementation", lambda _, name, **__: name)
     yield
     AttentionInterface.register("flash_attention_2", flash_attention_forward)
@@ -161,21 +153,6 @@ def test_prefixes_start_on_the_cpu_without_the_gpu_kernel(
         encoder(rows_of(encoder, ROWS[1:2]))
 
 
-def test_attention_is_put_back_when_reading_states_fails(
-    tiny_backbone_dir: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    backbone = load_backbone(tiny_backbone_dir, attention="eager")
-
-    def fail(_: Tensor) -> NoReturn:
-        assert backbone.language_model.config._attn_implementation == "prefix_sdpa"
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(backbone, "prompt_states", fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        backbone.text_states("read the word")
-    assert backbone.language_model.config._attn_implementation == "prefix_eager"
-
-
 def test_seed_decides_random_prefixes_and_adapters(tiny_backbone_dir: str) -> None:
     first, again, other = (
         [
@@ -198,8 +175,8 @@ def test_seed_decides_random_prefixes_and_adapters(tiny_backbone_dir: str) -> No
 )
 def test_trainable_names_are_exact(tiny_backbone_dir: str, kind: Any, adapters: int | None) -> None:
     encoder = make(tiny_backbone_dir, adapter=AdapterConfig(kind=kind), aggregation="learned")
-    groups = [encoder.prefix_parameters(), encoder.adapter_parameters(), encoder.aggregation_parameters()]
-    counted = [list(group) for group in groups]
+    groups = encoder.parameter_groups()
+    counted = [groups[name] for name in ("prefixes", "adapters", "aggregation")]
     trainable = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
     assert {id(p) for group in counted for p in group} == {id(p) for p in trainable.values()}
     others = {name for name in trainable if not name.startswith("backbone.base.")}

@@ -23,10 +23,10 @@ from transformers.utils import logging
 
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, EncoderInputs, RawInput
 from parallel_decoupling.data.collate import Collator
-from parallel_decoupling.model.backbone import AdapterConfig, Backbone, load_backbone, meta_backbone
+from parallel_decoupling.model.backbone import AdapterConfig, Backbone, load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.model.families import FAMILIES, Family
-from parallel_decoupling.model.trained_state import load_trainable_state, trainable_state
+from parallel_decoupling.model.identity import load_trainable_state, trainable_state
 from tests.support.families import TINY_FAMILIES, raw_input, save_tiny_family
 from tests.support.tiny import noise_image
 
@@ -203,8 +203,12 @@ def test_gradients_equal_with_checkpointing_and_with_separate_passes(
     def make(**options: Any) -> ParallelEncoder:
         return encoder_of(load(adapter=AdapterConfig(kind="full"), **options), prefix_layers=prefix_layers)
 
+    calls: list[None] = []
     plain = gradients(make(), [[0, 1, 2]], inputs)
-    checkpointed = gradients(make(gradient_checkpointing=True), [[0, 1, 2]], inputs)
+    recomputing = make(gradient_checkpointing=True)
+    recomputing.backbone.layers[1].mlp.register_forward_pre_hook(lambda *_: calls.append(None))
+    checkpointed = gradients(recomputing, [[0, 1, 2]], inputs)
+    assert len(calls) == 2
     apart = gradients(make(), [[0], [1], [2]], inputs)
     assert plain["prefixes.key_values"].abs().sum() > 0
     for parameter, gradient in plain.items():
@@ -268,7 +272,10 @@ def test_adapters_go_where_the_scope_says(load: Callable[..., Backbone], name: s
     assert trains == expected
 
 
-def test_names_that_transformers_tells(frozen: Backbone, name: str) -> None:
+def test_names_and_shapes_that_transformers_tells(folder: str, frozen: Backbone, name: str) -> None:
+    meta = load_backbone(folder, adapter=FROZEN, family=UNLISTED if name == "llava" else None, meta=True)
+    shapes = {path: p.shape for path, p in meta.named_parameters()}
+    assert shapes == {path: p.shape for path, p in frozen.named_parameters()}
     family = frozen.family
     qwen = name.startswith("qwen")
     small = name in ("smolvlm", "idefics3")
@@ -281,12 +288,6 @@ def test_names_that_transformers_tells(frozen: Backbone, name: str) -> None:
     )
     assert family.image_token == tokens.get(name, "<image>")
     assert len(frozen.layers) == frozen.num_layers
-
-
-def test_meta_backbone_has_the_same_parameters(folder: str, name: str, frozen: Backbone) -> None:
-    meta = meta_backbone(folder, adapter=FROZEN, family=UNLISTED if name == "llava" else None)
-    shapes = {path: p.shape for path, p in meta.named_parameters()}
-    assert shapes == {path: p.shape for path, p in frozen.named_parameters()}
 
 
 def test_bfloat16_gives_unit_fp32_embeddings_near_those_of_fp32(

@@ -12,18 +12,12 @@ from transformers import AutoModel, DynamicCache
 
 from parallel_decoupling.batch import EncoderInputs
 from parallel_decoupling.model.attention import register_prefix_attention
-from parallel_decoupling.model.backbone import AdapterConfig, load_backbone, meta_backbone
+from parallel_decoupling.model.backbone import AdapterConfig, load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
 from tests.model.test_attention import OTHER_SIZES, ROWS, flash, flex
-from tests.model.test_encoder import make, rows_of
-from tests.support.tiny import save_tiny_backbone
+from tests.model.test_encoder import make, rows_of, three_layers_dir
 
-__all__ = ["flash", "flex"]  # fixtures
-
-
-@pytest.fixture(scope="module")
-def three_layers_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny_backbone(tmp_path_factory.mktemp("three_layers"), num_layers=3)
+__all__ = ["flash", "flex", "three_layers_dir"]  # fixtures
 
 
 def stock_with_prompt(stock: Any, inputs: EncoderInputs, prompt_PD: Tensor) -> Tensor:
@@ -108,23 +102,16 @@ def test_shallow_prompts_train_input_embeddings_alone(tiny_backbone_dir: str) ->
     encoder = make(tiny_backbone_dir, num_paths=3, prefix_length=5, prefix_type="shallow")
     trainable = {name: p.shape for name, p in encoder.named_parameters() if p.requires_grad}
     assert trainable == {"prefixes.embeddings": (3, 5, 32)}
-    assert [id(p) for p in encoder.prefix_parameters()] == [id(encoder.prefixes.embeddings)]
+    assert [id(p) for p in encoder.parameter_groups()["prefixes"]] == [id(encoder.prefixes.embeddings)]
     shapes = ParallelEncoder(
-        meta_backbone(tiny_backbone_dir), num_paths=3, prefix_length=5, prefix_type="shallow"
+        load_backbone(tiny_backbone_dir, meta=True), num_paths=3, prefix_length=5, prefix_type="shallow"
     )
     assert shapes.prefixes.embeddings.shape == (3, 5, 32)
-
-
-def test_random_prompts_have_the_scale_of_real_embeddings(tiny_backbone_dir: str) -> None:
-    encoder = make(
-        tiny_backbone_dir, num_paths=12, prefix_length=16, prefix_type="shallow", prefix_init="random"
-    )
-    real = encoder.backbone.text_embeddings("describe the shapes the colors the positions the sizes").std()
-    torch.testing.assert_close(encoder.prefixes.embeddings.std(), real, rtol=0.1, atol=0)
-    again = make(
-        tiny_backbone_dir, num_paths=12, prefix_length=16, prefix_type="shallow", prefix_init="random", seed=1
-    )
-    assert not torch.equal(encoder.prefixes.embeddings, again.prefixes.embeddings)
+    wide: dict[str, Any] = {"num_paths": 12, "prefix_length": 16, "prefix_type": "shallow"}
+    first, other = (make(tiny_backbone_dir, prefix_init="random", seed=seed, **wide) for seed in (0, 1))
+    real = first.backbone.text_embeddings("describe the shapes the colors the positions the sizes").std()
+    torch.testing.assert_close(first.prefixes.embeddings.std(), real, rtol=0.1, atol=0)
+    assert not torch.equal(first.prefixes.embeddings, other.prefixes.embeddings)
 
 
 def test_shallow_prompt_in_bfloat16_and_under_autocast(tiny_backbone_dir: str) -> None:

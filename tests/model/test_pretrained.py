@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +19,19 @@ from safetensors.torch import load_file
 
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.model.backbone import AdapterConfig
-from parallel_decoupling.model.identity import backbone_fingerprint, path_hashes, weights_hash
+from parallel_decoupling.model.identity import (
+    path_hashes,
+    trainable_state,
+    weights_hash,
+)
 from parallel_decoupling.model.open_clip import load_open_clip
 from parallel_decoupling.model.pretrained import (
     checkpoint_file,
     is_pretrained,
     load_encoder,
     read_checkpoint,
-    read_config,
     scores_of,
 )
-from parallel_decoupling.model.trained_state import trainable_state
 from parallel_decoupling.training.module import PDFEmbedder
 from tests.support.embedders import mixed_inputs, tiny_embedder
 from tests.support.families import save_tiny_family
@@ -46,6 +50,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bfloat16": {"loading": {"dtype": "bfloat16"}},
     "eager": {"loading": {"attention": "eager"}},
 }
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return content
 
 
 def both(embedder: Embedder) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,6 +91,8 @@ def test_embeddings_are_equal_bit_for_bit(
     assert (loaded.query_instruction, loaded.candidate_instruction) == ("find", "show")
     assert loaded.encoder.aggregate_dim == embedder.encoder.aggregate_dim
     assert (tmp_path / "model" / "backbone").exists() == (included or name == "full")
+    kinds = {file.suffix for file in (tmp_path / "model").rglob("*") if file.is_file()}
+    assert kinds <= {".json", ".safetensors", ".md", ".jinja", ".txt"}, "no pickle"
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
@@ -129,7 +140,7 @@ def test_some_paths_keep_their_order_and_have_their_own_aggregate(
     expected = chosen.flatten(1) if aggregation == "concat" else (chosen * weight[:, None]).sum(1)
     aggregate = loaded.encode(mixed_inputs())
     torch.testing.assert_close(aggregate, F.normalize(expected, dim=-1))
-    config = read_config(tmp_path / "two")
+    config = config_of(tmp_path / "two")
     assert config["paths"] == [2, 0]
     assert config["aggregate_dim"] == aggregate.shape[1]
 
@@ -160,11 +171,6 @@ def test_openclip_models_too(kind: Any, tiny_clip_dir: str, tmp_path: Path) -> N
     assert torch.equal(loaded.encode(texts), embedder.encode(texts))
     with pytest.raises(ValueError, match="referred to by its name"):
         embedder.save_pretrained(tmp_path / "other", include_backbone=True)
-
-
-def test_folder_holds_no_pickle(folder: Path) -> None:
-    kinds = {file.suffix for file in folder.rglob("*") if file.is_file()}
-    assert kinds <= {".json", ".safetensors", ".md", ".jinja", ".txt"}
 
 
 SCRIPT = """
@@ -204,15 +210,15 @@ def test_needs_neither_lightning_nor_the_packages_of_reports(
     command = [sys.executable, "-c", SCRIPT, str(folder)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == weights_hash(trainable_state(embedder.encoder))
+    assert result.stdout.strip() == weights_hash(trainable_state(load_encoder(folder)[0]))
 
 
 def edit(folder: Path, **values: Any) -> None:
     file = folder / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+    file.write_text(json.dumps({**config_of(folder), **values}))
 
 
-def test_not_a_model(folder: Path, tmp_path: Path) -> None:
+def test_not_a_model(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nowhere.ckpt"):
         with pytest.raises(ValueError, match="no model at .* lightning export"):
             load_encoder(path)
@@ -220,9 +226,6 @@ def test_not_a_model(folder: Path, tmp_path: Path) -> None:
     assert not is_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")
     assert not is_pretrained(tmp_path)
-    edit(folder, format=2)
-    with pytest.raises(ValueError, match="format 2"):
-        load_encoder(folder)
 
 
 def test_missing_and_changed_files(folder: Path) -> None:
@@ -239,13 +242,13 @@ def test_missing_and_changed_files(folder: Path) -> None:
         load_encoder(folder)
     weights.write_bytes(content)
     shutil.rmtree(folder / "processor")
-    with pytest.raises(ValueError, match="processor is missing"):
+    with pytest.raises(OSError, match="processor"):
         load_encoder(folder)
 
 
 def test_settings_that_do_not_fit_the_weights(folder: Path) -> None:
-    edit(folder, settings={**read_config(folder)["settings"], "num_paths": 2})
-    with pytest.raises(ValueError, match=r"model\.safetensors.*wrong shape"):
+    edit(folder, settings={**config_of(folder)["settings"], "num_paths": 2})
+    with pytest.raises(ValueError, match="wrong shape"):
         load_encoder(folder)
 
 
@@ -261,15 +264,14 @@ def test_another_backbone(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_another_transformers_version(folder: Path, embedder: Embedder) -> None:
-    fingerprint = read_config(folder)["backbone"]
-    vision = fingerprint["config"]["vision_config"]
+    fingerprint = config_of(folder)["backbone"]
     fingerprint |= {"transformers_version": "5.22.2", "sha256": "0" * 64}
-    vision["vision_use_head"] = True
+    fingerprint["config"]["vision_config.vision_use_head"] = True
     edit(folder, backbone=fingerprint)
     with pytest.warns(UserWarning, match="vision_config.vision_use_head"):
         loaded = Embedder.from_pretrained(folder)
     assert torch.equal(loaded.encode(["a red circle"]), embedder.encode(["a red circle"]))
-    vision["hidden_act"] = "relu"
+    fingerprint["config"]["vision_config.hidden_act"] = "relu"
     edit(folder, backbone=fingerprint)
     with pytest.raises(ValueError, match="vision_config.hidden_act was 'relu' and is 'quick_gelu'"):
         load_encoder(folder)
@@ -279,9 +281,10 @@ def test_backbone_of_the_hub_is_not_downloaded(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    config = read_config(folder)
+    monkeypatch.setattr(socket, "getaddrinfo", None)
+    config = config_of(folder)
     edit(folder, settings={**config["settings"], "backbone": "owner/model", "revision": "abc"})
-    with pytest.raises(ValueError, match="hf download owner/model --revision abc"):
+    with pytest.raises(ValueError, match="backbone 'owner/model' has no config"):
         load_encoder(folder)
 
 
@@ -289,61 +292,33 @@ def test_what_is_not_exported(embedder: Embedder, folder: Path, tmp_path: Path) 
     with pytest.raises(ValueError, match="already holds a model"):
         embedder.save_pretrained(folder)
     for paths in ([3], [], [0, 0]):
-        with pytest.raises(ValueError, match="paths must name some of 0 to 2"):
+        with pytest.raises(ValueError, match="paths must name"):
             embedder.save_pretrained(tmp_path / "other", paths=paths)
     assert not (tmp_path / "other").exists()
 
 
-def checkpoint_of(embedder: Embedder, backbone: str) -> dict[str, Any]:
-    """What a training writes of an encoder of ``tiny_embedder``."""
-    encoder: Any = embedder.encoder
-    adapter = encoder.backbone.adapter
-    settings = {"backbone": backbone, "backbone_revision": None, "seed": 0, "num_paths": encoder.num_paths}
-    settings |= {name: getattr(encoder, name) for name in ("prefix_length", "prefix_layers", "prefix_type")}
-    settings |= {"prefix_init": "random", "aggregation": encoder.aggregation, "dtype": "float32"}
-    settings |= {"adapter": {"kind": adapter.kind, "rank": 2, "alpha": 4, "targets": None}, "family": None}
-    settings |= {"attention": "sdpa", "gradient_checkpointing": False, "initial_adapter": None}
-    settings |= {"quantization": None, "query_instruction": "find", "candidate_instruction": "show"}
-    return {
-        "pytorch-lightning_version": "2.5.5",
-        "hyper_parameters": {**settings, "mi_weight": 0.1},
-        "state_dict": {
-            **{f"encoder.{name}": value for name, value in trainable_state(encoder).items()},
-            "mutual_information.weight": torch.zeros(2),
-        },
-        "backbone": backbone_fingerprint(encoder.backbone),
-        "data": {"image_size": "low", "batch_size": 8},
-        "progress": {"steps_done": 2, "token_passes": 9.0, "rows_by_subset": {"a": 16}},
-    }
-
-
-def save_run(folder: Path, checkpoint: dict[str, Any]) -> Path:
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    torch.save(checkpoint, folder / "checkpoints" / "last.ckpt")
+@pytest.fixture(scope="module")
+def trained(tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two steps."""
+    folder = tmp_path_factory.mktemp("run")
+    trainer = make_trainer(folder, max_steps=2)
+    options = {"query_instruction": "find", "aggregation": "learned"}
+    trainer.fit(small_embedder(tiny_backbone_dir, **options), small_data(tiny_mmeb_dir, image_size="low"))
+    trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt")
     return folder
 
 
 @pytest.fixture
-def run_dir(embedder: Embedder, tiny_backbone_dir: str, tmp_path: Path) -> Path:
-    return save_run(tmp_path / "run", checkpoint_of(embedder, tiny_backbone_dir))
+def run_dir(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "frozen", "full"])
-def test_a_checkpoint_gives_the_same_embeddings_bit_for_bit(
-    kind: str, tiny_backbone_dir: str, tmp_path: Path
-) -> None:
-    embedder = tiny_embedder(tiny_backbone_dir, kind=kind, aggregation="learned")
-    folder = save_run(tmp_path, checkpoint_of(embedder, tiny_backbone_dir))
-    for path in (folder, checkpoint_file(folder), str(folder)):
-        encoder, about = load_encoder(path)
-        assert not encoder.training
-        for old, new in zip(both(embedder), both(Embedder(encoder)), strict=True):
-            assert torch.equal(old, new)
-    assert (about["query_instruction"], about["candidate_instruction"]) == ("find", "show")
-    assert about["images"] == {"image_size": "low", "min_pixels": None, "max_pixels": None}
-    run = about["run"]
-    assert (run["global_step"], run["token_passes"], run["rows_by_subset"]) == (2, 9.0, {"a": 16})
-    assert run["data"]["batch_size"] == 8
+def change_run(run_dir: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    file = checkpoint_file(run_dir)
+    content = torch.load(file, weights_only=True)
+    change(content)
+    torch.save(content, file)
+    return file
 
 
 def test_an_export_of_a_run_knows_the_run(run_dir: Path, tmp_path: Path) -> None:
@@ -356,57 +331,56 @@ def test_an_export_of_a_run_knows_the_run(run_dir: Path, tmp_path: Path) -> None
     assert "| main steps | 2 |" in (tmp_path / "export" / "README.md").read_text(encoding="utf-8")
 
 
-def test_a_checkpoint_of_another_backbone_or_shape_is_refused(
-    embedder: Embedder, tiny_backbone_dir: str, tmp_path: Path
-) -> None:
-    other = save_tiny_backbone(tmp_path / "other", seed=1)
-    with pytest.raises(ValueError, match="frozen weights differ"):
-        load_encoder(save_run(tmp_path, checkpoint_of(embedder, other)))
-    checkpoint = checkpoint_of(embedder, tiny_backbone_dir)
-    checkpoint["hyper_parameters"]["num_paths"] = 2
-    with pytest.raises(ValueError, match=r"last\.ckpt: .*wrong shape"):
-        load_encoder(save_run(tmp_path, checkpoint))
-    del checkpoint["state_dict"]["encoder.prefixes.key_values"]
-    with pytest.raises(ValueError, match="missing"):
-        load_encoder(save_run(tmp_path, checkpoint))
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda run: run["backbone"].update(sha256="0", weights_sha256="0"), "frozen weights differ"),
+        (lambda run: run["hyper_parameters"].update(num_paths=3), "wrong shape"),
+        (lambda run: run["state_dict"].pop("encoder.prefixes.key_values"), "missing"),
+        (lambda run: run.pop("pytorch-lightning_version"), "lacks .*pytorch-lightning_version"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(run_dir: Path, change: Any, message: str) -> None:
+    change_run(run_dir, change)
+    with pytest.raises(ValueError, match=message):
+        load_encoder(run_dir)
 
 
-def test_other_files_are_not_checkpoints(embedder: Embedder, tiny_backbone_dir: str, tmp_path: Path) -> None:
+def test_other_files_are_not_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"test_pretrained\.py is not a checkpoint, or is damaged"):
         read_checkpoint(__file__)
-    checkpoint = checkpoint_of(embedder, tiny_backbone_dir)
-    del checkpoint["pytorch-lightning_version"]
-    for content in (torch.zeros(2), checkpoint):
-        torch.save(content, tmp_path / "other.ckpt")
-        with pytest.raises(ValueError, match="lacks .*pytorch-lightning_version"):
-            read_checkpoint(tmp_path / "other.ckpt")
+    torch.save(torch.zeros(2), tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match="lacks .*pytorch-lightning_version"):
+        read_checkpoint(tmp_path / "other.ckpt")
 
 
 def test_scores_of_other_weights_are_not_taken(run_dir: Path) -> None:
     file, scores = checkpoint_file(run_dir), run_dir / "scores.json"
-    assert scores_of(file) is None
-    for steps, known in ((2, True), (3, False)):
-        run = {"global_step": steps, "seed": 0, "token_passes": 9.0, "commit": "c0ffee"}
+    known = {name: load_encoder(file)[1]["run"][name] for name in ("global_step", "seed", "token_passes")}
+    assert known["global_step"] == 2
+    for run, expected in (({**known, "commit": "c0ffee"}, True), ({**known, "global_step": 3}, False)):
         scores.write_text(json.dumps({"run": run}))
-        assert scores_of(file) == ({"run": run} if known else None)
+        assert scores_of(file) == ({"run": run} if expected else None)
+    scores.unlink()
+    assert scores_of(file) is None
 
 
 def test_what_a_training_writes_is_read_as_by_its_own_class(
-    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+    trained: Path, tiny_mmeb_dir: str, tmp_path: Path
 ) -> None:
     """The module, its checkpoint, the exported folder and what is saved again from it: one picture size."""
-    module = small_embedder(tiny_backbone_dir, query_instruction="find")
-    trainer = make_trainer(tmp_path, max_steps=2)
-    trainer.fit(module, small_data(tiny_mmeb_dir, image_size="low"))
-    trainer.save_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
     inputs = ["a red circle", noise_image(40, 30)]
-    expected = PDFEmbedder.load_from_checkpoint(checkpoint_file(tmp_path)).eval().encode(inputs, paths="all")
-    loaded = Embedder.from_pretrained(tmp_path)
+    module = PDFEmbedder.load_from_checkpoint(checkpoint_file(trained)).eval()
+    expected = module.encode(inputs, paths="all")
+    loaded = Embedder.from_pretrained(trained)
+    assert not loaded.encoder.training
     loaded.save_pretrained(tmp_path / "export")
     exported = Embedder.from_pretrained(tmp_path / "export")
     exported.save_pretrained(tmp_path / "again")
-    for model in (module.eval(), loaded, exported, Embedder.from_pretrained(tmp_path / "again")):
+    again = Embedder.from_pretrained(tmp_path / "again")
+    for model in (loaded, exported, again, Embedder.from_pretrained(checkpoint_file(trained))):
         assert torch.equal(model.encode(inputs, paths="all"), expected)
+        assert torch.equal(model.encode(inputs), module.encode(inputs))
     square = noise_image(40, 30).resize((128, 128), Image.Resampling.BICUBIC)
     torch.testing.assert_close(Embedder(loaded.encoder).encode(square, paths="all"), expected[1])
     assert not torch.allclose(Embedder(loaded.encoder).encode(inputs[1], paths="all"), expected[1], atol=1e-3)

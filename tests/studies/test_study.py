@@ -10,7 +10,7 @@ import pytest
 
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.model.backbone import AdapterConfig
-from parallel_decoupling.objective.mutual_information import Kind
+from parallel_decoupling.objective.vclub import Kind
 from parallel_decoupling.training.module import PDFEmbedder
 from parallel_decoupling.training.optimization import MIConfig, OptimizerConfig
 from parallel_decoupling.world.rows import WORLD_TASKS

@@ -6,68 +6,26 @@ Text models are 32 wide with two or three layers and grouped key/value heads; im
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
+import transformers as hf
 import transformers.models.smolvlm.processing_smolvlm as smolvlm_processing
 from PIL import Image
 from tokenizers import ByteLevelBPETokenizer, SentencePieceBPETokenizer
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    CLIPImageProcessor,
-    GotOcr2ImageProcessor,
-    GPT2Tokenizer,
-    Idefics3ImageProcessor,
-    Idefics3Processor,
-    InternVLProcessor,
-    InternVLVideoProcessor,
-    LlamaTokenizer,
-    LlavaNextImageProcessor,
-    LlavaNextProcessor,
-    LlavaOnevisionImageProcessor,
-    LlavaOnevisionProcessor,
-    LlavaOnevisionVideoProcessor,
-    LlavaProcessor,
-    Qwen2_5_VLProcessor,
-    Qwen2Tokenizer,
-    Qwen2VLImageProcessor,
-    Qwen2VLProcessor,
-    Qwen2VLVideoProcessor,
-    Qwen3VLProcessor,
-    Qwen3VLVideoProcessor,
-    SmolVLMImageProcessor,
-    SmolVLMProcessor,
-    SmolVLMVideoProcessor,
-)
 
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
-from tests.support.tiny import CORPUS, SPECIAL_TOKENS
+from tests.support.tiny import CORPUS, SPECIAL_TOKENS, save_random_model, special_ids, wrap
 
 if smolvlm_processing.num2words is None:  # needed for videos alone, but demanded at construction
     smolvlm_processing.num2words = str
 
-TEXT = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 1024,
-    "initializer_range": 0.3,
-}
+TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 1024, "initializer_range": 0.3}
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
-CLIP = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "initializer_range": 0.3,
-}
+CLIP = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+CLIP |= {"initializer_range": 0.3}
 PINPOINTS = [[16, 32], [32, 16], [32, 32], [48, 16], [16, 48]]
 
 
@@ -78,44 +36,47 @@ def byte_level(kind: type, special_tokens: tuple[str, ...], **options: Any) -> A
     return wrap(kind, trainer, special_tokens, **options)
 
 
-def wrap(kind: type, trainer: Any, special_tokens: tuple[str, ...], **options: Any) -> Any:
-    merges = [tuple(pair) for pair in json.loads(trainer._tokenizer.to_str())["model"]["merges"]]
-    tokenizer = kind(vocab=trainer.get_vocab(), merges=merges, padding_side="left", **options)
-    tokenizer.add_special_tokens({"additional_special_tokens": list(special_tokens)})
-    return tokenizer
-
-
-def llama_tokenizer() -> LlamaTokenizer:
+def llama_tokenizer() -> hf.LlamaTokenizer:
     """As LLaVA-1.6 has it: spaces as in sentencepiece, a token at the start of every text."""
     trainer = SentencePieceBPETokenizer()
     special = ["<unk>", "<s>", "</s>"]
     trainer.train_from_iterator(CORPUS, 400, 1, show_progress=False, special_tokens=special)
-    return wrap(LlamaTokenizer, trainer, ("<image>", "<pad>"), pad_token="<pad>")
+    return wrap(hf.LlamaTokenizer, trainer, ("<image>", "<pad>"), pad_token="<pad>")
+
+
+QWEN_PROCESSORS = {
+    "qwen2_vl": (hf.Qwen2VLProcessor, hf.Qwen2VLVideoProcessor),
+    "qwen2_5_vl": (hf.Qwen2_5_VLProcessor, hf.Qwen2VLVideoProcessor),
+    "qwen3_vl": (hf.Qwen3VLProcessor, hf.Qwen3VLVideoProcessor),
+}
+
+
+def qwen_processor(model_type: str, tokenizer: Any, size: dict[str, int], patch_size: int) -> Any:
+    """The stock processor for images of between ``shortest_edge`` and ``longest_edge`` pixels."""
+    sizes: dict[str, Any] = {
+        "size": size,
+        "patch_size": patch_size,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+    }
+    processor, video = QWEN_PROCESSORS[model_type]
+    image = hf.Qwen2VLImageProcessor(**sizes)
+    return processor(image_processor=image, tokenizer=tokenizer, video_processor=video(**sizes))
 
 
 def qwen(model_type: str, vision: dict[str, Any], text: dict[str, Any], patch_size: int = 8) -> Any:
-    tokenizer = byte_level(Qwen2Tokenizer, SPECIAL_TOKENS)
-    token = tokenizer.convert_tokens_to_ids
-    sizes: dict[str, Any] = {"patch_size": patch_size, "temporal_patch_size": 2, "merge_size": 2}
-    sizes["size"] = {"shortest_edge": 16 * 16, "longest_edge": 64 * 64}
-    classes = {
-        "qwen2_vl": (Qwen2VLProcessor, Qwen2VLVideoProcessor),
-        "qwen2_5_vl": (Qwen2_5_VLProcessor, Qwen2VLVideoProcessor),
-        "qwen3_vl": (Qwen3VLProcessor, Qwen3VLVideoProcessor),
-    }
-    processor, video = classes[model_type]
-    config = AutoConfig.for_model(
+    tokenizer = byte_level(hf.Qwen2Tokenizer, SPECIAL_TOKENS)
+    size = {"shortest_edge": 16 * 16, "longest_edge": 64 * 64}
+    processor = qwen_processor(model_type, tokenizer, size, patch_size)
+    sizes = {"patch_size": patch_size, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    config = hf.AutoConfig.for_model(
         model_type,
         text_config={**TEXT, "vocab_size": len(tokenizer), **text},
-        vision_config={"patch_size": patch_size, "spatial_merge_size": 2, "temporal_patch_size": 2, **vision},
-        image_token_id=token("<|image_pad|>"),
-        video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"),
-        vision_end_token_id=token("<|vision_end|>"),
+        vision_config={**sizes, **vision},
         tie_word_embeddings=True,
+        **special_ids(tokenizer),
     )
-    image = Qwen2VLImageProcessor(**sizes)
-    return processor(image_processor=image, tokenizer=tokenizer, video_processor=video(**sizes)), config
+    return processor, config
 
 
 def qwen2_vl() -> Any:
@@ -136,29 +97,31 @@ def qwen3_vl() -> Any:
     return qwen("qwen3_vl", vision, text)  # features are added after the first two of three layers
 
 
-def llava_next(text: dict[str, Any]) -> Any:
+def llava_like(model_type: str, text: dict[str, Any], image: Any, kind: type, **options: Any) -> Any:
+    """LLaVA and LLaVA-NeXT: Llama's tokenizer, a CLIP tower of which the last layer but one is read."""
     tokenizer = llama_tokenizer()
-    config = AutoConfig.for_model(
-        "llava_next",
+    reading = {"vision_feature_select_strategy": "default"}
+    config = hf.AutoConfig.for_model(
+        model_type,
         text_config={**TEXT, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **text},
         vision_config={"model_type": "clip_vision_model", **CLIP, "image_size": 16, "patch_size": 8},
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        image_grid_pinpoints=PINPOINTS,
         vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
         tie_word_embeddings=False,
+        **reading,
+        **options,
     )
-    image = LlavaNextImageProcessor(
-        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, image_grid_pinpoints=PINPOINTS
-    )
-    processor = LlavaNextProcessor(
-        image_processor=image,
-        tokenizer=tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
+    processor = kind(
+        image_processor=image, tokenizer=tokenizer, patch_size=8, num_additional_image_tokens=1, **reading
     )
     return processor, config
+
+
+def llava_next(text: dict[str, Any]) -> Any:
+    image = hf.LlavaNextImageProcessor(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, image_grid_pinpoints=PINPOINTS
+    )
+    return llava_like("llava_next", text, image, hf.LlavaNextProcessor, image_grid_pinpoints=PINPOINTS)
 
 
 def llava_next_mistral() -> Any:
@@ -171,40 +134,19 @@ def llava_next_vicuna() -> Any:
 
 def llava() -> Any:
     """LLaVA-1.5, which has no row in the family table."""
-    tokenizer = llama_tokenizer()
-    config = AutoConfig.for_model(
-        "llava",
-        text_config={"model_type": "llama", **TEXT, "vocab_size": len(tokenizer)},
-        vision_config={"model_type": "clip_vision_model", **CLIP, "image_size": 16, "patch_size": 8},
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=4,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        tie_word_embeddings=False,
-    )
-    size = {"height": 16, "width": 16}
-    processor = LlavaProcessor(
-        image_processor=CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size),
-        tokenizer=tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
-    return processor, config
+    image = hf.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    return llava_like("llava", {"model_type": "llama"}, image, hf.LlavaProcessor, image_seq_length=4)
+
+
+SIGLIP = {"image_size": 16, "patch_size": 8, "vision_use_head": False}
 
 
 def llava_onevision() -> Any:
-    tokenizer = byte_level(Qwen2Tokenizer, ("<|endoftext|>", "<|im_end|>", "<image>", "<video>"))
-    config = AutoConfig.for_model(
+    tokenizer = byte_level(hf.Qwen2Tokenizer, ("<|endoftext|>", "<|im_end|>", "<image>", "<video>"))
+    config = hf.AutoConfig.for_model(
         "llava_onevision",
         text_config={"model_type": "qwen2", **TEXT, "vocab_size": len(tokenizer)},
-        vision_config={
-            "model_type": "siglip_vision_model",
-            **CLIP,
-            "image_size": 16,
-            "patch_size": 8,
-            "vision_use_head": False,
-        },
+        vision_config={"model_type": "siglip_vision_model", **CLIP, **SIGLIP},
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         video_token_id=tokenizer.convert_tokens_to_ids("<video>"),
         image_grid_pinpoints=PINPOINTS,
@@ -213,10 +155,10 @@ def llava_onevision() -> Any:
         tie_word_embeddings=True,
     )
     size = {"height": 16, "width": 16}
-    processor = LlavaOnevisionProcessor(
-        image_processor=LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=PINPOINTS),
+    processor = hf.LlavaOnevisionProcessor(
+        image_processor=hf.LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=PINPOINTS),
         tokenizer=tokenizer,
-        video_processor=LlavaOnevisionVideoProcessor(size=size),
+        video_processor=hf.LlavaOnevisionVideoProcessor(size=size),
         num_image_tokens=4,
         vision_feature_select_strategy="full",
     )
@@ -226,9 +168,9 @@ def llava_onevision() -> Any:
 def idefics(model_type: str, image: type, **videos: Any) -> Any:
     rows = tuple(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2))
     special = ("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *rows, "<pad>")
-    tokenizer = byte_level(GPT2Tokenizer, special, pad_token="<pad>")
-    processor_class = {"smolvlm": SmolVLMProcessor, "idefics3": Idefics3Processor}[model_type]
-    config = AutoConfig.for_model(
+    tokenizer = byte_level(hf.GPT2Tokenizer, special, pad_token="<pad>")
+    processor_class = {"smolvlm": hf.SmolVLMProcessor, "idefics3": hf.Idefics3Processor}[model_type]
+    config = hf.AutoConfig.for_model(
         model_type,
         text_config={"model_type": "llama", **TEXT, "vocab_size": len(tokenizer)},
         vision_config={**CLIP, "image_size": 32, "patch_size": 8},
@@ -242,25 +184,21 @@ def idefics(model_type: str, image: type, **videos: Any) -> Any:
 
 
 def smolvlm() -> Any:
-    video = SmolVLMVideoProcessor(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
-    return idefics("smolvlm", SmolVLMImageProcessor, video_processor=video)
+    video = hf.SmolVLMVideoProcessor(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
+    return idefics("smolvlm", hf.SmolVLMImageProcessor, video_processor=video)
 
 
 def idefics3() -> Any:
-    return idefics("idefics3", Idefics3ImageProcessor)
+    return idefics("idefics3", hf.Idefics3ImageProcessor)
 
 
 def internvl() -> Any:
-    named = {
-        "start_image_token": "<img>",
-        "end_image_token": "</img>",
-        "context_image_token": "<IMG_CONTEXT>",
-        "video_token": "<video>",
-    }
+    named = {"start_image_token": "<img>", "end_image_token": "</img>", "video_token": "<video>"}
+    named |= {"context_image_token": "<IMG_CONTEXT>"}
     tokenizer = byte_level(
-        Qwen2Tokenizer, ("<|endoftext|>", "<|im_end|>", *named.values()), extra_special_tokens=named
+        hf.Qwen2Tokenizer, ("<|endoftext|>", "<|im_end|>", *named.values()), extra_special_tokens=named
     )
-    config = AutoConfig.for_model(
+    config = hf.AutoConfig.for_model(
         "internvl",
         text_config={"model_type": "qwen2", **TEXT, "vocab_size": len(tokenizer)},
         vision_config={**CLIP, "image_size": [32, 32], "patch_size": [8, 8]},
@@ -270,54 +208,24 @@ def internvl() -> Any:
         tie_word_embeddings=False,
     )
     size = {"height": 32, "width": 32}
-    image = GotOcr2ImageProcessor(size=size, crop_to_patches=True, min_patches=1, max_patches=4)
-    video = InternVLVideoProcessor(size=size)
-    processor = InternVLProcessor(
+    image = hf.GotOcr2ImageProcessor(size=size, crop_to_patches=True, min_patches=1, max_patches=4)
+    video = hf.InternVLVideoProcessor(size=size)
+    processor = hf.InternVLProcessor(
         image_processor=image, tokenizer=tokenizer, video_processor=video, image_seq_length=4
     )
     return processor, config
 
 
-TINY_FAMILIES: dict[str, Callable[[], Any]] = {
-    builder.__name__: builder
-    for builder in (
-        qwen2_vl,
-        qwen2_5_vl,
-        qwen3_vl,
-        llava_next_mistral,
-        llava_next_vicuna,
-        llava,
-        llava_onevision,
-        smolvlm,
-        idefics3,
-        internvl,
-    )
-}
+_BUILDERS = [qwen2_vl, qwen2_5_vl, qwen3_vl, llava_next_mistral, llava_next_vicuna, llava]
+_BUILDERS += [llava_onevision, smolvlm, idefics3, internvl]
+TINY_FAMILIES: dict[str, Callable[[], Any]] = {builder.__name__: builder for builder in _BUILDERS}
 """Builders of (processor, config) by name."""
 
 
 def save_tiny_family(name: str, folder: str | Path, *, seed: int = 0) -> str:
-    """Write a tiny backbone of a family as a generation checkpoint, as real ones are published.
-
-    Args:
-        name: a key of ``TINY_FAMILIES``.
-        folder: where to write; created if missing.
-        seed: of the random weights.
-
-    Returns:
-        ``folder`` as a string, ready for ``load_backbone``.
-    """
+    """Write a tiny backbone of a family as real ones are published; returns ``folder`` as a string."""
     processor, config = TINY_FAMILIES[name]()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = AutoModelForImageTextToText.from_config(config)
-        with torch.no_grad():  # zero biases and unit norms would hide a forgotten one
-            for parameter_name, parameter in model.named_parameters():
-                if parameter_name.endswith("bias") or "norm" in parameter_name:
-                    parameter.add_(torch.randn_like(parameter) * 0.2)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return str(folder)
+    return save_random_model(processor, config, folder, seed)
 
 
 def raw_input(text: str, *images: Image.Image) -> RawInput:

@@ -21,15 +21,7 @@ SUBSETS = ("colours_i2t", "colours_t2i")
 
 
 def save_tiny_mmeb(folder: Path, rows: int = 24) -> str:
-    """Write the benchmark.
-
-    Args:
-        folder: where to write; the result is a ``data_dir``.
-        rows: training rows per subset.
-
-    Returns:
-        ``folder`` as a string.
-    """
+    """Write the benchmark with ``rows`` training rows per subset; returns its ``data_dir``."""
     for part in ("MMEB-train/images", "MMEB-eval"):
         (folder / part).mkdir(parents=True)
     images = {}

@@ -11,11 +11,7 @@ from typing import Any
 
 
 def run_ranks(function: Callable[..., None], *args: Any, processes: int = 2, timeout: float = 300) -> None:
-    """Call ``function(*args)`` in every process; Lightning finds rank and address in the environment.
-
-    Raises:
-        RuntimeError: with all exit codes, when a process fails; when one does not end in time.
-    """
+    """Call ``function(*args)`` in every process; Lightning finds rank and address in the environment."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -28,22 +28,10 @@ def made_up_result(cell: Cell, seed: int, step: int, score: float, study: str = 
     """A line of a results file; ``score`` of the aggregate in percent, the paths 1 and 3 points below."""
     columns = {"aggregate": score / 100, "path_0": (score - 1) / 100, "path_1": (score - 3) / 100}
     groups = ("overall", "classification", "in_distribution", "mean_of_meta_tasks")
-    return {
-        "study": study,
-        "cell": cell.name,
-        "seed": seed,
-        "step": step,
-        "max_steps": cell.max_steps,
-        "overrides": cell.overrides,
-        "config_hash": cell.config_hash,
-        "commit": "0" * 40,
-        "dirty": False,
-        "fit_commits": ["0" * 40],
-        "columns": list(columns),
-        "means": dict.fromkeys(groups, columns),
-        "tasks": {"easy": {"aggregate": 0.9}, "hard": {"aggregate": 0.1}},
-        "token_passes": 1e6 * step,
-        "fit_seconds": 60.0,
-        "test_seconds": 1.0,
-        "monitored": {"path_cosine": 0.5},
-    }
+    run = {"study": study, "cell": cell.name, "seed": seed, "step": step, "max_steps": cell.max_steps}
+    run |= {"overrides": cell.overrides, "config_hash": cell.config_hash}
+    run |= {"commit": "0" * 40, "dirty": False, "fit_commits": ["0" * 40]}
+    cost = {"token_passes": 1e6 * step, "fit_seconds": 60.0, "test_seconds": 1.0}
+    tasks = {"easy": {"aggregate": 0.9}, "hard": {"aggregate": 0.1}}
+    means = {"columns": list(columns), "means": dict.fromkeys(groups, columns), "tasks": tasks}
+    return {**run, **means, **cost, "monitored": {"path_cosine": 0.5}}

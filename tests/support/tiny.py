@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
+    AutoModelForImageTextToText,
     Qwen2Tokenizer,
     Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
@@ -25,15 +25,8 @@ from transformers import (
 
 from parallel_decoupling.batch import EncoderInputs
 
-SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
+_NAMES = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
+SPECIAL_TOKENS = tuple(f"<|{name}|>" for name in _NAMES)
 CORPUS = (
     "describe the shapes the colors the positions the sizes the background the picture",
     "read the word and count the objects: a red circle left of a small blue square",
@@ -42,84 +35,58 @@ CORPUS = (
 )
 
 
+def wrap(kind: type, trainer: Any, special_tokens: Sequence[str], **options: Any) -> Any:
+    """Wrap what a trainer of ``tokenizers`` learned as a stock tokenizer class."""
+    merges = [tuple(pair) for pair in json.loads(trainer._tokenizer.to_str())["model"]["merges"]]
+    tokenizer = kind(vocab=trainer.get_vocab(), merges=merges, padding_side="left", **options)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special_tokens)})
+    return tokenizer
+
+
 def tiny_tokenizer(vocab_size: int = 400) -> Qwen2Tokenizer:
     """Train a byte-level BPE on ``CORPUS`` and wrap it as the stock Qwen2 tokenizer."""
     trainer = ByteLevelBPETokenizer(add_prefix_space=False)
     trainer.train_from_iterator(CORPUS, vocab_size=vocab_size, min_frequency=1, show_progress=False)
-    vocab = trainer.get_vocab()
-    merges = [tuple(pair) for pair in json.loads(trainer._tokenizer.to_str())["model"]["merges"]]
-    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, padding_side="left")
-    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
-    return tokenizer
+    return wrap(Qwen2Tokenizer, trainer, SPECIAL_TOKENS)
 
 
 def tiny_processor() -> Qwen2VLProcessor:
     """Return the stock processor for images of at most 64x64 pixels (16 image tokens)."""
-    sizes = {"patch_size": 8, "temporal_patch_size": 2, "merge_size": 2}
-    size = {"shortest_edge": 16 * 16, "longest_edge": 64 * 64}
+    sizes: dict[str, Any] = {"patch_size": 8, "temporal_patch_size": 2, "merge_size": 2}
+    sizes["size"] = {"shortest_edge": 16 * 16, "longest_edge": 64 * 64}
     return Qwen2VLProcessor(
-        image_processor=Qwen2VLImageProcessor(size=size, **sizes),
+        image_processor=Qwen2VLImageProcessor(**sizes),
         tokenizer=tiny_tokenizer(),
-        video_processor=Qwen2VLVideoProcessor(size=size, **sizes),
+        video_processor=Qwen2VLVideoProcessor(**sizes),
     )
+
+
+def special_ids(tokenizer: Any) -> dict[str, int]:
+    """Token ids that the config of a Qwen-VL names."""
+    names = {"image_token_id": "image_pad", "video_token_id": "video_pad"}
+    names |= {"vision_start_token_id": "vision_start", "vision_end_token_id": "vision_end"}
+    return {key: int(tokenizer.convert_tokens_to_ids(f"<|{name}|>")) for key, name in names.items()}
 
 
 def tiny_config(tokenizer: Qwen2Tokenizer, *, num_layers: int = 2) -> Qwen2VLConfig:
     """Return the stock config: text width 32, 4 heads, 2 key/value heads, one vision block."""
-
-    def token(name: str) -> int:
-        return int(tokenizer.convert_tokens_to_ids(name))
-
-    text = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 1024,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
-        "bos_token_id": token("<|endoftext|>"),
-        "eos_token_id": token("<|im_end|>"),
-        "initializer_range": 0.3,
-    }
-    vision = {
-        "depth": 1,
-        "embed_dim": 16,
-        "hidden_size": 32,
-        "mlp_ratio": 2,
-        "num_heads": 2,
-        "patch_size": 8,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "initializer_range": 0.3,
-    }
-    return Qwen2VLConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=token("<|image_pad|>"),
-        video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"),
-        vision_end_token_id=token("<|vision_end|>"),
-        tie_word_embeddings=True,
-    )
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+    ends = {"bos_token_id": "<|endoftext|>", "eos_token_id": "<|im_end|>"}
+    text = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "rope_parameters": rope}
+    text |= {"num_hidden_layers": num_layers, "num_attention_heads": 4, "num_key_value_heads": 2}
+    text |= {"max_position_embeddings": 1024, "initializer_range": 0.3}
+    text |= {key: int(tokenizer.convert_tokens_to_ids(name)) for key, name in ends.items()}
+    vision = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2, "num_heads": 2, "patch_size": 8}
+    vision |= {"spatial_merge_size": 2, "temporal_patch_size": 2, "initializer_range": 0.3}
+    ids = special_ids(tokenizer)
+    return Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
 
 
-def save_tiny_backbone(folder: str | Path, *, num_layers: int = 2, seed: int = 0) -> str:
-    """Write a tiny backbone as a generation checkpoint, the form in which real ones are published.
-
-    Args:
-        folder: where to write; created if missing.
-        num_layers: language layers.
-        seed: of the random weights.
-
-    Returns:
-        ``folder`` as a string, ready for ``load_backbone``.
-    """
-    processor = tiny_processor()
+def save_random_model(processor: Any, config: Any, folder: str | Path, seed: int) -> str:
+    """Write a generation checkpoint of random weights; returns ``folder`` as a string."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = Qwen2VLForConditionalGeneration(tiny_config(processor.tokenizer, num_layers=num_layers))
+        model = AutoModelForImageTextToText.from_config(config)
         with torch.no_grad():  # zero biases and unit norms would hide a forgotten one
             for name, parameter in model.named_parameters():
                 if name.endswith("bias") or "norm" in name:
@@ -127,6 +94,12 @@ def save_tiny_backbone(folder: str | Path, *, num_layers: int = 2, seed: int = 0
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return str(folder)
+
+
+def save_tiny_backbone(folder: str | Path, *, num_layers: int = 2, seed: int = 0) -> str:
+    """Write a tiny backbone in the form in which real ones are published; returns ``folder`` as a string."""
+    processor = tiny_processor()
+    return save_random_model(processor, tiny_config(processor.tokenizer, num_layers=num_layers), folder, seed)
 
 
 def noise_image(width: int, height: int, seed: int = 0) -> Image.Image:

@@ -13,7 +13,7 @@ from torch import Tensor
 from parallel_decoupling.batch import PADDING_ID
 from parallel_decoupling.distributed import rank
 from parallel_decoupling.objective.contrastive import info_nce
-from parallel_decoupling.objective.mutual_information import MutualInformation
+from parallel_decoupling.objective.vclub import MutualInformation
 from parallel_decoupling.training import terms
 from parallel_decoupling.training.terms import GatheredPairs, gather_pairs, mean_path_cosine, shared
 from tests.support.processes import run_ranks

@@ -1,28 +1,21 @@
-"""From raw rows to tensors: tokenisation, padding, target identity.
-
-The processor is passed in, so nothing here knows a backbone. No chat template, system prompt or end token
-is added, as in VLM2Vec. Rows are read in ``readers`` and chosen in ``mixture``, texts are written in
-``prompts``, pictures are decoded and resized in ``images``.
-"""
+"""From raw rows to tensors; no chat template, system prompt or end token is added, as in VLM2Vec."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from hashlib import blake2b
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from parallel_decoupling.batch import (
-    IMAGE_PLACEHOLDER,
-    PADDING_ID,
-    EncoderInputs,
-    PairBatch,
-    RawInput,
-    RawPair,
-)
+from parallel_decoupling.batch import IMAGE_PLACEHOLDER as PLACEHOLDER
+from parallel_decoupling.batch import PADDING_ID, EncoderInputs, PairBatch, RawInput, RawPair
 from parallel_decoupling.data.images import ImageError, ImagePolicy, load_image
 
 PADDING = RawInput("-")
@@ -32,88 +25,68 @@ PADDING = RawInput("-")
 class Collator:
     """Turns rows into padded tensors with one processor call per side.
 
-    All texts and all images of a side go through the processor together; its image tensors are then
-    split by the images (or patches) of each row. Where they do not split that way, every row is
-    processed alone, which gives the same rows more slowly. Every key of the processor is kept.
-
-    Args:
-        processor: a Hugging Face multimodal processor with a ``tokenizer``.
-        image_token: what stands for an image in this backbone's text.
-        images: what happens to a picture before the processor sees it; nothing by default.
+    Where the image tensors of a Hugging Face ``processor`` cannot be split by row, every row is processed
+    alone, which gives the same rows more slowly. ``image_token`` stands for an image in the backbone's text.
 
     Relations:
         Each row without its padding equals the processor's output for that row alone.
     """
 
     def __init__(self, processor: Any, *, image_token: str, images: ImagePolicy | None = None) -> None:
-        self.processor = processor
-        self.image_token = image_token
-        self.images = (images or ImagePolicy()).for_processor(processor)
+        self.processor, self.image_token = processor, image_token
+        image_processor = getattr(processor, "image_processor", None)
+        patch, merge = (getattr(image_processor, name, None) for name in ("patch_size", "merge_size"))
+        self.images = images or ImagePolicy()
+        if isinstance(patch, int) and isinstance(merge, int):
+            self.images = replace(self.images, factor=patch * merge)
         self._splits = True  # until the processor's image tensors are seen not to split by row
 
     def __call__(self, pairs: Sequence[RawPair]) -> PairBatch:
-        """Batch training rows: the positives in query order, then all hard negatives row by row.
-
-        A missing hard negative is the text ``PADDING`` with the identity ``PADDING_ID``.
-        """
+        """Batch training rows: the positives in query order, then all hard negatives row by row."""
         candidates: list[RawInput | None] = [pair.candidate for pair in pairs]
         candidates += [negative for pair in pairs for negative in pair.negatives]
-        places = [f"training subset {pair.subset!r}, row {pair.row}" for pair in pairs]
+        places = [f"training subset {pair.subset!r}, row {pair.row}: " for pair in pairs]
         negatives = [place for pair, place in zip(pairs, places, strict=True) for _ in pair.negatives]
         return PairBatch(
             query=self.encode_inputs([pair.query for pair in pairs], places),
             candidate=self.encode_inputs([each or PADDING for each in candidates], places + negatives),
             candidate_ids=torch.tensor([identity(each) if each else PADDING_ID for each in candidates]),
             subsets=tuple(pair.subset for pair in pairs),
-            skipped=tuple(reason for pair in pairs for reason in pair.skipped),
         )
 
     def encode_inputs(self, inputs: Sequence[RawInput], places: Sequence[str] | None = None) -> EncoderInputs:
-        """Tokenise, decode images and pad at the tokenizer's padding side.
-
-        Args:
-            inputs: at least one.
-            places: where each input comes from, for error messages.
-
-        Raises:
-            ValueError: no rows; placeholders and images differ in number; the text holds the
-                backbone's own image token; an image that cannot be read or processed.
-        """
+        """Tokenise, decode images and pad; ``places`` begin the messages of errors, one per input."""
         if not inputs:
             raise ValueError("There are no inputs to encode.")
-        at = [""] * len(inputs) if places is None else [f"{place}: " for place in places]
-        texts = [self._text(row, where) for row, where in zip(inputs, at, strict=True)]
-        images = [self._images(row, where) for row, where in zip(inputs, at, strict=True)]
+        places = places or [""] * len(inputs)
+        texts, images, turn = [], [], self.images.size is None
+        for row, place in zip(inputs, places, strict=True):
+            with _naming(place):
+                count, shown = row.text.count(PLACEHOLDER), reprlib.repr(row.text)
+                if count != len(row.images):
+                    raise ValueError(f"{len(row.images)} images but {count} {PLACEHOLDER} in {shown}.")
+                if self.image_token != PLACEHOLDER and self.image_token in row.text:
+                    found = f"The text {shown} holds {self.image_token!r}, the backbone's own image token"
+                    raise ValueError(f"{found}. Mark images with {PLACEHOLDER}.")
+                texts.append(row.text.replace(PLACEHOLDER, self.image_token))
+                images.append([self.images(load_image(image, turn=turn)) for image in row.images])
         try:
             together = self._process(texts, images)
-        except ValueError:
+        except ValueError:  # one by one, to find out which row it is
             together = None
         if together is not None:
             return together
-        rows = zip(inputs, texts, images, at, strict=True)
-        return self._join([self._process_alone(*row) for row in rows])
-
-    def _images(self, row: RawInput, where: str) -> list[Image.Image]:
-        try:
-            return [self.images(load_image(image, turn=self.images.size is None)) for image in row.images]
-        except ImageError as error:
-            raise ImageError(f"{where}{error}") from error
-
-    def _text(self, row: RawInput, where: str) -> str:
-        count = row.text.count(IMAGE_PLACEHOLDER)
-        if count != len(row.images):
-            raise ValueError(
-                f"{where}{len(row.images)} images but {count} {IMAGE_PLACEHOLDER} in {_quote(row.text)}."
-            )
-        if self.image_token != IMAGE_PLACEHOLDER and self.image_token in row.text:
-            raise ValueError(
-                f"{where}The text {_quote(row.text)} holds {self.image_token!r}, the backbone's own image "
-                f"token. Mark images with {IMAGE_PLACEHOLDER}."
-            )
-        return row.text.replace(IMAGE_PLACEHOLDER, self.image_token)
+        rows = []
+        for row, text, pictures, place in zip(inputs, texts, images, places, strict=True):
+            with _naming(f"{place}The processor refuses {reprlib.repr(row.text)} with images {row.images}: "):
+                nested = [pictures] if pictures else None
+                data = self.processor(text=[text], images=nested, return_tensors="pt")
+            tokens, pixels = self._separate(data)
+            rows.append(EncoderInputs(tokens, (pixels,)))
+        return self._join(rows)
 
     def _process(self, texts: list[str], images: list[list[Image.Image]]) -> EncoderInputs | None:
-        """All rows in one call, or None if the image tensors cannot be told apart by row."""
+        """Process all rows in one call; return None if the image tensors cannot be told apart by row."""
         if any(images) and not self._splits:
             return None
         nested = images if any(images) else None  # by row: a family may treat several images of a row apart
@@ -123,20 +96,8 @@ class Collator:
         self._splits = vision is not None
         return None if vision is None else EncoderInputs(tokens, vision)
 
-    def _process_alone(
-        self, row: RawInput, text: str, images: list[Image.Image], where: str
-    ) -> EncoderInputs:
-        try:
-            data = self.processor(text=[text], images=[images] if images else None, return_tensors="pt")
-        except ValueError as error:
-            raise ValueError(
-                f"{where}The processor refuses {_quote(row.text)} with images {row.images}: {error}"
-            ) from error
-        tokens, pixels = self._separate(data)
-        return EncoderInputs(tokens, (pixels,))
-
     def _separate(self, data: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What has one entry per token, and the image tensors (whose shape may be the same by chance)."""
+        """Separate what has one entry per token from image tensors, whose shape may be the same by chance."""
         images = getattr(getattr(self.processor, "image_processor", None), "model_input_names", ())
         shape = data["input_ids"].shape
         tokens = {key: value for key, value in data.items() if value.shape == shape and key not in images}
@@ -145,24 +106,26 @@ class Collator:
     def _join(self, rows: list[EncoderInputs]) -> EncoderInputs:
         """Pad rows that were processed alone; a key that a row lacks is zero there."""
         tokenizer = self.processor.tokenizer
-        length = max(row.tokens["input_ids"].shape[1] for row in rows)
-        keys = dict.fromkeys(key for row in rows for key in row.tokens)
         tokens: dict[str, Tensor] = {}
-        for key in keys:
+        for key in dict.fromkeys(key for row in rows for key in row.tokens):
+            values = [row.tokens.get(key, torch.zeros_like(row.tokens["input_ids"]))[0] for row in rows]
             fill = tokenizer.pad_token_id if key == "input_ids" else 0
-            tokens[key] = torch.full((len(rows), length), fill, dtype=torch.int64)
-            for number, row in enumerate(rows):
-                width = row.tokens["input_ids"].shape[1]
-                place = slice(length - width, length) if tokenizer.padding_side == "left" else slice(width)
-                tokens[key][number, place] = row.tokens[key][0] if key in row.tokens else 0
+            tokens[key] = pad_sequence(values, True, fill, tokenizer.padding_side)
         return EncoderInputs(tokens, tuple(row.vision[0] for row in rows))
 
 
-def _split(pixels: Mapping[str, Tensor], counts: list[int]) -> tuple[Mapping[str, Tensor], ...] | None:
-    """Image tensors by row: those of one entry per image, and those of one entry per patch.
+@contextmanager
+def _naming(place: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise (ImageError if isinstance(error, ImageError) else ValueError)(f"{place}{error}") from error
 
-    Patches are counted by ``image_grid_thw`` (time, height, width per image). None if some tensor
-    is neither, or could as well have one entry per row.
+
+def _split(pixels: Mapping[str, Tensor], counts: list[int]) -> tuple[Mapping[str, Tensor], ...] | None:
+    """Split image tensors by row: those of one entry per image, and those of one entry per patch.
+
+    Patches are counted by ``image_grid_thw``. None if a tensor is neither, or could have one entry per row.
     """
     total = sum(counts)
     by_image = "image_grid_thw" in pixels or "image_sizes" in pixels
@@ -187,10 +150,7 @@ def _split(pixels: Mapping[str, Tensor], counts: list[int]) -> tuple[Mapping[str
 
 
 def identity(row: RawInput) -> int:
-    """A 64-bit signed number that is equal for equal targets: same text, same image files.
-
-    PIL images count by mode, size and pixels.
-    """
+    """Return a 64-bit signed number that is equal for equal targets: same text, same files or same pixels."""
     digest = blake2b(row.text.encode(), digest_size=8)
     for image in row.images:
         digest.update(b"\0")
@@ -199,7 +159,3 @@ def identity(row: RawInput) -> int:
         else:
             digest.update(f"{image.mode} {image.size} ".encode() + image.tobytes())
     return int.from_bytes(digest.digest(), "big", signed=True)
-
-
-def _quote(text: str) -> str:
-    return repr(text if len(text) <= 80 else f"{text[:77]}...")

@@ -1,56 +1,31 @@
-"""The LightningDataModule that wires ``readers``, ``mixture`` and ``collate`` into ``loaders``.
-
-The loaders are not ``torch.utils.data.DataLoader`` to Lightning, so it neither replaces their sampler nor
-splits their rows: every process takes its own share here.
-"""
+"""The LightningDataModule; every process takes its own share of the rows here, not in Lightning."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from parallel_decoupling import distributed
-from parallel_decoupling.batch import PairBatch
+from parallel_decoupling.data import readers, tasks
 from parallel_decoupling.data.collate import Collator
-from parallel_decoupling.data.download import check_known, download_eval, download_train
+from parallel_decoupling.data.download import download_eval, download_train
 from parallel_decoupling.data.images import ImagePolicy, SquareSize
-from parallel_decoupling.data.loaders import Batches, MissingImages, SourceRows, TaskSide, TrainRows
-from parallel_decoupling.data.mixture import MixtureSampler
-from parallel_decoupling.data.readers import LimitBy, TrainSubset, prepare_tables, read_eval_task
-from parallel_decoupling.data.row_sources import open_rows
-from parallel_decoupling.data.tasks import (
-    MMEB_TASKS,
-    MMEB_TRAIN_SUBSETS,
-    EvalTask,
-    check_names,
-    find_eval_tasks,
-    find_train_subsets,
-)
-from parallel_decoupling.evaluation.encode import BatchPlan, RowBatch, RowBatches, TokenEstimate
+from parallel_decoupling.data.mixture import Batches, MixtureSampler, Policy
+from parallel_decoupling.data.row_sources import RowSource, TaskSide
+from parallel_decoupling.evaluation.encode import BatchPlan, RowBatches, TokenEstimate
 from parallel_decoupling.evaluation.store import AGGREGATE, Keeper, chosen_columns, path_column
 
 EMBEDDED = "mini-mmeb"
 """Value of ``data_dir`` that stands for the benchmark this package generates."""
 
-_PLAIN = (str, int, float, bool, list, tuple, dict, type(None))
-
-
-class ConnectedModel(Protocol):
-    """What the data needs of a model, and what the model keeps of the data; ``PDFEmbedder`` has it."""
-
-    encoder: Any
-    candidate_instruction: str
-    data_settings: dict[str, Any]
-
-    @property
-    def images(self) -> ImagePolicy:
-        """What happened to the pictures that the weights were trained on."""
+_LEAST = dict.fromkeys(("batch_size", "eval_batch_size", "row_limit", "query_limit"), 1)
+_LEAST |= {"predict_rows_per_shard": 1, "hard_negatives": 0, "num_workers": 0, "seed": 0}
 
 
 class MMEBDataModule(LightningDataModule):
@@ -110,15 +85,15 @@ class MMEBDataModule(LightningDataModule):
         weights: dict[str, float] | None = None,
         row_limit: int | None = None,
         query_limit: int | None = None,
-        policy: Literal["mixed", "homogeneous", "sub_batch"] = "mixed",
+        policy: Policy = "mixed",
         sub_batch_size: int | None = None,
         hard_negatives: int = 0,
         seed: int = 0,
-        row_limit_by: LimitBy = "sample",
+        row_limit_by: readers.LimitBy = "sample",
         image_size: SquareSize | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
-        missing_images: MissingImages = "error",
+        missing_images: readers.MissingImages = "error",
         download: bool = False,
         predict_source: str | None = None,
         predict_columns: list[str] | None = None,
@@ -126,54 +101,36 @@ class MMEBDataModule(LightningDataModule):
         predict_rows_per_shard: int = 4096,
     ) -> None:
         super().__init__()
-        numbers = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "row_limit": row_limit}
-        numbers |= {"query_limit": query_limit, "predict_rows_per_shard": predict_rows_per_shard}
-        _check_numbers(numbers, at_least=1)
-        numbers = {"hard_negatives": hard_negatives, "num_workers": num_workers, "seed": seed}
-        _check_numbers(numbers, at_least=0)
-        self.data_dir = data_dir
-        self.train_subsets = train_subsets
-        self.eval_tasks = eval_tasks
+        self.data_dir, self.split, self.seed, self.download = data_dir, split, seed, download
+        self.train_subsets, self.eval_tasks = train_subsets, eval_tasks
         self.validation_tasks = list(validation_tasks)
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
-        self.num_workers = num_workers
-        self.split = split
-        self.weights = weights
-        self.row_limit = row_limit
-        self.query_limit = query_limit
-        self.policy: Literal["mixed", "homogeneous", "sub_batch"] = policy
-        self.sub_batch_size = sub_batch_size
-        self.hard_negatives = hard_negatives
-        self.seed = seed
-        self.row_limit_by: LimitBy = row_limit_by
-        self.image_size = image_size
-        self.min_pixels = min_pixels
-        self.max_pixels = max_pixels
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.num_workers, self.weights, self.hard_negatives = num_workers, weights, hard_negatives
+        self.row_limit, self.row_limit_by, self.query_limit = row_limit, row_limit_by, query_limit
+        self.policy, self.sub_batch_size = policy, sub_batch_size
+        self.image_size, self.min_pixels, self.max_pixels = image_size, min_pixels, max_pixels
         self.images = ImagePolicy(image_size, min_pixels, max_pixels)
-        self.missing_images: MissingImages = missing_images
-        self.download = download
-        self.predict_source = predict_source
-        self.predict_columns = predict_columns
+        self.missing_images = missing_images
+        self.predict_source, self.predict_columns = predict_source, predict_columns
         self.predict_instruction = predict_instruction
         self.predict_rows_per_shard = predict_rows_per_shard
-        self.train_data: list[TrainSubset] = []
-        self.eval_tasks_data: list[EvalTask] = []
+        for name, least in _LEAST.items():
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"data.{name} must be at least {least}, got {value}.")
+        self.train_data: list[readers.TrainSubset] = []
+        self.eval_tasks_data: list[tasks.EvalTask] = []
         """The tasks of the current stage."""
-        self.rows: list[TaskSide] | list[SourceRows] = []
+        self.rows: list[TaskSide] | list[RowSource] = []
         """What the loaders of validate, test or predict encode, in their order."""
-        self._model: ConnectedModel | None = None
+        self._model: Any = None
         self._keeper: Keeper | None = None
 
-    def connect(self, model: ConnectedModel, keeper: Keeper | None = None) -> MMEBDataModule:
-        """Take the processor and the prompts of a model, and give it the settings of this data.
+    def connect(self, model: Any, keeper: Keeper | None = None) -> MMEBDataModule:
+        """Take the processor and the prompts of a model, give it the settings of this data, return itself.
 
         Args:
-            model: that the batches are for.
+            model: the ``PDFEmbedder`` that the batches are for.
             keeper: knows which embeddings of ``test`` or ``predict`` are on disk; their rows are left out.
-
-        Returns:
-            Itself, so that ``trainer.fit(model, MMEBDataModule(...).connect(model))`` reads well.
         """
         self._model, self._keeper = model, keeper
         model.data_settings = self.settings
@@ -182,131 +139,115 @@ class MMEBDataModule(LightningDataModule):
     @property
     def settings(self) -> dict[str, Any]:
         """The arguments behind training and evaluation, as plain values; not those of ``predict``."""
-        names = inspect.signature(MMEBDataModule.__init__).parameters
-        values = {name: getattr(self, name) for name in names if name != "self"}
-        return {
-            name: value
-            for name, value in values.items()
-            if isinstance(value, _PLAIN) and not name.startswith("predict_")
-        }
+        names = inspect.signature(MMEBDataModule).parameters
+        return {name: getattr(self, name) for name in names if not name.startswith("predict_")}
 
     def prepare_data(self) -> None:
-        """Make what is needed and not there yet: downloads, the embedded benchmark, mapped tables.
-
-        Lightning calls this on one process per node. Training data only before ``fit``.
-
-        Raises:
-            ValueError: a name that neither MMEB nor the folder has, before anything is fetched.
-        """
+        """Make what the stage needs and is not there yet: downloads, the benchmark, mapped tables."""
         stage = None if self.trainer is None else self.trainer.state.fn
         if stage == "predict" and self.predict_source is not None:
             return
         subsets = self.train_subsets if stage == "fit" else []
-        tasks = self.validation_tasks if stage in ("fit", "validate") else self.eval_tasks
+        wanted = self.validation_tasks if stage in ("fit", "validate") else self.eval_tasks
         if self.download:
             if self.data_dir == EMBEDDED:
                 raise ValueError(f"download is for MMEB, {EMBEDDED!r} is generated. Set data_dir.")
             folder = Path(self.data_dir)
-            named = [*(tasks or ()), *((self.eval_tasks or ()) if stage == "fit" else ())]
-            check_known(folder, self.split, subsets or (), named)
-            download_train(folder, _of(MMEB_TRAIN_SUBSETS, subsets), self.split)
-            download_eval(folder, _of(list(MMEB_TASKS), tasks))
-        folder = self._folder()
-        subsets = _of(find_train_subsets(folder, self.split), subsets)
-        prepare_tables(folder, subsets, self.split, _of(find_eval_tasks(folder), tasks))
+            named = [*(wanted or ()), *((self.eval_tasks or ()) if stage == "fit" else ())]
+            there = tasks.find_train_subsets(folder, self.split)
+            tasks.check_names(subsets or (), [*tasks.MMEB_TRAIN_SUBSETS, *there], "training subset")
+            tasks.check_names(named, [*tasks.MMEB_TASKS, *tasks.find_eval_tasks(folder)], "evaluation task")
+            download_train(folder, _of(tasks.MMEB_TRAIN_SUBSETS, subsets), self.split)
+            download_eval(folder, _of(tasks.MMEB_TASKS, wanted))
+        for subset in _of(tasks.find_train_subsets(self.folder, self.split), subsets):
+            readers.open_train(self.folder, subset, self.split)
+        for task in _of(tasks.find_eval_tasks(self.folder), wanted):
+            readers.open_eval(self.folder, tasks.read_tasks(self.folder)[task])
 
     def setup(self, stage: str) -> None:
-        """Open the files that ``stage`` needs: fit, validate or test. ``fit`` checks the names of all three.
-
-        Raises:
-            ValueError: unknown subset or task, no task to validate or test, or files that do not have MMEB's
-                layout.
-        """
+        """Open the files that ``stage`` needs; ``fit`` checks the names of ``validate`` and ``test``, too."""
         if stage == "predict" and self.predict_source is not None:
             return
-        folder = self._folder()
-        found = find_eval_tasks(folder)
+        found = tasks.find_eval_tasks(self.folder)
+        names, option = list(self.validation_tasks), "validation_tasks"
         if stage == "fit":
-            to_come = list(MMEB_TASKS) if self.download else []
-            check_names(self.eval_tasks or [], [*found, *to_come], "evaluation task")
-            self.train_data = self._open_subsets(folder)
-        names = self.validation_tasks
-        if stage in ("test", "predict"):
-            names = found if self.eval_tasks is None else self.eval_tasks
-            if self.eval_tasks == []:
-                raise ValueError("data.eval_tasks is empty. Name some, or leave it out for all.")
-            if not names:
-                raise ValueError(f"No evaluation task under {folder / 'MMEB-eval'}. Check data_dir.")
-        elif stage == "validate" and not names:
-            example = found[0] if found else "GQA"
-            raise ValueError(
-                "Nothing to validate: data.validation_tasks is empty. Name tasks, such as "
-                f"--data.validation_tasks '[{example}]'. Found: {', '.join(found) or 'none'}."
-            )
-        check_names(names, found, "evaluation task")
-        must_exist = self.missing_images == "error"
-        self.eval_tasks_data = [
-            read_eval_task(folder, name, self.query_limit, must_exist=must_exist) for name in names
-        ]
+            to_come = tasks.MMEB_TASKS if self.download else ()
+            tasks.check_names(self.eval_tasks or [], [*found, *to_come], "evaluation task")
+            self.train_data = self._open_subsets()
+        elif stage != "validate":
+            names, option = found if self.eval_tasks is None else self.eval_tasks, "eval_tasks"
+        if not names and stage != "fit":
+            example = f"such as --data.{option} '[{found[0] if found else 'GQA'}]'"
+            known = f"Name tasks, {example}. Found: {', '.join(found) or 'none'}."
+            raise ValueError(f"Nothing to evaluate: data.{option} is empty. {known}")
+        tasks.check_names(names, found, "evaluation task")
+        read, options = readers.read_eval_task, {"must_exist": self.missing_images == "error"}
+        self.eval_tasks_data = [read(self.folder, name, self.query_limit, **options) for name in names]
 
-    def train_dataloader(self) -> Batches[PairBatch]:
+    def _open_subsets(self) -> list[readers.TrainSubset]:
+        found = tasks.find_train_subsets(self.folder, self.split)
+        names = found if self.train_subsets is None else self.train_subsets
+        if not names:
+            place = self.folder / "MMEB-train" / "<subset>" / f"{self.split}-*.parquet"
+            raise ValueError(f"No training subset {place}. Check data_dir, split and train_subsets.")
+        tasks.check_names(names, found, "training subset")
+        tasks.check_names(self.weights or (), names, "subset in weights")
+        options: dict[str, Any] = {"limit": self.row_limit, "limit_by": self.row_limit_by, "seed": self.seed}
+        options |= {"hard_negatives": self.hard_negatives, "missing_images": self.missing_images}
+        subsets = [readers.TrainSubset(self.folder, name, self.split, **options) for name in names]
+        for subset in subsets if distributed.rank() == 0 else ():
+            subset.log_gaps()
+        return subsets
+
+    def train_dataloader(self) -> Batches:
         """Batches of this process from the next step on: the trainer's count of processed ones."""
-        weights = None
-        if self.weights is not None:
-            weights = [self.weights.get(subset.subset, 1.0) for subset in self.train_data]
-        sampler = MixtureSampler(
-            [len(subset) for subset in self.train_data],
-            batch_size=self.batch_size,
-            weights=weights,
-            policy=self.policy,
-            sub_batch_size=self.sub_batch_size,
-            seed=self.seed,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-        )
-        loader = DataLoader(
-            TrainRows(self.train_data, self.missing_images),
-            batch_sampler=sampler,
-            collate_fn=self.collator,
-            num_workers=self.num_workers,
-            generator=torch.Generator(),
-        )
+        weighted = self.weights
+        weights = None if weighted is None else [weighted.get(each.subset, 1.0) for each in self.train_data]
+        sizes = [len(subset) for subset in self.train_data]
+        options: dict[str, Any] = {"rank": distributed.rank(), "world_size": distributed.world_size()}
+        options |= {"sub_batch_size": self.sub_batch_size, "seed": self.seed, "weights": weights}
+        sampler = MixtureSampler(sizes, batch_size=self.batch_size, policy=self.policy, **options)
+        options = {"num_workers": self.num_workers, "generator": torch.Generator(), "batch_sampler": sampler}
+        loader = DataLoader(readers.TrainRows(self.train_data), collate_fn=self.collator, **options)
         return Batches(loader, sampler, None if self.trainer is None else self._consumed)
 
-    def val_dataloader(self) -> list[Batches[RowBatch]]:
-        """Two loaders per validation task: queries, then candidates."""
-        return self._task_loaders()
+    def _consumed(self) -> int:
+        """Return the training batches of all epochs so far, which every checkpoint has."""
+        trainer: Any = self.trainer
+        done = int(trainer.fit_loop.epoch_loop.batch_progress.total.processed)
+        return 0 if trainer.overfit_batches else done  # overfit_batches repeats the first ones
 
-    def test_dataloader(self) -> list[Batches[RowBatch]]:
-        """Two loaders per evaluation task: queries, then candidates, without the embeddings that are kept."""
-        return self._task_loaders()
+    def val_dataloader(self) -> list[Batches]:
+        """Two loaders per task of the stage: queries, then candidates, without embeddings that are kept."""
+        columns = tuple(map(path_column, range(self._connected.encoder.num_paths)))
+        return self._loaders(self._sides(), columns, self.missing_images == "skip")
 
-    def predict_dataloader(self) -> list[Batches[RowBatch]]:
-        """Load the rows of predict_source, or else of the evaluation tasks, that are not embedded yet.
+    test_dataloader = val_dataloader
 
-        Pictures are as in the model's training, unless this data module has image settings.
-
-        Raises:
-            ValueError: a predict_source that cannot be read; unknown predict_columns.
-        """
-        columns = chosen_columns(self.predict_columns, self._connected.encoder.num_paths)
-        if self.predict_source is None:
-            self.rows = self._sides()
-        else:
-            instruction = self.predict_instruction
-            if instruction is None:
-                instruction = self._connected.candidate_instruction
-            self.rows = [SourceRows(open_rows(self.predict_source), instruction)]
-        wanted = None
-        if AGGREGATE not in columns:
-            wanted = tuple(int(name.removeprefix("path_")) for name in columns)
-        options: dict[str, Any] = {"columns": columns, "rows_per_shard": self.predict_rows_per_shard}
-        return [self._loader(rows, paths=wanted, keep_going=True, **options) for rows in self.rows]
+    def predict_dataloader(self) -> list[Batches]:
+        """Load the rows of predict_source, or else of the evaluation tasks, that are not embedded yet."""
+        model, instruction = self._connected, self.predict_instruction
+        columns = chosen_columns(self.predict_columns, model.encoder.num_paths)
+        numbers = (int(name.removeprefix("path_")) for name in columns if name != AGGREGATE)
+        wanted = None if AGGREGATE in columns else tuple(numbers)
+        rows: list[TaskSide] | list[RowSource] = self._sides()
+        if self.predict_source is not None:
+            used = model.candidate_instruction if instruction is None else instruction
+            rows = [RowSource(self.predict_source, used)]
+        return self._loaders(rows, columns, True, self.predict_rows_per_shard, wanted)
 
     @property
     def folder(self) -> Path:
         """Where the data is; for the embedded benchmark its place in the cache."""
-        return self._folder()
+        if self.data_dir == EMBEDDED:
+            from parallel_decoupling.world.benchmark import ensure_benchmark
+
+            return ensure_benchmark()
+        if not Path(self.data_dir).is_dir():
+            advice = "Give the folder that holds MMEB-train/ and MMEB-eval/"
+            known = f"{advice}, or {EMBEDDED!r} for the embedded benchmark."
+            raise ValueError(f"data_dir {self.data_dir!r} is not a folder. {known}")
+        return Path(self.data_dir)
 
     @property
     def collator(self) -> Collator:
@@ -316,113 +257,40 @@ class MMEBDataModule(LightningDataModule):
         return Collator(encoder.processor, image_token=encoder.image_token, images=images)
 
     @property
-    def _connected(self) -> ConnectedModel:
+    def _connected(self) -> Any:
         if self._model is None:
-            raise ValueError(
-                "The data does not know the model's processor: call data.connect(model) before the Trainer "
-                "uses it."
-            )
+            advice = "call data.connect(model) before the Trainer uses it"
+            raise ValueError(f"The data does not know the model's processor: {advice}.")
         return self._model
 
     def _sides(self) -> list[TaskSide]:
-        folder = self._folder()
-        sides: tuple[Literal["query", "candidate"], ...] = ("query", "candidate")
-        return [TaskSide(task, side, folder) for task in self.eval_tasks_data for side in sides]
+        sides = ("query", "candidate")
+        return [TaskSide(task, side, self.folder) for task in self.eval_tasks_data for side in sides]
 
-    def _task_loaders(self) -> list[Batches[RowBatch]]:
-        self.rows = self._sides()
-        columns = tuple(map(path_column, range(self._connected.encoder.num_paths)))
-        skip = self.missing_images == "skip"
-        return [self._loader(rows, columns=columns, keep_going=skip) for rows in self.rows]
-
-    def _loader(
+    def _loaders(
         self,
-        rows: TaskSide | SourceRows,
-        *,
-        columns: Sequence[str],
+        rows: list[TaskSide] | list[RowSource],
+        columns: tuple[str, ...],
         keep_going: bool,
         rows_per_shard: int | None = None,
         paths: tuple[int, ...] | None = None,
-    ) -> Batches[RowBatch]:
-        collator, finished = self.collator, frozenset[int]()
-        if self._keeper is not None:
-            about = {**rows.describe(), "columns": list(columns), "images": collator.images.settings}
-            about["rows_per_shard"] = rows_per_shard or max(1, len(rows))
-            finished = self._keeper.finished(rows, about, with_bad_rows=keep_going)
-        plan = BatchPlan(
-            rows,
-            TokenEstimate(collator),
-            self.eval_batch_size,
-            rows_per_shard=rows_per_shard,
-            finished=finished,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-        )
-        batches = RowBatches(rows, collator, rows.where, keep_going=keep_going, paths=paths)
-        options: dict[str, Any] = {"num_workers": self.num_workers, "generator": torch.Generator()}
-        return Batches(DataLoader(batches, batch_size=None, sampler=plan, **options))
-
-    def _consumed(self) -> int:
-        """Training batches processed so far in all epochs; part of every checkpoint.
-
-        ``overfit_batches`` repeats the first ones.
-        """
-        trainer: Any = self.trainer
-        return (
-            0 if trainer.overfit_batches else int(trainer.fit_loop.epoch_loop.batch_progress.total.processed)
-        )
-
-    def _folder(self) -> Path:
-        if self.data_dir == EMBEDDED:
-            from parallel_decoupling.world.benchmark import ensure_benchmark
-
-            return ensure_benchmark()
-        folder = Path(self.data_dir)
-        if not folder.is_dir():
-            raise ValueError(
-                f"data_dir {self.data_dir!r} is not a folder. Give the folder that holds MMEB-train/ and "
-                f"MMEB-eval/, or {EMBEDDED!r} for the embedded benchmark."
-            )
-        return folder
-
-    def _subset_names(self, folder: Path) -> list[str]:
-        found = find_train_subsets(folder, self.split)
-        if self.train_subsets == []:
-            raise ValueError("data.train_subsets is empty. Name some, or leave it out for all.")
-        names = found if self.train_subsets is None else self.train_subsets
-        if not names:
-            raise ValueError(
-                f"No training subset {folder / 'MMEB-train'}/<subset>/{self.split}-*.parquet. "
-                "Check data_dir and split."
-            )
-        check_names(names, found, "training subset")
-        check_names(list(self.weights or {}), names, "subset in weights")
-        return names
-
-    def _open_subsets(self, folder: Path) -> list[TrainSubset]:
-        subsets = []
-        for name in self._subset_names(folder):
-            subset = TrainSubset(
-                folder,
-                name,
-                self.split,
-                self.row_limit,
-                limit_by=self.row_limit_by,
-                hard_negatives=self.hard_negatives,
-                seed=self.seed,
-            )
-            if distributed.rank() == 0:
-                subset.log_gaps()
-            subsets.append(subset)
-        return subsets
+    ) -> list[Batches]:
+        self.rows, collator, loaders = rows, self.collator, []
+        for each in rows:
+            finished = frozenset[int]()
+            if self._keeper is not None:
+                about = {**each.about, "columns": list(columns), "images": collator.images.settings}
+                about |= {"num_rows": len(each), "rows_per_shard": rows_per_shard or max(1, len(each))}
+                finished = self._keeper.finished(each, about, with_bad_rows=keep_going)
+            options: dict[str, Any] = {"rows_per_shard": rows_per_shard, "finished": finished}
+            options |= {"rank": distributed.rank(), "world_size": distributed.world_size()}
+            plan = BatchPlan(each, TokenEstimate(collator), self.eval_batch_size, **options)
+            batches = RowBatches(each, collator, each.where, keep_going=keep_going, paths=paths)
+            options = {"num_workers": self.num_workers, "generator": torch.Generator(), "batch_size": None}
+            loaders.append(Batches(DataLoader(batches, sampler=plan, **options)))
+        return loaders
 
 
-def _check_numbers(numbers: Mapping[str, int | None], at_least: int) -> None:
-    for name, value in numbers.items():
-        if value is not None and value < at_least:
-            raise ValueError(f"data.{name} must be at least {at_least}, got {value}.")
-
-
-def _of(there: Sequence[str], wanted: Sequence[str] | None) -> list[str]:
-    """Those of the names that are wanted; None is all."""
+def _of(there: Iterable[str], wanted: Sequence[str] | None) -> list[str]:
+    """Return those of the names that are wanted; None is all."""
     return [name for name in there if wanted is None or name in wanted]

@@ -1,8 +1,4 @@
-"""MMEB from the Hugging Face hub into a data folder, in the layout that ``readers`` reads.
-
-Nothing is fetched for a subset or task that is there already. The hub's client resumes a broken download;
-pictures are unpacked next to their place and moved there whole, so no half-filled folder is left behind.
-"""
+"""MMEB from the Hugging Face hub into a data folder, unless a subset or task is there already."""
 
 from __future__ import annotations
 
@@ -13,49 +9,24 @@ from tempfile import TemporaryDirectory
 
 from tqdm import tqdm
 
-from parallel_decoupling.data.tasks import (
-    MMEB_TASKS,
-    MMEB_TRAIN_SUBSETS,
-    check_names,
-    find_eval_tasks,
-    find_train_subsets,
-)
-
 TRAIN_REPO, EVAL_REPO = "TIGER-Lab/MMEB-train", "TIGER-Lab/MMEB-eval"
 GHOSTS = ("._", "__MACOSX", ".DS_Store")
 """Beginnings of the names that macOS adds to archives."""
 
 
-def check_known(data_dir: Path, split: str, subsets: Sequence[str], tasks: Sequence[str]) -> None:
-    """Raise ``ValueError`` for a name that neither MMEB nor ``data_dir`` has, before anything is fetched."""
-    check_names(subsets, [*MMEB_TRAIN_SUBSETS, *find_train_subsets(data_dir, split)], "training subset")
-    check_names(tasks, [*MMEB_TASKS, *find_eval_tasks(data_dir)], "evaluation task")
-
-
 def download_train(data_dir: Path, subsets: Sequence[str], split: str) -> None:
-    """Fetch tables and pictures of the training subsets that ``data_dir/MMEB-train`` lacks.
-
-    Raises:
-        ValueError: the hub has no such file, or an archive is broken or lacks pictures.
-    """
+    """Fetch tables and pictures of the training subsets that ``data_dir/MMEB-train`` lacks."""
     root = data_dir / "MMEB-train"
     tables = [name for name in subsets if not any((root / name).glob(f"{split}-*.parquet"))]
     places = {name: (root / "images" / name, root / name / "Train") for name in subsets}
-    pictures = [name for name in subsets if not any(folder.is_dir() for folder in places[name])]
-    archives = [f"images_zip/{name}.zip" for name in pictures]
-    _fetch(TRAIN_REPO, root, [*(f"{name}/{split}-*.parquet" for name in tables), *archives])
-    for name, archive in zip(pictures, archives, strict=True):
+    archives = {name: f"images_zip/{name}.zip" for name in subsets if not any(map(Path.is_dir, places[name]))}
+    _fetch(TRAIN_REPO, root, [*(f"{name}/{split}-*.parquet" for name in tables), *archives.values()])
+    for name, archive in archives.items():
         unpack(root / archive, root / "images", [name], inside=name)
 
 
 def download_eval(data_dir: Path, tasks: Sequence[str]) -> None:
-    """Fetch tables and pictures of the evaluation tasks that ``data_dir/MMEB-eval`` lacks.
-
-    The pictures of all tasks are one archive; those asked for are unpacked.
-
-    Raises:
-        ValueError: the hub has no such file, or the archive is broken or lacks pictures.
-    """
+    """Fetch tables and pictures (one archive) of the evaluation tasks that ``data_dir/MMEB-eval`` lacks."""
     root = data_dir / "MMEB-eval"
     tables = [name for name in tasks if not any((root / name).glob("test-*.parquet"))]
     loose = {name for name in tasks if any(file.suffix != ".parquet" for file in (root / name).glob("*"))}
@@ -68,11 +39,10 @@ def download_eval(data_dir: Path, tasks: Sequence[str]) -> None:
 
 
 def _fetch(repo: str, root: Path, patterns: list[str]) -> None:
-    if not patterns:
-        return
     from huggingface_hub import snapshot_download
 
-    snapshot_download(repo, repo_type="dataset", local_dir=root, allow_patterns=patterns)
+    if patterns:
+        snapshot_download(repo, repo_type="dataset", local_dir=root, allow_patterns=patterns)
     for pattern in patterns:
         if not any(root.glob(pattern)):
             raise ValueError(f"{repo} has no {pattern}. Check the names of subsets and tasks.")
@@ -81,12 +51,8 @@ def _fetch(repo: str, root: Path, patterns: list[str]) -> None:
 def unpack(archive_file: Path, target_dir: Path, folders: Collection[str], inside: str | None = None) -> None:
     """Unpack top-level folders of a zip archive; each appears whole in ``target_dir`` or not at all.
 
-    Files that macOS adds and a leading ``images/`` are ignored, an archive without the folder ``inside``
-    holds its contents, and ``zipfile`` writes nothing outside. Several processes may unpack the same archive:
-    the first to finish moves the folder to its place, where it stays as it is.
-
-    Raises:
-        ValueError: the archive is broken or lacks a folder.
+    A leading ``images/`` is ignored, an archive without the folder ``inside`` holds its contents, and
+    ``zipfile`` writes nothing outside. Of several processes the first to finish moves its folder.
     """
     target_dir.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".unpacking-{archive_file.stem}-", dir=target_dir) as work_dir:
@@ -96,19 +62,18 @@ def unpack(archive_file: Path, target_dir: Path, folders: Collection[str], insid
                     parts = PurePosixPath(member.filename.removeprefix("images/")).parts
                     if inside is not None and parts[:1] != (inside,):
                         parts = (inside, *parts)
-                    if member.is_dir() or any(part.startswith(GHOSTS) for part in parts):
-                        continue
-                    if len(parts) > 1 and parts[0] in folders:
+                    ghost = member.is_dir() or any(part.startswith(GHOSTS) for part in parts)
+                    if not ghost and len(parts) > 1 and parts[0] in folders:
                         member.filename = "/".join(parts)
                         archive.extract(member, work_dir)
         except zipfile.BadZipFile as error:
             raise ValueError(f"{archive_file}: {error}. Delete the file to fetch it again.") from error
-        lacking = [name for name in folders if not (Path(work_dir) / name).is_dir()]
-        if lacking:
-            raise ValueError(f"{archive_file} has no pictures of {', '.join(lacking)}.")
         for name in folders:
+            place, target = Path(work_dir) / name, target_dir / name
+            if not place.is_dir():
+                raise ValueError(f"{archive_file} has no pictures of {name}.")
             try:
-                (Path(work_dir) / name).rename(target_dir / name)
+                place.rename(target)
             except OSError:
-                if not (target_dir / name).is_dir():
+                if not target.is_dir():
                     raise

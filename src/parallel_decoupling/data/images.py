@@ -1,21 +1,16 @@
-"""Image files: finding them, decoding them to 8-bit RGB, and giving them the wanted size.
-
-The forced squares and the rule for tiny images are VLM2Vec's; the pixel budget is Qwen2-VL's "smart resize".
-"""
+"""Image files: finding them, decoding them to 8-bit RGB, and giving them the wanted size."""
 
 from __future__ import annotations
 
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageOps
-
-from parallel_decoupling.batch import RawInput
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -34,21 +29,14 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True)
 class ImagePolicy:
-    """What happens to a picture before the processor sees it; nothing without any setting.
-
-    The processor's own resizing comes afterwards and leaves a picture within its own limits alone.
+    """What happens to a picture before the processor sees it (and perhaps resizes it once more).
 
     Attributes:
-        size: forces a square of 128, 672 or 1344 pixels, whatever the aspect ratio, and ignores the EXIF
-            orientation, as VLM2Vec does for the rows that it publishes.
+        size: forces a square and ignores the EXIF orientation, as VLM2Vec does in its published rows.
         min_pixels: width times height at least; needs no ``size``.
-        max_pixels: width times height at most. With either bound, the sides become multiples of
-            ``factor`` near the aspect ratio, and a picture with a side below ``factor`` becomes a square of
-            twice that, as VLM2Vec does.
+        max_pixels: width times height at most. With either bound, the sides become multiples of ``factor``
+            near the aspect ratio, and a picture with a side below it a square of twice that, as in VLM2Vec.
         factor: the processor's patch times merge size; 1 where it has none.
-
-    Raises:
-        ValueError: the settings exclude one another, or nothing fits the budget.
     """
 
     size: SquareSize | None = None
@@ -58,47 +46,32 @@ class ImagePolicy:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if self.size is not None and self.size not in SQUARES:
+        bounds = [bound for bound in (self.min_pixels, self.max_pixels) if bound is not None]
+        if self.size not in (None, *SQUARES):
             raise ValueError(f"image_size must be one of {', '.join(SQUARES)} or null, got {self.size!r}.")
-        if self.size is not None and self.has_budget:
+        if self.size is not None and bounds:
             meaning = "forces a square, so min_pixels and max_pixels have no meaning"
             raise ValueError(f"image_size={self.size!r} {meaning}. Set one or the other to null.")
-        for name, value in (("min_pixels", self.min_pixels), ("max_pixels", self.max_pixels)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
-        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
-            raise ValueError(f"min_pixels={self.min_pixels} is above max_pixels={self.max_pixels}.")
+        if min(bounds, default=1) < 1 or bounds != sorted(bounds):
+            rule = "must be at least 1, and min_pixels not above max_pixels"
+            raise ValueError(f"min_pixels={self.min_pixels}, max_pixels={self.max_pixels}: they {rule}.")
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> ImagePolicy:
         """Return the policy of a data module's settings; one that is absent counts as not set."""
-        size, min_pixels, max_pixels = (settings.get(name) for name in IMAGE_SETTINGS)
-        return cls(size, min_pixels, max_pixels)
+        return cls(*(settings.get(name) for name in IMAGE_SETTINGS))  # type: ignore[arg-type]
 
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that ``from_settings`` takes."""
         return dict(zip(IMAGE_SETTINGS, (self.size, self.min_pixels, self.max_pixels), strict=True))
 
-    @property
-    def has_budget(self) -> bool:
-        """Whether a number of pixels is set."""
-        return self.min_pixels is not None or self.max_pixels is not None
-
-    def for_processor(self, processor: Any) -> ImagePolicy:
-        """Return the policy with this Hugging Face processor's patch times merge size as factor."""
-        images = getattr(processor, "image_processor", None)
-        patch, merge = getattr(images, "patch_size", None), getattr(images, "merge_size", None)
-        if isinstance(patch, int) and isinstance(merge, int):
-            return replace(self, factor=patch * merge)
-        return self
-
     def __call__(self, image: Image.Image) -> Image.Image:
         """Resize with Pillow's bicubic filter, or return the image itself."""
         size = image.size
         if self.size is not None:
             size = (SQUARES[self.size],) * 2
-        elif self.has_budget:
+        elif self.min_pixels is not None or self.max_pixels is not None:
             if min(size) < self.factor:
                 size = (2 * self.factor,) * 2
             low, high = self.min_pixels or 1, self.max_pixels or math.inf
@@ -110,9 +83,6 @@ def smart_size(
     width: int, height: int, *, factor: int, min_pixels: float, max_pixels: float
 ) -> tuple[int, int]:
     """Return width and height within a pixel budget, both multiples of ``factor``, near the aspect ratio.
-
-    Each side is rounded to the next multiple. If that breaks the budget, both sides are scaled by the same
-    number and rounded down (too many pixels) or up (too few), never below ``factor``.
 
     Relations:
         Equals transformers' ``smart_resize`` of Qwen2-VL wherever that accepts the aspect ratio.
@@ -131,13 +101,7 @@ def smart_size(
 
 
 def load_image(image: Image.Image | str, *, turn: bool = True) -> Image.Image:
-    """Decode a PIL image or a file to 8-bit RGB, without transparency; ``turn`` applies the EXIF orientation.
-
-    16-bit greyscale is scaled to 8 bits (PIL alone would clip it to white).
-
-    Raises:
-        ImageError: the file is missing, broken or larger than Pillow's limit against decompression bombs.
-    """
+    """Decode an image or file to 8-bit RGB or raise ``ImageError``; ``turn`` applies the EXIF orientation."""
     try:
         if not isinstance(image, str):
             return _rgb(ImageOps.exif_transpose(image) if turn else image)
@@ -151,7 +115,7 @@ def load_image(image: Image.Image | str, *, turn: bool = True) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
+    if image.mode.startswith("I"):  # 16 bits, which PIL alone would clip to white
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
@@ -167,22 +131,11 @@ def image_size(file: str) -> tuple[int, int] | None:
         return None
 
 
-def check_images(row: RawInput) -> None:
-    """Raise ``ImageError`` if an image of an input cannot be decoded."""
-    for image in row.images:
-        load_image(image)
-
-
 class ImageFolder:
     """Finds the files that the image cells of a table name.
 
-    Each root is tried with the cell as it is, with ``images/`` before it and without a leading ``images/``:
-    MMEB-train's cells start with ``images/``, MMEB-eval's do not, and either may be unpacked with or without
-    that folder. The place that fitted last is tried first.
-
-    Args:
-        roots: folders, in order of preference.
-        must_exist: False lets ``get`` return the cell if there is no such file.
+    Each root is tried with the cell as it is and with ``images/`` added or taken away: MMEB may be unpacked
+    with or without it. Without ``must_exist`` ``get`` returns the cell if there is no such file.
     """
 
     def __init__(self, *roots: Path, must_exist: bool = True) -> None:
@@ -202,9 +155,7 @@ class ImageFolder:
         """Return the file, or raise ``ImageError`` if there is none and there must be."""
         file = self.find(image)
         if file is None and self.must_exist:
-            roots = " or ".join(str(root) for root in self.roots)
-            raise ImageError(
-                f"no image file {image!r} under {roots} (also tried with and without a leading 'images/'). "
-                "Unpack the dataset's images there; a truncated download shows up like this."
-            )
+            roots = " or ".join(map(str, self.roots))
+            advice = "Unpack the dataset's images there, with or without a folder images/."
+            raise ImageError(f"no image file {image!r} under {roots}. {advice}")
         return file or image

@@ -1,17 +1,12 @@
-"""The training mixture: which rows make up which batch.
-
-A batch is a pure function of (seed, step). World size, data-loader workers and prefetching have no part
-in it: every process computes the same GLOBAL batch and takes its own slice, so a step number is enough to
-resume.
-"""
+"""Which rows make up which training batch, for every process alike, and a loader that starts anywhere."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 
 Policy: TypeAlias = Literal["mixed", "homogeneous", "sub_batch"]
 _Array: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
@@ -23,34 +18,22 @@ _ORDER, _ROWS, _REPAIR = 0, 1, 2
 class MixtureSampler(Sampler[list[tuple[int, int]]]):
     """Batches of ``(subset, row)`` from several subsets, as a pure function of (seed, step).
 
-    In an epoch subset s is drawn c_s times: all its rows, or its share by weight of the rows of all
-    subsets. Draws come in groups of g rows of one subset (g = 1 mixed, ``sub_batch_size``
-    sub_batch, ``batch_size`` homogeneous), so c_s is a multiple of g and at least g. The groups of
-    all subsets are shuffled by (seed, epoch) and cut into batches; an incomplete last batch is
-    dropped. Draw k of subset s, counted over all epochs, is
-    ``permutation(seed, s, k // n_s)[k mod n_s]``: a subset is used up before any row comes again.
-    Where two permutations meet inside one batch, a row that they share is replaced by another row of
+    In an epoch subset s is drawn c_s times: all its rows, or its share by weight of the rows of all subsets.
+    Draws come in groups of g rows of one subset (g = 1 mixed, ``sub_batch_size`` sub_batch, ``batch_size``
+    homogeneous), so c_s is a multiple of g and at least g. The groups of all subsets are shuffled by
+    (seed, epoch) and cut into batches; an incomplete last batch is dropped. Draw k of subset s, counted over
+    all epochs, is ``permutation(seed, s, k // n_s)[k mod n_s]``: a subset is used up before any row comes
+    again. Where two permutations meet inside one batch, a row that they share is replaced by another row of
     the subset, so a batch repeats a row only if it draws more rows than the subset has.
 
     Args:
         sizes: rows n_s per subset, each >= 1.
-        batch_size: GLOBAL batch, over all processes.
+        batch_size: GLOBAL batch, over all processes; a multiple of ``world_size``.
         weights: share of the epoch per SUBSET (not per row), each > 0; None is by size.
-        policy: ``mixed`` (any rows), ``homogeneous`` (one subset per batch) or ``sub_batch`` (blocks
-            of ``sub_batch_size`` rows of one subset).
-        sub_batch_size: block size of ``sub_batch``; divides ``batch_size``.
-        seed: >= 0.
-        start_step: first step of the first iteration.
-        rank: this process.
-        world_size: number of processes; divides ``batch_size``.
-
-    Raises:
-        ValueError: sizes, weights or divisions that do not work out.
 
     Relations:
         ``sub_batch`` with ``sub_batch_size=1`` equals ``mixed``, with ``batch_size`` equals
         ``homogeneous``. The slices of all ranks, joined, equal the batch at ``world_size=1``.
-        ``start_step=k`` gives the tail of the epoch from its batch k.
     """
 
     def __init__(
@@ -62,20 +45,31 @@ class MixtureSampler(Sampler[list[tuple[int, int]]]):
         policy: Policy = "mixed",
         sub_batch_size: int | None = None,
         seed: int = 0,
-        start_step: int = 0,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if not sizes or min(sizes) < 1:
-            raise ValueError(f"every subset needs at least one row, got sizes {list(sizes)}.")
+        assert min(sizes, default=0) > 0, "TrainSubset refuses subsets without rows"
         if batch_size < 1 or batch_size % world_size:
             rule = f"must be a positive multiple of the {world_size} processes"
             raise ValueError(f"batch_size={batch_size} is the global batch and {rule}.")
         self.sizes, self.batch_size = list(sizes), batch_size
-        self.seed, self.start_step = seed, start_step
-        self.rank, self.world_size = rank, world_size
-        self.group_size = _group_size(policy, batch_size, sub_batch_size)
-        self.groups = _groups_per_epoch(self.sizes, self.group_size, weights)
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.start_step = 0  # of the next iteration
+        if policy != "sub_batch" and sub_batch_size is not None:
+            raise ValueError(f"sub_batch_size={sub_batch_size} has no meaning for policy {policy!r}.")
+        group_sizes = {"mixed": 1, "homogeneous": batch_size, "sub_batch": sub_batch_size or 0}
+        self.group_size = group_sizes[policy]
+        if self.group_size < 1 or batch_size % self.group_size:
+            rule = f"a sub_batch_size that divides {batch_size=}"
+            raise ValueError(f"policy sub_batch needs {rule}, got {sub_batch_size}.")
+        counts = [size // self.group_size for size in self.sizes]
+        if weights is not None:
+            if len(weights) != len(sizes) or min(weights) <= 0:
+                rule = f"one positive number per subset ({len(sizes)})"
+                raise ValueError(f"weights must be {rule}, got {list(weights)}.")
+            total = sum(sizes) / self.group_size / sum(weights)
+            counts = [round(total * weight) for weight in weights]
+        self.groups = [max(1, count) for count in counts]
         self.steps_per_epoch = sum(self.groups) * self.group_size // batch_size
         if not self.steps_per_epoch:
             rows = sum(self.sizes)
@@ -86,10 +80,7 @@ class MixtureSampler(Sampler[list[tuple[int, int]]]):
         return self.steps_per_epoch
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        """Yield this rank's slices from ``start_step`` to the end of that epoch; the next epoch is up then.
-
-        An iterator counts once its first batch is drawn: a loader with workers makes one and drops it.
-        """
+        """Yield this rank's slices from ``start_step`` to the end of that epoch; the next is up then."""
         first = self.start_step
         stop = (first // self.steps_per_epoch + 1) * self.steps_per_epoch
         self.start_step = stop
@@ -131,40 +122,39 @@ class MixtureSampler(Sampler[list[tuple[int, int]]]):
         for seam in range(size - skipped, count, size):
             if batch_of_draw[seam - 1] == batch_of_draw[seam]:
                 start, stop = np.searchsorted(batch_of_draw, batch_of_draw[seam] + np.array([0, 1]))
-                if stop - start <= size:
+                if stop - start <= size:  # a row on both sides is replaced by one on neither
                     rng = np.random.default_rng([self.seed, _REPAIR, subset, first + seam])
-                    rows[seam:stop] = _without(rows[start:seam], rows[seam:stop], size, rng)
+                    clash = np.flatnonzero(np.isin(rows[seam:stop], rows[start:seam])) + seam
+                    free = np.setdiff1d(np.arange(size), rows[start:stop])
+                    rows[clash] = rng.permutation(free)[: len(clash)]
         return rows
 
 
-def _without(before: _Array, after: _Array, size: int, rng: np.random.Generator) -> _Array:
-    """Replace every row of ``after`` that is in ``before`` by one that is in neither."""
-    clash = np.isin(after, before)
-    free = np.setdiff1d(np.arange(size), np.concatenate([before, after]))
-    after = after.copy()
-    after[clash] = rng.permutation(free)[: int(clash.sum())]
-    return after
+class Batches:
+    """A loader's batches, started by each iteration at the step that ``position`` says, or else one epoch on.
 
+    Iterating is lazy: an iterator that Lightning makes and drops when it resumes takes nothing.
+    """
 
-def _group_size(policy: Policy, batch_size: int, sub_batch_size: int | None) -> int:
-    if policy == "sub_batch":
-        if not sub_batch_size or sub_batch_size < 1 or batch_size % sub_batch_size:
-            raise ValueError(
-                f"policy sub_batch needs a sub_batch_size that divides {batch_size=}, got {sub_batch_size}."
-            )
-        return sub_batch_size
-    if sub_batch_size is not None:
-        raise ValueError(f"sub_batch_size={sub_batch_size} has no meaning for policy {policy!r}.")
-    if policy not in ("mixed", "homogeneous"):
-        raise ValueError(f"unknown policy {policy!r}; use mixed, homogeneous or sub_batch.")
-    return 1 if policy == "mixed" else batch_size
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        sampler: MixtureSampler | None = None,
+        position: Callable[[], int] | None = None,
+    ) -> None:
+        self.loader, self.batch_sampler, self.position = loader, sampler, position
 
+    def __len__(self) -> int:
+        return len(self.loader)
 
-def _groups_per_epoch(sizes: list[int], group_size: int, weights: Sequence[float] | None) -> list[int]:
-    if weights is None:
-        return [max(1, size // group_size) for size in sizes]
-    if len(weights) != len(sizes) or min(weights) <= 0:
-        rule = f"one positive number per subset ({len(sizes)})"
-        raise ValueError(f"weights must be {rule}, got {list(weights)}.")
-    total = sum(sizes) / group_size / sum(weights)
-    return [max(1, round(total * weight)) for weight in weights]
+    def __iter__(self) -> Iterator[Any]:
+        if self.batch_sampler is not None and self.position is not None:
+            self.batch_sampler.start_step = self.position()
+        yield from self.loader
+
+    def state_dict(self) -> dict[str, int]:
+        """Return nothing: the trainer's progress is the position. Tells Lightning that this resumes."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Restore nothing."""

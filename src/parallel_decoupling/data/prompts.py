@@ -1,9 +1,4 @@
-"""The texts that a model reads: MMEB's written prompts, and the same prompts from split columns.
-
-MMEB-train and MMEB-eval hold finished texts, which are kept to the letter: the trailing newline of a prompt
-is the token that last-token pooling reads. MMEB_Test_Instruct splits instructions off; the whitespace is put
-back by VLM2Vec's rules per kind of task. Images stand in a text as ``IMAGE_PLACEHOLDER``.
-"""
+"""The texts that a model reads: MMEB's written prompts to the letter, and the same from split columns."""
 
 from __future__ import annotations
 
@@ -18,15 +13,14 @@ from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
 
 @dataclass(frozen=True)
 class PromptRules:
-    r"""How a task's prompts are put together.
+    """How a task's prompts are put together; all but ``query_image`` for split columns only.
 
     Attributes:
         query_image: False for queries that never show an image. The placeholder that MMEB writes into some
             of them all the same (WebQA, EDIS) is dropped (ours; VLM2Vec leaves a lone image token).
-        own_line: split columns only: the query's instruction starts a line of its own, not only where it is
-            written so; otherwise a space separates it from the placeholder.
-        query_end: split columns only: what ends a query.
-        candidate_end: split columns only: what ends a candidate with an image and no text.
+        own_line: the query's instruction always starts a line; otherwise only where it is written so.
+        query_end: what ends a query.
+        candidate_end: what ends a candidate with an image and no text.
     """
 
     query_image: bool = True
@@ -36,15 +30,9 @@ class PromptRules:
 
 
 def written_text(text: str, *, has_image: bool, drop_placeholder: bool = False) -> str:
-    """Check a finished prompt, and complete one that forgets its image.
+    """Check a finished prompt, and complete one that forgets its image by a placeholder on its own line.
 
-    Args:
-        text: the prompt, kept to the letter.
-        has_image: whether an image belongs to it. A missing placeholder goes before it on a line of its own.
-        drop_placeholder: remove a placeholder (and the space or newline after it) if there is no image.
-
-    Raises:
-        ValueError: neither text nor image, or placeholders that do not fit.
+    With ``drop_placeholder`` one that has no image goes, and the space or newline after it.
     """
     count = text.count(IMAGE_PLACEHOLDER)
     if not has_image:
@@ -63,15 +51,14 @@ def written_text(text: str, *, has_image: bool, drop_placeholder: bool = False) 
 def split_query(instruction: str, text: str, rules: PromptRules, *, has_image: bool) -> str:
     """Put a query together from its instruction and its text.
 
-    With an image: placeholder, newline or space, instruction, space, text, where every space before a
-    newline goes, then ``query_end``. Without: instruction, space, text, ``query_end``. A placeholder in
-    the instruction is a mark of the old format and goes, as does space around the instruction.
+    With an image every space before a newline goes. A placeholder in the instruction is a mark of the old
+    format and goes, as does space around the instruction.
 
     Relations:
         Equals the written prompt of the same row in MMEB-eval.
     """
     written = instruction.replace(IMAGE_PLACEHOLDER, "")
-    body = _joined(written.strip(), text)
+    body = " ".join(filter(None, (written.strip(), text)))
     if has_image and body:
         line = "\n" if rules.own_line or written.startswith("\n") else " "
         body = f"{IMAGE_PLACEHOLDER}{line}{body}".replace(" \n", "\n")
@@ -83,22 +70,17 @@ def split_query(instruction: str, text: str, rules: PromptRules, *, has_image: b
 def split_candidate(instruction: str, text: str, rules: PromptRules, *, has_image: bool) -> str:
     """Put a candidate together; one without an image is its text alone, to the letter.
 
-    With an image: placeholder, space, instruction, space, text, where every space before a newline goes, then
-    a newline or, without a text, ``candidate_end``. The instruction keeps its whitespace, at its end as well:
-    VLM2Vec strips that of queries only.
+    The instruction keeps its whitespace, at its end as well: VLM2Vec strips that of queries only.
 
     Relations:
         Equals the written prompt of the same candidate in MMEB-eval.
     """
     if not has_image:
         return text
-    body = _joined(instruction.replace(IMAGE_PLACEHOLDER, ""), text if text.strip() else "")
+    written = instruction.replace(IMAGE_PLACEHOLDER, "")
+    body = " ".join(filter(None, (written, text if text.strip() else "")))
     start = f"{IMAGE_PLACEHOLDER} {body}".replace(" \n", "\n") if body else IMAGE_PLACEHOLDER
     return start + ("\n" if text.strip() else rules.candidate_end)
-
-
-def _joined(instruction: str, text: str) -> str:
-    return " ".join(filter(None, (instruction, text)))
 
 
 def prompt(
@@ -110,15 +92,9 @@ def prompt(
 ) -> RawInput:
     r"""Write an input the way MMEB's training data is written.
 
-    With images: ``"<|image_1|>\n{instruction} {text}\n"``, one placeholder line per image. Without:
-    ``"{instruction} {text}\n"``. A text alone (MMEB's captions, labels and answers) is stripped and gets no
-    newline.
-
-    Args:
-        text: None for an image alone.
-        image: a PIL image or an image file.
-        instruction: goes before the text.
-        images: several images instead of ``image``.
+    With images (PIL images or files): ``"<|image_1|>\n{instruction} {text}\n"``, one placeholder line per
+    image. Without: ``"{instruction} {text}\n"``. A text alone (MMEB's captions, labels and answers) is
+    stripped and gets no newline.
 
     Raises:
         ValueError: neither text nor image, or both ``image`` and ``images``.

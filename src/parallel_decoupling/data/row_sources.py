@@ -1,10 +1,11 @@
-"""What ``predict`` embeds besides evaluation tasks: a folder of images, or the rows of one table."""
+"""What can be encoded by number: one side of an evaluation task, or what ``predict`` is given."""
 
 from __future__ import annotations
 
+import os
 import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,110 +13,105 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from parallel_decoupling.batch import RawInput
-from parallel_decoupling.data.images import IMAGE_SUFFIXES, image_size
+from parallel_decoupling.data.images import IMAGE_SUFFIXES
 from parallel_decoupling.data.prompts import prompt
 from parallel_decoupling.data.tables import SUFFIXES, Table
+from parallel_decoupling.data.tasks import EvalTask
 
-ID, TEXT, IMAGE, AGGREGATE = "id", "text", "image", "aggregate"
-PATH_NAME = re.compile(r"path_\d+")
+ID, TEXT, IMAGE = "id", "text", "image"
 
 
-@dataclass(frozen=True)
-class RowSource:
-    """Rows with a text, an image file or both.
+class TaskSide:
+    """The unique queries or candidates of a task; ``name`` is of the folder of their embeddings."""
 
-    ``ids`` are texts that all differ, ``fields`` are the other columns, and ``image_dir`` is what relative
-    names of images are relative to.
-    """
-
-    path: Path
-    image_dir: Path
-    ids: pa.ChunkedArray
-    fields: pa.Table
+    def __init__(self, task: EvalTask, side: str, data_dir: Path) -> None:
+        self.task, self.side, self.data_dir = task, side, data_dir
+        self.name = f"{task.task.name}/{side}"
+        self.about: dict[str, Any] = {"source": self.name, "instruction": ""}
+        self._rows = task.queries if side == "query" else task.candidates
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self._rows)
 
-    def raw_input(self, row: int, instruction: str = "") -> RawInput:
-        """Return the prompt of one row, as ``encode`` writes it, or raise ``ValueError`` for an empty row."""
-        return prompt(self._cell(TEXT, row), self._image_file(row), instruction or None)
+    def __getitem__(self, row: int) -> RawInput:
+        return self._rows[row]
 
-    def size(self, row: int) -> tuple[tuple[int, int] | None, int]:
-        """Return width and height of the image, from the file's header, and the characters of the text."""
-        image = self._image_file(row)
-        return (None if image is None else image_size(image)), len(self._cell(TEXT, row) or "")
+    def where(self, row: int) -> str:
+        """Name the task, the first row of it that uses an input, and its side, for an error message."""
+        task, is_query = self.task, self.side == "query"
+        used = [[query] for query in task.query_of_row] if is_query else task.candidates_of_row
+        first = next(number for number, inputs in enumerate(used) if row in inputs)
+        return f"evaluation task {task.task.name!r}, row {first}, {self.side}"
 
     def columns(self, rows: Sequence[int]) -> pa.Table:
-        """Return ids and source fields of rows in ascending order."""
+        """Return ``id``, ``text`` and ``image`` (the first one, relative to ``data_dir``) of some rows."""
+        files = [self._rows[row].images[:1] for row in rows]
+        images = [os.path.relpath(str(file[0]), self.data_dir) if file else None for file in files]
+        columns = {ID: [*map(str, rows)], TEXT: [self._rows[row].text for row in rows], IMAGE: images}
+        return pa.table({name: pa.array(cells, pa.string()) for name, cells in columns.items()})
+
+
+class RowSource:
+    """The images of a folder or the rows of a table (``docs/embedding_files.md``) with an instruction."""
+
+    name = ""
+
+    def __init__(self, path: str | Path, instruction: str = "") -> None:
+        self.path, self.instruction, is_dir = Path(path), instruction, Path(path).is_dir()
+        self._fields = _list_images(self.path) if is_dir else _read_table(self.path)
+        self._image_dir = image_dir = self.path.resolve() if is_dir else self.path.resolve().parent
+        names = self._fields.column_names
+        self._inputs = self._fields.select([name for name in (TEXT, IMAGE) if name in names])
+        source = str(self.path.resolve())
+        self.about = {"source": source, "image_dir": str(image_dir), "instruction": instruction}
+
+    def __len__(self) -> int:
+        return len(self._fields)
+
+    def __getitem__(self, row: int) -> RawInput:
+        cells = self._inputs.slice(row, 1).to_pylist()[0]
+        image = cells.get(IMAGE)
+        file = str(self._image_dir / image) if image else None
+        return prompt(cells.get(TEXT), file, self.instruction or None)
+
+    def where(self, row: int) -> str:
+        """Name a row in an error message."""
+        return f"{self.path}, row {row}"
+
+    def columns(self, rows: Sequence[int]) -> pa.Table:
+        """Return ``id`` and the source's columns of rows in ascending order."""
         first, stop = (rows[0], rows[-1] + 1) if rows else (0, 0)
-        near = self.fields.slice(first, stop - first)
-        near = near.add_column(0, ID, self.ids.slice(first, stop - first))
+        near = self._fields.slice(first, stop - first)  # take would copy whole columns
         return near.take(pa.array([row - first for row in rows], pa.int64()))
 
-    def describe(self) -> dict[str, Any]:
-        """Return where the rows come from, as plain JSON."""
-        source, image_dir = str(self.path.resolve()), str(self.image_dir)
-        return {"source": source, "image_dir": image_dir, "num_rows": len(self)}
 
-    def _cell(self, name: str, row: int) -> str | None:
-        return self.fields[name][row].as_py() if name in self.fields.column_names else None
-
-    def _image_file(self, row: int) -> str | None:
-        name = self._cell(IMAGE, row)
-        return str(self.image_dir / name) if name else None
-
-
-def open_rows(path: str | Path) -> RowSource:
-    """Open a folder of images (with all folders in it), or a Parquet, JSONL or CSV file.
-
-    A table has a column ``text``, a column ``image`` with names of files relative to the table, or both. A
-    column ``id`` names the rows; without it they are called by their numbers, from 0. Image files of a folder
-    are called by their names relative to it.
-
-    Raises:
-        ValueError: there is nothing to embed, or the table cannot be read.
-    """
-    path = Path(path)
-    if path.is_dir():
-        return _image_folder(path)
-    if not path.exists():
-        raise ValueError(f"{path} does not exist. Check the name.")
+def _read_table(path: Path) -> pa.Table:
+    """Read a table, with ``id`` as its first column."""
     if path.suffix not in SUFFIXES:
-        kinds = f"a folder of images nor a file that ends with one of {', '.join(SUFFIXES)}"
-        raise ValueError(f"{path} is neither {kinds}.")
+        raise ValueError(f"{path} is neither a folder nor a file that ends with {', '.join(SUFFIXES)}.")
     texts = {name: name for name in (ID, TEXT, IMAGE)}
-    table = Table("predict_source", [path], texts, (), keep_others=True)
+    table = Table("predict_source", [path], texts, keep_others=True)
     names = table.rows.column_names
     if not {TEXT, IMAGE} & set(names):
         needed = f"needs a column {TEXT}, {IMAGE} (names of files) or both"
         raise ValueError(f"{path}: {needed}; found {', '.join(names)}.")
-    table.refuse_lists(texts, "a row has one text and one image.")
-    for name in names:
-        if name == AGGREGATE or PATH_NAME.fullmatch(name):
-            raise ValueError(f"{path}: a column {name!r} holds embeddings in the result. Rename yours.")
-    if ID in names:
-        return RowSource(path, path.resolve().parent, _checked_ids(table), table.rows.drop_columns([ID]))
-    numbers = pa.chunked_array([pa.array(range(len(table))).cast(pa.string())])
-    return RowSource(path, path.resolve().parent, numbers, table.rows)
-
-
-def _image_folder(path: Path) -> RowSource:
-    files = (file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-    names = sorted(file.relative_to(path).as_posix() for file in files if file.is_file())
-    if not names:
-        raise ValueError(f"{path} holds no file that ends with one of {', '.join(IMAGE_SUFFIXES)}.")
-    ids = pa.chunked_array([pa.array(names)])
-    return RowSource(path, path.resolve(), ids, pa.table({IMAGE: ids}))
-
-
-def _checked_ids(table: Table) -> pa.ChunkedArray:
+    table.check((), texts)
+    if taken := [name for name in names if re.fullmatch(r"aggregate|path_\d+", name)]:
+        raise ValueError(f"{path}: a column {taken[0]!r} holds embeddings in the result. Rename yours.")
+    if ID not in names:
+        return table.rows.add_column(0, ID, pa.array(map(str, range(len(table))), pa.string()))
     ids = table.rows[ID]
-    if ids.null_count:
-        row = pc.index(ids.is_null(), True).as_py()
-        raise ValueError(f"{table.where(row, ID)}: no {ID}. Fill in every {ID}, or leave the column out.")
-    counts = pc.value_counts(ids)
-    if len(counts) < len(ids):
-        repeated = next(count["values"] for count in counts.to_pylist() if count["counts"] > 1)
-        row = pc.index(ids, repeated).as_py()
-        raise ValueError(f"{table.where(row, ID)}: the {ID} {repeated!r} stands in other rows, too.")
-    return ids
+    if ids.null_count or pc.count_distinct(ids).as_py() < len(ids):
+        counts = Counter(ids.to_pylist())
+        row = next(row for row, each in enumerate(ids.to_pylist()) if each is None or counts[each] > 1)
+        rule = f"every row needs an {ID} of its own, got {ids[row]}. Correct them, or leave the column out."
+        raise ValueError(f"{table.where(row, ID)}: {rule}")
+    return table.rows.select([ID, *(name for name in names if name != ID)])
+
+
+def _list_images(folder: Path) -> pa.Table:
+    files = (file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+    names = sorted(file.relative_to(folder).as_posix() for file in files if file.is_file())
+    if not names:
+        raise ValueError(f"{folder} holds no file that ends with one of {', '.join(IMAGE_SUFFIXES)}.")
+    return pa.table({ID: names, IMAGE: names})

@@ -1,69 +1,48 @@
-"""The one reader of Parquet, JSONL and CSV files, row by row through Arrow memory mapping.
-
-Parquet has to be decoded, so every process that reads it holds its own decoded copy. The columns are
-therefore written once to an Arrow file in the cache, which the operating system maps into every process
-and loader worker and keeps in memory once (``docs/decisions/0011-mapped-tables.md``).
-"""
+"""The reader of Parquet, JSONL and CSV files through memory-mapped copies (``docs/decisions/0011``)."""
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
 SUFFIXES = (".parquet", ".jsonl", ".csv")
 ROWS_PER_BATCH = 8192
-FORMAT = "3"
+FORMAT = "4"
 """Version of the copies in the cache."""
 
 
 def default_cache_dir() -> Path:
     """Return ``$PARALLEL_DECOUPLING_CACHE``, or ``parallel_decoupling`` in the user's cache folder."""
-    configured = os.environ.get("PARALLEL_DECOUPLING_CACHE")
-    if configured:
-        return Path(configured)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "parallel_decoupling"
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return Path(os.environ.get("PARALLEL_DECOUPLING_CACHE") or user_cache / "parallel_decoupling")
 
 
 class Table:
     """The files of one subset, task or source as one mapped table, pickled by the names of the files.
 
-    Args:
-        owner: what the rows are, for error messages.
-        files: Parquet, JSONL or CSV files, one after the other.
-        columns: name in this package to name in the files, of the columns that become texts or lists of
-            texts; null where a file lacks them.
-        lists: names in this package of the columns that may hold lists. In a CSV file one list makes such a
-            column lists; any other column holds lists only if all of its cells do.
-        keep_others: keep all other columns with their types, under the names of the files.
-
-    Raises:
-        ValueError: a file cannot be read, or a column does not hold texts alone or lists of them alone.
+    ``columns`` maps names here to names in the files, of what becomes texts or lists of texts; null if
+    lacking. ``keep_others`` keeps all other columns with their types. ``owner`` begins error messages.
     """
 
     def __init__(
-        self,
-        owner: str,
-        files: Sequence[Path],
-        columns: Mapping[str, str],
-        lists: Collection[str] = (),
-        keep_others: bool = False,
+        self, owner: str, files: Sequence[Path], columns: Mapping[str, str], keep_others: bool = False
     ) -> None:
         self.owner, self.files, self.columns = owner, list(files), dict(columns)
-        self._arguments = (owner, self.files, self.columns, tuple(lists), keep_others)
+        self._keep_others = keep_others
         texts = sorted(set(columns.values()))
-        list_texts = sorted({columns[name] for name in lists if name in columns})
-        copies = [arrow_copy(file, texts, owner, list_texts, keep_others) for file in self.files]
+        copies = [arrow_copy(file, texts, owner, keep_others) for file in self.files]
         parts = [pa.ipc.open_file(pa.memory_map(str(copy))).read_all() for copy in copies]
         self._found = [json.loads(part.schema.metadata[b"columns"]) for part in parts]
         self._first_rows = np.cumsum([0, *(len(part) for part in parts)])[:-1]
@@ -71,38 +50,38 @@ class Table:
         cells = {name: rows[theirs] for name, theirs in columns.items() if theirs in rows.column_names}
         for name, column in cells.items():
             cells[name] = column.cast(pa.string()) if pa.types.is_null(column.type) else column
-        if keep_others:
-            cells = {name: cells.get(name, rows[name]) for name in rows.column_names}
-        self._cells, self.rows = cells, pa.table(cells)
+        others = rows.column_names if keep_others else ()
+        self.rows = pa.table({name: rows[name] for name in others} | cells)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Table, self._arguments
+        return Table, (self.owner, self.files, self.columns, self._keep_others)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        return {name: cells[row].as_py() for name, cells in self._cells.items()}
+        return dict(self.rows.slice(row, 1).to_pylist()[0])
 
     def column(self, name: str) -> pa.ChunkedArray | None:
         """Return one whole column without copying it, or None if no file has it."""
-        return self._cells.get(name)
+        return self.rows[name] if name in self.rows.column_names else None
 
-    def require(self, names: Iterable[str]) -> None:
-        """Raise ``ValueError`` if a file lacks one of the columns, with those that it has."""
-        for name in names:
+    def check(self, required: Iterable[str], single: Collection[str]) -> None:
+        """Refuse files that lack a required column, lists in a single column, and lists in CSV cells."""
+        for name in required:
             for file, found in zip(self.files, self._found, strict=True):
                 if self.columns[name] not in found:
-                    raise ValueError(
-                        f"{self.owner}, file {file}: column {self.columns[name]!r} is missing; found "
-                        f"{', '.join(found)}. Rename or add it."
-                    )
-
-    def refuse_lists(self, names: Iterable[str], advice: str) -> None:
-        """Raise ``ValueError`` with ``advice`` if one of the columns holds lists."""
-        for name in names:
-            if name in self._cells and pa.types.is_list(self._cells[name].type):
-                raise ValueError(f"{self.where(0, name)}: holds a list; {advice}")
+                    lacking = f"column {self.columns[name]!r} is missing; found {', '.join(found)}"
+                    raise ValueError(f"{self.owner}, file {file}: {lacking}. Rename or add it.")
+        for name, column in zip(self.rows.column_names, self.rows.columns, strict=True):
+            if pa.types.is_list(column.type) and name in single:
+                advice = "Only candidates of evaluation and negatives may be lists"
+                raise ValueError(f"{self.where(0, name)}: holds a list, where a row has one value. {advice}.")
+            if self.files[0].suffix == ".csv" and name in self.columns and name not in single:
+                row = pc.index(pc.match_substring_regex(column, r"^\s*\[\s*['\"]"), True).as_py()
+                if row >= 0:
+                    advice = "a cell of a CSV file holds one text. Keep lists in a JSONL or Parquet file."
+                    raise ValueError(f"{self.where(row, name)}: {advice}")
 
     def where(self, row: int, *columns: str) -> str:
         """Name the owner, file, row in that file and the first known of some columns, for a message."""
@@ -111,46 +90,53 @@ class Table:
         return f"{self.owner}, file {self.files[file]}, row {row - self._first_rows[file]}, column {name!r}"
 
 
-def arrow_copy(
-    file: Path, texts: Sequence[str], owner: str, lists: Sequence[str] = (), keep_others: bool = False
-) -> Path:
+def arrow_copy(file: Path, texts: Sequence[str], owner: str, keep_others: bool = False) -> Path:
     """Return the memory-mappable copy of a file, after writing it if the cache lacks it.
 
-    The copy appears by one rename, so processes that write it at the same time do not disturb each other.
-    Copies of earlier contents of the same file are removed. Arguments and errors are those of ``Table``.
+    Several processes may write it at the same time. Copies of earlier contents of the file are removed.
     """
     try:
         status = file.stat()
     except OSError as error:
         raise ValueError(f"{owner}: cannot read {file}: {error}. Check data_dir and the name.") from error
-    place = _hash(str(file.resolve()), repr((list(texts), list(lists), keep_others)))
-    copy_name = f"{place}-{_hash(FORMAT, str(status.st_size), str(status.st_mtime_ns))}.arrow"
-    copy = default_cache_dir() / "tables" / copy_name
+    about = repr((FORMAT, str(file.resolve()), list(texts), keep_others))
+    place = blake2b(about.encode(), digest_size=8).hexdigest()
+    copy = default_cache_dir() / "tables" / f"{place}-{status.st_size}-{status.st_mtime_ns}.arrow"
     if copy.is_file():
         return copy
     copy.parent.mkdir(parents=True, exist_ok=True)
-    handle, unfinished = tempfile.mkstemp(dir=copy.parent, prefix="unfinished-")
-    os.close(handle)
+    unfinished = copy.with_name(f"unfinished-{uuid4().hex}")
     try:
-        _write(file, texts, lists, keep_others, Path(unfinished))
+        _write(file, texts, keep_others, unfinished)
         for old in copy.parent.glob(f"{place}-*.arrow"):
             if old != copy:  # another process may have finished this one and be about to map it
                 old.unlink(missing_ok=True)
-        Path(unfinished).replace(copy)
+        unfinished.replace(copy)
     except (pa.ArrowException, json.JSONDecodeError, UnicodeDecodeError) as error:
         lines = ", with one JSON object per line and values of one type" if file.suffix == ".jsonl" else ""
         raise ValueError(f"{owner}: cannot read {file}: {error} Is it complete{lines}?") from error
     finally:
-        Path(unfinished).unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
     return copy
 
 
-def _hash(*parts: str) -> str:
-    return blake2b("\0".join(parts).encode(), digest_size=8).hexdigest()
-
-
-def _write(file: Path, texts: Sequence[str], lists: Collection[str], keep_others: bool, copy: Path) -> None:
-    found, batches = _read(file, texts, lists, keep_others)
+def _write(file: Path, texts: Sequence[str], keep_others: bool, copy: Path) -> None:
+    """Write the columns of a file that are wanted; ``columns`` of the metadata names all that it has."""
+    batches: Iterable[pa.RecordBatch]
+    if file.suffix == ".parquet":
+        source = pq.ParquetFile(file)
+        found = source.schema_arrow.names
+        columns = None if keep_others else [name for name in found if name in texts]
+        batches = source.iter_batches(ROWS_PER_BATCH, columns=columns)
+    elif file.suffix in SUFFIXES:
+        types = dict.fromkeys(texts, pa.string())
+        convert = pa.csv.ConvertOptions(column_types=types, strings_can_be_null=False)
+        parse = pa.csv.ParseOptions(newlines_in_values=True)
+        is_csv = file.suffix == ".csv"
+        table = pa.csv.read_csv(file, None, parse, convert) if is_csv else _read_jsonl(file)
+        found, batches = table.column_names, table.to_batches(ROWS_PER_BATCH)
+    else:
+        raise ValueError(f"{file}: the file must end with one of {', '.join(SUFFIXES)}.")
     kept = [name for name in found if keep_others or name in texts]
     if len(set(kept)) < len(kept):
         raise ValueError(f"{file}: two columns have the same name; found {', '.join(found)}. Rename one.")
@@ -166,20 +152,6 @@ def _write(file: Path, texts: Sequence[str], lists: Collection[str], keep_others
         writer.close()
 
 
-def _read(
-    file: Path, texts: Sequence[str], lists: Collection[str], keep_others: bool
-) -> tuple[list[str], Iterator[pa.RecordBatch]]:
-    if file.suffix == ".parquet":
-        source = pq.ParquetFile(file)
-        found = source.schema_arrow.names
-        columns = None if keep_others else [name for name in found if name in texts]
-        return found, source.iter_batches(ROWS_PER_BATCH, columns=columns)
-    if file.suffix not in SUFFIXES:
-        raise ValueError(f"{file}: the file must end with one of {', '.join(SUFFIXES)}.")
-    table = _read_jsonl(file) if file.suffix == ".jsonl" else _read_csv(file, texts, lists)
-    return table.column_names, iter(table.to_batches(ROWS_PER_BATCH))
-
-
 def _read_jsonl(file: Path) -> pa.Table:
     """Read all columns with the types that JSON has, so that texts which look like dates stay texts."""
     parts = []
@@ -193,71 +165,16 @@ def _read_jsonl(file: Path) -> pa.Table:
     return pa.concat_tables(parts or [pa.table({})], promote_options="permissive")
 
 
-def _read_csv(file: Path, texts: Sequence[str], lists: Collection[str]) -> pa.Table:
-    types = dict.fromkeys(texts, pa.string())
-    convert = pa.csv.ConvertOptions(column_types=types, strings_can_be_null=False)
-    parse = pa.csv.ParseOptions(newlines_in_values=True)
-    table = pa.csv.read_csv(str(file), convert_options=convert, parse_options=parse)
-    for place, name in enumerate(table.column_names):
-        if name in types:
-            column = _parse_lists(file, name, table.column(place), may_hold_lists=name in lists)
-            table = table.set_column(place, name, column)
-    return table
-
-
-def _parse_lists(file: Path, name: str, column: pa.ChunkedArray, *, may_hold_lists: bool) -> pa.ChunkedArray:
-    """Return a CSV column as lists if its cells are JSON lists of texts, else as it is.
-
-    Where lists may be, one such cell is enough; then an empty cell is an empty list and any other an error. A
-    column of nothing but lists as Python prints them is an error as well. Elsewhere all cells must be lists.
-    """
-    cells = column.to_pylist()
-    lists = [_json_list(cell) for cell in cells]
-    if may_hold_lists:
-        filled = [row for row, cell in enumerate(cells) if cell.strip()]
-        wrong = [row for row in filled if lists[row] is None]
-        printed = all(cells[row].startswith("['") and cells[row].endswith("]") for row in filled)
-        if not filled or (len(wrong) == len(filled) and not printed):
-            return column
-        if wrong:
-            raise ValueError(
-                f"{file}, row {wrong[0]}, column {name!r}: the column holds lists, but "
-                f"{cells[wrong[0]][:200]!r} is not a JSON list of texts. "
-                'Write ["cat", "dog"], which is "[""cat"", ""dog""]" in a CSV file; leave the cell empty for '
-                "no entry. If the column should hold texts that look like lists, use a JSONL or Parquet file."
-            )
-    elif None in lists:
-        return column
-    return pa.chunked_array([pa.array([entries or [] for entries in lists], pa.list_(pa.string()))])
-
-
-def _json_list(cell: str) -> list[str | None] | None:
-    """Return the entries of a JSON list of texts, or None for any other cell."""
-    try:
-        entries = json.loads(cell) if cell.lstrip().startswith("[") else None
-    except json.JSONDecodeError:
-        return None
-    return entries if all(entry is None or isinstance(entry, str) for entry in entries or ()) else None
-
-
 def _to_copy(file: Path, name: str, cells: pa.Array, is_text: bool) -> pa.Array:
     """Cast numbers and all kinds of strings to text, alone or in lists; leave other columns as they are."""
     if not is_text:  # an Arrow file holds at most one dictionary per column
         return cells.dictionary_decode() if pa.types.is_dictionary(cells.type) else cells
-    if pa.types.is_null(cells.type):  # may stand for texts or for lists
+    kind = cells.type
+    if pa.types.is_null(kind):  # may stand for texts or for lists
         return cells
-    entry = _entry_type(cells.type)
-    if pa.types.is_nested(entry) or pa.types.is_binary(entry) or pa.types.is_large_binary(entry):
-        raise ValueError(
-            f"{file}, column {name!r}: holds {cells.type}, not texts or lists of texts. Images must be files "
-            "that a text column names."
-        )
-    return cells.cast(_text_type(cells.type))
-
-
-def _entry_type(kind: pa.DataType) -> pa.DataType:
-    return kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
-
-
-def _text_type(kind: pa.DataType) -> pa.DataType:
-    return pa.string() if _entry_type(kind) == kind else pa.list_(pa.string())
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    entry = kind.value_type if is_list else kind
+    if pa.types.is_nested(entry) or entry in (pa.binary(), pa.large_binary()):
+        advice = "not texts or lists of texts. Images must be files that a text column names"
+        raise ValueError(f"{file}, column {name!r}: holds {kind}, {advice}.")
+    return cells.cast(pa.list_(pa.string()) if is_list else pa.string())

@@ -1,9 +1,4 @@
-"""The table of tasks: MMEB's, plus those of your own ``tasks.json``.
-
-The tasks, the subset names and the folder layout are MMEB's (``TIGER-Lab/MMEB-train``,
-``TIGER-Lab/MMEB-eval``); how each kind of task puts its prompts together and what makes two candidates the
-same are VLM2Vec's.
-"""
+"""The table of tasks: MMEB's, with VLM2Vec's rules for them, plus those of your own ``tasks.json``."""
 
 from __future__ import annotations
 
@@ -16,7 +11,6 @@ from typing import Any, Literal, cast, get_args
 
 from parallel_decoupling.batch import RawInput
 from parallel_decoupling.data.prompts import PromptRules
-from parallel_decoupling.data.tables import SUFFIXES
 
 MetaTask = Literal["classification", "vqa", "retrieval", "grounding"]
 Identity = Literal["text", "image", "image_and_text"]
@@ -24,17 +18,12 @@ Identity = Literal["text", "image", "image_and_text"]
 FILES = ("train_file", "eval_file")
 INSTRUCTIONS = ("query_instruction", "candidate_instruction")
 ROLES = tuple(f"{side}_{kind}" for side in ("query", "candidate", "negative") for kind in ("text", "image"))
-"""What a column of your own data can be; ``readers`` has MMEB's columns of the same meaning."""
+"""What a column can be."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a task's rows are when they are not in MMEB's layout (``docs/data.md``).
-
-    A training row has one query and its positive. In an evaluation row the candidate is a list with the
-    positive first, or the positive alone, and then all positives of the file are candidates of every row.
-    ``columns`` are the names of columns by role; image cells are relative to ``image_dir``.
-    """
+    """Where a task's rows are when they are not in MMEB's layout (``docs/data.md``)."""
 
     train_file: Path | None = None
     eval_file: Path | None = None
@@ -46,15 +35,9 @@ class Source:
 
 @dataclass(frozen=True)
 class Task:
-    """One evaluation task; two are equal if their first three attributes are.
+    """One evaluation task, named by its folder; two are equal if their first three attributes are.
 
-    Attributes:
-        name: folder under ``MMEB-eval``.
-        meta_task: the group whose mean the task counts in.
-        in_distribution: whether MMEB also trains on this dataset.
-        identity: what makes two candidates the same; the first one seen stands for both.
-        prompt: how prompts are put together.
-        source: your own data, None in MMEB's layout.
+    ``identity`` is what makes two candidates the same; the first one seen stands for both.
     """
 
     name: str
@@ -73,64 +56,38 @@ _FORMS: dict[str, tuple[Identity, PromptRules]] = {
     "picture": ("image", PromptRules(query_image=False)),
     "similar": ("image_and_text", PromptRules(own_line=True, candidate_end="")),
 }
-"""What the candidates of a task are: their identity, and the rules of the prompts."""
+"""Identity and prompt rules by what the candidates of a task are."""
 
-# meta-task, in (IND) or out of (OOD) distribution, form, tasks; in MMEB's order.
+# Meta-task, in (IND) or out of (OOD) distribution, form, tasks (some with their own form); in MMEB's order.
 _MMEB = """
-classification IND label    ImageNet-1K N24News HatefulMemes VOC2007 SUN397
-classification OOD label    Place365 ImageNet-A ImageNet-R ObjectNet Country211
-vqa            IND answer   OK-VQA A-OKVQA DocVQA InfographicsVQA ChartQA Visual7W
-vqa            OOD answer   ScienceQA VizWiz GQA TextVQA
-retrieval      IND dialogue VisDial
-retrieval      IND similar  CIRR
-retrieval      IND picture  VisualNews_t2i
-retrieval      IND caption  VisualNews_i2t
-retrieval      IND picture  MSCOCO_t2i
-retrieval      IND caption  MSCOCO_i2t
-retrieval      IND similar  NIGHTS
-retrieval      IND picture  WebQA
-retrieval      OOD similar  FashionIQ
-retrieval      OOD picture  Wiki-SS-NQ
-retrieval      OOD similar  OVEN
-retrieval      OOD picture  EDIS
-grounding      IND similar  MSCOCO
-grounding      OOD similar  RefCOCO RefCOCO-Matching Visual7W-Pointing
+classification IND label ImageNet-1K N24News HatefulMemes VOC2007 SUN397
+classification OOD label Place365 ImageNet-A ImageNet-R ObjectNet Country211
+vqa IND answer OK-VQA A-OKVQA DocVQA InfographicsVQA ChartQA Visual7W
+vqa OOD answer ScienceQA VizWiz GQA TextVQA
+retrieval IND picture VisDial:dialogue CIRR:similar VisualNews_t2i VisualNews_i2t:caption MSCOCO_t2i
+retrieval IND picture MSCOCO_i2t:caption NIGHTS:similar WebQA
+retrieval OOD picture FashionIQ:similar Wiki-SS-NQ OVEN:similar EDIS
+grounding IND similar MSCOCO
+grounding OOD similar RefCOCO RefCOCO-Matching Visual7W-Pointing
 """
 
-
-def _mmeb_tasks() -> dict[str, Task]:
-    tasks = {}
-    for line in _MMEB.split("\n")[1:-1]:
-        meta_task, distribution, form, *names = line.split()
-        identity, rules = _FORMS[form]
-        for name in names:
-            task = Task(name, cast(MetaTask, meta_task), distribution == "IND")
-            tasks[name] = replace(task, identity=identity, prompt=rules)
-    return tasks
-
-
-MMEB_TASKS = _mmeb_tasks()
+MMEB_TASKS: dict[str, Task] = {
+    name: Task(name, cast(MetaTask, meta_task), distribution == "IND", *_FORMS[own or form])
+    for meta_task, distribution, form, *words in map(str.split, _MMEB.strip().splitlines())
+    for name, _, own in (word.partition(":") for word in words)
+}
 """The 36 tasks of MMEB v1; other folders of ``MMEB-eval`` (such as ``CIFAR-100``) are not tasks."""
 
-_TRAIN_NAMES = {"ImageNet-1K": "ImageNet_1K"}
-"""MMEB spells it with an underscore in training and a hyphen in evaluation."""
-
-MMEB_TRAIN_SUBSETS: tuple[str, ...] = tuple(
-    _TRAIN_NAMES.get(name, name) for name, task in MMEB_TASKS.items() if task.in_distribution
-)
-"""The 20 training subsets."""
+_TRAINED = [name for name, task in MMEB_TASKS.items() if task.in_distribution]
+MMEB_TRAIN_SUBSETS = tuple("ImageNet_1K" if name == "ImageNet-1K" else name for name in _TRAINED)
+"""The 20 training subsets; MMEB spells one with an underscore in training and a hyphen in evaluation."""
 
 
 @dataclass
 class EvalTask:
-    """One evaluation task with its unique queries and candidates.
+    """One evaluation task with its unique queries and candidates, both in order of first use.
 
-    Attributes:
-        task: row of the task table.
-        queries: unique queries in order of first use.
-        candidates: unique candidates (by the task's ``identity``) in order of first use.
-        query_of_row: index into ``queries`` per row.
-        candidates_of_row: indices into ``candidates`` per row; the positive is first.
+    ``query_of_row`` and ``candidates_of_row`` are indices into them; the positive is the first candidate.
     """
 
     task: Task
@@ -139,27 +96,18 @@ class EvalTask:
     query_of_row: list[int]
     candidates_of_row: list[list[int]]
 
-    def place(self, side: Literal["query", "candidate"], index: int) -> str:
-        """Name the task, the first row that uses an input, and its side, for an error message."""
-        rows = [[query] for query in self.query_of_row] if side == "query" else self.candidates_of_row
-        row = next(row for row, used in enumerate(rows) if index in used)
-        return f"evaluation task {self.task.name!r}, row {row}, {side}"
-
     def without(self, queries: Collection[int], candidates: Collection[int]) -> EvalTask:
         """Leave out the rows of some queries, and some candidates of all rows.
 
-        A row goes if its positive goes or if no other candidate is left. ``queries`` and ``candidates``
-        keep their indices.
+        A row goes if its positive goes or if no other candidate is left. All indices stay.
         """
-        kept = [
-            (query, [candidate for candidate in row if candidate not in candidates])
-            for query, row in zip(self.query_of_row, self.candidates_of_row, strict=True)
-            if query not in queries and row[0] not in candidates
-        ]
-        kept = [(query, row) for query, row in kept if len(row) > 1]
-        return replace(
-            self, query_of_row=[query for query, _ in kept], candidates_of_row=[row for _, row in kept]
-        )
+        kept = replace(self, query_of_row=[], candidates_of_row=[])
+        for query, row in zip(self.query_of_row, self.candidates_of_row, strict=True):
+            left = [candidate for candidate in row if candidate not in candidates]
+            if query not in queries and row[0] not in candidates and len(left) > 1:
+                kept.query_of_row.append(query)
+                kept.candidates_of_row.append(left)
+        return kept
 
 
 def check_names(names: Collection[str], available: Collection[str], what: str) -> None:
@@ -168,35 +116,28 @@ def check_names(names: Collection[str], available: Collection[str], what: str) -
         if name not in available:
             close = get_close_matches(name, available, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(
-                f"Unknown {what} {name!r}.{hint} Found: {', '.join(sorted(set(available))) or 'none'}."
-            )
+            found = ", ".join(sorted(set(available))) or "none"
+            raise ValueError(f"Unknown {what} {name!r}.{hint} Found: {found}.")
 
 
 def read_tasks(data_dir: str | Path) -> dict[str, Task]:
     """Return MMEB's task table plus the entries of ``data_dir/tasks.json``, which win.
 
-    An entry is ``"<task>": {"meta_task": "vqa", "in_distribution": true}`` in MMEB's layout, and has the
-    attributes of ``Source`` as further keys otherwise.
-
-    Raises:
-        ValueError: the file does not hold such entries.
+    An entry has ``meta_task`` and ``in_distribution``, and the attributes of ``Source`` if it is your own.
     """
-    tasks_file = Path(data_dir) / "tasks.json"
+    tasks, tasks_file = dict(MMEB_TASKS), Path(data_dir) / "tasks.json"
     if not tasks_file.is_file():
-        return dict(MMEB_TASKS)
+        return tasks
+    where = str(tasks_file)
     try:
         entries = json.loads(tasks_file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{tasks_file} is not valid JSON: {error}. Correct or remove it.") from error
-    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
-        raise ValueError(f"{tasks_file} must hold an object of tasks by name, each an object itself.")
-    tasks = dict(MMEB_TASKS)
-    for name, entry in entries.items():
-        try:
+        if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+            raise ValueError("it must hold an object of tasks by name, each an object itself.")
+        for name, entry in entries.items():
+            where = f"{tasks_file}, task {name!r}"
             tasks[name] = _task(name, entry, tasks_file.parent)
-        except ValueError as error:
-            raise ValueError(f"{tasks_file}, task {name!r}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     return tasks
 
 
@@ -208,48 +149,39 @@ def _task(name: str, entry: dict[str, Any], data_dir: Path) -> Task:
         raise ValueError(f"meta_task must be one of {', '.join(get_args(MetaTask))}, got {meta_task!r}.")
     if not isinstance(in_distribution, bool):
         raise ValueError(f"in_distribution must be true or false, got {in_distribution!r}.")
-    task, known = Task(name, cast(MetaTask, meta_task), in_distribution), MMEB_TASKS.get(name)
+    task = Task(name, cast(MetaTask, meta_task), in_distribution)
     rest = {key: value for key, value in entry.items() if key not in keys}
     if rest:
         return replace(task, source=_source(rest, data_dir))
-    return replace(task, identity=known.identity, prompt=known.prompt) if known else task
+    known = MMEB_TASKS.get(name, task)
+    return replace(task, identity=known.identity, prompt=known.prompt)
 
 
 def _source(entry: dict[str, Any], data_dir: Path) -> Source:
     columns = entry.pop("columns", None)
-    for key, value in entry.items():
-        if not isinstance(value, str):
-            raise ValueError(f"{key} must be a text, got {value!r}.")
-        if key in FILES and Path(value).suffix not in SUFFIXES:
-            raise ValueError(f"{key}: {value} must end with one of {', '.join(SUFFIXES)}.")
+    if wrong := [key for key, value in entry.items() if not isinstance(value, str)]:
+        raise ValueError(f"{wrong[0]} must be a text, got {entry[wrong[0]]!r}.")
     if not set(FILES) & set(entry):
-        raise ValueError(
-            f"{', '.join(entry) or 'columns'} without a file. Add train_file, eval_file or both."
-        )
+        keys = ", ".join(entry) or "columns"
+        raise ValueError(f"{keys} without a file. Add train_file, eval_file or both.")
     if not isinstance(columns, dict) or not all(isinstance(column, str) for column in columns.values()):
-        raise ValueError(
-            f'columns must name a column per role, such as {{"query_text": "question"}}, got {columns!r}.'
-        )
+        example = '{"query_text": "question"}'
+        raise ValueError(f"columns must name a column per role, such as {example}, got {columns!r}.")
     check_names(columns, ROLES, "column role")
     for side in ("query", "candidate"):
         if not {f"{side}_text", f"{side}_image"} & set(columns):
             raise ValueError(f"columns: {side}_text or {side}_image is needed, or both.")
-    files: dict[str, Any] = {key: data_dir / entry[key] for key in FILES if key in entry}
-    texts = {key: entry[key] for key in INSTRUCTIONS if key in entry}
-    return Source(image_dir=data_dir / entry.get("image_dir", "."), columns=columns, **files, **texts)
+    paths = {key: data_dir / entry.pop(key, ".") for key in (*FILES, "image_dir") if key in entry}
+    return Source(columns=columns, **{"image_dir": data_dir, **paths}, **entry)
 
 
 def task_of_subset(tasks: dict[str, Task], subset: str) -> Task | None:
     """Return the task that a training subset belongs to, or None if there is none."""
-    evaluated = {train: name for name, train in _TRAIN_NAMES.items()}
-    return tasks.get(evaluated.get(subset, subset))
+    return tasks.get("ImageNet-1K" if subset == "ImageNet_1K" else subset)
 
 
 def find_train_subsets(data_dir: str | Path, split: str = "original") -> list[str]:
-    """Return the sorted names of the subsets with files of this split, and of your own.
-
-    Your own are those of ``tasks.json`` that have a ``train_file``, whatever the split.
-    """
+    """Return the sorted names of the subsets with files of this split, and of your own with a train_file."""
     folders = {file.parent.name for file in (Path(data_dir) / "MMEB-train").glob(f"*/{split}-*.parquet")}
     own = {name for name, task in read_tasks(data_dir).items() if task.source and task.source.train_file}
     return sorted(folders | own)
@@ -258,8 +190,5 @@ def find_train_subsets(data_dir: str | Path, split: str = "original") -> list[st
 def find_eval_tasks(data_dir: str | Path) -> list[str]:
     """Return the names of the tasks whose rows are there, in the order of the task table."""
     found = {file.parent.name for file in (Path(data_dir) / "MMEB-eval").glob("*/test-*.parquet")}
-    return [
-        name
-        for name, task in read_tasks(data_dir).items()
-        if (name in found if task.source is None else task.source.eval_file is not None)
-    ]
+    own = {name: task.source.eval_file for name, task in read_tasks(data_dir).items() if task.source}
+    return [name for name in read_tasks(data_dir) if own.get(name, name in found)]

@@ -6,13 +6,14 @@ Shapes: ``B`` inputs, ``N`` paths, ``Y`` layers, ``R = N * B`` rows (path-major)
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isqrt
 from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -29,23 +30,16 @@ GRID = 8
 
 @dataclass(frozen=True)
 class AttentionMaps:
-    """Attention of the pooled token, mean over heads.
+    """Attention of the pooled token, mean over heads."""
 
-    Attributes:
-        mass: ``[N, Y, 3]``, share that goes to each of ``GROUPS``, mean over inputs.
-        patches: per input ``[N, height, width]``, how that of its image is spread over the image's tokens,
-            mean over layers; sums to 1 per path. Empty if these form no grid (LLaVA-NeXT cuts tiles).
-    """
-
-    mass: Tensor
-    patches: list[Tensor]
+    mass: Tensor  # [N, Y, 3], share that goes to each of GROUPS, mean over inputs
+    patches: list[Tensor]  # per input [N, height, width], share of each image token, mean over layers
 
 
 def attention_maps(embedder: Embedder, inputs: Sequence[RawInput]) -> AttentionMaps:
     """Encode inputs of one image each, and read the attention of the token whose state is the embedding.
 
-    Relations:
-        With uniform attention, image mass is the share of image tokens among the keys.
+    There are no ``patches`` if the image's tokens form no grid (LLaVA-NeXT cuts tiles).
     """
     encoder = cast(ParallelEncoder, embedder.encoder)
     image_id = encoder.processor.tokenizer.convert_tokens_to_ids(encoder.image_token)
@@ -69,16 +63,13 @@ def attention_maps(embedder: Embedder, inputs: Sequence[RawInput]) -> AttentionM
 
 @contextmanager
 def recorded_attention(encoder: ParallelEncoder) -> Iterator[tuple[list[EncoderInputs], list[Tensor]]]:
-    """Collect what the encoder is given and, by layer, the attention of each row's last real token.
+    """Collect what the encoder is given and, by layer, the attention ``[N, B, P + L]`` of last real tokens.
 
-    The attention is ``[N, B, P + L]`` fp32, mean over heads, and sums to 1. Layers below ``prefix_layers``
-    have one row for all paths and zeros for the prefix.
+    It is the fp32 mean over heads. Layers below ``prefix_layers`` have one row for all paths and zeros for
+    the prefix.
     """
     inputs: list[EncoderInputs] = []
     weights: list[Tensor] = []
-
-    def keep_inputs(module: Any, args: Any) -> None:
-        inputs.append(args[0])
 
     def keep_weights(module: Any, args: Any, output: tuple[Tensor, Tensor]) -> None:
         mask_BL = inputs[-1].tokens["attention_mask"]
@@ -86,26 +77,25 @@ def recorded_attention(encoder: ParallelEncoder) -> Iterator[tuple[list[EncoderI
         repeats = len(rows_RLK) // len(mask_BL)
         pooled_RK = last_token(rows_RLK, mask_BL.repeat(repeats, 1))
         missing = mask_BL.shape[1] + encoder.prefix_length - pooled_RK.shape[1]
-        pooled_NBK = torch.nn.functional.pad(pooled_RK, (missing, 0)).reshape(repeats, len(mask_BL), -1)
+        pooled_NBK = F.pad(pooled_RK, (missing, 0)).reshape(repeats, len(mask_BL), -1)
         weights.append(pooled_NBK.expand(encoder.num_paths, -1, -1))
 
     language_model = cast(Any, encoder.backbone.language_model)
     layers = cast(Any, encoder.backbone.base.get_submodule(encoder.backbone.family.layers))
-    with ExitStack() as stack:
-        # only eager attention returns weights
-        stack.callback(language_model.set_attn_implementation, language_model.config._attn_implementation)
-        language_model.set_attn_implementation(register_prefix_attention("eager"))
-        stack.callback(encoder.register_forward_pre_hook(keep_inputs).remove)
-        for layer in layers:
-            stack.callback(layer.self_attn.register_forward_hook(keep_weights).remove)
+    hooks = [encoder.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))]
+    hooks += [layer.self_attn.register_forward_hook(keep_weights) for layer in layers]
+    former = language_model.config._attn_implementation
+    language_model.set_attn_implementation(register_prefix_attention("eager"))  # only it returns weights
+    try:
         yield inputs, weights
+    finally:
+        language_model.set_attn_implementation(former)
+        for hook in hooks:
+            hook.remove()
 
 
 def token_grid(vision: Any, num_tokens: int) -> tuple[int, int] | None:
-    """Return height and width of an image's tokens: the processor's grid after merging, or else a square.
-
-    None when the tokens fill neither.
-    """
+    """Return height and width of an image's tokens, by the processor or as a square; None if neither fits."""
     if "image_grid_thw" in vision:
         _, height, width = vision["image_grid_thw"][0].tolist()
         merge = isqrt(height * width // num_tokens)
@@ -118,16 +108,9 @@ def token_grid(vision: Any, num_tokens: int) -> tuple[int, int] | None:
 def patch_contributions(
     embedder: Embedder, pictures: Sequence[Image.Image], *, instruction: str | None = None, grid: int = GRID
 ) -> Tensor:
-    """Encode every picture whole and once without each patch, on any kind of backbone.
+    """Return ``1 - cosine`` of each path's embedding with and without each patch: ``[B, N, grid, grid]``.
 
     A patch is painted in the picture's median colour, which in most pictures is close to the background.
-
-    Returns:
-        ``[B, N, grid, grid]``: ``1 - cosine`` of each path's embedding with and without the patch, in [0, 2];
-        rows from top to bottom.
-
-    Raises:
-        ValueError: a picture is smaller than the grid.
     """
     variants = [picture for whole in pictures for picture in (whole, *occluded(whole, grid))]
     rows = embedder.encode(variants, instruction=instruction, paths="all", batch_size=64)
@@ -138,41 +121,25 @@ def patch_contributions(
 
 def occluded(picture: Image.Image, grid: int) -> list[Image.Image]:
     """Return copies of a picture, each with one of ``grid * grid`` patches in the median colour."""
-    width, height = picture.size
-    if min(width, height) < grid:
-        raise ValueError(f"a picture of {width} x {height} pixels has no {grid} x {grid} patches")
     pixels = np.asarray(picture.convert("RGB"))
-    median = tuple(int(value) for value in np.median(pixels.reshape(-1, 3), axis=0))
-    left, top = ([size * number // grid for number in range(grid + 1)] for size in (width, height))
-    copies = []
-    for row in range(grid):
-        for column in range(grid):
-            copies.append(picture.convert("RGB"))
-            copies[-1].paste(median, (left[column], top[row], left[column + 1], top[row + 1]))
+    if min(pixels.shape[:2]) < grid:
+        raise ValueError(
+            f"a picture of {picture.width} x {picture.height} pixels has no {grid} x {grid} patches"
+        )
+    median, copies = np.median(pixels.reshape(-1, 3), axis=0).astype(np.uint8), []
+    for rows in np.array_split(np.arange(picture.height), grid):
+        for columns in np.array_split(np.arange(picture.width), grid):
+            hidden = pixels.copy()
+            hidden[np.ix_(rows, columns)] = median
+            copies.append(Image.fromarray(hidden))
     return copies
 
 
-def map_agreement(maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Correlate the paths' maps over patches, for the same picture and for different ones.
+def map_agreement(maps: Sequence[Tensor]) -> Tensor:
+    """Correlate the paths' maps ``[N, height, width]`` over patches: ``[N, N]``, mean over pictures.
 
-    Paths that look at the same places whatever the picture shows agree on different pictures, too; only what
-    the same picture adds to that is agreement about it.
-
-    Args:
-        maps: per picture ``[N, height, width]``; pictures may differ in their grids.
-
-    Returns:
-        Two ``[N, N]`` in [-1, 1]: the mean over pictures, and the mean over ordered pairs of different
-        pictures of one grid (nan without such a pair). A constant map counts as 0.
+    A constant map counts as 0.
     """
-    num_paths, pairs = len(maps[0]), 0
-    same_NN, different_NN = torch.zeros(2, num_paths, num_paths, dtype=torch.float64)
-    for grid in dict.fromkeys(map_NHW.shape for map_NHW in maps):
-        value_BNV = torch.stack([map_NHW for map_NHW in maps if map_NHW.shape == grid]).flatten(2).double()
-        unit_BNV = torch.nn.functional.normalize(value_BNV - value_BNV.mean(dim=2, keepdim=True), dim=2)
-        own_NN = torch.einsum("bnv,bmv->nm", unit_BNV, unit_BNV)
-        sum_NV = unit_BNV.sum(dim=0)
-        same_NN = same_NN + own_NN
-        different_NN = different_NN + sum_NV @ sum_NV.T - own_NN
-        pairs += len(unit_BNV) * (len(unit_BNV) - 1)
-    return same_NN / len(maps), different_NN / pairs if pairs else torch.full_like(same_NN, torch.nan)
+    centred = [map_NHW.flatten(1).double() - map_NHW.double().mean(dim=(1, 2))[:, None] for map_NHW in maps]
+    unit = [F.normalize(map_NV, dim=1) for map_NV in centred]
+    return torch.stack([map_NV @ map_NV.T for map_NV in unit]).mean(dim=0)

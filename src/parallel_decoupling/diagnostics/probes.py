@@ -6,69 +6,46 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from parallel_decoupling.world.scenes import (
-    BACKGROUNDS,
-    NUMBERS,
-    POSITIONS,
-    WORDS,
-    Scene,
-    render,
-    sample_item,
-    sample_offsets,
-    sample_scene,
-)
+from parallel_decoupling.world import scenes as world
 
 FACTORS = ("shape", "color", "size", "position", "background", "text", "count")
 FOLDS = 5
 
 
-@dataclass(frozen=True)
-class FactorScenes:
-    """Scenes, their pictures, and by factor one label per scene."""
-
-    scenes: list[Scene]
-    pictures: list[Image.Image]
-    labels: dict[str, list[str]]
+Labels = dict[str, list[str]]  # one label per scene, by factor
 
 
-def crowded_scenes(count: int, seed: int = 0) -> FactorScenes:
+def crowded_scenes(count: int, seed: int = 0) -> tuple[list[world.Scene], Labels]:
     """Draw scenes of three objects and one written word: each factor but ``count`` has one value.
 
     ``shape``, ``color`` and ``size`` are those of the object at the top left, so a probe has to tell it from
     two others; ``position`` is that of the word. A scene of one object would be too easy to tell paths apart.
     """
-    rng = np.random.default_rng([seed, 1])
-    scenes = []
-    labels: dict[str, list[str]] = {factor: [] for factor in FACTORS if factor != "count"}
+    rng, scenes = np.random.default_rng([seed, 1]), []
+    labels: Labels = {factor: [] for factor in FACTORS if factor != "count"}
     for _ in range(count):
-        scene = Scene((None,) * 4, str(rng.choice(list(BACKGROUNDS))), sample_offsets(rng))
-        items = [sample_item(rng) for _ in range(3)]
-        word, word_place = rng.choice(WORDS), int(rng.integers(1, 4))
-        scene = scene.with_cell(word_place, word)
-        for place, item in zip([p for p in range(4) if p != word_place], items, strict=True):
-            scene = scene.with_cell(place, item)
-        first = items[0]
-        values = (first.shape, first.color, first.size, POSITIONS[word_place], scene.background, word)
-        for found, value in zip(labels.values(), values, strict=True):
-            found.append(value)
-        scenes.append(scene)
-    return FactorScenes(scenes, [render(scene) for scene in scenes], labels)
+        background, offsets = str(rng.choice(list(world.BACKGROUNDS))), world.sample_offsets(rng)
+        items = [world.sample_item(rng) for _ in range(3)]
+        word, place = str(rng.choice(world.WORDS)), int(rng.integers(1, 4))
+        scenes.append(world.Scene((*items[:place], word, *items[place:]), background, offsets))
+        values = (*vars(items[0]).values(), world.POSITIONS[place], background, word)
+        for factor, value in zip(labels, values, strict=True):
+            labels[factor].append(value)
+    return scenes, labels
 
 
-def counted_scenes(count: int, seed: int = 0) -> FactorScenes:
+def counted_scenes(count: int, seed: int = 0) -> tuple[list[world.Scene], Labels]:
     """Draw scenes of one to four objects, equally often, without a word; their factor is ``count``."""
     rng = np.random.default_rng([seed, 2])
     numbers = [1 + index % 4 for index in range(count)]
-    scenes = [sample_scene(rng, num_objects=number, word_share=0) for number in numbers]
-    labels = {"count": [NUMBERS[number] for number in numbers]}
-    return FactorScenes(scenes, [render(scene) for scene in scenes], labels)
+    scenes = [world.sample_scene(rng, num_objects=number, word_share=0) for number in numbers]
+    return scenes, {"count": [world.NUMBERS[number] for number in numbers]}
 
 
 @dataclass(frozen=True)
@@ -84,16 +61,10 @@ def probe(columns: Mapping[str, Tensor], labels: Sequence[str], factor: str) -> 
     """Predict a factor from every kind of embedding by logistic regression on standardised dimensions.
 
     Every column sees the same five stratified folds, so differences between columns are paired.
-
-    Raises:
-        ValueError: a value has fewer rows than there are folds, or there is one value only.
     """
-    values, counts = np.unique(list(labels), return_counts=True)
-    if len(values) < 2 or counts.min() < FOLDS:
-        raise ValueError(
-            f"probe of {factor}: needs two values with {FOLDS} inputs each, but of its {len(values)} values "
-            f"{str(values[counts.argmin()])!r} comes {counts.min()} times; draw more inputs"
-        )
+    _, counts = np.unique(list(labels), return_counts=True)
+    if counts.min() < FOLDS:  # scikit-learn only warns
+        raise ValueError(f"probe of {factor}: a value has {counts.min()} inputs; draw more, {FOLDS} at least")
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
     accuracy, spread = {}, {}
     for name, embeddings_BD in columns.items():

@@ -1,70 +1,59 @@
-"""How alike the embedding spaces of the paths are: kernels, subspaces, ranks.
+"""How alike the paths are: their embedding spaces (kernels, subspaces, ranks), and the queries they miss.
 
 Shapes: ``B`` inputs, ``N`` paths, ``M`` path pairs (i < j), ``D`` embedding dim, ``S`` subspace dim.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from parallel_decoupling.objective.mutual_information import path_pairs
+from parallel_decoupling.evaluation.report import ScoreReport
 from parallel_decoupling.objective.statistics import effective_rank, path_cosine
+from parallel_decoupling.objective.vclub import path_pairs
 
 SUBSPACE_DIM = 10
-"""Directions per path whose angles are compared ("ours"); fewer when there are fewer inputs or dimensions."""
+"""Directions per path whose angles are compared (ours); fewer when there are fewer inputs or dimensions."""
 
 
 @dataclass(frozen=True)
 class PathSimilarity:
-    """All measures of ``path_similarity``.
+    """All measures of ``path_similarity``."""
 
-    Attributes:
-        cosine: ``[N, N]``, mean cosine between paths of one input.
-        centred_cosine: ``[N, N]``, the same after each path's mean embedding is subtracted: a direction that
-            all inputs share makes the plain cosine high whatever the paths say about an input.
-        cka: ``[N, N]``, linear CKA.
-        shuffled_cka: ``[N, N]``, the same with the inputs of the second path in another order: what unrelated
-            embeddings of these ranks would show.
-        angles: ``[M, S]``, principal angles in degrees, smallest first.
-        chance_angles: ``[S]``, their mean for random subspaces.
-        pairs: ``[M, 2]``, the paths of each row of ``angles``.
-        rank: ``[N]``, effective rank of each path.
-        joined_rank: effective rank of the paths side by side, ``[B, N * D]``.
-    """
-
-    cosine: Tensor
-    centred_cosine: Tensor
-    cka: Tensor
-    shuffled_cka: Tensor
-    angles: Tensor
-    chance_angles: Tensor
-    pairs: Tensor
-    rank: Tensor
-    joined_rank: float
+    cosine: Tensor  # [N, N], mean cosine between paths of one input
+    centred_cosine: Tensor  # the same after each path's mean embedding, which all inputs share, is subtracted
+    cka: Tensor  # [N, N], linear CKA
+    shuffled_cka: Tensor  # the same with the inputs of the second path in another order, as if unrelated
+    angles: Tensor  # [M, S], principal angles in degrees, smallest first
+    chance_angles: Tensor  # [S], their mean for random subspaces
+    pairs: Tensor  # [M, 2], the paths of each row of angles
+    rank: Tensor  # [N], effective rank of each path
+    joined_rank: float  # effective rank of the paths side by side
 
 
 def path_similarity(embeddings_BND: Tensor) -> PathSimilarity:
-    """Compute every measure on the embeddings ``[B, N, D]`` of the same inputs.
-
-    Raises:
-        ValueError: there are fewer than 3 inputs.
-    """
+    """Compute every measure on the embeddings ``[B, N, D]`` of the same inputs, at least 3."""
     count, num_paths, dim = embeddings_BND.shape
     if count < 3:
         raise ValueError(f"the similarity of paths needs at least 3 inputs, got {count}")
     value_BND = embeddings_BND.double()
     subspace_dim = min(SUBSPACE_DIM, count - 1, dim)
-    order_B = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    order_B = torch.randperm(count, generator=generator)
+    noise = torch.randn(2, 20, dim, subspace_dim, generator=generator, dtype=torch.float64)
     return PathSimilarity(
         cosine=path_cosine(value_BND),
         centred_cosine=path_cosine(value_BND - value_BND.mean(dim=0)),
         cka=linear_cka(value_BND),
         shuffled_cka=linear_cka(torch.cat((value_BND, value_BND[order_B]), dim=1))[:num_paths, num_paths:],
         angles=principal_angles(value_BND, subspace_dim),
-        chance_angles=random_angles(dim, subspace_dim),
+        chance_angles=_angles(*torch.linalg.qr(noise).Q.mT.unbind(0)).mean(dim=0),
         pairs=path_pairs(num_paths),
         rank=torch.stack([effective_rank(value_BD) for value_BD in value_BND.unbind(1)]),
         joined_rank=float(effective_rank(value_BND.flatten(1))),
@@ -74,11 +63,7 @@ def path_similarity(embeddings_BND: Tensor) -> PathSimilarity:
 def linear_cka(embeddings_BND: Tensor) -> Tensor:
     """Compute the linear centred kernel alignment ``[N, N]`` of all paths (Kornblith et al. 2019).
 
-    ``|X^T Y|^2 / (|X^T X| |Y^T Y|)`` in Frobenius norms of centred embeddings. Independent embeddings do not
-    reach 0 but about ``D / (B + D)``, so compare runs at equal B and D.
-
-    Relations:
-        Unchanged when a path is rotated, shifted or multiplied by a number.
+    Independent embeddings do not reach 0 but about ``D / (B + D)``, so compare runs at equal B and D.
     """
     centred_NBD = (embeddings_BND - embeddings_BND.mean(dim=0)).transpose(0, 1)
     cross_NN = torch.einsum("nbd,mbe->nmde", centred_NBD, centred_NBD).square().sum(dim=(2, 3))
@@ -87,27 +72,14 @@ def linear_cka(embeddings_BND: Tensor) -> Tensor:
 
 
 def principal_angles(embeddings_BND: Tensor, subspace_dim: int) -> Tensor:
-    """Compute the principal angles between the subspaces that hold most of each path's variance.
+    """Compute the angles ``[M, S]`` between the subspaces that hold most of each path's variance.
 
-    Returns:
-        ``[M, S]`` degrees, smallest first: 0 a shared direction, 90 a direction the other path lacks.
-        Row m belongs to ``path_pairs(N)[m]``. S is at most ``min(B - 1, D)``.
-
-    Relations:
-        Equals ``scipy.linalg.subspace_angles`` of the leading right singular vectors.
+    In degrees, smallest first: 0 a shared direction, 90 a direction the other path lacks.
     """
     centred_NBD = (embeddings_BND - embeddings_BND.mean(dim=0)).transpose(0, 1)
     directions_NSD = torch.linalg.svd(centred_NBD, full_matrices=False).Vh[:, :subspace_dim]
     first_M, second_M = path_pairs(len(directions_NSD)).unbind(1)
     return _angles(directions_NSD[first_M], directions_NSD[second_M])
-
-
-def random_angles(dim: int, subspace_dim: int, draws: int = 20) -> Tensor:
-    """Compute the mean principal angles ``[S]`` of random subspaces in degrees: what chance looks like."""
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(2, draws, dim, subspace_dim, generator=generator, dtype=torch.float64)
-    first, second = torch.linalg.qr(noise).Q.mT.unbind(0)
-    return _angles(first, second).mean(dim=0)
 
 
 def _angles(first_MSD: Tensor, second_MSD: Tensor) -> Tensor:
@@ -117,3 +89,50 @@ def _angles(first_MSD: Tensor, second_MSD: Tensor) -> Tensor:
     rest_MSD = second_MSD - cosine_MSS.mT @ first_MSD
     sine_MS = torch.linalg.svdvals(rest_MSD).flip(1).clamp(max=1)
     return torch.rad2deg(torch.where(cosine_MS.square() > 0.5, sine_MS.asin(), cosine_MS.acos()))
+
+
+@dataclass(frozen=True)
+class ErrorAgreement:
+    """How the errors of a run's paths relate."""
+
+    kappa: NDArray[np.float64]  # [N, N] of the misses: 0 what chance gives, 1 the same misses
+    scores: dict[str, float]  # hit@1, mean over tasks
+
+
+def error_agreement(report: ScoreReport) -> ErrorAgreement:
+    """Compare the hits of a report's paths row by row.
+
+    Beside the report's first column and ``best_path``, the scores are ``oracle`` (a query counts if any path
+    is right) and ``independent_oracle`` (the oracle if these paths missed independently within each task).
+    """
+    paths, headline = report.path_columns, report.columns[0]
+    if not paths or not all(result.hits for result in report.tasks.values()):
+        raise ValueError("the score report has no single paths or no hits per row; run the test again")
+    tasks = report.tasks.values()
+    hits = [np.array([list(result.hits[path]) for path in paths]) == "1" for result in tasks]
+    rates = [hits_NR.mean(axis=1) for hits_NR in hits]
+    scores = {
+        headline: report.means["overall"][headline],
+        "best_path": max(report.means["overall"][path] for path in paths),
+        "oracle": fmean(hits_NR.any(axis=0).mean() for hits_NR in hits),
+        "independent_oracle": fmean(1 - (1 - rate_N).prod() for rate_N in rates),
+    }
+    return ErrorAgreement(stratified_kappa([~hits_NR for hits_NR in hits]), scores)
+
+
+def stratified_kappa(misses: Sequence[NDArray[np.bool_]]) -> NDArray[np.float64]:
+    """Compute Cohen's kappa ``[N, N]`` of all pairs of paths, with chance agreement counted within each task.
+
+    Pooled rows would call paths alike that only find the same tasks hard. ``misses`` are ``[N, R]`` per task.
+    """
+    rows = sum(miss_NR.shape[1] for miss_NR in misses)
+    observed_NN, chance_NN = np.zeros((2, len(misses[0]), len(misses[0])))
+    for miss_NR in misses:
+        for each_NR in (miss_NR.astype(float), (~miss_NR).astype(float)):
+            rate_N = each_NR.mean(axis=1)
+            observed_NN += each_NR @ each_NR.T
+            chance_NN += each_NR.shape[1] * np.outer(rate_N, rate_N)
+    room_NN = rows - chance_NN
+    kappa_NN: NDArray[np.float64] = np.ones(room_NN.shape)
+    np.divide(observed_NN - chance_NN, room_NN, out=kappa_NN, where=room_NN > 1e-9 * rows)
+    return kappa_NN

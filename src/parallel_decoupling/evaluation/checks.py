@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,44 +17,31 @@ from parallel_decoupling.data.tasks import EvalTask, read_tasks
 from parallel_decoupling.evaluation.score import TaskScore
 from parallel_decoupling.objective.statistics import effective_rank, path_cosine
 
-Check = Literal[
-    "chance", "non_finite", "collapsed_paths", "collapsed_embeddings", "other_images", "other_prompts"
-]
-
 SAMPLED_ROWS = 512
 SAME = 0.99  # mean cosine from which paths, or the embeddings of different inputs, count as one
 LOW_RANK = 2.0  # effective rank below which many embeddings lie on a line
 FEWEST_ROWS = 8  # fewer embeddings say nothing about their spread
 CHANCE_ERRORS = 2.0  # standard errors above chance up to which a score is no better than chance
 
-ADVICE: dict[Check, str] = {
+ADVICE = {
     "chance": "hit@1 is no better than a random choice. Check that the checkpoint was loaded (--ckpt_path), "
     "that the images reach the model, and that the prompts are those of training.",
     "non_finite": "embeddings are NaN or infinite, and their rows count as misses. Use trainer.precision "
     "bf16-mixed or 32-true in place of 16, and check the checkpoint's weights.",
-    "collapsed_paths": "paths give nearly the same embedding, so a second one costs as much again and adds "
-    "little: encode with one path, or train them apart (mi.kind orthogonal, a higher "
-    "optimizer.prefix_learning_rate) and compare the scores. train/path_cosine shows it early.",
+    "collapsed_paths": "paths give nearly the same embedding: encode with one path, or train them apart "
+    "(mi.kind orthogonal, a higher optimizer.prefix_learning_rate).",
     "collapsed_embeddings": "different inputs have nearly the same embedding. Lower the learning rate or "
     "mi_weight, and check that texts and images differ after tokenisation.",
-    "other_images": "images are resized in another way than in training. Use the image settings that the "
-    "checkpoint was trained with, or expect lower scores.",
-    "other_prompts": "instructions of evaluation and training differ. Use the tasks.json that the checkpoint "
-    "was trained with, or expect lower scores.",
+    "other_images": "images are resized differently than in training. Use the checkpoint's image settings.",
+    "other_prompts": "instructions differ from those of training. Use the checkpoint's tasks.json.",
 }
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that makes scores doubtful.
+    """One thing that makes scores doubtful: what was seen, and in which tasks; none is the whole run."""
 
-    Attributes:
-        check: what was looked at.
-        detail: what was seen, with numbers.
-        tasks: where; empty for the whole run.
-    """
-
-    check: Check
+    check: str
     detail: str
     tasks: tuple[str, ...] = ()
 
@@ -70,27 +57,19 @@ def check_task(
     *,
     missing: tuple[int, int] = (0, 0),
 ) -> list[Finding]:
-    """Judge one task; costs two singular value decompositions of a few hundred rows.
+    """Judge one task by its first column; costs two singular value decompositions of a few hundred rows.
 
-    A score is at chance up to two standard errors of a random choice above it.
-
-    Args:
-        score: of the task; its first column is judged.
-        queries: all paths ``[Uq, N, D]``, and their aggregate ``[Uq, D']``.
-        candidates: the same of the candidates.
-        missing: queries and candidates that could not be read; their rows are NaN, which is not the model's
-            fault.
+    Both sides are all paths ``[U, N, D]`` and their aggregate ``[U, D']``. ``missing`` are the numbers of
+    inputs that could not be read; their rows are NaN, which is not the model's fault.
     """
-    found: dict[Check, list[str]] = {}
+    found: dict[str, list[str]] = {}
     hits = next(iter(score.hits.values()))
     hit_at_1, chance = float(hits.float().mean()), score.chance
     error = (chance * (1 - chance) / len(hits)) ** 0.5
     if hit_at_1 <= min(1.0, chance + CHANCE_ERRORS * error):
         found["chance"] = [f"{100 * hit_at_1:.1f} % (chance {100 * chance:.1f} %)"]
-    for side, (paths_UND, aggregate_UD), unread in zip(
-        ("query", "candidate"), (queries, candidates), missing, strict=True
-    ):
-        for check, seen in _check_embeddings(paths_UND, aggregate_UD, unread):
+    for side, embeddings, unread in zip(("query", "candidate"), (queries, candidates), missing, strict=True):
+        for check, seen in _check_embeddings(*embeddings, unread):
             found.setdefault(check, []).append(f"{side} {seen}")
     name = score.task.name
     return [Finding(check, f"{name} {', '.join(seen)}", (name,)) for check, seen in found.items()]
@@ -98,61 +77,53 @@ def check_task(
 
 def findings(of_tasks: Iterable[Finding]) -> list[Finding]:
     """Join the findings of tasks: at most one per check, naming its tasks."""
-    joined: dict[Check, list[Finding]] = {check: [] for check in ADVICE}
-    for finding in of_tasks:
-        joined[finding.check].append(finding)
-    return [
-        Finding(
-            check, "; ".join(each.detail for each in found), tuple(n for each in found for n in each.tasks)
-        )
-        for check, found in joined.items()
-        if found
-    ]
+    joined: dict[str, list[Finding]] = {check: [] for check in ADVICE}
+    for each in of_tasks:
+        joined[each.check].append(each)
+    details = {check: "; ".join(each.detail for each in found) for check, found in joined.items()}
+    tasks = {check: tuple(name for each in found for name in each.tasks) for check, found in joined.items()}
+    return [Finding(check, details[check], tasks[check]) for check, found in joined.items() if found]
 
 
 def check_images(trained: Mapping[str, Any], asked: Mapping[str, Any]) -> list[Finding]:
     """Compare the settings of the image policy; one that is absent counts as not set."""
-    changed = [
-        f"{name}: trained {trained.get(name)}, asked {asked.get(name)}"
-        for name in IMAGE_SETTINGS
-        if trained.get(name) != asked.get(name)
-    ]
+    values = {name: (trained.get(name), asked.get(name)) for name in IMAGE_SETTINGS}
+    changed = [f"{name}: trained {old}, asked {new}" for name, (old, new) in values.items() if old != new]
     return [Finding("other_images", "; ".join(changed))] if changed else []
 
 
 def check_prompts(train_dir: str | Path, tasks: Sequence[EvalTask]) -> list[Finding]:
     """Compare the instructions of tasks with those that ``tasks.json`` of the training data has for them.
 
-    Tasks in MMEB's layout have finished prompts and no instructions of their own; they are passed over, as is
-    a task that the training data does not have.
+    Tasks in MMEB's layout have finished prompts; they are passed over, as is one that has no training data.
     """
     known = read_tasks(train_dir)
     found = []
-    for name, task in ((each.task.name, each.task) for each in tasks):
-        trained, asked = known[name].source if name in known else None, task.source
-        if trained is None or asked is None or trained.train_file is None:
+    for task in (each.task for each in tasks):
+        trained = known[task.name].source if task.name in known else None
+        if trained is None or task.source is None or trained.train_file is None:
             continue
         for side in ("query", "candidate"):
-            before, now = (getattr(source, f"{side}_instruction") for source in (trained, asked))
+            before, now = (getattr(source, f"{side}_instruction") for source in (trained, task.source))
             if before != now:
-                detail = f"{name} {side}: trained {before!r:.100}, asked {now!r:.100}"
-                found.append(Finding("other_prompts", detail, (name,)))
+                detail = f"{task.name} {side}: trained {before!r:.100}, asked {now!r:.100}"
+                found.append(Finding("other_prompts", detail, (task.name,)))
     return findings(found)
 
 
-def _check_embeddings(paths_UND: Tensor, aggregate_UD: Tensor, unread: int) -> list[tuple[Check, str]]:
+def _check_embeddings(paths_UND: Tensor, aggregate_UD: Tensor, unread: int) -> list[tuple[str, str]]:
     """Look at the queries or the candidates of one task."""
-    found: list[tuple[Check, str]] = []
+    found: list[tuple[str, str]] = []
     finite_U = paths_UND.flatten(1).isfinite().all(dim=1) & aggregate_UD.isfinite().all(dim=1)
     if broken := int((~finite_U).sum()) - unread:
         found.append(("non_finite", f"{broken} of {len(paths_UND) - unread} rows"))
-    sampled_UND = _sample(paths_UND[finite_U])
+    step = max(1, -(-int(finite_U.sum()) // SAMPLED_ROWS))
+    sampled_UND, sampled_UD = paths_UND[finite_U][::step], aggregate_UD[finite_U][::step].float()
     if sampled_UND.shape[1] > 1 and len(sampled_UND):
         cosine_NN = path_cosine(sampled_UND)
         first, second = max(combinations(range(len(cosine_NN)), 2), key=lambda both: float(cosine_NN[both]))
         if (cosine := float(cosine_NN[first, second])) > SAME:
             found.append(("collapsed_paths", f"cosine {cosine:.3f} of paths {first} and {second}"))
-    sampled_UD = _sample(aggregate_UD[finite_U].float())
     if len(sampled_UD) >= FEWEST_ROWS:
         unit_UD = F.normalize(torch.unique(sampled_UD, dim=0), dim=-1)
         count, total = len(unit_UD), float(unit_UD.double().sum(dim=0).square().sum())
@@ -161,8 +132,3 @@ def _check_embeddings(paths_UND: Tensor, aggregate_UD: Tensor, unread: int) -> l
         if cosine > SAME or rank < LOW_RANK:
             found.append(("collapsed_embeddings", f"cosine {cosine:.3f}, effective rank {rank:.1f}"))
     return found
-
-
-def _sample(rows: Tensor) -> Tensor:
-    """Return evenly spaced rows."""
-    return rows[:: max(1, -(-len(rows) // SAMPLED_ROWS))]

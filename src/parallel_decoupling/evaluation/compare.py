@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,18 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel_decoupling.evaluation.plots import comparison_figure
-from parallel_decoupling.evaluation.report import META_TASKS, SCORES_FILE, Grid, ScoreReport, percent
+from parallel_decoupling.evaluation.report import (
+    MEAN_TITLES,
+    META_TASKS,
+    SCORES_FILE,
+    Grid,
+    ScoreReport,
+    percent,
+)
 
 INTERVAL_NOTE = "95 % by paired bootstrap over queries within tasks, one training seed"
-COMPARISON_FILE = "comparison.json"
-FIGURE_FILE = "comparison.png"
 PAGE_FILE = "comparison.html"
 RESAMPLES = 10_000
-MEASURES = ("overall", "in_distribution", "out_of_distribution", *META_TASKS, "mean_of_meta_tasks")
-_SHORT = ("all", "IND", "OOD", "class", "vqa", "retr", "ground", "meta")
-SHORT_TITLES = dict(zip(MEASURES, _SHORT, strict=True))
-"""Means in the order of the table, with their headings."""
-_Sample = tuple[float, NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class RunDifferences:
-    """Headline scores of one run minus the baseline's, by mean and by task name."""
+    """Headline scores of one run minus the baseline's."""
 
     means: dict[str, Difference]
     tasks: dict[str, Difference]
@@ -51,15 +50,10 @@ class RunDifferences:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs that scored the same rows; the first one is the baseline.
-
-    Attributes:
-        reports: score report by run name.
-        differences: of every other run to the baseline, first columns (the aggregates).
-    """
+    """Runs that scored the same rows; the first one is the baseline."""
 
     reports: dict[str, ScoreReport]
-    differences: dict[str, RunDifferences]
+    differences: dict[str, RunDifferences]  # of every other run to the baseline, first columns
 
     @property
     def baseline(self) -> str:
@@ -69,20 +63,15 @@ class Comparison:
     @property
     def best(self) -> str:
         """The run other than the baseline with the highest overall score; the only run if there is one."""
-
-        def overall(name: str) -> float:
-            report = self.reports[name]
-            return report.means["overall"][report.columns[0]]
-
-        return max(self.differences, key=overall, default=self.baseline)
+        gains = {name: each.means["overall"].difference for name, each in self.differences.items()}
+        return max(gains, key=lambda name: gains[name], default=self.baseline)
 
     @property
     def note(self) -> str:
         """What the differences are, and how the best run was picked if there was a choice."""
         note = f"difference: {self.best} - {self.baseline}, {INTERVAL_NOTE}" if self.differences else ""
         if len(self.differences) > 1:
-            note += f"; {self.best} is the best of {len(self.differences)} runs by the same score, which "
-            note += "flatters its difference and its interval"
+            note += f"; {self.best} is the best of {len(self.differences)} runs by the same score"
         return note
 
     @property
@@ -90,32 +79,25 @@ class Comparison:
         """The runs' names, and how far the best one is from the baseline overall."""
         if not self.differences:
             return self.baseline
-        overall = self.differences[self.best].means["overall"]
-        return f"{' vs '.join(self.reports)}: {self.best} {overall} points overall"
+        return (
+            f"{' vs '.join(self.reports)}: {self.best} {self.differences[self.best].means['overall']} points"
+        )
 
-    def means_grid(self) -> Grid:
-        """Tabulate the runs' means of the first column in percent, then best minus first."""
-        measures = [name for name in SHORT_TITLES if name in self.reports[self.baseline].means]
-        rows = []
-        for name, report in self.reports.items():
-            scores = (percent(report.means[measure][report.columns[0]]) for measure in measures)
-            rows.append([name, *scores])
-        found = [self.differences[self.best].means[name] for name in measures if self.differences]
-        for title, key in (("difference", "difference"), ("  2.5 %", "low"), ("  97.5 %", "high")):
-            rows += [[title, *(f"{100 * getattr(each, key):+.1f}" for each in found)]] if found else []
-        headings = ("run", *(SHORT_TITLES[measure] for measure in measures))
-        return Grid("mean hit@1 in percent", headings, rows, caption=self.note)
-
-    def task_grid(self) -> Grid:
-        """Tabulate the first column (the aggregate) of every run by task; the last is best minus first."""
+    def grid(self) -> Grid:
+        """Tabulate the first column (the aggregate) by task and by mean; the last is best minus baseline."""
         if not self.differences:
             return self.reports[self.baseline].task_grid()
+        best, reports = self.differences[self.best], self.reports.values()
         rows = []
-        for task in self.reports[self.baseline].tasks:
-            scores = [next(iter(each.tasks[task].hit_at_1.values())) for each in self.reports.values()]
-            rows.append([task, *map(percent, scores), str(self.differences[self.best].tasks[task])])
+        for task, difference in best.tasks.items():
+            scores = [percent(each.tasks[task].hit_at_1[each.columns[0]]) for each in reports]
+            rows.append([task, *scores, str(difference)])
+        for mean, difference in best.means.items():
+            scores = [percent(each.means[mean][each.columns[0]]) for each in reports]
+            rows.append([MEAN_TITLES[mean], *scores, str(difference)])
+        kinds = [""] * len(best.tasks) + ["mean"] * len(best.means)
         headings = ("task", *self.reports, "difference [95 %]")
-        return Grid("hit@1 in percent by task", headings, rows, caption=self.note)
+        return Grid("hit@1 in percent", headings, rows, kinds, self.note)
 
     def to_json_file(self, json_file: str | Path) -> None:
         """Write means, task scores and differences, fractions unrounded."""
@@ -149,7 +131,7 @@ class Comparison:
         changed = [row for row in rows if len({*row[1:]}) > 1]
         page = template.render(
             title=self.title,
-            grids=[*([self.means_grid()] if self.differences else []), self.task_grid()],
+            grid=self.grid(),
             picture=base64.b64encode(picture).decode("ascii"),
             runs={name: (report, report.mode_grid()) for name, report in self.reports.items()},
             changed=Grid("settings that differ", ("", *settings), changed),
@@ -159,35 +141,30 @@ class Comparison:
 
 
 def compare_runs(run_dirs: list[str], output_dir: str | None = None) -> None:
-    """Print the scores of one or several tested runs and write them as JSON, picture and page.
+    """Compare one or several tested runs: tables, comparison.json, a picture and one page.
 
     Args:
-        run_dirs: runs with a scores.json, or such files; the first is the baseline.
-        output_dir: gets comparison.json, comparison.png and comparison.html; without it, only the tables.
+        run_dirs: run folders with a scores.json, or such files; the first is the baseline.
+        output_dir: gets the files; by default only the tables are printed.
     """
     from rich.console import Console
 
-    comparison = compare(run_dirs, output_dir)
-    console = Console()
-    if comparison.differences:
-        console.print(comparison.means_grid().terminal())
-    console.print(comparison.task_grid().terminal())
+    comparison, console = compare(run_dirs, output_dir), Console()
+    console.print(comparison.grid().terminal())
     for name, report in comparison.reports.items():
         console.print(name, markup=False, highlight=False)
         console.print(report.mode_grid().terminal(), *report.warning_panels(), sep="\n")
 
 
 def compare(run_dirs: Sequence[str], output_dir: str | None = None) -> Comparison:
-    """Compare the score reports of finished runs; see ``compare_runs``.
+    """Compare the score reports of finished runs.
 
-    Raises:
-        ValueError: no run, a run without scores, or runs that scored different rows.
+    ``run_dirs`` are runs with a ``scores.json``, or such files; the first is the baseline. ``output_dir``
+    gets comparison.json, comparison.png and comparison.html. Runs that scored other rows are refused.
     """
     if isinstance(run_dirs, str) or not run_dirs:
         raise ValueError(f"compare needs a list of runs, got {run_dirs!r}")
-    reports = {
-        name: ScoreReport.from_json_file(file) for name, file in zip(*_named_files(run_dirs), strict=True)
-    }
+    reports = {name: ScoreReport.from_json_file(file) for name, file in _score_files(run_dirs).items()}
     first, *others = reports
     for name in others:
         check_same_rows(first, reports[first], name, reports[name])
@@ -195,10 +172,10 @@ def compare(run_dirs: Sequence[str], output_dir: str | None = None) -> Compariso
     if output_dir is not None:
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        comparison.to_json_file(folder / COMPARISON_FILE)
+        comparison.to_json_file(folder / "comparison.json")
         stream = io.BytesIO()
         comparison_figure(reports, comparison.title).savefig(stream, format="png")
-        (folder / FIGURE_FILE).write_bytes(stream.getvalue())
+        (folder / "comparison.png").write_bytes(stream.getvalue())
         comparison.to_html_file(folder / PAGE_FILE, stream.getvalue())
     return comparison
 
@@ -211,29 +188,33 @@ def differences(baseline: ScoreReport, other: ScoreReport, seed: int = 0) -> Run
     choice of test queries; it says nothing about the training seed. ``seed`` is that of the resampling.
     """
     generator = np.random.default_rng(seed)
-    tasks: dict[str, _Sample] = {}
+    samples: dict[str, NDArray[np.float64]] = {}  # the difference itself, then the resampled ones
     for name in baseline.tasks:
         before, after = (_first_hits(report.tasks[name].hits) for report in (baseline, other))
         row_difference = after - before
         share = [float((row_difference == value).mean()) for value in (-1, 0, 1)]
         counts = generator.multinomial(len(row_difference), share, size=RESAMPLES)
         resampled = (counts[:, 2] - counts[:, 0]) / len(row_difference)
-        tasks[name] = float(row_difference.mean()), resampled
-    means = {group: _mean([tasks[name] for name in names]) for group, names in baseline.groups.items()}
-    means["mean_of_meta_tasks"] = _mean([means[meta_task] for meta_task in META_TASKS if meta_task in means])
-    return RunDifferences(
-        {name: _difference(sample) for name, sample in means.items()},
-        {name: _difference(sample) for name, sample in tasks.items()},
+        samples[name] = np.append(row_difference.mean(), resampled)
+    means = {
+        group: np.mean([samples[name] for name in names], axis=0) for group, names in baseline.groups.items()
+    }
+    meta_tasks = [means[meta_task] for meta_task in META_TASKS if meta_task in means]
+    means["mean_of_meta_tasks"] = np.mean(meta_tasks, axis=0)
+    by_mean, by_task = (
+        {
+            name: Difference(float(each[0]), *np.quantile(each[1:], (0.025, 0.975)).tolist())
+            for name, each in part
+        }
+        for part in (means.items(), samples.items())
     )
+    return RunDifferences(by_mean, by_task)
 
 
 def check_same_rows(first: str, baseline: ScoreReport, name: str, other: ScoreReport) -> None:
     """Raise ``ValueError`` for runs that did not score the same rows of the same tasks."""
-    for run, missing in (
-        (first, [task for task in other.tasks if task not in baseline.tasks]),
-        (name, [task for task in baseline.tasks if task not in other.tasks]),
-    ):
-        if missing:
+    for run, there, wanted in ((first, baseline.tasks, other.tasks), (name, other.tasks, baseline.tasks)):
+        if missing := [task for task in wanted if task not in there]:
             raise ValueError(f"{first} and {name} scored different tasks: {run} lacks {', '.join(missing)}")
     for task in baseline.tasks:
         before, after = (
@@ -258,7 +239,7 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def _named_files(run_dirs: Sequence[str]) -> tuple[list[str], list[Path]]:
+def _score_files(run_dirs: Sequence[str]) -> dict[str, Path]:
     """Find the score files; a run has the name of its folder, or what was typed where two are the same."""
     files = []
     for run_dir in run_dirs:
@@ -268,31 +249,12 @@ def _named_files(run_dirs: Sequence[str]) -> tuple[list[str], list[Path]]:
         files.append(file.resolve())
     if len(set(files)) != len(files):
         raise ValueError(f"a run is compared with itself: {list(run_dirs)}")
-    names = []
-    for file in files:
-        name, parent = file.parent.name, file.parent.parent.name
-        name = (
-            f"{parent} {name}" if re.fullmatch(r"step_\d+", name) else name
-        )  # as studies name their folders
-        names.append(name if file.name == SCORES_FILE else file.stem)
+    names = [file.parent.name if file.name == SCORES_FILE else file.stem for file in files]
     unique = [
         name if names.count(name) == 1 else str(typed) for name, typed in zip(names, run_dirs, strict=True)
     ]
-    return unique, files
+    return dict(zip(unique, files, strict=True))
 
 
-def _first_hits(hits: Mapping[str, str]) -> NDArray[np.int8]:
-    """Return the headline column's hits as an int8 array."""
-    return np.frombuffer(next(iter(hits.values())).encode("ascii"), dtype=np.int8) - np.int8(ord("0"))
-
-
-def _mean(samples: Sequence[_Sample]) -> _Sample:
-    """Average the point values and the resampled values."""
-    points, resampled = zip(*samples, strict=True)
-    return float(np.mean(points)), np.mean(resampled, axis=0)
-
-
-def _difference(sample: _Sample) -> Difference:
-    point, resampled = sample
-    low, high = np.quantile(resampled, (0.025, 0.975))
-    return Difference(point, float(low), float(high))
+def _first_hits(hits: Mapping[str, str]) -> NDArray[np.int64]:
+    return np.array(list(next(iter(hits.values()))), dtype=np.int64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +14,8 @@ from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.images import ImagePolicy
 from parallel_decoupling.evaluation.encode import Paths, encode
 from parallel_decoupling.evaluation.user_inputs import is_single
+from parallel_decoupling.model.encoder import Encoder
 from parallel_decoupling.model.identity import encoder_identity
-
-if TYPE_CHECKING:
-    from parallel_decoupling.model.encoder import ParallelEncoder
-    from parallel_decoupling.model.open_clip import OpenCLIPEncoder
 
 
 class Embedder:
@@ -28,16 +25,12 @@ class Embedder:
         encoder: the model.
         query_instruction: default instruction of ``encode_query``.
         candidate_instruction: default instruction of ``encode_document``.
-        images: what happens to a picture before the processor sees it: nothing by default, and as in
-            training for a model that was trained.
-
-    Attributes:
-        run: what trained the weights, as plain values; empty if not known.
+        images: what happens to a picture before the processor sees it; nothing by default.
     """
 
     def __init__(
         self,
-        encoder: ParallelEncoder | OpenCLIPEncoder,
+        encoder: Encoder,
         query_instruction: str = "",
         candidate_instruction: str = "",
         images: ImagePolicy | None = None,
@@ -45,19 +38,11 @@ class Embedder:
         self.encoder = encoder
         self.images = images or ImagePolicy()
         self.query_instruction, self.candidate_instruction = query_instruction, candidate_instruction
-        self.run: dict[str, Any] = {}
+        self.run: dict[str, Any] = {}  # what trained the weights, as plain values; empty if not known
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Embedder:
-        """Load a trained model for encoding, on the CPU and without Lightning.
-
-        Args:
-            path: a checkpoint (``runs/demo/checkpoints/last.ckpt``), the folder of a run (its last
-                checkpoint), or a folder that ``save_pretrained`` or ``export`` wrote.
-
-        Raises:
-            ValueError: there is nothing of that kind, or the files are damaged or belong to another backbone.
-        """
+        """Load a checkpoint, a run folder (its last checkpoint) or an exported folder, on the CPU."""
         from parallel_decoupling.model.pretrained import load_encoder
 
         encoder, about = load_encoder(path)
@@ -88,7 +73,7 @@ class Embedder:
         return Collator(self.encoder.processor, image_token=self.encoder.image_token, images=self.images)
 
     def to(self, device: torch.device | str) -> Embedder:
-        """Move the weights, and with them what ``encode`` computes; embeddings come back on the CPU."""
+        """Move the weights; embeddings come back on the CPU."""
         self.encoder.to(device)
         return self
 
@@ -111,31 +96,18 @@ class Embedder:
             instruction: put before every text or after every image; a dictionary's own one wins.
             paths: ``aggregate`` of all paths for ``[B, D]`` (``[B, N*D]`` if the encoder concatenates);
                 ``all`` or a list of numbers for ``[B, N', D]``; a number for ``[B, D]``.
-            truncate_dim: keep the first so many coordinates of every path in place of all D, renormalised;
-                the aggregate is that of the shorter paths.
+            truncate_dim: keep the first so many coordinates of every path, renormalised; the aggregate is
+                that of the shorter paths.
             batch_size: rows per forward pass.
             show_progress: whether to show a bar; by default for long lists on a terminal.
 
         Returns:
             float32, unit norm. One item gives its embedding without the batch dimension.
-
-        Raises:
-            ValueError: an input (named by its index), a path, the dimension or the batch size is not usable.
-
-        Relations:
-            ``encode(item)`` equals ``encode([item])[0]``.
         """
         single = is_single(inputs)
-        embeddings = encode(
-            self.encoder,
-            self.collator,
-            [inputs] if single else inputs,
-            instruction=instruction,
-            paths=paths,
-            truncate_dim=truncate_dim,
-            batch_size=batch_size,
-            show_progress=show_progress,
-        )
+        options: dict[str, Any] = {"instruction": instruction, "paths": paths, "truncate_dim": truncate_dim}
+        options |= {"batch_size": batch_size, "show_progress": show_progress}
+        embeddings = encode(self.encoder, self.collator, [inputs] if single else inputs, **options)
         return embeddings[0] if single else embeddings
 
     def encode_query(self, inputs: Any, **options: Any) -> Tensor:
@@ -150,13 +122,20 @@ class Embedder:
 
     @staticmethod
     def similarity(a: Tensor, b: Tensor) -> Tensor:
-        """Compare all pairs; see ``similarity`` of this module."""
-        return similarity(a, b)
+        """Compute the cosine of every row of ``a`` with every row of ``b``: ``[A, B]`` float32.
+
+        Both are ``[rows, D]``, or ``[rows, N, D]`` for the mean cosine over aligned paths.
+        """
+        unit_a, unit_b, num_paths = _unit_pair(a, b)
+        return unit_a @ unit_b.T / num_paths
 
     @staticmethod
     def similarity_pairwise(a: Tensor, b: Tensor) -> Tensor:
-        """Compare row by row; see ``similarity_pairwise`` of this module."""
-        return similarity_pairwise(a, b)
+        """Compute the diagonal of ``similarity(a, b)``, for as many rows of both: ``[A]``."""
+        unit_a, unit_b, num_paths = _unit_pair(a, b)
+        if len(unit_a) != len(unit_b):
+            raise ValueError(f"similarity_pairwise of {len(a)} and {len(b)} rows; pass as many of both")
+        return (unit_a * unit_b).sum(dim=1) / num_paths
 
     def identity(self) -> dict[str, Any]:
         """Identify what turns inputs into embeddings; see ``model.identity.encoder_identity``."""
@@ -179,73 +158,22 @@ class Embedder:
             merge_adapters: write a full backbone with the adapters in its weights.
             include_backbone: write the backbone, too; otherwise the folder refers to it by name.
             scores: content of a ``scores.json`` for the card.
-
-        Raises:
-            ValueError: a folder that holds a model, a path that does not exist, weights that are not written.
-
-        Relations:
-            ``from_pretrained`` gives the same embeddings bit for bit in the same dtype, path n those of
-            ``paths[n]``; with ``merge_adapters`` up to rounding.
         """
         from parallel_decoupling.model.pretrained import save_encoder
 
-        save_encoder(
-            self.encoder,
-            folder,
-            query_instruction=self.query_instruction,
-            candidate_instruction=self.candidate_instruction,
-            images=self.images.settings,
-            run=self.run,
-            paths=paths,
-            merge_adapters=merge_adapters,
-            include_backbone=include_backbone,
-            scores=scores,
-        )
+        options: dict[str, Any] = {"paths": paths, "merge_adapters": merge_adapters}
+        options |= {"include_backbone": include_backbone, "scores": scores}
+        options |= {"query_instruction": self.query_instruction, "images": self.images.settings}
+        options |= {"candidate_instruction": self.candidate_instruction, "run": self.run}
+        save_encoder(self.encoder, folder, **options)
 
 
 def about_encoder(encoder: Any, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what stored embeddings say of the model: identity, paths, and how these are aggregated.
-
-    Args:
-        encoder: the model.
-        identity: of it, see ``model.identity.encoder_identity``.
-    """
+    """Return what stored embeddings say of the model: identity, paths, and how these are aggregated."""
     aggregation: dict[str, Any] = {"kind": getattr(encoder, "aggregation", "mean")}
     if (logits := getattr(encoder, "path_logits", None)) is not None:
         aggregation["weights"] = logits.detach().float().softmax(dim=0).tolist()
     return {"identity": dict(identity), "num_paths": encoder.num_paths, "aggregation": aggregation}
-
-
-def similarity(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine similarity of every row of ``a`` with every row of ``b``.
-
-    Args:
-        a: ``[A, D]``, or ``[A, N, D]`` for the mean cosine over aligned paths.
-        b: ``[B, D]`` or ``[B, N, D]``, of the same rank.
-
-    Returns:
-        ``[A, B]`` float32 in [-1, 1].
-
-    Raises:
-        ValueError: ranks or trailing sizes differ.
-
-    Relations:
-        For three dimensions, the mean over n of ``similarity(a[:, n], b[:, n])``.
-    """
-    unit_a, unit_b, num_paths = _unit_pair(a, b)
-    return unit_a @ unit_b.T / num_paths
-
-
-def similarity_pairwise(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine similarity of every row of ``a`` with the same row of ``b``: ``[A]`` float32 in [-1, 1].
-
-    Relations:
-        The diagonal of ``similarity(a, b)``.
-    """
-    unit_a, unit_b, num_paths = _unit_pair(a, b)
-    if len(unit_a) != len(unit_b):
-        raise ValueError(f"similarity_pairwise of {len(unit_a)} and {len(unit_b)} rows; pass as many of both")
-    return (unit_a * unit_b).sum(dim=1) / num_paths
 
 
 def _unit_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -255,6 +183,5 @@ def _unit_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, int]:
             f"similarity of shapes {tuple(a.shape)} and {tuple(b.shape)}; pass [A, D] and [B, D], "
             "or [A, N, D] and [B, N, D], encoded with the same paths"
         )
-    num_paths = a.shape[1] if a.ndim == 3 else 1
     unit_a, unit_b = F.normalize(a.float(), dim=-1), F.normalize(b.float(), dim=-1)
-    return unit_a.flatten(1), unit_b.flatten(1), num_paths
+    return unit_a.flatten(1), unit_b.flatten(1), a.shape[1] if a.ndim == 3 else 1

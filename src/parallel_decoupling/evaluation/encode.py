@@ -1,8 +1,7 @@
 """The only encoding loop: rows, in batches of similar length, over shards and processes.
 
-``BatchPlan`` decides which rows form a batch and which process encodes it, ``RowBatches`` makes its tensors,
-``encode`` is the loop in one process. ``test``, ``validate`` and ``predict`` hand the same plan and the same
-batches to a Trainer; what they return is kept in ``evaluation.store``.
+``BatchPlan`` and ``RowBatches`` make the batches that ``encode`` runs in one process and that ``test``,
+``validate`` and ``predict`` hand to a Trainer; what they return is kept in ``evaluation.store``.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from numbers import Integral
 from typing import Any, Literal, Protocol, cast
 
@@ -23,12 +23,11 @@ from parallel_decoupling.batch import EncoderInputs, RawInput
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.images import image_size, smart_size
 from parallel_decoupling.evaluation.user_inputs import to_raw_inputs
-from parallel_decoupling.model.encoder import check_dim, truncate
+from parallel_decoupling.model.encoder import Encoder, check_dim, truncate
 
 CHARACTERS_PER_TOKEN = 4
 FIXED_IMAGE_TOKENS = 576
-PROGRESS_FROM = 5
-"""Batches from which ``encode`` shows a progress bar on a terminal."""
+PROGRESS_FROM = 5  # batches from which encode shows a progress bar on a terminal
 STAND_IN = RawInput("missing")
 """What is encoded where a batch does not have a usable row, so that every process makes as many steps."""
 
@@ -44,56 +43,21 @@ class Rows(Protocol):
         """Return a row's prompt; raise ``ValueError`` if the row cannot be used."""
 
 
-class PathEncoder(Protocol):
-    """What ``encode`` needs of a model."""
-
-    @property
-    def num_paths(self) -> int:
-        """Number of paths N."""
-
-    @property
-    def embed_dim(self) -> int:
-        """Dimension D of one path's embedding."""
-
-    @property
-    def aggregate_dim(self) -> int:
-        """Dimension of the aggregated embedding."""
-
-    def __call__(self, inputs: EncoderInputs, paths: Sequence[int] | None = None) -> Tensor:
-        """Embed as ``[B, N', D]``; None is all paths."""
-
-    def aggregate(self, embeddings_BND: Tensor) -> Tensor:
-        """Combine all paths into one embedding."""
-
-    def eval(self) -> Any:
-        """Enter evaluation mode."""
-
-    def modules(self) -> Iterator[nn.Module]:
-        """All submodules."""
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """All parameters; the first tells the device."""
-
-
 class TokenEstimate:
     """Roughly how many tokens a row has, without decoding its pictures; only the order of rows depends on it.
 
-    Args:
-        collator: tells how large the processor makes pictures, if it has a pixel budget (as Qwen's has).
+    Pictures differ where the processor of the ``collator`` has a pixel budget (as Qwen's has).
     """
 
     def __init__(self, collator: Collator) -> None:
-        images, processor = collator.images, getattr(collator.processor, "image_processor", None)
+        images = collator.images
         self.factor = 0  # side in pixels of a token; 0 where all pictures have the same number of tokens
         if images.size is None and images.factor > 1:
-            budget: Mapping[str, int] = cast(Any, processor).size
+            budget: Mapping[str, int] = cast(Any, collator.processor).image_processor.size
             least, most = budget["shortest_edge"], budget["longest_edge"]
             least = min(most, max(least, images.min_pixels or 1))
-            self.factor = images.factor
-            self.limits = {
-                "min_pixels": least,
-                "max_pixels": max(least, min(most, images.max_pixels or most)),
-            }
+            most = max(least, min(most, images.max_pixels or most))
+            self.factor, self.limits = images.factor, {"min_pixels": least, "max_pixels": most}
 
     def __call__(self, row: RawInput) -> float:
         """Estimate from the text's length and the pictures' sizes, read from the headers of their files."""
@@ -111,35 +75,21 @@ class TokenEstimate:
 
 @dataclass(frozen=True)
 class BatchPlace:
-    """Which rows form a batch.
+    """Which rows form a batch."""
 
-    Attributes:
-        shard: their shard; None for a batch without rows.
-        rows: row numbers.
-        last: whether the shard ends with this batch.
-    """
-
-    shard: int | None
+    shard: int | None  # None for a batch without rows
     rows: tuple[int, ...]
-    last: bool = False
+    last: bool = False  # whether the shard ends with this batch
 
 
 class BatchPlan(Sampler[BatchPlace]):
     """Batches of one process, each of rows of similar length, the longest first.
 
-    With ``rows_per_shard`` a process has every ``world_size``-th of the shards that are to be done; without,
-    all rows are one shard and the process has every ``world_size``-th of its batches. All processes have the
-    same number of batches, at least one: those with less to do end with batches without rows. Every row is in
-    one batch of one process, and which rows share a batch does not depend on the number of processes.
-
-    Args:
-        rows: to be encoded.
-        estimate: of the tokens of a row.
-        batch_size: rows per batch.
-        rows_per_shard: consecutive rows that belong together on disk; None makes one shard.
-        finished: shards that are done, the same on all processes.
-        rank: this process.
-        world_size: number of processes.
+    With ``rows_per_shard`` a process has every ``world_size``-th of the shards that are not ``finished``;
+    without, all rows are one shard and the process has every ``world_size``-th of its batches. All processes
+    have the same number of batches, at least one: those with less to do end with batches without rows. Every
+    row is in one batch of one process, and which rows share a batch does not depend on the number of
+    processes. ``estimate`` tells the tokens of a row.
     """
 
     def __init__(
@@ -154,40 +104,32 @@ class BatchPlan(Sampler[BatchPlace]):
         world_size: int = 1,
     ) -> None:
         self._rows, self._estimate, self._batch_size = rows, estimate, batch_size
-        self._rows_per_shard = rows_per_shard or max(1, len(rows))
-        shards = range(-(-len(rows) // self._rows_per_shard))
-        to_do = [shard for shard in shards if shard not in finished]
-        self._split_batches = rows_per_shard is None
-        self._rank, self._world_size = rank, world_size
-        self._own_shards = to_do if self._split_batches else to_do[rank::world_size]
-        if self._split_batches:
-            longest = -(-self._num_batches(to_do) // world_size)
+        size = rows_per_shard or max(1, len(rows))
+        shards = [range(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
+        self._shards = {number: shard for number, shard in enumerate(shards) if number not in finished}
+        places = [
+            [(shard, start) for start in range(0, len(numbers), batch_size)]
+            for shard, numbers in self._shards.items()
+        ]
+        if rows_per_shard is None:
+            batches = list(chain.from_iterable(places))
+            shares = [batches[process::world_size] for process in range(world_size)]
         else:
-            longest = max(self._num_batches(to_do[first::world_size]) for first in range(world_size))
-        self._length = max(1, longest)
+            shares = [list(chain.from_iterable(places[process::world_size])) for process in range(world_size)]
+        self._share = shares[rank]
+        self._length = max(1, *map(len, shares))
 
     def __len__(self) -> int:
         return self._length
 
     def __iter__(self) -> Iterator[BatchPlace]:
-        places = [place for shard in self._own_shards for place in self._shard(shard)]
-        if self._split_batches:
-            places = places[self._rank :: self._world_size]
-        yield from places
-        yield from [BatchPlace(None, ())] * (self._length - len(places))
-
-    def _range(self, shard: int) -> range:
-        first = shard * self._rows_per_shard
-        return range(first, min(first + self._rows_per_shard, len(self._rows)))
-
-    def _num_batches(self, shards: Sequence[int]) -> int:
-        return sum(-(-len(self._range(shard)) // self._batch_size) for shard in shards)
-
-    def _shard(self, shard: int) -> Iterator[BatchPlace]:
-        rows = sorted(self._range(shard), key=self._tokens, reverse=True)
-        for start in range(0, len(rows), self._batch_size):
-            stop = start + self._batch_size
+        ordered: dict[int, list[int]] = {}
+        for shard, start in self._share:
+            if shard not in ordered:
+                ordered = {shard: sorted(self._shards[shard], key=self._tokens, reverse=True)}
+            rows, stop = ordered[shard], start + self._batch_size
             yield BatchPlace(shard, tuple(rows[start:stop]), last=stop >= len(rows))
+        yield from [BatchPlace(None, ())] * (self._length - len(self._share))
 
     def _tokens(self, row: int) -> float:
         try:
@@ -198,21 +140,13 @@ class BatchPlan(Sampler[BatchPlace]):
 
 @dataclass(frozen=True)
 class RowBatch:
-    """Tokenised rows of one shard.
+    """Tokenised rows of one shard."""
 
-    Attributes:
-        inputs: ``B`` rows; one stand-in if the batch does not have a usable row.
-        place: which rows were asked for.
-        rows: numbers of the rows in ``inputs``, in that order.
-        bad_rows: the others, each with the reason.
-        paths: which paths are wanted; None is all.
-    """
-
-    inputs: EncoderInputs
-    place: BatchPlace
-    rows: tuple[int, ...]
-    bad_rows: dict[int, str] = field(default_factory=dict)
-    paths: tuple[int, ...] | None = None
+    inputs: EncoderInputs  # one stand-in if the batch does not have a usable row
+    place: BatchPlace  # which rows were asked for
+    rows: tuple[int, ...]  # numbers of the rows in inputs, in that order
+    bad_rows: dict[int, str] = field(default_factory=dict)  # the others, each with the reason
+    paths: tuple[int, ...] | None = None  # which are wanted; None is all
 
     def to(self, device: torch.device | str) -> RowBatch:
         """Move the inputs to ``device``."""
@@ -222,12 +156,8 @@ class RowBatch:
 class RowBatches(Dataset[RowBatch]):
     """Makes the tensors of a batch.
 
-    Args:
-        rows: to be encoded.
-        collator: makes tensors.
-        where: names a row in an error message.
-        keep_going: report a row that cannot be used in ``RowBatch.bad_rows`` instead of raising.
-        paths: see ``RowBatch``.
+    A row that cannot be used is reported in ``RowBatch.bad_rows``; without ``keep_going`` it is an error, in
+    which ``where`` names the row.
     """
 
     def __init__(
@@ -243,29 +173,32 @@ class RowBatches(Dataset[RowBatch]):
         self._keep_going, self._paths = keep_going, paths
 
     def __getitem__(self, place: BatchPlace) -> RowBatch:
+        usable, bad_rows = place.rows, dict[int, str]()
         try:
-            inputs = self._collator.encode_inputs([self._rows[row] for row in place.rows] or [STAND_IN])
-            return RowBatch(inputs, place, place.rows, paths=self._paths)
+            inputs = self._inputs(usable)
         except ValueError:  # one by one, to find out which row it is
-            return self._one_by_one(place)
+            bad_rows = self._problems(usable)
+            usable = tuple(row for row in usable if row not in bad_rows)
+            inputs = self._inputs(usable)
+        return RowBatch(inputs, place, usable, bad_rows, self._paths)
 
-    def _one_by_one(self, place: BatchPlace) -> RowBatch:
-        usable: dict[int, RawInput] = {}
-        bad_rows: dict[int, str] = {}
-        for row in place.rows:
+    def _inputs(self, rows: Sequence[int]) -> EncoderInputs:
+        return self._collator.encode_inputs([self._rows[row] for row in rows] or [STAND_IN])
+
+    def _problems(self, rows: Sequence[int]) -> dict[int, str]:
+        problems = {}
+        for row in rows:
             try:
-                self._collator.encode_inputs([self._rows[row]])
-                usable[row] = self._rows[row]
+                self._inputs([row])
             except ValueError as error:
                 if not self._keep_going:
                     raise type(error)(f"{self._where(row)}: {error}") from error
-                bad_rows[row] = str(error)
-        inputs = self._collator.encode_inputs(list(usable.values()) or [STAND_IN])
-        return RowBatch(inputs, place, tuple(usable), bad_rows, self._paths)
+                problems[row] = str(error)
+        return problems
 
 
 def encode(
-    encoder: PathEncoder,
+    encoder: Encoder,
     collator: Collator,
     inputs: Iterable[Any],
     *,
@@ -275,35 +208,11 @@ def encode(
     batch_size: int = 32,
     show_progress: bool | None = None,
 ) -> Tensor:
-    """Embed inputs of any mix of modalities.
+    """Embed inputs of any mix of modalities in one process; see ``Embedder.encode`` for the options.
 
-    Rows are encoded in batches of similar length, longest first (memory peaks at once), and returned
-    in the order given. Runs without gradients, in eval mode, on the device of the encoder; every
-    submodule's training mode is restored.
-
-    Args:
-        encoder: the model.
-        collator: tokenises for that model.
-        inputs: see ``user_inputs.to_raw_inputs``.
-        instruction: see ``user_inputs.to_raw_inputs``.
-        paths: ``"aggregate"``; ``"all"``; one path's number (the cost of the plain backbone); or several.
-        truncate_dim: keep this many coordinates of every path, renormalised; the aggregate is that of the
-            shorter paths. None keeps all D. Made for models trained with ``matryoshka_dims``.
-        batch_size: rows per forward call, at least 1.
-        show_progress: None shows a bar on a terminal when there are more than a few batches.
-
-    Returns:
-        CPU float32, unit norm: ``[B, D]`` for the aggregate (``[B, N * D]`` if the encoder concatenates) and
-        for one path; ``[B, N', D]`` for ``"all"`` or a sequence of ``N'`` paths, in its order. With
-        ``truncate_dim`` it takes the place of D.
-
-    Raises:
-        ValueError: an input (names its index), a path, the dimension or the batch size is not usable.
-
-    Relations:
-        ``paths=n`` equals column ``n`` of ``paths="all"``. The result does not depend on ``batch_size``.
-        ``truncate_dim=D`` changes nothing. A single truncated path is the first ``truncate_dim`` coordinates
-        of the whole one, renormalised.
+    Rows are encoded in batches of similar length, longest first (memory peaks at once), and returned in the
+    order given: CPU float32. Runs without gradients, in eval mode, on the device of the encoder; every
+    submodule's training mode is restored. The result does not depend on ``batch_size``.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
@@ -311,26 +220,31 @@ def encode(
     dim = encoder.embed_dim
     if truncate_dim is not None:
         dim = check_dim(truncate_dim, encoder.embed_dim, "truncate_dim")
+    device = next(encoder.parameters()).device
+
+    def wanted(embeddings_BND: Tensor) -> Tensor:
+        if dim < encoder.embed_dim:
+            embeddings_BND = truncate(embeddings_BND, dim)
+        if isinstance(paths, str) and paths == "aggregate":
+            embeddings_BND = encoder.aggregate(embeddings_BND)
+        elif isinstance(paths, Integral):
+            embeddings_BND = embeddings_BND[:, 0]
+        return embeddings_BND.float().cpu()
+
     rows = to_raw_inputs(inputs, instruction)
     plan = BatchPlan(rows, TokenEstimate(collator), batch_size)
     batches = RowBatches(rows, collator, "input {}".format)
     if show_progress is None:
         show_progress = len(plan) >= PROGRESS_FROM and sys.stderr.isatty()
-    first_parameter = next(encoder.parameters(), None)
-    device = torch.device("cpu") if first_parameter is None else first_parameter.device
-    result = torch.empty(len(rows), *_trailing_shape(encoder, paths, selected, dim))
+    num_selected = encoder.num_paths if selected is None else len(selected)
+    with torch.no_grad():
+        shape = wanted(torch.zeros(1, num_selected, encoder.embed_dim, device=device)).shape[1:]
+    result = torch.empty(len(rows), *shape)
     with _evaluating(encoder), torch.inference_mode():
         for place in tqdm(plan, desc="encode", unit="batch", leave=False, disable=not show_progress):
-            if not place.rows:
-                continue
-            embeddings_BND = encoder(batches[place].to(device).inputs, selected)
-            if dim < encoder.embed_dim:
-                embeddings_BND = truncate(embeddings_BND, dim)
-            if isinstance(paths, str) and paths == "aggregate":
-                embeddings = encoder.aggregate(embeddings_BND)
-            else:
-                embeddings = embeddings_BND[:, 0] if isinstance(paths, Integral) else embeddings_BND
-            result[list(place.rows)] = embeddings.float().cpu()
+            if place.rows:
+                embeddings_BND = encoder(batches[place].to(device).inputs, selected)
+                result[list(place.rows)] = wanted(embeddings_BND)
     return result
 
 
@@ -350,18 +264,8 @@ def _selected_paths(paths: Paths, num_paths: int) -> list[int] | None:
     return [int(path) for path in selected]
 
 
-def _trailing_shape(
-    encoder: PathEncoder, paths: Paths, selected: list[int] | None, dim: int
-) -> tuple[int, ...]:
-    if isinstance(paths, str) and paths == "aggregate":
-        return (encoder.aggregate_dim // encoder.embed_dim * dim,)
-    if isinstance(paths, Integral):
-        return (dim,)
-    return (encoder.num_paths if selected is None else len(selected), dim)
-
-
 @contextmanager
-def _evaluating(encoder: PathEncoder) -> Iterator[None]:
+def _evaluating(encoder: nn.Module) -> Iterator[None]:
     """Enter eval mode; afterwards every submodule has the mode that it had."""
     modes = [(module, module.training) for module in encoder.modules()]
     encoder.eval()

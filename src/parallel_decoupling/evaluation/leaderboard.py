@@ -1,9 +1,4 @@
-"""Score files as VLM2Vec's two versions and the MMEB leaderboard write them.
-
-First version: ``<task>_pred.txt`` and ``<task>_score.json`` with ``acc``, ``num_correct``, ``num_pred``.
-Second version: ``<task>_pred.jsonl`` and ``<task>_score.json`` with ``hit@1``, ``ndcg_linear@5`` and others.
-Leaderboard: one JSON of ``metadata`` and ``metrics``.
-"""
+"""Score files as VLM2Vec's two versions (``v1``, ``v2``) and the MMEB leaderboard write them."""
 
 from __future__ import annotations
 
@@ -20,12 +15,10 @@ from parallel_decoupling.evaluation.score import DEPTHS, TaskScore
 if TYPE_CHECKING:
     from parallel_decoupling.evaluation.report import TaskResult
 
-SCORE_FILES_DIR = "score_files"
-"""Folder of both versions' files in a run's folder: ``v1`` and ``v2``."""
+SCORE_FILES_DIR = "score_files"  # in a run's folder; holds v1 and v2
 LEADERBOARD_FILE = "leaderboard.json"
 SCORE_SUFFIX = "_score.json"
 PREDICTIONS = {"v1": "_pred.txt", "v2": "_pred.jsonl"}
-"""End of a file of predictions by version."""
 METADATA = (
     *("model_name", "model_backbone", "model_size", "embedding_dimension", "max_length_tokens"),
     *("model_release_date", "data_source", "url", "report_generated_date"),
@@ -48,10 +41,10 @@ def candidate_name(task: Task, candidate: RawInput) -> str:
 
 
 def write_predictions(folder: Path, task: EvalTask, score: TaskScore) -> None:
-    """Write one task's ``v1/<task>_pred.txt`` and ``v2/<task>_pred.jsonl``, a line per row.
+    """Write one task's predictions, a line per row, without copies of the positive.
 
     v1 has the best candidate, v2 the ten best (``prediction``), the positive (``label``) and ``rel_scores``
-    (null, as in rankings of one positive). Copies of the positive are left out.
+    (null, as in rankings of one positive).
     """
     names = [candidate_name(task.task, candidate) for candidate in task.candidates]
     best, lines = [], []
@@ -67,10 +60,7 @@ def write_predictions(folder: Path, task: EvalTask, score: TaskScore) -> None:
 
 
 def write_score_files(tasks: Mapping[str, TaskResult], column: str, folder: Path) -> None:
-    """Write ``v1/<task>_score.json`` and ``v2/<task>_score.json`` of every task.
-
-    The folder holds one test: scores and predictions of other tasks are an earlier test's and are removed.
-    """
+    """Write ``v1/<task>_score.json`` and ``v2/<task>_score.json``, and remove files of other tasks."""
     for version, predictions in PREDICTIONS.items():
         for suffix in (SCORE_SUFFIX, predictions):
             for old in (folder / version).glob(f"*{suffix}"):
@@ -94,23 +84,16 @@ def write_leaderboard(
 
 
 def _v2(result: TaskResult, column: str) -> dict[str, Any]:
-    """Return what the second version keeps of a task, all metrics cut at 1, 5 and 10.
-
-    With one positive, precision is hit / depth, recall is hit, average precision is 1 / rank, and both
-    conventions of nDCG agree.
-    """
+    """Return what the second version keeps of a task, all metrics cut at 1, 5 and 10, for one positive."""
     metrics = result.metrics.get(column, {})
-    names = {"hit": "hit", "mrr": "mrr", "ndcg_linear": "ndcg", "ndcg_exponential": "ndcg"}
-    values = {
-        f"{name}@{k}": metrics[f"{ours}@{k}"] for name, ours in names.items() for k in DEPTHS if metrics
-    }
-    values["hit@1"] = result.hit_at_1[column]
+    values: dict[str, float] = {}
     for k in DEPTHS if metrics else ():
-        hit = values[f"hit@{k}"]
+        hit, mrr, ndcg = (metrics[f"{name}@{k}"] for name in ("hit", "mrr", "ndcg"))
+        values |= {f"hit@{k}": hit, f"mrr@{k}": mrr, f"ndcg_linear@{k}": ndcg, f"ndcg_exponential@{k}": ndcg}
         values |= {f"precision@{k}": hit / k, f"recall@{k}": hit}
-        values |= {f"f1@{k}": 2 * hit / (k + 1), f"map@{k}": values[f"mrr@{k}"]}
-    rows = {"num_pred": result.num_queries, "num_data": result.num_queries + result.num_skipped}
-    return {**values, **rows}
+        values |= {f"f1@{k}": 2 * hit / (k + 1), f"map@{k}": mrr}
+    values["hit@1"] = result.hit_at_1[column]
+    return {**values, "num_pred": result.num_queries, "num_data": result.num_queries + result.num_skipped}
 
 
 def _write(file: Path, content: Any) -> None:

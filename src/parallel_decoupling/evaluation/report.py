@@ -28,6 +28,8 @@ SCORES_FILE = "scores.json"
 CSV_FILE = "scores.csv"
 ROUNDING_ERROR = 1e-9
 """Two fractions of the same counts differ by at most this much."""
+OTHER_PARTS = ("modes", "path_cosine", "warnings", "run")
+"""Attributes of a report that its file holds as they are."""
 META_TASKS = ("classification", "vqa", "retrieval", "grounding")
 MEAN_TITLES = {
     **{meta_task: f"mean of {meta_task}" for meta_task in META_TASKS},
@@ -42,20 +44,12 @@ MMEB_COUNTS = dict(zip(MEAN_TITLES, (10, 10, 12, 4, 20, 16, 36), strict=False))
 
 @dataclass(frozen=True)
 class Grid:
-    """A table as texts, for the terminal and for a page.
-
-    Attributes:
-        title: what it shows.
-        headings: of the columns.
-        rows: cells by row.
-        kinds: of the rows: ``""``, ``"mean"`` or ``"bad"``; without them all rows are alike.
-        caption: how to read it.
-    """
+    """A table as texts, for the terminal and for a page."""
 
     title: str
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
-    kinds: Sequence[str] = ()
+    kinds: Sequence[str] = ()  # of the rows: "", "mean" or "bad"; without them all rows are alike
     caption: str = ""
 
     def terminal(self) -> Table:
@@ -72,66 +66,41 @@ class Grid:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """Scores of one task.
-
-    Attributes:
-        task: name, meta-task and distribution.
-        num_queries: rows scored.
-        chance: hit@1 of a random choice, in [0, 1].
-        hit_at_1: by column (``"aggregate"``, ``"path_0"``, ...), in [0, 1].
-        hits: by column, one ``0`` or ``1`` per row; empty when only the score is known.
-        num_skipped: rows left out because their images could not be read.
-        metrics: by column, means of ``score.METRICS``; empty when only hit@1 is known.
-        rows_sha256: identifies the rows, see ``score.task_hash``.
-    """
+    """Scores of one task."""
 
     task: Task
-    num_queries: int
-    chance: float
-    hit_at_1: dict[str, float]
-    hits: dict[str, str] = field(default_factory=dict)
-    num_skipped: int = 0
-    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
-    rows_sha256: str = ""
+    num_queries: int  # rows scored
+    chance: float  # hit@1 of a random choice, in [0, 1]
+    hit_at_1: dict[str, float]  # by column (aggregate, path_0, ...), in [0, 1]
+    hits: dict[str, str] = field(default_factory=dict)  # by column, one 0 or 1 per row; empty if not known
+    num_skipped: int = 0  # rows left out because their images could not be read
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)  # by column, means of score.METRICS
+    rows_sha256: str = ""  # identifies the rows, see score.task_hash
 
-    @property
-    def at_chance(self) -> bool:
-        """Whether the first column is no better than a random choice."""
-        return next(iter(self.hit_at_1.values())) <= self.chance
-
-    def check_hits(self, where: str) -> None:
+    def check_hits(self) -> None:
         """Raise ``ValueError`` if the hits do not fit the number of rows or the scores."""
+        name = self.task.name
         if list(self.hits) != list(self.hit_at_1):
-            raise ValueError(f"{where}: hits of {list(self.hits)}, but scores of {list(self.hit_at_1)}")
+            raise ValueError(f"task {name}: hits of {list(self.hits)}, but scores of {list(self.hit_at_1)}")
         for column, hits in self.hits.items():
-            mean, score, place = (
-                hits.count("1") / self.num_queries,
-                self.hit_at_1[column],
-                f"{where}, {column}",
-            )
             if len(hits) != self.num_queries or set(hits) - {"0", "1"}:
-                raise ValueError(f"{place}: not one 0 or 1 for each of {self.num_queries} queries")
+                what = f"not one 0 or 1 for each of {self.num_queries} queries"
+                raise ValueError(f"task {name}, {column}: {what}")
+            mean, score = hits.count("1") / self.num_queries, self.hit_at_1[column]
             if not abs(mean - score) <= ROUNDING_ERROR:
-                raise ValueError(f"{place}: the mean of the hits is {mean:.6g}, but hit_at_1 is {score:.6g}")
+                what = f"the mean of the hits is {mean:.6g}, but hit_at_1 is {score:.6g}"
+                raise ValueError(f"task {name}, {column}: {what}")
 
 
 @dataclass(frozen=True)
 class ScoreReport:
-    """All scores of one run.
-
-    Attributes:
-        tasks: results by task name.
-        run: what produced them (configuration, seed, commit, steps, ...), plain values.
-        modes: by column, what it costs: ``score.mode_costs``.
-        path_cosine: ``[N][N]``, mean cosine between the paths' queries; None if not known.
-        warnings: what makes the scores doubtful: ``checks.Finding`` as plain values.
-    """
+    """All scores of one run."""
 
     tasks: dict[str, TaskResult]
-    run: dict[str, Any] = field(default_factory=dict)
-    modes: dict[str, dict[str, float]] = field(default_factory=dict)
-    path_cosine: list[list[float]] | None = None
-    warnings: list[dict[str, Any]] = field(default_factory=list)
+    run: dict[str, Any] = field(default_factory=dict)  # what produced them, as plain values
+    modes: dict[str, dict[str, int]] = field(default_factory=dict)  # score.mode_costs by column
+    path_cosine: list[list[float]] | None = None  # [N][N], mean between the paths' queries
+    warnings: list[dict[str, Any]] = field(default_factory=list)  # checks.Finding.plain
 
     def __post_init__(self) -> None:
         """Check that every task has the same columns and a meta-task that a mean counts."""
@@ -145,11 +114,7 @@ class ScoreReport:
 
     @classmethod
     def from_scores(cls, scores: Sequence[TaskScore], run: Mapping[str, Any] | None = None) -> ScoreReport:
-        """Collect scored tasks, all with the same columns, and what produced them.
-
-        Raises:
-            ValueError: no task, a task twice, or columns that differ.
-        """
+        """Collect scored tasks, each once and all with the same columns, and what produced them."""
         tasks: dict[str, TaskResult] = {}
         for score in scores:
             if score.task.name in tasks:
@@ -176,11 +141,6 @@ class ScoreReport:
     def path_columns(self) -> list[str]:
         """Columns of single paths."""
         return [column for column in self.columns if column.startswith("path_")]
-
-    @property
-    def shown_columns(self) -> list[str]:
-        """All columns, but of a single path, which is its own aggregate, the first only."""
-        return self.columns if len(self.path_columns) > 1 else self.columns[:1]
 
     @property
     def groups(self) -> dict[str, list[str]]:
@@ -228,30 +188,19 @@ class ScoreReport:
 
     def to_json_file(self, json_file: str | Path) -> None:
         """Write everything, fractions unrounded; per-row hits come last as strings of 0 and 1."""
-        shown = ("num_queries", "num_skipped", "chance", "hit_at_1", "metrics", "rows_sha256")
-        content = {
-            "format": FORMAT,
-            "metric": "hit@1",
-            "means": self.means,
-            "partial_means": {
-                group: f"of {count} of MMEB's {MMEB_COUNTS[group]} tasks"
-                for group, count in self.partial_means.items()
-            },
-            "tasks": {
-                name: {
-                    "meta_task": result.task.meta_task,
-                    "in_distribution": result.task.in_distribution,
-                    **{key: getattr(result, key) for key in shown},
-                }
-                for name, result in self.tasks.items()
-            },
-            "metric_means": self.metric_means,
-            "modes": self.modes,
-            "path_cosine": self.path_cosine,
-            "warnings": self.warnings,
-            "run": self.run,
-            "hits": {name: result.hits for name, result in self.tasks.items()},
+        tasks = {}
+        for name, result in self.tasks.items():
+            values = {key: value for key, value in vars(result).items() if key not in ("task", "hits")}
+            about = {"meta_task": result.task.meta_task, "in_distribution": result.task.in_distribution}
+            tasks[name] = {**about, **values}
+        partial = {
+            group: f"of {count} of MMEB's {MMEB_COUNTS[group]} tasks"
+            for group, count in self.partial_means.items()
         }
+        content = {"format": FORMAT, "metric": "hit@1", "means": self.means, "partial_means": partial}
+        content |= {"tasks": tasks, "metric_means": self.metric_means}
+        content |= {key: getattr(self, key) for key in OTHER_PARTS}
+        content["hits"] = {name: result.hits for name, result in self.tasks.items()}
         Path(json_file).write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
 
     @classmethod
@@ -261,58 +210,49 @@ class ScoreReport:
         Raises:
             ValueError: another file or format, or hits that do not fit the scores; names file and task.
         """
+        text = Path(json_file).read_text(encoding="utf-8")
         try:
-            content = json.loads(Path(json_file).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{json_file} is not JSON: {error}") from error
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError(f"{json_file} is not a score file of format {FORMAT}; run the test again")
-        try:
-            tasks = {}
+            content, tasks = json.loads(text), {}
+            if content.get("format") != FORMAT:
+                raise ValueError(f"not format {FORMAT}")
             for name, row in content["tasks"].items():
                 task = Task(name, row.pop("meta_task"), row.pop("in_distribution"))
                 tasks[name] = TaskResult(task, hits=content["hits"][name], **row)
-                tasks[name].check_hits(f"task {name}")
-            return cls(tasks, *(content[name] for name in ("run", "modes", "path_cosine", "warnings")))
-        except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-            raise ValueError(f"{json_file} was changed or cut ({error!r}); run the test again") from error
-        except ValueError as error:
-            raise ValueError(f"{json_file}, {error}; the file was changed, run the test again") from error
+                tasks[name].check_hits()
+            return cls(tasks, **{key: content[key] for key in OTHER_PARTS})
+        except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+            message = f"{json_file} is not a score file as a test wrote it ({error!r}); run the test again"
+            raise ValueError(message) from error
 
     def to_csv_file(self, csv_file: str | Path) -> None:
         """Write one line per task, then one per mean, fractions unrounded."""
+        about = ("meta_task", "in_distribution", "num_queries", "chance")
+        rows: list[list[Any]] = [["kind", "name", *about, *self.columns]]
+        for name, each in self.tasks.items():
+            cells = [each.task.meta_task, each.task.in_distribution, each.num_queries, each.chance]
+            rows.append(["task", name, *cells, *each.hit_at_1.values()])
+        rows += [["mean", name, *[""] * len(about), *mean.values()] for name, mean in self.means.items()]
         with open(csv_file, "w", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream)
-            about = ("meta_task", "in_distribution", "num_queries", "chance")
-            writer.writerow(["kind", "name", *about, *self.columns])
-            for name, result in self.tasks.items():
-                task = result.task
-                cells = [task.meta_task, task.in_distribution, result.num_queries, result.chance]
-                writer.writerow(["task", name, *cells, *result.hit_at_1.values()])
-            for name, mean in self.means.items():
-                writer.writerow(["mean", name, *[""] * len(about), *mean.values()])
-
-    def mean_title(self, mean: str) -> str:
-        """Name a mean; one of some of MMEB's tasks with their number."""
-        count = self.partial_means.get(mean)
-        return MEAN_TITLES[mean] + ("" if count is None else f", {count}/{MMEB_COUNTS[mean]}")
+            csv.writer(stream).writerows(rows)
 
     def task_grid(self) -> Grid:
         """Tabulate tasks by meta-task, then means, of aggregate and paths; tasks at chance are marked."""
         shown = [self.columns[0], *self.path_columns]
         rows: list[list[str]] = []
         kinds: list[str] = []
-        for mean in MEAN_TITLES:
+        for mean, title in MEAN_TITLES.items():
             for name in self.groups.get(mean, ()) if mean in META_TASKS else ():
                 result = self.tasks[name]
+                bad = result.hit_at_1[self.columns[0]] <= result.chance
                 split = "IND" if result.task.in_distribution else "OOD"
-                about = [f"{name} !" if result.at_chance else name, split, str(result.num_queries)]
-                scores = [percent(result.hit_at_1[column]) for column in shown]
-                rows.append([*about, percent(result.chance), *scores])
-                kinds.append("bad" if result.at_chance else "")
+                about = [f"{name} !" if bad else name, split, str(result.num_queries), percent(result.chance)]
+                rows.append([*about, *(percent(result.hit_at_1[column]) for column in shown)])
+                kinds.append("bad" if bad else "")
             if mean in self.means:
+                count = self.partial_means.get(mean)
+                part = "" if count is None else f", {count}/{MMEB_COUNTS[mean]}"
                 scores = [percent(self.means[mean][column]) for column in shown]
-                rows.append([self.mean_title(mean), "", "", "", *scores])
+                rows.append([title + part, "", "", "", *scores])
                 kinds.append("mean")
         notes = ["! at or below chance"] if "bad" in kinds else []
         headings = ("task", "split", "queries", "chance", *(column.replace("_", " ") for column in shown))
@@ -324,26 +264,22 @@ class ScoreReport:
         splits = [name for name in titles if name in self.means]
         metrics = [name for name in ("hit@5", "hit@10", "mrr", "ndcg@10") if self.metric_means]
         rows = []
-        for column in self.shown_columns:
+        # a single path is its own aggregate
+        for column in self.columns if len(self.path_columns) > 1 else self.columns[:1]:
             scores = [percent(self.means[split][column]) for split in splits]
             scores += [percent(self.metric_means[column][metric]) for metric in metrics]
             costs = self.modes.get(column, {})
-            milliseconds = costs.get("milliseconds_per_item")
-            size = f"{costs['bytes_per_item']:,}" if costs else ""
-            rows.append([column, *scores, "" if milliseconds is None else f"{milliseconds:.2f}", size])
-        headings = ("mode", *(titles[split] for split in splits), *metrics, "ms/item", "bytes/item")
-        caption = "means over tasks in percent; ms: one batch of this test, encoded with one path or with all"
+            sizes = [f"{costs[name]:,}" if costs else "" for name in ("bytes_per_item", "paths_per_item")]
+            rows.append([column, *scores, *sizes])
+        headings = ("mode", *(titles[split] for split in splits), *metrics, "bytes/item", "paths/item")
+        caption = "means over tasks in percent; what an item takes to keep, and the paths to encode for it"
         return Grid("inference modes", headings, rows, caption=caption)
 
     def warning_panels(self) -> list[Panel]:
         """Show what makes the scores doubtful, each with what was seen and what to do."""
-        return [
-            Panel(
-                Text(f"{each['detail']}\n{each['advice']}"),
-                title=f"WARNING: {each['check'].replace('_', ' ')}",
-            )
-            for each in self.warnings
-        ]
+        texts = [Text(f"{each['detail']}\n{each['advice']}") for each in self.warnings]
+        titles = [f"WARNING: {each['check'].replace('_', ' ')}" for each in self.warnings]
+        return [Panel(text, title=title) for text, title in zip(texts, titles, strict=True)]
 
 
 def write_report(report: ScoreReport, folder: Path) -> None:
@@ -355,13 +291,8 @@ def write_report(report: ScoreReport, folder: Path) -> None:
     write_score_files(report.tasks, column, folder / SCORE_FILES_DIR)
     metadata = {"model_name": folder.resolve().name, "model_backbone": backbone}
     if column in report.modes:
-        metadata["embedding_dimension"] = int(report.modes[column]["bytes_per_item"]) // 4
+        metadata["embedding_dimension"] = report.modes[column]["bytes_per_item"] // 4
     write_leaderboard(report.tasks, column, folder / LEADERBOARD_FILE, metadata)
-
-
-def progress(run: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what tells weights from other weights of the same model, as far as a run says it."""
-    return {key: run.get(key) for key in ("global_step", "seed", "token_passes")}
 
 
 def _mean(values: Sequence[Mapping[str, float]]) -> dict[str, float]:

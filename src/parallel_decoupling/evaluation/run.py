@@ -1,11 +1,11 @@
-"""The scoring callback: from what ``PDFEmbedder`` embeds to scores, files and tables.
-
-The module only embeds, the data module only loads; the callback gets both when it is built or called.
-"""
+"""The callbacks that take what ``PDFEmbedder`` embeds: ``Scoring`` and ``EmbeddingWriter``."""
 
 from __future__ import annotations
 
+import json
 import subprocess
+import time
+import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,24 +14,22 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.data.images import IMAGE_SETTINGS
-from parallel_decoupling.data.loaders import TaskSide
+from parallel_decoupling.data.row_sources import TaskSide
 from parallel_decoupling.data.tasks import EvalTask
 from parallel_decoupling.distributed import gather_objects, rank, world_size
 from parallel_decoupling.evaluation import checks
 from parallel_decoupling.evaluation.encode import RowBatch
 from parallel_decoupling.evaluation.leaderboard import SCORE_FILES_DIR, write_predictions
-from parallel_decoupling.evaluation.plots import path_similarity_figure, retrieval_examples_figure
+from parallel_decoupling.evaluation.plots import path_matrices_figure
 from parallel_decoupling.evaluation.report import ScoreReport, write_report
 from parallel_decoupling.evaluation.score import (
     Columns,
     TaskScore,
-    milliseconds_per_item,
     mode_costs,
     path_columns,
     score_task,
@@ -41,43 +39,46 @@ from parallel_decoupling.evaluation.store import (
     Keeper,
     Store,
     path_column,
-    shard_hash,
+    read_metadata,
+    shard_files,
 )
 from parallel_decoupling.objective.statistics import path_cosine
 from parallel_decoupling.training.callbacks import console
 from parallel_decoupling.training.module import PDFEmbedder
 
+BAD_ROWS_FILE = "bad_rows.jsonl"
+HARMLESS_WARNINGS = ("Couldn't infer the batch indices", "Total length of .* across ranks is zero")
+"""Warnings of Lightning about loaders that are not torch's."""
 
-class SideEmbeddings:
-    """All embeddings of one side of a task, filled batch by batch in any order and by any process.
 
-    Args:
-        num_rows: U, of the side.
-    """
+class CollectedEmbeddings:
+    """Embeddings of the rows of a task's side or of a shard, batch by batch in any order."""
 
-    def __init__(self, num_rows: int) -> None:
-        self._num_rows = num_rows
-        self._rows: list[int] = []
-        self._vectors: list[Tensor] = []
+    def __init__(self) -> None:
+        self.rows: list[int] = []
         self.bad_rows: dict[int, str] = {}
+        self._vectors: list[Tensor] = []
 
     def add(self, batch: RowBatch, embeddings_BND: Tensor) -> None:
         """Take the embeddings of one batch."""
-        self._rows += batch.rows
+        self.rows += batch.rows
         self._vectors.append(embeddings_BND[: len(batch.rows)].float().cpu())
         self.bad_rows |= batch.bad_rows
 
-    def complete(self, trainer: Trainer, module: LightningModule) -> Tensor | None:
-        """Join what all processes have: ``[U, N, D]``, NaN where a row could not be embedded.
+    @property
+    def vectors(self) -> Tensor:
+        """The embeddings of ``rows``, ``[len(rows), N, D]``."""
+        return torch.cat(self._vectors)
 
-        Returns:
-            None if rows are missing, as they are when batches were limited. Every process gets the same.
+    def complete(self, num_rows: int, trainer: Trainer, module: LightningModule) -> Tensor | None:
+        """Join what all processes have: ``[U, N, D]`` of ``num_rows``, NaN where a row could not be embedded.
+
+        None, on every process, if rows are missing, as they are when batches were limited.
         """
-        vectors = torch.cat(self._vectors)
-        embeddings_UND = torch.zeros(self._num_rows, *vectors.shape[1:])
-        embeddings_UND[self._rows] = vectors
-        seen_U = torch.zeros(self._num_rows)
-        seen_U[[*self._rows, *self.bad_rows]] = 1
+        embeddings_UND = torch.zeros(num_rows, *self.vectors.shape[1:])
+        embeddings_UND[self.rows] = self.vectors
+        seen_U = torch.zeros(num_rows)
+        seen_U[[*self.rows, *self.bad_rows]] = 1
         if world_size() > 1:
             embeddings_UND, seen_U = (
                 cast(Tensor, trainer.strategy.reduce(each.to(module.device), reduce_op="sum")).cpu()
@@ -94,16 +95,11 @@ class Scoring(Callback):
     """Scores the tasks of ``validate`` and ``test``, and writes and shows the scores of ``test``.
 
     Logs ``val/<task>/hit_at_1`` (or ``test/``) and the means, ``val/overall`` among them, for ModelCheckpoint
-    and EarlyStopping. ``test`` writes ``scores.json``, ``scores.csv``, VLM2Vec's score files and the
-    leaderboard's into the folder of the run, prints the tables, and says what makes the scores doubtful.
+    and EarlyStopping. The last ``report`` stays here; ``test`` also writes ``scores.json``, ``scores.csv``,
+    VLM2Vec's score files and the leaderboard's into the folder of the run.
 
-    Args:
-        data: the data module whose tasks are scored.
-        keeper: keeps the embeddings of ``test``, so that a test that was stopped resumes; the same that
-            ``data.connect`` was given.
-
-    Attributes:
-        report: of the last ``validate`` or ``test``.
+    ``keeper`` keeps the embeddings of ``test``, so that a test that was stopped resumes; ``data.connect`` was
+    given the same one.
     """
 
     scores_tasks = True
@@ -111,159 +107,137 @@ class Scoring(Callback):
     def __init__(self, data: MMEBDataModule, keeper: Keeper | None = None) -> None:
         self.data, self.keeper = data, keeper
         self.report: ScoreReport | None = None
-        self._milliseconds: dict[str, float] = {}
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin with no scores."""
-        self._begin(trainer)
-
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin with no scores."""
-        self._begin(trainer)
-
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Take one batch."""
-        self._take(trainer, cast(PDFEmbedder, pl_module), *args)
-
-    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Take one batch, and measure the time per item with the first."""
-        module, batch = cast(PDFEmbedder, pl_module), args[1]
-        self._take(trainer, module, *args)
-        if not self._milliseconds and not self._was_kept(trainer):
-            with trainer.precision_plugin.forward_context():
-                self._milliseconds = {
-                    name: milliseconds_per_item(partial(module, batch.inputs, paths), len(batch.inputs))
-                    for name, paths in (("one_path", (0,)), ("all_paths", None))
-                }
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the scores; ``validate`` prints them, too."""
-        self._finish_side(trainer, cast(PDFEmbedder, pl_module))
-        if trainer.sanity_checking:
-            return
-        self._log("val", cast(PDFEmbedder, pl_module))
-        if self.report is not None and trainer.state.fn == "validate" and trainer.is_global_zero:
-            console().print(self.report.task_grid().terminal())
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the scores, write the score files, print the tables and what makes them doubtful."""
-        module = cast(PDFEmbedder, pl_module)
-        self._finish_side(trainer, module)
-        self._log("test", module)
-        if self.report is None or not trainer.is_global_zero:
-            return
-        write_report(self.report, self._run_dir)  # whatever happens to the checks
-        cosine_NN = torch.stack(self._cosines).mean(dim=0).tolist() if self._cosines else None
-        modes = mode_costs(self._columns, **self._milliseconds)
-        found = [finding.plain() for finding in self._doubts(module)]
-        self.report = replace(self.report, modes=modes, warnings=found, path_cosine=cosine_NN)
-        write_report(self.report, self._run_dir)
-        grids = [self.report.task_grid().terminal(), self.report.mode_grid().terminal()]
-        console().print(*grids, *self.report.warning_panels(), sep="\n")
-
-    def _begin(self, trainer: Trainer) -> None:
         self.report = None
-        self._run_dir = run_dir(trainer)
+        self._run_dir = Path(trainer.log_dir or trainer.default_root_dir)  # all processes must ask
         self._index = -1
-        self._side: SideEmbeddings | None = None
-        self._query: tuple[Tensor, dict[int, str]] | None = None
+        self._side: CollectedEmbeddings | None = None
+        self._query: tuple[Tensor | None, dict[int, str]] = None, {}
         self._scores: list[TaskScore] = []
         self._found: list[checks.Finding] = []
         self._cosines: list[Tensor] = []
         self._columns: Columns = {}
-        self._milliseconds = {}
 
-    def _take(
+    on_test_epoch_start = on_validation_epoch_start
+
+    def on_validation_batch_end(
         self,
         trainer: Trainer,
-        module: PDFEmbedder,
+        pl_module: PDFEmbedder,  # type: ignore[override]
         outputs: Any,
         batch: RowBatch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        """Take one batch; the first of a side completes the side before it."""
         if dataloader_idx != self._index:
-            self._finish_side(trainer, module)
+            self._finish_side(trainer, pl_module)
             self._index = dataloader_idx
-            self._side = SideEmbeddings(len(self.data.rows[dataloader_idx]))
+            self._side = CollectedEmbeddings()
         assert self._side is not None
         self._side.add(batch, outputs)
 
-    def _finish_side(self, trainer: Trainer, module: PDFEmbedder) -> None:
-        """Join the embeddings of a side; with the candidates the task is complete and gets its score."""
-        if self._side is None:
+    on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: PDFEmbedder) -> None:  # type: ignore[override]
+        """Log the scores; ``validate`` prints them, too."""
+        self._finish_side(trainer, pl_module)
+        if trainer.sanity_checking:
             return
-        rows, side = cast(TaskSide, self.data.rows[self._index]), self._side
-        self._side = None
-        testing = trainer.state.fn == "test"
-        embeddings_UND: Tensor | None
-        if self._was_kept(trainer):
-            embeddings_UND, bad_rows = self._load(rows, module)
-        else:
-            embeddings_UND, bad_rows = side.complete(trainer, module), side.bad_rows
-            if embeddings_UND is not None and testing and self.keeper is not None and rank() == 0:
-                self._keep(rows, embeddings_UND, bad_rows)
-        if rows.side == "query":
-            self._query = None if embeddings_UND is None else (embeddings_UND, bad_rows)
+        self._log("val", pl_module)
+        if self.report is not None and trainer.state.fn == "validate" and trainer.is_global_zero:
+            console().print(self.report.task_grid().terminal())
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: PDFEmbedder) -> None:  # type: ignore[override]
+        """Log the scores, write the score files, print the tables and what makes them doubtful."""
+        self._finish_side(trainer, pl_module)
+        self._log("test", pl_module)
+        if self.report is None or not trainer.is_global_zero:
             return
-        query, self._query = self._query, None
-        if query is not None and embeddings_UND is not None:
-            self._score(trainer, module, rows.task, query, (embeddings_UND, bad_rows))
-        elif not trainer.sanity_checking:
-            rank_zero_warn(
-                f"{rows.task.task.name}: not all rows were encoded (limited batches), so it has no score."
-            )
+        write_report(self.report, self._run_dir)  # whatever happens to the checks
+        cosine_NN = torch.stack(self._cosines).mean(dim=0).tolist() if self._cosines else None
+        modes = mode_costs(self._columns)
+        found = [finding.plain() for finding in self._doubts(pl_module)]
+        self.report = replace(self.report, modes=modes, warnings=found, path_cosine=cosine_NN)
+        write_report(self.report, self._run_dir)
+        grids = [self.report.task_grid().terminal(), self.report.mode_grid().terminal()]
+        console().print(*grids, *self.report.warning_panels(), sep="\n")
 
     def _was_kept(self, trainer: Trainer) -> bool:
         """Tell whether an earlier test kept the embeddings of the side at hand."""
         name = self.data.rows[self._index].name
         return trainer.state.fn == "test" and self.keeper is not None and bool(self.keeper.kept[name])
 
+    def _finish_side(self, trainer: Trainer, module: PDFEmbedder) -> None:
+        """Join the embeddings of a side; with the candidates the task is complete and gets its score."""
+        if self._side is None:
+            return
+        rows, side = cast(TaskSide, self.data.rows[self._index]), self._side
+        embeddings_UND: Tensor | None
+        if self.keeper is not None and self._was_kept(trainer):
+            store = Store(self.keeper.writers[rows.name].folder)
+            paths_UND = torch.stack([store.column(name) for name in store.columns], dim=1)
+            embeddings_UND = torch.full((len(rows), *paths_UND.shape[1:]), torch.nan)
+            embeddings_UND[store.source_rows()] = paths_UND
+            bad_rows = {row["row"]: row["reason"] for row in store.bad_rows}
+        else:
+            embeddings_UND, bad_rows = side.complete(len(rows), trainer, module), side.bad_rows
+            keeps = trainer.state.fn == "test" and self.keeper is not None and rank() == 0
+            if keeps and self.keeper is not None and embeddings_UND is not None:
+                good = [row for row in range(len(rows)) if row not in bad_rows]
+                paths = {path_column(path): each for path, each in enumerate(embeddings_UND[good].unbind(1))}
+                self.keeper.write(rows, 0, good, paths, bad_rows)
+        self._side, query, self._query = None, self._query, (None, {})
+        if rows.side == "query":
+            self._query = embeddings_UND, bad_rows
+        elif query[0] is not None and embeddings_UND is not None:
+            self._score(trainer, module, rows.task, (query[0], embeddings_UND), (query[1], bad_rows))
+        elif not trainer.sanity_checking:
+            rank_zero_warn(
+                f"{rows.task.task.name}: not all rows were encoded (limited batches), so it has no score."
+            )
+
     def _score(
         self,
         trainer: Trainer,
         module: PDFEmbedder,
         task: EvalTask,
-        query: tuple[Tensor, dict[int, str]],
-        candidate: tuple[Tensor, dict[int, str]],
+        sides: tuple[Tensor, Tensor],
+        bad_rows: tuple[dict[int, str], dict[int, str]],
     ) -> None:
-        (query_UND, bad_queries), (candidate_UND, bad_candidates) = query, candidate
-        readable, num_skipped = _without(task, bad_queries, bad_candidates)
-        if not readable.query_of_row:
-            rank_zero_warn(f"{task.task.name}: no row's images could be read, so it has no score.")
+        """Score a task by its queries and candidates, without those that could not be embedded."""
+        name, num_rows = task.task.name, len(task.query_of_row)
+        missing = len(bad_rows[0]), len(bad_rows[1])
+        if any(missing):
+            task = task.without(set(bad_rows[0]), set(bad_rows[1]))
+            rank_zero_warn(
+                f"{name}: {missing[0]} queries and {missing[1]} candidates have images that cannot be read; "
+                f"{num_rows - len(task.query_of_row)} of {num_rows} rows are left out of the score."
+            )
+        if not task.query_of_row:
+            rank_zero_warn(f"{name}: no row's images could be read, so it has no score.")
             return
 
-        @torch.no_grad()
-        def aggregate(embeddings_UND: Tensor) -> Tensor:
-            return module.encoder.aggregate(embeddings_UND.to(module.device)).cpu()
-
-        columns = path_columns(query_UND, candidate_UND, aggregate)
-        score = replace(score_task(readable, columns), num_skipped=num_skipped)
+        columns = path_columns(*sides, partial(_aggregate, module))
+        score = replace(score_task(task, columns), num_skipped=num_rows - len(task.query_of_row))
         self._scores.append(score)
         self._columns = {name: (each[0][:1], each[1][:1]) for name, each in columns.items()}
         if trainer.state.fn != "test" or not trainer.is_global_zero:
             return
-        aggregates = columns[AGGREGATE]
-        self._found += checks.check_task(
-            score,
-            (query_UND, aggregates[0]),
-            (candidate_UND, aggregates[1]),
-            missing=(len(bad_queries), len(bad_candidates)),
-        )
-        finite_U = query_UND.isfinite().flatten(1).all(dim=1)
+        queries, candidates = zip(sides, columns[AGGREGATE], strict=True)
+        self._found += checks.check_task(score, queries, candidates, missing=missing)
+        finite_U = sides[0].isfinite().flatten(1).all(dim=1)
         if finite_U.any():
-            self._cosines.append(path_cosine(query_UND[finite_U]))
-        write_predictions(self._run_dir / SCORE_FILES_DIR, readable, score)
-        if (writer := tensorboard_writer(trainer)) is not None:
-            figure = retrieval_examples_figure(readable, score)
-            writer.add_figure(f"retrieval/{task.task.name}", figure, global_step=module.progress.steps_done)
+            self._cosines.append(path_cosine(sides[0][finite_U]))
+        write_predictions(self._run_dir / SCORE_FILES_DIR, task, score)
 
     def _log(self, stage: str, module: PDFEmbedder) -> None:
         if not self._scores:
             return
         self.report = ScoreReport.from_scores(self._scores, {**module.run_info(), "commit": git_commit()})
-        column = self.report.columns[0]
-        means = self.report.means
+        column, means = self.report.columns[0], self.report.means
         values = {f"{stage}/{name}/hit_at_1": r.hit_at_1[column] for name, r in self.report.tasks.items()}
         values |= {f"{stage}/{name}": mean[column] for name, mean in means.items()}
         values |= {f"{stage}/overall_{path}": means["overall"][path] for path in self.report.path_columns}
@@ -272,43 +246,81 @@ class Scoring(Callback):
     def _doubts(self, module: PDFEmbedder) -> list[checks.Finding]:
         """Say what makes the scores doubtful. A model that never trained has nothing to differ from."""
         found = checks.findings(self._found)
-        if module.progress.steps_done == 0:
-            return found
-        trained, asked = module.trained_data, self.data.settings
-        found += checks.check_images(trained, {name: asked[name] for name in IMAGE_SETTINGS})
-        same = trained.get("data_dir") in (None, self.data.data_dir)
-        folder = self.data.folder if same else Path(trained["data_dir"])
-        return [*found, *checks.check_prompts(folder, self.data.eval_tasks_data)]
+        if module.progress.steps_done:
+            trained, asked = module.trained_data, self.data.settings
+            found += checks.check_images(trained, {name: asked[name] for name in IMAGE_SETTINGS})
+            same = trained.get("data_dir") in (None, self.data.data_dir)
+            folder = self.data.folder if same else Path(trained["data_dir"])
+            found += checks.check_prompts(folder, self.data.eval_tasks_data)
+        return found
 
-    def _keep(self, rows: TaskSide, embeddings_UND: Tensor, bad_rows: dict[int, str]) -> None:
-        """Write a whole side as one shard."""
-        assert self.keeper is not None
-        good = [row for row in range(len(rows)) if row not in bad_rows]
-        paths = {path_column(path): vectors for path, vectors in enumerate(embeddings_UND[good].unbind(1))}
-        self.keeper.writers[rows.name].write(
-            0,
-            rows.columns(good),
-            paths,
-            rows_sha256=shard_hash(rows, range(len(rows))),
-            bad_rows=[{"row": row, "id": str(row), "reason": bad_rows[row]} for row in sorted(bad_rows)],
-        )
 
-    def _load(self, rows: TaskSide, module: PDFEmbedder) -> tuple[Tensor, dict[int, str]]:
-        """Read a whole side that an earlier test kept."""
-        assert self.keeper is not None
-        store = Store(self.keeper.writers[rows.name].folder)
-        paths = [store.column(path_column(path)) for path in range(module.encoder.num_paths)]
-        embeddings_UND = torch.full((len(rows), len(paths), paths[0].shape[1]), torch.nan)
-        embeddings_UND[store.source_rows()] = torch.stack(paths, dim=1)
-        return embeddings_UND, {row["row"]: row["reason"] for row in store.bad_rows}
+class EmbeddingWriter(Callback):
+    """Writes what ``predict`` embeds, shard by shard; a killed run resumes with the shards that are missing.
+
+    ``data`` has the rows; ``keeper`` has their stores, and ``data.connect`` was given the same one.
+    """
+
+    def __init__(self, data: MMEBDataModule, keeper: Keeper) -> None:
+        self.data, self.keeper = data, keeper
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        for message in HARMLESS_WARNINGS:
+            warnings.filterwarnings("ignore", message=message)
+        self._shard = CollectedEmbeddings()
+        self._began, self._num_embedded = time.perf_counter(), 0
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the embeddings of a batch, and write the shard that ends with it."""
+        if batch.place.shard is None:
+            return
+        self._shard.add(batch, outputs)
+        if batch.place.last:
+            rows, embeddings_BND = self.data.rows[dataloader_idx], self._shard.vectors
+            paths = range(outputs.shape[1]) if batch.paths is None else batch.paths
+            vectors = {path_column(path): embeddings_BND[:, place] for place, path in enumerate(paths)}
+            if batch.paths is None:
+                vectors[AGGREGATE] = _aggregate(cast(PDFEmbedder, pl_module), embeddings_BND)
+            self.keeper.write(rows, batch.place.shard, self._shard.rows, vectors, self._shard.bad_rows)
+            self._num_embedded += len(self._shard.rows)
+            self._shard = CollectedEmbeddings()
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """When all processes are done, write ``bad_rows.jsonl`` and say what there is."""
+        trainer.strategy.barrier()
+        seconds = time.perf_counter() - self._began
+        num_embedded = sum(gather_objects(self._num_embedded))
+        if not trainer.is_global_zero:
+            return
+        missing, num_rows, bad_rows = 0, 0, []
+        for writer in self.keeper.writers.values():
+            there = shard_files(writer.folder)
+            missing += writer.num_shards - len(there)
+            num_rows += sum(len(writer.rows_of(shard)) for shard in there)
+            bad_rows += [row for file in there.values() for row in read_metadata(file)["bad_rows"]]
+        bad_rows_file = self.keeper.root / BAD_ROWS_FILE
+        lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in bad_rows)
+        bad_rows_file.write_text(lines, encoding="utf-8")
+        speed = f"{num_embedded:,} of them now at {num_embedded / seconds:,.1f} per second"
+        message = f"{self.keeper.root}: {num_rows - len(bad_rows):,} rows embedded, {speed}."
+        if bad_rows:
+            message += f" {len(bad_rows):,} rows could not be embedded: {bad_rows_file} says which and why."
+        if missing:
+            message += f" {missing} files are missing: run the same command again."
+        rank_zero_info(message)
 
 
 class PathPictures(Callback):
-    """Draws the path cosine matrix to TensorBoard.
-
-    Args:
-        every_n_steps: how often; the first step of the run is always drawn.
-    """
+    """Draws the path cosine matrix to TensorBoard at the first step and then every so many steps."""
 
     def __init__(self, every_n_steps: int = 100) -> None:
         self.every_n_steps = every_n_steps
@@ -318,23 +330,17 @@ class PathPictures(Callback):
     ) -> None:
         """Draw this batch's queries."""
         step, query_GND = cast(PDFEmbedder, pl_module).progress.steps_done, outputs["pairs"].query
-        writer = tensorboard_writer(trainer)
-        if writer is None or query_GND.shape[1] == 1 or (step != 1 and step % self.every_n_steps):
-            return
-        figure = path_similarity_figure(path_cosine(query_GND).cpu())
-        writer.add_figure("paths/cosine", figure, global_step=trainer.global_step)
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        is_due = step == 1 or step % self.every_n_steps == 0
+        if loggers and trainer.is_global_zero and query_GND.shape[1] > 1 and is_due:
+            figure = path_matrices_figure({"mean cosine between paths": path_cosine(query_GND)})
+            loggers[0].experiment.add_figure("paths/cosine", figure, global_step=trainer.global_step)
 
 
 def evaluate(model: PDFEmbedder, data: MMEBDataModule | str | Path, **trainer_options: Any) -> ScoreReport:
-    """Score a model on the evaluation tasks of a data folder.
+    """Score a model on the evaluation tasks of a data module or folder (or ``mini-mmeb``).
 
-    Args:
-        model: to be scored.
-        data: a data module, or the folder that holds ``MMEB-eval/``, or ``mini-mmeb``.
-        trainer_options: of Lightning's Trainer; ``default_root_dir`` is where the score files go.
-
-    Raises:
-        ValueError: what the data module refuses, or no task that could be scored.
+    ``trainer_options`` are Lightning's; ``default_root_dir`` is where the score files go.
     """
     module = data if isinstance(data, MMEBDataModule) else MMEBDataModule(str(data))
     scoring = Scoring(module.connect(model))
@@ -345,37 +351,15 @@ def evaluate(model: PDFEmbedder, data: MMEBDataModule | str | Path, **trainer_op
     return scoring.report
 
 
-def run_dir(trainer: Trainer) -> Path:
-    """Return the folder of everything that the Trainer writes; all processes must ask."""
-    return Path(trainer.log_dir or trainer.default_root_dir)
-
-
-def tensorboard_writer(trainer: Trainer) -> SummaryWriter | None:
-    """Return TensorBoard's writer on rank 0, and None elsewhere and without a TensorBoard logger."""
-    loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-    return loggers[0].experiment if loggers and trainer.is_global_zero else None
-
-
 def git_commit() -> str | None:
     """Return the commit of the working folder, with ``+changes`` if files differ; None outside git."""
-
-    def git(*args: str) -> str:
-        return subprocess.run(["git", *args], capture_output=True, text=True, check=True).stdout.strip()
-
+    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+changes"]
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (FileNotFoundError, subprocess.CalledProcessError):
         return None
 
 
-def _without(task: EvalTask, queries: dict[int, str], candidates: dict[int, str]) -> tuple[EvalTask, int]:
-    """Return the task without the inputs that could not be read, and the number of rows left out."""
-    if not queries and not candidates:
-        return task, 0
-    readable = task.without(set(queries), set(candidates))
-    num_skipped = len(task.query_of_row) - len(readable.query_of_row)
-    rank_zero_warn(
-        f"{task.task.name}: {len(queries)} queries and {len(candidates)} candidates have images that cannot "
-        f"be read; {num_skipped} of {len(task.query_of_row)} rows are left out of the score."
-    )
-    return readable, num_skipped
+@torch.no_grad()
+def _aggregate(module: PDFEmbedder, embeddings_BND: Tensor) -> Tensor:
+    return module.encoder.aggregate(embeddings_BND.to(module.device)).cpu()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -20,32 +19,20 @@ DEPTHS = (1, 5, 10)
 METRICS = (*(f"hit@{k}" for k in DEPTHS), "mrr", *(f"{name}@{k}" for name in ("mrr", "ndcg") for k in DEPTHS))
 RANKING_DEPTH = 10
 ROWS_AT_ONCE = 256
-ENCODINGS = 3
 
-Columns = dict[str, tuple[Tensor, Tensor]]
-"""Name of a column to the embeddings of queries and of candidates."""
+Columns = dict[str, tuple[Tensor, Tensor]]  # embeddings of queries and of candidates by name
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """What one task's rows scored.
-
-    Attributes:
-        task: name, meta-task and distribution.
-        ranks: by column (``"aggregate"``, ``"path_0"``, ...): int64 ``[rows]``, see ``positive_rank``.
-        ranking: ``[rows, 10]`` int64, the first column's best candidates, best first, as indices
-            into the task's candidates; copies of the positive are left out; -1 where a row has fewer.
-        chance: hit@1 of a random choice, the mean over rows of 1 / number of distinct candidates.
-        num_skipped: rows left out because their images could not be read.
-        rows_sha256: identifies what was asked, see ``task_hash``.
-    """
+    """What one task's rows scored."""
 
     task: Task
-    ranks: dict[str, Tensor]
-    ranking: Tensor
-    chance: float
-    num_skipped: int = 0
-    rows_sha256: str = ""
+    ranks: dict[str, Tensor]  # by column (aggregate, path_0, ...): int64 [rows], see positive_rank
+    ranking: Tensor  # int64 [rows, 10]: best candidates of the first column; -1 where a row has fewer
+    chance: float  # hit@1 of a random choice, the mean over rows of 1 / number of distinct candidates
+    num_skipped: int = 0  # rows left out because their images could not be read
+    rows_sha256: str = ""  # identifies what was asked, see task_hash
 
     @property
     def hits(self) -> dict[str, Tensor]:
@@ -56,89 +43,66 @@ class TaskScore:
 def path_columns(query: Tensor, candidate: Tensor, aggregate: Callable[[Tensor], Tensor]) -> Columns:
     """Name what is scored: the aggregate, every path on its own, and the other ways to use all paths.
 
-    With several paths there are also ``mean`` (of the paths), ``concat`` (all paths side by side) and
-    ``maxsim`` (every query path takes its best candidate path).
-
-    Args:
-        query: ``[Uq, N, D]``, all paths.
-        candidate: ``[Uc, N, D]``.
-        aggregate: combines paths as the encoder was trained; ``ParallelEncoder.aggregate``.
-
-    Returns:
-        ``[U, D]`` each (``D`` differs between columns), or ``[U, N, D]`` for ``maxsim``.
-
-    Relations:
-        The cosine of ``concat`` is the mean cosine of aligned paths. ``maxsim`` is never below it.
+    ``query`` and ``candidate`` are ``[U, N, D]``, ``aggregate`` is that of the encoder. With several paths
+    there are also ``mean`` (of the paths), ``concat`` (all paths side by side) and ``maxsim`` (every query
+    path takes its best candidate path), which is ``[U, N, D]``.
     """
     num_paths = query.shape[1]
     columns = {"aggregate": (aggregate(query), aggregate(candidate))}
     columns |= {f"path_{path}": (query[:, path], candidate[:, path]) for path in range(num_paths)}
-    if num_paths == 1:
-        return columns
-    query, candidate = (F.normalize(paths_UND.float(), dim=-1) for paths_UND in (query, candidate))
-    columns["mean"] = query.mean(dim=1), candidate.mean(dim=1)
-    columns["concat"] = query.flatten(1), candidate.flatten(1)
-    columns["maxsim"] = query, candidate
+    if num_paths > 1:
+        query, candidate = (F.normalize(paths_UND.float(), dim=-1) for paths_UND in (query, candidate))
+        columns["mean"] = query.mean(dim=1), candidate.mean(dim=1)
+        columns["concat"] = query.flatten(1), candidate.flatten(1)
+        columns["maxsim"] = query, candidate
     return columns
 
 
 def similarities(query: Tensor, candidate: Tensor) -> Tensor:
-    """Score all pairs of queries and candidates: the only definition of scoring in this package.
+    """Score all pairs ``[Q, C]``, the only definition of scoring in this package.
 
-    Args:
-        query: ``[Q, D]`` or ``[Q, N, D]``, unit norm.
-        candidate: ``[C, D]`` or ``[C, N', D]``, unit norm.
-
-    Returns:
-        ``[Q, C]``: cosines, or for several vectors MaxSim (ColBERT's) divided by N.
+    ``query`` and ``candidate`` have unit norm: ``[rows, D]`` for cosines, or ``[rows, N, D]`` for MaxSim
+    (ColBERT's) divided by N.
     """
     if query.ndim == 2:
         return query @ candidate.T
-    flat, best = query.flatten(0, 1), None
-    for path in range(candidate.shape[1]):
-        cosine_QNC = (flat @ candidate[:, path].T).view(*query.shape[:2], -1)
-        best = cosine_QNC if best is None else torch.maximum(best, cosine_QNC)
-    assert best is not None
-    return best.mean(dim=1)
+    flat = query.flatten(0, 1)
+    cosines = ((flat @ candidate_CD.T).view(*query.shape[:2], -1) for candidate_CD in candidate.unbind(1))
+    return reduce(torch.maximum, cosines).mean(dim=1)
 
 
-def score_task(task: EvalTask, columns: Mapping[str, tuple[Tensor, Tensor]]) -> TaskScore:
+def score_task(task: EvalTask, columns: Columns) -> TaskScore:
     """Score every row of a task by cosine in float32, for several kinds of embeddings at once.
 
     Candidates equal to the positive as inputs (text and images) do not count against it. Candidates
     whose embeddings are equal bit for bit get one score, so a tie stays a tie at any matrix shape.
-
-    Args:
-        task: rows as indices into unique queries and candidates, each row's positive first.
-        columns: see ``path_columns``; several vectors ``[U, N, D]`` are scored by MaxSim. The ranking is
-            that of the first one.
-
-    Raises:
-        ValueError: no rows, a row without candidates, or embeddings that do not fit the task.
+    ``columns`` are those of ``path_columns``; the ranking is that of the first one.
     """
     _check(task, columns)
     query_of_row = torch.tensor(task.query_of_row)
-    index_RC = _padded(task.candidates_of_row)
+    longest = max(map(len, task.candidates_of_row))
+    # short rows repeat their positive, which is never a rival
+    index_RC = torch.tensor([row + row[:1] * (longest - len(row)) for row in task.candidates_of_row])
     identity_U = torch.tensor([identity(candidate) for candidate in task.candidates])
     rivals_RC = identity_U[index_RC] != identity_U[index_RC[:, :1]]
     ranks: dict[str, Tensor] = {}
-    best_rows: list[Tensor] = []
+    ranking: list[Tensor] = []
     for name, (query, candidate) in columns.items():
-        distinct, distinct_of_candidate = _distinct_rows(
-            F.normalize(candidate.detach().float().cpu(), dim=-1)
+        unit_query, unit_candidate = (
+            F.normalize(each.detach().float().cpu(), dim=-1) for each in (query, candidate)
         )
-        unit_query = F.normalize(query.detach().float().cpu(), dim=-1)
-        ranks_by_chunk = []
+        distinct, distinct_of_candidate = _distinct_rows(unit_candidate)
+        rank_chunks = []
         for start in range(0, len(query_of_row), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
             all_scores = similarities(unit_query[query_of_row[rows]], distinct)
             scores_RC = all_scores.gather(1, distinct_of_candidate[index_RC[rows]])
-            ranks_by_chunk.append(positive_rank(scores_RC, rivals_RC[rows]))
+            rank_chunks.append(positive_rank(scores_RC, rivals_RC[rows]))
             if not ranks:
-                best_rows.append(_ranking(scores_RC, rivals_RC[rows], index_RC[rows]))
-        ranks[name] = torch.cat(ranks_by_chunk)
+                ranking.append(_ranking(scores_RC, rivals_RC[rows], index_RC[rows]))
+        ranks[name] = torch.cat(rank_chunks)
     chance = sum(1 / len(set(identity_U[row].tolist())) for row in task.candidates_of_row) / len(query_of_row)
-    return TaskScore(task.task, ranks, torch.cat(best_rows), chance, rows_sha256=task_hash(task))
+    return TaskScore(task.task, ranks, torch.cat(ranking), chance, rows_sha256=task_hash(task))
 
 
 def task_hash(task: EvalTask) -> str:
@@ -148,20 +112,11 @@ def task_hash(task: EvalTask) -> str:
 
 
 def positive_rank(scores_RC: Tensor, rivals_RC: Tensor) -> Tensor:
-    """Rank the positive, column 0, after every rival that it does not beat.
+    """Rank the positive, column 0, after every rival that it does not beat: int64 ``[R]``, 1 is best.
 
     Ties are pessimistic: MMEB keeps the positive at index 0, so that breaking ties by index would call a
-    collapsed model perfect. A NaN rival counts as ahead; a NaN positive is behind everything.
-
-    Args:
-        scores_RC: ``[R, C]`` scores, higher is better.
-        rivals_RC: ``[R, C]`` bool; False for the positive, its copies and padding.
-
-    Returns:
-        int64 ``[R]``, 1 is best.
-
-    Relations:
-        Copies of the positive and padding never change it.
+    collapsed model perfect. A NaN rival counts as ahead; a NaN positive is behind everything. ``rivals_RC``
+    is False for the positive, its copies and padding.
     """
     positive_R1 = scores_RC[:, :1]
     ahead_RC = ~(scores_RC < positive_R1) & rivals_RC
@@ -170,75 +125,38 @@ def positive_rank(scores_RC: Tensor, rivals_RC: Tensor) -> Tensor:
 
 
 def mean_metrics(rank_R: Tensor) -> dict[str, float]:
-    """Average ``METRICS`` over queries with one right answer each, whose rank says everything.
-
-    Relations:
-        nDCG is the same with linear and with exponential gain.
-    """
+    """Average ``METRICS`` over queries with one right answer each, whose rank says everything."""
     rank_R = rank_R.double()
     worth = {"hit": torch.ones_like(rank_R), "mrr": 1 / rank_R, "ndcg": 1 / torch.log2(1 + rank_R)}
     cut = {f"{name}@{k}": value_R * (rank_R <= k) for name, value_R in worth.items() for k in DEPTHS}
     return {name: float((cut | worth)[name].mean()) for name in METRICS}
 
 
-def milliseconds_per_item(encode: Callable[[], Tensor], num_items: int) -> float:
-    """Time the encoding of one batch of items: the median of three calls after one that warms up."""
-    times = []
-    for _ in range(1 + ENCODINGS):
-        start = time.perf_counter()
-        encode().cpu()  # a copy waits for the device
-        times.append(time.perf_counter() - start)
-    return 1e3 * median(times[1:]) / num_items
+def mode_costs(columns: Columns) -> dict[str, dict[str, int]]:
+    """Return ``bytes_per_item`` in float32 and ``paths_per_item`` to encode of each column of any task."""
+    num_paths = sum(name.startswith("path_") for name in columns)
+    return {
+        name: {
+            "bytes_per_item": 4 * candidate[0].numel(),
+            "paths_per_item": 1 if name.startswith("path_") else num_paths,
+        }
+        for name, (_, candidate) in columns.items()
+    }
 
 
-def mode_costs(
-    columns: Mapping[str, tuple[Tensor, Tensor]],
-    *,
-    one_path: float | None = None,
-    all_paths: float | None = None,
-) -> dict[str, dict[str, float]]:
-    """Say what each column costs to keep and to encode.
-
-    Args:
-        columns: of any task.
-        one_path: measured ``milliseconds_per_item`` with a single path, for ``path_n``; None if unknown.
-        all_paths: with all of them, for the other columns.
-
-    Returns:
-        By column ``bytes_per_item`` in float32 and, if measured, ``milliseconds_per_item``.
-    """
-    costs: dict[str, dict[str, float]] = {}
-    for name, (_, candidate) in columns.items():
-        costs[name] = {"bytes_per_item": 4 * candidate[0].numel()}
-        milliseconds = one_path if name.startswith("path_") else all_paths
-        if milliseconds is not None:
-            costs[name]["milliseconds_per_item"] = milliseconds
-    return costs
-
-
-def _check(task: EvalTask, columns: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    name = task.task.name
-    if not columns or not task.query_of_row:
-        raise ValueError(
-            f"{name}: {len(task.query_of_row)} rows and {len(columns)} columns; nothing to score"
-        )
-    for row, (_, candidates) in enumerate(zip(task.query_of_row, task.candidates_of_row, strict=True)):
-        if not candidates:
-            raise ValueError(f"{name}: row {row} has no candidates")
+def _check(task: EvalTask, columns: Columns) -> None:
+    name, num_rows = task.task.name, len(task.query_of_row)
+    if not columns or not num_rows:
+        raise ValueError(f"{name}: {num_rows} rows and {len(columns)} columns; nothing to score")
+    if [] in task.candidates_of_row:
+        raise ValueError(f"{name}: row {task.candidates_of_row.index([])} has no candidates")
     expected = len(task.queries), len(task.candidates)
     for column, (query, candidate) in columns.items():
-        fits = (len(query), len(candidate)) == expected and query.shape[1:] == candidate.shape[1:]
-        if not fits or query.ndim not in (2, 3):
+        if (len(query), len(candidate)) != expected or query.shape[1:] != candidate.shape[1:]:
             raise ValueError(
                 f"{name}, {column}: embeddings of shape {tuple(query.shape)}, {tuple(candidate.shape)} "
                 f"for {expected[0]} queries and {expected[1]} candidates"
             )
-
-
-def _padded(candidates_of_row: list[list[int]]) -> Tensor:
-    """Return rows as one ``[R, C]`` tensor; short rows repeat their positive, which is never a rival."""
-    longest = max(map(len, candidates_of_row))
-    return torch.tensor([row + row[:1] * (longest - len(row)) for row in candidates_of_row])
 
 
 def _distinct_rows(embeddings: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,6 @@
-"""The one format of embeddings on disk: a folder of Parquet shards, written and read in this file.
+"""The one format of embeddings on disk: a folder of Parquet shards (``docs/embedding_files.md``).
 
-``predict`` writes it, ``test`` keeps a task's embeddings in it, ``search`` and ``app`` read it. A shard holds
-consecutive rows of one source; it is complete or absent, so a killed run resumes with the shards that are
-missing. The layout is described in ``docs/embedding_files.md``.
+A shard holds consecutive rows of one source and is complete or absent, so a killed run resumes.
 """
 
 from __future__ import annotations
@@ -10,10 +8,10 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,18 +19,25 @@ import torch
 from torch import Tensor
 
 from parallel_decoupling.batch import RawInput
+from parallel_decoupling.data.row_sources import RowSource, TaskSide
 from parallel_decoupling.distributed import gather_objects, rank
-from parallel_decoupling.evaluation.encode import Rows
 from parallel_decoupling.model.identity import rows_hash
 
 METADATA_KEY = b"parallel_decoupling"
 SHARD_NAME = re.compile(r"embeddings-(\d{5,})\.parquet")
 AGGREGATE = "aggregate"
-ROW_GROUP_SIZE = 16_384
-"""Rows that a reader holds at once."""
-OWN_KEYS = ("shard", "first_row", "rows_sha256", "bad_rows")
-"""Metadata that differs between the shards of one folder."""
-COMPARED = ("identity", "columns", "dtype", "instruction", "images", "num_rows", "rows_per_shard")
+ROW_GROUP_SIZE = 16_384  # rows that a reader holds at once
+OWN_KEYS = ("shard", "first_row", "rows_sha256", "bad_rows")  # differ between the shards of one folder
+COMPARED = (
+    "identity",
+    "columns",
+    "dtype",
+    "instruction",
+    "images",
+    "num_rows",
+    "rows_per_shard",
+    "rows_sha256",
+)
 """Metadata in which a shard that is kept must agree with the run that keeps it."""
 
 VectorType = Literal["float32", "float16"]
@@ -43,13 +48,8 @@ def path_column(path: int) -> str:
     return f"path_{path}"
 
 
-def is_vector_column(name: str) -> bool:
-    """Tell whether a column of this name holds embeddings."""
-    return name == AGGREGATE or re.fullmatch(r"path_\d+", name) is not None
-
-
 class StoreWriter:
-    """Writes shards into a folder and knows which of them are there.
+    """Writes shards into a folder; their bytes depend on rows and ``about``, not on the writing process.
 
     Args:
         folder: made when the first shard is written.
@@ -57,14 +57,11 @@ class StoreWriter:
             ``columns``, ``instruction``, ``images``, ``num_rows``, ``rows_per_shard``, ``num_paths``,
             ``aggregation`` with its weights, and anything worth keeping about the source.
         dtype: type of the numbers in the files.
-
-    Relations:
-        The bytes of a shard depend on its rows and on ``about``, not on the process that wrote it.
     """
 
     def __init__(self, folder: str | Path, about: Mapping[str, Any], dtype: VectorType = "float32") -> None:
         self.folder = Path(folder)
-        self.about = cast(dict[str, Any], json.loads(json.dumps({**about, "dtype": dtype})))
+        self.about: dict[str, Any] = json.loads(json.dumps({**about, "dtype": dtype}))
 
     @property
     def num_shards(self) -> int:
@@ -76,40 +73,13 @@ class StoreWriter:
         first = shard * self.about["rows_per_shard"]
         return range(first, min(first + self.about["rows_per_shard"], self.about["num_rows"]))
 
-    def file(self, shard: int) -> Path:
-        """Return the file of a shard, whether it is there or not."""
-        return self.folder / f"embeddings-{shard:05d}.parquet"
-
-    def shards_there(self) -> list[int]:
-        """Return the numbers of all shard files in the folder, in order."""
-        if not self.folder.is_dir():
-            return []
-        found = (SHARD_NAME.fullmatch(file.name) for file in self.folder.iterdir())
-        return sorted(int(match[1]) for match in found if match)
-
-    def problem(self, shard: int, rows_sha256: str) -> str | None:
-        """Say why a shard that is there cannot be kept, or return None if it can.
-
-        Args:
-            shard: its number.
-            rows_sha256: ``model.identity.rows_hash`` of the rows that it should hold.
-        """
-        file = self.file(shard)
+    def problem(self, shard: int, file: Path, rows_sha256: str) -> str | None:
+        """Say why the file of a shard, whose rows have this hash, cannot be kept; None if it can."""
         if shard >= self.num_shards:
             return f"{file} is beyond the {self.num_shards} files of this run"
-        found = read_metadata(file)
         wanted = {**self.about, "rows_sha256": rows_sha256}
-        for key in (*COMPARED, "rows_sha256"):
-            if found.get(key) != wanted.get(key):
-                return (
-                    f"{file} was written with another {key}: {_difference(found.get(key), wanted.get(key))}"
-                )
-        return None
-
-    def remove_unfinished(self) -> None:
-        """Remove what a killed process left half-written."""
-        for file in self.folder.glob(".embeddings-*.unfinished"):
-            file.unlink(missing_ok=True)
+        difference = _difference(read_metadata(file), wanted, COMPARED)
+        return f"{file} was written with another {difference}" if difference else None
 
     def write(
         self,
@@ -122,13 +92,8 @@ class StoreWriter:
     ) -> None:
         """Write one shard, complete or not at all.
 
-        Args:
-            shard: its number.
-            fields: ``id`` and the source's columns of the rows that were embedded, in row order.
-            vectors: by column, ``[len(fields), D]``.
-            rows_sha256: ``model.identity.rows_hash`` of all rows of the shard.
-            bad_rows: ``row``, ``id`` and ``reason`` of the rows that could not be embedded; they are not in
-                ``fields``.
+        ``fields`` are ``id`` and the source's columns of the rows that were embedded, in row order,
+        ``vectors`` by column ``[len(fields), D]``, and ``bad_rows`` have ``row``, ``id`` and ``reason``.
         """
         assert len(fields) + len(bad_rows) == len(self.rows_of(shard)), "a shard accounts for all of its rows"
         table = fields
@@ -142,39 +107,19 @@ class StoreWriter:
         table = table.replace_schema_metadata({METADATA_KEY: json.dumps(metadata)})
         self.folder.mkdir(parents=True, exist_ok=True)
         unfinished = self.folder / f".embeddings-{shard:05d}.{rank()}.unfinished"
-        pq.write_table(
-            table,
-            unfinished,
-            row_group_size=ROW_GROUP_SIZE,
-            use_dictionary=fields.column_names,
-            compression={
-                name: "zstd" if name in fields.column_names else "none" for name in table.column_names
-            },
-        )
-        unfinished.replace(self.file(shard))
-
-
-class NamedRows(Rows, Protocol):
-    """Rows that can be stored."""
-
-    @property
-    def name(self) -> str:
-        """Folder of their store below the root; empty for the root itself."""
-
-    def columns(self, rows: Sequence[int], /) -> pa.Table:
-        """Return ``id`` and further columns of some rows, in ascending order."""
+        compression = dict.fromkeys(table.column_names, "none") | dict.fromkeys(fields.column_names, "zstd")
+        options: dict[str, Any] = {"use_dictionary": fields.column_names, "compression": compression}
+        pq.write_table(table, unfinished, row_group_size=ROW_GROUP_SIZE, **options)
+        unfinished.replace(self.folder / f"embeddings-{shard:05d}.parquet")
 
 
 class Keeper:
-    """The stores of one run of ``test`` or ``predict``, one per source of rows.
+    """The stores of one run of ``test`` or ``predict`` below ``root``, one per source of rows.
 
-    The loaders ask it which shards are finished, the callback that receives embeddings asks it for writers.
+    The loaders ask it which shards are finished, the callback that receives embeddings writes through it.
 
-    Args:
-        root: folder of the stores.
-        model: returns what is known of the model (``Embedder.about``); called when its weights are loaded.
-        dtype: of the stored numbers.
-        replace: encode again what another model or other rows have left, instead of refusing to.
+    ``model`` returns what is known of the model, and is called when its weights are loaded. With ``replace``,
+    what another model or other rows have left is encoded again; otherwise it is refused.
     """
 
     def __init__(
@@ -190,36 +135,164 @@ class Keeper:
         self.kept: dict[str, frozenset[int]] = {}
 
     def finished(
-        self, rows: NamedRows, about: Mapping[str, Any], *, with_bad_rows: bool = True
+        self, rows: RowSource | TaskSide, about: Mapping[str, Any], *, with_bad_rows: bool = True
     ) -> frozenset[int]:
         """Open the store of some rows and return the shards that are done, the same on all processes.
 
-        Args:
-            rows: the rows.
-            about: what is known of them, see ``StoreWriter``.
-            with_bad_rows: whether a shard counts in which some rows could not be embedded.
-
-        Raises:
-            ValueError: a shard of another model, other rows or other settings, unless ``replace``.
+        ``about`` is that of ``StoreWriter``; without ``with_bad_rows`` a shard in which some rows could not
+        be embedded does not count. ``ValueError`` for a shard that is refused.
         """
         writer = StoreWriter(self.root / rows.name, {**self._model(), **about}, self._dtype)
         done, problem = set[int](), None
         if rank() == 0:
-            writer.remove_unfinished()
-            for shard in writer.shards_there():
-                problem = writer.problem(shard, shard_hash(rows, writer.rows_of(shard)))
+            for half_written in writer.folder.glob(".embeddings-*.unfinished"):
+                half_written.unlink(missing_ok=True)
+            for shard, file in shard_files(writer.folder).items():
+                problem = writer.problem(shard, file, _shard_hash(rows, writer.rows_of(shard)))
                 if problem and not self._replace:
                     break
-                if not problem and (with_bad_rows or not read_metadata(writer.file(shard))["bad_rows"]):
+                if not problem and (with_bad_rows or not read_metadata(file)["bad_rows"]):
                     done.add(shard)
         done, problem = gather_objects((done, problem))[0]
         if problem and not self._replace:
             raise ValueError(f"{problem}. Give another output_dir, or empty this one.")
         self.writers[rows.name], self.kept[rows.name] = writer, frozenset(done)
-        return self.kept[rows.name]
+        return frozenset(done)
+
+    def write(
+        self,
+        rows: RowSource | TaskSide,
+        shard: int,
+        numbers: Sequence[int],
+        vectors: Mapping[str, Tensor],
+        bad_rows: Mapping[int, str],
+    ) -> None:
+        """Write one shard: ``vectors`` by column of the rows ``numbers``, in any but the same order."""
+        writer, bad = self.writers[rows.name], sorted(bad_rows)
+        order = torch.tensor(numbers, dtype=torch.long).argsort()
+        ids = rows.columns(bad)["id"].to_pylist()
+        writer.write(
+            shard,
+            rows.columns(sorted(numbers)),
+            {name: vectors_BD[order] for name, vectors_BD in vectors.items()},
+            rows_sha256=_shard_hash(rows, writer.rows_of(shard)),
+            bad_rows=[
+                {"row": row, "id": id_, "reason": bad_rows[row]} for row, id_ in zip(bad, ids, strict=True)
+            ],
+        )
 
 
-def shard_hash(rows: Rows, numbers: Iterable[int]) -> str:
+class Store:
+    """Reads a complete folder of shards; vectors one row group, ``batch_sizes`` rows, at a time.
+
+    ``metadata`` is what all shards say about themselves, ``columns`` are the names of those with embeddings,
+    and ``bad_rows`` have ``row``, ``id`` and ``reason``. A folder that lacks shards or mixes those of several
+    runs, is refused.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.files = list(shard_files(self.folder).values())
+        if not self.files:
+            raise ValueError(
+                f"{self.folder} holds no embeddings-*.parquet: give the output_dir of a predict run."
+            )
+        self.metadata: dict[str, Any] = {}
+        self.bad_rows: list[dict[str, Any]] = []
+        self.batch_sizes: list[int] = []
+        self._groups: list[tuple[Path, int]] = []
+        for file in self.files:
+            about, content = read_metadata(file), pq.read_metadata(file)
+            common = {key: value for key, value in about.items() if key not in OWN_KEYS}
+            self.metadata = self.metadata or common
+            if difference := _difference(common, self.metadata, common):
+                raise ValueError(
+                    f"{file} differs from {self.files[0].name} in {difference}. "
+                    "Keep one run's files in a folder."
+                )
+            self.bad_rows += about["bad_rows"]
+            for group in range(content.num_row_groups):
+                if size := content.row_group(group).num_rows:
+                    self._groups.append((file, group))
+                    self.batch_sizes.append(size)
+        missing = -(-self.metadata["num_rows"] // self.metadata["rows_per_shard"]) - len(self.files)
+        if missing:
+            raise ValueError(f"{self.folder} lacks {missing} files: run the same predict command again.")
+        self.columns: tuple[str, ...] = tuple(self.metadata["columns"])
+        self._ends = list(accumulate(self.batch_sizes))
+
+    def __len__(self) -> int:
+        return sum(self.batch_sizes)
+
+    def dim(self, column: str) -> int:
+        """Return the dimension D of a column."""
+        return int(pq.read_schema(self.files[0]).field(column).type.list_size)
+
+    def read(self, batch: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """Read one row group; ``columns`` are names of any columns, None reads all."""
+        file, group = self._groups[batch]
+        with pq.ParquetFile(file, memory_map=True) as content:
+            return content.read_row_group(group, columns=columns)
+
+    def vectors(self, batch: int, column: str) -> Tensor:
+        """Read a column of one row group as float32 ``[rows, D]``."""
+        return to_tensor(self.read(batch, [column])[column])
+
+    def column(self, column: str) -> Tensor:
+        """Read a whole column, float32 ``[len(self), D]``."""
+        parts = [self.vectors(batch, column) for batch in range(len(self.batch_sizes))]
+        return torch.cat([torch.empty(0, self.dim(column)), *parts])
+
+    def source_rows(self) -> list[int]:
+        """Return the row number in the source of every row of the store."""
+        bad = {row["row"] for row in self.bad_rows}
+        return [row for row in range(self.metadata["num_rows"]) if row not in bad]
+
+    def rows(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Read ``id`` and the source's columns of some rows, in the order asked for."""
+        names = [name for name in pq.read_schema(self.files[0]).names if name not in self.columns]
+        found: dict[int, dict[str, Any]] = {}
+        for batch in {bisect_right(self._ends, index) for index in indices}:
+            first = self._ends[batch] - self.batch_sizes[batch]
+            wanted = [index for index in indices if first <= index < self._ends[batch]]
+            rows = self.read(batch, names).take([index - first for index in wanted])
+            found |= dict(zip(wanted, rows.to_pylist(), strict=True))
+        return [found[index] for index in indices]
+
+
+def to_tensor(column: pa.ChunkedArray) -> Tensor:
+    """Turn a column of vectors into float32 ``[rows, D]``."""
+    cells = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    numbers = cells.flatten().to_numpy(zero_copy_only=False)
+    return torch.from_numpy(numbers.reshape(-1, cells.type.list_size).astype("float32"))
+
+
+def shard_files(folder: Path) -> dict[int, Path]:
+    """Return the shards in a folder by their number, in order."""
+    found = ((SHARD_NAME.fullmatch(file.name), file) for file in folder.glob("embeddings-*.parquet"))
+    return dict(sorted((int(match[1]), file) for match, file in found if match))
+
+
+def read_metadata(file: Path) -> dict[str, Any]:
+    """Read what a shard says about itself; ``ValueError`` if it is damaged or another kind of file."""
+    try:
+        metadata = pq.read_schema(file).metadata or {}
+        return cast(dict[str, Any], json.loads(metadata[METADATA_KEY]))
+    except (OSError, pa.ArrowException, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{file} is not a complete file of embeddings ({error}). Delete it and run predict again."
+        ) from error
+
+
+def chosen_columns(names: Collection[str] | None, num_paths: int) -> tuple[str, ...]:
+    """Return column names in the order of a file; None stands for the aggregate and every path."""
+    known = (AGGREGATE, *map(path_column, range(num_paths)))
+    if names is not None and (not names or not set(known).issuperset(names)):
+        raise ValueError(f"predict_columns {list(names)}: name some of this model's {', '.join(known)}.")
+    return tuple(name for name in known if names is None or name in names)
+
+
+def _shard_hash(rows: RowSource | TaskSide, numbers: range) -> str:
     """Identify some rows; one that cannot be used counts by the reason."""
 
     def content(row: int) -> RawInput:
@@ -231,157 +304,12 @@ def shard_hash(rows: Rows, numbers: Iterable[int]) -> str:
     return rows_hash(content(row) for row in numbers)
 
 
-class Store:
-    """Reads a complete folder of shards; vectors one row group at a time.
-
-    Args:
-        folder: what ``predict`` wrote.
-
-    Attributes:
-        metadata: what all shards say about themselves.
-        columns: names of the columns with embeddings.
-        batch_sizes: number of rows of every row group.
-        bad_rows: ``row``, ``id`` and ``reason`` of the rows that could not be embedded.
-
-    Raises:
-        ValueError: the folder holds no shards, lacks some, or mixes those of several runs.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        files = sorted(self.folder.glob("embeddings-*.parquet")) if self.folder.is_dir() else []
-        self.files = [file for file in files if SHARD_NAME.fullmatch(file.name)]
-        if not self.files:
-            raise ValueError(
-                f"{self.folder} holds no embeddings-*.parquet: give the output_dir of a predict run."
-            )
-        self.metadata: dict[str, Any] = {}
-        self.bad_rows: list[dict[str, Any]] = []
-        for file in self.files:
-            about = read_metadata(file)
-            common = {key: value for key, value in about.items() if key not in OWN_KEYS}
-            self.metadata = self.metadata or common
-            self._check(file, common)
-            self.bad_rows += about["bad_rows"]
-        missing = -(-self.metadata["num_rows"] // self.metadata["rows_per_shard"]) - len(self.files)
-        if missing:
-            raise ValueError(f"{self.folder} lacks {missing} files: run the same predict command again.")
-        self.columns: tuple[str, ...] = tuple(self.metadata["columns"])
-        files_metadata = [pq.read_metadata(file) for file in self.files]
-        self._sizes = [each.num_rows for each in files_metadata]
-        self._ends: list[int] = list(accumulate(self._sizes))
-        groups = [
-            (file, group, each.row_group(group).num_rows)
-            for file, each in zip(self.files, files_metadata, strict=True)
-            for group in range(each.num_row_groups)
-        ]
-        self._groups = [(file, group) for file, group, size in groups if size]
-        self.batch_sizes = [size for _, _, size in groups if size]
-
-    def _check(self, file: Path, common: Mapping[str, Any]) -> None:
-        for key, value in common.items():
-            if self.metadata.get(key) != value:
-                raise ValueError(
-                    f"{file} differs from {self.files[0].name} in {key}: "
-                    f"{_difference(value, self.metadata.get(key))}. Keep one run's files in a folder."
-                )
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def dim(self, column: str) -> int:
-        """Return the dimension D of a column."""
-        self._require(column)
-        return int(pq.read_schema(self.files[0]).field(column).type.list_size)
-
-    def read(self, batch: int, columns: Sequence[str] | None = None) -> pa.Table:
-        """Read one row group; ``columns`` are names of any columns, None reads all."""
-        file, group = self._groups[batch]
-        with pq.ParquetFile(file, memory_map=True) as content:
-            return content.read_row_group(group, columns=columns)
-
-    def vectors(self, batch: int, column: str) -> Tensor:
-        """Read a column of one row group as float32 ``[rows, D]``."""
-        self._require(column)
-        return to_tensor(self.read(batch, [column])[column])
-
-    def batches(self, column: str) -> Iterator[Tensor]:
-        """Yield a column as float32 ``[rows, D]``, one row group at a time, in row order."""
-        for batch in range(len(self.batch_sizes)):
-            yield self.vectors(batch, column)
-
-    def column(self, column: str) -> Tensor:
-        """Read a whole column, float32 ``[len(self), D]``."""
-        return torch.cat(list(self.batches(column)))
-
-    def source_rows(self) -> list[int]:
-        """Return the row number in the source of every row of the store."""
-        bad = {row["row"] for row in self.bad_rows}
-        return [row for row in range(self.metadata["num_rows"]) if row not in bad]
-
-    def rows(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Read ``id`` and the source's columns of some rows, in the order asked for."""
-        by_file: dict[int, list[int]] = {}
-        for index in indices:
-            by_file.setdefault(bisect_right(self._ends, index), []).append(index)
-        found: dict[int, dict[str, Any]] = {}
-        for number, wanted in by_file.items():
-            first = self._ends[number] - self._sizes[number]
-            with pq.ParquetFile(self.files[number], memory_map=True) as content:
-                names = [name for name in content.schema_arrow.names if name not in self.columns]
-                table = content.read(columns=names).take([index - first for index in wanted])
-            found |= dict(zip(wanted, table.to_pylist(), strict=True))
-        return [found[index] for index in indices]
-
-    def fields(self) -> Iterator[pa.Table]:
-        """Yield ``id`` and the source's columns, one file at a time."""
-        for file in self.files:
-            with pq.ParquetFile(file, memory_map=True) as content:
-                yield content.read(columns=[n for n in content.schema_arrow.names if n not in self.columns])
-
-    def _require(self, column: str) -> None:
-        if column not in self.columns:
-            raise ValueError(f"{self.folder} has no column {column!r}; it has {', '.join(self.columns)}.")
-
-
-def to_tensor(column: pa.ChunkedArray) -> Tensor:
-    """Turn a column of vectors into float32 ``[rows, D]``."""
-    cells = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-    numbers = cells.flatten().to_numpy(zero_copy_only=False)
-    return torch.from_numpy(numbers.reshape(-1, cells.type.list_size).astype("float32"))
-
-
-def read_metadata(file: Path) -> dict[str, Any]:
-    """Read what a shard says about itself.
-
-    Raises:
-        ValueError: the file cannot be read, or is not a shard of this package.
-    """
-    try:
-        metadata = pq.read_schema(file).metadata or {}
-        return cast(dict[str, Any], json.loads(metadata[METADATA_KEY]))
-    except (OSError, pa.ArrowException, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{file} is not a complete file of embeddings ({error}). Delete it and run predict again."
-        ) from error
-
-
-def chosen_columns(names: Collection[str] | None, num_paths: int) -> tuple[str, ...]:
-    """Return column names in the order of a file; None stands for the aggregate and every path.
-
-    Raises:
-        ValueError: the model does not have such a path, or no column is wanted.
-    """
-    known = (AGGREGATE, *map(path_column, range(num_paths)))
-    unknown = sorted(set(names or ()) - set(known))
-    if unknown or (names is not None and not names):
-        what = f"{', '.join(unknown)} is unknown" if unknown else "the list is empty"
-        raise ValueError(f"predict_columns: {what}; this model has {', '.join(known)}.")
-    return tuple(name for name in known if names is None or name in names)
-
-
-def _difference(found: Any, wanted: Any) -> str:
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        keys = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
-        return ", ".join(keys)
-    return f"{found!r} instead of {wanted!r}"
+def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any], keys: Iterable[str]) -> str | None:
+    """Return the first key under which the two differ, and how."""
+    for key in keys:
+        one, other = found.get(key), wanted.get(key)
+        if one != other and isinstance(one, dict) and isinstance(other, dict):
+            return f"{key}: {', '.join(sorted(k for k in one | other if one.get(k) != other.get(k)))}"
+        if one != other:
+            return f"{key}: {one!r} instead of {other!r}"
+    return None

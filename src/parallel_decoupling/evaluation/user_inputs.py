@@ -22,86 +22,57 @@ def is_single(inputs: Any) -> bool:
 
 
 def to_raw_inputs(inputs: Iterable[Any], instruction: str | None = None) -> list[RawInput]:
-    """Turn texts, images and dictionaries into prompts.
+    """Turn texts, images and dictionaries into prompts, in order; an error names the index of the item.
 
-    Args:
-        inputs: items, each a text; a PIL image; an image file, as ``Path`` or as a string that ends with an
-            image suffix (which is never taken for a text); a dictionary with ``text``, ``image`` or
-            ``images``, and optionally its own ``instruction``; or a finished ``RawInput``.
-        instruction: put before every text and after the placeholder of every image; a dictionary's own
-            instruction wins. Not with a ``RawInput``.
-
-    Returns:
-        One ``RawInput`` per item, in order.
-
-    Raises:
-        ValueError: the instruction is not a text, or an item cannot be used; names its index.
+    An item is a text; a PIL image; an image file, as ``Path`` or as a string that ends with an image suffix
+    (which is never taken for a text); a dictionary with ``text``, ``image`` or ``images``, and optionally its
+    own ``instruction``, which wins; or a finished ``RawInput``, to which no instruction can be added.
     """
     if instruction is not None and not isinstance(instruction, str):
         raise ValueError(f"instruction is a {type(instruction).__name__}; use a string, or None for none")
-    return [_raw_input(item, instruction, f"input {index}") for index, item in enumerate(inputs)]
+    rows = []
+    for index, item in enumerate(inputs):
+        try:
+            rows.append(_raw_input(item, instruction))
+        except ValueError as error:
+            raise ValueError(f"input {index}: {error}") from error
+    return rows
 
 
-def _raw_input(item: Any, instruction: str | None, where: str) -> RawInput:
+def _raw_input(item: Any, instruction: str | None) -> RawInput:
     if isinstance(item, RawInput):
         if instruction is not None:
-            raise ValueError(
-                f"{where} is a RawInput, a finished prompt; an instruction cannot be added to it"
-            )
+            raise ValueError("a RawInput is a finished prompt; it takes no instruction")
         return item
     if isinstance(item, Mapping):
-        return _raw_input_from_mapping(item, instruction, where)
-    if isinstance(item, (Image.Image, Path)) or (isinstance(item, str) and _is_image_file(item, where)):
-        return prompt(images=[_image(item, where)], instruction=instruction)
-    if not isinstance(item, str):
-        raise ValueError(
-            f"{where} is a {type(item).__name__}; use a text, a PIL image, an image file or a dictionary"
-        )
-    if not item.strip():
-        raise ValueError(f"{where} is an empty text")
-    return prompt(text=item, instruction=instruction)
+        return _raw_input_from_mapping(item, instruction)
+    if isinstance(item, str) and not item.lower().endswith(IMAGE_SUFFIXES):
+        return prompt(text=item, instruction=instruction)
+    hint = f"; if this is a text, pass {{'text': {item!r}}}" if isinstance(item, str) else ""
+    return prompt(image=_image(item, hint), instruction=instruction)
 
 
-def _raw_input_from_mapping(item: Mapping[str, Any], instruction: str | None, where: str) -> RawInput:
-    unknown = sorted(str(key) for key in item if key not in INPUT_KEYS)
-    if unknown:
-        raise ValueError(f"{where} has unknown keys {unknown}; use {list(INPUT_KEYS)}")
-    if item.get("image") is not None and item.get("images") is not None:
-        raise ValueError(f"{where} has both 'image' and 'images'; use one of them")
-    text, own_instruction = item.get("text"), item.get("instruction")
+def _raw_input_from_mapping(item: Mapping[str, Any], instruction: str | None) -> RawInput:
+    if unknown := sorted(str(key) for key in item if key not in INPUT_KEYS):
+        raise ValueError(f"unknown keys {unknown}; use {list(INPUT_KEYS)}")
+    text, image, images, own_instruction = (item.get(key) for key in INPUT_KEYS)
     for key, value in (("text", text), ("instruction", own_instruction)):
         if value is not None and not isinstance(value, str):
-            raise ValueError(f"{where} has a {type(value).__name__} as {key!r}; use a string")
-    images = item.get("images")
-    if images is None:
-        images = [] if item.get("image") is None else [item["image"]]
-    elif isinstance(images, (str, Path, Image.Image)):
-        raise ValueError(
-            f"{where} has a single {type(images).__name__} as 'images'; pass a list or use 'image'"
-        )
-    if not images and not (text or "").strip():
-        raise ValueError(f"{where} has neither text nor image")
-    return prompt(
-        text=text,
-        images=[_image(image, where) for image in images],
-        instruction=instruction if own_instruction is None else own_instruction,
-    )
+            raise ValueError(f"{key!r} is a {type(value).__name__}; use a string")
+    if isinstance(images, (str, Path, Image.Image)):
+        raise ValueError(f"'images' is a single {type(images).__name__}; pass a list or use 'image'")
+    image = None if image is None else _image(image)
+    images = [_image(each) for each in images or ()]
+    return prompt(text, image, instruction if own_instruction is None else own_instruction, images=images)
 
 
-def _is_image_file(text: str, where: str) -> bool:
-    """Whether a string names an image; one that only looks like it is an error, not a text."""
-    if not text.lower().endswith(IMAGE_SUFFIXES):
-        return False
-    if not os.path.isfile(text):
-        raise ValueError(f"{where}: no image file {text!r}; if this is a text, pass {{'text': {text!r}}}")
-    return True
-
-
-def _image(image: Any, where: str) -> Image.Image | str:
+def _image(image: Any, hint: str = "") -> Image.Image | str:
     if isinstance(image, Image.Image):
         return image
     if not isinstance(image, (str, Path)):
-        raise ValueError(f"{where} has a {type(image).__name__} as image; use a PIL image or an image file")
+        raise ValueError(
+            f"a {type(image).__name__} cannot be embedded; use a text, a PIL image, a file or a dictionary"
+        )
     if not os.path.isfile(image):
-        raise ValueError(f"{where}: no image file {str(image)!r}")
+        raise ValueError(f"no image file {str(image)!r}{hint}")
     return str(image)

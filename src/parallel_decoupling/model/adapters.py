@@ -41,30 +41,19 @@ class AdapterConfig:
     targets: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name, known, value in (
-            ("kind", "frozen, lora, dora or full", self.kind),
-            ("scope", "language, vision or both", self.scope),
-        ):
-            if value not in known.replace(" or ", ", ").split(", "):
-                raise ValueError(f"adapter.{name} must be {known}, got {value!r}.")
         for name, rule, valid in (
+            ("kind", "frozen, lora, dora or full", self.kind in ("frozen", "lora", "dora", "full")),
+            ("scope", "language, vision or both", self.scope in ("language", "vision", "both")),
             ("rank", "1 or more", self.rank >= 1),
             ("alpha", "above 0", self.alpha > 0),
             ("dropout", "0 or more and below 1", 0 <= self.dropout < 1),
         ):
             if not valid:
-                raise ValueError(f"adapter.{name} must be {rule}, got {getattr(self, name)}.")
+                raise ValueError(f"adapter.{name} must be {rule}, got {getattr(self, name)!r}.")
 
 
 def add_adapters(base: nn.Module, family: Family, adapter: AdapterConfig) -> tuple[str, ...]:
-    """Set what trains in ``base``, adding LoRA or DoRA layers in fp32 if asked for.
-
-    Returns:
-        Full names of the adapted linear layers, in model order.
-
-    Raises:
-        ValueError: when targets match no linear layer.
-    """
+    """Set what trains in ``base``, adding LoRA or DoRA in fp32 if asked for; return the adapted layers."""
     base.requires_grad_(adapter.kind == "full")
     if adapter.kind not in ("lora", "dora"):
         return ()
@@ -85,24 +74,15 @@ def add_adapters(base: nn.Module, family: Family, adapter: AdapterConfig) -> tup
 def load_adapter(
     base: nn.Module, family: Family, adapter: AdapterConfig, source: str
 ) -> tuple[AdapterConfig, tuple[str, ...]]:
-    """Continue from a published LoRA or DoRA adapter, such as VLM2Vec's.
+    """Continue from a published LoRA or DoRA adapter, such as VLM2Vec's, in a stock base model.
 
     Module paths of older transformers versions are translated. A base on the meta device gets shapes alone.
+    Of ``adapter`` only ``kind`` counts: what the adapter is (it trains on), or frozen (it stays as it is).
 
-    Args:
-        base: the stock base model, without adapters.
-        family: its family.
-        adapter: only ``kind`` counts: what the adapter is (``"lora"`` or ``"dora"``: it trains on), or
-            ``"frozen"`` (it stays as it is).
-        source: local folder or hub id, with ``adapter_config.json`` and ``adapter_model.safetensors``.
-
-    Returns:
-        What the file says, as an ``AdapterConfig``, and the names of the adapted layers.
-
-    Raises:
-        ValueError: unreadable files, another kind of adapter, or a tensor that does not land.
+    Return what the file says, and the names of the adapted layers. A ValueError tells of unreadable files,
+    another kind of adapter, or a tensor that does not land.
     """
-    config = _read_config(source, adapter)
+    config = _read_config(source, adapter.kind)
     model = cast(Any, base)
     try:
         model.add_adapter(config, "default")
@@ -126,7 +106,7 @@ def load_adapter(
     return loaded, names
 
 
-def _read_config(source: str, adapter: AdapterConfig) -> Any:
+def _read_config(source: str, kind: str) -> Any:
     """Read ``adapter_config.json`` and refuse what would not be continued faithfully."""
     for file in (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE):
         if Path(source).is_dir() and not (Path(source) / file).is_file():
@@ -135,26 +115,27 @@ def _read_config(source: str, adapter: AdapterConfig) -> Any:
         config: Any = PeftConfig.from_pretrained(source)
     except ValueError as error:
         raise ValueError(f"initial adapter {source!r}: {ADAPTER_CONFIG_FILE}: {error}") from error
-    kind = "dora" if getattr(config, "use_dora", False) else "lora"
+    found = "dora" if getattr(config, "use_dora", False) else "lora"
     if config.peft_type != PeftType.LORA:
         raise ValueError(f"initial adapter {source!r} is {config.peft_type}, not LoRA or DoRA")
-    if adapter.kind not in (kind, "frozen"):
+    if kind not in (found, "frozen"):
         raise ValueError(
-            f"initial adapter {source!r} is {kind}: set adapter.kind to {kind} (it trains on) or frozen, "
-            f"not {adapter.kind}"
+            f"initial adapter {source!r} is {found}: set adapter.kind to {found} (it trains on) or frozen, "
+            f"not {kind}"
         )
-    for name, plain in (("bias", "none"), ("modules_to_save", None), ("alpha_pattern", {})):
-        if getattr(config, name) not in (plain, None):
+    for name, plain in (
+        ("bias", ("none", None)),
+        ("modules_to_save", (None,)),
+        ("alpha_pattern", ({}, None)),
+        ("init_lora_weights", (True, False, "gaussian")),  # others change the backbone's own weights
+    ):
+        if getattr(config, name) not in plain:
             raise ValueError(
-                f"initial adapter {source!r} has {name}={getattr(config, name)!r}, not supported"
+                f"initial adapter {source!r} has {name}={getattr(config, name)!r}, which cannot be continued "
+                "faithfully; convert it to a plain LoRA adapter first"
             )
-    if config.init_lora_weights not in (True, False, "gaussian"):
-        raise ValueError(
-            f"initial adapter {source!r} was initialised by {config.init_lora_weights!r}, which changes the "
-            "backbone's own weights; convert it to a plain LoRA adapter first"
-        )
     config.inference_mode = False
-    if adapter.kind == "frozen":
+    if kind == "frozen":
         config.lora_dropout = 0.0  # what does not train needs no noise
     config.init_lora_weights = True
     return config
@@ -176,40 +157,33 @@ def _copy_weights(model: Any, source: str, config: Any) -> None:
         hotswap=True,
         ignore_mismatched_sizes=True,  # they are reported below
     )
-    missing, unexpected = sorted(info.missing_keys), sorted(info.unexpected_keys)
-    if missing or unexpected or info.mismatched_keys:
+    if info.missing_keys or info.unexpected_keys or info.mismatched_keys:
         raise ValueError(
-            f"initial adapter {source!r} does not fit this backbone: missing {missing}, "
-            f"unexpected {unexpected}, wrong shape {sorted(map(str, info.mismatched_keys))}"
+            f"initial adapter {source!r} does not fit this backbone: missing {info.missing_keys}, "
+            f"unexpected {info.unexpected_keys}, wrong shape {info.mismatched_keys}"
         )
 
 
 def target_modules(base: nn.Module, family: Family, adapter: AdapterConfig) -> tuple[str, ...]:
     """Return the full names of the linear layers that ``adapter`` means, in model order."""
-    scopes = {
-        "language": (family.language_module, family.language_targets),
-        "vision": (family.vision_module, family.vision_targets),
-    }
     found, names = [], set()
-    for scope in ("language", "vision") if adapter.scope == "both" else (adapter.scope,):
-        root, defaults = scopes[scope]
-        targets = adapter.targets or defaults
+    for scope, root, defaults in (
+        ("language", family.language_module, family.language_targets),
+        ("vision", family.vision_module, family.vision_targets),
+    ):
+        if adapter.scope not in (scope, "both"):
+            continue
         for name, module in base.get_submodule(root).named_modules():
-            last = name.rsplit(".", 1)[-1]
             if isinstance(module, nn.Linear):
+                last = name.rsplit(".", 1)[-1]
                 names.add(last)
-                if last in targets:
+                if last in (adapter.targets or defaults):
                     found.append(f"{root}.{name}")
-    for target in adapter.targets or ():
-        if target not in names | OTHER_TARGETS:
-            raise ValueError(
-                f"adapter.targets: no linear layer in scope {adapter.scope!r} is called {target!r}; there "
-                f"are {', '.join(sorted(names))}."
-            )
-    if not found:
+    unknown = [target for target in adapter.targets or () if target not in names | OTHER_TARGETS]
+    if unknown or not found:
         raise ValueError(
-            f"no linear layer in scope {adapter.scope!r} is called {list(adapter.targets or ())}; "
-            f"defaults are language {list(family.language_targets)}, vision {list(family.vision_targets)}"
+            f"adapter.targets: no linear layer in scope {adapter.scope!r} is called "
+            f"{unknown or adapter.targets}; there are {', '.join(sorted(names))}."
         )
     return tuple(found)
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -23,10 +25,8 @@ from transformers.masking_utils import eager_mask, flash_attention_mask, flex_at
 class PrefixStates:
     """The prefixes of one forward call, handed to every attention layer as ``prefix_states``.
 
-    Args:
-        key_values: ``[N, Y, 2, K, P, H]``, keys (post-rotary) and values of the prefixed layers.
-        first_layer: the layer that ``key_values[:, 0]`` belongs to. Layers below it have no prefix
-            and see ``B`` rows, the others ``N * B``.
+    ``key_values`` ``[N, Y, 2, K, P, H]`` are keys (post-rotary) and values of the layers from ``first_layer``
+    on. Layers below it see ``B`` rows, the others ``N * B``.
     """
 
     def __init__(self, key_values: Tensor, first_layer: int = 0) -> None:
@@ -37,7 +37,7 @@ class PrefixStates:
         self._memo: dict[tuple[str, int], tuple[Any, Any]] = {}
 
     def layer(self, layer_index: int) -> tuple[Tensor, Tensor] | None:
-        """Keys and values ``[N, K, P, H]`` of a layer, or None when the layer has no prefix."""
+        """Return keys and values ``[N, K, P, H]`` of a layer, or None when the layer has no prefix."""
         row = layer_index - self.first_layer
         if self.prefix_length == 0 or not 0 <= row < self.key_values.shape[1]:
             return None
@@ -52,59 +52,39 @@ class PrefixStates:
 
 
 def prepend(prefix: Tensor, states: Tensor) -> Tensor:
-    """Put each path's prefix in front of the rows of that path.
-
-    Args:
-        prefix: ``[N, K, P, H]``.
-        states: ``[R, K, L, H]``, path-major.
-
-    Returns:
-        ``[R, K, P + L, H]`` in the dtype of ``states``.
-    """
+    """Put each path's prefix ``[N, K, P, H]`` in front of its rows ``[R, K, L, H]``: ``[R, K, P + L, H]``."""
     states_NBKLH = states.reshape(prefix.shape[0], -1, *states.shape[1:])
     prefix_NBKPH = prefix.to(states.dtype)[:, None].expand(-1, states_NBKLH.shape[1], -1, -1, -1)
     return torch.cat((prefix_NBKPH, states_NBKLH), dim=3).flatten(0, 1)
 
 
 def extend_mask(mask: Tensor | None, query: Tensor, prefix_length: int, *, causal: bool) -> Tensor:
-    """Return a boolean or additive mask with ``prefix_length`` visible columns in front.
+    """Return a boolean or additive mask ``[R or 1, 1, L, P + L]`` with ``P`` visible columns in front.
 
-    Args:
-        mask: ``[R or 1, 1, L, L]``, True or 0 where visible; None is plain causal (or no) masking, which
-            must become explicit: with more keys than queries SDPA's own causal mask hides real keys.
-        query: ``[R, heads, L, H]``, for the length and device.
-        prefix_length: ``P``.
-        causal: what None stands for.
+    None is plain causal (or no) masking of ``query`` ``[R, heads, L, H]``, which must become explicit: with
+    more keys than queries SDPA's own causal mask hides real keys.
     """
     if mask is None:
         mask = torch.ones(1, 1, query.shape[2], query.shape[2], dtype=torch.bool, device=query.device)
         mask = mask.tril() if causal else mask
-    visible = torch.ones if mask.dtype == torch.bool else torch.zeros
-    columns = visible(1, dtype=mask.dtype, device=mask.device).expand(*mask.shape[:-1], prefix_length)
-    return torch.cat((columns, mask), dim=-1)
+    return F.pad(mask, (prefix_length, 0), value=mask.dtype == torch.bool)
 
 
 def extend_padding_mask(
     mask: Tensor | None, query: Tensor, prefix_length: int, *, causal: bool
 ) -> Tensor | None:
-    """Return FlashAttention's padding mask ``[R, P + L]``: ``prefix_length`` real keys, then the given ones.
+    """Return FlashAttention's padding mask ``[R, P + L]``: ``P`` real keys, then the given ones.
 
-    None (no padding) stays None: FlashAttention aligns its causal mask to the last key, so that keys before
-    the first query are visible to all of them.
+    None (no padding) stays None: its causal mask is aligned to the last key, so that all queries see the
+    keys before the first one.
     """
-    if mask is None:
-        return None
-    return torch.cat((mask.new_ones(mask.shape[0], prefix_length), mask), dim=1)
+    return None if mask is None else F.pad(mask, (prefix_length, 0), value=1)
 
 
 def extend_block_mask(mask: BlockMask, query: Tensor, prefix_length: int, *, causal: bool) -> BlockMask:
     """Return flex attention's mask for all rows of ``query``, with ``prefix_length`` visible keys in front.
 
-    Args:
-        mask: for ``B`` rows; row ``r`` of ``query`` is sample ``r % B``.
-        query: ``[R, heads, L, H]``.
-        prefix_length: ``P``.
-        causal: unused, the mask is always there.
+    The mask is always there, and is for ``B`` rows: row ``r`` of ``query`` is sample ``r % B``.
     """
     visible, batch_size = mask.mask_mod, mask.shape[0]
 
@@ -148,53 +128,33 @@ def _attend(
     return function(module, query, prepend(prefix[0], key), prepend(prefix[1], value), mask, **kwargs)
 
 
-def prefix_sdpa(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """Scaled dot-product attention of transformers, with the prefix of ``prefix_states`` if given."""
-    return _attend(sdpa_attention_forward, extend_mask, module, *args, **kwargs)
-
-
-def prefix_eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """The model family's own eager attention, with the prefix of ``prefix_states`` if given."""
+def _family_eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """Call the eager attention of the model family that a module comes from."""
     for owner in type(module).__mro__:  # a sharded module is a subclass defined in another file
         function = getattr(sys.modules[owner.__module__], "eager_attention_forward", None)
         if function is not None:
-            return _attend(function, extend_mask, module, *args, **kwargs)
+            return cast(tuple[Tensor, Tensor | None], function(module, *args, **kwargs))
     raise ValueError(
         f"{type(module).__name__} has no eager attention; load the backbone with attention='sdpa'"
     )
 
 
-def prefix_flash(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """FlashAttention 2 of transformers, with the prefix of ``prefix_states`` if given. Needs a GPU."""
-    return _attend(flash_attention_forward, extend_padding_mask, module, *args, **kwargs)
-
-
-def prefix_flex(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """Flex attention of transformers, with the prefix of ``prefix_states`` if given. Trains on a GPU only."""
-    return _attend(flex_attention_forward, extend_block_mask, module, *args, **kwargs)
-
-
+_FLASH = partial(_attend, flash_attention_forward, extend_padding_mask)
+_FLEX = partial(_attend, flex_attention_forward, extend_block_mask)
 _FUNCTIONS: dict[str, tuple[str, Any, Any]] = {
-    "sdpa": ("prefix_sdpa", prefix_sdpa, sdpa_mask),
-    "eager": ("prefix_eager", prefix_eager, eager_mask),
+    "sdpa": ("prefix_sdpa", partial(_attend, sdpa_attention_forward, extend_mask), sdpa_mask),
+    "eager": ("prefix_eager", partial(_attend, _family_eager, extend_mask), eager_mask),
     # transformers finds the kernel by this very name, and without a prefix the function is the stock one
-    "flash_attention_2": ("flash_attention_2", prefix_flash, flash_attention_mask),
-    "flex_attention": ("prefix_flex", prefix_flex, flex_attention_mask),
+    "flash_attention_2": ("flash_attention_2", _FLASH, flash_attention_mask),
+    "flex_attention": ("prefix_flex", _FLEX, flex_attention_mask),
 }
 
 
 def register_prefix_attention(base: str = "sdpa") -> str:
-    """Register prefix attention on top of ``base`` with transformers; calling it again changes nothing.
-
-    Args:
-        base: ``"sdpa"``, ``"eager"`` (the reference for tests), ``"flash_attention_2"`` or
-            ``"flex_attention"``.
-
-    Returns:
-        The name to pass as attention implementation of the text model.
+    """Register prefix attention on top of ``base`` with transformers, and return its name for the text model.
 
     Raises:
-        ValueError: for another ``base``.
+        ValueError: for another ``base`` than sdpa, eager, flash_attention_2 and flex_attention.
 
     Relations:
         Without ``prefix_states`` the result equals ``base``. With them it equals ``base`` with a key/value

@@ -43,12 +43,7 @@ class Family:
     ignored_weights: tuple[str, ...] = ("lm_head.weight", "language_model.lm_head.weight")
 
     def resolved(self, base: Any, processor: Any) -> Family:
-        """Return the family with every name filled in.
-
-        Args:
-            base: the stock base model.
-            processor: the stock processor.
-        """
+        """Return the family with every name filled in, from the stock base model and its processor."""
         names = {id(module): name for name, module in base.named_modules()}
         language = self.language_module or names[id(base.get_decoder())]
         return replace(
@@ -72,18 +67,3 @@ FAMILIES: Mapping[str, Family] = {
     "internvl": Family(),
 }
 """Families that passed the tests, by ``model_type`` of their config, with what transformers does not say."""
-
-
-def family_of(name: str, model_type: str) -> Family:
-    """Look up a family.
-
-    Raises:
-        ValueError: for a family that was not tested.
-    """
-    if model_type not in FAMILIES:
-        raise ValueError(
-            f"backbone {name!r} has model_type {model_type!r}; tested: {', '.join(FAMILIES)}. To try another "
-            "family, give the option `family`, with an image_token and whatever else transformers does not "
-            "tell of it, or add a row to parallel_decoupling.model.families.FAMILIES."
-        )
-    return FAMILIES[model_type]

@@ -1,4 +1,7 @@
-"""What identifies weights, a backbone, a processor and rows: the only file that hashes for identity."""
+"""The weights of an encoder that train, and what identifies weights, a backbone, a processor and rows.
+
+This is the only file that hashes for identity.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from parallel_decoupling.batch import RawInput
-from parallel_decoupling.distributed import whole
-from parallel_decoupling.model.trained_state import PER_PATH, trainable_state
+from parallel_decoupling.distributed import shard_like, whole
 
+PER_PATH = ("prefixes.", "path_logits")
+"""Starts of the names of parameters whose first dimension is the path."""
 SAMPLED_VALUES = 2**18
 """Larger backbone tensors are hashed at this many evenly spaced values, so that billions take seconds."""
 SAMPLED_BYTES = 4096
@@ -27,6 +31,40 @@ VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "dtype", "torch_dtyp
 """Config entries that say how or from where a model was loaded, not what it is."""
 PACKAGES = ("parallel-decoupling", "torch", "transformers")
 """Packages whose version may change an embedding."""
+
+
+def trainable_state(encoder: nn.Module) -> dict[str, Tensor]:
+    """Return CPU copies of exactly the trainable tensors, by parameter name."""
+    return {
+        name: whole(parameter.detach()).to("cpu", copy=True)
+        for name, parameter in encoder.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+@torch.no_grad()
+def load_trainable_state(encoder: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy a state from ``trainable_state`` into an encoder that was built with the same settings.
+
+    When names or shapes differ, it is a ValueError and nothing is changed.
+
+    Relations:
+        Embeddings after loading equal those before saving bit for bit.
+    """
+    wanted = {name: parameter for name, parameter in encoder.named_parameters() if parameter.requires_grad}
+    missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    reshaped = [
+        f"{name} {list(state[name].shape)} instead of {list(parameter.shape)}"
+        for name, parameter in wanted.items()
+        if name in state and state[name].shape != parameter.shape
+    ]
+    if missing or unexpected or reshaped:
+        raise ValueError(
+            f"the stored weights do not fit this model: missing {missing}, unexpected {unexpected}, "
+            f"wrong shape {reshaped}; build the model with the settings it was trained with"
+        )
+    for name, parameter in wanted.items():
+        parameter.copy_(shard_like(state[name], parameter))
 
 
 def weights_hash(tensors: Mapping[str, Tensor]) -> str:
@@ -44,8 +82,7 @@ def path_hashes(encoder: Any) -> list[str]:
     Weights count rounded to bfloat16, large tensors at evenly spaced values. Call it on all ranks at once.
 
     Relations:
-        An exported folder has those of its checkpoint, path n that of ``paths[n]``, except with merged
-        adapters.
+        An exported folder has those of its checkpoint and ``paths[n]``, except with merged adapters.
     """
     shared, own = sha256(), {}
     for name, parameter in sorted(encoder.named_parameters()):
@@ -64,35 +101,27 @@ def path_hashes(encoder: Any) -> list[str]:
 
 
 def backbone_fingerprint(backbone: Any) -> dict[str, Any]:
-    """Identify the frozen part of a backbone.
+    """Identify the frozen part of a backbone, in plain types; ``sha256`` is of config and frozen weights.
 
-    Frozen weights are hashed rounded to bfloat16 so that float32 and bfloat16 give the same; float16, which
-    rounds differently, does not. Call it before the weights are sharded.
-
-    Returns:
-        ``name``, ``revision``, ``model_type``, ``num_frozen`` (parameters), ``sha256`` of config and frozen
-        weights, ``weights_sha256``, ``config`` and ``transformers_version`` (None for an OpenCLIP model),
-        plain types only.
+    Frozen weights are hashed rounded to bfloat16, so that float32 and bfloat16 give the same (float16 does
+    not). Call it before the weights are sharded.
     """
-    config = json.dumps(_without_volatile(backbone.config.to_dict()), sort_keys=True, default=str)
+    loaded = backbone.config if isinstance(backbone.config, dict) else backbone.config.to_dict()
+    config = json.dumps(_flat(loaded), sort_keys=True, default=str)
     both, weights = sha256(config.encode()), sha256()
-    num_frozen = 0
     for name, parameter in sorted(backbone.base.named_parameters()):
         if parameter.requires_grad:
             continue
-        num_frozen += parameter.numel()
         content = _sampled(name.replace(".base_layer", ""), parameter.detach())
         both.update(content)
         weights.update(content)
     return {
         "name": backbone.name,
         "revision": backbone.revision,
-        "model_type": str(backbone.config.model_type),
-        "num_frozen": num_frozen,
         "sha256": both.hexdigest(),
         "weights_sha256": weights.hexdigest(),
         "config": json.loads(config),
-        "transformers_version": backbone.config.to_dict().get("transformers_version"),
+        "transformers_version": loaded.get("transformers_version"),
     }
 
 
@@ -102,24 +131,28 @@ def check_fingerprint(stored: Mapping[str, Any], current: Mapping[str, Any]) -> 
     The config holds class defaults too, of which a release of transformers adds or removes some: between two
     versions a warning names the keys that only one of them has.
 
-    Raises:
-        ValueError: when frozen weights differ, or a value of the config that both have, or with the same
-            version of transformers anything in it.
+    A ValueError tells when frozen weights differ, a value of the config that both have, or, within one
+    version of transformers, anything in it.
     """
     if stored["sha256"] == current["sha256"]:
         return
-    differ = f"the weights were trained on backbone {_short(stored)}, but {_short(current)} was loaded: "
+    trained, loaded = (
+        f"{each['name']!r} (revision {each['revision']}, sha256 {each['sha256'][:12]})"
+        for each in (stored, current)
+    )
+    differ = f"the weights were trained on backbone {trained}, but {loaded} was loaded: "
     if stored["weights_sha256"] != current["weights_sha256"]:
         raise ValueError(f"{differ}frozen weights differ; load the backbone it was trained on")
-    then, now = stored["transformers_version"], current["transformers_version"]
-    one_sided, changed = _config_differences(stored["config"], current["config"])
-    if changed or then == now:
-        found = "; ".join(changed + [f"only one has {key}" for key in one_sided])
-        found = found or "in nothing but this hash, so the file was changed"
+    old, new = stored["transformers_version"], current["transformers_version"]
+    then, now = stored["config"], current["config"]
+    both, one_sided = sorted(then.keys() & now.keys()), sorted(then.keys() ^ now.keys())
+    changed = [f"{key} was {then[key]!r} and is {now[key]!r}" for key in both if then[key] != now[key]]
+    if changed or old == new:
+        found = "; ".join(changed + [f"only one has {key}" for key in one_sided]) or "the file was changed"
         raise ValueError(f"{differ}config differs: {found}; load the backbone it was trained on")
     if one_sided:
         warnings.warn(
-            f"the weights were written with transformers {then}, and {now} is installed: only one of them "
+            f"the weights were written with transformers {old}, and {new} is installed: only one of them "
             f"has {', '.join(one_sided)} in the config of {current['name']!r}. All else is equal.",
             stacklevel=2,
         )
@@ -152,7 +185,7 @@ def processor_hash(processor: Any) -> str:
 def rows_hash(rows: Iterable[RawInput], *, files: bool = True) -> str:
     """Return a SHA-256 of inputs: texts and images, in order.
 
-    A PIL image counts by its pixels, an image file by the last two parts of its path, so that a data set may
+    A PIL image counts by its pixels; an image file by the last two parts of its path, so that a data set may
     move, and with ``files`` by its size and three samples of its bytes, if it can be read.
     """
     digest = sha256()
@@ -167,15 +200,9 @@ def encoder_identity(
 ) -> dict[str, Any]:
     """Identify what turns inputs into embeddings. Call it on all ranks at once.
 
-    Args:
-        encoder: any encoder.
-        fingerprint: of its backbone, from ``backbone_fingerprint``; needed if it is sharded.
-        conditions: further plain values that change embeddings, such as precision or the image size.
-
-    Returns:
-        ``sha256`` of all that is known, versions, adapter scales, family and conditions included;
-        ``weights_sha256`` of the trainable tensors, ``path_sha256``, ``backbone_sha256`` and
-        ``processor_sha256``.
+    ``fingerprint`` is that of its backbone, needed if it is sharded; ``conditions`` are further plain values
+    that change embeddings, such as precision or the image size. ``sha256`` is of all that is known, versions,
+    adapter scales, family and conditions included; the others are of its parts.
     """
     parts: dict[str, Any] = {
         "weights_sha256": weights_hash(trainable_state(encoder)),
@@ -204,32 +231,15 @@ def _sampled(name: str, tensor: Tensor) -> bytes:
     return f"{name} {list(tensor.shape)}".encode() + rounded.view(torch.int16).numpy().tobytes()
 
 
-def _without_volatile(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_volatile(item) for key, item in value.items() if key not in VOLATILE_CONFIG}
-    return value
-
-
-def _config_differences(
-    stored: Mapping[str, Any], current: Mapping[str, Any], path: str = ""
-) -> tuple[list[str], list[str]]:
-    """Return keys that only one config has, and keys that both have with different values."""
-    one_sided = [path + key for key in sorted(stored.keys() ^ current.keys())]
-    changed = []
-    for key in sorted(stored.keys() & current.keys()):
-        then, now = stored[key], current[key]
-        if isinstance(then, dict) and isinstance(now, dict):
-            inside = _config_differences(then, now, f"{path}{key}.")
-            one_sided += inside[0]
-            changed += inside[1]
-        elif then != now:
-            changed.append(f"{path}{key} was {then!r} and is {now!r}")
-    return one_sided, changed
-
-
-def _short(fingerprint: Mapping[str, Any]) -> str:
-    digest = fingerprint["sha256"][:12]
-    return f"{fingerprint['name']!r} (revision {fingerprint['revision']}, sha256 {digest})"
+def _flat(config: Mapping[str, Any], start: str = "") -> dict[str, Any]:
+    """Return a nested config by dotted keys, without what says only how or from where it was loaded."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if key not in VOLATILE_CONFIG:
+            is_group = isinstance(value, dict)
+            flat[f"{start}{key}"] = "a group" if is_group else value
+            flat |= _flat(value, f"{start}{key}.") if is_group else {}
+    return flat
 
 
 def _image_content(image: Any, files: bool) -> list[Any]:

@@ -1,13 +1,9 @@
-"""OpenCLIP, the baseline without a multimodal LLM: a text and an image tower that look like one encoder.
-
-The only file that imports open_clip, and only when such a model is loaded.
-"""
+"""OpenCLIP, the baseline without a multimodal LLM: a text and an image tower that look like one encoder."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +20,8 @@ PREFIX = "open_clip:"
 CONFIG_FILE = "open_clip_config.json"
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 """open_clip's names; with the last two, normalisation layers stay fp32."""
-UNUSED_PARAMETERS = ("logit_scale", "logit_bias")
-"""Of OpenCLIP's own loss; ours has its own temperature."""
 NEUTRAL = {"num_paths": 1, "prefix_length": 0, "prefix_layers": 0, "aggregation": "mean", "attention": "sdpa"}
-"""What options of multimodal LLMs must be here; every other one must be None."""
-UNUSED = ("prefix_type", "prefix_init", "seed")
-"""Without a prefix and without LoRA weights these change nothing."""
+"""What options of multimodal LLMs must be; every other one must be None, or changes nothing."""
 
 
 def is_open_clip(name: str) -> bool:
@@ -41,8 +33,7 @@ class OpenCLIPProcessor:
     """Turn texts and images into tensors, called like a Hugging Face processor.
 
     Image placeholders are taken out of the text. Images get the model's own evaluation transform, also in
-    training (no augmentation). The first text that does not fit is a warning.
-
+    training. The first text that does not fit is a warning.
     """
 
     def __init__(self, tokenizer: Callable[..., Tensor], transform: Callable[[Image.Image], Tensor]) -> None:
@@ -61,17 +52,14 @@ class OpenCLIPProcessor:
     ) -> dict[str, Tensor]:
         """Tokenise ``B`` rows, with their images in one list or in one per row.
 
-        Returns:
-            ``input_ids`` ``[B, L]``, padded; ``attention_mask`` ``[B, L]``, all 1 for a row with text (the
-            text tower always runs over L tokens), all 0 for one without. One entry per image:
-            ``pixel_values``, ``image_sizes`` (height and width as given).
+        ``attention_mask`` ``[B, L]`` is all 1 for a row with text, as the text tower always runs over L, and
+        all 0 for one without. ``pixel_values`` and ``image_sizes`` have one entry per image.
         """
         texts = [row.replace(IMAGE_PLACEHOLDER, " ").strip() for row in text]
-        for row, rest in zip(text, texts, strict=True):
-            if not rest and IMAGE_PLACEHOLDER not in row:
-                raise ValueError("An input needs a text or an image.")
+        if any(not rest and IMAGE_PLACEHOLDER not in row for row, rest in zip(text, texts, strict=True)):
+            raise ValueError("An input needs a text or an image.")
         ids_BL = self.tokenizer(texts)
-        if not self._warned and self.cuts(texts, ids_BL):
+        if not self._warned and self.cuts(texts):
             self._warned = True
             warnings.warn(
                 f"A text has more than the {self.context_length} tokens that this text tower takes; the rest "
@@ -87,42 +75,26 @@ class OpenCLIPProcessor:
             data["image_sizes"] = torch.tensor([[image.height, image.width] for image in flat])
         return data
 
-    def cuts(self, texts: Sequence[str], ids_BL: Tensor | None = None) -> bool:
+    def cuts(self, texts: Sequence[str]) -> bool:
         """Tell whether one of the texts does not fit: whether twice the room holds more of its tokens."""
-        real_BL = (self.tokenizer(texts) if ids_BL is None else ids_BL) != self.padding_id
-        full = real_BL[:, -2:].any(dim=1).nonzero()[:, 0].tolist()  # the last may be an end token that pads
-        if not full:
-            return False
-        longer = self.tokenizer([texts[row] for row in full], context_length=2 * self.context_length)
-        return bool(((longer != self.padding_id).sum(dim=1) > real_BL[full].sum(dim=1)).any())
-
-
-@dataclass(frozen=True)
-class OpenCLIPConfig:
-    """An OpenCLIP model's configuration and its image preprocessing, both as open_clip has them."""
-
-    model: dict[str, Any]
-    preprocess: dict[str, Any]
-    model_type = "open_clip"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return both as plain values."""
-        return asdict(self)
+        short, long = (self.tokenizer(texts, context_length=n * self.context_length) for n in (1, 2))
+        return bool(((long != self.padding_id).sum(dim=1) > (short != self.padding_id).sum(dim=1)).any())
 
 
 class OpenCLIPBackbone(nn.Module):
-    """An OpenCLIP model with its configuration and the name that the user asked for."""
+    """An OpenCLIP model with the attributes of a ``Backbone`` that it can have.
+
+    ``config`` holds the ``model`` and its image ``preprocess``, both as open_clip describes them.
+    """
 
     revision: str | None = None
-    num_layers = 1
-    """For counting compute: no layer is shared between paths."""
+    num_layers = 1  # for counting compute: no layer is shared between paths
 
     def __init__(
-        self, base: Any, config: OpenCLIPConfig, adapter: AdapterConfig, *, name: str, dtype: torch.dtype
+        self, base: Any, name: str, config: dict[str, Any], adapter: AdapterConfig, dtype: torch.dtype
     ) -> None:
         super().__init__()
-        self.base = base
-        self.config, self.adapter, self.name, self.dtype = config, adapter, name, dtype
+        self.base, self.name, self.config, self.adapter, self.dtype = base, name, config, adapter, dtype
 
 
 class OpenCLIPEncoder(nn.Module):
@@ -130,8 +102,7 @@ class OpenCLIPEncoder(nn.Module):
 
     ``normalize(t + normalize(mean of v))`` with the unit-norm embeddings ``t`` of the text and ``v`` of every
     image; what a row does not have is left out. The score of two inputs is then proportional to the sum of
-    the cosines between their parts: score-level fusion as in UniIR's CLIP_SF (which adds embeddings of any
-    norm; giving text and image the same weight is ours).
+    the cosines between their parts: score-level fusion as in UniIR's CLIP_SF (the equal weights are ours).
 
     Relations:
         A text is open_clip's ``encode_text`` and an image without text its ``encode_image``, normalised.
@@ -144,19 +115,14 @@ class OpenCLIPEncoder(nn.Module):
     def __init__(self, backbone: OpenCLIPBackbone, processor: OpenCLIPProcessor) -> None:
         super().__init__()
         self.backbone = backbone
-        self.embed_dim: int = backbone.config.model["embed_dim"]
+        self.embed_dim: int = backbone.config["model"]["embed_dim"]
         self.aggregate_dim: int = self.embed_dim
         self.processor: Any = processor
 
-    def prefix_parameters(self) -> Iterator[nn.Parameter]:
-        """Return nothing: there is no prefix, and one path needs no weights."""
-        return iter(())
-
-    aggregation_parameters = prefix_parameters
-
-    def adapter_parameters(self) -> Iterator[nn.Parameter]:
-        """Return the trainable weights: those of both towers, or none."""
-        return (parameter for parameter in self.backbone.parameters() if parameter.requires_grad)
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Return what trains: the weights of both towers, or none."""
+        towers = [parameter for parameter in self.backbone.parameters() if parameter.requires_grad]
+        return {"adapters": towers, "prefixes": [], "aggregation": []}
 
     def train(self, mode: bool = True) -> OpenCLIPEncoder:
         """Set the mode; batch normalisation keeps its statistics, which no checkpoint holds."""
@@ -167,11 +133,7 @@ class OpenCLIPEncoder(nn.Module):
         return self
 
     def forward(self, inputs: EncoderInputs, paths: Sequence[int] | None = None) -> Tensor:
-        """Embed ``B`` rows of ``OpenCLIPProcessor``: ``[B, 1, D]`` fp32, unit norm.
-
-        Raises:
-            ValueError: for other ``paths`` than None and ``[0]``.
-        """
+        """Embed ``B`` rows of ``OpenCLIPProcessor``: ``[B, 1, D]`` fp32, unit norm."""
         if paths is not None and list(paths) != [0]:
             raise ValueError(f"an OpenCLIP model has path 0 only, got paths {list(paths)}")
         ids_BL = inputs.tokens["input_ids"]
@@ -212,15 +174,12 @@ def load_open_clip(
         dtype: of the weights.
         adapter: only its kind counts: ``"full"`` (default; both towers) or ``"frozen"``.
         gradient_checkpointing: recompute layers in the backward pass.
-        options: all others of multimodal LLMs, which must have no effect.
-
-    Raises:
-        ValueError: an option that has no meaning here, or what open_clip cannot load.
+        options: all others of ``PDFEmbedder``; one that would have an effect is a ValueError.
     """
     wrong = [
         f"{option}={NEUTRAL.get(option, 'null')} (got {value})"
         for option, value in options.items()
-        if option not in UNUSED and value != NEUTRAL.get(option)
+        if option not in ("prefix_type", "prefix_init", "seed") and value != NEUTRAL.get(option)
     ]
     if wrong:
         raise ValueError(
@@ -244,7 +203,8 @@ def load_open_clip(
             source, weights, precision=PRECISIONS[dtype], force_quick_gelu=bool(tag.get("quick_gelu"))
         )
         processor = OpenCLIPProcessor(open_clip.get_tokenizer(source), transform)
-        config = OpenCLIPConfig(open_clip.get_model_config(source), open_clip.get_model_preprocess_cfg(base))
+        config = {"model": open_clip.get_model_config(source)}
+        config["preprocess"] = open_clip.get_model_preprocess_cfg(base)
     except (RuntimeError, OSError, ValueError, TypeError) as error:
         raise ValueError(
             f"backbone {name!r}: open_clip cannot load it: {error}. Write open_clip:<architecture>/<tag or "
@@ -253,6 +213,7 @@ def load_open_clip(
     if gradient_checkpointing:
         base.set_grad_checkpointing(True)
     for parameter_name, parameter in base.named_parameters():
-        parameter.requires_grad_(adapter.kind == "full" and parameter_name not in UNUSED_PARAMETERS)
-    backbone = OpenCLIPBackbone(base, config, adapter, name=name, dtype=getattr(torch, dtype))
+        ours = parameter_name not in ("logit_scale", "logit_bias")  # of OpenCLIP's own loss
+        parameter.requires_grad_(adapter.kind == "full" and ours)
+    backbone = OpenCLIPBackbone(base, name, config, adapter, getattr(torch, dtype))
     return OpenCLIPEncoder(backbone, processor).train()

@@ -1,4 +1,4 @@
-"""From B rows to N * B: the hooks that hand prefixes down and repeat a batch once per path, path-major."""
+"""From B rows to N * B: the hooks that repeat a batch once per path, path-major."""
 
 from __future__ import annotations
 
@@ -20,17 +20,10 @@ def _repeat(value: Any, batch_size: int, num_paths: int) -> Any:
     return value.repeat(num_paths, *(1 for _ in value.shape[1:]))
 
 
-def language_model_hook(
-    states: PrefixStates, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward pre-hook on the language model: hand down ``states`` to every decoder layer."""
-    return args, {**kwargs, "prefix_states": states}
-
-
 def decoder_layer_hook(
     layer_index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Forward pre-hook on a decoder layer: at the first prefixed layer, go from B to N * B rows.
+    """Go from B to N * B rows at the first prefixed layer: a forward pre-hook of every decoder layer.
 
     The layer at ``first_layer`` repeats the hidden states; it and all above repeat the mask and position
     embeddings, which the language model computed for ``B`` rows. Without ``prefix_states`` it does nothing.
@@ -56,11 +49,8 @@ def deepstack(
 ) -> Tensor:
     """Add image features between decoder layers (Qwen3-VL) to the rows of every path.
 
-    Args:
-        process: the language model's own method, which adds ``visual`` to ``hidden`` where ``mask`` is set.
-        hidden: ``[B or N * B, L, D]``, path-major.
-        mask: ``[B, L]``, True at image tokens.
-        visual: ``[image tokens of the B rows, D]``.
+    ``process`` is the language model's own method, which adds ``visual`` ``[image tokens of B rows, D]`` to
+    ``hidden`` ``[B or N * B, L, D]`` where ``mask`` ``[B, L]`` is set.
     """
     num_paths = hidden.shape[0] // mask.shape[0]
     return process(hidden, mask.repeat(num_paths, 1), visual.repeat(num_paths, 1))

@@ -24,46 +24,29 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoProcessor
 
+from parallel_decoupling.model import encoder as encoders
+from parallel_decoupling.model import identity
 from parallel_decoupling.model.adapters import AdapterConfig
 from parallel_decoupling.model.backbone import Backbone, load_backbone
-from parallel_decoupling.model.encoder import Encoder, ParallelEncoder, absolute_name, build_encoder
+from parallel_decoupling.model.encoder import Encoder, ParallelEncoder
 from parallel_decoupling.model.families import FAMILIES, Family
-from parallel_decoupling.model.identity import backbone_fingerprint, check_fingerprint, weights_hash
 from parallel_decoupling.model.model_card import model_card
 from parallel_decoupling.model.open_clip import is_open_clip
-from parallel_decoupling.model.trained_state import (
-    LAST_CHECKPOINT,
-    PER_PATH,
-    load_trainable_state,
-    trainable_state,
-)
 
-FORMAT = 1
 MODEL_TYPE = "parallel_decoupling"
-CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
-SCORES_FILE = "scores.json"
+CONFIG_FILE, WEIGHTS_FILE, SCORES_FILE = "config.json", "model.safetensors", "scores.json"
 PROCESSOR_DIR, BACKBONE_DIR = "processor", "backbone"
-CHECKPOINT_KEYS = (
-    "state_dict",
-    "pytorch-lightning_version",
-    "hyper_parameters",
-    "backbone",
-    "data",
-    "progress",
-)
+LAST_CHECKPOINT = Path("checkpoints", "last.ckpt")
+RUN_KEYS = ("state_dict", "pytorch-lightning_version", "hyper_parameters", "backbone", "data", "progress")
 """Keys that every checkpoint of a run has."""
-ENCODER_OPTIONS = ("prefix_length", "prefix_layers", "prefix_type", "aggregation")
-"""Options of ``ParallelEncoder`` beside the number of paths that shape embeddings."""
-IMAGE_OPTIONS = ("image_size", "min_pixels", "max_pixels")
-"""Settings of the data module that say how pictures are resized."""
-SENTENCE_MODULE = "parallel_decoupling.sentence_transformers.PathEmbedding"
+ABOUT = ("query_instruction", "candidate_instruction", "images", "run")
+"""What is kept of an encoder beside itself: its instructions, image settings, and what trained it."""
 
 
 def is_pretrained(folder: str | Path) -> bool:
-    """Whether a folder holds what ``save_encoder`` writes."""
+    """Tell whether a folder holds what ``save_encoder`` writes."""
     try:
         content = json.loads((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -72,11 +55,7 @@ def is_pretrained(folder: str | Path) -> bool:
 
 
 def checkpoint_file(path: str | Path) -> Path:
-    """Return the checkpoint that a user means by a file or the folder of a run.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Return the checkpoint that a user means by a file or the folder of a run; a ValueError if none."""
     for file in (Path(path), Path(path) / LAST_CHECKPOINT):
         if file.is_file():
             return file
@@ -87,33 +66,15 @@ def checkpoint_file(path: str | Path) -> Path:
 
 
 def read_checkpoint(file: str | Path) -> dict[str, Any]:
-    """Read the checkpoint of a run; weights stay in the file until they are used.
-
-    Raises:
-        ValueError: the file is something else, or damaged.
-    """
+    """Read the checkpoint of a run; weights stay in the file until they are used."""
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"{file} is not a checkpoint, or is damaged") from error
-    missing = [key for key in CHECKPOINT_KEYS if not isinstance(content, Mapping) or key not in content]
+    missing = [key for key in RUN_KEYS if not isinstance(content, Mapping) or key not in content]
     if missing:
         raise ValueError(f"{file} is not a checkpoint of a run, it lacks {', '.join(missing)}")
     return dict(content)
-
-
-def run_of(file: str | Path) -> dict[str, Any]:
-    """Return what a checkpoint says of the run that wrote it: settings, data, mixture, steps and compute."""
-    content = read_checkpoint(file)
-    settings, progress = content["hyper_parameters"], content["progress"]
-    return {
-        "model": settings,
-        "data": content["data"],
-        "seed": settings["seed"],
-        "global_step": progress["steps_done"],
-        "token_passes": progress["token_passes"],
-        "rows_by_subset": progress["rows_by_subset"],
-    }
 
 
 def scores_of(file: str | Path) -> dict[str, Any] | None:
@@ -123,72 +84,46 @@ def scores_of(file: str | Path) -> dict[str, Any] | None:
     if not (run_dir / SCORES_FILE).is_file():
         return None
     scores: dict[str, Any] = json.loads((run_dir / SCORES_FILE).read_text(encoding="utf-8"))
-    run = run_of(file)
+    run = _run(read_checkpoint(file))
     same = all(scores["run"].get(key) == run[key] for key in ("global_step", "seed", "token_passes"))
     return scores if same else None
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """Read ``config.json`` of an exported folder; a ValueError if there is none, or one of another format."""
-    file = Path(folder) / CONFIG_FILE
-    if not is_pretrained(folder):
-        raise ValueError(f"{file} does not belong to a model that save_pretrained or lightning export wrote")
-    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    if config.get("format") != FORMAT:
-        raise ValueError(f"{file} has format {config.get('format')!r}, this version reads {FORMAT}")
-    return config
-
-
 def load_encoder(path: str | Path) -> tuple[Encoder, dict[str, Any]]:
-    """Load a trained encoder, on the CPU and without Lightning.
+    """Load a trained encoder from an exported folder, a run's folder or a checkpoint, without Lightning.
 
-    Args:
-        path: an exported folder, the folder of a run (its last checkpoint), or a checkpoint.
-
-    Returns:
-        The encoder in evaluation mode; and ``query_instruction``, ``candidate_instruction``, ``images``
-        (settings) and ``run`` (what trained it), plain values.
-
-    Raises:
-        ValueError: there is no model, a file is missing or changed, or the backbone is not the trained one.
+    It is on the CPU in evaluation mode; the dictionary has the plain values that ``ABOUT`` names. It is a
+    ValueError if there is no model, a file is missing or changed, or the backbone is not the trained one.
     """
     encoder, about = _load_folder(Path(path)) if is_pretrained(path) else _load_checkpoint(path)
     encoder.eval()
-    kept = ("query_instruction", "candidate_instruction", "images", "run")
-    return encoder, {name: about[name] for name in kept}
+    return encoder, {name: about[name] for name in ABOUT}
 
 
 def save_encoder(
     encoder: Encoder,
     folder: str | Path,
     *,
-    query_instruction: str,
-    candidate_instruction: str,
-    images: Mapping[str, Any],
-    run: Mapping[str, Any],
     paths: Sequence[int] | None = None,
     merge_adapters: bool = False,
     include_backbone: bool = False,
     scores: Mapping[str, Any] | None = None,
+    **about: Any,
 ) -> None:
-    """Write a folder to share; for the arguments see ``Embedder`` and ``Embedder.save_pretrained``.
+    """Write a folder to share; for the arguments see ``Embedder.save_pretrained``.
 
-    The encoder must not be sharded, and is left as it is. A base model that was trained itself is always
-    written.
-
-    Raises:
-        ValueError: the folder holds a model, a path that does not exist, or weights that cannot be written.
-
-    Relations:
-        ``load_encoder`` gives the same embeddings bit for bit, column n those of ``paths[n]``; with
-        ``merge_adapters`` up to rounding.
+    ``about`` are the values that ``ABOUT`` names. The encoder must not be sharded, and is left as it is. A
+    base model that was trained itself is always written.
     """
     folder = Path(folder)
     if (folder / CONFIG_FILE).exists():
         raise ValueError(f"{folder} already holds a model ({CONFIG_FILE}); name another folder or empty it")
-    chosen = _checked_paths(paths, encoder.num_paths)
-    trained = isinstance(encoder, ParallelEncoder) and encoder.backbone.adapter.kind == "full"
-    merge = merge_adapters or trained
+    chosen = encoders.check_paths(paths, encoder.num_paths)
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"paths must name each path once, got {chosen}")
+    merge = merge_adapters or (
+        isinstance(encoder, ParallelEncoder) and encoder.backbone.adapter.kind == "full"
+    )
     included = merge or include_backbone
     settings = _settings(encoder, included=included, merge=merge) | {"num_paths": len(chosen)}
     folder.mkdir(parents=True, exist_ok=True)
@@ -199,76 +134,83 @@ def save_encoder(
     elif isinstance(encoder, ParallelEncoder):
         encoder.processor.save_pretrained(folder / PROCESSOR_DIR)
     state = {
-        name: (value[chosen] if name.startswith(PER_PATH) else value).contiguous()
-        for name, value in trainable_state(encoder).items()
+        name: (value[chosen] if name.startswith(identity.PER_PATH) else value).contiguous()
+        for name, value in identity.trainable_state(encoder).items()
         if not (merge and name.startswith("backbone."))
     }
     save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     joined = len(chosen) if encoder.aggregate_dim > encoder.embed_dim else 1
     config = {
         "model_type": MODEL_TYPE,
-        "format": FORMAT,
         "settings": settings,
-        "backbone": backbone_fingerprint(written) | {"name": encoder.backbone.name},
+        "backbone": identity.backbone_fingerprint(written) | {"name": encoder.backbone.name},
         "backbone_included": included,
         "paths": chosen,
         "embed_dim": encoder.embed_dim,
         "aggregate_dim": encoder.embed_dim * joined,
-        "weights_sha256": weights_hash(state),
-        "query_instruction": query_instruction,
-        "candidate_instruction": candidate_instruction,
-        "images": dict(images),
-        "run": dict(run),
+        "weights_sha256": identity.weights_hash(state),
+        **{name: about[name] for name in ABOUT},
     }
-    _write_json(folder / "modules.json", [{"idx": 0, "name": "0", "path": "", "type": SENTENCE_MODULE}])
+    module = "parallel_decoupling.sentence_transformers.PathEmbedding"
+    _write_json(folder / "modules.json", [{"idx": 0, "name": "0", "path": "", "type": module}])
     sentence_transformers = {
         "model_type": "SentenceTransformer",
-        "prompts": {"query": query_instruction, "document": candidate_instruction},
+        "prompts": {"query": about["query_instruction"], "document": about["candidate_instruction"]},
         "default_prompt_name": None,
         "similarity_fn_name": "cosine",
     }
     _write_json(folder / "config_sentence_transformers.json", sentence_transformers)
-    (folder / CARD_FILE).write_text(model_card(config, scores), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(config, scores), encoding="utf-8")
     _write_json(folder / CONFIG_FILE, config)  # last: it makes the folder a model
 
 
 def _load_checkpoint(path: str | Path) -> tuple[Encoder, dict[str, Any]]:
     file = checkpoint_file(path)
     content = read_checkpoint(file)
-    settings = content["hyper_parameters"]
+    settings, stored = content["hyper_parameters"], content["state_dict"]
     encoder = _build({**settings, "revision": settings["backbone_revision"]})
-    state = {
-        name.removeprefix("encoder."): value
-        for name, value in content["state_dict"].items()
-        if name.startswith("encoder.")
+    start = "encoder."
+    state = {name.removeprefix(start): value for name, value in stored.items() if name.startswith(start)}
+    identity.check_fingerprint(content["backbone"], identity.backbone_fingerprint(encoder.backbone))
+    identity.load_trainable_state(encoder, state)
+    images = {name: content["data"].get(name) for name in ("image_size", "min_pixels", "max_pixels")}
+    return encoder, {**settings, "images": images, "run": _run(content)}
+
+
+def _run(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a checkpoint says of the run that wrote it: settings, data, mixture, steps and compute."""
+    settings, progress = checkpoint["hyper_parameters"], checkpoint["progress"]
+    return {
+        "model": settings,
+        "data": checkpoint["data"],
+        "seed": settings["seed"],
+        "global_step": progress["steps_done"],
+        "token_passes": progress["token_passes"],
+        "rows_by_subset": progress["rows_by_subset"],
     }
-    _load_state(encoder, state, content["backbone"], file)
-    images = {name: content["data"].get(name) for name in IMAGE_OPTIONS}
-    return encoder, {**settings, "images": images, "run": run_of(file)}
 
 
 def _load_folder(folder: Path) -> tuple[Encoder, dict[str, Any]]:
-    config = read_config(folder)
-    settings, included = config["settings"], config["backbone_included"]
-    source = folder / (BACKBONE_DIR if included else PROCESSOR_DIR)
-    multimodal = not is_open_clip(settings["backbone"])
-    if multimodal and not source.is_dir():
-        raise ValueError(f"{source} is missing: copy the whole exported folder")
-    backbone = str(source) if included else _without_network(settings["backbone"], settings["revision"])
+    config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    settings, included, file = dict(config["settings"]), config["backbone_included"], folder / WEIGHTS_FILE
+    if included:
+        settings["backbone"] = str(folder / BACKBONE_DIR)
+    elif not is_open_clip(settings["backbone"]):
+        settings["local_files_only"] = True
     # any start does, it is replaced; there are no more than eight meta-prompts
-    encoder = _build({**settings, "backbone": backbone, "prefix_init": "random"})
-    if multimodal and not included:
-        encoder.backbone.name, encoder.backbone.revision = settings["backbone"], settings["revision"]
+    encoder = _build({**settings, "prefix_init": "random"})
+    if "local_files_only" in settings:
+        source = folder / PROCESSOR_DIR
         encoder.processor = cast(Any, AutoProcessor).from_pretrained(source, local_files_only=True)
         cast(Any, encoder.backbone).processor = encoder.processor
-    file = folder / WEIGHTS_FILE
     try:
         state = load_file(file)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} cannot be read ({error}): copy the whole exported folder") from error
-    if weights_hash(state) != config["weights_sha256"]:
+    if identity.weights_hash(state) != config["weights_sha256"]:
         raise ValueError(f"{file} is not the file that was exported: its hash differs from {CONFIG_FILE}'s")
-    _load_state(encoder, state, config["backbone"], file)
+    identity.check_fingerprint(config["backbone"], identity.backbone_fingerprint(encoder.backbone))
+    identity.load_trainable_state(encoder, state)
     return encoder, config
 
 
@@ -277,74 +219,33 @@ def _build(settings: Mapping[str, Any]) -> Encoder:
     given = dict(settings)
     for name, kind in (("adapter", AdapterConfig), ("family", Family)):
         if given.get(name) is not None:
-            values = given[name].items()
-            given[name] = cast(Any, kind)(
-                **{key: tuple(v) if isinstance(v, list) else v for key, v in values}
-            )
+            values = {key: tuple(v) if isinstance(v, list) else v for key, v in given[name].items()}
+            given[name] = cast(Any, kind)(**values)
     loading, paths = (
         {name: given[name] for name in list(inspect.signature(function).parameters)[1:] if name in given}
         for function in (load_backbone, ParallelEncoder)
     )
-    return build_encoder(settings["backbone"], loading, paths)
-
-
-def _load_state(
-    encoder: Encoder, state: Mapping[str, Tensor], fingerprint: Mapping[str, Any], file: Path
-) -> None:
-    check_fingerprint(fingerprint, backbone_fingerprint(encoder.backbone))
-    try:
-        load_trainable_state(encoder, state)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-
-
-def _without_network(name: str, revision: str | None) -> str:
-    """Return where a backbone is on this machine; a folder's name is left for ``load_backbone`` to check."""
-    if name == "tiny" or Path(name).is_absolute() or name.count("/") != 1:
-        return name
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return str(snapshot_download(name, revision=revision, local_files_only=True))
-    except LocalEntryNotFoundError as error:
-        at = f" --revision {revision}" if revision else ""
-        raise ValueError(
-            f"backbone {name!r} is not in the local Hugging Face cache and nothing is downloaded here; "
-            f"get it with: hf download {name}{at}"
-        ) from error
-
-
-def _checked_paths(paths: Sequence[int] | None, num_paths: int) -> list[int]:
-    chosen = list(range(num_paths)) if paths is None else list(paths)
-    wrong = [path for path in chosen if isinstance(path, bool) or path not in range(num_paths)]
-    if not chosen or wrong or len(set(chosen)) < len(chosen):
-        raise ValueError(f"paths must name some of 0 to {num_paths - 1}, each once, got {chosen}")
-    return chosen
+    return encoders.build_encoder(settings["backbone"], loading, paths)
 
 
 def _settings(encoder: Encoder, *, included: bool, merge: bool) -> dict[str, Any]:
     """Return what ``_build`` needs to build an encoder again, if it can be."""
     backbone = encoder.backbone
     settings = {
-        "backbone": absolute_name(backbone.name),
+        "backbone": encoders.absolute_name(backbone.name),
         "revision": backbone.revision,
         "dtype": str(backbone.dtype).removeprefix("torch."),
         "adapter": asdict(AdapterConfig(kind="frozen") if merge else backbone.adapter),
     }
+    quantized = bool(getattr(backbone.base, "is_quantized", False))
+    if included and (quantized or not isinstance(encoder, ParallelEncoder)):
+        raise ValueError(
+            "an OpenCLIP model or a quantized backbone is not written but always referred to by its name: "
+            "export without merge_adapters and include_backbone"
+        )
     if not isinstance(encoder, ParallelEncoder):
-        if included:
-            raise ValueError(
-                "an OpenCLIP model is always referred to by its name: export without merge_adapters and "
-                "include_backbone"
-            )
         return settings
     backbone = encoder.backbone
-    quantized = bool(getattr(backbone.base, "is_quantized", False))
-    if included and quantized:
-        raise ValueError(
-            "a quantized backbone is not written: export without merge_adapters and include_backbone"
-        )
     if backbone.initial_adapter is not None and not merge:
         raise ValueError(
             f"the backbone continues the published adapter {backbone.initial_adapter!r}, whose settings "
@@ -358,10 +259,14 @@ def _settings(encoder: Encoder, *, included: bool, merge: bool) -> dict[str, Any
         "attention": "eager" if eager else "sdpa",  # which work on every machine
         "quantization": "4bit" if quantized else None,
         "family": None if listed else asdict(backbone.family),
-        **{name: getattr(encoder, name) for name in ENCODER_OPTIONS},
+        "prefix_length": encoder.prefix_length,
+        "prefix_layers": encoder.prefix_layers,
+        "prefix_type": encoder.prefix_type,
+        "aggregation": encoder.aggregation,
     }
 
 
+@torch.no_grad()
 def _save_base(backbone: Backbone, folder: Path, *, merge: bool) -> None:
     """Write the stock base model and its processor; adapters are merged or left out."""
     base = cast(Any, backbone.base)
@@ -370,26 +275,19 @@ def _save_base(backbone: Backbone, folder: Path, *, merge: bool) -> None:
         for name, value in base.state_dict().items()
         if "lora_" not in name
     }
-    if merge:
-        for name in backbone.adapted_modules:
-            state[f"{name}.weight"] = _merged_weight(base.get_submodule(name))
+    for name in backbone.adapted_modules if merge else ():
+        layer = base.get_submodule(name)
+        weight = layer.get_base_layer().weight
+        before = weight.detach().clone()
+        layer.merge()
+        state[f"{name}.weight"] = weight.detach().clone()
+        layer.unmerge()
+        weight.copy_(before)  # to the bit
     with torch.device("meta"):
         plain = type(base)(deepcopy(base.config))
     plain.load_state_dict(state, assign=True)
     plain.save_pretrained(folder)
     backbone.processor.save_pretrained(folder)
-
-
-@torch.no_grad()
-def _merged_weight(layer: Any) -> Tensor:
-    """Return the weight of a linear layer with its adapter in it; the layer stays as it was, to the bit."""
-    weight = layer.get_base_layer().weight
-    before = weight.detach().clone()
-    layer.merge()
-    merged = cast(Tensor, weight.detach().clone())
-    layer.unmerge()
-    weight.copy_(before)
-    return merged
 
 
 def _write_json(file: Path, content: Any) -> None:

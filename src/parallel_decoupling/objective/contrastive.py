@@ -1,8 +1,5 @@
 """InfoNCE over paths, and the in-batch hit@1 that goes with it.
 
-Here: pure functions of embeddings. Elsewhere on purpose: gathering over ranks (``distributed``),
-the sum of the loss terms and their weights (``training``), scoring of a benchmark (``evaluation``).
-
 Shapes: ``B`` queries, ``G`` candidates (``G >= B`` with gathered or hard negatives), ``N`` paths,
 ``D`` embedding dim.
 """
@@ -74,22 +71,10 @@ def info_nce(
 
 @torch.no_grad()
 def in_batch_hit_at_1(query: Tensor, candidate: Tensor, *, positive: Tensor, candidate_ids: Tensor) -> Tensor:
-    """Share of queries whose positive scores strictly above all other targets.
+    """Return the share ``[N]`` of queries whose positive scores strictly above all other targets.
 
-    A tie is a miss, so collapsed embeddings do not look perfect. Duplicates of the positive and
-    padding are left out as in ``info_nce``.
-
-    Args:
-        query: ``[B, N, D]``.
-        candidate: ``[G, N, D]``.
-        positive: ``[B]`` int64, index into ``candidate`` of each query's positive.
-        candidate_ids: ``[G]`` int64; equal ids are the same target, ``PADDING_ID`` is none.
-
-    Returns:
-        ``[N]`` between 0 and 1, without gradient.
-
-    Raises:
-        ValueError: if the shapes do not fit together.
+    The arguments are those of ``info_nce``. A tie is a miss, so collapsed embeddings do not look perfect.
+    Duplicates of the positive and padding are left out as there.
     """
     _check_shapes(query, candidate, positive, candidate_ids)
     score_NBG = _scores(query, candidate)
@@ -102,14 +87,14 @@ def in_batch_hit_at_1(query: Tensor, candidate: Tensor, *, positive: Tensor, can
 
 
 def _scores(query: Tensor, candidate: Tensor) -> Tensor:
-    """Inner products per path in full precision, ``[N, B, G]``."""
+    """Return the inner products per path in full precision, ``[N, B, G]``."""
     with torch.autocast(device_type=query.device.type, enabled=False):
         dtype = torch.promote_types(query.dtype, torch.float32)
         return torch.einsum("bnd,gnd->nbg", query.to(dtype), candidate.to(dtype))
 
 
 def _left_out(positive: Tensor, candidate_ids: Tensor) -> Tensor:
-    """``[B, G]``: True where a candidate is padding, or the positive's target but not the positive itself."""
+    """Return ``[B, G]``, True at padding and at the positive's target unless it is the positive itself."""
     same_BG = candidate_ids[positive].unsqueeze(1) == candidate_ids.unsqueeze(0)
     left_out_BG = same_BG | (candidate_ids == PADDING_ID)
     return left_out_BG.scatter(1, positive.unsqueeze(1), False)

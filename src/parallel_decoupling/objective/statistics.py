@@ -11,21 +11,10 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def path_cosine(paths: Tensor) -> Tensor:
-    """Mean cosine between the paths of the same input.
+    """Return the mean cosine ``[N, N]`` between the paths ``[B, N, D]`` of the same input.
 
     Off-diagonal entries near 1 mean that the paths have become one path.
-
-    Args:
-        paths: ``[B, N, D]``, any norm.
-
-    Returns:
-        ``[N, N]``, symmetric with a diagonal of 1.
-
-    Raises:
-        ValueError: if ``paths`` has no three dimensions.
     """
-    if paths.ndim != 3:
-        raise ValueError(f"paths must be [B, N, D], got {tuple(paths.shape)}.")
     with torch.autocast(device_type=paths.device.type, enabled=False):
         unit_BND = nn.functional.normalize(paths.to(torch.promote_types(paths.dtype, torch.float32)), dim=-1)
         return torch.einsum("bnd,bmd->nm", unit_BND, unit_BND) / len(paths)
@@ -33,20 +22,14 @@ def path_cosine(paths: Tensor) -> Tensor:
 
 @torch.no_grad()
 def effective_rank(embeddings: Tensor) -> Tensor:
-    """Effective number of directions that a batch of embeddings spreads over.
+    """Return the effective number of directions that embeddings ``[B, D]`` spread over.
 
     ``exp(entropy(s / sum(s)))`` with s the singular values of the centred matrix (Roy and
     Vetterli 2007). Values below rounding of the uncentred matrix count as zero, so that collapsed
-    embeddings give 1 and not the rank of the noise.
-
-    Args:
-        embeddings: ``[B, D]``.
-
-    Returns:
-        0-dim, between 1 and ``min(B - 1, D)``.
+    embeddings give 1 and not the rank of the noise. The result is between 1 and ``min(B - 1, D)``.
 
     Raises:
-        ValueError: if ``embeddings`` is no matrix.
+        ValueError: for another shape.
     """
     if embeddings.ndim != 2:
         raise ValueError(

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from parallel_decoupling.batch import PairBatch
 from parallel_decoupling.distributed import world_size
-from parallel_decoupling.model.trained_state import LAST_CHECKPOINT
+from parallel_decoupling.model.pretrained import LAST_CHECKPOINT
 from parallel_decoupling.objective.contrastive import info_nce
 from parallel_decoupling.objective.statistics import effective_rank
 from parallel_decoupling.training.optimization import total_steps

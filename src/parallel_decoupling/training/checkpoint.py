@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from parallel_decoupling.model.identity import check_fingerprint
-from parallel_decoupling.model.trained_state import load_trainable_state, trainable_state
+from parallel_decoupling.model.identity import check_fingerprint, load_trainable_state, trainable_state
 from parallel_decoupling.training.compute import Progress
 from parallel_decoupling.training.settings import SETTINGS
 

@@ -24,7 +24,7 @@ from parallel_decoupling.model.backbone import AdapterConfig
 from parallel_decoupling.model.encoder import build_encoder, nested_dims
 from parallel_decoupling.model.families import Family
 from parallel_decoupling.model.identity import backbone_fingerprint, encoder_identity
-from parallel_decoupling.objective.mutual_information import MutualInformation
+from parallel_decoupling.objective.vclub import MutualInformation
 from parallel_decoupling.training import callbacks, checkpoint, optimization, settings, terms
 from parallel_decoupling.training.compute import Progress
 from parallel_decoupling.training.grad_cache import Encoding, encode_in_chunks
@@ -250,9 +250,7 @@ class PDFEmbedder(LightningModule):
     def trainables(self) -> dict[str, list[nn.Parameter]]:
         """Return what the main optimizer steps, by parameter group; groups may be empty."""
         return {
-            "adapters": list(self.encoder.adapter_parameters()),
-            "prefixes": list(self.encoder.prefix_parameters()),
-            "aggregation": list(self.encoder.aggregation_parameters()),
+            **self.encoder.parameter_groups(),
             "temperature": [] if self.log_temperature is None else [self.log_temperature],
         }
 

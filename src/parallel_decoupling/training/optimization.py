@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from parallel_decoupling.objective.mutual_information import Kind, mi_weight_schedule
+from parallel_decoupling.objective.vclub import Kind, mi_weight_schedule
 
 
 def require(condition: bool, message: str) -> None:

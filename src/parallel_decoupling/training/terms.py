@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from parallel_decoupling.distributed import gather_with_grad, world_size
 from parallel_decoupling.model.encoder import truncate
 from parallel_decoupling.objective.contrastive import in_batch_hit_at_1, info_nce
-from parallel_decoupling.objective.mutual_information import MutualInformation, path_pairs
 from parallel_decoupling.objective.statistics import path_cosine
+from parallel_decoupling.objective.vclub import MutualInformation, path_pairs
 
 
 @dataclass(frozen=True)

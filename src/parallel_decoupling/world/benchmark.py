@@ -1,10 +1,7 @@
 """Write the embedded benchmark to disk in the MMEB layout, once, cached by content hash.
 
-    MMEB-train/<subset>/original-00000-of-00001.parquet    MMEB-train/images/<subset>/Train/*.png
-    MMEB-eval/<task>/test-00000-of-00001.parquet           MMEB-eval/<task>/*.png
-    tasks.json                                             meta-task and distribution of every task
-
-Columns, image placeholder and the positive at index 0 are MMEB's, so ``data.readers`` reads both alike.
+Folders, columns, image placeholder and the positive at index 0 are MMEB's, so ``data.readers`` reads both
+alike; ``tasks.json`` holds meta-task and distribution of every task.
 """
 
 from __future__ import annotations
@@ -13,7 +10,8 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +21,7 @@ import pyarrow.parquet as pq
 from parallel_decoupling.data.tables import default_cache_dir
 from parallel_decoupling.world.rows import WORLD_TASKS, Row, Side, WorldTask
 
-TRAIN_ROWS = 1500
-EVAL_ROWS = 150
-CANDIDATES = 16
+TRAIN_ROWS, EVAL_ROWS, CANDIDATES = 1500, 150, 16
 
 
 def ensure_benchmark(
@@ -37,20 +33,12 @@ def ensure_benchmark(
 ) -> Path:
     """Return the folder of the embedded benchmark, generating it if it is not in the cache.
 
-    The folder's name holds a hash of the generator's source and of the arguments, so a change of
-    either makes a new folder. It appears by one rename, so a stopped run leaves nothing half made.
-
-    Args:
-        cache_dir: where benchmarks are kept; ``default_cache_dir()`` if None.
-        train_rows: rows of every training subset.
-        eval_rows: rows of every evaluation task.
-        seed: seed of everything drawn.
+    The folder's name holds a hash of the generator's source and of the arguments. It appears by one rename,
+    so a stopped run leaves nothing half made. ``cache_dir`` is ``default_cache_dir()`` if None.
     """
     if min(train_rows, eval_rows) < CANDIDATES:
-        raise ValueError(
-            f"train_rows={train_rows} and eval_rows={eval_rows} must each be at least {CANDIDATES}, "
-            "so that candidate lists can be filled from other rows"
-        )
+        rule = f"must each be at least {CANDIDATES}, so that other rows can fill candidate lists"
+        raise ValueError(f"train_rows={train_rows} and eval_rows={eval_rows} {rule}.")
     root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     data_dir = root / f"mini-mmeb-{content_hash(train_rows, eval_rows, seed)}"
     if data_dir.exists():
@@ -88,45 +76,37 @@ def generate(data_dir: Path, *, train_rows: int, eval_rows: int, seed: int) -> N
     (data_dir / "tasks.json").write_text(json.dumps(table, indent=2) + "\n")
 
 
-class _ImageFiles:
-    """Writes pictures into one folder and returns their path as it stands in the tables."""
+def _image_writer(root_dir: Path, folder: str, stem: str) -> Callable[[Side], str]:
+    """Return a function that saves the picture of a side and returns its path in the tables, "" for none."""
+    numbers = count()
+    (root_dir / folder).mkdir(parents=True, exist_ok=True)
 
-    def __init__(self, root_dir: Path, folder: str, stem: str) -> None:
-        self.root_dir, self.folder, self.stem, self.count = root_dir, folder, stem, 0
-        (root_dir / folder).mkdir(parents=True, exist_ok=True)
-
-    def write(self, side: Side) -> str:
-        """Save the picture of ``side``; "" if it has none."""
+    def write(side: Side) -> str:
         if side.picture is None:
             return ""
-        name = f"{self.folder}/{self.stem}_{self.count}.png"
-        side.picture.save(self.root_dir / name, compress_level=1)
-        self.count += 1
+        name = f"{folder}/{stem}_{next(numbers)}.png"
+        side.picture.save(root_dir / name, compress_level=1)
         return name
+
+    return write
 
 
 def _write_train(train_dir: Path, task: WorldTask, rows: list[Row]) -> None:
-    images = _ImageFiles(train_dir, f"images/{task.name}/Train", f"{task.name}_image")
-    table = [
-        {
-            "qry": row.query.text,
-            "qry_image_path": images.write(row.query),
-            "pos_text": row.positive.text,
-            "pos_image_path": images.write(row.positive),
-            "neg_text": row.negatives[0].text,
-            "neg_image_path": images.write(row.negatives[0]),
-        }
-        for row in rows
-    ]
-    _write_table(train_dir / task.name / "original-00000-of-00001.parquet", table)
+    write = _image_writer(train_dir, f"images/{task.name}/Train", f"{task.name}_image")
+    columns = ("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path")
+    sides = ((row.query, row.positive, row.negatives[0]) for row in rows)
+    cells = ([cell for side in row for cell in (side.text, write(side))] for row in sides)
+    table = [dict(zip(columns, row, strict=True)) for row in cells]
+    (train_dir / task.name).mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(table), train_dir / task.name / "original-00000-of-00001.parquet")
 
 
 def _write_eval(eval_dir: Path, task: WorldTask, rows: list[Row], rng: np.random.Generator) -> None:
-    images = _ImageFiles(eval_dir, task.name, "image")
-    positives = [images.write(row.positive) for row in rows]
-    table = []
+    write = _image_writer(eval_dir, task.name, "image")
+    positives = [write(row.positive) for row in rows]
+    table: list[dict[str, str | list[str]]] = []
     for index, row in enumerate(rows):
-        negatives = [(side.text, images.write(side)) for side in row.negatives]
+        negatives = [(side.text, write(side)) for side in row.negatives]
         known = {row.positive.meaning, *(side.meaning for side in row.negatives)}
         for other in rng.permutation(len(rows)):
             if task.meta_task == "classification" or len(negatives) + 1 >= CANDIDATES:
@@ -135,17 +115,7 @@ def _write_eval(eval_dir: Path, task: WorldTask, rows: list[Row], rng: np.random
             if side.meaning not in known:
                 known.add(side.meaning)
                 negatives.append((side.text, positives[other]))
-        table.append(
-            {
-                "qry_text": row.query.text,
-                "qry_img_path": images.write(row.query),
-                "tgt_text": [row.positive.text, *(text for text, _ in negatives)],
-                "tgt_img_path": [positives[index], *(path for _, path in negatives)],
-            }
-        )
-    _write_table(eval_dir / task.name / "test-00000-of-00001.parquet", table)
-
-
-def _write_table(file: Path, rows: Sequence[Mapping[str, str | Sequence[str]]]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(list(rows)), file)
+        texts, paths = zip((row.positive.text, positives[index]), *negatives, strict=True)
+        query = {"qry_text": row.query.text, "qry_img_path": write(row.query)}
+        table.append({**query, "tgt_text": list(texts), "tgt_img_path": list(paths)})
+    pq.write_table(pa.Table.from_pylist(table), eval_dir / task.name / "test-00000-of-00001.parquet")

@@ -31,16 +31,9 @@ def unicode_name(character: str) -> str:
 def render_glyph(
     character: str, font_name: str, rng: np.random.Generator, *, coarse: bool = False
 ) -> Image.Image:
-    """Draw one character, slightly rotated and moved, dark on light.
+    """Draw one character of a DejaVu face, slightly rotated and moved, dark on light, 64 x 64 RGB.
 
-    Args:
-        character: what to draw.
-        font_name: a DejaVu face that matplotlib ships, without its suffix.
-        rng: source of size, offset, rotation and grey values.
-        coarse: draw through a grid of about 10 x 10 pixels, as a low-resolution scan would.
-
-    Returns:
-        A 64 x 64 RGB picture.
+    With ``coarse`` through a grid of about 10 x 10 pixels, as a low-resolution scan would.
     """
     font = _font(font_name, int(rng.integers(48, 58)))
     picture = Image.new("L", (IMAGE_SIZE, IMAGE_SIZE), 0)

@@ -6,30 +6,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from parallel_decoupling.world.scenes import (
-    BACKGROUNDS,
-    COLORS,
-    HELD_OUT,
-    NUMBERS,
-    POSITIONS,
-    SHAPES,
-    SIZES,
-    WORDS,
-    Item,
-    Scene,
-)
+from parallel_decoupling.world import scenes
+from parallel_decoupling.world.scenes import POSITIONS, SHAPES, Item, Scene
+
+COLORS, SIZES = tuple(scenes.COLORS), tuple(scenes.SIZES)
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a scene.
-
-    Attributes:
-        factor: what it asks for, such as ``color`` or ``position``.
-        text: the question.
-        answer: the one right answer.
-        choices: every possible answer of questions about this factor, the right one included.
-    """
+    """A question that asks for a ``factor`` of a scene; ``choices`` are all answers to such questions."""
 
     factor: str
     text: str
@@ -42,22 +27,22 @@ def questions(scene: Scene) -> list[Question]:
     items = [item for _, item in scene.objects]
     shapes, colors = [item.shape for item in items], [item.color for item in items]
     found = [
-        Question("count", "how many objects are there?", NUMBERS[len(items)], NUMBERS[1:]),
-        Question("background", "what color is the background?", scene.background, tuple(BACKGROUNDS)),
+        Question("count", "how many objects are there?", scenes.NUMBERS[len(items)], scenes.NUMBERS[1:]),
+        Question("background", "what color is the background?", scene.background, tuple(scenes.BACKGROUNDS)),
     ]
     if scene.word is not None:
-        found.append(Question("text", "what word is written?", scene.word, WORDS))
+        found.append(Question("text", "what word is written?", scene.word, scenes.WORDS))
         place = POSITIONS[scene.cells.index(scene.word)]
         found.append(Question("position", f"where is the word {scene.word}?", place, POSITIONS))
     for index, item in scene.objects:
         name, place = f"{item.color} {item.shape}", POSITIONS[index]
         if shapes.count(item.shape) == 1:
-            found.append(Question("color", f"what color is the {item.shape}?", item.color, tuple(COLORS)))
+            found.append(Question("color", f"what color is the {item.shape}?", item.color, COLORS))
         if colors.count(item.color) == 1:
             found.append(Question("shape", f"what shape is the {item.color} object?", item.shape, SHAPES))
-        found.append(Question("size", f"what size is the {name}?", item.size, tuple(SIZES)))
+        found.append(Question("size", f"what size is the {name}?", item.size, SIZES))
         found.append(Question("position", f"where is the {name}?", place, POSITIONS))
-        for factor, choices in (("color", tuple(COLORS)), ("shape", SHAPES), ("size", tuple(SIZES))):
+        for factor, choices in (("color", COLORS), ("shape", SHAPES), ("size", SIZES)):
             text = f"what {factor} is the object at the {place}?"
             found.append(Question(factor, text, getattr(item, factor), choices))
     return found
@@ -75,7 +60,7 @@ def relation_questions(scene: Scene) -> list[Question]:
             neighbor = scene.cells[neighbor_index]
             if isinstance(neighbor, Item):
                 asked = f"is the object {where} the {item.color} {item.shape}?"
-                found.append(Question("relation", f"what color {asked}", neighbor.color, tuple(COLORS)))
+                found.append(Question("relation", f"what color {asked}", neighbor.color, COLORS))
                 found.append(Question("relation", f"what shape {asked}", neighbor.shape, SHAPES))
     return found
 
@@ -88,7 +73,7 @@ def aspects(scene: Scene) -> dict[str, str]:
         "describe the colors": ", ".join(item.color for item in items),
         "describe the positions": ", ".join(POSITIONS[index] for index, _ in scene.objects),
         "read the word": scene.word or "none",
-        "count the objects": NUMBERS[len(items)],
+        "count the objects": scenes.NUMBERS[len(items)],
         "describe the background": scene.background,
         "describe the sizes": ", ".join(item.size for item in items),
         "describe the picture": scene.caption(),
@@ -100,11 +85,11 @@ def sample_edit(rng: np.random.Generator, scene: Scene) -> tuple[str, Scene]:
     index, item = scene.objects[rng.integers(len(scene.objects))]
     name = f"{item.color} {item.shape}"
     others = [other for _, other in scene.objects if other != item]
-    taken = HELD_OUT | {(other.shape, other.color) for other in (item, *others)}
+    taken = scenes.HELD_OUT | {(other.shape, other.color) for other in (item, *others)}
     free = [color for color in COLORS if (item.shape, color) not in taken]
     color = str(rng.choice(free))
     size = "small" if item.size == "large" else "large"
-    background = str(rng.choice([name for name in BACKGROUNDS if name != scene.background]))
+    background = str(rng.choice([name for name in scenes.BACKGROUNDS if name != scene.background]))
     options = [
         (f"make the {name} {color}", scene.with_cell(index, replace(item, color=color))),
         (f"make the {name} {size}", scene.with_cell(index, replace(item, size=size))),

@@ -1,8 +1,7 @@
 """The embedded benchmark's tasks: one function per task that draws a row with hard negatives.
 
-A row is a query, its positive and negatives that differ in one attribute. Prompts follow MMEB: image
-placeholder, line break, instruction, text, line break. Tasks out of distribution show combinations of shape
-and color, characters, digits or forms of questions and phrases that no training row has.
+Prompts follow MMEB. Tasks out of distribution show combinations of shape and color, characters, digits or
+forms of questions and phrases that no training row has.
 """
 
 from __future__ import annotations
@@ -15,20 +14,9 @@ import numpy as np
 from PIL import Image
 
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER
-from parallel_decoupling.world import glyphs
+from parallel_decoupling.world import glyphs, scenes
 from parallel_decoupling.world.questions import Question, questions, relation_questions, sample_edit
-from parallel_decoupling.world.scenes import (
-    BACKGROUNDS,
-    POSITIONS,
-    WORDS,
-    Item,
-    Scene,
-    change_item,
-    change_scene,
-    crop,
-    render,
-    sample_scene,
-)
+from parallel_decoupling.world.scenes import Item, Scene, change_item, crop, render, sample_scene
 
 Rng = np.random.Generator
 
@@ -37,10 +25,7 @@ Rng = np.random.Generator
 class Side:
     """A query or candidate as it goes into the files.
 
-    Attributes:
-        text: prompt or answer; "" if there is none.
-        picture: the image, or None.
-        meaning: what it shows; two candidates of equal meaning never stand in one list.
+    Two candidates of equal ``meaning`` (what they show) never stand in one list.
     """
 
     text: str
@@ -59,10 +44,7 @@ class Row:
 
 @dataclass(frozen=True)
 class WorldTask:
-    """One task of the embedded benchmark; ``draw`` draws one row.
-
-    There is a training subset of the same name if it is ``in_distribution``.
-    """
+    """One task; ``draw`` draws a row. It has a training subset of its name if it is ``in_distribution``."""
 
     name: str
     meta_task: str
@@ -89,16 +71,14 @@ def _crop(picture: Image.Image, index: int, item: Item) -> Side:
 
 
 def _distinct(positive: Side, sides: list[Side]) -> list[Side]:
-    known, kept = {positive.meaning}, []
+    kept = {positive.meaning: positive}
     for side in sides:
-        if side.meaning not in known:
-            known.add(side.meaning)
-            kept.append(side)
-    return kept
+        kept.setdefault(side.meaning, side)
+    return list(kept.values())[1:]
 
 
 def _changes(rng: Rng, scene: Scene, count: int, *, held_out: bool = False) -> list[Scene]:
-    return [change_scene(rng, scene, held_out=held_out) for _ in range(count)]
+    return [scenes.change_scene(rng, scene, held_out=held_out) for _ in range(count)]
 
 
 def object_type(rng: Rng, *, held_out: bool = False) -> Row:
@@ -128,11 +108,11 @@ def sign(rng: Rng) -> Row:
     """Name the word that is written in a picture, its place and the background."""
     while (scene := sample_scene(rng, word_share=1)).word is None:
         pass
-    word, place, background = scene.word, POSITIONS[scene.cells.index(scene.word)], scene.background
+    word, place, background = scene.word, scenes.POSITIONS[scene.cells.index(scene.word)], scene.background
     positive = _answer(f"{word} at the {place} on {background}")
-    negatives = [_answer(f"{word} at the {other} on {background}") for other in POSITIONS]
-    negatives += [_answer(f"{other} at the {place} on {background}") for other in WORDS]
-    negatives += [_answer(f"{word} at the {place} on {other}") for other in BACKGROUNDS]
+    negatives = [_answer(f"{word} at the {other} on {background}") for other in scenes.POSITIONS]
+    negatives += [_answer(f"{other} at the {place} on {background}") for other in scenes.WORDS]
+    negatives += [_answer(f"{word} at the {place} on {other}") for other in scenes.BACKGROUNDS]
     rng.shuffle(negatives)
     query = _seen("Identify the word in the picture, its place and the background", render(scene))
     return Row(query, positive, _distinct(positive, negatives))
@@ -161,10 +141,9 @@ def handwritten_digit(rng: Rng) -> Row:
     """Name a handwritten digit of scikit-learn's data set."""
     pictures, values = glyphs.handwritten_digits()
     index = int(rng.integers(len(pictures)))
-    names = [glyphs.unicode_name(str(value)) for value in range(10)]
-    negatives = [_answer(name) for value, name in enumerate(names) if value != values[index]]
+    names = [_answer(glyphs.unicode_name(str(value))) for value in range(10)]
     query = _seen("Identify the digit in the picture", pictures[index])
-    return Row(query, _answer(names[values[index]]), negatives)
+    return Row(query, names[values[index]], _distinct(names[values[index]], names))
 
 
 def question(rng: Rng, asks: Callable[[Scene], list[Question]]) -> Row:
@@ -233,7 +212,7 @@ def object_crop(rng: Rng, *, by_place: bool = False) -> Row:
     for _ in range(2):
         changed = change_item(rng, item)
         negatives.append(_crop(render(scene.with_cell(index, changed)), index, changed))
-    name = f"the object at the {POSITIONS[index]}" if by_place else f"the {item.color} {item.shape}"
+    name = f"the object at the {scenes.POSITIONS[index]}" if by_place else f"the {item.color} {item.shape}"
     query = _seen(f"Select the portion of the picture that shows {name}", picture)
     return Row(query, positive, _distinct(positive, negatives))
 

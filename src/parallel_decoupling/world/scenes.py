@@ -1,9 +1,8 @@
 """Scenes with known factors: sampling, rendering, captions and one-attribute changes.
 
-A scene is a 64 x 64 picture of four quadrants on a light background. A quadrant is empty or holds an
-outlined object (shape, color, size) or, at most once, a written word. The background is lit: redder to the
-right and bluer to the bottom, so that a patch of it tells its place, which a backbone with relative
-positions only would learn slowly. Everything is a pure function of a ``numpy`` generator.
+A quadrant of a scene is empty or holds an outlined object (shape, color, size) or, at most once, a written
+word. The background is lit: redder to the right and bluer to the bottom, so that a patch of it tells its
+place, which a backbone with relative positions only would learn slowly.
 """
 
 from __future__ import annotations
@@ -41,9 +40,7 @@ NUMBERS = ("zero", "one", "two", "three", "four")
 HELD_OUT = frozenset(zip(SHAPES, ("purple", "orange", "cyan", "pink", "green", "red"), strict=True))
 """Shape and color combinations that no training picture or caption shows."""
 
-IMAGE_SIZE = 64
-_CELL = IMAGE_SIZE // 2
-_OVERSAMPLE = 8
+IMAGE_SIZE, _CELL, _OVERSAMPLE = 64, 32, 8
 
 
 @dataclass(frozen=True)
@@ -60,12 +57,9 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows; index ``i`` of ``cells`` is the quadrant ``POSITIONS[i]``.
+    """What a picture shows; index ``i`` of ``cells`` is the quadrant ``POSITIONS[i]``, None if it is empty.
 
-    Attributes:
-        cells: per quadrant an object, a word, or None for an empty one.
-        background: a key of ``BACKGROUNDS``.
-        offsets: per quadrant the drawing offset in pixels; not described by the caption.
+    ``offsets`` of the drawings in pixels, per quadrant, are not described by the caption.
     """
 
     cells: tuple[Item | str | None, ...]
@@ -112,11 +106,8 @@ def sample_scene(
 ) -> Scene:
     """Draw a scene whose objects differ in shape and color taken together.
 
-    Args:
-        rng: source of randomness.
-        num_objects: 1 to 4; drawn with more weight on few objects if not given.
-        word_share: probability that a free quadrant holds a word.
-        held_out: whether the objects are of unseen shape and color combinations.
+    Of 1 to 4 objects few are likelier if ``num_objects`` is not given; ``word_share`` is the probability that
+    a free quadrant holds a word; ``held_out`` takes unseen combinations of shape and color.
     """
     if num_objects is None:
         num_objects = int(rng.choice([1, 2, 3, 4], p=[0.3, 0.35, 0.25, 0.1]))
@@ -125,7 +116,7 @@ def sample_scene(
         item = sample_item(rng, held_out=held_out)
         if all((item.shape, item.color) != (other.shape, other.color) for other in items):
             items.append(item)
-    quadrants = [int(index) for index in rng.permutation(4)]
+    quadrants = rng.permutation(4).tolist()
     cells: list[Item | str | None] = [None] * 4
     for item in items:
         cells[quadrants.pop()] = item
@@ -170,13 +161,10 @@ def change_scene(rng: np.random.Generator, scene: Scene, *, held_out: bool = Fal
 def render(scene: Scene) -> Image.Image:
     """Draw a scene as a 64 x 64 RGB picture."""
     picture = _background(scene.background).copy()
-    for index, cell in enumerate(scene.cells):
-        if cell is None:
-            continue
-        sprite = _word_sprite(cell) if isinstance(cell, str) else _item_sprite(cell)
-        dx, dy = scene.offsets[index]
-        left, top = (index % 2) * _CELL + dx, (index // 2) * _CELL + dy
-        picture.paste(sprite, (left, top), sprite)
+    for index, (cell, (dx, dy)) in enumerate(zip(scene.cells, scene.offsets, strict=True)):
+        if cell is not None:
+            sprite = _word_sprite(cell) if isinstance(cell, str) else _item_sprite(cell)
+            picture.paste(sprite, ((index % 2) * _CELL + dx, (index // 2) * _CELL + dy), sprite)
     return picture
 
 
@@ -209,9 +197,8 @@ def _item_sprite(item: Item) -> Image.Image:
     sprite = Image.new("RGBA", (side, side), (0, 0, 0, 0))
     sprite.paste("black", mask=outline)
     if item.shape == "ring":
-        inside = ImageChops.subtract(
-            _mask("circle", radius - 1.5 * _OVERSAMPLE), _mask("circle", radius * 0.5)
-        )
+        rim = _mask("circle", radius - 1.5 * _OVERSAMPLE)
+        inside = ImageChops.subtract(rim, _mask("circle", radius * 0.5))
     sprite.paste(COLORS[item.color], mask=inside)
     return sprite.resize((_CELL, _CELL), Image.Resampling.BOX)
 

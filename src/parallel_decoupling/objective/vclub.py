@@ -1,0 +1,222 @@
+"""The paper's penalty on the dependence between paths: the vCLUB upper bound, and the estimator around it.
+
+Shapes: ``B`` batch, ``N`` paths, ``M`` path pairs, ``D`` embedding dim. In a pair (i, j) path i is the input
+x of q and path j its target y. Every estimate is a mean over dimensions, so that its weight in the loss does
+not depend on ``D``. The caller detaches the paths for the fit and freezes q in the main step.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from parallel_decoupling.objective.alternatives import (
+    club_sample_bound,
+    cross_covariance,
+    hsic,
+    l1out_bound,
+    squared_cosine,
+)
+
+Kind = Literal["vclub", "club_sample", "l1out", "hsic", "crosscov", "orthogonal", "none"]
+_LOG_VARIANCE_LIMIT = 6.0
+_SMALLEST_VARIANCE = 1e-12
+
+
+def path_pairs(num_paths: int) -> Tensor:
+    """Return the unordered pairs i < j of paths, ``[M, 2]`` int64 with ``M = N (N - 1) / 2``.
+
+    Ours: CLUB is asymmetric, but both directions cost twice as much and gain little.
+    """
+    return torch.combinations(torch.arange(num_paths))
+
+
+def standardise(paths: Tensor) -> Tensor:
+    """Shift and scale each path and dimension to the batch's mean 0 and variance 1.
+
+    With gradient through the statistics (ours): the result does not change when embeddings shrink
+    or move, so no estimate built on it can be lowered that way. The variance (over B, not B - 1)
+    has a floor of 1e-12, which only a constant dimension reaches.
+
+    Returns:
+        ``[B, N, D]`` like ``paths``, in fp32 (fp64 for fp64 inputs).
+    """
+    value_BND = paths.to(torch.promote_types(paths.dtype, torch.float32))
+    variance_ND, mean_ND = torch.var_mean(value_BND, dim=0, correction=0)
+    return (value_BND - mean_ND) * variance_ND.clamp_min(_SMALLEST_VARIANCE).rsqrt()
+
+
+def gaussian_nll(target: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+    """Return the negative log-likelihood of a diagonal Gaussian, all arguments ``[M, B, D]``.
+
+    ``[M]`` in nats, the mean over B and D, with the constant ``log(2 pi) / 2``.
+    """
+    squared_MBD = (target - mean).square() * (-log_variance).exp()
+    return 0.5 * (squared_MBD + log_variance).mean(dim=(1, 2)) + 0.5 * math.log(2 * math.pi)
+
+
+def vclub_bound(target: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+    """Variational CLUB with all B * B negatives, at the cost of B rows.
+
+    ``mean_b log q(y_b | x_b) - mean_b mean_b' log q(y_b' | x_b)``. For Gaussian q the inner mean
+    needs only the batch's moments of y, ``mean_b' (y_b' - mu)^2 = var(y) + (mean(y) - mu)^2``, and
+    the log-variance terms cancel: O(B D) instead of O(B^2 D), the same value. It is no estimate of
+    the mutual information itself: with a perfect q, Gaussians of correlation rho give
+    ``rho^2 / (1 - rho^2)`` per dimension (times (B - 1) / B, as b' = b counts).
+
+    Args:
+        target: y, ``[M, B, D]``, at any scale.
+        mean: mu(x), ``[M, B, D]``.
+        log_variance: of q, ``[M, B, D]``.
+
+    Returns:
+        ``[M]`` in nats per dimension; about 0 for independent inputs, below 0 possible.
+
+    Relations:
+        The mean of ``club_sample_bound`` over all shifts of the batch equals this.
+    """
+    variance_M1D, center_M1D = torch.var_mean(target, dim=1, correction=0, keepdim=True)
+    y_MBD, mu_MBD = target - center_M1D, mean - center_M1D
+    gap_MBD = y_MBD * mu_MBD + 0.5 * (variance_M1D - y_MBD.square())
+    return (gap_MBD * (-log_variance).exp()).mean(dim=(1, 2))
+
+
+BOUNDS = {"vclub": vclub_bound, "club_sample": club_sample_bound, "l1out": l1out_bound}
+"""Kinds that fit a network q."""
+WITHOUT_FIT = {"hsic": hsic, "crosscov": cross_covariance, "orthogonal": squared_cosine}
+
+
+class PairNetwork(nn.Module):
+    """Mean and log-variance of q(z_j | z_i) for all M pairs in one batched network.
+
+    One hidden layer (GELU), no parameter shared between pairs, each initialised like ``nn.Linear``
+    from a draw of its own. The log-variance is clamped to -6 .. 6, so identical paths give at most
+    ``exp(6)``, about 403 per dimension. A clamp, not tanh: where tanh saturates, the raw value keeps
+    drifting, and q needs about twice as many steps to follow paths that come apart.
+    """
+
+    def __init__(self, num_pairs: int, embed_dim: int, hidden_size: int) -> None:
+        super().__init__()
+        self.hidden_weight = nn.Parameter(torch.empty(num_pairs, embed_dim, hidden_size))
+        self.hidden_bias = nn.Parameter(torch.empty(num_pairs, 1, hidden_size))
+        self.output_weight = nn.Parameter(torch.empty(num_pairs, hidden_size, 2 * embed_dim))
+        self.output_bias = nn.Parameter(torch.empty(num_pairs, 1, 2 * embed_dim))
+        for parameter, fan_in in (
+            (self.hidden_weight, embed_dim),
+            (self.hidden_bias, embed_dim),
+            (self.output_weight, hidden_size),
+            (self.output_bias, hidden_size),
+        ):
+            nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Predict y from ``x [M, B, D]``: mean and log-variance, both ``[M, B, D]``."""
+        hidden_weight, hidden_bias, output_weight, output_bias = (
+            parameter.to(x.dtype)
+            for parameter in (self.hidden_weight, self.hidden_bias, self.output_weight, self.output_bias)
+        )
+        hidden_MBH = nn.functional.gelu(torch.baddbmm(hidden_bias, x, hidden_weight))
+        mean_MBD, raw_MBD = torch.baddbmm(output_bias, hidden_MBH, output_weight).chunk(2, dim=2)
+        return mean_MBD, raw_MBD.clamp(-_LOG_VARIANCE_LIMIT, _LOG_VARIANCE_LIMIT)
+
+
+class MutualInformation(nn.Module):
+    """Penalty on the dependence between paths, one value per path pair.
+
+    Which estimator the paper uses inside vCLUB (size, direction, normalisation) is not known; all of it is
+    ours. Runs in fp32 (fp64 for fp64 inputs), also under autocast.
+
+    Args:
+        kind: ``vclub``, ``club_sample`` and ``l1out`` fit a network q; ``hsic``, ``crosscov`` and
+            ``orthogonal`` (``squared_cosine``) need no fit; ``none`` is zero.
+        num_paths: N.
+        embed_dim: D.
+        hidden_size: width of q's hidden layer, per pair.
+
+    Attributes:
+        needs_fit: True if there is a network to fit by ``nll``.
+        pairs: ``[M, 2]`` int64, the pair (i, j) of each value.
+
+    Raises:
+        ValueError: if ``kind`` is unknown.
+
+    Relations:
+        ``num_paths=1`` has no pairs: values of shape ``[0]``, no parameters, nothing to fit.
+        ``M`` pairs in one call equal ``M`` separate networks.
+        Values do not change when a path is scaled by a positive number, nor, but for ``orthogonal``, when it
+        is shifted.
+    """
+
+    pairs: Tensor
+
+    def __init__(self, kind: Kind, *, num_paths: int, embed_dim: int, hidden_size: int = 64) -> None:
+        super().__init__()
+        if kind not in get_args(Kind):
+            raise ValueError(f"Unknown mutual information kind {kind!r}; choose one of {get_args(Kind)}.")
+        self.kind = kind
+        self.num_paths = num_paths
+        self.embed_dim = embed_dim
+        self.register_buffer("pairs", path_pairs(num_paths), persistent=False)
+        self.needs_fit = kind in BOUNDS and num_paths > 1
+        self.network = PairNetwork(len(self.pairs), embed_dim, hidden_size) if self.needs_fit else None
+
+    def nll(self, paths: Tensor) -> Tensor:
+        """Return the negative log-likelihood of q, the loss of its own step.
+
+        Args:
+            paths: ``[B, N, D]``; not detached here.
+
+        Returns:
+            ``[M]`` in nats per dimension; zeros if there is nothing to fit.
+        """
+        with torch.autocast(device_type=paths.device.type, enabled=False):
+            x_MBD, y_MBD = self._inputs_and_targets(paths)
+            if self.network is None:
+                return x_MBD.new_zeros(len(self.pairs))
+            return gaussian_nll(y_MBD, *self.network(x_MBD))
+
+    def forward(self, paths: Tensor) -> Tensor:
+        """Estimate the dependence between the paths of each pair, a term of the main loss.
+
+        Args:
+            paths: ``[B, N, D]``; gradient flows to both paths of a pair and to q (the caller freezes q).
+                ``club_sample`` draws its negatives from torch's global generator.
+
+        Returns:
+            ``[M]``; sum it, as a mean over no pairs is nan. Zeros for ``none``.
+
+        Raises:
+            ValueError: for another shape, or if B is too small for ``l1out`` (2) or ``hsic`` (4).
+        """
+        with torch.autocast(device_type=paths.device.type, enabled=False):
+            x_MBD, y_MBD = self._inputs_and_targets(paths)
+            if self.kind == "none" or len(self.pairs) == 0:
+                return x_MBD.new_zeros(len(self.pairs))
+            if self.network is None:
+                return WITHOUT_FIT[self.kind](x_MBD, y_MBD)
+            return BOUNDS[self.kind](y_MBD, *self.network(x_MBD))
+
+    def _inputs_and_targets(self, paths: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``x`` and ``y`` of every pair, each ``[M, B, D]``; standardised but for ``orthogonal``."""
+        if paths.ndim != 3 or paths.shape[1:] != (self.num_paths, self.embed_dim):
+            expected = f"[B, {self.num_paths}, {self.embed_dim}]"
+            raise ValueError(f"paths must be {expected}, got {tuple(paths.shape)}.")
+        angles = self.kind == "orthogonal"
+        path_BND = paths.to(torch.promote_types(paths.dtype, torch.float32)) if angles else standardise(paths)
+        path_NBD = path_BND.transpose(0, 1)
+        return path_NBD[self.pairs[:, 0]], path_NBD[self.pairs[:, 1]]
+
+
+def mi_weight_schedule(step: int, *, weight: float, warmup_steps: int, ramp_steps: int) -> float:
+    """Return the weight of the mutual-information term after ``step`` main steps (ours).
+
+    0 while only q is fitted, for ``warmup_steps``; then a straight line up to ``weight`` over ``ramp_steps``.
+    """
+    if step < warmup_steps:
+        return 0.0
+    if step >= warmup_steps + ramp_steps:
+        return weight
+    return weight * (step - warmup_steps) / ramp_steps
