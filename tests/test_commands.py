@@ -175,7 +175,7 @@ def test_export_of_one_path_with_its_backbone(source: str, run_dir: Path, tmp_pa
     card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
     assert "| main steps | 2 |" in card
     assert "| commit | c0ffee |" in card
-    assert ("| overall | 50.0 |" in card) == (source != "export")
+    assert ("| overall | aggregate 50.0" in card) == (source != "export")
     assert (tmp_path / "model" / "backbone").is_dir()
 
 

@@ -73,7 +73,7 @@ def test_conditions_are_sql(index: LanceIndex) -> None:
 
 def test_unusable_arguments(store: Store, index: LanceIndex, tmp_path: Path) -> None:
     few = save_store(tmp_path / "few", ITEMS[:9])
-    with pytest.raises(ValueError, match="9 items are too few for IVF_PQ"):
+    with pytest.raises(ValueError, match="9 items are too few"):
         write_lance_index(few, tmp_path / "index", "IVF_PQ")
     with pytest.raises(ValueError, match="index_type is 'HNSW'; choose from IVF_FLAT"):
         write_lance_index(store, tmp_path / "index", "HNSW")  # type: ignore[arg-type]
