@@ -79,7 +79,7 @@ def test_unusable_arguments(store: Store, index: LanceIndex, tmp_path: Path) -> 
         write_lance_index(store, tmp_path / "index", "HNSW")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="scoring is 'concat'; this index has aggregate"):
         index.search(queries_by_column(QUERIES), 3, "concat")
-    with pytest.raises(ValueError, match=r"has no items.lance"):
+    with pytest.raises(ValueError, match=r"does not hold an index \(items.lance\)"):
         LanceIndex(tmp_path)
 
 
