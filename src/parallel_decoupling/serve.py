@@ -172,9 +172,11 @@ class Server:
             del self._waiting[future]
         if isinstance(result, ValueError):
             raise result
-        vectors: Any = result[0].tolist()
         if body.encoding_format == "base64":  # of little-endian float32
-            vectors = [base64.b64encode(each).decode("ascii") for each in result[0].numpy().astype("<f4")]
+            rows = result[0].numpy().astype("<f4")
+            vectors: list[Any] = [base64.b64encode(row.tobytes()).decode("ascii") for row in rows]
+        else:
+            vectors = result[0].tolist()
         data = [{"object": "embedding", "index": n, "embedding": each} for n, each in enumerate(vectors)]
         usage = {"prompt_tokens": result[1], "total_tokens": result[1]}
         return {"object": "list", "data": data, "model": body.model, "usage": usage}
