@@ -293,3 +293,17 @@ def test_errors_of_other_packages_keep_their_traceback(monkeypatch: pytest.Monke
     monkeypatch.setattr(lightning_cli, "run", lambda _: int("x"))
     with pytest.raises(ValueError, match="invalid literal"):
         cli.main(["fit"])
+
+
+def test_the_demo_s_configuration_comes_with_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["fit", "--config", "demo.yaml", "--print_config"])
+    assert stop.value.code == 0
+    assert "num_paths: 3" in capsys.readouterr().out
+    Path("demo.yaml").write_text("model:\n  num_paths: 2\n", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        cli.main(["fit", "--config", "demo.yaml", "--print_config"])
+    assert "num_paths: 2" in capsys.readouterr().out

@@ -47,6 +47,8 @@ HARMLESS_WARNINGS = (
     "Couldn't infer the batch indices fetched from your dataloader",
 )
 """Of Lightning: about itself, no validation tasks, resuming in a folder, rows that carry their places."""
+CONFIG_DIR = Path(__file__).parent / "configs"
+"""Configurations that come with the package: those of the demo."""
 REFUSED = {
     "gradient_clip_val": (None, "this model clips by itself; use model.optimizer.clip_norm instead."),
     "accumulate_grad_batches": (
@@ -59,11 +61,16 @@ REFUSED = {
 
 
 def run(args: Sequence[str]) -> None:
-    """Run ``fit``, ``validate``, ``test`` or ``predict``; ``plan`` takes the options of ``fit``."""
+    """Run ``fit``, ``validate``, ``test`` or ``predict``; ``plan`` takes the options of ``fit``.
+
+    Where there is no file ``demo.yaml``, that name stands for the one in the package.
+    """
     for message in HARMLESS_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+    packaged = {file.name: str(file) for file in CONFIG_DIR.glob("*.yaml") if not Path(file.name).exists()}
+    subcommand, *options = [packaged.get(word, word) for word in args]
     try:
-        PlanCLI(["fit", *args[1:]]) if args[0] == "plan" else RunCLI(list(args))
+        PlanCLI(["fit", *options]) if subcommand == "plan" else RunCLI([subcommand, *options])
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
 
