@@ -42,8 +42,7 @@ def plan_tables(
 ) -> list[Table]:
     """Return tables for all arguments of ``PDFEmbedder``, of ``MMEBDataModule`` and of the Trainer."""
     plan = Plan(model, data, trainer)
-    seconds = plan.flops / (plan.processes * PEAK_FLOPS * UTILISATION)
-    needed, hours = sum(plan.memory.values()) / GIB, plan.steps * seconds / 3600
+    needed, hours = sum(plan.memory.values()) / GIB, plan.steps * plan.seconds / 3600
     fits = "fits" if needed <= USABLE * gpu_memory_gib else "does not fit"
     shares = f"{QUERY_IMAGES:.0%} of queries and {CANDIDATE_IMAGES:.0%} of candidates"
     contents: dict[str, Sequence[tuple[str, str]]] = {
@@ -65,7 +64,7 @@ def plan_tables(
             ("assumed tokens", f"{TEXT_TOKENS} of text, {plan.image.tokens} of an image in {shares}"),
             ("token passes per step", f"{plan.token_passes:,.0f}"),
             ("floating-point operations per step", f"{plan.flops:.3g}"),
-            ("seconds per step", f"{seconds:,.1f} on H100s at {UTILISATION:.0%} of their peak"),
+            ("seconds per step", f"{plan.seconds:,.1f} on H100s at {UTILISATION:.0%} of their peak"),
             ("run", f"{plan.steps:,} steps, {hours:.1f} hours, {hours * plan.processes:.0f} GPU-hours"),
         ],
     }
@@ -239,3 +238,8 @@ class Plan:
             options, tokens = both if self.tower_trains else once, images * self.image.patches
             total += compute.layer_flops(self.tower, tower_width, tokens, self.image.context, **options)
         return total * self.processes
+
+    @property
+    def seconds(self) -> float:
+        """Return the seconds of a step on H100s."""
+        return self.flops / (self.processes * PEAK_FLOPS * UTILISATION)
