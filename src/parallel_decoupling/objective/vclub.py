@@ -63,7 +63,7 @@ def vclub_bound(target: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
 
     ``mean_b log q(y_b | x_b) - mean_b mean_b' log q(y_b' | x_b)``. For Gaussian q the inner mean
     needs only the batch's moments of y, ``mean_b' (y_b' - mu)^2 = var(y) + (mean(y) - mu)^2``, and
-    the log-variance terms cancel: O(B D) instead of O(B^2 D), the same value. It is no estimate of
+    the log-variance terms cancel: O(B D) instead of O(B^2 D), the same value. It does not estimate
     the mutual information itself: with a perfect q, Gaussians of correlation rho give
     ``rho^2 / (1 - rho^2)`` per dimension (times (B - 1) / B, as b' = b counts).
 
