@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -15,7 +14,6 @@ from torch import nn
 
 from parallel_decoupling.model.families import Family
 
-ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 OTHER_TARGETS = frozenset(("out_proj", "qkv_proj", "gate_up_proj"))
 """Targets that a family may lack: VLM2Vec's one list serves CLIP towers and fused layers as well."""
 
@@ -74,20 +72,14 @@ def add_adapters(base: nn.Module, family: Family, adapter: AdapterConfig) -> tup
 def load_adapter(
     base: nn.Module, family: Family, adapter: AdapterConfig, source: str
 ) -> tuple[AdapterConfig, tuple[str, ...]]:
-    """Continue from a published LoRA or DoRA adapter, such as VLM2Vec's, in a stock base model.
+    """Continue from a published LoRA or DoRA adapter, such as VLM2Vec's; return its settings and layers.
 
-    Module paths of older transformers versions are translated. A base on the meta device gets shapes alone.
     Of ``adapter`` only ``kind`` counts: what the adapter is (it trains on), or frozen (it stays as it is).
-
-    Return what the file says, and the names of the adapted layers. A ValueError tells of unreadable files,
-    another kind of adapter, or a tensor that does not land.
+    A tensor that does not land is a ValueError.
     """
     config = _read_config(source, adapter.kind)
     model = cast(Any, base)
-    try:
-        model.add_adapter(config, "default")
-    except ValueError as error:
-        raise ValueError(f"initial adapter {source!r} does not fit this backbone: {error}") from error
+    model.add_adapter(config, "default")
     _train_adapters_only(base)
     if not next(base.parameters()).is_meta:
         _copy_weights(model, source, config)
@@ -108,13 +100,7 @@ def load_adapter(
 
 def _read_config(source: str, kind: str) -> Any:
     """Read ``adapter_config.json`` and refuse what would not be continued faithfully."""
-    for file in (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE):
-        if Path(source).is_dir() and not (Path(source) / file).is_file():
-            raise ValueError(f"initial adapter {source!r}: the folder has no {file}")
-    try:
-        config: Any = PeftConfig.from_pretrained(source)
-    except ValueError as error:
-        raise ValueError(f"initial adapter {source!r}: {ADAPTER_CONFIG_FILE}: {error}") from error
+    config: Any = PeftConfig.from_pretrained(source)
     found = "dora" if getattr(config, "use_dora", False) else "lora"
     if config.peft_type != PeftType.LORA:
         raise ValueError(f"initial adapter {source!r} is {config.peft_type}, not LoRA or DoRA")
@@ -213,7 +199,6 @@ def _seeded(base: nn.Module, seed: int) -> Iterator[None]:
 
 def _train_adapters_only(base: nn.Module) -> None:
     for name, parameter in base.named_parameters():
-        is_adapter = "lora_" in name
-        parameter.requires_grad_(is_adapter)
-        if is_adapter:
+        parameter.requires_grad_("lora_" in name)
+        if "lora_" in name:
             parameter.data = parameter.data.float()

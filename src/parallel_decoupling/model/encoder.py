@@ -91,15 +91,9 @@ class ParallelEncoder(nn.Module):
                 f"got {self.num_paths} and {self.prefix_length}"
             )
         if self.prefix_type == "shallow" and len(self.prefix_range) < self.backbone.num_layers:
-            raise ValueError(
-                "prefix_type='shallow' enters at the input and reaches every layer: set prefix_layers=0, "
-                f"got {self.prefix_layers}"
-            )
+            raise ValueError("prefix_type='shallow' reaches every layer: set prefix_layers=0")
         if prefix_init == "meta" and self.num_paths > len(META_PROMPTS):
-            raise ValueError(
-                f"num_paths={self.num_paths} but there are {len(META_PROMPTS)} meta-prompts; "
-                "use prefix_init='random' for more paths"
-            )
+            raise ValueError(f"more than {len(META_PROMPTS)} paths need prefix_init='random'")
 
     @torch.no_grad()
     def _make_prefixes(self, prefix_init: str, seed: int) -> DeepPrefixes | ShallowPrefixes:
@@ -167,10 +161,6 @@ class ParallelEncoder(nn.Module):
             return F.normalize(embeddings.float().flatten(1), dim=-1)
         if self.path_logits is None:
             return F.normalize(embeddings.float().mean(dim=1), dim=-1)
-        if embeddings.shape[1] != self.num_paths:
-            raise ValueError(
-                f"learned aggregation weights {self.num_paths} paths, got embeddings of {embeddings.shape[1]}"
-            )
         weight_N = self.path_logits.float().softmax(dim=0)
         return F.normalize(torch.einsum("n,bnd->bd", weight_N, embeddings.float()), dim=-1)
 

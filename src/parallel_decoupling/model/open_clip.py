@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, EncoderInputs
 from parallel_decoupling.model.adapters import AdapterConfig
-from parallel_decoupling.model.backbone import Dtype, check_dtype
+from parallel_decoupling.model.backbone import Dtype
 
 PREFIX = "open_clip:"
 CONFIG_FILE = "open_clip_config.json"
@@ -167,14 +167,10 @@ def load_open_clip(
 ) -> OpenCLIPEncoder:
     """Load an OpenCLIP model with its weights, in training mode, on the CPU.
 
-    Args:
-        name: ``open_clip:<architecture>/<tag>`` with a pretrained tag of open_clip or a weights file,
-            ``open_clip:hf-hub:<owner>/<model>``, or a local folder with ``open_clip_config.json``, weights
-            and, unless it is open_clip's own, the tokenizer.
-        dtype: of the weights.
-        adapter: only its kind counts: ``"full"`` (default; both towers) or ``"frozen"``.
-        gradient_checkpointing: recompute layers in the backward pass.
-        options: all others of ``PDFEmbedder``; one that would have an effect is a ValueError.
+    ``name`` is ``open_clip:<architecture>/<tag>`` with a pretrained tag of open_clip or a weights file,
+    ``open_clip:hf-hub:<owner>/<model>``, or a local folder with ``open_clip_config.json``, weights and,
+    unless it is open_clip's own, the tokenizer. Of ``adapter`` only the kind counts: ``"full"`` (default) or
+    ``"frozen"``. One of the other options of ``PDFEmbedder`` that would change something is a ValueError.
     """
     wrong = [
         f"{option}={NEUTRAL.get(option, 'null')} (got {value})"
@@ -186,7 +182,6 @@ def load_open_clip(
             f"backbone {name!r} is an OpenCLIP model, which has one path and no prefix: "
             f"set {', '.join(wrong)}. lightning_configs/openclip.yaml has all it needs."
         )
-    check_dtype(dtype)
     adapter = adapter or AdapterConfig(kind="full")
     if adapter.kind not in ("full", "frozen"):
         raise ValueError(f"adapter.kind={adapter.kind} does not exist for OpenCLIP: set full or frozen.")
@@ -198,22 +193,16 @@ def load_open_clip(
         if not source.startswith("hf-hub:"):
             source, _, weights = source.partition("/")
     tag: dict[str, Any] = open_clip.get_pretrained_cfg(source, weights) if weights else {}
-    try:
-        base, transform = open_clip.create_model_from_pretrained(
-            source, weights, precision=PRECISIONS[dtype], force_quick_gelu=bool(tag.get("quick_gelu"))
-        )
-        processor = OpenCLIPProcessor(open_clip.get_tokenizer(source), transform)
-        config = {"model": open_clip.get_model_config(source)}
-        config["preprocess"] = open_clip.get_model_preprocess_cfg(base)
-    except (RuntimeError, OSError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"backbone {name!r}: open_clip cannot load it: {error}. Write open_clip:<architecture>/<tag or "
-            f"file>, open_clip:hf-hub:<owner>/<model>, or a folder with {CONFIG_FILE}."
-        ) from error
+    base, transform = open_clip.create_model_from_pretrained(
+        source, weights, precision=PRECISIONS[dtype], force_quick_gelu=bool(tag.get("quick_gelu"))
+    )
+    processor = OpenCLIPProcessor(open_clip.get_tokenizer(source), transform)
+    model, preprocess = open_clip.get_model_config(source), open_clip.get_model_preprocess_cfg(base)
     if gradient_checkpointing:
         base.set_grad_checkpointing(True)
     for parameter_name, parameter in base.named_parameters():
         ours = parameter_name not in ("logit_scale", "logit_bias")  # of OpenCLIP's own loss
         parameter.requires_grad_(adapter.kind == "full" and ours)
+    config = {"model": model, "preprocess": preprocess}
     backbone = OpenCLIPBackbone(base, name, config, adapter, getattr(torch, dtype))
     return OpenCLIPEncoder(backbone, processor).train()

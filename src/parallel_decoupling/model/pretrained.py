@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
@@ -60,8 +59,8 @@ def checkpoint_file(path: str | Path) -> Path:
         if file.is_file():
             return file
     raise ValueError(
-        f"no model at {str(path)!r}: name a checkpoint such as runs/demo/checkpoints/last.ckpt, a run folder "
-        f"with {LAST_CHECKPOINT}, or a folder that save_pretrained or lightning export wrote"
+        f"no model at {str(path)!r}: name a checkpoint, a run folder with {LAST_CHECKPOINT}, or a "
+        "folder that save_pretrained or lightning export wrote"
     )
 
 
@@ -92,8 +91,8 @@ def scores_of(file: str | Path) -> dict[str, Any] | None:
 def load_encoder(path: str | Path) -> tuple[Encoder, dict[str, Any]]:
     """Load a trained encoder from an exported folder, a run's folder or a checkpoint, without Lightning.
 
-    It is on the CPU in evaluation mode; the dictionary has the plain values that ``ABOUT`` names. It is a
-    ValueError if there is no model, a file is missing or changed, or the backbone is not the trained one.
+    It is on the CPU in evaluation mode; the dictionary has the plain values that ``ABOUT`` names. Changed
+    weights or another backbone are a ValueError.
     """
     encoder, about = _load_folder(Path(path)) if is_pretrained(path) else _load_checkpoint(path)
     encoder.eval()
@@ -203,10 +202,7 @@ def _load_folder(folder: Path) -> tuple[Encoder, dict[str, Any]]:
         source = folder / PROCESSOR_DIR
         encoder.processor = cast(Any, AutoProcessor).from_pretrained(source, local_files_only=True)
         cast(Any, encoder.backbone).processor = encoder.processor
-    try:
-        state = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file} cannot be read ({error}): copy the whole exported folder") from error
+    state = load_file(file)
     if identity.weights_hash(state) != config["weights_sha256"]:
         raise ValueError(f"{file} is not the file that was exported: its hash differs from {CONFIG_FILE}'s")
     identity.check_fingerprint(config["backbone"], identity.backbone_fingerprint(encoder.backbone))
