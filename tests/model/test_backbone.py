@@ -49,9 +49,9 @@ def test_unmatched_targets_raise(tiny_backbone_dir: str) -> None:
     assert len(load_backbone(tiny_backbone_dir, adapter=every_family).adapted_modules) == 2
 
 
-@pytest.mark.parametrize("options", [{"rank": 0}, {"dropout": math.nan}, {"kind": "LoRA"}, {"scope": "text"}])
+@pytest.mark.parametrize("options", [{"kind": "LoRA"}, {"dropout": math.nan}, {"alpha": 0}])
 def test_adapter_settings_out_of_range_are_named(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=rf"adapter\.{next(iter(options))} must be"):
+    with pytest.raises(ValueError, match=rf"adapter\..*{next(iter(options))}"):
         AdapterConfig(**options)
 
 

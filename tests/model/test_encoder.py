@@ -174,7 +174,6 @@ def test_aggregates_equal_their_definitions(tiny_backbone_dir: str) -> None:
         ({"num_paths": 0}, "at least 1"),
         ({"num_paths": 2, "prefix_length": 0}, "num_paths=1"),
         ({"num_paths": 9}, "prefix_init='random'"),
-        ({"prefix_layers": 2}, "0 to 1"),
         ({"aggregation": "sum"}, "aggregation must be one of mean, concat, learned"),
     ],
 )

@@ -89,9 +89,9 @@ def test_names_of_both_kinds_are_told_apart(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     clip = ("open_clip:ViT-B-32/openai", "open_clip:hf-hub:owner/model", tiny_clip_dir)
-    other = ("tiny", "Qwen/Qwen2-VL-2B-Instruct", tiny_backbone_dir, "nowhere")
-    assert [is_open_clip(name) for name in clip + other] == [True] * 3 + [False] * 4
-    unchanged = ("tiny", "Qwen/Qwen2-VL-2B-Instruct", "open_clip:ViT-B-32/openai", "open_clip:ViT-B-32")
+    other = ("tiny", "Qwen/Qwen2-VL-2B-Instruct", tiny_backbone_dir)
+    assert [is_open_clip(name) for name in clip + other] == [True] * 3 + [False] * 3
+    unchanged = ("tiny", "Qwen/Qwen2-VL-2B-Instruct", "open_clip:ViT-B-32/openai")
     assert [absolute_name(name) for name in unchanged] == list(unchanged)
     Path("folder").mkdir()
     assert absolute_name("folder") == str(tmp_path / "folder")

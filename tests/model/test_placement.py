@@ -139,13 +139,12 @@ def forward_with_cache_in_some_layers(
         cache.update(key[None], value[None], layer)
     attentions = [layer.self_attn for layer in stock.language_model.layers]
     hooks = [each.register_forward_pre_hook(own_mask, with_kwargs=True) for each in attentions]
-    vision = {key: value for key, value in inputs.vision[row].items()}
     output = stock(
         **{key: tokens[key] for key in ("input_ids", "attention_mask")},
         position_ids=positions,
         past_key_values=cache,
         use_cache=True,
-        **vision,
+        **inputs.vision[row],
     )
     for hook in hooks:
         hook.remove()

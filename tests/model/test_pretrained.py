@@ -7,7 +7,6 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -295,14 +294,6 @@ def run_dir(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
-def change_run(run_dir: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
-    file = checkpoint_file(run_dir)
-    content = torch.load(file, weights_only=True)
-    change(content)
-    torch.save(content, file)
-    return file
-
-
 def test_an_export_of_a_run_knows_the_run(run_dir: Path, tmp_path: Path) -> None:
     loaded = Embedder.from_pretrained(run_dir)
     loaded.save_pretrained(tmp_path / "export", paths=[1])
@@ -322,7 +313,10 @@ def test_an_export_of_a_run_knows_the_run(run_dir: Path, tmp_path: Path) -> None
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(run_dir: Path, change: Any, message: str) -> None:
-    change_run(run_dir, change)
+    file = checkpoint_file(run_dir)
+    content = torch.load(file, weights_only=True)
+    change(content)
+    torch.save(content, file)
     with pytest.raises(ValueError, match=message):
         load_encoder(run_dir)
 

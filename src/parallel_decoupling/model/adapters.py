@@ -39,15 +39,10 @@ class AdapterConfig:
     targets: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name, rule, valid in (
-            ("kind", "frozen, lora, dora or full", self.kind in ("frozen", "lora", "dora", "full")),
-            ("scope", "language, vision or both", self.scope in ("language", "vision", "both")),
-            ("rank", "1 or more", self.rank >= 1),
-            ("alpha", "above 0", self.alpha > 0),
-            ("dropout", "0 or more and below 1", 0 <= self.dropout < 1),
-        ):
-            if not valid:
-                raise ValueError(f"adapter.{name} must be {rule}, got {getattr(self, name)!r}.")
+        if self.kind not in ("frozen", "lora", "dora", "full"):
+            raise ValueError(f"adapter.kind must be frozen, lora, dora or full, got {self.kind!r}.")
+        if self.alpha <= 0 or not 0 <= self.dropout < 1:
+            raise ValueError(f"adapter.alpha must be above 0 and dropout in [0, 1), got {self}.")
 
 
 def add_adapters(base: nn.Module, family: Family, adapter: AdapterConfig) -> tuple[str, ...]:
@@ -184,10 +179,7 @@ def reset_adapters(base: nn.Module, seed: int) -> None:
 
 @contextmanager
 def _seeded(base: nn.Module, seed: int) -> Iterator[None]:
-    """Draw from ``seed`` on the CPU, and on the GPU that quantised weights are on; put the states back.
-
-    No other GPU is touched, and none is initialised: a process that did could not be forked.
-    """
+    """Draw from ``seed`` on the CPU and on the GPU of quantised weights; no other GPU is initialised."""
     device = next(base.parameters()).device
     on_gpu = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if on_gpu else []):

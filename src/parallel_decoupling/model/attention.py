@@ -73,19 +73,12 @@ def extend_mask(mask: Tensor | None, query: Tensor, prefix_length: int, *, causa
 def extend_padding_mask(
     mask: Tensor | None, query: Tensor, prefix_length: int, *, causal: bool
 ) -> Tensor | None:
-    """Return FlashAttention's padding mask ``[R, P + L]``: ``P`` real keys, then the given ones.
-
-    None (no padding) stays None: its causal mask is aligned to the last key, so that all queries see the
-    keys before the first one.
-    """
+    """Return FlashAttention's padding mask ``[R, P + L]``; its causal mask is aligned to the last key."""
     return None if mask is None else F.pad(mask, (prefix_length, 0), value=1)
 
 
 def extend_block_mask(mask: BlockMask, query: Tensor, prefix_length: int, *, causal: bool) -> BlockMask:
-    """Return flex attention's mask for all rows of ``query``, with ``prefix_length`` visible keys in front.
-
-    The mask is always there, and is for ``B`` rows: row ``r`` of ``query`` is sample ``r % B``.
-    """
+    """Return flex attention's mask of ``B`` rows for all of ``query``: row ``r`` is sample ``r % B``."""
     visible, batch_size = mask.mask_mod, mask.shape[0]
 
     def extended(row: Tensor, head: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:

@@ -29,8 +29,7 @@ Attention = Literal["sdpa", "eager", "flash_attention_2", "flex_attention"]
 class Backbone(nn.Module):
     """A stock base model (without language-model head), its processor and the names inside it.
 
-    The language model gets prefix attention on top of ``attention``. ``name`` is what the user asked for,
-    ``revision`` the commit of a hub model.
+    ``name`` is what the user asked for, ``revision`` the commit of a hub model.
     """
 
     def __init__(
@@ -101,9 +100,8 @@ class Backbone(nn.Module):
     ) -> Tensor:
         """Run the vision tower once and the language model once per path.
 
-        ``tokens`` are ``input_ids``, ``attention_mask`` and whatever else the processor made, ``[B, L]``,
-        ``vision`` the image tensors of all rows, concatenated. The result is ``[N * B, L, D]``, path-major
-        and after the final norm.
+        ``tokens`` are ``[B, L]``, ``vision`` the image tensors of all rows, concatenated. The result is
+        ``[N * B, L, D]``, path-major and after the final norm.
 
         Relations:
             ``prefix_states=None`` equals the stock base model bit for bit.
@@ -150,8 +148,7 @@ class Backbone(nn.Module):
     def text_states(self, text: str, min_length: int = 1) -> Tensor:
         """Return ``prompt_states`` of ``text_embeddings``: ``[Y, 2, K, T, H]`` fp32, without graph.
 
-        Always with SDPA: prefixes start while the backbone is on the CPU, where FlashAttention has no kernel
-        and flex attention compiles for minutes.
+        Always with SDPA, as prefixes start on the CPU, where FlashAttention has no kernel.
         """
         embeddings_1TD = self.text_embeddings(text, min_length).unsqueeze(0)
         config = self.language_model.config
@@ -163,11 +160,9 @@ class Backbone(nn.Module):
             config._attn_implementation = wanted
 
     def prompt_states(self, embeddings: Tensor) -> Tensor:
-        """Compute the keys (post-rotary) and values that the language model gives to prompts run alone.
+        """Compute keys (post-rotary) and values of prompts ``[N, P, D]`` run alone: ``[N, Y, 2, K, P, H]``.
 
-        Embeddings ``[N, P, D]`` in the backbone's dtype give ``[N, Y, 2, K, P, H]`` for all layers, with
-        gradient. Modules are in evaluation mode meanwhile (no dropout on prompts), as gradient checkpointing
-        drops caches in training mode.
+        Modules are in evaluation mode meanwhile, as gradient checkpointing drops caches in training mode.
         """
         training = [module for module in self.base.modules() if module.training]
         self.base.eval()
@@ -236,7 +231,15 @@ def load_backbone(
                 bnb_4bit_use_double_quant=True,
                 bnb_4bit_compute_dtype=getattr(torch, dtype),
             )
-        base = _load_weights(name, family, source, **kind, **options)
+        load = cast(Any, AutoModel).from_pretrained
+        base, info = load(source, output_loading_info=True, **kind, **options)
+        missing, mismatched = info["missing_keys"], info["mismatched_keys"]
+        unexpected = set(info["unexpected_keys"]) - set(family.ignored_weights)
+        if missing or unexpected or mismatched:  # missing weights would be random numbers
+            raise ValueError(
+                f"backbone {name!r} does not fit its config: missing {missing}, unexpected {unexpected}, "
+                f"wrong shape {mismatched}"
+            )
     processor = cast(Any, AutoProcessor).from_pretrained(source, **options)
     commit = getattr(config, "_commit_hash", None)
     backbone = Backbone(
@@ -256,16 +259,3 @@ def load_backbone(
             loaded = load_adapter(base, backbone.family, adapter, initial_adapter)
             backbone.adapter, backbone.adapted_modules = loaded
     return backbone.train()
-
-
-def _load_weights(name: str, family: Family, source: str, **options: Any) -> Any:
-    """Load the base model; a ValueError when the files and the model do not hold the same weights."""
-    base, info = cast(Any, AutoModel).from_pretrained(source, output_loading_info=True, **options)
-    missing, mismatched = info["missing_keys"], info["mismatched_keys"]
-    unexpected = set(info["unexpected_keys"]) - set(family.ignored_weights)
-    if missing or unexpected or mismatched:
-        raise ValueError(
-            f"backbone {name!r} does not fit its config: missing {missing}, unexpected {unexpected}, "
-            f"wrong shape {mismatched}. Missing weights would be random numbers."
-        )
-    return base

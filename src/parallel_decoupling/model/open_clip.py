@@ -19,7 +19,6 @@ from parallel_decoupling.model.backbone import Dtype
 PREFIX = "open_clip:"
 CONFIG_FILE = "open_clip_config.json"
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-"""open_clip's names; with the last two, normalisation layers stay fp32."""
 NEUTRAL = {"num_paths": 1, "prefix_length": 0, "prefix_layers": 0, "aggregation": "mean", "attention": "sdpa"}
 """What options of multimodal LLMs must be; every other one must be None, or changes nothing."""
 
@@ -32,8 +31,7 @@ def is_open_clip(name: str) -> bool:
 class OpenCLIPProcessor:
     """Turn texts and images into tensors, called like a Hugging Face processor.
 
-    Image placeholders are taken out of the text. Images get the model's own evaluation transform, also in
-    training. The first text that does not fit is a warning.
+    Images get the model's own evaluation transform, also in training. The first cut text is a warning.
     """
 
     def __init__(self, tokenizer: Callable[..., Tensor], transform: Callable[[Image.Image], Tensor]) -> None:
@@ -52,8 +50,7 @@ class OpenCLIPProcessor:
     ) -> dict[str, Tensor]:
         """Tokenise ``B`` rows, with their images in one list or in one per row.
 
-        ``attention_mask`` ``[B, L]`` is all 1 for a row with text, as the text tower always runs over L, and
-        all 0 for one without. ``pixel_values`` and ``image_sizes`` have one entry per image.
+        ``attention_mask`` ``[B, L]`` is all 1 for a row with text, and all 0 for one without.
         """
         texts = [row.replace(IMAGE_PLACEHOLDER, " ").strip() for row in text]
         if any(not rest and IMAGE_PLACEHOLDER not in row for row, rest in zip(text, texts, strict=True)):
@@ -82,10 +79,7 @@ class OpenCLIPProcessor:
 
 
 class OpenCLIPBackbone(nn.Module):
-    """An OpenCLIP model with the attributes of a ``Backbone`` that it can have.
-
-    ``config`` holds the ``model`` and its image ``preprocess``, both as open_clip describes them.
-    """
+    """An OpenCLIP model with the attributes of a ``Backbone`` that it can have."""
 
     revision: str | None = None
     num_layers = 1  # for counting compute: no layer is shared between paths
@@ -180,7 +174,7 @@ def load_open_clip(
     if wrong:
         raise ValueError(
             f"backbone {name!r} is an OpenCLIP model, which has one path and no prefix: "
-            f"set {', '.join(wrong)}. lightning_configs/openclip.yaml has all it needs."
+            f"set {', '.join(wrong)}, as in lightning_configs/openclip.yaml."
         )
     adapter = adapter or AdapterConfig(kind="full")
     if adapter.kind not in ("full", "frozen"):

@@ -39,7 +39,6 @@ CONFIG_FILE, WEIGHTS_FILE, SCORES_FILE = "config.json", "model.safetensors", "sc
 PROCESSOR_DIR, BACKBONE_DIR = "processor", "backbone"
 LAST_CHECKPOINT = Path("checkpoints", "last.ckpt")
 RUN_KEYS = ("state_dict", "pytorch-lightning_version", "hyper_parameters", "backbone", "data", "progress")
-"""Keys that every checkpoint of a run has."""
 ABOUT = ("query_instruction", "candidate_instruction", "images", "run")
 """What is kept of an encoder beside itself: its instructions, image settings, and what trained it."""
 
@@ -109,10 +108,9 @@ def save_encoder(
     scores: Mapping[str, Any] | None = None,
     **about: Any,
 ) -> None:
-    """Write a folder to share; for the arguments see ``Embedder.save_pretrained``.
+    """Write a folder to share; see ``Embedder.save_pretrained``. ``about`` are the values of ``ABOUT``.
 
-    ``about`` are the values that ``ABOUT`` names. The encoder must not be sharded, and is left as it is. A
-    base model that was trained itself is always written.
+    The encoder must not be sharded. A base model that was trained itself is always written.
     """
     folder = Path(folder)
     if (folder / CONFIG_FILE).exists():
@@ -236,7 +234,7 @@ def _settings(encoder: Encoder, *, included: bool, merge: bool) -> dict[str, Any
     quantized = bool(getattr(backbone.base, "is_quantized", False))
     if included and (quantized or not isinstance(encoder, ParallelEncoder)):
         raise ValueError(
-            "an OpenCLIP model or a quantized backbone is not written but always referred to by its name: "
+            "an OpenCLIP model or a quantized backbone is always referred to by its name: "
             "export without merge_adapters and include_backbone"
         )
     if not isinstance(encoder, ParallelEncoder):
@@ -244,8 +242,8 @@ def _settings(encoder: Encoder, *, included: bool, merge: bool) -> dict[str, Any
     backbone = encoder.backbone
     if backbone.initial_adapter is not None and not merge:
         raise ValueError(
-            f"the backbone continues the published adapter {backbone.initial_adapter!r}, whose settings "
-            f"{CONFIG_FILE} does not hold: export with merge_adapters=True (--merge_adapters)"
+            f"export a continued adapter ({backbone.initial_adapter}) with merge_adapters=True, as "
+            f"{CONFIG_FILE} does not hold its settings"
         )
     known = FAMILIES.get(backbone.config.model_type)
     listed = known is not None and known.resolved(backbone.base, backbone.processor) == backbone.family
