@@ -78,7 +78,7 @@ def collate(backbone: Backbone) -> EncoderInputs:
     return Collator(backbone.processor, image_token=backbone.image_token).encode_inputs(rows)
 
 
-def last_hidden(peft_model: Any, backbone: Backbone, inputs: EncoderInputs) -> Tensor:
+def last_hidden(peft_model: Any, inputs: EncoderInputs) -> Tensor:
     """The slow version: the published model itself, with its adapter, up to the final norm."""
     base = peft_model.eval().get_base_model().model
     output = base(**inputs.tokens, **inputs.vision[1])
@@ -109,9 +109,8 @@ def test_every_tensor_of_a_published_adapter_lands(name: str, older: bool, kind:
         assert torch.equal(parameter, wanted[key]), key
     inputs = collate(backbone)
     actual = backbone.eval()(inputs.tokens, inputs.vision[1]) * inputs.tokens["attention_mask"][..., None]
-    torch.testing.assert_close(
-        actual, last_hidden(peft_model, backbone, inputs), rtol=1e-4, atol=1e-4
-    )  # the stock model places left-padded rows elsewhere, so sums differ in order
+    # the stock model places left-padded rows elsewhere, so sums differ in order
+    torch.testing.assert_close(actual, last_hidden(peft_model, inputs), rtol=1e-4, atol=1e-4)
 
 
 def test_rank_alpha_scope_and_targets_come_from_the_file(qwen: str, published: Path, tmp_path: Path) -> None:

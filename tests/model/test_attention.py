@@ -117,14 +117,10 @@ def packed_attention(
 
 def even_attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     """The same for sequences of one length, ``[B, L, heads, H]``."""
-    rows = []
-    for row in zip(query, key, value, strict=True):
-        ends = {
-            "cu_seqlens_q": torch.tensor([0, len(row[0])]),
-            "cu_seqlens_k": torch.tensor([0, len(row[1])]),
-        }
-        rows.append(packed_attention(*row, **ends, **options))
-    return torch.stack(rows)
+    ends = [torch.tensor([0, part.shape[1]]) for part in (query, key)]
+    options |= {"cu_seqlens_q": ends[0], "cu_seqlens_k": ends[1]}
+    rows = zip(query, key, value, strict=True)
+    return torch.stack([packed_attention(*row, **options) for row in rows])
 
 
 @pytest.fixture

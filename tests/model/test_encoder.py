@@ -192,9 +192,7 @@ def test_unknown_path_raises(tiny_backbone_dir: str, tmp_path: Path) -> None:
 def test_truncated_paths_are_first_coordinates_of_unit_norm() -> None:
     paths = torch.nn.functional.normalize(torch.randn(4, 3, 8), dim=-1)
     short = truncate(paths, 5)
-    for row in range(4):
-        for path in range(3):
-            torch.testing.assert_close(short[row, path], paths[row, path, :5] / paths[row, path, :5].norm())
+    torch.testing.assert_close(short, paths[..., :5] / paths[..., :5].norm(dim=-1, keepdim=True))
     torch.testing.assert_close(truncate(paths, 8), paths)
     torch.testing.assert_close(truncate(short, 2), truncate(paths, 2))
 

@@ -260,7 +260,6 @@ def test_selected_rows_have_the_same_embeddings(tiny_clip_dir: str) -> None:
     [
         ({"num_paths": 2}, "set num_paths=1"),
         ({"prefix_length": 8}, "set prefix_length=0"),
-        ({"revision": "main"}, "set revision=null"),
     ],
 )
 def test_settings_that_an_openclip_model_does_not_have_are_refused(

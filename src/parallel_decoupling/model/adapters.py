@@ -73,11 +73,10 @@ def load_adapter(
     A tensor that does not land is a ValueError.
     """
     config = _read_config(source, adapter.kind)
-    model = cast(Any, base)
-    model.add_adapter(config, "default")
+    cast(Any, base).add_adapter(config, "default")
     _train_adapters_only(base)
     if not next(base.parameters()).is_meta:
-        _copy_weights(model, source, config)
+        _copy_weights(base, source, config)
     if adapter.kind == "frozen":
         base.requires_grad_(False)
     names = tuple(name for name, module in base.named_modules() if isinstance(module, LoraLayer))
@@ -124,11 +123,10 @@ def _read_config(source: str, kind: str) -> Any:
 
 def _copy_weights(model: Any, source: str, config: Any) -> None:
     """Copy every tensor of the file, exactly, into the fresh fp32 adapter layers."""
-    state = load_peft_weights(source, device="cpu")
     # transformers knows a module's older paths, but not peft's short name for DoRA's magnitudes
     weights = {
         f"{name}.weight" if name.endswith("lora_magnitude_vector") else name: tensor
-        for name, tensor in state.items()
+        for name, tensor in load_peft_weights(source, device="cpu").items()
     }
     info = model.load_adapter(
         peft_config=config,

@@ -131,8 +131,6 @@ class ParallelEncoder(nn.Module):
     def forward(self, inputs: EncoderInputs, paths: Sequence[int] | None = None) -> Tensor:
         """Embed ``B`` tokenised rows by the wanted paths, in that order: ``[B, N', D]`` fp32, unit norm.
 
-        None is all paths. One path costs one row per input.
-
         Relations:
             ``forward(inputs, [i])`` equals column ``i`` of ``forward(inputs)``.
         """

@@ -100,8 +100,7 @@ def path_hashes(encoder: Any) -> list[str]:
 def backbone_fingerprint(backbone: Any) -> dict[str, Any]:
     """Identify the frozen part of a backbone, in plain types; ``sha256`` is of config and frozen weights.
 
-    Frozen weights are hashed rounded to bfloat16, so that float32 and bfloat16 give the same (float16 does
-    not). Call it before the weights are sharded.
+    Weights count rounded to bfloat16. Call it before they are sharded.
     """
     loaded = backbone.config if isinstance(backbone.config, dict) else backbone.config.to_dict()
     config = json.dumps(_flat(loaded), sort_keys=True, default=str)
@@ -151,8 +150,7 @@ def check_fingerprint(stored: Mapping[str, Any], current: Mapping[str, Any]) -> 
 def processor_hash(processor: Any) -> str:
     """Identify a processor and its tokenizer by the files they save, vocabulary included.
 
-    Padding and truncation of the last call, which a tokenizer saves too, do not count. An OpenCLIP
-    processor saves nothing: its configuration is in the backbone's fingerprint, its vocabulary counts here.
+    Padding and truncation of the last call do not count. Of an OpenCLIP processor the vocabulary counts.
     """
     if not hasattr(processor, "save_pretrained"):
         tokenizer: Any = getattr(processor.tokenizer, "tokenizer", processor.tokenizer)

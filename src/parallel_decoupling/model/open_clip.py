@@ -95,8 +95,7 @@ class OpenCLIPEncoder(nn.Module):
     """One unit-norm embedding of each input from an OpenCLIP model.
 
     ``normalize(t + normalize(mean of v))`` with the unit-norm embeddings ``t`` of the text and ``v`` of every
-    image; what a row does not have is left out. The score of two inputs is then proportional to the sum of
-    the cosines between their parts: score-level fusion as in UniIR's CLIP_SF (the equal weights are ours).
+    image; what a row does not have is left out: score-level fusion as in UniIR's CLIP_SF.
 
     Relations:
         A text is open_clip's ``encode_text`` and an image without text its ``encode_image``, normalised.

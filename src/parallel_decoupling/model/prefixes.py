@@ -21,7 +21,6 @@ META_PROMPTS: tuple[str, ...] = (
 )
 """What path n is told to look at when prefixes start from meta-prompts ("ours")."""
 
-
 PrefixLayers = int | Sequence[int]
 """The first layer with a prefix, or ``[start, stop]``: layers start to stop - 1 have one."""
 
