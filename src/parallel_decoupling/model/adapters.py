@@ -42,7 +42,7 @@ class AdapterConfig:
         if self.kind not in ("frozen", "lora", "dora", "full"):
             raise ValueError(f"adapter.kind must be frozen, lora, dora or full, got {self.kind!r}.")
         if self.alpha <= 0 or not 0 <= self.dropout < 1:
-            raise ValueError(f"adapter.alpha must be above 0 and dropout in [0, 1), got {self}.")
+            raise ValueError(f"adapter.alpha must be above 0 and adapter.dropout in [0, 1), got {self}.")
 
 
 def add_adapters(base: nn.Module, family: Family, adapter: AdapterConfig) -> tuple[str, ...]:
