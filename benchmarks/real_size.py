@@ -19,6 +19,7 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from parallel_decoupling.batch import EncoderInputs
+from parallel_decoupling.model.adapters import add_adapters
 from parallel_decoupling.model.backbone import AdapterConfig, Backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.model.families import FAMILIES
@@ -87,7 +88,7 @@ def random_backbone(layers: int | None, gradient_checkpointing: bool) -> Backbon
     backbone = Backbone(
         base, processor, FAMILIES["qwen2_vl"], name=NAME, gradient_checkpointing=gradient_checkpointing
     )
-    backbone.add_adapters(AdapterConfig(kind="lora", rank=16, alpha=64))
+    add_adapters(base, backbone.family, AdapterConfig(kind="lora", rank=16, alpha=64))
     return backbone.train()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,7 +78,7 @@ def collate(backbone: Backbone) -> EncoderInputs:
     return Collator(backbone.processor, image_token=backbone.image_token).encode_inputs(rows)
 
 
-def last_hidden(peft_model: Any, backbone: Backbone, inputs: EncoderInputs) -> Tensor:
+def last_hidden(peft_model: Any, inputs: EncoderInputs) -> Tensor:
     """The slow version: the published model itself, with its adapter, up to the final norm."""
     base = peft_model.eval().get_base_model().model
     output = base(**inputs.tokens, **inputs.vision[1])
@@ -97,8 +96,7 @@ def published(qwen: str, tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
-@pytest.mark.parametrize("older", [True, False])
+@pytest.mark.parametrize(("older", "kind"), [(True, "dora"), (False, "lora")])
 @pytest.mark.parametrize("name", OLDER_PATHS)
 def test_every_tensor_of_a_published_adapter_lands(name: str, older: bool, kind: Any, tmp_path: Path) -> None:
     folder, source = save_tiny_family(name, tmp_path / "model"), tmp_path / "adapter"
@@ -111,9 +109,8 @@ def test_every_tensor_of_a_published_adapter_lands(name: str, older: bool, kind:
         assert torch.equal(parameter, wanted[key]), key
     inputs = collate(backbone)
     actual = backbone.eval()(inputs.tokens, inputs.vision[1]) * inputs.tokens["attention_mask"][..., None]
-    torch.testing.assert_close(
-        actual, last_hidden(peft_model, backbone, inputs), rtol=1e-4, atol=1e-4
-    )  # the stock model places left-padded rows elsewhere, so sums differ in order
+    # the stock model places left-padded rows elsewhere, so sums differ in order
+    torch.testing.assert_close(actual, last_hidden(peft_model, inputs), rtol=1e-4, atol=1e-4)
 
 
 def test_rank_alpha_scope_and_targets_come_from_the_file(qwen: str, published: Path, tmp_path: Path) -> None:
@@ -158,7 +155,6 @@ def test_meta_backbone_counts_the_published_rank(qwen: str, published: Path) -> 
     meta, loaded = load_backbone(qwen, **options, meta=True), load_backbone(qwen, **options)
     shapes = [(name, p.shape, p.requires_grad) for name, p in meta.named_parameters()]
     assert shapes == [(name, p.shape, p.requires_grad) for name, p in loaded.named_parameters()]
-    assert meta.is_meta
     assert meta.adapter == loaded.adapter
 
 
@@ -172,22 +168,12 @@ def test_meta_backbone_counts_the_published_rank(qwen: str, published: Path) -> 
         (lambda path: rewrite(path, lambda name: name.replace("layers.1.", "layers.9.")), "layers.9"),
         (lambda path: edit_config(path, r=8), "shape"),
         (lambda path: edit_config(path, bias="all"), "bias='all'"),
-        (lambda path: edit_config(path, modules_to_save=["embed_tokens"]), "modules_to_save"),
-        (lambda path: edit_config(path, alpha_pattern={"q_proj": 1}), "alpha_pattern"),
         (lambda path: edit_config(path, init_lora_weights="pissa"), "pissa"),
         (lambda path: edit_config(path, peft_type="IA3"), "not LoRA"),
         (lambda path: edit_config(path, use_dora=False), "set adapter.kind to lora"),
-        (lambda path: edit_config(path, target_modules=["nothing"]), "nothing"),
-        (lambda path: shutil.rmtree(path), "adapter_config.json"),
-        (lambda path: (path / "adapter_model.safetensors").unlink(), "adapter_model.safetensors"),
     ],
 )
 def test_adapter_that_does_not_fit_raises(qwen: str, published: Path, change: Any, message: str) -> None:
     change(published)
     with pytest.raises(ValueError, match=f"initial adapter .*{re.escape(message)}"):
         load_backbone(qwen, adapter=AdapterConfig(kind="dora"), initial_adapter=str(published))
-
-
-def test_full_training_does_not_continue_an_adapter(qwen: str, published: Path) -> None:
-    with pytest.raises(ValueError, match="set adapter.kind to dora"):
-        load_backbone(qwen, adapter=AdapterConfig(kind="full"), initial_adapter=str(published))

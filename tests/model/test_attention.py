@@ -17,8 +17,6 @@ from transformers.integrations.flash_attention import flash_attention_forward
 
 from parallel_decoupling.batch import EncoderInputs
 from parallel_decoupling.model.attention import (
-    extend_block_mask,
-    extend_mask,
     register_prefix_attention,
 )
 from parallel_decoupling.model.backbone import AdapterConfig, Backbone, load_backbone
@@ -75,24 +73,6 @@ def forward_with_cache(stock: Any, inputs: EncoderInputs, key_values: Tensor) ->
     return output.last_hidden_state * mask[..., None]
 
 
-@pytest.mark.parametrize("padding_side", ["left", "right"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_prefix_equals_filled_cache_also_on_second_batch(
-    tiny_backbone_dir: str, attention: str, padding_side: str
-) -> None:
-    backbone = load_backbone(tiny_backbone_dir, attention=attention, adapter=FROZEN)
-    stock = AutoModel.from_pretrained(tiny_backbone_dir, attn_implementation=attention)
-    prefixes = random_prefixes(backbone)
-    for rows in (ROWS, OTHER_SIZES):
-        inputs = tiny_inputs(backbone.processor, rows, padding_side=padding_side)
-        states = prefixes.states(range(3), 0, torch.float32)
-        hidden = backbone(inputs.tokens, join(inputs), states).unflatten(0, (3, len(rows)))
-        for path in range(3):
-            expected = forward_with_cache(stock, inputs, prefixes.key_values[path])
-            actual = hidden[path] * inputs.tokens["attention_mask"][..., None]
-            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-
-
 def test_prefix_gradient_equals_that_of_the_filled_cache(tiny_backbone_dir: str) -> None:
     backbone = load_backbone(tiny_backbone_dir, adapter=FROZEN)
     stock = AutoModel.from_pretrained(tiny_backbone_dir, attn_implementation="sdpa")
@@ -106,23 +86,6 @@ def test_prefix_gradient_equals_that_of_the_filled_cache(tiny_backbone_dir: str)
         key_values = prefixes.key_values[path].detach().requires_grad_()
         (forward_with_cache(stock, inputs, key_values) * weight[path]).sum().backward()
         torch.testing.assert_close(prefixes.key_values.grad[path], key_values.grad, rtol=1e-4, atol=1e-4)
-
-
-def test_extended_mask_keeps_what_was_visible() -> None:
-    query = torch.zeros(1, 1, 3, 4)
-    causal = extend_mask(None, query, 2, causal=True)[0, 0]
-    assert causal.tolist() == [[True] * 3 + [False] * 2, [True] * 4 + [False], [True] * 5]
-    additive = extend_mask(torch.full((1, 1, 3, 3), -9.0), query, 2, causal=True)
-    assert additive[..., :2].eq(0).all()
-    assert additive[..., 2:].eq(-9).all()
-
-
-def test_mask_is_extended_once_per_forward(tiny_backbone_dir: str) -> None:
-    backbone = load_backbone(tiny_backbone_dir, adapter=FROZEN)
-    inputs = tiny_inputs(backbone.processor, ROWS)
-    states = random_prefixes(backbone).states(range(3), 0, torch.float32)
-    backbone(inputs.tokens, join(inputs), states)
-    assert len([purpose for purpose, _ in states._memo if purpose.startswith("mask")]) == 1
 
 
 def packed_attention(
@@ -154,14 +117,10 @@ def packed_attention(
 
 def even_attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     """The same for sequences of one length, ``[B, L, heads, H]``."""
-    rows = []
-    for row in zip(query, key, value, strict=True):
-        ends = {
-            "cu_seqlens_q": torch.tensor([0, len(row[0])]),
-            "cu_seqlens_k": torch.tensor([0, len(row[1])]),
-        }
-        rows.append(packed_attention(*row, **ends, **options))
-    return torch.stack(rows)
+    ends = [torch.tensor([0, part.shape[1]]) for part in (query, key)]
+    options |= {"cu_seqlens_q": ends[0], "cu_seqlens_k": ends[1]}
+    rows = zip(query, key, value, strict=True)
+    return torch.stack([packed_attention(*row, **options) for row in rows])
 
 
 @pytest.fixture
@@ -222,18 +181,3 @@ def test_gpu_attention_equals_sdpa(
     name = register_prefix_attention(attention)
     backbone.language_model.config._attn_implementation_internal = name  # loading flash would ask for a GPU
     torch.testing.assert_close(hidden(), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_flex_mask_is_that_of_sdpa() -> None:
-    real = torch.tensor([[False, False, True, True, True], [True, True, True, True, False]])
-
-    def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & real[row, key]
-
-    dense = create_mask(visible, 2, 1, 5, 5, device="cpu")
-    query = torch.zeros(6, 4, 5, 8)  # three paths of two rows
-    extended = extend_block_mask(create_block_mask(visible, 2, None, 5, 5, "cpu"), query, 3, causal=True)
-    assert extended.shape == (6, 1, 5, 8)
-    actual = create_mask(extended.mask_mod, 6, 1, 5, 8, device="cpu")
-    expected = extend_mask(dense.repeat(3, 1, 1, 1), query, 3, causal=True)
-    assert torch.equal(actual, expected)

@@ -18,7 +18,7 @@ from parallel_decoupling.model.attention import register_prefix_attention
 from parallel_decoupling.model.backbone import AdapterConfig, load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder, nested_dims, truncate
 from parallel_decoupling.model.prefixes import META_PROMPTS
-from tests.model.test_attention import FROZEN, OTHER_SIZES, ROWS
+from tests.model.test_attention import FROZEN, ROWS
 from tests.support.tiny import save_tiny_backbone, tiny_inputs
 
 
@@ -35,50 +35,6 @@ def make(
 
 def rows_of(encoder: ParallelEncoder, rows: Any = ROWS, **options: Any) -> EncoderInputs:
     return tiny_inputs(encoder.processor, rows, **options)
-
-
-def test_path_does_not_see_other_prefix(tiny_backbone_dir: str) -> None:
-    encoder = make(tiny_backbone_dir, num_paths=4)
-    inputs = rows_of(encoder)
-    before = encoder(inputs)
-    with torch.no_grad():
-        encoder.prefixes.key_values[2].add_(1.0)
-    after = encoder(inputs)
-    assert torch.equal(after[:, [0, 1, 3]], before[:, [0, 1, 3]])
-    assert not torch.allclose(after[:, 2], before[:, 2], atol=1e-2)
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("first_layer", [1, 2])
-def test_shared_lower_layers_equal_separate_forwards(
-    three_layers_dir: str, first_layer: int, attention: str
-) -> None:
-    encoder = make(three_layers_dir, num_paths=3, prefix_layers=first_layer, attention=attention)
-    calls: dict[int, Tensor] = {}
-    layers: Any = encoder.backbone.language_model.get_submodule("layers")
-    for index, layer in enumerate(layers):
-        layer.register_forward_hook(
-            lambda module, args, output, index=index: calls.__setitem__(index, output), always_call=True
-        )
-    for rows in (ROWS, OTHER_SIZES, ROWS[:1], ROWS[1:2]):
-        inputs = rows_of(encoder, rows)
-        together = encoder(inputs)
-        widths = [calls[index].shape[0] // len(rows) for index in range(3)]
-        assert widths == [1] * first_layer + [3] * (3 - first_layer)
-        for path in range(3):
-            # slow: the path alone, so nothing is shared or repeated
-            torch.testing.assert_close(encoder(inputs, [path])[:, 0], together[:, path], rtol=1e-5, atol=1e-5)
-
-
-def test_pooled_state_is_after_the_final_norm(tiny_backbone_dir: str) -> None:
-    encoder = make(tiny_backbone_dir, num_paths=2)
-    seen: list[Tensor] = []
-    language: Any = encoder.backbone.language_model
-    language.layers[-1].register_forward_hook(lambda module, args, output: seen.append(output))
-    embeddings = encoder(rows_of(encoder))
-    expected = F.normalize(language.norm(seen[0])[:, -1], dim=-1).view(2, 3, 32).transpose(0, 1)
-    torch.testing.assert_close(embeddings, expected, rtol=0, atol=0)
-    assert not torch.allclose(embeddings[0, 0], F.normalize(seen[0][0, -1], dim=-1), atol=1e-2)
 
 
 def test_hooks_leave_no_trace_after_a_forward(tiny_backbone_dir: str) -> None:
@@ -112,8 +68,7 @@ def test_random_prefixes_have_the_scale_of_real_states(tiny_backbone_dir: str) -
             ours = encoder.prefixes.key_values[:, layer, part].std()
             torch.testing.assert_close(ours, real, rtol=0.1, atol=0)
     embeddings = encoder(rows_of(encoder))
-    cosine = embeddings[0] @ embeddings[0].T
-    assert (cosine - torch.eye(12)).max() < 0.999
+    assert (embeddings[0] @ embeddings[0].T - torch.eye(12)).max() < 0.999
 
 
 @pytest.fixture
@@ -154,16 +109,15 @@ def test_prefixes_start_on_the_cpu_without_the_gpu_kernel(
 
 
 def test_seed_decides_random_prefixes_and_adapters(tiny_backbone_dir: str) -> None:
-    first, again, other = (
-        [
-            parameter
-            for name, parameter in make(
-                tiny_backbone_dir, adapter=AdapterConfig(), prefix_init="random", seed=seed
-            ).named_parameters()
-            if parameter.requires_grad and "lora_B" not in name  # lora_B starts at zero
-        ]
-        for seed in (0, 0, 1)
-    )
+    def trainable(seed: int) -> list[Tensor]:
+        torch.rand(seed + 1)
+        before = torch.get_rng_state()
+        encoder = make(tiny_backbone_dir, adapter=AdapterConfig(), prefix_init="random", seed=seed)
+        assert torch.equal(torch.get_rng_state(), before)
+        named = encoder.named_parameters()
+        return [p for name, p in named if p.requires_grad and "lora_B" not in name]  # which starts at zero
+
+    first, again, other = trainable(0), trainable(0), trainable(1)
     assert len(first) == 14 + 1
     for parameter, same, different in zip(first, again, other, strict=True):
         assert torch.equal(parameter, same)
@@ -212,8 +166,6 @@ def test_aggregates_equal_their_definitions(tiny_backbone_dir: str) -> None:
     torch.testing.assert_close(learned.aggregate(embeddings), embeddings[:, 1])
     for encoder in (mean, concat):
         torch.testing.assert_close(encoder.aggregate(embeddings[:, :1]), embeddings[:, 0])
-    with pytest.raises(ValueError, match="learned aggregation"):
-        learned.aggregate(embeddings[:, :2])
 
 
 @pytest.mark.parametrize(
@@ -222,7 +174,6 @@ def test_aggregates_equal_their_definitions(tiny_backbone_dir: str) -> None:
         ({"num_paths": 0}, "at least 1"),
         ({"num_paths": 2, "prefix_length": 0}, "num_paths=1"),
         ({"num_paths": 9}, "prefix_init='random'"),
-        ({"prefix_layers": 2}, "0 to 1"),
         ({"aggregation": "sum"}, "aggregation must be one of mean, concat, learned"),
     ],
 )
@@ -241,9 +192,7 @@ def test_unknown_path_raises(tiny_backbone_dir: str, tmp_path: Path) -> None:
 def test_truncated_paths_are_first_coordinates_of_unit_norm() -> None:
     paths = torch.nn.functional.normalize(torch.randn(4, 3, 8), dim=-1)
     short = truncate(paths, 5)
-    for row in range(4):
-        for path in range(3):
-            torch.testing.assert_close(short[row, path], paths[row, path, :5] / paths[row, path, :5].norm())
+    torch.testing.assert_close(short, paths[..., :5] / paths[..., :5].norm(dim=-1, keepdim=True))
     torch.testing.assert_close(truncate(paths, 8), paths)
     torch.testing.assert_close(truncate(short, 2), truncate(paths, 2))
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import socket
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, EncoderInputs, RawInput
@@ -29,7 +27,7 @@ from parallel_decoupling.model.open_clip import (
 )
 from parallel_decoupling.training.grad_cache import encode_in_chunks
 from tests.support.tiny import noise_image
-from tests.support.tiny_clip import CONTEXT_LENGTH, MODEL, RESNET, save_tiny_clip
+from tests.support.tiny_clip import MODEL, RESNET, save_tiny_clip
 
 IMAGES = [noise_image(40, 30, seed=1), noise_image(64, 64, seed=2), noise_image(20, 90, seed=3)]
 ROWS = [
@@ -91,57 +89,12 @@ def test_names_of_both_kinds_are_told_apart(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     clip = ("open_clip:ViT-B-32/openai", "open_clip:hf-hub:owner/model", tiny_clip_dir)
-    other = ("tiny", "Qwen/Qwen2-VL-2B-Instruct", tiny_backbone_dir, "nowhere")
-    assert [is_open_clip(name) for name in clip + other] == [True] * 3 + [False] * 4
-    unchanged = ("tiny", "Qwen/Qwen2-VL-2B-Instruct", "open_clip:ViT-B-32/openai", "open_clip:ViT-B-32")
+    other = ("tiny", "Qwen/Qwen2-VL-2B-Instruct", tiny_backbone_dir)
+    assert [is_open_clip(name) for name in clip + other] == [True] * 3 + [False] * 3
+    unchanged = ("tiny", "Qwen/Qwen2-VL-2B-Instruct", "open_clip:ViT-B-32/openai")
     assert [absolute_name(name) for name in unchanged] == list(unchanged)
     Path("folder").mkdir()
     assert absolute_name("folder") == str(tmp_path / "folder")
-
-
-def drop_a_weight(folder: Path) -> None:
-    weights = load_file(folder / "open_clip_model.safetensors")
-    del weights["text_projection"]
-    save_file(weights, folder / "open_clip_model.safetensors")
-
-
-def misspell_the_config(folder: Path) -> None:
-    config = json.loads((folder / "open_clip_config.json").read_text())
-    config["model_cfg"]["embed_size"] = config["model_cfg"].pop("embed_dim")
-    (folder / "open_clip_config.json").write_text(json.dumps(config))
-
-
-@pytest.mark.usefixtures("no_network")
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda folder: (folder / "open_clip_model.safetensors").unlink(), "weights .*could not be loaded"),
-        (drop_a_weight, "text_projection"),
-        (misspell_the_config, "embed_size"),
-        (lambda folder: (folder / "open_clip_config.json").write_text("{"), "Could not load valid config"),
-    ],
-)
-def test_a_damaged_folder_is_one_error_with_its_name(
-    tmp_path: Path, damage: Callable[[Path], Any], message: str
-) -> None:
-    save_tiny_clip(tmp_path)
-    damage(tmp_path)
-    with pytest.raises(ValueError, match=rf"(?s)backbone '{tmp_path}': .*{message}"):
-        load_open_clip(str(tmp_path))
-
-
-@pytest.mark.usefixtures("no_network")
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("open_clip:ViT-B-33/openai", "'ViT-B-33' not found.*Available: .*ViT-B-32"),
-        ("open_clip:ViT-B-32", "Required pretrained weights"),
-        ("open_clip:ViT-B-32/laion9b", "'laion9b' is not a known tag"),
-    ],
-)
-def test_a_name_that_does_not_exist_is_one_error(name: str, message: str) -> None:
-    with pytest.raises(ValueError, match=rf"{message}.*Write open_clip:<architecture>"):
-        load_open_clip(name)
 
 
 def test_what_trains(tiny_clip_dir: str) -> None:
@@ -185,7 +138,7 @@ def test_tokens_are_open_clips_and_a_cut_text_is_one_warning(tiny_clip_dir: str)
     data = encoder.processor(text=rows)
     tokenizer = open_clip.get_tokenizer(f"local-dir:{tiny_clip_dir}")
     assert torch.equal(data["input_ids"], tokenizer(list(TEXTS)))
-    assert data["attention_mask"].sum(dim=1).tolist() == [CONTEXT_LENGTH] * len(TEXTS)
+    assert data["attention_mask"].all()
 
 
 @pytest.mark.parametrize(("padding", "at_the_end"), [(1, []), (0, [7])])
@@ -307,10 +260,6 @@ def test_selected_rows_have_the_same_embeddings(tiny_clip_dir: str) -> None:
     [
         ({"num_paths": 2}, "set num_paths=1"),
         ({"prefix_length": 8}, "set prefix_length=0"),
-        ({"prefix_layers": 1}, "set prefix_layers=0"),
-        ({"aggregation": "learned"}, "set aggregation=mean"),
-        ({"attention": "eager"}, "set attention=sdpa"),
-        ({"revision": "main"}, "set revision=null"),
     ],
 )
 def test_settings_that_an_openclip_model_does_not_have_are_refused(

@@ -29,22 +29,6 @@ def test_random_path_does_not_depend_on_the_number_of_paths(kind: Any) -> None:
     assert torch.equal(few, many[:2])
 
 
-def test_states_pick_paths_in_order_and_carry_gradient() -> None:
-    prefixes = make(DeepPrefixes, 3)
-    states = prefixes.states([2, 0], 1, torch.float32)
-    keys, values = states.layer(2)
-    assert torch.equal(keys, prefixes.key_values[[2, 0], 1, 0])
-    assert torch.equal(values, prefixes.key_values[[2, 0], 1, 1])
-    (keys.sum() + values.sum()).backward()
-    used = prefixes.key_values.grad.flatten(2).abs().sum(-1) > 0
-    assert used.tolist() == [[False, True], [False, False], [False, True]]
-
-
-def test_prompts_pick_paths_in_order() -> None:
-    prompts = make(ShallowPrefixes, 5)
-    assert torch.equal(prompts.prompts([3, 0], torch.bfloat16), prompts.embeddings[[3, 0]].bfloat16())
-
-
 @pytest.mark.parametrize(
     ("prefix_layers", "layers"),
     [(0, [0, 1, 2]), (2, [2]), ([0, 3], [0, 1, 2]), ([0, 1], [0]), ((1, 2), [1]), ([1, 3], [1, 2])],

@@ -7,7 +7,6 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -224,8 +223,6 @@ def test_not_a_model(tmp_path: Path) -> None:
             load_encoder(path)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     assert not is_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    assert not is_pretrained(tmp_path)
 
 
 def test_missing_and_changed_files(folder: Path) -> None:
@@ -235,20 +232,7 @@ def test_missing_and_changed_files(folder: Path) -> None:
     with pytest.raises(ValueError, match="its hash differs"):
         load_encoder(folder)
     weights.unlink()
-    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read .*copy the whole"):
-        load_encoder(folder)
-    weights.write_bytes(content[:100])
-    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read"):
-        load_encoder(folder)
-    weights.write_bytes(content)
-    shutil.rmtree(folder / "processor")
-    with pytest.raises(OSError, match="processor"):
-        load_encoder(folder)
-
-
-def test_settings_that_do_not_fit_the_weights(folder: Path) -> None:
-    edit(folder, settings={**config_of(folder)["settings"], "num_paths": 2})
-    with pytest.raises(ValueError, match="wrong shape"):
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
         load_encoder(folder)
 
 
@@ -257,9 +241,6 @@ def test_another_backbone(tmp_path: Path) -> None:
     tiny_embedder(source).save_pretrained(tmp_path / "model")
     save_tiny_backbone(tmp_path / "source", seed=1)
     with pytest.raises(ValueError, match="frozen weights differ; load the backbone"):
-        load_encoder(tmp_path / "model")
-    shutil.rmtree(source)
-    with pytest.raises(ValueError, match="does not exist"):
         load_encoder(tmp_path / "model")
 
 
@@ -313,14 +294,6 @@ def run_dir(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
-def change_run(run_dir: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
-    file = checkpoint_file(run_dir)
-    content = torch.load(file, weights_only=True)
-    change(content)
-    torch.save(content, file)
-    return file
-
-
 def test_an_export_of_a_run_knows_the_run(run_dir: Path, tmp_path: Path) -> None:
     loaded = Embedder.from_pretrained(run_dir)
     loaded.save_pretrained(tmp_path / "export", paths=[1])
@@ -337,11 +310,13 @@ def test_an_export_of_a_run_knows_the_run(run_dir: Path, tmp_path: Path) -> None
         (lambda run: run["backbone"].update(sha256="0", weights_sha256="0"), "frozen weights differ"),
         (lambda run: run["hyper_parameters"].update(num_paths=3), "wrong shape"),
         (lambda run: run["state_dict"].pop("encoder.prefixes.key_values"), "missing"),
-        (lambda run: run.pop("pytorch-lightning_version"), "lacks .*pytorch-lightning_version"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(run_dir: Path, change: Any, message: str) -> None:
-    change_run(run_dir, change)
+    file = checkpoint_file(run_dir)
+    content = torch.load(file, weights_only=True)
+    change(content)
+    torch.save(content, file)
     with pytest.raises(ValueError, match=message):
         load_encoder(run_dir)
 

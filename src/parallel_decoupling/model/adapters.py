@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -15,7 +14,6 @@ from torch import nn
 
 from parallel_decoupling.model.families import Family
 
-ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 OTHER_TARGETS = frozenset(("out_proj", "qkv_proj", "gate_up_proj"))
 """Targets that a family may lack: VLM2Vec's one list serves CLIP towers and fused layers as well."""
 
@@ -41,15 +39,10 @@ class AdapterConfig:
     targets: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name, rule, valid in (
-            ("kind", "frozen, lora, dora or full", self.kind in ("frozen", "lora", "dora", "full")),
-            ("scope", "language, vision or both", self.scope in ("language", "vision", "both")),
-            ("rank", "1 or more", self.rank >= 1),
-            ("alpha", "above 0", self.alpha > 0),
-            ("dropout", "0 or more and below 1", 0 <= self.dropout < 1),
-        ):
-            if not valid:
-                raise ValueError(f"adapter.{name} must be {rule}, got {getattr(self, name)!r}.")
+        if self.kind not in ("frozen", "lora", "dora", "full"):
+            raise ValueError(f"adapter.kind must be frozen, lora, dora or full, got {self.kind!r}.")
+        if self.alpha <= 0 or not 0 <= self.dropout < 1:
+            raise ValueError(f"adapter.alpha must be above 0 and adapter.dropout in [0, 1), got {self}.")
 
 
 def add_adapters(base: nn.Module, family: Family, adapter: AdapterConfig) -> tuple[str, ...]:
@@ -74,23 +67,16 @@ def add_adapters(base: nn.Module, family: Family, adapter: AdapterConfig) -> tup
 def load_adapter(
     base: nn.Module, family: Family, adapter: AdapterConfig, source: str
 ) -> tuple[AdapterConfig, tuple[str, ...]]:
-    """Continue from a published LoRA or DoRA adapter, such as VLM2Vec's, in a stock base model.
+    """Continue from a published LoRA or DoRA adapter, such as VLM2Vec's; return its settings and layers.
 
-    Module paths of older transformers versions are translated. A base on the meta device gets shapes alone.
     Of ``adapter`` only ``kind`` counts: what the adapter is (it trains on), or frozen (it stays as it is).
-
-    Return what the file says, and the names of the adapted layers. A ValueError tells of unreadable files,
-    another kind of adapter, or a tensor that does not land.
+    A tensor that does not land is a ValueError.
     """
     config = _read_config(source, adapter.kind)
-    model = cast(Any, base)
-    try:
-        model.add_adapter(config, "default")
-    except ValueError as error:
-        raise ValueError(f"initial adapter {source!r} does not fit this backbone: {error}") from error
+    cast(Any, base).add_adapter(config, "default")
     _train_adapters_only(base)
     if not next(base.parameters()).is_meta:
-        _copy_weights(model, source, config)
+        _copy_weights(base, source, config)
     if adapter.kind == "frozen":
         base.requires_grad_(False)
     names = tuple(name for name, module in base.named_modules() if isinstance(module, LoraLayer))
@@ -108,13 +94,7 @@ def load_adapter(
 
 def _read_config(source: str, kind: str) -> Any:
     """Read ``adapter_config.json`` and refuse what would not be continued faithfully."""
-    for file in (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE):
-        if Path(source).is_dir() and not (Path(source) / file).is_file():
-            raise ValueError(f"initial adapter {source!r}: the folder has no {file}")
-    try:
-        config: Any = PeftConfig.from_pretrained(source)
-    except ValueError as error:
-        raise ValueError(f"initial adapter {source!r}: {ADAPTER_CONFIG_FILE}: {error}") from error
+    config: Any = PeftConfig.from_pretrained(source)
     found = "dora" if getattr(config, "use_dora", False) else "lora"
     if config.peft_type != PeftType.LORA:
         raise ValueError(f"initial adapter {source!r} is {config.peft_type}, not LoRA or DoRA")
@@ -143,11 +123,10 @@ def _read_config(source: str, kind: str) -> Any:
 
 def _copy_weights(model: Any, source: str, config: Any) -> None:
     """Copy every tensor of the file, exactly, into the fresh fp32 adapter layers."""
-    state = load_peft_weights(source, device="cpu")
     # transformers knows a module's older paths, but not peft's short name for DoRA's magnitudes
     weights = {
         f"{name}.weight" if name.endswith("lora_magnitude_vector") else name: tensor
-        for name, tensor in state.items()
+        for name, tensor in load_peft_weights(source, device="cpu").items()
     }
     info = model.load_adapter(
         peft_config=config,
@@ -198,10 +177,7 @@ def reset_adapters(base: nn.Module, seed: int) -> None:
 
 @contextmanager
 def _seeded(base: nn.Module, seed: int) -> Iterator[None]:
-    """Draw from ``seed`` on the CPU, and on the GPU that quantised weights are on; put the states back.
-
-    No other GPU is touched, and none is initialised: a process that did could not be forked.
-    """
+    """Draw from ``seed`` on the CPU and on the GPU of quantised weights; no other GPU is initialised."""
     device = next(base.parameters()).device
     on_gpu = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if on_gpu else []):
@@ -213,7 +189,6 @@ def _seeded(base: nn.Module, seed: int) -> Iterator[None]:
 
 def _train_adapters_only(base: nn.Module) -> None:
     for name, parameter in base.named_parameters():
-        is_adapter = "lora_" in name
-        parameter.requires_grad_(is_adapter)
-        if is_adapter:
+        parameter.requires_grad_("lora_" in name)
+        if "lora_" in name:
             parameter.data = parameter.data.float()

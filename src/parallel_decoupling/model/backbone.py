@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,7 @@ Attention = Literal["sdpa", "eager", "flash_attention_2", "flex_attention"]
 class Backbone(nn.Module):
     """A stock base model (without language-model head), its processor and the names inside it.
 
-    The language model gets prefix attention on top of ``attention``. ``name`` is what the user asked for,
-    ``revision`` the commit of a hub model.
+    ``name`` is what the user asked for, ``revision`` the commit of a hub model.
     """
 
     def __init__(
@@ -68,15 +67,6 @@ class Backbone(nn.Module):
             enable = getattr(base, "activation_checkpointing_enable", None)
             (enable or base.gradient_checkpointing_enable)({"use_reentrant": False})
 
-    def add_adapters(self, adapter: AdapterConfig, initial_adapter: str | None = None) -> None:
-        """Set what trains; see ``adapters.add_adapters`` and ``adapters.load_adapter``."""
-        base, family = self.base, self.family
-        self.adapter, self.initial_adapter = adapter, initial_adapter
-        if initial_adapter is None:
-            self.adapted_modules = add_adapters(base, family, adapter)
-        else:
-            self.adapter, self.adapted_modules = load_adapter(base, family, adapter, initial_adapter)
-
     @property
     def language_model(self) -> Any:
         """Return the text decoder inside the base model."""
@@ -110,9 +100,8 @@ class Backbone(nn.Module):
     ) -> Tensor:
         """Run the vision tower once and the language model once per path.
 
-        ``tokens`` are ``input_ids``, ``attention_mask`` and whatever else the processor made, ``[B, L]``,
-        ``vision`` the image tensors of all rows, concatenated. The result is ``[N * B, L, D]``, path-major
-        and after the final norm.
+        ``tokens`` are ``[B, L]``, ``vision`` the image tensors of all rows, concatenated. The result is
+        ``[N * B, L, D]``, path-major and after the final norm.
 
         Relations:
             ``prefix_states=None`` equals the stock base model bit for bit.
@@ -137,12 +126,9 @@ class Backbone(nn.Module):
             return position_BL
         if not vision:
             return position_BL.expand(3, -1, -1)
-        token_types = tokens.get("mm_token_type_ids")
-        if token_types is None:
-            token_types = (tokens["input_ids"] == self.config.image_token_id).int()
         positions, _ = self.base.get_rope_index(
             tokens["input_ids"],
-            mm_token_type_ids=token_types,
+            mm_token_type_ids=tokens["mm_token_type_ids"],
             image_grid_thw=vision["image_grid_thw"],
             attention_mask=mask,
         )
@@ -151,11 +137,10 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def text_embeddings(self, text: str, min_length: int = 1) -> Tensor:
         """Return a text's input embeddings ``[T, D]`` fp32, repeated until it has ``min_length`` tokens."""
-        ids: list[int] = []
-        repeats = 0
-        while len(ids) < min_length:
-            repeats += 1
-            ids = self.processor.tokenizer(" ".join([text] * repeats), add_special_tokens=False)["input_ids"]
+        words = [text]
+        tokenizer = partial(self.processor.tokenizer, add_special_tokens=False)
+        while len(ids := tokenizer(" ".join(words))["input_ids"]) < min_length:
+            words.append(text)
         embed = self.language_model.get_input_embeddings()
         return cast(Tensor, embed(torch.tensor(ids, device=embed.weight.device))).float()
 
@@ -163,8 +148,7 @@ class Backbone(nn.Module):
     def text_states(self, text: str, min_length: int = 1) -> Tensor:
         """Return ``prompt_states`` of ``text_embeddings``: ``[Y, 2, K, T, H]`` fp32, without graph.
 
-        Always with SDPA: prefixes start while the backbone is on the CPU, where FlashAttention has no kernel
-        and flex attention compiles for minutes.
+        Always with SDPA, as prefixes start on the CPU, where FlashAttention has no kernel.
         """
         embeddings_1TD = self.text_embeddings(text, min_length).unsqueeze(0)
         config = self.language_model.config
@@ -176,11 +160,9 @@ class Backbone(nn.Module):
             config._attn_implementation = wanted
 
     def prompt_states(self, embeddings: Tensor) -> Tensor:
-        """Compute the keys (post-rotary) and values that the language model gives to prompts run alone.
+        """Compute keys (post-rotary) and values of prompts ``[N, P, D]`` run alone: ``[N, Y, 2, K, P, H]``.
 
-        Embeddings ``[N, P, D]`` in the backbone's dtype give ``[N, Y, 2, K, P, H]`` for all layers, with
-        gradient. Modules are in evaluation mode meanwhile (no dropout on prompts), as gradient checkpointing
-        drops caches in training mode.
+        Modules are in evaluation mode meanwhile, as gradient checkpointing drops caches in training mode.
         """
         training = [module for module in self.base.modules() if module.training]
         self.base.eval()
@@ -207,31 +189,21 @@ def load_backbone(
     local_files_only: bool = False,
     meta: bool = False,
 ) -> Backbone:
-    """Load a pretrained base model with prefix attention and the wanted trainable part.
+    """Load a pretrained base model in training mode, on the CPU; quantized on this process's GPU.
 
     ``PDFEmbedder`` documents the arguments; ``meta`` gives shapes alone, on the meta device. A local folder
-    or ``local_files_only`` never touches the network. The vision tower has the same attention without prefix,
-    but sdpa beside flex.
-
-    The backbone is in training mode, on the CPU; quantized on this process's GPU.
+    or ``local_files_only`` never touches the network. The vision tower has sdpa beside flex.
 
     Relations:
         With ``meta`` names, shapes and dtypes of all parameters and what trains are those without it.
     """
     adapter = adapter or AdapterConfig()
-    check_dtype(dtype)
-    if quantization not in (None, "4bit"):
-        raise ValueError(f"quantization must be '4bit' or None, got {quantization!r}")
-    if quantization and adapter.kind == "full":
-        raise ValueError("quantized weights cannot train: set adapter.kind to lora, dora or frozen")
+    if quantization and (quantization != "4bit" or adapter.kind == "full"):
+        raise ValueError("quantization must be '4bit' or None, with adapter.kind lora, dora or frozen")
     folder = TINY_BACKBONE_DIR if name == "tiny" else Path(name).expanduser()
     source, options = name, {"revision": revision, "local_files_only": local_files_only}
     if folder.is_dir():
         source, options = str(folder), {"local_files_only": True}
-    elif name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ValueError(
-            f"backbone {name!r}: the folder {folder} does not exist, and it is not a hub id 'owner/model'"
-        )
     try:
         config = AutoConfig.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
@@ -239,18 +211,33 @@ def load_backbone(
     if family is None and config.model_type not in FAMILIES:
         raise ValueError(
             f"backbone {name!r} has model_type {config.model_type!r}; tested: {', '.join(FAMILIES)}. To try "
-            "another family, give the option `family`, with what transformers does not tell of it, or add a "
-            "row to parallel_decoupling.model.families.FAMILIES."
+            "another family, give the option `family`, with what transformers does not tell of it."
         )
     family = family or FAMILIES[config.model_type]
-    kind = {"dtype": getattr(torch, dtype)}
+    kind: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     if meta:
         with torch.device("meta"):
             base = cast(Any, AutoModel).from_config(config, **kind)
     else:
         kind["attn_implementation"] = "sdpa" if attention == "flex_attention" else attention
-        kind |= _quantized(dtype) if quantization else {}
-        base = _load_weights(name, family, source, **kind, **options)
+        if quantization:  # on this process's GPU: a CPU repacks the weights in evaluation, and cannot train
+            gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            kind["device_map"] = {"": gpu if torch.cuda.is_available() else "cpu"}
+            kind["quantization_config"] = cast(Any, BitsAndBytesConfig)(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=getattr(torch, dtype),
+            )
+        load = cast(Any, AutoModel).from_pretrained
+        base, info = load(source, output_loading_info=True, **kind, **options)
+        missing, mismatched = info["missing_keys"], info["mismatched_keys"]
+        unexpected = set(info["unexpected_keys"]) - set(family.ignored_weights)
+        if missing or unexpected or mismatched:  # missing weights would be random numbers
+            raise ValueError(
+                f"backbone {name!r} does not fit its config: missing {missing}, unexpected {unexpected}, "
+                f"wrong shape {mismatched}"
+            )
     processor = cast(Any, AutoProcessor).from_pretrained(source, **options)
     commit = getattr(config, "_commit_hash", None)
     backbone = Backbone(
@@ -263,46 +250,10 @@ def load_backbone(
         gradient_checkpointing=gradient_checkpointing,
     )
     with torch.device("meta" if meta else "cpu"):
-        backbone.add_adapters(adapter, initial_adapter)
+        backbone.adapter, backbone.initial_adapter = adapter, initial_adapter
+        if initial_adapter is None:
+            backbone.adapted_modules = add_adapters(base, backbone.family, adapter)
+        else:
+            loaded = load_adapter(base, backbone.family, adapter, initial_adapter)
+            backbone.adapter, backbone.adapted_modules = loaded
     return backbone.train()
-
-
-def check_dtype(dtype: str) -> None:
-    """Raise a ValueError for a dtype that weights are not loaded in."""
-    if dtype not in get_args(Dtype):
-        raise ValueError(f"dtype must be one of {', '.join(get_args(Dtype))}, got {dtype!r}")
-
-
-def _quantized(dtype: Dtype) -> dict[str, Any]:
-    """Return arguments of ``from_pretrained`` for frozen weights in 4 bits, on this process's GPU.
-
-    bitsandbytes repacks weights on a CPU in evaluation, after which they cannot train there.
-    """
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    config = cast(Any, BitsAndBytesConfig)(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=getattr(torch, dtype),
-    )
-    return {"quantization_config": config, "device_map": {"": device}}
-
-
-def _load_weights(name: str, family: Family, source: str, **options: Any) -> Any:
-    """Load the base model; a ValueError when the files and the model do not hold the same weights."""
-    try:
-        base, info = cast(Any, AutoModel).from_pretrained(source, output_loading_info=True, **options)
-    except ImportError as error:  # of flash-attn or bitsandbytes
-        raise ValueError(f"backbone {name!r}: {error}") from error
-    unexpected = set(info["unexpected_keys"]) - set(family.ignored_weights)
-    wrong = {
-        "missing": info["missing_keys"],
-        "unexpected": unexpected,
-        "wrong shape": info["mismatched_keys"],
-    }
-    if any(wrong.values()):
-        found = ", ".join(f"{kind} {sorted(map(str, names))}" for kind, names in wrong.items())
-        raise ValueError(
-            f"backbone {name!r} does not fit its config: {found}. Missing weights would be random numbers."
-        )
-    return base

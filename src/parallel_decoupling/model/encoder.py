@@ -86,20 +86,11 @@ class ParallelEncoder(nn.Module):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         if self.num_paths < 1 or self.prefix_length < (self.num_paths > 1):
-            raise ValueError(
-                "num_paths must be at least 1 and prefix_length at least 0, above 0 unless num_paths=1, "
-                f"got {self.num_paths} and {self.prefix_length}"
-            )
+            raise ValueError("num_paths must be at least 1, and prefix_length too unless num_paths=1")
         if self.prefix_type == "shallow" and len(self.prefix_range) < self.backbone.num_layers:
-            raise ValueError(
-                "prefix_type='shallow' enters at the input and reaches every layer: set prefix_layers=0, "
-                f"got {self.prefix_layers}"
-            )
+            raise ValueError("prefix_type='shallow' reaches every layer: set prefix_layers=0")
         if prefix_init == "meta" and self.num_paths > len(META_PROMPTS):
-            raise ValueError(
-                f"num_paths={self.num_paths} but there are {len(META_PROMPTS)} meta-prompts; "
-                "use prefix_init='random' for more paths"
-            )
+            raise ValueError(f"more than {len(META_PROMPTS)} paths need prefix_init='random'")
 
     @torch.no_grad()
     def _make_prefixes(self, prefix_init: str, seed: int) -> DeepPrefixes | ShallowPrefixes:
@@ -140,15 +131,13 @@ class ParallelEncoder(nn.Module):
     def forward(self, inputs: EncoderInputs, paths: Sequence[int] | None = None) -> Tensor:
         """Embed ``B`` tokenised rows by the wanted paths, in that order: ``[B, N', D]`` fp32, unit norm.
 
-        None is all paths. One path costs one row per input.
-
         Relations:
             ``forward(inputs, [i])`` equals column ``i`` of ``forward(inputs)``.
         """
         chosen = check_paths(paths, self.num_paths)
         states, dtype = None, self.backbone.dtype
         if isinstance(self.prefixes, ShallowPrefixes):
-            states = PrefixStates(self.backbone.prompt_states(self.prefixes.prompts(chosen, dtype)))
+            states = PrefixStates(self.backbone.prompt_states(self.prefixes.embeddings[chosen].to(dtype)))
         elif self.prefixes is not None:
             states = self.prefixes.states(chosen, self.prefix_range.start, dtype)
         states_RLD = self.backbone(inputs.tokens, _concatenate(inputs.vision), states)
@@ -167,10 +156,6 @@ class ParallelEncoder(nn.Module):
             return F.normalize(embeddings.float().flatten(1), dim=-1)
         if self.path_logits is None:
             return F.normalize(embeddings.float().mean(dim=1), dim=-1)
-        if embeddings.shape[1] != self.num_paths:
-            raise ValueError(
-                f"learned aggregation weights {self.num_paths} paths, got embeddings of {embeddings.shape[1]}"
-            )
         weight_N = self.path_logits.float().softmax(dim=0)
         return F.normalize(torch.einsum("n,bnd->bd", weight_N, embeddings.float()), dim=-1)
 
@@ -196,10 +181,7 @@ def absolute_name(name: str) -> str:
 
 
 def truncate(paths: Tensor, dim: int) -> Tensor:
-    """Keep the first ``dim`` coordinates of every path and bring them back to unit norm (Matryoshka).
-
-    A shorter aggregate is the aggregate of shorter paths: with ``concat`` it is ``N * dim`` wide.
-    """
+    """Keep the first ``dim`` coordinates of every path and bring them back to unit norm (Matryoshka)."""
     return F.normalize(paths[..., :dim], dim=-1)
 
 
@@ -226,10 +208,7 @@ def nested_dims(dims: Sequence[int] | None, embed_dim: int) -> tuple[int, ...]:
 
 
 def _concatenate(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Join the rows' image tensors along dim 0, key by key; rows without images add nothing.
-
-    Other dims are filled up with zeros at their end, as the processors themselves pad tiles and pixels.
-    """
+    """Join the rows' image tensors along dim 0, key by key, with zeros at the end of other dims."""
     joined = {}
     for key in dict.fromkeys(key for row in rows for key in row):
         tensors = [row[key] for row in rows if key in row]

@@ -56,14 +56,9 @@ class Family:
         )
 
 
-FAMILIES: Mapping[str, Family] = {
-    "qwen2_vl": Family(),
-    "qwen2_5_vl": Family(),
-    "qwen3_vl": Family(),
-    "llava_next": Family(),  # LLaVA-1.6
-    "llava_onevision": Family(),
-    "smolvlm": Family(),
-    "idefics3": Family(),
-    "internvl": Family(),
-}
-"""Families that passed the tests, by ``model_type`` of their config, with what transformers does not say."""
+FAMILIES: Mapping[str, Family] = dict.fromkeys(
+    ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_next", "llava_onevision")
+    + ("smolvlm", "idefics3", "internvl"),
+    Family(),
+)
+"""Families that passed the tests, by ``model_type`` of their config."""

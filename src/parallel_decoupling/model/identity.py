@@ -47,9 +47,6 @@ def load_trainable_state(encoder: nn.Module, state: Mapping[str, Tensor]) -> Non
     """Copy a state from ``trainable_state`` into an encoder that was built with the same settings.
 
     When names or shapes differ, it is a ValueError and nothing is changed.
-
-    Relations:
-        Embeddings after loading equal those before saving bit for bit.
     """
     wanted = {name: parameter for name, parameter in encoder.named_parameters() if parameter.requires_grad}
     missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
@@ -103,18 +100,16 @@ def path_hashes(encoder: Any) -> list[str]:
 def backbone_fingerprint(backbone: Any) -> dict[str, Any]:
     """Identify the frozen part of a backbone, in plain types; ``sha256`` is of config and frozen weights.
 
-    Frozen weights are hashed rounded to bfloat16, so that float32 and bfloat16 give the same (float16 does
-    not). Call it before the weights are sharded.
+    Weights count rounded to bfloat16. Call it before they are sharded.
     """
     loaded = backbone.config if isinstance(backbone.config, dict) else backbone.config.to_dict()
     config = json.dumps(_flat(loaded), sort_keys=True, default=str)
     both, weights = sha256(config.encode()), sha256()
     for name, parameter in sorted(backbone.base.named_parameters()):
-        if parameter.requires_grad:
-            continue
-        content = _sampled(name.replace(".base_layer", ""), parameter.detach())
-        both.update(content)
-        weights.update(content)
+        if not parameter.requires_grad:
+            content = _sampled(name.replace(".base_layer", ""), parameter.detach())
+            both.update(content)
+            weights.update(content)
     return {
         "name": backbone.name,
         "revision": backbone.revision,
@@ -126,20 +121,14 @@ def backbone_fingerprint(backbone: Any) -> dict[str, Any]:
 
 
 def check_fingerprint(stored: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Check that two results of ``backbone_fingerprint``, a stored and a new one, are of the same backbone.
+    """Raise a ValueError unless a stored and a new ``backbone_fingerprint`` are of the same backbone.
 
     The config holds class defaults too, of which a release of transformers adds or removes some: between two
     versions a warning names the keys that only one of them has.
-
-    A ValueError tells when frozen weights differ, a value of the config that both have, or, within one
-    version of transformers, anything in it.
     """
     if stored["sha256"] == current["sha256"]:
         return
-    trained, loaded = (
-        f"{each['name']!r} (revision {each['revision']}, sha256 {each['sha256'][:12]})"
-        for each in (stored, current)
-    )
+    trained, loaded = (f"{each['name']!r} (revision {each['revision']})" for each in (stored, current))
     differ = f"the weights were trained on backbone {trained}, but {loaded} was loaded: "
     if stored["weights_sha256"] != current["weights_sha256"]:
         raise ValueError(f"{differ}frozen weights differ; load the backbone it was trained on")
@@ -161,8 +150,7 @@ def check_fingerprint(stored: Mapping[str, Any], current: Mapping[str, Any]) -> 
 def processor_hash(processor: Any) -> str:
     """Identify a processor and its tokenizer by the files they save, vocabulary included.
 
-    Padding and truncation of the last call, which a tokenizer saves too, do not count. An OpenCLIP
-    processor saves nothing: its configuration is in the backbone's fingerprint, its vocabulary counts here.
+    Padding and truncation of the last call do not count. Of an OpenCLIP processor the vocabulary counts.
     """
     if not hasattr(processor, "save_pretrained"):
         tokenizer: Any = getattr(processor.tokenizer, "tokenizer", processor.tokenizer)
@@ -185,8 +173,8 @@ def processor_hash(processor: Any) -> str:
 def rows_hash(rows: Iterable[RawInput], *, files: bool = True) -> str:
     """Return a SHA-256 of inputs: texts and images, in order.
 
-    A PIL image counts by its pixels; an image file by the last two parts of its path, so that a data set may
-    move, and with ``files`` by its size and three samples of its bytes, if it can be read.
+    An image file counts by the last two parts of its path, so that a data set may move, and with ``files``
+    by its size and three samples of its bytes.
     """
     digest = sha256()
     for row in rows:
@@ -201,8 +189,7 @@ def encoder_identity(
     """Identify what turns inputs into embeddings. Call it on all ranks at once.
 
     ``fingerprint`` is that of its backbone, needed if it is sharded; ``conditions`` are further plain values
-    that change embeddings, such as precision or the image size. ``sha256`` is of all that is known, versions,
-    adapter scales, family and conditions included; the others are of its parts.
+    that change embeddings, such as precision or the image size. ``sha256`` is of all that is known.
     """
     parts: dict[str, Any] = {
         "weights_sha256": weights_hash(trainable_state(encoder)),
@@ -234,24 +221,22 @@ def _sampled(name: str, tensor: Tensor) -> bytes:
 def _flat(config: Mapping[str, Any], start: str = "") -> dict[str, Any]:
     """Return a nested config by dotted keys, without what says only how or from where it was loaded."""
     flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if key not in VOLATILE_CONFIG:
-            is_group = isinstance(value, dict)
-            flat[f"{start}{key}"] = "a group" if is_group else value
-            flat |= _flat(value, f"{start}{key}.") if is_group else {}
+    for key in config.keys() - set(VOLATILE_CONFIG):
+        is_group = isinstance(config[key], dict)
+        flat[f"{start}{key}"] = "a group" if is_group else config[key]
+        flat |= _flat(config[key], f"{start}{key}.") if is_group else {}
     return flat
 
 
 def _image_content(image: Any, files: bool) -> list[Any]:
     if not isinstance(image, str):
         return [image.mode, *image.size, sha256(image.tobytes()).hexdigest()]
-    name = "/".join(Path(image).parts[-2:])
+    name, digest = "/".join(Path(image).parts[-2:]), sha256()
     if not files:
         return [name]
     try:
         with Path(image).open("rb") as file:
             size = file.seek(0, 2)
-            digest = sha256()
             for start in (0, size // 2, max(0, size - SAMPLED_BYTES)):
                 file.seek(start)
                 digest.update(file.read(SAMPLED_BYTES))

@@ -52,9 +52,7 @@ def model_card(config: Mapping[str, Any], scores: Mapping[str, Any] | None = Non
     about = {
         "backbone": name,
         "backbone's sha256": config["backbone"]["sha256"],
-        "backbone in this folder": "yes"
-        if included
-        else "no: it must be on the machine that loads the model",
+        "backbone in this folder": "yes" if included else "no: it must be where the model is loaded",
         "paths (numbers in the training run)": config["paths"],
         "embedding": f"{config['embed_dim']} numbers per path, {config['aggregate_dim']} of the aggregate",
         "query instruction": config["query_instruction"],
@@ -65,16 +63,17 @@ def model_card(config: Mapping[str, Any], scores: Mapping[str, Any] | None = Non
         "main steps": run.get("global_step"),
         "token passes (tokens times paths through all layers)": run.get("token_passes"),
         "seed": run.get("seed"),
-        "commit": run.get("commit"),
+    }
+    means = {
+        group.replace("_", " "): ", ".join(f"{column} {100 * mean:.1f}" for column, mean in columns.items())
+        for group, columns in (scores or {"means": {}})["means"].items()
     }
     sections = {
         "Model": {**config["settings"], **about},
         "Training data": data,
         "Hyper-parameters": run.get("model", {}),
         "Compute": compute,
-        "Scores (hit@1 in percent, means over tasks)": _percent(scores)
-        if scores
-        else {"all": "not evaluated"},
+        "Scores (hit@1 in percent, means over tasks)": means or {"all": "not evaluated"},
     }
     count = len(config["paths"])
     title = f"{count} {'paths' if count > 1 else 'path'} of {name.rstrip('/').rsplit('/', 1)[-1]}"
@@ -85,13 +84,6 @@ def model_card(config: Mapping[str, Any], scores: Mapping[str, Any] | None = Non
     tables = {section: _table(rows) for section, rows in sections.items()}
     shown = "\n\n".join(f"## {section}\n\n{table}" for section, table in tables.items() if table)
     return CARD.format(metadata=metadata, title=_cell(title), sections=shown)
-
-
-def _percent(scores: Mapping[str, Any]) -> dict[str, str]:
-    return {
-        group.replace("_", " "): ", ".join(f"{column} {100 * mean:.1f}" for column, mean in columns.items())
-        for group, columns in scores["means"].items()
-    }
 
 
 def _table(rows: Mapping[str, Any]) -> str:

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, EncoderInputs
 from parallel_decoupling.model.adapters import AdapterConfig
-from parallel_decoupling.model.backbone import Dtype, check_dtype
+from parallel_decoupling.model.backbone import Dtype
 
 PREFIX = "open_clip:"
 CONFIG_FILE = "open_clip_config.json"
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-"""open_clip's names; with the last two, normalisation layers stay fp32."""
 NEUTRAL = {"num_paths": 1, "prefix_length": 0, "prefix_layers": 0, "aggregation": "mean", "attention": "sdpa"}
 """What options of multimodal LLMs must be; every other one must be None, or changes nothing."""
 
@@ -32,8 +31,7 @@ def is_open_clip(name: str) -> bool:
 class OpenCLIPProcessor:
     """Turn texts and images into tensors, called like a Hugging Face processor.
 
-    Image placeholders are taken out of the text. Images get the model's own evaluation transform, also in
-    training. The first text that does not fit is a warning.
+    Images get the model's own evaluation transform, also in training. The first cut text is a warning.
     """
 
     def __init__(self, tokenizer: Callable[..., Tensor], transform: Callable[[Image.Image], Tensor]) -> None:
@@ -52,8 +50,7 @@ class OpenCLIPProcessor:
     ) -> dict[str, Tensor]:
         """Tokenise ``B`` rows, with their images in one list or in one per row.
 
-        ``attention_mask`` ``[B, L]`` is all 1 for a row with text, as the text tower always runs over L, and
-        all 0 for one without. ``pixel_values`` and ``image_sizes`` have one entry per image.
+        ``attention_mask`` ``[B, L]`` is all 1 for a row with text, and all 0 for one without.
         """
         texts = [row.replace(IMAGE_PLACEHOLDER, " ").strip() for row in text]
         if any(not rest and IMAGE_PLACEHOLDER not in row for row, rest in zip(text, texts, strict=True)):
@@ -82,10 +79,7 @@ class OpenCLIPProcessor:
 
 
 class OpenCLIPBackbone(nn.Module):
-    """An OpenCLIP model with the attributes of a ``Backbone`` that it can have.
-
-    ``config`` holds the ``model`` and its image ``preprocess``, both as open_clip describes them.
-    """
+    """An OpenCLIP model with the attributes of a ``Backbone`` that it can have."""
 
     revision: str | None = None
     num_layers = 1  # for counting compute: no layer is shared between paths
@@ -101,8 +95,7 @@ class OpenCLIPEncoder(nn.Module):
     """One unit-norm embedding of each input from an OpenCLIP model.
 
     ``normalize(t + normalize(mean of v))`` with the unit-norm embeddings ``t`` of the text and ``v`` of every
-    image; what a row does not have is left out. The score of two inputs is then proportional to the sum of
-    the cosines between their parts: score-level fusion as in UniIR's CLIP_SF (the equal weights are ours).
+    image; what a row does not have is left out: score-level fusion as in UniIR's CLIP_SF.
 
     Relations:
         A text is open_clip's ``encode_text`` and an image without text its ``encode_image``, normalised.
@@ -167,14 +160,10 @@ def load_open_clip(
 ) -> OpenCLIPEncoder:
     """Load an OpenCLIP model with its weights, in training mode, on the CPU.
 
-    Args:
-        name: ``open_clip:<architecture>/<tag>`` with a pretrained tag of open_clip or a weights file,
-            ``open_clip:hf-hub:<owner>/<model>``, or a local folder with ``open_clip_config.json``, weights
-            and, unless it is open_clip's own, the tokenizer.
-        dtype: of the weights.
-        adapter: only its kind counts: ``"full"`` (default; both towers) or ``"frozen"``.
-        gradient_checkpointing: recompute layers in the backward pass.
-        options: all others of ``PDFEmbedder``; one that would have an effect is a ValueError.
+    ``name`` is ``open_clip:<architecture>/<tag>`` with a pretrained tag of open_clip or a weights file,
+    ``open_clip:hf-hub:<owner>/<model>``, or a local folder with ``open_clip_config.json``, weights and,
+    unless it is open_clip's own, the tokenizer. Of ``adapter`` only the kind counts: ``"full"`` (default) or
+    ``"frozen"``. One of the other options of ``PDFEmbedder`` that would change something is a ValueError.
     """
     wrong = [
         f"{option}={NEUTRAL.get(option, 'null')} (got {value})"
@@ -184,9 +173,8 @@ def load_open_clip(
     if wrong:
         raise ValueError(
             f"backbone {name!r} is an OpenCLIP model, which has one path and no prefix: "
-            f"set {', '.join(wrong)}. lightning_configs/openclip.yaml has all it needs."
+            f"set {', '.join(wrong)}, as in lightning_configs/openclip.yaml."
         )
-    check_dtype(dtype)
     adapter = adapter or AdapterConfig(kind="full")
     if adapter.kind not in ("full", "frozen"):
         raise ValueError(f"adapter.kind={adapter.kind} does not exist for OpenCLIP: set full or frozen.")
@@ -198,22 +186,16 @@ def load_open_clip(
         if not source.startswith("hf-hub:"):
             source, _, weights = source.partition("/")
     tag: dict[str, Any] = open_clip.get_pretrained_cfg(source, weights) if weights else {}
-    try:
-        base, transform = open_clip.create_model_from_pretrained(
-            source, weights, precision=PRECISIONS[dtype], force_quick_gelu=bool(tag.get("quick_gelu"))
-        )
-        processor = OpenCLIPProcessor(open_clip.get_tokenizer(source), transform)
-        config = {"model": open_clip.get_model_config(source)}
-        config["preprocess"] = open_clip.get_model_preprocess_cfg(base)
-    except (RuntimeError, OSError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"backbone {name!r}: open_clip cannot load it: {error}. Write open_clip:<architecture>/<tag or "
-            f"file>, open_clip:hf-hub:<owner>/<model>, or a folder with {CONFIG_FILE}."
-        ) from error
+    base, transform = open_clip.create_model_from_pretrained(
+        source, weights, precision=PRECISIONS[dtype], force_quick_gelu=bool(tag.get("quick_gelu"))
+    )
+    processor = OpenCLIPProcessor(open_clip.get_tokenizer(source), transform)
+    model, preprocess = open_clip.get_model_config(source), open_clip.get_model_preprocess_cfg(base)
     if gradient_checkpointing:
         base.set_grad_checkpointing(True)
     for parameter_name, parameter in base.named_parameters():
         ours = parameter_name not in ("logit_scale", "logit_bias")  # of OpenCLIP's own loss
         parameter.requires_grad_(adapter.kind == "full" and ours)
+    config = {"model": model, "preprocess": preprocess}
     backbone = OpenCLIPBackbone(base, name, config, adapter, getattr(torch, dtype))
     return OpenCLIPEncoder(backbone, processor).train()

@@ -47,10 +47,6 @@ def decoder_layer_hook(
 def deepstack(
     process: Callable[[Tensor, Tensor, Tensor], Tensor], hidden: Tensor, mask: Tensor, visual: Tensor
 ) -> Tensor:
-    """Add image features between decoder layers (Qwen3-VL) to the rows of every path.
-
-    ``process`` is the language model's own method, which adds ``visual`` ``[image tokens of B rows, D]`` to
-    ``hidden`` ``[B or N * B, L, D]`` where ``mask`` ``[B, L]`` is set.
-    """
+    """Add image features (Qwen3-VL) to the rows of every path; ``process`` does it for the rows of one."""
     num_paths = hidden.shape[0] // mask.shape[0]
     return process(hidden, mask.repeat(num_paths, 1), visual.repeat(num_paths, 1))

@@ -21,16 +21,12 @@ META_PROMPTS: tuple[str, ...] = (
 )
 """What path n is told to look at when prefixes start from meta-prompts ("ours")."""
 
-
 PrefixLayers = int | Sequence[int]
 """The first layer with a prefix, or ``[start, stop]``: layers start to stop - 1 have one."""
 
 
 def prefix_range(prefix_layers: PrefixLayers, num_layers: int) -> range:
-    """Return the layers with a prefix. Those below run once for all paths, those above once per path.
-
-    A ValueError names layers that a backbone of ``num_layers`` does not have, or none at all.
-    """
+    """Return the layers with a prefix; a ValueError if there are none, or not in the backbone."""
     bounds = (prefix_layers, num_layers) if isinstance(prefix_layers, int) else tuple(prefix_layers)
     whole = all(isinstance(bound, int) for bound in bounds)
     if len(bounds) != 2 or not whole or not 0 <= bounds[0] < bounds[1] <= num_layers:
@@ -43,10 +39,7 @@ def prefix_range(prefix_layers: PrefixLayers, num_layers: int) -> range:
 
 @torch.no_grad()
 def init_random(parameter: Tensor, scale: Tensor, generator: torch.Generator) -> None:
-    """Draw a parameter of N paths from normal noise at the standard deviation ``scale``.
-
-    One path after the other and on the CPU, so that path n does not depend on how many follow it.
-    """
+    """Draw N paths from normal noise at the standard deviation ``scale``, each whatever follows it."""
     for path in parameter.unbind():
         noise = torch.randn(path.shape, generator=generator, dtype=torch.float32)
         path.copy_(noise * scale.to("cpu", torch.float32))
@@ -57,46 +50,26 @@ class DeepPrefixes(nn.Module):
 
     Path n attends to ``softmax(q [K_n ; K]^T / sqrt(H)) [V_n ; V]``. Keys are stored after rotary embedding,
     so real tokens keep the positions that they have without a prefix ("ours"; arXiv 2511.01588 states deep
-    prefixes, not their positions).
-
-    Args:
-        shape: ``[N, Y, 2, K, P, H]``, Y the number of prefixed layers.
+    prefixes, not their positions). ``shape`` is ``[N, Y, 2, K, P, H]``, Y the number of prefixed layers.
     """
 
     def __init__(self, shape: Sequence[int]) -> None:
         super().__init__()
-        assert min(shape) > 0, f"[N, Y, 2, K, P, H] = {list(shape)}"
         self.key_values = nn.Parameter(torch.zeros(*shape, dtype=torch.float32))
 
     def states(self, paths: Sequence[int], first_layer: int, dtype: torch.dtype) -> PrefixStates:
         """Return the prefixes of the chosen paths, in that order, for one forward call in ``dtype``."""
-        return PrefixStates(_chosen(self.key_values, paths).to(dtype), first_layer)
+        return PrefixStates(self.key_values[list(paths)].to(dtype), first_layer)
 
 
 class ShallowPrefixes(nn.Module):
     """N prompts of P trainable input embeddings (prompt tuning): a baseline for ``DeepPrefixes``.
 
-    What a layer's attention finds in front of the real keys and values is what the language model itself
-    computes there for the prompt, anew in every forward pass, so that gradient flows back through all layers
-    to the embeddings. Prompts have positions 0 to P - 1, as a meta-prompt has, and real tokens keep the
-    positions that they have without a prompt (both ours).
-
-    Args:
-        shape: ``[N, P, D]``.
+    The language model computes their keys and values anew in every forward pass, with gradient. Prompts have
+    positions 0 to P - 1, and real tokens keep the positions that they have without a prompt (both ours).
+    ``shape`` is ``[N, P, D]``.
     """
 
     def __init__(self, shape: Sequence[int]) -> None:
         super().__init__()
-        assert min(shape) > 0, f"[N, P, D] = {list(shape)}"
         self.embeddings = nn.Parameter(torch.zeros(*shape, dtype=torch.float32))
-
-    def prompts(self, paths: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return the embeddings ``[N', P, D]`` of the chosen paths in that order, in the backbone's dtype."""
-        return _chosen(self.embeddings, paths).to(dtype)
-
-
-def _chosen(parameter: Tensor, paths: Sequence[int]) -> Tensor:
-    """Return the rows of the paths in the order wanted; the parameter itself for all of them."""
-    if list(paths) == list(range(parameter.shape[0])):
-        return parameter
-    return parameter[list(paths)]

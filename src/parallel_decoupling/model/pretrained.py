@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
@@ -40,7 +39,6 @@ CONFIG_FILE, WEIGHTS_FILE, SCORES_FILE = "config.json", "model.safetensors", "sc
 PROCESSOR_DIR, BACKBONE_DIR = "processor", "backbone"
 LAST_CHECKPOINT = Path("checkpoints", "last.ckpt")
 RUN_KEYS = ("state_dict", "pytorch-lightning_version", "hyper_parameters", "backbone", "data", "progress")
-"""Keys that every checkpoint of a run has."""
 ABOUT = ("query_instruction", "candidate_instruction", "images", "run")
 """What is kept of an encoder beside itself: its instructions, image settings, and what trained it."""
 
@@ -60,8 +58,8 @@ def checkpoint_file(path: str | Path) -> Path:
         if file.is_file():
             return file
     raise ValueError(
-        f"no model at {str(path)!r}: name a checkpoint such as runs/demo/checkpoints/last.ckpt, a run folder "
-        f"with {LAST_CHECKPOINT}, or a folder that save_pretrained or lightning export wrote"
+        f"no model at {str(path)!r}: name a checkpoint, a run folder with {LAST_CHECKPOINT}, or a "
+        "folder that save_pretrained or lightning export wrote"
     )
 
 
@@ -92,8 +90,8 @@ def scores_of(file: str | Path) -> dict[str, Any] | None:
 def load_encoder(path: str | Path) -> tuple[Encoder, dict[str, Any]]:
     """Load a trained encoder from an exported folder, a run's folder or a checkpoint, without Lightning.
 
-    It is on the CPU in evaluation mode; the dictionary has the plain values that ``ABOUT`` names. It is a
-    ValueError if there is no model, a file is missing or changed, or the backbone is not the trained one.
+    It is on the CPU in evaluation mode; the dictionary has the plain values that ``ABOUT`` names. Changed
+    weights or another backbone are a ValueError.
     """
     encoder, about = _load_folder(Path(path)) if is_pretrained(path) else _load_checkpoint(path)
     encoder.eval()
@@ -110,10 +108,9 @@ def save_encoder(
     scores: Mapping[str, Any] | None = None,
     **about: Any,
 ) -> None:
-    """Write a folder to share; for the arguments see ``Embedder.save_pretrained``.
+    """Write a folder to share; see ``Embedder.save_pretrained``. ``about`` are the values of ``ABOUT``.
 
-    ``about`` are the values that ``ABOUT`` names. The encoder must not be sharded, and is left as it is. A
-    base model that was trained itself is always written.
+    The encoder must not be sharded. A base model that was trained itself is always written.
     """
     folder = Path(folder)
     if (folder / CONFIG_FILE).exists():
@@ -203,10 +200,7 @@ def _load_folder(folder: Path) -> tuple[Encoder, dict[str, Any]]:
         source = folder / PROCESSOR_DIR
         encoder.processor = cast(Any, AutoProcessor).from_pretrained(source, local_files_only=True)
         cast(Any, encoder.backbone).processor = encoder.processor
-    try:
-        state = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file} cannot be read ({error}): copy the whole exported folder") from error
+    state = load_file(file)
     if identity.weights_hash(state) != config["weights_sha256"]:
         raise ValueError(f"{file} is not the file that was exported: its hash differs from {CONFIG_FILE}'s")
     identity.check_fingerprint(config["backbone"], identity.backbone_fingerprint(encoder.backbone))
@@ -240,7 +234,7 @@ def _settings(encoder: Encoder, *, included: bool, merge: bool) -> dict[str, Any
     quantized = bool(getattr(backbone.base, "is_quantized", False))
     if included and (quantized or not isinstance(encoder, ParallelEncoder)):
         raise ValueError(
-            "an OpenCLIP model or a quantized backbone is not written but always referred to by its name: "
+            "an OpenCLIP model or a quantized backbone is always referred to by its name: "
             "export without merge_adapters and include_backbone"
         )
     if not isinstance(encoder, ParallelEncoder):
@@ -248,8 +242,8 @@ def _settings(encoder: Encoder, *, included: bool, merge: bool) -> dict[str, Any
     backbone = encoder.backbone
     if backbone.initial_adapter is not None and not merge:
         raise ValueError(
-            f"the backbone continues the published adapter {backbone.initial_adapter!r}, whose settings "
-            f"{CONFIG_FILE} does not hold: export with merge_adapters=True (--merge_adapters)"
+            f"export a continued adapter ({backbone.initial_adapter}) with merge_adapters=True, as "
+            f"{CONFIG_FILE} does not hold its settings"
         )
     known = FAMILIES.get(backbone.config.model_type)
     listed = known is not None and known.resolved(backbone.base, backbone.processor) == backbone.family
