@@ -18,7 +18,7 @@ from parallel_decoupling.model.identity import path_hashes
 from parallel_decoupling.search import ExactIndex, Searcher
 from tests.support.stores import check_hits, queries_by_column, save_store, vectors
 
-SCORINGS = ("aggregate", "path_0", "path_1", "path_2", "mean", "concat", "maxsim")
+SCORINGS = ("aggregate", "path_0", "path_1", "path_2", "maxsim")
 ITEMS, QUERIES = vectors(400), vectors(5, seed=1)
 
 
@@ -57,7 +57,7 @@ def test_concatenated_aggregates(tmp_path: Path) -> None:
     [
         (["aggregate"], ("aggregate",)),
         (["aggregate", "path_1"], ("aggregate", "path_1")),
-        (["path_0", "path_2"], ("path_0", "path_2", "mean", "concat", "maxsim")),
+        (["path_0", "path_2"], ("path_0", "path_2", "maxsim")),
     ],
 )
 def test_scorings_are_those_of_the_columns(
@@ -176,7 +176,7 @@ def test_a_model_searches_by_the_paths_that_it_has(
     index = stored(tmp_path, RowEmbedder(0, 1, 2, concatenates=concatenates))
     searcher = Searcher(RowEmbedder(*paths, concatenates=concatenates), index)
     by_path = {f"path_{path}" for path in paths}
-    several = {"mean", "concat", "maxsim"} if len(paths) == 3 else set()
+    several = {"maxsim"} if len(paths) == 3 else set()
     if len(paths) == 3 and (paths == (0, 1, 2) or not concatenates):
         several.add("aggregate")
     assert set(searcher.scorings) == by_path | several
@@ -188,16 +188,6 @@ def test_a_model_searches_by_the_paths_that_it_has(
     for scoring in {*SCORINGS} - {*searcher.scorings}:
         with pytest.raises(ValueError, match=f"scoring is '{scoring}'; this model and index have"):
             searcher.search(["7"], 2, scoring)
-
-
-def test_only_some_columns_are_stored(tmp_path: Path) -> None:
-    """The aggregate of the whole model, and the paths that are there, at their own numbers."""
-    index = stored(tmp_path, RowEmbedder(0, 1, 2), columns=["aggregate", "path_2"])
-    searcher = Searcher(RowEmbedder(2, 1, 0), index)
-    assert searcher.scorings == ("aggregate", "path_2")
-    for scoring in searcher.scorings:
-        ((hit,),) = searcher.search(["7"], 1, scoring)
-        assert (hit.id, hit.score, hit.similarities) == ("7", pytest.approx(1), {"path_2": pytest.approx(1)})
 
 
 @pytest.mark.parametrize(

@@ -103,19 +103,14 @@ def test_answers_are_what_encode_gives(
         ([], 400, None),
         ({}, 400, "input"),
         ({"input": []}, 400, "input"),
-        ({"input": [1, 2]}, 400, "input"),
         ({"input": " "}, 400, "input"),
         ({"input": ["a", {"txt": "b"}]}, 400, "input"),
-        ({"input": {"text": 3}}, 400, "input"),
-        ({"input": {"image": "https://example.org/a.png"}}, 400, "input"),
         ({"input": {"image": "photo.png"}}, 400, "input"),
         ({"input": {"image": "data:image/png;base64,AAAA"}}, 400, "input"),
-        ({"input": {"image": "data:image/png;base64,%"}}, 400, "input"),
         ({"input": "<|image_1|> a"}, 400, None),
         ({"input": "a", "model": "path_3"}, 404, "model"),
         ({"input": "a", "dimensions": 33}, 400, "dimensions"),
         ({"input": "a", "dimensions": 0}, 400, "dimensions"),
-        ({"input": "a", "dimensions": True}, 400, "dimensions"),
         ({"input": "a", "encoding_format": "hex"}, 400, "encoding_format"),
         ({"input": "a", "temperature": 1}, 400, "temperature"),
         ({"input": ["a"] * 4}, 413, "input"),
@@ -131,17 +126,6 @@ def test_bad_requests(body: Any, status: int, param: str | None, client: TestCli
     assert (answer.status_code, error["param"], error["type"]) == (status, param, "invalid_request_error")
     assert error.keys() == {"message", "type", "param", "code"}
     assert error["message"]
-
-
-def test_messages_name_the_input(client: TestClient) -> None:
-    for body, message in (
-        ({"input": ["a", {"text": 3}]}, r"input[1].text: Input should be a valid string"),
-        ({"input": ["a", " "]}, "input[1] has neither text nor image"),
-        ({"input": ["a", {"image": "x"}]}, "input[1]: image must be a data URI"),
-    ):
-        assert message in ask(client, **body).json()["error"]["message"]
-    assert client.post("/v1/embeddings", content=b"\xff{").status_code == 400
-    assert client.get("/v1/nothing").json()["error"]["message"] == "Not Found"
 
 
 def test_models_and_health(client: TestClient, embedder: Embedder) -> None:

@@ -38,13 +38,8 @@ IndexType = Literal["IVF_FLAT", "IVF_SQ", "IVF_PQ", "IVF_RQ"]
 def write_lance_index(store: Store, index_dir: str | Path, index_type: IndexType | None = None) -> None:
     """Write a table of all rows of a store; one that is there is replaced.
 
-    Args:
-        store: what ``predict`` wrote.
-        index_dir: the folder of the database.
-        index_type: of the approximate index of every column; None compares with every item.
-
-    Raises:
-        ValueError: LanceDB is not installed, or there are too few items for an approximate index.
+    ``index_type`` is that of the approximate index of every column; without one a search compares with every
+    item.
     """
     if index_type is not None and index_type not in get_args(IndexType):
         raise ValueError(f"index_type is {index_type!r}; choose from {', '.join(get_args(IndexType))}")
@@ -71,12 +66,6 @@ class LanceIndex:
     """Searches a table that ``write_lance_index`` wrote, by the aggregate, one path, or MaxSim.
 
     LanceDB finds the items, the scores are computed from the vectors as in exact search.
-
-    Args:
-        index_dir: the folder of the database.
-
-    Raises:
-        ValueError: LanceDB is not installed, or the folder does not hold such a table.
     """
 
     def __init__(self, index_dir: str | Path) -> None:

@@ -111,25 +111,19 @@ Result = tuple[Tensor, int] | ValueError
 class CountingCollator(Collator):
     """Remembers every row's number of tokens, image tokens included."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.num_tokens: dict[int, int] = {}
+    num_tokens: dict[int, int]
 
     def encode_inputs(self, inputs: Sequence[RawInput], *args: Any, **kwargs: Any) -> EncoderInputs:
         """Tokenise as ``Collator`` does."""
         encoded = super().encode_inputs(inputs, *args, **kwargs)
-        for row, count in zip(inputs, encoded.tokens["attention_mask"].sum(dim=1).tolist(), strict=True):
-            self.num_tokens[id(row)] = int(count)
+        self.num_tokens.update(zip(map(id, inputs), encoded.lengths.tolist(), strict=True))
         return encoded
 
 
 class Server:
     """Checks requests, and embeds together those that wait together.
 
-    Args:
-        embedder: the model.
-        path: what the model name ``default`` stands for; a ``ValueError`` if the model does not have it.
-        limits: of requests and batches.
+    The model name ``default`` stands for ``path``; a ``ValueError`` if the model does not have it.
     """
 
     def __init__(self, embedder: Embedder, path: Output = 0, limits: Limits | None = None) -> None:
@@ -192,6 +186,7 @@ class Server:
         """Embed the inputs of several requests together, or one by one if that fails, as ``encode`` does."""
         encoder, images = self.embedder.encoder, self.embedder.images
         collator = CountingCollator(encoder.processor, image_token=encoder.image_token, images=images)
+        collator.num_tokens = {}
         groups: dict[tuple[Output, int | None], list[Task]] = defaultdict(list)
         for task in tasks:
             groups[task.output, task.truncate_dim].append(task)
@@ -291,8 +286,7 @@ def _checked(number: int, item: Input, limits: Limits) -> dict[str, Any]:
     """Return an input as ``Embedder.encode`` takes it, its image decoded."""
     where, characters = f"input[{number}]", len(item.text) + len(item.instruction or "")
     if characters > limits.characters:
-        message = f"{where} has {characters} characters; at most {limits.characters} are allowed"
-        raise RequestError(message, 413)
+        raise RequestError(f"{where} has more than {limits.characters} characters", 413)
     if item.image is None and not item.text.strip():
         raise RequestError(f"{where} has neither text nor image")
     image = None if item.image is None else _image(item.image, where, limits)
@@ -305,10 +299,8 @@ def _image(uri: str, where: str, limits: Limits) -> Image.Image:
         raise RequestError(f"{where}: image must be a data URI (data:image/png;base64,...)")
     try:
         image = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
-        pixels = math.prod(image.size)
-        if pixels > limits.pixels:
-            message = f"{where}: image has {pixels} pixels; at most {limits.pixels} are allowed"
-            raise RequestError(message, 413)
+        if math.prod(image.size) > limits.pixels:
+            raise RequestError(f"{where}: image has more than {limits.pixels} pixels", 413)
         load_image(image)  # a check; encode does it again, with the model's settings
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise RequestError(f"{where}: image cannot be decoded: {error.__cause__ or error}") from error

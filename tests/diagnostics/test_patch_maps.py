@@ -19,7 +19,6 @@ from parallel_decoupling.diagnostics.patch_maps import (
     occluded,
     patch_contributions,
     recorded_attention,
-    token_grid,
 )
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.model.backbone import load_backbone
@@ -86,19 +85,6 @@ def test_mass_and_patches_are_shares(tiny_backbone_dir: str, inputs: list[RawInp
         torch.testing.assert_close(patches.sum(dim=(1, 2)), torch.ones(2))
 
 
-def test_with_zero_queries_attention_is_uniform(tiny_backbone_dir: str, inputs: list[RawInput]) -> None:
-    model = encoder(tiny_backbone_dir)
-    with torch.no_grad():
-        for name, parameter in model.backbone.named_parameters():
-            if "language_model" in name and "q_proj" in name:
-                parameter.zero_()
-    found = attention_maps(Embedder(model), inputs[:1])
-    keys = int(Collator(model.processor, image_token=model.image_token).encode_inputs(inputs[:1]).lengths) + 3
-    expected = torch.tensor([3 / keys, 16 / keys, (keys - 19) / keys])
-    torch.testing.assert_close(found.mass, expected.expand(2, 2, 3))
-    torch.testing.assert_close(found.patches[0], torch.full((2, 4, 4), 1 / 16))
-
-
 def test_layers_below_the_prefix_are_shared_and_have_none(
     tiny_backbone_dir: str, inputs: list[RawInput]
 ) -> None:
@@ -115,12 +101,6 @@ def test_the_encoder_is_left_as_it_was(tiny_backbone_dir: str, inputs: list[RawI
     assert model.backbone.language_model.config._attn_implementation == former  # type: ignore[union-attr]
     layers = model.backbone.base.get_submodule(model.backbone.family.layers)
     assert all(not layer.self_attn._forward_hooks for layer in layers)  # type: ignore[union-attr]
-
-
-def test_token_grid_of_merged_patches_of_a_square_and_of_neither() -> None:
-    assert token_grid({"image_grid_thw": torch.tensor([[1, 4, 8]])}, 8) == (2, 4)
-    assert token_grid({}, 9) == (3, 3)
-    assert token_grid({}, 10) is None
 
 
 def test_a_backbone_that_cuts_images_into_tiles_has_masses_but_no_maps(tmp_path: Path) -> None:

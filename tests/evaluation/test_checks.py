@@ -51,13 +51,6 @@ def test_chance_has_two_standard_errors(hits: int, found: bool) -> None:
     assert [finding.check for finding in seen] == ["chance"] * found
 
 
-def test_equal_paths_are_found_and_one_path_is_not() -> None:
-    paths = distinct(num_paths=1)
-    assert checks(paths, paths) == []
-    same = paths.expand(-1, 3, -1).contiguous()
-    assert checks(same, same) == ["collapsed_paths"]
-
-
 @pytest.mark.parametrize("equal", [2, 3, 4])
 def test_the_two_most_similar_of_several_paths_count(equal: int) -> None:
     paths = distinct(num_paths=4)

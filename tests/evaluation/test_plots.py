@@ -1,21 +1,10 @@
 from __future__ import annotations
 
-import sys
-
 import pytest
-import torch
 
 from parallel_decoupling.data.tasks import Task
-from parallel_decoupling.evaluation.plots import comparison_figure, path_matrices_figure
+from parallel_decoupling.evaluation.plots import comparison_figure
 from parallel_decoupling.evaluation.report import ScoreReport, TaskResult
-
-
-def test_every_cosine_is_written_in_its_cell_and_no_global_state_is_left() -> None:
-    figure = path_matrices_figure({"cosine": torch.tensor([[1.0, 0.25], [0.25, 1.0]])})
-    texts = [text.get_text() for axes in figure.axes for text in axes.texts]
-    assert texts == ["1.00", "0.25", "0.25", "1.00"]
-    pyplot = sys.modules.get("matplotlib.pyplot")
-    assert pyplot is None or pyplot.get_fignums() == []
 
 
 def test_comparison_shows_each_run_once_and_the_range_of_its_paths() -> None:

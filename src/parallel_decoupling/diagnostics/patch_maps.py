@@ -65,8 +65,7 @@ def attention_maps(embedder: Embedder, inputs: Sequence[RawInput]) -> AttentionM
 def recorded_attention(encoder: ParallelEncoder) -> Iterator[tuple[list[EncoderInputs], list[Tensor]]]:
     """Collect what the encoder is given and, by layer, the attention ``[N, B, P + L]`` of last real tokens.
 
-    It is the fp32 mean over heads. Layers below ``prefix_layers`` have one row for all paths and zeros for
-    the prefix.
+    Layers below ``prefix_layers`` have one row for all paths and zeros for the prefix.
     """
     inputs: list[EncoderInputs] = []
     weights: list[Tensor] = []

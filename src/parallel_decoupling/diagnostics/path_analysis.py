@@ -96,10 +96,7 @@ def find_scores(run_dir: Path, run: dict[str, Any]) -> ScoreReport | None:
 
 
 def analyse_world(embedder: Embedder, report: ScoreReport | None, *, scenes: int = SCENES) -> PathAnalysis:
-    """Analyse a model on scenes of the embedded world, whose factors are known.
-
-    ``scenes`` are drawn of each kind, at least 80 so that every value is there often enough for a probe.
-    """
+    """Analyse a model on so many scenes of each kind of the embedded world, whose factors are known."""
     probes: dict[str, ProbeResult] = {}
     pictures: list[list[Image.Image]] = []
     embeddings: list[Tensor] = []

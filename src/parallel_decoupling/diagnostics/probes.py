@@ -17,7 +17,6 @@ from parallel_decoupling.world import scenes as world
 FACTORS = ("shape", "color", "size", "position", "background", "text", "count")
 FOLDS = 5
 
-
 Labels = dict[str, list[str]]  # one label per scene, by factor
 
 
@@ -58,10 +57,7 @@ class ProbeResult:
 
 
 def probe(columns: Mapping[str, Tensor], labels: Sequence[str], factor: str) -> ProbeResult:
-    """Predict a factor from every kind of embedding by logistic regression on standardised dimensions.
-
-    Every column sees the same five stratified folds, so differences between columns are paired.
-    """
+    """Predict a factor by logistic regression on standardised dimensions, all columns in the same folds."""
     _, counts = np.unique(list(labels), return_counts=True)
     if counts.min() < FOLDS:  # scikit-learn only warns
         raise ValueError(f"probe of {factor}: a value has {counts.min()} inputs; draw more, {FOLDS} at least")

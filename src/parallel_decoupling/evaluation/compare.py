@@ -128,14 +128,13 @@ class Comparison:
         settings = {name: flattened(report.run) for name, report in self.reports.items()}
         names = dict.fromkeys(name for values in settings.values() for name in values)
         rows = [[name, *(values.get(name, "") for values in settings.values())] for name in names]
-        changed = [row for row in rows if len({*row[1:]}) > 1]
+        changed = [row for row in rows if len(set(row[1:])) > 1]
         page = template.render(
             title=self.title,
             grid=self.grid(),
             picture=base64.b64encode(picture).decode("ascii"),
             runs={name: (report, report.mode_grid()) for name, report in self.reports.items()},
             changed=Grid("settings that differ", ("", *settings), changed),
-            settings=Grid("all settings", ("", *settings), rows),
         )
         Path(html_file).write_text(page, encoding="utf-8")
 

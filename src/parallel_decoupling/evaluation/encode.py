@@ -210,20 +210,17 @@ def encode(
 ) -> Tensor:
     """Embed inputs of any mix of modalities in one process; see ``Embedder.encode`` for the options.
 
-    Rows are encoded in batches of similar length, longest first (memory peaks at once), and returned in the
-    order given: CPU float32. Runs without gradients, in eval mode, on the device of the encoder; every
-    submodule's training mode is restored. The result does not depend on ``batch_size``.
+    Runs in eval mode on the device of the encoder; every submodule's training mode is restored.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     selected = _selected_paths(paths, encoder.num_paths)
-    dim = encoder.embed_dim
-    if truncate_dim is not None:
-        dim = check_dim(truncate_dim, encoder.embed_dim, "truncate_dim")
+    whole = encoder.embed_dim
+    dim = whole if truncate_dim is None else check_dim(truncate_dim, whole, "truncate_dim")
     device = next(encoder.parameters()).device
 
     def wanted(embeddings_BND: Tensor) -> Tensor:
-        if dim < encoder.embed_dim:
+        if dim < whole:
             embeddings_BND = truncate(embeddings_BND, dim)
         if isinstance(paths, str) and paths == "aggregate":
             embeddings_BND = encoder.aggregate(embeddings_BND)
@@ -238,7 +235,7 @@ def encode(
         show_progress = len(plan) >= PROGRESS_FROM and sys.stderr.isatty()
     num_selected = encoder.num_paths if selected is None else len(selected)
     with torch.no_grad():
-        shape = wanted(torch.zeros(1, num_selected, encoder.embed_dim, device=device)).shape[1:]
+        shape = wanted(torch.zeros(1, num_selected, whole, device=device)).shape[1:]
     result = torch.empty(len(rows), *shape)
     with _evaluating(encoder), torch.inference_mode():
         for place in tqdm(plan, desc="encode", unit="batch", leave=False, disable=not show_progress):
@@ -258,8 +255,7 @@ def _selected_paths(paths: Paths, num_paths: int) -> list[int] | None:
     if not selected:
         raise ValueError("paths is empty; select at least one path")
     for path in selected:
-        whole = isinstance(path, Integral) and not isinstance(path, bool)
-        if not whole or not 0 <= path < num_paths:
+        if not isinstance(path, Integral) or isinstance(path, bool) or not 0 <= path < num_paths:
             raise ValueError(f"there is no path {path!r}; the encoder has paths 0 to {num_paths - 1}")
     return [int(path) for path in selected]
 

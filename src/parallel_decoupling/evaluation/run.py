@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
@@ -25,7 +24,6 @@ from parallel_decoupling.distributed import gather_objects, rank, world_size
 from parallel_decoupling.evaluation import checks
 from parallel_decoupling.evaluation.encode import RowBatch
 from parallel_decoupling.evaluation.leaderboard import SCORE_FILES_DIR, write_predictions
-from parallel_decoupling.evaluation.plots import path_matrices_figure
 from parallel_decoupling.evaluation.report import ScoreReport, write_report
 from parallel_decoupling.evaluation.score import (
     Columns,
@@ -95,8 +93,8 @@ class Scoring(Callback):
     """Scores the tasks of ``validate`` and ``test``, and writes and shows the scores of ``test``.
 
     Logs ``val/<task>/hit_at_1`` (or ``test/``) and the means, ``val/overall`` among them, for ModelCheckpoint
-    and EarlyStopping. The last ``report`` stays here; ``test`` also writes ``scores.json``, ``scores.csv``,
-    VLM2Vec's score files and the leaderboard's into the folder of the run.
+    and EarlyStopping. The last ``report`` stays here; ``test`` also writes ``scores.json``, VLM2Vec's
+    score files and the leaderboard's into the folder of the run.
 
     ``keeper`` keeps the embeddings of ``test``, so that a test that was stopped resumes; ``data.connect`` was
     given the same one.
@@ -165,30 +163,25 @@ class Scoring(Callback):
         grids = [self.report.task_grid().terminal(), self.report.mode_grid().terminal()]
         console().print(*grids, *self.report.warning_panels(), sep="\n")
 
-    def _was_kept(self, trainer: Trainer) -> bool:
-        """Tell whether an earlier test kept the embeddings of the side at hand."""
-        name = self.data.rows[self._index].name
-        return trainer.state.fn == "test" and self.keeper is not None and bool(self.keeper.kept[name])
-
     def _finish_side(self, trainer: Trainer, module: PDFEmbedder) -> None:
         """Join the embeddings of a side; with the candidates the task is complete and gets its score."""
         if self._side is None:
             return
         rows, side = cast(TaskSide, self.data.rows[self._index]), self._side
+        keeper = self.keeper if trainer.state.fn == "test" else None
         embeddings_UND: Tensor | None
-        if self.keeper is not None and self._was_kept(trainer):
-            store = Store(self.keeper.writers[rows.name].folder)
+        if keeper is not None and keeper.kept[rows.name]:  # by an earlier test
+            store = Store(keeper.writers[rows.name].folder)
             paths_UND = torch.stack([store.column(name) for name in store.columns], dim=1)
             embeddings_UND = torch.full((len(rows), *paths_UND.shape[1:]), torch.nan)
             embeddings_UND[store.source_rows()] = paths_UND
             bad_rows = {row["row"]: row["reason"] for row in store.bad_rows}
         else:
             embeddings_UND, bad_rows = side.complete(len(rows), trainer, module), side.bad_rows
-            keeps = trainer.state.fn == "test" and self.keeper is not None and rank() == 0
-            if keeps and self.keeper is not None and embeddings_UND is not None:
+            if keeper is not None and rank() == 0 and embeddings_UND is not None:
                 good = [row for row in range(len(rows)) if row not in bad_rows]
                 paths = {path_column(path): each for path, each in enumerate(embeddings_UND[good].unbind(1))}
-                self.keeper.write(rows, 0, good, paths, bad_rows)
+                keeper.write(rows, 0, good, paths, bad_rows)
         self._side, query, self._query = None, self._query, (None, {})
         if rows.side == "query":
             self._query = embeddings_UND, bad_rows
@@ -317,24 +310,6 @@ class EmbeddingWriter(Callback):
         if missing:
             message += f" {missing} files are missing: run the same command again."
         rank_zero_info(message)
-
-
-class PathPictures(Callback):
-    """Draws the path cosine matrix to TensorBoard at the first step and then every so many steps."""
-
-    def __init__(self, every_n_steps: int = 100) -> None:
-        self.every_n_steps = every_n_steps
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Draw this batch's queries."""
-        step, query_GND = cast(PDFEmbedder, pl_module).progress.steps_done, outputs["pairs"].query
-        loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        is_due = step == 1 or step % self.every_n_steps == 0
-        if loggers and trainer.is_global_zero and query_GND.shape[1] > 1 and is_due:
-            figure = path_matrices_figure({"mean cosine between paths": path_cosine(query_GND)})
-            loggers[0].experiment.add_figure("paths/cosine", figure, global_step=trainer.global_step)
 
 
 def evaluate(model: PDFEmbedder, data: MMEBDataModule | str | Path, **trainer_options: Any) -> ScoreReport:

@@ -41,11 +41,10 @@ class TaskScore:
 
 
 def path_columns(query: Tensor, candidate: Tensor, aggregate: Callable[[Tensor], Tensor]) -> Columns:
-    """Name what is scored: the aggregate, every path on its own, and the other ways to use all paths.
+    """Name what is scored of ``[U, N, D]``: the aggregate, every path, and the other ways to use all paths.
 
-    ``query`` and ``candidate`` are ``[U, N, D]``, ``aggregate`` is that of the encoder. With several paths
-    there are also ``mean`` (of the paths), ``concat`` (all paths side by side) and ``maxsim`` (every query
-    path takes its best candidate path), which is ``[U, N, D]``.
+    ``mean`` is that of the paths, ``concat`` has them side by side, and with ``maxsim``, ``[U, N, D]``, every
+    query path takes its best candidate path.
     """
     num_paths = query.shape[1]
     columns = {"aggregate": (aggregate(query), aggregate(candidate))}

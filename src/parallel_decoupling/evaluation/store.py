@@ -29,14 +29,8 @@ AGGREGATE = "aggregate"
 ROW_GROUP_SIZE = 16_384  # rows that a reader holds at once
 OWN_KEYS = ("shard", "first_row", "rows_sha256", "bad_rows")  # differ between the shards of one folder
 COMPARED = (
-    "identity",
-    "columns",
-    "dtype",
-    "instruction",
-    "images",
-    "num_rows",
-    "rows_per_shard",
-    "rows_sha256",
+    *("identity", "columns", "dtype", "instruction", "images"),
+    *("num_rows", "rows_per_shard", "rows_sha256"),
 )
 """Metadata in which a shard that is kept must agree with the run that keeps it."""
 
@@ -51,12 +45,8 @@ def path_column(path: int) -> str:
 class StoreWriter:
     """Writes shards into a folder; their bytes depend on rows and ``about``, not on the writing process.
 
-    Args:
-        folder: made when the first shard is written.
-        about: plain values that hold for every shard: ``identity`` (what turns inputs into embeddings),
-            ``columns``, ``instruction``, ``images``, ``num_rows``, ``rows_per_shard``, ``num_paths``,
-            ``aggregation`` with its weights, and anything worth keeping about the source.
-        dtype: type of the numbers in the files.
+    ``about`` are plain values that hold for every shard: those of ``COMPARED``, ``num_paths``,
+    ``aggregation``, and anything worth keeping about the source.
     """
 
     def __init__(self, folder: str | Path, about: Mapping[str, Any], dtype: VectorType = "float32") -> None:
