@@ -19,10 +19,8 @@ from parallel_decoupling.model.identity import path_hashes
 
 MAXSIM = "maxsim"
 MEMORY_BUDGET = 4 * 2**30
-ROWS_AT_ONCE = 1024
-"""Items that are scored together."""
-DECODING_BYTES = 9
-"""What reading a number takes for a moment, beside the four bytes of its float32."""
+ROWS_AT_ONCE = 1024  # items that are scored together
+DECODING_BYTES = 9  # what reading a number takes for a moment, beside the four bytes of its float32
 
 
 @dataclass(frozen=True)
@@ -49,11 +47,7 @@ class Index(Protocol):
     ) -> list[list[Hit]]:
         """Find at most ``top_k`` items for every query, best first.
 
-        Args:
-            queries: by column, ``[Q, D]``: those that the scoring compares, and perhaps further paths.
-            top_k: hits per query, at least 1.
-            scoring: one of ``scorings``.
-            where: condition on source fields in LanceDB's SQL.
+        ``queries`` are ``[Q, D]`` by column: those that the scoring compares, and perhaps further paths.
         """
 
 

@@ -30,11 +30,8 @@ from parallel_decoupling.evaluation.encode import encode
 from parallel_decoupling.evaluation.user_inputs import to_raw_inputs
 from parallel_decoupling.model.open_clip import OpenCLIPProcessor
 
-Output = int | Literal["aggregate"]
-"""What a model name stands for: a path's number, or the aggregate."""
-
-GRACE_SECONDS = 30
-"""Accepted requests have so long after SIGTERM to be answered."""
+Output = int | Literal["aggregate"]  # what a model name stands for: a path's number, or the aggregate
+GRACE_SECONDS = 30  # accepted requests have so long after SIGTERM to be answered
 
 
 @dataclass(frozen=True)
@@ -83,7 +80,7 @@ class Body(BaseModel):
     @field_validator("input", mode="before")
     @classmethod
     def _as_list(cls, value: Any) -> Any:
-        """Turn a single input into a list, and strings, which are never names of files, into texts."""
+        # strings are texts, never names of files
         items = value if isinstance(value, list) else [value]
         return [{"text": item} if isinstance(item, str) else item for item in items]
 
@@ -104,8 +101,7 @@ class Task(NamedTuple):
     truncate_dim: int | None
 
 
-Result = tuple[Tensor, int] | ValueError
-"""Embeddings ``[B, D]`` of a request and the number of its tokens, or the error that it causes."""
+Result = tuple[Tensor, int] | ValueError  # embeddings [B, D] and number of tokens, or the error
 
 
 class CountingCollator(Collator):
@@ -166,13 +162,12 @@ class Server:
             del self._waiting[future]
         if isinstance(result, ValueError):
             raise result
+        vectors: list[Any] = result[0].tolist()
         if body.encoding_format == "base64":  # of little-endian float32
             rows = result[0].numpy().astype("<f4")
-            vectors: list[Any] = [base64.b64encode(row.tobytes()).decode("ascii") for row in rows]
-        else:
-            vectors = result[0].tolist()
+            vectors = [base64.b64encode(row.tobytes()).decode("ascii") for row in rows]
         data = [{"object": "embedding", "index": n, "embedding": each} for n, each in enumerate(vectors)]
-        usage = {"prompt_tokens": result[1], "total_tokens": result[1]}
+        usage = dict.fromkeys(("prompt_tokens", "total_tokens"), result[1])
         return {"object": "list", "data": data, "model": body.model, "usage": usage}
 
     async def _embed_oldest(self) -> None:
@@ -206,12 +201,10 @@ class Server:
     def check(self, body: Body) -> Task:
         """Check a request, and decode its images; a ``ValueError`` names the key, or the input's number."""
         if body.model not in self.models:
-            known = ", ".join(self.models)
-            raise RequestError(f"there is no model {body.model!r}; use {known}", 404, "model")
+            raise RequestError(f"no model {body.model!r}; use {', '.join(self.models)}", 404, "model")
         output, limits = self.models[body.model], self.limits
         if not 0 < len(body.input) <= limits.inputs:
-            message = f"input has {len(body.input)} items; 1 to {limits.inputs} are allowed"
-            raise RequestError(message, 413 if body.input else 400)
+            raise RequestError(f"input must have 1 to {limits.inputs} items", 413 if body.input else 400)
         rows = to_raw_inputs(_checked(*each, limits) for each in enumerate(body.input))
         processor = self.embedder.encoder.processor
         texts = [f"{item.instruction or ''} {item.text}" for item in body.input]
@@ -222,7 +215,7 @@ class Server:
         path_dim = self.embedder.embed_dim
         joined = self.embedder.encoder.aggregate_dim // path_dim if output == "aggregate" else 1
         if not 0 < body.dimensions <= joined * path_dim or body.dimensions % joined:
-            message = f"dimensions is {body.dimensions}; use a multiple of {joined} up to {joined * path_dim}"
+            message = f"use a multiple of {joined} up to {joined * path_dim}"
             raise RequestError(message, param="dimensions")
         return Task(rows, output, body.dimensions // joined)
 

@@ -75,7 +75,7 @@ def test_the_table_shows_the_numbers_and_the_figures_draw(analysis: PathAnalysis
     assert "independent oracle 87.5" in grid.caption
     Console(width=200, quiet=True).print(grid.terminal())
     drawn = figures(analysis)
-    assert set(drawn) == {"similarity", "attention", "contributions"}
+    assert set(drawn) == {"attention", "contributions"}
     for figure in drawn.values():
         figure.canvas.draw()
 
@@ -84,7 +84,6 @@ def test_one_path_and_no_scores_leave_out_what_needs_more(tiny_backbone_dir: str
     found = analyse_world(embedder(tiny_backbone_dir, 1), None, scenes=100)
     assert found.notes == ["errors: the run has no scores.json of this checkpoint; test writes it"]
     assert not {"cosine", "misses, kappa"} & {row[0] for row in table(found).rows}
-    assert "similarity" not in figures(found)
 
 
 def test_other_data_has_no_probes_and_says_so(tiny_backbone_dir: str, tiny_mmeb_dir: str) -> None:

@@ -22,10 +22,8 @@ from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.model.attention import register_prefix_attention
 from parallel_decoupling.model.encoder import ParallelEncoder, last_token
 
-GROUPS = ("prefix", "image", "text")
-"""What the keys of a path are; the pooled token itself counts as text."""
-GRID = 8
-"""Patches per side that are painted over ("ours")."""
+GROUPS = ("prefix", "image", "text")  # what the keys of a path are; the pooled token counts as text
+GRID = 8  # patches per side that are painted over (ours)
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,7 @@ from parallel_decoupling.evaluation.report import ScoreReport
 from parallel_decoupling.objective.statistics import effective_rank, path_cosine
 from parallel_decoupling.objective.vclub import path_pairs
 
-SUBSPACE_DIM = 10
-"""Directions per path whose angles are compared (ours); fewer when there are fewer inputs or dimensions."""
+SUBSPACE_DIM = 10  # directions per path whose angles are compared (ours), or fewer if there are fewer
 
 
 @dataclass(frozen=True)

@@ -156,11 +156,7 @@ def compare_runs(run_dirs: list[str], output_dir: str | None = None) -> None:
 
 
 def compare(run_dirs: Sequence[str], output_dir: str | None = None) -> Comparison:
-    """Compare the score reports of finished runs.
-
-    ``run_dirs`` are runs with a ``scores.json``, or such files; the first is the baseline. ``output_dir``
-    gets comparison.json, comparison.png and comparison.html. Runs that scored other rows are refused.
-    """
+    """Compare runs as ``compare_runs`` does, without printing; runs that scored other rows are refused."""
     if isinstance(run_dirs, str) or not run_dirs:
         raise ValueError(f"compare needs a list of runs, got {run_dirs!r}")
     reports = {name: ScoreReport.from_json_file(file) for name, file in _score_files(run_dirs).items()}
@@ -183,13 +179,13 @@ def differences(baseline: ScoreReport, other: ScoreReport, seed: int = 0) -> Run
     """Subtract the headline scores of ``baseline`` from those of ``other``, with paired bootstrap intervals.
 
     Rows are resampled within each task and both runs keep their pairing. A row's difference is -1, 0
-    or 1, so a resample of a task is a draw of three multinomial counts. The interval covers the
-    choice of test queries; it says nothing about the training seed. ``seed`` is that of the resampling.
+    or 1, so a resample of a task is a draw of three multinomial counts.
     """
     generator = np.random.default_rng(seed)
     samples: dict[str, NDArray[np.float64]] = {}  # the difference itself, then the resampled ones
     for name in baseline.tasks:
-        before, after = (_first_hits(report.tasks[name].hits) for report in (baseline, other))
+        hits = [next(iter(report.tasks[name].hits.values())) for report in (baseline, other)]
+        before, after = np.array([list(row) for row in hits], dtype=np.int64)
         row_difference = after - before
         share = [float((row_difference == value).mean()) for value in (-1, 0, 1)]
         counts = generator.multinomial(len(row_difference), share, size=RESAMPLES)
@@ -253,7 +249,3 @@ def _score_files(run_dirs: Sequence[str]) -> dict[str, Path]:
         name if names.count(name) == 1 else str(typed) for name, typed in zip(names, run_dirs, strict=True)
     ]
     return dict(zip(unique, files, strict=True))
-
-
-def _first_hits(hits: Mapping[str, str]) -> NDArray[np.int64]:
-    return np.array(list(next(iter(hits.values()))), dtype=np.int64)

@@ -1,7 +1,6 @@
 """The only encoding loop: rows, in batches of similar length, over shards and processes.
 
-``BatchPlan`` and ``RowBatches`` make the batches that ``encode`` runs in one process and that ``test``,
-``validate`` and ``predict`` hand to a Trainer; what they return is kept in ``evaluation.store``.
+``BatchPlan`` and ``RowBatches`` also make the batches of ``test``, ``validate`` and ``predict``.
 """
 
 from __future__ import annotations
@@ -28,8 +27,7 @@ from parallel_decoupling.model.encoder import Encoder, check_dim, truncate
 CHARACTERS_PER_TOKEN = 4
 FIXED_IMAGE_TOKENS = 576
 PROGRESS_FROM = 5  # batches from which encode shows a progress bar on a terminal
-STAND_IN = RawInput("missing")
-"""What is encoded where a batch does not have a usable row, so that every process makes as many steps."""
+STAND_IN = RawInput("missing")  # encoded where a batch has no usable row: all processes make as many steps
 
 Paths = Literal["all", "aggregate"] | int | Sequence[int]
 
@@ -154,11 +152,7 @@ class RowBatch:
 
 
 class RowBatches(Dataset[RowBatch]):
-    """Makes the tensors of a batch.
-
-    A row that cannot be used is reported in ``RowBatch.bad_rows``; without ``keep_going`` it is an error, in
-    which ``where`` names the row.
-    """
+    """Makes the tensors of a batch; a row that cannot be used is an error unless ``keep_going``."""
 
     def __init__(
         self,

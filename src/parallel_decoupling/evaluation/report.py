@@ -24,10 +24,7 @@ from parallel_decoupling.evaluation.score import TaskScore, mean_metrics
 
 FORMAT = 2
 SCORES_FILE = "scores.json"
-ROUNDING_ERROR = 1e-9
-"""Two fractions of the same counts differ by at most this much."""
-OTHER_PARTS = ("modes", "path_cosine", "warnings", "run")
-"""Attributes of a report that its file holds as they are."""
+OTHER_PARTS = ("modes", "path_cosine", "warnings", "run")  # of a report, which its file holds as they are
 META_TASKS = ("classification", "vqa", "retrieval", "grounding")
 MEAN_TITLES = {
     **{meta_task: f"mean of {meta_task}" for meta_task in META_TASKS},
@@ -36,8 +33,7 @@ MEAN_TITLES = {
     "overall": "overall (mean of tasks)",
     "mean_of_meta_tasks": "mean of meta-tasks",
 }
-MMEB_COUNTS = dict(zip(MEAN_TITLES, (10, 10, 12, 4, 20, 16, 36), strict=False))
-"""MMEB's tasks behind each mean."""
+MMEB_COUNTS = dict(zip(MEAN_TITLES, (10, 10, 12, 4, 20, 16, 36), strict=False))  # tasks behind each mean
 
 
 @dataclass(frozen=True)
@@ -83,7 +79,7 @@ class TaskResult:
         for column, hits in self.hits.items():
             if len(hits) != self.num_queries or set(hits) - {"0", "1"}:
                 raise ValueError(f"task {name}, {column}: not a hit for each of {self.num_queries} queries")
-            if not abs(hits.count("1") / self.num_queries - self.hit_at_1[column]) <= ROUNDING_ERROR:
+            if not abs(hits.count("1") / self.num_queries - self.hit_at_1[column]) <= 1e-9:
                 raise ValueError(f"task {name}, {column}: hit_at_1 is not the mean of the hits")
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import time
-import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -45,8 +43,6 @@ from parallel_decoupling.training.callbacks import console
 from parallel_decoupling.training.module import PDFEmbedder
 
 BAD_ROWS_FILE = "bad_rows.jsonl"
-HARMLESS_WARNINGS = ("Couldn't infer the batch indices", "Total length of .* across ranks is zero")
-"""Warnings of Lightning about loaders that are not torch's."""
 
 
 class CollectedEmbeddings:
@@ -92,12 +88,10 @@ class CollectedEmbeddings:
 class Scoring(Callback):
     """Scores the tasks of ``validate`` and ``test``, and writes and shows the scores of ``test``.
 
-    Logs ``val/<task>/hit_at_1`` (or ``test/``) and the means, ``val/overall`` among them, for ModelCheckpoint
-    and EarlyStopping. The last ``report`` stays here; ``test`` also writes ``scores.json``, VLM2Vec's
-    score files and the leaderboard's into the folder of the run.
+    Logs ``val/<task>/hit_at_1`` (or ``test/``) and the means, such as ``val/overall``. The last ``report``
+    stays here; ``test`` also calls ``report.write_report`` with the folder of the run.
 
-    ``keeper`` keeps the embeddings of ``test``, so that a test that was stopped resumes; ``data.connect`` was
-    given the same one.
+    With ``keeper``, also given to ``data.connect``, a test that was stopped resumes.
     """
 
     scores_tasks = True
@@ -258,11 +252,8 @@ class EmbeddingWriter(Callback):
         self.data, self.keeper = data, keeper
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
-        for message in HARMLESS_WARNINGS:
-            warnings.filterwarnings("ignore", message=message)
+        """Begin with no embeddings."""
         self._shard = CollectedEmbeddings()
-        self._began, self._num_embedded = time.perf_counter(), 0
 
     def on_predict_batch_end(
         self,
@@ -284,14 +275,11 @@ class EmbeddingWriter(Callback):
             if batch.paths is None:
                 vectors[AGGREGATE] = _aggregate(cast(PDFEmbedder, pl_module), embeddings_BND)
             self.keeper.write(rows, batch.place.shard, self._shard.rows, vectors, self._shard.bad_rows)
-            self._num_embedded += len(self._shard.rows)
             self._shard = CollectedEmbeddings()
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """When all processes are done, write ``bad_rows.jsonl`` and say what there is."""
         trainer.strategy.barrier()
-        seconds = time.perf_counter() - self._began
-        num_embedded = sum(gather_objects(self._num_embedded))
         if not trainer.is_global_zero:
             return
         missing, num_rows, bad_rows = 0, 0, []
@@ -303,8 +291,7 @@ class EmbeddingWriter(Callback):
         bad_rows_file = self.keeper.root / BAD_ROWS_FILE
         lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in bad_rows)
         bad_rows_file.write_text(lines, encoding="utf-8")
-        speed = f"{num_embedded:,} of them now at {num_embedded / seconds:,.1f} per second"
-        message = f"{self.keeper.root}: {num_rows - len(bad_rows):,} rows embedded, {speed}."
+        message = f"{self.keeper.root}: {num_rows - len(bad_rows):,} rows embedded."
         if bad_rows:
             message += f" {len(bad_rows):,} rows could not be embedded: {bad_rows_file} says which and why."
         if missing:

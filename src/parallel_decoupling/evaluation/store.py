@@ -80,11 +80,7 @@ class StoreWriter:
         rows_sha256: str,
         bad_rows: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """Write one shard, complete or not at all.
-
-        ``fields`` are ``id`` and the source's columns of the rows that were embedded, in row order,
-        ``vectors`` by column ``[len(fields), D]``, and ``bad_rows`` have ``row``, ``id`` and ``reason``.
-        """
+        """Write one shard, complete or not at all: fields and vectors of the embedded rows, in row order."""
         assert len(fields) + len(bad_rows) == len(self.rows_of(shard)), "a shard accounts for all of its rows"
         table = fields
         for name in self.about["columns"]:
@@ -105,8 +101,6 @@ class StoreWriter:
 
 class Keeper:
     """The stores of one run of ``test`` or ``predict`` below ``root``, one per source of rows.
-
-    The loaders ask it which shards are finished, the callback that receives embeddings writes through it.
 
     ``model`` returns what is known of the model, and is called when its weights are loaded. With ``replace``,
     what another model or other rows have left is encoded again; otherwise it is refused.
@@ -175,9 +169,7 @@ class Keeper:
 class Store:
     """Reads a complete folder of shards; vectors one row group, ``batch_sizes`` rows, at a time.
 
-    ``metadata`` is what all shards say about themselves, ``columns`` are the names of those with embeddings,
-    and ``bad_rows`` have ``row``, ``id`` and ``reason``. A folder that lacks shards or mixes those of several
-    runs, is refused.
+    A folder that lacks shards or mixes those of several runs is refused.
     """
 
     def __init__(self, folder: str | Path) -> None:
