@@ -52,27 +52,6 @@ def test_concatenated_aggregates(tmp_path: Path) -> None:
     check_hits(index.search(queries, 5, "aggregate"), QUERIES, ITEMS, 5, "concat")
 
 
-@pytest.mark.parametrize(
-    ("columns", "scorings"),
-    [
-        (["aggregate"], ("aggregate",)),
-        (["aggregate", "path_1"], ("aggregate", "path_1")),
-        (["path_0", "path_2"], ("path_0", "path_2", "maxsim")),
-    ],
-)
-def test_scorings_are_those_of_the_columns(
-    columns: list[str], scorings: tuple[str, ...], tmp_path: Path
-) -> None:
-    index = ExactIndex(save_store(tmp_path, ITEMS, columns=columns))
-    assert index.scorings == scorings
-    for scoring in scorings:
-        ((hit,),) = index.search(queries_by_column(ITEMS[[7]]), 1, scoring)
-        assert (hit.id, hit.score) == ("7", pytest.approx(1))
-        assert list(hit.similarities) == [name for name in columns if name != "aggregate"]
-    with pytest.raises(ValueError, match=f"scoring is 'path_7'; this index has {', '.join(scorings)}"):
-        index.search(queries_by_column(ITEMS[[7]]), 1, "path_7")
-
-
 def test_equal_items_are_found_in_their_order(tmp_path: Path) -> None:
     index = ExactIndex(save_store(tmp_path, ITEMS[:1].repeat(3000, 1, 1), rows_per_shard=1100))
     (hits,) = index.search(queries_by_column(QUERIES[:1]), 4, "path_0")
@@ -120,6 +99,7 @@ def test_unusable_arguments(store: Store, tmp_path: Path) -> None:
     index, queries = ExactIndex(store), queries_by_column(QUERIES)
     for arguments, message in (
         ((queries, 0, "path_0"), "top_k is 0"),
+        ((queries, 3, "path_7"), "scoring is 'path_7'; this index has aggregate, path_0"),
         ((queries, 3, "path_0", "group = 1"), "exact search does not take conditions; make a LanceDB index"),
         (({"path_0": QUERIES[:, 0] * torch.nan}, 3, "path_0"), "embedding of a query is zero or not finite"),
     ):

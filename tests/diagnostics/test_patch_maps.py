@@ -16,7 +16,6 @@ from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.diagnostics.patch_maps import (
     attention_maps,
     map_agreement,
-    occluded,
     patch_contributions,
     recorded_attention,
 )
@@ -139,17 +138,6 @@ def test_each_path_depends_on_what_it_sees(picture: Image.Image) -> None:
     assert changed[0, 0].nonzero().tolist() == [[0, 1]]
     assert changed[0, 1].nonzero().tolist() == [[3, 2]]
     assert map_agreement(list(found))[0, 1] == pytest.approx(-1 / 15)
-
-
-def test_patches_cover_the_picture_once(picture: Image.Image) -> None:
-    white = Image.new("RGB", (10, 7), "white")
-    white.paste("black", (0, 0, 10, 3))  # the median is white
-    changed = np.zeros((7, 10), dtype=int)
-    for hidden in occluded(white, 3):
-        changed += (np.asarray(hidden) != np.asarray(white)).any(axis=2)
-    expected = np.zeros((7, 10), dtype=int)
-    expected[:3] = 1
-    assert (changed == expected).all()
 
 
 def test_agreement_is_the_mean_correlation_over_pictures() -> None:

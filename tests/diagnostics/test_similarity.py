@@ -63,12 +63,6 @@ def test_principal_angles_equal_scipy() -> None:
         assert row.numpy() == pytest.approx(expected)
 
 
-def test_a_shared_direction_hides_in_the_centred_cosine() -> None:
-    found = path_similarity(normal(500, 2, 8) + 20)
-    assert found.cosine[0, 1] > 0.98
-    assert abs(found.centred_cosine[0, 1]) < 0.1
-
-
 Misses = NDArray[np.bool_]
 
 

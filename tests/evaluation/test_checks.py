@@ -88,25 +88,6 @@ def test_embeddings_that_are_all_nan_are_a_finding_and_not_an_error() -> None:
     assert checks(paths, paths) == ["chance", "non_finite"]
 
 
-def test_embeddings_on_a_line_are_found() -> None:
-    angle = torch.linspace(-0.7, 0.7, 24)
-    line = torch.stack([torch.ones(24), angle], dim=1).unsqueeze(1)
-    assert "collapsed_embeddings" in checks(line, line)
-
-
-def test_findings_of_tasks_are_joined_by_check() -> None:
-    of_tasks = [
-        Finding("non_finite", "a 1", ("a",)),
-        Finding("chance", "a 2", ("a",)),
-        Finding("chance", "b 3", ("b",)),
-    ]
-    joined = findings(of_tasks)
-    assert joined == [Finding("chance", "a 2; b 3", ("a", "b")), Finding("non_finite", "a 1", ("a",))]
-    plain = joined[0].plain()
-    assert plain["tasks"] == ["a", "b"]
-    assert "random choice" in plain["advice"]
-
-
 def test_another_image_policy_than_in_training_is_found() -> None:
     trained = {"image_size": None, "max_pixels": 100, "batch_size": 3}
     assert check_images(trained, {"max_pixels": 100, "batch_size": 4}) == []

@@ -153,20 +153,6 @@ def test_metrics_are_those_of_the_ranks_averaged_over_tasks(report: ScoreReport)
     assert ScoreReport({"shape": bare}).metric_means == {}
 
 
-def test_what_a_mode_costs_is_shown(report: ScoreReport) -> None:
-    wide = ScoreReport(
-        {
-            name: replace(each, hit_at_1={**each.hit_at_1, "path_1": 0.5}, metrics={})
-            for name, each in report.tasks.items()
-        },
-        modes={"path_1": {"bytes_per_item": 4096, "paths_per_item": 1}},
-    )
-    rows = {row[0]: row for row in wide.mode_grid().rows}
-    assert rows["path_1"] == ["path_1", "50.0", "50.0", "50.0", "4,096", "1"]
-    assert rows["path_0"][-2:] == ["", ""]
-    assert [row[0] for row in report.mode_grid().rows] == ["aggregate"], "a single path is its own aggregate"
-
-
 def test_table_shows_percent_and_flags_tasks_at_chance(report: ScoreReport) -> None:
     grid = report.task_grid()
     rows = {row[0]: list(row[1:]) for row in grid.rows}

@@ -133,10 +133,7 @@ def occluded(picture: Image.Image, grid: int) -> list[Image.Image]:
 
 
 def map_agreement(maps: Sequence[Tensor]) -> Tensor:
-    """Correlate the paths' maps ``[N, height, width]`` over patches: ``[N, N]``, mean over pictures.
-
-    A constant map counts as 0.
-    """
+    """Correlate maps ``[N, height, width]`` over patches: ``[N, N]``, mean over pictures; constant maps 0."""
     centred = [map_NHW.flatten(1).double() - map_NHW.double().mean(dim=(1, 2))[:, None] for map_NHW in maps]
     unit = [F.normalize(map_NV, dim=1) for map_NV in centred]
     return torch.stack([map_NV @ map_NV.T for map_NV in unit]).mean(dim=0)

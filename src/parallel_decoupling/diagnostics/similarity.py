@@ -71,10 +71,7 @@ def linear_cka(embeddings_BND: Tensor) -> Tensor:
 
 
 def principal_angles(embeddings_BND: Tensor, subspace_dim: int) -> Tensor:
-    """Compute the angles ``[M, S]`` between the subspaces that hold most of each path's variance.
-
-    In degrees, smallest first: 0 a shared direction, 90 a direction the other path lacks.
-    """
+    """Compute the angles ``[M, S]`` between the subspaces of most variance, in degrees, smallest first."""
     centred_NBD = (embeddings_BND - embeddings_BND.mean(dim=0)).transpose(0, 1)
     directions_NSD = torch.linalg.svd(centred_NBD, full_matrices=False).Vh[:, :subspace_dim]
     first_M, second_M = path_pairs(len(directions_NSD)).unbind(1)
@@ -122,7 +119,7 @@ def error_agreement(report: ScoreReport) -> ErrorAgreement:
 def stratified_kappa(misses: Sequence[NDArray[np.bool_]]) -> NDArray[np.float64]:
     """Compute Cohen's kappa ``[N, N]`` of all pairs of paths, with chance agreement counted within each task.
 
-    Pooled rows would call paths alike that only find the same tasks hard. ``misses`` are ``[N, R]`` per task.
+    Pooled rows would call paths alike that only find the same tasks hard.
     """
     rows = sum(miss_NR.shape[1] for miss_NR in misses)
     observed_NN, chance_NN = np.zeros((2, len(misses[0]), len(misses[0])))

@@ -42,10 +42,7 @@ class Rows(Protocol):
 
 
 class TokenEstimate:
-    """Roughly how many tokens a row has, without decoding its pictures; only the order of rows depends on it.
-
-    Pictures differ where the processor of the ``collator`` has a pixel budget (as Qwen's has).
-    """
+    """Roughly how many tokens a row has, without decoding its pictures; only their order depends on it."""
 
     def __init__(self, collator: Collator) -> None:
         images = collator.images
@@ -85,9 +82,7 @@ class BatchPlan(Sampler[BatchPlace]):
 
     With ``rows_per_shard`` a process has every ``world_size``-th of the shards that are not ``finished``;
     without, all rows are one shard and the process has every ``world_size``-th of its batches. All processes
-    have the same number of batches, at least one: those with less to do end with batches without rows. Every
-    row is in one batch of one process, and which rows share a batch does not depend on the number of
-    processes. ``estimate`` tells the tokens of a row.
+    have as many batches, some without rows. Which rows share a batch does not depend on their number.
     """
 
     def __init__(

@@ -24,8 +24,7 @@ GROUP_LABELS = ("overall", "classi-\nfication", "VQA", "retrieval", "grounding",
 def comparison_figure(reports: Mapping[str, ScoreReport], title: str) -> Figure:
     """Draw means (left) and tasks (right) of several runs over the same tasks; the baseline comes first.
 
-    Bars and dots are aggregates; lines go from a run's worst to its best single path. Ticks on the right mark
-    the level of chance.
+    Lines go from a run's worst to its best single path.
     """
     baseline, last = next(iter(reports.values())), len(reports) - 1
     labels = {

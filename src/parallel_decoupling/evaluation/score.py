@@ -58,11 +58,7 @@ def path_columns(query: Tensor, candidate: Tensor, aggregate: Callable[[Tensor],
 
 
 def similarities(query: Tensor, candidate: Tensor) -> Tensor:
-    """Score all pairs ``[Q, C]``, the only definition of scoring in this package.
-
-    ``query`` and ``candidate`` have unit norm: ``[rows, D]`` for cosines, or ``[rows, N, D]`` for MaxSim
-    (ColBERT's) divided by N.
-    """
+    """Score all pairs ``[Q, C]`` of unit vectors: cosines of ``[rows, D]``, MaxSim of ``[rows, N, D]``."""
     if query.ndim == 2:
         return query @ candidate.T
     flat = query.flatten(0, 1)
@@ -71,11 +67,10 @@ def similarities(query: Tensor, candidate: Tensor) -> Tensor:
 
 
 def score_task(task: EvalTask, columns: Columns) -> TaskScore:
-    """Score every row of a task by cosine in float32, for several kinds of embeddings at once.
+    """Score every row of a task by the columns of ``path_columns``, in float32.
 
     Candidates equal to the positive as inputs (text and images) do not count against it. Candidates
     whose embeddings are equal bit for bit get one score, so a tie stays a tie at any matrix shape.
-    ``columns`` are those of ``path_columns``; the ranking is that of the first one.
     """
     _check(task, columns)
     query_of_row = torch.tensor(task.query_of_row)
