@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import get_args
 
@@ -79,10 +78,3 @@ def test_unusable_arguments(store: Store, index: LanceIndex, tmp_path: Path) -> 
         index.search(queries_by_column(QUERIES), 3, "path_7")
     with pytest.raises(ValueError, match=r"does not hold an index"):
         LanceIndex(tmp_path)
-
-
-def test_missing_lancedb_is_one_line(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("lancedb", "lancedb.index"):
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ValueError, match=r"pip install 'parallel-decoupling\[search\]'"):
-        write_lance_index(store, tmp_path)

@@ -38,13 +38,6 @@ def test_equals_plain_loops(scoring: str, store: Store) -> None:
     assert all(hit.fields == {"group": int(hit.id) % 3} for hit in hits[0])
 
 
-def test_half_precision_and_fewer_items_than_hits(tmp_path: Path) -> None:
-    index = ExactIndex(save_store(tmp_path, ITEMS[:4], dtype="float16"))
-    check_hits(
-        index.search(queries_by_column(QUERIES), 9, "maxsim"), QUERIES, ITEMS[:4], 9, "maxsim", abs=1e-3
-    )
-
-
 def test_concatenated_aggregates(tmp_path: Path) -> None:
     """The cosine of an aggregate of 3 D numbers is the mean cosine of aligned paths."""
     index = ExactIndex(save_store(tmp_path, ITEMS, aggregate=ITEMS.flatten(1) / 3**0.5))

@@ -212,17 +212,6 @@ def test_open_clip_cuts_no_text(clip: Embedder) -> None:
         tasks(server, "a", "a " * CONTEXT_LENGTH)
 
 
-def test_pictures_are_resized_as_by_the_embedder(tiny_backbone_dir: str) -> None:
-    embedder = small_embedder(tiny_backbone_dir).embedder
-    server = Server(embedder)
-    (task,) = tasks(server, {"image": data_uri(noise_image(40, 30))})
-    ((_, plain),) = server.embed([task])
-    embedder.images = ImagePolicy(size="low")
-    ((resized, num_tokens),) = server.embed([task])
-    torch.testing.assert_close(resized, embedder.encode(task.rows, paths=0), atol=1e-6, rtol=0)
-    assert num_tokens > plain
-
-
 def test_those_that_wait_are_embedded_together(embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
     """At most ``batch_size`` while the model is busy, in the order of arrival; an error is one's own."""
     server, batches = Server(embedder, limits=replace(Limits(), batch_size=4)), list[int]()
@@ -268,3 +257,14 @@ def test_too_large_bodies_and_too_many_requests_are_refused(embedder: Embedder) 
     assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
     assert answer.json()["error"]["type"] == "rate_limit_error"
     assert server._num_requests == 2
+
+
+def test_pictures_are_resized_as_by_the_embedder(tiny_backbone_dir: str) -> None:
+    embedder = small_embedder(tiny_backbone_dir).embedder
+    server = Server(embedder)
+    (task,) = tasks(server, {"image": data_uri(noise_image(40, 30))})
+    ((_, plain),) = server.embed([task])
+    embedder.images = ImagePolicy(size="low")
+    ((resized, num_tokens),) = server.embed([task])
+    torch.testing.assert_close(resized, embedder.encode(task.rows, paths=0), atol=1e-6, rtol=0)
+    assert num_tokens > plain

@@ -93,11 +93,3 @@ def test_similarity_equals_loops(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(Embedder.similarity_pairwise(a, b[:4]), result[:, :4].diagonal())
     with pytest.raises(ValueError, match="4 and 5 rows"):
         Embedder.similarity_pairwise(a, b)
-
-
-@pytest.mark.parametrize(
-    ("a", "b"), [((2, 4), (2, 3, 4)), ((2, 4), (2, 5)), ((2, 3, 4), (2, 2, 4)), ((4,), (4,))]
-)
-def test_similarity_of_different_shapes_is_an_error(a: tuple[int, ...], b: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"pass \[A, D\] and \[B, D\]"):
-        Embedder.similarity(torch.ones(a), torch.ones(b))

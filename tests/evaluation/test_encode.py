@@ -96,14 +96,6 @@ def test_selected_paths_are_the_columns_of_all() -> None:
     torch.testing.assert_close(aggregate, F.normalize(every.flatten(1), dim=-1))
 
 
-def test_no_inputs_give_an_empty_tensor_of_the_right_shape() -> None:
-    shapes = {
-        paths: encode_all(HashEncoder(), HashCollator(), [], paths=paths).shape
-        for paths in ("all", "aggregate", 1, (0, 2))
-    }
-    assert shapes == {"all": (0, 3, 5), "aggregate": (0, 15), 1: (0, 5), (0, 2): (0, 2, 5)}
-
-
 def test_encoding_is_in_eval_mode_and_restores_the_mode_of_every_module() -> None:
     encoder = HashEncoder().train()
     encoder.frozen.eval()
@@ -155,12 +147,6 @@ def test_truncated_embeddings_are_first_coordinates_and_their_aggregate(concaten
     for paths in ("all", "aggregate", 1):
         whole = encode_all(encoder, HashCollator(), inputs, paths=paths)
         assert torch.equal(encode_all(encoder, HashCollator(), inputs, paths=paths, truncate_dim=5), whole)
-
-
-@pytest.mark.parametrize("dim", [0, 6, -1, 2.0, True])
-def test_a_dimension_that_does_not_exist_is_an_error(dim: Any) -> None:
-    with pytest.raises(ValueError, match="embeddings have 5 dimensions"):
-        encode_all(HashEncoder(), HashCollator(), raw(["a"]), truncate_dim=dim)
 
 
 # ---- the plan

@@ -176,12 +176,3 @@ def test_write_report_leaves_every_file_of_a_test(report: ScoreReport, tmp_path:
     metadata = json.loads((tmp_path / "run" / "leaderboard.json").read_text())["metadata"]
     assert (metadata["model_name"], metadata["model_backbone"]) == ("run", "tiny")
     assert metadata["embedding_dimension"] == 32
-
-
-def test_inconsistent_scores_are_an_error() -> None:
-    one = task_score("shape", "classification", True, {"aggregate": "10"}, 0.1)
-    other = task_score("colour", "vqa", True, {"aggregate": "10", "path_0": "10"}, 0.1)
-    with pytest.raises(ValueError, match="shape is there twice"):
-        ScoreReport.from_scores([one, one])
-    with pytest.raises(ValueError, match="colour has columns"):
-        ScoreReport.from_scores([one, other])

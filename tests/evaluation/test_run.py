@@ -109,10 +109,6 @@ def test_images_of_another_size_than_in_training_are_reported(
         make_trainer(tmp_path).test(module, data, ckpt_path=tmp_path / "one.ckpt", verbose=False)
         report = ScoreReport.from_json_file(tmp_path / "scores.json")
         assert [each["detail"] for each in report.warnings if each["check"] == "other_images"] == details
-    loaded = PDFEmbedder.load_from_checkpoint(tmp_path / "one.ckpt")
-    make_trainer(tmp_path).test(loaded, small_data(tiny_mmeb_dir, image_size="low"), verbose=False)
-    report = ScoreReport.from_json_file(tmp_path / "scores.json")
-    assert "image_size: trained None, asked low" in str(report.warnings), "also without ckpt_path"
 
 
 def test_skipped_evaluation_rows_are_left_out_of_the_score_and_counted(

@@ -173,13 +173,6 @@ def test_ranking_is_sorted_by_the_first_column_and_puts_the_positive_after_ties(
     assert score.ranking[0, :2].tolist() == [1, 0]
 
 
-def test_half_precision_embeddings_are_scored_in_float32() -> None:
-    query = torch.tensor([[1.0, 0.0]]).bfloat16()
-    candidate = torch.tensor([[1.0, 0.0625], [1.0, 0.0703125]]).bfloat16()  # equal cosines in bfloat16
-    task = EvalTask(TASK, [RawInput("q")], [RawInput("a"), RawInput("b")], [0], [[0, 1]])
-    assert score_task(task, {"aggregate": (query, candidate)}).hits["aggregate"].tolist() == [True]
-
-
 def test_embeddings_that_do_not_fit_are_an_error() -> None:
     task = random_task(random.Random(0))
     with pytest.raises(
@@ -245,3 +238,10 @@ def test_maxsim_is_scored_like_its_similarities_and_keeps_ties() -> None:
             if x != row
         )
         assert ranks[row] == 1 + ahead
+
+
+def test_half_precision_embeddings_are_scored_in_float32() -> None:
+    query = torch.tensor([[1.0, 0.0]]).bfloat16()
+    candidate = torch.tensor([[1.0, 0.0625], [1.0, 0.0703125]]).bfloat16()  # equal cosines in bfloat16
+    task = EvalTask(TASK, [RawInput("q")], [RawInput("a"), RawInput("b")], [0], [[0, 1]])
+    assert score_task(task, {"aggregate": (query, candidate)}).hits["aggregate"].tolist() == [True]

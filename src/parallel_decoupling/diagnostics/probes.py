@@ -23,8 +23,7 @@ Labels = dict[str, list[str]]  # one label per scene, by factor
 def crowded_scenes(count: int, seed: int = 0) -> tuple[list[world.Scene], Labels]:
     """Draw scenes of three objects and one written word: each factor but ``count`` has one value.
 
-    ``shape``, ``color`` and ``size`` are those of the object at the top left, so a probe has to tell it from
-    two others; ``position`` is that of the word. A scene of one object would be too easy to tell paths apart.
+    ``shape``, ``color`` and ``size`` are those of the object at the top left, ``position`` is the word's.
     """
     rng, scenes = np.random.default_rng([seed, 1]), []
     labels: Labels = {factor: [] for factor in FACTORS if factor != "count"}

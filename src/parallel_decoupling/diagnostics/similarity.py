@@ -98,8 +98,7 @@ class ErrorAgreement:
 def error_agreement(report: ScoreReport) -> ErrorAgreement:
     """Compare the hits of a report's paths row by row.
 
-    Beside the report's first column and ``best_path``, the scores are ``oracle`` (a query counts if any path
-    is right) and ``independent_oracle`` (the oracle if these paths missed independently within each task).
+    ``oracle`` counts a query if any path is right; in ``independent_oracle`` the paths miss independently.
     """
     paths, headline = report.path_columns, report.columns[0]
     if not paths or not all(result.hits for result in report.tasks.values()):

@@ -243,10 +243,7 @@ class Scoring(Callback):
 
 
 class EmbeddingWriter(Callback):
-    """Writes what ``predict`` embeds, shard by shard; a killed run resumes with the shards that are missing.
-
-    ``data`` has the rows; ``keeper`` has their stores, and ``data.connect`` was given the same one.
-    """
+    """Writes what ``predict`` embeds; ``data.connect`` was given the same ``keeper``."""
 
     def __init__(self, data: MMEBDataModule, keeper: Keeper) -> None:
         self.data, self.keeper = data, keeper

@@ -123,8 +123,7 @@ class Keeper:
     ) -> frozenset[int]:
         """Open the store of some rows and return the shards that are done, the same on all processes.
 
-        ``about`` is that of ``StoreWriter``; without ``with_bad_rows`` a shard in which some rows could not
-        be embedded does not count. ``ValueError`` for a shard that is refused.
+        Without ``with_bad_rows`` a shard in which some rows could not be embedded does not count.
         """
         writer = StoreWriter(self.root / rows.name, {**self._model(), **about}, self._dtype)
         done, problem = set[int](), None
