@@ -128,14 +128,6 @@ def test_bad_requests(body: Any, status: int, param: str | None, client: TestCli
     assert error["message"]
 
 
-def test_models_and_health(client: TestClient, embedder: Embedder) -> None:
-    rows = client.get("/v1/models").json()["data"]
-    assert [row["id"] for row in rows] == ["default", "aggregate", "path_0", "path_1", "path_2"]
-    assert client.get("/health").status_code == 200
-    with pytest.raises(ValueError, match="no path 3; the model has paths 0 to 2"):
-        Server(embedder, 3)
-
-
 @pytest.mark.parametrize("aggregation", ["mean", "concat"])
 def test_dimensions_cut_paths_before_they_are_aggregated(aggregation: str, tiny_backbone_dir: str) -> None:
     """The answer has as many numbers as were asked for; of concatenated paths each gives its part."""

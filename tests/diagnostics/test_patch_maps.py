@@ -138,10 +138,3 @@ def test_each_path_depends_on_what_it_sees(picture: Image.Image) -> None:
     assert changed[0, 0].nonzero().tolist() == [[0, 1]]
     assert changed[0, 1].nonzero().tolist() == [[3, 2]]
     assert map_agreement(list(found))[0, 1] == pytest.approx(-1 / 15)
-
-
-def test_agreement_is_the_mean_correlation_over_pictures() -> None:
-    maps = [torch.rand(2, 3, 4), torch.rand(2, 2, 2)]
-    expected = [np.corrcoef(*(path.flatten().numpy() for path in picture))[0, 1] for picture in maps]
-    assert map_agreement(maps)[0, 1] == pytest.approx(np.mean(expected))
-    assert map_agreement([torch.ones(2, 3, 4)]).tolist() == [[0, 0], [0, 0]], "constant maps"

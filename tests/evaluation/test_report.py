@@ -149,8 +149,6 @@ def test_metrics_are_those_of_the_ranks_averaged_over_tasks(report: ScoreReport)
     assert report.tasks["shape"].metrics["aggregate"]["mrr"] == hits[0]
     assert report.metric_means["aggregate"]["mrr"] == pytest.approx(sum(hits) / 3)
     assert report.metric_means["path_0"]["hit@5"] == 1
-    bare = TaskResult(Task("shape", "vqa", True), 2, 0.1, {"aggregate": 0.5})
-    assert ScoreReport({"shape": bare}).metric_means == {}
 
 
 def test_table_shows_percent_and_flags_tasks_at_chance(report: ScoreReport) -> None:

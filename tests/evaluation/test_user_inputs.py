@@ -54,7 +54,6 @@ def test_finished_prompts_pass_unchanged() -> None:
 
 def test_text_that_only_ends_like_an_image_is_a_text_in_a_dictionary() -> None:
     assert to_raw_inputs([{"text": "logo.png"}]) == [RawInput("logo.png")]
-    assert to_raw_inputs([{"text": "see images/logo.png"}]) == [RawInput("see images/logo.png")]
     assert to_raw_inputs(["one/two of a text"]) == [RawInput("one/two of a text")]
 
 

@@ -297,10 +297,7 @@ class EmbeddingWriter(Callback):
 
 
 def evaluate(model: PDFEmbedder, data: MMEBDataModule | str | Path, **trainer_options: Any) -> ScoreReport:
-    """Score a model on the evaluation tasks of a data module or folder (or ``mini-mmeb``).
-
-    ``trainer_options`` are Lightning's; ``default_root_dir`` is where the score files go.
-    """
+    """Score a model on a data module or folder (or ``mini-mmeb``); ``trainer_options`` are Lightning's."""
     module = data if isinstance(data, MMEBDataModule) else MMEBDataModule(str(data))
     scoring = Scoring(module.connect(model))
     options = {"logger": False, "enable_checkpointing": False, "use_distributed_sampler": False}
