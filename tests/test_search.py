@@ -18,7 +18,7 @@ from parallel_decoupling.model.identity import path_hashes
 from parallel_decoupling.search import ExactIndex, Searcher
 from tests.support.stores import check_hits, queries_by_column, save_store, vectors
 
-SCORINGS = ("aggregate", "path_0", "path_1", "path_2", "mean", "concat", "maxsim")
+SCORINGS = ("aggregate", "path_0", "path_1", "path_2", "maxsim")
 ITEMS, QUERIES = vectors(400), vectors(5, seed=1)
 
 
@@ -38,39 +38,11 @@ def test_equals_plain_loops(scoring: str, store: Store) -> None:
     assert all(hit.fields == {"group": int(hit.id) % 3} for hit in hits[0])
 
 
-def test_half_precision_and_fewer_items_than_hits(tmp_path: Path) -> None:
-    index = ExactIndex(save_store(tmp_path, ITEMS[:4], dtype="float16"))
-    check_hits(
-        index.search(queries_by_column(QUERIES), 9, "maxsim"), QUERIES, ITEMS[:4], 9, "maxsim", abs=1e-3
-    )
-
-
 def test_concatenated_aggregates(tmp_path: Path) -> None:
     """The cosine of an aggregate of 3 D numbers is the mean cosine of aligned paths."""
     index = ExactIndex(save_store(tmp_path, ITEMS, aggregate=ITEMS.flatten(1) / 3**0.5))
     queries = queries_by_column(QUERIES) | {"aggregate": QUERIES.flatten(1)}
     check_hits(index.search(queries, 5, "aggregate"), QUERIES, ITEMS, 5, "concat")
-
-
-@pytest.mark.parametrize(
-    ("columns", "scorings"),
-    [
-        (["aggregate"], ("aggregate",)),
-        (["aggregate", "path_1"], ("aggregate", "path_1")),
-        (["path_0", "path_2"], ("path_0", "path_2", "mean", "concat", "maxsim")),
-    ],
-)
-def test_scorings_are_those_of_the_columns(
-    columns: list[str], scorings: tuple[str, ...], tmp_path: Path
-) -> None:
-    index = ExactIndex(save_store(tmp_path, ITEMS, columns=columns))
-    assert index.scorings == scorings
-    for scoring in scorings:
-        ((hit,),) = index.search(queries_by_column(ITEMS[[7]]), 1, scoring)
-        assert (hit.id, hit.score) == ("7", pytest.approx(1))
-        assert list(hit.similarities) == [name for name in columns if name != "aggregate"]
-    with pytest.raises(ValueError, match=f"scoring is 'path_7'; this index has {', '.join(scorings)}"):
-        index.search(queries_by_column(ITEMS[[7]]), 1, "path_7")
 
 
 def test_equal_items_are_found_in_their_order(tmp_path: Path) -> None:
@@ -120,6 +92,7 @@ def test_unusable_arguments(store: Store, tmp_path: Path) -> None:
     index, queries = ExactIndex(store), queries_by_column(QUERIES)
     for arguments, message in (
         ((queries, 0, "path_0"), "top_k is 0"),
+        ((queries, 3, "path_7"), "scoring is 'path_7'; this index has aggregate, path_0"),
         ((queries, 3, "path_0", "group = 1"), "exact search does not take conditions; make a LanceDB index"),
         (({"path_0": QUERIES[:, 0] * torch.nan}, 3, "path_0"), "embedding of a query is zero or not finite"),
     ):
@@ -176,7 +149,7 @@ def test_a_model_searches_by_the_paths_that_it_has(
     index = stored(tmp_path, RowEmbedder(0, 1, 2, concatenates=concatenates))
     searcher = Searcher(RowEmbedder(*paths, concatenates=concatenates), index)
     by_path = {f"path_{path}" for path in paths}
-    several = {"mean", "concat", "maxsim"} if len(paths) == 3 else set()
+    several = {"maxsim"} if len(paths) == 3 else set()
     if len(paths) == 3 and (paths == (0, 1, 2) or not concatenates):
         several.add("aggregate")
     assert set(searcher.scorings) == by_path | several
@@ -188,16 +161,6 @@ def test_a_model_searches_by_the_paths_that_it_has(
     for scoring in {*SCORINGS} - {*searcher.scorings}:
         with pytest.raises(ValueError, match=f"scoring is '{scoring}'; this model and index have"):
             searcher.search(["7"], 2, scoring)
-
-
-def test_only_some_columns_are_stored(tmp_path: Path) -> None:
-    """The aggregate of the whole model, and the paths that are there, at their own numbers."""
-    index = stored(tmp_path, RowEmbedder(0, 1, 2), columns=["aggregate", "path_2"])
-    searcher = Searcher(RowEmbedder(2, 1, 0), index)
-    assert searcher.scorings == ("aggregate", "path_2")
-    for scoring in searcher.scorings:
-        ((hit,),) = searcher.search(["7"], 1, scoring)
-        assert (hit.id, hit.score, hit.similarities) == ("7", pytest.approx(1), {"path_2": pytest.approx(1)})
 
 
 @pytest.mark.parametrize(

@@ -103,19 +103,14 @@ def test_answers_are_what_encode_gives(
         ([], 400, None),
         ({}, 400, "input"),
         ({"input": []}, 400, "input"),
-        ({"input": [1, 2]}, 400, "input"),
         ({"input": " "}, 400, "input"),
         ({"input": ["a", {"txt": "b"}]}, 400, "input"),
-        ({"input": {"text": 3}}, 400, "input"),
-        ({"input": {"image": "https://example.org/a.png"}}, 400, "input"),
         ({"input": {"image": "photo.png"}}, 400, "input"),
         ({"input": {"image": "data:image/png;base64,AAAA"}}, 400, "input"),
-        ({"input": {"image": "data:image/png;base64,%"}}, 400, "input"),
         ({"input": "<|image_1|> a"}, 400, None),
         ({"input": "a", "model": "path_3"}, 404, "model"),
         ({"input": "a", "dimensions": 33}, 400, "dimensions"),
         ({"input": "a", "dimensions": 0}, 400, "dimensions"),
-        ({"input": "a", "dimensions": True}, 400, "dimensions"),
         ({"input": "a", "encoding_format": "hex"}, 400, "encoding_format"),
         ({"input": "a", "temperature": 1}, 400, "temperature"),
         ({"input": ["a"] * 4}, 413, "input"),
@@ -131,25 +126,6 @@ def test_bad_requests(body: Any, status: int, param: str | None, client: TestCli
     assert (answer.status_code, error["param"], error["type"]) == (status, param, "invalid_request_error")
     assert error.keys() == {"message", "type", "param", "code"}
     assert error["message"]
-
-
-def test_messages_name_the_input(client: TestClient) -> None:
-    for body, message in (
-        ({"input": ["a", {"text": 3}]}, r"input[1].text: Input should be a valid string"),
-        ({"input": ["a", " "]}, "input[1] has neither text nor image"),
-        ({"input": ["a", {"image": "x"}]}, "input[1]: image must be a data URI"),
-    ):
-        assert message in ask(client, **body).json()["error"]["message"]
-    assert client.post("/v1/embeddings", content=b"\xff{").status_code == 400
-    assert client.get("/v1/nothing").json()["error"]["message"] == "Not Found"
-
-
-def test_models_and_health(client: TestClient, embedder: Embedder) -> None:
-    rows = client.get("/v1/models").json()["data"]
-    assert [row["id"] for row in rows] == ["default", "aggregate", "path_0", "path_1", "path_2"]
-    assert client.get("/health").status_code == 200
-    with pytest.raises(ValueError, match="no path 3; the model has paths 0 to 2"):
-        Server(embedder, 3)
 
 
 @pytest.mark.parametrize("aggregation", ["mean", "concat"])
@@ -228,17 +204,6 @@ def test_open_clip_cuts_no_text(clip: Embedder) -> None:
         tasks(server, "a", "a " * CONTEXT_LENGTH)
 
 
-def test_pictures_are_resized_as_by_the_embedder(tiny_backbone_dir: str) -> None:
-    embedder = small_embedder(tiny_backbone_dir).embedder
-    server = Server(embedder)
-    (task,) = tasks(server, {"image": data_uri(noise_image(40, 30))})
-    ((_, plain),) = server.embed([task])
-    embedder.images = ImagePolicy(size="low")
-    ((resized, num_tokens),) = server.embed([task])
-    torch.testing.assert_close(resized, embedder.encode(task.rows, paths=0), atol=1e-6, rtol=0)
-    assert num_tokens > plain
-
-
 def test_those_that_wait_are_embedded_together(embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
     """At most ``batch_size`` while the model is busy, in the order of arrival; an error is one's own."""
     server, batches = Server(embedder, limits=replace(Limits(), batch_size=4)), list[int]()
@@ -284,3 +249,14 @@ def test_too_large_bodies_and_too_many_requests_are_refused(embedder: Embedder) 
     assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
     assert answer.json()["error"]["type"] == "rate_limit_error"
     assert server._num_requests == 2
+
+
+def test_pictures_are_resized_as_by_the_embedder(tiny_backbone_dir: str) -> None:
+    embedder = small_embedder(tiny_backbone_dir).embedder
+    server = Server(embedder)
+    (task,) = tasks(server, {"image": data_uri(noise_image(40, 30))})
+    ((_, plain),) = server.embed([task])
+    embedder.images = ImagePolicy(size="low")
+    ((resized, num_tokens),) = server.embed([task])
+    torch.testing.assert_close(resized, embedder.encode(task.rows, paths=0), atol=1e-6, rtol=0)
+    assert num_tokens > plain

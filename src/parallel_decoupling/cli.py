@@ -21,7 +21,7 @@ TRAINER_SUBCOMMANDS = {
     "fit": "train (and validate, if data.validation_tasks names tasks)",
     "plan": "what a fit with the same options would need: batch, parameters, memory, work",
     "validate": "score the validation tasks",
-    "test": "score the evaluation tasks; writes scores.json and scores.csv",
+    "test": "score the evaluation tasks; writes scores.json",
     "predict": "embed a folder of images or a table as Parquet files, or the evaluation tasks",
 }
 COMMANDS = {

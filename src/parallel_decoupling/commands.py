@@ -58,7 +58,7 @@ def search(
         model: checkpoint, run or exported folder; by default the checkpoint that embedded the items.
         instruction: put before the text; by default the model's own for queries.
         top_k: number of hits.
-        scoring: aggregate, path_0 and so on, or with several paths mean, concat or maxsim.
+        scoring: aggregate, path_0 and so on, or with several paths maxsim.
         where: condition on fields in SQL, for an index, such as "colour = 'red' AND size < 3".
     """
     from rich.console import Console

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -26,10 +26,8 @@ from parallel_decoupling.search import (
 )
 
 TABLE = "items"
-REFINED = 10
-"""Items per hit that an approximate index scores again with the vectors themselves."""
-ROWS_FOR_TRAINING = 256
-"""Fewest items on which LanceDB trains an approximate index."""
+REFINED = 10  # items per hit that an approximate index scores again with the vectors themselves
+ROWS_FOR_TRAINING = 256  # fewest items on which LanceDB trains an approximate index
 
 IndexType = Literal["IVF_FLAT", "IVF_SQ", "IVF_PQ", "IVF_RQ"]
 """LanceDB's names: partitions of whole vectors, or of vectors in 8 bits, product codes or 1 bit a number."""
@@ -38,21 +36,11 @@ IndexType = Literal["IVF_FLAT", "IVF_SQ", "IVF_PQ", "IVF_RQ"]
 def write_lance_index(store: Store, index_dir: str | Path, index_type: IndexType | None = None) -> None:
     """Write a table of all rows of a store; one that is there is replaced.
 
-    Args:
-        store: what ``predict`` wrote.
-        index_dir: the folder of the database.
-        index_type: of the approximate index of every column; None compares with every item.
-
-    Raises:
-        ValueError: LanceDB is not installed, or there are too few items for an approximate index.
+    ``index_type`` is that of the approximate index of every column; without one a search compares with every
+    item.
     """
-    if index_type is not None and index_type not in get_args(IndexType):
-        raise ValueError(f"index_type is {index_type!r}; choose from {', '.join(get_args(IndexType))}")
     if index_type is not None and len(store) < ROWS_FOR_TRAINING:
-        raise ValueError(
-            f"{len(store)} items are too few for index_type {index_type}, which is trained on at least "
-            f"{ROWS_FOR_TRAINING}; leave it out to compare with every item"
-        )
+        raise ValueError(f"{index_type} needs at least {ROWS_FOR_TRAINING} items; leave out index_type")
     tables = _tables(store)
     first = next(tables)
     metadata = {METADATA_KEY: json.dumps(store.metadata)}
@@ -71,19 +59,11 @@ class LanceIndex:
     """Searches a table that ``write_lance_index`` wrote, by the aggregate, one path, or MaxSim.
 
     LanceDB finds the items, the scores are computed from the vectors as in exact search.
-
-    Args:
-        index_dir: the folder of the database.
-
-    Raises:
-        ValueError: LanceDB is not installed, or the folder does not hold such a table.
     """
 
     def __init__(self, index_dir: str | Path) -> None:
         if not Path(index_dir, f"{TABLE}.lance").is_dir():
-            raise ValueError(
-                f"{index_dir} does not hold an index ({TABLE}.lance): write one with lightning index"
-            )
+            raise ValueError(f"{index_dir} does not hold an index: write one with lightning index")
         self._table = _lancedb().connect(index_dir).open_table(TABLE)
         schema = self._table.schema
         self.metadata: Mapping[str, Any] = json.loads(schema.metadata[METADATA_KEY])

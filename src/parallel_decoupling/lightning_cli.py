@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from parallel_decoupling.data.datamodule import MMEBDataModule
-from parallel_decoupling.evaluation.run import EmbeddingWriter, PathPictures, Scoring
+from parallel_decoupling.evaluation.run import EmbeddingWriter, Scoring
 from parallel_decoupling.evaluation.store import Keeper, VectorType
 from parallel_decoupling.model.encoder import absolute_name
 from parallel_decoupling.model.pretrained import LAST_CHECKPOINT, read_checkpoint
@@ -164,7 +164,7 @@ class RunCLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         callbacks, keeper = list(_as_list(config.get("callbacks"))), self._keeper()
         self.datamodule.connect(self.model, keeper)
-        callbacks += [Scoring(self.datamodule, keeper), PathPictures()]
+        callbacks.append(Scoring(self.datamodule, keeper))
         if self.config.subcommand == "predict":
             assert keeper is not None
             callbacks.append(EmbeddingWriter(self.datamodule, keeper))

@@ -17,43 +17,28 @@ from parallel_decoupling.evaluation.score import similarities
 from parallel_decoupling.evaluation.store import AGGREGATE, Store, path_column
 from parallel_decoupling.model.identity import path_hashes
 
-MEAN, CONCAT, MAXSIM = "mean", "concat", "maxsim"
+MAXSIM = "maxsim"
 MEMORY_BUDGET = 4 * 2**30
-ROWS_AT_ONCE = 1024
-"""Items that are scored together."""
-DECODING_BYTES = 9
-"""What reading a number takes for a moment, beside the four bytes of its float32."""
+ROWS_AT_ONCE = 1024  # items that are scored together
+DECODING_BYTES = 9  # what reading a number takes for a moment, beside the four bytes of its float32
 
 
 @dataclass(frozen=True)
 class Hit:
-    """One item that was found.
-
-    Attributes:
-        id: the item's.
-        score: by the scoring of the search, in [-1, 1]; higher is better.
-        similarities: cosine of query and item on each path that both have, by column.
-        fields: the item's source fields.
-    """
+    """One item that was found."""
 
     id: str
-    score: float
-    similarities: Mapping[str, float]
-    fields: Mapping[str, Any]
+    score: float  # by the scoring of the search, in [-1, 1]; higher is better
+    similarities: Mapping[str, float]  # cosine of query and item on each path that both have, by column
+    fields: Mapping[str, Any]  # the item's source fields
 
 
 class Index(Protocol):
-    """Items that can be searched: ``ExactIndex``, or ``lance_index.LanceIndex``.
+    """Items that can be searched: ``ExactIndex``, or ``lance_index.LanceIndex``."""
 
-    Attributes:
-        metadata: of the store that the items come from.
-        columns: names of the vectors of every item.
-        scorings: what ``search`` may score by.
-    """
-
-    metadata: Mapping[str, Any]
-    columns: tuple[str, ...]
-    scorings: tuple[str, ...]
+    metadata: Mapping[str, Any]  # of the store that the items come from
+    columns: tuple[str, ...]  # names of the vectors of every item
+    scorings: tuple[str, ...]  # what ``search`` may score by
 
     def __len__(self) -> int: ...
 
@@ -62,11 +47,7 @@ class Index(Protocol):
     ) -> list[list[Hit]]:
         """Find at most ``top_k`` items for every query, best first.
 
-        Args:
-            queries: by column, ``[Q, D]``: those that the scoring compares, and perhaps further paths.
-            top_k: hits per query, at least 1.
-            scoring: one of ``scorings``.
-            where: condition on source fields in LanceDB's SQL.
+        ``queries`` are ``[Q, D]`` by column: those that the scoring compares, and perhaps further paths.
         """
 
 
@@ -76,18 +57,14 @@ class ExactIndex:
     Args:
         store: what ``predict`` wrote, or its folder.
         memory_budget: bytes that decoded vectors may take, at least those of one row group of all paths.
-            Vectors that fit stay in memory, others are read again for every search.
-
-    Relations:
-        The hits do not depend on the budget.
+            Vectors that fit stay in memory, others are read again for every search; the hits are the same.
     """
 
     def __init__(self, store: Store | str | Path, memory_budget: int = MEMORY_BUDGET) -> None:
         store = store if isinstance(store, Store) else Store(store)
         self.store, self.columns = store, store.columns
         self.metadata: Mapping[str, Any] = store.metadata
-        several = (MEAN, CONCAT, MAXSIM) if len(path_columns(self.columns)) > 1 else ()
-        self.scorings = (*self.columns, *several)
+        self.scorings = (*self.columns, *([MAXSIM] if len(path_columns(self.columns)) > 1 else []))
         self._ends = list(accumulate(store.batch_sizes))
         dims = [[store.dim(name) for name in compared(each, self.columns)] for each in self.scorings]
         working = max(4 * sum(each) + DECODING_BYTES * max(each) for each in dims)
@@ -161,15 +138,8 @@ class Searcher:
 
     A model that was exported with some of the paths, in any order, searches by those.
 
-    Args:
-        embedder: an ``Embedder``.
-        index: the items.
-
-    Attributes:
-        scorings: what may be scored by: what the index has and the model can embed.
-
-    Raises:
-        ValueError: the model has other weights, or lacks the paths of the items.
+    ``scorings`` are those that the index has and the model can embed. ``ValueError`` for a model with other
+    weights or without the paths of the items.
     """
 
     def __init__(self, embedder: Any, index: Index) -> None:
@@ -204,9 +174,8 @@ class Searcher:
         Args:
             inputs: a list of what ``Embedder.encode`` takes: texts, PIL images, image files, dictionaries.
             top_k: hits per query.
-            scoring: ``aggregate``; ``path_0`` and so on; ``mean`` of the paths; ``concat``, all paths side by
-                side, which is the mean cosine of aligned paths; or ``maxsim``, every query path with the
-                item's best path.
+            scoring: ``aggregate``; ``path_0`` and so on; or ``maxsim``, every query path with the item's best
+                path.
             where: condition on source fields in SQL, for a LanceDB index.
             instruction: put before every text; None is the model's own for queries.
         """
@@ -230,17 +199,14 @@ def path_columns(columns: Iterable[str]) -> tuple[str, ...]:
 
 def compared(scoring: str, columns: Iterable[str]) -> tuple[str, ...]:
     """Return the columns that a scoring needs."""
-    return path_columns(columns) if scoring in (MEAN, CONCAT, MAXSIM) else (scoring,)
+    return path_columns(columns) if scoring == MAXSIM else (scoring,)
 
 
 def scored_vectors(columns: Mapping[str, Tensor], scoring: str) -> Tensor:
     """Return what ``similarities`` takes for a scoring, ``[B, D]`` or ``[B, N, D]``, from unit vectors."""
-    if scoring in columns:
+    if scoring != MAXSIM:
         return columns[scoring]
-    paths_BND = torch.stack([columns[name] for name in path_columns(columns)], dim=1)
-    if scoring == MAXSIM:
-        return paths_BND
-    return F.normalize(paths_BND.mean(dim=1) if scoring == MEAN else paths_BND.flatten(1), dim=-1)
+    return torch.stack([columns[name] for name in path_columns(columns)], dim=1)
 
 
 def query_vectors(queries: Mapping[str, Tensor], top_k: int, scoring: str, index: Index) -> Tensor:

@@ -30,11 +30,8 @@ from parallel_decoupling.evaluation.encode import encode
 from parallel_decoupling.evaluation.user_inputs import to_raw_inputs
 from parallel_decoupling.model.open_clip import OpenCLIPProcessor
 
-Output = int | Literal["aggregate"]
-"""What a model name stands for: a path's number, or the aggregate."""
-
-GRACE_SECONDS = 30
-"""Accepted requests have so long after SIGTERM to be answered."""
+Output = int | Literal["aggregate"]  # what a model name stands for: a path's number, or the aggregate
+GRACE_SECONDS = 30  # accepted requests have so long after SIGTERM to be answered
 
 
 @dataclass(frozen=True)
@@ -83,7 +80,7 @@ class Body(BaseModel):
     @field_validator("input", mode="before")
     @classmethod
     def _as_list(cls, value: Any) -> Any:
-        """Turn a single input into a list, and strings, which are never names of files, into texts."""
+        # strings are texts, never names of files
         items = value if isinstance(value, list) else [value]
         return [{"text": item} if isinstance(item, str) else item for item in items]
 
@@ -104,32 +101,25 @@ class Task(NamedTuple):
     truncate_dim: int | None
 
 
-Result = tuple[Tensor, int] | ValueError
-"""Embeddings ``[B, D]`` of a request and the number of its tokens, or the error that it causes."""
+Result = tuple[Tensor, int] | ValueError  # embeddings [B, D] and number of tokens, or the error
 
 
 class CountingCollator(Collator):
     """Remembers every row's number of tokens, image tokens included."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.num_tokens: dict[int, int] = {}
+    num_tokens: dict[int, int]
 
     def encode_inputs(self, inputs: Sequence[RawInput], *args: Any, **kwargs: Any) -> EncoderInputs:
         """Tokenise as ``Collator`` does."""
         encoded = super().encode_inputs(inputs, *args, **kwargs)
-        for row, count in zip(inputs, encoded.tokens["attention_mask"].sum(dim=1).tolist(), strict=True):
-            self.num_tokens[id(row)] = int(count)
+        self.num_tokens.update(zip(map(id, inputs), encoded.lengths.tolist(), strict=True))
         return encoded
 
 
 class Server:
     """Checks requests, and embeds together those that wait together.
 
-    Args:
-        embedder: the model.
-        path: what the model name ``default`` stands for; a ``ValueError`` if the model does not have it.
-        limits: of requests and batches.
+    The model name ``default`` stands for ``path``; a ``ValueError`` if the model does not have it.
     """
 
     def __init__(self, embedder: Embedder, path: Output = 0, limits: Limits | None = None) -> None:
@@ -172,13 +162,12 @@ class Server:
             del self._waiting[future]
         if isinstance(result, ValueError):
             raise result
+        vectors: list[Any] = result[0].tolist()
         if body.encoding_format == "base64":  # of little-endian float32
             rows = result[0].numpy().astype("<f4")
-            vectors: list[Any] = [base64.b64encode(row.tobytes()).decode("ascii") for row in rows]
-        else:
-            vectors = result[0].tolist()
+            vectors = [base64.b64encode(row.tobytes()).decode("ascii") for row in rows]
         data = [{"object": "embedding", "index": n, "embedding": each} for n, each in enumerate(vectors)]
-        usage = {"prompt_tokens": result[1], "total_tokens": result[1]}
+        usage = dict.fromkeys(("prompt_tokens", "total_tokens"), result[1])
         return {"object": "list", "data": data, "model": body.model, "usage": usage}
 
     async def _embed_oldest(self) -> None:
@@ -192,6 +181,7 @@ class Server:
         """Embed the inputs of several requests together, or one by one if that fails, as ``encode`` does."""
         encoder, images = self.embedder.encoder, self.embedder.images
         collator = CountingCollator(encoder.processor, image_token=encoder.image_token, images=images)
+        collator.num_tokens = {}
         groups: dict[tuple[Output, int | None], list[Task]] = defaultdict(list)
         for task in tasks:
             groups[task.output, task.truncate_dim].append(task)
@@ -211,12 +201,10 @@ class Server:
     def check(self, body: Body) -> Task:
         """Check a request, and decode its images; a ``ValueError`` names the key, or the input's number."""
         if body.model not in self.models:
-            known = ", ".join(self.models)
-            raise RequestError(f"there is no model {body.model!r}; use {known}", 404, "model")
+            raise RequestError(f"no model {body.model!r}; use {', '.join(self.models)}", 404, "model")
         output, limits = self.models[body.model], self.limits
         if not 0 < len(body.input) <= limits.inputs:
-            message = f"input has {len(body.input)} items; 1 to {limits.inputs} are allowed"
-            raise RequestError(message, 413 if body.input else 400)
+            raise RequestError(f"input must have 1 to {limits.inputs} items", 413 if body.input else 400)
         rows = to_raw_inputs(_checked(*each, limits) for each in enumerate(body.input))
         processor = self.embedder.encoder.processor
         texts = [f"{item.instruction or ''} {item.text}" for item in body.input]
@@ -227,7 +215,7 @@ class Server:
         path_dim = self.embedder.embed_dim
         joined = self.embedder.encoder.aggregate_dim // path_dim if output == "aggregate" else 1
         if not 0 < body.dimensions <= joined * path_dim or body.dimensions % joined:
-            message = f"dimensions is {body.dimensions}; use a multiple of {joined} up to {joined * path_dim}"
+            message = f"use a multiple of {joined} up to {joined * path_dim}"
             raise RequestError(message, param="dimensions")
         return Task(rows, output, body.dimensions // joined)
 
@@ -291,8 +279,7 @@ def _checked(number: int, item: Input, limits: Limits) -> dict[str, Any]:
     """Return an input as ``Embedder.encode`` takes it, its image decoded."""
     where, characters = f"input[{number}]", len(item.text) + len(item.instruction or "")
     if characters > limits.characters:
-        message = f"{where} has {characters} characters; at most {limits.characters} are allowed"
-        raise RequestError(message, 413)
+        raise RequestError(f"{where} has more than {limits.characters} characters", 413)
     if item.image is None and not item.text.strip():
         raise RequestError(f"{where} has neither text nor image")
     image = None if item.image is None else _image(item.image, where, limits)
@@ -305,10 +292,8 @@ def _image(uri: str, where: str, limits: Limits) -> Image.Image:
         raise RequestError(f"{where}: image must be a data URI (data:image/png;base64,...)")
     try:
         image = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
-        pixels = math.prod(image.size)
-        if pixels > limits.pixels:
-            message = f"{where}: image has {pixels} pixels; at most {limits.pixels} are allowed"
-            raise RequestError(message, 413)
+        if math.prod(image.size) > limits.pixels:
+            raise RequestError(f"{where}: image has more than {limits.pixels} pixels", 413)
         load_image(image)  # a check; encode does it again, with the model's settings
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise RequestError(f"{where}: image cannot be decoded: {error.__cause__ or error}") from error

@@ -16,10 +16,8 @@ from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.diagnostics.patch_maps import (
     attention_maps,
     map_agreement,
-    occluded,
     patch_contributions,
     recorded_attention,
-    token_grid,
 )
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.model.backbone import load_backbone
@@ -86,19 +84,6 @@ def test_mass_and_patches_are_shares(tiny_backbone_dir: str, inputs: list[RawInp
         torch.testing.assert_close(patches.sum(dim=(1, 2)), torch.ones(2))
 
 
-def test_with_zero_queries_attention_is_uniform(tiny_backbone_dir: str, inputs: list[RawInput]) -> None:
-    model = encoder(tiny_backbone_dir)
-    with torch.no_grad():
-        for name, parameter in model.backbone.named_parameters():
-            if "language_model" in name and "q_proj" in name:
-                parameter.zero_()
-    found = attention_maps(Embedder(model), inputs[:1])
-    keys = int(Collator(model.processor, image_token=model.image_token).encode_inputs(inputs[:1]).lengths) + 3
-    expected = torch.tensor([3 / keys, 16 / keys, (keys - 19) / keys])
-    torch.testing.assert_close(found.mass, expected.expand(2, 2, 3))
-    torch.testing.assert_close(found.patches[0], torch.full((2, 4, 4), 1 / 16))
-
-
 def test_layers_below_the_prefix_are_shared_and_have_none(
     tiny_backbone_dir: str, inputs: list[RawInput]
 ) -> None:
@@ -115,12 +100,6 @@ def test_the_encoder_is_left_as_it_was(tiny_backbone_dir: str, inputs: list[RawI
     assert model.backbone.language_model.config._attn_implementation == former  # type: ignore[union-attr]
     layers = model.backbone.base.get_submodule(model.backbone.family.layers)
     assert all(not layer.self_attn._forward_hooks for layer in layers)  # type: ignore[union-attr]
-
-
-def test_token_grid_of_merged_patches_of_a_square_and_of_neither() -> None:
-    assert token_grid({"image_grid_thw": torch.tensor([[1, 4, 8]])}, 8) == (2, 4)
-    assert token_grid({}, 9) == (3, 3)
-    assert token_grid({}, 10) is None
 
 
 def test_a_backbone_that_cuts_images_into_tiles_has_masses_but_no_maps(tmp_path: Path) -> None:
@@ -159,21 +138,3 @@ def test_each_path_depends_on_what_it_sees(picture: Image.Image) -> None:
     assert changed[0, 0].nonzero().tolist() == [[0, 1]]
     assert changed[0, 1].nonzero().tolist() == [[3, 2]]
     assert map_agreement(list(found))[0, 1] == pytest.approx(-1 / 15)
-
-
-def test_patches_cover_the_picture_once(picture: Image.Image) -> None:
-    white = Image.new("RGB", (10, 7), "white")
-    white.paste("black", (0, 0, 10, 3))  # the median is white
-    changed = np.zeros((7, 10), dtype=int)
-    for hidden in occluded(white, 3):
-        changed += (np.asarray(hidden) != np.asarray(white)).any(axis=2)
-    expected = np.zeros((7, 10), dtype=int)
-    expected[:3] = 1
-    assert (changed == expected).all()
-
-
-def test_agreement_is_the_mean_correlation_over_pictures() -> None:
-    maps = [torch.rand(2, 3, 4), torch.rand(2, 2, 2)]
-    expected = [np.corrcoef(*(path.flatten().numpy() for path in picture))[0, 1] for picture in maps]
-    assert map_agreement(maps)[0, 1] == pytest.approx(np.mean(expected))
-    assert map_agreement([torch.ones(2, 3, 4)]).tolist() == [[0, 0], [0, 0]], "constant maps"

@@ -51,13 +51,6 @@ def test_chance_has_two_standard_errors(hits: int, found: bool) -> None:
     assert [finding.check for finding in seen] == ["chance"] * found
 
 
-def test_equal_paths_are_found_and_one_path_is_not() -> None:
-    paths = distinct(num_paths=1)
-    assert checks(paths, paths) == []
-    same = paths.expand(-1, 3, -1).contiguous()
-    assert checks(same, same) == ["collapsed_paths"]
-
-
 @pytest.mark.parametrize("equal", [2, 3, 4])
 def test_the_two_most_similar_of_several_paths_count(equal: int) -> None:
     paths = distinct(num_paths=4)
@@ -93,25 +86,6 @@ def test_rows_that_are_not_finite_are_counted_beyond_the_missing_ones(value: flo
 def test_embeddings_that_are_all_nan_are_a_finding_and_not_an_error() -> None:
     paths = torch.full((24, 2, 16), torch.nan)
     assert checks(paths, paths) == ["chance", "non_finite"]
-
-
-def test_embeddings_on_a_line_are_found() -> None:
-    angle = torch.linspace(-0.7, 0.7, 24)
-    line = torch.stack([torch.ones(24), angle], dim=1).unsqueeze(1)
-    assert "collapsed_embeddings" in checks(line, line)
-
-
-def test_findings_of_tasks_are_joined_by_check() -> None:
-    of_tasks = [
-        Finding("non_finite", "a 1", ("a",)),
-        Finding("chance", "a 2", ("a",)),
-        Finding("chance", "b 3", ("b",)),
-    ]
-    joined = findings(of_tasks)
-    assert joined == [Finding("chance", "a 2; b 3", ("a", "b")), Finding("non_finite", "a 1", ("a",))]
-    plain = joined[0].plain()
-    assert plain["tasks"] == ["a", "b"]
-    assert "random choice" in plain["advice"]
 
 
 def test_another_image_policy_than_in_training_is_found() -> None:

@@ -5,11 +5,11 @@ import io
 import json
 import random
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from markupsafe import escape
 from PIL import Image
 from rich.console import Console
 
@@ -79,12 +79,6 @@ def test_interval_equals_resampling_rows_in_a_loop() -> None:
         assert (ours.low, ours.high) == pytest.approx((low, high), abs=0.012)
 
 
-def test_equal_runs_differ_by_exactly_zero() -> None:
-    report = make_report(0, 0.5, 2)
-    found = differences(report, report)
-    assert {(d.difference, d.low, d.high) for d in found.means.values()} == {(0.0, 0.0, 0.0)}
-
-
 @pytest.mark.parametrize("runs", [2, 3])
 def test_compare_writes_all_files_and_a_table(runs: int, tmp_path: Path) -> None:
     folders = [
@@ -93,6 +87,7 @@ def test_compare_writes_all_files_and_a_table(runs: int, tmp_path: Path) -> None
     ]
     comparison = compare(folders, str(tmp_path / "out"))
     assert comparison.best == f"run_{runs - 1}"
+    assert ("is the best of 2 runs by the same score" in comparison.note) == (runs == 3)
     content = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert content["baseline"] == "run_0"
     assert list(content["runs"]) == [f"run_{number}" for number in range(runs)]
@@ -132,55 +127,9 @@ def test_runs_over_different_tasks_are_an_error_that_names_the_difference(tmp_pa
         ValueError, match="find: whole scored .*'retrieval', False.* moved scored .*'retrieval', True"
     ):
         compare([first, save(moved, tmp_path / "moved")])
-
-
-def test_other_rows_under_the_same_name_are_an_error(tmp_path: Path) -> None:
-    whole = make_report(0, 0.5, 1)
-    for name in ("one", "other"):
-        asked = replace(whole.tasks["find"], rows_sha256=name)
-        save(ScoreReport({**whole.tasks, "find": asked}), tmp_path / name)
-    with pytest.raises(ValueError, match="find: one scored .*'one'.* other scored .*'other'"):
-        compare([str(tmp_path / "one"), str(tmp_path / "other")])
-
-
-@pytest.mark.parametrize("runs", [2, 3])
-def test_the_best_of_several_runs_is_said_to_be_picked_by_its_score(runs: int, tmp_path: Path) -> None:
-    folders = [save(make_report(number, 0.5, 1), tmp_path / str(number)) for number in range(runs)]
-    comparison = compare(folders)
-    assert ("is the best of 2 runs by the same score" in comparison.grid().caption) == (runs == 3)
-
-
-def test_missing_runs_are_an_error(tmp_path: Path) -> None:
-    folder = save(make_report(0, 0.5, 1), tmp_path / "run")
-    with pytest.raises(ValueError, match="no scores.json in .*nowhere"):
-        compare([folder, str(tmp_path / "nowhere")])
-    for nothing in ([], folder):
-        with pytest.raises(ValueError, match="a list of runs"):
-            compare(nothing)
-
-
-class Page(HTMLParser):
-    """Tags, attributes and texts of a page; fails on tags that do not match."""
-
-    def __init__(self, file: Path) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[str] = []
-        self.feed(file.read_text(encoding="utf-8"))
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "img", "br"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if data.strip():
-            self.texts.append(" ".join(data.split()))
+    moved.tasks["find"] = replace(whole.tasks["find"], rows_sha256="other")
+    with pytest.raises(ValueError, match="find: whole scored .* rows scored .*'other'"):
+        compare([first, save(moved, tmp_path / "rows")])
 
 
 def test_a_single_run_has_a_page_and_a_table_of_its_own(
@@ -194,8 +143,7 @@ def test_a_single_run_has_a_page_and_a_table_of_its_own(
         "advice": "[/] one",
     }
     made = make_report(0, 0.5, 2)
-    run = {"model": {"backbone": "tiny", "mi": {"kind": "vclub"}, "dtype": None}}
-    made = replace(made, modes=modes, warnings=[warning], path_cosine=[[1.0, 0.37], [0.37, 1.0]], run=run)
+    made = replace(made, modes=modes, warnings=[warning], path_cosine=[[1.0, 0.37], [0.37, 1.0]])
     renamed = replace(made.tasks["shape"], task=MMEB_TASKS["VOC2007"], num_skipped=3)
     made = replace(
         made, tasks={"VOC2007": renamed, "[b]<i>": made.tasks["digit"], "find": made.tasks["find"]}
@@ -204,7 +152,7 @@ def test_a_single_run_has_a_page_and_a_table_of_its_own(
     printed = capsys.readouterr().out
     for shown in ("[bold]run", "[b]<i>", "VOC2007", "0.99 of <path> 1", "[/] one", "4,096"):
         assert shown in printed
-    page = Page(tmp_path / "out" / "comparison.html")
+    page = (tmp_path / "out" / "comparison.html").read_text(encoding="utf-8")
     for shown in (
         "[bold]run",
         "[b]<i>",
@@ -214,12 +162,9 @@ def test_a_single_run_has_a_page_and_a_table_of_its_own(
         "0.37",
         "[bold]run: rows skipped because of their images: VOC2007 3",
         "[bold]run: means over 1 of MMEB's 36 tasks: not MMEB's means",
-        "model.mi.kind",
-        "vclub",
     ):
-        assert shown in page.texts, shown
-    assert "model.dtype" not in page.texts
-    assert "settings that differ" not in page.texts
+        assert escape(shown) in page, shown
+    assert "settings that differ" not in page
     content = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert (content["best"], content["differences"]) == ("[bold]run", {})
 
@@ -229,17 +174,10 @@ def test_the_page_of_two_runs_stands_alone_and_says_what_differs(tmp_path: Path)
         save(make_report(seed, 0.4 + 0.2 * seed, 1 + seed), tmp_path / name) for seed, name in enumerate("ab")
     ]
     comparison = compare(folders, str(tmp_path / "out"))
-    page = Page(tmp_path / "out" / "comparison.html")
-    assert not any(tag in ("script", "link", "iframe") for tag, _ in page.tags)
-    (source,) = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
-    assert (
-        base64.b64decode(source.removeprefix("data:image/png;base64,"))
-        == (tmp_path / "out" / "comparison.png").read_bytes()
-    )
-    text = (tmp_path / "out" / "comparison.html").read_text(encoding="utf-8")
-    assert "http" not in text
-    assert "prefers-color-scheme: dark" in text
+    page = (tmp_path / "out" / "comparison.html").read_text(encoding="utf-8")
+    assert not any(part in page for part in ("http", "<script", "<link", "<iframe"))
+    assert base64.b64encode((tmp_path / "out" / "comparison.png").read_bytes()).decode() in page
     assert str(comparison.differences["b"].means["overall"]) in comparison.title
-    assert str(comparison.differences["b"].tasks["find"]) in page.texts
-    for shown in (comparison.title, comparison.note, "settings that differ"):
-        assert " ".join(shown.split()) in page.texts
+    difference = str(comparison.differences["b"].tasks["find"])
+    for shown in (comparison.title, comparison.note, difference, "settings that differ"):
+        assert escape(shown) in page

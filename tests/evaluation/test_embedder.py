@@ -93,17 +93,3 @@ def test_similarity_equals_loops(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(Embedder.similarity_pairwise(a, b[:4]), result[:, :4].diagonal())
     with pytest.raises(ValueError, match="4 and 5 rows"):
         Embedder.similarity_pairwise(a, b)
-
-
-@pytest.mark.parametrize(
-    ("a", "b"), [((2, 4), (2, 3, 4)), ((2, 4), (2, 5)), ((2, 3, 4), (2, 2, 4)), ((4,), (4,))]
-)
-def test_similarity_of_different_shapes_is_an_error(a: tuple[int, ...], b: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"pass \[A, D\] and \[B, D\]"):
-        Embedder.similarity(torch.ones(a), torch.ones(b))
-
-
-def test_similarity_is_computed_in_float32() -> None:
-    a = torch.randn(4, 64).half()
-    assert Embedder.similarity(a, a).dtype == torch.float32
-    torch.testing.assert_close(Embedder.similarity(a, a).diagonal(), torch.ones(4), atol=1e-6, rtol=0)

@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
+from parallel_decoupling.batch import RawInput
 from parallel_decoupling.data.tasks import EvalTask, Task
 from parallel_decoupling.evaluation.leaderboard import (
     METADATA,
-    candidate_name,
     write_leaderboard,
     write_predictions,
     write_score_files,
@@ -74,17 +73,6 @@ def test_predictions_give_the_scores_back(tmp_path: Path) -> None:
     within_ten = sum(line["label"][0] in line["prediction"] for line in lines)
     assert within_ten == int((score.ranks["aggregate"] <= 10).sum())
     assert (tmp_path / "v1" / "GQA_pred.txt").read_text().splitlines() == [x["prediction"][0] for x in lines]
-
-
-def test_candidates_are_named_by_their_identity() -> None:
-    candidate = RawInput(f'{IMAGE_PLACEHOLDER}\n"a cup"\n', ("cups/1.png",))
-    names = {
-        identity: candidate_name(Task("t", "vqa", True, identity=identity), candidate)  # type: ignore[arg-type]
-        for identity in ("text", "image", "image_and_text")
-    }
-    text = RawInput('"a  cup" \n')
-    assert candidate_name(Task("t", "vqa", True, identity="text"), text) == text.text, "to the letter"
-    assert names == {"text": '"a cup"', "image": "cups/1.png", "image_and_text": "cups/1.png:a cup"}
 
 
 def test_files_of_an_earlier_test_do_not_stay(report: ScoreReport, tmp_path: Path) -> None:

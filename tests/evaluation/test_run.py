@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +14,14 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from parallel_decoupling.data.readers import read_eval_task
-from parallel_decoupling.evaluation import checks
-from parallel_decoupling.evaluation.encode import BatchPlace, RowBatch
 from parallel_decoupling.evaluation.report import ScoreReport
-from parallel_decoupling.evaluation.run import CollectedEmbeddings, evaluate
+from parallel_decoupling.evaluation.run import evaluate
 from parallel_decoupling.training.module import PDFEmbedder
 from tests.support.fit import kept_data, make_trainer, small_data, small_embedder
 from tests.support.mmeb import save_tiny_mmeb
 from tests.support.processes import run_ranks
 
 TASKS = ("colours_i2t", "colours_t2i")
-
-
-def batch_of(rows: list[int], bad_rows: dict[int, str] | None = None) -> RowBatch:
-    return RowBatch(None, BatchPlace(0, tuple(rows)), tuple(rows), bad_rows or {})  # type: ignore[arg-type]
-
-
-def test_rows_land_in_their_place_whatever_the_order() -> None:
-    side, embeddings_UND = CollectedEmbeddings(), torch.randn(5, 2, 3)
-    side.add(batch_of([4, 1], {2: "broken"}), embeddings_UND[[4, 1]])
-    side.add(batch_of([]), embeddings_UND[:1])  # a batch without rows has a stand-in
-    trainer, module = Trainer(logger=False), PDFEmbedder.__new__(PDFEmbedder)
-    assert side.complete(5, trainer, module) is None, "rows are missing"
-    side.add(batch_of([3, 0]), embeddings_UND[[3, 0]])
-    found_UND = side.complete(5, trainer, module)
-    assert found_UND is not None
-    embeddings_UND[2] = torch.nan
-    torch.testing.assert_close(found_UND, embeddings_UND, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_test_run_writes_and_logs_the_scores_of_its_embeddings(
@@ -67,7 +47,7 @@ def test_a_test_run_writes_and_logs_the_scores_of_its_embeddings(
     assert content["run"]["model"]["num_paths"] == 2
     assert content["run"]["data"]["data_dir"] == tiny_mmeb_dir
     assert content["run"]["global_step"] == 0
-    for name in ("scores.csv", "leaderboard.json", f"score_files/v2/{TASKS[0]}_pred.jsonl"):
+    for name in ("leaderboard.json", f"score_files/v2/{TASKS[0]}_pred.jsonl"):
         assert (tmp_path / name).is_file()
     assert list(report.modes) == report.columns
     assert all(result.rows_sha256 for result in report.tasks.values())
@@ -107,17 +87,6 @@ def test_validation_scores_only_its_tasks_for_checkpoints_and_early_stopping(
     assert trainer.global_step < 6, "no score can rise by two"
 
 
-def test_lightnings_sanity_check_of_several_tasks_is_quiet(
-    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
-) -> None:
-    data = small_data(tiny_mmeb_dir, validation_tasks=list(TASKS), eval_batch_size=1)
-    trainer = make_trainer(tmp_path, max_steps=1, num_sanity_val_steps=2, val_check_interval=1)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*not all rows")
-        trainer.fit(small_embedder(tiny_backbone_dir), data)
-    assert "val/overall" in trainer.callback_metrics
-
-
 def test_a_task_that_limited_batches_cut_has_no_score(
     tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
 ) -> None:
@@ -140,24 +109,6 @@ def test_images_of_another_size_than_in_training_are_reported(
         make_trainer(tmp_path).test(module, data, ckpt_path=tmp_path / "one.ckpt", verbose=False)
         report = ScoreReport.from_json_file(tmp_path / "scores.json")
         assert [each["detail"] for each in report.warnings if each["check"] == "other_images"] == details
-    loaded = PDFEmbedder.load_from_checkpoint(tmp_path / "one.ckpt")
-    make_trainer(tmp_path).test(loaded, small_data(tiny_mmeb_dir, image_size="low"), verbose=False)
-    report = ScoreReport.from_json_file(tmp_path / "scores.json")
-    assert "image_size: trained None, asked low" in str(report.warnings), "also without ckpt_path"
-
-
-def test_scores_are_written_before_the_checks(
-    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*args: Any) -> None:
-        raise ValueError("training rows cannot be read")
-
-    monkeypatch.setattr(checks, "check_prompts", fail)
-    module = small_embedder(tiny_backbone_dir)
-    module.progress.steps_done = 1
-    with pytest.raises(ValueError, match="cannot be read"):
-        make_trainer(tmp_path).test(module, small_data(tiny_mmeb_dir), verbose=False)
-    assert set(ScoreReport.from_json_file(tmp_path / "scores.json").tasks) == set(TASKS)
 
 
 def test_skipped_evaluation_rows_are_left_out_of_the_score_and_counted(
@@ -295,11 +246,3 @@ def test_two_processes_embed_and_score_exactly_like_one_and_each_other(
     run_ranks(two, timeout=60)
     assert contents(tmp_path / "two") == whole, "two processes resume what two have left"
     assert scores(tmp_path / "two") == scores(tmp_path / "one")
-
-
-def test_data_without_a_model_says_to_connect_them(
-    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
-) -> None:
-    trainer = Trainer(default_root_dir=tmp_path, logger=False, accelerator="cpu")
-    with pytest.raises(ValueError, match=r"call data\.connect\(model\)"):
-        trainer.test(small_embedder(tiny_backbone_dir), datamodule=small_data(tiny_mmeb_dir))

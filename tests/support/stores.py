@@ -64,7 +64,7 @@ def queries_by_column(embeddings_QND: Tensor) -> dict[str, Tensor]:
 def score(query_ND: np.ndarray, item_ND: np.ndarray, scoring: str) -> float:
     """Score one query against one item in float64."""
     query, item = unit(query_ND.astype(np.float64)), unit(item_ND.astype(np.float64))
-    if scoring in ("aggregate", "mean"):
+    if scoring == "aggregate":
         return float(unit(query.mean(axis=0)) @ unit(item.mean(axis=0)))
     if scoring == "concat":
         return float(np.mean([one @ other for one, other in zip(query, item, strict=True)]))

@@ -14,7 +14,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from parallel_decoupling.batch import PADDING_ID
-from parallel_decoupling.evaluation.run import PathPictures
 from parallel_decoupling.objective.contrastive import info_nce
 from parallel_decoupling.training import callbacks
 from parallel_decoupling.training.callbacks import CollapseAlarm, RunSummary, Throughput
@@ -118,11 +117,11 @@ def test_the_alarm_remembers_its_start_through_a_checkpoint() -> None:
     assert ["effective rank" in text for text in alarms(second, line, 1.0, 20)] == [True]
 
 
-def test_a_run_logs_its_terms_its_speed_and_its_pictures(
+def test_a_run_logs_its_terms_and_its_speed(
     tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     logger = TensorBoardLogger(tmp_path, name="", version="")
-    trainer = make_trainer(tmp_path, PathPictures(every_n_steps=2), max_steps=4, logger=logger)
+    trainer = make_trainer(tmp_path, max_steps=4, logger=logger)
     trainer.fit(
         small_embedder(tiny_backbone_dir), small_data(tiny_mmeb_dir, validation_tasks=["colours_i2t"])
     )
@@ -154,8 +153,6 @@ def test_a_run_logs_its_terms_its_speed_and_its_pictures(
         "mix/colours_i2t",
         "mix/colours_t2i",
     }
-    assert events.Tags()["images"] == ["paths/cosine"]
-    assert len(events.Images("paths/cosine")) == 3
     printed = capsys.readouterr().out
     assert "What trains" in printed
     assert "8 = 1 processes x 8 rows" in printed

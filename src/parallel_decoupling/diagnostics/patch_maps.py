@@ -22,10 +22,8 @@ from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.model.attention import register_prefix_attention
 from parallel_decoupling.model.encoder import ParallelEncoder, last_token
 
-GROUPS = ("prefix", "image", "text")
-"""What the keys of a path are; the pooled token itself counts as text."""
-GRID = 8
-"""Patches per side that are painted over ("ours")."""
+GROUPS = ("prefix", "image", "text")  # what the keys of a path are; the pooled token counts as text
+GRID = 8  # patches per side that are painted over (ours)
 
 
 @dataclass(frozen=True)
@@ -65,8 +63,7 @@ def attention_maps(embedder: Embedder, inputs: Sequence[RawInput]) -> AttentionM
 def recorded_attention(encoder: ParallelEncoder) -> Iterator[tuple[list[EncoderInputs], list[Tensor]]]:
     """Collect what the encoder is given and, by layer, the attention ``[N, B, P + L]`` of last real tokens.
 
-    It is the fp32 mean over heads. Layers below ``prefix_layers`` have one row for all paths and zeros for
-    the prefix.
+    Layers below ``prefix_layers`` have one row for all paths and zeros for the prefix.
     """
     inputs: list[EncoderInputs] = []
     weights: list[Tensor] = []
@@ -136,10 +133,7 @@ def occluded(picture: Image.Image, grid: int) -> list[Image.Image]:
 
 
 def map_agreement(maps: Sequence[Tensor]) -> Tensor:
-    """Correlate the paths' maps ``[N, height, width]`` over patches: ``[N, N]``, mean over pictures.
-
-    A constant map counts as 0.
-    """
+    """Correlate maps ``[N, height, width]`` over patches: ``[N, N]``, mean over pictures; constant maps 0."""
     centred = [map_NHW.flatten(1).double() - map_NHW.double().mean(dim=(1, 2))[:, None] for map_NHW in maps]
     unit = [F.normalize(map_NV, dim=1) for map_NV in centred]
     return torch.stack([map_NV @ map_NV.T for map_NV in unit]).mean(dim=0)

@@ -27,7 +27,7 @@ from parallel_decoupling.diagnostics.similarity import (
     path_similarity,
 )
 from parallel_decoupling.evaluation.embedder import Embedder
-from parallel_decoupling.evaluation.plots import new_figure, path_matrices_figure
+from parallel_decoupling.evaluation.plots import new_figure
 from parallel_decoupling.evaluation.report import SCORES_FILE, Grid, ScoreReport, percent
 from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.world.scenes import render
@@ -36,8 +36,7 @@ PATHS_FILE = "paths.json"
 EMBEDDED = "mini-mmeb"  # how the name of the embedded benchmark's folder begins
 INSTRUCTION = "Represent the given picture"
 SCENES, MAPPED, SHOWN = 600, 64, 4  # scenes of each kind, pictures with maps, pictures in figures
-MATRICES = ("cosine", "centred_cosine", "cka", "shuffled_cka")
-"""What ``PathSimilarity`` has for every pair of paths."""
+MATRICES = ("cosine", "centred_cosine", "cka", "shuffled_cka")  # of PathSimilarity, for every pair of paths
 
 
 @dataclass(frozen=True)
@@ -96,10 +95,7 @@ def find_scores(run_dir: Path, run: dict[str, Any]) -> ScoreReport | None:
 
 
 def analyse_world(embedder: Embedder, report: ScoreReport | None, *, scenes: int = SCENES) -> PathAnalysis:
-    """Analyse a model on scenes of the embedded world, whose factors are known.
-
-    ``scenes`` are drawn of each kind, at least 80 so that every value is there often enough for a probe.
-    """
+    """Analyse a model on so many scenes of each kind of the embedded world, whose factors are known."""
     probes: dict[str, ProbeResult] = {}
     pictures: list[list[Image.Image]] = []
     embeddings: list[Tensor] = []
@@ -215,12 +211,8 @@ def table(analysis: PathAnalysis) -> Grid:
 
 
 def figures(analysis: PathAnalysis) -> dict[str, Figure]:
-    """Return all pictures that the analysis has numbers for, by file name without suffix."""
-    drawn = {name: maps_figure(analysis.pictures, maps, name) for name, maps in _maps(analysis).items()}
-    if analysis.num_paths > 1:
-        matrices = {name.replace("_", " "): getattr(analysis.similarity, name) for name in MATRICES}
-        drawn["similarity"] = path_matrices_figure(matrices)
-    return drawn
+    """Return all pictures that the analysis has maps for, by file name without suffix."""
+    return {name: maps_figure(analysis.pictures, maps, name) for name, maps in _maps(analysis).items()}
 
 
 def maps_figure(pictures: Sequence[Image.Image], maps: Sequence[Tensor], title: str) -> Figure:

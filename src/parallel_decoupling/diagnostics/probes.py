@@ -17,15 +17,13 @@ from parallel_decoupling.world import scenes as world
 FACTORS = ("shape", "color", "size", "position", "background", "text", "count")
 FOLDS = 5
 
-
 Labels = dict[str, list[str]]  # one label per scene, by factor
 
 
 def crowded_scenes(count: int, seed: int = 0) -> tuple[list[world.Scene], Labels]:
     """Draw scenes of three objects and one written word: each factor but ``count`` has one value.
 
-    ``shape``, ``color`` and ``size`` are those of the object at the top left, so a probe has to tell it from
-    two others; ``position`` is that of the word. A scene of one object would be too easy to tell paths apart.
+    ``shape``, ``color`` and ``size`` are those of the object at the top left, ``position`` is the word's.
     """
     rng, scenes = np.random.default_rng([seed, 1]), []
     labels: Labels = {factor: [] for factor in FACTORS if factor != "count"}
@@ -58,10 +56,7 @@ class ProbeResult:
 
 
 def probe(columns: Mapping[str, Tensor], labels: Sequence[str], factor: str) -> ProbeResult:
-    """Predict a factor from every kind of embedding by logistic regression on standardised dimensions.
-
-    Every column sees the same five stratified folds, so differences between columns are paired.
-    """
+    """Predict a factor by logistic regression on standardised dimensions, all columns in the same folds."""
     _, counts = np.unique(list(labels), return_counts=True)
     if counts.min() < FOLDS:  # scikit-learn only warns
         raise ValueError(f"probe of {factor}: a value has {counts.min()} inputs; draw more, {FOLDS} at least")

@@ -18,8 +18,7 @@ from parallel_decoupling.evaluation.report import ScoreReport
 from parallel_decoupling.objective.statistics import effective_rank, path_cosine
 from parallel_decoupling.objective.vclub import path_pairs
 
-SUBSPACE_DIM = 10
-"""Directions per path whose angles are compared (ours); fewer when there are fewer inputs or dimensions."""
+SUBSPACE_DIM = 10  # directions per path whose angles are compared (ours), or fewer if there are fewer
 
 
 @dataclass(frozen=True)
@@ -72,10 +71,7 @@ def linear_cka(embeddings_BND: Tensor) -> Tensor:
 
 
 def principal_angles(embeddings_BND: Tensor, subspace_dim: int) -> Tensor:
-    """Compute the angles ``[M, S]`` between the subspaces that hold most of each path's variance.
-
-    In degrees, smallest first: 0 a shared direction, 90 a direction the other path lacks.
-    """
+    """Compute the angles ``[M, S]`` between the subspaces of most variance, in degrees, smallest first."""
     centred_NBD = (embeddings_BND - embeddings_BND.mean(dim=0)).transpose(0, 1)
     directions_NSD = torch.linalg.svd(centred_NBD, full_matrices=False).Vh[:, :subspace_dim]
     first_M, second_M = path_pairs(len(directions_NSD)).unbind(1)
@@ -102,8 +98,7 @@ class ErrorAgreement:
 def error_agreement(report: ScoreReport) -> ErrorAgreement:
     """Compare the hits of a report's paths row by row.
 
-    Beside the report's first column and ``best_path``, the scores are ``oracle`` (a query counts if any path
-    is right) and ``independent_oracle`` (the oracle if these paths missed independently within each task).
+    ``oracle`` counts a query if any path is right; in ``independent_oracle`` the paths miss independently.
     """
     paths, headline = report.path_columns, report.columns[0]
     if not paths or not all(result.hits for result in report.tasks.values()):
@@ -123,7 +118,7 @@ def error_agreement(report: ScoreReport) -> ErrorAgreement:
 def stratified_kappa(misses: Sequence[NDArray[np.bool_]]) -> NDArray[np.float64]:
     """Compute Cohen's kappa ``[N, N]`` of all pairs of paths, with chance agreement counted within each task.
 
-    Pooled rows would call paths alike that only find the same tasks hard. ``misses`` are ``[N, R]`` per task.
+    Pooled rows would call paths alike that only find the same tasks hard.
     """
     rows = sum(miss_NR.shape[1] for miss_NR in misses)
     observed_NN, chance_NN = np.zeros((2, len(misses[0]), len(misses[0])))

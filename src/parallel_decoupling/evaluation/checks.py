@@ -57,10 +57,9 @@ def check_task(
     *,
     missing: tuple[int, int] = (0, 0),
 ) -> list[Finding]:
-    """Judge one task by its first column; costs two singular value decompositions of a few hundred rows.
+    """Judge one task by its first column; both sides are paths ``[U, N, D]`` and their aggregate ``[U, D']``.
 
-    Both sides are all paths ``[U, N, D]`` and their aggregate ``[U, D']``. ``missing`` are the numbers of
-    inputs that could not be read; their rows are NaN, which is not the model's fault.
+    ``missing`` are the numbers of inputs that could not be read; their rows are NaN.
     """
     found: dict[str, list[str]] = {}
     hits = next(iter(score.hits.values()))
@@ -93,10 +92,7 @@ def check_images(trained: Mapping[str, Any], asked: Mapping[str, Any]) -> list[F
 
 
 def check_prompts(train_dir: str | Path, tasks: Sequence[EvalTask]) -> list[Finding]:
-    """Compare the instructions of tasks with those that ``tasks.json`` of the training data has for them.
-
-    Tasks in MMEB's layout have finished prompts; they are passed over, as is one that has no training data.
-    """
+    """Compare the instructions of tasks with those that ``tasks.json`` of the training data has for them."""
     known = read_tasks(train_dir)
     found = []
     for task in (each.task for each in tasks):

@@ -128,14 +128,13 @@ class Comparison:
         settings = {name: flattened(report.run) for name, report in self.reports.items()}
         names = dict.fromkeys(name for values in settings.values() for name in values)
         rows = [[name, *(values.get(name, "") for values in settings.values())] for name in names]
-        changed = [row for row in rows if len({*row[1:]}) > 1]
+        changed = [row for row in rows if len(set(row[1:])) > 1]
         page = template.render(
             title=self.title,
             grid=self.grid(),
             picture=base64.b64encode(picture).decode("ascii"),
             runs={name: (report, report.mode_grid()) for name, report in self.reports.items()},
             changed=Grid("settings that differ", ("", *settings), changed),
-            settings=Grid("all settings", ("", *settings), rows),
         )
         Path(html_file).write_text(page, encoding="utf-8")
 
@@ -157,11 +156,7 @@ def compare_runs(run_dirs: list[str], output_dir: str | None = None) -> None:
 
 
 def compare(run_dirs: Sequence[str], output_dir: str | None = None) -> Comparison:
-    """Compare the score reports of finished runs.
-
-    ``run_dirs`` are runs with a ``scores.json``, or such files; the first is the baseline. ``output_dir``
-    gets comparison.json, comparison.png and comparison.html. Runs that scored other rows are refused.
-    """
+    """Compare runs as ``compare_runs`` does, without printing; runs that scored other rows are refused."""
     if isinstance(run_dirs, str) or not run_dirs:
         raise ValueError(f"compare needs a list of runs, got {run_dirs!r}")
     reports = {name: ScoreReport.from_json_file(file) for name, file in _score_files(run_dirs).items()}
@@ -184,13 +179,13 @@ def differences(baseline: ScoreReport, other: ScoreReport, seed: int = 0) -> Run
     """Subtract the headline scores of ``baseline`` from those of ``other``, with paired bootstrap intervals.
 
     Rows are resampled within each task and both runs keep their pairing. A row's difference is -1, 0
-    or 1, so a resample of a task is a draw of three multinomial counts. The interval covers the
-    choice of test queries; it says nothing about the training seed. ``seed`` is that of the resampling.
+    or 1, so a resample of a task is a draw of three multinomial counts.
     """
     generator = np.random.default_rng(seed)
     samples: dict[str, NDArray[np.float64]] = {}  # the difference itself, then the resampled ones
     for name in baseline.tasks:
-        before, after = (_first_hits(report.tasks[name].hits) for report in (baseline, other))
+        hits = [next(iter(report.tasks[name].hits.values())) for report in (baseline, other)]
+        before, after = np.array([list(row) for row in hits], dtype=np.int64)
         row_difference = after - before
         share = [float((row_difference == value).mean()) for value in (-1, 0, 1)]
         counts = generator.multinomial(len(row_difference), share, size=RESAMPLES)
@@ -254,7 +249,3 @@ def _score_files(run_dirs: Sequence[str]) -> dict[str, Path]:
         name if names.count(name) == 1 else str(typed) for name, typed in zip(names, run_dirs, strict=True)
     ]
     return dict(zip(unique, files, strict=True))
-
-
-def _first_hits(hits: Mapping[str, str]) -> NDArray[np.int64]:
-    return np.array(list(next(iter(hits.values()))), dtype=np.int64)

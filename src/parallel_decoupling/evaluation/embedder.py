@@ -122,10 +122,7 @@ class Embedder:
 
     @staticmethod
     def similarity(a: Tensor, b: Tensor) -> Tensor:
-        """Compute the cosine of every row of ``a`` with every row of ``b``: ``[A, B]`` float32.
-
-        Both are ``[rows, D]``, or ``[rows, N, D]`` for the mean cosine over aligned paths.
-        """
+        """Compute all cosines ``[A, B]`` of ``[rows, D]``, or their means over paths of ``[rows, N, D]``."""
         unit_a, unit_b, num_paths = _unit_pair(a, b)
         return unit_a @ unit_b.T / num_paths
 

@@ -1,7 +1,6 @@
 """The only encoding loop: rows, in batches of similar length, over shards and processes.
 
-``BatchPlan`` and ``RowBatches`` make the batches that ``encode`` runs in one process and that ``test``,
-``validate`` and ``predict`` hand to a Trainer; what they return is kept in ``evaluation.store``.
+``BatchPlan`` and ``RowBatches`` also make the batches of ``test``, ``validate`` and ``predict``.
 """
 
 from __future__ import annotations
@@ -28,8 +27,7 @@ from parallel_decoupling.model.encoder import Encoder, check_dim, truncate
 CHARACTERS_PER_TOKEN = 4
 FIXED_IMAGE_TOKENS = 576
 PROGRESS_FROM = 5  # batches from which encode shows a progress bar on a terminal
-STAND_IN = RawInput("missing")
-"""What is encoded where a batch does not have a usable row, so that every process makes as many steps."""
+STAND_IN = RawInput("missing")  # encoded where a batch has no usable row: all processes make as many steps
 
 Paths = Literal["all", "aggregate"] | int | Sequence[int]
 
@@ -44,10 +42,7 @@ class Rows(Protocol):
 
 
 class TokenEstimate:
-    """Roughly how many tokens a row has, without decoding its pictures; only the order of rows depends on it.
-
-    Pictures differ where the processor of the ``collator`` has a pixel budget (as Qwen's has).
-    """
+    """Roughly how many tokens a row has, without decoding its pictures; only their order depends on it."""
 
     def __init__(self, collator: Collator) -> None:
         images = collator.images
@@ -87,9 +82,7 @@ class BatchPlan(Sampler[BatchPlace]):
 
     With ``rows_per_shard`` a process has every ``world_size``-th of the shards that are not ``finished``;
     without, all rows are one shard and the process has every ``world_size``-th of its batches. All processes
-    have the same number of batches, at least one: those with less to do end with batches without rows. Every
-    row is in one batch of one process, and which rows share a batch does not depend on the number of
-    processes. ``estimate`` tells the tokens of a row.
+    have as many batches, some without rows. Which rows share a batch does not depend on their number.
     """
 
     def __init__(
@@ -154,11 +147,7 @@ class RowBatch:
 
 
 class RowBatches(Dataset[RowBatch]):
-    """Makes the tensors of a batch.
-
-    A row that cannot be used is reported in ``RowBatch.bad_rows``; without ``keep_going`` it is an error, in
-    which ``where`` names the row.
-    """
+    """Makes the tensors of a batch; a row that cannot be used is an error unless ``keep_going``."""
 
     def __init__(
         self,
@@ -210,20 +199,17 @@ def encode(
 ) -> Tensor:
     """Embed inputs of any mix of modalities in one process; see ``Embedder.encode`` for the options.
 
-    Rows are encoded in batches of similar length, longest first (memory peaks at once), and returned in the
-    order given: CPU float32. Runs without gradients, in eval mode, on the device of the encoder; every
-    submodule's training mode is restored. The result does not depend on ``batch_size``.
+    Runs in eval mode on the device of the encoder; every submodule's training mode is restored.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     selected = _selected_paths(paths, encoder.num_paths)
-    dim = encoder.embed_dim
-    if truncate_dim is not None:
-        dim = check_dim(truncate_dim, encoder.embed_dim, "truncate_dim")
+    whole = encoder.embed_dim
+    dim = whole if truncate_dim is None else check_dim(truncate_dim, whole, "truncate_dim")
     device = next(encoder.parameters()).device
 
     def wanted(embeddings_BND: Tensor) -> Tensor:
-        if dim < encoder.embed_dim:
+        if dim < whole:
             embeddings_BND = truncate(embeddings_BND, dim)
         if isinstance(paths, str) and paths == "aggregate":
             embeddings_BND = encoder.aggregate(embeddings_BND)
@@ -238,7 +224,7 @@ def encode(
         show_progress = len(plan) >= PROGRESS_FROM and sys.stderr.isatty()
     num_selected = encoder.num_paths if selected is None else len(selected)
     with torch.no_grad():
-        shape = wanted(torch.zeros(1, num_selected, encoder.embed_dim, device=device)).shape[1:]
+        shape = wanted(torch.zeros(1, num_selected, whole, device=device)).shape[1:]
     result = torch.empty(len(rows), *shape)
     with _evaluating(encoder), torch.inference_mode():
         for place in tqdm(plan, desc="encode", unit="batch", leave=False, disable=not show_progress):
@@ -258,8 +244,7 @@ def _selected_paths(paths: Paths, num_paths: int) -> list[int] | None:
     if not selected:
         raise ValueError("paths is empty; select at least one path")
     for path in selected:
-        whole = isinstance(path, Integral) and not isinstance(path, bool)
-        if not whole or not 0 <= path < num_paths:
+        if not isinstance(path, Integral) or isinstance(path, bool) or not 0 <= path < num_paths:
             raise ValueError(f"there is no path {path!r}; the encoder has paths 0 to {num_paths - 1}")
     return [int(path) for path in selected]
 

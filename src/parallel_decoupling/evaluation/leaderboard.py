@@ -28,8 +28,7 @@ METADATA = (
 def candidate_name(task: Task, candidate: RawInput) -> str:
     """Name a candidate as VLM2Vec's second version does: its text, its image, or ``image:text``.
 
-    A candidate without image is its text to the letter. Prompts of the others stand in for the raw cells,
-    without image placeholder and outer whitespace, and image files have their whole path.
+    Prompts stand in for the raw cells, and image files have their whole path.
     """
     if not candidate.images:
         return candidate.text
@@ -41,11 +40,7 @@ def candidate_name(task: Task, candidate: RawInput) -> str:
 
 
 def write_predictions(folder: Path, task: EvalTask, score: TaskScore) -> None:
-    """Write one task's predictions, a line per row, without copies of the positive.
-
-    v1 has the best candidate, v2 the ten best (``prediction``), the positive (``label``) and ``rel_scores``
-    (null, as in rankings of one positive).
-    """
+    """Write one task's best candidates by row (v1 one, v2 ten), without copies of the positive."""
     names = [candidate_name(task.task, candidate) for candidate in task.candidates]
     best, lines = [], []
     for ranking, candidates in zip(score.ranking.tolist(), task.candidates_of_row, strict=True):

@@ -1,4 +1,4 @@
-"""Figures of paths and of runs, without pyplot and its global state."""
+"""Figures of runs, without pyplot and its global state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
-from torch import Tensor
 
 from parallel_decoupling.evaluation.report import META_TASKS, ScoreReport
 
@@ -22,33 +21,10 @@ GROUPS = ("overall", *META_TASKS, "in_distribution", "out_of_distribution")
 GROUP_LABELS = ("overall", "classi-\nfication", "VQA", "retrieval", "grounding", "IND", "OOD")
 
 
-def path_matrices_figure(matrices: Mapping[str, Tensor]) -> Figure:
-    """Draw one ``[N, N]`` matrix per title on the scale from -1 to 1; a nan stays white and says so."""
-    paths = len(next(iter(matrices.values())))
-    side = 2.2 + 0.55 * paths
-    figure = new_figure(side * len(matrices) + 0.8, side)
-    grid = figure.subplots(1, len(matrices), squeeze=False)[0]
-    names = [f"path {path}" for path in range(paths)]
-    for axes, (title, matrix_NN) in zip(grid, matrices.items(), strict=True):
-        picture = axes.imshow(matrix_NN.detach().float().cpu().numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
-        for row, values in enumerate(matrix_NN.tolist()):
-            for column, value in enumerate(values):
-                colour = "white" if abs(value) > 0.6 else INK
-                axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=9)
-        axes.set_xticks(range(paths), names)
-        axes.set_yticks(range(paths), names)
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
-        axes.set_title(title, fontsize=11)
-    figure.colorbar(picture, ax=grid, ticks=[-1, 0, 1], shrink=0.8).outline.set_visible(False)
-    return figure
-
-
 def comparison_figure(reports: Mapping[str, ScoreReport], title: str) -> Figure:
     """Draw means (left) and tasks (right) of several runs over the same tasks; the baseline comes first.
 
-    Bars and dots are aggregates; lines go from a run's worst to its best single path. Ticks on the right mark
-    the level of chance.
+    Lines go from a run's worst to its best single path.
     """
     baseline, last = next(iter(reports.values())), len(reports) - 1
     labels = {

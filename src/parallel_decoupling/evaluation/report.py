@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,11 +24,7 @@ from parallel_decoupling.evaluation.score import TaskScore, mean_metrics
 
 FORMAT = 2
 SCORES_FILE = "scores.json"
-CSV_FILE = "scores.csv"
-ROUNDING_ERROR = 1e-9
-"""Two fractions of the same counts differ by at most this much."""
-OTHER_PARTS = ("modes", "path_cosine", "warnings", "run")
-"""Attributes of a report that its file holds as they are."""
+OTHER_PARTS = ("modes", "path_cosine", "warnings", "run")  # of a report, which its file holds as they are
 META_TASKS = ("classification", "vqa", "retrieval", "grounding")
 MEAN_TITLES = {
     **{meta_task: f"mean of {meta_task}" for meta_task in META_TASKS},
@@ -38,8 +33,7 @@ MEAN_TITLES = {
     "overall": "overall (mean of tasks)",
     "mean_of_meta_tasks": "mean of meta-tasks",
 }
-MMEB_COUNTS = dict(zip(MEAN_TITLES, (10, 10, 12, 4, 20, 16, 36), strict=False))
-"""MMEB's tasks behind each mean."""
+MMEB_COUNTS = dict(zip(MEAN_TITLES, (10, 10, 12, 4, 20, 16, 36), strict=False))  # tasks behind each mean
 
 
 @dataclass(frozen=True)
@@ -84,12 +78,9 @@ class TaskResult:
             raise ValueError(f"task {name}: hits of {list(self.hits)}, but scores of {list(self.hit_at_1)}")
         for column, hits in self.hits.items():
             if len(hits) != self.num_queries or set(hits) - {"0", "1"}:
-                what = f"not one 0 or 1 for each of {self.num_queries} queries"
-                raise ValueError(f"task {name}, {column}: {what}")
-            mean, score = hits.count("1") / self.num_queries, self.hit_at_1[column]
-            if not abs(mean - score) <= ROUNDING_ERROR:
-                what = f"the mean of the hits is {mean:.6g}, but hit_at_1 is {score:.6g}"
-                raise ValueError(f"task {name}, {column}: {what}")
+                raise ValueError(f"task {name}, {column}: not a hit for each of {self.num_queries} queries")
+            if not abs(hits.count("1") / self.num_queries - self.hit_at_1[column]) <= 1e-9:
+                raise ValueError(f"task {name}, {column}: hit_at_1 is not the mean of the hits")
 
 
 @dataclass(frozen=True)
@@ -163,8 +154,7 @@ class ScoreReport:
     def means(self) -> dict[str, dict[str, float]]:
         """Means by column: those of ``groups``, every task counting once, and ``mean_of_meta_tasks``.
 
-        MMEB's headline is ``overall``, the mean of tasks. ``mean_of_meta_tasks`` weighs four unequal
-        groups equally; publications mix the two up, so both are here under their own names.
+        MMEB's headline is ``overall``; ``mean_of_meta_tasks`` weighs four unequal groups equally.
         """
         parts = {group: [self.tasks[name].hit_at_1 for name in each] for group, each in self.groups.items()}
         means = {group: _mean(scores) for group, scores in parts.items()}
@@ -205,11 +195,7 @@ class ScoreReport:
 
     @classmethod
     def from_json_file(cls, json_file: str | Path) -> ScoreReport:
-        """Read what ``to_json_file`` wrote; means are computed again from the tasks.
-
-        Raises:
-            ValueError: another file or format, or hits that do not fit the scores; names file and task.
-        """
+        """Read what ``to_json_file`` wrote; ``ValueError`` for another file or hits that do not fit."""
         text = Path(json_file).read_text(encoding="utf-8")
         try:
             content, tasks = json.loads(text), {}
@@ -223,17 +209,6 @@ class ScoreReport:
         except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
             message = f"{json_file} is not a score file as a test wrote it ({error!r}); run the test again"
             raise ValueError(message) from error
-
-    def to_csv_file(self, csv_file: str | Path) -> None:
-        """Write one line per task, then one per mean, fractions unrounded."""
-        about = ("meta_task", "in_distribution", "num_queries", "chance")
-        rows: list[list[Any]] = [["kind", "name", *about, *self.columns]]
-        for name, each in self.tasks.items():
-            cells = [each.task.meta_task, each.task.in_distribution, each.num_queries, each.chance]
-            rows.append(["task", name, *cells, *each.hit_at_1.values()])
-        rows += [["mean", name, *[""] * len(about), *mean.values()] for name, mean in self.means.items()]
-        with open(csv_file, "w", newline="", encoding="utf-8") as stream:
-            csv.writer(stream).writerows(rows)
 
     def task_grid(self) -> Grid:
         """Tabulate tasks by meta-task, then means, of aggregate and paths; tasks at chance are marked."""
@@ -283,10 +258,9 @@ class ScoreReport:
 
 
 def write_report(report: ScoreReport, folder: Path) -> None:
-    """Write ``scores.json``, ``scores.csv``, VLM2Vec's score files and the leaderboard's into ``folder``."""
+    """Write ``scores.json``, VLM2Vec's score files and the leaderboard's into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     report.to_json_file(folder / SCORES_FILE)
-    report.to_csv_file(folder / CSV_FILE)
     column, backbone = report.columns[0], report.run.get("model", {}).get("backbone")
     write_score_files(report.tasks, column, folder / SCORE_FILES_DIR)
     metadata = {"model_name": folder.resolve().name, "model_backbone": backbone}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import time
-import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +11,6 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
@@ -25,7 +22,6 @@ from parallel_decoupling.distributed import gather_objects, rank, world_size
 from parallel_decoupling.evaluation import checks
 from parallel_decoupling.evaluation.encode import RowBatch
 from parallel_decoupling.evaluation.leaderboard import SCORE_FILES_DIR, write_predictions
-from parallel_decoupling.evaluation.plots import path_matrices_figure
 from parallel_decoupling.evaluation.report import ScoreReport, write_report
 from parallel_decoupling.evaluation.score import (
     Columns,
@@ -47,8 +43,6 @@ from parallel_decoupling.training.callbacks import console
 from parallel_decoupling.training.module import PDFEmbedder
 
 BAD_ROWS_FILE = "bad_rows.jsonl"
-HARMLESS_WARNINGS = ("Couldn't infer the batch indices", "Total length of .* across ranks is zero")
-"""Warnings of Lightning about loaders that are not torch's."""
 
 
 class CollectedEmbeddings:
@@ -94,12 +88,10 @@ class CollectedEmbeddings:
 class Scoring(Callback):
     """Scores the tasks of ``validate`` and ``test``, and writes and shows the scores of ``test``.
 
-    Logs ``val/<task>/hit_at_1`` (or ``test/``) and the means, ``val/overall`` among them, for ModelCheckpoint
-    and EarlyStopping. The last ``report`` stays here; ``test`` also writes ``scores.json``, ``scores.csv``,
-    VLM2Vec's score files and the leaderboard's into the folder of the run.
+    Logs ``val/<task>/hit_at_1`` (or ``test/``) and the means, such as ``val/overall``. The last ``report``
+    stays here; ``test`` also calls ``report.write_report`` with the folder of the run.
 
-    ``keeper`` keeps the embeddings of ``test``, so that a test that was stopped resumes; ``data.connect`` was
-    given the same one.
+    With ``keeper``, also given to ``data.connect``, a test that was stopped resumes.
     """
 
     scores_tasks = True
@@ -165,30 +157,25 @@ class Scoring(Callback):
         grids = [self.report.task_grid().terminal(), self.report.mode_grid().terminal()]
         console().print(*grids, *self.report.warning_panels(), sep="\n")
 
-    def _was_kept(self, trainer: Trainer) -> bool:
-        """Tell whether an earlier test kept the embeddings of the side at hand."""
-        name = self.data.rows[self._index].name
-        return trainer.state.fn == "test" and self.keeper is not None and bool(self.keeper.kept[name])
-
     def _finish_side(self, trainer: Trainer, module: PDFEmbedder) -> None:
         """Join the embeddings of a side; with the candidates the task is complete and gets its score."""
         if self._side is None:
             return
         rows, side = cast(TaskSide, self.data.rows[self._index]), self._side
+        keeper = self.keeper if trainer.state.fn == "test" else None
         embeddings_UND: Tensor | None
-        if self.keeper is not None and self._was_kept(trainer):
-            store = Store(self.keeper.writers[rows.name].folder)
+        if keeper is not None and keeper.kept[rows.name]:  # by an earlier test
+            store = Store(keeper.writers[rows.name].folder)
             paths_UND = torch.stack([store.column(name) for name in store.columns], dim=1)
             embeddings_UND = torch.full((len(rows), *paths_UND.shape[1:]), torch.nan)
             embeddings_UND[store.source_rows()] = paths_UND
             bad_rows = {row["row"]: row["reason"] for row in store.bad_rows}
         else:
             embeddings_UND, bad_rows = side.complete(len(rows), trainer, module), side.bad_rows
-            keeps = trainer.state.fn == "test" and self.keeper is not None and rank() == 0
-            if keeps and self.keeper is not None and embeddings_UND is not None:
+            if keeper is not None and rank() == 0 and embeddings_UND is not None:
                 good = [row for row in range(len(rows)) if row not in bad_rows]
                 paths = {path_column(path): each for path, each in enumerate(embeddings_UND[good].unbind(1))}
-                self.keeper.write(rows, 0, good, paths, bad_rows)
+                keeper.write(rows, 0, good, paths, bad_rows)
         self._side, query, self._query = None, self._query, (None, {})
         if rows.side == "query":
             self._query = embeddings_UND, bad_rows
@@ -256,20 +243,14 @@ class Scoring(Callback):
 
 
 class EmbeddingWriter(Callback):
-    """Writes what ``predict`` embeds, shard by shard; a killed run resumes with the shards that are missing.
-
-    ``data`` has the rows; ``keeper`` has their stores, and ``data.connect`` was given the same one.
-    """
+    """Writes what ``predict`` embeds; ``data.connect`` was given the same ``keeper``."""
 
     def __init__(self, data: MMEBDataModule, keeper: Keeper) -> None:
         self.data, self.keeper = data, keeper
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
-        for message in HARMLESS_WARNINGS:
-            warnings.filterwarnings("ignore", message=message)
+        """Begin with no embeddings."""
         self._shard = CollectedEmbeddings()
-        self._began, self._num_embedded = time.perf_counter(), 0
 
     def on_predict_batch_end(
         self,
@@ -291,14 +272,11 @@ class EmbeddingWriter(Callback):
             if batch.paths is None:
                 vectors[AGGREGATE] = _aggregate(cast(PDFEmbedder, pl_module), embeddings_BND)
             self.keeper.write(rows, batch.place.shard, self._shard.rows, vectors, self._shard.bad_rows)
-            self._num_embedded += len(self._shard.rows)
             self._shard = CollectedEmbeddings()
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """When all processes are done, write ``bad_rows.jsonl`` and say what there is."""
         trainer.strategy.barrier()
-        seconds = time.perf_counter() - self._began
-        num_embedded = sum(gather_objects(self._num_embedded))
         if not trainer.is_global_zero:
             return
         missing, num_rows, bad_rows = 0, 0, []
@@ -310,8 +288,7 @@ class EmbeddingWriter(Callback):
         bad_rows_file = self.keeper.root / BAD_ROWS_FILE
         lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in bad_rows)
         bad_rows_file.write_text(lines, encoding="utf-8")
-        speed = f"{num_embedded:,} of them now at {num_embedded / seconds:,.1f} per second"
-        message = f"{self.keeper.root}: {num_rows - len(bad_rows):,} rows embedded, {speed}."
+        message = f"{self.keeper.root}: {num_rows - len(bad_rows):,} rows embedded."
         if bad_rows:
             message += f" {len(bad_rows):,} rows could not be embedded: {bad_rows_file} says which and why."
         if missing:
@@ -319,29 +296,8 @@ class EmbeddingWriter(Callback):
         rank_zero_info(message)
 
 
-class PathPictures(Callback):
-    """Draws the path cosine matrix to TensorBoard at the first step and then every so many steps."""
-
-    def __init__(self, every_n_steps: int = 100) -> None:
-        self.every_n_steps = every_n_steps
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Draw this batch's queries."""
-        step, query_GND = cast(PDFEmbedder, pl_module).progress.steps_done, outputs["pairs"].query
-        loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        is_due = step == 1 or step % self.every_n_steps == 0
-        if loggers and trainer.is_global_zero and query_GND.shape[1] > 1 and is_due:
-            figure = path_matrices_figure({"mean cosine between paths": path_cosine(query_GND)})
-            loggers[0].experiment.add_figure("paths/cosine", figure, global_step=trainer.global_step)
-
-
 def evaluate(model: PDFEmbedder, data: MMEBDataModule | str | Path, **trainer_options: Any) -> ScoreReport:
-    """Score a model on the evaluation tasks of a data module or folder (or ``mini-mmeb``).
-
-    ``trainer_options`` are Lightning's; ``default_root_dir`` is where the score files go.
-    """
+    """Score a model on a data module or folder (or ``mini-mmeb``); ``trainer_options`` are Lightning's."""
     module = data if isinstance(data, MMEBDataModule) else MMEBDataModule(str(data))
     scoring = Scoring(module.connect(model))
     options = {"logger": False, "enable_checkpointing": False, "use_distributed_sampler": False}

@@ -41,11 +41,10 @@ class TaskScore:
 
 
 def path_columns(query: Tensor, candidate: Tensor, aggregate: Callable[[Tensor], Tensor]) -> Columns:
-    """Name what is scored: the aggregate, every path on its own, and the other ways to use all paths.
+    """Name what is scored of ``[U, N, D]``: the aggregate, every path, and the other ways to use all paths.
 
-    ``query`` and ``candidate`` are ``[U, N, D]``, ``aggregate`` is that of the encoder. With several paths
-    there are also ``mean`` (of the paths), ``concat`` (all paths side by side) and ``maxsim`` (every query
-    path takes its best candidate path), which is ``[U, N, D]``.
+    ``mean`` is that of the paths, ``concat`` has them side by side, and with ``maxsim``, ``[U, N, D]``, every
+    query path takes its best candidate path.
     """
     num_paths = query.shape[1]
     columns = {"aggregate": (aggregate(query), aggregate(candidate))}
@@ -59,11 +58,7 @@ def path_columns(query: Tensor, candidate: Tensor, aggregate: Callable[[Tensor],
 
 
 def similarities(query: Tensor, candidate: Tensor) -> Tensor:
-    """Score all pairs ``[Q, C]``, the only definition of scoring in this package.
-
-    ``query`` and ``candidate`` have unit norm: ``[rows, D]`` for cosines, or ``[rows, N, D]`` for MaxSim
-    (ColBERT's) divided by N.
-    """
+    """Score all pairs ``[Q, C]`` of unit vectors: cosines of ``[rows, D]``, MaxSim of ``[rows, N, D]``."""
     if query.ndim == 2:
         return query @ candidate.T
     flat = query.flatten(0, 1)
@@ -72,11 +67,10 @@ def similarities(query: Tensor, candidate: Tensor) -> Tensor:
 
 
 def score_task(task: EvalTask, columns: Columns) -> TaskScore:
-    """Score every row of a task by cosine in float32, for several kinds of embeddings at once.
+    """Score every row of a task by the columns of ``path_columns``, in float32.
 
     Candidates equal to the positive as inputs (text and images) do not count against it. Candidates
     whose embeddings are equal bit for bit get one score, so a tie stays a tie at any matrix shape.
-    ``columns`` are those of ``path_columns``; the ranking is that of the first one.
     """
     _check(task, columns)
     query_of_row = torch.tensor(task.query_of_row)

@@ -29,14 +29,8 @@ AGGREGATE = "aggregate"
 ROW_GROUP_SIZE = 16_384  # rows that a reader holds at once
 OWN_KEYS = ("shard", "first_row", "rows_sha256", "bad_rows")  # differ between the shards of one folder
 COMPARED = (
-    "identity",
-    "columns",
-    "dtype",
-    "instruction",
-    "images",
-    "num_rows",
-    "rows_per_shard",
-    "rows_sha256",
+    *("identity", "columns", "dtype", "instruction", "images"),
+    *("num_rows", "rows_per_shard", "rows_sha256"),
 )
 """Metadata in which a shard that is kept must agree with the run that keeps it."""
 
@@ -51,12 +45,8 @@ def path_column(path: int) -> str:
 class StoreWriter:
     """Writes shards into a folder; their bytes depend on rows and ``about``, not on the writing process.
 
-    Args:
-        folder: made when the first shard is written.
-        about: plain values that hold for every shard: ``identity`` (what turns inputs into embeddings),
-            ``columns``, ``instruction``, ``images``, ``num_rows``, ``rows_per_shard``, ``num_paths``,
-            ``aggregation`` with its weights, and anything worth keeping about the source.
-        dtype: type of the numbers in the files.
+    ``about`` are plain values that hold for every shard: those of ``COMPARED``, ``num_paths``,
+    ``aggregation``, and anything worth keeping about the source.
     """
 
     def __init__(self, folder: str | Path, about: Mapping[str, Any], dtype: VectorType = "float32") -> None:
@@ -90,11 +80,7 @@ class StoreWriter:
         rows_sha256: str,
         bad_rows: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """Write one shard, complete or not at all.
-
-        ``fields`` are ``id`` and the source's columns of the rows that were embedded, in row order,
-        ``vectors`` by column ``[len(fields), D]``, and ``bad_rows`` have ``row``, ``id`` and ``reason``.
-        """
+        """Write one shard, complete or not at all: fields and vectors of the embedded rows, in row order."""
         assert len(fields) + len(bad_rows) == len(self.rows_of(shard)), "a shard accounts for all of its rows"
         table = fields
         for name in self.about["columns"]:
@@ -115,8 +101,6 @@ class StoreWriter:
 
 class Keeper:
     """The stores of one run of ``test`` or ``predict`` below ``root``, one per source of rows.
-
-    The loaders ask it which shards are finished, the callback that receives embeddings writes through it.
 
     ``model`` returns what is known of the model, and is called when its weights are loaded. With ``replace``,
     what another model or other rows have left is encoded again; otherwise it is refused.
@@ -139,8 +123,7 @@ class Keeper:
     ) -> frozenset[int]:
         """Open the store of some rows and return the shards that are done, the same on all processes.
 
-        ``about`` is that of ``StoreWriter``; without ``with_bad_rows`` a shard in which some rows could not
-        be embedded does not count. ``ValueError`` for a shard that is refused.
+        Without ``with_bad_rows`` a shard in which some rows could not be embedded does not count.
         """
         writer = StoreWriter(self.root / rows.name, {**self._model(), **about}, self._dtype)
         done, problem = set[int](), None
@@ -185,9 +168,7 @@ class Keeper:
 class Store:
     """Reads a complete folder of shards; vectors one row group, ``batch_sizes`` rows, at a time.
 
-    ``metadata`` is what all shards say about themselves, ``columns`` are the names of those with embeddings,
-    and ``bad_rows`` have ``row``, ``id`` and ``reason``. A folder that lacks shards or mixes those of several
-    runs, is refused.
+    A folder that lacks shards or mixes those of several runs is refused.
     """
 
     def __init__(self, folder: str | Path) -> None:

@@ -22,14 +22,11 @@ def is_single(inputs: Any) -> bool:
 
 
 def to_raw_inputs(inputs: Iterable[Any], instruction: str | None = None) -> list[RawInput]:
-    """Turn texts, images and dictionaries into prompts, in order; an error names the index of the item.
+    """Turn what ``Embedder.encode`` takes into prompts, in order; an error names the index of the item.
 
-    An item is a text; a PIL image; an image file, as ``Path`` or as a string that ends with an image suffix
-    (which is never taken for a text); a dictionary with ``text``, ``image`` or ``images``, and optionally its
-    own ``instruction``, which wins; or a finished ``RawInput``, to which no instruction can be added.
+    A string that ends with an image suffix is never taken for a text; a dictionary's own ``instruction``
+    wins; to a finished ``RawInput`` no instruction can be added.
     """
-    if instruction is not None and not isinstance(instruction, str):
-        raise ValueError(f"instruction is a {type(instruction).__name__}; use a string, or None for none")
     rows = []
     for index, item in enumerate(inputs):
         try:
