@@ -177,21 +177,3 @@ def test_export_of_one_path_with_its_backbone(source: str, run_dir: Path, tmp_pa
     assert "| commit | c0ffee |" in card
     assert ("| overall | aggregate 50.0" in card) == (source != "export")
     assert (tmp_path / "model" / "backbone").is_dir()
-
-
-def test_export_of_several_paths_with_merged_adapters(run_dir: Path, tmp_path: Path) -> None:
-    cli.main(
-        ["export", str(run_dir), str(tmp_path / "model"), "--paths", "[1,0]", "--merge_adapters", "true"]
-    )
-    config = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
-    assert (config["paths"], config["settings"]["adapter"]["kind"]) == ([1, 0], "frozen")
-    expected = every_path(Embedder.from_pretrained(run_dir), [1, 0])
-    torch.testing.assert_close(every_path(Embedder.from_pretrained(tmp_path / "model")), expected)
-
-
-def test_export_of_a_path_that_does_not_exist(
-    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit):
-        cli.main(["export", str(run_dir), str(tmp_path / "model"), "--paths", "3"])
-    assert "paths must name some of 0 to 2" in capsys.readouterr().err

@@ -92,15 +92,6 @@ def test_prompts_are_instructions(model: SentenceTransformer, embedder: Embedder
     assert not torch.equal(own, queries)
 
 
-def test_truncate_dim(model: SentenceTransformer, embedder: Embedder) -> None:
-    whole = embedder.encode(mixed_inputs(), paths="aggregate", **ROW_BY_ROW)
-    short = encode(model, mixed_inputs(), truncate_dim=8, **ROW_BY_ROW)
-    assert torch.equal(short, whole[:, :8])
-    made = as_sentence_transformer(embedder, truncate_dim=8)
-    assert made.get_embedding_dimension() == 8
-    assert torch.equal(encode(made, mixed_inputs(), **ROW_BY_ROW), short)
-
-
 @pytest.mark.parametrize("paths", [0, 2, "aggregate"])
 @pytest.mark.parametrize("load", ["library", "ours"])
 def test_saving_keeps_the_chosen_path(paths: Any, load: str, embedder: Embedder, tmp_path: Path) -> None:

@@ -83,10 +83,9 @@ def _fail(message: str) -> None:
 
 
 def _is_the_users(error: ValueError | OSError) -> bool:
-    """Tell whether an error speaks to the user; others keep their traceback.
+    """Tell whether an error is about files or options, or raised here; others keep their traceback.
 
-    Those that do are about files (``OSError``), the Trainer's options, or raised in this package. What a
-    worker of the DataLoader raises, torch raises again here with the worker's traceback as its text.
+    What a worker of the DataLoader raises, torch raises again with the worker's traceback as its text.
     """
     if isinstance(error, OSError):
         return True

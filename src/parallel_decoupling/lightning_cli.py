@@ -1,9 +1,7 @@
 """The LightningCLI behind ``cli``: defaults of a run, and which value wins when a checkpoint is given.
 
-A value that is typed (in a config file or as an option) wins over the checkpoint's, the checkpoint's wins
-over a default, and every typed value that differs is shown. One exception: ``validate``, ``test`` and
-``predict`` cannot load trained parameters into another structure, so what shapes them is taken from the
-checkpoint (``training.settings``).
+A typed value wins over the checkpoint's, and the checkpoint's over a default; every typed value that differs
+is shown. ``validate``, ``test`` and ``predict`` take what shapes trained parameters from the checkpoint.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ from parallel_decoupling.model.encoder import absolute_name
 from parallel_decoupling.model.pretrained import LAST_CHECKPOINT, read_checkpoint
 from parallel_decoupling.training.callbacks import console
 from parallel_decoupling.training.module import PDFEmbedder
-from parallel_decoupling.training.settings import CONFIGS, is_fixed
+from parallel_decoupling.training.settings import CONFIGS, SHAPES_WEIGHTS
 
 log = logging.getLogger(__name__)
 FIT_CONFIG = "config.yaml"
@@ -41,23 +39,12 @@ SAVE_EVERY = 50
 
 HARMLESS_WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
-    "Total length of `list` across ranks is zero",
     "Checkpoint directory .* exists and is not empty",
     "The dirpath has changed from",
-    "Couldn't infer the batch indices fetched from your dataloader",
 )
-"""Of Lightning: about itself, no validation tasks, resuming in a folder, rows that carry their places."""
+"""Of Lightning: about itself, and resuming in a folder."""
 CONFIG_DIR = Path(__file__).parent / "configs"
 """Configurations that come with the package: those of the demo."""
-REFUSED = {
-    "gradient_clip_val": (None, "this model clips by itself; use model.optimizer.clip_norm instead."),
-    "accumulate_grad_batches": (
-        1,
-        "in-batch negatives do not add up over batches. Set a larger data.batch_size with "
-        "model.query_chunk_size and model.candidate_chunk_size (GradCache) instead.",
-    ),
-}
-"""Options of the Trainer with the only value that they may have."""
 
 
 def run(args: Sequence[str]) -> None:
@@ -142,11 +129,8 @@ class RunCLI(LightningCLI):
         self.typed = parser.parse_args(args, defaults=False)
 
     def instantiate_classes(self) -> None:
-        """Refuse what cannot work and what would overwrite a run, then build."""
+        """Refuse what would overwrite a run, then build."""
         config = self.config[self.config.subcommand]
-        for name, (only, message) in REFUSED.items():
-            if config.trainer[name] not in (only, 0):
-                raise ValueError(f"trainer.{name}: {message}")
         if self.config.subcommand == "fit" and not config.ckpt_path and not config.trainer.fast_dev_run:
             folder = _checkpoint_dir(config.trainer)
             if folder is not None and (file := folder / LAST_CHECKPOINT.name).exists():
@@ -223,7 +207,8 @@ class RunCLI(LightningCLI):
             yours = config[name]
             if _comparable(name, yours) == _comparable(name, value):
                 continue
-            fixed = part == "model" and subcommand != "fit" and is_fixed(name)
+            shapes_weights = any(f"{name}.".startswith(f"{known}.") for known in SHAPES_WEIGHTS)
+            fixed = part == "model" and subcommand != "fit" and shapes_weights
             if fixed:
                 config[name] = value
             used = "the checkpoint's" if fixed else "yours"
@@ -255,11 +240,6 @@ class PlanCLI(RunCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the plan's own option."""
         parser.add_argument("--gpu_memory_gib", type=float, default=80.0, help="Memory of each GPU.")
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse under the plan's name."""
-        self._parser("fit").prog = "lightning plan"
-        super().parse_arguments(parser, args)
 
     def instantiate_classes(self) -> None:
         """Build nothing."""

@@ -30,12 +30,7 @@ class PathEmbedding(InputModule):
 
     ``SentenceTransformer.encode(..., paths=0)`` chooses another path, or ``"aggregate"``, for one call.
 
-    Args:
-        embedder: the model.
-        paths: what ``encode`` gives: a path's number, or ``aggregate``.
-
-    Relations:
-        Embeddings equal ``embedder.encode(inputs, instruction=prompt, paths=paths)``.
+    Embeddings equal ``embedder.encode(inputs, instruction=prompt, paths=paths)``.
     """
 
     forward_kwargs = {"paths"}
@@ -103,9 +98,6 @@ def as_sentence_transformer(
     device: str | torch.device = "cpu",
 ) -> SentenceTransformer:
     """Make a ``SentenceTransformer`` of an embedder, a checkpoint, a run or an exported folder.
-
-    Of an exported folder it is the same as ``SentenceTransformer(folder, trust_remote_code=True)``, without
-    that flag: version 6 asks for it before it imports any class that is not its own, even an installed one.
 
     Args:
         model: an embedder, which is shared and not copied, or what ``Embedder.from_pretrained`` takes.

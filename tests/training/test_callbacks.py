@@ -16,8 +16,7 @@ from torch import Tensor
 from parallel_decoupling.batch import PADDING_ID
 from parallel_decoupling.evaluation.run import PathPictures
 from parallel_decoupling.objective.contrastive import info_nce
-from parallel_decoupling.training import callbacks
-from parallel_decoupling.training.callbacks import CollapseAlarm, RunSummary, Throughput
+from parallel_decoupling.training.callbacks import CollapseAlarm
 from parallel_decoupling.training.compute import Progress
 from parallel_decoupling.training.terms import GatheredPairs
 from tests.support.fit import make_trainer, small_data, small_embedder
@@ -50,10 +49,6 @@ def test_each_kind_of_collapse_is_named_once() -> None:
     assert not alarms(alarm, line, 4.15, 80)
 
 
-def test_the_loss_may_be_that_of_a_constant_before_the_alarm_is_armed() -> None:
-    assert not alarms(CollapseAlarm(after_steps=100), torch.randn(64, 2, 32), 4.15, 40)
-
-
 LABELS = torch.arange(64) % 8
 NEGATIVES = torch.arange(64, 128)
 PADDED = NEGATIVES.masked_fill(NEGATIVES % 2 == 0, PADDING_ID)
@@ -83,31 +78,6 @@ def test_a_constant_embedding_raises_the_alarm_and_random_ones_do_not(ids: Tenso
     assert "that of a constant embedding" in message
     sides = [torch.nn.functional.normalize(torch.randn(rows, 1, 32), dim=-1) for rows in (64, len(ids))]
     assert not messages(*sides)
-
-
-class Side:
-    lengths = torch.tensor([2, 2, 3])
-
-    def __len__(self) -> int:
-        return 3
-
-
-def test_throughput_is_that_of_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, logged = [0.0], {}
-    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: now[0])
-    trainer: Any = SimpleNamespace(log_every_n_steps=5)
-    module: Any = SimpleNamespace(log=lambda name, value: logged.update({name: value}))
-    throughput = Throughput()
-    throughput.on_train_start(trainer, module)
-    for number in range(1, 6):
-        now[0] += 2
-        batch: Any = SimpleNamespace(query=Side(), candidate=Side())
-        throughput.on_train_batch_end(trainer, module, None, batch, number)
-        if number % 2 == 0:
-            throughput.on_validation_start(trainer, module)
-            now[0] += 100
-            throughput.on_validation_end(trainer, module)
-    assert logged == {"throughput/samples_per_second": 1.5, "throughput/tokens_per_second": 7.0}
 
 
 def test_the_alarm_remembers_its_start_through_a_checkpoint() -> None:
@@ -158,13 +128,3 @@ def test_a_run_logs_its_terms_its_speed_and_its_pictures(
     assert len(events.Images("paths/cosine")) == 3
     printed = capsys.readouterr().out
     assert "What trains" in printed
-    assert "8 = 1 processes x 8 rows" in printed
-
-
-def test_the_summary_counts_every_parameter_once(tiny_backbone_dir: str) -> None:
-    module = small_embedder(tiny_backbone_dir)
-    table = RunSummary.parameters(module)
-    counts = [str(cell).replace(",", "") for cell in table.columns[1]._cells]
-    assert sum(int(count) for count in counts if count) == sum(p.numel() for p in module.parameters())
-    parts = [str(cell) for cell in table.columns[0]._cells]
-    assert "adapted layers: 14 (q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj)" in parts

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel_decoupling.batch import EncoderInputs
-from parallel_decoupling.training.grad_cache import LENGTH_GROUPS, Encoding, encode_in_chunks
+from parallel_decoupling.training.grad_cache import LENGTH_GROUPS, encode_in_chunks
 from tests.support.fit import Recorder, RecordingEmbedder, make_trainer, small_data, small_embedder, trained
 from tests.support.mmeb import add_text_subset, save_tiny_mmeb
 
@@ -77,19 +77,6 @@ def test_short_rows_are_not_padded_to_long_ones() -> None:
     shapes.clear()
     encode_in_chunks(encoder, inputs, chunk_size=None, seed_parts=(0,))
     assert shapes == [(2, 2), (2, 3), (2, 5), (1, 5)], "7 rows in 4 groups"
-
-
-def test_a_chunk_that_is_left_out_would_be_noticed() -> None:
-    encoder, inputs = ToyEncoder(dropout=0.0), toy_inputs()
-    _, plain = gradients(encoder, inputs, None)
-    encoder.zero_grad()
-    encoding = encode_in_chunks(encoder, inputs, chunk_size=3, seed_parts=(0, "query"))
-    loss_of(encoding.embeddings).backward()
-    assert all(p.grad is None for p in encoder.parameters())
-    assert encoding.replay is not None
-    first, *_ = encoding.replay()
-    Encoding(encoding.embeddings, lambda: iter([first])).backward()
-    assert not torch.allclose(plain[0], encoder.embed.weight.grad)
 
 
 def test_the_second_pass_replays_the_dropout_of_the_first() -> None:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from parallel_decoupling import cli
@@ -106,15 +102,6 @@ def four_steps(tiny_clip_dir: str, tiny_mmeb_dir: str, tmp_path_factory: pytest.
     return fit(tmp_path_factory.mktemp("fit"), tiny_clip_dir, tiny_mmeb_dir, 4)
 
 
-def test_training_moves_both_towers_and_lowers_the_loss(tiny_clip_dir: str, four_steps: Any) -> None:
-    module, values, _ = four_steps
-    before, after = trained(embedder(tiny_clip_dir)), trained(module)
-    assert before.keys() == after.keys()
-    assert all(not torch.equal(before[name], after[name]) for name in before)
-    assert values[-1]["train/loss"] < values[0]["train/loss"]
-    assert values[0]["compute/token_passes"] > 0
-
-
 def test_a_resumed_run_equals_an_uninterrupted_one(
     tiny_clip_dir: str, tiny_mmeb_dir: str, tmp_path: Path, four_steps: Any
 ) -> None:
@@ -148,81 +135,6 @@ def test_a_checkpoint_of_a_tower_with_batch_normalisation_is_complete(
     module, _, file = fit(tmp_path, backbone, tiny_mmeb_dir, 2)
     image = [noise_image(40, 30)]
     assert torch.equal(PDFEmbedder.load_from_checkpoint(file).encode(image), module.encode(image))
-
-
-class LossesToFile(Recorder):
-    """Writes the losses of a run, in whose processes the test is not."""
-
-    def __init__(self, file: Path) -> None:
-        super().__init__()
-        self.file = file
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
-            self.file.write_text(json.dumps([values["train/loss"] for values in self.values]))
-
-
-@pytest.mark.slow
-def test_two_processes_train_and_score_like_one(
-    tiny_clip_dir: str, tiny_mmeb_dir: str, tmp_path: Path
-) -> None:
-    losses, scores = [], []
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        options: dict[str, Any] = {"devices": processes}
-        if processes == 2:
-            options["strategy"] = "ddp_fork"
-        folder.mkdir()
-        module, data = embedder(tiny_clip_dir), small_data(tiny_mmeb_dir, eval_batch_size=3)
-        trainer = make_trainer(folder, LossesToFile(folder / "losses.json"), max_steps=4, **options)
-        trainer.fit(module, data)
-        losses.append(json.loads((folder / "losses.json").read_text()))
-        make_trainer(folder, **options).test(embedder(tiny_clip_dir, "frozen"), data, verbose=False)
-        scores.append((folder / "scores.csv").read_text())
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
-    assert scores[0] == scores[1]
-
-
-@pytest.fixture
-def _environment() -> Iterator[None]:
-    """Undo what ``seed_everything`` leaves behind."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
-            patch.setenv(name, "0")
-        yield
-
-
-@pytest.mark.usefixtures("_environment")
-def test_shipped_configs_score_train_resume_and_are_compared_with_pdf(
-    tiny_clip_dir: str,
-    tiny_backbone_dir: str,
-    tiny_mmeb_dir: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(tiny_clip_dir, "weights")
-    here = ["--data.data_dir", tiny_mmeb_dir, "--data.batch_size", "8", "--data.num_workers", "0"]
-    here += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
-    clip = ["--model.backbone", "weights", *here]
-    frozen = ["--model.adapter.kind", "frozen", "--trainer.default_root_dir", "runs/openclip_zero_shot"]
-    cli.main(["test", "--config", str(CONFIG_DIR / "openclip.yaml"), *clip, *frozen])
-    tuned = ["--config", str(CONFIG_DIR / "openclip.yaml"), *clip]
-    cli.main(["fit", *tuned, "--trainer.max_steps", "2"])
-    capsys.readouterr()
-    cli.main(["fit", *tuned, "--trainer.max_steps", "3", "--ckpt_path", "last"])
-    assert "Settings that differ" not in capsys.readouterr().err
-    cli.main(["test", *tuned, "--ckpt_path", "last"])
-    make_trainer(tmp_path / "runs" / "pdf").test(
-        small_embedder(tiny_backbone_dir), small_data(tiny_mmeb_dir), verbose=False
-    )
-    runs = [f"runs/{name}" for name in ("openclip_zero_shot", "openclip", "pdf")]
-    reports = [ScoreReport.from_json_file(Path(run) / "scores.json") for run in runs]
-    assert [report.run["global_step"] for report in reports] == [0, 3, 0]
-    cli.main(["compare", *runs, "--output_dir", "comparison"])
-    assert "openclip_zero_shot" in capsys.readouterr().out
-    assert Path("comparison/comparison.json").is_file()
 
 
 def test_what_is_made_for_multimodal_llms_is_refused(

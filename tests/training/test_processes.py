@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed.tensor import DTensor
 
@@ -231,38 +227,3 @@ def test_losing_a_process_ends_the_others_with_an_error(
 
     with pytest.raises(RuntimeError, match=r"exit codes \[1, -9\]"):
         run_ranks(fit, timeout=120)
-
-
-def test_the_command_ends_when_one_of_its_processes_is_killed(
-    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
-) -> None:
-    settings = {
-        "model": {"backbone": tiny_backbone_dir, "num_paths": 2, "prefix_length": 3},
-        "data": {"data_dir": tiny_mmeb_dir, "batch_size": 8},
-        "trainer": {
-            "accelerator": "cpu",
-            "devices": 2,
-            "strategy": "fsdp2",
-            "max_steps": 100000,
-            "default_root_dir": str(tmp_path),
-            "enable_checkpointing": False,
-        },
-    }
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    command = [sys.executable, "-m", "parallel_decoupling", "fit", "--config", str(tmp_path / "run.yaml")]
-    log = (tmp_path / "log").open("w")
-    with subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as main:
-        try:
-            end = time.monotonic() + 300
-            while "main steps in this run" not in (tmp_path / "log").read_text():
-                assert main.poll() is None
-                assert time.monotonic() < end, (tmp_path / "log").read_text()
-                time.sleep(0.2)
-            listed = subprocess.run(
-                ["ps", "--ppid", str(main.pid), "-o", "pid="], capture_output=True, text=True, check=True
-            )
-            (child,) = map(int, listed.stdout.split())
-            os.kill(child, signal.SIGKILL)
-            assert main.wait(timeout=120) != 0
-        finally:
-            main.kill()

@@ -15,12 +15,10 @@ from torch import Tensor
 
 from parallel_decoupling.model.identity import check_fingerprint, load_trainable_state, trainable_state
 from parallel_decoupling.training.compute import Progress
-from parallel_decoupling.training.settings import SETTINGS
+from parallel_decoupling.training.settings import SHAPES_WEIGHTS
 
 if TYPE_CHECKING:
     from parallel_decoupling.training.module import PDFEmbedder
-
-_SHAPING = [name for name, setting in SETTINGS.items() if setting.shapes_weights]
 
 
 def trained_state(module: PDFEmbedder) -> dict[str, Tensor]:
@@ -57,7 +55,7 @@ def load_into(module: PDFEmbedder, checkpoint: Mapping[str, Any]) -> None:
     if wrong := sorted({name for name, _ in wanted.items() ^ found.items()}):
         raise ValueError(
             f"The checkpoint does not fit this model; missing, left over or of another shape: {wrong}. Build "
-            f"the model with the values it was trained with of {', '.join(_SHAPING)}."
+            f"the model with the values it was trained with of {', '.join(SHAPES_WEIGHTS)}."
         )
     in_encoder = {k.removeprefix("encoder."): v for k, v in stored.items() if k.startswith("encoder.")}
     load_trainable_state(module.encoder, in_encoder)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -121,7 +122,7 @@ class PDFEmbedder(LightningModule):
         self.automatic_optimization = False
         # the frozen backbone is not in the checkpoint; load_into checks every key
         self.strict_loading = False
-        self.save_hyperparameters(*settings.ARGUMENTS, logger=False)
+        self.save_hyperparameters(*inspect.signature(PDFEmbedder).parameters, logger=False)
         typed, plain = settings.read_settings(self.hparams)
         self.save_hyperparameters(plain, logger=False)
         self.mi_config: MIConfig = typed["mi"]
@@ -133,8 +134,8 @@ class PDFEmbedder(LightningModule):
         self.progress = Progress()
         self.data_settings: dict[str, Any] = {}
         self.trained_data: dict[str, Any] = {}
-        loading = {"revision": backbone_revision, **settings.group("loading", typed)}
-        self.encoder = build_encoder(backbone, loading, settings.group("paths", typed))
+        loading = {"revision": backbone_revision, **settings.group(settings.LOADING, typed)}
+        self.encoder = build_encoder(backbone, loading, settings.group(settings.PATHS, typed))
         self.nested_dims = nested_dims(matryoshka_dims, self.encoder.embed_dim)
         with seeded(torch.device("cpu"), seed, "estimator"):
             self.mutual_information = MutualInformation(
@@ -337,7 +338,7 @@ class PDFEmbedder(LightningModule):
     def identity(self) -> dict[str, Any]:
         """Identify what turns inputs into embeddings; see ``model.identity.encoder_identity``."""
         precision = None if self._trainer is None else str(self._trainer.precision)
-        shaping = settings.embedding_settings(self.hparams)
+        shaping = settings.group(settings.SHAPES_EMBEDDINGS, self.hparams)
         conditions: dict[str, Any] = {"precision": precision, "settings": shaping}
         return encoder_identity(self.encoder, fingerprint=self.fingerprint, **conditions)
 

@@ -1,9 +1,6 @@
 """Seeds as a pure function of where a run is, so that no generator state is ever saved.
 
-Every training step runs under ``seeded(device, seed, step)``, and every forward pass inside it under
-``seeded(device, seed, step, rank, side, chunk)``. So dropout in step 700 does not depend on how the run came
-to step 700, the second forward pass of a GradCache chunk replays the dropout of the first, and the objective
-draws the same numbers on every rank.
+So dropout in a step does not depend on how the run came to it, and a GradCache chunk replays its own.
 """
 
 from __future__ import annotations

@@ -26,11 +26,9 @@ from parallel_decoupling.objective.vclub import MutualInformation, path_pairs
 class GatheredPairs:
     """The embeddings of one batch, of all ranks: queries ``[G, N, D]``, candidates ``[C, N, D]``.
 
-    Attributes:
-        query_aggregate: ``[G, 1, D']``; of the candidates ``[C, 1, D']``.
-        positive: ``[G]`` int64, index into the candidates.
-        candidate_ids: ``[C]`` int64; ``PADDING_ID`` where a hard negative is missing.
-        nested: the same rows at each smaller dimension of Matryoshka training.
+    Aggregates are ``[G, 1, D']`` and ``[C, 1, D']``; ``positive`` ``[G]`` is an index into the candidates,
+    whose ``candidate_ids`` are ``PADDING_ID`` where a hard negative is missing; ``nested`` are the same rows
+    at each smaller dimension of Matryoshka training.
     """
 
     query: Tensor
@@ -59,14 +57,10 @@ def gather_pairs(
     aggregate: Callable[[Tensor], Tensor],
     dims: Sequence[int] = (),
 ) -> GatheredPairs:
-    """Bring the rows of all ranks together.
+    """Bring the rows of all ranks together; candidates are ``[B + J, N, D]`` per rank, positives first.
 
-    Args:
-        query: ``[B, N, D]`` of this rank.
-        candidate: ``[B + J, N, D]`` of this rank, positives first; J is the same on every rank.
-        candidate_ids: ``[B + J]`` int64, comparable between ranks.
-        aggregate: applied before the gather, so that its parameters get this rank's part of their gradient.
-        dims: smaller dimensions; there the aggregate is that of truncated paths.
+    ``aggregate`` is applied before the gather, so that its parameters get this rank's part of their gradient;
+    at smaller ``dims`` it is that of truncated paths.
     """
     first_of_rank = torch.arange(world_size(), device=query.device) * len(candidate)
     own_rows = torch.arange(len(query), device=query.device)
