@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import sys
 from pathlib import Path
@@ -129,20 +128,6 @@ def test_missing_packages_are_named(
         monkeypatch.setenv(name, "1")
     message = f"this needs {package}: pip install 'parallel-decoupling[{command}]'\n"
     assert mistake([command, "anything"], capsys).endswith(message)
-
-
-@pytest.mark.parametrize("name", cli.COMMANDS)
-def test_help_describes_every_argument(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([name, "--help"])
-    assert not stopped.value.code
-    shown = " ".join(capsys.readouterr().out.split())
-    command = cli.command_of(name)
-    about = inspect.getdoc(command)
-    assert about is not None
-    assert about.splitlines()[0] in shown
-    for argument in inspect.signature(command).parameters:
-        assert about.split(f" {argument}: ")[1].splitlines()[0].rstrip(".") in shown
 
 
 @pytest.fixture(scope="module")

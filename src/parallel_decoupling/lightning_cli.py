@@ -78,11 +78,7 @@ class _SaveConfig(SaveConfigCallback):
 
 
 class RunCLI(LightningCLI):
-    """LightningCLI with this package's model and data; ``trainer.default_root_dir`` holds all of a run.
-
-    ``config.yaml`` is that of ``fit`` and can be given to ``fit`` again; the other subcommands write theirs
-    beside it, as ``test_config.yaml``.
-    """
+    """LightningCLI with this package's model and data; ``trainer.default_root_dir`` holds all of a run."""
 
     def __init__(self, args: list[str]) -> None:
         self.typed: Any = None
@@ -141,10 +137,7 @@ class RunCLI(LightningCLI):
         super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Hand model and data to each other and to the callbacks; add TensorBoard and ``last.ckpt``.
-
-        The user's own logger and checkpoint callbacks replace the defaults; ``predict`` logs nothing.
-        """
+        """Connect model, data and callbacks; without the user's own add TensorBoard and ``last.ckpt``."""
         config = self._get(self.config_init, "trainer")
         callbacks, keeper = list(_as_list(config.get("callbacks"))), self._keeper()
         self.datamodule.connect(self.model, keeper)
@@ -172,8 +165,7 @@ class RunCLI(LightningCLI):
         if self.config.subcommand == "predict":
             folder = config.output_dir or Path(config.trainer.default_root_dir, "embeddings")
             model = None if config.ckpt_path is None else os.path.abspath(config.ckpt_path)
-            about = {"model": model}
-            return Keeper(folder, lambda: self.model.about() | about, dtype=config.output_dtype)
+            return Keeper(folder, lambda: self.model.about() | {"model": model}, dtype=config.output_dtype)
         folder = config.get("embeddings_dir")
         return None if folder is None else Keeper(folder, self.model.about, replace=True)
 

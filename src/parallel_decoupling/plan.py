@@ -1,8 +1,4 @@
-"""``plan``: an estimate of what a run needs, made from its settings before any weight is loaded.
-
-Parameters are counted on a model of shapes alone; activations and operations follow textbook formulas, good
-to about a third. The truth is one real step and ``torch.cuda.max_memory_allocated()`` after it.
-"""
+"""``plan``: an estimate, good to about a third, of what a run needs, made before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -48,8 +44,8 @@ def plan_tables(
     shares = f"{QUERY_IMAGES:.0%} of queries and {CANDIDATE_IMAGES:.0%} of candidates"
     contents: dict[str, Sequence[tuple[str, str]]] = {
         "Batch arithmetic": [
-            ("layout", f"{plan.strategy}, {plan.processes} process(es)"),
             ("global batch", f"{plan.queries} pairs, {plan.queries // plan.processes} per process"),
+            ("processes", f"{plan.processes} ({plan.strategy})"),
             ("negatives per query", f"{plan.candidates - 1} (gathered from all processes)"),
         ],
         "Parameters": [
@@ -79,8 +75,8 @@ def read_layout(trainer: Mapping[str, Any]) -> tuple[int, str]:
     devices, strategy = trainer["devices"], trainer["strategy"]
     if str(devices) in ("auto", "-1"):
         devices = max(1, torch.cuda.device_count())
-    elif isinstance(devices, list) or "," in str(devices):
-        devices = len(devices if isinstance(devices, list) else devices.split(","))
+    elif "," in str(devices):
+        devices = str(devices).count(",") + 1
     processes = int(devices) * int(trainer["num_nodes"])
     name = strategy if isinstance(strategy, str) else strategy["class_path"].rsplit(".", 1)[-1].lower()
     name = ("ddp" if processes > 1 else "single") if name == "auto" else name

@@ -29,7 +29,6 @@ class PathEmbedding(InputModule):
     """The aggregate or one path of an embedder, as the only module of a ``SentenceTransformer``.
 
     ``SentenceTransformer.encode(..., paths=0)`` chooses another path, or ``"aggregate"``, for one call.
-
     Embeddings equal ``embedder.encode(inputs, instruction=prompt, paths=paths)``.
     """
 
@@ -82,11 +81,10 @@ class PathEmbedding(InputModule):
         return cls(embedder, 0 if embedder.num_paths == 1 else "aggregate")
 
     def _checked(self, paths: Output) -> Output:
-        number = isinstance(paths, int) and 0 <= paths < self.encoder.num_paths
-        if not number and paths != "aggregate":
-            last = self.encoder.num_paths - 1
-            raise ValueError(f"paths is {paths!r}; use 'aggregate' or a path number, 0 to {last}")
-        return paths
+        if paths == "aggregate" or paths in range(self.encoder.num_paths):
+            return paths
+        last = self.encoder.num_paths - 1
+        raise ValueError(f"paths is {paths!r}; use 'aggregate' or a path number, 0 to {last}")
 
 
 def as_sentence_transformer(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,8 +10,6 @@ from torch import Tensor, nn
 
 from parallel_decoupling.batch import EncoderInputs
 from parallel_decoupling.training.grad_cache import LENGTH_GROUPS, encode_in_chunks
-from tests.support.fit import Recorder, RecordingEmbedder, make_trainer, small_data, small_embedder, trained
-from tests.support.mmeb import add_text_subset, save_tiny_mmeb
 
 ROWS, LENGTH, PATHS, WIDTH = 7, 5, 2, 6
 
@@ -128,45 +124,3 @@ def test_autocast_weights_of_the_first_pass_do_not_cut_off_the_second() -> None:
     for one, other in zip(plain, chunked, strict=True):
         assert one.abs().max() > 0.1
         torch.testing.assert_close(one, other, rtol=0.05, atol=0.02)
-
-
-VISION_ALONE: dict[str, Any] = {
-    "num_paths": 1,
-    "prefix_length": 0,
-    "mi_weight": 0.0,
-    "aggregate_weight": 0.0,
-    "temperature": 0.5,
-    "adapter": {"kind": "lora", "scope": "vision"},
-}
-
-
-@pytest.mark.parametrize("chunk_size", [None, 1, 3])
-def test_texts_have_no_part_in_the_gradient_of_vision_adapters(
-    tiny_backbone_dir: str, tmp_path: Path, chunk_size: int | None
-) -> None:
-    """Chunks of texts, and batches of texts alone, beside those with images."""
-    data_dir = save_tiny_mmeb(tmp_path / "data")
-    add_text_subset(data_dir)
-
-    def fit(size: int | None) -> tuple[RecordingEmbedder, Recorder, dict[str, Tensor]]:
-        chunks = {"query_chunk_size": size, "candidate_chunk_size": size}
-        module = small_embedder(tiny_backbone_dir, kind=RecordingEmbedder, **VISION_ALONE, **chunks)
-        start, recorder = trained(module), Recorder()
-        data = small_data(data_dir, policy="homogeneous", train_subsets=["colours_i2t", "texts"])
-        make_trainer(tmp_path, recorder, max_steps=4).fit(module, data)
-        assert isinstance(module, RecordingEmbedder)
-        return module, recorder, start
-
-    module, recorder, start = fit(chunk_size)
-    with_gradient = [bool(gradients) for gradients in module.history]
-    assert {True, False} == set(with_gradient)
-    assert [values["train/gradient_norm"] > 0 for values in recorder.values] == with_gradient
-    assert all("visual" in name for gradients in module.history for name in gradients)
-    end = trained(module)
-    assert not torch.equal(end[min(end)], start[min(start)])
-    assert module.progress.steps_done == 4
-    plain, _, _ = fit(None)
-    for ours, theirs in zip(module.history, plain.history, strict=True):
-        assert ours.keys() == theirs.keys()
-        for name, gradient in ours.items():
-            torch.testing.assert_close(gradient, theirs[name], rtol=1e-3, atol=1e-6)

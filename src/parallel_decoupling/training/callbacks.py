@@ -79,12 +79,8 @@ class Throughput(Callback):
 class CollapseAlarm(Callback):
     """Warn, once per kind, when embeddings or paths are losing what they tell apart.
 
-    Args:
-        after_steps: do not look at the loss and at path cosines before this many steps of the run.
-        every_n_steps: how often to look.
-
-    Relations:
-        A loss within 2 % of ``constant_loss`` is what a constant embedding has.
+    Loss and path cosines are looked at from ``after_steps`` on, both and the effective rank
+    ``every_n_steps``.
     """
 
     def __init__(self, after_steps: int = 200, every_n_steps: int = 20) -> None:
@@ -141,11 +137,7 @@ class CollapseAlarm(Callback):
 
 
 def constant_loss(pairs: GatheredPairs, *, symmetric: bool) -> float:
-    """Return InfoNCE of these pairs if every embedding were the same, at any temperature.
-
-    Relations:
-        ``log(candidates)`` without padding and without targets that repeat; lower with them.
-    """
+    """Return InfoNCE of these pairs, at any temperature, if every embedding were the same."""
     query, candidate = (torch.ones_like(side[:, :1, :1]) for side in (pairs.query, pairs.candidate))
     return float(info_nce(query, candidate, temperature=1.0, symmetric=symmetric, **pairs.labels))
 
@@ -153,9 +145,9 @@ def constant_loss(pairs: GatheredPairs, *, symmetric: bool) -> float:
 class SaveOnSignal(Callback):
     """Write ``last.ckpt`` when the run is told to stop: SIGTERM, or Ctrl+C.
 
-    A step that has begun is finished first, so that the run can be resumed from the checkpoint bit for bit.
-    With several processes a signal that comes while one of them waits for its data can leave them waiting for
-    each other; then the last regular ``last.ckpt`` counts. A second Ctrl+C stops at once, without saving.
+    A step that has begun is finished first, so that the run can be resumed bit for bit. With several
+    processes a signal during a wait for data can leave them waiting for each other; then the last regular
+    ``last.ckpt`` counts. A second Ctrl+C stops at once, without saving.
     """
 
     _in_step = _interrupted = _saved = False

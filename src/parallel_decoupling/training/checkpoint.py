@@ -1,7 +1,6 @@
 """What a training checkpoint holds beyond Lightning's own state, and the checks when it is loaded.
 
-Instead of the frozen backbone's weights it holds their fingerprint. No generator state is kept: see
-``training.randomness``.
+Instead of the frozen backbone's weights it holds their fingerprint.
 """
 
 from __future__ import annotations
@@ -39,11 +38,7 @@ def save_into(checkpoint: dict[str, Any], module: PDFEmbedder) -> None:
 
 
 def load_into(module: PDFEmbedder, checkpoint: Mapping[str, Any]) -> None:
-    """Check that the checkpoint belongs to this model, to the last key, and take it over.
-
-    Raises:
-        ValueError: another backbone, or parameters that are missing, left over or of another shape.
-    """
+    """Check that the checkpoint belongs to this model, to the last key, and take it over."""
     if not {"backbone", "data", "progress", "state_dict"} <= checkpoint.keys():
         raise ValueError("This is not a checkpoint of PDFEmbedder.")
     check_fingerprint(checkpoint["backbone"], module.fingerprint)

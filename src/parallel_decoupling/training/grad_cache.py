@@ -32,14 +32,11 @@ class Encoding:
     replay: Callable[[], Iterator[tuple[list[int], Tensor]]] | None = None
 
     def backward(self) -> None:
-        """Carry the gradient of ``embeddings`` on to the parameters; nothing to do for a direct graph.
-
-        A chunk that no parameter takes part in (texts, when vision adapters alone train) adds nothing.
-        """
+        """Carry the gradient of ``embeddings`` on to the parameters; nothing to do for a direct graph."""
         if self.replay is None or self.embeddings.grad is None:
             return
         for rows, chunk_BND in self.replay():
-            if chunk_BND.requires_grad:
+            if chunk_BND.requires_grad:  # not texts, when vision adapters alone train
                 torch.autograd.backward(chunk_BND, self.embeddings.grad[rows])
 
 

@@ -1,8 +1,4 @@
-"""PDFEmbedder: the training algorithm of the Parallel Decoupling Framework, as a LightningModule.
-
-``training_step`` is the alternating step in order. Evaluation is a client: ``evaluation.run`` scores what
-``test_step`` returns, and the code behind ``encode`` is imported when it is called.
-"""
+"""PDFEmbedder: the training algorithm of the Parallel Decoupling Framework, as a LightningModule."""
 
 from __future__ import annotations
 
@@ -198,15 +194,11 @@ class PDFEmbedder(LightningModule):
         return encode_in_chunks(self.encoder, inputs, chunk_size=chunk_size, seed_parts=seed_parts)
 
     def _fit_estimator(self, pairs: terms.GatheredPairs) -> tuple[Tensor, Tensor]:
-        """Fit q; return its NLL on this batch before (held out) and after the fit.
-
-        The optimizer is stepped unwrapped, so that ``global_step`` counts main steps only. Every rank makes
-        the same steps on the same gathered embeddings.
-        """
+        """Fit q, alike on every rank; return its NLL on this batch before (held out) and after the fit."""
         held_out = nll = torch.zeros((), device=self.device)
         if not self.mutual_information.needs_fit:
             return held_out, nll
-        optimizer = cast(Any, self.optimizers())[1].optimizer
+        optimizer = cast(Any, self.optimizers())[1].optimizer  # unwrapped: global_step counts main steps only
         for step in range(self.mi_config.fit_steps):
             nll = terms.estimator_nll(self.mutual_information, pairs)
             held_out = nll.detach() if step == 0 else held_out
@@ -230,7 +222,11 @@ class PDFEmbedder(LightningModule):
         parameters = [parameter for group in self.trainables().values() for parameter in group]
         average_gradients(parameters)
         norm = clip_gradients(parameters, self.optimizer_config.clip_norm or float("inf"))
-        optimization.check_gradient_norm(float(norm), self.progress.steps_done)
+        optimization.require(
+            bool(norm.isfinite()),
+            f"The gradient of main step {self.progress.steps_done + 1} is not finite (norm {float(norm)}); "
+            "the step is not made. Lower rates or mi_weight, raise the temperature, or use dtype=float32.",
+        )
         rates = {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
         optimizer.step()
         cast(Any, self.lr_schedulers()).step()

@@ -12,16 +12,11 @@ from contextlib import contextmanager
 import torch
 
 
-def derive_seed(*parts: int | str) -> int:
-    """Hash ``parts`` to a seed: 63 bits, equal on every machine and Python version."""
-    digest = hashlib.sha256(repr(parts).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
 @contextmanager
 def seeded(device: torch.device, *parts: int | str) -> Iterator[None]:
     """Run the block with torch's generators (CPU and ``device``) seeded from ``parts``, then restore them."""
     accelerators = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices=accelerators, device_type=device.type if accelerators else "cuda"):
-        torch.manual_seed(derive_seed(*parts))
+        digest = hashlib.sha256(repr(parts).encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         yield

@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from parallel_decoupling.model.backbone import AdapterConfig
 from parallel_decoupling.model.encoder import absolute_name
 from parallel_decoupling.model.families import Family
-from parallel_decoupling.training.optimization import MIConfig, OptimizerConfig, require
+from parallel_decoupling.training.optimization import MIConfig, OptimizerConfig, check_ranges, require
 from parallel_decoupling.training.strategies import FSDP2Strategy
 
 CONFIGS: dict[str, Any] = {
@@ -39,10 +39,6 @@ SHAPES_EMBEDDINGS = (*STRUCTURE, "dtype", "attention", "quantization")
 def group(names: Iterable[str], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of these names."""
     return {name: arguments[name] for name in names}
-
-
-PRECISIONS = ("32-true", "bf16-mixed")
-"""Values of ``trainer.precision`` that train."""
 
 
 def read_settings(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -73,9 +69,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     num_paths, prefix_length = settings["num_paths"], settings["prefix_length"]
     smallest = {"num_paths": 1, "prefix_length": 0, "mi_weight": 0, "aggregate_weight": 0}
     smallest |= {"query_chunk_size": 1, "candidate_chunk_size": 1}
-    for name, least in smallest.items():
-        value = least if settings[name] is None else settings[name]
-        require(math.isfinite(value) and value >= least, f"{name} must be {least} or more, got {value}.")
+    check_ranges("", settings, smallest)
     one_path = "prefix_length=0 makes all paths the same: set num_paths=1 or prefix_length above 0."
     require(prefix_length > 0 or num_paths == 1, one_path)
     for name in ("mi_weight", "aggregate_weight"):
@@ -96,9 +90,9 @@ def check_trainer(strategy: Any, precision: str) -> None:
         "strategy ddp, or fsdp2.",
     )
     require(
-        precision in PRECISIONS,
+        precision in ("32-true", "bf16-mixed"),
         f"trainer.precision={precision} does not work with fp32 prefixes and clipping by hand: use "
-        f"{' or '.join(PRECISIONS)}, and model.dtype=bfloat16 for a frozen backbone in half the memory.",
+        "32-true or bf16-mixed, and model.dtype=bfloat16 for a frozen backbone in half the memory.",
     )
 
 

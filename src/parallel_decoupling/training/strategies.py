@@ -31,10 +31,6 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     Unlike its parent it needs no sizes, and its checkpoint is the one file of whole tensors, without the
     frozen backbone, that a single process or DDP would write.
-
-    Args:
-        process_group_backend: null chooses nccl or gloo by the accelerator.
-        timeout: how long a collective may wait for a process that is gone.
     """
 
     def __init__(
@@ -140,11 +136,7 @@ def shard_encoder(encoder: Encoder, mesh: DeviceMesh) -> None:
 def _same_graph_everywhere(
     language_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Let the input require a gradient on every process, as it does where a chunk has images.
-
-    FSDP2 frees a block's weights when the gradient of its input is there; otherwise processes would gather
-    the first block's weights a different number of times.
-    """
+    """Let the input require a gradient on every process: FSDP2 frees a block's weights when that is there."""
     if torch.is_grad_enabled():
         kwargs["inputs_embeds"].requires_grad_()
     return args, kwargs

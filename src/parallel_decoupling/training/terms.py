@@ -1,8 +1,7 @@
 """The terms of the objective for one batch: gather over ranks, then call ``objective``.
 
-Every rank computes the SAME terms, of all ranks' rows; gradient reaches its own rows only. So the sum over
-ranks of the gradients is that of one process with the whole batch. Parameters used after the gather (a
-learned temperature) see the whole gradient on every rank and take ``1 / world_size`` of it: ``shared``.
+Every rank computes the SAME terms, of all ranks' rows; gradient reaches its own rows only, and of parameters
+used after the gather ``1 / world_size`` of it (``shared``), so that the sum over ranks is one process's.
 """
 
 from __future__ import annotations
@@ -93,10 +92,7 @@ def shared(parameter: Tensor) -> Tensor:
 def contrastive_terms(
     pairs: GatheredPairs, temperature: Tensor | float, *, symmetric: bool, with_aggregate: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return InfoNCE of every path ``[N]`` and of the aggregate (0-dim; without graph if not wanted).
-
-    With nested rows it is the mean over their dimensions and the full one, each with the same weight.
-    """
+    """Return InfoNCE of every path ``[N]`` and of the aggregate (0-dim), means over nested dimensions."""
     if pairs.nested:
         options = {"symmetric": symmetric, "with_aggregate": with_aggregate}
         dims = (replace(pairs, nested=()), *pairs.nested)
