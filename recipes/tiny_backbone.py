@@ -52,6 +52,21 @@ SPECIAL_TOKENS = (
 DEFAULT_OUTPUT_DIR = Path(__file__).parents[1] / "src/parallel_decoupling/model/tiny"
 
 
+def aspects(scene: scenes.Scene) -> dict[str, str]:
+    """Describe one aspect at a time; the keys are ``META_PROMPTS``."""
+    items = [item for _, item in scene.objects]
+    return {
+        "describe the shapes": ", ".join(item.shape for item in items),
+        "describe the colors": ", ".join(item.color for item in items),
+        "describe the positions": ", ".join(scenes.POSITIONS[index] for index, _ in scene.objects),
+        "read the word": scene.word or "none",
+        "count the objects": scenes.NUMBERS[len(items)],
+        "describe the background": scene.background,
+        "describe the sizes": ", ".join(item.size for item in items),
+        "describe the picture": scene.caption(),
+    }
+
+
 @dataclass
 class Example:
     """A training sequence: text pieces, whether each is predicted, and the picture if there is one.
@@ -96,7 +111,7 @@ def sample_example(rng: np.random.Generator, questions_share: float = 0.0) -> Ex
         instruction, after = questions.sample_edit(rng, scene)
         return Example([(f"{IMAGE_TOKEN}\n{instruction}\n", False), (f"{after.caption()}\n", True)], picture)
     if kind == "aspect":
-        prompt, answer = list(questions.aspects(scene).items())[rng.integers(8)]
+        prompt, answer = list(aspects(scene).items())[rng.integers(8)]
         before = bool(rng.random() < 0.7)
         text = f"{prompt}\n{IMAGE_TOKEN}\n" if before else f"{IMAGE_TOKEN}\n{prompt}\n"
         return Example([(text, False), (f"{answer}\n", True), *_turns(rng, scene, 1)], picture)

@@ -42,11 +42,3 @@ def test_files_that_cannot_be_written_are_named(tmp_path: Path, capsys: pytest.C
         shown = message(["verify", str(tmp_path), "--output_file", str(target)], capsys)
         assert shown.startswith("error: ")
         assert str(target) in shown
-
-
-def test_a_file_in_the_place_of_a_folder_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "run").write_text("a file")
-    monkeypatch.setattr(lightning_cli, "run", lambda _: (tmp_path / "run").mkdir())
-    assert str(tmp_path / "run") in message(["fit"], capsys)

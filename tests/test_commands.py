@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import sys
 from pathlib import Path
@@ -131,20 +130,6 @@ def test_missing_packages_are_named(
     assert mistake([command, "anything"], capsys).endswith(message)
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
-def test_help_describes_every_argument(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([name, "--help"])
-    assert not stopped.value.code
-    shown = " ".join(capsys.readouterr().out.split())
-    command = cli.command_of(name)
-    about = inspect.getdoc(command)
-    assert about is not None
-    assert about.splitlines()[0] in shown
-    for argument in inspect.signature(command).parameters:
-        assert about.split(f" {argument}: ")[1].splitlines()[0].rstrip(".") in shown
-
-
 @pytest.fixture(scope="module")
 def run_dir(tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of two steps, and the scores of these steps."""
@@ -177,21 +162,3 @@ def test_export_of_one_path_with_its_backbone(source: str, run_dir: Path, tmp_pa
     assert "| commit | c0ffee |" in card
     assert ("| overall | aggregate 50.0" in card) == (source != "export")
     assert (tmp_path / "model" / "backbone").is_dir()
-
-
-def test_export_of_several_paths_with_merged_adapters(run_dir: Path, tmp_path: Path) -> None:
-    cli.main(
-        ["export", str(run_dir), str(tmp_path / "model"), "--paths", "[1,0]", "--merge_adapters", "true"]
-    )
-    config = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
-    assert (config["paths"], config["settings"]["adapter"]["kind"]) == ([1, 0], "frozen")
-    expected = every_path(Embedder.from_pretrained(run_dir), [1, 0])
-    torch.testing.assert_close(every_path(Embedder.from_pretrained(tmp_path / "model")), expected)
-
-
-def test_export_of_a_path_that_does_not_exist(
-    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit):
-        cli.main(["export", str(run_dir), str(tmp_path / "model"), "--paths", "3"])
-    assert "paths must name some of 0 to 2" in capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import get_args
 
@@ -73,18 +72,9 @@ def test_conditions_are_sql(index: LanceIndex) -> None:
 
 def test_unusable_arguments(store: Store, index: LanceIndex, tmp_path: Path) -> None:
     few = save_store(tmp_path / "few", ITEMS[:9])
-    with pytest.raises(ValueError, match="9 items are too few"):
+    with pytest.raises(ValueError, match="IVF_PQ needs at least 256 items"):
         write_lance_index(few, tmp_path / "index", "IVF_PQ")
-    with pytest.raises(ValueError, match="index_type is 'HNSW'; choose from IVF_FLAT"):
-        write_lance_index(store, tmp_path / "index", "HNSW")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="scoring is 'concat'; this index has aggregate"):
-        index.search(queries_by_column(QUERIES), 3, "concat")
-    with pytest.raises(ValueError, match=r"does not hold an index \(items.lance\)"):
+    with pytest.raises(ValueError, match="scoring is 'path_7'; this index has aggregate"):
+        index.search(queries_by_column(QUERIES), 3, "path_7")
+    with pytest.raises(ValueError, match=r"does not hold an index"):
         LanceIndex(tmp_path)
-
-
-def test_missing_lancedb_is_one_line(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("lancedb", "lancedb.index"):
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ValueError, match=r"pip install 'parallel-decoupling\[search\]'"):
-        write_lance_index(store, tmp_path)

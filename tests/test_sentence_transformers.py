@@ -14,7 +14,7 @@ pytest.importorskip("sentence_transformers", minversion="6")
 from sentence_transformers import SentenceTransformer
 
 from parallel_decoupling.evaluation.embedder import Embedder
-from parallel_decoupling.sentence_transformers import PathEmbedding, as_sentence_transformer
+from parallel_decoupling.sentence_transformers import as_sentence_transformer
 from tests.support.embedders import mixed_inputs, tiny_embedder
 
 ROW_BY_ROW: dict[str, Any] = {"batch_size": 1}
@@ -47,13 +47,6 @@ def refuse(*arguments: Any) -> None:
 
 def encode(model: SentenceTransformer, inputs: list[Any], **options: Any) -> Tensor:
     return model.encode(inputs, convert_to_tensor=True, show_progress_bar=False, **options)
-
-
-def test_the_library_asks_for_consent(folder: Path) -> None:
-    """Version 6 imports no class but its own without the flag; ``as_sentence_transformer`` needs none."""
-    with pytest.raises(ValueError, match=r"(?s)PathEmbedding.*trust_remote_code=True"):
-        SentenceTransformer(str(folder), trust_remote_code=False)
-    assert isinstance(as_sentence_transformer(folder)[0], PathEmbedding)
 
 
 @pytest.mark.parametrize("kind", ["loaded", "made"])
@@ -90,15 +83,6 @@ def test_prompts_are_instructions(model: SentenceTransformer, embedder: Embedder
     )
     assert torch.equal(own, expected)
     assert not torch.equal(own, queries)
-
-
-def test_truncate_dim(model: SentenceTransformer, embedder: Embedder) -> None:
-    whole = embedder.encode(mixed_inputs(), paths="aggregate", **ROW_BY_ROW)
-    short = encode(model, mixed_inputs(), truncate_dim=8, **ROW_BY_ROW)
-    assert torch.equal(short, whole[:, :8])
-    made = as_sentence_transformer(embedder, truncate_dim=8)
-    assert made.get_embedding_dimension() == 8
-    assert torch.equal(encode(made, mixed_inputs(), **ROW_BY_ROW), short)
 
 
 @pytest.mark.parametrize("paths", [0, 2, "aggregate"])

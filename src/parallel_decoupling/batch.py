@@ -31,13 +31,7 @@ class RawInput:
 
 @dataclass(frozen=True)
 class RawPair:
-    """A training row: a query, its positive candidate and optional hard negatives.
-
-    Attributes:
-        negatives: hard negatives of this query, possibly none; None pads to the number asked for.
-        subset: name of the training subset the row comes from; ``row`` is its number there.
-        skipped: why rows before this one were passed over, one reason each.
-    """
+    """Row ``row`` of a training ``subset``; None among the ``negatives`` pads to the number asked for."""
 
     query: RawInput
     candidate: RawInput
@@ -50,10 +44,8 @@ class RawPair:
 class EncoderInputs:
     """Tokenised rows for one encoder call.
 
-    Attributes:
-        tokens: tensors of shape ``[B, L]`` by processor key; always ``input_ids`` and
-            ``attention_mask`` (1 = real token), plus what the backbone's processor adds.
-        vision: one mapping per row with that row's image tensors; empty for a text-only row.
+    ``tokens`` are ``[B, L]`` by processor key, ``input_ids`` and ``attention_mask`` (1 = real token) among
+    them; ``vision`` is one mapping per row with that row's image tensors, empty for a text-only row.
     """
 
     tokens: Mapping[str, Tensor]
@@ -83,14 +75,9 @@ class EncoderInputs:
 
 @dataclass(frozen=True)
 class PairBatch:
-    """What one training step sees.
+    """What one training step sees; ``candidate`` are ``B`` positives in query order, then any hard negatives.
 
-    Attributes:
-        query: ``B`` rows.
-        candidate: ``B`` positives in query order, then any hard negatives.
-        candidate_ids: ``[len(candidate)]`` int64; equal values are the same target, and
-            ``PADDING_ID`` is none.
-        subsets: the subset of each of the ``B`` queries.
+    Equal ``candidate_ids`` (int64) are the same target, and ``PADDING_ID`` is none.
     """
 
     query: EncoderInputs

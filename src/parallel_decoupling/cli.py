@@ -83,10 +83,9 @@ def _fail(message: str) -> None:
 
 
 def _is_the_users(error: ValueError | OSError) -> bool:
-    """Tell whether an error speaks to the user; others keep their traceback.
+    """Tell whether an error is about files or options, or raised here; others keep their traceback.
 
-    Those that do are about files (``OSError``), the Trainer's options, or raised in this package. What a
-    worker of the DataLoader raises, torch raises again here with the worker's traceback as its text.
+    What a worker of the DataLoader raises, torch raises again with the worker's traceback as its text.
     """
     if isinstance(error, OSError):
         return True
@@ -104,18 +103,12 @@ def _message(error: Exception) -> str:
     return text.rsplit(f"{type(error).__name__}: ", 1)[-1].strip() if WORKER_TRACEBACK in text else text
 
 
-def command_of(name: str) -> Callable[..., None]:
-    """Import the function of a subcommand."""
-    module, _, function = COMMANDS[name][0].rpartition(".")
-    command: Callable[..., None] = getattr(import_module(f"parallel_decoupling.{module}"), function)
-    return command
-
-
 def _run_command(name: str, arguments: list[str]) -> None:
     from docstring_parser import parse
     from jsonargparse import ArgumentParser
 
-    command = command_of(name)
+    module, _, function = COMMANDS[name][0].rpartition(".")
+    command: Callable[..., None] = getattr(import_module(f"parallel_decoupling.{module}"), function)
     about = parse(command.__doc__ or "")
     parser = ArgumentParser(prog=f"lightning {name}", description=about.short_description)
     parameters = inspect.signature(command).parameters.values()

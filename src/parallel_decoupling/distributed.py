@@ -29,9 +29,8 @@ def world_size() -> int:
 def gather_with_grad(local: Tensor) -> Tensor:
     """Concatenate ``local`` of all ranks along dim 0; gradient flows to the local shard only.
 
-    For rank 1 of 2 the result is ``[rank 0 (constant); rank 1 (with graph)]``. When every rank computes the
-    same loss from the gathered rows of ALL queries and candidates, the sum over ranks of the gradients is
-    the gradient of one process with the whole batch. ``local`` is ``[B, ...]`` of the same shape everywhere.
+    When every rank computes the same loss from the gathered rows, the sum over ranks of the gradients is
+    that of one process with the whole batch. ``local`` is ``[B, ...]`` of the same shape everywhere.
     """
     if world_size() == 1:
         return local
@@ -53,9 +52,8 @@ def gather_objects(value: Value) -> list[Value]:
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Replace every trainable gradient by its mean over ranks, in place.
 
-    Called once after all backward passes of a step. A parameter without a gradient on some ranks (their
-    chunks hold no image) counts as zero there; one without a gradient anywhere keeps none, as in a single
-    process. Sharded parameters are left alone: FSDP2 has averaged their gradients in the backward pass.
+    A parameter without a gradient on some ranks counts as zero there; one without a gradient anywhere keeps
+    none. Sharded parameters are left alone: FSDP2 has averaged their gradients in the backward pass.
     """
     if world_size() == 1:
         return
@@ -100,11 +98,7 @@ def whole(value: Value) -> Value | Any:
 
 
 def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
-    """Return this rank's part of ``value`` if ``parameter`` is sharded, else ``value``; on its device.
-
-    Relations:
-        ``whole(shard_like(value, parameter))`` equals ``value``, which is the same on every rank.
-    """
+    """Return this rank's part of ``value`` if ``parameter`` is sharded, else ``value``; on its device."""
     value = value.to(parameter.device)
     if not isinstance(parameter, DTensor):
         return value

@@ -1,9 +1,7 @@
 """The LightningCLI behind ``cli``: defaults of a run, and which value wins when a checkpoint is given.
 
-A value that is typed (in a config file or as an option) wins over the checkpoint's, the checkpoint's wins
-over a default, and every typed value that differs is shown. One exception: ``validate``, ``test`` and
-``predict`` cannot load trained parameters into another structure, so what shapes them is taken from the
-checkpoint (``training.settings``).
+A typed value wins over the checkpoint's, and the checkpoint's over a default; every typed value that differs
+is shown. ``validate``, ``test`` and ``predict`` take what shapes trained parameters from the checkpoint.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ from parallel_decoupling.model.encoder import absolute_name
 from parallel_decoupling.model.pretrained import LAST_CHECKPOINT, read_checkpoint
 from parallel_decoupling.training.callbacks import console
 from parallel_decoupling.training.module import PDFEmbedder
-from parallel_decoupling.training.settings import CONFIGS, is_fixed
+from parallel_decoupling.training.settings import CONFIGS, SHAPES_WEIGHTS
 
 log = logging.getLogger(__name__)
 FIT_CONFIG = "config.yaml"
@@ -41,23 +39,12 @@ SAVE_EVERY = 50
 
 HARMLESS_WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
-    "Total length of `list` across ranks is zero",
     "Checkpoint directory .* exists and is not empty",
     "The dirpath has changed from",
-    "Couldn't infer the batch indices fetched from your dataloader",
 )
-"""Of Lightning: about itself, no validation tasks, resuming in a folder, rows that carry their places."""
+"""Of Lightning: about itself, and resuming in a folder."""
 CONFIG_DIR = Path(__file__).parent / "configs"
 """Configurations that come with the package: those of the demo."""
-REFUSED = {
-    "gradient_clip_val": (None, "this model clips by itself; use model.optimizer.clip_norm instead."),
-    "accumulate_grad_batches": (
-        1,
-        "in-batch negatives do not add up over batches. Set a larger data.batch_size with "
-        "model.query_chunk_size and model.candidate_chunk_size (GradCache) instead.",
-    ),
-}
-"""Options of the Trainer with the only value that they may have."""
 
 
 def run(args: Sequence[str]) -> None:
@@ -91,11 +78,7 @@ class _SaveConfig(SaveConfigCallback):
 
 
 class RunCLI(LightningCLI):
-    """LightningCLI with this package's model and data; ``trainer.default_root_dir`` holds all of a run.
-
-    ``config.yaml`` is that of ``fit`` and can be given to ``fit`` again; the other subcommands write theirs
-    beside it, as ``test_config.yaml``.
-    """
+    """LightningCLI with this package's model and data; ``trainer.default_root_dir`` holds all of a run."""
 
     def __init__(self, args: list[str]) -> None:
         self.typed: Any = None
@@ -142,11 +125,8 @@ class RunCLI(LightningCLI):
         self.typed = parser.parse_args(args, defaults=False)
 
     def instantiate_classes(self) -> None:
-        """Refuse what cannot work and what would overwrite a run, then build."""
+        """Refuse what would overwrite a run, then build."""
         config = self.config[self.config.subcommand]
-        for name, (only, message) in REFUSED.items():
-            if config.trainer[name] not in (only, 0):
-                raise ValueError(f"trainer.{name}: {message}")
         if self.config.subcommand == "fit" and not config.ckpt_path and not config.trainer.fast_dev_run:
             folder = _checkpoint_dir(config.trainer)
             if folder is not None and (file := folder / LAST_CHECKPOINT.name).exists():
@@ -157,10 +137,7 @@ class RunCLI(LightningCLI):
         super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Hand model and data to each other and to the callbacks; add TensorBoard and ``last.ckpt``.
-
-        The user's own logger and checkpoint callbacks replace the defaults; ``predict`` logs nothing.
-        """
+        """Connect model, data and callbacks; without the user's own add TensorBoard and ``last.ckpt``."""
         config = self._get(self.config_init, "trainer")
         callbacks, keeper = list(_as_list(config.get("callbacks"))), self._keeper()
         self.datamodule.connect(self.model, keeper)
@@ -188,8 +165,7 @@ class RunCLI(LightningCLI):
         if self.config.subcommand == "predict":
             folder = config.output_dir or Path(config.trainer.default_root_dir, "embeddings")
             model = None if config.ckpt_path is None else os.path.abspath(config.ckpt_path)
-            about = {"model": model}
-            return Keeper(folder, lambda: self.model.about() | about, dtype=config.output_dtype)
+            return Keeper(folder, lambda: self.model.about() | {"model": model}, dtype=config.output_dtype)
         folder = config.get("embeddings_dir")
         return None if folder is None else Keeper(folder, self.model.about, replace=True)
 
@@ -223,7 +199,8 @@ class RunCLI(LightningCLI):
             yours = config[name]
             if _comparable(name, yours) == _comparable(name, value):
                 continue
-            fixed = part == "model" and subcommand != "fit" and is_fixed(name)
+            shapes_weights = any(f"{name}.".startswith(f"{known}.") for known in SHAPES_WEIGHTS)
+            fixed = part == "model" and subcommand != "fit" and shapes_weights
             if fixed:
                 config[name] = value
             used = "the checkpoint's" if fixed else "yours"
@@ -255,11 +232,6 @@ class PlanCLI(RunCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the plan's own option."""
         parser.add_argument("--gpu_memory_gib", type=float, default=80.0, help="Memory of each GPU.")
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse under the plan's name."""
-        self._parser("fit").prog = "lightning plan"
-        super().parse_arguments(parser, args)
 
     def instantiate_classes(self) -> None:
         """Build nothing."""

@@ -1,8 +1,4 @@
-"""``plan``: an estimate of what a run needs, made from its settings before any weight is loaded.
-
-Parameters are counted on a model of shapes alone; activations and operations follow textbook formulas, good
-to about a third. The truth is one real step and ``torch.cuda.max_memory_allocated()`` after it.
-"""
+"""``plan``: an estimate, good to about a third, of what a run needs, made before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -24,7 +20,7 @@ from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.model.open_clip import is_open_clip
 from parallel_decoupling.objective.vclub import MutualInformation
 from parallel_decoupling.training import compute
-from parallel_decoupling.training.settings import check_trained_dtype, group, read_settings
+from parallel_decoupling.training.settings import PATHS, check_trained_dtype, group, read_settings
 
 TEXT_TOKENS, NATURAL_IMAGE = 64, (640, 480)
 """Assumed tokens of text per input, and width and height of an image before the image policy (ours)."""
@@ -47,10 +43,9 @@ def plan_tables(
     shares = f"{QUERY_IMAGES:.0%} of queries and {CANDIDATE_IMAGES:.0%} of candidates"
     contents: dict[str, Sequence[tuple[str, str]]] = {
         "Batch arithmetic": [
-            ("layout", f"{plan.strategy}, {plan.processes} process(es)"),
             ("global batch", f"{plan.queries} pairs, {plan.queries // plan.processes} per process"),
+            ("processes", f"{plan.processes} ({plan.strategy})"),
             ("negatives per query", f"{plan.candidates - 1} (gathered from all processes)"),
-            ("forward passes per process", f"{plan.forward_passes}, with {model['num_paths']} paths each"),
         ],
         "Parameters": [
             (name, f"{count:,} ({size / GIB:.2f} GiB)") for name, (count, size, _) in plan.groups.items()
@@ -58,20 +53,19 @@ def plan_tables(
         f"Memory of one GPU of {gpu_memory_gib:g} GiB (estimate)": [
             *((name, f"{size / GIB:.2f} GiB") for name, size in plan.memory.items() if size),
             ("together", f"{needed:.2f} GiB: {fits} into {USABLE:.0%}"),
-            ("the truth", "one real step, then torch.cuda.max_memory_allocated()"),
         ],
         "Work": [
             ("assumed tokens", f"{TEXT_TOKENS} of text, {plan.image.tokens} of an image in {shares}"),
-            ("token passes per step", f"{plan.token_passes:,.0f}"),
             ("floating-point operations per step", f"{plan.flops:.3g}"),
             ("seconds per step", f"{plan.seconds:,.1f} on H100s at {UTILISATION:.0%} of their peak"),
             ("run", f"{plan.steps:,} steps, {hours:.1f} hours, {hours * plan.processes:.0f} GPU-hours"),
         ],
     }
-    tables = [Table("quantity", "value", title=title) for title in contents]
-    for table, rows in zip(tables, contents.values(), strict=True):
+    tables = []
+    for title, rows in contents.items():
+        tables.append(Table("quantity", "value", title=title))
         for row in rows:
-            table.add_row(*row)
+            tables[-1].add_row(*row)
     return tables
 
 
@@ -80,8 +74,8 @@ def read_layout(trainer: Mapping[str, Any]) -> tuple[int, str]:
     devices, strategy = trainer["devices"], trainer["strategy"]
     if str(devices) in ("auto", "-1"):
         devices = max(1, torch.cuda.device_count())
-    elif isinstance(devices, list) or "," in str(devices):
-        devices = len(devices if isinstance(devices, list) else devices.split(","))
+    elif "," in str(devices):
+        devices = str(devices).count(",") + 1
     processes = int(devices) * int(trainer["num_nodes"])
     name = strategy if isinstance(strategy, str) else strategy["class_path"].rsplit(".", 1)[-1].lower()
     name = ("ddp" if processes > 1 else "single") if name == "auto" else name
@@ -117,8 +111,8 @@ def image_cost(backbone: Backbone, images: ImagePolicy) -> ImageCost:
 def saved_bytes(layers: nn.Module, element: int) -> int:
     """Return the bytes per token that the backward pass of transformer layers needs.
 
-    Those are input and output of every linear layer, the input again of a trained or adapted one (it is
-    cast), and in fp32 the input of every norm.
+    Those are input and output of every linear layer, again the (cast) input of a trained or adapted one, and
+    in fp32 the input of every norm.
     """
     linear = {name: m for name, m in layers.named_modules() if isinstance(m, nn.Linear)}
     own = [m.in_features + m.out_features for name, m in linear.items() if "lora_" not in name]
@@ -140,30 +134,24 @@ class Plan:
         self.candidates: int = self.queries * (1 + data["hard_negatives"])
         if self.queries % self.processes:
             raise ValueError(f"batch_size={self.queries} must be a multiple of {self.processes} processes.")
-        options = {name: self.model[name] for name in ("dtype", "adapter", "initial_adapter", "family")}
+        options = group(("dtype", "adapter", "initial_adapter", "family"), self.model)
         self.backbone = load_backbone(
             model["backbone"], revision=model["backbone_revision"], **options, meta=True
         )
-        options = {**group("paths", self.model), "prefix_init": "random"}
-        self.encoder = ParallelEncoder(self.backbone, **options)
+        self.encoder = ParallelEncoder(self.backbone, **group(PATHS, self.model) | {"prefix_init": "random"})
         self.full: bool = self.backbone.adapter.kind == "full"
         self.element = 2 if "mixed" in str(trainer["precision"]) else self.backbone.dtype.itemsize
         self.layers = self.backbone.layers
         self.tower = self.backbone.vision_tower
         self.tower_trains = any(parameter.requires_grad for parameter in self.tower.parameters())
         self.image = image_cost(self.backbone, ImagePolicy.from_settings(data))
-        settings = self.model, self.backbone.num_layers
-        self.paths = compute.paths_per_layer(*settings)
+        self.paths = compute.paths_per_layer(self.model, self.backbone.num_layers)
         queries, candidates = self.queries // self.processes, self.candidates // self.processes
         self.sides = (  # rows of a process, images among them, chunk size
             (queries, QUERY_IMAGES * queries, model["query_chunk_size"]),
             (candidates, CANDIDATE_IMAGES * candidates, model["candidate_chunk_size"]),
         )
         self.images = sum(images for _, images, _ in self.sides)
-        self.forward_passes = compute.forward_passes(model, queries, candidates)
-        tokens = (queries + candidates) * TEXT_TOKENS + self.images * self.image.tokens
-        options = {"tokens": tokens, "forward_passes": self.forward_passes}
-        self.token_passes = self.processes * compute.token_passes(*settings, **options)
 
     @cached_property
     def groups(self) -> dict[str, tuple[int, float, bool]]:

@@ -29,13 +29,7 @@ class PathEmbedding(InputModule):
     """The aggregate or one path of an embedder, as the only module of a ``SentenceTransformer``.
 
     ``SentenceTransformer.encode(..., paths=0)`` chooses another path, or ``"aggregate"``, for one call.
-
-    Args:
-        embedder: the model.
-        paths: what ``encode`` gives: a path's number, or ``aggregate``.
-
-    Relations:
-        Embeddings equal ``embedder.encode(inputs, instruction=prompt, paths=paths)``.
+    Embeddings equal ``embedder.encode(inputs, instruction=prompt, paths=paths)``.
     """
 
     forward_kwargs = {"paths"}
@@ -87,11 +81,10 @@ class PathEmbedding(InputModule):
         return cls(embedder, 0 if embedder.num_paths == 1 else "aggregate")
 
     def _checked(self, paths: Output) -> Output:
-        number = isinstance(paths, int) and 0 <= paths < self.encoder.num_paths
-        if not number and paths != "aggregate":
-            last = self.encoder.num_paths - 1
-            raise ValueError(f"paths is {paths!r}; use 'aggregate' or a path number, 0 to {last}")
-        return paths
+        if paths == "aggregate" or paths in range(self.encoder.num_paths):
+            return paths
+        last = self.encoder.num_paths - 1
+        raise ValueError(f"paths is {paths!r}; use 'aggregate' or a path number, 0 to {last}")
 
 
 def as_sentence_transformer(
@@ -103,9 +96,6 @@ def as_sentence_transformer(
     device: str | torch.device = "cpu",
 ) -> SentenceTransformer:
     """Make a ``SentenceTransformer`` of an embedder, a checkpoint, a run or an exported folder.
-
-    Of an exported folder it is the same as ``SentenceTransformer(folder, trust_remote_code=True)``, without
-    that flag: version 6 asks for it before it imports any class that is not its own, even an installed one.
 
     Args:
         model: an embedder, which is shared and not copied, or what ``Embedder.from_pretrained`` takes.

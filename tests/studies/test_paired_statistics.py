@@ -39,27 +39,6 @@ def test_differences_pair_seeds_and_ignore_those_of_one_side(tmp_path: Path) -> 
     assert paired_difference(study, results, Difference("d", "a", "b"), "vqa") is None
 
 
-@pytest.mark.parametrize(
-    ("columns", "difference"),
-    [
-        ({"of_column": "path_1"}, -1.0),
-        ({"of_column": "one_path"}, 0.0),
-        ({"of_column": "path_0", "over_column": "path_1"}, 4.0),
-        ({"over_column": "path_0"}, 3.0),
-        ({"over_column": "concat"}, None),
-    ],
-)
-def test_a_column_of_either_side(tmp_path: Path, columns: dict[str, str], difference: float | None) -> None:
-    differences = [{"name": "d", "of": "a", "over": "b", **columns}]
-    study = toy_study(tmp_path, cells={"a": None, "b": {"steps": 50}}, differences=differences)
-    a, b = study.cells.values()
-    results = [made_up_result(a, 0, 100, 50.0), made_up_result(b, 0, 50, 48.0)]
-    found = paired_difference(study, results, study.differences[0])
-    assert (found.values if found else None) == (
-        difference if difference is None else pytest.approx((difference,))
-    )
-
-
 @pytest.mark.parametrize("values", [(1.0, 2.0, 4.0), (-0.5, 0.1, 0.3, -2.0)])
 def test_the_p_value_is_that_of_the_t_test(values: tuple[float, ...]) -> None:
     assert p_value(interval(values)) == pytest.approx(ttest_1samp(values, 0).pvalue)

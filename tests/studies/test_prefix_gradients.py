@@ -1,14 +1,12 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 
 from parallel_decoupling.batch import PairBatch
 from parallel_decoupling.training.module import PDFEmbedder
-from studies import prefix_gradients
-from studies.prefix_gradients import gradients, with_network_of, write
+from studies.prefix_gradients import gradients, with_network_of
 from tests.support.fit import RecordingEmbedder, make_trainer, small_data, small_embedder
 
 NO_CLIP = {"clip_norm": 0.0}
@@ -35,18 +33,3 @@ def test_gradients_are_the_parts_of_that_of_a_training_step(
     expected = torch.cat([module.gradients[name].flatten() for name in prefixes])
     torch.testing.assert_close(found["contrastive"] + 0.3 * found["vclub"], expected, rtol=1e-4, atol=1e-6)
     assert not torch.allclose(found["contrastive"], expected, rtol=1e-2)
-
-
-def test_write_measures_checkpoints_on_batches_of_their_own_data(
-    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
-) -> None:
-    trainer = make_trainer(tmp_path, max_steps=1)
-    trainer.fit(small_embedder(tiny_backbone_dir), small_data(tiny_mmeb_dir))
-    trainer.save_checkpoint(tmp_path / "last.ckpt")
-    write(tmp_path, {"a_run": tmp_path / "last.ckpt"}, num_batches=2)
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert [row["run"] for row in results["rows"]] == ["a_run"] * (1 + len(prefix_gradients.KINDS))
-    assert results["batches"] == 2
-    table = (tmp_path / "table.md").read_text()
-    assert table.count("| a_run |") == len(results["rows"])
-    assert (tmp_path / "gradients.png").stat().st_size > 10_000

@@ -4,8 +4,6 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-import pytest
-
 from parallel_decoupling.data.tasks import MMEB_TASKS, Task
 from parallel_decoupling.evaluation.leaderboard import write_leaderboard, write_score_files
 from parallel_decoupling.evaluation.report import ScoreReport, TaskResult
@@ -13,7 +11,6 @@ from studies.published.audit import (
     TaskScores,
     audit_row,
     audit_scores,
-    main,
     read_scores,
     read_table,
 )
@@ -87,14 +84,3 @@ def test_own_score_files_are_read_in_all_formats(tmp_path: Path) -> None:
     (tmp_path / "scores.json").write_text(json.dumps(content))
     (problem,) = audit_scores(read_scores(tmp_path)).problems
     assert problem.startswith("GQA counts as grounding, MMEB has it in vqa")
-
-
-def test_the_command_says_what_is_wrong_by_its_exit_code(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main([]) == 1
-    assert capsys.readouterr().out.count("problem: ") == 4
-    good = tmp_path / "good.json"
-    good.write_text(json.dumps({"metadata": {}, "metrics": {"image": scores(), "video": {}, "visdoc": {}}}))
-    assert main([str(good)]) == 0
-    assert "59.7" in capsys.readouterr().out

@@ -55,7 +55,6 @@ def test_the_hash_tells_configurations_apart_and_not_names(tmp_path: Path) -> No
             rf"cells\.a: there is no config file nowhere\.yaml, neither in .* nor in {PROJECT_DIR}",
         ),
         ({"cells": {"a": {"overrides": {"trainer.callbacks": []}}}}, r"cells\.a: remove trainer\.callbacks"),
-        ({"cells": {"a": {"overrides": {"trainer.logger": False}}}}, r"cells\.a: remove trainer\.logger"),
         ({"cells": {"a": None}, "differences": [{"name": "d", "of": "a", "over": "b"}]}, "no cell 'b'"),
         (
             {"cells": {"a": None}, "differences": [{"name": "d", "of": "a", "over": "a", "of_step": 7}]},

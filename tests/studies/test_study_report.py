@@ -10,7 +10,7 @@ from PIL import Image
 from studies.results import append_result, newest_results
 from studies.study import Study
 from studies.study_report import write_report
-from studies.study_tables import cell_table, difference_table
+from studies.study_tables import cell_table
 from tests.support.study import made_up_result, toy_study
 
 
@@ -49,16 +49,6 @@ def test_cells_show_the_last_step_and_the_gain_of_aggregation(study: Study) -> N
     )
     assert row["token passes"] == "100.00"
     assert second[0] == "b"
-
-
-def test_differences_are_paired(study: Study) -> None:
-    heading, _, row = rows(difference_table(study, newest_results(study)))
-    entries = dict(zip(heading, row, strict=True))
-    assert entries["difference"] == "+3.0 (excludes 0)"
-    assert entries["95 % interval"] == "+3.0 to +3.0"
-    assert entries["seeds"] == "3"
-    assert entries["token passes"] == "1.00 : 1"
-    assert entries["Holm p"] == "0.000"
 
 
 def test_the_report_has_pictures_table_conclusion_and_what_is_missing(study: Study) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from parallel_decoupling.training.module import PDFEmbedder
@@ -240,21 +239,3 @@ def test_a_second_interrupt_stops_at_once_without_saving(
     with pytest.raises(SystemExit):
         run(tiny_backbone_dir, tiny_mmeb_dir, tmp_path, StopAt(2, twice, hook="on_before_optimizer_step"))
     assert not (tmp_path / "checkpoints" / "last.ckpt").exists()
-
-
-def test_longer_training_resumes_from_the_last_checkpoint_of_model_checkpoint(
-    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
-) -> None:
-    """The schedule is constant, so that 4 steps and then 5 more are 9 steps."""
-
-    def fit(folder: Path, steps: int, resume: Path | None = None) -> dict[str, Tensor]:
-        keep = ModelCheckpoint(folder / "checkpoints", save_last=True, enable_version_counter=False)
-        module = small_embedder(tiny_backbone_dir, **DROPOUT)
-        trainer = make_trainer(folder, keep, max_steps=steps, enable_checkpointing=True)
-        trainer.fit(module, small_data(tiny_mmeb_dir), ckpt_path=resume)
-        return trained(module)
-
-    state = fit(tmp_path / "at_once", ALL_STEPS)
-    fit(tmp_path / "in_two", 4)
-    last = tmp_path / "in_two" / "checkpoints" / "last.ckpt"
-    assert_equal(state, fit(tmp_path / "in_two", ALL_STEPS, last))

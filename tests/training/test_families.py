@@ -67,8 +67,3 @@ def test_unlisted_family_and_published_adapter_come_from_yaml(tmp_path: Path) ->
     assert model.encoder.backbone.adapter.rank == 4
     assert model.encoder.backbone.family.image_token == "<image>"
     assert model.hparams["family"]["layers"] == "language_model.layers"
-
-
-def test_family_option_that_does_not_exist_raises(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="family has no option"):
-        small_embedder(save_tiny_family("llava", tmp_path), family={**UNLISTED, "tower": "x"})

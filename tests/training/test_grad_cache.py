@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from parallel_decoupling.batch import EncoderInputs
-from parallel_decoupling.training.grad_cache import LENGTH_GROUPS, Encoding, encode_in_chunks
-from tests.support.fit import Recorder, RecordingEmbedder, make_trainer, small_data, small_embedder, trained
-from tests.support.mmeb import add_text_subset, save_tiny_mmeb
+from parallel_decoupling.training.grad_cache import LENGTH_GROUPS, encode_in_chunks
 
 ROWS, LENGTH, PATHS, WIDTH = 7, 5, 2, 6
 
@@ -79,19 +75,6 @@ def test_short_rows_are_not_padded_to_long_ones() -> None:
     assert shapes == [(2, 2), (2, 3), (2, 5), (1, 5)], "7 rows in 4 groups"
 
 
-def test_a_chunk_that_is_left_out_would_be_noticed() -> None:
-    encoder, inputs = ToyEncoder(dropout=0.0), toy_inputs()
-    _, plain = gradients(encoder, inputs, None)
-    encoder.zero_grad()
-    encoding = encode_in_chunks(encoder, inputs, chunk_size=3, seed_parts=(0, "query"))
-    loss_of(encoding.embeddings).backward()
-    assert all(p.grad is None for p in encoder.parameters())
-    assert encoding.replay is not None
-    first, *_ = encoding.replay()
-    Encoding(encoding.embeddings, lambda: iter([first])).backward()
-    assert not torch.allclose(plain[0], encoder.embed.weight.grad)
-
-
 def test_the_second_pass_replays_the_dropout_of_the_first() -> None:
     encoder, inputs = ToyEncoder(dropout=0.5), toy_inputs()
     encoding = encode_in_chunks(encoder, inputs, chunk_size=2, seed_parts=(3, 1, "query"))
@@ -141,45 +124,3 @@ def test_autocast_weights_of_the_first_pass_do_not_cut_off_the_second() -> None:
     for one, other in zip(plain, chunked, strict=True):
         assert one.abs().max() > 0.1
         torch.testing.assert_close(one, other, rtol=0.05, atol=0.02)
-
-
-VISION_ALONE: dict[str, Any] = {
-    "num_paths": 1,
-    "prefix_length": 0,
-    "mi_weight": 0.0,
-    "aggregate_weight": 0.0,
-    "temperature": 0.5,
-    "adapter": {"kind": "lora", "scope": "vision"},
-}
-
-
-@pytest.mark.parametrize("chunk_size", [None, 1, 3])
-def test_texts_have_no_part_in_the_gradient_of_vision_adapters(
-    tiny_backbone_dir: str, tmp_path: Path, chunk_size: int | None
-) -> None:
-    """Chunks of texts, and batches of texts alone, beside those with images."""
-    data_dir = save_tiny_mmeb(tmp_path / "data")
-    add_text_subset(data_dir)
-
-    def fit(size: int | None) -> tuple[RecordingEmbedder, Recorder, dict[str, Tensor]]:
-        chunks = {"query_chunk_size": size, "candidate_chunk_size": size}
-        module = small_embedder(tiny_backbone_dir, kind=RecordingEmbedder, **VISION_ALONE, **chunks)
-        start, recorder = trained(module), Recorder()
-        data = small_data(data_dir, policy="homogeneous", train_subsets=["colours_i2t", "texts"])
-        make_trainer(tmp_path, recorder, max_steps=4).fit(module, data)
-        assert isinstance(module, RecordingEmbedder)
-        return module, recorder, start
-
-    module, recorder, start = fit(chunk_size)
-    with_gradient = [bool(gradients) for gradients in module.history]
-    assert {True, False} == set(with_gradient)
-    assert [values["train/gradient_norm"] > 0 for values in recorder.values] == with_gradient
-    assert all("visual" in name for gradients in module.history for name in gradients)
-    end = trained(module)
-    assert not torch.equal(end[min(end)], start[min(start)])
-    assert module.progress.steps_done == 4
-    plain, _, _ = fit(None)
-    for ours, theirs in zip(module.history, plain.history, strict=True):
-        assert ours.keys() == theirs.keys()
-        for name, gradient in ours.items():
-            torch.testing.assert_close(gradient, theirs[name], rtol=1e-3, atol=1e-6)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from parallel_decoupling import cli
@@ -106,15 +104,6 @@ def four_steps(tiny_clip_dir: str, tiny_mmeb_dir: str, tmp_path_factory: pytest.
     return fit(tmp_path_factory.mktemp("fit"), tiny_clip_dir, tiny_mmeb_dir, 4)
 
 
-def test_training_moves_both_towers_and_lowers_the_loss(tiny_clip_dir: str, four_steps: Any) -> None:
-    module, values, _ = four_steps
-    before, after = trained(embedder(tiny_clip_dir)), trained(module)
-    assert before.keys() == after.keys()
-    assert all(not torch.equal(before[name], after[name]) for name in before)
-    assert values[-1]["train/loss"] < values[0]["train/loss"]
-    assert values[0]["compute/token_passes"] > 0
-
-
 def test_a_resumed_run_equals_an_uninterrupted_one(
     tiny_clip_dir: str, tiny_mmeb_dir: str, tmp_path: Path, four_steps: Any
 ) -> None:
@@ -150,37 +139,18 @@ def test_a_checkpoint_of_a_tower_with_batch_normalisation_is_complete(
     assert torch.equal(PDFEmbedder.load_from_checkpoint(file).encode(image), module.encode(image))
 
 
-class LossesToFile(Recorder):
-    """Writes the losses of a run, in whose processes the test is not."""
-
-    def __init__(self, file: Path) -> None:
-        super().__init__()
-        self.file = file
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
-            self.file.write_text(json.dumps([values["train/loss"] for values in self.values]))
-
-
-@pytest.mark.slow
-def test_two_processes_train_and_score_like_one(
-    tiny_clip_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+def test_what_is_made_for_multimodal_llms_is_refused(
+    tiny_clip_dir: str, tiny_backbone_dir: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    losses, scores = [], []
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        options: dict[str, Any] = {"devices": processes}
-        if processes == 2:
-            options["strategy"] = "ddp_fork"
-        folder.mkdir()
-        module, data = embedder(tiny_clip_dir), small_data(tiny_mmeb_dir, eval_batch_size=3)
-        trainer = make_trainer(folder, LossesToFile(folder / "losses.json"), max_steps=4, **options)
-        trainer.fit(module, data)
-        losses.append(json.loads((folder / "losses.json").read_text()))
-        make_trainer(folder, **options).test(embedder(tiny_clip_dir, "frozen"), data, verbose=False)
-        scores.append(json.loads((folder / "scores.json").read_text())["tasks"])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
-    assert scores[0] == scores[1]
+    module = embedder(tiny_clip_dir)
+    shallow = small_embedder(tiny_backbone_dir, prefix_type="shallow")
+    for refused in (module, shallow):
+        refused._device_mesh = {"data_parallel": None}  # type: ignore[assignment]
+        with pytest.raises(ValueError, match="use strategy ddp"):
+            refused.configure_model()
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "--config", str(CONFIG_DIR / "openclip.yaml")])
+    assert "is an OpenCLIP model, which has no plan" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -223,17 +193,3 @@ def test_shipped_configs_score_train_resume_and_are_compared_with_pdf(
     cli.main(["compare", *runs, "--output_dir", "comparison"])
     assert "openclip_zero_shot" in capsys.readouterr().out
     assert Path("comparison/comparison.json").is_file()
-
-
-def test_what_is_made_for_multimodal_llms_is_refused(
-    tiny_clip_dir: str, tiny_backbone_dir: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    module = embedder(tiny_clip_dir)
-    shallow = small_embedder(tiny_backbone_dir, prefix_type="shallow")
-    for refused in (module, shallow):
-        refused._device_mesh = {"data_parallel": None}  # type: ignore[assignment]
-        with pytest.raises(ValueError, match="use strategy ddp"):
-            refused.configure_model()
-    with pytest.raises(SystemExit):
-        cli.main(["plan", "--config", str(CONFIG_DIR / "openclip.yaml")])
-    assert "is an OpenCLIP model, which has no plan" in capsys.readouterr().err

@@ -5,21 +5,16 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed.tensor import DTensor
 
 from parallel_decoupling.distributed import rank, whole
 from parallel_decoupling.training.module import PDFEmbedder
-from tests.support.families import save_tiny_family
 from tests.support.fit import Recorder, make_trainer, small_data, small_embedder
 from tests.support.mmeb import add_text_subset, save_tiny_mmeb
 from tests.support.processes import run_ranks
@@ -187,18 +182,6 @@ def test_a_process_whose_rows_are_texts_adds_nothing_to_vision_adapters(
         assert_close(result, one)
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", "llava_next_mistral"])
-def test_other_families_train_sharded_like_in_one_process(
-    family: str, tiny_mmeb_dir: str, tmp_path: Path
-) -> None:
-    args = (save_tiny_family(family, tmp_path / "backbone"), tiny_mmeb_dir, {"kind": "dora", "scope": "both"})
-    (tmp_path / "one").mkdir()
-    train(tmp_path / "one", *args)
-    (one,) = results(tmp_path / "one")
-    for result in two(tmp_path / "two", *args, strategy="fsdp2", chunk_size=3, checkpointing=True):
-        assert_close(result, one)
-
-
 def test_every_layout_scores_alike(tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path) -> None:
     def test(strategy: str) -> None:
         module = PDFEmbedder(backbone=tiny_backbone_dir, num_paths=2, prefix_length=3)
@@ -232,38 +215,3 @@ def test_losing_a_process_ends_the_others_with_an_error(
 
     with pytest.raises(RuntimeError, match=r"exit codes \[1, -9\]"):
         run_ranks(fit, timeout=120)
-
-
-def test_the_command_ends_when_one_of_its_processes_is_killed(
-    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
-) -> None:
-    settings = {
-        "model": {"backbone": tiny_backbone_dir, "num_paths": 2, "prefix_length": 3},
-        "data": {"data_dir": tiny_mmeb_dir, "batch_size": 8},
-        "trainer": {
-            "accelerator": "cpu",
-            "devices": 2,
-            "strategy": "fsdp2",
-            "max_steps": 100000,
-            "default_root_dir": str(tmp_path),
-            "enable_checkpointing": False,
-        },
-    }
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    command = [sys.executable, "-m", "parallel_decoupling", "fit", "--config", str(tmp_path / "run.yaml")]
-    log = (tmp_path / "log").open("w")
-    with subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as main:
-        try:
-            end = time.monotonic() + 300
-            while "main steps in this run" not in (tmp_path / "log").read_text():
-                assert main.poll() is None
-                assert time.monotonic() < end, (tmp_path / "log").read_text()
-                time.sleep(0.2)
-            listed = subprocess.run(
-                ["ps", "--ppid", str(main.pid), "-o", "pid="], capture_output=True, text=True, check=True
-            )
-            (child,) = map(int, listed.stdout.split())
-            os.kill(child, signal.SIGKILL)
-            assert main.wait(timeout=120) != 0
-        finally:
-            main.kill()

@@ -25,16 +25,13 @@ from tests.support.processes import run_ranks
 from tests.support.tiny import noise_image
 
 
-@pytest.mark.parametrize(
-    ("strategy", "message"),
-    [(FSDPStrategy(), "fsdp .*use strategy ddp, or fsdp2"), (ModelParallelStrategy(), "use strategy fsdp2")],
-)
+@pytest.mark.parametrize("strategy", [FSDPStrategy(), ModelParallelStrategy()])
 def test_other_ways_of_sharding_are_refused_with_the_alternative(
-    tiny_backbone_dir: str, strategy: Any, message: str
+    tiny_backbone_dir: str, strategy: Any
 ) -> None:
     module = small_embedder(tiny_backbone_dir)
     module._trainer = SimpleNamespace(strategy=strategy, precision="32-true")  # type: ignore[assignment]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="use strategy ddp, or fsdp2"):
         module.setup("fit")
     module._trainer = SimpleNamespace(strategy=FSDP2Strategy(), precision="32-true")  # type: ignore[assignment]
     module.setup("fit")

@@ -15,7 +15,7 @@ from parallel_decoupling.distributed import rank
 from parallel_decoupling.objective.contrastive import info_nce
 from parallel_decoupling.objective.vclub import MutualInformation
 from parallel_decoupling.training import terms
-from parallel_decoupling.training.terms import GatheredPairs, gather_pairs, mean_path_cosine, shared
+from parallel_decoupling.training.terms import GatheredPairs, gather_pairs, shared
 from tests.support.processes import run_ranks
 from tests.support.references import hit_at_1_loop, info_nce_loop
 
@@ -110,18 +110,6 @@ def test_the_estimator_sees_detached_positives_of_both_sides() -> None:
     assert pairs.query.grad is None
     mi_M = terms.mutual_information_terms(estimator, pairs)
     torch.testing.assert_close(mi_M, torch.stack([estimator(side) for side in sides]).mean(dim=0))
-
-
-def test_mean_path_cosine_is_over_different_paths_of_one_input() -> None:
-    paths = torch.randn(6, 3, 4)
-    cosines = [
-        torch.cosine_similarity(paths[:, i], paths[:, j], dim=-1).mean()
-        for i in range(3)
-        for j in range(3)
-        if i < j
-    ]
-    torch.testing.assert_close(mean_path_cosine(paths), torch.stack(cosines).mean())
-    torch.testing.assert_close(mean_path_cosine(paths[:, :1]), torch.tensor(1.0))
 
 
 def concatenated(paths: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 
 from parallel_decoupling.model.prefixes import META_PROMPTS
 from parallel_decoupling.world import glyphs
-from parallel_decoupling.world.questions import aspects, questions, relation_questions, sample_edit
+from parallel_decoupling.world.questions import questions, relation_questions, sample_edit
 from parallel_decoupling.world.scenes import (
     BACKGROUNDS,
     COLORS,
@@ -23,6 +23,7 @@ from parallel_decoupling.world.scenes import (
     render,
     sample_scene,
 )
+from recipes.tiny_backbone import aspects
 
 
 def rng(seed: int = 0) -> np.random.Generator:

@@ -1,7 +1,4 @@
-"""What a run shows of itself, and how it ends well: summary, throughput, collapse alarm, saving on a signal.
-
-``PDFEmbedder.configure_callbacks`` adds all of them, except those whose class is among the Trainer's own.
-"""
+"""What a run shows of itself, and how it ends well: summary, throughput, alarm, saving on a signal."""
 
 from __future__ import annotations
 
@@ -25,7 +22,6 @@ from parallel_decoupling.distributed import world_size
 from parallel_decoupling.model.pretrained import LAST_CHECKPOINT
 from parallel_decoupling.objective.contrastive import info_nce
 from parallel_decoupling.objective.statistics import effective_rank
-from parallel_decoupling.training.optimization import total_steps
 from parallel_decoupling.training.terms import GatheredPairs, mean_path_cosine
 
 if TYPE_CHECKING:
@@ -39,63 +35,33 @@ def console() -> Console:
 
 
 class RunSummary(Callback):
-    """Print at the start what trains and how the batch is made up."""
+    """Print at the start what trains."""
 
     def on_train_start(self, trainer: Trainer, pl_module: PDFEmbedder) -> None:  # type: ignore[override]
-        """Print both tables on rank 0."""
-        if trainer.is_global_zero:
-            console().print(self.parameters(pl_module), self.batches(trainer, pl_module))
-
-    @staticmethod
-    def parameters(module: PDFEmbedder) -> Table:
-        """Count parameters by group."""
+        """Print parameters and learning rates by group on rank 0."""
+        if not trainer.is_global_zero:
+            return
         table = Table("part", "parameters", "learning rate", title="What trains")
-        frozen = sum(p.numel() for p in module.encoder.parameters() if not p.requires_grad)
+        frozen = sum(p.numel() for p in pl_module.encoder.parameters() if not p.requires_grad)
         table.add_row("backbone (frozen)", f"{frozen:,}", "")
-        if adapted := getattr(module.encoder.backbone, "adapted_modules", ()):
-            names = ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in adapted))
-            table.add_row(f"adapted layers: {len(adapted)} ({names})", "", "")
-        config, groups = module.optimizer_config, module.trainables()
+        config, groups = pl_module.optimizer_config, pl_module.trainables()
         rates = dict.fromkeys(groups, config.learning_rate) | {"prefixes": config.prefix_learning_rate}
-        groups["estimator"] = list(module.mutual_information.parameters())
-        rates["estimator"] = module.mi_config.learning_rate
+        groups["estimator"] = list(pl_module.mutual_information.parameters())
+        rates["estimator"] = pl_module.mi_config.learning_rate
         for name, parameters in groups.items():
             count = sum(p.numel() for p in parameters)
             table.add_row(name, f"{count:,}", f"{rates[name]:g}" if count else "")
-        return table
-
-    @staticmethod
-    def batches(trainer: Trainer, module: PDFEmbedder) -> Table:
-        """Say how rows become steps."""
-        table = Table("quantity", "value", title="Batch arithmetic")
-        if (rows := module.data_settings.get("batch_size")) is not None:
-            table.add_row("global batch", f"{rows} = {world_size()} processes x {rows // world_size()} rows")
-            table.add_row("in-batch candidates per query", f"{rows} (plus hard negatives)")
-        chunks = f"query {module.query_chunk_size or 'all'}, candidate {module.candidate_chunk_size or 'all'}"
-        table.add_row("rows per forward pass", chunks)
-        table.add_row("language model rows per input", str(module.encoder.num_paths))
-        table.add_row("batches per epoch", str(trainer.num_training_batches))
-        table.add_row("main steps in this run", f"{total_steps(trainer):g}")
-        return table
+        console().print(table)
 
 
 class Throughput(Callback):
     """Log samples and tokens per second, data loading included and validation excluded."""
 
-    _since = 0.0
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
-        self._rows = self._tokens = self._batches = 0
-        self._since = time.perf_counter()
+        """Start counting anew."""
+        self._rows, self._tokens, self._since = 0, 0, time.perf_counter()
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock."""
-        self._stopped = time.perf_counter()
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the validation out."""
-        self._since += time.perf_counter() - self._stopped
+    on_validation_end = on_train_start
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PairBatch, batch_idx: int
@@ -103,24 +69,18 @@ class Throughput(Callback):
         """Count, and log as often as the Trainer logs."""
         self._rows += len(batch.query) * world_size()
         self._tokens += int(batch.query.lengths.sum() + batch.candidate.lengths.sum()) * world_size()
-        self._batches += 1
-        if self._batches < trainer.log_every_n_steps:  # type: ignore[attr-defined]
-            return
-        seconds = time.perf_counter() - self._since
-        pl_module.log("throughput/samples_per_second", self._rows / seconds)
-        pl_module.log("throughput/tokens_per_second", self._tokens / seconds)
-        self.on_train_start(trainer, pl_module)
+        if (batch_idx + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            seconds = time.perf_counter() - self._since
+            pl_module.log("throughput/samples_per_second", self._rows / seconds)
+            pl_module.log("throughput/tokens_per_second", self._tokens / seconds)
+            self.on_train_start(trainer, pl_module)
 
 
 class CollapseAlarm(Callback):
     """Warn, once per kind, when embeddings or paths are losing what they tell apart.
 
-    Args:
-        after_steps: do not look at the loss and at path cosines before this many steps of the run.
-        every_n_steps: how often to look.
-
-    Relations:
-        A loss within 2 % of ``constant_loss`` is what a constant embedding has.
+    Loss and path cosines are looked at from ``after_steps`` on, both and the effective rank
+    ``every_n_steps``.
     """
 
     def __init__(self, after_steps: int = 200, every_n_steps: int = 20) -> None:
@@ -177,11 +137,7 @@ class CollapseAlarm(Callback):
 
 
 def constant_loss(pairs: GatheredPairs, *, symmetric: bool) -> float:
-    """Return InfoNCE of these pairs if every embedding were the same, at any temperature.
-
-    Relations:
-        ``log(candidates)`` without padding and without targets that repeat; lower with them.
-    """
+    """Return InfoNCE of these pairs, at any temperature, if every embedding were the same."""
     query, candidate = (torch.ones_like(side[:, :1, :1]) for side in (pairs.query, pairs.candidate))
     return float(info_nce(query, candidate, temperature=1.0, symmetric=symmetric, **pairs.labels))
 
@@ -189,9 +145,9 @@ def constant_loss(pairs: GatheredPairs, *, symmetric: bool) -> float:
 class SaveOnSignal(Callback):
     """Write ``last.ckpt`` when the run is told to stop: SIGTERM, or Ctrl+C.
 
-    A step that has begun is finished first, so that the run can be resumed from the checkpoint bit for bit.
-    With several processes a signal that comes while one of them waits for its data can leave them waiting for
-    each other; then the last regular ``last.ckpt`` counts. A second Ctrl+C stops at once, without saving.
+    A step that has begun is finished first, so that the run can be resumed bit for bit. With several
+    processes a signal during a wait for data can leave them waiting for each other; then the last regular
+    ``last.ckpt`` counts. A second Ctrl+C stops at once, without saving.
     """
 
     _in_step = _interrupted = _saved = False

@@ -1,7 +1,6 @@
 """What a training checkpoint holds beyond Lightning's own state, and the checks when it is loaded.
 
-Instead of the frozen backbone's weights it holds their fingerprint. No generator state is kept: see
-``training.randomness``.
+Instead of the frozen backbone's weights it holds their fingerprint.
 """
 
 from __future__ import annotations
@@ -15,12 +14,10 @@ from torch import Tensor
 
 from parallel_decoupling.model.identity import check_fingerprint, load_trainable_state, trainable_state
 from parallel_decoupling.training.compute import Progress
-from parallel_decoupling.training.settings import SETTINGS
+from parallel_decoupling.training.settings import SHAPES_WEIGHTS
 
 if TYPE_CHECKING:
     from parallel_decoupling.training.module import PDFEmbedder
-
-_SHAPING = [name for name, setting in SETTINGS.items() if setting.shapes_weights]
 
 
 def trained_state(module: PDFEmbedder) -> dict[str, Tensor]:
@@ -41,11 +38,7 @@ def save_into(checkpoint: dict[str, Any], module: PDFEmbedder) -> None:
 
 
 def load_into(module: PDFEmbedder, checkpoint: Mapping[str, Any]) -> None:
-    """Check that the checkpoint belongs to this model, to the last key, and take it over.
-
-    Raises:
-        ValueError: another backbone, or parameters that are missing, left over or of another shape.
-    """
+    """Check that the checkpoint belongs to this model, to the last key, and take it over."""
     if not {"backbone", "data", "progress", "state_dict"} <= checkpoint.keys():
         raise ValueError("This is not a checkpoint of PDFEmbedder.")
     check_fingerprint(checkpoint["backbone"], module.fingerprint)
@@ -57,7 +50,7 @@ def load_into(module: PDFEmbedder, checkpoint: Mapping[str, Any]) -> None:
     if wrong := sorted({name for name, _ in wanted.items() ^ found.items()}):
         raise ValueError(
             f"The checkpoint does not fit this model; missing, left over or of another shape: {wrong}. Build "
-            f"the model with the values it was trained with of {', '.join(_SHAPING)}."
+            f"the model with the values it was trained with of {', '.join(SHAPES_WEIGHTS)}."
         )
     in_encoder = {k.removeprefix("encoder."): v for k, v in stored.items() if k.startswith("encoder.")}
     load_trainable_state(module.encoder, in_encoder)

@@ -34,8 +34,8 @@ def token_passes(
 ) -> float:
     """Return tokens (without padding) times paths through all layers of the language model.
 
-    Shared lower layers count once for all paths. A deep prefix costs nothing; the prompts of shallow prefixes
-    run once per path in every forward pass. A repeated pass (GradCache, checkpointing) does not count.
+    Shared lower layers count once, shallow prompts in every forward pass; repeated passes (GradCache,
+    checkpointing) do not count.
     """
     prompts = 0
     if settings["prefix_type"] == "shallow":
@@ -48,9 +48,8 @@ def layer_flops(
 ) -> float:
     """Return the floating-point operations of passing tokens, each with ``context`` keys, through layers.
 
-    Every pass costs 2 per weight of a linear layer and token, and attention 4 per key that a token meets and
-    channel, twice that in the backward pass. ``width`` is layers times heads times head dim; ``backward`` is
-    0 without, 1 for the gradient of the inputs, and 2 also for that of the weights.
+    ``width`` is layers times heads times head dim; ``backward`` is 0 without, 1 for the gradient of the
+    inputs, and 2 also for that of the weights.
     """
     weights = sum(m.weight.numel() for m in layers.modules() if isinstance(m, nn.Linear))
     attention = 4 * width * context * (forward + (2 if backward else 0))

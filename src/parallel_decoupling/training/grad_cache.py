@@ -1,14 +1,7 @@
-"""GradCache: the gradient of one big contrastive batch at the activation memory of a chunk.
+"""GradCache (arXiv 2101.06983): the gradient of a big contrastive batch at the activation memory of a chunk.
 
-The loss needs the embeddings of all rows at once, the activations behind them only chunk by chunk. Rows of
-similar length share a chunk, because captions padded to the length of pictures are most of a batch's cost:
-
-1. forward every chunk without graph; the embeddings become one leaf tensor;
-2. the caller builds any loss of that leaf (InfoNCE, aggregate, mutual information) and back-propagates to it;
-3. ``backward`` forwards every chunk again, with the same seed and now with graph, and feeds in its part
-   of the leaf's gradient.
-
-Method: Gao et al. 2021, arXiv 2101.06983.
+A pass without graph gives embeddings as one leaf; after the loss's backward pass to it, every chunk runs
+again with the same seed and now with graph. Rows of similar length share a chunk, so that little is padding.
 """
 
 from __future__ import annotations
@@ -32,23 +25,18 @@ LENGTH_GROUPS = 4
 class Encoding:
     """Embeddings of all rows, and the way from their gradient back to the parameters.
 
-    Attributes:
-        embeddings: ``[B, N, D]``, a leaf under GradCache, otherwise part of the encoder's graph.
-        replay: yields row numbers and their embeddings with graph; ``None`` for a direct graph.
+    ``embeddings`` ``[B, N, D]`` are a leaf if ``replay`` yields row numbers and their embeddings with graph.
     """
 
     embeddings: Tensor
     replay: Callable[[], Iterator[tuple[list[int], Tensor]]] | None = None
 
     def backward(self) -> None:
-        """Carry the gradient of ``embeddings`` on to the parameters; nothing to do for a direct graph.
-
-        A chunk that no parameter takes part in (texts, when vision adapters alone train) adds nothing.
-        """
+        """Carry the gradient of ``embeddings`` on to the parameters; nothing to do for a direct graph."""
         if self.replay is None or self.embeddings.grad is None:
             return
         for rows, chunk_BND in self.replay():
-            if chunk_BND.requires_grad:
+            if chunk_BND.requires_grad:  # not texts, when vision adapters alone train
                 torch.autograd.backward(chunk_BND, self.embeddings.grad[rows])
 
 
@@ -57,12 +45,8 @@ def encode_in_chunks(
 ) -> Encoding:
     """Encode all rows by length, with the activations of at most ``chunk_size`` rows alive at a time.
 
-    Args:
-        encoder: inputs of b rows to ``[b, N, D]``.
-        inputs: ``B`` rows.
-        chunk_size: rows per forward pass, at least 1; ``None`` keeps one graph of all rows, made in
-            ``LENGTH_GROUPS`` forward passes.
-        seed_parts: what the dropout of this call is seeded from, together with a chunk's number.
+    ``chunk_size=None`` keeps one graph of all rows, made in ``LENGTH_GROUPS`` forward passes. Dropout is
+    seeded from ``seed_parts`` and a chunk's number.
 
     Relations:
         ``chunk_size=ceil(B / LENGTH_GROUPS)`` gives the embeddings and gradients of ``chunk_size=None``,

@@ -1,11 +1,8 @@
-"""PDFEmbedder: the training algorithm of the Parallel Decoupling Framework, as a LightningModule.
-
-``training_step`` is the alternating step in order. Evaluation is a client: ``evaluation.run`` scores what
-``test_step`` returns, and the code behind ``encode`` is imported when it is called.
-"""
+"""PDFEmbedder: the training algorithm of the Parallel Decoupling Framework, as a LightningModule."""
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -121,7 +118,7 @@ class PDFEmbedder(LightningModule):
         self.automatic_optimization = False
         # the frozen backbone is not in the checkpoint; load_into checks every key
         self.strict_loading = False
-        self.save_hyperparameters(*settings.ARGUMENTS, logger=False)
+        self.save_hyperparameters(*inspect.signature(PDFEmbedder).parameters, logger=False)
         typed, plain = settings.read_settings(self.hparams)
         self.save_hyperparameters(plain, logger=False)
         self.mi_config: MIConfig = typed["mi"]
@@ -133,8 +130,8 @@ class PDFEmbedder(LightningModule):
         self.progress = Progress()
         self.data_settings: dict[str, Any] = {}
         self.trained_data: dict[str, Any] = {}
-        loading = {"revision": backbone_revision, **settings.group("loading", typed)}
-        self.encoder = build_encoder(backbone, loading, settings.group("paths", typed))
+        loading = {"revision": backbone_revision, **settings.group(settings.LOADING, typed)}
+        self.encoder = build_encoder(backbone, loading, settings.group(settings.PATHS, typed))
         self.nested_dims = nested_dims(matryoshka_dims, self.encoder.embed_dim)
         with seeded(torch.device("cpu"), seed, "estimator"):
             self.mutual_information = MutualInformation(
@@ -197,15 +194,11 @@ class PDFEmbedder(LightningModule):
         return encode_in_chunks(self.encoder, inputs, chunk_size=chunk_size, seed_parts=seed_parts)
 
     def _fit_estimator(self, pairs: terms.GatheredPairs) -> tuple[Tensor, Tensor]:
-        """Fit q; return its NLL on this batch before (held out) and after the fit.
-
-        The optimizer is stepped unwrapped, so that ``global_step`` counts main steps only. Every rank makes
-        the same steps on the same gathered embeddings.
-        """
+        """Fit q, alike on every rank; return its NLL on this batch before (held out) and after the fit."""
         held_out = nll = torch.zeros((), device=self.device)
         if not self.mutual_information.needs_fit:
             return held_out, nll
-        optimizer = cast(Any, self.optimizers())[1].optimizer
+        optimizer = cast(Any, self.optimizers())[1].optimizer  # unwrapped: global_step counts main steps only
         for step in range(self.mi_config.fit_steps):
             nll = terms.estimator_nll(self.mutual_information, pairs)
             held_out = nll.detach() if step == 0 else held_out
@@ -229,7 +222,11 @@ class PDFEmbedder(LightningModule):
         parameters = [parameter for group in self.trainables().values() for parameter in group]
         average_gradients(parameters)
         norm = clip_gradients(parameters, self.optimizer_config.clip_norm or float("inf"))
-        optimization.check_gradient_norm(float(norm), self.progress.steps_done)
+        optimization.require(
+            bool(norm.isfinite()),
+            f"The gradient of main step {self.progress.steps_done + 1} is not finite (norm {float(norm)}); "
+            "the step is not made. Lower rates or mi_weight, raise the temperature, or use dtype=float32.",
+        )
         rates = {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
         optimizer.step()
         cast(Any, self.lr_schedulers()).step()
@@ -337,7 +334,7 @@ class PDFEmbedder(LightningModule):
     def identity(self) -> dict[str, Any]:
         """Identify what turns inputs into embeddings; see ``model.identity.encoder_identity``."""
         precision = None if self._trainer is None else str(self._trainer.precision)
-        shaping = settings.embedding_settings(self.hparams)
+        shaping = settings.group(settings.SHAPES_EMBEDDINGS, self.hparams)
         conditions: dict[str, Any] = {"precision": precision, "settings": shaping}
         return encoder_identity(self.encoder, fingerprint=self.fingerprint, **conditions)
 

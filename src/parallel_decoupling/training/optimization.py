@@ -20,6 +20,14 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def check_ranges(prefix: str, settings: Mapping[str, Any], smallest: Mapping[str, int]) -> None:
+    """Raise ``ValueError`` for a setting that is not finite or less than its smallest value."""
+    for name, least in smallest.items():
+        value = settings[name]
+        usable = value is None or (math.isfinite(value) and value >= least)
+        require(usable, f"{prefix}{name} must be {least} or more, got {value}.")
+
+
 @dataclass(frozen=True)
 class OptimizerConfig:
     """How the trainables of the embedder are stepped (AdamW).
@@ -42,9 +50,8 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "prefix_learning_rate", "weight_decay", "warmup_steps", "clip_norm"):
-            value = getattr(self, name)
-            require(math.isfinite(value) and value >= 0, f"optimizer.{name} must be 0 or more, got {value}.")
+        names = ("learning_rate", "prefix_learning_rate", "weight_decay", "warmup_steps", "clip_norm")
+        check_ranges("optimizer.", vars(self), dict.fromkeys(names, 0))
         known = ("linear", "cosine", "constant")
         require(self.schedule in known, f"optimizer.schedule must be one of {known}, got {self.schedule!r}.")
 
@@ -71,26 +78,23 @@ class MIConfig:
     learning_rate: float = 1e-3
 
     def __post_init__(self) -> None:
-        for name, smallest in (("hidden_size", 1), ("fit_steps", 1), ("warmup_steps", 0), ("ramp_steps", 0)):
-            value = getattr(self, name)
-            require(value >= smallest, f"mi.{name} must be {smallest} or more, got {value}.")
-        rate = self.learning_rate
-        require(math.isfinite(rate) and rate > 0, f"mi.learning_rate must be above 0, got {rate}.")
+        smallest = {"hidden_size": 1, "fit_steps": 1, "warmup_steps": 0, "ramp_steps": 0, "learning_rate": 0}
+        check_ranges("mi.", vars(self), smallest)
+        require(self.learning_rate > 0, "mi.learning_rate must be above 0.")
 
     def weight_at(self, step: int, weight: float) -> float:
         """Return the weight of the term at a main step; ``weight`` is the final one."""
-        return mi_weight_schedule(
-            step, weight=weight, warmup_steps=self.warmup_steps, ramp_steps=self.ramp_steps
-        )
+        steps = {"warmup_steps": self.warmup_steps, "ramp_steps": self.ramp_steps}
+        return mi_weight_schedule(step, weight=weight, **steps)
 
 
 def main_optimizer(groups: Mapping[str, Iterable[nn.Parameter]], config: OptimizerConfig) -> AdamW:
     """Build AdamW over the groups that are not empty; raise ``ValueError`` if all of them are."""
     settings: list[dict[str, Any]] = [
-        {"params": list(parameters), "name": name, **_group_settings(name, config)}
+        {"params": members, "name": name, **_group_settings(name, config)}
         for name, parameters in groups.items()
+        if (members := list(parameters))
     ]
-    settings = [group for group in settings if group["params"]]
     require(
         bool(settings),
         "Nothing to train: the backbone is frozen and there is no prefix. "
@@ -139,16 +143,6 @@ def _group_settings(name: str, config: OptimizerConfig) -> dict[str, float]:
         "lr": config.prefix_learning_rate if name == "prefixes" else config.learning_rate,
         "weight_decay": config.weight_decay if name == "adapters" else 0.0,
     }
-
-
-def check_gradient_norm(norm: float, steps_done: int) -> None:
-    """Raise ``ValueError`` before a step that would make the parameters NaN."""
-    require(
-        math.isfinite(norm),
-        f"The gradient of main step {steps_done + 1} is not finite (norm {norm}). The step is not made: "
-        "checkpoints hold the weights before it. Likely causes: learning rates or mi_weight too high, a "
-        "temperature near 0, model.dtype=float16, or an initial adapter or backbone with NaN weights.",
-    )
 
 
 def total_steps(trainer: Any) -> float:

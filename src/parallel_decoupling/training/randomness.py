@@ -1,9 +1,6 @@
 """Seeds as a pure function of where a run is, so that no generator state is ever saved.
 
-Every training step runs under ``seeded(device, seed, step)``, and every forward pass inside it under
-``seeded(device, seed, step, rank, side, chunk)``. So dropout in step 700 does not depend on how the run came
-to step 700, the second forward pass of a GradCache chunk replays the dropout of the first, and the objective
-draws the same numbers on every rank.
+So dropout in a step does not depend on how the run came to it, and a GradCache chunk replays its own.
 """
 
 from __future__ import annotations
@@ -15,16 +12,11 @@ from contextlib import contextmanager
 import torch
 
 
-def derive_seed(*parts: int | str) -> int:
-    """Hash ``parts`` to a seed: 63 bits, equal on every machine and Python version."""
-    digest = hashlib.sha256(repr(parts).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
 @contextmanager
 def seeded(device: torch.device, *parts: int | str) -> Iterator[None]:
     """Run the block with torch's generators (CPU and ``device``) seeded from ``parts``, then restore them."""
     accelerators = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices=accelerators, device_type=device.type if accelerators else "cuda"):
-        torch.manual_seed(derive_seed(*parts))
+        digest = hashlib.sha256(repr(parts).encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         yield

@@ -29,15 +29,8 @@ from parallel_decoupling.model.prefixes import ShallowPrefixes
 class FSDP2Strategy(ModelParallelStrategy):
     """Shard the language model over all processes (FSDP2); ``trainer.strategy: fsdp2``.
 
-    Unlike its parent it needs no sizes, and its checkpoint is the one file that a single process or DDP
-    would write: whole tensors, without the frozen backbone.
-
-    Args:
-        process_group_backend: null chooses nccl or gloo by the accelerator.
-        timeout: how long a collective may wait for a process that is gone.
-
-    Relations:
-        Losses, gradients and checkpoints are those of one process with the whole batch.
+    Unlike its parent it needs no sizes, and its checkpoint is the one file of whole tensors, without the
+    frozen backbone, that a single process or DDP would write.
     """
 
     def __init__(
@@ -110,10 +103,9 @@ StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2, checkpoint
 def shard_backbone(backbone: Backbone, mesh: DeviceMesh) -> None:
     """Shard the language model's weights over ``mesh``, block by block; doing it again changes nothing.
 
-    Every process must run every sharded block in every forward and backward pass, or the others wait for
-    ever. The vision tower runs only where a chunk has images, so it stays whole, with everything else outside
-    the language model. Adapters stay whole as well: they are small, and their gradients are averaged once per
-    step. With ``adapter.kind: full`` the language model's weights train sharded.
+    Everything outside the language model stays whole, as not every process has images, and so do adapters,
+    whose gradients are averaged once per step. With ``adapter.kind: full`` the language model trains
+    sharded.
     """
     if isinstance(backbone.base, FSDPModule):
         return
@@ -144,11 +136,7 @@ def shard_encoder(encoder: Encoder, mesh: DeviceMesh) -> None:
 def _same_graph_everywhere(
     language_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Let the input require a gradient on every process, as it does where a chunk has images.
-
-    FSDP2 frees a block's weights when the gradient of its input is there; otherwise processes would gather
-    the first block's weights a different number of times.
-    """
+    """Let the input require a gradient on every process: FSDP2 frees a block's weights when that is there."""
     if torch.is_grad_enabled():
         kwargs["inputs_embeds"].requires_grad_()
     return args, kwargs

@@ -1,8 +1,7 @@
 """The terms of the objective for one batch: gather over ranks, then call ``objective``.
 
-Every rank computes the SAME terms, of all ranks' rows; gradient reaches its own rows only. So the sum over
-ranks of the gradients is that of one process with the whole batch. Parameters used after the gather (a
-learned temperature) see the whole gradient on every rank and take ``1 / world_size`` of it: ``shared``.
+Every rank computes the SAME terms, of all ranks' rows; gradient reaches its own rows only, and of parameters
+used after the gather ``1 / world_size`` of it (``shared``), so that the sum over ranks is one process's.
 """
 
 from __future__ import annotations
@@ -26,11 +25,9 @@ from parallel_decoupling.objective.vclub import MutualInformation, path_pairs
 class GatheredPairs:
     """The embeddings of one batch, of all ranks: queries ``[G, N, D]``, candidates ``[C, N, D]``.
 
-    Attributes:
-        query_aggregate: ``[G, 1, D']``; of the candidates ``[C, 1, D']``.
-        positive: ``[G]`` int64, index into the candidates.
-        candidate_ids: ``[C]`` int64; ``PADDING_ID`` where a hard negative is missing.
-        nested: the same rows at each smaller dimension of Matryoshka training.
+    Aggregates are ``[G, 1, D']`` and ``[C, 1, D']``; ``positive`` ``[G]`` is an index into the candidates,
+    whose ``candidate_ids`` are ``PADDING_ID`` where a hard negative is missing; ``nested`` are the same rows
+    at each smaller dimension of Matryoshka training.
     """
 
     query: Tensor
@@ -59,14 +56,10 @@ def gather_pairs(
     aggregate: Callable[[Tensor], Tensor],
     dims: Sequence[int] = (),
 ) -> GatheredPairs:
-    """Bring the rows of all ranks together.
+    """Bring the rows of all ranks together; candidates are ``[B + J, N, D]`` per rank, positives first.
 
-    Args:
-        query: ``[B, N, D]`` of this rank.
-        candidate: ``[B + J, N, D]`` of this rank, positives first; J is the same on every rank.
-        candidate_ids: ``[B + J]`` int64, comparable between ranks.
-        aggregate: applied before the gather, so that its parameters get this rank's part of their gradient.
-        dims: smaller dimensions; there the aggregate is that of truncated paths.
+    ``aggregate`` is applied before the gather, so that its parameters get this rank's part of their gradient;
+    at smaller ``dims`` it is that of truncated paths.
     """
     first_of_rank = torch.arange(world_size(), device=query.device) * len(candidate)
     own_rows = torch.arange(len(query), device=query.device)
@@ -99,10 +92,7 @@ def shared(parameter: Tensor) -> Tensor:
 def contrastive_terms(
     pairs: GatheredPairs, temperature: Tensor | float, *, symmetric: bool, with_aggregate: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return InfoNCE of every path ``[N]`` and of the aggregate (0-dim; without graph if not wanted).
-
-    With nested rows it is the mean over their dimensions and the full one, each with the same weight.
-    """
+    """Return InfoNCE of every path ``[N]`` and of the aggregate (0-dim), means over nested dimensions."""
     if pairs.nested:
         options = {"symmetric": symmetric, "with_aggregate": with_aggregate}
         dims = (replace(pairs, nested=()), *pairs.nested)

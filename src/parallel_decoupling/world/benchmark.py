@@ -1,7 +1,6 @@
 """Write the embedded benchmark to disk in the MMEB layout, once, cached by content hash.
 
-Folders, columns, image placeholder and the positive at index 0 are MMEB's, so ``data.readers`` reads both
-alike; ``tasks.json`` holds meta-task and distribution of every task.
+``data.readers`` reads it like MMEB; ``tasks.json`` holds meta-task and distribution of every task.
 """
 
 from __future__ import annotations
@@ -31,11 +30,7 @@ def ensure_benchmark(
     eval_rows: int = EVAL_ROWS,
     seed: int = 0,
 ) -> Path:
-    """Return the folder of the embedded benchmark, generating it if it is not in the cache.
-
-    The folder's name holds a hash of the generator's source and of the arguments. It appears by one rename,
-    so a stopped run leaves nothing half made. ``cache_dir`` is ``default_cache_dir()`` if None.
-    """
+    """Return the embedded benchmark's folder, generating it by one final rename if it is not in the cache."""
     if min(train_rows, eval_rows) < CANDIDATES:
         rule = f"must each be at least {CANDIDATES}, so that other rows can fill candidate lists"
         raise ValueError(f"train_rows={train_rows} and eval_rows={eval_rows} {rule}.")

@@ -31,10 +31,7 @@ def unicode_name(character: str) -> str:
 def render_glyph(
     character: str, font_name: str, rng: np.random.Generator, *, coarse: bool = False
 ) -> Image.Image:
-    """Draw one character of a DejaVu face, slightly rotated and moved, dark on light, 64 x 64 RGB.
-
-    With ``coarse`` through a grid of about 10 x 10 pixels, as a low-resolution scan would.
-    """
+    """Draw one character, dark on light, 64 x 64 RGB; with ``coarse`` as a low-resolution scan."""
     font = _font(font_name, int(rng.integers(48, 58)))
     picture = Image.new("L", (IMAGE_SIZE, IMAGE_SIZE), 0)
     dx, dy = rng.integers(-2, 3, size=2)

@@ -65,21 +65,6 @@ def relation_questions(scene: Scene) -> list[Question]:
     return found
 
 
-def aspects(scene: Scene) -> dict[str, str]:
-    """Describe one aspect at a time; the keys are the meta-prompts of ``model.prefixes``."""
-    items = [item for _, item in scene.objects]
-    return {
-        "describe the shapes": ", ".join(item.shape for item in items),
-        "describe the colors": ", ".join(item.color for item in items),
-        "describe the positions": ", ".join(POSITIONS[index] for index, _ in scene.objects),
-        "read the word": scene.word or "none",
-        "count the objects": scenes.NUMBERS[len(items)],
-        "describe the background": scene.background,
-        "describe the sizes": ", ".join(item.size for item in items),
-        "describe the picture": scene.caption(),
-    }
-
-
 def sample_edit(rng: np.random.Generator, scene: Scene) -> tuple[str, Scene]:
     """Draw an instruction that changes one thing, and the scene after it."""
     index, item = scene.objects[rng.integers(len(scene.objects))]

@@ -1,7 +1,6 @@
 """The embedded benchmark's tasks: one function per task that draws a row with hard negatives.
 
-Prompts follow MMEB. Tasks out of distribution show combinations of shape and color, characters, digits or
-forms of questions and phrases that no training row has.
+Prompts follow MMEB; tasks out of distribution show what no training row has.
 """
 
 from __future__ import annotations
@@ -23,10 +22,7 @@ Rng = np.random.Generator
 
 @dataclass(frozen=True)
 class Side:
-    """A query or candidate as it goes into the files.
-
-    Two candidates of equal ``meaning`` (what they show) never stand in one list.
-    """
+    """A query or candidate in the files; candidates of equal ``meaning`` never stand in one list."""
 
     text: str
     picture: Image.Image | None = None

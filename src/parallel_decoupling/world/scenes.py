@@ -1,8 +1,6 @@
 """Scenes with known factors: sampling, rendering, captions and one-attribute changes.
 
-A quadrant of a scene is empty or holds an outlined object (shape, color, size) or, at most once, a written
-word. The background is lit: redder to the right and bluer to the bottom, so that a patch of it tells its
-place, which a backbone with relative positions only would learn slowly.
+The background is lit, redder to the right and bluer to the bottom, so that a patch of it tells its place.
 """
 
 from __future__ import annotations
@@ -57,10 +55,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows; index ``i`` of ``cells`` is the quadrant ``POSITIONS[i]``, None if it is empty.
-
-    ``offsets`` of the drawings in pixels, per quadrant, are not described by the caption.
-    """
+    """What a picture shows; ``cells`` are the quadrants ``POSITIONS``, ``offsets`` those of the drawings."""
 
     cells: tuple[Item | str | None, ...]
     background: str
@@ -104,11 +99,7 @@ def sample_scene(
     word_share: float = 0.35,
     held_out: bool = False,
 ) -> Scene:
-    """Draw a scene whose objects differ in shape and color taken together.
-
-    Of 1 to 4 objects few are likelier if ``num_objects`` is not given; ``word_share`` is the probability that
-    a free quadrant holds a word; ``held_out`` takes unseen combinations of shape and color.
-    """
+    """Draw a scene of different objects, and with probability ``word_share`` a word if a quadrant is free."""
     if num_objects is None:
         num_objects = int(rng.choice([1, 2, 3, 4], p=[0.3, 0.35, 0.25, 0.1]))
     items: list[Item] = []
