@@ -242,7 +242,7 @@ def test_predict_embeds_a_folder_of_images_and_resumes(
         (["--ckpt_path", __file__], "is not a checkpoint"),
         (["--data.num_workers=-1"], "data.num_workers must be at least 0"),
         (["--trainer.gradient_clip_val", "1.0"], "gradient_clip_val"),
-        (["--trainer.accumulate_grad_batches", "2"], "accumulate_grad_batches"),
+        (["--trainer.accumulate_grad_batches", "2"], "candidate_chunk_size (GradCache)"),
         (["--trainer.precision", "16-true"], "bf16-mixed"),
     ],
 )

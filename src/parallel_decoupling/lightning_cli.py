@@ -30,7 +30,7 @@ from parallel_decoupling.model.encoder import absolute_name
 from parallel_decoupling.model.pretrained import LAST_CHECKPOINT, read_checkpoint
 from parallel_decoupling.training.callbacks import console
 from parallel_decoupling.training.module import PDFEmbedder
-from parallel_decoupling.training.settings import CONFIGS, SHAPES_WEIGHTS
+from parallel_decoupling.training.settings import CONFIGS, FIXED
 
 log = logging.getLogger(__name__)
 FIT_CONFIG = "config.yaml"
@@ -127,6 +127,11 @@ class RunCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Refuse what would overwrite a run, then build."""
         config = self.config[self.config.subcommand]
+        if config.trainer.accumulate_grad_batches != 1:
+            raise ValueError(
+                "trainer.accumulate_grad_batches: negatives do not add up over batches. Raise data.batch_size"
+                ", with model.query_chunk_size and model.candidate_chunk_size (GradCache), instead."
+            )
         if self.config.subcommand == "fit" and not config.ckpt_path and not config.trainer.fast_dev_run:
             folder = _checkpoint_dir(config.trainer)
             if folder is not None and (file := folder / LAST_CHECKPOINT.name).exists():
@@ -199,8 +204,8 @@ class RunCLI(LightningCLI):
             yours = config[name]
             if _comparable(name, yours) == _comparable(name, value):
                 continue
-            shapes_weights = any(f"{name}.".startswith(f"{known}.") for known in SHAPES_WEIGHTS)
-            fixed = part == "model" and subcommand != "fit" and shapes_weights
+            fixed = any(f"{name}.".startswith(f"{known}.") for known in FIXED)
+            fixed = fixed and part == "model" and subcommand != "fit"
             if fixed:
                 config[name] = value
             used = "the checkpoint's" if fixed else "yours"

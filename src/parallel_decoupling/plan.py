@@ -152,6 +152,7 @@ class Plan:
             (candidates, CANDIDATE_IMAGES * candidates, model["candidate_chunk_size"]),
         )
         self.images = sum(images for _, images, _ in self.sides)
+        self.seconds = self.flops / (self.processes * PEAK_FLOPS * UTILISATION)  # of a step, on H100s
 
     @cached_property
     def groups(self) -> dict[str, tuple[int, float, bool]]:
@@ -226,8 +227,3 @@ class Plan:
             options, tokens = both if self.tower_trains else once, images * self.image.patches
             total += compute.layer_flops(self.tower, tower_width, tokens, self.image.context, **options)
         return total * self.processes
-
-    @property
-    def seconds(self) -> float:
-        """Return the seconds of a step on H100s."""
-        return self.flops / (self.processes * PEAK_FLOPS * UTILISATION)

@@ -136,10 +136,8 @@ class ExactIndex:
 class Searcher:
     """Searches an index with texts, images or both, with the weights that embedded its items.
 
-    A model that was exported with some of the paths, in any order, searches by those.
-
-    ``scorings`` are those that the index has and the model can embed. ``ValueError`` for a model with other
-    weights or without the paths of the items.
+    A model that was exported with some of the paths, in any order, searches by those. ``scorings`` are those
+    that the index has and the model can embed. A model with other weights is refused.
     """
 
     def __init__(self, embedder: Any, index: Index) -> None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from parallel_decoupling.data.prompts import to_raw_inputs
 from parallel_decoupling.evaluation.embedder import Embedder
-from parallel_decoupling.evaluation.user_inputs import to_raw_inputs
 
 try:
     from sentence_transformers import SentenceTransformer

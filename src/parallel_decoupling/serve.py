@@ -25,9 +25,9 @@ from torch import Tensor
 from parallel_decoupling.batch import EncoderInputs, RawInput
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.images import load_image
+from parallel_decoupling.data.prompts import to_raw_inputs
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.evaluation.encode import encode
-from parallel_decoupling.evaluation.user_inputs import to_raw_inputs
 from parallel_decoupling.model.open_clip import OpenCLIPProcessor
 
 Output = int | Literal["aggregate"]  # what a model name stands for: a path's number, or the aggregate

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -106,13 +105,11 @@ def test_an_empty_folder_is_a_problem(tmp_path: Path) -> None:
         verify(tmp_path / "none")
 
 
-def test_the_command_prints_writes_and_says_by_its_exit_code(
-    data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_command_prints_and_says_by_its_exit_code(
+    data_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report_file = tmp_path / "report.json"
-    main(["verify", str(data_dir), "--sample", "1", "--output_file", str(report_file)])
+    main(["verify", str(data_dir), "--sample", "1"])
     assert "train CIRR" in capsys.readouterr().out
-    assert [Check(**check) for check in json.loads(report_file.read_text())] == verify(data_dir, 1)
     (data_dir / "MMEB-eval/GQA/2.jpg").unlink()
     with pytest.raises(SystemExit) as stopped:
         main(["verify", str(data_dir)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from parallel_decoupling.batch import EncoderInputs, PairBatch
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.mixture import MixtureSampler
 from parallel_decoupling.training.module import PDFEmbedder
-from parallel_decoupling.training.settings import check_settings
+from parallel_decoupling.training.settings import CONFIGS, FIXED, SETTINGS, check_settings
 from tests.support.fit import (
     Recorder,
     RecordingEmbedder,
@@ -211,3 +212,25 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_its_step(
     with pytest.raises(ValueError, match=r"main step 3 is not finite \(norm nan\)"):
         make_trainer(tmp_path, max_steps=4).fit(module, small_data(tiny_mmeb_dir))
     assert_equal(module.before, trained(module))
+
+
+def test_matryoshka_at_the_full_dimension_alone_is_none(fit: Any) -> None:
+    states = [trained(fit(2, matryoshka_dims=dims)[0]) for dims in (None, [32], [32, 4])]
+    assert_equal(states[0], states[1])
+    name = "encoder.prefixes.key_values"
+    assert not torch.equal(states[0][name], states[2][name])
+
+
+def test_learned_temperature_moves_and_a_fixed_one_does_not(fit: Any) -> None:
+    for learn in (True, False):
+        module, _ = fit(2, temperature=0.2, learn_temperature=learn)
+        assert (module.temperature.item() != pytest.approx(0.2, abs=1e-6)) == learn
+
+
+def test_every_setting_of_the_table_is_an_argument() -> None:
+    arguments = inspect.signature(PDFEmbedder).parameters
+    assert {name.partition(".")[0] for name in SETTINGS} <= arguments.keys()
+    assert CONFIGS.keys() <= arguments.keys()
+    options = {f"{name}.{each.name}" for name, kind in CONFIGS.items() for each in fields(kind)}
+    assert {name for name in SETTINGS if "." in name} <= options
+    assert {name for name, setting in SETTINGS.items() if setting.weights} == set(FIXED)

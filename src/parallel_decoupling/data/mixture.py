@@ -26,10 +26,8 @@ class MixtureSampler(Sampler[list[tuple[int, int]]]):
     again. Where two permutations meet inside one batch, a row that they share is replaced by another row of
     the subset, so a batch repeats a row only if it draws more rows than the subset has.
 
-    Args:
-        sizes: rows n_s per subset, each >= 1.
-        batch_size: GLOBAL batch, over all processes; a multiple of ``world_size``.
-        weights: share of the epoch per SUBSET (not per row), each > 0; None is by size.
+    ``sizes`` are the rows n_s per subset, ``batch_size`` is GLOBAL, ``weights`` are shares of the epoch per
+    SUBSET (None is by size).
 
     Relations:
         ``sub_batch`` with ``sub_batch_size=1`` equals ``mixed``, with ``batch_size`` equals

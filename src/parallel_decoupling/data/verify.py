@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -117,18 +116,14 @@ def _check_images(check: Check, reader: readers.RowReader, sample: int) -> set[s
     return set(missing)
 
 
-def print_verification(data_dir: str, sample: int = 20, output_file: str | None = None) -> None:
+def print_verification(data_dir: str, sample: int = 20) -> None:
     """Check a data folder, and exit with 1 if something is wrong.
 
     Args:
         data_dir: the folder, in MMEB's layout or with a tasks.json.
         sample: rows per table whose pictures are decoded.
-        output_file: gets the findings as JSON.
     """
     checks = verify(data_dir, sample)
-    if output_file is not None:
-        content = json.dumps([asdict(check) for check in checks], indent=1)
-        Path(output_file).write_text(content + "\n", encoding="utf-8")
     for check in checks:
         lines = [", ".join(f"{count} {what}" for what, count in check.counts.items())]
         lines += [f"note: {note}" for note in check.notes]

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.images import ImagePolicy
+from parallel_decoupling.data.prompts import is_single
 from parallel_decoupling.evaluation.encode import Paths, encode
-from parallel_decoupling.evaluation.user_inputs import is_single
 from parallel_decoupling.model.encoder import Encoder
-from parallel_decoupling.model.identity import encoder_identity
 
 
 class Embedder:
@@ -133,10 +132,6 @@ class Embedder:
         if len(unit_a) != len(unit_b):
             raise ValueError(f"similarity_pairwise of {len(a)} and {len(b)} rows; pass as many of both")
         return (unit_a * unit_b).sum(dim=1) / num_paths
-
-    def identity(self) -> dict[str, Any]:
-        """Identify what turns inputs into embeddings; see ``model.identity.encoder_identity``."""
-        return encoder_identity(self.encoder)
 
     def save_pretrained(
         self,

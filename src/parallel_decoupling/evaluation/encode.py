@@ -21,7 +21,7 @@ from tqdm import tqdm
 from parallel_decoupling.batch import EncoderInputs, RawInput
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.images import image_size, smart_size
-from parallel_decoupling.evaluation.user_inputs import to_raw_inputs
+from parallel_decoupling.data.prompts import to_raw_inputs
 from parallel_decoupling.model.encoder import Encoder, check_dim, truncate
 
 CHARACTERS_PER_TOKEN = 4

@@ -108,8 +108,6 @@ class ScoreReport:
         """Collect scored tasks, each once and all with the same columns, and what produced them."""
         tasks: dict[str, TaskResult] = {}
         for score in scores:
-            if score.task.name in tasks:
-                raise ValueError(f"task {score.task.name} is there twice")
             hits = {name: "".join("01"[hit] for hit in row.tolist()) for name, row in score.hits.items()}
             tasks[score.task.name] = TaskResult(
                 task=score.task,

@@ -89,9 +89,8 @@ class Scoring(Callback):
     """Scores the tasks of ``validate`` and ``test``, and writes and shows the scores of ``test``.
 
     Logs ``val/<task>/hit_at_1`` (or ``test/``) and the means, such as ``val/overall``. The last ``report``
-    stays here; ``test`` also calls ``report.write_report`` with the folder of the run.
-
-    With ``keeper``, also given to ``data.connect``, a test that was stopped resumes.
+    stays here; ``test`` also writes its files. With ``keeper``, also given to ``data.connect``, a stopped
+    test resumes.
     """
 
     scores_tasks = True

@@ -162,8 +162,7 @@ def load_open_clip(
 
     ``name`` is ``open_clip:<architecture>/<tag>`` with a pretrained tag of open_clip or a weights file,
     ``open_clip:hf-hub:<owner>/<model>``, or a local folder with ``open_clip_config.json``, weights and,
-    unless it is open_clip's own, the tokenizer. Of ``adapter`` only the kind counts: ``"full"`` (default) or
-    ``"frozen"``. One of the other options of ``PDFEmbedder`` that would change something is a ValueError.
+    unless it is open_clip's own, the tokenizer. ``adapter.kind`` is full or frozen.
     """
     wrong = [
         f"{option}={NEUTRAL.get(option, 'null')} (got {value})"

@@ -1,11 +1,4 @@
-"""Trained encoders on disk: reading exported folders and checkpoints, writing folders to share.
-
-    config.json          sizes, backbone (name, revision, fingerprint), adapter, instructions, weights' hash
-    model.safetensors    prefixes of the exported paths, adapters, aggregation weights
-    processor/           tokenizer and image processor; inside ``backbone/`` if there is one
-    backbone/            only if asked for, or with merged adapters: the base model as transformers saves it
-    README.md            the model card
-    modules.json, config_sentence_transformers.json    let sentence-transformers load the folder
+"""Trained encoders on disk: exported folders and checkpoints are read, folders to share written.
 
 Nothing is unpickled. Of a folder nothing is downloaded: a backbone from the hub must be in the local cache.
 """

@@ -17,14 +17,8 @@ def club_sample_bound(
 ) -> Tensor:
     """CLUB with one negative per row: unbiased for the full bound, noisier.
 
-    Args:
-        target: y, ``[M, B, D]``.
-        mean: mu(x), ``[M, B, D]``.
-        log_variance: of q, ``[M, B, D]``.
-        negative: ``[B]`` int64, the row of ``target`` that row b is contrasted with; None draws one for each.
-
-    Returns:
-        ``[M]`` in nats per dimension.
+    Takes ``[M, B, D]``, returns ``[M]`` in nats per dimension. ``negative`` (``[B]`` int64) is the row of
+    ``target`` that row b is contrasted with; None draws one for each.
     """
     if negative is None:
         negative = torch.randperm(target.shape[1], device=target.device)
@@ -39,16 +33,7 @@ def l1out_bound(target: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     pairs of rows. The density is joint over dimensions, so D enters the logarithm: of all kinds
     only this one keeps some dependence on D.
 
-    Args:
-        target: y, ``[M, B, D]``.
-        mean: mu(x), ``[M, B, D]``.
-        log_variance: of q, ``[M, B, D]``.
-
-    Returns:
-        ``[M]`` in nats per dimension.
-
-    Raises:
-        ValueError: if B is below 2.
+    All arguments are ``[M, B, D]``; returns ``[M]`` in nats per dimension. Needs at least 2 rows.
     """
     num_rows, embed_dim = target.shape[1:]
     if num_rows < 2:
@@ -76,15 +61,8 @@ def hsic(x: Tensor, y: Tensor) -> Tensor:
     is sqrt(D), the scale of distances between standardised inputs, so nothing is estimated. The
     biased form is of no use here: for B below D it reports about 1 whatever the inputs.
 
-    Args:
-        x: ``[M, B, D]``, standardised.
-        y: ``[M, B, D]``, standardised.
-
-    Returns:
-        ``[M]`` between -1 and 1; 1 for identical inputs, mean 0 for independent ones.
-
-    Raises:
-        ValueError: if B is below 4.
+    Takes ``[M, B, D]``, standardised, with B at least 4; returns ``[M]`` between -1 and 1: 1 for identical
+    inputs, mean 0 for independent ones.
     """
     if x.shape[1] < 4:
         raise ValueError(f"hsic needs at least 4 rows per batch, got {x.shape[1]}; raise the batch size.")
@@ -107,12 +85,8 @@ def _centred_kernel(value_MBD: Tensor) -> Tensor:
 def cross_covariance(x: Tensor, y: Tensor) -> Tensor:
     """Mean squared covariance between the dimensions of x and those of y: linear dependence only.
 
-    Args:
-        x: ``[M, B, D]``; on standardised inputs the covariances are correlations.
-        y: ``[M, B, D]``.
-
-    Returns:
-        ``[M]``, the mean over D * D entries; about 1 / B for independent inputs.
+    Takes ``[M, B, D]`` (standardised, the covariances are correlations), returns ``[M]``, the mean over D * D
+    entries: about 1 / B for independent inputs.
     """
     x_MBD, y_MBD = x - x.mean(dim=1, keepdim=True), y - y.mean(dim=1, keepdim=True)
     covariance_MDD = x_MBD.mT @ y_MBD / x.shape[1]
@@ -126,11 +100,7 @@ def squared_cosine(x: Tensor, y: Tensor) -> Tensor:
     over the batch. Independent embeddings with a common mean have a high value, and orthogonal ones that
     determine each other have 0.
 
-    Args:
-        x: ``[M, B, D]``, any scale.
-        y: ``[M, B, D]``, any scale.
-
-    Returns:
-        ``[M]`` between 0 and 1; 1 for identical inputs, mean ``1 / D`` for independent directions.
+    Takes ``[M, B, D]`` at any scale, returns ``[M]`` between 0 and 1: 1 for identical inputs, mean ``1 / D``
+    for independent directions.
     """
     return nn.functional.cosine_similarity(x, y, dim=2).square().mean(dim=1)

@@ -27,9 +27,6 @@ def effective_rank(embeddings: Tensor) -> Tensor:
     ``exp(entropy(s / sum(s)))`` with s the singular values of the centred matrix (Roy and
     Vetterli 2007). Values below rounding of the uncentred matrix count as zero, so that collapsed
     embeddings give 1 and not the rank of the noise. The result is between 1 and ``min(B - 1, D)``.
-
-    Raises:
-        ValueError: for another shape.
     """
     if embeddings.ndim != 2:
         raise ValueError(

@@ -40,9 +40,7 @@ def standardise(paths: Tensor) -> Tensor:
     With gradient through the statistics (ours): the result does not change when embeddings shrink
     or move, so no estimate built on it can be lowered that way. The variance (over B, not B - 1)
     has a floor of 1e-12, which only a constant dimension reaches.
-
-    Returns:
-        ``[B, N, D]`` like ``paths``, in fp32 (fp64 for fp64 inputs).
+    Returns ``[B, N, D]`` in fp32 (fp64 for fp64 inputs).
     """
     value_BND = paths.to(torch.promote_types(paths.dtype, torch.float32))
     variance_ND, mean_ND = torch.var_mean(value_BND, dim=0, correction=0)
@@ -164,13 +162,9 @@ class MutualInformation(nn.Module):
         self.network = PairNetwork(len(self.pairs), embed_dim, hidden_size) if self.needs_fit else None
 
     def nll(self, paths: Tensor) -> Tensor:
-        """Return the negative log-likelihood of q, the loss of its own step.
+        """Return the negative log-likelihood of q on ``[B, N, D]`` (not detached here), the loss of its step.
 
-        Args:
-            paths: ``[B, N, D]``; not detached here.
-
-        Returns:
-            ``[M]`` in nats per dimension; zeros if there is nothing to fit.
+        ``[M]`` in nats per dimension; zeros if there is nothing to fit.
         """
         with torch.autocast(device_type=paths.device.type, enabled=False):
             x_MBD, y_MBD = self._inputs_and_targets(paths)
@@ -181,15 +175,8 @@ class MutualInformation(nn.Module):
     def forward(self, paths: Tensor) -> Tensor:
         """Estimate the dependence between the paths of each pair, a term of the main loss.
 
-        Args:
-            paths: ``[B, N, D]``; gradient flows to both paths of a pair and to q (the caller freezes q).
-                ``club_sample`` draws its negatives from torch's global generator.
-
-        Returns:
-            ``[M]``; sum it, as a mean over no pairs is nan. Zeros for ``none``.
-
-        Raises:
-            ValueError: for another shape, or if B is too small for ``l1out`` (2) or ``hsic`` (4).
+        Takes ``[B, N, D]``; gradient flows to both paths of a pair and to q (the caller freezes q). Returns
+        ``[M]``; sum it, as a mean over no pairs is nan. ``club_sample`` draws from torch's global generator.
         """
         with torch.autocast(device_type=paths.device.type, enabled=False):
             x_MBD, y_MBD = self._inputs_and_targets(paths)

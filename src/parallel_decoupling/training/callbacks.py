@@ -209,5 +209,4 @@ class SaveOnSignal(Callback):
         rank_zero_info(f"Stopped at step {trainer.global_step}; resume with --ckpt_path last ({file}).")
 
 
-DEFAULTS = (RunSummary, Throughput, CollapseAlarm, SaveOnSignal)
-"""What every run has."""
+DEFAULTS = (RunSummary, Throughput, CollapseAlarm, SaveOnSignal)  # what every run has

@@ -1,7 +1,4 @@
-"""Seeds as a pure function of where a run is, so that no generator state is ever saved.
-
-So dropout in a step does not depend on how the run came to it, and a GradCache chunk replays its own.
-"""
+"""Seeds as a pure function of where a run is: no generator state is saved, chunks replay their dropout."""
 
 from __future__ import annotations
 

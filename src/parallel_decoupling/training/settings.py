@@ -1,4 +1,4 @@
-"""What is known of ``PDFEmbedder``'s settings, their plain values, and the combinations that cannot work.
+"""The one table of ``PDFEmbedder``'s settings, their plain values, and the combinations that cannot work.
 
 Plain, because a checkpoint holds them and is read with ``torch.load(weights_only=True)``.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
@@ -24,16 +24,53 @@ CONFIGS: dict[str, Any] = {
     "optimizer": OptimizerConfig,
     "family": Family,
 }
-"""Arguments with options of their own, and the class of these."""
-WEIGHTS = ("dtype", "attention", "gradient_checkpointing", "quantization")
-LOADING = ("adapter", "initial_adapter", "family", *WEIGHTS)
-PATHS = ("num_paths", "prefix_length", "prefix_layers", "prefix_type", "prefix_init", "aggregation", "seed")
-"""Arguments that ``load_backbone`` and ``ParallelEncoder`` take."""
-STRUCTURE = ("num_paths", "prefix_length", "prefix_layers", "prefix_type", "aggregation", "adapter")
-SHAPES_WEIGHTS = (*STRUCTURE, "mi.kind", "mi.hidden_size", "learn_temperature")
-"""What shapes trained weights: all subcommands but ``fit`` take it from the checkpoint."""
-SHAPES_EMBEDDINGS = (*STRUCTURE, "dtype", "attention", "quantization")
-"""What changes embeddings although no weight tells."""
+"""Settings with options of their own, and the class of these."""
+
+
+class Setting(NamedTuple):
+    """What is known of one setting."""
+
+    group: (
+        str  # what takes it: load_backbone (loading), ParallelEncoder (paths), or only PDFEmbedder (module)
+    )
+    weights: bool  # it shapes what a checkpoint holds
+    embeddings: bool  # it changes embeddings although no weight tells
+    fixed: bool  # all subcommands but fit take it from the checkpoint
+
+
+_TABLE = """
+backbone                module   -          -           -
+backbone_revision       module   -          -           -
+num_paths               paths    weights    embeddings  fixed
+prefix_length           paths    weights    embeddings  fixed
+prefix_layers           paths    weights    embeddings  fixed
+prefix_type             paths    weights    embeddings  fixed
+prefix_init             paths    -          -           -
+aggregation             paths    weights    embeddings  fixed
+seed                    paths    -          -           -
+adapter                 loading  weights    embeddings  fixed
+initial_adapter         loading  -          -           -
+family                  loading  -          -           -
+dtype                   loading  -          embeddings  -
+attention               loading  -          embeddings  -
+quantization            loading  -          embeddings  -
+gradient_checkpointing  loading  -          -           -
+mi                      module   -          -           -
+mi.kind                 module   weights    -           fixed
+mi.hidden_size          module   weights    -           fixed
+learn_temperature       module   weights    -           fixed
+"""
+SETTINGS = {
+    name: Setting(taker, *(mark != "-" for mark in marks))
+    for name, taker, *marks in map(str.split, _TABLE.strip().splitlines())
+}
+"""Every setting of which something is known; the others only steer the training or hold instructions. A name
+with a dot is an option of a config. Every list of settings is a view of this table."""
+LOADING = tuple(name for name, setting in SETTINGS.items() if setting.group == "loading")
+PATHS = tuple(name for name, setting in SETTINGS.items() if setting.group == "paths")
+SHAPES_WEIGHTS = tuple(name for name, setting in SETTINGS.items() if setting.weights)
+SHAPES_EMBEDDINGS = tuple(name for name, setting in SETTINGS.items() if setting.embeddings)
+FIXED = tuple(name for name, setting in SETTINGS.items() if setting.fixed)
 
 
 def group(names: Iterable[str], arguments: Mapping[str, Any]) -> dict[str, Any]:

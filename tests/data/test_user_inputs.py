@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
-from parallel_decoupling.data.prompts import prompt
-from parallel_decoupling.evaluation.user_inputs import to_raw_inputs
+from parallel_decoupling.data.prompts import prompt, to_raw_inputs
 
 
 @pytest.fixture
