@@ -8,28 +8,34 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.support.mmeb import save_tiny_mmeb
 from tests.support.tiny import save_tiny_backbone
 from tests.support.tiny_clip import save_tiny_clip
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """Register ``--runslow``."""
-    parser.addoption("--runslow", action="store_true", help="run the tests marked slow, too")
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Let CPU results be equal bit for bit."""
+    torch.set_num_threads(1)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Lift setup.cfg's ``-m "not slow"`` when ``--runslow`` is given."""
-    if config.getoption("--runslow"):
-        config.option.markexpr = ""
+@pytest.fixture
+def image_file(tmp_path: Path) -> str:
+    """A small picture whose suffix has capitals."""
+    file = tmp_path / "picture.PNG"
+    Image.new("RGB", (30, 20), "red").save(file)
+    return str(file)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Leave the user's cache alone."""
+    """Leave the user's cache alone, and undo what ``seed_everything`` leaves behind."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PARALLEL_DECOUPLING_CACHE", str(tmp_path_factory.mktemp("cache")))
+        for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+            patch.setenv(name, "0")
         yield
 
 

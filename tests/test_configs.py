@@ -59,10 +59,6 @@ def on_this_machine(
     return [f"--{name}={value}" for name, value in options.items()]
 
 
-def test_there_are_configs() -> None:
-    assert {"demo.yaml", "demo_single_path.yaml"} <= {file.name for file in CONFIG_FILES}
-
-
 @pytest.mark.parametrize("config_file", CONFIG_FILES, ids=lambda file: file.stem)
 def test_config_parses_and_instantiates(config_file: Path, on_this_machine: list[str]) -> None:
     written = yaml.safe_load(config_file.read_text(encoding="utf-8"))
@@ -164,13 +160,6 @@ def test_row_instantiates_with_a_small_backbone_and_plans_as_documented(
         f"{hours * processes:.0f}",
         f"{plan.steps * plan.queries / 1e6:.1f} M",
     ]
-
-
-def test_single_path_and_pdf_rows_differ_in_the_paths_only() -> None:
-    for name, layers in ROWS.items():
-        other = name.replace("pdf_", "single_path_")
-        if name.startswith("pdf_") and other in ROWS:
-            assert [layer.replace("paths/pdf", "paths/single_path") for layer in layers] == list(ROWS[other])
 
 
 @pytest.mark.parametrize("layout", ["single", "ddp", "fsdp2"])

@@ -12,13 +12,6 @@ from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
 from parallel_decoupling.data.prompts import prompt, to_raw_inputs
 
 
-@pytest.fixture
-def image_file(tmp_path: Path) -> str:
-    file = tmp_path / "picture.PNG"
-    Image.new("RGB", (30, 20), "red").save(file)
-    return str(file)
-
-
 def test_every_kind_of_input_becomes_its_prompt(image_file: str) -> None:
     image = Image.new("RGB", (8, 8))
     rows = to_raw_inputs(

@@ -17,13 +17,6 @@ from tests.support.embedders import mixed_inputs, tiny_embedder
 from tests.support.tiny import save_tiny_backbone
 
 
-@pytest.fixture
-def image_file(tmp_path: Path) -> str:
-    file = tmp_path / "picture.PNG"
-    Image.new("RGB", (30, 20), "red").save(file)
-    return str(file)
-
-
 def test_one_item_is_the_list_of_it_without_the_batch_dimension(tiny_backbone_dir: str) -> None:
     embedder = tiny_embedder(tiny_backbone_dir)
     dim = embedder.embed_dim

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -153,16 +152,6 @@ def test_what_is_made_for_multimodal_llms_is_refused(
     assert "is an OpenCLIP model, which has no plan" in capsys.readouterr().err
 
 
-@pytest.fixture
-def _environment() -> Iterator[None]:
-    """Undo what ``seed_everything`` leaves behind."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
-            patch.setenv(name, "0")
-        yield
-
-
-@pytest.mark.usefixtures("_environment")
 def test_shipped_configs_score_train_resume_and_are_compared_with_pdf(
     tiny_clip_dir: str,
     tiny_backbone_dir: str,
