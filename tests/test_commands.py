@@ -107,7 +107,7 @@ def test_mistakes_of_a_search_are_one_message(
         ([*search, "--top_k", "many"], "top_k"),
         (
             ["index", str(embeddings), str(tmp_path / "index"), "--index_type", "IVF_PQ"],
-            "12 items are too few",
+            "IVF_PQ needs at least 256 items",
         ),
     ):
         assert message in mistake(arguments, capsys)

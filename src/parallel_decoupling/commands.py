@@ -118,8 +118,7 @@ def export(
 
     embedder = load_model(model)
     scores = None if is_pretrained(model) else scores_of(checkpoint_file(model))
-    if scores is not None:
-        embedder.run = {**embedder.run, "commit": scores["run"].get("commit")}
+    embedder.run |= {} if scores is None else {"commit": scores["run"].get("commit")}
     chosen = [paths] if isinstance(paths, int) else paths
     embedder.save_pretrained(folder, chosen, merge_adapters, include_backbone=include_backbone, scores=scores)
     files = [file for file in Path(folder).rglob("*") if file.is_file()]

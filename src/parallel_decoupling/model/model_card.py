@@ -63,6 +63,7 @@ def model_card(config: Mapping[str, Any], scores: Mapping[str, Any] | None = Non
         "main steps": run.get("global_step"),
         "token passes (tokens times paths through all layers)": run.get("token_passes"),
         "seed": run.get("seed"),
+        "commit": run.get("commit"),
     }
     means = {
         group.replace("_", " "): ", ".join(f"{column} {100 * mean:.1f}" for column, mean in columns.items())
