@@ -234,3 +234,11 @@ def test_evaluation_tasks_get_a_folder_per_side(
             assert len(store.files) == 2
             torch.testing.assert_close(store.column("aggregate"), module.encode(rows), rtol=1e-4, atol=1e-5)
             assert [row["text"] for row in store.rows(range(4))] == [row.text for row in rows]
+
+
+def test_batches_that_a_limit_cut_off_do_not_reach_the_next_loader(
+    module: PDFEmbedder, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"data_dir": tiny_mmeb_dir, "predict_rows_per_shard": 2, "eval_batch_size": 1}
+    predict(module, None, tmp_path, trainer={"limit_predict_batches": 3}, **options)
+    assert len(list(tmp_path.rglob("embeddings-*.parquet"))) == 4, "the first shard of every side"

@@ -205,7 +205,6 @@ class Scoring(Callback):
         if not task.query_of_row:
             rank_zero_warn(f"{name}: no row's images could be read, so it has no score.")
             return
-
         columns = path_columns(*sides, partial(_aggregate, module))
         score = replace(score_task(task, columns), num_skipped=num_rows - len(task.query_of_row))
         self._scores.append(score)
@@ -249,7 +248,7 @@ class EmbeddingWriter(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin with no embeddings."""
-        self._shard = CollectedEmbeddings()
+        self._shards: dict[tuple[int, int], CollectedEmbeddings] = {}  # by loader and shard
 
     def on_predict_batch_end(
         self,
@@ -263,15 +262,16 @@ class EmbeddingWriter(Callback):
         """Keep the embeddings of a batch, and write the shard that ends with it."""
         if batch.place.shard is None:
             return
-        self._shard.add(batch, outputs)
+        shard = self._shards.setdefault((dataloader_idx, batch.place.shard), CollectedEmbeddings())
+        shard.add(batch, outputs)
         if batch.place.last:
-            rows, embeddings_BND = self.data.rows[dataloader_idx], self._shard.vectors
+            rows, embeddings_BND = self.data.rows[dataloader_idx], shard.vectors
             paths = range(outputs.shape[1]) if batch.paths is None else batch.paths
             vectors = {path_column(path): embeddings_BND[:, place] for place, path in enumerate(paths)}
             if batch.paths is None:
                 vectors[AGGREGATE] = _aggregate(cast(PDFEmbedder, pl_module), embeddings_BND)
-            self.keeper.write(rows, batch.place.shard, self._shard.rows, vectors, self._shard.bad_rows)
-            self._shard = CollectedEmbeddings()
+            self.keeper.write(rows, batch.place.shard, shard.rows, vectors, shard.bad_rows)
+            del self._shards[dataloader_idx, batch.place.shard]
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """When all processes are done, write ``bad_rows.jsonl`` and say what there is."""
