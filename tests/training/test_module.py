@@ -30,6 +30,7 @@ from tests.support.fit import (
 )
 
 SINGLE_PATH: dict[str, Any] = {"num_paths": 1, "prefix_length": 0, "mi_weight": 0.0, "aggregate_weight": 0.0}
+OWN_ADAPTERS = {"adapter": {"per_path": True}, "prefix_length": 0}
 NO_CLIP = {"clip_norm": 0.0}
 NO_RAMP = {"warmup_steps": 0, "ramp_steps": 0}
 
@@ -136,7 +137,9 @@ def test_mutual_information_reaches_the_prefixes_only_with_its_weight(fit: Any) 
     assert not torch.allclose(*gradients)
 
 
-@pytest.mark.parametrize("extra", [{}, {"prefix_type": "shallow"}, {"matryoshka_dims": [16, 8]}])
+@pytest.mark.parametrize(
+    "extra", [{}, {"prefix_type": "shallow"}, OWN_ADAPTERS, {"matryoshka_dims": [16, 8]}]
+)
 def test_chunks_train_like_one_graph(fit: Any, extra: dict[str, Any]) -> None:
     settings = {"mi": NO_RAMP, "optimizer": NO_CLIP, "aggregation": "learned", "temperature": 0.2, **extra}
     chunks = {"query_chunk_size": 3, "candidate_chunk_size": 2}
