@@ -155,7 +155,7 @@ class ParallelEncoder(nn.Module):
         return F.normalize(pooled_NBD.transpose(0, 1).float(), dim=-1)
 
     def aggregate(self, embeddings: Tensor) -> Tensor:
-        """Combine embeddings ``[B, N, D]`` of all paths into ``[B, D]``, or ``[B, N * D]`` for concat.
+        """Combine embeddings ``[B, N, D]`` of all or the first paths to ``[B, D]``; concat to ``[B, N * D]``.
 
         Relations:
             With one path it equals that path. The dot product of two concatenations is the mean over
@@ -165,7 +165,7 @@ class ParallelEncoder(nn.Module):
             return F.normalize(embeddings.float().flatten(1), dim=-1)
         if self.path_logits is None:
             return F.normalize(embeddings.float().mean(dim=1), dim=-1)
-        weight_N = self.path_logits.float().softmax(dim=0)
+        weight_N = self.path_logits[: embeddings.shape[1]].float().softmax(dim=0)
         return F.normalize(torch.einsum("n,bnd->bd", weight_N, embeddings.float()), dim=-1)
 
 
