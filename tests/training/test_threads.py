@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -66,3 +67,15 @@ def test_copies_and_pickles_are_free(tiny_backbone_dir: str) -> None:
         for free in (copy.deepcopy(module.encoder.turns), pickle.loads(pickle.dumps(module.encoder.turns))):
             with free.alone():
                 assert isinstance(free, Turns)
+
+
+def embed_pickled(content: bytes) -> torch.Tensor:
+    module = pickle.loads(content)
+    return module.encode(["a red circle"], paths=1)
+
+
+def test_a_pickled_model_encodes_in_a_new_process(tiny_backbone_dir: str) -> None:
+    module = small_embedder(tiny_backbone_dir)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as processes:
+        there = processes.submit(embed_pickled, pickle.dumps(module)).result()
+    torch.testing.assert_close(there, module.encode(["a red circle"], paths=1), rtol=1e-6, atol=1e-6)
