@@ -1,0 +1,101 @@
+"""What the value of an option may be, said once by its type: for Python, YAML and the command line alike."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
+from functools import cache, wraps
+from typing import Annotated, Any, ParamSpec, TypeVar, get_args, get_type_hints
+
+from pydantic import GetCoreSchemaHandler, TypeAdapter, ValidationError
+from pydantic_core import CoreSchema, core_schema
+
+
+@dataclass(frozen=True, repr=False)
+class Rule:
+    """What a value must be beyond its type; the text completes "must be"."""
+
+    text: str
+    holds: Callable[[Any], bool]
+
+    def __repr__(self) -> str:  # what the help shows
+        return self.text
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Check the rule after the type."""
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def _check(self, value: Any) -> Any:
+        if not self.holds(value):
+            raise ValueError(self.text)
+        return value
+
+
+PositiveInt = Annotated[int, Rule("1 or more", lambda value: value >= 1)]
+NonNegativeInt = Annotated[int, Rule("0 or more", lambda value: value >= 0)]
+PositiveFloat = Annotated[float, Rule("above 0 and finite", lambda value: 0 < value < math.inf)]
+NonNegativeFloat = Annotated[float, Rule("0 or more and finite", lambda value: 0 <= value < math.inf)]
+Fraction = Annotated[float, Rule("0 or more and below 1", lambda value: 0 <= value < 1)]
+Port = Annotated[int, Rule("from 0 to 65535", lambda value: 0 <= value <= 65535)]
+Names = Annotated[Sequence[str], Rule("different names", lambda names: len(set(names)) == len(names))]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_TEXTS = ("Value error, ", "Input should be ")
+
+
+def check_values(function: Callable[..., Any], values: Mapping[str, Any], start: str = "") -> None:
+    """Raise one ``ValueError`` that names every value which is not of the parameter's declared type.
+
+    ``start`` stands before the names. Types are strict: text is not a number, and True is not 1. What holds
+    options of its own, a dataclass, checks them itself.
+    """
+    problems = []
+    for name, validator in _validators(function).items():
+        try:
+            validator.validate_python(values[name])
+        except ValidationError as error:
+            reasons = dict.fromkeys(_reason(each["msg"]) for each in error.errors())
+            problems.append(f"{start}{name} must be {' or '.join(reasons)}, got {values[name]!r}")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def checked(start: str = "") -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Make a function check its arguments by ``check_values`` before it runs."""
+
+    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        signature = inspect.signature(function)
+
+        @wraps(function)
+        def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            check_values(function, bound.arguments, start)
+            return function(*args, **kwargs)
+
+        return run
+
+    return decorate
+
+
+@cache
+def _validators(function: Callable[..., Any]) -> dict[str, TypeAdapter[Any]]:
+    hints = get_type_hints(function, include_extras=True)
+    hints.pop("return", None)
+    own = {name for name, hint in hints.items() if any(map(_has_options, (hint, *get_args(hint))))}
+    return {
+        name: TypeAdapter(hint, config={"strict": True}) for name, hint in hints.items() if name not in own
+    }
+
+
+def _has_options(hint: Any) -> bool:
+    return isinstance(hint, type) and is_dataclass(hint)
+
+
+def _reason(message: str) -> str:
+    for text in _TEXTS:
+        message = message.removeprefix(text)
+    return message.replace("'str' instances are not allowed as a Sequence value", "a list, not one text")
