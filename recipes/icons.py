@@ -78,9 +78,11 @@ class Icon:
 
     def png(self) -> bytes:
         """Draw the icon, black on white."""
-        size = {"width": PIXELS, "height": PIXELS, "background": "#ffffff", "skip_system_fonts": True}
         file = io.BytesIO()
-        Image.open(io.BytesIO(resvg_py.svg_to_bytes(self.svg, **size))).convert("L").save(file, "png")
+        png = resvg_py.svg_to_bytes(
+            self.svg, width=PIXELS, height=PIXELS, background="#ffffff", skip_system_fonts=True
+        )
+        Image.open(io.BytesIO(png)).convert("L").save(file, "png")
         return file.getvalue()
 
 
