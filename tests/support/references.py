@@ -150,6 +150,41 @@ def squared_cosine_loop(x: Tensor, y: Tensor) -> Tensor:
     return torch.stack(terms).mean()
 
 
+def unexplained_loop(paths: Tensor, target: Tensor, share: float) -> Tensor:
+    """``[B, N, D]``: each row minus what ridge regression on the target ``[B, D]`` of the OTHER rows predicts."""
+    num_rows = len(paths)
+    center = sum(target) / num_rows
+    ridge = share * sum(((row - center) ** 2).sum() for row in target) / num_rows
+    left = []
+    for b in range(num_rows):
+        others = [c for c in range(num_rows) if c != b]
+        mean = sum(target[c] for c in others) / len(others)
+        gram = sum(torch.outer(target[c] - mean, target[c] - mean) for c in others)
+        slope = torch.linalg.inv(gram + ridge * torch.eye(len(mean), dtype=target.dtype))
+        paths_mean = sum(paths[c] for c in others) / len(others)
+        cross = sum((target[c] - mean)[:, None, None] * (paths[c] - paths_mean) for c in others)
+        left.append(paths[b] - paths_mean - torch.einsum("t,tu,und->nd", target[b] - mean, slope, cross))
+    return torch.stack(left)
+
+
+def logit_error_correlation_loop(
+    paths: Tensor, rows: Tensor, positive: list[int], ids: list[int], first: int, second: int
+) -> Tensor:
+    """Scalar: mean over rows of the correlation, over negatives, of two paths' errors in the scores."""
+    terms = []
+    for b, p in enumerate(positive):
+        negatives = [c for c in range(len(rows)) if ids[c] not in (ids[p], PADDING_ID)]
+        errors = []
+        for n in (first, second):
+            error = [((paths[b, n] - rows[p, n]) * rows[c, n]).sum() for c in negatives]
+            errors.append([each - sum(error) / len(error) for each in error])
+        cross, *own = (sum(x * y for x, y in zip(*both, strict=True)) for both in (
+            (errors[0], errors[1]), (errors[0], errors[0]), (errors[1], errors[1])
+        ))
+        terms.append(cross / (own[0] * own[1]) ** 0.5)
+    return torch.stack(terms).mean()
+
+
 def standardise_loop(paths: Tensor) -> Tensor:
     """``[B, N, D]``: each path and dimension minus its batch mean over its batch deviation."""
     columns = []
