@@ -25,6 +25,7 @@ from parallel_decoupling.objective.alternatives import (
 from parallel_decoupling.objective.vclub import (
     Kind,
     MutualInformation,
+    Unconditional,
     gaussian_nll,
     mi_weight_schedule,
     path_pairs,
@@ -33,8 +34,7 @@ from parallel_decoupling.objective.vclub import (
 )
 from tests.support import references
 
-GIVEN_TARGET = ("vclub_given_target", "orthogonal_given_target", "logit_correlation")  # test_conditional
-KINDS: tuple[Kind, ...] = tuple(kind for kind in get_args(Kind) if kind not in GIVEN_TARGET)
+KINDS: tuple[Kind, ...] = get_args(Unconditional)
 FITTED: tuple[Kind, ...] = ("vclub", "club_sample", "l1out")
 NEGATIVE = [3, 0, 4, 1, 2]
 

@@ -151,19 +151,16 @@ def squared_cosine_loop(x: Tensor, y: Tensor) -> Tensor:
 
 
 def unexplained_loop(paths: Tensor, target: Tensor, share: float) -> Tensor:
-    """``[B, N, D]``: each row minus what ridge regression on the target ``[B, D]`` of the OTHER rows predicts."""
-    num_rows = len(paths)
-    center = sum(target) / num_rows
-    ridge = share * sum(((row - center) ** 2).sum() for row in target) / num_rows
+    """``[B, N, D]``: rows minus what ridge regression on the target ``[B, D]`` of OTHER rows predicts."""
+    ridge = share * target.var(dim=0, correction=0).sum() * torch.eye(target.shape[1], dtype=target.dtype)
     left = []
-    for b in range(num_rows):
-        others = [c for c in range(num_rows) if c != b]
-        mean = sum(target[c] for c in others) / len(others)
+    for b in range(len(paths)):
+        others = [c for c in range(len(paths)) if c != b]
+        mean, paths_mean = target[others].mean(dim=0), paths[others].mean(dim=0)
         gram = sum(torch.outer(target[c] - mean, target[c] - mean) for c in others)
-        slope = torch.linalg.inv(gram + ridge * torch.eye(len(mean), dtype=target.dtype))
-        paths_mean = sum(paths[c] for c in others) / len(others)
         cross = sum((target[c] - mean)[:, None, None] * (paths[c] - paths_mean) for c in others)
-        left.append(paths[b] - paths_mean - torch.einsum("t,tu,und->nd", target[b] - mean, slope, cross))
+        weight = torch.linalg.inv(gram + ridge) @ (target[b] - mean)
+        left.append(paths[b] - paths_mean - torch.einsum("t,tnd->nd", weight, cross))
     return torch.stack(left)
 
 
@@ -178,10 +175,8 @@ def logit_error_correlation_loop(
         for n in (first, second):
             error = [((paths[b, n] - rows[p, n]) * rows[c, n]).sum() for c in negatives]
             errors.append([each - sum(error) / len(error) for each in error])
-        cross, *own = (sum(x * y for x, y in zip(*both, strict=True)) for both in (
-            (errors[0], errors[1]), (errors[0], errors[0]), (errors[1], errors[1])
-        ))
-        terms.append(cross / (own[0] * own[1]) ** 0.5)
+        first_error, second_error = map(torch.stack, errors)
+        terms.append((first_error @ second_error) / (first_error.norm() * second_error.norm()))
     return torch.stack(terms).mean()
 
 

@@ -136,7 +136,16 @@ def test_mutual_information_reaches_the_prefixes_only_with_its_weight(fit: Any) 
     assert not torch.allclose(*gradients)
 
 
-@pytest.mark.parametrize("extra", [{}, {"prefix_type": "shallow"}, {"matryoshka_dims": [16, 8]}])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {},
+        {"prefix_type": "shallow"},
+        {"matryoshka_dims": [16, 8]},
+        {"mi": {"kind": "vclub_given_target", **NO_RAMP}},
+        {"mi": {"kind": "logit_correlation", **NO_RAMP}},
+    ],
+)
 def test_chunks_train_like_one_graph(fit: Any, extra: dict[str, Any]) -> None:
     settings = {"mi": NO_RAMP, "optimizer": NO_CLIP, "aggregation": "learned", "temperature": 0.2, **extra}
     chunks = {"query_chunk_size": 3, "candidate_chunk_size": 2}

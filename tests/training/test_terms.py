@@ -135,7 +135,7 @@ def test_the_log_names_the_floor_and_the_correlation_of_margins() -> None:
     assert values["train/shared_nats_floor"].item() == pytest.approx(math.log(BATCH) - 2 * 0.3)
     margins = []
     for path in range(PATHS):
-        score = pairs.query[:, path] @ pairs.candidate[:, path].T
+        score = (pairs.query[:, path] @ pairs.candidate[:, path].T).tolist()
         margins.append([row[b] - max(x for c, x in enumerate(row) if c != b) for b, row in enumerate(score)])
     correlation = torch.corrcoef(torch.tensor(margins))
     expected = (correlation[0, 1] + correlation[0, 2] + correlation[1, 2]) / 3

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from parallel_decoupling.batch import PADDING_ID
 
-_RIDGE = 0.1
-"""Penalty of the prediction, relative to the target's variance: a row counts as 0.1 rows more in each direction."""
+_RIDGE = 0.1  # the prediction's penalty on slopes, as a share of the target's total variance
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,8 @@ def logit_error_correlation(paths: Tensor, given: Given, pairs: Tensor) -> Tenso
     Cost: O(N B C D), as InfoNCE. The same target and padding are no negatives.
     """
     value_BND = paths.to(torch.promote_types(paths.dtype, torch.float32))
-    target_BND = given.target
-    error_NBC = torch.einsum("bnd,cnd->nbc", value_BND - target_BND, given.rows.detach().to(value_BND.dtype))
+    rows_CND = given.rows.detach().to(value_BND.dtype)
+    error_NBC = torch.einsum("bnd,cnd->nbc", value_BND - given.target, rows_CND)
     negative_BC = (given.ids != given.ids[given.positive].unsqueeze(1)) & (given.ids != PADDING_ID)
     count_B1 = negative_BC.sum(dim=1, keepdim=True).clamp_min(1)
     mean_NB1 = (error_NBC * negative_BC).sum(dim=2, keepdim=True) / count_B1

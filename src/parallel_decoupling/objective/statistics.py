@@ -39,9 +39,8 @@ def target_entropy(target_ids: Tensor) -> Tensor:
 
     Two paths with InfoNCE losses L1 and L2 on that batch share at least this minus L1 minus L2.
     """
-    count = target_ids.unique(return_counts=True)[1]
-    entropy: Tensor = torch.special.entr(count / len(target_ids)).sum()
-    return entropy
+    share_B = (target_ids.unsqueeze(1) == target_ids).float().mean(dim=1)
+    return -share_B.log().mean()
 
 
 @torch.no_grad()

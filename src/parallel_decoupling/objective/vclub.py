@@ -22,18 +22,9 @@ from parallel_decoupling.objective.alternatives import (
 )
 from parallel_decoupling.objective.conditional import Given, logit_error_correlation, unexplained
 
-Kind = Literal[
-    "vclub",
-    "club_sample",
-    "l1out",
-    "hsic",
-    "crosscov",
-    "orthogonal",
-    "none",
-    "vclub_given_target",
-    "orthogonal_given_target",
-    "logit_correlation",
-]
+Unconditional = Literal["vclub", "club_sample", "l1out", "hsic", "crosscov", "orthogonal", "none"]
+GivenTarget = Literal["vclub_given_target", "orthogonal_given_target", "logit_correlation"]
+Kind = Literal[Unconditional, GivenTarget]
 _GIVEN_TARGET = "_given_target"
 _LOG_VARIANCE_LIMIT = 6.0
 _SMALLEST_VARIANCE = 1e-12

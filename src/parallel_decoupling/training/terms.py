@@ -130,7 +130,7 @@ def mutual_information_terms(estimator: MutualInformation, pairs: GatheredPairs)
 @torch.no_grad()
 def mean_over_pairs(value_NN: Tensor) -> Tensor:
     """Return the mean of a symmetric matrix above its diagonal: 0-dim, its only entry for one path."""
-    first_M, second_M = torch.triu_indices(*value_NN.shape, offset=1)
+    first_M, second_M = torch.triu_indices(len(value_NN), len(value_NN), offset=1)
     return value_NN[first_M, second_M].mean() if len(first_M) else value_NN.mean()
 
 
