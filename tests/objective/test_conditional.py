@@ -44,6 +44,8 @@ def test_what_the_target_leaves_equals_a_fit_per_row_on_the_other_rows() -> None
     target = given.rows.detach()[:5].mean(dim=1)
     assert_same(left, references.unexplained_loop(paths, target, 0.1), paths)
     torch.testing.assert_close(unexplained(paths + 3, given), left)
+    with pytest.raises(ValueError, match="at least 3 rows, got 2; raise batch_size"):
+        unexplained(paths[:2], Given(given.rows, given.positive[:2], given.ids))
 
 
 def test_logit_correlation_equals_the_loop_without_padding_and_copies_of_the_target() -> None:
@@ -96,12 +98,6 @@ def test_collapsed_paths_and_bfloat16_give_finite_values_and_gradients(kind: Kin
         assert value.isfinite().all()
         assert paths.grad is not None
         assert paths.grad.isfinite().all()
-
-
-def test_two_rows_are_too_few() -> None:
-    paths, given = example()
-    with pytest.raises(ValueError, match="at least 3 rows, got 2; raise batch_size"):
-        unexplained(paths[:2], Given(given.rows, given.positive[:2], given.ids))
 
 
 def draw(num_rows: int, gains: Tensor, seed: int) -> tuple[Tensor, Given]:
