@@ -70,6 +70,7 @@ class TaskResult:
     num_skipped: int = 0  # rows left out because their images could not be read
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)  # by column, means of score.METRICS
     rows_sha256: str = ""  # identifies the rows, see score.task_hash
+    margin_correlation: list[list[float]] = field(default_factory=list)  # [N][N] of paths, over rows
 
     def check_hits(self) -> None:
         """Raise ``ValueError`` if the hits do not fit the number of rows or the scores."""
@@ -118,6 +119,7 @@ class ScoreReport:
                 num_skipped=score.num_skipped,
                 metrics={column: mean_metrics(rank_R) for column, rank_R in score.ranks.items()},
                 rows_sha256=score.rows_sha256,
+                margin_correlation=score.margin_correlation,
             )
         return cls(tasks, dict(run or {}))
 
