@@ -195,7 +195,8 @@ def differences(baseline: ScoreReport, other: ScoreReport, seed: int = 0) -> Run
         group: np.mean([samples[name] for name in names], axis=0) for group, names in baseline.groups.items()
     }
     meta_tasks = [means[meta_task] for meta_task in META_TASKS if meta_task in means]
-    means["mean_of_meta_tasks"] = np.mean(meta_tasks, axis=0)
+    if meta_tasks:
+        means["mean_of_meta_tasks"] = np.mean(meta_tasks, axis=0)
     by_mean, by_task = (
         {
             name: Difference(float(each[0]), *np.quantile(each[1:], (0.025, 0.975)).tolist())
