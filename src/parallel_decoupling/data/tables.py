@@ -176,16 +176,16 @@ def _write(file: Path, texts: Sequence[str], keep_others: bool, copy: Path) -> N
         raise ValueError(f"{file}: two columns have the same name; found {', '.join(found)}. Rename one.")
     writer, rows = None, 0
     with pa.OSFile(str(copy), "wb") as stream:
-        for batch in batches:
-            cells = [_to_copy(file, name, batch.column(name), name in texts) for name in kept]
+        for part in batches:
+            cells = [_to_copy(file, name, part.column(name), name in texts) for name in kept]
             batch = pa.RecordBatch.from_arrays(cells, kept, metadata={"columns": json.dumps(found)})
             try:
                 batch.validate(full=True)  # texts that are not UTF-8
             except pa.ArrowException as error:
-                raise _RowError(f"rows {rows} to {rows + len(batch) - 1}: {error}.") from error
+                raise _RowError(f"rows {rows} to {rows + len(part) - 1}: {error}.") from error
             writer = writer or pa.ipc.new_file(stream, batch.schema)
             writer.write_batch(batch)
-            rows += len(batch)
+            rows += len(part)  # even where no column is wanted
         if not rows or writer is None:
             raise ValueError(f"{file} has no rows. Remove it or fill it in.")
         writer.close()
