@@ -218,7 +218,8 @@ def test_texts_of_parquet_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
         Table("S", [file], {"text": "text"})
 
 
-def test_nan_is_null(tmp_path: Path) -> None:
+def test_nan_is_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("parallel_decoupling.data.tables.ROWS_PER_BATCH", 1)
     nan = float("nan")
     lists = pa.array([[1.5, nan], None], pa.list_(pa.float32(), 2))
     file = parquet(tmp_path / "a.parquet", {"text": [1.0, nan], "more": lists})

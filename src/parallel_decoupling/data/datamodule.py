@@ -179,8 +179,7 @@ class MMEBDataModule(LightningDataModule):
             tasks.check_names(self.eval_tasks or [], [*found, *to_come], "evaluation task", self._task_advice)
             self.train_data = self._open_subsets()
         elif stage != "validate":
-            names, option = self.eval_tasks, "eval_tasks"
-            names = _of(found, None) if names is None else names
+            names, option = _of(found, None) if self.eval_tasks is None else self.eval_tasks, "eval_tasks"
         if not names and stage != "fit":
             example = f"such as --data.{option} '[{found[0] if found else 'GQA'}]'"
             known = f"Name tasks, {example}. Found: {', '.join(found) or 'none'}."

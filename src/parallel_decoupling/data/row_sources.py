@@ -11,9 +11,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from PIL import Image
 
 from parallel_decoupling.batch import RawInput
-from parallel_decoupling.data.images import IMAGE_SUFFIXES, ImageError, image_size
+from parallel_decoupling.data.images import image_size
 from parallel_decoupling.data.names import file_of_id, id_of_file
 from parallel_decoupling.data.prompts import prompt
 from parallel_decoupling.data.tables import SUFFIXES, Table
@@ -78,7 +79,7 @@ class RowSource:
         image = cells.get(IMAGE)
         file = str(self._image_dir / file_of_id(image)) if image else None
         if file and not os.path.isfile(file):  # to open a pipe would take for ever
-            raise ImageError(f"no image file {image!r} in {self._image_dir}")
+            raise ValueError(f"no image file {image!r} in {self._image_dir}")
         return prompt(cells.get(TEXT), file, self.instruction or None)
 
     def where(self, row: int) -> str:
@@ -121,6 +122,7 @@ def _list_images(folder: Path) -> tuple[pa.Table, str]:
 
     A picture has a picture's suffix, or Pillow knows its beginning. Links are followed, to each folder once.
     """
+    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     names: list[str] = []
     left: dict[str, list[str]] = {}
     folders, links, seen = [str(folder)], list[str](), set[str]()
@@ -140,7 +142,7 @@ def _list_images(folder: Path) -> tuple[pa.Table, str]:
                 (links if os.path.islink(file) else folders).append(file)
             elif not os.path.isfile(file):
                 left.setdefault("links or special files", []).append(file)
-            elif file.lower().endswith(IMAGE_SUFFIXES) or image_size(file):
+            elif os.path.splitext(file)[1].lower() in known or image_size(file):
                 names.append(id_of_file(os.path.relpath(file, folder)))
             else:
                 left.setdefault("other files", []).append(file)

@@ -290,7 +290,9 @@ def _to_copy(file: Path, name: str, cells: pa.Array, is_text: bool) -> pa.Array:
     texts = cells.cast(pa.list_(pa.string()) if is_list else pa.string())
     if not pa.types.is_floating(entry):
         return texts
-    if not is_list:
-        return pc.if_else(pc.is_nan(cells), None, texts)
-    values = pc.if_else(pc.equal(texts.values, "nan"), None, texts.values)
-    return pa.ListArray.from_arrays(texts.offsets, values, mask=texts.is_null())
+    numbers = {"nan": None}
+    rows = [
+        [numbers.get(each, each) for each in row] if isinstance(row, list) else numbers.get(row, row)
+        for row in texts.to_pylist()
+    ]
+    return pa.array(rows, texts.type)
