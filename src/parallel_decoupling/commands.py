@@ -158,7 +158,7 @@ def hits_table(hits: Sequence[Hit]) -> Table:
 
     table = Table("rank", "score", "id", *(hits[0].similarities if hits else ()))
     for name in hits[0].fields if hits else ():
-        table.add_column(escape(name), overflow="fold")
+        table.add_column(escape(printable(name)), overflow="fold")
     for rank, hit in enumerate(hits, start=1):
         texts = [hit.id, *("" if value is None else str(value) for value in hit.fields.values())]
         item, *fields = (escape(printable(text if len(text) <= 60 else f"{text[:59]}…")) for text in texts)

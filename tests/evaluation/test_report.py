@@ -125,9 +125,10 @@ def test_custom_tasks_have_a_mean_of_their_own_and_change_no_other(
 
 
 def test_names_cannot_command_the_terminal(report: ScoreReport) -> None:
-    with_escape = replace(report.task_grid(), rows=[["\x1b[31mred"]], headings=["task"], kinds=[])
+    with_escape = replace(report.task_grid(), rows=[["\x1b[31mred"]], headings=["\x1b[2Jtask"], kinds=[])
     stream = io.StringIO()
     Console(file=stream).print(with_escape.terminal())
+    assert "\x1b" not in stream.getvalue()
     assert "\\x1b[31mred" in stream.getvalue()
 
 

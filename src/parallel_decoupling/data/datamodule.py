@@ -200,7 +200,7 @@ class MMEBDataModule(LightningDataModule):
         about = {"meta_task": "retrieval", "in_distribution": False}
         rows = {task.name: about for task in scored if task.meta_task == "custom" and task.source is None}
         if rows:
-            what = f"{', '.join(rows)}: not in the task table, so they count in the mean of custom tasks"
+            what = f"{', '.join(rows)}: not in the task table, so counted in the mean of custom tasks alone"
             advice = f"add to {self.folder / 'tasks.json'}, with the right meta-task: {json.dumps(rows)}"
             rank_zero_info(printable(f"{what}. For a place in the other means {advice}"))
 

@@ -51,13 +51,13 @@ class Grid:
 
     def terminal(self) -> Table:
         """Return it as a rich table, whatever markup the names hold."""
-        table = Table(title=Text(self.title), caption=Text(self.caption) if self.caption else None)
+        table = Table(title=_text(self.title), caption=_text(self.caption) if self.caption else None)
         for number, heading in enumerate(self.headings):
             justify: Literal["left", "right"] = "right" if number else "left"
-            table.add_column(Text(heading), justify=justify, no_wrap=not number, overflow="fold")
+            table.add_column(_text(heading), justify=justify, no_wrap=not number, overflow="fold")
         styles = {"": "", "mean": "bold", "bad": "red"}
         for row, kind in zip(self.rows, self.kinds or [""] * len(self.rows), strict=True):
-            table.add_row(*map(Text, map(printable, row)), style=styles[kind])
+            table.add_row(*map(_text, row), style=styles[kind])
         return table
 
 
@@ -259,7 +259,7 @@ class ScoreReport:
 
     def warning_panels(self) -> list[Panel]:
         """Show what makes the scores doubtful, each with what was seen and what to do."""
-        texts = [Text(f"{each['detail']}\n{each['advice']}") for each in self.warnings]
+        texts = [_text(f"{each['detail']}\n{each['advice']}") for each in self.warnings]
         titles = [f"WARNING: {each['check'].replace('_', ' ')}" for each in self.warnings]
         return [Panel(text, title=title) for text, title in zip(texts, titles, strict=True)]
 
@@ -274,6 +274,10 @@ def write_report(report: ScoreReport, folder: Path) -> None:
     if column in report.modes:
         metadata["embedding_dimension"] = report.modes[column]["bytes_per_item"] // 4
     write_leaderboard(report.tasks, column, folder / LEADERBOARD_FILE, metadata)
+
+
+def _text(text: str) -> Text:
+    return Text(printable(text))
 
 
 def _mean(values: Sequence[Mapping[str, float]]) -> dict[str, float]:
