@@ -14,10 +14,9 @@ from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from parallel_decoupling.batch import RawInput
@@ -198,14 +197,18 @@ def encoder_identity(
         "backbone_sha256": (fingerprint or backbone_fingerprint(encoder.backbone))["sha256"],
         "processor_sha256": processor_hash(encoder.processor),
     }
-    adapted = [(name, m) for name, m in encoder.named_modules() if isinstance(m, LoraLayer | PathLoRA)]
+    scales = {
+        name: scale
+        for name, module in encoder.named_modules()
+        if isinstance(scale := getattr(module, "scaling", None), dict) or isinstance(module, PathLoRA)
+    }
     family = getattr(encoder.backbone, "family", None)
     packages = PACKAGES if family else (*PACKAGES, "open_clip_torch")
     about = {
         **parts,
         "conditions": conditions,
         "family": asdict(family) if family else None,
-        "adapter_scales": {name: cast(Any, module).scaling for name, module in adapted},
+        "adapter_scales": scales,
         "versions": {name: version(name) for name in packages},
     }
     total = sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
