@@ -167,7 +167,7 @@ def _write(file: Path, texts: Sequence[str], keep_others: bool, copy: Path) -> N
         columns = None if keep_others else [name for name in found if name in texts]
         batches = source.iter_batches(ROWS_PER_BATCH, columns=columns)
     elif file.suffix in SUFFIXES:
-        table = _read_csv(file, texts) if file.suffix == ".csv" else _read_jsonl(file)
+        table = _read_jsonl(file) if file.suffix == ".jsonl" else _read_csv(file, texts)
         found, batches = table.column_names, table.to_batches(ROWS_PER_BATCH)
     else:
         raise ValueError(f"{file}: the file must end with one of {', '.join(SUFFIXES)}.")
@@ -209,7 +209,7 @@ def _open_text(file: Path) -> Iterator[TextIO]:
             content.decode(encoding)
         except UnicodeDecodeError as whole:  # the other one counts from where the stream was
             line, found = content[: whole.start].decode(encoding, "ignore").count("\n"), whole.reason
-        row = max(0, line - (file.suffix == ".csv"))
+        row = max(0, line - (file.suffix != ".jsonl"))
         what = f"row {row} (line {line + 1}) is not {encoding.removesuffix('-sig').upper()}, {found}"
         raise _RowError(f"{what}. Save the file as UTF-8.") from error
 
