@@ -86,9 +86,8 @@ def _validators(function: Callable[..., Any]) -> dict[str, TypeAdapter[Any]]:
     hints = get_type_hints(function, include_extras=True)
     hints.pop("return", None)
     own = {name for name, hint in hints.items() if any(map(_has_options, (hint, *get_args(hint))))}
-    return {
-        name: TypeAdapter(hint, config={"strict": True}) for name, hint in hints.items() if name not in own
-    }
+    config: Any = {"strict": True, "arbitrary_types_allowed": True}
+    return {name: TypeAdapter(hint, config=config) for name, hint in hints.items() if name not in own}
 
 
 def _has_options(hint: Any) -> bool:

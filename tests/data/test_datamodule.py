@@ -315,7 +315,7 @@ def test_unknown_names_list_what_exists(
 )
 def test_bad_numbers_are_named(name: str, least: int) -> None:
     options: dict[str, Any] = {name: least - 1}
-    with pytest.raises(ValueError, match=rf"data\.{name} must be at least {least}, got {least - 1}"):
+    with pytest.raises(ValueError, match=rf"data\.{name} must be {least} or more, got {least - 1}"):
         MMEBDataModule(**options)
 
 

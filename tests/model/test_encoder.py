@@ -168,10 +168,10 @@ def test_aggregates_equal_their_definitions(tiny_backbone_dir: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_paths": 0}, "at least 1"),
+        ({"num_paths": 0}, "num_paths must be 1 or more"),
         ({"num_paths": 2, "prefix_length": 0}, "num_paths=1"),
         ({"num_paths": 9}, "prefix_init='random'"),
-        ({"aggregation": "sum"}, "aggregation must be one of mean, concat, learned"),
+        ({"aggregation": "sum"}, "aggregation must be 'mean', 'concat' or 'learned'"),
     ],
 )
 def test_impossible_sizes_raise(tiny_backbone_dir: str, options: dict[str, Any], message: str) -> None:

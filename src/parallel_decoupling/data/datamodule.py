@@ -23,12 +23,10 @@ from parallel_decoupling.data.names import printable
 from parallel_decoupling.data.row_sources import RowSource, TaskSide
 from parallel_decoupling.evaluation.encode import BatchPlan, RowBatches, TokenEstimate
 from parallel_decoupling.evaluation.store import AGGREGATE, Keeper, chosen_columns, path_column
+from parallel_decoupling.option_types import Names, NonNegativeFloat, NonNegativeInt, PositiveInt, checked
 
 EMBEDDED = "mini-mmeb"
 """Value of ``data_dir`` that stands for the benchmark this package generates."""
-
-_LEAST = dict.fromkeys(("batch_size", "eval_batch_size", "row_limit", "query_limit"), 1)
-_LEAST |= {"predict_rows_per_shard": 1, "hard_negatives": 0, "num_workers": 0, "seed": 0}
 
 
 class MMEBDataModule(LightningDataModule):
@@ -75,33 +73,34 @@ class MMEBDataModule(LightningDataModule):
         predict_rows_per_shard: Rows per file of embeddings, which one process batches by length.
     """
 
+    @checked("data.")
     def __init__(
         self,
         data_dir: str = EMBEDDED,
-        train_subsets: list[str] | None = None,
-        eval_tasks: list[str] | None = None,
-        validation_tasks: Sequence[str] = (),
-        batch_size: int = 64,
-        eval_batch_size: int = 64,
-        num_workers: int = 0,
+        train_subsets: Names | None = None,
+        eval_tasks: Names | None = None,
+        validation_tasks: Names = (),
+        batch_size: PositiveInt = 64,
+        eval_batch_size: PositiveInt = 64,
+        num_workers: NonNegativeInt = 0,
         split: str = "original",
-        weights: dict[str, float] | None = None,
-        row_limit: int | None = None,
-        query_limit: int | None = None,
+        weights: dict[str, NonNegativeFloat] | None = None,
+        row_limit: PositiveInt | None = None,
+        query_limit: PositiveInt | None = None,
         policy: Policy = "mixed",
-        sub_batch_size: int | None = None,
-        hard_negatives: int = 0,
-        seed: int = 0,
+        sub_batch_size: PositiveInt | None = None,
+        hard_negatives: NonNegativeInt = 0,
+        seed: NonNegativeInt = 0,
         row_limit_by: readers.LimitBy = "sample",
         image_size: SquareSize | None = None,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
+        min_pixels: PositiveInt | None = None,
+        max_pixels: PositiveInt | None = None,
         missing_images: readers.MissingImages = "error",
         download: bool = False,
         predict_source: str | None = None,
-        predict_columns: list[str] | None = None,
+        predict_columns: Names | None = None,
         predict_instruction: str | None = None,
-        predict_rows_per_shard: int = 4096,
+        predict_rows_per_shard: PositiveInt = 4096,
     ) -> None:
         super().__init__()
         self.data_dir, self.split, self.seed, self.download = data_dir, split, seed, download
@@ -117,9 +116,6 @@ class MMEBDataModule(LightningDataModule):
         self.predict_source, self.predict_columns = predict_source, predict_columns
         self.predict_instruction = predict_instruction
         self.predict_rows_per_shard = predict_rows_per_shard
-        for name, least in _LEAST.items():
-            if (value := getattr(self, name)) is not None and value < least:
-                raise ValueError(f"data.{name} must be at least {least}, got {value}.")
         self.train_data: list[readers.TrainSubset] = []
         self.eval_tasks_data: list[tasks.EvalTask] = []
         """The tasks of the current stage."""
@@ -179,7 +175,10 @@ class MMEBDataModule(LightningDataModule):
             tasks.check_names(self.eval_tasks or [], [*found, *to_come], "evaluation task", self._task_advice)
             self.train_data = self._open_subsets()
         elif stage != "validate":
-            names, option = _of(found, None) if self.eval_tasks is None else self.eval_tasks, "eval_tasks"
+            names, option = (
+                _of(found, None) if self.eval_tasks is None else list(self.eval_tasks),
+                "eval_tasks",
+            )
         if not names and stage != "fit":
             example = f"such as --data.{option} '[{found[0] if found else 'GQA'}]'"
             known = f"Name tasks, {example}. Found: {', '.join(found) or 'none'}."

@@ -14,6 +14,7 @@ from torch import nn
 
 from parallel_decoupling.model.families import Family
 from parallel_decoupling.model.path_lora import PathLoRA
+from parallel_decoupling.option_types import Fraction, Names, PositiveInt, check_values
 
 OTHER_TARGETS = frozenset(("out_proj", "qkv_proj", "gate_up_proj"))
 """Targets that a family may lack: VLM2Vec's one list serves CLIP towers and fused layers as well."""
@@ -25,9 +26,9 @@ class AdapterConfig:
 
     Attributes:
         kind: ``"frozen"`` (nothing: prefixes only), ``"lora"``, ``"dora"`` or ``"full"`` (every weight).
-        rank: of the low-rank update, at least 1.
+        rank: of the low-rank update.
         alpha: the update is scaled by ``alpha / rank``.
-        dropout: on the input of the update, in [0, 1).
+        dropout: on the input of the update.
         scope: where LoRA and DoRA go: the language model, the vision tower or both.
         targets: last names of the linear layers to adapt; None is the family's default.
         per_path: every path has a LoRA of its own in the language model, from the first layer of
@@ -35,23 +36,20 @@ class AdapterConfig:
     """
 
     kind: Literal["frozen", "lora", "dora", "full"] = "lora"
-    rank: int = 8
-    alpha: int = 16
-    dropout: float = 0.0
+    rank: PositiveInt = 8
+    alpha: PositiveInt = 16
+    dropout: Fraction = 0.0
     scope: Literal["language", "vision", "both"] = "language"
-    targets: tuple[str, ...] | None = None
+    targets: Names | None = None
     per_path: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in ("frozen", "lora", "dora", "full"):
-            raise ValueError(f"adapter.kind must be frozen, lora, dora or full, got {self.kind!r}.")
+        check_values(AdapterConfig, vars(self), "adapter.")
         if self.per_path and (self.kind != "lora" or self.scope == "vision"):
             raise ValueError(
                 "adapter.per_path is for LoRA in the language model: set adapter.kind=lora and adapter.scope "
                 f"to language or both, got {self.kind} and {self.scope}."
             )
-        if self.alpha <= 0 or not 0 <= self.dropout < 1:
-            raise ValueError(f"adapter.alpha must be above 0 and adapter.dropout in [0, 1), got {self}.")
 
 
 def add_adapters(base: nn.Module, family: Family, adapter: AdapterConfig) -> tuple[str, ...]:

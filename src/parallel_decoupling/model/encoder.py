@@ -25,6 +25,7 @@ from parallel_decoupling.model.prefixes import (
     prefix_range,
 )
 from parallel_decoupling.model.turns import Turns
+from parallel_decoupling.option_types import NonNegativeInt, PositiveInt, checked
 
 
 def last_token(states: Tensor, attention_mask: Tensor) -> Tensor:
@@ -51,12 +52,13 @@ class ParallelEncoder(nn.Module):
         ``aggregation="learned"`` equals ``"mean"`` at the start.
     """
 
+    @checked()
     def __init__(
         self,
         backbone: Backbone,
         *,
-        num_paths: int = 4,
-        prefix_length: int = 8,
+        num_paths: PositiveInt = 4,
+        prefix_length: NonNegativeInt = 8,
         prefix_layers: PrefixLayers = 0,
         prefix_type: Literal["deep", "shallow"] = "deep",
         prefix_init: Literal["meta", "random"] = "meta",
@@ -80,18 +82,9 @@ class ParallelEncoder(nn.Module):
         self.path_logits = nn.Parameter(torch.zeros(num_paths)) if aggregation == "learned" else None
 
     def _check_sizes(self, prefix_init: str) -> None:
-        for name, known, value in (
-            ("prefix_type", ("deep", "shallow"), self.prefix_type),
-            ("prefix_init", ("meta", "random"), prefix_init),
-            ("aggregation", ("mean", "concat", "learned"), self.aggregation),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         own_adapters = self.backbone.adapter.per_path
-        if self.num_paths < 1 or (self.prefix_length == 0 and self.num_paths > 1 and not own_adapters):
-            raise ValueError(
-                "num_paths must be at least 1, and prefix_length too unless num_paths=1 or adapter.per_path"
-            )
+        if self.prefix_length == 0 and self.num_paths > 1 and not own_adapters:
+            raise ValueError("prefix_length must be 1 or more unless num_paths=1 or adapter.per_path")
         if own_adapters and self.prefix_type == "shallow":
             raise ValueError("adapter.per_path works with prefix_type='deep', not with 'shallow'")
         if self.prefix_type == "shallow" and len(self.prefix_range) < self.backbone.num_layers:

@@ -23,6 +23,13 @@ from parallel_decoupling.model.families import Family
 from parallel_decoupling.model.identity import backbone_fingerprint, encoder_identity
 from parallel_decoupling.model.turns import restore_modes, training_modes
 from parallel_decoupling.objective.vclub import MutualInformation
+from parallel_decoupling.option_types import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    checked,
+)
 from parallel_decoupling.training import callbacks, checkpoint, optimization, settings, terms
 from parallel_decoupling.training.compute import Progress
 from parallel_decoupling.training.grad_cache import Encoding, encode_in_chunks
@@ -89,29 +96,30 @@ class PDFEmbedder(LightningModule):
         Without dropout, loss and gradients do not depend on the chunk sizes or the number of processes.
     """
 
+    @checked()
     def __init__(
         self,
         backbone: str = "tiny",
-        num_paths: int = 4,
-        prefix_length: int = 8,
-        prefix_layers: int | list[int] = 0,
+        num_paths: PositiveInt = 4,
+        prefix_length: NonNegativeInt = 8,
+        prefix_layers: NonNegativeInt | Sequence[int] = 0,
         prefix_type: Literal["deep", "shallow"] = "deep",
         prefix_init: Literal["meta", "random"] = "meta",
         aggregation: Literal["mean", "concat", "learned"] = "mean",
         adapter: AdapterConfig = _ADAPTER,
         mi: MIConfig = _MI,
-        mi_weight: float = 0.1,
-        aggregate_weight: float = 1.0,
+        mi_weight: NonNegativeFloat = 0.1,
+        aggregate_weight: NonNegativeFloat = 1.0,
         nested_paths: bool = False,
-        distillation_weight: float = 0.0,
-        distillation_start: int = 0,
-        matryoshka_dims: list[int] | None = None,
-        temperature: float = 0.02,
+        distillation_weight: NonNegativeFloat = 0.0,
+        distillation_start: NonNegativeInt = 0,
+        matryoshka_dims: Sequence[PositiveInt] | None = None,
+        temperature: PositiveFloat = 0.02,
         learn_temperature: bool = False,
         symmetric: bool = False,
         optimizer: OptimizerConfig = _OPTIMIZER,
-        query_chunk_size: int | None = None,
-        candidate_chunk_size: int | None = None,
+        query_chunk_size: PositiveInt | None = None,
+        candidate_chunk_size: PositiveInt | None = None,
         query_instruction: str = "",
         candidate_instruction: str = "",
         backbone_revision: str | None = None,
@@ -121,7 +129,7 @@ class PDFEmbedder(LightningModule):
         initial_adapter: str | None = None,
         quantization: Literal["4bit"] | None = None,
         family: Family | None = None,
-        seed: int = 0,
+        seed: NonNegativeInt = 0,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False

@@ -12,20 +12,19 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from parallel_decoupling.objective.vclub import Kind, mi_weight_schedule
+from parallel_decoupling.option_types import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    check_values,
+)
 
 
 def require(condition: bool, message: str) -> None:
     """Raise ``ValueError`` with the message unless the condition holds."""
     if not condition:
         raise ValueError(message)
-
-
-def check_ranges(prefix: str, settings: Mapping[str, Any], smallest: Mapping[str, int]) -> None:
-    """Raise ``ValueError`` for a setting that is not finite or less than its smallest value."""
-    for name, least in smallest.items():
-        value = settings[name]
-        usable = value is None or (math.isfinite(value) and value >= least)
-        require(usable, f"{prefix}{name} must be {least} or more, got {value}.")
 
 
 @dataclass(frozen=True)
@@ -42,18 +41,15 @@ class OptimizerConfig:
         clip_norm: largest norm of the whole gradient; 0 does not clip.
     """
 
-    learning_rate: float = 5e-5
-    prefix_learning_rate: float = 1e-3
-    weight_decay: float = 0.01
-    warmup_steps: int = 0
+    learning_rate: NonNegativeFloat = 5e-5
+    prefix_learning_rate: NonNegativeFloat = 1e-3
+    weight_decay: NonNegativeFloat = 0.01
+    warmup_steps: NonNegativeInt = 0
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    clip_norm: float = 1.0
+    clip_norm: NonNegativeFloat = 1.0
 
     def __post_init__(self) -> None:
-        names = ("learning_rate", "prefix_learning_rate", "weight_decay", "warmup_steps", "clip_norm")
-        check_ranges("optimizer.", vars(self), dict.fromkeys(names, 0))
-        known = ("linear", "cosine", "constant")
-        require(self.schedule in known, f"optimizer.schedule must be one of {known}, got {self.schedule!r}.")
+        check_values(OptimizerConfig, vars(self), "optimizer.")
 
 
 @dataclass(frozen=True)
@@ -72,16 +68,14 @@ class MIConfig:
     """
 
     kind: Kind = "vclub"
-    hidden_size: int = 64
-    fit_steps: int = 2
-    warmup_steps: int = 50
-    ramp_steps: int = 100
-    learning_rate: float = 1e-3
+    hidden_size: PositiveInt = 64
+    fit_steps: PositiveInt = 2
+    warmup_steps: NonNegativeInt = 50
+    ramp_steps: NonNegativeInt = 100
+    learning_rate: PositiveFloat = 1e-3
 
     def __post_init__(self) -> None:
-        smallest = {"hidden_size": 1, "fit_steps": 1, "warmup_steps": 0, "ramp_steps": 0, "learning_rate": 0}
-        check_ranges("mi.", vars(self), smallest)
-        require(self.learning_rate > 0, "mi.learning_rate must be above 0.")
+        check_values(MIConfig, vars(self), "mi.")
 
     def weight_at(self, step: int, weight: float) -> float:
         """Return the weight of the term at a main step; ``weight`` is the final one."""

@@ -1,0 +1,123 @@
+"""Options are what their types say: values drawn from every declared type pass, others end in one message."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import pytest
+from hypothesis import given, seed, settings
+from hypothesis import strategies as st
+
+from parallel_decoupling.data.datamodule import MMEBDataModule
+from parallel_decoupling.model.backbone import AdapterConfig
+from parallel_decoupling.option_types import (
+    Names,
+    NonNegativeFloat,
+    PositiveInt,
+    Rule,
+    check_values,
+    checked,
+)
+from parallel_decoupling.training.module import PDFEmbedder
+from parallel_decoupling.training.optimization import MIConfig, OptimizerConfig
+
+OWNERS = {
+    "PDFEmbedder": (PDFEmbedder.__init__, ""),
+    "MMEBDataModule": (MMEBDataModule.__init__, "data."),
+    "AdapterConfig": (AdapterConfig, "adapter."),
+    "MIConfig": (MIConfig, "mi."),
+    "OptimizerConfig": (OptimizerConfig, "optimizer."),
+}
+ANYTHING = st.one_of(
+    st.integers(), st.floats(), st.text(max_size=3), st.booleans(), st.none(), st.lists(st.integers(), max_size=2),
+    st.dictionaries(st.text(max_size=2), st.integers(), max_size=2), st.binary(max_size=2), st.just(object()),
+)  # fmt: skip
+
+
+def belongs(value: Any, hint: Any) -> bool:
+    """The slow version: whether a value is of a type, by hand."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if any(isinstance(part, Rule) for part in parts):
+        return belongs(value, parts[0]) and all(rule.holds(value) for rule in parts[1:])
+    if kind is Literal:
+        return any(value == part and type(value) is type(part) for part in parts)
+    if kind is dict:
+        return isinstance(value, dict) and all(
+            belongs(k, parts[0]) and belongs(v, parts[1]) for k, v in value.items()
+        )
+    if kind is not None and kind is not Sequence and parts:  # a union
+        return any(belongs(value, part) for part in parts)
+    if kind is Sequence:
+        is_sequence = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+        return is_sequence and all(belongs(each, parts[0]) for each in value)
+    if hint is float:
+        return type(value) in (int, float)
+    if hint is Any:
+        return True
+    return value is None if hint in (None, type(None)) else type(value) is hint
+
+
+def options() -> list[tuple[str, str]]:
+    found = []
+    for owner, (function, _) in OWNERS.items():
+        hints = get_type_hints(function, include_extras=True)
+        plain = [n for n in inspect.signature(function).parameters if n in hints]
+        found += [(owner, name) for name in plain if not any("Config" in str(p) or "Family" in str(p)
+                  for p in (hints[name], *get_args(hints[name])))]  # fmt: skip
+    return found
+
+
+@pytest.mark.parametrize(("owner", "name"), options())
+def test_a_value_passes_if_and_only_if_it_is_of_the_declared_type(owner: str, name: str) -> None:
+    function, start = OWNERS[owner]
+    hint = get_type_hints(function, include_extras=True)[name]
+    defaults = {n: p.default for n, p in inspect.signature(function).parameters.items() if n != "self"}
+
+    @seed(0)
+    @settings(max_examples=40, deadline=None, database=None)
+    @given(ANYTHING)
+    def check(value: Any) -> None:
+        if belongs(value, hint):
+            check_values(function, {**defaults, name: value}, start)
+            return
+        with pytest.raises(ValueError) as caught:
+            check_values(function, {**defaults, name: value}, start)
+        message = str(caught.value)
+        assert message.startswith(f"{start}{name} must be ")
+        assert message.endswith(f"got {value!r}")
+
+    check()
+
+
+@dataclass
+class Inner:
+    size: int = 1
+
+
+@checked("outer.")
+def outer(
+    size: PositiveInt, rate: NonNegativeFloat = 0.5, *, names: Names = (), inner: Inner | None = None
+) -> int:
+    """Return the size."""
+    return size
+
+
+def test_a_checked_function_is_itself_for_good_values() -> None:
+    assert outer(3, 1, names=["a", "b"], inner=Inner()) == 3
+    assert outer.__doc__ == "Return the size."
+    assert list(inspect.signature(outer).parameters) == ["size", "rate", "names", "inner"]
+
+
+def test_one_message_names_all_that_is_wrong() -> None:
+    with pytest.raises(ValueError) as caught:
+        outer(0, math.nan, names=["a", "a"])
+    assert str(caught.value) == (
+        "outer.size must be 1 or more, got 0; outer.rate must be 0 or more and finite, got nan; "
+        "outer.names must be different names, got ['a', 'a']"
+    )
+    with pytest.raises(ValueError, match=r"outer\.names must be a list, not one text, got 'ab'"):
+        outer(1, names="ab")
