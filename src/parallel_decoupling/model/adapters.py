@@ -1,4 +1,7 @@
-"""What trains in a backbone: nothing, LoRA or DoRA layers, fresh or published, or every weight."""
+"""What trains in a backbone: nothing, LoRA or DoRA layers, fresh or published, or every weight.
+
+peft is imported where it is used, as that takes half a second and ``fit --help`` does not need it.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftType, inject_adapter_in_model, load_peft_weights
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from parallel_decoupling.model.families import Family
@@ -50,6 +51,8 @@ def add_adapters(base: nn.Module, family: Family, adapter: AdapterConfig) -> tup
     base.requires_grad_(adapter.kind == "full")
     if adapter.kind not in ("lora", "dora"):
         return ()
+    from peft import LoraConfig, inject_adapter_in_model
+
     modules = target_modules(base, family, adapter)
     config = LoraConfig(
         r=adapter.rank,
@@ -72,6 +75,8 @@ def load_adapter(
     Of ``adapter`` only ``kind`` counts: what the adapter is (it trains on), or frozen (it stays as it is).
     A tensor that does not land is a ValueError.
     """
+    from peft.tuners.lora import LoraLayer
+
     config = _read_config(source, adapter.kind)
     cast(Any, base).add_adapter(config, "default")
     _train_adapters_only(base)
@@ -94,6 +99,8 @@ def load_adapter(
 
 def _read_config(source: str, kind: str) -> Any:
     """Read ``adapter_config.json`` and refuse what would not be continued faithfully."""
+    from peft import PeftConfig, PeftType
+
     config: Any = PeftConfig.from_pretrained(source)
     found = "dora" if getattr(config, "use_dora", False) else "lora"
     if config.peft_type != PeftType.LORA:
@@ -123,6 +130,8 @@ def _read_config(source: str, kind: str) -> Any:
 
 def _copy_weights(model: Any, source: str, config: Any) -> None:
     """Copy every tensor of the file, exactly, into the fresh fp32 adapter layers."""
+    from peft import load_peft_weights
+
     # transformers knows a module's older paths, but not peft's short name for DoRA's magnitudes
     weights = {
         f"{name}.weight" if name.endswith("lora_magnitude_vector") else name: tensor
@@ -171,7 +180,7 @@ def reset_adapters(base: nn.Module, seed: int) -> None:
     """Draw LoRA weights anew from ``seed`` alone, leaving the global random state untouched."""
     with _seeded(base, seed):
         for module in base.modules():
-            if isinstance(module, LoraLayer):
+            if hasattr(module, "reset_lora_parameters"):
                 cast(Any, module).reset_lora_parameters("default", True)
 
 
