@@ -34,7 +34,7 @@ def find(
             try:
                 picture = load_image(str(image_dir / name))
             except ImageError:
-                caption = f"{caption} (picture cannot be read)"
+                caption = f"{caption} (picture cannot be read; see --image_dir)"
         pictures.append((picture, caption if name else f"{caption} {hit.id}"))
         rows.append(
             [str(rank), hit.id, *(f"{value:.3f}" for value in (hit.score, *hit.similarities.values()))]

@@ -55,7 +55,8 @@ def search(
         embeddings: the folder that predict wrote, or what index made of it.
         text: of the query.
         image: file of the query's picture.
-        model: checkpoint, run or exported folder; by default the checkpoint that embedded the items.
+        model: checkpoint, run or exported folder; by default the checkpoint that embedded the items, if that
+            is beside the folder of embeddings or below it.
         instruction: put before the text; by default the model's own for queries.
         top_k: number of hits.
         scoring: aggregate, path_0 and so on, or with several paths maxsim.
@@ -83,8 +84,9 @@ def app(
 
     Args:
         embeddings: the folder that predict wrote, or what index made of it.
-        model: checkpoint, run or exported folder; by default the checkpoint that embedded the items.
-        image_dir: folder of pictures with relative names; by default the one that was embedded.
+        model: checkpoint, run or exported folder; by default the checkpoint that embedded the items, if that
+            is beside the folder of embeddings or below it.
+        image_dir: folder of pictures with relative names; by default the one that was embedded, likewise.
         instruction: stands in its field at first; by default the model's own for queries.
         host: address to listen on.
         port: port to listen on.
@@ -93,7 +95,9 @@ def app(
     from parallel_decoupling.app import build_page, show_page
 
     searcher = open_searcher(embeddings, model)
-    pictures = image_dir or searcher.index.metadata.get("image_dir") or "."
+    pictures = image_dir or searcher.index.metadata.get("image_dir")
+    if pictures is None:
+        raise ValueError(f"{embeddings} does not say where its pictures are: give --image_dir")
     words = searcher.embedder.query_instruction if instruction is None else instruction
     show_page(build_page(searcher, pictures, words), host, port)
 
@@ -112,7 +116,8 @@ def export(
         folder: where to write; must not hold a model yet.
         paths: numbers of the paths to keep, 0 or [0,2]; none keeps all.
         merge_adapters: write a full backbone with the adapters in its weights.
-        include_backbone: write the backbone as well; otherwise the folder refers to it by name.
+        include_backbone: write the backbone as well; otherwise the folder refers to it by name, unless it is
+            a local folder that is not beside this one.
     """
     from parallel_decoupling.model.pretrained import checkpoint_file, is_pretrained, scores_of
 
@@ -143,10 +148,10 @@ def open_searcher(embeddings: str | Path, model: str | None = None) -> Searcher:
 
     is_lance = Path(embeddings, f"{TABLE}.lance").is_dir()
     items = LanceIndex(embeddings) if is_lance else ExactIndex(Store(embeddings))
-    model = model or items.metadata.get("model")
-    if model is None:
-        raise ValueError(f"{embeddings} does not say which checkpoint it was made with: give --model")
-    return Searcher(load_model(model), items)
+    named = items.metadata.get("model")
+    if model is None and not (named and Path(named).exists()):
+        raise ValueError(f"the checkpoint that made {embeddings} is not beside it: give --model")
+    return Searcher(load_model(model or named), items)
 
 
 def hits_table(hits: Sequence[Hit]) -> Table:

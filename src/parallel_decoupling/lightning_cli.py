@@ -88,7 +88,7 @@ class RunCLI(LightningCLI):
             PDFEmbedder,
             MMEBDataModule,
             parser_class=_Parser,
-            save_config_callback=_SaveConfig,
+            save_config_callback=None if self.wanted == "predict" else _SaveConfig,  # it names absolute paths
             save_config_kwargs={"overwrite": True, "config_filename": file},
             trainer_defaults={"use_distributed_sampler": False, "default_root_dir": "runs/default"},
             seed_everything_default=0,

@@ -20,7 +20,9 @@ from parallel_decoupling.model.identity import path_hashes
 MAXSIM = "maxsim"
 MEMORY_BUDGET = 4 * 2**30
 ROWS_AT_ONCE = 1024  # items that are scored together
-DECODING_BYTES = 14  # what reading a number takes for a moment beside its float32; 9 in newer releases of pyarrow
+DECODING_BYTES = (
+    14  # what reading a number takes for a moment beside its float32; 9 in newer releases of pyarrow
+)
 
 
 @dataclass(frozen=True)

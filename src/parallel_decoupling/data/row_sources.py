@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -27,7 +26,7 @@ class TaskSide:
     def __init__(self, task: EvalTask, side: str, data_dir: Path) -> None:
         self.task, self.side, self.data_dir = task, side, data_dir
         self.name = f"{task.task.name}/{side}"
-        self.about: dict[str, Any] = {"source": self.name, "instruction": ""}
+        self.about = {"source": self.name, "image_dir": os.path.abspath(data_dir), "instruction": ""}
         self._rows = task.queries if side == "query" else task.candidates
 
     def __len__(self) -> int:
@@ -46,7 +45,7 @@ class TaskSide:
     def columns(self, rows: Sequence[int]) -> pa.Table:
         """Return ``id``, ``text`` and ``image`` (the first one, relative to ``data_dir``) of some rows."""
         files = [self._rows[row].images[:1] for row in rows]
-        images = [os.path.relpath(str(file[0]), self.data_dir) if file else None for file in files]
+        images = [_without_folder(str(file[0]), self.data_dir) if file else None for file in files]
         columns = {ID: [*map(str, rows)], TEXT: [self._rows[row].text for row in rows], IMAGE: images}
         return pa.table({name: pa.array(cells, pa.string()) for name, cells in columns.items()})
 
@@ -59,11 +58,11 @@ class RowSource:
     def __init__(self, path: str | Path, instruction: str = "") -> None:
         self.path, self.instruction, is_dir = Path(path), instruction, Path(path).is_dir()
         self._fields = _list_images(self.path) if is_dir else _read_table(self.path)
-        self._image_dir = image_dir = self.path.resolve() if is_dir else self.path.resolve().parent
+        source = os.path.abspath(self.path)
+        self._image_dir = Path(source) if is_dir else Path(source).parent
         names = self._fields.column_names
         self._inputs = self._fields.select([name for name in (TEXT, IMAGE) if name in names])
-        source = str(self.path.resolve())
-        self.about = {"source": source, "image_dir": str(image_dir), "instruction": instruction}
+        self.about = {"source": source, "image_dir": str(self._image_dir), "instruction": instruction}
 
     def __len__(self) -> int:
         return len(self._fields)
@@ -79,10 +78,23 @@ class RowSource:
         return f"{self.path}, row {row}"
 
     def columns(self, rows: Sequence[int]) -> pa.Table:
-        """Return ``id`` and the source's columns of rows in ascending order."""
+        """Return ``id`` and the source's columns of ascending rows, without absolute paths of images."""
         first, stop = (rows[0], rows[-1] + 1) if rows else (0, 0)
         near = self._fields.slice(first, stop - first)  # take would copy whole columns
-        return near.take(pa.array([row - first for row in rows], pa.int64()))
+        table = near.take(pa.array([row - first for row in rows], pa.int64()))
+        cells = table[IMAGE].to_pylist() if IMAGE in table.column_names else []
+        if not any(os.path.isabs(cell or "") for cell in cells):
+            return table
+        names = [
+            _without_folder(cell, self._image_dir) if os.path.isabs(cell or "") else cell for cell in cells
+        ]
+        return table.set_column(table.column_names.index(IMAGE), IMAGE, pa.array(names, pa.string()))
+
+
+def _without_folder(file: str, folder: Path) -> str:
+    """Return the path of a file from a folder, or the file's name alone if it is elsewhere."""
+    relative = os.path.relpath(file, folder)
+    return Path(file).name if relative.startswith(os.pardir) else relative
 
 
 def _read_table(path: Path) -> pa.Table:

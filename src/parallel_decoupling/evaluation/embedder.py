@@ -148,7 +148,8 @@ class Embedder:
             folder: made if missing; must not hold a model yet.
             paths: which paths, in that order; None is all. The aggregate is then that of these paths.
             merge_adapters: write a full backbone with the adapters in its weights.
-            include_backbone: write the backbone, too; otherwise the folder refers to it by name.
+            include_backbone: write the backbone, too; otherwise the folder refers to it by name. One from a
+                local folder that is not beside this one is written in any case.
             scores: content of a ``scores.json`` for the card.
         """
         from parallel_decoupling.model.pretrained import save_encoder

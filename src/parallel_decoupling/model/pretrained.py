@@ -24,6 +24,7 @@ from parallel_decoupling.model.adapters import AdapterConfig
 from parallel_decoupling.model.backbone import Backbone, load_backbone
 from parallel_decoupling.model.encoder import Encoder, ParallelEncoder
 from parallel_decoupling.model.families import FAMILIES, Family
+from parallel_decoupling.model.locations import located, portable
 from parallel_decoupling.model.model_card import model_card
 from parallel_decoupling.model.open_clip import is_open_clip
 
@@ -103,7 +104,8 @@ def save_encoder(
 ) -> None:
     """Write a folder to share; see ``Embedder.save_pretrained``. ``about`` are the values of ``ABOUT``.
 
-    The encoder must not be sharded. A base model that was trained itself is always written.
+    The encoder must not be sharded. A base model that was trained itself is always written, and so is one
+    from a local folder that is not beside the new one.
     """
     folder = Path(folder)
     if (folder / CONFIG_FILE).exists():
@@ -114,7 +116,9 @@ def save_encoder(
     merge = merge_adapters or (
         isinstance(encoder, ParallelEncoder) and encoder.backbone.adapter.kind == "full"
     )
-    included = merge or include_backbone
+    source = encoders.absolute_name(encoder.backbone.name)
+    name = portable(source, folder)
+    included = merge or include_backbone or name is None
     settings = _settings(encoder, included=included, merge=merge) | {"num_paths": len(chosen)}
     folder.mkdir(parents=True, exist_ok=True)
     written: Any = encoder.backbone
@@ -133,7 +137,8 @@ def save_encoder(
     config = {
         "model_type": MODEL_TYPE,
         "settings": settings,
-        "backbone": identity.backbone_fingerprint(written) | {"name": encoder.backbone.name},
+        "backbone": identity.backbone_fingerprint(written)
+        | {"name": source if name == source else Path(source).name},
         "backbone_included": included,
         "paths": chosen,
         "embed_dim": encoder.embed_dim,
@@ -141,6 +146,7 @@ def save_encoder(
         "weights_sha256": identity.weights_hash(state),
         **{name: about[name] for name in ABOUT},
     }
+    config = portable(config, folder)
     module = "parallel_decoupling.sentence_transformers.PathEmbedding"
     _write_json(folder / "modules.json", [{"idx": 0, "name": "0", "path": "", "type": module}])
     sentence_transformers = {
@@ -181,7 +187,7 @@ def _run(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _load_folder(folder: Path) -> tuple[Encoder, dict[str, Any]]:
-    config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    config: dict[str, Any] = located(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")), folder)
     settings, included, file = dict(config["settings"]), config["backbone_included"], folder / WEIGHTS_FILE
     if included:
         settings["backbone"] = str(folder / BACKBONE_DIR)
@@ -228,7 +234,7 @@ def _settings(encoder: Encoder, *, included: bool, merge: bool) -> dict[str, Any
     if included and (quantized or not isinstance(encoder, ParallelEncoder)):
         raise ValueError(
             "an OpenCLIP model or a quantized backbone is always referred to by its name: "
-            "export without merge_adapters and include_backbone"
+            "export without merge_adapters and include_backbone, and beside its folder if it is a local one"
         )
     if not isinstance(encoder, ParallelEncoder):
         return settings
