@@ -19,9 +19,17 @@ from parallel_decoupling.data.images import ImageError
 from parallel_decoupling.data.readers import TrainSubset, read_eval_task
 from parallel_decoupling.data.row_sources import TaskSide
 from parallel_decoupling.data.tasks import MMEB_TASKS, find_eval_tasks, find_train_subsets
-from tests.data.mmeb_files import OWN_ENTRY, eval_row, train_row, write_eval, write_image, write_train
+from tests.data.mmeb_files import (
+    OWN_ENTRY,
+    SHOP_DOCUMENT,
+    eval_row,
+    train_row,
+    write_eval,
+    write_image,
+    write_shop,
+    write_train,
+)
 
-DOCUMENT = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
 QUERY = "<|image_1|>\nRepresent the given image with the following question: What is it? \n"
 
 
@@ -239,16 +247,7 @@ def test_rows_and_candidates_can_be_left_out(tmp_path: Path) -> None:
 
 @pytest.fixture
 def shop(tmp_path: Path) -> Path:
-    """The example of the document, as it stands there."""
-    blocks = re.findall(r"^`(shop/[^`]+)`:\n\n```\w+\n(.*?)^```", DOCUMENT, flags=re.MULTILINE | re.DOTALL)
-    names = ("tasks.json", "train.jsonl", "test.csv", "labels.jsonl")
-    assert [name for name, _ in blocks] == [f"shop/{name}" for name in names]
-    for name, content in blocks:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(content, encoding="utf-8")
-    for name in ("chair_1", "chair_2", "lamp_1"):
-        write_image(tmp_path / "shop" / "photos" / f"{name}.jpg")
-    return tmp_path / "shop"
+    return write_shop(tmp_path)
 
 
 def photo(shop: Path, name: str) -> str:
@@ -258,7 +257,7 @@ def photo(shop: Path, name: str) -> str:
 def test_training_rows_are_what_the_document_shows(shop: Path) -> None:
     assert find_train_subsets(shop) == ["ShopSearch"]
     first, second, third = (TrainSubset(shop, "ShopSearch", hard_negatives=2)[row] for row in range(3))
-    query, candidate = re.findall(r"^```\n((?:Find|<).*?)^```", DOCUMENT, flags=re.MULTILINE | re.DOTALL)
+    query, candidate = re.findall(r"^```\n((?:Find|<).*?)^```", SHOP_DOCUMENT, flags=re.MULTILINE | re.DOTALL)
     assert first.query == RawInput(query.removesuffix("\n"))
     assert first.candidate == RawInput(candidate.removesuffix("\n"), (photo(shop, "chair_1"),))
     shown = "<|image_1|>\nRepresent the given product.\n"
