@@ -65,6 +65,11 @@ COMMANDS = {
     for words in command_lines(text)
     if words[0] in PROGRAMS
 }
+PAGE_OF: dict[str, str] = {}
+"""Where a command stands first."""
+for each_page, each_text in PAGES.items():
+    for each_words in command_lines(each_text):
+        PAGE_OF.setdefault(shlex.join(each_words[1:]), each_page)
 SHOWN_YAML = {name: block for text in PAGES.values() for name, block in named_yaml(text).items()}
 
 
@@ -116,11 +121,15 @@ class ParsedError(Exception):
 @pytest.fixture
 def working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the shipped configs and the named YAML files that the pages show."""
-    (tmp_path / "lightning_configs").symlink_to(PROJECT_DIR / "lightning_configs")
-    for name, block in SHOWN_YAML.items():
-        (tmp_path / name).write_text(block, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    return with_configs(tmp_path)
+
+
+def with_configs(folder: Path) -> Path:
+    (folder / "lightning_configs").symlink_to(PROJECT_DIR / "lightning_configs")
+    for name, block in SHOWN_YAML.items():
+        (folder / name).write_text(block, encoding="utf-8")
+    return folder
 
 
 def test_first_line_says_which_pdf_is_meant_and_two_screens_are_enough() -> None:
@@ -205,10 +214,7 @@ def output_of(words: list[str]) -> Path | None:
 @pytest.fixture(scope="module")
 def lived_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder in which ``make demo`` has run, shortly, with files of the user."""
-    folder = tmp_path_factory.mktemp("project")
-    (folder / "lightning_configs").symlink_to(PROJECT_DIR / "lightning_configs")
-    for name, block in SHOWN_YAML.items():
-        (folder / name).write_text(block, encoding="utf-8")
+    folder = with_configs(tmp_path_factory.mktemp("project"))
     data_dir = ensure_benchmark(folder / "generated", train_rows=16, eval_rows=16)
     (folder / "data").symlink_to(data_dir)
     (folder / "photos").symlink_to(data_dir / "MMEB-eval" / "Scene_t2i")
@@ -238,7 +244,7 @@ def test_what_is_run_is_of_every_kind() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", sorted({PAGE_OF[command] for command in HERE} | {page for page, _ in WHOLE}))
 def test_the_commands_and_examples_of_a_page_run(
     page: str, lived_in: Path, start: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -251,10 +257,7 @@ def test_the_commands_and_examples_of_a_page_run(
             exec(compile(block.replace("mini-mmeb", "data"), page, "exec"), {})  # of this project
     if page == "README.md":
         assert "torch.Size([3, 160])" in capsys.readouterr().out
-    for words in command_lines(PAGES[page]):
-        if shlex.join(words[1:]) not in HERE or words[0] not in PROGRAMS:
-            continue
-        words = short(words[1:])
+    for words in (short(words) for command, words in HERE.items() if PAGE_OF[command] == page):
         if (made := output_of(words)) is not None:
             shutil.rmtree(made, ignore_errors=True)
         if words[0] in ("serve", "app"):

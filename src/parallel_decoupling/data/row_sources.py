@@ -45,7 +45,9 @@ class TaskSide:
     def columns(self, rows: Sequence[int]) -> pa.Table:
         """Return ``id``, ``text`` and ``image`` (the first one, relative to ``data_dir``) of some rows."""
         files = [self._rows[row].images[:1] for row in rows]
-        images = [_without_folder(str(file[0]), self.data_dir) if file else None for file in files]
+        images = [
+            _without_folder(os.path.abspath(file[0]), self.data_dir) if file else None for file in files
+        ]
         columns = {ID: [*map(str, rows)], TEXT: [self._rows[row].text for row in rows], IMAGE: images}
         return pa.table({name: pa.array(cells, pa.string()) for name, cells in columns.items()})
 
@@ -82,17 +84,16 @@ class RowSource:
         first, stop = (rows[0], rows[-1] + 1) if rows else (0, 0)
         near = self._fields.slice(first, stop - first)  # take would copy whole columns
         table = near.take(pa.array([row - first for row in rows], pa.int64()))
-        cells = table[IMAGE].to_pylist() if IMAGE in table.column_names else []
-        if not any(os.path.isabs(cell or "") for cell in cells):
+        if IMAGE not in table.column_names:
             return table
-        names = [
-            _without_folder(cell, self._image_dir) if os.path.isabs(cell or "") else cell for cell in cells
-        ]
+        names = [cell and _without_folder(cell, self._image_dir) for cell in table[IMAGE].to_pylist()]
         return table.set_column(table.column_names.index(IMAGE), IMAGE, pa.array(names, pa.string()))
 
 
 def _without_folder(file: str, folder: Path) -> str:
-    """Return the path of a file from a folder, or the file's name alone if it is elsewhere."""
+    """Return an absolute path as one from a folder, or as the file's name alone if it is elsewhere."""
+    if not os.path.isabs(file):
+        return file
     relative = os.path.relpath(file, folder)
     return Path(file).name if relative.startswith(os.pardir) else relative
 
