@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -26,7 +27,11 @@ class TaskSide:
     def __init__(self, task: EvalTask, side: str, data_dir: Path) -> None:
         self.task, self.side, self.data_dir = task, side, data_dir
         self.name = f"{task.task.name}/{side}"
-        self.about = {"source": self.name, "image_dir": os.path.abspath(data_dir), "instruction": ""}
+        self.about: dict[str, Any] = {
+            "source": self.name,
+            "image_dir": os.path.abspath(data_dir),
+            "instruction": "",
+        }
         self._rows = task.queries if side == "query" else task.candidates
 
     def __len__(self) -> int:
@@ -64,7 +69,11 @@ class RowSource:
         self._image_dir = Path(source) if is_dir else Path(source).parent
         names = self._fields.column_names
         self._inputs = self._fields.select([name for name in (TEXT, IMAGE) if name in names])
-        self.about = {"source": source, "image_dir": str(self._image_dir), "instruction": instruction}
+        self.about: dict[str, Any] = {
+            "source": source,
+            "image_dir": str(self._image_dir),
+            "instruction": instruction,
+        }
 
     def __len__(self) -> int:
         return len(self._fields)
