@@ -151,7 +151,7 @@ def open_searcher(embeddings: str | Path, model: str | None = None) -> Searcher:
     named = items.metadata.get("model")
     if model is None and not (named and Path(named).exists()):
         raise ValueError(f"the checkpoint that made {embeddings} is not beside it: give --model")
-    return Searcher(load_model(model or named), items)
+    return Searcher(load_model(str(model or named)), items)
 
 
 def hits_table(hits: Sequence[Hit]) -> Table:
