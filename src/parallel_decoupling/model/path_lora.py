@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from parallel_decoupling.model.paths import CALL
-
-if TYPE_CHECKING:
-    from peft.tuners.lora import LoraLayer
 
 PERTURBATION = 0.1
 """Noise on the paths of a published adapter but the first, in its standard deviations ("ours")."""
@@ -38,7 +35,7 @@ class PathLoRA(nn.Module):
         self.num_paths: int = len(lora_A)
 
     @classmethod
-    def from_shared(cls, layer: LoraLayer, num_paths: int) -> PathLoRA:
+    def from_shared(cls, layer: Any, num_paths: int) -> PathLoRA:
         """Give ``num_paths`` paths a copy each of a peft layer's update."""
         shared = cast(Any, layer)
         lora_A, lora_B = (
