@@ -51,7 +51,7 @@ class TaskSide:
         """Return ``id``, ``text`` and ``image`` (the first one, relative to ``data_dir``) of some rows."""
         files = [self._rows[row].images[:1] for row in rows]
         images = [
-            _without_folder(os.path.abspath(file[0]), self.data_dir) if file else None for file in files
+            _without_folder(os.path.abspath(str(file[0])), self.data_dir) if file else None for file in files
         ]
         columns = {ID: [*map(str, rows)], TEXT: [self._rows[row].text for row in rows], IMAGE: images}
         return pa.table({name: pa.array(cells, pa.string()) for name, cells in columns.items()})
