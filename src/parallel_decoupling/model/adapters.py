@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from parallel_decoupling.model.families import Family
-from parallel_decoupling.model.path_lora import PathLoRA, is_lora
+from parallel_decoupling.model.path_lora import PathLoRA
 
 OTHER_TARGETS = frozenset(("out_proj", "qkv_proj", "gate_up_proj"))
 """Targets that a family may lack: VLM2Vec's one list serves CLIP towers and fused layers as well."""
@@ -91,7 +91,7 @@ def load_adapter(
         _copy_weights(base, source, config)
     if adapter.kind == "frozen":
         base.requires_grad_(False)
-    names = tuple(name for name, module in base.named_modules() if is_lora(module))
+    names = tuple(name for name, module in base.named_modules() if _is_lora(module))
     roots = {name.startswith(f"{family.vision_module}.") for name in names}
     loaded = AdapterConfig(
         kind=adapter.kind,
@@ -190,7 +190,7 @@ def split_adapters(base: nn.Module, num_paths: int, layers: str, first_layer: in
     ``layers`` is the start of the decoder layers' names, such as ``language_model.layers.``.
     """
     for name, module in list(base.named_modules()):
-        if not is_lora(module) or not name.startswith(layers):
+        if not _is_lora(module) or not name.startswith(layers):
             continue
         if int(name.removeprefix(layers).split(".")[0]) >= first_layer:
             parent, _, last = name.rpartition(".")
@@ -205,7 +205,7 @@ def draw_adapters(base: nn.Module, seed: int, *, fresh: bool) -> None:
     Relations:
         Path 0 of ``adapter.per_path`` starts as the shared adapter does, whatever the number of paths.
     """
-    modules = [module for module in base.modules() if is_lora(module) or isinstance(module, PathLoRA)]
+    modules = [module for module in base.modules() if _is_lora(module) or isinstance(module, PathLoRA)]
     own = [module for module in modules if isinstance(module, PathLoRA)]
     with _seeded(base, seed):
         for module in modules if fresh else ():
@@ -216,6 +216,11 @@ def draw_adapters(base: nn.Module, seed: int, *, fresh: bool) -> None:
         for path in range(1, own[0].num_paths if own else 1):
             for module in own:
                 module.draw(path) if fresh else module.perturb(path)
+
+
+def _is_lora(module: nn.Module) -> bool:
+    """Tell peft's LoRA layers by a method of theirs, without an import of peft."""
+    return hasattr(module, "reset_lora_parameters")
 
 
 @contextmanager

@@ -14,14 +14,14 @@ from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from parallel_decoupling.batch import RawInput
 from parallel_decoupling.distributed import shard_like, whole
-from parallel_decoupling.model.path_lora import PathLoRA, is_lora
+from parallel_decoupling.model.path_lora import PathLoRA
 
 PER_PATH = re.compile(r"^prefixes\.|^path_logits$|\.path_lora_[AB]$")
 """The names of parameters whose first dimension is the path."""
@@ -199,15 +199,18 @@ def encoder_identity(
         "backbone_sha256": (fingerprint or backbone_fingerprint(encoder.backbone))["sha256"],
         "processor_sha256": processor_hash(encoder.processor),
     }
-    modules = encoder.named_modules()
-    adapted = [(name, each) for name, each in modules if is_lora(each) or isinstance(each, PathLoRA)]
+    scales = {
+        name: scale
+        for name, module in encoder.named_modules()
+        if isinstance(scale := getattr(module, "scaling", None), dict) or isinstance(module, PathLoRA)
+    }
     family = getattr(encoder.backbone, "family", None)
     packages = PACKAGES if family else (*PACKAGES, "open_clip_torch")
     about = {
         **parts,
         "conditions": conditions,
         "family": asdict(family) if family else None,
-        "adapter_scales": {name: cast(Any, module).scaling for name, module in adapted},
+        "adapter_scales": scales,
         "versions": {name: version(name) for name in packages},
     }
     total = sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()

@@ -35,9 +35,8 @@ class PathLoRA(nn.Module):
         self.num_paths: int = len(lora_A)
 
     @classmethod
-    def from_shared(cls, layer: Any, num_paths: int) -> PathLoRA:
-        """Give ``num_paths`` paths a copy each of a peft layer's update."""
-        shared = cast(Any, layer)
+    def from_shared(cls, shared: Any, num_paths: int) -> PathLoRA:
+        """Give ``num_paths`` paths a copy each of the update of a peft layer."""
         lora_A, lora_B = (
             part["default"].weight.detach().repeat(num_paths, 1, 1) for part in (shared.lora_A, shared.lora_B)
         )
@@ -79,8 +78,3 @@ class PathLoRA(nn.Module):
         weight = cast(Any, self.base_layer).weight
         update = self.path_lora_B[path] @ self.path_lora_A[path]
         return cast(Tensor, (weight.float() + self.scaling * update).to(weight.dtype))
-
-
-def is_lora(module: nn.Module) -> bool:
-    """Tell peft's LoRA layers by a method of theirs, without an import of peft."""
-    return hasattr(module, "reset_lora_parameters")
