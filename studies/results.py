@@ -106,8 +106,8 @@ def missing_points(run: Run, results: Iterable[Result]) -> list[int]:
 def take_over(run: Run, results_file: Path) -> None:
     """Copy missing points that another study or cell has scored with this commit, configuration and seed.
 
-    Runs of other commits stay where they are: code, torch and machine move a seed by a point and more. A copied
-    line says so under ``copied_from``.
+    Runs of other commits stay where they are: code, torch and machine move a seed by a point and more. A
+    copied line says so under ``copied_from``.
     """
     commit, _ = code_version()
     missing = missing_points(run, read_results(results_file))
