@@ -138,11 +138,10 @@ def load_model(path: str | Path) -> Embedder:
 def open_searcher(embeddings: str | Path, model: str | None = None) -> Searcher:
     """Open a folder of embeddings or an index, and a model for it; None is the one that it names."""
     from parallel_decoupling.evaluation.store import Store
-    from parallel_decoupling.lance_index import TABLE, LanceIndex
+    from parallel_decoupling.lance_index import LanceIndex, table_dirs
     from parallel_decoupling.search import ExactIndex, Searcher
 
-    is_lance = Path(embeddings, f"{TABLE}.lance").is_dir()
-    items = LanceIndex(embeddings) if is_lance else ExactIndex(Store(embeddings))
+    items = LanceIndex(embeddings) if table_dirs(embeddings) else ExactIndex(Store(embeddings))
     model = model or items.metadata.get("model")
     if model is None:
         raise ValueError(f"{embeddings} does not say which checkpoint it was made with: give --model")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
-from tempfile import TemporaryDirectory
 
 from tqdm import tqdm
+
+from parallel_decoupling.files import workplace
 
 TRAIN_REPO, EVAL_REPO = "TIGER-Lab/MMEB-train", "TIGER-Lab/MMEB-eval"
 GHOSTS = ("._", "__MACOSX", ".DS_Store")
@@ -54,8 +55,7 @@ def unpack(archive_file: Path, target_dir: Path, folders: Collection[str], insid
     A leading ``images/`` is ignored, an archive without the folder ``inside`` holds its contents, and
     ``zipfile`` writes nothing outside. Of several processes the first to finish moves its folder.
     """
-    target_dir.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".unpacking-{archive_file.stem}-", dir=target_dir) as work_dir:
+    with workplace(target_dir) as work_dir:
         try:
             with zipfile.ZipFile(archive_file) as archive:
                 for member in tqdm(archive.infolist(), desc=f"unpack {archive_file.name}", leave=False):
@@ -69,7 +69,7 @@ def unpack(archive_file: Path, target_dir: Path, folders: Collection[str], insid
         except zipfile.BadZipFile as error:
             raise ValueError(f"{archive_file}: {error}. Delete the file to fetch it again.") from error
         for name in folders:
-            place, target = Path(work_dir) / name, target_dir / name
+            place, target = work_dir / name, target_dir / name
             if not place.is_dir():
                 raise ValueError(f"{archive_file} has no pictures of {name}.")
             try:

@@ -9,13 +9,14 @@ from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
+
+from parallel_decoupling.files import atomic_write
 
 SUFFIXES = (".parquet", ".jsonl", ".csv")
 ROWS_PER_BATCH = 8192
@@ -104,19 +105,15 @@ def arrow_copy(file: Path, texts: Sequence[str], owner: str, keep_others: bool =
     copy = default_cache_dir() / "tables" / f"{place}-{status.st_size}-{status.st_mtime_ns}.arrow"
     if copy.is_file():
         return copy
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = copy.with_name(f"unfinished-{uuid4().hex}")
     try:
-        _write(file, texts, keep_others, unfinished)
-        for old in copy.parent.glob(f"{place}-*.arrow"):
-            if old != copy:  # another process may have finished this one and be about to map it
-                old.unlink(missing_ok=True)
-        unfinished.replace(copy)
+        with atomic_write(copy) as unfinished:
+            _write(file, texts, keep_others, unfinished)
+            for old in copy.parent.glob(f"{place}-*.arrow"):
+                if old != copy:  # another process may have finished this one and be about to map it
+                    old.unlink(missing_ok=True)
     except (pa.ArrowException, json.JSONDecodeError, UnicodeDecodeError) as error:
         lines = ", with one JSON object per line and values of one type" if file.suffix == ".jsonl" else ""
         raise ValueError(f"{owner}: cannot read {file}: {error} Is it complete{lines}?") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
     return copy
 
 

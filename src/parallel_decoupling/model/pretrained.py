@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
+from parallel_decoupling.files import atomic_write
 from parallel_decoupling.model import encoder as encoders
 from parallel_decoupling.model import identity
 from parallel_decoupling.model.adapters import AdapterConfig
@@ -106,8 +107,9 @@ def save_encoder(
     The encoder must not be sharded. A base model that was trained itself is always written.
     """
     folder = Path(folder)
-    if (folder / CONFIG_FILE).exists():
-        raise ValueError(f"{folder} already holds a model ({CONFIG_FILE}); name another folder or empty it")
+    if folder.exists() and any(folder.iterdir()):
+        what = f"a model ({CONFIG_FILE})" if (folder / CONFIG_FILE).exists() else "files"
+        raise ValueError(f"{folder} already holds {what}; name another folder or empty it")
     chosen = encoders.check_paths(paths, encoder.num_paths)
     if len(set(chosen)) < len(chosen):
         raise ValueError(f"paths must name each path once, got {chosen}")
@@ -116,7 +118,22 @@ def save_encoder(
     )
     included = merge or include_backbone
     settings = _settings(encoder, included=included, merge=merge) | {"num_paths": len(chosen)}
-    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(folder) as unfinished:
+        unfinished.mkdir()
+        _write_model(encoder, unfinished, settings, chosen, included, merge, scores, about)
+
+
+def _write_model(
+    encoder: Encoder,
+    folder: Path,
+    settings: Mapping[str, Any],
+    chosen: Sequence[int],
+    included: bool,
+    merge: bool,
+    scores: Mapping[str, Any] | None,
+    about: Mapping[str, Any],
+) -> None:
+    """Write all files of an exported model into an empty folder."""
     written: Any = encoder.backbone
     if included:
         _save_base(written, folder / BACKBONE_DIR, merge=merge)
@@ -151,7 +168,7 @@ def save_encoder(
     }
     _write_json(folder / "config_sentence_transformers.json", sentence_transformers)
     (folder / "README.md").write_text(model_card(config, scores), encoding="utf-8")
-    _write_json(folder / CONFIG_FILE, config)  # last: it makes the folder a model
+    _write_json(folder / CONFIG_FILE, config)
 
 
 def _load_checkpoint(path: str | Path) -> tuple[Encoder, dict[str, Any]]:
