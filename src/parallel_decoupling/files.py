@@ -110,9 +110,7 @@ def locked(folder: str | Path) -> Iterator[None]:
     lock = _lock(file)
     if lock is None:
         owner = file.read_text(encoding="utf-8") if file.exists() else "that ends just now"
-        raise ValueError(
-            f"{folder} is being written by a process {owner}. Wait for it, or name another folder."
-        )
+        raise ValueError(f"{folder} is in use by process {owner}. Wait for it, or name another folder.")
     os.truncate(lock, 0)
     os.write(lock, f"{os.getpid()} on {socket.gethostname()}".encode())
     try:

@@ -34,7 +34,7 @@ from parallel_decoupling.model.encoder import absolute_name
 from parallel_decoupling.model.pretrained import read_checkpoint
 from parallel_decoupling.training.callbacks import console
 from parallel_decoupling.training.module import PDFEmbedder
-from parallel_decoupling.training.resuming import continue_logs
+from parallel_decoupling.training.resuming import Continuity, continue_logs
 from parallel_decoupling.training.run_folder import (
     FIT_CONFIG,
     as_list,
@@ -229,10 +229,15 @@ class RunCLI(LightningCLI):
                 continue_logs(self.trainer.loggers, self._steps_before - 1)
 
     def after_fit(self) -> None:
-        """Warn if there was nothing to train."""
-        if self.model.progress.steps_done == self._steps_before:
-            steps = f"{self._steps_before} main steps of --ckpt_path are all that this run has"
-            rank_zero_warn(f"Nothing was trained: the {steps}. Raise trainer.max_steps or max_epochs.")
+        """Make up for the last validation, or warn, where nothing was left to train."""
+        if self.model.progress.steps_done > self._steps_before:
+            return
+        callbacks: Any = self.trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(callback, Continuity) and callback.validation_is_due for callback in callbacks):
+            self.trainer.validate(self.model, self.datamodule, verbose=False)
+        else:
+            steps = f"--ckpt_path has all {self._steps_before} main steps of this run"
+            rank_zero_warn(f"Nothing was trained: {steps}. Raise trainer.max_steps or max_epochs.")
 
     def before_predict(self) -> None:
         """Warn of a model that nothing has trained."""

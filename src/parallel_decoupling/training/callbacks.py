@@ -88,15 +88,16 @@ class CollapseAlarm(Callback):
     def __init__(self, after_steps: int = 200, every_n_steps: int = 20) -> None:
         self.after_steps, self.every_n_steps = after_steps, every_n_steps
         self.first_rank: float | None = None
+        self.rank = 0.0
         self.warned: set[str] = set()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the effective rank that later ones are compared with."""
-        return {"first_rank": self.first_rank}
+        """Return the effective rank that later ones are compared with, and the one that is logged."""
+        return {"first_rank": self.first_rank, "rank": self.rank}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep comparing with the start of the run."""
-        self.first_rank = state_dict["first_rank"]
+        self.first_rank, self.rank = state_dict["first_rank"], state_dict["rank"]
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: PDFEmbedder, outputs: Any, batch: PairBatch, batch_idx: int
@@ -110,10 +111,11 @@ class CollapseAlarm(Callback):
                 "learned. Use a larger data.batch_size, hard negatives, or subsets with different targets.",
                 kind="candidates",
             )
-        if done != 1 and done % self.every_n_steps:
-            return
-        rank = float(effective_rank(pairs.query[:, 0]))
+        is_due = done == 1 or done % self.every_n_steps == 0
+        self.rank = rank = float(effective_rank(pairs.query[:, 0])) if is_due else self.rank
         pl_module.log("train/effective_rank", rank)
+        if not is_due:
+            return
         self.first_rank = rank if self.first_rank is None else self.first_rank
         if rank < 0.1 * self.first_rank:
             self._warn(

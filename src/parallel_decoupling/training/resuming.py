@@ -43,7 +43,7 @@ class Continuity(Callback):
 
     def __init__(self) -> None:
         self._logged: list[dict[str, float]] = []
-        self._is_due = self._resumes = False
+        self.validation_is_due = self._resumes = False
         self._trainer: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -58,42 +58,57 @@ class Continuity(Callback):
         """Take what the Trainer is about to log of this step."""
         loop, connector = cast(Any, trainer.fit_loop), cast(Any, trainer)._logger_connector
         self._logged = [self._values()] if connector.should_update_logs else []
-        self._is_due = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+        self.validation_is_due = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take what the validation after this step has logged."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._logged.append(self._values())
-            self._is_due = False
+            self.validation_is_due = False
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint of now keeps."""
         batches = self._trainer.fit_loop.epoch_loop.batch_progress.total
         if batches.completed < batches.processed:  # a callback that comes first saves at the end of a batch
             self.on_train_batch_end(self._trainer, self._trainer.lightning_module, None, None, 0)
-        return {"logged": self._logged, "validation_is_due": self._is_due}
+        return {"logged": self._logged, "validation_is_due": self.validation_is_due}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over from the run that was stopped."""
         self._resumes = True
-        self._logged, self._is_due = list(state_dict["logged"]), state_dict["validation_is_due"]
+        self._logged, self.validation_is_due = list(state_dict["logged"]), state_dict["validation_is_due"]
 
     def on_train_start(self, trainer: Trainer, pl_module: PDFEmbedder) -> None:  # type: ignore[override]
         """Log the step of the checkpoint again, and validate if the stopped run did not come to it."""
+        self._log_again(trainer, pl_module)
+        if self.validation_is_due:
+            loop = cast(Any, trainer.fit_loop).epoch_loop
+            trainer.validating, loop.val_loop.restarting = True, False
+            loop._batches_that_stepped = pl_module.progress.steps_done - 1
+            loop.val_loop.run()
+            trainer.training = True
+
+    def on_train_batch_start(  # type: ignore[override]
+        self, trainer: Trainer, pl_module: PDFEmbedder, batch: Any, batch_idx: int
+    ) -> None:
+        """Set the step that is logged, which Lightning restores one too high at the end of an epoch."""
+        cast(Any, trainer.fit_loop).epoch_loop._batches_that_stepped = pl_module.progress.steps_done
+
+    def on_fit_end(self, trainer: Trainer, pl_module: PDFEmbedder) -> None:  # type: ignore[override]
+        """Log the step again where nothing was left to train."""
+        self._log_again(trainer, pl_module)
+
+    def _log_again(self, trainer: Trainer, module: PDFEmbedder) -> None:
         if not self._resumes:
             return
-        self._resumes, step = False, pl_module.progress.steps_done - 1
+        self._resumes, step = False, module.progress.steps_done - 1
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 start = Event(session_log=SessionLog(status=SessionLog.START))  # drops steps from this one on
-                cast(Any, logger.experiment).file_writer.add_event(start, step)
+                cast(Any, logger.experiment)._get_file_writer().add_event(start, step)
             for values in self._logged:
                 logger.log_metrics(values, step)
             logger.save()
-        if self._is_due:
-            trainer.validating = True
-            trainer.fit_loop.epoch_loop.val_loop.run()
-            trainer.training = True
 
     def _values(self) -> dict[str, float]:
         logged = self._trainer._logger_connector.metrics["log"]
