@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import errno
 import os
 import signal
+import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -142,3 +145,64 @@ def test_a_resumed_run_logs_what_an_uninterrupted_one_does(
     for found, expected in zip(logged(folder), uninterrupted[0], strict=True):
         assert found == expected
     assert not list(folder.rglob(".*"))
+
+
+def warned(config_file: Path, folder: Path, on_slurm: bool) -> None:
+    """Get SIGUSR1 in the fourth step; elsewhere than on SLURM, SIGKILL in the sixth."""
+    if on_slurm:
+        job = {"NTASKS": "1", "JOB_NAME": "fit", "JOB_ID": "7", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+        os.environ |= {f"SLURM_{name}": value for name, value in job.items()}
+    lightning_cli.SAVE_EVERY = 100
+    stop_at("step", 3, signal.SIGUSR1)
+    if not on_slurm:
+        stop_at("step", 5, signal.SIGKILL)
+    fit(config_file, folder)
+
+
+def test_the_scheduler_s_warning_saves_and_the_run_goes_on(config_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="-9"):
+        run_ranks(warned, config_file, tmp_path / "run", False, processes=1)
+    content = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert content["global_step"] == 4
+
+
+def test_on_slurm_the_job_is_requeued_and_resumes(
+    uninterrupted: Any, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through Lightning's plugin, which calls ``scontrol``; SLURM then ends the job with SIGTERM."""
+    scontrol, folder = tmp_path / "scontrol", tmp_path / "run"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\nkill -TERM $PPID\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(RuntimeError, match=r"\[143\]"):
+        run_ranks(warned, config_file, folder, True, processes=1)
+    assert (tmp_path / "calls").read_text() == "requeue 7\n"
+    fit(config_file, folder)  # the same command: it resumes by itself
+    for found, expected in zip(logged(folder), uninterrupted[0], strict=True):
+        assert found == expected
+    assert not list(folder.glob("hpc_*"))
+
+
+def test_checkpoints_are_whole_files_on_their_own_disk(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither the temporary folder nor the half of a file: with a full disk the last good one stays."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    folder, number = tmp_path / "run", os.umask(0o022)
+    os.umask(number)
+
+    def save(content: dict[str, Any], stream: Any) -> None:
+        if content["global_step"] > 4:
+            stream.write(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        torch_save(content, stream)
+
+    torch_save = torch.save
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(SystemExit, match="2"):
+        fit(config_file, folder)
+    shown = capsys.readouterr().err
+    assert f"{folder}/checkpoints/last.ckpt does not fit on its disk, which has" in shown
+    (file,) = (folder / "checkpoints").iterdir()
+    assert torch.load(file, weights_only=True)["global_step"] == 4
+    assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~number
