@@ -24,9 +24,7 @@ def touch(file: Path, seconds: int = 0, **content: Any) -> Path:
     return file
 
 
-@pytest.mark.parametrize(
-    "name", ["config.yaml", "events.out.tfevents.1.host", "checkpoints/best.ckpt", "a.ckpt"]
-)
+@pytest.mark.parametrize("name", ["config.yaml", "events.out.tfevents.1.x", "checkpoints/b.ckpt", "a.ckpt"])
 def test_last_does_not_start_anew_in_a_folder_that_holds_a_run(name: str, tmp_path: Path) -> None:
     assert find_checkpoint("last", options(tmp_path / "new"), is_fit=True) is None
     touch(tmp_path / "notes.txt")
@@ -56,10 +54,8 @@ def test_best_is_what_the_newest_checkpoint_says_of_the_monitored_value(tmp_path
     trainer = options(tmp_path, callbacks=[callback])
     for number, best in enumerate(("a.ckpt", "b.ckpt")):
         every = {"monitor": None, "best_model_path": "every.ckpt"}
-        states = {
-            "ModelCheckpoint{0}": every,
-            "ModelCheckpoint{1}": {"monitor": "x", "best_model_path": f"/old/{best}"},
-        }
+        monitored = {"monitor": "x", "best_model_path": f"/old/{best}"}
+        states = {"ModelCheckpoint{0}": every, "ModelCheckpoint{1}": monitored}
         touch(folder / best, number, callbacks=states)
     assert find_checkpoint("best", trainer, is_fit=False) == folder / "b.ckpt"
     (folder / "b.ckpt").rename(folder / "c.ckpt")

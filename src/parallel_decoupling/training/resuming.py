@@ -43,6 +43,7 @@ class Continuity(Callback):
 
     def __init__(self) -> None:
         self._logged: list[dict[str, float]] = []
+        self._epoch = 0
         self.validation_is_due = self._resumes = False
         self._trainer: Any = None
 
@@ -71,12 +72,14 @@ class Continuity(Callback):
         batches = self._trainer.fit_loop.epoch_loop.batch_progress.total
         if batches.completed < batches.processed:  # a callback that comes first saves at the end of a batch
             self.on_train_batch_end(self._trainer, self._trainer.lightning_module, None, None, 0)
-        return {"logged": self._logged, "validation_is_due": self.validation_is_due}
+        epoch = self._trainer.current_epoch
+        return {"logged": self._logged, "validation_is_due": self.validation_is_due, "epoch": epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over from the run that was stopped."""
         self._resumes = True
-        self._logged, self.validation_is_due = list(state_dict["logged"]), state_dict["validation_is_due"]
+        self._logged, self._epoch = list(state_dict["logged"]), state_dict["epoch"]
+        self.validation_is_due = state_dict["validation_is_due"]
 
     def on_train_start(self, trainer: Trainer, pl_module: PDFEmbedder) -> None:  # type: ignore[override]
         """Log the step of the checkpoint again, and validate if the stopped run did not come to it."""
@@ -85,8 +88,10 @@ class Continuity(Callback):
             loop = cast(Any, trainer.fit_loop).epoch_loop
             trainer.validating, loop.val_loop.restarting = True, False
             loop._batches_that_stepped = pl_module.progress.steps_done - 1
+            epochs = trainer.fit_loop.epoch_progress.current
+            now, epochs.processed = epochs.processed, self._epoch
             loop.val_loop.run()
-            trainer.training = True
+            trainer.training, epochs.processed = True, now
 
     def on_train_batch_start(  # type: ignore[override]
         self, trainer: Trainer, pl_module: PDFEmbedder, batch: Any, batch_idx: int
