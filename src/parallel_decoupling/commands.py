@@ -28,7 +28,7 @@ def index(
 
     Args:
         embeddings: the folder that predict wrote; exact search needs nothing else.
-        index_dir: gets the index; one that is there is replaced.
+        index_dir: gets the index; one that is there is replaced when the new one is complete.
         index_type: approximate search, by LanceDB's names; none compares with every item.
     """
     from parallel_decoupling.evaluation.store import Store
@@ -109,7 +109,7 @@ def export(
 
     Args:
         model: checkpoint, run or exported folder.
-        folder: where to write; must not hold a model yet.
+        folder: where to write; must be new or empty.
         paths: numbers of the paths to keep, 0 or [0,2]; none keeps all.
         merge_adapters: write a full backbone with the adapters in its weights.
         include_backbone: write the backbone as well; otherwise the folder refers to it by name.
