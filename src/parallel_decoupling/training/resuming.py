@@ -89,9 +89,9 @@ class Continuity(Callback):
             trainer.validating, loop.val_loop.restarting = True, False
             loop._batches_that_stepped = pl_module.progress.steps_done - 1
             epochs = trainer.fit_loop.epoch_progress.current
-            now, epochs.processed = epochs.processed, self._epoch
+            now, epochs.completed = epochs.completed, self._epoch
             loop.val_loop.run()
-            trainer.training, epochs.processed = True, now
+            trainer.training, epochs.completed = True, now
 
     def on_train_batch_start(  # type: ignore[override]
         self, trainer: Trainer, pl_module: PDFEmbedder, batch: Any, batch_idx: int
