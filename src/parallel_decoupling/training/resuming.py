@@ -12,10 +12,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from parallel_decoupling.files import atomic_write
+from parallel_decoupling.training.run_folder import is_first_process
 
 if TYPE_CHECKING:
     from parallel_decoupling.training.module import PDFEmbedder
@@ -128,7 +128,7 @@ def continue_logs(loggers: Iterable[Any], step: int) -> None:
         if logger._version is None and isinstance(last := logger.version, int):
             logger._version = max(0, last - 1)
         file = Path(logger.log_dir, ExperimentWriter.NAME_METRICS_FILE)
-        if isinstance(logger, CSVLogger) and rank_zero_only.rank == 0 and file.is_file():
+        if isinstance(logger, CSVLogger) and is_first_process() and file.is_file():
             with file.open(newline="") as stream:
                 reader = csv.DictReader(stream)
                 rows = [row for row in reader if (row["step"] or "").isdigit() and int(row["step"]) < step]

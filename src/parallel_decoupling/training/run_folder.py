@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
@@ -19,7 +19,7 @@ SUFFIX = LAST_CHECKPOINT.suffix
 def is_first_process() -> bool:
     """Tell, before the processes know each other, whether this is the one that writes."""
     node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
-    return node == "0" and not rank_zero_only.rank
+    return node == "0" and not cast(Any, rank_zero_only).rank
 
 
 def as_list(value: Any) -> Iterable[Any]:
