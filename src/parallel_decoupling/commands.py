@@ -28,7 +28,7 @@ def index(
 
     Args:
         embeddings: the folder that predict wrote; exact search needs nothing else.
-        index_dir: gets the index; one that is there is replaced.
+        index_dir: gets the index; one that is there is replaced when the new one is complete.
         index_type: approximate search, by LanceDB's names; none compares with every item.
     """
     from parallel_decoupling.evaluation.store import Store
@@ -113,7 +113,7 @@ def export(
 
     Args:
         model: checkpoint, run or exported folder.
-        folder: where to write; must not hold a model yet.
+        folder: where to write; must be new or empty.
         paths: numbers of the paths to keep, 0 or [0,2]; none keeps all.
         merge_adapters: write a full backbone with the adapters in its weights.
         include_backbone: write the backbone as well; otherwise the folder refers to it by name, unless it is
@@ -143,11 +143,10 @@ def load_model(path: str | Path) -> Embedder:
 def open_searcher(embeddings: str | Path, model: str | None = None) -> Searcher:
     """Open a folder of embeddings or an index, and a model for it; None is the one that it names."""
     from parallel_decoupling.evaluation.store import Store
-    from parallel_decoupling.lance_index import TABLE, LanceIndex
+    from parallel_decoupling.lance_index import LanceIndex, table_dirs
     from parallel_decoupling.search import ExactIndex, Searcher
 
-    is_lance = Path(embeddings, f"{TABLE}.lance").is_dir()
-    items = LanceIndex(embeddings) if is_lance else ExactIndex(Store(embeddings))
+    items = LanceIndex(embeddings) if table_dirs(embeddings) else ExactIndex(Store(embeddings))
     named = items.metadata.get("model")
     if model is None and not (named and Path(named).exists()):
         raise ValueError(f"the checkpoint that made {embeddings} is not beside it: give --model")

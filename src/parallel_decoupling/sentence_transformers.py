@@ -11,6 +11,7 @@ from torch import Tensor
 
 from parallel_decoupling.data.prompts import to_raw_inputs
 from parallel_decoupling.evaluation.embedder import Embedder
+from parallel_decoupling.files import workplace
 from parallel_decoupling.model.identity import encoder_identity
 
 try:
@@ -66,7 +67,10 @@ class PathEmbedding(InputModule):
 
     def save(self, output_path: str, *args: Any, **options: Any) -> None:
         """Write the embedder's own files, of a chosen path that path alone; the library writes the others."""
-        self.embedder.save_pretrained(output_path, [self.paths] if isinstance(self.paths, int) else None)
+        with workplace(output_path) as place:
+            self.embedder.save_pretrained(place / "m", [self.paths] if isinstance(self.paths, int) else None)
+            for file in (place / "m").iterdir():
+                file.replace(Path(output_path, file.name))
 
     @classmethod
     def load(  # type: ignore[override]

@@ -221,6 +221,9 @@ class MMEBDataModule(LightningDataModule):
 
     def train_dataloader(self) -> Batches:
         """Batches of this process from the next step on: the trainer's count of processed ones."""
+        if self.batch_size == 1 and not self.hard_negatives:
+            advice = "Raise batch_size, or set hard_negatives"
+            raise ValueError(f"data.batch_size=1 leaves a query nothing to be told apart from. {advice}.")
         weighted = self.weights
         weights = None if weighted is None else [weighted.get(each.subset, 1.0) for each in self.train_data]
         sizes = [len(subset) for subset in self.train_data]

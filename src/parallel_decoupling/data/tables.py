@@ -14,13 +14,14 @@ from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
-from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
+
+from parallel_decoupling.files import atomic_write
 
 SUFFIXES = (".parquet", ".jsonl", ".csv")
 ROWS_PER_BATCH = 8192
@@ -126,14 +127,12 @@ def arrow_copy(file: Path, texts: Sequence[str], owner: str, keep_others: bool =
     copy = default_cache_dir() / "tables" / f"{place}-{content.hexdigest()}.arrow"
     if _is_whole(copy):
         return copy
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = copy.with_name(f"unfinished-{uuid4().hex}")
     try:
-        _write(file, texts, keep_others, unfinished)
-        for old in copy.parent.glob(f"{place}-*.arrow"):
-            if old != copy:  # another process may have finished this one and be about to map it
-                old.unlink(missing_ok=True)
-        unfinished.replace(copy)
+        with atomic_write(copy) as unfinished:
+            _write(file, texts, keep_others, unfinished)
+            for old in copy.parent.glob(f"{place}-*.arrow"):
+                if old != copy:  # another process may have finished this one and be about to map it
+                    old.unlink(missing_ok=True)
     except _RowError as error:
         raise ValueError(f"{owner}: cannot read {file}: {error}") from error
     except (pa.ArrowException, OSError) as error:
@@ -141,8 +140,6 @@ def arrow_copy(file: Path, texts: Sequence[str], owner: str, keep_others: bool =
             raise
         lines = ", with one JSON object per line and values of one type" if file.suffix == ".jsonl" else ""
         raise ValueError(f"{owner}: cannot read {file}: {error} Is it complete{lines}?") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
     return copy
 
 

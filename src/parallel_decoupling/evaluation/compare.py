@@ -23,6 +23,7 @@ from parallel_decoupling.evaluation.report import (
     ScoreReport,
     percent,
 )
+from parallel_decoupling.files import atomic_write, write_text
 
 INTERVAL_NOTE = "95 % by paired bootstrap over queries within tasks, one training seed"
 PAGE_FILE = "comparison.html"
@@ -117,7 +118,7 @@ class Comparison:
             },
             "differences": {name: asdict(difference) for name, difference in self.differences.items()},
         }
-        Path(json_file).write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+        write_text(json_file, json.dumps(content, indent=1, default=str) + "\n")
 
     def to_html_file(self, html_file: str | Path, picture: bytes) -> None:
         """Write the page, with the PNG ``picture`` inside it; nothing on it is loaded from elsewhere."""
@@ -137,7 +138,7 @@ class Comparison:
             runs={name: (report, report.mode_grid()) for name, report in self.reports.items()},
             changed=Grid("settings that differ", ("", *settings), changed),
         )
-        Path(html_file).write_text(page, encoding="utf-8")
+        write_text(html_file, page)
 
 
 def compare_runs(run_dirs: list[str], output_dir: str | None = None) -> None:
@@ -167,11 +168,11 @@ def compare(run_dirs: Sequence[str], output_dir: str | None = None) -> Compariso
     comparison = Comparison(reports, {name: differences(reports[first], reports[name]) for name in others})
     if output_dir is not None:
         folder = Path(output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         comparison.to_json_file(folder / "comparison.json")
         stream = io.BytesIO()
         comparison_figure(reports, comparison.title).savefig(stream, format="png")
-        (folder / "comparison.png").write_bytes(stream.getvalue())
+        with atomic_write(folder / "comparison.png") as unfinished:
+            unfinished.write_bytes(stream.getvalue())
         comparison.to_html_file(folder / PAGE_FILE, stream.getvalue())
     return comparison
 

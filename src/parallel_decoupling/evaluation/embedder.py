@@ -145,7 +145,7 @@ class Embedder:
         """Write a folder to share: safetensors, processor, ``config.json`` and a model card.
 
         Args:
-            folder: made if missing; must not hold a model yet.
+            folder: must be new or empty.
             paths: which paths, in that order; None is all. The aggregate is then that of these paths.
             merge_adapters: write a full backbone with the adapters in its weights.
             include_backbone: write the backbone, too; otherwise the folder refers to it by name. One from a

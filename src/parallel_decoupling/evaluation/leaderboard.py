@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
 from parallel_decoupling.data.tasks import EvalTask, Task
 from parallel_decoupling.evaluation.score import DEPTHS, TaskScore
+from parallel_decoupling.files import write_text
 
 if TYPE_CHECKING:
     from parallel_decoupling.evaluation.report import TaskResult
@@ -50,8 +51,7 @@ def write_predictions(folder: Path, task: EvalTask, score: TaskScore) -> None:
         lines.append(json.dumps(line, ensure_ascii=False))
     for (version, suffix), rows in zip(PREDICTIONS.items(), (best, lines), strict=True):
         file = folder / version / f"{task.task.name}{suffix}"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("\n".join(rows) + "\n", encoding="utf-8")
+        write_text(file, "\n".join(rows) + "\n")
 
 
 def write_score_files(tasks: Mapping[str, TaskResult], column: str, folder: Path) -> None:
@@ -92,5 +92,4 @@ def _v2(result: TaskResult, column: str) -> dict[str, Any]:
 
 
 def _write(file: Path, content: Any) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text(file, json.dumps(content, indent=1) + "\n")

@@ -22,6 +22,7 @@ from parallel_decoupling.evaluation.leaderboard import (
     write_score_files,
 )
 from parallel_decoupling.evaluation.score import TaskScore, mean_metrics
+from parallel_decoupling.files import write_text
 
 FORMAT = 2
 SCORES_FILE = "scores.json"
@@ -200,7 +201,7 @@ class ScoreReport:
         content |= {"tasks": tasks, "metric_means": self.metric_means}
         content |= {key: getattr(self, key) for key in OTHER_PARTS}
         content["hits"] = {name: result.hits for name, result in self.tasks.items()}
-        Path(json_file).write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+        write_text(json_file, json.dumps(content, indent=1, default=str) + "\n")
 
     @classmethod
     def from_json_file(cls, json_file: str | Path) -> ScoreReport:
@@ -268,7 +269,6 @@ class ScoreReport:
 
 def write_report(report: ScoreReport, folder: Path) -> None:
     """Write ``scores.json``, VLM2Vec's score files and the leaderboard's into ``folder``."""
-    folder.mkdir(parents=True, exist_ok=True)
     report.to_json_file(folder / SCORES_FILE)
     column, backbone = report.columns[0], report.run.get("model", {}).get("backbone")
     write_score_files(report.tasks, column, folder / SCORE_FILES_DIR)

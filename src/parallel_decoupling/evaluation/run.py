@@ -39,6 +39,7 @@ from parallel_decoupling.evaluation.store import (
     read_metadata,
     shard_files,
 )
+from parallel_decoupling.files import write_text
 from parallel_decoupling.objective.statistics import path_cosine
 from parallel_decoupling.training.callbacks import console
 from parallel_decoupling.training.module import PDFEmbedder
@@ -287,7 +288,7 @@ class EmbeddingWriter(Callback):
             bad_rows += [row for file in there.values() for row in read_metadata(file)["bad_rows"]]
         bad_rows_file = self.keeper.root / BAD_ROWS_FILE
         lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in bad_rows)
-        bad_rows_file.write_text(lines, encoding="utf-8", errors="backslashreplace")  # as JSON has it
+        write_text(bad_rows_file, lines.encode("utf-8", "backslashreplace").decode())  # as JSON has it
         message = f"{self.keeper.root}: {num_rows - len(bad_rows):,} rows embedded."
         if bad_rows:
             message += f" {len(bad_rows):,} rows could not be embedded: {bad_rows_file} says which and why."

@@ -22,6 +22,7 @@ from torch import Tensor
 from parallel_decoupling.batch import RawInput
 from parallel_decoupling.data.row_sources import RowSource, TaskSide
 from parallel_decoupling.distributed import gather_objects, rank
+from parallel_decoupling.files import atomic_write, remove_leftovers
 from parallel_decoupling.model.identity import rows_hash
 from parallel_decoupling.model.locations import located, portable
 
@@ -93,12 +94,10 @@ class StoreWriter:
         own = {"shard": shard, "first_row": self.rows_of(shard).start, "rows_sha256": rows_sha256}
         metadata = {**self.about, **own, "bad_rows": [dict(row) for row in bad_rows]}
         table = table.replace_schema_metadata({METADATA_KEY: json.dumps(metadata)})
-        self.folder.mkdir(parents=True, exist_ok=True)
-        unfinished = self.folder / f".embeddings-{shard:05d}.{rank()}.unfinished"
         compression = dict.fromkeys(table.column_names, "none") | dict.fromkeys(fields.column_names, "zstd")
         options: dict[str, Any] = {"use_dictionary": fields.column_names, "compression": compression}
-        pq.write_table(table, unfinished, row_group_size=ROW_GROUP_SIZE, **options)
-        unfinished.replace(self.folder / f"embeddings-{shard:05d}.parquet")
+        with atomic_write(self.folder / f"embeddings-{shard:05d}.parquet") as unfinished:
+            pq.write_table(table, unfinished, row_group_size=ROW_GROUP_SIZE, **options)
 
 
 class Keeper:
@@ -130,8 +129,7 @@ class Keeper:
         writer = StoreWriter(self.root / rows.name, {**self._model(), **about}, self._dtype)
         done, problem = set[int](), None
         if rank() == 0:
-            for half_written in writer.folder.glob(".embeddings-*.unfinished"):
-                half_written.unlink(missing_ok=True)
+            remove_leftovers(writer.folder)
             for shard, file in shard_files(writer.folder).items():
                 problem = writer.problem(shard, file, _shard_hash(rows, writer.rows_of(shard)))
                 if problem and not self._replace:

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
+from parallel_decoupling.files import atomic_write
 from parallel_decoupling.model import encoder as encoders
 from parallel_decoupling.model import identity
 from parallel_decoupling.model.adapters import AdapterConfig
@@ -109,21 +110,39 @@ def save_encoder(
     from a local folder that is not beside the new one.
     """
     folder = Path(folder)
-    if (folder / CONFIG_FILE).exists():
-        raise ValueError(f"{folder} already holds a model ({CONFIG_FILE}); name another folder or empty it")
+    if folder.exists() and any(folder.iterdir()):
+        what = f"a model ({CONFIG_FILE})" if (folder / CONFIG_FILE).exists() else "files"
+        raise ValueError(f"{folder} already holds {what}; name another folder or empty it")
     chosen = encoders.check_paths(paths, encoder.num_paths)
     if len(set(chosen)) < len(chosen):
         raise ValueError(f"paths must name each path once, got {chosen}")
     merge = merge_adapters or (
         isinstance(encoder, ParallelEncoder) and encoder.backbone.adapter.kind == "full"
     )
-    source = encoders.absolute_name(encoder.backbone.name)
-    name = portable(source, folder)
-    included = merge or include_backbone or name is None
+    elsewhere = portable(encoders.absolute_name(encoder.backbone.name), folder) is None
+    included = merge or include_backbone or elsewhere
     settings = _settings(encoder, included=included, merge=merge) | {"num_paths": len(chosen)}
     if merge and len(chosen) > 1 and encoder.backbone.adapter.per_path:
         raise ValueError(f"every path has an adapter of its own: merge_adapters takes one path, not {chosen}")
-    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(folder) as unfinished:
+        unfinished.mkdir()
+        _write_model(encoder, unfinished, folder, settings, chosen, included, merge, scores, about)
+
+
+def _write_model(
+    encoder: Encoder,
+    folder: Path,
+    home: Path,
+    settings: Mapping[str, Any],
+    chosen: Sequence[int],
+    included: bool,
+    merge: bool,
+    scores: Mapping[str, Any] | None,
+    about: Mapping[str, Any],
+) -> None:
+    """Write all files of an exported model into an empty folder, which will be ``home``."""
+    source = encoders.absolute_name(encoder.backbone.name)
+    name = portable(source, home)
     written: Any = encoder.backbone
     if included:
         _save_base(written, folder / BACKBONE_DIR, merged_path=chosen[0] if merge else None)
@@ -149,7 +168,7 @@ def save_encoder(
         "weights_sha256": identity.weights_hash(state),
         **{name: about[name] for name in ABOUT},
     }
-    config = portable(config, folder)
+    config = portable(config, home)
     module = "parallel_decoupling.sentence_transformers.PathEmbedding"
     _write_json(folder / "modules.json", [{"idx": 0, "name": "0", "path": "", "type": module}])
     sentence_transformers = {
@@ -160,7 +179,7 @@ def save_encoder(
     }
     _write_json(folder / "config_sentence_transformers.json", sentence_transformers)
     (folder / "README.md").write_text(model_card(config, scores), encoding="utf-8")
-    _write_json(folder / CONFIG_FILE, config)  # last: it makes the folder a model
+    _write_json(folder / CONFIG_FILE, config)
 
 
 def _load_checkpoint(path: str | Path) -> tuple[Encoder, dict[str, Any]]:

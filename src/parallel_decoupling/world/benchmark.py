@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -18,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from parallel_decoupling.data.tables import default_cache_dir
+from parallel_decoupling.files import atomic_write
 from parallel_decoupling.world.rows import WORLD_TASKS, Row, Side, WorldTask
 
 TRAIN_ROWS, EVAL_ROWS, CANDIDATES = 1500, 150, 16
@@ -38,15 +37,12 @@ def ensure_benchmark(
     data_dir = root / f"mini-mmeb-{content_hash(train_rows, eval_rows, seed)}"
     if data_dir.exists():
         return data_dir
-    root.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=root))
-    generate(unfinished, train_rows=train_rows, eval_rows=eval_rows, seed=seed)
     try:
-        unfinished.rename(data_dir)
+        with atomic_write(data_dir) as unfinished:
+            generate(unfinished, train_rows=train_rows, eval_rows=eval_rows, seed=seed)
     except OSError:
-        if not data_dir.exists():
+        if not data_dir.exists():  # which another process may have made by now
             raise
-        shutil.rmtree(unfinished)
     return data_dir
 
 
