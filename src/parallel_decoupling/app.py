@@ -8,7 +8,8 @@ from typing import Any
 import gradio
 from PIL import Image
 
-from parallel_decoupling.data.images import ImageError, load_image
+from parallel_decoupling.data.images import load_image
+from parallel_decoupling.data.unusable import RowError
 from parallel_decoupling.search import Searcher
 
 HITS = 12
@@ -33,7 +34,7 @@ def find(
         if name:
             try:
                 picture = load_image(str(image_dir / name))
-            except ImageError:
+            except RowError:
                 caption = f"{caption} (picture cannot be read)"
         pictures.append((picture, caption if name else f"{caption} {hit.id}"))
         rows.append(

@@ -67,7 +67,7 @@ class TaskResult:
     chance: float  # hit@1 of a random choice, in [0, 1]
     hit_at_1: dict[str, float]  # by column (aggregate, path_0, ...), in [0, 1]
     hits: dict[str, str] = field(default_factory=dict)  # by column, one 0 or 1 per row; empty if not known
-    num_skipped: int = 0  # rows left out because their images could not be read
+    num_skipped: int = 0  # rows left out because they could not be embedded
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)  # by column, means of score.METRICS
     rows_sha256: str = ""  # identifies the rows, see score.task_hash
 

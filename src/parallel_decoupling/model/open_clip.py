@@ -73,9 +73,17 @@ class OpenCLIPProcessor:
         return data
 
     def cuts(self, texts: Sequence[str]) -> bool:
-        """Tell whether one of the texts does not fit: whether twice the room holds more of its tokens."""
-        short, long = (self.tokenizer(texts, context_length=n * self.context_length) for n in (1, 2))
-        return bool(((long != self.padding_id).sum(dim=1) > (short != self.padding_id).sum(dim=1)).any())
+        """Tell whether one of the texts does not fit."""
+        return any(self.cut_rows(texts))
+
+    def cut_rows(self, texts: Sequence[str]) -> list[bool]:
+        """Tell which texts do not fit: of which twice the room holds more tokens."""
+        if all(len(text.encode()) < self.context_length - 1 for text in texts):  # no token is shorter
+            return [False] * len(texts)
+        bare = [text.replace(IMAGE_PLACEHOLDER, " ").strip() for text in texts]
+        short, long = (self.tokenizer(bare, context_length=n * self.context_length) for n in (1, 2))
+        counts = [(ids_BL != self.padding_id).sum(dim=1) for ids_BL in (short, long)]
+        return (counts[1] > counts[0]).tolist()
 
 
 class OpenCLIPBackbone(nn.Module):
