@@ -107,7 +107,8 @@ def test_answers_are_what_encode_gives(
         ({"input": ["a", {"txt": "b"}]}, 400, "input"),
         ({"input": {"image": "photo.png"}}, 400, "input"),
         ({"input": {"image": "data:image/png;base64,AAAA"}}, 400, "input"),
-        ({"input": "<|image_1|> a"}, 400, None),
+        ({"input": "<|image_1|> a"}, 400, "input"),
+        ({"input": "half \ud83d"}, 400, "input"),
         ({"input": "a", "model": "path_3"}, 404, "model"),
         ({"input": "a", "dimensions": 33}, 400, "dimensions"),
         ({"input": "a", "dimensions": 0}, 400, "dimensions"),
@@ -188,7 +189,8 @@ def test_requests_together_get_what_each_would_get_alone(kind: str, request: pyt
         Task(tasks(server, "a")[0].rows * 2, 0, None),
     ]
     results = server.embed([*batch, Task([replace(batch[0].rows[0], text="<|image_1|> a")], 0, None)])
-    assert isinstance(results.pop(), ValueError)
+    assert isinstance(results[-1], RequestError)
+    assert results.pop().detail.startswith("input[0]: 0 images but 1")
     for task, result in zip(batch, results, strict=True):
         assert isinstance(result, tuple)
         expected = embedder.encode(task.rows, paths=task.output, truncate_dim=task.truncate_dim)
@@ -224,7 +226,7 @@ def test_those_that_wait_are_embedded_together(embedder: Embedder, monkeypatch: 
 
     answers = asyncio.run(run())
     assert sum(isinstance(answer, RuntimeError) for answer in answers) == 1
-    assert isinstance(answers[5], ValueError)
+    assert isinstance(answers[5], RequestError)
     expected = embedder.encode([f"a {number}" for number in range(12)], paths=0)
     good = [number for number, answer in enumerate(answers) if isinstance(answer, dict)]
     assert len(good) == 10

@@ -115,11 +115,13 @@ class TokenLimit:
     long_text: LongText = "truncate"
 
     @classmethod
-    def of(cls, encoder: Any, max_tokens: int | None = None, long_text: LongText = "truncate") -> TokenLimit:
-        """Return the limit for an encoder; None is all positions that its text model has."""
-        most = getattr(encoder.processor, "context_length", None)
+    def of(
+        cls, backbone: Any, processor: Any, max_tokens: int | None = None, long_text: LongText = "truncate"
+    ) -> TokenLimit:
+        """Return the limit for a backbone and its processor; None is all positions that there are."""
+        most = getattr(processor, "context_length", None)
         if most is None:
-            text = encoder.backbone.config.get_text_config()
+            text = backbone.config.get_text_config()
             most = getattr(text, "max_position_embeddings", None) or sys.maxsize
         elif max_tokens not in (None, most):
             raise ValueError(f"max_tokens={max_tokens}, but this OpenCLIP model has {most}: set it to null.")

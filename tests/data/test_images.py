@@ -14,7 +14,6 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.images import (
-    ImageError,
     ImageFolder,
     ImagePolicy,
     SquareSize,
@@ -22,6 +21,7 @@ from parallel_decoupling.data.images import (
     smart_size,
 )
 from parallel_decoupling.data.prompts import prompt
+from parallel_decoupling.data.unusable import RowError
 from tests.data.mmeb_files import write_image
 
 
@@ -72,7 +72,7 @@ def test_missing_and_bomb_sized_files_are_named(tmp_path: Path, monkeypatch: pyt
     noise(128, 65).save(tmp_path / "bomb.png")
     (tmp_path / "empty.jpg").write_bytes(b"")
     for name in ("missing.png", "bomb.png", "empty.jpg"):
-        with pytest.raises(ImageError, match=f"Cannot read image .*{name}"):
+        with pytest.raises(RowError, match=f"Cannot read image .*{name}"):
             load_image(str(tmp_path / name))
 
 
@@ -89,7 +89,7 @@ def test_damaged_files_are_read_or_named_never_anything_else(tmp_path: Path, suf
         file.write_bytes(damaged)
         try:
             assert load_image(str(file)).mode == "RGB"
-        except ImageError:
+        except RowError:
             errors += 1
     assert errors > 10
 
@@ -183,7 +183,7 @@ def test_images_are_found_with_and_without_their_folder(tmp_path: Path, prefix: 
     for _ in range(2):
         assert folder.find(f"{prefix}X/0.png") == file
     assert folder.find("X/1.png") is None
-    with pytest.raises(ImageError, match="no image file 'X/1.png' under .*a or .*b"):
+    with pytest.raises(ValueError, match="no image file 'X/1.png' under .*a or .*b"):
         folder.get("X/1.png")
     assert ImageFolder(tmp_path, must_exist=False).get("X/1.png") == "X/1.png"
     assert folder.find(file) == file, "an absolute name is itself"

@@ -104,7 +104,7 @@ def test_unusable_tables(rows: list[dict[str, Any]], message: str, tmp_path: Pat
     ("name", "content", "message"),
     [
         ("photo", None, "photo is neither a folder nor a file"),
-        ("", None, "holds no file that ends with one of"),
+        ("", None, "holds no file of a kind that Pillow reads"),
         ("rows.csv", "text,image\nx\n", "cannot read .*rows.csv"),
         ("rows.jsonl", '{"text": "x"}\n{"text": 3}\n', "cannot read .*rows.jsonl: .* one JSON object"),
         ("rows.jsonl", '["text"]\n', "a line is not a JSON object"),

@@ -52,14 +52,14 @@ def test_text_that_only_ends_like_an_image_is_a_text_in_a_dictionary() -> None:
 @pytest.mark.parametrize(
     ("item", "message"),
     [
-        ("cat.PNG", "no image file 'cat.PNG'; if this is a text, pass {'text': 'cat.PNG'}"),
+        (Path("cat.PNG"), "no image file 'cat.PNG'"),
         ({"image": "missing.jpg"}, "no image file 'missing.jpg'"),
         ({"txt": "typo"}, r"unknown keys \['txt'\]"),
         ({"text": " "}, "needs a text or an image"),
         ({"text": 3}, "'text' is a int"),
         ({"image": Image.new("L", (1, 1)), "images": [Image.new("L", (1, 1))]}, "image or images, not both"),
         ({"images": "a.png"}, "'images' is a single str"),
-        (torch.zeros(3), "a Tensor cannot be embedded; use a text"),
+        (torch.zeros(3), r"an array of shape \[3\] is not a picture; use \[height, width\]"),
     ],
 )
 def test_bad_input_is_an_error_that_names_its_index(item: object, message: str) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoProcessor
 
-from parallel_decoupling.batch import EncoderInputs, RawInput
+from parallel_decoupling.batch import EncoderInputs, RawInput, TokenLimit
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.images import ImagePolicy
 from parallel_decoupling.data.prompts import prompt
@@ -27,7 +27,7 @@ TEXTS = ["a", "a much longer text than the others", "bb", "", "middle length", "
 class HashCollator:
     """Tokens are the bytes of the text, padded on the right; counts its calls."""
 
-    images, processor = ImagePolicy(), None
+    images, processor, limit = ImagePolicy(), None, TokenLimit()
 
     def __init__(self) -> None:
         self.seen: list[list[RawInput]] = []
@@ -39,6 +39,9 @@ class HashCollator:
         ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
         vision = tuple({"pixels": torch.zeros(1)} if row.images else {} for row in inputs)
         return EncoderInputs({"input_ids": ids, "attention_mask": (ids > 0).long()}, vision)
+
+    def encode_usable(self, inputs: list[RawInput]) -> tuple[EncoderInputs, dict[int, Any]]:
+        return self.encode_inputs(inputs), {}
 
 
 class HashEncoder(nn.Module):

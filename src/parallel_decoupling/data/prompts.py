@@ -183,7 +183,8 @@ def _raw_input_from_mapping(item: Mapping[str, Any], instruction: str | None) ->
 def _refuse_table(value: Any) -> None:
     """Raise ``ValueError`` for what would give names of columns, or items in any order, in place of rows."""
     is_table = any(hasattr(value, name) for name in ("columns", "column_names"))
-    if is_table or isinstance(value, Set | io.IOBase) or getattr(getattr(value, "dtype", None), "names", None):
+    is_table |= getattr(getattr(value, "dtype", None), "names", None) is not None  # of numpy
+    if is_table or isinstance(value, Set | io.IOBase):
         raise ValueError(_no_list(value))
 
 

@@ -21,7 +21,7 @@ from parallel_decoupling.data.images import ImageFolder
 from parallel_decoupling.data.prompts import PromptRules, prompt, split_candidate, split_query, written_text
 from parallel_decoupling.data.tables import Table
 from parallel_decoupling.data.tasks import INSTRUCTIONS, ROLES, EvalTask, Source, Task, read_tasks
-from parallel_decoupling.data.unusable import RowError, one_row
+from parallel_decoupling.data.unusable import RowError, doubled, one_row
 
 LimitBy = Literal["sample", "first"]
 MissingImages = Literal["error", "skip"]
@@ -179,7 +179,7 @@ class TrainSubset:
             except RowError as error:
                 last = error
             self.num_skipped += 1
-            if self.num_skipped.bit_count() == 1:  # each time that the number doubles
+            if doubled(self.num_skipped - 1, 1):
                 count = f"rows skipped so far: {self.num_skipped}"
                 log.warning("%s, %s. The last: %s", self.table.owner, count, last)
         what = f"{step + 1} rows in a row cannot be embedded, {last}."
@@ -219,15 +219,16 @@ class TrainRows(Dataset[RawPair]):
 
 
 class TrainCollator:
-    """Batches training rows; in subsets that skip, the next usable row replaces one that cannot be embedded."""
+    """Batches training rows; with ``missing_images="skip"`` usable rows replace those that are not."""
 
     def __init__(self, collator: Collator, subsets: Sequence[TrainSubset]) -> None:
         self.collator, self.subsets = collator, {subset.subset: subset for subset in subsets}
 
     def __call__(self, pairs: Sequence[RawPair]) -> PairBatch:
+        """Batch rows; only where that fails are they looked at one by one."""
         try:
             return self.collator(pairs)
-        except RowError:  # the rows are looked at one by one only now
+        except RowError:
             if any(subset.missing_images == "error" for subset in self.subsets.values()):
                 raise
         return self.collator([self._usable(pair) for pair in pairs])

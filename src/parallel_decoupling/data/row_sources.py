@@ -11,9 +11,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from PIL import Image
 
 from parallel_decoupling.batch import RawInput
-from parallel_decoupling.data.images import IMAGE_SUFFIXES
 from parallel_decoupling.data.prompts import prompt
 from parallel_decoupling.data.tables import SUFFIXES, Table
 from parallel_decoupling.data.tasks import EvalTask
@@ -58,7 +58,9 @@ class RowSource:
 
     def __init__(self, path: str | Path, instruction: str = "") -> None:
         self.path, self.instruction, is_dir = Path(path), instruction, Path(path).is_dir()
-        self._fields = _list_images(self.path) if is_dir else _read_table(self.path)
+        self.passed_over: Counter[str] = Counter()
+        """Files of a folder that are not of a kind that Pillow reads, by suffix."""
+        self._fields = _list_images(self.path, self.passed_over) if is_dir else _read_table(self.path)
         self._image_dir = image_dir = self.path.resolve() if is_dir else self.path.resolve().parent
         names = self._fields.column_names
         self._inputs = self._fields.select([name for name in (TEXT, IMAGE) if name in names])
@@ -73,6 +75,11 @@ class RowSource:
         image = cells.get(IMAGE)
         file = str(self._image_dir / image) if image else None
         return prompt(cells.get(TEXT), file, self.instruction or None)
+
+    @property
+    def left_out(self) -> str:
+        """Say which files of a folder are not rows; empty if there are none."""
+        return f"passed over {_listed(self.passed_over)}" if self.passed_over else ""
 
     def where(self, row: int) -> str:
         """Name a row in an error message."""
@@ -109,9 +116,31 @@ def _read_table(path: Path) -> pa.Table:
     return table.rows.select([ID, *(name for name in names if name != ID)])
 
 
-def _list_images(folder: Path) -> pa.Table:
-    files = (file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-    names = sorted(file.relative_to(folder).as_posix() for file in files if file.is_file())
+def _list_images(folder: Path, passed_over: Counter[str]) -> pa.Table:
+    """List the files of all kinds that Pillow reads, in linked folders, too; count the others."""
+    names, seen = [], set[str]()
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"{error.filename} cannot be read ({error.strerror}). Allow it, or move it away.")
+
+    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        seen.add(os.path.realpath(place))
+        folders[:] = [each for each in folders if os.path.realpath(Path(place, each)) not in seen]
+        for file in (Path(place, name) for name in files):
+            if file.suffix.lower() in known and file.is_file():
+                names.append(file.relative_to(folder).as_posix())
+            else:
+                passed_over[file.suffix or file.name] += 1
     if not names:
-        raise ValueError(f"{folder} holds no file that ends with one of {', '.join(IMAGE_SUFFIXES)}.")
+        others = f"; {_listed(passed_over)} are others" if passed_over else ""
+        raise ValueError(f"{folder} holds no file of a kind that Pillow reads{others}.")
+    names.sort()
     return pa.table({ID: names, IMAGE: names})
+
+
+def _listed(counts: Counter[str]) -> str:
+    """Say how many files there are of the most frequent suffixes, and of all others together."""
+    first = counts.most_common(5)
+    rest = counts.total() - sum(count for _, count in first)
+    return ", ".join([f"{count} {name}" for name, count in first] + ([f"{rest} more"] if rest else []))

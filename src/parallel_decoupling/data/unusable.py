@@ -9,7 +9,7 @@ _MEMORY_WORDS = ("out of memory", "not enough memory", "can't allocate memory", 
 
 
 class RowError(ValueError):
-    """This row cannot be embedded; the message says why."""
+    """A row that cannot be embedded; the message says why."""
 
 
 @contextmanager
@@ -32,3 +32,8 @@ def out_of_memory(error: BaseException) -> bool:
     words = str(error).lower()
     named = isinstance(error, RuntimeError) and any(each in words for each in _MEMORY_WORDS)
     return named or isinstance(error, MemoryError)
+
+
+def doubled(count: int, new: int) -> bool:
+    """Tell whether a count passes a power of two with the new ones: when a growing count is worth a line."""
+    return (count + new).bit_length() > count.bit_length()

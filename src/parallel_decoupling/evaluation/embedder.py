@@ -41,7 +41,7 @@ class Embedder:
     ) -> None:
         self.encoder = encoder
         self.images = images or ImagePolicy()
-        self.limit = TokenLimit.of(encoder, max_tokens, long_text)
+        self.limit = TokenLimit.of(encoder.backbone, encoder.processor, max_tokens, long_text)
         self.query_instruction, self.candidate_instruction = query_instruction, candidate_instruction
         self.run: dict[str, Any] = {}  # what trained the weights, as plain values; empty if not known
 

@@ -28,7 +28,7 @@ from parallel_decoupling.model.encoder import Encoder, check_dim, truncate
 
 TOKENS_PER_PASS = 2**15
 """Most tokens of a forward pass, padding included, unless a single row has more."""
-CHARACTERS_PER_TOKEN = 4
+BYTES_PER_TOKEN = 4
 FIXED_IMAGE_TOKENS = 576
 PROGRESS_FROM = 5  # batches from which encode shows a progress bar on a terminal
 STAND_IN = RawInput("missing")  # encoded where a batch has no usable row: all processes make as many steps
@@ -46,9 +46,13 @@ class Rows(Protocol):
 
 
 class TokenEstimate:
-    """Roughly how many tokens a row has, without decoding its pictures; only their order depends on it."""
+    """Roughly how many tokens a row has, without decoding its pictures; only their order depends on it.
 
-    def __init__(self, collator: Collator) -> None:
+    With one byte of text for each token no row has more.
+    """
+
+    def __init__(self, collator: Collator, bytes_per_token: int = BYTES_PER_TOKEN) -> None:
+        self._bytes_per_token = bytes_per_token
         images, self.most = collator.images, collator.limit.max_tokens
         self.factor = 0  # side in pixels of a token; 0 where all pictures have the same number of tokens
         if images.size is None and images.factor > 1:
@@ -61,7 +65,7 @@ class TokenEstimate:
     def __call__(self, row: RawInput) -> float:
         """Estimate from the text's length and the pictures' sizes, read from the headers of their files."""
         images = sum(self._image_tokens(image) for image in row.images)
-        return min(len(row.text) / CHARACTERS_PER_TOKEN + images, self.most)
+        return min(len(row.text.encode(errors="replace")) / self._bytes_per_token + images, self.most)
 
     def _image_tokens(self, image: Any) -> float:
         if not self.factor:
@@ -178,42 +182,39 @@ class RowBatches(Dataset[RowBatch]):
         inputs, unusable = self._collator.encode_usable(list(read.values()))
         numbers = list(read)
         problems |= {numbers[number]: error for number, error in unusable.items()}
-        for row, error in problems.items() if not self._keep_going else ():
+        for row, problem in problems.items() if not self._keep_going else ():
             with one_row(f"{self._where(row)}: "):
-                raise error
+                raise problem
         usable = tuple(row for row in place.rows if row not in problems)
         inputs = self._collator.encode_inputs([STAND_IN]) if inputs is None else inputs
-        bad_rows = {row: str(error) for row, error in problems.items()}
+        bad_rows = {row: str(problem) for row, problem in problems.items()}
         return RowBatch(inputs, place, usable, bad_rows, self._paths)
 
 
-def embed(encoder: Callable[..., Tensor], inputs: EncoderInputs, paths: Sequence[int] | None = None) -> Tensor:
-    """Embed tokenised rows in forward passes of at most ``TOKENS_PER_PASS`` tokens.
+def embed(
+    encoder: Callable[..., Tensor], inputs: EncoderInputs, paths: Sequence[int] | None = None
+) -> Tensor:
+    """Embed tokenised rows in forward passes of at most ``TOKENS_PER_PASS`` tokens, few of them padding.
 
     A pass that exhausts the memory is made in halves; when a single row does, the error is raised.
     """
-    starts, longest = [0], 0
+    parts, start, longest, used = list[range](), 0, 0, 0
     for row, length in enumerate(inputs.lengths.tolist()):
-        longest = max(longest, length)
-        if row > starts[-1] and longest * (row + 1 - starts[-1]) > TOKENS_PER_PASS:
-            starts.append(row)
-            longest = length
-    if len(starts) > 1:
-        stops = [*starts[1:], len(inputs)]
-        return _in_parts(encoder, inputs, paths, list(map(range, starts, stops)))
-    try:
-        return encoder(inputs, paths)
-    except (MemoryError, RuntimeError) as error:
-        if len(inputs) == 1 or not out_of_memory(error):
-            raise
-    half = len(inputs) // 2  # not in the handler, whose traceback holds what is to be freed
-    return _in_parts(encoder, inputs, paths, [range(half), range(half, len(inputs))])
-
-
-def _in_parts(
-    encoder: Callable[..., Tensor], inputs: EncoderInputs, paths: Sequence[int] | None, parts: list[range]
-) -> Tensor:
-    return torch.cat([embed(encoder, inputs.select(part), paths) for part in parts])
+        longest, used = max(longest, length), used + length
+        padded = longest * (row + 1 - start)
+        if row > start and (padded > TOKENS_PER_PASS or padded - used > TOKENS_PER_PASS // 8):
+            parts.append(range(start, row))
+            start, longest, used = row, length, length
+    if not parts:
+        try:
+            return encoder(inputs, paths)
+        except (MemoryError, RuntimeError) as error:
+            if len(inputs) == 1 or not out_of_memory(error):
+                raise
+        start = len(inputs) // 2  # not in the handler: its traceback holds what is to be freed
+        parts = [range(start)]
+    rest = [*parts, range(start, len(inputs))]
+    return torch.cat([embed(encoder, inputs.select(part), paths) for part in rest])
 
 
 @dataclass(frozen=True)

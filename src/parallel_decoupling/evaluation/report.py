@@ -172,7 +172,7 @@ class ScoreReport:
         if count := self.partial_means.get("overall"):
             found.append(f"means over {count} of MMEB's {len(MMEB_TASKS)} tasks: not MMEB's means")
         skipped = [f"{name} {each.num_skipped}" for name, each in self.tasks.items() if each.num_skipped]
-        return found + (["rows skipped because of their images: " + ", ".join(skipped)] if skipped else [])
+        return found + (["rows that could not be embedded: " + ", ".join(skipped)] if skipped else [])
 
     def to_json_file(self, json_file: str | Path) -> None:
         """Write everything, fractions unrounded; per-row hits come last as strings of 0 and 1."""

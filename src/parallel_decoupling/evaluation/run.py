@@ -16,7 +16,7 @@ from torch import Tensor
 
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.data.images import IMAGE_SETTINGS
-from parallel_decoupling.data.row_sources import TaskSide
+from parallel_decoupling.data.row_sources import RowSource, TaskSide
 from parallel_decoupling.data.tasks import EvalTask
 from parallel_decoupling.distributed import gather_objects, rank, world_size
 from parallel_decoupling.evaluation import checks
@@ -302,7 +302,8 @@ class EmbeddingWriter(Callback):
             message += f" The ends of {num_cut:,} texts were cut off, as they have more than max_tokens."
         if missing:
             message += f" {missing} files are missing: run the same command again."
-        rank_zero_info(message)
+        sources = [rows for rows in self.data.rows if isinstance(rows, RowSource) and rows.left_out]
+        rank_zero_info(message + "".join(f" {rows.path}: {rows.left_out}." for rows in sources))
 
 
 def evaluate(model: PDFEmbedder, data: MMEBDataModule | str | Path, **trainer_options: Any) -> ScoreReport:

@@ -136,7 +136,7 @@ class PDFEmbedder(LightningModule):
         self.trained_data: dict[str, Any] = {}
         loading = {"revision": backbone_revision, **settings.group(settings.LOADING, typed)}
         self.encoder = build_encoder(backbone, loading, settings.group(settings.PATHS, typed))
-        self.limit = TokenLimit.of(self.encoder, max_tokens, long_text)
+        self.limit = TokenLimit.of(self.encoder.backbone, self.encoder.processor, max_tokens, long_text)
         self.nested_dims = nested_dims(matryoshka_dims, self.encoder.embed_dim)
         with seeded(torch.device("cpu"), seed, "estimator"):
             self.mutual_information = MutualInformation(
