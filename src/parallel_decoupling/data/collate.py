@@ -98,8 +98,10 @@ class Collator:
                 problems[number] = error
         return self._join(rows) if rows else None, problems
 
-    def _read(self, row: RawInput) -> tuple[str, list[Image.Image]]:
-        """Check a row's text, and decode its images."""
+    def check_text(self, row: RawInput) -> None:
+        """Raise ``ValueError`` for a text that cannot be tokenised with the row's images."""
+        if not row.images and not row.text.strip():
+            raise ValueError("neither text nor image. Remove the row from the file or fill it in.")
         count, shown = row.text.count(PLACEHOLDER), reprlib.repr(row.text)
         if count != len(row.images):
             raise ValueError(f"{len(row.images)} images but {count} {PLACEHOLDER} in {shown}.")
@@ -107,6 +109,10 @@ class Collator:
             found = f"The text {shown} holds {self.image_token!r}, the backbone's own image token"
             raise ValueError(f"{found}. Mark images with {PLACEHOLDER}.")
         row.text.encode()  # half a surrogate pair is not a text
+
+    def _read(self, row: RawInput) -> tuple[str, list[Image.Image]]:
+        """Check a row's text, and decode its images."""
+        self.check_text(row)
         turn = self.images.size is None
         images = [self.images(load_image(image, turn=turn)) for image in row.images]
         return row.text.replace(PLACEHOLDER, self.image_token), images

@@ -185,12 +185,16 @@ def load_image(image: Image.Image | str, *, turn: bool = True) -> Image.Image:
     with one_row(f"Cannot read image {name}; replace the file or remove its row: "):
         if not isinstance(image, str):
             return _rgb(ImageOps.exif_transpose(image) if turn else image)
-        if not os.path.isfile(image):
-            raise ValueError("there is no such file")
-        with Image.open(image) as file:
+        with _open_file(image) as file:
             if turn:
                 ImageOps.exif_transpose(file, in_place=True)
             return _rgb(file)
+
+
+def _open_file(file: str) -> Image.Image:
+    if not os.path.isfile(file):  # opening a named pipe would wait for ever
+        raise ValueError("there is no such file")
+    return Image.open(file)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -217,7 +221,7 @@ def _eight_bits(values: Any) -> Any:
 def image_size(file: str) -> tuple[int, int] | None:
     """Return width and height from the header of an image file, or None if it cannot be read."""
     try:
-        with one_row(), Image.open(file) as image:
+        with one_row(), _open_file(file) as image:
             return image.size
     except RowError:
         return None

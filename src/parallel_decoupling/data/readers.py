@@ -53,19 +53,28 @@ class RowReader:
 
     def input(self, row: int, columns: Side, side: Side, instruction: str | None = None) -> RawInput:
         """Return one query or candidate; ``instruction`` is the one that MMEB_Test_Instruct splits off."""
-        (text, image), is_query, fixed = side, columns == QUERY, 0
-        with one_row(f"{self.table.where(row, *columns)}: "):
-            if self.source is not None:
-                own = self.source.query_instruction if is_query else self.source.candidate_instruction
-                made = prompt(text, image or None, own)
-                text, fixed = made.text, made.fixed
-            else:
-                if instruction is not None:
-                    join = split_query if is_query else split_candidate
-                    text = join(instruction, text, self.rules, has_image=bool(image))
-                drop = is_query and not self.rules.query_image
-                text = written_text(text, has_image=bool(image), drop_placeholder=drop)
-            return RawInput(text, (self.images.get(image),) if image else (), fixed)
+        is_query = columns == QUERY
+        try:
+            with one_row(f"{self.table.where(row, *columns)}: "):
+                return self._input(side, is_query, instruction)
+        except RowError:
+            if self.images.must_exist:
+                raise
+            return RawInput(side[0], side[1:] if side[1] else ())  # what uses it finds out, as with images
+
+    def _input(self, side: Side, is_query: bool, instruction: str | None) -> RawInput:
+        (text, image), fixed = side, 0
+        if self.source is not None:
+            own = self.source.query_instruction if is_query else self.source.candidate_instruction
+            made = prompt(text, image or None, own)
+            text, fixed = made.text, made.fixed
+        else:
+            if instruction is not None:
+                join = split_query if is_query else split_candidate
+                text = join(instruction, text, self.rules, has_image=bool(image))
+            drop = is_query and not self.rules.query_image
+            text = written_text(text, has_image=bool(image), drop_placeholder=drop)
+        return RawInput(text, (self.images.get(image),) if image else (), fixed)
 
     def sides(self, row: int, columns: Side, cells: Mapping[str, Any]) -> list[Side]:
         """Pair two cells that hold lists of one length, or one list and one value for all of its entries."""

@@ -95,9 +95,20 @@ def _check_eval(root: Path, check: Check, collator: Collator, sample: int | None
     if read.task.source is None and check.name in tasks.MMEB_TASKS and len(lists) != 1000:
         check.notes.append(f"{len(lists)} rows, where MMEB has 1000.")
     sides = [TaskSide(read, side, root) for side in ("query", "candidate")]
-    picks = [(side, number) for side in sides for number in _spread(len(side), sample)]
+    picks = []
+    for side in sides:
+        refused = {number for number in range(len(side)) if not _readable(collator, side[number])}
+        picks += [(side, number) for number in sorted(refused | set(_spread(len(side), sample)))]
     chosen, wheres = [[side[number]] for side, number in picks], [side.where(row) for side, row in picks]
     _try(check, collator, chosen.__getitem__, range(len(picks)), wheres.__getitem__)
+
+
+def _readable(collator: Collator, row: RawInput) -> bool:
+    try:
+        collator.check_text(row)
+    except ValueError:
+        return False
+    return True
 
 
 def _spread(count: int, sample: int | None) -> list[int]:
