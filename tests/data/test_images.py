@@ -46,6 +46,23 @@ def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
     assert load_image(image).mode == "RGB"
 
 
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [("uint16", 257), ("uint16", 1), (">u2", 257), ("int32", 1), ("int32", 257), ("float32", 1 / 255)]
+    + [("float32", 1), ("float32", 257)],
+)
+def test_wide_greys_come_out_like_their_8_bit_original(tmp_path: Path, dtype: str, scale: float) -> None:
+    """TIFF I;16, I;16B, I and F: from 0 to 1, to 255 and to 65535."""
+    original = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray((original * np.float64(scale)).astype(dtype)).save(tmp_path / "x.tif")
+    for image in (str(tmp_path / "x.tif"), Image.open(tmp_path / "x.tif")):
+        assert np.array_equal(np.asarray(load_image(image))[:, :, 1], original)
+    for wrong in (-1.0, 70_000.0):
+        Image.fromarray(np.full((2, 2), wrong, np.float32)).save(tmp_path / "y.tif")
+        with pytest.raises(RowError, match=r"y\.tif.* values from .*Convert it to 8 bits"):
+            load_image(str(tmp_path / "y.tif"))
+
+
 def test_a_transparent_palette_keeps_its_colours(tmp_path: Path) -> None:
     image = Image.new("P", (4, 4))
     image.putpalette([10, 20, 30, 200, 0, 0])

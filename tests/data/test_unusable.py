@@ -43,7 +43,9 @@ def test_the_package_catches_everything_in_one_place_and_raises_the_error_there_
         assert [file for file, _ in found] == ["data/unusable.py"], found
 
 
-@pytest.mark.parametrize("error", [KeyError("a"), ZeroDivisionError("b"), TypeError("c"), RecursionError("d")])
+@pytest.mark.parametrize(
+    "error", [KeyError("a"), ZeroDivisionError("b"), TypeError("c"), RecursionError("d")]
+)
 def test_whatever_is_raised_becomes_the_error_of_the_row(error: Exception) -> None:
     with pytest.raises(RowError, match=f"^row 3: {type(error).__name__}: ") as caught, one_row("row 3: "):
         raise error
