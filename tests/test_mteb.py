@@ -15,6 +15,7 @@ from datasets import Dataset
 from mteb.abstasks import AbsTaskRetrieval
 from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 from mteb.abstasks.task_metadata import TaskMetadata
+from PIL import Image
 
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.sentence_transformers import mteb_model
@@ -100,3 +101,26 @@ def test_scores_of_an_exported_folder_and_of_one_path(
     assert scores.keys() == {"WorldPictures"}
     assert all(0 <= score <= 1 for score in scores.values())
     assert scores == exported != one_path
+
+
+def test_a_bad_input_is_named_by_its_place_in_the_corpus_or_gets_a_stand_in(
+    embedder: Embedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pictures come in batches; mteb's loader gives them one by one here."""
+    task = WorldPictures()
+    task.load_data()
+    split = task.dataset["default"]["test"]
+    broken = split["corpus"].to_list()
+    broken[7]["image"] = Image.new("RGB", (2000, 2))
+    split["corpus"] = Dataset.from_dict({name: [row[name] for row in broken] for name in ("id", "image")})
+    monkeypatch.setattr(WorldPictures, "load_data", lambda self, **_: vars(self).update(vars(task)))
+    with pytest.raises(ValueError, match=r"^input 7: .*aspect ratio"):
+        evaluate(mteb_model(embedder, prompts=PROMPTS), [WorldPictures()])
+    going = mteb_model(embedder, prompts=PROMPTS, bad_inputs="stand_in")
+    assert evaluate(going, [WorldPictures()]).keys() == {"WorldPictures"}
+    assert going.model[0].num_stand_ins == 1
+
+
+def test_prompts_that_mteb_would_ignore_are_refused(embedder: Embedder) -> None:
+    with pytest.raises(ValueError, match="mteb would ignore some prompts.*qurey"):
+        mteb_model(embedder, prompts={"qurey": "find"})
