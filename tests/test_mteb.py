@@ -110,7 +110,7 @@ def test_a_bad_input_is_named_by_its_place_in_the_corpus_or_gets_a_stand_in(
     task = WorldPictures()
     task.load_data()
     split = task.dataset["default"]["test"]
-    broken = split["corpus"].to_list()
+    broken = [dict(row) for row in split["corpus"]]
     broken[7]["image"] = Image.new("RGB", (2000, 2))
     split["corpus"] = Dataset.from_dict({name: [row[name] for row in broken] for name in ("id", "image")})
     monkeypatch.setattr(WorldPictures, "load_data", lambda self, **_: vars(self).update(vars(task)))
@@ -121,6 +121,7 @@ def test_a_bad_input_is_named_by_its_place_in_the_corpus_or_gets_a_stand_in(
     assert going.model[0].num_stand_ins == 1
 
 
+@pytest.mark.filterwarnings("ignore:Task name")
 def test_prompts_that_mteb_would_ignore_are_refused(embedder: Embedder) -> None:
     with pytest.raises(ValueError, match="mteb would ignore some prompts.*qurey"):
         mteb_model(embedder, prompts={"qurey": "find"})

@@ -198,12 +198,17 @@ def test_requests_together_get_what_each_would_get_alone(kind: str, request: pyt
         assert result[1] > 0
 
 
-def test_open_clip_cuts_no_text(clip: Embedder) -> None:
-    """A text longer than the tower is refused; one that fits is not."""
-    server = Server(clip)
-    tasks(server, "a " * (CONTEXT_LENGTH - 2))
-    with pytest.raises(RequestError, match=f"more than the {CONTEXT_LENGTH} tokens"):
-        tasks(server, "a", "a " * CONTEXT_LENGTH)
+@pytest.mark.filterwarnings("ignore:A text has more")
+def test_open_clip_follows_long_text_as_other_models_do(clip: Embedder) -> None:
+    """A text longer than the tower is cut and counted, or refused; one that fits is neither."""
+    texts = ["a " * (CONTEXT_LENGTH - 2), "a " * CONTEXT_LENGTH]
+    server, strict = Server(clip), Server(Embedder(clip.encoder, long_text="error"))
+    assert isinstance(server.embed(tasks(server, texts))[0], tuple)
+    assert server.num_cut == 1
+    refused = strict.embed(tasks(strict, texts, texts[0]))
+    assert isinstance(refused[0], RequestError)
+    assert f"input[1]: more tokens where max_tokens is {CONTEXT_LENGTH}" in refused[0].detail
+    assert isinstance(refused[1], tuple)
 
 
 def test_those_that_wait_are_embedded_together(embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:

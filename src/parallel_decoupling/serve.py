@@ -29,7 +29,6 @@ from parallel_decoupling.data.prompts import to_raw_inputs
 from parallel_decoupling.data.unusable import RowError, doubled, one_row
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.evaluation.encode import TokenEstimate, encode_rows
-from parallel_decoupling.model.open_clip import OpenCLIPProcessor
 
 Output = int | Literal["aggregate"]  # what a model name stands for: a path's number, or the aggregate
 GRACE_SECONDS = 30  # accepted requests have so long after SIGTERM to be answered
@@ -253,10 +252,6 @@ class Server:
         if not 0 < len(body.input) <= limits.inputs:
             raise RequestError(f"input must have 1 to {limits.inputs} items", 413 if body.input else 400)
         rows = to_raw_inputs(_checked(*each, limits) for each in enumerate(body.input))
-        processor = self.embedder.encoder.processor
-        texts = [f"{item.instruction or ''} {item.text}" for item in body.input]
-        if isinstance(processor, OpenCLIPProcessor) and processor.cuts(texts):
-            raise RequestError(f"a text has more than the {processor.context_length} tokens of this model")
         if body.dimensions is None:
             return Task(rows, output, None)
         path_dim = self.embedder.embed_dim

@@ -6,7 +6,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import blake2b
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from PIL import Image
@@ -20,14 +20,6 @@ from parallel_decoupling.data.unusable import RowError, one_row
 
 PADDING = RawInput("-")
 """What is encoded in place of a missing hard negative; as short as a text can be."""
-
-
-@runtime_checkable
-class TextCutter(Protocol):
-    """A processor whose tokenizer cuts long texts by itself, as OpenCLIP's do."""
-
-    def cut_rows(self, texts: Sequence[str]) -> list[bool]:
-        """Tell which texts are cut."""
 
 
 class Collator:
@@ -138,8 +130,8 @@ class Collator:
 
     def _limited(self, encoded: EncoderInputs, inputs: Sequence[RawInput]) -> EncoderInputs:
         """Cut every row to the most tokens that it may have."""
-        if isinstance(self.processor, TextCutter):
-            cut = self.processor.cut_rows([row.text for row in inputs])
+        if hasattr(self.processor, "cut_rows"):  # OpenCLIP's tokenizers cut by themselves
+            cut: list[bool] = self.processor.cut_rows([row.text for row in inputs])
             if any(cut) and self.limit.long_text == "error":
                 raise ValueError(self._too_long(inputs[cut.index(True)]))
             return replace(encoded, num_cut=sum(cut))

@@ -228,20 +228,11 @@ class Encoded:
 
 
 def encode(
-    encoder: Encoder,
-    collator: Collator,
-    inputs: Any,
-    *,
-    instruction: str | None = None,
-    paths: Paths = "aggregate",
-    truncate_dim: int | None = None,
-    batch_size: int = 32,
-    show_progress: bool | None = None,
+    encoder: Encoder, collator: Collator, inputs: Any, *, instruction: str | None = None, **options: Any
 ) -> Tensor:
     """Embed inputs of any mix of modalities in one process; see ``Embedder.encode`` for the options."""
-    options: dict[str, Any] = {"paths": paths, "truncate_dim": truncate_dim, "batch_size": batch_size}
     rows = to_raw_inputs(inputs, instruction)
-    encoded = encode_rows(encoder, collator, rows, show_progress=show_progress, **options)
+    encoded = encode_rows(encoder, collator, rows, **options)
     if encoded.num_cut:
         advice = "raise max_tokens, shorten them, or refuse them with long_text='error'"
         cut = f"{encoded.num_cut} of {len(rows)} inputs have more than {collator.limit.max_tokens} tokens"

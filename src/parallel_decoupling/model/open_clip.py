@@ -56,7 +56,7 @@ class OpenCLIPProcessor:
         if any(not rest and IMAGE_PLACEHOLDER not in row for row, rest in zip(text, texts, strict=True)):
             raise ValueError("An input needs a text or an image.")
         ids_BL = self.tokenizer(texts)
-        if not self._warned and self.cuts(texts):
+        if not self._warned and any(self.cut_rows(texts)):
             self._warned = True
             warnings.warn(
                 f"A text has more than the {self.context_length} tokens that this text tower takes; the rest "
@@ -71,10 +71,6 @@ class OpenCLIPProcessor:
             data["pixel_values"] = torch.stack([self.transform(image) for image in flat])
             data["image_sizes"] = torch.tensor([[image.height, image.width] for image in flat])
         return data
-
-    def cuts(self, texts: Sequence[str]) -> bool:
-        """Tell whether one of the texts does not fit."""
-        return any(self.cut_rows(texts))
 
     def cut_rows(self, texts: Sequence[str]) -> list[bool]:
         """Tell which texts do not fit: of which twice the room holds more tokens."""
