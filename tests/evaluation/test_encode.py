@@ -21,6 +21,7 @@ from parallel_decoupling.data.images import ImagePolicy
 from parallel_decoupling.data.prompts import prompt
 from parallel_decoupling.evaluation import encode as encoding
 from parallel_decoupling.evaluation.encode import BatchPlan, RowBatches, TokenEstimate, embed, encode
+from parallel_decoupling.model.turns import Turns
 from tests.support.embedders import mixed_inputs, tiny_embedder
 
 TEXTS = ["a", "a much longer text than the others", "bb", "", "middle length", "bb"]
@@ -53,7 +54,7 @@ class HashEncoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(()))
+        self.scale, self.turns = nn.Parameter(torch.ones(())), Turns()
         self.frozen = nn.Dropout().eval()
         self.batches: list[int] = []
         self.modes: list[bool] = []

@@ -8,14 +8,13 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from numbers import Integral
 from typing import Any, Literal, Protocol, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
@@ -253,7 +252,8 @@ def encode_rows(
 ) -> Encoded:
     """Embed rows in one process; a row that cannot be embedded is an error unless ``keep_going``.
 
-    Runs in eval mode on the device of the encoder; every submodule's training mode is restored.
+    Runs in eval mode on the device of the encoder, between the steps of a training; every submodule's mode is
+    restored.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
@@ -281,14 +281,16 @@ def encode_rows(
     result = torch.full((len(rows), *shape), torch.nan, dtype=torch.float32, device="cpu")
     encoded = Encoded(result, torch.zeros(len(rows), dtype=torch.long, device="cpu"), {}, 0)
     num_cut = 0
-    with _evaluating(encoder), torch.inference_mode():
+    with torch.inference_mode():
         for place in tqdm(plan, desc="encode", unit="batch", leave=False, disable=not show_progress):
             if not place.rows:
                 continue
             batch = batches[place]
             encoded.bad_rows.update(batch.bad_rows)
             if batch.rows:
-                embeddings_BND = embed(encoder, batch.inputs.to(device), selected)
+                inputs = batch.inputs.to(device)
+                with encoder.turns.encoding(encoder):
+                    embeddings_BND = embed(encoder, inputs, selected)
                 result[list(batch.rows)] = wanted(embeddings_BND)
                 encoded.num_tokens[list(batch.rows)] = batch.inputs.lengths
                 num_cut += batch.inputs.num_cut
@@ -308,15 +310,3 @@ def _selected_paths(paths: Paths, num_paths: int) -> list[int] | None:
         if not isinstance(path, Integral) or isinstance(path, bool) or not 0 <= path < num_paths:
             raise ValueError(f"there is no path {path!r}; the encoder has paths 0 to {num_paths - 1}")
     return [int(path) for path in selected]
-
-
-@contextmanager
-def _evaluating(encoder: nn.Module) -> Iterator[None]:
-    """Enter eval mode; afterwards every submodule has the mode that it had."""
-    modes = [(module, module.training) for module in encoder.modules()]
-    encoder.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -12,11 +12,13 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel_decoupling.distributed import gather_with_grad, world_size
 from parallel_decoupling.model.encoder import truncate
 from parallel_decoupling.objective.contrastive import in_batch_hit_at_1, info_nce
+from parallel_decoupling.objective.distillation import score_distillation
 from parallel_decoupling.objective.statistics import path_cosine
 from parallel_decoupling.objective.vclub import MutualInformation, path_pairs
 
@@ -25,9 +27,10 @@ from parallel_decoupling.objective.vclub import MutualInformation, path_pairs
 class GatheredPairs:
     """The embeddings of one batch, of all ranks: queries ``[G, N, D]``, candidates ``[C, N, D]``.
 
-    Aggregates are ``[G, 1, D']`` and ``[C, 1, D']``; ``positive`` ``[G]`` is an index into the candidates,
-    whose ``candidate_ids`` are ``PADDING_ID`` where a hard negative is missing; ``nested`` are the same rows
-    at each smaller dimension of Matryoshka training.
+    Aggregates are ``[G, A, D']`` and ``[C, A, D']``: that of all paths, and with ``nested_paths`` those of
+    the first N - 1 to 2 of them; ``positive`` ``[G]`` is an index into the candidates, whose
+    ``candidate_ids`` are ``PADDING_ID`` where a hard negative is missing; ``nested`` are the same rows at
+    each smaller dimension of Matryoshka training.
     """
 
     query: Tensor
@@ -55,6 +58,8 @@ def gather_pairs(
     candidate_ids: Tensor,
     aggregate: Callable[[Tensor], Tensor],
     dims: Sequence[int] = (),
+    *,
+    nested_paths: bool = False,
 ) -> GatheredPairs:
     """Bring the rows of all ranks together; candidates are ``[B + J, N, D]`` per rank, positives first.
 
@@ -65,13 +70,20 @@ def gather_pairs(
     own_rows = torch.arange(len(query), device=query.device)
     positive = (first_of_rank.unsqueeze(1) + own_rows).flatten()
     all_ids = gather_with_grad(candidate_ids)
+    smallest = 2 if nested_paths else query.shape[1]
+    sizes = range(query.shape[1], min(smallest, query.shape[1]) - 1, -1)
+
+    def aggregates(paths_BND: Tensor) -> Tensor:
+        of_sizes = [aggregate(paths_BND[:, :size]) for size in sizes]  # zeros at the end change no cosine
+        width = of_sizes[0].shape[1]
+        return torch.stack([F.pad(each, (0, width - each.shape[1])) for each in of_sizes], dim=1)
 
     def gathered(query: Tensor, candidate: Tensor, nested: tuple[GatheredPairs, ...] = ()) -> GatheredPairs:
         return GatheredPairs(
             query=gather_with_grad(query),
             candidate=gather_with_grad(candidate),
-            query_aggregate=gather_with_grad(aggregate(query).unsqueeze(1)),
-            candidate_aggregate=gather_with_grad(aggregate(candidate).unsqueeze(1)),
+            query_aggregate=gather_with_grad(aggregates(query)),
+            candidate_aggregate=gather_with_grad(aggregates(candidate)),
             positive=positive,
             candidate_ids=all_ids,
             nested=nested,
@@ -92,7 +104,7 @@ def shared(parameter: Tensor) -> Tensor:
 def contrastive_terms(
     pairs: GatheredPairs, temperature: Tensor | float, *, symmetric: bool, with_aggregate: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return InfoNCE of every path ``[N]`` and of the aggregate (0-dim), means over nested dimensions."""
+    """Return InfoNCE of every path ``[N]`` and of the aggregates (0-dim), means over nested dimensions."""
     if pairs.nested:
         options = {"symmetric": symmetric, "with_aggregate": with_aggregate}
         dims = (replace(pairs, nested=()), *pairs.nested)
@@ -103,7 +115,16 @@ def contrastive_terms(
     path_N = info_nce(pairs.query, pairs.candidate, **arguments)
     with torch.set_grad_enabled(with_aggregate and torch.is_grad_enabled()):
         aggregate = info_nce(pairs.query_aggregate, pairs.candidate_aggregate, **arguments)
-    return path_N, aggregate.squeeze(0)
+    return path_N, aggregate.mean()
+
+
+def distillation_term(pairs: GatheredPairs, temperature: Tensor | float) -> Tensor:
+    """Return how far the paths' scores are from those of the aggregate of all: 0-dim, the mean over paths."""
+    teacher = pairs.query_aggregate[:, :1].detach(), pairs.candidate_aggregate[:, :1].detach()
+    labels: dict[str, Any] = pairs.labels
+    return score_distillation(
+        pairs.query, pairs.candidate, *teacher, temperature=temperature, **labels
+    ).mean()
 
 
 def estimator_nll(estimator: MutualInformation, pairs: GatheredPairs) -> Tensor:
