@@ -33,7 +33,7 @@ COMMANDS = {
     "paths": ("diagnostics.path_analysis.analyse_paths", "show how the paths of a trained model differ"),
     "search": ("commands.search", "search embeddings by a text, an image or both"),
     "serve": ("serve.serve", "serve embeddings over HTTP in OpenAI's form"),
-    "verify": ("data.verify.print_verification", "check a data folder"),
+    "verify": ("commands.verify", "check a data folder"),
 }
 """Subcommands without a Trainer: the function that makes the options, and a line of help."""
 EXTRAS = {"fastapi": "serve", "uvicorn": "serve", "gradio": "app"}

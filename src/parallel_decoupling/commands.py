@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
+    from parallel_decoupling.data.collate import Collator
     from parallel_decoupling.evaluation.embedder import Embedder
     from parallel_decoupling.search import Hit, Searcher
 
@@ -129,6 +130,42 @@ def export(
     files = [file for file in Path(folder).rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files) / 1e6
     sys.stdout.write(f"{folder}: {len(files)} files, {size:.1f} MB\n")
+
+
+def verify(data_dir: str, sample: int | None = 20, model: str = "tiny") -> None:
+    """Check a data folder, and exit with 1 if something is wrong.
+
+    Args:
+        data_dir: the folder, in MMEB's layout or with a tasks.json.
+        sample: training rows, queries and candidates per table that are prepared for an embedding; null
+            takes all of them.
+        model: must accept the rows; checkpoint, run or exported folder, or a backbone.
+    """
+    from parallel_decoupling.data.names import printable
+    from parallel_decoupling.data.verify import verify as checks_of
+
+    checks = checks_of(data_dir, load_collator(model), sample)
+    for check in checks:
+        lines = [", ".join(f"{count} {what}" for what, count in check.counts.items())]
+        lines += [f"note: {note}" for note in check.notes]
+        lines += [f"problem: {problem}" for problem in check.problems]
+        sys.stdout.writelines(printable(f"{check}: {line}\n") for line in lines if line)
+    if any(check.problems for check in checks):
+        raise SystemExit(1)
+
+
+def load_collator(model: str) -> Collator:
+    """Return what prepares inputs for a trained model or for a backbone, of which no weights are read."""
+    from parallel_decoupling.batch import TokenLimit
+    from parallel_decoupling.data.collate import Collator
+    from parallel_decoupling.model.backbone import load_backbone
+    from parallel_decoupling.model.pretrained import LAST_CHECKPOINT, is_pretrained
+
+    if is_pretrained(model) or Path(model).is_file() or Path(model, LAST_CHECKPOINT).is_file():
+        return load_model(model).collator
+    backbone = load_backbone(model, meta=True)
+    limit = TokenLimit.of(backbone, backbone.processor)
+    return Collator(backbone.processor, image_token=backbone.image_token, limit=limit)
 
 
 def load_model(path: str | Path) -> Embedder:

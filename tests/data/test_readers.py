@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from parallel_decoupling.batch import RawInput
 from parallel_decoupling.cli import main
+from parallel_decoupling.commands import load_collator
 from parallel_decoupling.data.datamodule import MMEBDataModule
-from parallel_decoupling.data.images import ImageError
-from parallel_decoupling.data.readers import TrainSubset, read_eval_task
+from parallel_decoupling.data.readers import TrainCollator, TrainSubset, read_eval_task
 from parallel_decoupling.data.row_sources import TaskSide
 from parallel_decoupling.data.tasks import MMEB_TASKS, find_eval_tasks, find_train_subsets
+from parallel_decoupling.data.unusable import RowError
 from tests.data.mmeb_files import (
     OWN_ENTRY,
     SHOP_DOCUMENT,
@@ -191,17 +193,26 @@ def test_the_first_rows_are_vlm2vecs_cap(tmp_path: Path) -> None:
     assert len(TrainSubset(tmp_path, "S", limit=99, limit_by="first")) == 8
 
 
-def test_the_next_readable_row_stands_in(tmp_path: Path) -> None:
+def test_the_next_usable_row_stands_in(tmp_path: Path, tiny_backbone_dir: str) -> None:
     images = tmp_path / "MMEB-train/images"
     for number in (0, 3):
         write_image(images / f"{number}.png")
     (images / "1.png").write_bytes(b"broken")
     write_train(tmp_path, "S", [train_row("q", qry_image_path=f"images/{row}.png") for row in range(5)])
-    subset = TrainSubset(tmp_path, "S", missing_images="skip")
-    assert [subset[row].row for row in range(5)] == [0, 3, 3, 3, 0]
+    subset, collator = TrainSubset(tmp_path, "S", missing_images="skip"), load_collator(tiny_backbone_dir)
+    assert [subset[row].row for row in range(5)] == [0, 1, 3, 3, 0], "nothing is decoded yet"
+    assert [subset.usable(row, collator).row for row in range(5)] == [0, 3, 3, 3, 0]
+    batch, expected = (
+        TrainCollator(collator, [subset])([subset[0], subset[1]]),
+        collator([subset[0], subset[3]]),
+    )
+    assert torch.equal(batch.query.vision[1]["pixel_values"], expected.query.vision[1]["pixel_values"])
+    subset.missing_images = "error"
+    with pytest.raises(RowError, match=r"training subset 'S', row 1: Cannot read image .*1\.png"):
+        TrainCollator(collator, [subset])([subset[0], subset[1]])
     write_train(tmp_path, "T", [train_row("q", qry_image_path="images/1.png")] * 3)
     with pytest.raises(ValueError, match="3 rows in a row .* `lightning verify`"):
-        TrainSubset(tmp_path, "T", missing_images="skip")[1]
+        TrainSubset(tmp_path, "T", missing_images="skip").usable(1, collator)
     write_train(tmp_path, "U", [train_row("<|image_1|>")])
     with pytest.raises(ValueError, match="in the text but no image"):
         TrainSubset(tmp_path, "U", missing_images="skip")[0]
@@ -209,7 +220,7 @@ def test_the_next_readable_row_stands_in(tmp_path: Path) -> None:
 
 def test_missing_evaluation_images_are_left_to_the_loader_on_demand(tmp_path: Path) -> None:
     write_eval(tmp_path, "GQA", [eval_row("q", ["a", "b"], qry_img_path="GQA/0.jpg")])
-    with pytest.raises(ImageError, match="'GQA', file .*, row 0, column 'qry_text': no image file"):
+    with pytest.raises(RowError, match="'GQA', file .*, row 0, column 'qry_text': no image file"):
         read_eval_task(tmp_path, "GQA")
     assert read_eval_task(tmp_path, "GQA", must_exist=False).queries[0].images == ("GQA/0.jpg",)
 

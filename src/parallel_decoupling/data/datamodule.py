@@ -65,8 +65,9 @@ class MMEBDataModule(LightningDataModule):
             VLM2Vec. Null leaves that to min_pixels and max_pixels.
         min_pixels: Smallest width times height of an image; the aspect ratio is kept.
         max_pixels: Largest width times height of an image. With both null the processor decides alone.
-        missing_images: "error" stops at an image that is missing or broken, "skip" takes the next row of
-            the subset in training and leaves the row out of the score in evaluation, and counts.
+        missing_images: "error" stops at a row that cannot be embedded, as its image is missing or broken or
+            its text is refused; "skip" takes the next row of the subset in training and leaves the row out
+            of the score in evaluation, and counts.
         download: Fetch what is not in data_dir from the Hugging Face hub and unpack it, once.
         predict_source: What `predict` embeds in place of the evaluation tasks: a folder of images, or a
             Parquet, JSONL or CSV file with columns text, image or both (`docs/embedding_files.md`).
@@ -231,7 +232,8 @@ class MMEBDataModule(LightningDataModule):
         options |= {"sub_batch_size": self.sub_batch_size, "seed": self.seed, "weights": weights}
         sampler = MixtureSampler(sizes, batch_size=self.batch_size, policy=self.policy, **options)
         options = {"num_workers": self.num_workers, "generator": torch.Generator(), "batch_sampler": sampler}
-        loader = DataLoader(readers.TrainRows(self.train_data), collate_fn=self.collator, **options)
+        collate = readers.TrainCollator(self.collator, self.train_data)
+        loader = DataLoader(readers.TrainRows(self.train_data), collate_fn=collate, **options)
         return Batches(loader, sampler, None if self.trainer is None else self._consumed)
 
     def _consumed(self) -> int:
@@ -277,7 +279,8 @@ class MMEBDataModule(LightningDataModule):
         """Tokenises for the connected model; pictures as in its training without image settings here."""
         encoder = self._connected.encoder
         images = self._connected.images if self.images == ImagePolicy() else self.images
-        return Collator(encoder.processor, image_token=encoder.image_token, images=images)
+        options = {"images": images, "limit": self._connected.limit}
+        return Collator(encoder.processor, image_token=encoder.image_token, **options)
 
     @property
     def _connected(self) -> Any:

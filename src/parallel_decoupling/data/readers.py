@@ -14,13 +14,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from torch.utils.data import Dataset
 
-from parallel_decoupling.batch import RawInput, RawPair
+from parallel_decoupling.batch import PairBatch, RawInput, RawPair
 from parallel_decoupling.data import tasks
-from parallel_decoupling.data.images import ImageError, ImageFolder, load_image
+from parallel_decoupling.data.collate import Collator
+from parallel_decoupling.data.images import ImageFolder
 from parallel_decoupling.data.names import printable
 from parallel_decoupling.data.prompts import PromptRules, prompt, split_candidate, split_query, written_text
 from parallel_decoupling.data.tables import Table
 from parallel_decoupling.data.tasks import INSTRUCTIONS, ROLES, EvalTask, Source, Task, read_tasks
+from parallel_decoupling.data.unusable import RowError, doubled, one_row
 
 LimitBy = Literal["sample", "first"]
 MissingImages = Literal["error", "skip"]
@@ -34,8 +36,8 @@ MMEB_TRAIN = ("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text",
 MMEB_EVAL = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path", "qry_inst", "tgt_inst")
 """The last two columns are those of MMEB_Test_Instruct, which splits instructions off."""
 
-MAX_UNREADABLE_ROWS = 100
-"""After so many rows without readable images the folder is at fault, not a file."""
+MAX_UNUSABLE_ROWS = 100
+"""After so many rows that cannot be embedded the folder is at fault, not a file."""
 MAX_POOL_ENTRIES = 20_000_000
 
 log = logging.getLogger(__name__)
@@ -52,20 +54,28 @@ class RowReader:
 
     def input(self, row: int, columns: Side, side: Side, instruction: str | None = None) -> RawInput:
         """Return one query or candidate; ``instruction`` is the one that MMEB_Test_Instruct splits off."""
-        (text, image), is_query = side, columns == QUERY
+        is_query = columns == QUERY
         try:
-            if self.source is not None:
-                own = self.source.query_instruction if is_query else self.source.candidate_instruction
-                text = prompt(text, image or None, own).text
-            else:
-                if instruction is not None:
-                    join = split_query if is_query else split_candidate
-                    text = join(instruction, text, self.rules, has_image=bool(image))
-                drop = is_query and not self.rules.query_image
-                text = written_text(text, has_image=bool(image), drop_placeholder=drop)
-            return RawInput(text, (self.images.get(image),) if image else ())
-        except ValueError as error:
-            raise type(error)(f"{self.table.where(row, *columns)}: {error}") from error
+            with one_row(f"{self.table.where(row, *columns)}: "):
+                return self._input(side, is_query, instruction)
+        except RowError:
+            if self.images.must_exist:
+                raise
+            return RawInput(side[0], side[1:] if side[1] else ())  # what uses it finds out, as with images
+
+    def _input(self, side: Side, is_query: bool, instruction: str | None) -> RawInput:
+        (text, image), fixed = side, 0
+        if self.source is not None:
+            own = self.source.query_instruction if is_query else self.source.candidate_instruction
+            made = prompt(text, image or None, own)
+            text, fixed = made.text, made.fixed
+        else:
+            if instruction is not None:
+                join = split_query if is_query else split_candidate
+                text = join(instruction, text, self.rules, has_image=bool(image))
+            drop = is_query and not self.rules.query_image
+            text = written_text(text, has_image=bool(image), drop_placeholder=drop)
+        return RawInput(text, (self.images.get(image),) if image else (), fixed)
 
     def sides(self, row: int, columns: Side, cells: Mapping[str, Any]) -> list[Side]:
         """Pair two cells that hold lists of one length, or one list and one value for all of its entries."""
@@ -125,7 +135,7 @@ class TrainSubset:
     Rows with neither text nor image on one side are left out, as in VLM2Vec; ``blank_rows`` counts them. The
     arguments are those of ``MMEBDataModule``. A row has exactly ``hard_negatives`` negatives, None where the
     file has fewer; a blank text without image does not count. With ``missing_images="skip"`` the next
-    readable row replaces one whose images cannot be read; that choice depends on the files alone.
+    usable row replaces one that cannot be embedded; that choice depends on files and model alone.
     """
 
     def __init__(
@@ -163,23 +173,26 @@ class TrainSubset:
         return len(self.kept)
 
     def __getitem__(self, index: int) -> RawPair:
-        if self.missing_images == "error":
-            return self._read(index)
-        for step in range(min(len(self), MAX_UNREADABLE_ROWS)):
+        return self._read(index) if self.missing_images == "error" else self.usable(index)
+
+    def usable(self, index: int, collator: Collator | None = None) -> RawPair:
+        """Return a row, or the next one that can be read and, if a collator is given, embedded."""
+        for step in range(min(len(self), MAX_UNUSABLE_ROWS)):
             place = (index + step) % len(self)
             try:
-                pair = self._read(place)
-                for side in (pair.query, pair.candidate, *filter(None, pair.negatives)):
-                    for image in side.images:
-                        load_image(image)
+                with one_row(f"row {self.kept[place]}: "):
+                    pair = self._read(place)
+                    if collator is not None:
+                        collator.encode_inputs([pair.query])
+                        collator.encode_inputs([pair.candidate, *filter(None, pair.negatives)])
                 return pair
-            except ImageError as error:
-                last = printable(f"row {self.kept[place]}: {error}")
+            except RowError as error:
+                last = printable(str(error))
             self.num_skipped += 1
-            if self.num_skipped.bit_count() == 1:  # each time that the number doubles
+            if doubled(self.num_skipped - 1, 1):
                 count = f"rows skipped so far: {self.num_skipped}"
                 log.warning("%s, %s. The last: %s", self.table.owner, count, last)
-        what = f"{step + 1} rows in a row have unreadable images, {last}"
+        what = f"{step + 1} rows in a row cannot be embedded, {last}."
         advice = "Skipping is for single files; `lightning verify` finds out what is wrong with the folder."
         raise ValueError(f"{self.table.owner}: {what} {advice}")
 
@@ -213,6 +226,26 @@ class TrainRows(Dataset[RawPair]):
 
     def __getitem__(self, place: tuple[int, int]) -> RawPair:
         return self.subsets[place[0]][place[1]]
+
+
+class TrainCollator:
+    """Batches training rows; with ``missing_images="skip"`` usable rows replace those that are not."""
+
+    def __init__(self, collator: Collator, subsets: Sequence[TrainSubset]) -> None:
+        self.collator, self.subsets = collator, {subset.subset: subset for subset in subsets}
+
+    def __call__(self, pairs: Sequence[RawPair]) -> PairBatch:
+        """Batch rows; only where that fails are they looked at one by one."""
+        try:
+            return self.collator(pairs)
+        except RowError:
+            if any(subset.missing_images == "error" for subset in self.subsets.values()):
+                raise
+        return self.collator([self._usable(pair) for pair in pairs])
+
+    def _usable(self, pair: RawPair) -> RawPair:
+        subset = self.subsets[pair.subset]
+        return subset.usable(int(np.searchsorted(subset.kept, pair.row)), self.collator)
 
 
 def _side(cells: Mapping[str, Any], columns: Side) -> Side:

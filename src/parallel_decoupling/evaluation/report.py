@@ -71,7 +71,7 @@ class TaskResult:
     chance: float  # hit@1 of a random choice, in [0, 1]
     hit_at_1: dict[str, float]  # by column (aggregate, path_0, ...), in [0, 1]
     hits: dict[str, str] = field(default_factory=dict)  # by column, one 0 or 1 per row; empty if not known
-    num_skipped: int = 0  # rows left out because their images could not be read
+    num_skipped: int = 0  # rows left out because they could not be embedded
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)  # by column, means of score.METRICS
     rows_sha256: str = ""  # identifies the rows, see score.task_hash
     margin_correlation: list[list[float]] = field(default_factory=list)  # [N][N] of paths, over rows
@@ -184,7 +184,7 @@ class ScoreReport:
         if count := self.partial_means.get("overall"):
             found.append(f"means over {count} of MMEB's {len(MMEB_TASKS)} tasks: not MMEB's means")
         skipped = [f"{name} {each.num_skipped}" for name, each in self.tasks.items() if each.num_skipped]
-        return found + (["rows skipped because of their images: " + ", ".join(skipped)] if skipped else [])
+        return found + (["rows that could not be embedded: " + ", ".join(skipped)] if skipped else [])
 
     def to_json_file(self, json_file: str | Path) -> None:
         """Write everything, fractions unrounded; per-row hits come last as strings of 0 and 1."""

@@ -32,7 +32,7 @@ class TaskScore:
     ranks: dict[str, Tensor]  # by column (aggregate, path_0, ...): int64 [rows], see positive_rank
     ranking: Tensor  # int64 [rows, 10]: best candidates of the first column; -1 where a row has fewer
     chance: float  # hit@1 of a random choice, the mean over rows of 1 / number of distinct candidates
-    num_skipped: int = 0  # rows left out because their images could not be read
+    num_skipped: int = 0  # rows left out because they could not be embedded
     rows_sha256: str = ""  # identifies what was asked, see task_hash
     margin_correlation: list[list[float]] = field(default_factory=list)  # [N][N] of paths, over rows
 

@@ -35,8 +35,8 @@ CONFIG_FILE, WEIGHTS_FILE, SCORES_FILE = "config.json", "model.safetensors", "sc
 PROCESSOR_DIR, BACKBONE_DIR = "processor", "backbone"
 LAST_CHECKPOINT = Path("checkpoints", "last.ckpt")
 RUN_KEYS = ("state_dict", "pytorch-lightning_version", "hyper_parameters", "backbone", "data", "progress")
-ABOUT = ("query_instruction", "candidate_instruction", "images", "run")
-"""What is kept of an encoder beside itself: its instructions, image settings, and what trained it."""
+ABOUT = ("query_instruction", "candidate_instruction", "images", "max_tokens", "long_text", "run")
+"""What is kept of an encoder beside itself: instructions, limits of inputs, and what trained it."""
 
 
 def is_pretrained(folder: str | Path) -> bool:

@@ -59,6 +59,8 @@ mi                      module   -          -           -
 mi.kind                 module   weights    -           fixed
 mi.hidden_size          module   weights    -           fixed
 learn_temperature       module   weights    -           fixed
+max_tokens              module   -          embeddings  -
+long_text               module   -          embeddings  -
 """
 SETTINGS = {
     name: Setting(taker, *(mark != "-" for mark in marks))
@@ -106,7 +108,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     num_paths, prefix_length = settings["num_paths"], settings["prefix_length"]
     smallest = {"num_paths": 1, "prefix_length": 0, "mi_weight": 0, "aggregate_weight": 0}
     smallest |= {"distillation_weight": 0, "distillation_start": 0}
-    smallest |= {"query_chunk_size": 1, "candidate_chunk_size": 1}
+    smallest |= {"query_chunk_size": 1, "candidate_chunk_size": 1, "max_tokens": 2}
     check_ranges("", settings, smallest)
     one_path = (
         "prefix_length=0 makes all paths the same: set num_paths=1, a prefix_length or adapter.per_path."
