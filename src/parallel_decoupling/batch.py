@@ -32,10 +32,10 @@ class RawInput:
 
 @dataclass(frozen=True)
 class RawPair:
-    """Row ``row`` of a training ``subset``; None pads ``positives`` and ``negatives`` to the numbers asked for.
+    """Row ``row`` of a training ``subset``; None pads to the numbers of positives and negatives asked for.
 
-    ``positives`` are those besides ``candidate``. ``teacher`` are scores of candidate, positives and negatives
-    in this order, NaN where there are none; empty for none at all.
+    ``positives`` are those besides ``candidate``. ``teacher`` are the scores of candidate, positives and
+    negatives in this order, NaN where there are none; empty for none at all.
     """
 
     query: RawInput
@@ -82,11 +82,11 @@ class EncoderInputs:
 
 @dataclass(frozen=True)
 class PairBatch:
-    """What one training step sees; ``candidate`` are ``B`` positives in query order, then what rows have more.
+    """What one training step sees; ``candidate`` are ``B`` positives in query order, then all others.
 
-    That is row by row the positives up to ``num_positives``, then any hard negatives. Equal ``candidate_ids``
-    (int64) are the same target, and ``PADDING_ID`` is none. ``teacher`` are scores of each row's own
-    candidates, ``[B, K]``, NaN where there are none.
+    The others stand row by row: the positives up to ``num_positives``, then any hard negatives. Equal
+    ``candidate_ids`` (int64) are the same target, and ``PADDING_ID`` is none. ``teacher`` ``[B, K]`` are the
+    scores of each row's own candidates, NaN where there are none.
     """
 
     query: EncoderInputs

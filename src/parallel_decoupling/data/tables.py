@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-SUFFIXES = (".parquet", ".jsonl", ".csv")
+SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
 ROWS_PER_BATCH = 8192
 FORMAT = "4"
 """Version of the copies in the cache."""
@@ -75,9 +75,9 @@ class Table:
                     raise ValueError(f"{self.owner}, file {file}: {lacking}. Rename or add it.")
         for name, column in zip(self.rows.column_names, self.rows.columns, strict=True):
             if pa.types.is_list(column.type) and name in single:
-                advice = "Only candidates of evaluation and negatives may be lists"
+                advice = "Only candidates and negatives may be lists"
                 raise ValueError(f"{self.where(0, name)}: holds a list, where a row has one value. {advice}.")
-            if self.files[0].suffix == ".csv" and name in self.columns and name not in single:
+            if self.files[0].suffix in (".csv", ".tsv") and name in self.columns and name not in single:
                 row = pc.index(pc.match_substring_regex(column, r"^\s*\[\s*['\"]"), True).as_py()
                 if row >= 0:
                     advice = "a cell of a CSV file holds one text. Keep lists in a JSONL or Parquet file."
@@ -131,9 +131,10 @@ def _write(file: Path, texts: Sequence[str], keep_others: bool, copy: Path) -> N
     elif file.suffix in SUFFIXES:
         types = dict.fromkeys(texts, pa.string())
         convert = pa.csv.ConvertOptions(column_types=types, strings_can_be_null=False)
-        parse = pa.csv.ParseOptions(newlines_in_values=True)
-        is_csv = file.suffix == ".csv"
-        table = pa.csv.read_csv(file, None, parse, convert) if is_csv else _read_jsonl(file)
+        delimiter = "\t" if file.suffix == ".tsv" else ","
+        parse = pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+        is_jsonl = file.suffix == ".jsonl"
+        table = _read_jsonl(file) if is_jsonl else pa.csv.read_csv(file, None, parse, convert)
         found, batches = table.column_names, table.to_batches(ROWS_PER_BATCH)
     else:
         raise ValueError(f"{file}: the file must end with one of {', '.join(SUFFIXES)}.")

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from tqdm import tqdm
 
 from parallel_decoupling.data import readers, tasks
 from parallel_decoupling.data.images import ImageError, load_image
+from parallel_decoupling.data.row_reader import CANDIDATE, NEGATIVE, QUERY, RowReader
+from parallel_decoupling.data.tables import Table
 
 
 @dataclass
@@ -59,12 +65,15 @@ def verify(data_dir: str | Path, sample: int = 20) -> list[Check]:
 
 
 def _check_train(root: Path, check: Check, sample: int) -> None:
-    subset = readers.TrainSubset(root, check.name, check.split, hard_negatives=100)
-    rows = subset.table.rows
-    names = [name for name in (*readers.QUERY, *readers.CANDIDATE) if name in rows.column_names]
-    distinct = rows.select(names).group_by(names).aggregate([])
+    subset = readers.TrainSubset(root, check.name, check.split, positives=100, hard_negatives=100)
+    found = {
+        name: column for name in (*QUERY, *CANDIDATE) if (column := subset.table.column(name)) is not None
+    }
+    lists = {name: column for name, column in found.items() if pa.types.is_list(column.type)}
+    rows = pa.table(found | {name: pc.binary_join(column, "\n") for name, column in lists.items()})
+    distinct = rows.group_by(list(found)).aggregate([])
     check.counts |= {"rows": len(rows), "repeated": len(rows) - len(distinct)}
-    _check_images(check, subset.reader, sample)
+    _check_images(check, [subset.reader], sample)
     if subset.blank_rows:
         check.notes.append(f"{subset.blank_rows} rows with neither text nor image on a side are left out.")
     for index in np.linspace(0, len(subset) - 1, min(len(subset), sample), dtype=int):
@@ -75,30 +84,36 @@ def _check_train(root: Path, check: Check, sample: int) -> None:
 def _check_eval(root: Path, check: Check, sample: int) -> None:
     read = readers.read_eval_task(root, check.name, must_exist=False)
     lists = read.candidates_of_row
-    check.counts |= {"rows": len(lists), "repeated": sum(len(set(row)) < len(row) for row in lists)}
+    repeated = 0 if read.relevance_of_row else sum(len(set(row)) < len(row) for row in lists)
+    check.counts |= {"rows": len(lists), "repeated": repeated}
     check.counts |= {"candidates at least": min(map(len, lists)), "candidates at most": max(map(len, lists))}
-    missing = _check_images(check, readers.open_eval(root, read.task), sample)
-    rows = zip(read.query_of_row, lists, strict=True)
-    needed = [(*read.queries[query].images, *read.candidates[row[0]].images) for query, row in rows]
-    if lost := sum(not missing.isdisjoint(images) for images in needed):
+    missing = _check_images(check, readers.open_sides(root, read.task), sample)
+    bad = (
+        {number for number, each in enumerate(side) if not missing.isdisjoint(each.images)}
+        for side in (read.queries, read.candidates)
+    )
+    queries, candidates = bad
+    rows = enumerate(read.query_of_row)
+    if lost := sum(query in queries or candidates >= read.answers(row).keys() for row, query in rows):
         what = "rows cannot be scored: no image of the query or of the positive"
         check.problems.append(f"{lost} of {len(lists)} {what}.")
     if read.task.source is None and check.name in tasks.MMEB_TASKS and len(lists) != 1000:
         check.notes.append(f"{len(lists)} rows, where MMEB has 1000.")
 
 
-def _check_images(check: Check, reader: readers.RowReader, sample: int) -> set[str]:
+def _check_images(check: Check, sides: Sequence[RowReader], sample: int) -> set[str]:
     """Look for every image, decode a few, and return the names of those that are missing."""
-    places: dict[str, tuple[int, str]] = {}
-    for name in ("query_image", "candidate_image", "negative_image"):
-        column = reader.table.column(name)
+    places: dict[str, tuple[Table, int, str]] = {}
+    for table, name in product((side.table for side in sides), (QUERY[1], CANDIDATE[1], NEGATIVE[1])):
+        column = table.column(name)
         for row, cell in enumerate([] if column is None else column.to_pylist()):
             for image in filter(None, cell if isinstance(cell, list) else [cell]):
-                places.setdefault(image, (row, name))
-    files = {image: reader.images.find(image) for image in places}
+                places.setdefault(image, (table, row, name))
+    files = {image: sides[0].images.find(image) for image in places}
     missing = [image for image, file in files.items() if file is None]
     if missing:
-        first = f"first {missing[0]!r} in {reader.table.where(*places[missing[0]])}"
+        table, row, name = places[missing[0]]
+        first = f"first {missing[0]!r} in {table.where(row, name)}"
         found = f"{len(missing)} of {len(files)} images are missing, {first}"
         advice = "Unpack the archive or correct image_dir, or train and score without them"
         check.problems.append(f"{found}. {advice} with `missing_images: skip`.")
@@ -108,7 +123,8 @@ def _check_images(check: Check, reader: readers.RowReader, sample: int) -> set[s
         try:
             load_image(file)
         except ImageError as error:
-            errors.append(f"{reader.table.where(*places[image])}: {error}")
+            table, row, name = places[image]
+            errors.append(f"{table.where(row, name)}: {error}")
     if errors:
         check.problems.append(f"{len(errors)} of {len(opened)} opened images are broken. {errors[0]}")
     check.counts |= {"images": len(files), "missing": len(missing)}

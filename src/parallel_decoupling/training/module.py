@@ -64,7 +64,7 @@ class PDFEmbedder(LightningModule):
         temperature: divides cosines in InfoNCE, above 0.
         learn_temperature: train the temperature, starting from temperature.
         symmetric: also contrast candidates with queries.
-        teacher_weight: weight, within every InfoNCE, of the divergence from a teacher's scores (docs/data.md).
+        teacher_weight: of the divergence from a teacher's scores within every InfoNCE (docs/data.md).
         optimizer: rates, schedule, clipping.
         query_chunk_size: GradCache, queries per forward pass; null encodes the batch in one graph.
         candidate_chunk_size: GradCache, candidates per forward pass; null encodes the batch in one graph.
