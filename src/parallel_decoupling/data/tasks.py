@@ -133,13 +133,13 @@ class EvalTask:
         """
         if self.relevance_of_row is not None:
             shared = [each for each in range(len(self.candidates)) if each not in candidates]
-            left = [{c: grade for c, grade in row.items() if c in shared} for row in self.relevance_of_row]
-            kept_rows = [n for n, q in enumerate(self.query_of_row) if left[n] and q not in queries]
-            query_of_row = [self.query_of_row[row] for row in kept_rows]
-            lists = {"candidates_of_row": [shared] * len(kept_rows)}
-            return replace(
-                self, query_of_row=query_of_row, relevance_of_row=[left[row] for row in kept_rows], **lists
-            )
+            kept = replace(self, query_of_row=[], relevance_of_row=(relevance := []))
+            for query, row in zip(self.query_of_row, self.relevance_of_row, strict=True):
+                answers = {each: grade for each, grade in row.items() if each not in candidates}
+                if query not in queries and answers and len(shared) > 1:
+                    kept.query_of_row.append(query)
+                    relevance.append(answers)
+            return replace(kept, candidates_of_row=[shared] * len(relevance))
         kept = replace(self, query_of_row=[], candidates_of_row=[])
         for query, row in zip(self.query_of_row, self.candidates_of_row, strict=True):
             left = [candidate for candidate in row if candidate not in candidates]

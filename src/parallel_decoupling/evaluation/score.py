@@ -19,13 +19,8 @@ from parallel_decoupling.data.tasks import EvalTask, Task
 from parallel_decoupling.model.identity import rows_hash
 
 DEPTHS = (1, 5, 10)
-CUT = ("mrr", "ndcg", "recall")
-METRICS = (
-    *(f"hit@{k}" for k in DEPTHS),
-    "mrr",
-    *(f"{name}@{k}" for name in CUT for k in DEPTHS),
-    "r_precision",
-)
+CUT = ("hit", "mrr", "ndcg", "recall")
+METRICS = (*(f"{name}@{k}" for name in CUT for k in DEPTHS), "mrr", "r_precision")
 RANKING_DEPTH = 10
 ROWS_AT_ONCE = 256
 
@@ -100,20 +95,17 @@ def score_task(task: EvalTask, columns: Columns) -> TaskScore:
             order_RC, found_RC = ranked(scores_RC, grades_RC, counted_RC)
             chunks[name].append(row_metrics(found_RC, grades_RC))
             if name == next(iter(columns)):
-                best_RC = index_RC.masked_fill(~counted_RC, -1).gather(1, order_RC)[:, :RANKING_DEPTH]
-                ranking.append(best_RC)
+                best_RC = index_RC.masked_fill(~counted_RC, -1).gather(1, order_RC[:, :RANKING_DEPTH])
+                ranking.append(F.pad(best_RC, (0, RANKING_DEPTH - best_RC.shape[1]), value=-1))
     values = {
         name: {metric: torch.cat([each[metric] for each in parts]) for metric in METRICS}
         for name, parts in chunks.items()
     }
-    best = torch.cat([F.pad(each, (0, RANKING_DEPTH - each.shape[1]), value=-1) for each in ranking])
-    shares = (
-        len({identities[each] for each in task.answers(row)}) / len({identities[each] for each in candidates})
-        for row, candidates in enumerate(task.candidates_of_row)
-    )
-    chance = sum(shares) / len(query_of_row)
-    answers = sum(len(task.answers(row)) for row in range(len(query_of_row))) / len(query_of_row)
-    return TaskScore(task.task, values, best, chance, rows_sha256=task_hash(task), answers=answers)
+    right = [{identities[each] for each in task.answers(row)} for row in range(len(query_of_row))]
+    everyone = ({identities[each] for each in candidates} for candidates in task.candidates_of_row)
+    chance = sum(len(some) / len(each) for some, each in zip(right, everyone, strict=True)) / len(right)
+    answers, ranking_R = sum(map(len, right)) / len(right), torch.cat(ranking)
+    return TaskScore(task.task, values, ranking_R, chance, rows_sha256=task_hash(task), answers=answers)
 
 
 def task_hash(task: EvalTask) -> str:
@@ -124,7 +116,7 @@ def task_hash(task: EvalTask) -> str:
 
 
 def _judged(task: EvalTask, rows: range, identity_U: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the candidates of some rows, their grades, and which of them count: three tensors ``[R, C]``.
+    """Return the candidates of some rows, their grades, and which of them count: ``[R, C]`` each.
 
     The columns of a row are in the order of their grades, wrong ones first. Copies of the positive and the
     padding of short rows do not count.
@@ -146,7 +138,8 @@ def _judged(task: EvalTask, rows: range, identity_U: Tensor) -> tuple[Tensor, Te
         grades_RC = grades_RU[:, lists[0]]
         counted_RC = torch.ones_like(index_RC, dtype=torch.bool)
     by_grade_RC = grades_RC.argsort(dim=1, stable=True)
-    return tuple(each.gather(1, by_grade_RC) for each in (index_RC, grades_RC, counted_RC))  # type: ignore[return-value]
+    index_RC, grades_RC = index_RC.gather(1, by_grade_RC), grades_RC.gather(1, by_grade_RC)
+    return index_RC, grades_RC, counted_RC.gather(1, by_grade_RC)
 
 
 def ranked(scores_RC: Tensor, grades_RC: Tensor, counted_RC: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,21 +162,21 @@ def row_metrics(found_RC: Tensor, grades_RC: Tensor) -> dict[str, Tensor]:
     A grade above 0 is a right answer. nDCG is the linear one, grade / log2(1 + rank) over that of the best
     order of all ``grades_RC`` of the row; only in it grades make a difference.
     """
+    right_RC, count_R = found_RC > 0, (grades_RC > 0).sum(dim=1).double()
     rank_C = torch.arange(1, found_RC.shape[1] + 1, dtype=torch.float64)
-    right_RC, found_RC = found_RC > 0, found_RC / torch.log2(1 + rank_C)
-    best_RC = grades_RC.sort(dim=1, descending=True).values / torch.log2(1 + rank_C)
-    count_R = (grades_RC > 0).sum(dim=1)
     first_R = torch.where(right_RC, rank_C, torch.inf).amin(dim=1)
     values = {
         "mrr": 1 / first_R,
         "r_precision": (right_RC & (rank_C <= count_R[:, None])).sum(dim=1) / count_R,
     }
     for k in DEPTHS:
+        discount_K = 1 / torch.log2(1 + rank_C[:k])
+        best_RK = grades_RC.topk(len(discount_K), dim=1).values.double()
         values[f"hit@{k}"] = (first_R <= k).double()
         values[f"mrr@{k}"] = values["mrr"] * values[f"hit@{k}"]
-        values[f"ndcg@{k}"] = found_RC[:, :k].sum(dim=1) / best_RC[:, :k].sum(dim=1)
+        values[f"ndcg@{k}"] = found_RC[:, :k].double() @ discount_K / (best_RK @ discount_K)
         values[f"recall@{k}"] = right_RC[:, :k].sum(dim=1) / count_R
-    return {name: values[name].double() for name in METRICS}
+    return {name: values[name] for name in METRICS}
 
 
 def mode_costs(columns: Columns) -> dict[str, dict[str, int]]:

@@ -7,7 +7,7 @@ they are named.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -21,7 +21,6 @@ from parallel_decoupling.world.scenes import COLORS, HELD_OUT, SHAPES, SIZES, Sc
 
 GROUP = "several_answers"
 MOST_POSITIVES = 4
-COLUMNS = {"query_text": "query", "candidate_image": "picture", "negative_image": "other"}
 
 Rng = np.random.Generator
 Grade = Callable[[Scene], int]
@@ -29,43 +28,46 @@ Grade = Callable[[Scene], int]
 
 @dataclass(frozen=True)
 class AnswerTask:
-    """One task; ``ask`` returns texts for a corpus with the grade of a picture, 0 for a wrong answer."""
+    """One task; ``ask`` returns texts for a corpus with the grade of a picture, 0 for a wrong answer.
+
+    Pictures out of distribution show combinations that no training picture shows.
+    """
 
     name: str
     in_distribution: bool
     instruction: str
     ask: Callable[[Rng, Sequence[Scene], int], dict[str, Grade]]
-    held_out: bool = field(default=False, kw_only=True)
 
     @property
     def entry(self) -> dict[str, Any]:
         """The task's entry in ``tasks.json``."""
-        folder = f"{GROUP}/{self.name}"
-        about = {"meta_task": "retrieval", "in_distribution": self.in_distribution}
-        about |= {"metric": "ndcg@10", "group": GROUP}
-        files = {"train_file": f"{folder}/train.parquet"} if self.in_distribution else {}
-        files |= {"eval_dir": folder, "image_dir": folder}
-        texts = {"query_instruction": self.instruction}
-        texts["candidate_instruction"] = "Represent the given picture"
-        kept = COLUMNS if self.in_distribution else dict(list(COLUMNS.items())[:2])
-        return {**about, **files, "columns": kept, **texts}
+        folder, columns = f"{GROUP}/{self.name}", {"query_text": "query", "candidate_image": "picture"}
+        entry = {"meta_task": "retrieval", "in_distribution": self.in_distribution, "metric": "ndcg@10"}
+        entry |= {"group": GROUP, "eval_dir": folder, "image_dir": folder, "columns": columns}
+        if self.in_distribution:
+            entry["train_file"], columns["negative_image"] = f"{folder}/train.parquet", "other"
+        texts = {
+            "query_instruction": self.instruction,
+            "candidate_instruction": "Represent the given picture",
+        }
+        return entry | texts
 
 
 def objects(rng: Rng, scenes: Sequence[Scene], count: int) -> dict[str, Grade]:
     """Ask for an object by color and shape, often by size, too; one of another size is half right."""
-    kinds = [kind for kind in product(SHAPES, COLORS, (None, *SIZES)) if kind[:2] not in HELD_OUT]
+    kinds = [kind for kind in product(SHAPES, COLORS, ("", *SIZES)) if kind[:2] not in HELD_OUT]
     asked = (kinds[number] for number in rng.permutation(len(kinds)))
     wanted = {
-        f"a {f'{size} ' if size else ''}{color} {shape}": partial(_object_grade, shape, color, size)
-        for shape, color, size in asked
+        f"a {size} {color} {shape}": partial(_grade, shape, color, size) for shape, color, size in asked
     }
+    wanted = {text.replace("  ", " "): grade for text, grade in wanted.items()}
     there = [text for text, grade in wanted.items() if any(grade(scene) == 2 for scene in scenes)]
     return {text: wanted[text] for text in there[:count]}
 
 
-def _object_grade(shape: str, color: str, size: str | None, scene: Scene) -> int:
+def _grade(shape: str, color: str, size: str, scene: Scene) -> int:
     found = [item for _, item in scene.objects if (item.shape, item.color) == (shape, color)]
-    return max((2 if size in (None, item.size) else 1 for item in found), default=0)
+    return max((2 if size in ("", item.size) else 1 for item in found), default=0)
 
 
 def fragments(rng: Rng, scenes: Sequence[Scene], count: int) -> dict[str, Grade]:
@@ -76,36 +78,36 @@ def fragments(rng: Rng, scenes: Sequence[Scene], count: int) -> dict[str, Grade]
         kept = sorted(rng.permutation(len(parts))[: int(rng.integers(1, 3))].tolist())
         chosen = [parts[number] for number in kept]
         if len(wanted) < count:
-            wanted[", ".join(chosen)] = partial(_fragment_grade, chosen)
+            wanted[", ".join(chosen)] = partial(_has_all, chosen)
     return wanted
 
 
-def _fragment_grade(parts: list[str], scene: Scene) -> int:
+def _has_all(parts: list[str], scene: Scene) -> int:
     return int(set(parts) <= set(scene.caption().split(", ")))
 
 
 ANSWER_TASKS = (
     AnswerTask("ObjectPictures", True, "Find all pictures that show", objects),
-    AnswerTask("UnseenFragments", False, "Find all pictures that match", fragments, held_out=True),
+    AnswerTask("UnseenFragments", False, "Find all pictures that match", fragments),
 )
-"""The fragments are of captions of combinations, and in a form, that no training row shows."""
 
 
 def write_answer_task(data_dir: Path, task: AnswerTask, rng: Rng, *, train_rows: int, eval_rows: int) -> None:
     """Write a task's folder: pictures, ``corpus``, ``queries``, ``qrels``, and ``train`` in distribution."""
     folder = data_dir / GROUP / task.name
-    scenes = [sample_scene(rng, held_out=task.held_out) for _ in range(2 * eval_rows)]
+    scenes = [sample_scene(rng, held_out=not task.in_distribution) for _ in range(2 * eval_rows)]
     files = _write_pictures(folder, "corpus", scenes)
     wanted = task.ask(rng, scenes, eval_rows)
-    corpus = [{"corpus-id": str(number), "picture": file} for number, file in enumerate(files)]
-    queries = [{"query-id": str(number), "query": text} for number, text in enumerate(wanted)]
-    qrels = [
-        {"query-id": str(query), "corpus-id": str(number), "score": grade(scene)}
-        for query, grade in enumerate(wanted.values())
-        for number, scene in enumerate(scenes)
-        if grade(scene)
-    ]
-    tables = {"corpus": corpus, "queries": queries, "qrels": qrels}
+    tables: dict[str, list[dict[str, Any]]] = {
+        "corpus": [{"corpus-id": number, "picture": file} for number, file in enumerate(files)],
+        "queries": [{"query-id": number, "query": text} for number, text in enumerate(wanted)],
+        "qrels": [
+            {"query-id": query, "corpus-id": number, "score": grade(scene)}
+            for query, grade in enumerate(wanted.values())
+            for number, scene in enumerate(scenes)
+            if grade(scene)
+        ],
+    }
     if task.in_distribution:
         tables["train"] = _train_rows(folder, task, rng, train_rows)
     for name, rows in tables.items():
@@ -114,19 +116,15 @@ def write_answer_task(data_dir: Path, task: AnswerTask, rng: Rng, *, train_rows:
 
 def _train_rows(folder: Path, task: AnswerTask, rng: Rng, count: int) -> list[dict[str, Any]]:
     """Draw rows of up to ``MOST_POSITIVES`` pictures from a small stock, and a wrong one."""
-    scenes = [sample_scene(rng, held_out=task.held_out) for _ in range(max(32, count // 4))]
-    files = _write_pictures(folder, "train", scenes)
-    grades = {
-        text: np.array([grade(scene) for scene in scenes])
-        for text, grade in task.ask(rng, scenes, count).items()
-    }
+    scenes = [sample_scene(rng) for _ in range(max(32, count // 4))]
+    files = np.array(_write_pictures(folder, "train", scenes))
+    wanted = task.ask(rng, scenes, count).items()
+    graded = [(text, np.array([grade(scene) for scene in scenes])) for text, grade in wanted]
     rows = []
-    for number in rng.integers(len(grades), size=count):
-        text, of_scenes = list(grades.items())[number]
-        right = rng.permutation(np.flatnonzero(of_scenes == 2))[:MOST_POSITIVES]
-        wrong = rng.choice(np.flatnonzero(of_scenes == 0))
-        pictures = [files[place] for place in right]
-        rows.append({"query": text, "picture": pictures, "other": files[wrong]})
+    for number in rng.integers(len(graded), size=count):
+        text, grades = graded[number]
+        right, wrong = rng.permutation(files[grades == 2]), rng.choice(files[grades == 0])
+        rows.append({"query": text, "picture": right[:MOST_POSITIVES].tolist(), "other": str(wrong)})
     return rows
 
 
