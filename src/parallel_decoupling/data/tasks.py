@@ -133,9 +133,10 @@ class EvalTask:
         """
         if self.relevance_of_row is not None:
             shared = [each for each in range(len(self.candidates)) if each not in candidates]
-            kept = replace(self, query_of_row=[], relevance_of_row=(relevance := []))
-            for query, row in zip(self.query_of_row, self.relevance_of_row, strict=True):
-                answers = {each: grade for each, grade in row.items() if each not in candidates}
+            relevance: list[dict[int, float]] = []
+            kept = replace(self, query_of_row=[], relevance_of_row=relevance)
+            for query, grades in zip(self.query_of_row, self.relevance_of_row, strict=True):
+                answers = {each: grade for each, grade in grades.items() if each not in candidates}
                 if query not in queries and answers and len(shared) > 1:
                     kept.query_of_row.append(query)
                     relevance.append(answers)

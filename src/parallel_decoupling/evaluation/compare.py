@@ -183,8 +183,8 @@ def differences(baseline: ScoreReport, other: ScoreReport, seed: int = 0) -> Run
     generator = np.random.default_rng(seed)
     samples: dict[str, NDArray[np.float64]] = {}  # the difference itself, then the resampled ones
     for name in baseline.tasks:
-        scores = [report.tasks[name].row_scores(report.columns[0]) for report in (baseline, other)]
-        row_difference = np.subtract(*reversed(scores))
+        before, after = (report.tasks[name].row_scores(report.columns[0]) for report in (baseline, other))
+        row_difference = np.subtract(after, before)
         steps = np.union1d(row_difference, (-1, 0, 1))
         share = [float((row_difference == step).mean()) for step in steps]
         counts = generator.multinomial(len(row_difference), share, size=RESAMPLES)

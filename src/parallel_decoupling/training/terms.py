@@ -52,7 +52,7 @@ class GatheredPairs:
         """The same rows without graph, and without nested ones."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         tensors = {name: value.detach() for name, value in values.items() if isinstance(value, Tensor)}
-        return replace(self, nested=(), **tensors)
+        return GatheredPairs(**{**values, "nested": (), **tensors})
 
 
 def gather_pairs(

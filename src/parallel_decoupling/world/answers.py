@@ -42,27 +42,28 @@ class AnswerTask:
     def entry(self) -> dict[str, Any]:
         """The task's entry in ``tasks.json``."""
         folder, columns = f"{GROUP}/{self.name}", {"query_text": "query", "candidate_image": "picture"}
-        entry = {"meta_task": "retrieval", "in_distribution": self.in_distribution, "metric": "ndcg@10"}
+        entry: dict[str, Any] = {
+            "meta_task": "retrieval",
+            "in_distribution": self.in_distribution,
+            "metric": "ndcg@10",
+        }
         entry |= {"group": GROUP, "eval_dir": folder, "image_dir": folder, "columns": columns}
         if self.in_distribution:
             entry["train_file"], columns["negative_image"] = f"{folder}/train.parquet", "other"
-        texts = {
-            "query_instruction": self.instruction,
-            "candidate_instruction": "Represent the given picture",
-        }
-        return entry | texts
+        entry["query_instruction"] = self.instruction
+        return entry | {"candidate_instruction": "Represent the given picture"}
 
 
 def objects(rng: Rng, scenes: Sequence[Scene], count: int) -> dict[str, Grade]:
     """Ask for an object by color and shape, often by size, too; one of another size is half right."""
     kinds = [kind for kind in product(SHAPES, COLORS, ("", *SIZES)) if kind[:2] not in HELD_OUT]
     asked = (kinds[number] for number in rng.permutation(len(kinds)))
-    wanted = {
-        f"a {size} {color} {shape}": partial(_grade, shape, color, size) for shape, color, size in asked
-    }
-    wanted = {text.replace("  ", " "): grade for text, grade in wanted.items()}
-    there = [text for text, grade in wanted.items() if any(grade(scene) == 2 for scene in scenes)]
-    return {text: wanted[text] for text in there[:count]}
+    wanted: dict[str, Grade] = {}
+    for shape, color, size in asked:
+        grade = partial(_grade, shape, color, size)
+        if len(wanted) < count and any(grade(scene) == 2 for scene in scenes):
+            wanted[" ".join(filter(None, ("a", size, color, shape)))] = grade
+    return wanted
 
 
 def _grade(shape: str, color: str, size: str, scene: Scene) -> int:
@@ -74,7 +75,7 @@ def fragments(rng: Rng, scenes: Sequence[Scene], count: int) -> dict[str, Grade]
     """Ask for one or two parts of a picture's caption."""
     wanted: dict[str, Grade] = {}
     for _ in range(20 * count):
-        parts = scenes[rng.integers(len(scenes))].caption().split(", ")
+        parts = scenes[int(rng.integers(len(scenes)))].caption().split(", ")
         kept = sorted(rng.permutation(len(parts))[: int(rng.integers(1, 3))].tolist())
         chosen = [parts[number] for number in kept]
         if len(wanted) < count:
