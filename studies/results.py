@@ -104,14 +104,17 @@ def missing_points(run: Run, results: Iterable[Result]) -> list[int]:
 
 
 def take_over(run: Run, results_file: Path) -> None:
-    """Copy missing points that another study or cell has scored with the same configuration and seed.
+    """Copy missing points that another study or cell has scored with this commit, configuration and seed.
 
-    A copied line says so under ``copied_from``.
+    Runs of other commits stay where they are: code, torch and machine move a seed by a point and more. A copied
+    line says so under ``copied_from``.
     """
+    commit, _ = code_version()
     missing = missing_points(run, read_results(results_file))
     for file in sorted(OUTPUT_DIR.glob("*/results.jsonl")):
         for result in read_results(file):
             same = (result["config_hash"], result["seed"]) == (run.cell.config_hash, run.seed)
+            same = same and result["commit"] == commit
             if same and result["step"] in missing:
                 missing.remove(result["step"])
                 names = {"study": run.study, "cell": run.cell.name, "overrides": run.cell.overrides}

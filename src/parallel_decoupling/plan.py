@@ -18,6 +18,7 @@ from parallel_decoupling.data.images import ImagePolicy
 from parallel_decoupling.model.backbone import Backbone, load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.model.open_clip import is_open_clip
+from parallel_decoupling.model.path_lora import PathLoRA
 from parallel_decoupling.objective.vclub import MutualInformation
 from parallel_decoupling.training import compute
 from parallel_decoupling.training.settings import PATHS, check_trained_dtype, group, read_settings
@@ -117,6 +118,7 @@ def saved_bytes(layers: nn.Module, element: int) -> int:
     linear = {name: m for name, m in layers.named_modules() if isinstance(m, nn.Linear)}
     own = [m.in_features + m.out_features for name, m in linear.items() if "lora_" not in name]
     cast = [m.in_features for n, m in linear.items() if m.weight.requires_grad and "lora_B" not in n]
+    cast += [m.path_lora_A.shape[-1] for m in layers.modules() if isinstance(m, PathLoRA)]
     norms = [p.numel() for n, p in layers.named_parameters() if "norm" in n and n.endswith("weight")]
     return element * (sum(own) + sum(cast)) + FP32 * sum(norms)
 

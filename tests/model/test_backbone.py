@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from parallel_decoupling.model.adapters import reset_adapters
+from parallel_decoupling.model.adapters import draw_adapters
 from parallel_decoupling.model.backbone import AdapterConfig, load_backbone
 from tests.model.test_attention import FROZEN, OTHER_SIZES, ROWS, join
 from tests.support.tiny import tiny_inputs
@@ -62,7 +62,7 @@ def test_building_asks_no_gpu_for_its_state(tiny_backbone_dir: str, monkeypatch:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(torch.cuda, "get_rng_state", asked)
     monkeypatch.setattr(torch.cuda, "manual_seed_all", asked)
-    reset_adapters(load_backbone(tiny_backbone_dir).base, 3)
+    draw_adapters(load_backbone(tiny_backbone_dir).base, 3, fresh=True)
 
 
 def test_unknown_family_raises(tmp_path: Path) -> None:

@@ -44,6 +44,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "full": {"kind": "full"},
     "learned": {"aggregation": "learned"},
     "concat": {"aggregation": "concat"},
+    "own adapters": {"per_path": True, "prefix_length": 0},
+    "own adapters above": {"per_path": True, "prefix_layers": 1},
     "upper layers": {"prefix_layers": 1},
     "plain": {"num_paths": 1, "prefix_length": 0},
     "bfloat16": {"loading": {"dtype": "bfloat16"}},

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from parallel_decoupling.batch import PADDING_ID
-from parallel_decoupling.objective.contrastive import in_batch_hit_at_1, info_nce, own_candidates_kl
+from parallel_decoupling.objective.contrastive import (
+    candidate_logits,
+    in_batch_hit_at_1,
+    info_nce,
+    own_candidates_kl,
+)
 from tests.support.references import (
     hit_at_1_loop,
     info_nce_loop,
@@ -198,6 +203,17 @@ def test_several_positives_equal_the_loop(case: str, symmetric: bool) -> None:
             others = [value for j, value in score.items() if ids[j] not in targets]
             hits += max(score[p] for p in of_query if p in score) > max(others)
         assert in_batch_hit_at_1(query, candidate, **labels)[n] == hits / 3
+
+
+@pytest.mark.parametrize("case", SEVERAL)
+def test_what_distillation_compares_has_all_positives_and_no_padding(case: str) -> None:
+    positives, ids = SEVERAL[case]
+    sides = unit(3, 1, 5, seed=1), unit(len(ids), 1, 5, seed=2)
+    (found,) = candidate_logits(*sides, torch.tensor(positives), torch.tensor(ids)).isfinite().tolist()
+    for of_query, there in zip(positives, found, strict=True):
+        left_out = {ids[p] for p in of_query} | {PADDING_ID}
+        kept = [j in of_query or each not in left_out for j, each in enumerate(ids)]
+        assert there == [each and ids[j] != PADDING_ID for j, each in enumerate(kept)]
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

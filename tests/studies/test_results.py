@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from studies.results import append_result, missing_points, newest_results, outdated, read_results
+from studies import results
+from studies.results import (
+    append_result,
+    missing_points,
+    newest_results,
+    outdated,
+    read_results,
+    take_over,
+)
 from studies.study import Run
 from tests.support.study import made_up_result, toy_study
 
@@ -63,3 +71,17 @@ def test_an_interrupted_write_is_left_out_and_cut_off_by_the_next(tmp_path: Path
     append_result(file, {"seed": 1})
     append_result(file, {"seed": 2})
     assert read_results(file) == [*whole, {"seed": 1}, {"seed": 2}]
+
+
+@pytest.mark.parametrize("commit", ["0" * 40, "1" * 40])
+def test_runs_of_the_same_commit_alone_are_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commit: str
+) -> None:
+    monkeypatch.setattr(results, "code_version", lambda: (commit, False))
+    study = toy_study(tmp_path, cells={"a": None})
+    run = Run("toy", study.cells["a"], 0)
+    other = made_up_result(run.cell, 0, 100, 5.0, study="other")
+    append_result(study.results_file.parent.parent / "other" / "results.jsonl", other)
+    take_over(run, study.results_file)
+    origins = [line["copied_from"] for line in read_results(study.results_file)]
+    assert origins == (["other/a"] if commit == other["commit"] else [])

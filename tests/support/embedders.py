@@ -17,11 +17,12 @@ def tiny_embedder(
     *,
     kind: str = "lora",
     num_paths: int = 3,
+    per_path: bool = False,
     loading: dict[str, Any] | None = None,
     **encoder: Any,
 ) -> Embedder:
     """Every trainable number is moved, so that one that gets lost changes the embeddings."""
-    adapter = AdapterConfig(kind=kind, rank=2, alpha=4)  # type: ignore[arg-type]
+    adapter = AdapterConfig(kind=kind, rank=2, alpha=4, per_path=per_path)  # type: ignore[arg-type]
     loaded = load_backbone(backbone, adapter=adapter, **(loading or {}))
     options = {"prefix_length": 3, "prefix_init": "random", **encoder}
     parallel = ParallelEncoder(loaded, num_paths=num_paths, **options)

@@ -17,7 +17,7 @@ from parallel_decoupling.training.module import PDFEmbedder
 from tests.support.fit import Recorder, assert_equal, make_trainer, small_data, small_embedder, trained
 from tests.support.tiny import save_tiny_backbone
 
-DROPOUT: dict[str, Any] = {"adapter": {"dropout": 0.2}, "mi": {"kind": "club_sample"}}
+DROPOUT: dict[str, Any] = {"adapter": {"dropout": 0.2, "per_path": True}, "mi": {"kind": "club_sample"}}
 ALL_STEPS = 9  # an epoch has 6 batches
 
 

@@ -30,6 +30,7 @@ from tests.support.fit import (
 )
 
 SINGLE_PATH: dict[str, Any] = {"num_paths": 1, "prefix_length": 0, "mi_weight": 0.0, "aggregate_weight": 0.0}
+OWN_ADAPTERS = {"adapter": {"per_path": True}, "prefix_length": 0}
 NO_CLIP = {"clip_norm": 0.0}
 NO_RAMP = {"warmup_steps": 0, "ramp_steps": 0}
 
@@ -76,12 +77,15 @@ def test_one_path_without_prefix_is_the_plain_single_path_recipe(
 
 
 def test_the_loss_is_the_sum_of_its_logged_terms(fit: Any) -> None:
-    _, logged = fit(4, mi_weight=0.4, aggregate_weight=0.7)
+    distilled = {"distillation_weight": 0.3, "distillation_start": 2}
+    _, logged = fit(4, mi_weight=0.4, aggregate_weight=0.7, **distilled)
+    assert ["train/distillation" in values for values in logged] == [False, False, True, True]
     assert [values["train/mi_weight"] for values in logged] == pytest.approx([0.0, 0.0, 0.2, 0.4])
     for values in logged:
         paths = (values["train/contrastive_path_0"] + values["train/contrastive_path_1"]) / 2
         mi = values["train/mi_weight"] * values["train/mi_pair_0_1"]
         expected = paths + 0.7 * values["train/contrastive_aggregate"] + mi
+        expected += 0.3 * values.get("train/distillation", 0.0)
         assert values["train/loss"] == pytest.approx(expected, rel=1e-5)
         assert values["train/estimator_nll"] < values["train/estimator_nll_held_out"]
 
@@ -136,7 +140,9 @@ def test_mutual_information_reaches_the_prefixes_only_with_its_weight(fit: Any) 
     assert not torch.allclose(*gradients)
 
 
-@pytest.mark.parametrize("extra", [{}, {"prefix_type": "shallow"}, {"matryoshka_dims": [16, 8]}])
+@pytest.mark.parametrize(
+    "extra", [{}, {"prefix_type": "shallow"}, OWN_ADAPTERS, {"matryoshka_dims": [16, 8]}]
+)
 def test_chunks_train_like_one_graph(fit: Any, extra: dict[str, Any]) -> None:
     settings = {"mi": NO_RAMP, "optimizer": NO_CLIP, "aggregation": "learned", "temperature": 0.2, **extra}
     chunks = {"query_chunk_size": 3, "candidate_chunk_size": 2}
@@ -158,7 +164,7 @@ def test_two_runs_are_equal_bit_for_bit_and_the_seed_matters(fit: Any) -> None:
 def settings_with(**changes: Any) -> dict[str, Any]:
     parameters = inspect.signature(PDFEmbedder.__init__).parameters
     defaults = {name: p.default for name, p in parameters.items() if name != "self"}
-    return {**defaults, "mi": {"kind": "vclub"}, **changes}
+    return {**defaults, "mi": {"kind": "vclub"}, "adapter": {"per_path": False}, **changes}
 
 
 @pytest.mark.parametrize(

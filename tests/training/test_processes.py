@@ -31,6 +31,7 @@ SETTINGS: dict[str, Any] = {
     "optimizer": {"learning_rate": 1e-3, "prefix_learning_rate": 1e-2, "clip_norm": 0.5},
 }
 LORA = {"kind": "lora", "scope": "both"}
+ADAPTERS = {"lora": LORA, "own": {**LORA, "per_path": True}, "full": {"kind": "full"}}
 STEPS = 4
 
 
@@ -118,7 +119,7 @@ def assert_close(found: dict[str, Any], wanted: dict[str, Any]) -> None:
     assert found["parameters"].keys() == wanted["parameters"].keys()
 
 
-@pytest.fixture(scope="module", params=["lora", "full"])
+@pytest.fixture(scope="module", params=["lora", "own", "full"])
 def one_process(
     request: pytest.FixtureRequest,
     tiny_backbone_dir: str,
@@ -127,7 +128,7 @@ def one_process(
 ) -> tuple[Path, tuple[Any, ...], dict[str, Any]]:
     """Folder with checkpoint, arguments and results of one process with the whole batches."""
     folder = tmp_path_factory.mktemp(request.param)
-    args = (tiny_backbone_dir, tiny_mmeb_dir, LORA if request.param == "lora" else {"kind": "full"})
+    args = (tiny_backbone_dir, tiny_mmeb_dir, ADAPTERS[request.param])
     train(folder, *args)
     (result,) = results(folder)
     return folder, args, result

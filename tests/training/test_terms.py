@@ -47,6 +47,25 @@ def test_each_query_of_each_rank_finds_its_positive(monkeypatch: pytest.MonkeyPa
     assert pairs.query.flatten().tolist() == [0, 1, 2, 3, 100, 101, 102, 103]
 
 
+def test_nested_paths_are_the_aggregates_of_the_first_ones() -> None:
+    query, candidate = torch.randn(BATCH, 4, WIDTH), torch.randn(BATCH + NEGATIVES, 4, WIDTH)
+    ids = torch.arange(BATCH + NEGATIVES)
+    pairs = gather_pairs(query, candidate, ids, concatenated, nested_paths=True)
+    _, found = terms.contrastive_terms(pairs, 0.5, symmetric=False, with_aggregate=True)
+    of_sizes = [
+        info_nce(
+            concatenated(query[:, :size])[:, None],
+            concatenated(candidate[:, :size])[:, None],
+            temperature=0.5,
+            **pairs.labels,
+        )
+        for size in (4, 3, 2)
+    ]
+    torch.testing.assert_close(found, torch.cat(of_sizes).mean())
+    alone = gather_pairs(query, candidate, ids, concatenated)
+    assert torch.equal(alone.query_aggregate, pairs.query_aggregate[:, :1])
+
+
 def test_padding_of_each_rank_stays_padding_after_the_gather() -> None:
     query, candidate = (
         torch.nn.functional.normalize(torch.randn(2 * rows, PATHS, WIDTH, dtype=torch.float64), dim=-1)

@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from parallel_decoupling.model.families import Family
+from parallel_decoupling.model.path_lora import PathLoRA
 
 OTHER_TARGETS = frozenset(("out_proj", "qkv_proj", "gate_up_proj"))
 """Targets that a family may lack: VLM2Vec's one list serves CLIP towers and fused layers as well."""
@@ -29,6 +30,8 @@ class AdapterConfig:
         dropout: on the input of the update, in [0, 1).
         scope: where LoRA and DoRA go: the language model, the vision tower or both.
         targets: last names of the linear layers to adapt; None is the family's default.
+        per_path: every path has a LoRA of its own in the language model, from the first layer of
+            ``prefix_layers`` on; the layers below, and the vision tower, share one.
     """
 
     kind: Literal["frozen", "lora", "dora", "full"] = "lora"
@@ -37,10 +40,16 @@ class AdapterConfig:
     dropout: float = 0.0
     scope: Literal["language", "vision", "both"] = "language"
     targets: tuple[str, ...] | None = None
+    per_path: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in ("frozen", "lora", "dora", "full"):
             raise ValueError(f"adapter.kind must be frozen, lora, dora or full, got {self.kind!r}.")
+        if self.per_path and (self.kind != "lora" or self.scope == "vision"):
+            raise ValueError(
+                "adapter.per_path is for LoRA in the language model: set adapter.kind=lora and adapter.scope "
+                f"to language or both, got {self.kind} and {self.scope}."
+            )
         if self.alpha <= 0 or not 0 <= self.dropout < 1:
             raise ValueError(f"adapter.alpha must be above 0 and adapter.dropout in [0, 1), got {self}.")
 
@@ -88,6 +97,7 @@ def load_adapter(
         dropout=config.lora_dropout,
         scope="both" if len(roots) > 1 else "vision" if True in roots else "language",
         targets=tuple(sorted({name.rsplit(".", 1)[-1] for name in names})),
+        per_path=adapter.per_path,
     )
     return loaded, names
 
@@ -167,12 +177,38 @@ def target_modules(base: nn.Module, family: Family, adapter: AdapterConfig) -> t
     return tuple(found)
 
 
-def reset_adapters(base: nn.Module, seed: int) -> None:
-    """Draw LoRA weights anew from ``seed`` alone, leaving the global random state untouched."""
+def split_adapters(base: nn.Module, num_paths: int, layers: str, first_layer: int) -> None:
+    """Give each path its own copy of the LoRA in every decoder layer from ``first_layer`` on.
+
+    ``layers`` is the start of the decoder layers' names, such as ``language_model.layers.``.
+    """
+    for name, module in list(base.named_modules()):
+        if not isinstance(module, LoraLayer) or not name.startswith(layers):
+            continue
+        if int(name.removeprefix(layers).split(".")[0]) >= first_layer:
+            parent, _, last = name.rpartition(".")
+            setattr(base.get_submodule(parent), last, PathLoRA.from_shared(module, num_paths))
+
+
+def draw_adapters(base: nn.Module, seed: int, *, fresh: bool) -> None:
+    """Draw LoRA weights anew from ``seed`` alone, leaving the global random state untouched.
+
+    Without ``fresh`` (a published adapter) they stay, and all paths but the first move apart a little.
+
+    Relations:
+        Path 0 of ``adapter.per_path`` starts as the shared adapter does, whatever the number of paths.
+    """
+    modules = [module for module in base.modules() if isinstance(module, LoraLayer | PathLoRA)]
+    own = [module for module in modules if isinstance(module, PathLoRA)]
     with _seeded(base, seed):
-        for module in base.modules():
-            if isinstance(module, LoraLayer):
+        for module in modules if fresh else ():
+            if isinstance(module, PathLoRA):
+                module.draw(0)
+            else:
                 cast(Any, module).reset_lora_parameters("default", True)
+        for path in range(1, own[0].num_paths if own else 1):
+            for module in own:
+                module.draw(path) if fresh else module.perturb(path)
 
 
 @contextmanager

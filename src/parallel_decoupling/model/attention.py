@@ -7,7 +7,7 @@ Shapes as in ``batch``; ``R = N * B`` rows.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -22,24 +22,26 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, flash_attention_mask, flex_attention_mask, sdpa_mask
 
 
-class PrefixStates:
-    """The prefixes of one forward call, handed to every attention layer as ``prefix_states``.
+class PathStates:
+    """What one forward call hands to every decoder layer as ``path_states``: its paths and their prefixes.
 
-    ``key_values`` ``[N, Y, 2, K, P, H]`` are keys (post-rotary) and values of the layers from ``first_layer``
-    on. Layers below it see ``B`` rows, the others ``N * B``.
+    ``paths`` are the numbers of the N computed paths; ``key_values`` ``[N, Y, 2, K, P, H]`` are keys
+    (post-rotary) and values of the layers from ``first_layer`` on, None without prefixes. Layers below it see
+    ``B`` rows, the others ``N * B``.
     """
 
-    def __init__(self, key_values: Tensor, first_layer: int = 0) -> None:
+    def __init__(self, paths: Sequence[int], key_values: Tensor | None, first_layer: int = 0) -> None:
+        self.paths = list(paths)
         self.key_values = key_values
         self.first_layer = first_layer
-        self.num_paths = key_values.shape[0]
-        self.prefix_length = key_values.shape[4]
+        self.num_paths = len(self.paths)
+        self.prefix_length = 0 if key_values is None else key_values.shape[4]
         self._memo: dict[tuple[str, int], tuple[Any, Any]] = {}
 
     def layer(self, layer_index: int) -> tuple[Tensor, Tensor] | None:
         """Return keys and values ``[N, K, P, H]`` of a layer, or None when the layer has no prefix."""
         row = layer_index - self.first_layer
-        if self.prefix_length == 0 or not 0 <= row < self.key_values.shape[1]:
+        if self.key_values is None or not 0 <= row < self.key_values.shape[1]:
             return None
         return self.key_values[:, row, 0], self.key_values[:, row, 1]
 
@@ -100,23 +102,23 @@ def _attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Any,
-    prefix_states: PrefixStates | None = None,
+    path_states: PathStates | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    prefix = prefix_states.layer(cast(Any, module).layer_idx) if prefix_states else None
-    if prefix_states is None or prefix is None:
-        if prefix_states and isinstance(attention_mask, BlockMask) and len(query) > attention_mask.shape[0]:
+    prefix = path_states.layer(cast(Any, module).layer_idx) if path_states else None
+    if path_states is None or prefix is None:
+        if path_states and isinstance(attention_mask, BlockMask) and len(query) > attention_mask.shape[0]:
             mask = attention_mask  # of B rows: a layer above the prefixes has N * B
-            attention_mask = prefix_states.once(
+            attention_mask = path_states.once(
                 "mask without prefix", mask, lambda: extend_block_mask(mask, query, 0, causal=True)
             )
         return function(module, query, key, value, attention_mask, **kwargs)
     causal = kwargs.get("is_causal")
     causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
-    mask = prefix_states.once(
+    mask = path_states.once(
         f"mask of {query.shape[2]}, causal {causal}",  # None is one object whatever it stands for
         attention_mask,
-        lambda: extend(attention_mask, query, prefix_states.prefix_length, causal=causal),
+        lambda: extend(attention_mask, query, path_states.prefix_length, causal=causal),
     )
     return function(module, query, prepend(prefix[0], key), prepend(prefix[1], value), mask, **kwargs)
 
@@ -141,14 +143,16 @@ _FUNCTIONS: dict[str, tuple[str, Any, Any]] = {
 }
 
 
-def register_prefix_attention(base: str = "sdpa") -> str:
-    """Register prefix attention on top of ``base`` with transformers, and return its name for the text model.
+for _name, _function, _mask_function in _FUNCTIONS.values():  # on import, so that an unpickled model finds it
+    AttentionInterface.register(_name, _function)
+    AttentionMaskInterface.register(_name, _mask_function)
+
+
+def prefix_attention(base: str = "sdpa") -> str:
+    """Return the name by which transformers knows prefix attention on top of ``base``, for the text model.
 
     Relations:
-        Without ``prefix_states`` the result equals ``base``. With them it equals ``base`` with a key/value
+        Without ``path_states`` the result equals ``base``. With them it equals ``base`` with a key/value
         cache filled with the prefix.
     """
-    name, function, mask_function = _FUNCTIONS[base]
-    AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(name, mask_function)
-    return name
+    return _FUNCTIONS[base][0]

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoProcessor, BitsAndBytesConfig
 
 from parallel_decoupling.model.adapters import AdapterConfig, add_adapters, load_adapter
-from parallel_decoupling.model.attention import PrefixStates, register_prefix_attention
+from parallel_decoupling.model.attention import PathStates, prefix_attention
 from parallel_decoupling.model.families import FAMILIES, Family
-from parallel_decoupling.model.paths import decoder_layer_hook, deepstack
+from parallel_decoupling.model.paths import calling, deepstack, enter_layer, hand_down, same_call
 
 __all__ = ["TINY_BACKBONE_DIR", "AdapterConfig", "Backbone", "load_backbone"]
 
@@ -58,14 +58,15 @@ class Backbone(nn.Module):
         self.head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         self.image_token = self.family.image_token
         for index, layer in enumerate(self.layers):
-            layer.register_forward_pre_hook(partial(decoder_layer_hook, index), with_kwargs=True)
+            layer.register_forward_pre_hook(partial(enter_layer, index), with_kwargs=True)
+        self.language_model.register_forward_pre_hook(hand_down, with_kwargs=True)
         add_between_layers = getattr(self.language_model, "_deepstack_process", None)
         if add_between_layers is not None:
             self.language_model._deepstack_process = partial(deepstack, add_between_layers)
-        self.language_model.set_attn_implementation(register_prefix_attention(attention))
+        self.language_model.set_attn_implementation(prefix_attention(attention))
         if gradient_checkpointing:
             enable = getattr(base, "activation_checkpointing_enable", None)
-            (enable or base.gradient_checkpointing_enable)({"use_reentrant": False})
+            (enable or base.gradient_checkpointing_enable)({"use_reentrant": False, "context_fn": same_call})
 
     @property
     def language_model(self) -> Any:
@@ -96,7 +97,7 @@ class Backbone(nn.Module):
         self,
         tokens: Mapping[str, Tensor],
         vision: Mapping[str, Tensor],
-        prefix_states: PrefixStates | None = None,
+        path_states: PathStates | None = None,
     ) -> Tensor:
         """Run the vision tower once and the language model once per path.
 
@@ -104,18 +105,11 @@ class Backbone(nn.Module):
         ``[N * B, L, D]``, path-major and after the final norm.
 
         Relations:
-            ``prefix_states=None`` equals the stock base model bit for bit.
+            ``path_states=None`` equals the stock base model bit for bit.
         """
-
-        def hand_down(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            return args, {**kwargs, "prefix_states": prefix_states}
-
-        hook = self.language_model.register_forward_pre_hook(hand_down, with_kwargs=True)
         positions = self.position_ids(tokens, vision)
-        try:
+        with calling(path_states):
             output = self.base(**tokens, **vision, position_ids=positions, use_cache=False)
-        finally:
-            hook.remove()
         return cast(Tensor, output.last_hidden_state)
 
     def position_ids(self, tokens: Mapping[str, Tensor], vision: Mapping[str, Tensor]) -> Tensor:
@@ -153,7 +147,7 @@ class Backbone(nn.Module):
         embeddings_1TD = self.text_embeddings(text, min_length).unsqueeze(0)
         config = self.language_model.config
         wanted = config._attn_implementation
-        config._attn_implementation = register_prefix_attention("sdpa")
+        config._attn_implementation = prefix_attention("sdpa")
         try:
             return self.prompt_states(embeddings_1TD.to(self.dtype))[0].float()
         finally:  # not by set_attn_implementation, which would ask for a GPU

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel_decoupling.batch import EncoderInputs
-from parallel_decoupling.model.adapters import reset_adapters
-from parallel_decoupling.model.attention import PrefixStates
+from parallel_decoupling.model.adapters import draw_adapters, split_adapters
+from parallel_decoupling.model.attention import PathStates
 from parallel_decoupling.model.backbone import Backbone, load_backbone
 from parallel_decoupling.model.open_clip import PREFIX, OpenCLIPEncoder, is_open_clip, load_open_clip
 from parallel_decoupling.model.prefixes import (
@@ -24,6 +24,7 @@ from parallel_decoupling.model.prefixes import (
     init_random,
     prefix_range,
 )
+from parallel_decoupling.model.turns import Turns
 
 
 def last_token(states: Tensor, attention_mask: Tensor) -> Tensor:
@@ -63,7 +64,7 @@ class ParallelEncoder(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.turns = backbone, Turns()
         self.num_paths, self.prefix_length, self.prefix_layers = num_paths, prefix_length, prefix_layers
         self.prefix_type, self.aggregation = prefix_type, aggregation
         self.prefix_range = prefix_range(prefix_layers, backbone.num_layers)
@@ -72,8 +73,9 @@ class ParallelEncoder(nn.Module):
         self.aggregate_dim: int = self.embed_dim * (num_paths if aggregation == "concat" else 1)
         self.processor: Any = backbone.processor
         self.image_token: str = backbone.image_token
-        if backbone.initial_adapter is None:
-            reset_adapters(backbone.base, seed)
+        if backbone.adapter.per_path:
+            split_adapters(backbone.base, num_paths, f"{backbone.family.layers}.", self.prefix_range.start)
+        draw_adapters(backbone.base, seed, fresh=backbone.initial_adapter is None)
         self.prefixes = self._make_prefixes(prefix_init, seed) if prefix_length else None
         self.path_logits = nn.Parameter(torch.zeros(num_paths)) if aggregation == "learned" else None
 
@@ -85,11 +87,16 @@ class ParallelEncoder(nn.Module):
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-        if self.num_paths < 1 or self.prefix_length < (self.num_paths > 1):
-            raise ValueError("num_paths must be at least 1, and prefix_length too unless num_paths=1")
+        own_adapters = self.backbone.adapter.per_path
+        if self.num_paths < 1 or (self.prefix_length == 0 and self.num_paths > 1 and not own_adapters):
+            raise ValueError(
+                "num_paths must be at least 1, and prefix_length too unless num_paths=1 or adapter.per_path"
+            )
+        if own_adapters and self.prefix_type == "shallow":
+            raise ValueError("adapter.per_path works with prefix_type='deep', not with 'shallow'")
         if self.prefix_type == "shallow" and len(self.prefix_range) < self.backbone.num_layers:
             raise ValueError("prefix_type='shallow' reaches every layer: set prefix_layers=0")
-        if prefix_init == "meta" and self.num_paths > len(META_PROMPTS):
+        if self.prefix_length and prefix_init == "meta" and self.num_paths > len(META_PROMPTS):
             raise ValueError(f"more than {len(META_PROMPTS)} paths need prefix_init='random'")
 
     @torch.no_grad()
@@ -137,16 +144,19 @@ class ParallelEncoder(nn.Module):
         chosen = check_paths(paths, self.num_paths)
         states, dtype = None, self.backbone.dtype
         if isinstance(self.prefixes, ShallowPrefixes):
-            states = PrefixStates(self.backbone.prompt_states(self.prefixes.embeddings[chosen].to(dtype)))
+            prompts = self.backbone.prompt_states(self.prefixes.embeddings[chosen].to(dtype))
+            states = PathStates(chosen, prompts)
         elif self.prefixes is not None:
             states = self.prefixes.states(chosen, self.prefix_range.start, dtype)
+        elif self.backbone.adapter.per_path:
+            states = PathStates(chosen, None, self.prefix_range.start)
         states_RLD = self.backbone(inputs.tokens, _concatenate(inputs.vision), states)
         mask_RL = inputs.tokens["attention_mask"].repeat(len(chosen), 1)
         pooled_NBD = last_token(states_RLD, mask_RL).reshape(len(chosen), -1, self.embed_dim)
         return F.normalize(pooled_NBD.transpose(0, 1).float(), dim=-1)
 
     def aggregate(self, embeddings: Tensor) -> Tensor:
-        """Combine embeddings ``[B, N, D]`` of all paths into ``[B, D]``, or ``[B, N * D]`` for concat.
+        """Combine embeddings ``[B, N, D]`` of all or the first paths to ``[B, D]``; concat to ``[B, N * D]``.
 
         Relations:
             With one path it equals that path. The dot product of two concatenations is the mean over
@@ -156,7 +166,7 @@ class ParallelEncoder(nn.Module):
             return F.normalize(embeddings.float().flatten(1), dim=-1)
         if self.path_logits is None:
             return F.normalize(embeddings.float().mean(dim=1), dim=-1)
-        weight_N = self.path_logits.float().softmax(dim=0)
+        weight_N = self.path_logits[: embeddings.shape[1]].float().softmax(dim=0)
         return F.normalize(torch.einsum("n,bnd->bd", weight_N, embeddings.float()), dim=-1)
 
 

@@ -6,6 +6,7 @@ This is the only file that hashes for identity.
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -20,9 +21,10 @@ from torch import Tensor, nn
 
 from parallel_decoupling.batch import RawInput
 from parallel_decoupling.distributed import shard_like, whole
+from parallel_decoupling.model.path_lora import PathLoRA
 
-PER_PATH = ("prefixes.", "path_logits")
-"""Starts of the names of parameters whose first dimension is the path."""
+PER_PATH = re.compile(r"^prefixes\.|^path_logits$|\.path_lora_[AB]$")
+"""The names of parameters whose first dimension is the path."""
 SAMPLED_VALUES = 2**18
 """Larger backbone tensors are hashed at this many evenly spaced values, so that billions take seconds."""
 SAMPLED_BYTES = 4096
@@ -84,7 +86,7 @@ def path_hashes(encoder: Any) -> list[str]:
     shared, own = sha256(), {}
     for name, parameter in sorted(encoder.named_parameters()):
         value = whole(parameter.detach())
-        if name.startswith(PER_PATH):
+        if PER_PATH.search(name):
             own[name] = value
         else:
             shared.update(_sampled(name, value))
@@ -197,14 +199,18 @@ def encoder_identity(
         "backbone_sha256": (fingerprint or backbone_fingerprint(encoder.backbone))["sha256"],
         "processor_sha256": processor_hash(encoder.processor),
     }
-    scales = {name: getattr(module, "scaling", None) for name, module in encoder.named_modules()}
+    scales = {
+        name: scale
+        for name, module in encoder.named_modules()
+        if isinstance(scale := getattr(module, "scaling", None), dict) or isinstance(module, PathLoRA)
+    }
     family = getattr(encoder.backbone, "family", None)
     packages = PACKAGES if family else (*PACKAGES, "open_clip_torch")
     about = {
         **parts,
         "conditions": conditions,
         "family": asdict(family) if family else None,
-        "adapter_scales": {name: scale for name, scale in scales.items() if isinstance(scale, dict)},
+        "adapter_scales": scales,
         "versions": {name: version(name) for name in packages},
     }
     total = sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from parallel_decoupling.model.attention import PrefixStates
+from parallel_decoupling.model.attention import PathStates
+
+CALL: ContextVar[PathStates | None] = ContextVar("path_states", default=None)
+"""The paths that this thread computes at the moment: every call has its own, on shared modules."""
 
 
 def _repeat(value: Any, batch_size: int, num_paths: int) -> Any:
@@ -20,15 +25,22 @@ def _repeat(value: Any, batch_size: int, num_paths: int) -> Any:
     return value.repeat(num_paths, *(1 for _ in value.shape[1:]))
 
 
-def decoder_layer_hook(
+def hand_down(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Give this call's paths to the language model, which hands them to its layers: a forward pre-hook."""
+    return args, {**kwargs, "path_states": CALL.get()}
+
+
+def enter_layer(
     layer_index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Go from B to N * B rows at the first prefixed layer: a forward pre-hook of every decoder layer.
 
     The layer at ``first_layer`` repeats the hidden states; it and all above repeat the mask and position
-    embeddings, which the language model computed for ``B`` rows. Without ``prefix_states`` it does nothing.
+    embeddings, which the language model computed for ``B`` rows. Without ``path_states`` it does nothing.
     """
-    states: PrefixStates | None = kwargs.get("prefix_states")
+    states: PathStates | None = kwargs.get("path_states")
     if states is None or states.num_paths == 1 or layer_index < states.first_layer:
         return None
     hidden, *rest = args
@@ -42,6 +54,24 @@ def decoder_layer_hook(
         make = partial(_repeat, value, batch_size, states.num_paths)
         repeated[name] = states.once("repeat", value, make) if isinstance(value, Tensor | tuple) else value
     return (hidden, *rest), repeated
+
+
+@contextmanager
+def calling(states: PathStates | None) -> Iterator[None]:
+    """Let this thread compute these paths within the block."""
+    before = CALL.set(states)
+    try:
+        yield
+    finally:
+        CALL.reset(before)
+
+
+def same_call() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Return contexts of a checkpointed layer's two runs: the second knows the paths of the first.
+
+    The backward pass runs a layer's ``forward`` again, without hooks, and on a GPU in another thread.
+    """
+    return nullcontext(), calling(CALL.get())
 
 
 def deepstack(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from parallel_decoupling.model.attention import PrefixStates
+from parallel_decoupling.model.attention import PathStates
 
 META_PROMPTS: tuple[str, ...] = (
     "describe the shapes",
@@ -57,9 +57,9 @@ class DeepPrefixes(nn.Module):
         super().__init__()
         self.key_values = nn.Parameter(torch.zeros(*shape, dtype=torch.float32))
 
-    def states(self, paths: Sequence[int], first_layer: int, dtype: torch.dtype) -> PrefixStates:
+    def states(self, paths: Sequence[int], first_layer: int, dtype: torch.dtype) -> PathStates:
         """Return the prefixes of the chosen paths, in that order, for one forward call in ``dtype``."""
-        return PrefixStates(self.key_values[list(paths)].to(dtype), first_layer)
+        return PathStates(paths, self.key_values[list(paths)].to(dtype), first_layer)
 
 
 class ShallowPrefixes(nn.Module):

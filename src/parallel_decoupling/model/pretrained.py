@@ -26,6 +26,7 @@ from parallel_decoupling.model.encoder import Encoder, ParallelEncoder
 from parallel_decoupling.model.families import FAMILIES, Family
 from parallel_decoupling.model.model_card import model_card
 from parallel_decoupling.model.open_clip import is_open_clip
+from parallel_decoupling.model.path_lora import PathLoRA
 
 MODEL_TYPE = "parallel_decoupling"
 CONFIG_FILE, WEIGHTS_FILE, SCORES_FILE = "config.json", "model.safetensors", "scores.json"
@@ -116,15 +117,17 @@ def save_encoder(
     )
     included = merge or include_backbone
     settings = _settings(encoder, included=included, merge=merge) | {"num_paths": len(chosen)}
+    if merge and len(chosen) > 1 and encoder.backbone.adapter.per_path:
+        raise ValueError(f"every path has an adapter of its own: merge_adapters takes one path, not {chosen}")
     folder.mkdir(parents=True, exist_ok=True)
     written: Any = encoder.backbone
     if included:
-        _save_base(written, folder / BACKBONE_DIR, merge=merge)
+        _save_base(written, folder / BACKBONE_DIR, merged_path=chosen[0] if merge else None)
         written = _build({**settings, "backbone": str(folder / BACKBONE_DIR)}).backbone
     elif isinstance(encoder, ParallelEncoder):
         encoder.processor.save_pretrained(folder / PROCESSOR_DIR)
     state = {
-        name: (value[chosen] if name.startswith(identity.PER_PATH) else value).contiguous()
+        name: (value[chosen] if identity.PER_PATH.search(name) else value).contiguous()
         for name, value in identity.trainable_state(encoder).items()
         if not (merge and name.startswith("backbone."))
     }
@@ -254,16 +257,20 @@ def _settings(encoder: Encoder, *, included: bool, merge: bool) -> dict[str, Any
 
 
 @torch.no_grad()
-def _save_base(backbone: Backbone, folder: Path, *, merge: bool) -> None:
-    """Write the stock base model and its processor; adapters are merged or left out."""
+def _save_base(backbone: Backbone, folder: Path, *, merged_path: int | None) -> None:
+    """Write the stock base model and its processor, with the adapters of one path merged, or without them."""
     base = cast(Any, backbone.base)
     state = {
         name.replace(".base_layer.", "."): value
         for name, value in base.state_dict().items()
         if "lora_" not in name
     }
-    for name in backbone.adapted_modules if merge else ():
+    for name in () if merged_path is None else backbone.adapted_modules:
         layer = base.get_submodule(name)
+        if isinstance(layer, PathLoRA):
+            assert merged_path is not None
+            state[f"{name}.weight"] = layer.merged_weight(merged_path)
+            continue
         weight = layer.get_base_layer().weight
         before = weight.detach().clone()
         layer.merge()

@@ -129,6 +129,14 @@ def in_batch_hit_at_1(query: Tensor, candidate: Tensor, *, positive: Tensor, can
     return hit_NB.to(score_NBG.dtype).mean(dim=1)
 
 
+def candidate_logits(query: Tensor, candidate: Tensor, positive: Tensor, candidate_ids: Tensor) -> Tensor:
+    """Return the scores ``[N, B, G]`` that ``info_nce`` contrasts, minus infinity where one is left out."""
+    _check_shapes(query, candidate, positive, candidate_ids)
+    others_BG = _left_out(positive, candidate_ids).scatter(1, positive.view(len(positive), -1), False)
+    left_out_BG = others_BG | (candidate_ids == PADDING_ID)
+    return _scores(query, candidate).masked_fill(left_out_BG, -torch.inf)
+
+
 def _scores(query: Tensor, candidate: Tensor) -> Tensor:
     """Return the inner products per path in full precision, ``[N, B, G]``."""
     with torch.autocast(device_type=query.device.type, enabled=False):

@@ -11,6 +11,7 @@ from torch import nn
 
 from parallel_decoupling.batch import PairBatch
 from parallel_decoupling.distributed import gather_objects, gather_with_grad, world_size
+from parallel_decoupling.model.path_lora import PathLoRA
 from parallel_decoupling.model.prefixes import prefix_range
 from parallel_decoupling.training.grad_cache import LENGTH_GROUPS
 
@@ -52,6 +53,11 @@ def layer_flops(
     inputs, and 2 also for that of the weights.
     """
     weights = sum(m.weight.numel() for m in layers.modules() if isinstance(m, nn.Linear))
+    weights += sum(
+        (m.path_lora_A.numel() + m.path_lora_B.numel()) // m.num_paths
+        for m in layers.modules()
+        if isinstance(m, PathLoRA)
+    )
     attention = 4 * width * context * (forward + (2 if backward else 0))
     return tokens * (2 * weights * (forward + backward) + attention)
 

@@ -21,6 +21,7 @@ from parallel_decoupling.model.backbone import AdapterConfig
 from parallel_decoupling.model.encoder import build_encoder, nested_dims
 from parallel_decoupling.model.families import Family
 from parallel_decoupling.model.identity import backbone_fingerprint, encoder_identity
+from parallel_decoupling.model.turns import restore_modes, training_modes
 from parallel_decoupling.objective.vclub import MutualInformation
 from parallel_decoupling.training import callbacks, checkpoint, optimization, settings, terms
 from parallel_decoupling.training.compute import Progress
@@ -44,7 +45,8 @@ class PDFEmbedder(LightningModule):
     mutual-information bound between paths whose network q is fitted in an alternating step. Every default
     here is ours; the paper's values are not known.
 
-    ``loss = mean_n info_nce_n + aggregate_weight * info_nce_aggregate + w(step) * mean_pairs mi``
+    ``loss = mean_n info_nce_n + aggregate_weight * info_nce_aggregate + w(step) * mean_pairs mi``, plus
+    ``distillation_weight * mean_n KL(aggregate || path n)`` from main step ``distillation_start`` on (ours).
 
     Args:
         backbone: tiny (shipped), a local folder, a hub id such as Qwen/Qwen2-VL-2B-Instruct, or the baseline
@@ -59,6 +61,10 @@ class PDFEmbedder(LightningModule):
         mi: the estimator of mutual information and its schedule.
         mi_weight: final weight of the mutual-information term; with 0 the estimator only watches.
         aggregate_weight: weight of the aggregate's InfoNCE; 0 switches it off.
+        nested_paths: also contrast the aggregates of the first N - 1 to 2 paths, so that a user may keep as
+            many as fit; the aggregate's term is the mean.
+        distillation_weight: teaches every path the scores of the aggregate within the batch; 0 is off.
+        distillation_start: main steps before that begins.
         matryoshka_dims: smaller dimensions at which every path and the aggregate are contrasted, too; the
             terms are means over these and the full dimension.
         temperature: divides cosines in InfoNCE, above 0.
@@ -97,6 +103,9 @@ class PDFEmbedder(LightningModule):
         mi: MIConfig = _MI,
         mi_weight: float = 0.1,
         aggregate_weight: float = 1.0,
+        nested_paths: bool = False,
+        distillation_weight: float = 0.0,
+        distillation_start: int = 0,
         matryoshka_dims: list[int] | None = None,
         temperature: float = 0.02,
         learn_temperature: bool = False,
@@ -126,6 +135,8 @@ class PDFEmbedder(LightningModule):
         self.mi_config: MIConfig = typed["mi"]
         self.optimizer_config: OptimizerConfig = typed["optimizer"]
         self.mi_weight, self.aggregate_weight, self.symmetric = mi_weight, aggregate_weight, symmetric
+        self.nested_paths = nested_paths
+        self.distillation_weight, self.distillation_start = distillation_weight, distillation_start
         self.query_chunk_size, self.candidate_chunk_size = query_chunk_size, candidate_chunk_size
         self.query_instruction, self.candidate_instruction = query_instruction, candidate_instruction
         self.seed, self.teacher_weight, self.progress = seed, teacher_weight, Progress()
@@ -148,16 +159,21 @@ class PDFEmbedder(LightningModule):
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Any]:
         """Take one step: encode, fit q, one gradient of the objective, one step of the embedder."""
-        with seeded(self.device, self.seed, self.progress.steps_done):
+        with self.encoder.turns.alone(), seeded(self.device, self.seed, self.progress.steps_done):
             # 1. All paths of all rows, of all ranks. Under GradCache the embeddings are leaves.
             query = self._encode(batch.query, "query", self.query_chunk_size)
             candidate = self._encode(batch.candidate, "candidate", self.candidate_chunk_size)
             embeddings = query.embeddings, candidate.embeddings
             pairs = terms.gather_pairs(
-                *embeddings, aggregate=self.encoder.aggregate, dims=self.nested_dims, **batch.labels
+                *embeddings,
+                aggregate=self.encoder.aggregate,
+                dims=self.nested_dims,
+                nested_paths=self.nested_paths,
+                **batch.labels,
             )
             # 2. The estimator's own steps, on detached embeddings.
             held_out, nll = self._fit_estimator(pairs)
+            values: dict[str, Any] = {"estimator_nll": nll, "estimator_nll_held_out": held_out}
             # 3. The objective, with the estimator frozen.
             weight = self.mi_config.weight_at(self.progress.steps_done, self.mi_weight)
             path_N, aggregate = terms.contrastive_terms(
@@ -171,16 +187,19 @@ class PDFEmbedder(LightningModule):
                 mi_M = terms.mutual_information_terms(self.mutual_information, pairs)
             mean_mi = mi_M.sum() / max(1, len(mi_M))
             loss = path_N.mean() + self.aggregate_weight * aggregate + weight * mean_mi
+            if self.distillation_weight and self.progress.steps_done >= self.distillation_start:
+                distillation = terms.distillation_term(pairs, terms.shared(self.temperature))
+                loss = loss + self.distillation_weight * distillation
+                values["distillation"] = distillation
             # 4. and 5. Gradient to the embeddings, then through the chunks to the parameters.
             with self._own_gradients_only():
                 if loss.requires_grad:  # not for texts alone when only vision adapters train
                     self.manual_backward(loss * world_size())
                 query.backward()
                 candidate.backward()
-        # 6. The main step; the rest is bookkeeping.
-        self._main_step()
-        values = {"loss": loss, "mi": mean_mi, "mi_weight": weight, "contrastive_aggregate": aggregate}
-        values |= {"estimator_nll": nll, "estimator_nll_held_out": held_out}
+            # 6. The main step; the rest is bookkeeping.
+            self._main_step()
+        values |= {"loss": loss, "mi": mean_mi, "mi_weight": weight, "contrastive_aggregate": aggregate}
         self._log_batch(batch, terms.monitored_values(pairs, values, path_N, mi_M))
         return {"loss": loss.detach(), "contrastive": path_N.detach().mean(), "pairs": pairs.detach()}
 
@@ -318,6 +337,17 @@ class PDFEmbedder(LightningModule):
 
     test_step = validation_step
     predict_step = validation_step
+
+    def on_validation_model_eval(self) -> None:
+        """Enter evaluation mode when no thread encodes."""
+        with self.encoder.turns.alone():
+            self._modes = training_modes(self)
+            self.eval()
+
+    def on_validation_model_train(self) -> None:
+        """Go back to the modes of before the validation."""
+        with self.encoder.turns.alone():
+            restore_modes(self._modes)
 
     def on_test_start(self) -> None:
         """Warn if nothing scores the embeddings."""

@@ -105,12 +105,14 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` for impossible combinations; configs are dictionaries here."""
     num_paths, prefix_length = settings["num_paths"], settings["prefix_length"]
     smallest = {"num_paths": 1, "prefix_length": 0, "mi_weight": 0, "aggregate_weight": 0}
-    smallest["teacher_weight"] = 0
+    smallest |= {"distillation_weight": 0, "distillation_start": 0, "teacher_weight": 0}
     smallest |= {"query_chunk_size": 1, "candidate_chunk_size": 1}
     check_ranges("", settings, smallest)
-    one_path = "prefix_length=0 makes all paths the same: set num_paths=1 or prefix_length above 0."
-    require(prefix_length > 0 or num_paths == 1, one_path)
-    for name in ("mi_weight", "aggregate_weight"):
+    one_path = (
+        "prefix_length=0 makes all paths the same: set num_paths=1, a prefix_length or adapter.per_path."
+    )
+    require(prefix_length > 0 or num_paths == 1 or settings["adapter"]["per_path"], one_path)
+    for name in ("mi_weight", "aggregate_weight", "distillation_weight"):
         message = f"num_paths=1 has no other path to weigh: set {name}=0."
         require(num_paths > 1 or settings[name] == 0, message)
     no_estimator = settings["mi"]["kind"] == "none" and settings["mi_weight"] > 0

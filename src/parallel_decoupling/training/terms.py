@@ -12,11 +12,13 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel_decoupling.distributed import gather_with_grad, world_size
 from parallel_decoupling.model.encoder import truncate
 from parallel_decoupling.objective.contrastive import in_batch_hit_at_1, info_nce, own_candidates_kl
+from parallel_decoupling.objective.distillation import score_distillation
 from parallel_decoupling.objective.statistics import path_cosine
 from parallel_decoupling.objective.vclub import MutualInformation, path_pairs
 
@@ -25,9 +27,10 @@ from parallel_decoupling.objective.vclub import MutualInformation, path_pairs
 class GatheredPairs:
     """The embeddings of one batch, of all ranks: queries ``[G, N, D]``, candidates ``[C, N, D]``.
 
-    Aggregates are ``[G, 1, D']`` and ``[C, 1, D']``; ``positive`` ``[G]`` is an index into the candidates,
-    whose ``candidate_ids`` are ``PADDING_ID`` where a hard negative is missing; ``nested`` are the same rows
-    at each smaller dimension of Matryoshka training. ``own`` ``[G, K]`` are the candidates of each row, the
+    Aggregates are ``[G, A, D']`` and ``[C, A, D']``: that of all paths, and with ``nested_paths`` those of
+    the first N - 1 to 2 of them; ``positive`` ``[G]`` is an index into the candidates, whose
+    ``candidate_ids`` are ``PADDING_ID`` where a hard negative is missing; ``nested`` are the same rows at
+    each smaller dimension of Matryoshka training. ``own`` ``[G, K]`` are the candidates of each row, the
     first ``num_positives`` its positives, and ``teacher`` ``[G, K]`` their scores, NaN where there are none.
     """
 
@@ -62,6 +65,7 @@ def gather_pairs(
     aggregate: Callable[[Tensor], Tensor],
     dims: Sequence[int] = (),
     *,
+    nested_paths: bool = False,
     num_positives: int = 1,
     teacher: Tensor | None = None,
 ) -> GatheredPairs:
@@ -77,13 +81,20 @@ def gather_pairs(
     own = (first_of_rank[:, None, None] + own_BK).flatten(0, 1)
     all_ids = gather_with_grad(candidate_ids)
     scores = None if teacher is None else gather_with_grad(teacher)
+    smallest = 2 if nested_paths else query.shape[1]
+    sizes = range(query.shape[1], min(smallest, query.shape[1]) - 1, -1)
+
+    def aggregates(paths_BND: Tensor) -> Tensor:
+        of_sizes = [aggregate(paths_BND[:, :size]) for size in sizes]  # zeros at the end change no cosine
+        width = of_sizes[0].shape[1]
+        return torch.stack([F.pad(each, (0, width - each.shape[1])) for each in of_sizes], dim=1)
 
     def gathered(query: Tensor, candidate: Tensor, nested: tuple[GatheredPairs, ...] = ()) -> GatheredPairs:
         return GatheredPairs(
             query=gather_with_grad(query),
             candidate=gather_with_grad(candidate),
-            query_aggregate=gather_with_grad(aggregate(query).unsqueeze(1)),
-            candidate_aggregate=gather_with_grad(aggregate(candidate).unsqueeze(1)),
+            query_aggregate=gather_with_grad(aggregates(query)),
+            candidate_aggregate=gather_with_grad(aggregates(candidate)),
             positive=own[:, 0],
             candidate_ids=all_ids,
             nested=nested,
@@ -112,7 +123,7 @@ def contrastive_terms(
     with_aggregate: bool,
     teacher_weight: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Return InfoNCE of every path ``[N]`` and of the aggregate (0-dim), means over nested dimensions.
+    """Return InfoNCE of every path ``[N]`` and of the aggregates (0-dim), means over nested dimensions.
 
     ``teacher_weight`` adds that much of ``own_candidates_kl`` to each of them.
     """
@@ -136,7 +147,16 @@ def contrastive_terms(
     path_N = contrast(pairs.query, pairs.candidate)
     with torch.set_grad_enabled(with_aggregate and torch.is_grad_enabled()):
         aggregate = contrast(pairs.query_aggregate, pairs.candidate_aggregate)
-    return path_N, aggregate.squeeze(0)
+    return path_N, aggregate.mean()
+
+
+def distillation_term(pairs: GatheredPairs, temperature: Tensor | float) -> Tensor:
+    """Return how far the paths' scores are from those of the aggregate of all: 0-dim, the mean over paths."""
+    teacher = pairs.query_aggregate[:, :1].detach(), pairs.candidate_aggregate[:, :1].detach()
+    labels: dict[str, Any] = pairs.labels
+    return score_distillation(
+        pairs.query, pairs.candidate, *teacher, temperature=temperature, **labels
+    ).mean()
 
 
 def estimator_nll(estimator: MutualInformation, pairs: GatheredPairs) -> Tensor:

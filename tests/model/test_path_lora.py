@@ -1,0 +1,208 @@
+"""Paths that own their adapter: N paths are N models with one path each, in one pass."""
+
+from __future__ import annotations
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModel
+
+from parallel_decoupling.evaluation.embedder import Embedder
+from parallel_decoupling.model.backbone import AdapterConfig, load_backbone
+from parallel_decoupling.model.encoder import ParallelEncoder, last_token
+from parallel_decoupling.model.identity import path_hashes, trainable_state
+from parallel_decoupling.model.path_lora import PathLoRA
+from tests.model.test_adapters import OLDER_PATHS, publish
+from tests.model.test_attention import ROWS
+from tests.support.embedders import mixed_inputs, tiny_embedder
+from tests.support.families import save_tiny_family
+from tests.support.tiny import save_tiny_backbone, tiny_inputs
+
+OWN = {"rank": 2, "alpha": 4, "per_path": True}
+
+
+@pytest.fixture(scope="module")
+def three_layers(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny_backbone(tmp_path_factory.mktemp("three_layers"), num_layers=3)
+
+
+def make(folder: str, *, adapter: dict[str, Any] = OWN, **options: Any) -> ParallelEncoder:
+    loading = {name: options.pop(name) for name in ("gradient_checkpointing",) if name in options}
+    backbone = load_backbone(folder, adapter=AdapterConfig(**adapter), **loading)
+    return ParallelEncoder(backbone, **{"prefix_length": 3, "prefix_init": "random", **options})
+
+
+@torch.no_grad()
+def moved(encoder: ParallelEncoder) -> ParallelEncoder:
+    """The encoder in fp64, every trained number off its start."""
+    encoder.double()
+    for parameter in encoder.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return encoder
+
+
+def gradients(encoder: ParallelEncoder, embeddings: Tensor) -> dict[str, Tensor]:
+    """Of a loss that tells all coordinates apart."""
+    encoder.zero_grad()
+    (embeddings * torch.linspace(-1, 1, embeddings.shape[-1], dtype=embeddings.dtype)).sum().backward()
+    return {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
+
+
+def as_shared(name: str, value: Any = None) -> Any:
+    """The name of a path's tensor in plain LoRA, or the tensor there."""
+    own = re.search(r"path_(lora_[AB])$", name)
+    if value is None:
+        return name.replace(own[0], f"{own[1]}.default.weight") if own else name
+    return value[0] if own else value
+
+
+def of_path(name: str, value: Tensor, path: int, num_paths: int) -> Tensor:
+    own = name.startswith("prefixes.") or "path_lora" in name
+    return value[path : path + 1] if own and len(value) == num_paths else value
+
+
+@pytest.mark.parametrize("prefix_length", [0, 3])
+def test_paths_equal_models_of_one_path(three_layers: str, prefix_length: int) -> None:
+    encoder = moved(make(three_layers, num_paths=3, prefix_length=prefix_length))
+    inputs = tiny_inputs(encoder.processor, ROWS)
+    embeddings_BND = encoder(inputs)
+    all_gradients = gradients(encoder, embeddings_BND)
+    for path in range(3):
+        single = make(three_layers, num_paths=1, prefix_length=prefix_length).double()
+        state = {n: of_path(n, value, path, 3) for n, value in encoder.state_dict().items()}
+        single.load_state_dict(state)
+        shared = {**OWN, "per_path": False}
+        plain = make(three_layers, adapter=shared, num_paths=1, prefix_length=prefix_length)
+        plain.double().load_state_dict({as_shared(n): as_shared(n, value) for n, value in state.items()})
+        expected = single(inputs)
+        torch.testing.assert_close(embeddings_BND[:, path : path + 1], expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(plain(inputs), expected, rtol=0, atol=1e-6)  # embeddings are fp32
+        torch.testing.assert_close(encoder(inputs, [path]), expected, rtol=0, atol=1e-6)
+        for name, gradient in gradients(single, expected).items():
+            found = of_path(name, all_gradients[name], path, 3)
+            torch.testing.assert_close(found, gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_a_loss_reaches_the_adapter_of_its_own_path_only(three_layers: str) -> None:
+    encoder = moved(make(three_layers, num_paths=3))
+    inputs = tiny_inputs(encoder.processor, ROWS)
+    for name, gradient in gradients(encoder, encoder(inputs)[:, 1]).items():
+        assert [bool(path.any()) for path in gradient] == [False, True, False], name
+
+
+def test_layers_below_are_computed_once_and_share_their_adapter(three_layers: str) -> None:
+    encoder = moved(make(three_layers, num_paths=2, prefix_layers=1))
+    rows: dict[str, int] = {}
+    for name, module in encoder.named_modules():
+        if name.endswith("q_proj"):
+            module.register_forward_hook(lambda m, args, out, name=name: rows.update({name: len(out)}))
+    encoder(tiny_inputs(encoder.processor, ROWS))
+    own = [isinstance(encoder.get_submodule(name), PathLoRA) for name in rows]
+    assert own == [False, True, True]
+    assert list(rows.values()) == [len(ROWS), 2 * len(ROWS), 2 * len(ROWS)]
+
+
+def test_a_path_starts_the_same_whatever_the_number_of_paths_and_apart_from_the_others(
+    three_layers: str,
+) -> None:
+    one, three, shared = (
+        make(three_layers, num_paths=n, seed=7, adapter={**OWN, "per_path": own})
+        for n, own in ((1, True), (3, True), (3, False))
+    )
+    for (name, layer), (_, first) in zip(three.named_modules(), one.named_modules(), strict=True):
+        if isinstance(layer, PathLoRA):
+            assert isinstance(first, PathLoRA)
+            assert torch.equal(layer.path_lora_A[:1], first.path_lora_A)
+            assert torch.equal(layer.path_lora_A[0], shared.get_parameter(f"{name}.lora_A.default.weight"))
+            assert not torch.equal(layer.path_lora_A[0], layer.path_lora_A[1])
+            assert not layer.path_lora_B.any()
+
+
+def test_recomputed_layers_know_their_paths(three_layers: str) -> None:
+    once, again = (make(three_layers, num_paths=3, gradient_checkpointing=on) for on in (False, True))
+    moved(once)
+    again.double().load_state_dict(once.state_dict())
+    inputs = tiny_inputs(once.processor, ROWS)
+    for paths in (None, [2, 0]):
+        found = gradients(again, again(inputs, paths))
+        torch.testing.assert_close(found, gradients(once, once(inputs, paths)), rtol=1e-5, atol=1e-7)
+
+
+def test_calls_of_one_encoder_from_threads_do_not_meet(three_layers: str) -> None:
+    encoder = moved(make(three_layers, num_paths=3)).eval()
+    inputs = tiny_inputs(encoder.processor, ROWS)
+    choices = [[0], [1], [2], [0, 1], [2, 1, 0], None]
+    with torch.no_grad():
+        alone = [encoder(inputs, paths) for paths in choices]
+
+    def call(number: int) -> bool:
+        with torch.no_grad():
+            return torch.equal(encoder(inputs, choices[number % 6]), alone[number % 6])
+
+    with ThreadPoolExecutor(6) as threads:
+        assert all(threads.map(call, range(60)))
+
+
+def test_published_adapter_starts_every_path(tmp_path: Path) -> None:
+    folder, source = save_tiny_family("qwen2_vl", tmp_path / "model"), tmp_path / "adapter"
+    publish(folder, source, OLDER_PATHS["qwen2_vl"])
+
+    def load(num_paths: int, **adapter: Any) -> ParallelEncoder:
+        config = AdapterConfig(**adapter)
+        backbone = load_backbone(folder, adapter=config, initial_adapter=str(source))
+        return ParallelEncoder(backbone, num_paths=num_paths, prefix_length=0).eval()
+
+    shared, own = load(1), load(3, per_path=True)
+    inputs = tiny_inputs(shared.processor, [("a red circle", []), ("a text", [])])
+    torch.testing.assert_close(own(inputs, [0]), shared(inputs), rtol=1e-6, atol=1e-6)
+    cosine_NN = own(inputs)[0] @ own(inputs)[0].T
+    assert 0.8 < cosine_NN.min() < 0.99999
+
+
+def test_one_path_without_prefix_is_exported_as_a_stock_model(three_layers: str, tmp_path: Path) -> None:
+    embedder = tiny_embedder(three_layers, per_path=True, prefix_length=0)
+    embedder.save_pretrained(tmp_path / "model", [1], merge_adapters=True)
+    stock = AutoModel.from_pretrained(tmp_path / "model" / "backbone").eval()
+    inputs = tiny_inputs(embedder.encoder.processor, ROWS)
+    vision = {key: torch.cat([row[key] for row in inputs.vision if row]) for key in inputs.vision[-1]}
+    with torch.no_grad():
+        states = stock(**inputs.tokens, **vision).last_hidden_state
+        expected = embedder.encoder(inputs, [1])[:, 0]
+    pooled = F.normalize(last_token(states, inputs.tokens["attention_mask"]), dim=-1)
+    torch.testing.assert_close(pooled, expected, rtol=1e-4, atol=1e-4)
+    loaded = Embedder.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(loaded.encode(mixed_inputs()), embedder.encode(mixed_inputs(), paths=1))
+    with pytest.raises(ValueError, match="merge_adapters takes one path"):
+        embedder.save_pretrained(tmp_path / "both", [0, 1], merge_adapters=True)
+
+
+def test_an_exported_path_has_its_own_adapter_alone(three_layers: str, tmp_path: Path) -> None:
+    embedder = tiny_embedder(three_layers, per_path=True)
+    embedder.save_pretrained(tmp_path / "model", [2, 0])
+    loaded = Embedder.from_pretrained(tmp_path / "model")
+    sizes = {name: len(value) for name, value in trainable_state(loaded.encoder).items()}
+    assert set(sizes.values()) == {2}
+    hashes = path_hashes(embedder.encoder)
+    assert path_hashes(loaded.encoder) == [hashes[2], hashes[0]]
+    assert torch.equal(loaded.encode(mixed_inputs(), paths=0), embedder.encode(mixed_inputs(), paths=2))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "options", "message"),
+    [
+        ({"kind": "dora"}, {}, "adapter.per_path is for LoRA"),
+        ({"scope": "vision"}, {}, "adapter.per_path is for LoRA"),
+        ({}, {"prefix_type": "shallow"}, "prefix_type='deep'"),
+        ({"per_path": False}, {"prefix_length": 0}, "unless num_paths=1 or adapter.per_path"),
+    ],
+)
+def test_what_does_not_go_together(three_layers: str, adapter: Any, options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(three_layers, adapter={**OWN, **adapter}, num_paths=2, **options)
