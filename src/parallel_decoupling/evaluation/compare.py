@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from parallel_decoupling.data.names import printable
 from parallel_decoupling.evaluation.plots import comparison_figure
 from parallel_decoupling.evaluation.report import (
     META_TASKS,
@@ -150,7 +151,7 @@ def compare_runs(run_dirs: list[str], output_dir: str | None = None) -> None:
     comparison, console = compare(run_dirs, output_dir), Console()
     console.print(comparison.grid().terminal())
     for name, report in comparison.reports.items():
-        console.print(name, markup=False, highlight=False)
+        console.print(printable(name), markup=False, highlight=False)
         console.print(report.mode_grid().terminal(), *report.warning_panels(), sep="\n")
 
 

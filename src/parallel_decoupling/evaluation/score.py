@@ -6,7 +6,7 @@ MMEB has one right answer per query, its positive; other tasks have several, eac
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 
 import torch
@@ -17,6 +17,7 @@ from parallel_decoupling.batch import RawInput
 from parallel_decoupling.data.collate import identity
 from parallel_decoupling.data.tasks import EvalTask, Task
 from parallel_decoupling.model.identity import rows_hash
+from parallel_decoupling.objective.statistics import margin_correlation
 
 DEPTHS = (1, 5, 10)
 CUT = ("hit", "mrr", "ndcg", "recall")
@@ -38,6 +39,7 @@ class TaskScore:
     num_skipped: int = 0  # rows left out because their images could not be read
     rows_sha256: str = ""  # identifies what was asked, see task_hash
     answers: float = 1.0  # right answers per row
+    margin_correlation: list[list[float]] = field(default_factory=list)  # [N][N] of paths, over rows
 
     @property
     def hits(self) -> dict[str, Tensor]:
@@ -85,6 +87,7 @@ def score_task(task: EvalTask, columns: Columns) -> TaskScore:
         query, candidate = (F.normalize(each.detach().float().cpu(), dim=-1) for each in both)
         sides[name] = (query, *_distinct_rows(candidate))
     chunks: dict[str, list[dict[str, Tensor]]] = {name: [] for name in columns}
+    margins: dict[str, list[Tensor]] = {}
     ranking: list[Tensor] = []
     for start in range(0, len(query_of_row), ROWS_AT_ONCE):
         rows = range(len(query_of_row))[start : start + ROWS_AT_ONCE]
@@ -94,6 +97,11 @@ def score_task(task: EvalTask, columns: Columns) -> TaskScore:
             scores_RC = all_scores.gather(1, distinct_of_candidate[index_RC])
             order_RC, found_RC = ranked(scores_RC, grades_RC, counted_RC)
             chunks[name].append(row_metrics(found_RC, grades_RC))
+            if name.startswith("path_"):
+                right_RC = grades_RC > 0
+                best_R = scores_RC.masked_fill(~right_RC, -torch.inf).amax(dim=1)
+                rival_R = scores_RC.masked_fill(right_RC | ~counted_RC, -torch.inf).amax(dim=1)
+                margins.setdefault(name, []).append(best_R - rival_R)
             if name == next(iter(columns)):
                 best_RC = index_RC.masked_fill(~counted_RC, -1).gather(1, order_RC[:, :RANKING_DEPTH])
                 ranking.append(F.pad(best_RC, (0, RANKING_DEPTH - best_RC.shape[1]), value=-1))
@@ -104,8 +112,16 @@ def score_task(task: EvalTask, columns: Columns) -> TaskScore:
     right = [{identities[each] for each in task.answers(row)} for row in range(len(query_of_row))]
     everyone = ({identities[each] for each in candidates} for candidates in task.candidates_of_row)
     chance = sum(len(some) / len(each) for some, each in zip(right, everyone, strict=True)) / len(right)
-    answers, ranking_R = sum(map(len, right)) / len(right), torch.cat(ranking)
-    return TaskScore(task.task, values, ranking_R, chance, rows_sha256=task_hash(task), answers=answers)
+    of_paths = [torch.cat(each) for each in margins.values()]
+    return TaskScore(
+        task.task,
+        values,
+        torch.cat(ranking),
+        chance,
+        rows_sha256=task_hash(task),
+        answers=sum(map(len, right)) / len(right),
+        margin_correlation=margin_correlation(torch.stack(of_paths)).tolist() if of_paths else [],
+    )
 
 
 def task_hash(task: EvalTask) -> str:

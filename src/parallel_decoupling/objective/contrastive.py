@@ -119,14 +119,24 @@ def in_batch_hit_at_1(query: Tensor, candidate: Tensor, *, positive: Tensor, can
     The arguments are those of ``info_nce``. A tie is a miss, so collapsed embeddings do not look perfect.
     Duplicates of the positives and padding are left out as there.
     """
+    margin_NB = in_batch_margins(query, candidate, positive=positive, candidate_ids=candidate_ids)
+    return (margin_NB > 0).to(margin_NB.dtype).mean(dim=1)
+
+
+@torch.no_grad()
+def in_batch_margins(query: Tensor, candidate: Tensor, *, positive: Tensor, candidate_ids: Tensor) -> Tensor:
+    """Return by how much each query's best positive scores above the best other target, ``[N, B]``.
+
+    The arguments are those of ``info_nce``. Duplicates of the positives and padding are left out as there;
+    infinite where nothing is left.
+    """
     _check_shapes(query, candidate, positive, candidate_ids)
     score_NBG = _scores(query, candidate)
     positive_BA = positive.view(len(positive), -1)
     best_other_NB = score_NBG.masked_fill(_left_out(positive, candidate_ids), -torch.inf).amax(dim=2)
     score_NBA = score_NBG.gather(2, positive_BA.expand(len(score_NBG), -1, -1))
     padding_BA = candidate_ids[positive_BA] == PADDING_ID
-    hit_NB = score_NBA.masked_fill(padding_BA, -torch.inf).amax(dim=2) > best_other_NB
-    return hit_NB.to(score_NBG.dtype).mean(dim=1)
+    return score_NBA.masked_fill(padding_BA, -torch.inf).amax(dim=2) - best_other_NB
 
 
 def candidate_logits(query: Tensor, candidate: Tensor, positive: Tensor, candidate_ids: Tensor) -> Tensor:
