@@ -39,13 +39,19 @@ class RawInput:
 
 @dataclass(frozen=True)
 class RawPair:
-    """Row ``row`` of a training ``subset``; None among the ``negatives`` pads to the number asked for."""
+    """Row ``row`` of a training ``subset``; None pads to the numbers of positives and negatives asked for.
+
+    ``positives`` are those besides ``candidate``. ``teacher`` are the scores of candidate, positives and
+    negatives in this order, NaN where there are none; empty for none at all.
+    """
 
     query: RawInput
     candidate: RawInput
     negatives: tuple[RawInput | None, ...]
     subset: str
     row: int
+    positives: tuple[RawInput | None, ...] = ()
+    teacher: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,20 +91,32 @@ class EncoderInputs:
 
 @dataclass(frozen=True)
 class PairBatch:
-    """What one training step sees; ``candidate`` are ``B`` positives in query order, then any hard negatives.
+    """What one training step sees; ``candidate`` are ``B`` positives in query order, then all others.
 
-    Equal ``candidate_ids`` (int64) are the same target, and ``PADDING_ID`` is none.
+    The others stand row by row: the positives up to ``num_positives``, then any hard negatives. Equal
+    ``candidate_ids`` (int64) are the same target, and ``PADDING_ID`` is none. ``teacher`` ``[B, K]`` are the
+    scores of each row's own candidates, NaN where there are none.
     """
 
     query: EncoderInputs
     candidate: EncoderInputs
     candidate_ids: Tensor
     subsets: tuple[str, ...]
+    num_positives: int = 1
+    teacher: Tensor | None = None
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """Return what says which candidate is what, by the names that ``training.terms`` has for it."""
+        names = ("candidate_ids", "num_positives", "teacher")
+        return {name: getattr(self, name) for name in names}
 
     def to(self, device: torch.device | str) -> PairBatch:
         """Move every tensor to ``device``."""
         query, candidate = self.query.to(device), self.candidate.to(device)
-        return replace(self, query=query, candidate=candidate, candidate_ids=self.candidate_ids.to(device))
+        teacher = None if self.teacher is None else self.teacher.to(device)
+        ids = self.candidate_ids.to(device)
+        return replace(self, query=query, candidate=candidate, candidate_ids=ids, teacher=teacher)
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ class Plan:
         check_trained_dtype(plain)
         self.processes, self.strategy = read_layout(trainer)
         self.queries, self.steps = int(data["batch_size"]), max(0, int(trainer["max_steps"]))
-        self.candidates: int = self.queries * (1 + data["hard_negatives"])
+        self.candidates: int = self.queries * (data["positives"] + data["hard_negatives"])
         if self.queries % self.processes:
             raise ValueError(f"batch_size={self.queries} must be a multiple of {self.processes} processes.")
         options = group(("dtype", "adapter", "initial_adapter", "family"), self.model)

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import re
+from math import nan
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -90,6 +92,50 @@ def test_every_row_has_the_asked_number_of_negatives(
     subset = TrainSubset(tmp_path, "S", hard_negatives=2)
     for pair in (subset[0], TrainSubset(tmp_path, "S", hard_negatives=2, missing_images="skip")[0]):
         assert [negative and negative.text for negative in pair.negatives] == expected
+
+
+LISTS = {"pos_text": ["a", "b", "", "c"], "neg_text": ["n", "m"]}
+LISTS |= {"pos_image_path": [""] * 4, "neg_image_path": ["", ""]}
+BLANK = {"pos_text": ["", " "], "pos_image_path": ["", ""], "neg_text": [], "neg_image_path": []}
+
+
+@pytest.mark.parametrize(
+    ("counts", "candidates", "scores"),
+    [
+        ((1, 0), ["a"], [5]),
+        ((2, 1), ["a", "b", "n"], [5, 4, -1]),
+        ((4, 3), ["a", "b", "c", None, "n", "m", None], [5, 4, nan, nan, -1, -2, nan]),
+    ],
+)
+def test_lists_are_several_positives_with_a_teachers_scores(
+    tmp_path: Path, counts: tuple[int, int], candidates: list[str | None], scores: list[float]
+) -> None:
+    given = {**LISTS, "teacher_scores": [5.0, 4.0, None, -1.0, -2.0]}
+    write_train(tmp_path, "S", [train_row(**given), train_row(**BLANK, teacher_scores=None)])
+    subset = TrainSubset(tmp_path, "S", positives=counts[0], hard_negatives=counts[1])
+    assert subset.blank_rows == 1
+    pair = subset[0]
+    own = (pair.candidate, *pair.positives, *pair.negatives)
+    assert [each and each.text for each in own] == candidates
+    assert list(pair.teacher) == pytest.approx(scores, nan_ok=True)
+    assert len(pair.positives) == counts[0] - 1
+    write_train(tmp_path, "T", [train_row(**{**LISTS, "teacher_scores": None}), train_row(**given)])
+    assert np.isnan(TrainSubset(tmp_path, "T", positives=2)[0].teacher).all()
+
+
+def test_positives_that_are_cut_off_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_train(tmp_path, "S", [train_row(**LISTS)])
+    TrainSubset(tmp_path, "S", positives=4).log_gaps()
+    assert not caplog.text
+    TrainSubset(tmp_path, "S", positives=2).log_gaps()
+    assert "'S': rows have up to 4 positives; data.positives takes the first 2" in caplog.text
+
+
+@pytest.mark.parametrize("scores", [[1.0] * 4, [1.0] * 6, "5", ["high"] * 5])
+def test_scores_that_do_not_fit_are_named(tmp_path: Path, scores: Any) -> None:
+    write_train(tmp_path, "S", [train_row(**LISTS, teacher_scores=scores)])
+    with pytest.raises(ValueError, match="row 0, column 'teacher_scores': must be a list of 5 numbers"):
+        TrainSubset(tmp_path, "S")[0]
 
 
 def test_a_subset_without_any_negative_is_said_to_have_none(
@@ -325,8 +371,9 @@ def test_lists_that_do_not_fit_are_named(tmp_path: Path, rows: list[Any], messag
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match=f"'Mine', .*{message}"):
         read_eval_task(tmp_path, "Mine")
-    with pytest.raises(ValueError, match="column '[qa]': holds a list, where a row has one value"):
-        TrainSubset(tmp_path, "Mine")
+    if isinstance(rows[0]["q"], list):
+        with pytest.raises(ValueError, match="column 'q': holds a list, where a row has one value"):
+            TrainSubset(tmp_path, "Mine")
 
 
 @pytest.mark.parametrize("cell", ['"[""cat"", ""dog""]"', "\"['dog', 'cat']\""])

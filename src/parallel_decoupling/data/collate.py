@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -51,16 +52,20 @@ class Collator:
         self._splits = True  # until the processor's image tensors are seen not to split by row
 
     def __call__(self, pairs: Sequence[RawPair]) -> PairBatch:
-        """Batch training rows: the positives in query order, then all hard negatives row by row."""
+        """Batch training rows in the order of ``PairBatch``."""
+        others = [(*pair.positives, *pair.negatives) for pair in pairs]
         candidates: list[RawInput | None] = [pair.candidate for pair in pairs]
-        candidates += [negative for pair in pairs for negative in pair.negatives]
+        candidates += [each for of_row in others for each in of_row]
         places = [f"training subset {pair.subset!r}, row {pair.row}: " for pair in pairs]
-        negatives = [place for pair, place in zip(pairs, places, strict=True) for _ in pair.negatives]
+        repeated = [place for of_row, place in zip(others, places, strict=True) for _ in of_row]
+        teachers = [pair.teacher or (math.nan,) * (1 + len(others[0])) for pair in pairs]
         return PairBatch(
             query=self.encode_inputs([pair.query for pair in pairs], places),
-            candidate=self.encode_inputs([each or PADDING for each in candidates], places + negatives),
+            candidate=self.encode_inputs([each or PADDING for each in candidates], places + repeated),
             candidate_ids=torch.tensor([identity(each) if each else PADDING_ID for each in candidates]),
             subsets=tuple(pair.subset for pair in pairs),
+            num_positives=1 + len(pairs[0].positives),
+            teacher=torch.tensor(teachers),
         )
 
     def encode_inputs(self, inputs: Sequence[RawInput], places: Sequence[str] | None = None) -> EncoderInputs:

@@ -45,6 +45,8 @@ class TaskSide:
     def where(self, row: int) -> str:
         """Name the task, the first row of it that uses an input, and its side, for an error message."""
         task, is_query = self.task, self.side == "query"
+        if not is_query and task.relevance_of_row is not None:
+            return f"evaluation task {task.task.name!r}, candidate {row}"
         used = [[query] for query in task.query_of_row] if is_query else task.candidates_of_row
         first = next(number for number, inputs in enumerate(used) if row in inputs)
         return f"evaluation task {task.task.name!r}, row {first}, {self.side}"

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from parallel_decoupling.files import atomic_write
 
-SUFFIXES = (".parquet", ".jsonl", ".csv")
+SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
 ROWS_PER_BATCH = 8192
 FORMAT = "5"
 """Version of the copies in the cache."""
@@ -92,9 +92,9 @@ class Table:
                     raise ValueError(f"{self.owner}, file {file}: {lacking}. Rename or add it.")
         for name, column in zip(self.rows.column_names, self.rows.columns, strict=True):
             if pa.types.is_list(column.type) and name in single:
-                advice = "Only candidates of evaluation and negatives may be lists"
+                advice = "Only candidates and negatives may be lists"
                 raise ValueError(f"{self.where(0, name)}: holds a list, where a row has one value. {advice}.")
-            if self.files[0].suffix == ".csv" and name in self.columns and name not in single:
+            if self.files[0].suffix in (".csv", ".tsv") and name in self.columns and name not in single:
                 row = pc.index(pc.match_substring_regex(column, r"^\s*\[\s*['\"]"), True).as_py()
                 if row >= 0:
                     advice = "a cell of a CSV file holds one text. Keep lists in a JSONL or Parquet file."

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from tqdm import tqdm
 
 from parallel_decoupling.batch import RawInput
 from parallel_decoupling.data import readers, tasks
 from parallel_decoupling.data.collate import Collator
+from parallel_decoupling.data.row_reader import CANDIDATE, NEGATIVE, QUERY, RowReader
 from parallel_decoupling.data.row_sources import TaskSide
+from parallel_decoupling.data.tables import Table
 from parallel_decoupling.data.unusable import RowError, one_row
 
 
@@ -66,18 +71,21 @@ def verify(data_dir: str | Path, collator: Collator, sample: int | None = 20) ->
 
 
 def _check_train(root: Path, check: Check, collator: Collator, sample: int | None) -> None:
-    subset = readers.TrainSubset(root, check.name, check.split, hard_negatives=100)
-    rows = subset.table.rows
-    names = [name for name in (*readers.QUERY, *readers.CANDIDATE) if name in rows.column_names]
-    distinct = rows.select(names).group_by(names).aggregate([])
+    subset = readers.TrainSubset(root, check.name, check.split, positives=100, hard_negatives=100)
+    found = {
+        name: column for name in (*QUERY, *CANDIDATE) if (column := subset.table.column(name)) is not None
+    }
+    lists = {name: column for name, column in found.items() if pa.types.is_list(column.type)}
+    rows = pa.table(found | {name: pc.binary_join(column, "\n") for name, column in lists.items()})
+    distinct = rows.group_by(list(found)).aggregate([])
     check.counts |= {"rows": len(rows), "repeated": len(rows) - len(distinct)}
-    _check_images(check, subset.reader)
+    _check_images(check, [subset.reader])
     if subset.blank_rows:
         check.notes.append(f"{subset.blank_rows} rows with neither text nor image on a side are left out.")
 
     def inputs(index: int) -> list[RawInput]:
         pair = subset[index]
-        return [pair.query, pair.candidate, *filter(None, pair.negatives)]
+        return [pair.query, pair.candidate, *filter(None, (*pair.positives, *pair.negatives))]
 
     _try(check, collator, inputs, _spread(len(subset), sample), lambda index: f"row {subset.kept[index]}")
 
@@ -85,12 +93,17 @@ def _check_train(root: Path, check: Check, collator: Collator, sample: int | Non
 def _check_eval(root: Path, check: Check, collator: Collator, sample: int | None) -> None:
     read = readers.read_eval_task(root, check.name, must_exist=False)
     lists = read.candidates_of_row
-    check.counts |= {"rows": len(lists), "repeated": sum(len(set(row)) < len(row) for row in lists)}
+    repeated = 0 if read.relevance_of_row else sum(len(set(row)) < len(row) for row in lists)
+    check.counts |= {"rows": len(lists), "repeated": repeated}
     check.counts |= {"candidates at least": min(map(len, lists)), "candidates at most": max(map(len, lists))}
-    missing = _check_images(check, readers.open_eval(root, read.task))
-    rows = zip(read.query_of_row, lists, strict=True)
-    needed = [(*read.queries[query].images, *read.candidates[row[0]].images) for query, row in rows]
-    if lost := sum(not missing.isdisjoint(images) for images in needed):
+    missing = _check_images(check, readers.open_sides(root, read.task))
+    bad = (
+        {number for number, each in enumerate(side) if not missing.isdisjoint(each.images)}
+        for side in (read.queries, read.candidates)
+    )
+    queries, candidates = bad
+    rows = enumerate(read.query_of_row)
+    if lost := sum(query in queries or candidates >= read.answers(row).keys() for row, query in rows):
         what = "rows cannot be scored: no image of the query or of the positive"
         check.problems.append(f"{lost} of {len(lists)} {what}.")
     if read.task.source is None and check.name in tasks.MMEB_TASKS and len(lists) != 1000:
@@ -141,19 +154,21 @@ def _try(
         check.notes.append(f"{num_cut} texts have more than {collator.limit.max_tokens} tokens and are cut.")
 
 
-def _check_images(check: Check, reader: readers.RowReader) -> set[str]:
+def _check_images(check: Check, sides: Sequence[RowReader]) -> set[str]:
     """Look for every image, and return the names of those that are missing."""
-    places: dict[str, tuple[int, str]] = {}
-    for name in ("query_image", "candidate_image", "negative_image"):
-        column = reader.table.column(name)
+    places: dict[str, tuple[Table, int, str]] = {}
+    for table, name in product((side.table for side in sides), (QUERY[1], CANDIDATE[1], NEGATIVE[1])):
+        column = table.column(name)
         for row, cell in enumerate([] if column is None else column.to_pylist()):
             for image in filter(None, cell if isinstance(cell, list) else [cell]):
-                places.setdefault(image, (row, name))
-    missing = [image for image in places if reader.images.find(image) is None]
+                places.setdefault(image, (table, row, name))
+    files = {image: sides[0].images.find(image) for image in places}
+    missing = [image for image, file in files.items() if file is None]
     if missing:
-        first = f"first {missing[0]!r} in {reader.table.where(*places[missing[0]])}"
-        found = f"{len(missing)} of {len(places)} images are missing, {first}"
+        table, row, name = places[missing[0]]
+        first = f"first {missing[0]!r} in {table.where(row, name)}"
+        found = f"{len(missing)} of {len(files)} images are missing, {first}"
         advice = "Unpack the archive or correct image_dir, or train and score without them"
         check.problems.append(f"{found}. {advice} with `missing_images: skip`.")
-    check.counts |= {"images": len(places), "missing": len(missing)}
+    check.counts |= {"images": len(files), "missing": len(missing)}
     return set(missing)

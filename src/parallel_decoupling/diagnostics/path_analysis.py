@@ -17,7 +17,7 @@ from torch import Tensor
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
 from parallel_decoupling.data.images import load_image
 from parallel_decoupling.data.readers import read_eval_task
-from parallel_decoupling.data.tasks import find_eval_tasks
+from parallel_decoupling.data.tasks import chosen, find_eval_tasks
 from parallel_decoupling.diagnostics import patch_maps
 from parallel_decoupling.diagnostics.probes import ProbeResult, counted_scenes, crowded_scenes, probe
 from parallel_decoupling.diagnostics.similarity import (
@@ -115,7 +115,7 @@ def analyse_world(embedder: Embedder, report: ScoreReport | None, *, scenes: int
 
 def analyse_data(embedder: Embedder, data_dir: str | Path, report: ScoreReport | None) -> PathAnalysis:
     """Analyse a model on queries with one image, evenly from all evaluation tasks of a folder."""
-    tasks, inputs = find_eval_tasks(data_dir), []
+    tasks, inputs = chosen(None, find_eval_tasks(data_dir), data_dir), []
     for name in tasks:
         found = read_eval_task(data_dir, name, limit=-(-SCENES // len(tasks))).queries
         inputs += [query for query in found if len(query.images) == 1]

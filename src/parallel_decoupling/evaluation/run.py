@@ -231,8 +231,11 @@ class Scoring(Callback):
         self.report = ScoreReport.from_scores(self._scores, {**module.run_info(), "commit": git_commit()})
         column, means = self.report.columns[0], self.report.means
         values = {f"{stage}/{name}/hit_at_1": r.hit_at_1[column] for name, r in self.report.tasks.items()}
+        for name, result in self.report.tasks.items():
+            values[f"{stage}/{name}/{result.task.metric.replace('@', '_at_')}"] = result.score[column]
         values |= {f"{stage}/{name}": mean[column] for name, mean in means.items()}
-        values |= {f"{stage}/overall_{path}": means["overall"][path] for path in self.report.path_columns}
+        headline = self.report.headline
+        values |= {f"{stage}/{headline}_{path}": means[headline][path] for path in self.report.path_columns}
         module.log_dict(values)
 
     def _doubts(self, module: PDFEmbedder) -> list[checks.Finding]:

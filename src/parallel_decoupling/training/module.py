@@ -70,6 +70,7 @@ class PDFEmbedder(LightningModule):
         temperature: divides cosines in InfoNCE, above 0.
         learn_temperature: train the temperature, starting from temperature.
         symmetric: also contrast candidates with queries.
+        teacher_weight: of the divergence from a teacher's scores within every InfoNCE (docs/data.md).
         optimizer: rates, schedule, clipping.
         query_chunk_size: GradCache, queries per forward pass; null encodes the batch in one graph.
         candidate_chunk_size: GradCache, candidates per forward pass; null encodes the batch in one graph.
@@ -111,6 +112,7 @@ class PDFEmbedder(LightningModule):
         temperature: float = 0.02,
         learn_temperature: bool = False,
         symmetric: bool = False,
+        teacher_weight: float = 0.0,
         optimizer: OptimizerConfig = _OPTIMIZER,
         query_chunk_size: int | None = None,
         candidate_chunk_size: int | None = None,
@@ -141,8 +143,7 @@ class PDFEmbedder(LightningModule):
         self.distillation_weight, self.distillation_start = distillation_weight, distillation_start
         self.query_chunk_size, self.candidate_chunk_size = query_chunk_size, candidate_chunk_size
         self.query_instruction, self.candidate_instruction = query_instruction, candidate_instruction
-        self.seed = seed
-        self.progress = Progress()
+        self.seed, self.teacher_weight, self.progress = seed, teacher_weight, Progress()
         self.data_settings: dict[str, Any] = {}
         self.trained_data: dict[str, Any] = {}
         loading = {"revision": backbone_revision, **settings.group(settings.LOADING, typed)}
@@ -170,10 +171,10 @@ class PDFEmbedder(LightningModule):
             embeddings = query.embeddings, candidate.embeddings
             pairs = terms.gather_pairs(
                 *embeddings,
-                batch.candidate_ids,
-                self.encoder.aggregate,
-                self.nested_dims,
+                aggregate=self.encoder.aggregate,
+                dims=self.nested_dims,
                 nested_paths=self.nested_paths,
+                **batch.labels,
             )
             # 2. The estimator's own steps, on detached embeddings.
             held_out, nll = self._fit_estimator(pairs)
@@ -185,6 +186,7 @@ class PDFEmbedder(LightningModule):
                 terms.shared(self.temperature),
                 symmetric=self.symmetric,
                 with_aggregate=self.aggregate_weight > 0,
+                teacher_weight=self.teacher_weight,
             )
             with terms.frozen(self.mutual_information), torch.set_grad_enabled(weight > 0):
                 mi_M = terms.mutual_information_terms(self.mutual_information, pairs)

@@ -107,7 +107,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` for impossible combinations; configs are dictionaries here."""
     num_paths, prefix_length = settings["num_paths"], settings["prefix_length"]
     smallest = {"num_paths": 1, "prefix_length": 0, "mi_weight": 0, "aggregate_weight": 0}
-    smallest |= {"distillation_weight": 0, "distillation_start": 0}
+    smallest |= {"distillation_weight": 0, "distillation_start": 0, "teacher_weight": 0}
     smallest |= {"query_chunk_size": 1, "candidate_chunk_size": 1, "max_tokens": 2}
     check_ranges("", settings, smallest)
     one_path = (
