@@ -58,10 +58,10 @@ def read_wordnet(archive: Path) -> list[Entry]:
     """Return the entries of ``data.*`` (wndb(5WN)) whose first word is plain and has no other sense."""
     lines: dict[str, str] = {}
     with tarfile.open(archive) as tar:
-        for part in ("noun", "verb", "adj", "adv"):
+        for part, letter in (("noun", "n"), ("verb", "v"), ("adj", "a"), ("adv", "r")):
             file: Any = tar.extractfile(f"package/dict/data.{part}")
             texts = file.read().decode().splitlines()
-            lines |= {part[0] + line.split()[0]: line for line in texts if line[0] != " "}  # no licence
+            lines |= {letter + line.split()[0]: line for line in texts if line[0] != " "}  # no licence
     words = {}
     for key, line in lines.items():
         fields = line.split()
