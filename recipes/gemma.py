@@ -44,14 +44,9 @@ def write_folder(gguf_file: Path, output_dir: Path) -> None:
     print(f"{output_dir}: {config.model_type}, {plain.num_parameters():,} parameters")
 
 
-def main() -> None:
-    """Convert the file."""
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Write a GGUF file as a local backbone folder.")
     parser.add_argument("--gguf_file", type=Path, help="another GGUF file of a family that we load")
     parser.add_argument("--output_dir", type=Path, default=Path("data/gemma3_270m"))
     args = parser.parse_args()
     write_folder(args.gguf_file or installed_gguf(args.output_dir.with_suffix(".gguf")), args.output_dir)
-
-
-if __name__ == "__main__":
-    main()

@@ -82,8 +82,6 @@ def test_no_word_is_trained_and_evaluated_and_no_other_candidate_is_right(
         word = row["qry_text"].split()[-1]
         assert row["tgt_text"][0] == f"old {word}"
         assert len(set(row["tgt_text"])) == 4
-    again = words.read_wordnet(archive)
-    assert [entry.is_evaluated for entry in again] == list(kept.values())
 
 
 @pytest.mark.parametrize("name", TEXT_FAMILIES)
