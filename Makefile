@@ -10,7 +10,7 @@ INSTALLED := .venv/.installed
 DEMO := runs/demo$(if $(filter-out 0,$(SEED)),_seed$(SEED))
 DEMO_SINGLE_PATH := runs/demo_single_path$(if $(filter-out 0,$(SEED)),_seed$(SEED))
 
-.PHONY: help install demo test test-slow test-oldest lint types checks format golden backbone configs docs wheel notebooks bench studies app clean
+.PHONY: help install demo test test-slow test-oldest lint types checks format golden backbone icons configs docs wheel notebooks bench studies app clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +74,9 @@ golden: $(INSTALLED) ## write the golden losses anew (say why in the commit)
 
 backbone: $(INSTALLED) ## train the shipped tiny backbone anew
 	$(BIN)/python -m recipes.tiny_backbone
+
+icons: $(INSTALLED) ## a data set of 20,000 real icons in data/icons (needs npm; docs/icons.md)
+	$(BIN)/python -m recipes.icons
 
 configs: $(INSTALLED) ## write lightning_configs/reproduce/ anew from its layers
 	$(BIN)/python -m recipes.ready_configs

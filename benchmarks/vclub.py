@@ -1,6 +1,7 @@
-"""vCLUB: cost of its two forms. Bias and variance next to its alternatives are in ``studies.estimators``.
+"""vCLUB: cost of its two forms, and of all kinds. Bias and variance are in ``studies.estimators``.
 
-``python -m benchmarks.vclub`` prints a table.
+``python -m benchmarks.vclub`` prints a table of the forms; with ``--kinds`` instead what every ``mi.kind``
+costs in a training step: its fit, value and gradient on both sides, as a ratio to ``vclub``.
 
 Cost: the closed form, O(B D), against all B * B negatives, O(B^2 D). Both forms run in one process, forward
 and backward, taking turns within every repetition; the table shows medians. Seconds depend on the machine;
@@ -14,13 +15,15 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from parallel_decoupling.objective.vclub import vclub_bound
+from parallel_decoupling.objective.vclub import Kind, MutualInformation, vclub_bound
+from parallel_decoupling.training.optimization import MIConfig
+from parallel_decoupling.training.terms import GatheredPairs, estimator_nll, mutual_information_terms
 
 Bound = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -103,17 +106,53 @@ def print_costs(args: argparse.Namespace) -> None:
         print(f"{quadratic_count / closed_count:>12.1f} {difference:>15.1e}")
 
 
+def kind_seconds(num_paths: int, batch_size: int, embed_dim: int, repetitions: int) -> dict[str, float]:
+    """Median time of every kind in a training step: fits of q, its NLL, the term and its gradient."""
+    generator = torch.Generator().manual_seed(0)
+    sides = torch.randn(2, batch_size, num_paths, embed_dim, generator=generator)
+    query, candidate = (each.requires_grad_() for each in torch.nn.functional.normalize(sides, dim=-1))
+    rows = torch.arange(batch_size)
+    pairs = GatheredPairs(query, candidate, query[:, :1], candidate[:, :1], rows, rows)
+    kinds: list[Kind] = [kind for kind in get_args(Kind) if kind != "none"]
+    options = {"num_paths": num_paths, "embed_dim": embed_dim}
+    estimators = {kind: MutualInformation(kind, **options) for kind in kinds}
+    times: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for _ in range(repetitions + 1):
+        for kind, estimator in estimators.items():
+            start = time.perf_counter()
+            for _ in range(MIConfig().fit_steps * estimator.needs_fit):
+                torch.autograd.backward(estimator_nll(estimator, pairs))
+            estimator_nll(estimator, pairs.detach())
+            torch.autograd.grad(mutual_information_terms(estimator, pairs).sum(), (query, candidate))
+            times[kind].append(time.perf_counter() - start)
+    return {kind: statistics.median(measured[1:]) for kind, measured in times.items()}
+
+
+def print_kinds(args: argparse.Namespace) -> None:
+    """Print the ratio of every kind's time to that of ``vclub`` over B."""
+    print(f"N = {args.num_paths}, D = {args.embed_dim}, ratio of a step's estimator to vclub's")
+    for batch_size in args.batch_sizes:
+        seconds_of = kind_seconds(args.num_paths, batch_size, args.embed_dim, args.repetitions)
+        ratios = (f"{kind} {each / seconds_of['vclub']:.2f}" for kind, each in seconds_of.items())
+        print(f"B = {batch_size}, vclub {1e3 * seconds_of['vclub']:.1f} ms: {', '.join(ratios)}")
+
+
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[16, 32, 64, 128, 256, 512])
     parser.add_argument("--embed_dim", type=int, default=64)
     parser.add_argument("--num_pairs", type=int, default=1)
+    parser.add_argument("--num_paths", type=int, default=3, help="of the kinds")
+    parser.add_argument("--kinds", action="store_true", help="print the costs of all kinds instead")
     parser.add_argument("--repetitions", type=int, default=15)
     args = parser.parse_args()
-    print_costs(args)
+    if args.kinds:
+        print_kinds(args)
+    else:
+        print_costs(args)
 
 
 if __name__ == "__main__":

@@ -31,11 +31,11 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from parallel_decoupling.objective.vclub import Kind, MutualInformation
+from parallel_decoupling.objective.vclub import MutualInformation, Unconditional
 from studies.estimator_figures import WITHOUT_Q, write_figures, write_table
 from studies.results import code_version, commit_name
 
-KINDS = tuple(kind for kind in get_args(Kind) if kind != "none")
+KINDS = tuple(kind for kind in get_args(Unconditional) if kind != "none")
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def fitted_network(cell: Cell, fit_steps: int, learning_rate: float = 1e-3) -> n
     return estimator.network.requires_grad_(False)
 
 
-def measure(kind: Kind, cell: Cell, network: nn.Module, draws: int) -> dict[str, Any]:
+def measure(kind: Unconditional, cell: Cell, network: nn.Module, draws: int) -> dict[str, Any]:
     """Bias and spread of the estimates, direction and noise of their gradients, over fresh batches."""
     estimator = MutualInformation(kind, num_paths=2, embed_dim=cell.embed_dim)
     if estimator.needs_fit:

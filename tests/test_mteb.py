@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("mteb", minversion="2")
 
@@ -63,9 +64,9 @@ class WorldPictures(AbsTaskRetrieval):
         self.data_loaded = True
 
 
-def evaluate(model: Any, tasks: list[Any]) -> Any:
-    """Without ``mteb``'s cache of results, which knows models by their names alone."""
-    options: dict[str, Any] = {"cache": None, "show_progress_bar": False, "co2_tracker": False}
+def evaluate(model: Any, tasks: list[Any], cache: Any = None) -> Any:
+    """Without a cache of results, unless one is given."""
+    options: dict[str, Any] = {"cache": cache, "show_progress_bar": False, "co2_tracker": False}
     options["encode_kwargs"] = {"show_progress_bar": False}
     return {each.task_name: each for each in mteb.evaluate(model, tasks, **options).task_results}
 
@@ -100,3 +101,26 @@ def test_scores_of_an_exported_folder_and_of_one_path(
     assert scores.keys() == {"WorldPictures"}
     assert all(0 <= score <= 1 for score in scores.values())
     assert scores == exported != one_path
+
+
+def test_another_model_is_not_given_the_kept_scores_of_the_first(tasks: list[Any], tmp_path: Path) -> None:
+    from mteb.cache import ResultCache
+
+    first, other = tiny_embedder("tiny"), tiny_embedder("tiny")
+    with torch.no_grad():
+        other.encoder.parameter_groups()["prefixes"][0].add_(0.5)
+    revisions = [
+        mteb_model(first).mteb_model_meta.revision,
+        mteb_model(first, 0).mteb_model_meta.revision,
+        mteb_model(first, prompts=PROMPTS).mteb_model_meta.revision,
+        mteb_model(other).mteb_model_meta.revision,
+    ]
+    assert len(set(revisions)) == 4
+    assert mteb_model(tiny_embedder("tiny")).mteb_model_meta.revision == revisions[0]
+    cache = ResultCache(tmp_path)
+    alone = [evaluate(mteb_model(model), tasks)["WorldPictures"].get_score() for model in (first, other)]
+    kept = [
+        evaluate(mteb_model(model), tasks, cache)["WorldPictures"].get_score() for model in (first, other)
+    ]
+    assert kept == alone
+    assert alone[0] != alone[1]

@@ -9,6 +9,7 @@ import gradio
 from PIL import Image
 
 from parallel_decoupling.data.images import ImageError, load_image
+from parallel_decoupling.data.names import file_of_id
 from parallel_decoupling.search import Searcher
 
 HITS = 12
@@ -32,7 +33,7 @@ def find(
         picture = Image.new("RGB", (64, 64), "#eeeeee")
         if name:
             try:
-                picture = load_image(str(image_dir / name))
+                picture = load_image(str(image_dir / file_of_id(name)))
             except ImageError:
                 caption = f"{caption} (picture cannot be read)"
         pictures.append((picture, caption if name else f"{caption} {hit.id}"))

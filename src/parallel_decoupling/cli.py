@@ -78,7 +78,9 @@ def _help() -> str:
 
 
 def _fail(message: str) -> None:
-    sys.stderr.write(f"error: {message}\n")
+    from parallel_decoupling.data.names import printable
+
+    sys.stderr.write(f"error: {printable(message)}\n")
     raise SystemExit(2)
 
 

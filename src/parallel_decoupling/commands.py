@@ -154,12 +154,14 @@ def hits_table(hits: Sequence[Hit]) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
+    from parallel_decoupling.data.names import printable
+
     table = Table("rank", "score", "id", *(hits[0].similarities if hits else ()))
     for name in hits[0].fields if hits else ():
-        table.add_column(escape(name), overflow="fold")
+        table.add_column(escape(printable(name)), overflow="fold")
     for rank, hit in enumerate(hits, start=1):
         texts = [hit.id, *("" if value is None else str(value) for value in hit.fields.values())]
-        item, *fields = (escape(text if len(text) <= 60 else f"{text[:59]}…") for text in texts)
+        item, *fields = (escape(printable(text if len(text) <= 60 else f"{text[:59]}…")) for text in texts)
         cosines = [f"{value:.3f}" for value in hit.similarities.values()]
         table.add_row(str(rank), f"{hit.score:.3f}", item, *cosines, *fields)
     return table

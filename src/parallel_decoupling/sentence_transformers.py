@@ -11,6 +11,7 @@ from torch import Tensor
 
 from parallel_decoupling.data.prompts import to_raw_inputs
 from parallel_decoupling.evaluation.embedder import Embedder
+from parallel_decoupling.model.identity import encoder_identity
 
 try:
     from sentence_transformers import SentenceTransformer
@@ -126,6 +127,10 @@ def mteb_model(
     from mteb.models import SentenceTransformerEncoderWrapper
 
     wrapped = SentenceTransformerEncoderWrapper(as_sentence_transformer(model, paths, prompts=prompts))
-    known = {"name": f"parallel-decoupling/{paths}", "revision": "local", "modalities": ["image", "text"]}
+    embedding: Any = wrapped.model[0]
+    embedder = embedding.embedder
+    about = {"paths": paths, "prompts": wrapped.model.prompts, "images": embedder.images.settings}
+    known: dict[str, Any] = {"name": f"parallel-decoupling/{paths}", "modalities": ["image", "text"]}
+    known["revision"] = encoder_identity(embedder.encoder, **about)["sha256"]  # mteb keeps scores by it
     wrapped.mteb_model_meta = wrapped.mteb_model_meta.model_copy(update=known)
     return wrapped

@@ -146,6 +146,20 @@ def test_identity_is_text_and_image() -> None:
     assert identity(RawInput("a")) == 4681665781835383343  # stable over processes and runs
 
 
+def test_identity_is_of_content_and_not_of_names_and_white_space(tmp_path: Path) -> None:
+    first, copy, other = (tmp_path / name for name in ("a.png", "copy.png", "other.png"))
+    write_image(first)
+    copy.write_bytes(first.read_bytes())
+    write_image(other, "blue")
+    of_file = [identity(prompt("x", str(file))) for file in (first, copy, other)]
+    assert of_file[0] == of_file[1] != of_file[2]
+    same = [" a b ", "a b", "a b\n"]
+    assert len({identity(RawInput(text)) for text in same}) == 1
+    assert len({identity(RawInput(text)) for text in ("a b", "A b", "a  b", "ab")}) == 4
+    texts = ["<|image_1|>\n cat\n", "<|image_1|> cat", "<|image_1|>\ncat \n"]
+    assert len({identity(RawInput(text, (str(first),))) for text in texts}) == 1
+
+
 def test_an_image_the_processor_refuses_is_named(processor: Any, tmp_path: Path) -> None:
     thin = write_image(tmp_path / "thin.png", size=(2000, 2))
     good = write_image(tmp_path / "good.png")

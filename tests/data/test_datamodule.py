@@ -243,6 +243,24 @@ def test_only_validate_needs_validation_tasks(data_dir: Path, tmp_path: Path) ->
     assert [loader for loader, _ in toy.tested] == [0, 1] * 2
 
 
+def test_tasks_that_nobody_listed_are_scored_and_say_how_to_list_them(
+    data_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("Mine", "CIFAR-100"):
+        write_eval(data_dir, name, [eval_row("q", ["a", "b"])])
+    data = module(data_dir, "test")
+    assert [task.task.name for task in data.eval_tasks_data] == ["VOC2007", "GQA", "Mine"]
+    row = '{"Mine": {"meta_task": "retrieval", "in_distribution": false}}'
+    assert f"add to {data_dir / 'tasks.json'}, with the right meta-task: {row}" in caplog.text
+    (data_dir / "tasks.json").write_text(row)
+    caplog.clear()
+    assert module(data_dir, "test").eval_tasks_data[2].task.meta_task == "retrieval"
+    assert not caplog.text
+    named = module(data_dir, "test", eval_tasks=["CIFAR-100"])
+    assert [task.task.meta_task for task in named.eval_tasks_data] == ["custom"]
+    assert module(data_dir, "validate", validation_tasks=["CIFAR-100"]).eval_tasks_data
+
+
 def test_every_option_can_be_read_back_for_the_checkpoint(data_dir: Path) -> None:
     options: dict[str, Any] = {"max_pixels": 99, "missing_images": "skip", "row_limit": 7, "download": True}
     data = MMEBDataModule(str(data_dir), **options)
@@ -275,6 +293,11 @@ def test_preparing_makes_the_mapped_tables_of_the_stage(data_dir: Path, tmp_path
         ("fit", {"validation_tasks": ["VOC2077"]}, "Unknown evaluation task 'VOC2077'"),
         ("test", {"eval_tasks": []}, "data.eval_tasks is empty"),
         ("test", {"eval_tasks": ["DocVQA"]}, "Unknown evaluation task 'DocVQA'.*Found: GQA, VOC2007"),
+        (
+            "test",
+            {"eval_tasks": ["Mine"]},
+            "a folder with .*<task>/test-.*or an entry of .*tasks.json",
+        ),
         ("test", {"data_dir": "no/such"}, "data_dir 'no/such' is not a folder"),
     ],
 )

@@ -179,6 +179,29 @@ def test_archives_that_are_broken_or_lack_a_folder_are_named(tmp_path: Path, hub
         download_train(tmp_path, ["NIGHTS"], "original")
 
 
+@pytest.mark.parametrize("limit", ["MAX_ENTRIES", "MAX_GROWTH"])
+def test_an_archive_that_would_grow_beyond_measure_is_refused(
+    tmp_path: Path, limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with zipfile.ZipFile(tmp_path / "X.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        for name in ("0", "1"):
+            file.writestr(f"X/{name}.jpg", bytes(100_000))
+    monkeypatch.setattr("parallel_decoupling.data.download.MAX_GROWTH", 1_000)
+    unpack(tmp_path / "X.zip", tmp_path / "images", ["X"])
+    monkeypatch.setattr(f"parallel_decoupling.data.download.{limit}", 1)
+    with pytest.raises(ValueError, match=r"X\.zip: 2 entries of 200,000 bytes .*Check where it is from"):
+        unpack(tmp_path / "X.zip", tmp_path / "more", ["X"])
+    assert not list((tmp_path / "more").iterdir())
+
+
+@pytest.mark.parametrize("names", [["X/a", "X/a/b.jpg"], [f"X/{'a' * 300}.jpg"]])
+def test_a_member_that_cannot_be_a_file_is_named(tmp_path: Path, names: list[str]) -> None:
+    (tmp_path / "X.zip").write_bytes(archive(names))
+    with pytest.raises(ValueError, match=r"X\.zip: cannot unpack 'X/a"):
+        unpack(tmp_path / "X.zip", tmp_path / "images", ["X"])
+    assert not list((tmp_path / "images").iterdir())
+
+
 def prepared(data: MMEBDataModule, stage: str) -> MMEBDataModule:
     """Call ``prepare_data`` as a trainer in this stage would."""
     data.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)

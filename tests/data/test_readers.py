@@ -145,6 +145,7 @@ def test_one_text_stands_for_a_list_of_images(tmp_path: Path) -> None:
     ("row", "message"),
     [
         (eval_row("q", ["a"]), "row 1, column 'tgt_text': 1 candidates"),
+        (eval_row("q", ["a", "a"]), "row 1, column 'tgt_text': 1 candidates"),
         (eval_row("q", ["a", "b"], tgt_img_path=[""]), "2 texts but 1 image paths"),
         (eval_row("", ["a", "b"]), "column 'qry_text': neither text nor image"),
         (eval_row("q", ["a", "b"], tgt_img_path=["", "GQA/0.jpg"]), "task 'GQA', .*row 1.*no image file"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,65 @@ def test_a_folder_of_images_is_searched_to_the_bottom(tmp_path: Path) -> None:
     assert source[1] == to_raw_inputs([tmp_path / "b/c/second.JPG"])[0]
 
 
+def test_what_a_folder_has_beside_pictures_is_counted_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
+    for place in (folder / "z", folder / "closed", elsewhere):
+        place.mkdir(parents=True)
+    for file in (folder / "a.png", folder / "b.avif", folder / "z" / "c", elsewhere / "d.JFIF"):
+        Image.new("RGB", (8, 8)).save(file, {"": "PNG", ".JFIF": "JPEG"}.get(file.suffix))
+    for name in ("1.txt", "2.heic", "3.txt", "4.pdf"):
+        (folder / name).write_text("no picture")
+    os.mkfifo(folder / "pipe.png")
+    for name, target in {"gone.png": "none", "l": elsewhere, "m": folder / "z", "z/up": folder}.items():
+        (folder / name).symlink_to(target)
+    listdir = os.listdir
+
+    def refuse(place: str) -> list[str]:
+        if place.endswith("closed"):
+            raise PermissionError(place)
+        return listdir(place)
+
+    monkeypatch.setattr("os.listdir", refuse)
+    source = RowSource(folder)
+    rows = range(len(source))
+    assert source.columns([*rows])["id"].to_pylist() == ["a.png", "b.avif", "l/d.JFIF", "z/c"]
+    assert source[2].images == (str(folder / "l" / "d.JFIF"),)
+    assert set(source.left_out.split(", ", 1)[0].split()) == {"4", "other", "files", "(1.txt"}
+    for part in (
+        "4 other files (1.txt, 2.heic, 3.txt, …)",
+        "2 links or special files (gone.png, pipe.png)",
+        "1 folders that cannot be read (closed)",
+        "2 folders that are there twice (m, z/up)",
+    ):
+        assert part in source.left_out
+    assert RowSource(save(tmp_path / "rows.csv")).left_out == ""
+
+
+def test_names_that_are_not_utf8_are_rows_like_others(tmp_path: Path) -> None:
+    names = [b"a.png", b"caf\xe9.png"]
+    for name in names:
+        with open(os.fsencode(tmp_path) + b"/" + name, "wb") as file:
+            Image.new("RGB", (8, 8)).save(file, "PNG")
+    source = RowSource(tmp_path)
+    columns = source.columns([0, 1])
+    assert columns["id"].to_pylist() == columns["image"].to_pylist() == ["a.png", "bytes:caf%E9.png"]
+    files = [os.fsencode(str(source[row].images[0])) for row in range(2)]
+    assert files == [os.fsencode(tmp_path) + b"/" + name for name in names]
+    pq.write_table(columns, tmp_path / "again.parquet")
+    again = RowSource(tmp_path / "again.parquet")
+    assert [os.fsencode(str(again[row].images[0])) for row in range(2)] == files
+
+
+def test_a_pipe_is_never_opened_as_a_picture(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    source = RowSource(save(tmp_path / "rows.csv", [{"image": "pipe.png"}, {"image": "none.png"}]))
+    for row in range(2):
+        with pytest.raises(ValueError, match="no image file '(pipe|none).png'"):
+            source[row]
+
+
 def test_an_empty_row_has_no_input(tmp_path: Path) -> None:
     rows = [{"text": "one", "image": ""}, {"text": " ", "image": ""}]
     source = RowSource(save(tmp_path / "rows.csv", rows))
@@ -104,7 +164,7 @@ def test_unusable_tables(rows: list[dict[str, Any]], message: str, tmp_path: Pat
     ("name", "content", "message"),
     [
         ("photo", None, "photo is neither a folder nor a file"),
-        ("", None, "holds no file that ends with one of"),
+        ("", None, "holds no picture"),
         ("rows.csv", "text,image\nx\n", "cannot read .*rows.csv"),
         ("rows.jsonl", '{"text": "x"}\n{"text": 3}\n', "cannot read .*rows.jsonl: .* one JSON object"),
         ("rows.jsonl", '["text"]\n', "a line is not a JSON object"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import pickle
@@ -65,6 +66,28 @@ def test_copies_are_made_once_and_again_when_the_source_changes(tmp_path: Path) 
     assert not copy.exists(), "the copy of the earlier contents is gone"
 
 
+def test_the_same_size_and_time_do_not_hide_other_contents(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text\nold\n")
+    os.utime(tmp_path / "a.csv", ns=(1, 1))
+    assert Table("S", [tmp_path / "a.csv"], {"text": "text"})[0] == {"text": "old"}
+    (tmp_path / "a.csv").write_text("text\nnew\n")
+    os.utime(tmp_path / "a.csv", ns=(1, 1))
+    assert Table("S", [tmp_path / "a.csv"], {"text": "text"})[0] == {"text": "new"}
+    copy = arrow_copy(tmp_path / "a.csv", ["text"], "S")
+    os.utime(tmp_path / "a.csv", ns=(2, 2))
+    assert arrow_copy(tmp_path / "a.csv", ["text"], "S") == copy, "another time alone changes nothing"
+
+
+@pytest.mark.parametrize("left", [0, 8, 100, -1])
+def test_a_copy_that_was_cut_is_written_again(tmp_path: Path, left: int) -> None:
+    file = parquet(tmp_path / "a.parquet", {"text": ["x"] * 9})
+    copy = arrow_copy(file, ["text"], "S")
+    whole = copy.read_bytes()
+    copy.write_bytes(whole[:left])
+    assert len(Table("S", [file], {"text": "text"})) == 9
+    assert copy.read_bytes() == whole
+
+
 def test_a_copy_that_another_process_finished_meanwhile_is_never_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,6 +147,96 @@ def test_jsonl_and_csv_read_like_parquet(tmp_path: Path) -> None:
         assert [table[row] for row in range(2)] == [{name: row[name] for name in names} for row in expected]
 
 
+ENCODINGS = ("utf-8-sig", "utf-16", "utf-32")
+MARKED_BE = b"\xfe\xff"
+
+
+@pytest.mark.parametrize("encoding", [*ENCODINGS, "utf-16-be"])
+def test_a_byte_order_mark_is_read_right(tmp_path: Path, encoding: str) -> None:
+    mark = MARKED_BE if encoding == "utf-16-be" else b""
+    (tmp_path / "a.csv").write_bytes(mark + "text;more\r\nä;1\r\nö;2\r\n".encode(encoding))
+    (tmp_path / "a.jsonl").write_bytes(
+        mark + '{"text": "ä", "more": 1}\n{"text": "ö", "more": 2}'.encode(encoding)
+    )
+    for name in ("a.csv", "a.jsonl"):
+        table = Table("S", [tmp_path / name], COLUMNS)
+        assert table.rows.to_pydict() == {"text": ["ä", "ö"], "more": ["1", "2"]}
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "utf-16-le", "utf-16-be", "utf-32-le"])
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_other_encodings_are_one_message_with_the_row(tmp_path: Path, suffix: str, encoding: str) -> None:
+    is_csv, is_wide = suffix == "csv", encoding.startswith("utf")
+    lines = ['{"text": "a"}', '{"text": "caf\xe9"}', '{"text": "b"}']
+    lines = ["text", "a", "caf\xe9", "b"] if is_csv else lines
+    (tmp_path / f"a.{suffix}").write_bytes("\n".join(lines).encode(encoding))
+    row, line = (0, 1) if is_wide and encoding != "utf-16-le" else (1, 2 + is_csv)
+    if encoding == "utf-16-le":
+        row, line = 0, 1 + is_csv
+    with pytest.raises(ValueError, match=r"Save the file as UTF-8\.$") as raised:
+        Table("subset 'S'", [tmp_path / f"a.{suffix}"], COLUMNS)
+    assert f"a.{suffix}: row " in str(raised.value)
+    if not is_wide:
+        assert f"row {row} (line {line}) is not UTF-8" in str(raised.value)
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_the_delimiter_is_the_one_that_gives_the_columns(tmp_path: Path, delimiter: str) -> None:
+    rows = [["text", "note, or; what"], ["a;b,c\td", "1"], ["e", "2"]]
+    with (tmp_path / "a.csv").open("w", newline="") as stream:
+        csv.writer(stream, delimiter=delimiter).writerows(rows)
+    table = Table("S", [tmp_path / "a.csv"], {"text": "text", "other": "note, or; what"})
+    assert table.rows.to_pydict() == {"text": ["a;b,c\td", "e"], "other": ["1", "2"]}
+    (tmp_path / "a.csv").write_text(delimiter.join(("question", "photo", "title")) + "\n" + delimiter * 2)
+    with pytest.raises(ValueError, match="column 'text' is missing; found question, photo, title"):
+        Table("S", [tmp_path / "a.csv"], {"text": "text"}).check(["text"], ())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b'text,more\nx,1\ny,"2\nz,3\n', "row 1: .* Is a quotation mark left open"),
+        ("a.csv", b'text,more\nx,1\n"y" z,2\n', "row 1: .*expected after"),
+        ("a.csv", b"text,more\nx,1\ny\n", "row 1 has 1 cells, where the header has 2"),
+        ("a.jsonl", b'{"text": "x"}\n\n{"text": }\n', "row 1: Expecting value"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\\ud83d"}\n', "row 1: .* surrogates not allowed"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": ' + b"[" * 99999, "row 1: maximum recursion depth"),
+        ("a.jsonl", b'{"text": 1}\n{"text": ["x"]}\n', "values of one type"),
+    ],
+)
+def test_a_row_of_a_text_file_that_is_wrong_is_named(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"S: cannot read .*{name}: .*{message}"):
+        Table("S", [tmp_path / name], COLUMNS)
+
+
+def test_texts_of_parquet_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
+    file = parquet(tmp_path / "a.parquet", {"text": pa.array([b"ok", b"\xff"]).view(pa.string())})
+    with pytest.raises(ValueError, match="cannot read .*rows 0 to 1: .*Invalid UTF8 sequence"):
+        Table("S", [file], {"text": "text"})
+
+
+def test_nan_is_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("parallel_decoupling.data.tables.ROWS_PER_BATCH", 1)
+    nan = float("nan")
+    lists = pa.array([[1.5, nan], None], pa.list_(pa.float32(), 2))
+    file = parquet(tmp_path / "a.parquet", {"text": [1.0, nan], "more": lists})
+    expected = {"text": ["1", None], "more": [["1.5", None], None]}
+    assert Table("S", [file], COLUMNS).rows.to_pydict() == expected
+    (tmp_path / "a.jsonl").write_text('{"text": "nan", "more": NaN}\n{"text": NaN, "more": "x"}\n')
+    expected = {"text": ["nan", None], "more": [None, "x"]}
+    assert Table("S", [tmp_path / "a.jsonl"], COLUMNS).rows.to_pydict() == expected
+
+
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.csv")
+    for name in (tmp_path / "a.csv", tmp_path):
+        with pytest.raises(ValueError, match="is not a regular file"):
+            Table("S", [name], COLUMNS)
+
+
 def test_jsonl_texts_that_look_like_dates_stay_as_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +285,7 @@ def test_a_column_of_nulls_in_one_file_takes_the_type_of_the_other(tmp_path: Pat
         ("a.jsonl", b'{"text": 1}\nnot json\n', "cannot read .*a.jsonl"),
         ("a.csv", b"text,more\nx\n", "cannot read .*a.csv"),
         ("a.csv", b"text,more\n", "has no rows"),
+        ("a.jsonl", b"\n", "has no rows"),
         ("a.csv", b"text,text\nx,y\n", "two columns have the same name"),
         ("a.txt", b"text", "must end with one of .parquet, .jsonl, .csv"),
         ("none.csv", None, "cannot read .*none.csv.*Check data_dir"),

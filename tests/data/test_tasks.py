@@ -12,6 +12,7 @@ import pytest
 from parallel_decoupling.data.tasks import (
     MMEB_TASKS,
     MMEB_TRAIN_SUBSETS,
+    Task,
     find_eval_tasks,
     read_tasks,
     task_of_subset,
@@ -33,10 +34,24 @@ def test_table_is_mmebs() -> None:
     assert MMEB_TASKS["Visual7W-Pointing"].meta_task == "grounding"
 
 
-def test_only_tasks_of_the_table_are_found(tmp_path: Path) -> None:
-    for name in ("CIFAR-100", "GQA", "VOC2007"):
+def test_tasks_that_nobody_listed_are_custom_and_come_last(tmp_path: Path) -> None:
+    for name in ("Mine", "GQA", "VOC2007", "Another"):
         write_eval(tmp_path, name, [eval_row("q", ["a", "b"])])
-    assert find_eval_tasks(tmp_path) == ["VOC2007", "GQA"]
+    assert find_eval_tasks(tmp_path) == ["VOC2007", "GQA", "Another", "Mine"]
+    assert read_tasks(tmp_path)["Mine"] == Task("Mine", "custom", False)
+    (tmp_path / "tasks.json").write_text('\ufeff{"Mine": {"meta_task": "vqa", "in_distribution": true}}')
+    assert find_eval_tasks(tmp_path) == ["VOC2007", "GQA", "Mine", "Another"]
+    assert read_tasks(tmp_path)["Mine"] == Task("Mine", "vqa", True)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b'{"caf\xe9": {}}', "tasks.json: .*Save the file as UTF-8"), (b"[]", "an object of tasks by name")],
+)
+def test_a_table_of_tasks_that_cannot_be_read_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "tasks.json").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_tasks(tmp_path)
 
 
 def test_a_subset_belongs_to_the_task_of_its_name() -> None:

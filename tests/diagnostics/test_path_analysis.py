@@ -38,7 +38,9 @@ def embedder(backbone_dir: str, num_paths: int) -> Embedder:
 
 def report(num_paths: int) -> ScoreReport:
     hits = {"aggregate": "1100"} | {f"path_{path}": "0110" for path in range(num_paths)}
-    return ScoreReport({"t": TaskResult(Task("t", "vqa", True), 4, 0.1, dict.fromkeys(hits, 0.5), hits)})
+    margins = (0.25 + 0.75 * torch.eye(num_paths)).tolist()
+    result = TaskResult(Task("t", "vqa", True), 4, 0.1, dict.fromkeys(hits, 0.5), hits)
+    return ScoreReport({"t": replace(result, margin_correlation=margins)})
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +67,7 @@ def test_the_table_shows_the_numbers_and_the_figures_draw(analysis: PathAnalysis
     others = [(analysis.similarity.cosine[path].sum() - 1) / 2 for path in range(3)]
     assert rows["cosine"] == [f"{float(mean):.3f}" for mean in others]
     assert rows["misses, kappa"] == ["1.000"] * 3
+    assert rows["margins, correlation"] == ["0.250"] * 3
     accuracy = 100 * analysis.probes["shape"].accuracy["path_2"]
     (shape,) = [cells for name, cells in rows.items() if name.startswith("probe of shape")]
     assert shape[2].startswith(f"{accuracy:.1f} ± ")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -61,7 +63,9 @@ def report(*tasks: dict[str, str]) -> ScoreReport:
     for number, hits in enumerate(tasks):
         scores = {column: row.count("1") / len(row) for column, row in hits.items()}
         name = f"task_{number}"
-        results[name] = TaskResult(Task(name, "vqa", True), len(hits["aggregate"]), 0.1, scores, hits)
+        result = TaskResult(Task(name, "vqa", True), len(hits["aggregate"]), 0.1, scores, hits)
+        margins = [[1.0, 0.1 * number], [0.1 * number, 1.0]]
+        results[name] = replace(result, margin_correlation=margins)
     return ScoreReport(results)
 
 
@@ -113,9 +117,14 @@ def test_kappa_of_several_tasks_by_hand() -> None:
     assert found[0, 1] != pytest.approx((0 + 0 + 1) / 3), "a mean over tasks"
 
 
+def test_correlations_of_margins_are_averaged_over_rows() -> None:
+    found = error_agreement(report_of_misses(*(np.zeros((2, rows), dtype=bool) for rows in (4, 2, 4))))
+    assert found.margins == pytest.approx(np.array([[1, 0.1], [0.1, 1]]))
+
+
 def test_reports_without_paths_or_rows_are_refused() -> None:
     with pytest.raises(ValueError, match="no single paths"):
         error_agreement(report({"aggregate": "10"}))
     result = TaskResult(Task("bare", "vqa", True), 2, 0.1, {"aggregate": 0.5, "path_0": 0.5})
-    with pytest.raises(ValueError, match="no hits per row"):
+    with pytest.raises(ValueError, match="no hits or margins"):
         error_agreement(ScoreReport({"bare": result}))

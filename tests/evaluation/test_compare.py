@@ -146,16 +146,16 @@ def test_a_single_run_has_a_page_and_a_table_of_its_own(
     made = replace(made, modes=modes, warnings=[warning], path_cosine=[[1.0, 0.37], [0.37, 1.0]])
     renamed = replace(made.tasks["shape"], task=MMEB_TASKS["VOC2007"], num_skipped=3)
     made = replace(
-        made, tasks={"VOC2007": renamed, "[b]<i>": made.tasks["digit"], "find": made.tasks["find"]}
+        made, tasks={"VOC2007": renamed, "Größe.1": made.tasks["digit"], "find": made.tasks["find"]}
     )
     compare_runs([save(made, tmp_path / "[bold]run")], str(tmp_path / "out"))
     printed = capsys.readouterr().out
-    for shown in ("[bold]run", "[b]<i>", "VOC2007", "0.99 of <path> 1", "[/] one", "4,096"):
+    for shown in ("[bold]run", "Größe.1", "VOC2007", "0.99 of <path> 1", "[/] one", "4,096"):
         assert shown in printed
     page = (tmp_path / "out" / "comparison.html").read_text(encoding="utf-8")
     for shown in (
         "[bold]run",
-        "[b]<i>",
+        "Größe.1",
         "path_1",
         "0.99 of <path> 1",
         "4,096",

@@ -113,6 +113,32 @@ def test_files_hold_what_encode_gives_in_the_order_of_the_source(
     assert "17 rows embedded. 3 rows could not be embedded" in caplog.text
 
 
+def test_a_folder_is_embedded_whole_and_what_was_left_out_is_said(
+    module: PDFEmbedder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "d").mkdir()
+    for name in (b"a.png", b"caf\xe9.png"):
+        with open(os.fsencode(tmp_path) + b"/d/" + name, "wb") as file:
+            Image.new("RGB", (16, 16)).save(file, "PNG")
+    for name in (b"notes.txt", b"b\xe9\x1b.png"):
+        with open(os.fsencode(tmp_path) + b"/d/" + name, "wb") as file:
+            file.write(b"no picture")
+    predict(module, tmp_path / "d", tmp_path / "o")
+    assert read(tmp_path / "o")["id"].to_pylist() == ["a.png", "bytes:caf%E9.png"]
+    (bad_row,) = map(json.loads, (tmp_path / "o" / "bad_rows.jsonl").read_text("utf-8").splitlines())
+    assert bad_row["id"] == "bytes:b%E9%1B.png"
+    assert "b\udce9" in bad_row["reason"]
+    assert "2 rows embedded. 1 rows could not be embedded" in caplog.text
+    assert "Left out: 1 other files (notes.txt)." in caplog.text
+
+
+def test_a_run_that_embeds_nothing_fails(module: PDFEmbedder, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("image\nnone.png\n")
+    with pytest.raises(ValueError, match="0 rows embedded. 1 rows could not.*Nothing was embedded"):
+        predict(module, tmp_path / "rows.csv", tmp_path / "o")
+    assert "none.png" in (tmp_path / "o" / "bad_rows.jsonl").read_text()
+
+
 def test_chosen_columns_in_half_precision(module: PDFEmbedder, table_file: Path, tmp_path: Path) -> None:
     predict(module, table_file, tmp_path, dtype="float16", predict_columns=["path_1"])
     table = read(tmp_path)

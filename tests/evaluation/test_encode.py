@@ -20,6 +20,7 @@ from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.images import ImagePolicy
 from parallel_decoupling.data.prompts import prompt
 from parallel_decoupling.evaluation.encode import BatchPlan, RowBatches, TokenEstimate, encode
+from parallel_decoupling.model.turns import Turns
 
 TEXTS = ["a", "a much longer text than the others", "bb", "", "middle length", "bb"]
 
@@ -48,7 +49,7 @@ class HashEncoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(()))
+        self.scale, self.turns = nn.Parameter(torch.ones(())), Turns()
         self.frozen = nn.Dropout().eval()
         self.batches: list[int] = []
         self.modes: list[bool] = []

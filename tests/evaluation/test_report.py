@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from rich.console import Console
 
 from parallel_decoupling.data.tasks import MMEB_TASKS, Task
+from parallel_decoupling.evaluation.compare import compare
 from parallel_decoupling.evaluation.report import ScoreReport, TaskResult, write_report
 from parallel_decoupling.evaluation.score import TaskScore
 
@@ -90,6 +92,44 @@ def test_means_of_published_task_scores_are_the_published_means(
     assert 100 * means["overall"]["aggregate"] == pytest.approx(overall, abs=0.05)
     assert 100 * means["in_distribution"]["aggregate"] == pytest.approx(in_distribution, abs=0.05)
     assert 100 * means["out_of_distribution"]["aggregate"] == pytest.approx(out_of_distribution, abs=0.05)
+
+
+def test_custom_tasks_have_a_mean_of_their_own_and_change_no_other(
+    report: ScoreReport, tmp_path: Path
+) -> None:
+    hits = {"aggregate": "1111", "path_0": "0000"}
+    scores = [task_score(name, "custom", False, hits, 0.25) for name in ("mine", "yours")]
+    custom = ScoreReport.from_scores(scores)
+    both = ScoreReport({**report.tasks, **custom.tasks})
+    assert both.means == {**report.means, "custom": {"aggregate": 1.0, "path_0": 0.0}}
+    assert (both.metric_means, both.partial_means) == (report.metric_means, report.partial_means)
+    rows = [[*row] for row in both.task_grid().rows]
+    assert rows[:-3] == [[*row] for row in report.task_grid().rows]
+    assert rows[-3:] == [
+        *([name, "", "4", "25.0", "100.0", "0.0"] for name in ("mine", "yours")),
+        ["mean of custom tasks", "", "", "", "100.0", "0.0"],
+    ]
+    both.to_json_file(tmp_path / "scores.json")
+    assert ScoreReport.from_json_file(tmp_path / "scores.json") == both
+    assert json.loads((tmp_path / "scores.json").read_text())["tasks"]["mine"]["meta_task"] == "custom"
+    assert custom.means == dict.fromkeys(("overall", "custom"), {"aggregate": 1.0, "path_0": 0.0})
+    for each in (both, custom):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        each.to_json_file(tmp_path / "a" / "scores.json")
+        shutil.copytree(tmp_path / "a", tmp_path / "b", dirs_exist_ok=True)
+        found = compare([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "out"))
+        assert found.differences["b"].means.keys() == each.means.keys()
+        page = (tmp_path / "out" / "comparison.html").read_text()
+        assert "mean of custom tasks" in page
+        assert "mine" in page
+
+
+def test_names_cannot_command_the_terminal(report: ScoreReport) -> None:
+    with_escape = replace(report.task_grid(), rows=[["\x1b[31mred"]], headings=["\x1b[2Jtask"], kinds=[])
+    stream = io.StringIO()
+    Console(file=stream).print(with_escape.terminal())
+    assert "\x1b" not in stream.getvalue()
+    assert "\\x1b[31mred" in stream.getvalue()
 
 
 def test_json_round_trip_keeps_everything(report: ScoreReport, tmp_path: Path) -> None:

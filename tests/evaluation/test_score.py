@@ -69,6 +69,22 @@ def test_hits_equal_a_slow_loop_with_ties_and_copies(seed: int) -> None:
     assert score.hits["aggregate"].dtype == torch.bool
 
 
+def test_margins_of_paths_are_correlated_over_rows_that_have_a_rival() -> None:
+    texts = ["yes", "no", "maybe", "yes"]
+    rows = [[0, 1, 2], [1, 0], [2, 0, 1], [0, 3]]  # the last one has only a copy
+    task = EvalTask(
+        TASK, [RawInput(str(n)) for n in range(4)], list(map(RawInput, texts)), [0, 1, 2, 3], rows
+    )
+    generator = torch.Generator().manual_seed(0)
+    sides = F.normalize(torch.randn(2, 2, 4, 5, generator=generator), dim=-1)
+    margins = []
+    for score in sides[0] @ sides[1].mT:
+        margins.append([score[b, row[0]] - score[b, row[1:]].max() for b, row in enumerate(rows[:3])])
+    columns = {f"path_{path}": (sides[0, path], sides[1, path]) for path in range(2)}
+    found = score_task(task, {"aggregate": columns["path_0"], **columns}).margin_correlation
+    assert found == pytest.approx(torch.corrcoef(torch.tensor(margins)).numpy(), abs=1e-5)
+
+
 def slow_rank(scores: list[float], rivals: list[bool]) -> int:
     """Walk through the row: everything that is not strictly below the positive is ahead of it."""
     if math.isnan(scores[0]):

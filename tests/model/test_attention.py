@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,11 @@ import transformers.integrations.flex_attention as flex_integration
 import transformers.modeling_flash_attention_utils as flash_utils
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
-from transformers import AttentionInterface, AutoModel, DynamicCache, masking_utils
-from transformers.integrations.flash_attention import flash_attention_forward
+from transformers import AutoModel, DynamicCache, masking_utils
 
 from parallel_decoupling.batch import EncoderInputs
 from parallel_decoupling.model.attention import (
-    register_prefix_attention,
+    prefix_attention,
 )
 from parallel_decoupling.model.backbone import AdapterConfig, Backbone, load_backbone
 from parallel_decoupling.model.prefixes import DeepPrefixes, init_random
@@ -127,7 +125,7 @@ def even_attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) ->
 
 
 @pytest.fixture
-def flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def flash(monkeypatch: pytest.MonkeyPatch) -> None:
     """FlashAttention's two kernels written in torch, under all that transformers does around them."""
     kernels = (even_attention, packed_attention, None, flash_utils._pad_input, flash_utils._unpad_input)
 
@@ -135,8 +133,6 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return {"causal": given["is_causal"], "softmax_scale": given["softmax_scale"]}
 
     monkeypatch.setattr(flash_utils, "lazy_import_flash_attention", lambda _: (kernels, (options, options)))
-    yield
-    AttentionInterface.register("flash_attention_2", flash_attention_forward)
 
 
 @pytest.fixture
@@ -181,7 +177,7 @@ def test_gpu_attention_equals_sdpa(
         return backbone(inputs.tokens, join(inputs), states) * real
 
     expected = hidden()
-    name = register_prefix_attention(attention)
+    name = prefix_attention(attention)
     backbone.language_model.config._attn_implementation_internal = name  # loading flash would ask for a GPU
     torch.testing.assert_close(hidden(), expected, rtol=1e-5, atol=1e-5)
 
@@ -202,7 +198,7 @@ def test_gpu_attention_shows_the_prefix_in_front_of_every_window(
         return backbone(inputs.tokens, {}, prefixes.states(range(3), 0, torch.float32)) * real
 
     expected = [hidden(inputs) for inputs in (short, long)]
-    backbone.config._attn_implementation_internal = register_prefix_attention(attention)
+    backbone.config._attn_implementation_internal = prefix_attention(attention)
     torch.testing.assert_close(hidden(short), expected[0], rtol=1e-5, atol=1e-5)
     if attention == "flash_attention_2":
         with pytest.raises(ValueError, match=f"texts of .* a window of {window}: use attention='sdpa'"):

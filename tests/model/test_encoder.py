@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -10,11 +9,10 @@ import torch.nn.functional as F
 import transformers.integrations.flex_attention as flex_integration
 import transformers.modeling_flash_attention_utils as flash_utils
 from torch import Tensor
-from transformers import AttentionInterface, AutoModel, PreTrainedModel
-from transformers.integrations.flash_attention import flash_attention_forward
+from transformers import AutoModel, PreTrainedModel
 
 from parallel_decoupling.batch import EncoderInputs
-from parallel_decoupling.model.attention import register_prefix_attention
+from parallel_decoupling.model.attention import prefix_attention
 from parallel_decoupling.model.backbone import AdapterConfig, load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder, nested_dims, truncate
 from parallel_decoupling.model.paths import CALL
@@ -73,7 +71,7 @@ def test_random_prefixes_have_the_scale_of_real_states(tiny_backbone_dir: str) -
 
 
 @pytest.fixture
-def no_kernel_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_kernel_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with flash-attn and a GPU: what asks for them passes, both kernels refuse CPU tensors."""
 
     def kernel(query: Tensor, *_: Any, **__: Any) -> NoReturn:
@@ -86,8 +84,6 @@ def no_kernel_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(flash_utils, "lazy_import_flash_attention", lambda _: (kernels, (options, options)))
     monkeypatch.setattr(flex_integration, "compile_friendly_flex_attention", kernel)
     monkeypatch.setattr(PreTrainedModel, "_check_and_adjust_attn_implementation", lambda _, name, **__: name)
-    yield
-    AttentionInterface.register("flash_attention_2", flash_attention_forward)
 
 
 @pytest.mark.parametrize("prefix_init", ["meta", "random"])
@@ -103,7 +99,7 @@ def test_prefixes_start_on_the_cpu_without_the_gpu_kernel(
         for each in (attention, "sdpa")
     )
     assert torch.equal(encoder.prefixes.key_values, plain.prefixes.key_values)
-    wanted = register_prefix_attention(attention)
+    wanted = prefix_attention(attention)
     assert encoder.backbone.language_model.config._attn_implementation == wanted
     with pytest.raises(RuntimeError, match="no kernel on cpu"):
         encoder(rows_of(encoder, ROWS[1:2]))

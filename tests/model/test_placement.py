@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModel, DynamicCache
 
 from parallel_decoupling.batch import EncoderInputs
-from parallel_decoupling.model.attention import register_prefix_attention
+from parallel_decoupling.model.attention import prefix_attention
 from parallel_decoupling.model.backbone import AdapterConfig, load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
 from tests.model.test_attention import OTHER_SIZES, ROWS, flash, flex
@@ -174,7 +174,7 @@ def test_every_attention_leaves_the_layers_above_a_range_alone(
     encoder = make(three_layers_dir, num_paths=3, prefix_layers=[1, 2])
     inputs = rows_of(encoder, padding_side=padding_side)
     expected = encoder(inputs)
-    name = register_prefix_attention(attention)
+    name = prefix_attention(attention)
     encoder.backbone.language_model.config._attn_implementation_internal = name
     torch.testing.assert_close(encoder(inputs), expected, rtol=1e-5, atol=1e-5)
 

@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from parallel_decoupling.objective.statistics import effective_rank, path_cosine
+from parallel_decoupling.objective.statistics import (
+    effective_rank,
+    margin_correlation,
+    path_cosine,
+    target_entropy,
+)
 
 
 def test_path_cosine_equals_the_loop() -> None:
@@ -24,6 +29,21 @@ def test_path_cosine_equals_the_loop() -> None:
 def test_path_cosine_of_equal_paths_is_one_at_any_norm() -> None:
     one = torch.randn(4, 1, 6, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(path_cosine(torch.cat([one, 3 * one], dim=1)), torch.ones(2, 2))
+
+
+def test_margins_without_a_rival_do_not_count_and_a_constant_path_has_no_correlation() -> None:
+    margins = torch.randn(3, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    margins[2] = 0.3
+    expected = torch.corrcoef(margins[:2])
+    margins = torch.cat([torch.full((3, 1), torch.inf), margins, torch.full((3, 1), torch.nan)], dim=1)
+    found = margin_correlation(margins)
+    torch.testing.assert_close(found[:2, :2], expected)
+    assert found[2].tolist() == [0, 0, 0]
+
+
+def test_entropy_of_targets_counts_repeats_together() -> None:
+    assert target_entropy(torch.tensor([4, 7, 1, 0])).item() == pytest.approx(math.log(4))
+    assert target_entropy(torch.tensor([4, 7, 4, 0])).item() == pytest.approx(1.5 * math.log(2))
 
 
 def test_effective_rank_equals_numpy() -> None:

@@ -25,6 +25,7 @@ from parallel_decoupling.objective.alternatives import (
 from parallel_decoupling.objective.vclub import (
     Kind,
     MutualInformation,
+    Unconditional,
     gaussian_nll,
     mi_weight_schedule,
     path_pairs,
@@ -33,7 +34,7 @@ from parallel_decoupling.objective.vclub import (
 )
 from tests.support import references
 
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS: tuple[Kind, ...] = get_args(Unconditional)
 FITTED: tuple[Kind, ...] = ("vclub", "club_sample", "l1out")
 NEGATIVE = [3, 0, 4, 1, 2]
 

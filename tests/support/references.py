@@ -150,6 +150,36 @@ def squared_cosine_loop(x: Tensor, y: Tensor) -> Tensor:
     return torch.stack(terms).mean()
 
 
+def unexplained_loop(paths: Tensor, target: Tensor, share: float) -> Tensor:
+    """``[B, N, D]``: rows minus what ridge regression on the target ``[B, D]`` of OTHER rows predicts."""
+    ridge = share * target.var(dim=0, correction=0).sum() * torch.eye(target.shape[1], dtype=target.dtype)
+    left = []
+    for b in range(len(paths)):
+        others = [c for c in range(len(paths)) if c != b]
+        mean, paths_mean = target[others].mean(dim=0), paths[others].mean(dim=0)
+        gram = sum(torch.outer(target[c] - mean, target[c] - mean) for c in others)
+        cross = sum((target[c] - mean)[:, None, None] * (paths[c] - paths_mean) for c in others)
+        weight = torch.linalg.inv(gram + ridge) @ (target[b] - mean)
+        left.append(paths[b] - paths_mean - torch.einsum("t,tnd->nd", weight, cross))
+    return torch.stack(left)
+
+
+def logit_error_correlation_loop(
+    paths: Tensor, rows: Tensor, positive: list[int], ids: list[int], first: int, second: int
+) -> Tensor:
+    """Scalar: mean over rows of the correlation, over negatives, of two paths' errors in the scores."""
+    terms = []
+    for b, p in enumerate(positive):
+        negatives = [c for c in range(len(rows)) if ids[c] not in (ids[p], PADDING_ID)]
+        errors = []
+        for n in (first, second):
+            error = [((paths[b, n] - rows[p, n]) * rows[c, n]).sum() for c in negatives]
+            errors.append([each - sum(error) / len(error) for each in error])
+        first_error, second_error = map(torch.stack, errors)
+        terms.append((first_error @ second_error) / (first_error.norm() * second_error.norm()))
+    return torch.stack(terms).mean()
+
+
 def standardise_loop(paths: Tensor) -> Tensor:
     """``[B, N, D]``: each path and dimension minus its batch mean over its batch deviation."""
     columns = []

@@ -141,7 +141,15 @@ def test_mutual_information_reaches_the_prefixes_only_with_its_weight(fit: Any) 
 
 
 @pytest.mark.parametrize(
-    "extra", [{}, {"prefix_type": "shallow"}, OWN_ADAPTERS, {"matryoshka_dims": [16, 8]}]
+    "extra",
+    [
+        {},
+        {"prefix_type": "shallow"},
+        OWN_ADAPTERS,
+        {"matryoshka_dims": [16, 8]},
+        {"mi": {"kind": "vclub_given_target", **NO_RAMP}},
+        {"mi": {"kind": "logit_correlation", **NO_RAMP}},
+    ],
 )
 def test_chunks_train_like_one_graph(fit: Any, extra: dict[str, Any]) -> None:
     settings = {"mi": NO_RAMP, "optimizer": NO_CLIP, "aggregation": "learned", "temperature": 0.2, **extra}

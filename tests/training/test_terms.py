@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from parallel_decoupling.batch import PADDING_ID
 from parallel_decoupling.distributed import rank
+from parallel_decoupling.objective.conditional import Given
 from parallel_decoupling.objective.contrastive import info_nce
-from parallel_decoupling.objective.vclub import MutualInformation
+from parallel_decoupling.objective.vclub import Kind, MutualInformation
 from parallel_decoupling.training import terms
 from parallel_decoupling.training.terms import GatheredPairs, gather_pairs, shared
 from tests.support.processes import run_ranks
@@ -129,6 +131,36 @@ def test_the_estimator_sees_detached_positives_of_both_sides() -> None:
     assert pairs.query.grad is None
     mi_M = terms.mutual_information_terms(estimator, pairs)
     torch.testing.assert_close(mi_M, torch.stack([estimator(side) for side in sides]).mean(dim=0))
+
+
+@pytest.mark.parametrize("kind", ["orthogonal_given_target", "logit_correlation"])
+def test_each_side_is_given_the_other_one(kind: Kind) -> None:
+    """Queries all candidates, hard negatives too; a positive candidate the queries."""
+    pairs, estimator = local_pairs(), MutualInformation(kind, num_paths=PATHS, embed_dim=WIDTH)
+    mi_M = terms.mutual_information_terms(estimator, pairs)
+    rows, ids = torch.arange(BATCH), torch.arange(BATCH + NEGATIVES)
+    positives = pairs.candidate[:BATCH]
+    of_query = estimator(pairs.query, Given(pairs.candidate, rows, ids))
+    of_candidate = estimator(positives, Given(pairs.query, rows, ids[:BATCH]))
+    torch.testing.assert_close(mi_M, (of_query + of_candidate) / 2)
+    negatives_grad = torch.autograd.grad(mi_M.sum(), pairs.candidate)[0][BATCH:]
+    assert negatives_grad.abs().max() == 0
+
+
+def test_the_log_names_the_floor_and_the_correlation_of_margins() -> None:
+    pairs = local_pairs()
+    loss_N = torch.tensor([0.1, 0.2, 0.6])
+    values = terms.monitored_values(pairs, {}, loss_N, torch.zeros(3))
+    assert values["train/shared_nats_floor"].item() == pytest.approx(math.log(BATCH) - 2 * 0.3)
+    margins = []
+    for path in range(PATHS):
+        score = (pairs.query[:, path] @ pairs.candidate[:, path].T).tolist()
+        margins.append([row[b] - max(x for c, x in enumerate(row) if c != b) for b, row in enumerate(score)])
+    correlation = torch.corrcoef(torch.tensor(margins))
+    expected = (correlation[0, 1] + correlation[0, 2] + correlation[1, 2]) / 3
+    torch.testing.assert_close(values["train/margin_correlation"], expected)
+    one = gather_pairs(pairs.query[:, :1], pairs.candidate[:, :1], pairs.candidate_ids, mean_of_paths)
+    assert "train/margin_correlation" not in terms.monitored_values(one, {}, loss_N[:1], torch.zeros(0))
 
 
 def concatenated(paths: Tensor) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -150,12 +152,17 @@ def _split(pixels: Mapping[str, Tensor], counts: list[int]) -> tuple[Mapping[str
 
 
 def identity(row: RawInput) -> int:
-    """Return a 64-bit signed number that is equal for equal targets: same text, same files or same pixels."""
-    digest = blake2b(row.text.encode(), digest_size=8)
+    """Return a 64-bit signed number that is equal for equal targets: same text, same bytes or pixels.
+
+    White space around the text does not count, its case does. A file that is not there counts by its name.
+    """
+    text = PLACEHOLDER.join(part.strip() for part in row.text.split(PLACEHOLDER))
+    digest = blake2b(text.encode(), digest_size=8)
     for image in row.images:
         digest.update(b"\0")
         if isinstance(image, str):
-            digest.update(image.encode())
+            file = Path(image)
+            digest.update(file.read_bytes() if file.is_file() else os.fsencode(image))
         else:
             digest.update(f"{image.mode} {image.size} ".encode() + image.tobytes())
     return int.from_bytes(digest.digest(), "big", signed=True)

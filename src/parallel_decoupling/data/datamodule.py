@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from parallel_decoupling import distributed
@@ -17,6 +19,7 @@ from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.download import download_eval, download_train
 from parallel_decoupling.data.images import ImagePolicy, SquareSize
 from parallel_decoupling.data.mixture import Batches, MixtureSampler, Policy
+from parallel_decoupling.data.names import printable
 from parallel_decoupling.data.row_sources import RowSource, TaskSide
 from parallel_decoupling.evaluation.encode import BatchPlan, RowBatches, TokenEstimate
 from parallel_decoupling.evaluation.store import AGGREGATE, Keeper, chosen_columns, path_column
@@ -40,8 +43,8 @@ class MMEBDataModule(LightningDataModule):
         data_dir: Folder that holds MMEB-train/ and MMEB-eval/ or a tasks.json, or "mini-mmeb", the
             benchmark that the package generates into its cache.
         train_subsets: Training subsets by folder name; null is all of MMEB-train.
-        eval_tasks: Tasks of `test` by folder name; null is all of MMEB-eval that are in the task table
-            (MMEB's 36, and those of data_dir/tasks.json).
+        eval_tasks: Tasks of `test` by folder name; null is all of MMEB-eval (but CIFAR-100, which is not
+            one of MMEB's 36) and of data_dir/tasks.json. Those of neither table are of meta-task custom.
         validation_tasks: Tasks that are scored during `fit` and `validate`; none by default.
         batch_size: GLOBAL training batch, divided among all processes.
         eval_batch_size: Rows per evaluation batch and process.
@@ -156,7 +159,8 @@ class MMEBDataModule(LightningDataModule):
             named = [*(wanted or ()), *((self.eval_tasks or ()) if stage == "fit" else ())]
             there = tasks.find_train_subsets(folder, self.split)
             tasks.check_names(subsets or (), [*tasks.MMEB_TRAIN_SUBSETS, *there], "training subset")
-            tasks.check_names(named, [*tasks.MMEB_TASKS, *tasks.find_eval_tasks(folder)], "evaluation task")
+            known = [*tasks.MMEB_TASKS, *tasks.find_eval_tasks(folder)]
+            tasks.check_names(named, known, "evaluation task", self._task_advice)
             download_train(folder, _of(tasks.MMEB_TRAIN_SUBSETS, subsets), self.split)
             download_eval(folder, _of(tasks.MMEB_TASKS, wanted))
         for subset in _of(tasks.find_train_subsets(self.folder, self.split), subsets):
@@ -172,17 +176,33 @@ class MMEBDataModule(LightningDataModule):
         names, option = list(self.validation_tasks), "validation_tasks"
         if stage == "fit":
             to_come = tasks.MMEB_TASKS if self.download else ()
-            tasks.check_names(self.eval_tasks or [], [*found, *to_come], "evaluation task")
+            tasks.check_names(self.eval_tasks or [], [*found, *to_come], "evaluation task", self._task_advice)
             self.train_data = self._open_subsets()
         elif stage != "validate":
-            names, option = found if self.eval_tasks is None else self.eval_tasks, "eval_tasks"
+            names, option = _of(found, None) if self.eval_tasks is None else self.eval_tasks, "eval_tasks"
         if not names and stage != "fit":
             example = f"such as --data.{option} '[{found[0] if found else 'GQA'}]'"
             known = f"Name tasks, {example}. Found: {', '.join(found) or 'none'}."
             raise ValueError(f"Nothing to evaluate: data.{option} is empty. {known}")
-        tasks.check_names(names, found, "evaluation task")
+        tasks.check_names(names, found, "evaluation task", self._task_advice)
         read, options = readers.read_eval_task, {"must_exist": self.missing_images == "error"}
         self.eval_tasks_data = [read(self.folder, name, self.query_limit, **options) for name in names]
+        self._log_custom([each.task for each in self.eval_tasks_data])
+
+    @property
+    def _task_advice(self) -> str:
+        folder = Path(self.data_dir)
+        place = folder / "MMEB-eval" / "<task>" / "test-*.parquet"
+        return f"A task is a folder with {place}, or an entry of {folder / 'tasks.json'}."
+
+    def _log_custom(self, scored: Iterable[tasks.Task]) -> None:
+        """Say which tasks stand in no table, and what to add for a place in the means."""
+        about = {"meta_task": "retrieval", "in_distribution": False}
+        rows = {task.name: about for task in scored if task.meta_task == "custom" and task.source is None}
+        if rows:
+            what = f"{', '.join(rows)}: not in the task table, so counted in the mean of custom tasks alone"
+            advice = f"add to {self.folder / 'tasks.json'}, with the right meta-task: {json.dumps(rows)}"
+            rank_zero_info(printable(f"{what}. For a place in the other means {advice}"))
 
     def _open_subsets(self) -> list[readers.TrainSubset]:
         found = tasks.find_train_subsets(self.folder, self.split)
@@ -292,5 +312,5 @@ class MMEBDataModule(LightningDataModule):
 
 
 def _of(there: Iterable[str], wanted: Sequence[str] | None) -> list[str]:
-    """Return those of the names that are wanted; None is all."""
-    return [name for name in there if wanted is None or name in wanted]
+    """Return those of the names that are wanted; None is all that are MMEB's or yours."""
+    return [name for name in there if (name != tasks.NOT_IN_MMEB if wanted is None else name in wanted)]

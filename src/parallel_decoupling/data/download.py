@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -12,6 +13,9 @@ from tqdm import tqdm
 TRAIN_REPO, EVAL_REPO = "TIGER-Lab/MMEB-train", "TIGER-Lab/MMEB-eval"
 GHOSTS = ("._", "__MACOSX", ".DS_Store")
 """Beginnings of the names that macOS adds to archives."""
+MAX_ENTRIES = 10_000_000
+MAX_GROWTH = 100
+"""Bytes that an archive may hold per byte of its own; pictures hardly shrink."""
 
 
 def download_train(data_dir: Path, subsets: Sequence[str], split: str) -> None:
@@ -52,12 +56,15 @@ def unpack(archive_file: Path, target_dir: Path, folders: Collection[str], insid
     """Unpack top-level folders of a zip archive; each appears whole in ``target_dir`` or not at all.
 
     A leading ``images/`` is ignored, an archive without the folder ``inside`` holds its contents, and
-    ``zipfile`` writes nothing outside. Of several processes the first to finish moves its folder.
+    ``zipfile`` writes nothing outside. Of several processes the first to finish moves its folder. An archive
+    that would grow beyond all measure is refused.
     """
+    member: zipfile.ZipInfo | None = None
     target_dir.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".unpacking-{archive_file.stem}-", dir=target_dir) as work_dir:
         try:
             with zipfile.ZipFile(archive_file) as archive:
+                _check_size(archive_file, archive.infolist())
                 for member in tqdm(archive.infolist(), desc=f"unpack {archive_file.name}", leave=False):
                     parts = PurePosixPath(member.filename.removeprefix("images/")).parts
                     if inside is not None and parts[:1] != (inside,):
@@ -66,8 +73,11 @@ def unpack(archive_file: Path, target_dir: Path, folders: Collection[str], insid
                     if not ghost and len(parts) > 1 and parts[0] in folders:
                         member.filename = "/".join(parts)
                         archive.extract(member, work_dir)
-        except zipfile.BadZipFile as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
             raise ValueError(f"{archive_file}: {error}. Delete the file to fetch it again.") from error
+        except OSError as error:
+            name = "" if member is None else f" {member.filename!r}"
+            raise ValueError(f"{archive_file}: cannot unpack{name}: {error}.") from error
         for name in folders:
             place, target = Path(work_dir) / name, target_dir / name
             if not place.is_dir():
@@ -77,3 +87,12 @@ def unpack(archive_file: Path, target_dir: Path, folders: Collection[str], insid
             except OSError:
                 if not target.is_dir():
                     raise
+
+
+def _check_size(archive_file: Path, members: Sequence[zipfile.ZipInfo]) -> None:
+    """Refuse an archive by what its directory says; ``zipfile`` writes no more than that."""
+    size, packed = sum(member.file_size for member in members), archive_file.stat().st_size
+    if len(members) > MAX_ENTRIES or size > MAX_GROWTH * packed:
+        found = f"{len(members):,} entries of {size:,} bytes in an archive of {packed:,}"
+        most = f"at most {MAX_ENTRIES:,} entries and {MAX_GROWTH} times its size are unpacked"
+        raise ValueError(f"{archive_file}: {found}; {most}. Check where it is from.")

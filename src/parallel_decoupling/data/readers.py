@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from parallel_decoupling.batch import RawInput, RawPair
 from parallel_decoupling.data import tasks
 from parallel_decoupling.data.images import ImageError, ImageFolder, load_image
+from parallel_decoupling.data.names import printable
 from parallel_decoupling.data.prompts import PromptRules, prompt, split_candidate, split_query, written_text
 from parallel_decoupling.data.tables import Table
 from parallel_decoupling.data.tasks import INSTRUCTIONS, ROLES, EvalTask, Source, Task, read_tasks
@@ -173,7 +174,7 @@ class TrainSubset:
                         load_image(image)
                 return pair
             except ImageError as error:
-                last = f"row {self.kept[place]}: {error}"
+                last = printable(f"row {self.kept[place]}: {error}")
             self.num_skipped += 1
             if self.num_skipped.bit_count() == 1:  # each time that the number doubles
                 count = f"rows skipped so far: {self.num_skipped}"
@@ -256,9 +257,9 @@ def read_eval_task(
             if len(candidates) > len(read.candidates):
                 read.candidates.append(reader.input(row, CANDIDATE, side, shown))
         read.candidates_of_row.append(list(dict.fromkeys(keys)) if pool else keys)
-        if len(read.candidates_of_row[-1]) < 2:
-            found = f"{table.where(row, *CANDIDATE)}: {len(read.candidates_of_row[-1])} candidates"
-            raise ValueError(f"{found}. A row needs its positive and at least one other.")
+        if len({*read.candidates_of_row[-1]}) < 2:
+            found = f"{table.where(row, *CANDIDATE)}: {len({*read.candidates_of_row[-1]})} candidates"
+            raise ValueError(f"{found}. A row needs its positive and at least one other that differs.")
     return read
 
 

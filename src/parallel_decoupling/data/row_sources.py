@@ -11,9 +11,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from PIL import Image
 
 from parallel_decoupling.batch import RawInput
-from parallel_decoupling.data.images import IMAGE_SUFFIXES
+from parallel_decoupling.data.images import image_size
+from parallel_decoupling.data.names import file_of_id, id_of_file
 from parallel_decoupling.data.prompts import prompt
 from parallel_decoupling.data.tables import SUFFIXES, Table
 from parallel_decoupling.data.tasks import EvalTask
@@ -46,19 +48,23 @@ class TaskSide:
     def columns(self, rows: Sequence[int]) -> pa.Table:
         """Return ``id``, ``text`` and ``image`` (the first one, relative to ``data_dir``) of some rows."""
         files = [self._rows[row].images[:1] for row in rows]
-        images = [os.path.relpath(str(file[0]), self.data_dir) if file else None for file in files]
+        names = [os.path.relpath(str(file[0]), self.data_dir) if file else None for file in files]
+        images = [name and id_of_file(name) for name in names]
         columns = {ID: [*map(str, rows)], TEXT: [self._rows[row].text for row in rows], IMAGE: images}
         return pa.table({name: pa.array(cells, pa.string()) for name, cells in columns.items()})
 
 
 class RowSource:
-    """The images of a folder or the rows of a table (``docs/embedding_files.md``) with an instruction."""
+    """The images of a folder or the rows of a table (``docs/embedding_files.md``) with an instruction.
+
+    ``left_out`` says what of a folder is not among the rows, "" for nothing.
+    """
 
     name = ""
 
     def __init__(self, path: str | Path, instruction: str = "") -> None:
         self.path, self.instruction, is_dir = Path(path), instruction, Path(path).is_dir()
-        self._fields = _list_images(self.path) if is_dir else _read_table(self.path)
+        self._fields, self.left_out = _list_images(self.path) if is_dir else (_read_table(self.path), "")
         self._image_dir = image_dir = self.path.resolve() if is_dir else self.path.resolve().parent
         names = self._fields.column_names
         self._inputs = self._fields.select([name for name in (TEXT, IMAGE) if name in names])
@@ -71,7 +77,9 @@ class RowSource:
     def __getitem__(self, row: int) -> RawInput:
         cells = self._inputs.slice(row, 1).to_pylist()[0]
         image = cells.get(IMAGE)
-        file = str(self._image_dir / image) if image else None
+        file = str(self._image_dir / file_of_id(image)) if image else None
+        if file and not os.path.isfile(file):  # to open a pipe would take for ever
+            raise ValueError(f"no image file {image!r} in {self._image_dir}")
         return prompt(cells.get(TEXT), file, self.instruction or None)
 
     def where(self, row: int) -> str:
@@ -109,9 +117,42 @@ def _read_table(path: Path) -> pa.Table:
     return table.rows.select([ID, *(name for name in names if name != ID)])
 
 
-def _list_images(folder: Path) -> pa.Table:
-    files = (file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-    names = sorted(file.relative_to(folder).as_posix() for file in files if file.is_file())
+def _list_images(folder: Path) -> tuple[pa.Table, str]:
+    """Return the pictures in a folder and those below, and what else is there, as text.
+
+    A picture has a picture's suffix, or Pillow knows its beginning. Links are followed, to each folder once.
+    """
+    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    names: list[str] = []
+    left: dict[str, list[str]] = {}
+    folders, links, seen = [str(folder)], list[str](), set[str]()
+    while folders or links:
+        place = folders.pop() if folders else links.pop(0)  # links last: a folder has the name of its own
+        real, entries = os.path.realpath(place), list[str]()
+        try:
+            if real in seen:
+                left.setdefault("folders that are there twice", []).append(place)
+            else:
+                entries = sorted(os.listdir(place))
+        except OSError:
+            left.setdefault("folders that cannot be read", []).append(place)
+        seen.add(real)
+        for file in (os.path.join(place, entry) for entry in entries):
+            if os.path.isdir(file):
+                (links if os.path.islink(file) else folders).append(file)
+            elif not os.path.isfile(file):
+                left.setdefault("links or special files", []).append(file)
+            elif os.path.splitext(file)[1].lower() in known or image_size(file):
+                names.append(id_of_file(os.path.relpath(file, folder)))
+            else:
+                left.setdefault("other files", []).append(file)
+    left_out = ", ".join(f"{len(files)} {what} ({_first(files, folder)})" for what, files in left.items())
     if not names:
-        raise ValueError(f"{folder} holds no file that ends with one of {', '.join(IMAGE_SUFFIXES)}.")
-    return pa.table({ID: names, IMAGE: names})
+        there = f"; it has {left_out}" if left_out else ""
+        raise ValueError(f"{folder} holds no picture{there}. Give a folder of pictures.")
+    return pa.table({ID: sorted(names), IMAGE: sorted(names)}), left_out
+
+
+def _first(files: Sequence[str], folder: Path) -> str:
+    shown = [id_of_file(os.path.relpath(file, folder)) for file in files[:3]]
+    return ", ".join([*shown, "…"] if len(files) > 3 else shown)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import codecs
+import csv
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import re
+import sys
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from uuid import uuid4
 
 import numpy as np
@@ -19,8 +24,19 @@ import pyarrow.parquet as pq
 
 SUFFIXES = (".parquet", ".jsonl", ".csv")
 ROWS_PER_BATCH = 8192
-FORMAT = "4"
+FORMAT = "5"
 """Version of the copies in the cache."""
+DELIMITERS = ",;\t"
+CSV_BLOCK = 1 << 26
+"""Bytes that a row of a CSV file may have."""
+MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, whose mark is the start of this one
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+"""Encodings by byte order mark; a text without a mark must be UTF-8."""
 
 
 def default_cache_dir() -> Path:
@@ -91,18 +107,24 @@ class Table:
 
 
 def arrow_copy(file: Path, texts: Sequence[str], owner: str, keep_others: bool = False) -> Path:
-    """Return the memory-mappable copy of a file, after writing it if the cache lacks it.
+    """Return the memory-mappable copy of a file, after writing it if the cache lacks it or it is damaged.
 
-    Several processes may write it at the same time. Copies of earlier contents of the file are removed.
+    It is found by the file's contents. Several processes may write it at the same time. Copies of earlier
+    contents of the file are removed.
     """
+    if file.exists() and not file.is_file():
+        raise ValueError(f"{owner}: {file} is not a regular file. Give a file on a disk.")
+    content = blake2b(digest_size=16)
     try:
-        status = file.stat()
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                content.update(block)
     except OSError as error:
         raise ValueError(f"{owner}: cannot read {file}: {error}. Check data_dir and the name.") from error
     about = repr((FORMAT, str(file.resolve()), list(texts), keep_others))
     place = blake2b(about.encode(), digest_size=8).hexdigest()
-    copy = default_cache_dir() / "tables" / f"{place}-{status.st_size}-{status.st_mtime_ns}.arrow"
-    if copy.is_file():
+    copy = default_cache_dir() / "tables" / f"{place}-{content.hexdigest()}.arrow"
+    if _is_whole(copy):
         return copy
     copy.parent.mkdir(parents=True, exist_ok=True)
     unfinished = copy.with_name(f"unfinished-{uuid4().hex}")
@@ -112,7 +134,11 @@ def arrow_copy(file: Path, texts: Sequence[str], owner: str, keep_others: bool =
             if old != copy:  # another process may have finished this one and be about to map it
                 old.unlink(missing_ok=True)
         unfinished.replace(copy)
-    except (pa.ArrowException, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except _RowError as error:
+        raise ValueError(f"{owner}: cannot read {file}: {error}") from error
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # not Arrow's, but the disk's
+            raise
         lines = ", with one JSON object per line and values of one type" if file.suffix == ".jsonl" else ""
         raise ValueError(f"{owner}: cannot read {file}: {error} Is it complete{lines}?") from error
     finally:
@@ -120,61 +146,153 @@ def arrow_copy(file: Path, texts: Sequence[str], owner: str, keep_others: bool =
     return copy
 
 
+class _RowError(Exception):
+    """What is wrong with a row of a text file, whose name the message does not have yet."""
+
+
+def _is_whole(copy: Path) -> bool:
+    """Tell whether a copy is there and ends as it should."""
+    try:
+        return b"columns" in (pa.ipc.open_file(pa.memory_map(str(copy))).schema.metadata or {})
+    except (pa.ArrowException, OSError):
+        return False
+
+
 def _write(file: Path, texts: Sequence[str], keep_others: bool, copy: Path) -> None:
     """Write the columns of a file that are wanted; ``columns`` of the metadata names all that it has."""
     batches: Iterable[pa.RecordBatch]
     if file.suffix == ".parquet":
-        source = pq.ParquetFile(file)
+        source = pq.ParquetFile(pa.OSFile(os.fsencode(file)))
         found = source.schema_arrow.names
         columns = None if keep_others else [name for name in found if name in texts]
         batches = source.iter_batches(ROWS_PER_BATCH, columns=columns)
     elif file.suffix in SUFFIXES:
-        types = dict.fromkeys(texts, pa.string())
-        convert = pa.csv.ConvertOptions(column_types=types, strings_can_be_null=False)
-        parse = pa.csv.ParseOptions(newlines_in_values=True)
-        is_csv = file.suffix == ".csv"
-        table = pa.csv.read_csv(file, None, parse, convert) if is_csv else _read_jsonl(file)
+        table = _read_jsonl(file) if file.suffix == ".jsonl" else _read_csv(file, texts)
         found, batches = table.column_names, table.to_batches(ROWS_PER_BATCH)
     else:
         raise ValueError(f"{file}: the file must end with one of {', '.join(SUFFIXES)}.")
     kept = [name for name in found if keep_others or name in texts]
     if len(set(kept)) < len(kept):
         raise ValueError(f"{file}: two columns have the same name; found {', '.join(found)}. Rename one.")
-    writer = None
+    writer, rows = None, 0
     with pa.OSFile(str(copy), "wb") as stream:
-        for batch in batches:
-            cells = [_to_copy(file, name, batch.column(name), name in texts) for name in kept]
+        for part in batches:
+            cells = [_to_copy(file, name, part.column(name), name in texts) for name in kept]
             batch = pa.RecordBatch.from_arrays(cells, kept, metadata={"columns": json.dumps(found)})
+            try:
+                batch.validate(full=True)  # texts that are not UTF-8
+            except pa.ArrowException as error:
+                raise _RowError(f"rows {rows} to {rows + len(part) - 1}: {error}.") from error
             writer = writer or pa.ipc.new_file(stream, batch.schema)
             writer.write_batch(batch)
-        if writer is None:
+            rows += len(part)  # even where no column is wanted
+        if not rows or writer is None:
             raise ValueError(f"{file} has no rows. Remove it or fill it in.")
         writer.close()
+
+
+@contextmanager
+def _open_text(file: Path) -> Iterator[TextIO]:
+    """Open a file by its byte order mark, else as UTF-8; ``_RowError`` if it is in another encoding."""
+    with file.open("rb") as stream:
+        start = stream.read(1 << 10)
+    encoding = next((name for mark, name in MARKS.items() if start.startswith(mark)), "utf-8")
+    line = 0
+    try:
+        if encoding == "utf-8" and b"\0" in start:
+            raise UnicodeDecodeError(encoding, start, start.index(b"\0"), len(start), "a zero byte")
+        with file.open(encoding=encoding, newline="") as text:
+            yield text
+    except UnicodeDecodeError as error:
+        content, found = file.read_bytes(), error.reason
+        try:
+            content.decode(encoding)
+        except UnicodeDecodeError as whole:  # the other one counts from where the stream was
+            line, found = content[: whole.start].decode(encoding, "ignore").count("\n"), whole.reason
+        row = max(0, line - (file.suffix != ".jsonl"))
+        what = f"row {row} (line {line + 1}) is not {encoding.removesuffix('-sig').upper()}, {found}"
+        raise _RowError(f"{what}. Save the file as UTF-8.") from error
+
+
+def _read_csv(file: Path, texts: Sequence[str]) -> pa.Table:
+    """Read all columns, with the delimiter that gives most of the wanted ones, or else most columns.
+
+    The rows are first read by Python, which, other than Arrow, says where a row or a quotation is wrong.
+    """
+    limit = csv.field_size_limit(sys.maxsize)
+    row = -1  # the header
+    try:
+        with _open_text(file) as stream:
+            encoding, header = stream.encoding, stream.readline()
+            split = {each: next(csv.reader([header], delimiter=each), []) for each in DELIMITERS}
+            delimiter = max(DELIMITERS, key=lambda each: (len({*split[each]} & {*texts}), len(split[each])))
+            stream.seek(0)
+            rows = filter(None, csv.reader(stream, delimiter=delimiter, strict=True))
+            columns = len(next(rows, []))
+            for row, cells in enumerate(rows):
+                if len(cells) != columns:
+                    raise _RowError(f"row {row} has {len(cells)} cells, where the header has {columns}.")
+    except csv.Error as error:
+        advice = " Is a quotation mark left open?" if "end of data" in str(error) else ""
+        raise _RowError(f"row {row + 1}: {error}.{advice}") from error
+    finally:
+        csv.field_size_limit(limit)
+    read = pa.csv.ReadOptions(encoding=encoding.removesuffix("-sig"), block_size=CSV_BLOCK)
+    parse = pa.csv.ParseOptions(newlines_in_values=True, delimiter=delimiter)
+    types = dict.fromkeys(texts, pa.string())
+    convert = pa.csv.ConvertOptions(column_types=types, strings_can_be_null=False)
+    table = pa.csv.read_csv(pa.OSFile(os.fsencode(file)), read, parse, convert)
+    if len(table) != row + 1:
+        raise _RowError(f"it has {row + 1} rows for Python and {len(table)} for Arrow. Use one line ending.")
+    return table
 
 
 def _read_jsonl(file: Path) -> pa.Table:
     """Read all columns with the types that JSON has, so that texts which look like dates stay texts."""
     parts = []
-    with file.open(encoding="utf-8") as stream:
-        lines = (line for line in stream if line.strip())
-        while rows := [json.loads(line) for line in islice(lines, ROWS_PER_BATCH)]:
-            if not all(isinstance(row, dict) for row in rows):
-                raise pa.ArrowInvalid("a line is not a JSON object")
-            names = dict.fromkeys(name for row in rows for name in row)
-            parts.append(pa.table({name: [row.get(name) for row in rows] for name in names}))
+    with _open_text(file) as stream:
+        rows = _json_rows(stream)
+        while part := list(islice(rows, ROWS_PER_BATCH)):
+            names = dict.fromkeys(name for row in part for name in row)
+            parts.append(pa.table({name: [row.get(name) for row in part] for name in names}))
     return pa.concat_tables(parts or [pa.table({})], promote_options="permissive")
 
 
+def _json_rows(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Parse lines that are not blank; NaN is null."""
+    for row, line in enumerate(line for line in lines if line.strip()):
+        try:
+            cells = json.loads(line, parse_constant=lambda name: None if name == "NaN" else float(name))
+            if not isinstance(cells, dict):
+                raise ValueError("a line is not a JSON object")
+            if re.search(r"\\u[dD][89a-fA-F]", line):
+                json.dumps(cells, ensure_ascii=False).encode()  # a half of a character is an error
+        except (ValueError, RecursionError) as error:
+            raise _RowError(f"row {row}: {error}.") from error
+        yield cells
+
+
 def _to_copy(file: Path, name: str, cells: pa.Array, is_text: bool) -> pa.Array:
-    """Cast numbers and all kinds of strings to text, alone or in lists; leave other columns as they are."""
+    """Cast numbers and all kinds of strings to text, alone or in lists; leave other columns as they are.
+
+    NaN becomes null.
+    """
     if not is_text:  # an Arrow file holds at most one dictionary per column
         return cells.dictionary_decode() if pa.types.is_dictionary(cells.type) else cells
     kind = cells.type
     if pa.types.is_null(kind):  # may stand for texts or for lists
         return cells
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     entry = kind.value_type if is_list else kind
     if pa.types.is_nested(entry) or entry in (pa.binary(), pa.large_binary()):
         advice = "not texts or lists of texts. Images must be files that a text column names"
         raise ValueError(f"{file}, column {name!r}: holds {kind}, {advice}.")
-    return cells.cast(pa.list_(pa.string()) if is_list else pa.string())
+    texts = cells.cast(pa.list_(pa.string()) if is_list else pa.string())
+    if not pa.types.is_floating(entry):
+        return texts
+    numbers = {"nan": None}
+    rows = [
+        [numbers.get(each, each) for each in row] if isinstance(row, list) else numbers.get(row, row)
+        for row in texts.to_pylist()
+    ]
+    return pa.array(rows, texts.type)

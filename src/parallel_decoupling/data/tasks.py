@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from parallel_decoupling.batch import RawInput
+from parallel_decoupling.data.names import check_file_name
 from parallel_decoupling.data.prompts import PromptRules
 
-MetaTask = Literal["classification", "vqa", "retrieval", "grounding"]
+MetaTask = Literal["classification", "vqa", "retrieval", "grounding", "custom"]
+"""``custom`` has a mean of its own and counts in no other."""
 Identity = Literal["text", "image", "image_and_text"]
 
 FILES = ("train_file", "eval_file")
@@ -47,6 +49,10 @@ class Task:
     prompt: PromptRules = field(default=PromptRules(), compare=False)
     source: Source | None = field(default=None, compare=False)
 
+    def __post_init__(self) -> None:
+        """Check the name, which the files of scores and embeddings have, too."""
+        check_file_name(self.name, "evaluation task")
+
 
 _FORMS: dict[str, tuple[Identity, PromptRules]] = {
     "label": ("text", PromptRules()),
@@ -76,7 +82,9 @@ MMEB_TASKS: dict[str, Task] = {
     for meta_task, distribution, form, *words in map(str.split, _MMEB.strip().splitlines())
     for name, _, own in (word.partition(":") for word in words)
 }
-"""The 36 tasks of MMEB v1; other folders of ``MMEB-eval`` (such as ``CIFAR-100``) are not tasks."""
+"""The 36 tasks of MMEB v1."""
+NOT_IN_MMEB = "CIFAR-100"
+"""A folder that is published with them and is a task only where it is named."""
 
 _TRAINED = [name for name, task in MMEB_TASKS.items() if task.in_distribution]
 MMEB_TRAIN_SUBSETS = tuple("ImageNet_1K" if name == "ImageNet-1K" else name for name in _TRAINED)
@@ -110,34 +118,49 @@ class EvalTask:
         return kept
 
 
-def check_names(names: Collection[str], available: Collection[str], what: str) -> None:
-    """Raise ``ValueError`` for a name that does not exist, with the closest one and the full list."""
+def check_names(names: Collection[str], available: Collection[str], what: str, advice: str = "") -> None:
+    """Raise ``ValueError`` for a name that does not exist, with the closest one, the full list and advice."""
     for name in names:
         if name not in available:
             close = get_close_matches(name, available, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             found = ", ".join(sorted(set(available))) or "none"
-            raise ValueError(f"Unknown {what} {name!r}.{hint} Found: {found}.")
+            raise ValueError(f"Unknown {what} {name!r}.{hint} Found: {found}.{advice and f' {advice}'}")
 
 
 def read_tasks(data_dir: str | Path) -> dict[str, Task]:
-    """Return MMEB's task table plus the entries of ``data_dir/tasks.json``, which win.
+    """Return MMEB's task table plus the entries of ``data_dir/tasks.json``, which win, and other folders.
 
     An entry has ``meta_task`` and ``in_distribution``, and the attributes of ``Source`` if it is your own.
+    A folder of ``MMEB-eval`` that has neither is of meta-task ``custom``.
     """
-    tasks, tasks_file = dict(MMEB_TASKS), Path(data_dir) / "tasks.json"
-    if not tasks_file.is_file():
-        return tasks
-    where = str(tasks_file)
+    tasks = MMEB_TASKS | _listed(Path(data_dir) / "tasks.json")
+    others = [name for name in _eval_folders(data_dir) if name not in tasks]
+    return tasks | {name: Task(name, "custom", False) for name in others}
+
+
+def _eval_folders(data_dir: str | Path) -> list[str]:
+    """Return the sorted names of the folders of ``MMEB-eval`` with rows; hidden ones do not count."""
+    return sorted({file.parent.name for file in (Path(data_dir) / "MMEB-eval").glob("[!.]*/test-*.parquet")})
+
+
+def _listed(tasks_file: Path) -> dict[str, Task]:
+    """Read ``tasks.json``, if there is one."""
+    if not tasks_file.exists():
+        return {}
+    tasks, where = dict[str, Task](), str(tasks_file)
     try:
-        entries = json.loads(tasks_file.read_text(encoding="utf-8"))
+        if not tasks_file.is_file():
+            raise ValueError("this is not a regular file.")
+        entries = json.loads(tasks_file.read_text(encoding="utf-8-sig"))
         if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
             raise ValueError("it must hold an object of tasks by name, each an object itself.")
         for name, entry in entries.items():
             where = f"{tasks_file}, task {name!r}"
             tasks[name] = _task(name, entry, tasks_file.parent)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        advice = " Save the file as UTF-8." if isinstance(error, UnicodeDecodeError) else ""
+        raise ValueError(f"{where}: {error}{advice}") from error
     return tasks
 
 
@@ -188,7 +211,7 @@ def find_train_subsets(data_dir: str | Path, split: str = "original") -> list[st
 
 
 def find_eval_tasks(data_dir: str | Path) -> list[str]:
-    """Return the names of the tasks whose rows are there, in the order of the task table."""
-    found = {file.parent.name for file in (Path(data_dir) / "MMEB-eval").glob("*/test-*.parquet")}
-    own = {name: task.source.eval_file for name, task in read_tasks(data_dir).items() if task.source}
-    return [name for name in read_tasks(data_dir) if own.get(name, name in found)]
+    """Return the names of the tasks whose rows are there, in the order of ``read_tasks``."""
+    found, known = _eval_folders(data_dir), read_tasks(data_dir)
+    own = {name: task.source.eval_file for name, task in known.items() if task.source}
+    return [name for name in known if own.get(name, name in found)]

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from parallel_decoupling.data import readers, tasks
 from parallel_decoupling.data.images import ImageError, load_image
+from parallel_decoupling.data.names import printable
 
 
 @dataclass
@@ -40,7 +41,8 @@ def verify(data_dir: str | Path, sample: int = 20) -> list[Check]:
     own = {name for name, task in tasks.read_tasks(root).items() if task.source is not None}
     kept = [(split, name) for split, name in names if split == splits[0] or name not in own]
     checks = [Check("train", name, split) for split, name in kept]
-    checks += [Check("eval", name, "test") for name in tasks.find_eval_tasks(root)]
+    scored = (name for name in tasks.find_eval_tasks(root) if name != tasks.NOT_IN_MMEB)
+    checks += [Check("eval", name, "test") for name in scored]
     for check in tqdm(checks, desc="verify", leave=False, disable=None):
         try:
             (_check_train if check.part == "train" else _check_eval)(root, check, sample)
@@ -128,6 +130,6 @@ def print_verification(data_dir: str, sample: int = 20) -> None:
         lines = [", ".join(f"{count} {what}" for what, count in check.counts.items())]
         lines += [f"note: {note}" for note in check.notes]
         lines += [f"problem: {problem}" for problem in check.problems]
-        sys.stdout.writelines(f"{check}: {line}\n" for line in lines if line)
+        sys.stdout.writelines(printable(f"{check}: {line}\n") for line in lines if line)
     if any(check.problems for check in checks):
         raise SystemExit(1)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from parallel_decoupling.batch import EncoderInputs, RawInput
 from parallel_decoupling.evaluation.embedder import Embedder
-from parallel_decoupling.model.attention import register_prefix_attention
+from parallel_decoupling.model.attention import prefix_attention
 from parallel_decoupling.model.encoder import ParallelEncoder, last_token
 
 GROUPS = ("prefix", "image", "text")  # what the keys of a path are; the pooled token counts as text
@@ -82,7 +82,7 @@ def recorded_attention(encoder: ParallelEncoder) -> Iterator[tuple[list[EncoderI
     hooks = [encoder.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))]
     hooks += [layer.self_attn.register_forward_hook(keep_weights) for layer in layers]
     former = language_model.config._attn_implementation
-    language_model.set_attn_implementation(register_prefix_attention("eager"))  # only it returns weights
+    language_model.set_attn_implementation(prefix_attention("eager"))  # only it returns weights
     try:
         yield inputs, weights
     finally:

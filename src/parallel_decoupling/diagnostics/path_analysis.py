@@ -196,6 +196,7 @@ def table(analysis: PathAnalysis) -> Grid:
         matrices |= {f"{name} maps": patch_maps.map_agreement(each) for name, each in _maps(analysis).items()}
         if errors is not None:
             matrices["misses, kappa"] = torch.from_numpy(errors.kappa)
+            matrices["margins, correlation"] = torch.from_numpy(errors.margins)
         angles_NN = torch.zeros(num_paths, num_paths, dtype=torch.float64)
         angles_NN[tuple(found.pairs.T)] = found.angles.mean(dim=1)
         matrices["mean principal angle"] = angles_NN + angles_NN.T

@@ -92,6 +92,7 @@ class ErrorAgreement:
     """How the errors of a run's paths relate."""
 
     kappa: NDArray[np.float64]  # [N, N] of the misses: 0 what chance gives, 1 the same misses
+    margins: NDArray[np.float64]  # [N, N], correlation of the margins within tasks, their mean over rows
     scores: dict[str, float]  # hit@1, mean over tasks
 
 
@@ -101,9 +102,9 @@ def error_agreement(report: ScoreReport) -> ErrorAgreement:
     ``oracle`` counts a query if any path is right; in ``independent_oracle`` the paths miss independently.
     """
     paths, headline = report.path_columns, report.columns[0]
-    if not paths or not all(result.hits for result in report.tasks.values()):
-        raise ValueError("the score report has no single paths or no hits per row; run the test again")
     tasks = report.tasks.values()
+    if not paths or not all(result.hits and result.margin_correlation for result in tasks):
+        raise ValueError("the score report has no single paths, or no hits or margins; run the test again")
     hits = [np.array([list(result.hits[path]) for path in paths]) == "1" for result in tasks]
     rates = [hits_NR.mean(axis=1) for hits_NR in hits]
     scores = {
@@ -112,7 +113,12 @@ def error_agreement(report: ScoreReport) -> ErrorAgreement:
         "oracle": fmean(hits_NR.any(axis=0).mean() for hits_NR in hits),
         "independent_oracle": fmean(1 - (1 - rate_N).prod() for rate_N in rates),
     }
-    return ErrorAgreement(stratified_kappa([~hits_NR for hits_NR in hits]), scores)
+    margins = np.array([result.margin_correlation for result in tasks])
+    return ErrorAgreement(
+        kappa=stratified_kappa([~hits_NR for hits_NR in hits]),
+        margins=np.average(margins, axis=0, weights=[result.num_queries for result in tasks]),
+        scores=scores,
+    )
 
 
 def stratified_kappa(misses: Sequence[NDArray[np.bool_]]) -> NDArray[np.float64]:

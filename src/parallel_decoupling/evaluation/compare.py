@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from parallel_decoupling.data.names import printable
 from parallel_decoupling.evaluation.plots import comparison_figure
 from parallel_decoupling.evaluation.report import (
     MEAN_TITLES,
@@ -151,7 +152,7 @@ def compare_runs(run_dirs: list[str], output_dir: str | None = None) -> None:
     comparison, console = compare(run_dirs, output_dir), Console()
     console.print(comparison.grid().terminal())
     for name, report in comparison.reports.items():
-        console.print(name, markup=False, highlight=False)
+        console.print(printable(name), markup=False, highlight=False)
         console.print(report.mode_grid().terminal(), *report.warning_panels(), sep="\n")
 
 
@@ -195,7 +196,8 @@ def differences(baseline: ScoreReport, other: ScoreReport, seed: int = 0) -> Run
         group: np.mean([samples[name] for name in names], axis=0) for group, names in baseline.groups.items()
     }
     meta_tasks = [means[meta_task] for meta_task in META_TASKS if meta_task in means]
-    means["mean_of_meta_tasks"] = np.mean(meta_tasks, axis=0)
+    if meta_tasks:
+        means["mean_of_meta_tasks"] = np.mean(meta_tasks, axis=0)
     by_mean, by_task = (
         {
             name: Difference(float(each[0]), *np.quantile(each[1:], (0.025, 0.975)).tolist())

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from numbers import Integral
 from typing import Any, Literal, Protocol, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
@@ -199,7 +198,8 @@ def encode(
 ) -> Tensor:
     """Embed inputs of any mix of modalities in one process; see ``Embedder.encode`` for the options.
 
-    Runs in eval mode on the device of the encoder; every submodule's training mode is restored.
+    Runs in eval mode on the device of the encoder, between the steps of a training; every submodule's mode is
+    restored.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
@@ -226,10 +226,12 @@ def encode(
     with torch.no_grad():
         shape = wanted(torch.zeros(1, num_selected, whole, device=device)).shape[1:]
     result = torch.empty(len(rows), *shape)
-    with _evaluating(encoder), torch.inference_mode():
+    with torch.inference_mode():
         for place in tqdm(plan, desc="encode", unit="batch", leave=False, disable=not show_progress):
             if place.rows:
-                embeddings_BND = encoder(batches[place].to(device).inputs, selected)
+                batch = batches[place].to(device)
+                with encoder.turns.encoding(encoder):
+                    embeddings_BND = encoder(batch.inputs, selected)
                 result[list(place.rows)] = wanted(embeddings_BND)
     return result
 
@@ -247,15 +249,3 @@ def _selected_paths(paths: Paths, num_paths: int) -> list[int] | None:
         if not isinstance(path, Integral) or isinstance(path, bool) or not 0 <= path < num_paths:
             raise ValueError(f"there is no path {path!r}; the encoder has paths 0 to {num_paths - 1}")
     return [int(path) for path in selected]
-
-
-@contextmanager
-def _evaluating(encoder: nn.Module) -> Iterator[None]:
-    """Enter eval mode; afterwards every submodule has the mode that it had."""
-    modes = [(module, module.training) for module in encoder.modules()]
-    encoder.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

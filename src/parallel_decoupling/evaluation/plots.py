@@ -12,13 +12,13 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 
-from parallel_decoupling.evaluation.report import META_TASKS, ScoreReport
+from parallel_decoupling.evaluation.report import CUSTOM, META_TASKS, ScoreReport
 
 COLOURS = ("#8c8c8c", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Grey for the baseline, then Okabe and Ito's palette, safe for colour-blind readers."""
 INK = "#333333"
-GROUPS = ("overall", *META_TASKS, "in_distribution", "out_of_distribution")
-GROUP_LABELS = ("overall", "classi-\nfication", "VQA", "retrieval", "grounding", "IND", "OOD")
+GROUPS = ("overall", *META_TASKS, "in_distribution", "out_of_distribution", CUSTOM)
+GROUP_LABELS = ("overall", "classi-\nfication", "VQA", "retrieval", "grounding", "IND", "OOD", "custom")
 
 
 def comparison_figure(reports: Mapping[str, ScoreReport], title: str) -> Figure:
@@ -30,7 +30,7 @@ def comparison_figure(reports: Mapping[str, ScoreReport], title: str) -> Figure:
     labels = {
         group: label for group, label in zip(GROUPS, GROUP_LABELS, strict=True) if group in baseline.means
     }
-    order = [task for meta_task in META_TASKS for task in baseline.groups.get(meta_task, ())]
+    order = [task for meta_task in (*META_TASKS, CUSTOM) for task in baseline.groups.get(meta_task, ())]
     heights = np.arange(len(order))[::-1]
     figure = new_figure(16, max(7.0, 2.4 + 0.36 * len(order)))
     left, right = figure.subplots(1, 2, width_ratios=[1.25, 1])
@@ -50,7 +50,8 @@ def comparison_figure(reports: Mapping[str, ScoreReport], title: str) -> Figure:
         right.plot(scores, levels, "o", color=colour, markersize=6.5)
     left.set_xticks(range(len(labels)), labels.values(), fontsize=11)
     left.set_xlim(-0.5, len(labels) - 0.5)
-    names = [f"{task}{'' if baseline.tasks[task].task.in_distribution else ' (OOD)'}" for task in order]
+    apart = {*baseline.groups.get("out_of_distribution", ())}
+    names = [f"{task} (OOD)" if task in apart else task for task in order]
     right.set_yticks(heights, names, fontsize=10, parse_math=False)
     right.set(ylim=(-0.6, len(order) - 0.4), xlim=(0, None))
     for axes, what, grid in ((left, "means over tasks", "y"), (right, "tasks", "x")):

@@ -13,6 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from parallel_decoupling.data.names import printable
 from parallel_decoupling.data.tasks import MMEB_TASKS, Task
 from parallel_decoupling.evaluation.leaderboard import (
     LEADERBOARD_FILE,
@@ -26,12 +27,14 @@ FORMAT = 2
 SCORES_FILE = "scores.json"
 OTHER_PARTS = ("modes", "path_cosine", "warnings", "run")  # of a report, which its file holds as they are
 META_TASKS = ("classification", "vqa", "retrieval", "grounding")
+CUSTOM = "custom"  # meta-task of tasks in no table: a mean of their own, after all others
 MEAN_TITLES = {
     **{meta_task: f"mean of {meta_task}" for meta_task in META_TASKS},
     "in_distribution": "mean IND",
     "out_of_distribution": "mean OOD",
     "overall": "overall (mean of tasks)",
     "mean_of_meta_tasks": "mean of meta-tasks",
+    CUSTOM: "mean of custom tasks",
 }
 MMEB_COUNTS = dict(zip(MEAN_TITLES, (10, 10, 12, 4, 20, 16, 36), strict=False))  # tasks behind each mean
 
@@ -48,13 +51,13 @@ class Grid:
 
     def terminal(self) -> Table:
         """Return it as a rich table, whatever markup the names hold."""
-        table = Table(title=Text(self.title), caption=Text(self.caption) if self.caption else None)
+        table = Table(title=_text(self.title), caption=_text(self.caption) if self.caption else None)
         for number, heading in enumerate(self.headings):
             justify: Literal["left", "right"] = "right" if number else "left"
-            table.add_column(Text(heading), justify=justify, no_wrap=not number, overflow="fold")
+            table.add_column(_text(heading), justify=justify, no_wrap=not number, overflow="fold")
         styles = {"": "", "mean": "bold", "bad": "red"}
         for row, kind in zip(self.rows, self.kinds or [""] * len(self.rows), strict=True):
-            table.add_row(*map(Text, row), style=styles[kind])
+            table.add_row(*map(_text, row), style=styles[kind])
         return table
 
 
@@ -70,6 +73,7 @@ class TaskResult:
     num_skipped: int = 0  # rows left out because their images could not be read
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)  # by column, means of score.METRICS
     rows_sha256: str = ""  # identifies the rows, see score.task_hash
+    margin_correlation: list[list[float]] = field(default_factory=list)  # [N][N] of paths, over rows
 
     def check_hits(self) -> None:
         """Raise ``ValueError`` if the hits do not fit the number of rows or the scores."""
@@ -100,8 +104,8 @@ class ScoreReport:
         for name, result in self.tasks.items():
             if list(result.hit_at_1) != self.columns or not self.columns:
                 raise ValueError(f"{name} has columns {list(result.hit_at_1)}, the first task {self.columns}")
-            if result.task.meta_task not in META_TASKS:
-                raise ValueError(f"{name} has meta-task {result.task.meta_task!r}; use one of {META_TASKS}")
+            if result.task.meta_task not in (known := (*META_TASKS, CUSTOM)):
+                raise ValueError(f"{name} has meta-task {result.task.meta_task!r}; use one of {known}")
 
     @classmethod
     def from_scores(cls, scores: Sequence[TaskScore], run: Mapping[str, Any] | None = None) -> ScoreReport:
@@ -118,6 +122,7 @@ class ScoreReport:
                 num_skipped=score.num_skipped,
                 metrics={column: mean_metrics(rank_R) for column, rank_R in score.ranks.items()},
                 rows_sha256=score.rows_sha256,
+                margin_correlation=score.margin_correlation,
             )
         return cls(tasks, dict(run or {}))
 
@@ -133,12 +138,17 @@ class ScoreReport:
 
     @property
     def groups(self) -> dict[str, list[str]]:
-        """Task names by mean: meta-tasks, in- and out-of-distribution, overall; none empty."""
+        """Task names by mean: meta-tasks, in- and out-of-distribution, overall, custom; none empty.
+
+        Custom tasks are the overall mean only where there are no others.
+        """
         tasks = {name: result.task for name, result in self.tasks.items()}
         groups = {name: [each for each in tasks if tasks[each].meta_task == name] for name in META_TASKS}
-        groups["in_distribution"] = [name for name, task in tasks.items() if task.in_distribution]
-        groups["out_of_distribution"] = [name for name, task in tasks.items() if not task.in_distribution]
-        groups["overall"] = list(self.tasks)
+        custom = [name for name, task in tasks.items() if task.meta_task == CUSTOM]
+        listed = {name: task for name, task in tasks.items() if name not in custom}
+        groups["in_distribution"] = [name for name, task in listed.items() if task.in_distribution]
+        groups["out_of_distribution"] = [name for name, task in listed.items() if not task.in_distribution]
+        groups |= {"overall": list(listed or tasks), CUSTOM: custom}
         return {group: names for group, names in groups.items() if names}
 
     @property
@@ -156,13 +166,14 @@ class ScoreReport:
         """
         parts = {group: [self.tasks[name].hit_at_1 for name in each] for group, each in self.groups.items()}
         means = {group: _mean(scores) for group, scores in parts.items()}
-        means["mean_of_meta_tasks"] = _mean([means[name] for name in META_TASKS if name in means])
+        if meta_tasks := [means[name] for name in META_TASKS if name in means]:
+            means["mean_of_meta_tasks"] = _mean(meta_tasks)
         return means
 
     @property
     def metric_means(self) -> dict[str, dict[str, float]]:
-        """Means over tasks of every metric by column; empty if only hit@1 is known."""
-        metrics = [result.metrics for result in self.tasks.values()]
+        """Means over the tasks of ``overall`` of every metric by column; empty if only hit@1 is known."""
+        metrics = [self.tasks[name].metrics for name in self.groups["overall"]]
         return {name: _mean([each[name] for each in metrics]) for name in self.columns if all(metrics)}
 
     @property
@@ -214,10 +225,10 @@ class ScoreReport:
         rows: list[list[str]] = []
         kinds: list[str] = []
         for mean, title in MEAN_TITLES.items():
-            for name in self.groups.get(mean, ()) if mean in META_TASKS else ():
+            for name in self.groups.get(mean, ()) if mean in (*META_TASKS, CUSTOM) else ():
                 result = self.tasks[name]
                 bad = result.hit_at_1[self.columns[0]] <= result.chance
-                split = "IND" if result.task.in_distribution else "OOD"
+                split = "" if mean == CUSTOM else "IND" if result.task.in_distribution else "OOD"
                 about = [f"{name} !" if bad else name, split, str(result.num_queries), percent(result.chance)]
                 rows.append([*about, *(percent(result.hit_at_1[column]) for column in shown)])
                 kinds.append("bad" if bad else "")
@@ -250,7 +261,7 @@ class ScoreReport:
 
     def warning_panels(self) -> list[Panel]:
         """Show what makes the scores doubtful, each with what was seen and what to do."""
-        texts = [Text(f"{each['detail']}\n{each['advice']}") for each in self.warnings]
+        texts = [_text(f"{each['detail']}\n{each['advice']}") for each in self.warnings]
         titles = [f"WARNING: {each['check'].replace('_', ' ')}" for each in self.warnings]
         return [Panel(text, title=title) for text, title in zip(texts, titles, strict=True)]
 
@@ -265,6 +276,10 @@ def write_report(report: ScoreReport, folder: Path) -> None:
     if column in report.modes:
         metadata["embedding_dimension"] = report.modes[column]["bytes_per_item"] // 4
     write_leaderboard(report.tasks, column, folder / LEADERBOARD_FILE, metadata)
+
+
+def _text(text: str) -> Text:
+    return Text(printable(text))
 
 
 def _mean(values: Sequence[Mapping[str, float]]) -> dict[str, float]:

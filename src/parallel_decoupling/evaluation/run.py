@@ -16,7 +16,8 @@ from torch import Tensor
 
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.data.images import IMAGE_SETTINGS
-from parallel_decoupling.data.row_sources import TaskSide
+from parallel_decoupling.data.names import printable
+from parallel_decoupling.data.row_sources import RowSource, TaskSide
 from parallel_decoupling.data.tasks import EvalTask
 from parallel_decoupling.distributed import gather_objects, rank, world_size
 from parallel_decoupling.evaluation import checks
@@ -286,13 +287,17 @@ class EmbeddingWriter(Callback):
             bad_rows += [row for file in there.values() for row in read_metadata(file)["bad_rows"]]
         bad_rows_file = self.keeper.root / BAD_ROWS_FILE
         lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in bad_rows)
-        bad_rows_file.write_text(lines, encoding="utf-8")
+        bad_rows_file.write_text(lines, encoding="utf-8", errors="backslashreplace")  # as JSON has it
         message = f"{self.keeper.root}: {num_rows - len(bad_rows):,} rows embedded."
         if bad_rows:
             message += f" {len(bad_rows):,} rows could not be embedded: {bad_rows_file} says which and why."
         if missing:
             message += f" {missing} files are missing: run the same command again."
-        rank_zero_info(message)
+        left_out = [rows.left_out for rows in self.data.rows if isinstance(rows, RowSource) and rows.left_out]
+        message += "".join(f" Left out: {each}." for each in left_out)
+        if num_rows == len(bad_rows) and not missing:
+            raise ValueError(printable(f"{message} Nothing was embedded."))
+        rank_zero_info(printable(message))
 
 
 def evaluate(model: PDFEmbedder, data: MMEBDataModule | str | Path, **trainer_options: Any) -> ScoreReport:

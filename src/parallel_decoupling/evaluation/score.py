@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 
 import torch
@@ -14,6 +14,7 @@ from parallel_decoupling.batch import RawInput
 from parallel_decoupling.data.collate import identity
 from parallel_decoupling.data.tasks import EvalTask, Task
 from parallel_decoupling.model.identity import rows_hash
+from parallel_decoupling.objective.statistics import margin_correlation
 
 DEPTHS = (1, 5, 10)
 METRICS = (*(f"hit@{k}" for k in DEPTHS), "mrr", *(f"{name}@{k}" for name in ("mrr", "ndcg") for k in DEPTHS))
@@ -33,6 +34,7 @@ class TaskScore:
     chance: float  # hit@1 of a random choice, the mean over rows of 1 / number of distinct candidates
     num_skipped: int = 0  # rows left out because their images could not be read
     rows_sha256: str = ""  # identifies what was asked, see task_hash
+    margin_correlation: list[list[float]] = field(default_factory=list)  # [N][N] of paths, over rows
 
     @property
     def hits(self) -> dict[str, Tensor]:
@@ -81,22 +83,34 @@ def score_task(task: EvalTask, columns: Columns) -> TaskScore:
     rivals_RC = identity_U[index_RC] != identity_U[index_RC[:, :1]]
     ranks: dict[str, Tensor] = {}
     ranking: list[Tensor] = []
+    margins: list[Tensor] = []
     for name, (query, candidate) in columns.items():
         unit_query, unit_candidate = (
             F.normalize(each.detach().float().cpu(), dim=-1) for each in (query, candidate)
         )
         distinct, distinct_of_candidate = _distinct_rows(unit_candidate)
-        rank_chunks = []
+        rank_chunks, margin_chunks = [], []
         for start in range(0, len(query_of_row), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
             all_scores = similarities(unit_query[query_of_row[rows]], distinct)
             scores_RC = all_scores.gather(1, distinct_of_candidate[index_RC[rows]])
             rank_chunks.append(positive_rank(scores_RC, rivals_RC[rows]))
+            best_rival_R = scores_RC.masked_fill(~rivals_RC[rows], -torch.inf).amax(dim=1)
+            margin_chunks.append(scores_RC[:, 0] - best_rival_R)
             if not ranks:
                 ranking.append(_ranking(scores_RC, rivals_RC[rows], index_RC[rows]))
         ranks[name] = torch.cat(rank_chunks)
+        if name.startswith("path_"):
+            margins.append(torch.cat(margin_chunks))
     chance = sum(1 / len(set(identity_U[row].tolist())) for row in task.candidates_of_row) / len(query_of_row)
-    return TaskScore(task.task, ranks, torch.cat(ranking), chance, rows_sha256=task_hash(task))
+    return TaskScore(
+        task.task,
+        ranks,
+        torch.cat(ranking),
+        chance,
+        rows_sha256=task_hash(task),
+        margin_correlation=margin_correlation(torch.stack(margins)).tolist() if margins else [],
+    )
 
 
 def task_hash(task: EvalTask) -> str:

@@ -166,14 +166,16 @@ _FUNCTIONS: dict[str, tuple[str, Any, Any]] = {
 }
 
 
-def register_prefix_attention(base: str = "sdpa") -> str:
-    """Register prefix attention on top of ``base`` with transformers, and return its name for the text model.
+for _name, _function, _mask_function in _FUNCTIONS.values():  # on import, so that an unpickled model finds it
+    AttentionInterface.register(_name, _function)
+    AttentionMaskInterface.register(_name, _mask_function)
+
+
+def prefix_attention(base: str = "sdpa") -> str:
+    """Return the name by which transformers knows prefix attention on top of ``base``, for the text model.
 
     Relations:
         Without ``path_states`` the result equals ``base``. With them it equals ``base`` with a key/value
         cache filled with the prefix.
     """
-    name, function, mask_function = _FUNCTIONS[base]
-    AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(name, mask_function)
-    return name
+    return _FUNCTIONS[base][0]

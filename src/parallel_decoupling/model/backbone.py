@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, DynamicCache
 
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER
 from parallel_decoupling.model.adapters import AdapterConfig, add_adapters, load_adapter
-from parallel_decoupling.model.attention import PathStates, register_prefix_attention
+from parallel_decoupling.model.attention import PathStates, prefix_attention
 from parallel_decoupling.model.families import FAMILIES, Family
 from parallel_decoupling.model.paths import calling, deepstack, enter_layer, hand_down, same_call
 from parallel_decoupling.model.processor import load_processor
@@ -66,7 +66,7 @@ class Backbone(nn.Module):
         add_between_layers = getattr(self.language_model, "_deepstack_process", None)
         if add_between_layers is not None:
             self.language_model._deepstack_process = partial(deepstack, add_between_layers)
-        self.language_model.set_attn_implementation(register_prefix_attention(attention))
+        self.language_model.set_attn_implementation(prefix_attention(attention))
         if gradient_checkpointing:
             enable = getattr(base, "activation_checkpointing_enable", None)
             (enable or base.gradient_checkpointing_enable)({"use_reentrant": False, "context_fn": same_call})
@@ -151,7 +151,7 @@ class Backbone(nn.Module):
         embeddings_1TD = self.text_embeddings(text, min_length).unsqueeze(0)
         config = self.language_model.config
         wanted = config._attn_implementation
-        config._attn_implementation = register_prefix_attention("sdpa")
+        config._attn_implementation = prefix_attention("sdpa")
         try:
             return self.prompt_states(embeddings_1TD.to(self.dtype))[0].float()
         finally:  # not by set_attn_implementation, which would ask for a GPU

@@ -24,6 +24,7 @@ from parallel_decoupling.model.prefixes import (
     init_random,
     prefix_range,
 )
+from parallel_decoupling.model.turns import Turns
 
 
 def last_token(states: Tensor, attention_mask: Tensor) -> Tensor:
@@ -63,7 +64,7 @@ class ParallelEncoder(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.turns = backbone, Turns()
         self.num_paths, self.prefix_length, self.prefix_layers = num_paths, prefix_length, prefix_layers
         self.prefix_type, self.aggregation = prefix_type, aggregation
         self.prefix_range = prefix_range(prefix_layers, backbone.num_layers)

@@ -14,10 +14,9 @@ from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from parallel_decoupling.batch import RawInput
@@ -28,8 +27,6 @@ PER_PATH = re.compile(r"^prefixes\.|^path_logits$|\.path_lora_[AB]$")
 """The names of parameters whose first dimension is the path."""
 SAMPLED_VALUES = 2**18
 """Larger backbone tensors are hashed at this many evenly spaced values, so that billions take seconds."""
-SAMPLED_BYTES = 4096
-"""Bytes at the start, middle and end of an image file that are hashed."""
 VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation")
 """Config entries that say how or from where a model was loaded, not what it is."""
 PACKAGES = ("parallel-decoupling", "torch", "transformers")
@@ -177,7 +174,7 @@ def rows_hash(rows: Iterable[RawInput], *, files: bool = True) -> str:
     """Return a SHA-256 of inputs: texts and images, in order.
 
     An image file counts by the last two parts of its path, so that a data set may move, and with ``files``
-    by its size and three samples of its bytes.
+    by its bytes.
     """
     digest = sha256()
     for row in rows:
@@ -200,14 +197,18 @@ def encoder_identity(
         "backbone_sha256": (fingerprint or backbone_fingerprint(encoder.backbone))["sha256"],
         "processor_sha256": processor_hash(encoder.processor),
     }
-    adapted = [(name, m) for name, m in encoder.named_modules() if isinstance(m, LoraLayer | PathLoRA)]
+    scales = {
+        name: scale
+        for name, module in encoder.named_modules()
+        if isinstance(scale := getattr(module, "scaling", None), dict) or isinstance(module, PathLoRA)
+    }
     family = getattr(encoder.backbone, "family", None)
     packages = PACKAGES if family else (*PACKAGES, "open_clip_torch")
     about = {
         **parts,
         "conditions": conditions,
         "family": asdict(family) if family else None,
-        "adapter_scales": {name: cast(Any, module).scaling for name, module in adapted},
+        "adapter_scales": scales,
         "versions": {name: version(name) for name in packages},
     }
     total = sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
@@ -234,15 +235,10 @@ def _flat(config: Mapping[str, Any], start: str = "") -> dict[str, Any]:
 def _image_content(image: Any, files: bool) -> list[Any]:
     if not isinstance(image, str):
         return [image.mode, *image.size, sha256(image.tobytes()).hexdigest()]
-    name, digest = "/".join(Path(image).parts[-2:]), sha256()
+    name = "/".join(Path(image).parts[-2:])
     if not files:
         return [name]
     try:
-        with Path(image).open("rb") as file:
-            size = file.seek(0, 2)
-            for start in (0, size // 2, max(0, size - SAMPLED_BYTES)):
-                file.seek(start)
-                digest.update(file.read(SAMPLED_BYTES))
+        return [name, sha256(Path(image).read_bytes()).hexdigest()]
     except OSError:
         return [name, "unreadable"]
-    return [name, size, digest.hexdigest()]

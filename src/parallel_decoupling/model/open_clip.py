@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, EncoderInputs
 from parallel_decoupling.model.adapters import AdapterConfig
 from parallel_decoupling.model.backbone import Dtype
+from parallel_decoupling.model.turns import Turns
 
 PREFIX = "open_clip:"
 CONFIG_FILE = "open_clip_config.json"
@@ -107,7 +108,7 @@ class OpenCLIPEncoder(nn.Module):
 
     def __init__(self, backbone: OpenCLIPBackbone, processor: OpenCLIPProcessor) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.turns = backbone, Turns()
         self.embed_dim: int = backbone.config["model"]["embed_dim"]
         self.aggregate_dim: int = self.embed_dim
         self.processor: Any = processor

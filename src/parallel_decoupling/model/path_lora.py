@@ -6,7 +6,6 @@ import math
 from typing import Any, cast
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from parallel_decoupling.model.paths import CALL
@@ -36,9 +35,8 @@ class PathLoRA(nn.Module):
         self.num_paths: int = len(lora_A)
 
     @classmethod
-    def from_shared(cls, layer: LoraLayer, num_paths: int) -> PathLoRA:
-        """Give ``num_paths`` paths a copy each of a peft layer's update."""
-        shared = cast(Any, layer)
+    def from_shared(cls, shared: Any, num_paths: int) -> PathLoRA:
+        """Give ``num_paths`` paths a copy each of the update of a peft layer."""
         lora_A, lora_B = (
             part["default"].weight.detach().repeat(num_paths, 1, 1) for part in (shared.lora_A, shared.lora_B)
         )

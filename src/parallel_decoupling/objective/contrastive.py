@@ -74,7 +74,17 @@ def in_batch_hit_at_1(query: Tensor, candidate: Tensor, *, positive: Tensor, can
     """Return the share ``[N]`` of queries whose positive scores strictly above all other targets.
 
     The arguments are those of ``info_nce``. A tie is a miss, so collapsed embeddings do not look perfect.
-    Duplicates of the positive and padding are left out as there.
+    """
+    margin_NB = in_batch_margins(query, candidate, positive=positive, candidate_ids=candidate_ids)
+    return (margin_NB > 0).to(margin_NB.dtype).mean(dim=1)
+
+
+@torch.no_grad()
+def in_batch_margins(query: Tensor, candidate: Tensor, *, positive: Tensor, candidate_ids: Tensor) -> Tensor:
+    """Return by how much each query's positive scores above the best other target, ``[N, B]``.
+
+    The arguments are those of ``info_nce``. Duplicates of the positive and padding are left out as there;
+    infinite where nothing is left.
     """
     _check_shapes(query, candidate, positive, candidate_ids)
     score_NBG = _scores(query, candidate)
@@ -82,8 +92,7 @@ def in_batch_hit_at_1(query: Tensor, candidate: Tensor, *, positive: Tensor, can
     left_out_BG = _left_out(positive, candidate_ids)
     left_out_BG[own_B, positive] = True
     best_other_NB = score_NBG.masked_fill(left_out_BG, -torch.inf).amax(dim=2)
-    hit_NB = score_NBG[:, own_B, positive] > best_other_NB
-    return hit_NB.to(score_NBG.dtype).mean(dim=1)
+    return score_NBG[:, own_B, positive] - best_other_NB
 
 
 def candidate_logits(query: Tensor, candidate: Tensor, positive: Tensor, candidate_ids: Tensor) -> Tensor:

@@ -21,6 +21,29 @@ def path_cosine(paths: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def margin_correlation(margins: Tensor) -> Tensor:
+    """Return the correlation ``[N, N]`` over queries between the paths' margins ``[N, B]``.
+
+    A margin is what the positive scores above the best other target, so this compares the paths' errors:
+    the mean of N paths with correlation rho has ``(1 + (N - 1) rho) / N`` of their variance. Queries without
+    a rival (an infinite margin) are left out; a path with one margin for all has correlation 0.
+    """
+    finite_NB = margins[:, margins.isfinite().all(dim=0)]
+    unit_NB = nn.functional.normalize(finite_NB - finite_NB.mean(dim=1, keepdim=True), dim=1)
+    return unit_NB @ unit_NB.T
+
+
+@torch.no_grad()
+def target_entropy(target_ids: Tensor) -> Tensor:
+    """Return the entropy in nats of a batch's targets ``[B]``, 0-dim: log B if none repeats.
+
+    Two paths with InfoNCE losses L1 and L2 on that batch share at least this minus L1 minus L2.
+    """
+    share_B = (target_ids.unsqueeze(1) == target_ids).float().mean(dim=1)
+    return -share_B.log().mean()
+
+
+@torch.no_grad()
 def effective_rank(embeddings: Tensor) -> Tensor:
     """Return the effective number of directions that embeddings ``[B, D]`` spread over.
 

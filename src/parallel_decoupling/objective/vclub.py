@@ -20,8 +20,12 @@ from parallel_decoupling.objective.alternatives import (
     l1out_bound,
     squared_cosine,
 )
+from parallel_decoupling.objective.conditional import Given, logit_error_correlation, unexplained
 
-Kind = Literal["vclub", "club_sample", "l1out", "hsic", "crosscov", "orthogonal", "none"]
+Unconditional = Literal["vclub", "club_sample", "l1out", "hsic", "crosscov", "orthogonal", "none"]
+GivenTarget = Literal["vclub_given_target", "orthogonal_given_target", "logit_correlation"]
+Kind = Literal[Unconditional, GivenTarget]
+_GIVEN_TARGET = "_given_target"
 _LOG_VARIANCE_LIMIT = 6.0
 _SMALLEST_VARIANCE = 1e-12
 
@@ -129,7 +133,9 @@ class MutualInformation(nn.Module):
 
     Args:
         kind: ``vclub``, ``club_sample`` and ``l1out`` fit a network q; ``hsic``, ``crosscov`` and
-            ``orthogonal`` (``squared_cosine``) need no fit; ``none`` is zero.
+            ``orthogonal`` (``squared_cosine``) need no fit; ``none`` is zero. Given the target (see
+            ``conditional``) are ``vclub_given_target`` and ``orthogonal_given_target``, the same functions of
+            what the target leaves unexplained, and ``logit_correlation``.
         num_paths: N.
         embed_dim: D.
         hidden_size: width of q's hidden layer, per pair.
@@ -145,7 +151,7 @@ class MutualInformation(nn.Module):
         ``num_paths=1`` has no pairs: values of shape ``[0]``, no parameters, nothing to fit.
         ``M`` pairs in one call equal ``M`` separate networks.
         Values do not change when a path is scaled by a positive number, nor, but for ``orthogonal``, when it
-        is shifted.
+        is shifted. ``logit_correlation`` wants unit norm on both sides.
     """
 
     pairs: Tensor
@@ -158,43 +164,54 @@ class MutualInformation(nn.Module):
         self.num_paths = num_paths
         self.embed_dim = embed_dim
         self.register_buffer("pairs", path_pairs(num_paths), persistent=False)
-        self.needs_fit = kind in BOUNDS and num_paths > 1
+        self.estimate = kind.removesuffix(_GIVEN_TARGET)
+        self.needs_fit = self.estimate in BOUNDS and num_paths > 1
         self.network = PairNetwork(len(self.pairs), embed_dim, hidden_size) if self.needs_fit else None
 
-    def nll(self, paths: Tensor) -> Tensor:
+    def nll(self, paths: Tensor, given: Given | None = None) -> Tensor:
         """Return the negative log-likelihood of q on ``[B, N, D]`` (not detached here), the loss of its step.
 
         ``[M]`` in nats per dimension; zeros if there is nothing to fit.
         """
         with torch.autocast(device_type=paths.device.type, enabled=False):
-            x_MBD, y_MBD = self._inputs_and_targets(paths)
+            x_MBD, y_MBD = self._inputs_and_targets(paths, given)
             if self.network is None:
                 return x_MBD.new_zeros(len(self.pairs))
             return gaussian_nll(y_MBD, *self.network(x_MBD))
 
-    def forward(self, paths: Tensor) -> Tensor:
+    def forward(self, paths: Tensor, given: Given | None = None) -> Tensor:
         """Estimate the dependence between the paths of each pair, a term of the main loss.
 
-        Takes ``[B, N, D]``; gradient flows to both paths of a pair and to q (the caller freezes q). Returns
-        ``[M]``; sum it, as a mean over no pairs is nan. ``club_sample`` draws from torch's global generator.
+        Takes ``[B, N, D]``; gradient flows to both paths of a pair and to q (the caller freezes q), none to
+        ``given``, the side that the rows are matched with. Returns ``[M]``; sum it, as a mean over no pairs
+        is nan. ``club_sample`` draws from torch's global generator.
         """
         with torch.autocast(device_type=paths.device.type, enabled=False):
-            x_MBD, y_MBD = self._inputs_and_targets(paths)
+            if self.kind == "logit_correlation":
+                return logit_error_correlation(paths, self._needed(given), self.pairs)
+            x_MBD, y_MBD = self._inputs_and_targets(paths, given)
             if self.kind == "none" or len(self.pairs) == 0:
                 return x_MBD.new_zeros(len(self.pairs))
             if self.network is None:
-                return WITHOUT_FIT[self.kind](x_MBD, y_MBD)
-            return BOUNDS[self.kind](y_MBD, *self.network(x_MBD))
+                return WITHOUT_FIT[self.estimate](x_MBD, y_MBD)
+            return BOUNDS[self.estimate](y_MBD, *self.network(x_MBD))
 
-    def _inputs_and_targets(self, paths: Tensor) -> tuple[Tensor, Tensor]:
+    def _inputs_and_targets(self, paths: Tensor, given: Given | None) -> tuple[Tensor, Tensor]:
         """Return ``x`` and ``y`` of every pair, each ``[M, B, D]``; standardised but for ``orthogonal``."""
         if paths.ndim != 3 or paths.shape[1:] != (self.num_paths, self.embed_dim):
             expected = f"[B, {self.num_paths}, {self.embed_dim}]"
             raise ValueError(f"paths must be {expected}, got {tuple(paths.shape)}.")
-        angles = self.kind == "orthogonal"
+        if self.kind.endswith(_GIVEN_TARGET):
+            paths = unexplained(paths, self._needed(given))
+        angles = self.estimate == "orthogonal"
         path_BND = paths.to(torch.promote_types(paths.dtype, torch.float32)) if angles else standardise(paths)
         path_NBD = path_BND.transpose(0, 1)
         return path_NBD[self.pairs[:, 0]], path_NBD[self.pairs[:, 1]]
+
+    def _needed(self, given: Given | None) -> Given:
+        if given is None:
+            raise ValueError(f"{self.kind} needs the side that the rows are matched with; pass given.")
+        return given
 
 
 def mi_weight_schedule(step: int, *, weight: float, warmup_steps: int, ramp_steps: int) -> float:

@@ -21,6 +21,7 @@ from parallel_decoupling.model.backbone import AdapterConfig
 from parallel_decoupling.model.encoder import build_encoder, nested_dims
 from parallel_decoupling.model.families import Family
 from parallel_decoupling.model.identity import backbone_fingerprint, encoder_identity
+from parallel_decoupling.model.turns import restore_modes, training_modes
 from parallel_decoupling.objective.vclub import MutualInformation
 from parallel_decoupling.training import callbacks, checkpoint, optimization, settings, terms
 from parallel_decoupling.training.compute import Progress
@@ -157,7 +158,7 @@ class PDFEmbedder(LightningModule):
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Any]:
         """Take one step: encode, fit q, one gradient of the objective, one step of the embedder."""
-        with seeded(self.device, self.seed, self.progress.steps_done):
+        with self.encoder.turns.alone(), seeded(self.device, self.seed, self.progress.steps_done):
             # 1. All paths of all rows, of all ranks. Under GradCache the embeddings are leaves.
             query = self._encode(batch.query, "query", self.query_chunk_size)
             candidate = self._encode(batch.candidate, "candidate", self.candidate_chunk_size)
@@ -194,8 +195,8 @@ class PDFEmbedder(LightningModule):
                     self.manual_backward(loss * world_size())
                 query.backward()
                 candidate.backward()
-        # 6. The main step; the rest is bookkeeping.
-        self._main_step()
+            # 6. The main step; the rest is bookkeeping.
+            self._main_step()
         values |= {"loss": loss, "mi": mean_mi, "mi_weight": weight, "contrastive_aggregate": aggregate}
         self._log_batch(batch, terms.monitored_values(pairs, values, path_N, mi_M))
         return {"loss": loss.detach(), "contrastive": path_N.detach().mean(), "pairs": pairs.detach()}
@@ -334,6 +335,17 @@ class PDFEmbedder(LightningModule):
 
     test_step = validation_step
     predict_step = validation_step
+
+    def on_validation_model_eval(self) -> None:
+        """Enter evaluation mode when no thread encodes."""
+        with self.encoder.turns.alone():
+            self._modes = training_modes(self)
+            self.eval()
+
+    def on_validation_model_train(self) -> None:
+        """Go back to the modes of before the validation."""
+        with self.encoder.turns.alone():
+            restore_modes(self._modes)
 
     def on_test_start(self) -> None:
         """Warn if nothing scores the embeddings."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from parallel_decoupling.distributed import gather_with_grad, world_size
 from parallel_decoupling.model.encoder import truncate
-from parallel_decoupling.objective.contrastive import in_batch_hit_at_1, info_nce
+from parallel_decoupling.objective.conditional import Given
+from parallel_decoupling.objective.contrastive import in_batch_hit_at_1, in_batch_margins, info_nce
 from parallel_decoupling.objective.distillation import score_distillation
-from parallel_decoupling.objective.statistics import path_cosine
+from parallel_decoupling.objective.statistics import margin_correlation, path_cosine, target_entropy
 from parallel_decoupling.objective.vclub import MutualInformation, path_pairs
 
 
@@ -127,17 +128,31 @@ def distillation_term(pairs: GatheredPairs, temperature: Tensor | float) -> Tens
     ).mean()
 
 
+def matched_sides(pairs: GatheredPairs) -> tuple[tuple[Tensor, Given], tuple[Tensor, Given]]:
+    """Return queries with what they search, and positive candidates with what could search them."""
+    queries = pairs.query, Given(pairs.candidate, pairs.positive, pairs.candidate_ids)
+    own_rows = torch.arange(len(pairs.positive), device=pairs.positive.device)
+    searched = Given(pairs.query, own_rows, pairs.candidate_ids[pairs.positive])
+    return queries, (pairs.candidate[pairs.positive], searched)
+
+
 def estimator_nll(estimator: MutualInformation, pairs: GatheredPairs) -> Tensor:
     """Return the NLL of one path given another, detached: 0-dim, the mean over pairs and both sides."""
-    query_M = estimator.nll(pairs.query.detach())
-    candidate_M = estimator.nll(pairs.candidate[pairs.positive].detach())
+    query_M, candidate_M = (estimator.nll(*side) for side in matched_sides(pairs.detach()))
     return (query_M + candidate_M).mean() / 2
 
 
 def mutual_information_terms(estimator: MutualInformation, pairs: GatheredPairs) -> Tensor:
     """Return the bound of every path pair ``[M]``, the mean of query side and candidate side."""
-    mi_M: Tensor = estimator(pairs.query) + estimator(pairs.candidate[pairs.positive])
-    return mi_M / 2
+    query_M, candidate_M = (estimator(*side) for side in matched_sides(pairs))
+    return cast(Tensor, query_M + candidate_M) / 2
+
+
+@torch.no_grad()
+def mean_over_pairs(value_NN: Tensor) -> Tensor:
+    """Return the mean of a symmetric matrix above its diagonal: 0-dim, its only entry for one path."""
+    first_M, second_M = torch.triu_indices(len(value_NN), len(value_NN), offset=1)
+    return value_NN[first_M, second_M].mean() if len(first_M) else value_NN.mean()
 
 
 @contextmanager
@@ -153,9 +168,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def mean_path_cosine(paths: Tensor) -> Tensor:
     """Return the mean over path pairs of the cosine between paths: 0-dim, 1 for one path."""
-    cosine_NN = path_cosine(paths)
-    first_M, second_M = torch.triu_indices(len(cosine_NN), len(cosine_NN), offset=1)
-    return cosine_NN[first_M, second_M].mean() if len(first_M) else cosine_NN.mean()
+    return mean_over_pairs(path_cosine(paths))
 
 
 @torch.no_grad()
@@ -163,7 +176,8 @@ def monitored_values(
     pairs: GatheredPairs, terms: Mapping[str, Any], path_loss: Tensor, pair_mi: Tensor
 ) -> dict[str, Any]:
     """Return what is worth a curve, without graph; ``path_loss`` is ``[N]``, ``pair_mi`` ``[M]``."""
-    path_hit_N = in_batch_hit_at_1(pairs.query, pairs.candidate, **pairs.labels)
+    margin_NB = in_batch_margins(pairs.query, pairs.candidate, **pairs.labels)
+    path_hit_N = (margin_NB > 0).to(margin_NB.dtype).mean(dim=1)
     hit = in_batch_hit_at_1(pairs.query_aggregate, pairs.candidate_aggregate, **pairs.labels)
     values = {f"train/{name}": value for name, value in terms.items()}
     values["train/hit_at_1_aggregate"] = hit[0]
@@ -173,4 +187,8 @@ def monitored_values(
     values |= {f"train/mi_pair_{i}_{j}": mi for (i, j), mi in zip(pair_numbers, pair_mi, strict=True)}
     if len(path_loss) > 1:
         values["train/path_cosine"] = mean_path_cosine(pairs.query)
+        values["train/margin_correlation"] = mean_over_pairs(margin_correlation(margin_NB))
+        # what two paths share at the least, in nats: no penalty goes below it without raising their losses
+        entropy = target_entropy(pairs.candidate_ids[pairs.positive])
+        values["train/shared_nats_floor"] = entropy - 2 * path_loss.mean()
     return {name: value.detach() if isinstance(value, Tensor) else value for name, value in values.items()}

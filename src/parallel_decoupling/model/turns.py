@@ -1,0 +1,71 @@
+"""Whose turn it is at a shared encoder: calls of threads encode side by side, a training step runs alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Condition
+from typing import Any
+
+from torch import nn
+
+Modes = list[tuple[nn.Module, bool]]
+
+
+def training_modes(module: nn.Module) -> Modes:
+    """Return every submodule with its mode."""
+    return [(each, each.training) for each in module.modules()]
+
+
+def restore_modes(modes: Modes) -> None:
+    """Give every submodule the mode that it had."""
+    for module, training in modes:
+        module.training = training
+
+
+class Turns:
+    """A lock with two kinds of turns. A waiting training step goes before new calls.
+
+    Copies and unpickled ones are free, as nobody waits for them.
+    """
+
+    def __init__(self) -> None:
+        self._condition = Condition()
+        self._encoding, self._waiting, self._alone = 0, 0, False
+        self._modes: Modes = []
+
+    def __reduce__(self) -> Any:
+        return Turns, ()
+
+    @contextmanager
+    def encoding(self, encoder: nn.Module) -> Iterator[None]:
+        """Encode in evaluation mode, beside other calls; the last one gives all modules their mode back."""
+        with self._condition:
+            self._condition.wait_for(lambda: not self._alone and not self._waiting)
+            if not self._encoding:
+                self._modes = training_modes(encoder)
+                encoder.eval()
+            self._encoding += 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._encoding -= 1
+                if not self._encoding:
+                    restore_modes(self._modes)
+                    self._condition.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Wait until nobody encodes, and keep others waiting until the end of the block."""
+        with self._condition:
+            self._waiting += 1
+            self._condition.wait_for(lambda: not self._alone and not self._encoding)
+            self._waiting -= 1
+            self._alone = True
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._alone = False
+                self._condition.notify_all()

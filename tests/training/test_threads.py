@@ -1,0 +1,81 @@
+"""Threads that encode while a training runs, or while others encode."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import torch
+
+from parallel_decoupling.model.turns import Turns, training_modes
+from tests.support.embedders import mixed_inputs
+from tests.support.fit import Recorder, make_trainer, small_data, small_embedder
+
+DROPOUT: dict[str, Any] = {"adapter": {"dropout": 0.2}}
+
+
+def test_a_thread_that_encodes_changes_nothing_of_a_training(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    values, finite = [], []
+    for disturbed in (False, True):
+        module, recorder, done = small_embedder(tiny_backbone_dir, **DROPOUT), Recorder(), Event()
+
+        def disturb(module: Any = module, done: Event = done) -> int:
+            calls = 0
+            while not done.is_set():
+                finite.append(bool(module.encode(mixed_inputs(), paths=calls % 2).isfinite().all()))
+                calls += 1
+            return calls
+
+        with ThreadPoolExecutor(1) as threads:
+            calls = threads.submit(disturb) if disturbed else None
+            options = {"max_steps": 6, "val_check_interval": 2}
+            data = small_data(tiny_mmeb_dir, validation_tasks=["colours_i2t"])
+            make_trainer(tmp_path / str(disturbed), recorder, **options).fit(module, data)
+            done.set()
+            assert calls is None or calls.result() > 3
+        values.append(recorder.values)
+        assert all(training for _, training in training_modes(module))
+    assert values[0] == values[1]
+    assert all(finite)
+
+
+def test_calls_of_all_kinds_side_by_side_are_those_one_after_another(tiny_backbone_dir: str) -> None:
+    module = small_embedder(tiny_backbone_dir, **DROPOUT)
+    kinds = [
+        {"paths": paths, "batch_size": size, "instruction": instruction}
+        for paths in (0, 1, "aggregate", "all", [1, 0])
+        for size, instruction in ((1, None), (3, "find"))
+    ]
+    alone = [module.encode(mixed_inputs(), **kind) for kind in kinds]
+    with ThreadPoolExecutor(8) as threads:
+        together = list(threads.map(lambda n: module.encode(mixed_inputs(), **kinds[n % 10]), range(50)))
+    for number, embeddings in enumerate(together):
+        assert torch.equal(embeddings, alone[number % 10])
+    assert all(training for _, training in training_modes(module))
+
+
+def test_copies_and_pickles_are_free(tiny_backbone_dir: str) -> None:
+    module = small_embedder(tiny_backbone_dir)
+    with module.encoder.turns.alone():
+        for free in (copy.deepcopy(module.encoder.turns), pickle.loads(pickle.dumps(module.encoder.turns))):
+            with free.alone():
+                assert isinstance(free, Turns)
+
+
+def embed_pickled(content: bytes) -> torch.Tensor:
+    module = pickle.loads(content)
+    return module.encode(["a red circle"], paths=1)
+
+
+def test_a_pickled_model_encodes_in_a_new_process(tiny_backbone_dir: str) -> None:
+    module = small_embedder(tiny_backbone_dir)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as processes:
+        there = processes.submit(embed_pickled, pickle.dumps(module)).result()
+    torch.testing.assert_close(there, module.encode(["a red circle"], paths=1), rtol=1e-6, atol=1e-6)
