@@ -169,12 +169,16 @@ def target_modules(base: nn.Module, family: Family, adapter: AdapterConfig) -> t
     ):
         if adapter.scope not in (scope, "both"):
             continue
-        for name, module in base.get_submodule(root).named_modules():
+        if root is None:
+            raise ValueError(
+                f"adapter.scope={adapter.scope}: the backbone has no vision tower; set it to language."
+            )
+        for name, module in base.get_submodule(root).named_modules(prefix=root):
             if isinstance(module, nn.Linear):
                 last = name.rsplit(".", 1)[-1]
                 names.add(last)
                 if last in (adapter.targets or defaults):
-                    found.append(f"{root}.{name}")
+                    found.append(name)
     unknown = [target for target in adapter.targets or () if target not in names | OTHER_TARGETS]
     if unknown or not found:
         raise ValueError(

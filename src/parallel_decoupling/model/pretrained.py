@@ -16,7 +16,6 @@ from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor
 
 from parallel_decoupling.files import atomic_write
 from parallel_decoupling.model import encoder as encoders
@@ -29,6 +28,7 @@ from parallel_decoupling.model.locations import located, portable
 from parallel_decoupling.model.model_card import model_card
 from parallel_decoupling.model.open_clip import is_open_clip
 from parallel_decoupling.model.path_lora import PathLoRA
+from parallel_decoupling.model.processor import load_processor
 
 MODEL_TYPE = "parallel_decoupling"
 CONFIG_FILE, WEIGHTS_FILE, SCORES_FILE = "config.json", "model.safetensors", "scores.json"
@@ -219,7 +219,7 @@ def _load_folder(folder: Path) -> tuple[Encoder, dict[str, Any]]:
     encoder = _build({**settings, "prefix_init": "random"})
     if "local_files_only" in settings:
         source = folder / PROCESSOR_DIR
-        encoder.processor = cast(Any, AutoProcessor).from_pretrained(source, local_files_only=True)
+        encoder.processor = load_processor(source, encoder.backbone.config, local_files_only=True)
         cast(Any, encoder.backbone).processor = encoder.processor
     state = load_file(file)
     if identity.weights_hash(state) != config["weights_sha256"]:
