@@ -46,8 +46,8 @@ demo: $(INSTALLED) ## train and score one path and N paths on the embedded bench
 app: $(INSTALLED) ## search pictures of the embedded benchmark in a browser, with the demo's model (after make demo)
 	@test -f $(DEMO)/checkpoints/last.ckpt || (echo "no $(DEMO)/checkpoints/last.ckpt: run make demo first" && exit 1)
 	pictures=$$($(BIN)/python -c 'from parallel_decoupling.world.benchmark import ensure_benchmark; print(ensure_benchmark())')/MMEB-eval/Scene_t2i && \
-	  $(BIN)/lightning predict --ckpt_path $(DEMO)/checkpoints/last.ckpt --data.predict_source $$pictures --output_dir $(DEMO)/embeddings
-	$(BIN)/lightning app $(DEMO)/embeddings --model $(DEMO) --instruction 'Find a picture that matches the caption:'
+	  $(BIN)/lightning predict --ckpt_path $(DEMO)/checkpoints/last.ckpt --data.predict_source $$pictures --output_dir $(DEMO)/embeddings && \
+	  $(BIN)/lightning app $(DEMO)/embeddings --image_dir $$pictures --instruction 'Find a picture that matches the caption:'
 
 test: $(INSTALLED) ## the test suite without the slow tests
 	$(BIN)/pytest -q

@@ -15,7 +15,7 @@ from studies.study import OUTPUT_DIR, load_study, study_files
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     options = _parser().parse_args(args)
     # so that the runs end with their study
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -25,7 +25,7 @@ SETTINGS = {
 
 
 def chosen(rows: Sequence[Row], **values: Any) -> list[Row]:
-    """Rows with these values, by batch size."""
+    """Return the rows with these values, ordered by batch size."""
     found = [row for row in rows if all(row[key] == value for key, value in values.items())]
     return sorted(found, key=lambda row: int(row["batch_size"]))
 
@@ -64,7 +64,7 @@ def _grid(
     *,
     log: bool = False,
 ) -> Figure:
-    """Columns are dimensions, rows the settings of ``SETTINGS``; batch size runs along x."""
+    """Draw a grid with a column per dimension and a row per setting; batch size runs along x."""
     dims = sorted({row["embed_dim"] for row in rows})
     kinds = [kind for kind in KIND_COLOURS if any(row["kind"] == kind for row in rows)]
     figure = new_figure(3.5 * len(dims) + 0.6, 8.4)

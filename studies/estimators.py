@@ -3,17 +3,18 @@
 ``python -m studies estimators`` takes about ten minutes on one thread.
 
 Two paths are D-dimensional Gaussians of correlation rho in each dimension, or the cubes of such Gaussians
-(the mutual information is the same, no Gaussian q fits). q is either the true conditional (Gaussians only)
-or ``MutualInformation``'s own network, fitted by Adam on fresh batches of the same size, as in training. Then
-q is frozen, and every estimator sees the same fresh batches.
+(the mutual information is the same, but a Gaussian q does not fit). q is either the true conditional
+(Gaussians only) or ``MutualInformation``'s own network, fitted by Adam on fresh batches of the same size, as
+in training. Then q is frozen, and every estimator sees the same fresh batches.
 
 - Bias: mean estimate minus the exact mutual information per dimension, ``-log(1 - rho^2) / 2`` nats. vCLUB's
-  limit is not that but ``rho^2 / (1 - rho^2)`` (with a perfect q); hsic, crosscov and orthogonal have no q,
-  no unit of information and so no bias: only their spread and their gradients compare.
+  limit is not that but ``rho^2 / (1 - rho^2)`` (with a perfect q); hsic, crosscov and orthogonal have neither
+  a q nor a unit of information, and therefore no bias: only their spread and gradients can be compared.
 - Gradient: path 2 is ``R^T x + sqrt(1 - rho^2) noise`` at ``R = rho I``; the gradient is that of the
   estimate with respect to the D x D matrix R, q frozen, as in a main step. The exact gradient of the mutual
-  information per dimension is ``rho I / D``, nothing at rho = 0. Reported: the cosine between one batch's
-  gradient and the exact one, and the noise: root of the summed variance over the norm of the mean gradient.
+  information per dimension is ``rho I / D``, which is zero at rho = 0. The study reports the cosine between
+  one batch's gradient and the exact one, and the noise: the root of the summed variance over the norm of the
+  mean gradient.
 """
 
 from __future__ import annotations
@@ -57,19 +58,19 @@ class TrueConditional(nn.Module):
         self.rho = rho
 
     def forward(self, x_MBD: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of y, each of the shape of x."""
+        """Return mean and log-variance of y, each in the shape of x."""
         return self.rho * x_MBD, torch.full_like(x_MBD, math.log(1 - self.rho**2))
 
 
 def draw(cell: Cell, mixing_DD: Tensor, generator: torch.Generator) -> Tensor:
-    """One batch of two paths, ``[B, 2, D]``, differentiable in the mixing matrix R."""
+    """Draw one batch of two paths, ``[B, 2, D]``, differentiable in the mixing matrix R."""
     x, noise = torch.randn(2, cell.batch_size, cell.embed_dim, generator=generator)
     paths = torch.stack((x, x @ mixing_DD + math.sqrt(1 - cell.rho**2) * noise), dim=1)
     return paths**3 if cell.cubed else paths
 
 
 def fitted_network(cell: Cell, fit_steps: int, learning_rate: float = 1e-3) -> nn.Module:
-    """Fit q on ``fit_steps`` batches, or take the true conditional; frozen."""
+    """Return a frozen q: fitted on ``fit_steps`` batches, or the true conditional."""
     if cell.perfect_q:
         return TrueConditional(cell.rho)
     torch.manual_seed(0)
@@ -86,7 +87,7 @@ def fitted_network(cell: Cell, fit_steps: int, learning_rate: float = 1e-3) -> n
 
 
 def measure(kind: Unconditional, cell: Cell, network: nn.Module, draws: int) -> dict[str, Any]:
-    """Bias and spread of the estimates, direction and noise of their gradients, over fresh batches."""
+    """Measure bias and spread of the estimates, direction and noise of their gradients, on fresh batches."""
     estimator = MutualInformation(kind, num_paths=2, embed_dim=cell.embed_dim)
     if estimator.needs_fit:
         estimator.network = network  # type: ignore[assignment]
@@ -121,7 +122,7 @@ def measure(kind: Unconditional, cell: Cell, network: nn.Module, draws: int) -> 
 
 
 def norm_and_variance(gradient_SW: Tensor) -> tuple[float, float]:
-    """Norm of the expected gradient, and the variance of one draw summed over its W numbers.
+    """Return the norm of the expected gradient, and the variance of one draw summed over its W numbers.
 
     The mean of S draws is longer than the expectation by what is left of their noise, which is taken off;
     0 if nothing is left.
@@ -132,7 +133,7 @@ def norm_and_variance(gradient_SW: Tensor) -> tuple[float, float]:
 
 
 def cells(rhos: Sequence[float], embed_dims: Sequence[int], batch_sizes: Sequence[int]) -> list[Cell]:
-    """The grid; cubes have no true q, and hsic, crosscov and orthogonal no q at all."""
+    """Return the grid; cubes have no true q, and hsic, crosscov and orthogonal do not use a q at all."""
     return [
         Cell(rho, embed_dim, batch_size, cubed, perfect_q)
         for embed_dim in embed_dims
@@ -154,7 +155,7 @@ def run(
     """Measure the whole grid and write results, table and pictures.
 
     Args:
-        output_dir: is there already; gets ``results.json``, ``table.md`` and PNGs.
+        output_dir: must exist; gets ``results.json``, ``table.md`` and PNGs.
         rhos: correlations, in [0, 1).
         embed_dims: D.
         batch_sizes: B, at least 4.

@@ -45,15 +45,15 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the whole interval is on one side of 0."""
+        """Tell whether the whole interval is on one side of 0."""
         return abs(self.mean) > self.half_width
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Mean and t interval of one value per seed.
+    """Return mean and t interval of one value per seed.
 
     Raises:
-        ValueError: without a value.
+        ValueError: if there is no value.
     """
     if not values:
         raise ValueError("an interval needs at least one value")
@@ -65,27 +65,27 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def at_point(results: Sequence[Result], cell: str, step: int) -> list[Result]:
-    """Results of a cell at a step, one per seed."""
+    """Return the results of a cell at a step, one per seed."""
     return [result for result in results if (result["cell"], result["step"]) == (cell, step)]
 
 
 def last_points(study: Study, results: Sequence[Result]) -> list[tuple[Cell, list[Result]]]:
-    """Cells with results at their last step, and these."""
+    """Return the cells that have results at their last step, with these results."""
     found = [(cell, at_point(results, cell.name, cell.points[-1])) for cell in study.cells.values()]
     return [(cell, lines) for cell, lines in found if lines]
 
 
 def group_score(study: Study, result: Result, group: str, column: str = "aggregate") -> float | None:
-    """Mean score of a group of tasks in percent.
+    """Return the mean score of a group of tasks in percent.
 
     Args:
-        study: knows the groups of its own.
+        study: has the groups of its own.
         result: a line of the results.
         group: one of ``GROUPS`` or of the study's.
         column: ``aggregate``, ``path_0``, ..., or ``one_path``: the mean score of the single paths.
 
     Returns:
-        ``None`` if the result lacks a task of the group, or the column.
+        The score; ``None`` if the result lacks the column or a task of the group.
     """
     if column == ONE_PATH:
         paths = [group_score(study, result, group, name) for name in path_columns(result)]
@@ -99,24 +99,24 @@ def group_score(study: Study, result: Result, group: str, column: str = "aggrega
 
 
 def groups_of(study: Study) -> list[str]:
-    """All groups that a table of the study shows."""
+    """Return all groups that a table of the study shows."""
     return [*GROUPS, *study.groups]
 
 
 def path_scores(result: Result) -> list[float]:
-    """Overall score of every single path in percent."""
+    """Return the overall score of every single path in percent."""
     return [100 * float(result["means"]["overall"][column]) for column in path_columns(result)]
 
 
 def path_columns(result: Result) -> list[str]:
-    """Columns of the single paths."""
+    """Return the columns of the single paths."""
     return [column for column in result["columns"] if column.startswith("path_")]
 
 
 def paired_difference(
     study: Study, results: Sequence[Result], difference: Difference, group: str = "overall"
 ) -> Interval | None:
-    """Difference in points over the seeds that both sides have; ``None`` if there is none.
+    """Return the difference in points over the seeds that both sides have; ``None`` if they share none.
 
     Relations:
         Swapping the sides changes the sign and nothing else.
@@ -141,7 +141,7 @@ class Compared:
 
 
 def compared(study: Study, results: Sequence[Result]) -> list[Compared]:
-    """Every difference of the study that has a seed on both sides, in the order of the file."""
+    """Return every difference of the study that has a seed on both sides, in the order of the file."""
     found = [
         (difference, pair)
         for difference in study.differences
@@ -158,7 +158,7 @@ def compared(study: Study, results: Sequence[Result]) -> list[Compared]:
 def paired_scores(
     study: Study, results: Sequence[Result], difference: Difference, group: str = "overall"
 ) -> dict[int, tuple[float, float]]:
-    """Scores of both sides by seed, for the difference's seeds that both have."""
+    """Return the scores of both sides by seed, for those seeds of the difference that both have."""
     columns = difference.of_column, difference.over_column
     of, over = (
         {
@@ -173,10 +173,10 @@ def paired_scores(
 
 
 def p_value(found: Interval) -> float:
-    """Of the two-sided t test of the mean against 0; the interval excludes 0 where it is below 0.05.
+    """Return p of the two-sided t test of the mean against 0; below 0.05 the interval excludes 0.
 
     Raises:
-        ValueError: with fewer than ``LEAST_SEEDS`` values.
+        ValueError: if there are fewer than ``LEAST_SEEDS`` values.
     """
     count = len(found.values)
     if count < LEAST_SEEDS:
@@ -188,7 +188,7 @@ def p_value(found: Interval) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Correct for the number of tests by Holm's method: the i-th smallest of m times m - i + 1, ascending."""
+    """Correct p values by Holm's method: multiply the i-th smallest of m by m - i + 1, never descending."""
     corrected, largest = [0.0] * len(p_values), 0.0
     for rank, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
@@ -197,6 +197,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def sides_of(study: Study, difference: Difference) -> list[tuple[str, int]]:
-    """Cell and step of both sides; a cell's last step where the difference names none."""
+    """Return cell and step of both sides: a cell's last step where the difference does not name one."""
     pairs = ((difference.of, difference.of_step), (difference.over, difference.over_step))
     return [(cell, study.cells[cell].points[-1] if step is None else step) for cell, step in pairs]

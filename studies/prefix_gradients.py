@@ -1,7 +1,8 @@
 """Measure how noisy the gradient is that an encoder's prefixes take from each estimator.
 
-``python -m studies prefix_gradients`` takes two runs of the study ``help``: with vCLUB, and without a term,
-where q only watched. It trains those that are not there, some minutes each; the rest takes some minutes.
+``python -m studies prefix_gradients`` takes two runs of the study ``help``: one with vCLUB, and one without
+a penalty, in which q was only fitted. It trains those that are missing, some minutes each; the rest takes
+some minutes.
 ``studies.estimators`` asks the same of Gaussians, where the exact gradient is known.
 
 Batches of the run's training rows, in an order that the run has not seen, go through the trained encoder.
@@ -58,7 +59,7 @@ def run(output_dir: Path) -> None:
     """Train what is missing of the study's runs, then measure and write results, table and picture.
 
     Args:
-        output_dir: gets ``results.json``, ``table.md`` and ``gradients.png``; is there already.
+        output_dir: must exist; gets ``results.json``, ``table.md`` and ``gradients.png``.
     """
     study = load_study(STUDY)
     runs = [Run(STUDY, study.cells[cell], SEED) for cell in CELLS]
@@ -91,7 +92,7 @@ def write(output_dir: Path, checkpoints: Mapping[str, Path], num_batches: int = 
 
 
 def _loaded(checkpoint_file: Path, num_batches: int) -> tuple[PDFEmbedder, list[PairBatch]]:
-    """A trained module, without dropout, and batches of its training rows in another order."""
+    """Load a trained module, without dropout, and batches of its training rows in another order."""
     module = PDFEmbedder.load_from_checkpoint(checkpoint_file, map_location="cpu").eval()
     data = MMEBDataModule(**read_checkpoint(checkpoint_file)["data"]).connect(module)
     data.prepare_data()
@@ -101,7 +102,7 @@ def _loaded(checkpoint_file: Path, num_batches: int) -> tuple[PDFEmbedder, list[
 
 
 def measure(module: PDFEmbedder, batches: Sequence[PairBatch]) -> list[dict[str, Any]]:
-    """Noise, size and agreement of the gradients, one row per term.
+    """Measure noise, size and agreement of the gradients, one row per term.
 
     Args:
         module: with several paths, and a fitted q for the kinds that need one.
@@ -116,7 +117,7 @@ def measure(module: PDFEmbedder, batches: Sequence[PairBatch]) -> list[dict[str,
 
 
 def with_network_of(fitted: MutualInformation) -> dict[str, MutualInformation]:
-    """Every kind of estimator; those that need a q take the fitted one."""
+    """Return every kind of estimator; those that need a q take the fitted one."""
     found = {}
     for kind in KINDS:
         estimator = MutualInformation(kind, num_paths=fitted.num_paths, embed_dim=fitted.embed_dim)
@@ -130,7 +131,7 @@ def with_network_of(fitted: MutualInformation) -> dict[str, MutualInformation]:
 def gradients(
     module: PDFEmbedder, batch: PairBatch, estimators: Mapping[str, MutualInformation]
 ) -> Gradients:
-    """Of one batch, by term: ``contrastive`` and every estimator."""
+    """Return the gradients of one batch by term: ``contrastive`` and every estimator."""
     query, candidate = (
         encode_in_chunks(module.encoder, inputs, chunk_size=None, seed_parts=(0,)).embeddings
         for inputs in (batch.query, batch.candidate)
@@ -149,7 +150,7 @@ def gradients(
 
 
 def summary(term: str, gradient_SW: Gradients) -> dict[str, Any]:
-    """One row of the table, of S batches."""
+    """Return one row of the table, from S batches."""
     own_SW, reference_SW = gradient_SW[term], gradient_SW[CONTRASTIVE]
     norm, variance = norm_and_variance(own_SW)
     reference_norm, _ = norm_and_variance(reference_SW)
@@ -188,7 +189,7 @@ def _table(results: Mapping[str, Any]) -> str:
 
 
 def _write_figure(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Noise and agreement of every term, a colour per run."""
+    """Draw noise and agreement of every term, with a colour per run."""
     runs, terms = (list(dict.fromkeys(row[key] for row in rows)) for key in ("run", "term"))
     panels = {
         "noise": "noise over the norm of the mean, logarithmic",

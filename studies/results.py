@@ -20,12 +20,12 @@ CODE = ("src", "studies", "lightning_configs", "setup.cfg")
 
 
 def read_results(results_file: Path) -> list[Result]:
-    """All lines, oldest first; none if there is no file.
+    """Return all lines, oldest first; the list is empty if the file does not exist.
 
     A last line that ends in the middle is an interrupted write: it is left out, with a warning.
 
     Raises:
-        ValueError: for another line that is not JSON, with its number.
+        ValueError: if any other line is not JSON; the message has its number.
     """
     if not results_file.is_file():
         return []
@@ -46,7 +46,7 @@ def read_results(results_file: Path) -> list[Result]:
 
 
 def append_result(results_file: Path, result: Result) -> None:
-    """Add one line; safe from several processes at once, and after a write that was interrupted."""
+    """Add one line; this is safe from several processes at once, and after an interrupted write."""
     results_file.parent.mkdir(parents=True, exist_ok=True)
     with open(results_file, "a+b") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
@@ -57,7 +57,7 @@ def append_result(results_file: Path, result: Result) -> None:
 
 
 def _end_the_last_line(stream: BinaryIO) -> None:
-    """Add the newline that a whole last line lacks; cut off a torn one, which never was a result."""
+    """Add the newline that a whole last line lacks; cut off a torn line, which never was a result."""
     stream.seek(0)
     content = stream.read()
     start = content.rfind(b"\n") + 1
@@ -72,7 +72,7 @@ def _end_the_last_line(stream: BinaryIO) -> None:
 
 
 def code_version() -> tuple[str | None, bool]:
-    """Commit of the project and whether its code differs from it; ``None`` outside git."""
+    """Return the commit of the project and whether the code differs from it; ``None`` outside git."""
     git = ["git", "-C", str(PROJECT_DIR)]
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     if head.returncode:
@@ -83,7 +83,7 @@ def code_version() -> tuple[str | None, bool]:
 
 
 def commit_name(commit: str | None, dirty: bool) -> str:
-    """A version of the code as the report names it."""
+    """Return a version of the code as the report names it."""
     return f"{commit or 'no commit'}{' with changes' if dirty else ''}"
 
 
@@ -93,7 +93,7 @@ def commits_of(result: Result) -> set[str]:
 
 
 def missing_points(run: Run, results: Iterable[Result]) -> list[int]:
-    """Steps of a run without a line of the run's present configuration."""
+    """Return the steps of a run that lack a line of its present configuration."""
     scored = {
         result["step"]
         for result in results
@@ -106,8 +106,8 @@ def missing_points(run: Run, results: Iterable[Result]) -> list[int]:
 def take_over(run: Run, results_file: Path) -> None:
     """Copy missing points that another study or cell has scored with this commit, configuration and seed.
 
-    Runs of other commits stay where they are: code, torch and machine move a seed by a point and more. A copied
-    line says so under ``copied_from``.
+    Runs of other commits stay where they are: code, torch and machine move a seed by a point and more. A
+    copied line says so under ``copied_from``.
     """
     commit, _ = code_version()
     missing = missing_points(run, read_results(results_file))
@@ -123,7 +123,7 @@ def take_over(run: Run, results_file: Path) -> None:
 
 
 def newest_results(study: Study) -> list[Result]:
-    """The last line of every cell, seed and step that the study has now, of the cell's configuration."""
+    """Return the last line of every cell, seed and step that the study has now, of its configuration."""
     newest: dict[tuple[str, int, int], Result] = {}
     for result in read_results(study.results_file):
         cell = study.cells.get(result["cell"])
@@ -139,7 +139,7 @@ def newest_results(study: Study) -> list[Result]:
 
 
 def outdated(study: Study) -> list[str]:
-    """Cells with a seed that an earlier configuration has results of, and the present one not all."""
+    """Return cells of which an earlier configuration has results that the present one lacks."""
     results = read_results(study.results_file)
     earlier = {
         (result["cell"], result["seed"])

@@ -1,4 +1,4 @@
-"""Runs the cells of a study: K processes at a time, what is finished is skipped, what fails is reported.
+"""Run the cells of a study, K processes at a time; skip what is finished and report what fails.
 
 Every run is a process of its own (``studies.worker``) with one thread; its output is in
 ``runs/studies/<study>/<cell>_seed<k>.log``. A result is in the study's results file once it is scored.
@@ -32,7 +32,7 @@ THREADS = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLA
 
 @dataclass
 class Started:
-    """A run in its process."""
+    """A run with its process."""
 
     run: Run
     process: subprocess.Popen[bytes]
@@ -43,7 +43,7 @@ class Started:
 def run_study(
     study: Study, source: str, *, jobs: int = 1, only: Sequence[str] = (), seeds: Sequence[int] = ()
 ) -> list[str]:
-    """Run what is missing.
+    """Run what a study lacks.
 
     Args:
         study: the study.
@@ -89,7 +89,7 @@ def run_study(
 
 
 def _stop(running: Sequence[Started]) -> None:
-    """End the processes, which give up their runs' locks with that, and wait until they have ended."""
+    """End the processes, which releases the locks of their runs, and wait until they have ended."""
     for started in running:
         started.process.terminate()
     for started in running:
@@ -102,19 +102,19 @@ def _stop(running: Sequence[Started]) -> None:
 
 
 def _open(run: Run, study: Study) -> bool:
-    """Whether points are missing that no other study or cell has scored."""
+    """Tell whether points are missing that no other study or cell has scored."""
     take_over(run, study.results_file)
     return bool(missing_points(run, read_results(study.results_file)))
 
 
 def _next(waiting: Sequence[Run], running: Sequence[Started]) -> Run | None:
-    """The first run whose twin (same configuration and seed in another cell) is not running."""
+    """Return the first run whose twin (same configuration and seed in another cell) is not running."""
     busy = {(started.run.cell.config_hash, started.run.seed) for started in running}
     return next((run for run in waiting if (run.cell.config_hash, run.seed) not in busy), None)
 
 
 def work(run: Run) -> float:
-    """Rough cost of a run in passes of one path, for the estimate of the time that is left."""
+    """Estimate the cost of a run in passes of one path, for the time that is left."""
     paths = run.cell.config.get("model", {}).get("num_paths", 4)
     batch = run.cell.config.get("data", {}).get("batch_size", 64)
     return float((1 + paths) * (run.cell.max_steps * batch + 2000 * len(run.cell.points)))
@@ -123,7 +123,8 @@ def work(run: Run) -> float:
 class Progress:
     """Prints lines that read well in a log file, too.
 
-    One per run that starts or ends, with the time that is left, and one a minute for those that are running.
+    There is one line for every run that starts or ends, with the time that is left, and one a minute for
+    those that are running.
     """
 
     def __init__(self, console: Console, work_of_runs: Sequence[float]) -> None:
@@ -147,7 +148,7 @@ class Progress:
         self._end(run, summary)
 
     def left_out(self, run: Run, reason: str) -> None:
-        """Count a run that is not to be done any more, and says nothing of the time that runs take."""
+        """Count a run that need not be done any more; it does not enter the estimate of the time."""
         self._end(run, reason)
 
     def _end(self, run: Run, text: str) -> None:
@@ -181,12 +182,12 @@ def _start(run: Run, source: str) -> Started:
 
 
 def command(run: Run, source: str) -> list[str]:
-    """What executes a run in a process of its own."""
+    """Return the command that executes a run in a process of its own."""
     return [sys.executable, "-m", "studies.worker", source, run.cell.name, str(run.seed)]
 
 
 def _problem(study: Study, started: Started) -> str:
-    """Why a run that has ended has failed; empty if it has not."""
+    """Say why a run that has ended has failed; empty if it has not."""
     absent = missing_points(started.run, read_results(study.results_file))
     if not started.process.returncode and not absent:
         return ""
@@ -210,7 +211,7 @@ def _summary(study: Study, started: Started) -> str:
 
 
 def status_table(study: Study) -> Table:
-    """Cells, their seeds and steps, and how many of their points are scored."""
+    """Return a table of cells with their seeds and steps, and how many of their points are scored."""
     table = Table("cell", "steps", "scored at", "seeds", "finished", title=f"{study.name}: {study.title}")
     results = read_results(study.results_file)
     for cell in study.cells.values():

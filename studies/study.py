@@ -1,7 +1,7 @@
 """A study as its YAML file says it: cells, seeds, and the configuration of every run.
 
-Here: reading and checking the file, resolving a run's configuration. Elsewhere on purpose: running it
-(``studies.runner``, ``studies.worker``), what came out (``studies.results``).
+This module reads and checks the file and resolves a run's configuration. Running it is the part of
+``studies.runner`` and ``studies.worker``, and ``studies.results`` holds what came out.
 """
 
 from __future__ import annotations
@@ -79,17 +79,17 @@ class Run:
 
     @property
     def name(self) -> str:
-        """``<cell>_seed<k>``."""
+        """Return ``<cell>_seed<k>``."""
         return f"{self.cell.name}_seed{self.seed}"
 
     @property
     def folder(self) -> Path:
-        """Where checkpoints, scores and the log of this run are."""
+        """Return where checkpoints, scores and the log of this run are."""
         return RUNS_DIR / self.study / self.name
 
     @property
     def config(self) -> dict[str, Any]:
-        """The configuration with this run's seed."""
+        """Return the configuration with this run's seed."""
         config = copy.deepcopy(self.cell.config)
         for key in SEED_KEYS:
             set_dotted(config, key, self.seed)
@@ -144,23 +144,23 @@ class Study:
 
     @property
     def output_dir(self) -> Path:
-        """Where results, tables and pictures go."""
+        """Return where results, tables and pictures go."""
         return OUTPUT_DIR / self.name
 
     @property
     def results_file(self) -> Path:
-        """One JSON line per scored point."""
+        """Return the file with one JSON line per scored point."""
         return self.output_dir / "results.jsonl"
 
     def runs(self, only: Sequence[str] = (), seeds: Sequence[int] = ()) -> list[Run]:
-        """Runs in the order seed, cell, so that a stopped study has whole seeds.
+        """Return the runs ordered by seed, then by cell, so that a stopped study has whole seeds.
 
         Args:
             only: cell names; empty is all.
             seeds: empty is every cell's own.
 
         Raises:
-            ValueError: for a cell that is not in the study.
+            ValueError: if a cell is not in the study.
         """
         unknown = sorted(set(only) - set(self.cells))
         if unknown:
@@ -175,7 +175,7 @@ class Study:
 
 
 def study_files() -> dict[str, Path]:
-    """The studies of this folder that are YAML files, by name."""
+    """Return the studies of this folder that are YAML files, by name."""
     return {file.stem: file for file in sorted(STUDY_DIR.glob("*.yaml"))}
 
 
@@ -186,7 +186,8 @@ def load_study(name: str) -> Study:
         name: of a file in ``studies/``, or the path of a YAML file.
 
     Raises:
-        ValueError: no such study, or a file that says something impossible; names file and key.
+        ValueError: if the study does not exist, or its file asks for something impossible; the message names
+            file and key.
     """
     file = Path(name) if name.endswith(".yaml") else study_files().get(name)
     if file is None or not file.is_file():
@@ -235,7 +236,7 @@ def _cell(name: str, settings: Mapping[str, Any], study: Mapping[str, Any], file
 
 
 def _steps(value: Any, base_steps: int, where: str) -> int:
-    """Steps as a number, or as a multiple of the base config's ``trainer.max_steps``: ``0.5x``."""
+    """Read steps: a number, or a multiple of the base config's ``trainer.max_steps`` such as ``0.5x``."""
     if isinstance(value, int):
         steps = value
     elif isinstance(value, str) and value.endswith("x") and value[:-1].replace(".", "", 1).isdigit():

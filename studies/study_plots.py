@@ -46,7 +46,7 @@ TRAINING_PANELS = {
 
 
 def study_figures(study: Study, results: Sequence[Result]) -> dict[str, Figure]:
-    """All pictures of a study by file stem, in the order of the report."""
+    """Draw all pictures of a study, by file stem and in the order of the report."""
     figures = {
         "cells": cells_figure(study, results),
         "differences": differences_figure(study, results),
@@ -59,7 +59,7 @@ def study_figures(study: Study, results: Sequence[Result]) -> dict[str, Figure]:
 
 
 def cells_figure(study: Study, results: Sequence[Result]) -> Figure | None:
-    """Overall score per cell: mean, 95 % interval, a dot per seed, and a tick for the mean single path."""
+    """Draw the overall score per cell: mean, 95 % interval, dots for seeds, a tick for the mean path."""
     scored = last_points(study, results)
     if not scored:
         return None
@@ -77,7 +77,7 @@ def cells_figure(study: Study, results: Sequence[Result]) -> Figure | None:
 
 
 def groups_figure(study: Study, results: Sequence[Result]) -> Figure | None:
-    """The points of ``cells_figure`` for every group of tasks."""
+    """Draw the points of ``cells_figure`` for every group of tasks."""
     scored = last_points(study, results)
     if not scored:
         return None
@@ -98,9 +98,9 @@ def groups_figure(study: Study, results: Sequence[Result]) -> Figure | None:
 
 
 def curves_figure(study: Study, results: Sequence[Result]) -> Figure | None:
-    """Overall score against steps and against token passes.
+    """Draw the overall score against steps and against token passes.
 
-    From three seeds on with a 95 % band; with fewer, a dot per seed. Markers before a run's last scored step
+    Three seeds or more give a 95 % band, fewer a dot per seed. Markers before a run's last scored step
     are hollow: the learning rate is still high there.
     """
     curved = _curved(study, results)
@@ -119,7 +119,7 @@ def curves_figure(study: Study, results: Sequence[Result]) -> Figure | None:
 
 
 def group_curves_figure(study: Study, results: Sequence[Result]) -> Figure | None:
-    """Score against token passes for every meta-task, IND and OOD."""
+    """Draw the score against token passes for every meta-task, IND and OOD."""
     curved = _curved(study, results)
     if not curved:
         return None
@@ -140,7 +140,7 @@ def group_curves_figure(study: Study, results: Sequence[Result]) -> Figure | Non
 
 
 def training_figure(study: Study, results: Sequence[Result]) -> Figure | None:
-    """What training logged of the paths and of q against steps: a line per cell, the mean over seeds."""
+    """Draw what training logged of paths and q against steps: a line per cell, the mean over seeds."""
     drawn = [
         (cell, runs)
         for cell, lines in last_points(study, results)
@@ -164,14 +164,14 @@ def training_figure(study: Study, results: Sequence[Result]) -> Figure | None:
 
 
 def _mean_series(runs: Sequence[Sequence[tuple[int, float]]]) -> dict[int, float]:
-    """Mean over runs at the steps that all of them have."""
+    """Return the mean over runs at the steps that all of them have."""
     values = [dict(run) for run in runs]
     common = set.intersection(*map(set, values)) if values else set()
     return {step: fmean(run[step] for run in values) for step in sorted(common)}
 
 
 def differences_figure(study: Study, results: Sequence[Result]) -> Figure | None:
-    """Paired differences overall: a dot per seed, the mean, and the 95 % interval from three seeds on."""
+    """Draw paired differences overall: a dot per seed, the mean, and from three seeds on the interval."""
     found = compared(study, results)
     if not found:
         return None
@@ -192,7 +192,7 @@ def differences_figure(study: Study, results: Sequence[Result]) -> Figure | None
 
 
 def _cell_points(study: Study, axes: Axes, scored: Sequence[tuple[Cell, list[Result]]], group: str) -> None:
-    """One row per cell that has a score of the group."""
+    """Draw one row per cell that has a score of the group."""
     for row, (_, lines) in enumerate(scored):
         values = [score for line in lines if (score := group_score(study, line, group)) is not None]
         if values:
@@ -201,7 +201,7 @@ def _cell_points(study: Study, axes: Axes, scored: Sequence[tuple[Cell, list[Res
 
 
 def _clean_rows(axes: Axes, count: int) -> None:
-    """The first row on top, and a pale line for every row, by which to find its label."""
+    """Put the first row on top, and draw a pale line from every row to its label."""
     axes.set_ylim(count - 0.4, -0.6)
     clean_axes(axes, "x")
     axes.grid(axis="y", color="#f2f2f2", linewidth=0.8)
@@ -209,7 +209,7 @@ def _clean_rows(axes: Axes, count: int) -> None:
 
 
 def _interval_points(axes: Axes, found: Interval, row: int, colour: str) -> None:
-    """Seeds as small dots below the line of the interval and the mean."""
+    """Draw seeds as small dots below the line of the interval and the mean."""
     low, high = found.mean - found.half_width, found.mean + found.half_width
     if math.isfinite(found.half_width):
         axes.plot([low, high], [row, row], color=colour, linewidth=1.6, label="95 % interval")
@@ -250,22 +250,22 @@ def _line_label(cell: Cell, seeds: int) -> str:
 
 
 def _place(line: Result, x: str) -> float:
-    """Where a line of the results is on the x axis."""
+    """Return where a line of the results is on the x axis."""
     return float(line["step"]) if x == "step" else line["token_passes"] / 1e6
 
 
 def _curved(study: Study, results: Sequence[Result]) -> list[Cell]:
-    """Cells with results that are scored at several steps."""
+    """Return cells with results that are scored at several steps."""
     return [cell for cell, _ in last_points(study, results) if len(cell.points) > 1]
 
 
 def _panel_groups(study: Study) -> list[str]:
-    """Groups with a panel of their own: all but the whole."""
+    """Return the groups that have a panel of their own: all but the whole."""
     return [group for group in groups_of(study) if group not in ("overall", "mean_of_meta_tasks")]
 
 
 def _style(study: Study, cell: Cell) -> dict[str, Any]:
-    """The same in every picture; cells that are a line in none (untrained, one path at one step) lack it."""
+    """Return styles that are the same in every picture, for all cells that are a line in one of them."""
     lines = [
         each.name
         for each in study.cells.values()
@@ -277,13 +277,13 @@ def _style(study: Study, cell: Cell) -> dict[str, Any]:
 
 
 def _wrapped(label: str) -> str:
-    """In lines of about the same length."""
+    """Break a text into lines of about the same length."""
     lines = math.ceil(len(label) / LABEL_LENGTH)
     return textwrap.fill(label, LABEL_LENGTH if lines == 1 else len(label) // lines + 5)
 
 
 def shared_legend(figure: Figure, columns: int) -> None:
-    """One legend for all panels, below them; a label that occurs again stands once."""
+    """Draw one legend for all panels, below them, with every label once."""
     found = {
         label: handle
         for axes in figure.axes

@@ -24,7 +24,7 @@ def write_report(study: Study) -> Path:
         The README.
 
     Raises:
-        ValueError: there is no result yet.
+        ValueError: if there is no result yet.
     """
     results = newest_results(study)
     if not results:

@@ -32,7 +32,7 @@ TITLES = {
 
 
 def study_tables(study: Study, results: Sequence[Result]) -> str:
-    """All tables that have rows, as Markdown; scores are hit@1 in percent."""
+    """Return all tables that have rows, as Markdown; scores are hit@1 in percent."""
     parts = [
         "hit@1 in percent, mean over seeds ± half of the 95 % t interval, from three seeds on. Token passes: "
         "tokens times paths through the language model in training, in millions. Minutes: wall time of the "
@@ -57,7 +57,7 @@ def study_tables(study: Study, results: Sequence[Result]) -> str:
 
 
 def cell_table(study: Study, results: Sequence[Result]) -> str:
-    """One row per cell at its last step: cost, aggregate, and what aggregation gains."""
+    """Return one row per cell at its last step: cost, aggregate, and what aggregation gains."""
     heading = ["cell", "steps", "seeds", "token passes", "minutes", "overall", "IND", "OOD"]
     heading += ["best path", "gain over best path", "gain over mean path"]
     rows = []
@@ -91,7 +91,7 @@ def _is_whole(line: Result) -> bool:
 
 
 def group_table(study: Study, results: Sequence[Result]) -> str:
-    """One row per cell at its last step, one column per group of tasks."""
+    """Return one row per cell at its last step, and one column per group of tasks."""
     groups = groups_of(study)
     rows = [
         [cell.label, *(_group_cell(study, lines, group) for group in groups)]
@@ -101,9 +101,9 @@ def group_table(study: Study, results: Sequence[Result]) -> str:
 
 
 def column_table(study: Study, results: Sequence[Result]) -> str:
-    """One row per cell at its last step, one column per scored kind of embedding.
+    """Return one row per cell at its last step, and one column per scored kind of embedding.
 
-    A column that some seeds of the cell do not have says how many have it: their mean compares with no other.
+    A column that only some seeds of the cell have says how many, as their mean is not comparable.
     """
     found = last_points(study, results)
     all_lines = [line for _, lines in found for line in lines]
@@ -124,7 +124,7 @@ def _mean_of(scores: Sequence[float], wanted: int) -> str:
 
 
 def path_table(study: Study, results: Sequence[Result]) -> str:
-    """One row per cell at its last step: what training logged of the paths and of q."""
+    """Return one row per cell at its last step: what training logged of the paths and of q."""
     names = {
         "path_cosine_first": "path cosine, first logged",
         "path_cosine": "path cosine, last",
@@ -145,7 +145,7 @@ def path_table(study: Study, results: Sequence[Result]) -> str:
 
 
 def curve_table(study: Study, results: Sequence[Result]) -> str:
-    """One row per cell and scored step, for cells with several."""
+    """Return one row per cell and scored step, for cells with several steps."""
     rows = []
     for cell in study.cells.values():
         for step in cell.points if len(cell.points) > 1 else ():
@@ -162,7 +162,7 @@ _CURVE_GROUPS = ("overall", "in_distribution", "out_of_distribution")
 
 
 def difference_table(study: Study, results: Sequence[Result]) -> str:
-    """One row per difference of the study, overall."""
+    """Return one row per difference of the study, overall."""
     heading = ["comparison", "of", "over", "steps", "token passes", "seeds", "difference", "95 % interval"]
     rows = []
     for each in compared(study, results):
@@ -194,7 +194,7 @@ def _side_label(study: Study, cell: str, column: str) -> str:
 
 
 def group_difference_table(study: Study, results: Sequence[Result]) -> str:
-    """One row per difference, one column per group of tasks; intervals that exclude 0 are bold."""
+    """Return one row per difference and one column per group; intervals that exclude 0 are bold."""
     groups = groups_of(study)
     rows = []
     for difference in study.differences:
@@ -205,7 +205,7 @@ def group_difference_table(study: Study, results: Sequence[Result]) -> str:
 
 
 def group_title(group: str) -> str:
-    """Short heading of a group of tasks."""
+    """Return the short heading of a group of tasks."""
     return TITLES.get(group, group)
 
 

@@ -10,9 +10,9 @@ SERIES = ("path_cosine", "mi", "estimator_nll_held_out", "estimator_nll", "effec
 
 
 def monitored(run_dir: Path, step: int) -> dict[str, float]:
-    """Last values up to ``step`` of everything that training logged under ``train/``.
+    """Return the last values up to ``step`` of everything that training logged under ``train/``.
 
-    ``path_cosine_first`` is the first logged path cosine; empty without TensorBoard's files.
+    ``path_cosine_first`` is the first logged path cosine. Without TensorBoard's files the result is empty.
     """
     values = {}
     for name, points in _scalars(run_dir).items():
@@ -25,7 +25,7 @@ def monitored(run_dir: Path, step: int) -> dict[str, float]:
 
 
 def logged(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
-    """``SERIES`` over all of training: pairs of step and value, four digits; empty if none is."""
+    """Return ``SERIES`` over all of training, as pairs of step and value with four digits."""
     scalars = _scalars(run_dir)
     return {
         name: [(step, float(f"{value:.4g}")) for step, value in scalars[name]]
@@ -35,12 +35,12 @@ def logged(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def last_logged_step(run_dir: Path) -> int | None:
-    """How far training has come; ``None`` before its first line."""
+    """Return how far training has come; ``None`` before its first line."""
     return max((points[-1][0] for points in _scalars(run_dir).values()), default=None)
 
 
 def _scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
-    """What training logged under ``train/``, as pairs of step and value in the order of steps.
+    """Return what training logged under ``train/``, as pairs of step and value in the order of steps.
 
     A training that was stopped logs the steps after its last checkpoint again; the later value counts.
     """

@@ -42,11 +42,11 @@ FITS_FILE = "fits.json"
 
 
 class BusyError(ValueError):
-    """Another process executes the run."""
+    """Raised when another process executes the run."""
 
 
 def execute(run: Run, results_file: Path) -> None:
-    """Train what is missing, score what is missing.
+    """Train and score what is missing.
 
     A stopped training resumes from its last checkpoint; a folder of another configuration is emptied.
 
@@ -55,7 +55,7 @@ def execute(run: Run, results_file: Path) -> None:
         results_file: gets one line per scored step.
 
     Raises:
-        BusyError: another process executes the run.
+        BusyError: if another process executes the run.
     """
     with _only_process(run):
         missing = missing_points(run, read_results(results_file))
@@ -85,12 +85,12 @@ def execute(run: Run, results_file: Path) -> None:
 
 
 def ensure_scored(run: Run) -> None:
-    """Train and score the last step of a run that is not there, or is of another configuration.
+    """Train and score the last step of a run that is missing, or that has another configuration.
 
-    For the files in the run's folder: nothing is added to any results.
+    This is for the files in the run's folder; nothing is added to any results.
 
     Raises:
-        BusyError: another process executes the run.
+        BusyError: if another process executes the run.
     """
     step = run.cell.max_steps
     if _is_own(run) and _checkpoint(run, step).is_file() and _scores_file(run, step).is_file():
@@ -105,7 +105,7 @@ def ensure_scored(run: Run) -> None:
 
 @contextmanager
 def _only_process(run: Run) -> Iterator[None]:
-    """Hold the run's lock, beside its folder because that may be emptied."""
+    """Hold the run's lock, which lies beside its folder because the folder may be emptied."""
     lock_file = run.folder.with_name(f"{run.name}.lock")
     lock_file.parent.mkdir(parents=True, exist_ok=True)
     with open(lock_file, "w", encoding="utf-8") as stream:
@@ -132,7 +132,7 @@ def _identity(run: Run, step: int) -> Result:
 
 
 def _scores(report: ScoreReport) -> Result:
-    """Means and tasks by column, fractions."""
+    """Return means and tasks by column, as fractions."""
     return {
         "columns": report.columns,
         "means": report.means,
@@ -141,7 +141,7 @@ def _scores(report: ScoreReport) -> Result:
 
 
 def _is_own(run: Run) -> bool:
-    """Whether the run's folder is there and of its present configuration."""
+    """Tell whether the run's folder exists and has its present configuration."""
     hash_file = run.folder / HASH_FILE
     return hash_file.is_file() and hash_file.read_text().strip() == run.cell.config_hash
 
@@ -162,7 +162,7 @@ def _checkpoint(run: Run, step: int) -> Path:
 
 
 def _fit(run: Run) -> list[dict[str, Any]]:
-    """Train once, keeping a checkpoint at every scored step; returns the parts of the training."""
+    """Train once, keep a checkpoint at every scored step, and return the parts of the training."""
     wanted = [step for step in run.cell.points if step > 0]
     folder, fits = run.folder / "checkpoints", _fits(run)
     absent = set(wanted) - set(saved_steps(folder))
@@ -190,7 +190,7 @@ def _fit(run: Run) -> list[dict[str, Any]]:
 
 
 def _callbacks(wanted: Sequence[int]) -> list[dict[str, Any]]:
-    """Checkpoints of their own at scored steps (and, between them, some to be deleted), and ``last.ckpt``."""
+    """Return callbacks that keep scored steps, some steps between them for a while, and ``last.ckpt``."""
     every = math.gcd(*wanted)
     options = {"auto_insert_metric_name": False, "enable_version_counter": False}
     scored = {"filename": "step={step}", "every_n_train_steps": every, "save_top_k": -1, "save_last": True}
@@ -217,7 +217,7 @@ def _step_of(checkpoint_file: Path) -> int:
 
 
 def saved_steps(checkpoint_dir: Path) -> list[int]:
-    """Steps that have a checkpoint of their own."""
+    """Return the steps that have a checkpoint of their own."""
     return sorted(int(file.stem.removeprefix("step=")) for file in checkpoint_dir.glob("step=*.ckpt"))
 
 

@@ -56,7 +56,7 @@ def test_a_picture_finds_itself(searcher: Searcher) -> None:
     assert rows[0] == ["1", "1", "1.000", "1.000", "1.000"]
     assert len(pictures) == len(rows) == 4
     captions = " ".join(caption for _, caption in pictures)
-    assert captions.count("(picture cannot be read)") == 1
+    assert captions.count("(picture cannot be read; see --image_dir)") == 1
     assert sum(caption.endswith(" 3") for _, caption in pictures) == 1
 
 

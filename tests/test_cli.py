@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import yaml
 from parallel_decoupling import cli
 from parallel_decoupling.evaluation.report import ScoreReport
 from parallel_decoupling.evaluation.store import Store
+from parallel_decoupling.files import locked
 from tests.support.mmeb import save_tiny_mmeb
 
 BLOCKED = (
@@ -196,10 +198,10 @@ def test_predict_says_that_a_model_is_untrained(
 
 
 def test_predict_embeds_a_folder_of_images_and_resumes(
-    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The first command of docs/embedding_files.md."""
-    embeddings, file = tmp_path / "embeddings", str(run_dir / "checkpoints" / "last.ckpt")
+    embeddings, file = run_dir.parent / "embeddings", str(run_dir / "checkpoints" / "last.ckpt")
     places = {"runs/demo/checkpoints/last.ckpt": file, "embeddings/": str(embeddings)}
     places["photos/"] = str(run_dir.parents[1] / "data" / "MMEB-eval")
     text = (Path(__file__).parents[1] / "docs" / "embedding_files.md").read_text(encoding="utf-8")
@@ -210,7 +212,7 @@ def test_predict_embeds_a_folder_of_images_and_resumes(
     store = Store(embeddings)
     assert (len(store), store.columns) == (24, ("aggregate", "path_0", "path_1"))
     assert store.metadata["model"] == file
-    assert (embeddings / "predict_config.yaml").is_file()
+    assert {file.suffix for file in embeddings.iterdir()} == {".parquet", ".jsonl"}, "no config with paths"
     assert not list(embeddings.glob("events*"))
     shown = message([*command, "--output_dtype", "float16"], capsys)
     assert "embeddings-00000.parquet was written with another dtype" in shown
@@ -234,6 +236,9 @@ def test_predict_embeds_a_folder_of_images_and_resumes(
         (["--trainer.gradient_clip_val", "1.0"], "gradient_clip_val"),
         (["--trainer.accumulate_grad_batches", "2"], "candidate_chunk_size (GradCache)"),
         (["--trainer.precision", "16-true"], "bf16-mixed"),
+        (["--trainer.max_steps", "0"], "No main step would be made"),
+        (["--trainer.limit_train_batches", "0"], "No main step would be made"),
+        (["--data.batch_size", "1"], "data.batch_size=1 leaves a query nothing"),
     ],
 )
 def test_a_mistake_is_one_message_before_any_training(
@@ -244,7 +249,51 @@ def test_a_mistake_is_one_message_before_any_training(
     assert words in shown
     assert "Traceback" not in shown
     assert "--model.prefix_init" not in shown  # no list of all options
-    assert not (tmp_path / "checkpoints").exists()
+    assert {file.name for file in tmp_path.iterdir()} <= {"hparams.yaml"}, "the next fit may start here"
+
+
+@pytest.mark.parametrize("way", ["typed", "yaml"])
+def test_a_tilde_means_the_same_folder_for_guard_lock_and_lightning(
+    way: str,
+    config_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    command, run = ["fit", "--config", str(config_file)], tmp_path / "home" / "run"
+    if way == "yaml":
+        Path("own.yaml").write_text("trainer: {default_root_dir: ~/run}\n", encoding="utf-8")
+        command += ["--config", "own.yaml"]
+    else:
+        command.append("--trainer.default_root_dir=~/run")
+    with locked(run):
+        assert f"error: {run} is in use by process {os.getpid()}" in message(command, capsys)
+    (run / "link").mkdir(parents=True)
+    (tmp_path / "home" / "there").symlink_to(run)
+    cli.main([*command, "--trainer.max_steps", "1"])
+    assert (run / "checkpoints" / "last.ckpt").is_file()
+    assert str(run) in message(command, capsys)
+    assert str(run) in message([*command, "--ckpt_path", "best"], capsys)
+    with locked(tmp_path / "home" / "there"):
+        assert "in use" in message([*command, "--ckpt_path", "last"], capsys)
+    with locked(tmp_path / "home" / "emb"):
+        assert "emb is in use" in message(
+            ["predict", "--config", str(config_file), "--output_dir=~/emb"], capsys
+        )
+    assert not Path("~").exists()
+
+
+@pytest.mark.parametrize("file", ["config.yaml", "events.out.tfevents.1.x", "checkpoints/best-step=1.ckpt"])
+def test_a_fit_refuses_a_folder_that_any_run_has_begun(
+    file: str, config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).touch()
+    command = ["fit", "--config", str(config_file), "--trainer.default_root_dir", str(tmp_path)]
+    assert f"{tmp_path / file} is there already" in message(command, capsys)
+    assert (tmp_path / file).exists()
 
 
 def test_last_is_an_error_for_a_test_without_checkpoint(

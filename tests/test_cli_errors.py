@@ -35,6 +35,14 @@ def test_what_lightning_says_of_the_trainers_options(
     assert words in shown
 
 
+def test_any_error_of_building_the_trainer_is_one_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--trainer.devices=-3", f"--trainer.default_root_dir={tmp_path / 'run'}"]  # a TypeError
+    shown = message(["fit", "--config", "demo.yaml", "--trainer.accelerator=cpu", *options], capsys)
+    assert "one of the trainer's options cannot be used: `devices`" in shown
+
+
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = message(["verify", str(tmp_path / "no")], capsys)
     assert shown.startswith("error: ")

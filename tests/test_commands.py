@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from parallel_decoupling import cli
 from parallel_decoupling.evaluation.embedder import Embedder
+from parallel_decoupling.evaluation.store import Store
+from parallel_decoupling.lance_index import LanceIndex
 from parallel_decoupling.model.identity import path_hashes
 from tests.model.test_pretrained import every_path
 from tests.support.embedders import tiny_embedder
@@ -162,3 +166,61 @@ def test_export_of_one_path_with_its_backbone(source: str, run_dir: Path, tmp_pa
     assert "| commit | c0ffee |" in card
     assert ("| overall | aggregate 50.0" in card) == (source != "export")
     assert (tmp_path / "model" / "backbone").is_dir()
+
+
+def contents(file: Path) -> bytes:
+    """The bytes of a file, and what is compressed or encoded in one of embeddings."""
+    if file.suffix != ".parquet":
+        return file.read_bytes()
+    table = pq.read_table(file)
+    return file.read_bytes() + f"{table.to_pylist()}{table.schema.metadata}".encode()
+
+
+def test_nothing_that_leaves_the_machine_names_its_folders(
+    run_dir: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Embeddings of a folder, a table and the tasks, a LanceDB index, exports and cards, to the byte."""
+    pytest.importorskip("lancedb")
+    (tmp_path / "photos").mkdir()
+    for number in range(2):
+        noise_image(32, 32, seed=number).save(tmp_path / "photos" / f"{number}.png")
+    images = [str(tmp_path / "photos" / "0.png"), str(tmp_path / "photos" / "none.png"), "/elsewhere/x.png"]
+    cells = [json.dumps({"id": str(number), "image": image}) for number, image in enumerate(images)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(cells))
+    sources = {"folder": tmp_path / "photos", "table": tmp_path / "rows.jsonl", "tasks": None}
+    out, model = tmp_path / "out", run_dir / "checkpoints" / "last.ckpt"
+    for name, source in sources.items():
+        rows = [] if source is None else ["--data.predict_source", str(source)]
+        cli.main(["predict", "--ckpt_path", str(model), "--output_dir", str(out / name), *rows])
+    cli.main(["index", str(out / "folder"), str(out / "index")])
+    cli.main(["export", str(run_dir), str(out / "included")])
+    cli.main(["export", str(run_dir), str(run_dir.parent / "beside"), "--paths", "0"])
+    shutil.move(run_dir.parent / "beside", out / "beside")
+    base, files = (
+        str(tmp_path_factory.getbasetemp()).encode(),
+        [each for each in out.rglob("*") if each.is_file()],
+    )
+    assert {file.suffix for file in files} >= {".parquet", ".lance", ".json", ".jsonl", ".md", ".safetensors"}
+    assert [file.relative_to(out) for file in files if base in contents(file)] == []
+    assert base not in str(LanceIndex(out / "index")._table.schema.metadata).encode()
+    assert b"/elsewhere" not in b"".join(map(contents, (out / "table").iterdir()))
+    assert Store(out / "table").rows([0]) == [{"id": "0", "image": "photos/0.png"}]
+    bad_rows = [json.loads(line) for line in (out / "table" / "bad_rows.jsonl").read_text().splitlines()]
+    assert ["none.png" in bad_rows[0]["reason"], "x.png" in bad_rows[1]["reason"]] == [True, True]
+
+
+@pytest.mark.parametrize("command", ["search", "app"])
+def test_what_is_not_named_must_be_given(
+    command: str, embeddings: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Embeddings that were moved do not find their model; those of pictures elsewhere need their folder."""
+    pytest.importorskip("gradio")
+    query = ["--text", "a"] if command == "search" else []
+    moved = shutil.copytree(embeddings, tmp_path / "far" / "away")
+    assert "give --model" in mistake([command, str(moved), *query], capsys)
+    if command == "app":
+        embedder = Embedder.from_pretrained(checkpoint)
+        about = {"path_sha256": path_hashes(embedder.encoder), "image_dir": str(embeddings)}
+        save_store(tmp_path / "embeddings", embedder.encode(["a"], paths="all"), **about)
+        arguments = [str(tmp_path / "embeddings"), "--model", str(checkpoint)]
+        assert "give --image_dir" in mistake(["app", *arguments], capsys)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
 pytest.importorskip("lancedb")
 
+from parallel_decoupling import lance_index
 from parallel_decoupling.evaluation.store import Store
 from parallel_decoupling.lance_index import IndexType, LanceIndex, write_lance_index
 from parallel_decoupling.search import ExactIndex
@@ -61,6 +63,27 @@ def test_an_approximate_index_finds_an_item_by_itself(
         hits = index.search(queries_by_column(ITEMS[:20]), 3, scoring, "group >= 0")
         assert [best.id for best, *_ in hits] == [str(row) for row in range(20)]
         assert hits[0][0].score == pytest.approx(1, abs=1e-5), "scored in float32"
+
+
+def test_an_index_that_is_stopped_halfway_stays_the_old_one(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = save_store(tmp_path / "few", ITEMS[:9])
+    write_lance_index(few, tmp_path / "index")
+
+    def stopped(store: Store) -> Iterator[Any]:
+        yield next(tables(store))
+        raise KeyboardInterrupt
+
+    tables = lance_index._tables
+    monkeypatch.setattr(lance_index, "_tables", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        write_lance_index(store, tmp_path / "index")
+    assert len(LanceIndex(tmp_path / "index")) == 9
+    monkeypatch.undo()
+    write_lance_index(store, tmp_path / "index")
+    assert len(LanceIndex(tmp_path / "index")) == 400
+    assert len(list((tmp_path / "index").iterdir())) == 1, "nothing of the old one, nor of the stopped"
 
 
 def test_conditions_are_sql(index: LanceIndex) -> None:

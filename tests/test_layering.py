@@ -73,9 +73,9 @@ def test_what_each_layer_loads(imported: Any) -> None:
         "package": [],
         "objective": ["torch"],
         "data": ["torch"],
-        "model": ["torch", "transformers", "peft"],
-        "evaluation": ["torch", "transformers", "peft"],
-        "search": ["torch", "transformers", "peft"],
+        "model": ["torch", "transformers"],
+        "evaluation": ["torch", "transformers"],
+        "search": ["torch", "transformers"],
     }
 
 

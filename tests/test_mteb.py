@@ -16,6 +16,7 @@ from datasets import Dataset
 from mteb.abstasks import AbsTaskRetrieval
 from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 from mteb.abstasks.task_metadata import TaskMetadata
+from PIL import Image
 
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.sentence_transformers import mteb_model
@@ -124,3 +125,27 @@ def test_another_model_is_not_given_the_kept_scores_of_the_first(tasks: list[Any
     ]
     assert kept == alone
     assert alone[0] != alone[1]
+
+
+def test_a_bad_input_is_named_by_its_place_in_the_corpus_or_gets_a_stand_in(
+    embedder: Embedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pictures come in batches; mteb's loader gives them one by one here."""
+    task = WorldPictures()
+    task.load_data()
+    split = task.dataset["default"]["test"]
+    broken = [dict(row) for row in split["corpus"]]
+    broken[7]["image"] = Image.new("RGB", (2000, 2))
+    split["corpus"] = Dataset.from_dict({name: [row[name] for row in broken] for name in ("id", "image")})
+    monkeypatch.setattr(WorldPictures, "load_data", lambda self, **_: vars(self).update(vars(task)))
+    with pytest.raises(ValueError, match=r"^input 7: .*aspect ratio"):
+        evaluate(mteb_model(embedder, prompts=PROMPTS), [WorldPictures()])
+    going = mteb_model(embedder, prompts=PROMPTS, bad_inputs="stand_in")
+    assert evaluate(going, [WorldPictures()]).keys() == {"WorldPictures"}
+    assert going.model[0].num_stand_ins == 1
+
+
+@pytest.mark.filterwarnings("ignore:Task name")
+def test_prompts_that_mteb_would_ignore_are_refused(embedder: Embedder) -> None:
+    with pytest.raises(ValueError, match="mteb would ignore some prompts.*qurey"):
+        mteb_model(embedder, prompts={"qurey": "find"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -33,9 +34,16 @@ OWNERS = {
     "OptimizerConfig": (OptimizerConfig, "optimizer."),
 }
 ANYTHING = st.one_of(
-    st.integers(), st.floats(), st.text(max_size=3), st.booleans(), st.none(), st.lists(st.integers(), max_size=2),
-    st.dictionaries(st.text(max_size=2), st.integers(), max_size=2), st.binary(max_size=2), st.just(object()),
-)  # fmt: skip
+    st.integers(),
+    st.floats(),
+    st.text(max_size=3),
+    st.booleans(),
+    st.none(),
+    st.just(object()),
+    st.lists(st.integers(), max_size=2),
+    st.dictionaries(st.text(max_size=2), st.integers(), max_size=2),
+    st.binary(max_size=2),
+)
 
 
 def belongs(value: Any, hint: Any) -> bool:
@@ -84,11 +92,9 @@ def test_a_value_passes_if_and_only_if_it_is_of_the_declared_type(owner: str, na
         if belongs(value, hint):
             check_values(function, {**defaults, name: value}, start)
             return
-        with pytest.raises(ValueError) as caught:
+        said = rf"^{re.escape(start)}{name} must be (?s:.*), got {re.escape(repr(value))}$"
+        with pytest.raises(ValueError, match=said):
             check_values(function, {**defaults, name: value}, start)
-        message = str(caught.value)
-        assert message.startswith(f"{start}{name} must be ")
-        assert message.endswith(f"got {value!r}")
 
     check()
 
@@ -113,11 +119,11 @@ def test_a_checked_function_is_itself_for_good_values() -> None:
 
 
 def test_one_message_names_all_that_is_wrong() -> None:
-    with pytest.raises(ValueError) as caught:
-        outer(0, math.nan, names=["a", "a"])
-    assert str(caught.value) == (
+    said = (
         "outer.size must be 1 or more, got 0; outer.rate must be 0 or more and finite, got nan; "
         "outer.names must be different names, got ['a', 'a']"
     )
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+        outer(0, math.nan, names=["a", "a"])
     with pytest.raises(ValueError, match=r"outer\.names must be a list, not one text, got 'ab'"):
         outer(1, names="ab")

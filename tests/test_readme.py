@@ -1,10 +1,17 @@
-"""What README and docs tell a user to type parses or runs, and the README's tree is the package's."""
+"""What README and docs tell a user to type parses or runs, and the README's tree is the package's.
+
+A command is run unless it asks for a model of the hub or for several devices, or names what such commands
+download or leave behind. All are parsed.
+"""
 
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
+import shutil
+from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,9 +19,12 @@ from typing import Any
 
 import jsonargparse
 import pytest
+import yaml
 
-from parallel_decoupling.cli import main
+from parallel_decoupling.cli import TRAINER_SUBCOMMANDS, main
 from parallel_decoupling.world.benchmark import ensure_benchmark
+from tests.data.mmeb_files import write_shop
+from tests.support.tiny import noise_image
 
 PROJECT_DIR = Path(__file__).parent.parent
 SOURCE_DIR = PROJECT_DIR / "src" / "parallel_decoupling"
@@ -24,7 +34,7 @@ PAGES = {
     for file in (
         PROJECT_DIR / "README.md",
         PROJECT_DIR / "CONTRIBUTING.md",
-        *(PROJECT_DIR / "docs").glob("*.md"),
+        *sorted((PROJECT_DIR / "docs").glob("*.md")),
     )
     if file.name != "experiments.md"  # past commands of past versions
 }
@@ -43,17 +53,62 @@ def command_lines(text: str) -> list[list[str]]:
     return [each[1:] if each[0] == "srun" else each for each in words if each]
 
 
+def named_yaml(text: str) -> dict[str, str]:
+    """YAML blocks that begin with the name of a file, by that name."""
+    found = {block.splitlines()[0].removeprefix("# "): block for block in blocks(text, "yaml")}
+    return {name: block for name, block in found.items() if name.endswith(".yaml")}
+
+
 COMMANDS = {
     shlex.join(words[1:]): words[1:]
     for text in PAGES.values()
     for words in command_lines(text)
     if words[0] in PROGRAMS
 }
+PAGE_OF: dict[str, str] = {}
+"""Where a command stands first."""
+for each_page, each_text in PAGES.items():
+    for each_words in command_lines(each_text):
+        PAGE_OF.setdefault(shlex.join(each_words[1:]), each_page)
+SHOWN_YAML = {name: block for text in PAGES.values() for name, block in named_yaml(text).items()}
+
+
+def options(words: list[str]) -> dict[str, Any]:
+    """What a command sets, by dotted name, in its files and on the line."""
+    found: dict[str, Any] = {}
+    for option, value in zip(words, [*words[1:], ""], strict=True):
+        if option == "--config":
+            file = PROJECT_DIR / value
+            content = yaml.safe_load(SHOWN_YAML[value] if value in SHOWN_YAML else file.read_text("utf-8"))
+            for group, each in content.items():
+                found |= {f"{group}.{name}": v for name, v in each.items()} if isinstance(each, dict) else {}
+        elif option.startswith("--"):
+            found[option.removeprefix("--")] = value
+    return found
+
+
+def wants_more(words: list[str]) -> bool:
+    """Whether a command asks for a model of the hub or for several devices."""
+    found = options(words)
+    devices = {str(found.get(f"trainer.{name}", 1)) for name in ("devices", "num_nodes")}
+    return found.get("model.backbone", "tiny") != "tiny" or devices != {"1"}
+
+
+ELSEWHERE = {command: options(words) for command, words in COMMANDS.items() if wants_more(words)}
+OF_ELSEWHERE = {
+    found.get(name) for found in ELSEWHERE.values() for name in ("trainer.default_root_dir", "data.data_dir")
+} - {None, "mini-mmeb"}
+"""Runs and data of the commands that cannot be run here."""
+HERE = {
+    command: words
+    for command, words in COMMANDS.items()
+    if command not in ELSEWHERE and not OF_ELSEWHERE.intersection(words)
+}
 READY = re.compile(r"fit --config lightning_configs/reproduce/\w+\.yaml")
 """Commands that tests/test_configs.py builds."""
 WHOLE = [
     (page, next(iter(blocks(PAGES[page], "python"))))
-    for page in ("training.md", "embedding_files.md", "search.md", "sharing.md")
+    for page in ("README.md", "training.md", "embedding_files.md", "search.md", "sharing.md")
 ]
 """Blocks that need nothing but what the README's commands leave behind."""
 PYTHON = [(page, block) for page, text in PAGES.items() for block in blocks(text, "python")]
@@ -66,13 +121,15 @@ class ParsedError(Exception):
 @pytest.fixture
 def working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the shipped configs and the named YAML files that the pages show."""
-    (tmp_path / "lightning_configs").symlink_to(PROJECT_DIR / "lightning_configs")
-    for text in PAGES.values():
-        for block in blocks(text, "yaml"):
-            if (first := block.splitlines()[0]).endswith(".yaml"):
-                (tmp_path / first.removeprefix("# ")).write_text(block, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    return with_configs(tmp_path)
+
+
+def with_configs(folder: Path) -> Path:
+    (folder / "lightning_configs").symlink_to(PROJECT_DIR / "lightning_configs")
+    for name, block in SHOWN_YAML.items():
+        (folder / name).write_text(block, encoding="utf-8")
+    return folder
 
 
 def test_first_line_says_which_pdf_is_meant_and_two_screens_are_enough() -> None:
@@ -134,23 +191,81 @@ def test_names_that_a_python_block_imports_exist(page: str, block: str) -> None:
             assert [each.name for each in node.names if not hasattr(module, each.name)] == []
 
 
+def short(words: list[str]) -> list[str]:
+    """The command with few steps, on a small benchmark."""
+    found, added = options(words), list[str]()
+    if words[0] == "fit":
+        added = ["--trainer.max_steps", "2"]
+        added += [] if "--data.batch_size" in words else ["--data.batch_size", "16"]
+    if words[0] in ("fit", "test") and found.get("data.data_dir", "mini-mmeb") == "mini-mmeb":
+        added += ["--data.data_dir", "data"]
+    return [*words, *added]
+
+
+def output_of(words: list[str]) -> Path | None:
+    """The folder that a command makes, and would refuse to overwrite."""
+    if words[0] in ("export", "index"):
+        return Path(words[2])
+    name = {"predict": "output_dir", "fit": "trainer.default_root_dir"}.get(words[0], "")
+    found = options(words).get(name)
+    return None if found is None or "--ckpt_path" in words and words[0] == "fit" else Path(found)
+
+
+@pytest.fixture(scope="module")
+def lived_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder in which ``make demo`` has run, shortly, with files of the user."""
+    folder = with_configs(tmp_path_factory.mktemp("project"))
+    data_dir = ensure_benchmark(folder / "generated", train_rows=16, eval_rows=16)
+    (folder / "data").symlink_to(data_dir)
+    (folder / "photos").symlink_to(data_dir / "MMEB-eval" / "Scene_t2i")
+    noise_image(32, 32).save(folder / "photo.png")
+    write_shop(folder)
+    rows = [{"text": f"item {n}", "background": "white", "objects": n % 4} for n in range(300)]
+    rows[0] |= {"image": "photo.png"}
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name in ("demo_single_path", "demo"):
+            config = ["--config", f"lightning_configs/{name}.yaml"]
+            main(short(["fit", *config]))
+            main(short(["test", *config, "--ckpt_path", "last"]))
+        model = ["--ckpt_path", "runs/demo/checkpoints/last.ckpt"]
+        main(["predict", *model, "--data.predict_source", "rows.jsonl", "--output_dir", "prepared"])
+        yield folder
+
+
+def test_what_is_run_is_of_every_kind() -> None:
+    """Else the rule at the top of this file would leave out what could be run."""
+    subcommands = {words[0] for words in HERE.values()}
+    assert subcommands >= {*TRAINER_SUBCOMMANDS, "verify", "compare", "search", "app", "export", "serve"} - {
+        "plan",  # shown for models of the hub
+        "validate",
+    }
+
+
 @pytest.mark.slow
-def test_the_readme_works_from_a_short_demo_to_a_search(
-    working_dir: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("page", sorted({PAGE_OF[command] for command in HERE} | {page for page, _ in WHOLE}))
+def test_the_commands_and_examples_of_a_page_run(
+    page: str, lived_in: Path, start: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data_dir = ensure_benchmark(working_dir / "data", train_rows=16, eval_rows=16)
-    short = ["--trainer.max_steps", "2", "--data.batch_size", "16", "--data.data_dir", str(data_dir)]
-    main(["fit", "--config", "lightning_configs/demo.yaml", *short])
-    assert (working_dir / "runs/demo/checkpoints/last.ckpt").is_file()
-    capsys.readouterr()
-    (block,) = blocks(README, "python")
-    exec(compile(block, "README.md", "exec"), {})  # the example is part of this project
-    assert "torch.Size([3, 160])" in capsys.readouterr().out
-    (working_dir / "photos").symlink_to(data_dir / "MMEB-eval" / "Scene_t2i")
-    for words in command_lines(README):
-        if words[1:2] in (["predict"], ["search"], ["export"]):
-            main(words[1:])
-    assert "rank" in capsys.readouterr().out
-    assert (working_dir / "my-model" / "config.json").is_file()
-    for page, block in WHOLE:
-        exec(compile(block.replace("mini-mmeb", str(data_dir)), page, "exec"), {})
+    """In the order of the page, with the folder of embeddings that ``predict`` makes of ``rows.jsonl``."""
+    monkeypatch.chdir(lived_in)
+    shutil.rmtree("embeddings", ignore_errors=True)
+    shutil.copytree("prepared", "embeddings")
+    for of_page, block in WHOLE:
+        if of_page == page:
+            exec(compile(block.replace("mini-mmeb", "data"), page, "exec"), {})  # of this project
+    if page == "README.md":
+        assert "torch.Size([3, 160])" in capsys.readouterr().out
+    for words in (short(words) for command, words in HERE.items() if PAGE_OF[command] == page):
+        if (made := output_of(words)) is not None:
+            shutil.rmtree(made, ignore_errors=True)
+        if words[0] in ("serve", "app"):
+            start(*words, answers={"serve": "/health", "app": "/"}[words[0]])
+        elif "--print_config" in words:
+            with pytest.raises(SystemExit):
+                main(words)
+        else:
+            main(words)
+            assert made is None or made.is_dir()
+            assert words[0] != "search" or "rank" in capsys.readouterr().out

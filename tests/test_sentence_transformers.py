@@ -105,3 +105,68 @@ def test_bad_input(model: SentenceTransformer, embedder: Embedder) -> None:
         encode(model, ["text"], paths="all")
     with pytest.raises(ValueError, match="unknown keys"):
         encode(model, ["text", {"role": "user", "content": "a chat"}])
+
+
+def test_strings_are_texts_whatever_they_name(embedder: Embedder, image_file: str) -> None:
+    texts = ["click on logo.gif", image_file, "https://a.b/c.png"]
+    expected = embedder.encode([{"text": text} for text in texts], **ROW_BY_ROW)
+    assert torch.equal(encode(as_sentence_transformer(embedder), texts, **ROW_BY_ROW), expected)
+
+
+@pytest.mark.parametrize("bad", ["", "half \ud83d", "a <|image_pad|>", None])
+def test_a_bad_input_is_named_by_its_place_or_gets_a_counted_stand_in(
+    bad: Any, embedder: Embedder, caplog: pytest.LogCaptureFixture
+) -> None:
+    inputs: list[Any] = [*(["a"] * 30), bad, *(["b"] * 9)]
+    model = as_sentence_transformer(embedder)
+    with pytest.raises(ValueError, match=r"^input 30: "):
+        encode(model, inputs)
+    with pytest.raises(ValueError, match=r"^input 0: "):
+        model.encode_query(sentences=[bad, "x"])
+    going = as_sentence_transformer(embedder, bad_inputs="stand_in")
+    found = encode(going, [*inputs, bad], **ROW_BY_ROW)
+    expected = encode(model, ["missing" if each is bad else each for each in [*inputs, bad]], **ROW_BY_ROW)
+    assert torch.equal(found, expected)
+    assert going[0].num_stand_ins == 2
+    assert "inputs that got a stand-in so far: 2" in caplog.text
+
+
+def test_the_library_s_own_class_says_which_input(model: SentenceTransformer) -> None:
+    with pytest.raises(ValueError, match=r"^'  ': An input needs a text"):
+        encode(model, ["a", "  ", "b"])
+
+
+def test_max_seq_length_is_max_tokens(embedder: Embedder, tmp_path: Path) -> None:
+    model, text = as_sentence_transformer(embedder), "a red circle " * 50
+    assert model.max_seq_length == 1024
+    model.max_seq_length = 8
+    short = Embedder(embedder.encoder, max_tokens=8)
+    with pytest.warns(UserWarning, match="more than 8 tokens"):
+        expected = short.encode([text])
+    assert torch.equal(encode(model, [text]), expected)
+    assert model[0].num_cut == 1
+    assert embedder.limit.max_tokens == 1024
+    model.save_pretrained(str(tmp_path / "short"))
+    again = SentenceTransformer(str(tmp_path / "short"), trust_remote_code=True, device="cpu")
+    assert again.max_seq_length == 8
+    model.max_seq_length = None
+    assert model.max_seq_length == 1024
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"backend": "onnx"},
+        {"model_kwargs": {"dtype": "bfloat16"}},
+        {"processor_kwargs": {"padding_side": "right"}},
+        {"config_kwargs": {"hidden_size": 3}},
+    ],
+)
+def test_options_without_effect_are_refused(option: dict[str, Any], folder: Path) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(option))}.* would have no effect here"):
+        SentenceTransformer(str(folder), trust_remote_code=True, device="cpu", **option)
+
+
+def test_processing_kwargs_are_refused(model: SentenceTransformer) -> None:
+    with pytest.raises(ValueError, match="processing_kwargs have no effect"):
+        encode(model, ["a"], processing_kwargs={"text": {"max_length": 3}})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from fastapi.testclient import TestClient
 
 from parallel_decoupling.data.images import ImagePolicy, load_image
 from parallel_decoupling.evaluation.embedder import Embedder
-from parallel_decoupling.serve import Body, Limits, RequestError, Server, Task, build_app
+from parallel_decoupling.serve import Body, Limits, RequestError, Server, Task, Waiting, build_app
 from tests.support.embedders import tiny_embedder
 from tests.support.fit import small_embedder
 from tests.support.tiny import noise_image
@@ -107,7 +108,7 @@ def test_answers_are_what_encode_gives(
         ({"input": ["a", {"txt": "b"}]}, 400, "input"),
         ({"input": {"image": "photo.png"}}, 400, "input"),
         ({"input": {"image": "data:image/png;base64,AAAA"}}, 400, "input"),
-        ({"input": "<|image_1|> a"}, 400, None),
+        ({"input": "<|image_1|> a"}, 400, "input"),
         ({"input": "a", "model": "path_3"}, 404, "model"),
         ({"input": "a", "dimensions": 33}, 400, "dimensions"),
         ({"input": "a", "dimensions": 0}, 400, "dimensions"),
@@ -188,7 +189,8 @@ def test_requests_together_get_what_each_would_get_alone(kind: str, request: pyt
         Task(tasks(server, "a")[0].rows * 2, 0, None),
     ]
     results = server.embed([*batch, Task([replace(batch[0].rows[0], text="<|image_1|> a")], 0, None)])
-    assert isinstance(results.pop(), ValueError)
+    assert isinstance(results[-1], RequestError)
+    assert results.pop().detail.startswith("input[0]: 0 images but 1")
     for task, result in zip(batch, results, strict=True):
         assert isinstance(result, tuple)
         expected = embedder.encode(task.rows, paths=task.output, truncate_dim=task.truncate_dim)
@@ -196,12 +198,17 @@ def test_requests_together_get_what_each_would_get_alone(kind: str, request: pyt
         assert result[1] > 0
 
 
-def test_open_clip_cuts_no_text(clip: Embedder) -> None:
-    """A text longer than the tower is refused; one that fits is not."""
-    server = Server(clip)
-    tasks(server, "a " * (CONTEXT_LENGTH - 2))
-    with pytest.raises(RequestError, match=f"more than the {CONTEXT_LENGTH} tokens"):
-        tasks(server, "a", "a " * CONTEXT_LENGTH)
+@pytest.mark.filterwarnings("ignore:A text has more")
+def test_open_clip_follows_long_text_as_other_models_do(clip: Embedder) -> None:
+    """A text longer than the tower is cut and counted, or refused; one that fits is neither."""
+    texts = ["a " * (CONTEXT_LENGTH - 2), "a " * CONTEXT_LENGTH]
+    server, strict = Server(clip), Server(Embedder(clip.encoder, long_text="error"))
+    assert isinstance(server.embed(tasks(server, texts))[0], tuple)
+    assert server.num_cut == 1
+    refused = strict.embed(tasks(strict, texts, texts[0]))
+    assert isinstance(refused[0], RequestError)
+    assert f"input[1]: more tokens where max_tokens is {CONTEXT_LENGTH}" in refused[0].detail
+    assert isinstance(refused[1], tuple)
 
 
 def test_those_that_wait_are_embedded_together(embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +231,7 @@ def test_those_that_wait_are_embedded_together(embedder: Embedder, monkeypatch: 
 
     answers = asyncio.run(run())
     assert sum(isinstance(answer, RuntimeError) for answer in answers) == 1
-    assert isinstance(answers[5], ValueError)
+    assert isinstance(answers[5], RequestError)
     expected = embedder.encode([f"a {number}" for number in range(12)], paths=0)
     good = [number for number, answer in enumerate(answers) if isinstance(answer, dict)]
     assert len(good) == 10
@@ -260,3 +267,118 @@ def test_pictures_are_resized_as_by_the_embedder(tiny_backbone_dir: str) -> None
     ((resized, num_tokens),) = server.embed([task])
     torch.testing.assert_close(resized, embedder.encode(task.rows, paths=0), atol=1e-6, rtol=0)
     assert num_tokens > plain
+
+
+def test_a_huge_request_takes_turns_with_the_others(
+    embedder: Embedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A turn is bounded by rows and tokens; a small request waits for one turn, and is answered right."""
+    server, turns = Server(embedder, limits=replace(Limits(), batch_size=8, tokens=150)), list[list[int]]()
+    embed = server.embed
+    monkeypatch.setattr(
+        server, "embed", lambda tasks: turns.append([len(t.rows) for t in tasks]) or embed(tasks)
+    )
+    huge = [f"{number} a red circle left of a blue square" for number in range(16)]  # some 40 bytes each
+
+    async def run() -> list[Any]:
+        async def late(text: str) -> Any:
+            while not turns:
+                await asyncio.sleep(0.001)
+            answer = await server.embeddings(Body.model_validate({"input": text, "model": "aggregate"}))
+            return answer, len(turns)
+
+        large = server.embeddings(Body.model_validate({"input": huge}))
+        return await asyncio.gather(large, late("small"), late("other"))
+
+    large, *small = asyncio.run(run())
+    assert max(map(sum, turns)) <= 5
+    assert all(turn <= 5 for _, turn in small), "not after all of the large one's turns"
+    assert len(turns) >= 5
+    found = torch.tensor([each["embedding"] for each in large["data"]])
+    torch.testing.assert_close(found, embedder.encode(huge, paths=0), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        torch.tensor(small[0][0]["data"][0]["embedding"]), embedder.encode("small"), atol=1e-6, rtol=0
+    )
+    together = server.embed(tasks(server, huge))[0]
+    assert isinstance(together, tuple)
+    assert large["usage"]["prompt_tokens"] == together[1]
+
+
+def test_several_huge_requests_do_not_starve_one_that_comes_later(embedder: Embedder) -> None:
+    server, loop = Server(embedder, limits=replace(Limits(), batch_size=2)), asyncio.new_event_loop()
+    for number in range(5):
+        (task,) = tasks(server, [f"{number} {row}" for row in range(3)])
+        server._waiting[loop.create_future()] = Waiting(task)
+    served = []
+    for future in list(server._waiting):
+        loop.run_until_complete(server._take_turn(future))
+        served.append([each.num_done for each in server._waiting.values()])
+    assert served[1] == [0, 1, 1, 1, 1], "who had a turn stands behind the others"
+    assert max(served[-1]) - min(served[-1]) <= 1
+    loop.close()
+
+
+def test_a_deadline_answers_503_and_the_others_go_on(
+    embedder: Embedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Server(embedder, limits=replace(Limits(), seconds=0.2, batch_size=1))
+    embed, slow = server.embed, [True]
+    monkeypatch.setattr(server, "embed", lambda tasks: time.sleep(0.5 if slow[0] else 0) or embed(tasks))
+    client = TestClient(build_app(server))
+    answer = ask(client, input="a")
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"], answer.headers["retry-after"]) == (503, "server_error", "1")
+    assert error["message"] == "not answered within 0.2 s; send fewer or shorter inputs"
+    slow[0] = False
+    time.sleep(0.5)
+    assert ask(client, input="a").status_code == 200
+    assert not server._waiting
+    assert server._num_requests == 0
+
+
+def test_a_row_that_fails_in_the_model_thread_is_its_requests_alone(embedder: Embedder) -> None:
+    """The number is the input's place in the request, whatever turn it is embedded in."""
+    server = Server(embedder, limits=replace(Limits(), batch_size=2))
+    client = TestClient(build_app(server))
+    for bad, why in (("<|image_1|> a", "0 images but 1"), ("a <|image_pad|>", "own image token")):
+        answer = ask(client, input=["a", "b", "c", bad, "d"])
+        assert answer.status_code == 400
+        assert answer.json()["error"]["message"].startswith("input[3]: ")
+        assert why in answer.json()["error"]["message"]
+    thin = data_uri(Image.new("RGB", (2000, 2)))
+    assert "aspect ratio" in ask(client, input=["a", {"image": thin}]).json()["error"]["message"]
+
+
+def test_texts_with_too_many_tokens_are_cut_and_counted(
+    tiny_backbone_dir: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    embedder = small_embedder(tiny_backbone_dir, max_tokens=8).embedder
+    server, text = Server(embedder), "a red circle " * 50
+    client = TestClient(build_app(server))
+    found = ask(client, input=[text, "a", text])
+    with pytest.warns(UserWarning, match="more than 8 tokens"):
+        expected = embedder.encode([text, "a", text], paths=0)
+    torch.testing.assert_close(numbers(found), expected, atol=1e-6, rtol=0)
+    assert server.num_cut == 2
+    assert "texts cut to max_tokens so far: 2" in caplog.text
+    strict = small_embedder(tiny_backbone_dir, max_tokens=8, long_text="error").embedder
+    answer = ask(TestClient(build_app(Server(strict))), input=["a", text])
+    assert answer.status_code == 400
+    assert "input[1]: " in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("head", ["data:image/png;base64,", "DATA:image/png;BASE64,", "data:;base64,"])
+def test_pictures_in_all_forms_of_base64_and_no_files(
+    head: str, client: TestClient, embedder: Embedder, tmp_path: Path
+) -> None:
+    image = noise_image(8, 8)
+    code = data_uri(image).partition(",")[2]
+    lines = "\n".join(code[start : start + 76] for start in range(0, len(code), 76))
+    for each in (code, lines, code.rstrip("="), code.replace("+", "-").replace("/", "_")):
+        found = numbers(ask(client, input={"image": head + each}))
+        torch.testing.assert_close(found, embedder.encode([image], paths=1), atol=1e-6, rtol=0)
+    image.save(tmp_path / "x.png")
+    for file in (str(tmp_path / "x.png"), f"file://{tmp_path}/x.png", code):
+        answer = ask(client, input={"image": file})
+        assert answer.status_code == 400
+        assert "data:image/png;base64,..." in answer.json()["error"]["message"]

@@ -8,8 +8,9 @@ from typing import Any
 import gradio
 from PIL import Image
 
-from parallel_decoupling.data.images import ImageError, load_image
+from parallel_decoupling.data.images import load_image
 from parallel_decoupling.data.names import file_of_id
+from parallel_decoupling.data.unusable import RowError
 from parallel_decoupling.search import Searcher
 
 HITS = 12
@@ -34,8 +35,8 @@ def find(
         if name:
             try:
                 picture = load_image(str(image_dir / file_of_id(name)))
-            except ImageError:
-                caption = f"{caption} (picture cannot be read)"
+            except RowError:
+                caption = f"{caption} (picture cannot be read; see --image_dir)"
         pictures.append((picture, caption if name else f"{caption} {hit.id}"))
         rows.append(
             [str(rank), hit.id, *(f"{value:.3f}" for value in (hit.score, *hit.similarities.values()))]

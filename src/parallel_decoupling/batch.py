@@ -7,8 +7,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -20,24 +22,36 @@ IMAGE_PLACEHOLDER = "<|image_1|>"
 PADDING_ID = torch.iinfo(torch.int64).min
 """In ``candidate_ids``: padding for a missing hard negative, which matches no query."""
 
+LongText = Literal["truncate", "error"]
+
 
 @dataclass(frozen=True)
 class RawInput:
-    """One query or candidate before tokenisation; images stand in the text as ``IMAGE_PLACEHOLDER``."""
+    """One query or candidate before tokenisation; images stand in the text as ``IMAGE_PLACEHOLDER``.
+
+    The first ``fixed`` characters, an instruction and what stands before it, are never cut off.
+    """
 
     text: str
     images: tuple[Image.Image | str, ...] = ()
+    fixed: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
 class RawPair:
-    """Row ``row`` of a training ``subset``; None among the ``negatives`` pads to the number asked for."""
+    """Row ``row`` of a training ``subset``; None pads to the numbers of positives and negatives asked for.
+
+    ``positives`` are those besides ``candidate``. ``teacher`` are the scores of candidate, positives and
+    negatives in this order, NaN where there are none; empty for none at all.
+    """
 
     query: RawInput
     candidate: RawInput
     negatives: tuple[RawInput | None, ...]
     subset: str
     row: int
+    positives: tuple[RawInput | None, ...] = ()
+    teacher: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,10 +60,12 @@ class EncoderInputs:
 
     ``tokens`` are ``[B, L]`` by processor key, ``input_ids`` and ``attention_mask`` (1 = real token) among
     them; ``vision`` is one mapping per row with that row's image tensors, empty for a text-only row.
+    ``num_cut`` rows had more tokens than they may have.
     """
 
     tokens: Mapping[str, Tensor]
     vision: tuple[Mapping[str, Tensor], ...]
+    num_cut: int = 0
 
     def __len__(self) -> int:
         return len(self.vision)
@@ -70,22 +86,65 @@ class EncoderInputs:
         """Move every tensor to ``device``."""
         tokens = {key: value.to(device) for key, value in self.tokens.items()}
         vision = tuple({key: value.to(device) for key, value in row.items()} for row in self.vision)
-        return EncoderInputs(tokens, vision)
+        return replace(self, tokens=tokens, vision=vision)
 
 
 @dataclass(frozen=True)
 class PairBatch:
-    """What one training step sees; ``candidate`` are ``B`` positives in query order, then any hard negatives.
+    """What one training step sees; ``candidate`` are ``B`` positives in query order, then all others.
 
-    Equal ``candidate_ids`` (int64) are the same target, and ``PADDING_ID`` is none.
+    The others stand row by row: the positives up to ``num_positives``, then any hard negatives. Equal
+    ``candidate_ids`` (int64) are the same target, and ``PADDING_ID`` is none. ``teacher`` ``[B, K]`` are the
+    scores of each row's own candidates, NaN where there are none.
     """
 
     query: EncoderInputs
     candidate: EncoderInputs
     candidate_ids: Tensor
     subsets: tuple[str, ...]
+    num_positives: int = 1
+    teacher: Tensor | None = None
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """Return what says which candidate is what, by the names that ``training.terms`` has for it."""
+        names = ("candidate_ids", "num_positives", "teacher")
+        return {name: getattr(self, name) for name in names}
 
     def to(self, device: torch.device | str) -> PairBatch:
         """Move every tensor to ``device``."""
         query, candidate = self.query.to(device), self.candidate.to(device)
-        return replace(self, query=query, candidate=candidate, candidate_ids=self.candidate_ids.to(device))
+        teacher = None if self.teacher is None else self.teacher.to(device)
+        ids = self.candidate_ids.to(device)
+        return replace(self, query=query, candidate=candidate, candidate_ids=ids, teacher=teacher)
+
+
+@dataclass(frozen=True)
+class TokenLimit:
+    """How many tokens an item may have, and what happens to the text of one that has more.
+
+    Attributes:
+        max_tokens: of text, instruction and images together, at most.
+        long_text: truncate cuts off the end of the text, but never the instruction, the images and the last
+            token, which is pooled; error refuses the item.
+    """
+
+    max_tokens: int = sys.maxsize
+    long_text: LongText = "truncate"
+
+    @classmethod
+    def of(
+        cls, backbone: Any, processor: Any, max_tokens: int | None = None, long_text: LongText = "truncate"
+    ) -> TokenLimit:
+        """Return the limit for a backbone and its processor; None is all positions that there are."""
+        most = getattr(processor, "context_length", None)
+        if most is None:
+            text = backbone.config.get_text_config()
+            most = getattr(text, "max_position_embeddings", None) or sys.maxsize
+        elif max_tokens not in (None, most):
+            raise ValueError(f"max_tokens={max_tokens}, but this OpenCLIP model has {most}: set it to null.")
+        if max_tokens is not None and not 2 <= max_tokens <= most:
+            raise ValueError(f"max_tokens={max_tokens}: this backbone takes from 2 to {most} tokens.")
+        if long_text not in ("truncate", "error"):
+            raise ValueError(f"long_text={long_text!r}: use truncate or error.")
+        return cls(max_tokens or most, long_text)

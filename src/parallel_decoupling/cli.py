@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import signal
 import sys
 import traceback
 from importlib import import_module
@@ -32,7 +33,7 @@ COMMANDS = {
     "paths": ("diagnostics.path_analysis.analyse_paths", "show how the paths of a trained model differ"),
     "search": ("commands.search", "search embeddings by a text, an image or both"),
     "serve": ("serve.serve", "serve embeddings over HTTP in OpenAI's form"),
-    "verify": ("data.verify.print_verification", "check a data folder"),
+    "verify": ("commands.verify", "check a data folder"),
 }
 """Subcommands without a Trainer: the function that makes the options, and a line of help."""
 EXTRAS = {"fastapi": "serve", "uvicorn": "serve", "gradio": "app"}
@@ -63,6 +64,9 @@ def main(args: Sequence[str] | None = None) -> None:
         if error.name not in EXTRAS:
             raise
         _fail(f"this needs {error.name}: pip install 'parallel-decoupling[{EXTRAS[error.name]}]'")
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        raise SystemExit(128 + signal.SIGINT) from None
     except (ValueError, OSError) as error:
         if not _is_the_users(error):
             raise
@@ -109,6 +113,8 @@ def _run_command(name: str, arguments: list[str]) -> None:
     from docstring_parser import parse
     from jsonargparse import ArgumentParser
 
+    from parallel_decoupling.files import expand_paths
+
     module, _, function = COMMANDS[name][0].rpartition(".")
     command: Callable[..., None] = getattr(import_module(f"parallel_decoupling.{module}"), function)
     about = parse(command.__doc__ or "")
@@ -119,4 +125,4 @@ def _run_command(name: str, arguments: list[str]) -> None:
         parser.add_argument(each.arg_name, nargs="+", type=str, help=each.description)
     parser.add_function_arguments(command, as_positional=True, as_group=False, skip={*several})
     instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # before 4.49
-    command(**instantiate(parser.parse_args(arguments)).as_dict())
+    command(**instantiate(expand_paths(parser.parse_args(arguments))).as_dict())

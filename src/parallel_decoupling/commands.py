@@ -10,11 +10,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from parallel_decoupling.option_types import Port, PositiveInt, checked
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rich.table import Table
 
+    from parallel_decoupling.data.collate import Collator
     from parallel_decoupling.evaluation.embedder import Embedder
     from parallel_decoupling.search import Hit, Searcher
 
@@ -28,7 +31,7 @@ def index(
 
     Args:
         embeddings: the folder that predict wrote; exact search needs nothing else.
-        index_dir: gets the index; one that is there is replaced.
+        index_dir: gets the index; one that is there is replaced when the new one is complete.
         index_type: approximate search, by LanceDB's names; none compares with every item.
     """
     from parallel_decoupling.evaluation.store import Store
@@ -39,13 +42,14 @@ def index(
     sys.stdout.write(f"{index_dir}: {len(store)} items with {', '.join(store.columns)}\n")
 
 
+@checked()
 def search(
     embeddings: str,
     text: str | None = None,
     image: str | None = None,
     model: str | None = None,
     instruction: str | None = None,
-    top_k: int = 10,
+    top_k: PositiveInt = 10,
     scoring: str = "aggregate",
     where: str | None = None,
 ) -> None:
@@ -55,7 +59,8 @@ def search(
         embeddings: the folder that predict wrote, or what index made of it.
         text: of the query.
         image: file of the query's picture.
-        model: checkpoint, run or exported folder; by default the checkpoint that embedded the items.
+        model: checkpoint, run or exported folder; by default the checkpoint that embedded the items, if that
+            is beside the folder of embeddings or below it.
         instruction: put before the text; by default the model's own for queries.
         top_k: number of hits.
         scoring: aggregate, path_0 and so on, or with several paths maxsim.
@@ -71,20 +76,22 @@ def search(
     Console(width=None if sys.stdout.isatty() else 160).print(hits_table(hits))
 
 
+@checked()
 def app(
     embeddings: str,
     model: str | None = None,
     image_dir: str | None = None,
     instruction: str | None = None,
     host: str = "127.0.0.1",
-    port: int = 7860,
+    port: Port = 7860,
 ) -> None:
     """Show a page to search embeddings by text and image until Ctrl-C.
 
     Args:
         embeddings: the folder that predict wrote, or what index made of it.
-        model: checkpoint, run or exported folder; by default the checkpoint that embedded the items.
-        image_dir: folder of pictures with relative names; by default the one that was embedded.
+        model: checkpoint, run or exported folder; by default the checkpoint that embedded the items, if that
+            is beside the folder of embeddings or below it.
+        image_dir: folder of pictures with relative names; by default the one that was embedded, likewise.
         instruction: stands in its field at first; by default the model's own for queries.
         host: address to listen on.
         port: port to listen on.
@@ -93,7 +100,9 @@ def app(
     from parallel_decoupling.app import build_page, show_page
 
     searcher = open_searcher(embeddings, model)
-    pictures = image_dir or searcher.index.metadata.get("image_dir") or "."
+    pictures = image_dir or searcher.index.metadata.get("image_dir")
+    if pictures is None:
+        raise ValueError(f"{embeddings} does not say where its pictures are: give --image_dir")
     words = searcher.embedder.query_instruction if instruction is None else instruction
     show_page(build_page(searcher, pictures, words), host, port)
 
@@ -109,10 +118,11 @@ def export(
 
     Args:
         model: checkpoint, run or exported folder.
-        folder: where to write; must not hold a model yet.
+        folder: where to write; must be new or empty.
         paths: numbers of the paths to keep, 0 or [0,2]; none keeps all.
         merge_adapters: write a full backbone with the adapters in its weights.
-        include_backbone: write the backbone as well; otherwise the folder refers to it by name.
+        include_backbone: write the backbone as well; otherwise the folder refers to it by name, unless it is
+            a local folder that is not beside this one.
     """
     from parallel_decoupling.model.pretrained import checkpoint_file, is_pretrained, scores_of
 
@@ -124,6 +134,42 @@ def export(
     files = [file for file in Path(folder).rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files) / 1e6
     sys.stdout.write(f"{folder}: {len(files)} files, {size:.1f} MB\n")
+
+
+def verify(data_dir: str, sample: int | None = 20, model: str = "tiny") -> None:
+    """Check a data folder, and exit with 1 if something is wrong.
+
+    Args:
+        data_dir: the folder, in MMEB's layout or with a tasks.json.
+        sample: training rows, queries and candidates per table that are prepared for an embedding; null
+            takes all of them.
+        model: must accept the rows; checkpoint, run or exported folder, or a backbone.
+    """
+    from parallel_decoupling.data.names import printable
+    from parallel_decoupling.data.verify import verify as checks_of
+
+    checks = checks_of(data_dir, load_collator(model), sample)
+    for check in checks:
+        lines = [", ".join(f"{count} {what}" for what, count in check.counts.items())]
+        lines += [f"note: {note}" for note in check.notes]
+        lines += [f"problem: {problem}" for problem in check.problems]
+        sys.stdout.writelines(printable(f"{check}: {line}\n") for line in lines if line)
+    if any(check.problems for check in checks):
+        raise SystemExit(1)
+
+
+def load_collator(model: str) -> Collator:
+    """Return what prepares inputs for a trained model or for a backbone, of which no weights are read."""
+    from parallel_decoupling.batch import TokenLimit
+    from parallel_decoupling.data.collate import Collator
+    from parallel_decoupling.model.backbone import load_backbone
+    from parallel_decoupling.model.pretrained import LAST_CHECKPOINT, is_pretrained
+
+    if is_pretrained(model) or Path(model).is_file() or Path(model, LAST_CHECKPOINT).is_file():
+        return load_model(model).collator
+    backbone = load_backbone(model, meta=True)
+    limit = TokenLimit.of(backbone, backbone.processor)
+    return Collator(backbone.processor, image_token=backbone.image_token, limit=limit)
 
 
 def load_model(path: str | Path) -> Embedder:
@@ -138,15 +184,14 @@ def load_model(path: str | Path) -> Embedder:
 def open_searcher(embeddings: str | Path, model: str | None = None) -> Searcher:
     """Open a folder of embeddings or an index, and a model for it; None is the one that it names."""
     from parallel_decoupling.evaluation.store import Store
-    from parallel_decoupling.lance_index import TABLE, LanceIndex
+    from parallel_decoupling.lance_index import LanceIndex, table_dirs
     from parallel_decoupling.search import ExactIndex, Searcher
 
-    is_lance = Path(embeddings, f"{TABLE}.lance").is_dir()
-    items = LanceIndex(embeddings) if is_lance else ExactIndex(Store(embeddings))
-    model = model or items.metadata.get("model")
-    if model is None:
-        raise ValueError(f"{embeddings} does not say which checkpoint it was made with: give --model")
-    return Searcher(load_model(model), items)
+    items = LanceIndex(embeddings) if table_dirs(embeddings) else ExactIndex(Store(embeddings))
+    named = items.metadata.get("model")
+    if model is None and not (named and Path(named).exists()):
+        raise ValueError(f"the checkpoint that made {embeddings} is not beside it: give --model")
+    return Searcher(load_model(str(model or named)), items)
 
 
 def hits_table(hits: Sequence[Hit]) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from parallel_decoupling.evaluation.score import similarities
 from parallel_decoupling.evaluation.store import METADATA_KEY, Store, to_tensor
+from parallel_decoupling.files import atomic_write, locked
+from parallel_decoupling.model.locations import located, portable
 from parallel_decoupling.search import (
     MAXSIM,
     Hit,
@@ -25,7 +28,8 @@ from parallel_decoupling.search import (
     scored_vectors,
 )
 
-TABLE = "items"
+TABLE = "items-{:05d}"
+"""Name of a table by its number, which is higher than that of the table it replaces."""
 REFINED = 10  # items per hit that an approximate index scores again with the vectors themselves
 ROWS_FOR_TRAINING = 256  # fewest items on which LanceDB trains an approximate index
 
@@ -43,16 +47,27 @@ def write_lance_index(store: Store, index_dir: str | Path, index_type: IndexType
         raise ValueError(f"{index_type} needs at least {ROWS_FOR_TRAINING} items; leave out index_type")
     tables = _tables(store)
     first = next(tables)
-    metadata = {METADATA_KEY: json.dumps(store.metadata)}
-    database = _lancedb().connect(index_dir)
-    database.drop_table(TABLE, ignore_missing=True)
-    table = database.create_table(TABLE, first.replace_schema_metadata(metadata))
-    for rows in tables:
-        table.add(rows)
-    if index_type is not None:
-        kind = getattr(_lancedb().index, index_type.title().replace("_", ""))
-        for column in (*store.columns, *([MAXSIM] if MAXSIM in first.column_names else [])):
-            table.create_index(column, config=kind(distance_type="cosine"))
+    metadata = {METADATA_KEY: json.dumps(portable(store.metadata, index_dir))}
+    with locked(index_dir):
+        old = table_dirs(index_dir)
+        name = TABLE.format(max(old, default=0) + 1)
+        with atomic_write(Path(index_dir, f"{name}.lance")) as unfinished:
+            database = _lancedb().connect(unfinished.parent)
+            table = database.create_table(name, first.replace_schema_metadata(metadata))
+            for rows in tables:
+                table.add(rows)
+            if index_type is not None:
+                kind = getattr(_lancedb().index, index_type.title().replace("_", ""))
+                for column in (*store.columns, *([MAXSIM] if MAXSIM in first.column_names else [])):
+                    table.create_index(column, config=kind(distance_type="cosine"))
+        for folder in old.values():
+            shutil.rmtree(folder)
+
+
+def table_dirs(index_dir: str | Path) -> dict[int, Path]:
+    """Return the tables in a folder by number, of which the highest counts."""
+    found = Path(index_dir).glob("items-*.lance")
+    return dict(sorted((int(folder.stem.partition("-")[2]), folder) for folder in found))
 
 
 class LanceIndex:
@@ -62,11 +77,12 @@ class LanceIndex:
     """
 
     def __init__(self, index_dir: str | Path) -> None:
-        if not Path(index_dir, f"{TABLE}.lance").is_dir():
+        tables = table_dirs(index_dir)
+        if not tables:
             raise ValueError(f"{index_dir} does not hold an index: write one with lightning index")
-        self._table = _lancedb().connect(index_dir).open_table(TABLE)
+        self._table = _lancedb().connect(index_dir).open_table(TABLE.format(max(tables)))
         schema = self._table.schema
-        self.metadata: Mapping[str, Any] = json.loads(schema.metadata[METADATA_KEY])
+        self.metadata: Mapping[str, Any] = located(json.loads(schema.metadata[METADATA_KEY]), index_dir)
         self.columns: tuple[str, ...] = tuple(self.metadata["columns"])
         self._fields = [name for name in schema.names if name not in (*self.columns, MAXSIM)]
         self.scorings = (*self.columns, *([MAXSIM] if MAXSIM in schema.names else []))

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +21,44 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from rich.table import Table
 
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.evaluation.run import EmbeddingWriter, Scoring
 from parallel_decoupling.evaluation.store import Keeper, VectorType
+from parallel_decoupling.files import atomic_write, expand_paths, locked
 from parallel_decoupling.model.encoder import absolute_name
-from parallel_decoupling.model.pretrained import LAST_CHECKPOINT, read_checkpoint
+from parallel_decoupling.model.pretrained import read_checkpoint
 from parallel_decoupling.training.callbacks import console
 from parallel_decoupling.training.module import PDFEmbedder
+from parallel_decoupling.training.resuming import Continuity, continue_logs
+from parallel_decoupling.training.run_folder import (
+    FIT_CONFIG,
+    as_list,
+    checkpoint_dir,
+    find_checkpoint,
+    is_first_process,
+    run_files,
+)
 from parallel_decoupling.training.settings import CONFIGS, FIXED
 
 log = logging.getLogger(__name__)
-FIT_CONFIG = "config.yaml"
 SAVE_EVERY = 50
 """Main steps after which ``last.ckpt`` is renewed inside an epoch."""
 
+OF_THE_TRAINER = (
+    TypeError,
+    ValueError,
+    RuntimeError,
+    AttributeError,
+    LookupError,
+    ImportError,
+    AssertionError,
+)
+"""What Lightning raises while it builds a Trainer from options that do not work, here or together."""
 HARMLESS_WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     "Checkpoint directory .* exists and is not empty",
@@ -60,6 +82,12 @@ def run(args: Sequence[str]) -> None:
         PlanCLI(["fit", *options]) if subcommand == "plan" else RunCLI([subcommand, *options])
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
+    except SystemExit as stop:
+        if isinstance(stop, SIGTERMException):
+            raise SystemExit(128 + signal.SIGTERM) from None
+        if isinstance(stop.__context__, KeyboardInterrupt):  # which Lightning makes a 1 of
+            raise SystemExit(128 + signal.SIGINT) from None
+        raise
 
 
 class _Parser(LightningArgumentParser):
@@ -76,6 +104,14 @@ class _SaveConfig(SaveConfigCallback):
             config["ckpt_path"] = None
         super().__init__(parser, config, **options)
 
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Write the file whole or not at all."""
+        file = Path(trainer.log_dir or "", self.config_filename).absolute()  # all processes must ask
+        with ExitStack() as stack:
+            if trainer.is_global_zero and not self.already_saved:
+                self.config_filename = str(stack.enter_context(atomic_write(file)))
+            super().setup(trainer, pl_module, stage)
+
 
 class RunCLI(LightningCLI):
     """LightningCLI with this package's model and data; ``trainer.default_root_dir`` holds all of a run."""
@@ -83,20 +119,16 @@ class RunCLI(LightningCLI):
     def __init__(self, args: list[str]) -> None:
         self.typed: Any = None
         self.wanted = args[0]
+        self._steps_before = 0
         file = FIT_CONFIG if args[0] == "fit" else f"{args[0]}_config.yaml"
-        super().__init__(
-            PDFEmbedder,
-            MMEBDataModule,
-            parser_class=_Parser,
-            save_config_callback=_SaveConfig,
-            save_config_kwargs={"overwrite": True, "config_filename": file},
-            trainer_defaults={"use_distributed_sampler": False, "default_root_dir": "runs/default"},
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            parser_kwargs={"allow_abbrev": False},  # a mistyped option must not pass for another one
-            args=args,
-        )
+        saves = None if self.wanted == "predict" else _SaveConfig  # it names absolute paths
+        options: dict[str, Any] = {"parser_class": _Parser, "save_config_callback": saves}
+        options["save_config_kwargs"] = {"overwrite": True, "config_filename": file}
+        options["trainer_defaults"] = {"use_distributed_sampler": False, "default_root_dir": "runs/default"}
+        options["parser_kwargs"] = {"allow_abbrev": False}  # a mistyped option must not pass for another one
+        options |= {"auto_configure_optimizers": False, "load_from_checkpoint_support": False}
+        with ExitStack() as self._until_the_end:
+            super().__init__(PDFEmbedder, MMEBDataModule, seed_everything_default=0, args=args, **options)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Return the subcommand that was typed alone, as each takes a second to build."""
@@ -121,30 +153,53 @@ class RunCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and parse again without defaults: what is left was typed."""
-        self.config = parser.parse_args(args)
-        self.typed = parser.parse_args(args, defaults=False)
+        self.config = expand_paths(parser.parse_args(args))
+        self.typed = expand_paths(parser.parse_args(args, defaults=False))
 
     def instantiate_classes(self) -> None:
-        """Refuse what would overwrite a run, then build."""
+        """Lock the folders that are written, refuse what would overwrite a run, then build."""
         config = self.config[self.config.subcommand]
         if config.trainer.accumulate_grad_batches != 1:
             raise ValueError(
                 "trainer.accumulate_grad_batches: negatives do not add up over batches. Raise data.batch_size"
                 ", with model.query_chunk_size and model.candidate_chunk_size (GradCache), instead."
             )
-        if self.config.subcommand == "fit" and not config.ckpt_path and not config.trainer.fast_dev_run:
-            folder = _checkpoint_dir(config.trainer)
-            if folder is not None and (file := folder / LAST_CHECKPOINT.name).exists():
-                raise ValueError(
-                    f"{file} is there already, and this fit would overwrite it. Resume it with --ckpt_path "
-                    "last, choose another --trainer.default_root_dir, or remove the folder."
-                )
+        if not config.trainer.fast_dev_run:
+            if is_first_process():
+                for folder in self._written_folders():
+                    self._until_the_end.enter_context(locked(folder))
+            if self.config.subcommand == "fit" and not config.ckpt_path:
+                self._check_that_nothing_is_overwritten(config.trainer)
         super().instantiate_classes()
+
+    def _check_that_nothing_is_overwritten(self, trainer: Any) -> None:
+        if files := run_files(trainer):
+            raise ValueError(
+                f"{files[0]} is there already, and this fit would overwrite its run. Resume it with "
+                "--ckpt_path last, choose another --trainer.default_root_dir, or remove the folder."
+            )
+        if is_first_process():
+            self._until_the_end.callback(self._forget_run_without_steps, trainer)
+
+    def _forget_run_without_steps(self, trainer: Any) -> None:
+        """Remove what a fit has left that failed before its first step: it is no run to be kept."""
+        if not hasattr(self, "model") or not self.model.progress.steps_done:
+            for file in run_files(trainer):
+                file.unlink()
+
+    def _written_folders(self) -> list[Path]:
+        """Return the folders that this subcommand writes to."""
+        config = self.config[self.config.subcommand]
+        root = Path(config.trainer.default_root_dir)
+        if self.config.subcommand == "predict":
+            return [Path(config.output_dir or root / "embeddings")]
+        folders = [root, config.get("embeddings_dir")]
+        return [Path(folder) for folder in folders if folder is not None]
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Connect model, data and callbacks; without the user's own add TensorBoard and ``last.ckpt``."""
         config = self._get(self.config_init, "trainer")
-        callbacks, keeper = list(_as_list(config.get("callbacks"))), self._keeper()
+        callbacks, keeper = list(as_list(config.get("callbacks"))), self._keeper()
         self.datamodule.connect(self.model, keeper)
         callbacks.append(Scoring(self.datamodule, keeper))
         if self.config.subcommand == "predict":
@@ -156,23 +211,47 @@ class RunCLI(LightningCLI):
                 config["default_root_dir"], name="", version="", default_hp_metric=False
             )
         wants_files = config.get("enable_checkpointing") is not False and not config.get("fast_dev_run")
-        if wants_files and not any(isinstance(callback, Checkpoint) for callback in callbacks):
+        own = [callback for callback in callbacks if isinstance(callback, Checkpoint)]
+        if wants_files and not any(getattr(callback, "save_last", None) for callback in own):
             options: dict[str, Any] = {"enable_version_counter": False, "auto_insert_metric_name": False}
-            options["dirpath"] = Path(config["default_root_dir"]) / LAST_CHECKPOINT.parent
+            options["dirpath"] = checkpoint_dir(self.config[self.config.subcommand].trainer)
             options["save_on_train_epoch_end"] = True  # else validations take the place of a run's end
-            callbacks.append(ModelCheckpoint(filename="step={step}", save_last=True, **options))
+            name = {"filename": "last"} if own else {"filename": "step={step}", "save_last": True}
+            callbacks.append(ModelCheckpoint(every_n_epochs=1, **name, **options))
             callbacks.append(ModelCheckpoint(filename="last", every_n_train_steps=SAVE_EVERY, **options))
-        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        try:
+            return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        except OF_THE_TRAINER as error:
+            raise ValueError(f"one of the trainer's options cannot be used: {error}") from error
 
     def _keeper(self) -> Keeper | None:
         """Open the folder of embeddings of ``predict``, or the one that ``test`` was given."""
         config = self.config_init[self.config.subcommand]
         if self.config.subcommand == "predict":
-            folder = config.output_dir or Path(config.trainer.default_root_dir, "embeddings")
+            (folder,) = self._written_folders()
             model = None if config.ckpt_path is None else os.path.abspath(config.ckpt_path)
             return Keeper(folder, lambda: self.model.about() | {"model": model}, dtype=config.output_dtype)
         folder = config.get("embeddings_dir")
         return None if folder is None else Keeper(folder, self.model.about, replace=True)
+
+    def before_fit(self) -> None:
+        """Log where the run did that is resumed."""
+        config = self.config.fit
+        if config.ckpt_path is not None:
+            self._steps_before = read_checkpoint(config.ckpt_path)["progress"]["steps_done"]
+            if Path(config.trainer.default_root_dir).resolve() in Path(config.ckpt_path).resolve().parents:
+                continue_logs(self.trainer.loggers, self._steps_before - 1)
+
+    def after_fit(self) -> None:
+        """Make up for the last validation, or warn, where nothing was left to train."""
+        if self.model.progress.steps_done > self._steps_before:
+            return
+        callbacks: Any = self.trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(callback, Continuity) and callback.validation_is_due for callback in callbacks):
+            self.trainer.validate(self.model, self.datamodule, verbose=False)
+        else:
+            steps = f"--ckpt_path has all {self._steps_before} main steps of this run"
+            rank_zero_warn(f"Nothing was trained: {steps}. Raise trainer.max_steps or max_epochs.")
 
     def before_predict(self) -> None:
         """Warn of a model that nothing has trained."""
@@ -182,7 +261,8 @@ class RunCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Find the checkpoint, take over its settings that were not typed, and show those that differ."""
         config = self.config[self.config.subcommand]
-        file = self._checkpoint_file(config)
+        is_fit = self.config.subcommand == "fit"
+        file = find_checkpoint(config["ckpt_path"], config["trainer"], is_fit=is_fit)
         config["ckpt_path"] = file and str(file)
         if file is None:
             return
@@ -211,25 +291,6 @@ class RunCLI(LightningCLI):
             used = "the checkpoint's" if fixed else "yours"
             yield f"{part}.{name}", repr(yours), repr(value), used
 
-    def _checkpoint_file(self, config: Any) -> Path | None:
-        """Resolve ``ckpt_path``; ``last`` is the run's own, and a fit without one starts anew."""
-        wanted = config.get("ckpt_path")
-        if not wanted:
-            return None
-        folder = _checkpoint_dir(config["trainer"]) if wanted == "last" else Path()
-        if folder is None:
-            raise ValueError("--ckpt_path last: this logger numbers its runs, so give the file instead.")
-        file = folder / LAST_CHECKPOINT.name if wanted == "last" else Path(wanted)
-        if file.is_file():
-            return file
-        if wanted == "last" and self.config.subcommand == "fit":
-            rank_zero_info(f"--ckpt_path last: {file} is not there yet, so this run starts anew.")
-            return None
-        raise ValueError(
-            f"--ckpt_path {wanted}: there is no checkpoint file {file}. Give a file, "
-            "or 'last' together with the trainer.default_root_dir of the run."
-        )
-
 
 class PlanCLI(RunCLI):
     """Parses what ``fit`` would, and prints its plan instead of building anything."""
@@ -247,20 +308,6 @@ class PlanCLI(RunCLI):
         config = self.config[subcommand].as_dict()
         parts = [config[name] for name in ("model", "data", "trainer", "gpu_memory_gib")]
         console().print(*plan_tables(*parts), sep="\n")
-
-
-def _as_list(value: Any) -> Iterable[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def _checkpoint_dir(trainer: Any) -> Path | None:
-    """Return the folder of this configuration's checkpoints; None if its own logger numbers runs."""
-    for callback in _as_list(trainer.get("callbacks")):
-        if callback["class_path"].endswith(".ModelCheckpoint"):
-            dirpath = (callback.get("init_args") or {}).get("dirpath")
-            if dirpath or trainer.get("logger") not in (None, True, False):
-                return dirpath and Path(dirpath)
-    return Path(trainer["default_root_dir"]) / LAST_CHECKPOINT.parent
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

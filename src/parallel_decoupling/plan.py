@@ -86,16 +86,19 @@ def read_layout(trainer: Mapping[str, Any]) -> tuple[int, str]:
 
 
 class ImageCost(NamedTuple):
-    """Tokens of one image, patches in rows of ``context``, and bytes of pixels."""
+    """Tokens of one image, patches in rows of ``context``, bytes of pixels, and the layers' joint width."""
 
     tokens: int
     patches: int
     context: int
     num_bytes: int
+    width: int
 
 
 def image_cost(backbone: Backbone, images: ImagePolicy) -> ImageCost:
-    """Let the backbone's processor prepare a picture of ``NATURAL_IMAGE``, and count."""
+    """Let the backbone's processor prepare a picture of ``NATURAL_IMAGE``, and count: 0 without vision."""
+    if backbone.family.vision_module is None:
+        return ImageCost(0, 0, 0, 0, 0)
     collator = Collator(backbone.processor, image_token=backbone.image_token, images=images)
     inputs = collator.encode_inputs([RawInput(IMAGE_PLACEHOLDER, (Image.new("RGB", NATURAL_IMAGE),))])
     token = backbone.processor.tokenizer.convert_tokens_to_ids(backbone.image_token)
@@ -104,9 +107,10 @@ def image_cost(backbone: Backbone, images: ImagePolicy) -> ImageCost:
     patch, whole = (side[0] if isinstance(side, list | tuple) else side for side in sides)
     patches = pixels.numel() // (3 * patch**2 * getattr(vision, "temporal_patch_size", 1))
     context = patches if whole is None else min(patches, (whole // patch) ** 2)
-    return ImageCost(
-        int((inputs.tokens["input_ids"] == token).sum()), patches, context, pixels.numel() * FP32
-    )
+    width = getattr(vision, "depth", None) or vision.num_hidden_layers
+    width *= getattr(vision, "embed_dim", None) or vision.hidden_size
+    tokens = int((inputs.tokens["input_ids"] == token).sum())
+    return ImageCost(tokens, patches, context, pixels.numel() * FP32, width)
 
 
 def saved_bytes(layers: nn.Module, element: int) -> int:
@@ -133,7 +137,7 @@ class Plan:
         check_trained_dtype(plain)
         self.processes, self.strategy = read_layout(trainer)
         self.queries, self.steps = int(data["batch_size"]), max(0, int(trainer["max_steps"]))
-        self.candidates: int = self.queries * (1 + data["hard_negatives"])
+        self.candidates: int = self.queries * (data["positives"] + data["hard_negatives"])
         if self.queries % self.processes:
             raise ValueError(f"batch_size={self.queries} must be a multiple of {self.processes} processes.")
         options = group(("dtype", "adapter", "initial_adapter", "family"), self.model)
@@ -216,9 +220,7 @@ class Plan:
     @property
     def flops(self) -> float:
         """Return the floating-point operations of one step of all processes."""
-        vision, width = self.backbone.config.vision_config, self.backbone.num_layers * self.encoder.embed_dim
-        tower_width = getattr(vision, "depth", None) or vision.num_hidden_layers
-        tower_width *= getattr(vision, "embed_dim", None) or vision.hidden_size
+        width = self.backbone.num_layers * self.encoder.embed_dim
         total, backward = 0.0, 2 if self.full else 1
         for rows, images, chunk in self.sides:
             once = {"forward": 1 + (chunk is not None), "backward": 0}
@@ -227,5 +229,5 @@ class Plan:
                 tokens, keys = self.paths * count * length, length + self.encoder.prefix_length
                 total += compute.layer_flops(self.layers, width, tokens, keys, **both)
             options, tokens = both if self.tower_trains else once, images * self.image.patches
-            total += compute.layer_flops(self.tower, tower_width, tokens, self.image.context, **options)
+            total += compute.layer_flops(self.tower, self.image.width, tokens, self.image.context, **options)
         return total * self.processes

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from parallel_decoupling.data.prompts import listed
 from parallel_decoupling.evaluation.score import similarities
 from parallel_decoupling.evaluation.store import AGGREGATE, Store, path_column
 from parallel_decoupling.model.identity import path_hashes
@@ -20,7 +21,9 @@ from parallel_decoupling.model.identity import path_hashes
 MAXSIM = "maxsim"
 MEMORY_BUDGET = 4 * 2**30
 ROWS_AT_ONCE = 1024  # items that are scored together
-DECODING_BYTES = 9  # what reading a number takes for a moment, beside the four bytes of its float32
+DECODING_BYTES = (
+    14  # what reading a number takes for a moment beside its float32; 9 in newer releases of pyarrow
+)
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,7 @@ class Searcher:
 
     def search(
         self,
-        inputs: Iterable[Any],
+        inputs: Any,
         top_k: int = 10,
         scoring: str = AGGREGATE,
         *,
@@ -170,7 +173,7 @@ class Searcher:
         """Find at most ``top_k`` hits for every query, best first.
 
         Args:
-            inputs: a list of what ``Embedder.encode`` takes: texts, PIL images, image files, dictionaries.
+            inputs: what ``Embedder.encode`` takes, one item or a list.
             top_k: hits per query.
             scoring: ``aggregate``; ``path_0`` and so on; or ``maxsim``, every query path with the item's best
                 path.
@@ -180,7 +183,7 @@ class Searcher:
         if scoring not in self.scorings:
             raise ValueError(f"scoring is {scoring!r}; this model and index have {', '.join(self.scorings)}")
         options = {} if instruction is None else {"instruction": instruction}
-        embeddings_QND = self.embedder.encode_query(list(inputs), paths="all", **options)
+        embeddings_QND = self.embedder.encode_query(listed(inputs), paths="all", **options)
         shared = [name for name in path_columns(self.index.columns) if name in self._paths]
         queries = {name: embeddings_QND[:, self._paths[name]] for name in shared}
         if scoring == AGGREGATE:

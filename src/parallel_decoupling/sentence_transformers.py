@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import reprlib
 from collections.abc import Mapping, Sequence
+from copy import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from parallel_decoupling.data.prompts import to_raw_inputs
+from parallel_decoupling.batch import RawInput, TokenLimit
+from parallel_decoupling.data.prompts import to_raw_input
+from parallel_decoupling.data.unusable import RowError, doubled, one_row
 from parallel_decoupling.evaluation.embedder import Embedder
+from parallel_decoupling.evaluation.encode import STAND_IN, embed
+from parallel_decoupling.files import workplace
 from parallel_decoupling.model.identity import encoder_identity
 
 try:
@@ -24,29 +31,75 @@ if TYPE_CHECKING:
 
 Output = int | str
 """A path's number, or ``"aggregate"``."""
+BadInputs = Literal["error", "stand_in"]
+
+log = logging.getLogger(__name__)
 
 
 class PathEmbedding(InputModule):
     """The aggregate or one path of an embedder, as the only module of a ``SentenceTransformer``.
 
     ``SentenceTransformer.encode(..., paths=0)`` chooses another path, or ``"aggregate"``, for one call.
-    Embeddings equal ``embedder.encode(inputs, instruction=prompt, paths=paths)``.
+    Embeddings equal ``embedder.encode(inputs, instruction=prompt, paths=paths)``, but that every string is a
+    text. An input that cannot be embedded is a ``RowError``, or with ``bad_inputs="stand_in"`` gets the
+    embedding of another text, and ``num_stand_ins`` counts it.
     """
 
     forward_kwargs = {"paths"}
     modalities: list[Modality] = ["text", "image", ("image", "text"), "message"]
     """With ``message``, one batch may hold texts and images; chat messages themselves are refused."""
 
-    def __init__(self, embedder: Embedder, paths: Output = "aggregate") -> None:
+    def __init__(
+        self, embedder: Embedder, paths: Output = "aggregate", bad_inputs: BadInputs = "error"
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.bad_inputs, self.num_stand_ins, self.num_cut = bad_inputs, 0, 0
         self.embedder, self.encoder = embedder, embedder.encoder
         self.paths = self._checked(paths)
         self.collator, self.tokenizer = embedder.collator, embedder.encoder.processor.tokenizer
 
+    @property
+    def max_seq_length(self) -> int:
+        """``max_tokens`` of the embedder; one that is set here is this module's alone, and is saved."""
+        return self.embedder.limit.max_tokens
+
+    @max_seq_length.setter
+    def max_seq_length(self, value: int | None) -> None:
+        self.embedder = copy(self.embedder)
+        about = self.encoder.backbone, self.encoder.processor, value, self.embedder.limit.long_text
+        self.embedder.limit = TokenLimit.of(*about)
+        self.collator = self.embedder.collator
+
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **options: Any) -> dict[str, Any]:
         """Tokenise what ``Embedder.encode`` takes, with ``prompt`` and a space before every text."""
-        rows = to_raw_inputs(list(inputs), (prompt or "").strip() or None)
-        return {"encoder_inputs": self.collator.encode_inputs(rows)}
+        if options.get("processing_kwargs"):
+            raise ValueError("processing_kwargs have no effect on this model: set max_seq_length instead")
+        rows, problems = list[RawInput](), dict[int, RowError]()
+        for number, item in enumerate(inputs):
+            try:
+                with one_row():
+                    given = {"text": item} if isinstance(item, str) else item
+                    rows.append(to_raw_input(given, (prompt or "").strip() or None))
+            except RowError as error:
+                problems[number] = error
+                rows.append(STAND_IN)
+        encoded, unusable = self.collator.encode_usable(rows)
+        problems |= unusable
+        for number, problem in problems.items() if self.bad_inputs == "error" else ():
+            with one_row(f"{reprlib.repr(inputs[number])}: "):
+                raise problem
+        if encoded is None or unusable:
+            used = [STAND_IN if number in unusable else row for number, row in enumerate(rows)]
+            encoded = self.collator.encode_inputs(used)
+        self._count("num_stand_ins", len(problems), "inputs that got a stand-in")
+        self._count("num_cut", encoded.num_cut, f"texts cut to {self.max_seq_length} tokens")
+        return {"encoder_inputs": encoded}
+
+    def _count(self, name: str, new: int, what: str) -> None:
+        before = getattr(self, name)
+        setattr(self, name, before + new)
+        if doubled(before, new):
+            log.warning("%s so far: %d", what, before + new)
 
     def forward(
         self, features: dict[str, Any], paths: Output | None = None, **options: Any
@@ -55,9 +108,9 @@ class PathEmbedding(InputModule):
         chosen = self.paths if paths is None else self._checked(paths)
         inputs = features["encoder_inputs"].to(self.embedder.device)
         if isinstance(chosen, int):
-            embedding_BD: Tensor = self.encoder(inputs, [chosen])[:, 0]
+            embedding_BD: Tensor = embed(self.encoder, inputs, [chosen])[:, 0]
         else:
-            embedding_BD = self.encoder.aggregate(self.encoder(inputs))
+            embedding_BD = self.encoder.aggregate(embed(self.encoder, inputs))
         return {**features, "sentence_embedding": embedding_BD}
 
     def get_embedding_dimension(self) -> int:
@@ -66,13 +119,20 @@ class PathEmbedding(InputModule):
 
     def save(self, output_path: str, *args: Any, **options: Any) -> None:
         """Write the embedder's own files, of a chosen path that path alone; the library writes the others."""
-        self.embedder.save_pretrained(output_path, [self.paths] if isinstance(self.paths, int) else None)
+        with workplace(output_path) as place:
+            self.embedder.save_pretrained(place / "m", [self.paths] if isinstance(self.paths, int) else None)
+            for file in (place / "m").iterdir():
+                file.replace(Path(output_path, file.name))
 
     @classmethod
     def load(  # type: ignore[override]
         cls, model_name_or_path: str, subfolder: str = "", **options: Any
     ) -> PathEmbedding:
         """Load an exported folder, local or from the hub; of one path it gives that path."""
+        unused = {name: options.get(name) for name in ("model_kwargs", "processor_kwargs", "config_kwargs")}
+        unused |= {"backend": options.get("backend", "torch").replace("torch", "")}
+        if given := {name: value for name, value in unused.items() if value}:
+            raise ValueError(f"{given} would have no effect here; use model.to(), half() or bfloat16()")
         names = ("token", "cache_folder", "revision", "local_files_only")
         of_hub = {name: options[name] for name in names if name in options}
         folder = cls.load_dir_path(model_name_or_path, subfolder, **of_hub)
@@ -88,6 +148,30 @@ class PathEmbedding(InputModule):
         raise ValueError(f"paths is {paths!r}; use 'aggregate' or a path number, 0 to {last}")
 
 
+class PathSentenceTransformer(SentenceTransformer):
+    """A ``SentenceTransformer`` whose errors name the place of an input in the list that was given."""
+
+    first: int | None = None
+    """Place of the next call's first input, where one list comes in several calls."""
+
+    def encode(self, *args: Any, **options: Any) -> Any:
+        """Encode as the library does."""
+        given = dict(zip(("inputs", "prompt_name", "prompt"), args, strict=False)) | options
+        inputs: Any = given.get("inputs", given.get("sentences"))
+        items = [inputs] if self.is_singular_input(inputs) else list(inputs)
+        try:
+            result = super().encode(*args, **options)
+        except RowError:  # batches are sorted by length, and may be made in other processes
+            name = given.get("prompt_name") or self.default_prompt_name
+            prompt = self.prompts.get(name or "") if given.get("prompt") is None else given["prompt"]
+            for index, item in enumerate(items):
+                with one_row(f"input {(self.first or 0) + index}: "):
+                    self.preprocess([item], prompt)
+            raise
+        self.first = None if self.first is None else self.first + len(items)
+        return result
+
+
 def as_sentence_transformer(
     model: Embedder | str | Path,
     paths: Output = "aggregate",
@@ -95,7 +179,8 @@ def as_sentence_transformer(
     prompts: Mapping[str, str] | None = None,
     truncate_dim: int | None = None,
     device: str | torch.device = "cpu",
-) -> SentenceTransformer:
+    bad_inputs: BadInputs = "error",
+) -> PathSentenceTransformer:
     """Make a ``SentenceTransformer`` of an embedder, a checkpoint, a run or an exported folder.
 
     Args:
@@ -104,11 +189,13 @@ def as_sentence_transformer(
         prompts: by name; None is ``query`` and ``document``, the embedder's own instructions.
         truncate_dim: numbers to keep of every embedding.
         device: where it runs.
+        bad_inputs: what an input that cannot be embedded is: an error with its place in the list, or the
+            embedding of a stand_in, counted by ``model[0].num_stand_ins`` and in the log.
     """
     embedder = model if isinstance(model, Embedder) else Embedder.from_pretrained(model)
     own = {"query": embedder.query_instruction, "document": embedder.candidate_instruction}
-    return SentenceTransformer(
-        modules=[PathEmbedding(embedder, paths)],
+    return PathSentenceTransformer(
+        modules=[PathEmbedding(embedder, paths, bad_inputs)],
         prompts=dict(own if prompts is None else prompts),
         similarity_fn_name="cosine",
         truncate_dim=truncate_dim,
@@ -118,15 +205,32 @@ def as_sentence_transformer(
 
 
 def mteb_model(
-    model: Embedder | str | Path, paths: Output = "aggregate", *, prompts: Mapping[str, str] | None = None
+    model: Embedder | str | Path,
+    paths: Output = "aggregate",
+    *,
+    prompts: Mapping[str, str] | None = None,
+    bad_inputs: BadInputs = "error",
 ) -> SentenceTransformerEncoderWrapper:
     """Make a model that ``mteb.evaluate`` takes; of a plain ``SentenceTransformer`` it assumes texts only.
 
     ``prompts`` are by ``query``, ``document`` or the name of a task or of its type; None is the model's own.
+    ``bad_inputs`` is as for ``as_sentence_transformer``.
     """
     from mteb.models import SentenceTransformerEncoderWrapper
 
-    wrapped = SentenceTransformerEncoderWrapper(as_sentence_transformer(model, paths, prompts=prompts))
+    class Wrapper(SentenceTransformerEncoderWrapper):
+        """Counts inputs over the calls by which mteb encodes one side of a task."""
+
+        def encode(self, *args: Any, **options: Any) -> Any:
+            self.model.first = 0
+            return super().encode(*args, **options)
+
+    try:
+        Wrapper.validate_task_to_prompt_name(dict(prompts or {}))
+    except KeyError as error:
+        raise ValueError(f"mteb would ignore some prompts: {error.args[0]}") from error
+    options: dict[str, Any] = {"prompts": prompts, "bad_inputs": bad_inputs}
+    wrapped = Wrapper(as_sentence_transformer(model, paths, **options))
     embedding: Any = wrapped.model[0]
     embedder = embedding.embedder
     about = {"paths": paths, "prompts": wrapped.model.prompts, "images": embedder.images.settings}

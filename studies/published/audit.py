@@ -109,7 +109,7 @@ class ScoresAudit:
     """A score file against its own parts.
 
     Attributes:
-        report: the means of its tasks, recomputed; None without a task of a known meta-task.
+        report: the means of its tasks, recomputed; None if the meta-task of no task is known.
         problems: what does not fit; empty for a consistent file of all of MMEB's tasks or of own ones.
     """
 
@@ -121,7 +121,7 @@ def read_table(csv_file: str | Path = TABLE) -> list[PublishedRow]:
     """Read a CSV with a heading per mean, such as the leaderboard's; cells are in percent, or empty.
 
     Raises:
-        ValueError: no such columns, a line of another length, or a cell that is not a percentage.
+        ValueError: if the columns are missing, a line has another length, or a cell is not a percentage.
     """
     with open(csv_file, newline="", encoding="utf-8-sig") as stream:
         lines = list(csv.reader(stream))
@@ -188,7 +188,7 @@ def read_scores(path: str | Path) -> TaskScores:
     """Read a score file, or a folder of them, in any of the formats.
 
     Raises:
-        ValueError: none of the formats, or a value that is not a number; says where.
+        ValueError: if the file has none of the formats, or a value is not a number; the message says where.
     """
     path = Path(path)
     if (path / SCORES_FILE).is_file():
@@ -220,8 +220,8 @@ def read_scores(path: str | Path) -> TaskScores:
 def audit_scores(scores: TaskScores) -> ScoresAudit:
     """Recompute the means of a score file's tasks, and list what is odd about it.
 
-    Tasks of no known meta-task are left out of the means and named. A median of hit@1 above 1 means that all
-    rates are in percent. Tasks of MMEB are only missing from a file that has one of them.
+    Tasks whose meta-task is not known are left out of the means and named. A median of hit@1 above 1 means
+    that all rates are in percent. Tasks of MMEB count as missing only if the file has at least one of them.
     """
     known = {**scores.known, **MMEB_TASKS}
     tasks, problems = scores.tasks, []
@@ -255,7 +255,7 @@ def audit_scores(scores: TaskScores) -> ScoresAudit:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the recomputed means and what does not fit; returns the exit code."""
+    """Print the recomputed means and what does not fit, and return the exit code."""
     typed = sys.argv[1:] if arguments is None else list(arguments)
     path = Path(typed[0]) if typed else TABLE
     console, notes = Console(width=None if sys.stdout.isatty() else 120), []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+SHOP_DOCUMENT = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
 OWN_ENTRY: dict[str, Any] = {
     "meta_task": "vqa",
     "in_distribution": False,
@@ -52,3 +54,16 @@ def write_train(data_dir: Path, subset: str, rows: Sequence[dict[str, Any]], spl
 
 def write_eval(data_dir: Path, task: str, rows: Sequence[dict[str, Any]]) -> None:
     write_rows(data_dir / "MMEB-eval" / task / "test-00000-of-00001.parquet", rows)
+
+
+def write_shop(folder: Path) -> Path:
+    """Write ``shop/``, the example of ``SHOP_DOCUMENT``, as it stands there."""
+    pattern = r"^`(shop/[^`]+)`:\n\n```\w+\n(.*?)^```"
+    files = dict(re.findall(pattern, SHOP_DOCUMENT, flags=re.MULTILINE | re.DOTALL))
+    names = ("tasks.json", "train.jsonl", "test.csv", "labels.jsonl")
+    assert list(files) == [f"shop/{name}" for name in names]
+    for name in ("chair_1", "chair_2", "lamp_1"):
+        write_image(folder / "shop" / "photos" / f"{name}.jpg")
+    for name, content in files.items():
+        (folder / name).write_text(content, encoding="utf-8")
+    return folder / "shop"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,20 @@ def test_a_missing_negative_is_a_short_text_that_is_no_target(processor: Any, tm
     assert batch.candidate_ids.tolist() == [own, other, PADDING_ID, own, PADDING_ID, PADDING_ID]
     assert batch.candidate.lengths.tolist()[2:] == [1] * 4
     assert [bool(row) for row in batch.candidate.vision] == [False, True, False, False, False, False]
+
+
+def test_several_positives_and_scores_stand_row_by_row(processor: Any) -> None:
+    a, b, c, n = (RawInput(text) for text in "abcn")
+    pairs = [
+        RawPair(RawInput("q0"), a, (n,), "A", 0, (b, None), (3.0, 2.0, math.nan, -1.0)),
+        RawPair(RawInput("q1"), c, (None,), "B", 0, (None, None)),
+    ]
+    batch = Collator(processor, image_token=TOKEN)(pairs)
+    ids = [identity(each) if each else PADDING_ID for each in (a, c, b, None, n, None, None, None)]
+    assert batch.candidate_ids.tolist() == ids
+    assert batch.num_positives == 3
+    wanted = torch.tensor([[3.0, 2.0, math.nan, -1.0], [math.nan] * 4])
+    torch.testing.assert_close(batch.to("cpu").teacher, wanted, equal_nan=True)
 
 
 def test_identity_is_text_and_image() -> None:

@@ -14,7 +14,6 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.images import (
-    ImageError,
     ImageFolder,
     ImagePolicy,
     SquareSize,
@@ -22,6 +21,7 @@ from parallel_decoupling.data.images import (
     smart_size,
 )
 from parallel_decoupling.data.prompts import prompt
+from parallel_decoupling.data.unusable import RowError
 from tests.data.mmeb_files import write_image
 
 
@@ -44,6 +44,23 @@ def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
     assert pixels.shape == (8, 8, 3)
     assert abs(pixels.mean() - (255 if mode == "1" else level)) < (80 if mode == "1" else 3)
     assert load_image(image).mode == "RGB"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [("uint16", 257), ("uint16", 1), (">u2", 257), ("int32", 1), ("int32", 257), ("float32", 1 / 255)]
+    + [("float32", 1), ("float32", 257)],
+)
+def test_wide_greys_come_out_like_their_8_bit_original(tmp_path: Path, dtype: str, scale: float) -> None:
+    """TIFF I;16, I;16B, I and F: from 0 to 1, to 255 and to 65535."""
+    original = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray((original * np.float64(scale)).astype(dtype)).save(tmp_path / "x.tif")
+    for image in (str(tmp_path / "x.tif"), Image.open(tmp_path / "x.tif")):
+        assert np.array_equal(np.asarray(load_image(image))[:, :, 1], original)
+    for wrong in (-1.0, 70_000.0):
+        Image.fromarray(np.full((2, 2), wrong, np.float32)).save(tmp_path / "y.tif")
+        with pytest.raises(RowError, match=r"y\.tif.* values from .*Convert it to 8 bits"):
+            load_image(str(tmp_path / "y.tif"))
 
 
 def test_a_transparent_palette_keeps_its_colours(tmp_path: Path) -> None:
@@ -72,7 +89,7 @@ def test_missing_and_bomb_sized_files_are_named(tmp_path: Path, monkeypatch: pyt
     noise(128, 65).save(tmp_path / "bomb.png")
     (tmp_path / "empty.jpg").write_bytes(b"")
     for name in ("missing.png", "bomb.png", "empty.jpg"):
-        with pytest.raises(ImageError, match=f"Cannot read image .*{name}"):
+        with pytest.raises(RowError, match=f"Cannot read image .*{name}"):
             load_image(str(tmp_path / name))
 
 
@@ -89,7 +106,7 @@ def test_damaged_files_are_read_or_named_never_anything_else(tmp_path: Path, suf
         file.write_bytes(damaged)
         try:
             assert load_image(str(file)).mode == "RGB"
-        except ImageError:
+        except RowError:
             errors += 1
     assert errors > 10
 
@@ -183,7 +200,7 @@ def test_images_are_found_with_and_without_their_folder(tmp_path: Path, prefix: 
     for _ in range(2):
         assert folder.find(f"{prefix}X/0.png") == file
     assert folder.find("X/1.png") is None
-    with pytest.raises(ImageError, match="no image file 'X/1.png' under .*a or .*b"):
+    with pytest.raises(ValueError, match="no image file 'X/1.png' under .*a or .*b"):
         folder.get("X/1.png")
     assert ImageFolder(tmp_path, must_exist=False).get("X/1.png") == "X/1.png"
     assert folder.find(file) == file, "an absolute name is itself"

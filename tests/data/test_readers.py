@@ -7,21 +7,33 @@ from __future__ import annotations
 
 import json
 import re
+from math import nan
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from parallel_decoupling.batch import RawInput
 from parallel_decoupling.cli import main
+from parallel_decoupling.commands import load_collator
 from parallel_decoupling.data.datamodule import MMEBDataModule
-from parallel_decoupling.data.images import ImageError
-from parallel_decoupling.data.readers import TrainSubset, read_eval_task
+from parallel_decoupling.data.readers import TrainCollator, TrainSubset, read_eval_task
 from parallel_decoupling.data.row_sources import TaskSide
 from parallel_decoupling.data.tasks import MMEB_TASKS, find_eval_tasks, find_train_subsets
-from tests.data.mmeb_files import OWN_ENTRY, eval_row, train_row, write_eval, write_image, write_train
+from parallel_decoupling.data.unusable import RowError
+from tests.data.mmeb_files import (
+    OWN_ENTRY,
+    SHOP_DOCUMENT,
+    eval_row,
+    train_row,
+    write_eval,
+    write_image,
+    write_shop,
+    write_train,
+)
 
-DOCUMENT = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
 QUERY = "<|image_1|>\nRepresent the given image with the following question: What is it? \n"
 
 
@@ -80,6 +92,50 @@ def test_every_row_has_the_asked_number_of_negatives(
     subset = TrainSubset(tmp_path, "S", hard_negatives=2)
     for pair in (subset[0], TrainSubset(tmp_path, "S", hard_negatives=2, missing_images="skip")[0]):
         assert [negative and negative.text for negative in pair.negatives] == expected
+
+
+LISTS = {"pos_text": ["a", "b", "", "c"], "neg_text": ["n", "m"]}
+LISTS |= {"pos_image_path": [""] * 4, "neg_image_path": ["", ""]}
+BLANK = {"pos_text": ["", " "], "pos_image_path": ["", ""], "neg_text": [], "neg_image_path": []}
+
+
+@pytest.mark.parametrize(
+    ("counts", "candidates", "scores"),
+    [
+        ((1, 0), ["a"], [5]),
+        ((2, 1), ["a", "b", "n"], [5, 4, -1]),
+        ((4, 3), ["a", "b", "c", None, "n", "m", None], [5, 4, nan, nan, -1, -2, nan]),
+    ],
+)
+def test_lists_are_several_positives_with_a_teachers_scores(
+    tmp_path: Path, counts: tuple[int, int], candidates: list[str | None], scores: list[float]
+) -> None:
+    given = {**LISTS, "teacher_scores": [5.0, 4.0, None, -1.0, -2.0]}
+    write_train(tmp_path, "S", [train_row(**given), train_row(**BLANK, teacher_scores=None)])
+    subset = TrainSubset(tmp_path, "S", positives=counts[0], hard_negatives=counts[1])
+    assert subset.blank_rows == 1
+    pair = subset[0]
+    own = (pair.candidate, *pair.positives, *pair.negatives)
+    assert [each and each.text for each in own] == candidates
+    assert list(pair.teacher) == pytest.approx(scores, nan_ok=True)
+    assert len(pair.positives) == counts[0] - 1
+    write_train(tmp_path, "T", [train_row(**{**LISTS, "teacher_scores": None}), train_row(**given)])
+    assert np.isnan(TrainSubset(tmp_path, "T", positives=2)[0].teacher).all()
+
+
+def test_positives_that_are_cut_off_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_train(tmp_path, "S", [train_row(**LISTS)])
+    TrainSubset(tmp_path, "S", positives=4).log_gaps()
+    assert not caplog.text
+    TrainSubset(tmp_path, "S", positives=2).log_gaps()
+    assert "'S': rows have up to 4 positives; data.positives takes the first 2" in caplog.text
+
+
+@pytest.mark.parametrize("scores", [[1.0] * 4, [1.0] * 6, "5", ["high"] * 5])
+def test_scores_that_do_not_fit_are_named(tmp_path: Path, scores: Any) -> None:
+    write_train(tmp_path, "S", [train_row(**LISTS, teacher_scores=scores)])
+    with pytest.raises(ValueError, match="row 0, column 'teacher_scores': must be a list of 5 numbers"):
+        TrainSubset(tmp_path, "S")[0]
 
 
 def test_a_subset_without_any_negative_is_said_to_have_none(
@@ -183,17 +239,26 @@ def test_the_first_rows_are_vlm2vecs_cap(tmp_path: Path) -> None:
     assert len(TrainSubset(tmp_path, "S", limit=99, limit_by="first")) == 8
 
 
-def test_the_next_readable_row_stands_in(tmp_path: Path) -> None:
+def test_the_next_usable_row_stands_in(tmp_path: Path, tiny_backbone_dir: str) -> None:
     images = tmp_path / "MMEB-train/images"
     for number in (0, 3):
         write_image(images / f"{number}.png")
     (images / "1.png").write_bytes(b"broken")
     write_train(tmp_path, "S", [train_row("q", qry_image_path=f"images/{row}.png") for row in range(5)])
-    subset = TrainSubset(tmp_path, "S", missing_images="skip")
-    assert [subset[row].row for row in range(5)] == [0, 3, 3, 3, 0]
+    subset, collator = TrainSubset(tmp_path, "S", missing_images="skip"), load_collator(tiny_backbone_dir)
+    assert [subset[row].row for row in range(5)] == [0, 1, 3, 3, 0], "nothing is decoded yet"
+    assert [subset.usable(row, collator).row for row in range(5)] == [0, 3, 3, 3, 0]
+    batch, expected = (
+        TrainCollator(collator, [subset])([subset[0], subset[1]]),
+        collator([subset[0], subset[3]]),
+    )
+    assert torch.equal(batch.query.vision[1]["pixel_values"], expected.query.vision[1]["pixel_values"])
+    subset.missing_images = "error"
+    with pytest.raises(RowError, match=r"training subset 'S', row 1: Cannot read image .*1\.png"):
+        TrainCollator(collator, [subset])([subset[0], subset[1]])
     write_train(tmp_path, "T", [train_row("q", qry_image_path="images/1.png")] * 3)
     with pytest.raises(ValueError, match="3 rows in a row .* `lightning verify`"):
-        TrainSubset(tmp_path, "T", missing_images="skip")[1]
+        TrainSubset(tmp_path, "T", missing_images="skip").usable(1, collator)
     write_train(tmp_path, "U", [train_row("<|image_1|>")])
     with pytest.raises(ValueError, match="in the text but no image"):
         TrainSubset(tmp_path, "U", missing_images="skip")[0]
@@ -201,7 +266,7 @@ def test_the_next_readable_row_stands_in(tmp_path: Path) -> None:
 
 def test_missing_evaluation_images_are_left_to_the_loader_on_demand(tmp_path: Path) -> None:
     write_eval(tmp_path, "GQA", [eval_row("q", ["a", "b"], qry_img_path="GQA/0.jpg")])
-    with pytest.raises(ImageError, match="'GQA', file .*, row 0, column 'qry_text': no image file"):
+    with pytest.raises(RowError, match="'GQA', file .*, row 0, column 'qry_text': no image file"):
         read_eval_task(tmp_path, "GQA")
     assert read_eval_task(tmp_path, "GQA", must_exist=False).queries[0].images == ("GQA/0.jpg",)
 
@@ -240,16 +305,7 @@ def test_rows_and_candidates_can_be_left_out(tmp_path: Path) -> None:
 
 @pytest.fixture
 def shop(tmp_path: Path) -> Path:
-    """The example of the document, as it stands there."""
-    blocks = re.findall(r"^`(shop/[^`]+)`:\n\n```\w+\n(.*?)^```", DOCUMENT, flags=re.MULTILINE | re.DOTALL)
-    names = ("tasks.json", "train.jsonl", "test.csv", "labels.jsonl")
-    assert [name for name, _ in blocks] == [f"shop/{name}" for name in names]
-    for name, content in blocks:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(content, encoding="utf-8")
-    for name in ("chair_1", "chair_2", "lamp_1"):
-        write_image(tmp_path / "shop" / "photos" / f"{name}.jpg")
-    return tmp_path / "shop"
+    return write_shop(tmp_path)
 
 
 def photo(shop: Path, name: str) -> str:
@@ -259,7 +315,7 @@ def photo(shop: Path, name: str) -> str:
 def test_training_rows_are_what_the_document_shows(shop: Path) -> None:
     assert find_train_subsets(shop) == ["ShopSearch"]
     first, second, third = (TrainSubset(shop, "ShopSearch", hard_negatives=2)[row] for row in range(3))
-    query, candidate = re.findall(r"^```\n((?:Find|<).*?)^```", DOCUMENT, flags=re.MULTILINE | re.DOTALL)
+    query, candidate = re.findall(r"^```\n((?:Find|<).*?)^```", SHOP_DOCUMENT, flags=re.MULTILINE | re.DOTALL)
     assert first.query == RawInput(query.removesuffix("\n"))
     assert first.candidate == RawInput(candidate.removesuffix("\n"), (photo(shop, "chair_1"),))
     shown = "<|image_1|>\nRepresent the given product.\n"
@@ -315,8 +371,9 @@ def test_lists_that_do_not_fit_are_named(tmp_path: Path, rows: list[Any], messag
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match=f"'Mine', .*{message}"):
         read_eval_task(tmp_path, "Mine")
-    with pytest.raises(ValueError, match="column '[qa]': holds a list, where a row has one value"):
-        TrainSubset(tmp_path, "Mine")
+    if isinstance(rows[0]["q"], list):
+        with pytest.raises(ValueError, match="column 'q': holds a list, where a row has one value"):
+            TrainSubset(tmp_path, "Mine")
 
 
 @pytest.mark.parametrize("cell", ['"[""cat"", ""dog""]"', "\"['dog', 'cat']\""])

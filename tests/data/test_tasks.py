@@ -77,10 +77,13 @@ def test_an_mmeb_name_in_the_file_keeps_its_rules(tmp_path: Path) -> None:
         ({"meta_task": "video"}, "meta_task must be one of"),
         ({"in_distribution": 1}, "in_distribution must be true or false"),
         ({"train_file": 3}, "train_file must be a text"),
+        ({"metric": "ndcg@3"}, "metric must be one of hit@1, .* got 'ndcg@3'"),
+        ({"group": "vqa"}, "group must be a word .* that names no other mean, got 'vqa'"),
+        ({"group": "my pages"}, "group must be a word of letters"),
         ({"columns": None}, "columns must name a column per role"),
         ({"columns": {"query": "q"}}, "Unknown column role 'query'. Did you mean 'query_text'"),
         ({"columns": {"query_text": "q"}}, "columns: candidate_text or candidate_image is needed"),
-        ({"train_file": None, "eval_file": None}, "without a file. Add train_file, eval_file or both"),
+        ({"train_file": None, "eval_file": None}, "without a file. Add train_file, eval_file or eval_dir"),
     ],
 )
 def test_entries_that_cannot_be_used_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:

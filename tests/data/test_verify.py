@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from parallel_decoupling.cli import main
+from parallel_decoupling.commands import load_collator
 from parallel_decoupling.data.verify import Check, verify
 from tests.data.mmeb_files import eval_row, train_row, write_eval, write_image, write_train
 
@@ -33,7 +34,7 @@ def data_dir(tmp_path: Path) -> Path:
 
 
 def checked(data_dir: Path, sample: int = 20) -> dict[str, Check]:
-    folder, *checks = verify(data_dir, sample)
+    folder, *checks = verify(data_dir, load_collator("tiny"), sample)
     return {"folder": folder, **{str(check): check for check in checks}}
 
 
@@ -42,10 +43,10 @@ def test_a_whole_folder_has_counts_and_no_problem(data_dir: Path) -> None:
     trained = ["train CIRR diverse_instruction", "train CIRR original"]
     assert list(checks) == ["folder", *trained, "eval VOC2007 test", "eval GQA test"]
     assert not any(check.problems for check in checks.values())
-    images = {"images": 4, "missing": 0, "opened": 2, "broken": 0}
+    images = {"images": 4, "missing": 0, "tried": 2, "unusable": 0}
     assert checks["train CIRR original"].counts == {"rows": 5, "repeated": 2, **images}
     listed = {"candidates at least": 2, "candidates at most": 3}
-    assert checks["eval GQA test"].counts == {"rows": 4, "repeated": 0, **listed, **images}
+    assert checks["eval GQA test"].counts == {"rows": 4, "repeated": 0, **listed, **images, "tried": 4}
     assert checks["eval VOC2007 test"].counts["repeated"] == 1
     train, evaluation = checks["folder"].notes
     assert train.startswith("MMEB-train lacks 19 of 20: ImageNet_1K, ")
@@ -60,7 +61,7 @@ def test_missing_and_broken_images_are_found_with_their_place(data_dir: Path) ->
     (data_dir / "MMEB-eval/GQA/2.jpg").unlink()
     checks = checked(data_dir)
     train = checks["train CIRR original"]
-    counts = {"rows": 5, "repeated": 2, "images": 4, "missing": 1, "opened": 3, "broken": 1}
+    counts = {"rows": 5, "repeated": 2, "images": 4, "missing": 1, "tried": 5, "unusable": 3}
     assert train.counts == counts
     missing, broken = train.problems
     file = data_dir / "MMEB-train/CIRR/original-00000-of-00001.parquet"
@@ -68,9 +69,11 @@ def test_missing_and_broken_images_are_found_with_their_place(data_dir: Path) ->
         "1 of 4 images are missing, first 'images/CIRR/Train/3.jpg' in training subset 'CIRR', "
         f"file {file}, row 0, column 'neg_image_path'. Unpack the archive"
     )
-    assert "1 of 3 opened images are broken. training subset 'CIRR', file " in broken
-    assert f"{file}, row 1, column 'qry_image_path': Cannot read image" in broken
-    missing, lost = checks["eval GQA test"].problems
+    assert broken.startswith("3 of 5 rows cannot be embedded: row 0: training subset 'CIRR', file ")
+    assert "; row 1: Cannot read image" in broken
+    assert "; row 4: Cannot read image" in broken
+    missing, lost, unusable = checks["eval GQA test"].problems
+    assert "evaluation task 'GQA', row 2, query: Cannot read image GQA/2.jpg" in unusable
     assert "row 2, column 'qry_img_path'" in missing
     assert "1 of 4 rows cannot be scored" in lost
 
@@ -99,10 +102,10 @@ def test_negatives_are_read_too(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_is_a_problem(tmp_path: Path) -> None:
-    (folder,) = verify(tmp_path)
+    (folder,) = verify(tmp_path, load_collator("tiny"))
     assert "Neither training subsets nor evaluation tasks" in folder.problems[0]
     with pytest.raises(ValueError, match="is not a folder"):
-        verify(tmp_path / "none")
+        verify(tmp_path / "none", load_collator("tiny"))
 
 
 def test_the_command_prints_and_says_by_its_exit_code(

@@ -12,6 +12,7 @@ from parallel_decoupling.batch import RawInput
 from parallel_decoupling.data.tasks import EvalTask, Source, Task
 from parallel_decoupling.evaluation.checks import Finding, check_images, check_prompts, check_task, findings
 from parallel_decoupling.evaluation.score import TaskScore, path_columns, score_task
+from tests.support.scores import values_of_ranks
 
 
 def aggregate(paths: torch.Tensor) -> torch.Tensor:
@@ -45,7 +46,8 @@ def test_good_embeddings_give_no_finding() -> None:
 @pytest.mark.parametrize(("hits", "found"), [(10, True), (15, True), (17, False), (50, False)])
 def test_chance_has_two_standard_errors(hits: int, found: bool) -> None:
     ranks = {"aggregate": 2 - (torch.arange(100) < hits).long()}
-    score = TaskScore(Task("toy", "vqa", True), ranks, torch.zeros(100, 10), 0.1)  # standard error 0.03
+    values = {name: values_of_ranks(rank_R) for name, rank_R in ranks.items()}
+    score = TaskScore(Task("toy", "vqa", True), values, torch.zeros(100, 10), 0.1)  # standard error 0.03
     paths = distinct()
     seen = check_task(score, (paths, aggregate(paths)), (paths, aggregate(paths)))
     assert [finding.check for finding in seen] == ["chance"] * found

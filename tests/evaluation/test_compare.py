@@ -160,7 +160,7 @@ def test_a_single_run_has_a_page_and_a_table_of_its_own(
         "0.99 of <path> 1",
         "4,096",
         "0.37",
-        "[bold]run: rows skipped because of their images: VOC2007 3",
+        "[bold]run: rows that could not be embedded: VOC2007 3",
         "[bold]run: means over 1 of MMEB's 36 tasks: not MMEB's means",
     ):
         assert escape(shown) in page, shown

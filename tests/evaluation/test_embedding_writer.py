@@ -187,7 +187,8 @@ def test_a_killed_run_resumes_where_it_stopped(module: PDFEmbedder, table_file: 
     with pytest.raises(RuntimeError, match="-9"):  # two batches per shard: in the middle of the third
         run_ranks(predict, module, table_file, killed, KillAt(4), processes=1)
     assert len(list(killed.glob("*.parquet"))) == 2
-    (killed / ".embeddings-00002.0.unfinished").write_bytes(b"half")
+    (killed / ".unfinished-1").mkdir()
+    (killed / ".unfinished-1" / "embeddings-00002.parquet").write_bytes(b"half")
     counter = Counter()
     predict(module, table_file, killed, counter)
     assert sorted(counter.rows) == [row for row in range(12, NUM_ROWS) if row not in BAD]

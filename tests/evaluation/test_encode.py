@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoProcessor
 
-from parallel_decoupling.batch import EncoderInputs, RawInput
+from parallel_decoupling.batch import EncoderInputs, RawInput, TokenLimit
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.images import ImagePolicy
 from parallel_decoupling.data.prompts import prompt
-from parallel_decoupling.evaluation.encode import BatchPlan, RowBatches, TokenEstimate, encode
+from parallel_decoupling.evaluation import encode as encoding
+from parallel_decoupling.evaluation.encode import BatchPlan, RowBatches, TokenEstimate, embed, encode
 from parallel_decoupling.model.turns import Turns
+from tests.support.embedders import mixed_inputs, tiny_embedder
 
 TEXTS = ["a", "a much longer text than the others", "bb", "", "middle length", "bb"]
 
@@ -28,7 +30,7 @@ TEXTS = ["a", "a much longer text than the others", "bb", "", "middle length", "
 class HashCollator:
     """Tokens are the bytes of the text, padded on the right; counts its calls."""
 
-    images, processor = ImagePolicy(), None
+    images, processor, limit = ImagePolicy(), None, TokenLimit()
 
     def __init__(self) -> None:
         self.seen: list[list[RawInput]] = []
@@ -40,6 +42,9 @@ class HashCollator:
         ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
         vision = tuple({"pixels": torch.zeros(1)} if row.images else {} for row in inputs)
         return EncoderInputs({"input_ids": ids, "attention_mask": (ids > 0).long()}, vision)
+
+    def encode_usable(self, inputs: list[RawInput]) -> tuple[EncoderInputs, dict[int, Any]]:
+        return self.encode_inputs(inputs), {}
 
 
 class HashEncoder(nn.Module):
@@ -148,6 +153,50 @@ def test_truncated_embeddings_are_first_coordinates_and_their_aggregate(concaten
     for paths in ("all", "aggregate", 1):
         whole = encode_all(encoder, HashCollator(), inputs, paths=paths)
         assert torch.equal(encode_all(encoder, HashCollator(), inputs, paths=paths, truncate_dim=5), whole)
+
+
+def test_a_forward_pass_has_a_budget_of_tokens_and_little_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "TOKENS_PER_PASS", 64)
+    for lengths, passes in (
+        ([20, 20, 20, 4, 4], [3, 2]),  # 80 with a fourth
+        ([30, 30, 3, 3, 3], [2, 3]),  # 27 of padding with a third
+        ([100, 100, 1], [1, 1, 1]),  # a row at least
+        ([8] * 8, [8]),
+    ):
+        encoder, inputs = HashEncoder(), HashCollator().encode_inputs(raw(["x" * each for each in lengths]))
+        embeddings_BND = embed(encoder, inputs, [2, 0])
+        assert encoder.batches == passes
+        assert torch.equal(embeddings_BND, HashEncoder()(inputs, [2, 0]))
+
+
+def test_a_batch_that_exhausts_the_memory_is_halved_and_a_row_that_does_is_the_error() -> None:
+    class Small(HashEncoder):
+        """Has memory for two rows, and for none with a z."""
+
+        def forward(self, inputs: EncoderInputs, paths: list[int] | None = None) -> Tensor:
+            if len(inputs) > 2 or (inputs.tokens["input_ids"] == ord("z")).any():
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return super().forward(inputs, paths)
+
+    texts = ["a", "bb", "ccc", "dddd", "eeeee"]
+    assert torch.equal(
+        encode_all(Small(), HashCollator(), raw(texts)), encode_all(HashEncoder(), HashCollator(), raw(texts))
+    )
+    with pytest.raises(torch.OutOfMemoryError):
+        encode_all(Small(), HashCollator(), raw([*texts, "z"]))
+    broken = HashEncoder()
+    broken.forward = lambda *_: 1 / 0  # type: ignore[method-assign,assignment]
+    with pytest.raises(ZeroDivisionError):
+        encode_all(broken, HashCollator(), raw(texts))
+
+
+def test_the_global_default_dtype_changes_nothing(tiny_backbone_dir: str) -> None:
+    embedder, inputs = tiny_embedder(tiny_backbone_dir), mixed_inputs()
+    expected = embedder.encode(inputs)
+    torch.set_default_dtype(torch.float64)  # a fixture sets it back
+    found = embedder.encode(inputs)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected)
 
 
 # ---- the plan

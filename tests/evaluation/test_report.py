@@ -15,6 +15,7 @@ from parallel_decoupling.data.tasks import MMEB_TASKS, Task
 from parallel_decoupling.evaluation.compare import compare
 from parallel_decoupling.evaluation.report import ScoreReport, TaskResult, write_report
 from parallel_decoupling.evaluation.score import TaskScore
+from tests.support.scores import values_of_ranks
 
 # hit@1 in percent of VLM2Vec (first version) on Qwen2-VL 2B / 7B, as its authors' score files have it.
 PUBLISHED_TEXT = """
@@ -34,7 +35,8 @@ def task_score(
 ) -> TaskScore:
     ranks = {column: torch.tensor([4 - 3 * int(hit) for hit in string]) for column, string in hits.items()}
     task = Task(name, meta_task, in_distribution)  # type: ignore[arg-type]
-    return TaskScore(task, ranks, torch.zeros(len(next(iter(ranks.values()))), 10), chance)
+    values = {column: values_of_ranks(rank_R) for column, rank_R in ranks.items()}
+    return TaskScore(task, values, torch.zeros(len(next(iter(ranks.values()))), 10), chance)
 
 
 @pytest.fixture

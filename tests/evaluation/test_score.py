@@ -16,9 +16,9 @@ from parallel_decoupling.batch import RawInput
 from parallel_decoupling.data.tasks import EvalTask, Task
 from parallel_decoupling.evaluation.score import (
     METRICS,
-    mean_metrics,
     path_columns,
-    positive_rank,
+    ranked,
+    row_metrics,
     score_task,
     similarities,
     task_hash,
@@ -103,27 +103,104 @@ def test_rank_equals_a_walk_through_the_row_with_ties_and_nan(seed: int) -> None
         width = rng.randint(1, 12)
         values = [rng.choice([0.1, 0.2, 0.3, float("nan")]) for _ in range(width)]
         rivals = [False, *(rng.random() < 0.7 for _ in range(width - 1))]
-        found = positive_rank(torch.tensor([values]), torch.tensor([rivals]))
-        assert found.tolist() == [slow_rank(values, rivals)]
+        # the positive stands last, as the right answers do
+        scores, counted = torch.tensor([values[::-1]]), torch.tensor([[*rivals[:0:-1], True]])
+        grades = torch.tensor([[0.0] * (width - 1) + [1.0]])
+        _, found = ranked(scores, grades, counted)
+        rank = slow_rank(values, rivals)
+        assert row_metrics(found, grades)["mrr"].tolist() == [1 / rank if rank <= width else 0]
 
 
-def test_metrics_equal_torchmetrics_over_random_ranks() -> None:
-    rng = random.Random(0)
-    ranks = [rng.choice([1, 1, 2, 3, 5, 6, 10, 11, 40, 1001]) for _ in range(40)]
+@pytest.mark.parametrize("answers", [1, 4, 30])
+def test_metrics_equal_torchmetrics_over_random_rankings(answers: int) -> None:
+    generator = torch.Generator().manual_seed(answers)
+    grades = torch.zeros(40, 60)
+    grades[:, :answers] = torch.randint(1, 4, (40, answers), generator=generator).float()
+    grades = grades.sort(dim=1).values
+    scores = torch.rand(40, 60, generator=generator, dtype=torch.float64)
     expected: dict[str, list[float]] = {name: [] for name in METRICS}
-    for rank in ranks:
-        relevance = torch.arange(1, 1002) == rank
-        scores = torch.arange(1001, 0, -1, dtype=torch.float64)
-        reciprocal = float(retrieval.retrieval_reciprocal_rank(scores, relevance))
+    for score, grade in zip(scores, grades, strict=True):
+        relevant = grade > 0
+        reciprocal = float(retrieval.retrieval_reciprocal_rank(score, relevant))
         expected["mrr"].append(reciprocal)
+        expected["r_precision"].append(float(retrieval.retrieval_r_precision(score, relevant)))
         for k in (1, 5, 10):
-            expected[f"hit@{k}"].append(float(retrieval.retrieval_hit_rate(scores, relevance, top_k=k)))
-            expected[f"mrr@{k}"].append(reciprocal if rank <= k else 0.0)
-            gain = retrieval.retrieval_normalized_dcg(scores, relevance, top_k=k)
+            hit = float(retrieval.retrieval_hit_rate(score, relevant, top_k=k))
+            expected[f"hit@{k}"].append(hit)
+            expected[f"mrr@{k}"].append(reciprocal * hit)
+            expected[f"recall@{k}"].append(float(retrieval.retrieval_recall(score, relevant, top_k=k)))
+            gain = retrieval.retrieval_normalized_dcg(score, grade.long(), top_k=k)
             expected[f"ndcg@{k}"].append(float(gain))
-    found = mean_metrics(torch.tensor(ranks))
-    assert tuple(found) == METRICS
-    assert found == pytest.approx({name: sum(values) / 40 for name, values in expected.items()})
+    _, found = ranked(scores, grades, torch.ones_like(grades, dtype=torch.bool))
+    metrics = row_metrics(found, grades)
+    assert tuple(metrics) == METRICS
+    for name, values in expected.items():
+        assert metrics[name].tolist() == pytest.approx(values, abs=1e-6), name
+
+
+def slow_metrics(scores: list[float], grades: list[float]) -> dict[str, float]:
+    """Walk down the ranking: of equal scores the worse candidate first, NaN as bad as it can be."""
+
+    def key(both: tuple[float, float]) -> tuple[float, float]:
+        score, grade = both
+        return (-score if not math.isnan(score) else math.inf if grade else -math.inf), grade
+
+    ranking = sorted(zip(scores, grades, strict=True), key=key)
+    found = [0.0 if math.isnan(score) else grade for score, grade in ranking]
+    best, count = sorted(grades, reverse=True), sum(grade > 0 for grade in grades)
+    first = next((rank for rank, grade in enumerate(found, 1) if grade), math.inf)
+    values = {"mrr": 1 / first, "r_precision": sum(grade > 0 for grade in found[:count]) / count}
+    for k in (1, 5, 10):
+        gain, most = (
+            sum(grade / math.log2(1 + rank) for rank, grade in enumerate(each[:k], 1))
+            for each in (found, best)
+        )
+        values |= {f"hit@{k}": float(first <= k), f"mrr@{k}": 1 / first if first <= k else 0.0}
+        values |= {f"ndcg@{k}": gain / most, f"recall@{k}": sum(grade > 0 for grade in found[:k]) / count}
+    return values
+
+
+def judged_task(rng: random.Random, queries: int = 7, candidates: int = 30, rows: int = 40) -> EvalTask:
+    task = random_task(rng, queries, candidates, rows)
+    grades = [
+        {rng.randrange(candidates): rng.choice([0.5, 1.0, 2.0]) for _ in range(rng.randint(1, 12))}
+        for _ in range(rows)
+    ]
+    everyone = [list(range(candidates))] * rows
+    return replace(task, candidates_of_row=everyone, relevance_of_row=grades)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_several_answers_equal_a_slow_walk_with_ties_nan_and_missing_candidates(seed: int) -> None:
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    task = judged_task(rng)
+    query = torch.randn(7, 4, generator=generator).sign() / 2  # few directions and exact sums: many ties
+    candidate = torch.randn(30, 4, generator=generator).sign() / 2
+    candidate[[3, 11]] = torch.nan
+    whole = task
+    for missing in (set[int](), {5, 6, 20}):
+        task = whole.without({2}, missing)
+        score = score_task(task, {"aggregate": (query, candidate)})
+        there = [each for each in range(30) if each not in missing]
+        for row, of_row in enumerate(task.relevance_of_row or ()):
+            vector = query[task.query_of_row[row]]
+            scores = [float(vector @ candidate[each]) for each in there]
+            wanted = slow_metrics(scores, [of_row.get(each, 0.0) for each in there])
+            found = {name: float(values[row]) for name, values in score.values["aggregate"].items()}
+            assert found == pytest.approx(wanted)
+        assert task.query_of_row == [
+            each
+            for row, each in enumerate(whole.query_of_row)
+            if each != 2 and whole.answers(row).keys() - missing
+        ]
+    rows = range(len(whole.query_of_row))
+    texts = [candidate.text for candidate in whole.candidates]
+    right = [len({texts[each] for each in whole.answers(row)}) for row in rows]
+    score = score_task(whole, {"aggregate": (query, candidate)})
+    assert score.chance == pytest.approx(sum(right) / len(rows) / len(set(texts)))
+    assert score.answers == sum(right) / len(rows)
+    other = replace(whole, relevance_of_row=[{**each, 0: 3.0} for each in whole.relevance_of_row or ()])
+    assert task_hash(other) != task_hash(whole)
 
 
 def test_copies_of_the_positive_do_not_count_against_it() -> None:
@@ -245,7 +322,8 @@ def test_maxsim_is_scored_like_its_similarities_and_keeps_ties() -> None:
     rows = [[row, *(x for x in range(6) if x != row)] for row in range(4)]
     inputs = [RawInput(str(number)) for number in range(6)]
     task = EvalTask(TASK, inputs[:4], inputs, [0, 1, 2, 3], rows)
-    ranks = score_task(task, path_columns(query, candidate, lambda z: z.mean(dim=1))).ranks["maxsim"]
+    score = score_task(task, path_columns(query, candidate, lambda z: z.mean(dim=1)))
+    ranks = 1 / score.values["maxsim"]["mrr"]
     scores = similarities(query, candidate)
     for row in range(4):
         ahead = sum(
@@ -253,7 +331,7 @@ def test_maxsim_is_scored_like_its_similarities_and_keeps_ties() -> None:
             for x in range(6)
             if x != row
         )
-        assert ranks[row] == 1 + ahead
+        assert round(float(ranks[row])) == 1 + ahead
 
 
 def test_half_precision_embeddings_are_scored_in_float32() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ from parallel_decoupling.model.attention import (
 )
 from parallel_decoupling.model.backbone import AdapterConfig, Backbone, load_backbone
 from parallel_decoupling.model.prefixes import DeepPrefixes, init_random
+from tests.model.test_families import TEXTS, collate
+from tests.support.families import save_tiny_family
 from tests.support.tiny import noise_image, tiny_inputs
 
 FROZEN = AdapterConfig(kind="frozen")
@@ -177,3 +180,28 @@ def test_gpu_attention_equals_sdpa(
     name = prefix_attention(attention)
     backbone.language_model.config._attn_implementation_internal = name  # loading flash would ask for a GPU
     torch.testing.assert_close(hidden(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
+def test_gpu_attention_shows_the_prefix_in_front_of_every_window(
+    tmp_path: Path, flash: None, flex: None, attention: str
+) -> None:
+    backbone = load_backbone(save_tiny_family("gemma3_text", tmp_path), adapter=FROZEN)
+    prefixes = random_prefixes(backbone, num_layers=3)
+    short, long = collate(backbone, [TEXTS[0], TEXTS[3]]), collate(backbone, TEXTS)
+    window = backbone.config.sliding_window = short.tokens["input_ids"].shape[1]
+    for layer in backbone.layers:
+        layer.self_attn.sliding_window = layer.self_attn.sliding_window and window
+
+    def hidden(inputs: EncoderInputs) -> Tensor:
+        real = inputs.tokens["attention_mask"].repeat(3, 1)[..., None]
+        return backbone(inputs.tokens, {}, prefixes.states(range(3), 0, torch.float32)) * real
+
+    expected = [hidden(inputs) for inputs in (short, long)]
+    backbone.config._attn_implementation_internal = prefix_attention(attention)
+    torch.testing.assert_close(hidden(short), expected[0], rtol=1e-5, atol=1e-5)
+    if attention == "flash_attention_2":
+        with pytest.raises(ValueError, match=f"texts of .* a window of {window}: use attention='sdpa'"):
+            hidden(long)
+    else:
+        torch.testing.assert_close(hidden(long), expected[1], rtol=1e-5, atol=1e-5)

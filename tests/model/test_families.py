@@ -27,7 +27,7 @@ from parallel_decoupling.model.backbone import AdapterConfig, Backbone, load_bac
 from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.model.families import FAMILIES, Family
 from parallel_decoupling.model.identity import load_trainable_state, trainable_state
-from tests.support.families import TINY_FAMILIES, raw_input, save_tiny_family
+from tests.support.families import TEXT_FAMILIES, TINY_FAMILIES, raw_input, save_tiny_family
 from tests.support.tiny import noise_image
 
 FROZEN = AdapterConfig(kind="frozen")
@@ -37,6 +37,12 @@ ROWS = [
     raw_input("what colour is the large triangle?", noise_image(64, 20)),
     raw_input("count the objects", noise_image(20, 60, 1), noise_image(30, 30, 2)),
     raw_input("", noise_image(32, 48, 3)),
+]
+TEXTS = [
+    raw_input("read the word"),
+    raw_input("what colour is the large triangle? a red circle left of a small blue square"),
+    raw_input("count the objects"),
+    raw_input("a"),
 ]
 CLOSE: dict[str, float] = {"rtol": 1e-5, "atol": 1e-5}
 VISION_TARGETS = {
@@ -48,7 +54,7 @@ VISION_TARGETS = {
 CLIP_TARGETS = {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}
 
 
-@pytest.fixture(scope="module", params=list(TINY_FAMILIES))
+@pytest.fixture(scope="module", params=[*TINY_FAMILIES, *TEXT_FAMILIES])
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -70,8 +76,13 @@ def frozen(load: Callable[..., Backbone]) -> Backbone:
 
 
 @pytest.fixture(scope="module")
-def inputs(frozen: Backbone) -> EncoderInputs:
-    return collate(frozen, ROWS)
+def rows(name: str) -> list[RawInput]:
+    return ROWS if name in TINY_FAMILIES else TEXTS
+
+
+@pytest.fixture(scope="module")
+def inputs(frozen: Backbone, rows: list[RawInput]) -> EncoderInputs:
+    return collate(frozen, rows)
 
 
 @pytest.fixture(scope="module")
@@ -92,11 +103,22 @@ def encoder_of(backbone: Backbone, **options: Any) -> ParallelEncoder:
     return ParallelEncoder(backbone, **{"num_paths": 3, "prefix_length": 4, **options})
 
 
+def explicit_masks(config: Any, length: int, prefix_length: int) -> dict[str, Tensor]:
+    """Masks ``[1, 1, L, P + L]`` by kind of layer, token by token: a prefix is in front of every window."""
+    full, sliding = torch.zeros(2, 1, 1, length, prefix_length + length, dtype=torch.bool)
+    for query in range(length):
+        for key in range(query + 1):
+            full[..., query, prefix_length + key] = True
+            sliding[..., query, prefix_length + key] = query - key < config.sliding_window
+        full[..., query, :prefix_length] = sliding[..., query, :prefix_length] = True
+    return {"full_attention": full, "sliding_attention": sliding}
+
+
 def stock_alone(stock: Any, processor: Any, image_token: str, row: RawInput, prefix: Tensor | None) -> Tensor:
     """The slow version: one row, one path ``[Y, 2, K, P, H]`` or no prefix, the last token's unit state."""
     text = row.text.replace(IMAGE_PLACEHOLDER, image_token)
-    images = [list(row.images)] if row.images else None
-    data = dict(processor(text=[text], images=images, return_tensors="pt"))
+    images = {"images": [list(row.images)]} if row.images else {}
+    data = dict(processor(text=[text], **images, return_tensors="pt"))
     if prefix is None:
         return F.normalize(stock(**data).last_hidden_state[0, -1], dim=-1)
     ids, mask = data["input_ids"], data.pop("attention_mask")
@@ -104,20 +126,22 @@ def stock_alone(stock: Any, processor: Any, image_token: str, row: RawInput, pre
     if hasattr(stock, "get_rope_index"):
         types, grid = data["mm_token_type_ids"], data.get("image_grid_thw")
         positions, _ = stock.get_rope_index(ids, types, image_grid_thw=grid, attention_mask=mask)
-    cache = DynamicCache(config=stock.config.get_text_config())
+    cache = DynamicCache()
     for index, (key, value) in enumerate(prefix):
         cache.update(key[None], value[None], index)
     mask = torch.cat((mask.new_ones(1, prefix.shape[3]), mask), dim=1)
+    if "sliding_attention" in getattr(stock.config, "layer_types", ()):
+        mask = explicit_masks(stock.config, ids.shape[1], prefix.shape[3])
     output = stock(**data, attention_mask=mask, position_ids=positions, past_key_values=cache)
     return F.normalize(output.last_hidden_state[0, -1], dim=-1)
 
 
 @torch.no_grad()
 def test_without_prefix_rows_equal_the_stock_model(
-    frozen: Backbone, inputs: EncoderInputs, stock: Any, processor: Any
+    frozen: Backbone, rows: list[RawInput], inputs: EncoderInputs, stock: Any, processor: Any
 ) -> None:
     embeddings = encoder_of(frozen, num_paths=1, prefix_length=0)(inputs)
-    for row, embedding in zip(ROWS, embeddings[:, 0], strict=True):
+    for row, embedding in zip(rows, embeddings[:, 0], strict=True):
         torch.testing.assert_close(
             embedding, stock_alone(stock, processor, frozen.image_token, row, None), **CLOSE
         )
@@ -126,16 +150,21 @@ def test_without_prefix_rows_equal_the_stock_model(
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_paths_of_a_mixed_batch_equal_the_stock_model_with_a_filled_cache(
-    frozen: Backbone, stock: Any, processor: Any, side: str, monkeypatch: pytest.MonkeyPatch
+    frozen: Backbone,
+    rows: list[RawInput],
+    stock: Any,
+    processor: Any,
+    side: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(frozen.processor.tokenizer, "padding_side", side)
-    inputs = collate(frozen, ROWS)
+    inputs = collate(frozen, rows)
     assert inputs.tokens["attention_mask"][0, 0 if side == "left" else -1] == 0
     encoder = encoder_of(frozen)
     assert encoder.prefixes is not None
     embeddings = encoder(inputs)
     for path, prefix in enumerate(encoder.prefixes.key_values):
-        for row, embedding in zip(ROWS, embeddings[:, path], strict=True):
+        for row, embedding in zip(rows, embeddings[:, path], strict=True):
             expected = stock_alone(stock, processor, frozen.image_token, row, prefix)
             torch.testing.assert_close(embedding, expected, **CLOSE)
     assert not torch.allclose(embeddings[:, 0], embeddings[:, 1], atol=1e-2)
@@ -154,43 +183,45 @@ def test_n_paths_in_one_pass_equal_n_passes(
 
 
 @torch.no_grad()
-def test_batch_of_one_equals_batch_of_many(frozen: Backbone, inputs: EncoderInputs) -> None:
+def test_batch_of_one_equals_batch_of_many(
+    frozen: Backbone, rows: list[RawInput], inputs: EncoderInputs
+) -> None:
     encoder = encoder_of(frozen)
     together = encoder(inputs)
-    for index, row in enumerate(ROWS):
+    for index, row in enumerate(rows):
         torch.testing.assert_close(encoder(collate(frozen, [row]))[0], together[index], **CLOSE)
         torch.testing.assert_close(encoder(inputs.select([index]))[0], together[index], **CLOSE)
 
 
 @torch.no_grad()
 def test_eager_attention_and_a_second_batch_agree(
-    load: Callable[..., Backbone], frozen: Backbone, inputs: EncoderInputs
+    load: Callable[..., Backbone], frozen: Backbone, rows: list[RawInput], inputs: EncoderInputs
 ) -> None:
     encoder, eager = encoder_of(frozen), encoder_of(load(adapter=FROZEN, attention="eager"))
     first = encoder(inputs)
     torch.testing.assert_close(eager(inputs), first, **CLOSE)
-    encoder(collate(frozen, [ROWS[3], ROWS[0]]))  # other sizes in between must leave nothing behind
+    encoder(collate(frozen, [rows[3], rows[0]]))  # other sizes in between must leave nothing behind
     assert torch.equal(encoder(inputs), first)
 
 
 def test_vision_tower_runs_once_and_lower_layers_see_each_row_once(
     frozen: Backbone, inputs: EncoderInputs
 ) -> None:
-    rows: list[int] = []
+    seen: list[int] = []
     vision: list[None] = []
     layers = list(frozen.layers)
     tower = frozen.vision_tower
     handles = [tower.register_forward_hook(lambda *_: vision.append(None))]
-    handles += [layer.register_forward_hook(lambda *call: rows.append(len(call[2]))) for layer in layers]
+    handles += [layer.register_forward_hook(lambda *call: seen.append(len(call[2]))) for layer in layers]
     encoder_of(frozen, prefix_layers=1, prefix_init="random")(inputs)
     for handle in handles:
         handle.remove()
-    assert len(vision) == 1
-    assert rows[-len(layers) :] == [len(ROWS)] + [3 * len(ROWS)] * (len(layers) - 1)
+    assert len(vision) == any(inputs.vision)
+    assert seen[-len(layers) :] == [len(inputs)] + [3 * len(inputs)] * (len(layers) - 1)
 
 
 def gradients(encoder: ParallelEncoder, passes: list[list[int]], inputs: EncoderInputs) -> dict[str, Any]:
-    weight = torch.randn(len(ROWS), 3, encoder.embed_dim, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(len(inputs), 3, encoder.embed_dim, generator=torch.Generator().manual_seed(0))
     for paths in passes:
         (encoder(inputs, paths) * weight[:, paths]).sum().backward()
     return {name: parameter.grad for name, parameter in encoder.named_parameters()}
@@ -222,9 +253,9 @@ def test_gradients_equal_with_checkpointing_and_with_separate_passes(
 
 @pytest.mark.parametrize("kind", ["frozen", "lora", "dora", "full"])
 def test_training_step_and_checkpoint_round_trip(
-    load: Callable[..., Backbone], inputs: EncoderInputs, kind: Any
+    load: Callable[..., Backbone], name: str, inputs: EncoderInputs, kind: Any
 ) -> None:
-    adapter = AdapterConfig(kind=kind, scope="both")
+    adapter = AdapterConfig(kind=kind, scope="both" if name in TINY_FAMILIES else "language")
     encoder = encoder_of(load(adapter=adapter), num_paths=2)
     before = {name: parameter.detach().clone() for name, parameter in encoder.named_parameters()}
     trainable = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
@@ -233,21 +264,21 @@ def test_training_step_and_checkpoint_round_trip(
     def loss() -> Tensor:
         paths_NBD = encoder(inputs).transpose(0, 1)
         scores = paths_NBD @ paths_NBD.roll(1, 0).transpose(1, 2) / 0.1
-        return F.cross_entropy(scores.flatten(0, 1), torch.arange(len(ROWS)).repeat(2))
+        return F.cross_entropy(scores.flatten(0, 1), torch.arange(len(inputs)).repeat(2))
 
     for _ in range(2):  # LoRA's first step moves B alone, as B starts at zero
         first = loss()
         optimizer.zero_grad()
         first.backward()
         optimizer.step()
-    family = encoder.backbone.family
+    tower = encoder.backbone.family.vision_module or "no tower"
     for name, parameter in encoder.named_parameters():
         moved = not torch.equal(parameter, before[name])
         if parameter.grad is not None:
             assert moved or not parameter.grad.any(), name
         else:  # frozen, or above the layer of the vision tower that is read
             assert not moved
-            assert not parameter.requires_grad or family.vision_module in name, name
+            assert not parameter.requires_grad or tower in name, name
     state = trainable_state(encoder)
     again = encoder_of(load(adapter=adapter), num_paths=2, seed=7)
     load_trainable_state(again, state)
@@ -255,8 +286,26 @@ def test_training_step_and_checkpoint_round_trip(
     assert not torch.allclose(first, loss())
 
 
+@torch.no_grad()
+def test_paths_with_adapters_of_their_own(load: Callable[..., Backbone], inputs: EncoderInputs) -> None:
+    encoder = encoder_of(load(adapter=AdapterConfig(per_path=True)))
+    shared = encoder(inputs)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in encoder.named_parameters():
+        if "path_lora" in name:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    together = encoder(inputs)
+    apart = torch.cat([encoder(inputs, [path]) for path in range(3)], dim=1)
+    torch.testing.assert_close(together, apart, **CLOSE)
+    assert (together - shared).abs().amax(dim=(0, 2)).min() > 1e-2
+
+
 @pytest.mark.parametrize("scope", ["language", "vision", "both"])
 def test_adapters_go_where_the_scope_says(load: Callable[..., Backbone], name: str, scope: Any) -> None:
+    if name in TEXT_FAMILIES and scope != "language":
+        with pytest.raises(ValueError, match=f"adapter.scope={scope}: the backbone has no vision tower"):
+            load(adapter=AdapterConfig(scope=scope))
+        return
     backbone = load(adapter=AdapterConfig(scope=scope))
     family, base = backbone.family, backbone.base
     vision = VISION_TARGETS.get(name, CLIP_TARGETS)
@@ -264,9 +313,10 @@ def test_adapters_go_where_the_scope_says(load: Callable[..., Backbone], name: s
     expected = set()
     for part, targets in (("language", set(family.language_targets)), ("vision", vision)):
         if scope in (part, "both"):
-            found = {path.rsplit(".", 1)[-1] for path in backbone.adapted_modules if roots[part] in path}
+            root = roots[part] or "layers"
+            found = {path.rsplit(".", 1)[-1] for path in backbone.adapted_modules if root in path}
             assert found == targets
-            expected.add(roots[part])
+            expected.add(root)
     assert {path.split(".")[0] for path in backbone.adapted_modules} == expected
     trains = {path.split(".")[0] for path, p in base.named_parameters() if p.requires_grad}
     assert trains == expected
@@ -276,7 +326,12 @@ def test_names_and_shapes_that_transformers_tells(folder: str, frozen: Backbone,
     meta = load_backbone(folder, adapter=FROZEN, family=UNLISTED if name == "llava" else None, meta=True)
     shapes = {path: p.shape for path, p in meta.named_parameters()}
     assert shapes == {path: p.shape for path, p in frozen.named_parameters()}
+    assert len(frozen.layers) == frozen.num_layers
     family = frozen.family
+    if name in TEXT_FAMILIES:
+        names = (family.language_module, family.vision_module, family.image_token)
+        assert (*names, family.layers, family.position_ids) == ("", None, None, "layers", "sequential")
+        return
     qwen = name.startswith("qwen")
     small = name in ("smolvlm", "idefics3")
     language, vision = ("text_model", "vision_model") if small else ("language_model", "vision_tower")
@@ -287,7 +342,6 @@ def test_names_and_shapes_that_transformers_tells(folder: str, frozen: Backbone,
         ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "<|image_pad|>"
     )
     assert family.image_token == tokens.get(name, "<image>")
-    assert len(frozen.layers) == frozen.num_layers
 
 
 def test_bfloat16_gives_unit_fp32_embeddings_near_those_of_fp32(
@@ -296,7 +350,7 @@ def test_bfloat16_gives_unit_fp32_embeddings_near_those_of_fp32(
     half = encoder_of(load(adapter=FROZEN, dtype="bfloat16"))
     embeddings = half(inputs)
     assert embeddings.dtype == torch.float32
-    torch.testing.assert_close(embeddings.norm(dim=-1), torch.ones(len(ROWS), 3))
+    torch.testing.assert_close(embeddings.norm(dim=-1), torch.ones(len(inputs), 3))
     assert F.cosine_similarity(embeddings, encoder_of(frozen)(inputs), dim=-1).min() > 0.9
 
 
@@ -316,7 +370,7 @@ def test_older_names_of_published_weights_load(llava_name: str, tmp_path: Path) 
 
 
 def test_every_family_of_the_table_is_tested() -> None:
-    tested = {TINY_FAMILIES[name]()[1].model_type for name in TINY_FAMILIES}
+    tested = {build()[1].model_type for build in {**TINY_FAMILIES, **TEXT_FAMILIES}.values()}
     assert tested == {*FAMILIES, "llava"}
 
 

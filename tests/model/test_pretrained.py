@@ -83,7 +83,9 @@ def folder(embedder: Embedder, tmp_path: Path) -> Path:
 def test_embeddings_are_equal_bit_for_bit(
     name: str, included: bool, tiny_backbone_dir: str, tmp_path: Path
 ) -> None:
-    embedder = tiny_embedder(tiny_backbone_dir, **SETTINGS[name])
+    """A folder beside the new one is referred to; see ``test_a_backbone_that_is_elsewhere_is_included``."""
+    source = shutil.copytree(tiny_backbone_dir, tmp_path / "source")
+    embedder = tiny_embedder(str(source), **SETTINGS[name])
     before = both(embedder)
     embedder.save_pretrained(tmp_path / "model", include_backbone=included)
     loaded = Embedder.from_pretrained(tmp_path / "model")
@@ -94,6 +96,20 @@ def test_embeddings_are_equal_bit_for_bit(
     assert (tmp_path / "model" / "backbone").exists() == (included or name == "full")
     kinds = {file.suffix for file in (tmp_path / "model").rglob("*") if file.is_file()}
     assert kinds <= {".json", ".safetensors", ".md", ".jinja", ".txt"}, "no pickle"
+
+
+def test_a_backbone_that_is_elsewhere_is_included(
+    tiny_backbone_dir: str, tiny_clip_dir: str, tmp_path: Path
+) -> None:
+    """Its folder is not named; what cannot be included is refused."""
+    embedder = tiny_embedder(tiny_backbone_dir)
+    embedder.save_pretrained(tmp_path / "model")
+    assert config_of(tmp_path / "model")["settings"]["backbone"] is None
+    shutil.move(tmp_path / "model", tmp_path / "moved")
+    assert torch.equal(every_path(Embedder.from_pretrained(tmp_path / "moved")), every_path(embedder))
+    clip = Embedder(load_open_clip(tiny_clip_dir, adapter=AdapterConfig(kind="frozen")))
+    with pytest.raises(ValueError, match="beside its folder if it is a local one"):
+        clip.save_pretrained(tmp_path / "clip")
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
@@ -160,7 +176,8 @@ def test_other_families_come_with_their_backbone(name: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("kind", ["frozen", "full"])
 def test_openclip_models_too(kind: Any, tiny_clip_dir: str, tmp_path: Path) -> None:
-    encoder = load_open_clip(tiny_clip_dir, adapter=AdapterConfig(kind=kind))
+    source = shutil.copytree(tiny_clip_dir, tmp_path / "source")
+    encoder = load_open_clip(str(source), adapter=AdapterConfig(kind=kind))
     with torch.no_grad():
         for parameter in encoder.parameters():
             if parameter.requires_grad:
@@ -266,7 +283,8 @@ def test_backbone_of_the_hub_is_not_downloaded(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(socket, "getaddrinfo", None)
     config = config_of(folder)
-    edit(folder, settings={**config["settings"], "backbone": "owner/model", "revision": "abc"})
+    settings = {**config["settings"], "backbone": "owner/model", "revision": "abc"}
+    edit(folder, settings=settings, backbone_included=False)
     with pytest.raises(ValueError, match="backbone 'owner/model' has no config"):
         load_encoder(folder)
 
@@ -300,7 +318,8 @@ def test_an_export_of_a_run_knows_the_run(run_dir: Path, tmp_path: Path) -> None
     loaded = Embedder.from_pretrained(run_dir)
     loaded.save_pretrained(tmp_path / "export", paths=[1])
     exported = Embedder.from_pretrained(tmp_path / "export")
-    assert exported.run == loaded.run
+    model, data = loaded.run["model"] | {"backbone": None}, loaded.run["data"] | {"data_dir": None}
+    assert exported.run == loaded.run | {"model": model, "data": data}, "without absolute paths"
     assert exported.images.settings == loaded.images.settings
     assert path_hashes(exported.encoder) == path_hashes(loaded.encoder)[1:2]
     assert "| main steps | 2 |" in (tmp_path / "export" / "README.md").read_text(encoding="utf-8")

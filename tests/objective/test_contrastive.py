@@ -10,8 +10,18 @@ import torch
 from torch import Tensor
 
 from parallel_decoupling.batch import PADDING_ID
-from parallel_decoupling.objective.contrastive import in_batch_hit_at_1, info_nce
-from tests.support.references import hit_at_1_loop, info_nce_loop
+from parallel_decoupling.objective.contrastive import (
+    candidate_logits,
+    in_batch_hit_at_1,
+    info_nce,
+    own_candidates_kl,
+)
+from tests.support.references import (
+    hit_at_1_loop,
+    info_nce_loop,
+    own_candidates_kl_loop,
+    several_positives_loop,
+)
 
 CASES = {
     "in_batch": ([0, 1, 2, 3], [10, 11, 12, 13]),
@@ -147,6 +157,7 @@ def test_half_precision_inputs_and_autocast_compute_in_float32() -> None:
     [
         ({"candidate": torch.zeros(4, 2, 5)}, "must share N and D"),
         ({"positive": torch.arange(3)}, r"positive must be \[4\]"),
+        ({"positive": torch.zeros(3, 2, dtype=torch.int64)}, r"positive must be \[4\] or \[4, A\]"),
         ({"candidate_ids": torch.arange(5)}, r"candidate_ids must be \[4\]"),
         ({"temperature": 0.0}, "above 0"),
     ],
@@ -155,3 +166,97 @@ def test_wrong_arguments_are_named(options: dict[str, Any], message: str) -> Non
     query, candidate, labels = both("in_batch")
     with pytest.raises(ValueError, match=message):
         info_nce(query, **{"candidate": candidate, "temperature": 0.1, **labels, **options})
+
+
+SEVERAL = {
+    "all_given": ([[0, 3], [1, 4], [2, 5]], [10, 11, 12, 13, 14, 15, 20]),
+    "some_are_padding": ([[0, 3], [1, 4], [2, 5]], [10, 11, 12, 13, PADDING_ID, 15, PADDING_ID]),
+    "shared_and_repeated": ([[0, 3, 4], [1, 5, 6], [2, 7, 8]], [10, 11, 12, 11, 10, 13, PADDING_ID, 10, 14]),
+}
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("case", SEVERAL)
+def test_several_positives_equal_the_loop(case: str, symmetric: bool) -> None:
+    positives, ids = SEVERAL[case]
+    labels: dict[str, Any] = {"positive": torch.tensor(positives), "candidate_ids": torch.tensor(ids)}
+    query, candidate = unit(3, 2, 5, seed=1).requires_grad_(), unit(len(ids), 2, 5, seed=2).requires_grad_()
+    results = []
+    for loss_N in (
+        info_nce(query, candidate, temperature=0.2, symmetric=symmetric, **labels),
+        several_positives_loop(query, candidate, positives, ids, 0.2, symmetric),
+    ):
+        results.append((loss_N, *torch.autograd.grad(loss_N @ loss_N.new_tensor([1, 2]), (query, candidate))))
+    for ours, reference in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-12)
+    padding = torch.tensor(ids) == PADDING_ID
+    assert results[0][2][padding].abs().sum() == 0
+    for n in range(2):
+        hits = 0
+        for b, of_query in enumerate(positives):
+            targets = {ids[p] for p in of_query}
+            score = {
+                j: float((query[b, n] @ candidate[j, n]).detach())
+                for j in range(len(ids))
+                if ids[j] != PADDING_ID
+            }
+            others = [value for j, value in score.items() if ids[j] not in targets]
+            hits += max(score[p] for p in of_query if p in score) > max(others)
+        assert in_batch_hit_at_1(query, candidate, **labels)[n] == hits / 3
+
+
+@pytest.mark.parametrize("case", SEVERAL)
+def test_what_distillation_compares_has_all_positives_and_no_padding(case: str) -> None:
+    positives, ids = SEVERAL[case]
+    sides = unit(3, 1, 5, seed=1), unit(len(ids), 1, 5, seed=2)
+    (found,) = candidate_logits(*sides, torch.tensor(positives), torch.tensor(ids)).isfinite().tolist()
+    for of_query, there in zip(positives, found, strict=True):
+        left_out = {ids[p] for p in of_query} | {PADDING_ID}
+        kept = [j in of_query or each not in left_out for j, each in enumerate(ids)]
+        assert there == [each and ids[j] != PADDING_ID for j, each in enumerate(kept)]
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_one_positive_is_the_cross_entropy_bit_for_bit(symmetric: bool) -> None:
+    query, candidate, labels = both("hard_negative_is_a_positive")
+    query, candidate = query.float().requires_grad_(), candidate.float().requires_grad_()
+    positive, ids = labels["positive"], labels["candidate_ids"]
+    loss_N = info_nce(query, candidate, temperature=0.1, symmetric=symmetric, **labels)
+    score_NBG = torch.einsum("bnd,gnd->nbg", query, candidate) / 0.1
+    own = torch.nn.functional.one_hot(positive, len(ids)).bool()
+    logits = [score_NBG.masked_fill((ids[positive][:, None] == ids) & ~own, -torch.inf)]
+    if symmetric:
+        same = (ids[positive][:, None] == ids[positive]) & ~torch.eye(4, dtype=torch.bool)
+        logits.append(score_NBG[:, :, positive].transpose(1, 2).masked_fill(same, -torch.inf))
+    direct = [
+        torch.nn.functional.cross_entropy(each.flatten(0, 1), target.repeat(3), reduction="none").view(3, 4)
+        for each, target in zip(logits, (positive, torch.arange(4)), strict=False)
+    ]
+    expected_N = (sum(direct[1:], direct[0]) / len(direct)).mean(dim=1)
+    assert torch.equal(loss_N, expected_N)
+    gradients = [torch.autograd.grad(each.sum(), (query, candidate)) for each in (loss_N, expected_N)]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*gradients, strict=True))
+
+
+def test_a_teachers_ranking_equals_the_loop_and_rows_without_one_add_nothing() -> None:
+    nan = torch.nan
+    own = [[0, 4, 5], [1, 6, 7], [2, 8, 9], [3, 10, 11]]
+    teacher = torch.tensor([[2, 1, -1], [nan, 0.5, 3], [nan, 1, nan], [nan, nan, nan]], dtype=torch.float64)
+    query, candidate = unit(4, 2, 5, seed=1).requires_grad_(), unit(12, 2, 5, seed=2).requires_grad_()
+    labels: dict[str, Any] = {"own": torch.tensor(own), "teacher": teacher}
+    found = own_candidates_kl(query, candidate, temperature=0.2, **labels)
+    wanted = own_candidates_kl_loop(query, candidate, own, teacher, 0.2)
+    torch.testing.assert_close(found, wanted)
+    gradients = [torch.autograd.grad(each.sum(), (query, candidate)) for each in (found, wanted)]
+    torch.testing.assert_close(*gradients)
+    assert gradients[0][0][2:].abs().sum() == 0
+    labels["teacher"] = torch.full_like(teacher, nan)
+    assert own_candidates_kl(query, candidate, temperature=0.2, **labels).tolist() == [0, 0]
+    one = query.detach()
+    labels = {
+        "own": torch.tensor([[0, 1], [1, 2]]),
+        "teacher": torch.einsum("bnd,gnd->bg", one[:2, :1], one[:, :1]),
+    }
+    labels["teacher"] = labels["teacher"].gather(1, labels["own"]) / 0.2
+    same = own_candidates_kl(one[:2, :1], one[:, :1], temperature=0.2, **labels)
+    torch.testing.assert_close(same, torch.zeros(1, dtype=torch.float64))

@@ -36,12 +36,17 @@ def byte_level(kind: type, special_tokens: tuple[str, ...], **options: Any) -> A
     return wrap(kind, trainer, special_tokens, **options)
 
 
-def llama_tokenizer() -> hf.LlamaTokenizer:
-    """As LLaVA-1.6 has it: spaces as in sentencepiece, a token at the start of every text."""
+def sentence_piece(kind: type, begin: list[str], special_tokens: tuple[str, ...], **options: Any) -> Any:
+    """Train a BPE with spaces as in sentencepiece, and a vocabulary that begins with some special tokens."""
     trainer = SentencePieceBPETokenizer()
-    special = ["<unk>", "<s>", "</s>"]
-    trainer.train_from_iterator(CORPUS, 400, 1, show_progress=False, special_tokens=special)
-    return wrap(hf.LlamaTokenizer, trainer, ("<image>", "<pad>"), pad_token="<pad>")
+    trainer.train_from_iterator(CORPUS, 400, 1, show_progress=False, special_tokens=begin)
+    return wrap(kind, trainer, special_tokens, **options)
+
+
+def llama_tokenizer() -> hf.LlamaTokenizer:
+    """As LLaVA-1.6 has it, with a token at the start of every text."""
+    begin, special_tokens = ["<unk>", "<s>", "</s>"], ("<image>", "<pad>")
+    return sentence_piece(hf.LlamaTokenizer, begin, special_tokens, pad_token="<pad>")
 
 
 QWEN_PROCESSORS = {
@@ -216,15 +221,50 @@ def internvl() -> Any:
     return processor, config
 
 
+def text_model(model_type: str, tokenizer: Any, **options: Any) -> Any:
+    """A causal language model without vision, whose processor is its tokenizer."""
+    config = hf.AutoConfig.for_model(
+        model_type,
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        **{**TEXT, "tie_word_embeddings": True, **options},
+    )
+    return tokenizer, config
+
+
+def gemma3_text() -> Any:
+    """Two layers with a window of four tokens, around one without."""
+    tokenizer = sentence_piece(hf.GemmaTokenizer, ["<pad>", "<eos>", "<bos>", "<unk>"], ())
+    layers = ["sliding_attention", "full_attention", "sliding_attention"]
+    sizes = {"num_hidden_layers": 3, "layer_types": layers, "sliding_window": 4, "query_pre_attn_scalar": 8}
+    return text_model("gemma3_text", tokenizer, **sizes)
+
+
+def llama() -> Any:
+    """With a head of its own, and a tokenizer without a padding token."""
+    tokenizer = sentence_piece(hf.LlamaTokenizer, ["<unk>", "<s>", "</s>"], ())
+    return text_model("llama", tokenizer, tie_word_embeddings=False)
+
+
+def qwen2() -> Any:
+    return text_model("qwen2", byte_level(hf.Qwen2Tokenizer, SPECIAL_TOKENS))
+
+
+def qwen3() -> Any:
+    return text_model("qwen3", byte_level(hf.Qwen2Tokenizer, SPECIAL_TOKENS))
+
+
 _BUILDERS = [qwen2_vl, qwen2_5_vl, qwen3_vl, llava_next_mistral, llava_next_vicuna, llava]
 _BUILDERS += [llava_onevision, smolvlm, idefics3, internvl]
 TINY_FAMILIES: dict[str, Callable[[], Any]] = {builder.__name__: builder for builder in _BUILDERS}
 """Builders of (processor, config) by name."""
+TEXT_FAMILIES = {builder.__name__: builder for builder in (gemma3_text, llama, qwen2, qwen3)}
+"""Those without vision."""
 
 
 def save_tiny_family(name: str, folder: str | Path, *, seed: int = 0) -> str:
     """Write a tiny backbone of a family as real ones are published; returns ``folder`` as a string."""
-    processor, config = TINY_FAMILIES[name]()
+    processor, config = {**TINY_FAMILIES, **TEXT_FAMILIES}[name]()
     return save_random_model(processor, config, folder, seed)
 
 

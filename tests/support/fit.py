@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from parallel_decoupling.batch import TokenLimit
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.data.images import ImagePolicy
 from parallel_decoupling.evaluation.run import Scoring
@@ -102,7 +103,8 @@ def kept_data(module: PDFEmbedder, folder: Path, data_dir: str, **settings: Any)
 def stand_in_model(processor: Any, image_token: str = "<image>", num_paths: int = 1) -> Any:
     """What the data needs of a model, for tests without one."""
     encoder = SimpleNamespace(processor=processor, image_token=image_token, num_paths=num_paths)
-    return SimpleNamespace(encoder=encoder, images=ImagePolicy(), candidate_instruction="")
+    about = {"images": ImagePolicy(), "limit": TokenLimit(), "candidate_instruction": ""}
+    return SimpleNamespace(encoder=encoder, **about)
 
 
 def trained(module: PDFEmbedder) -> dict[str, Tensor]:

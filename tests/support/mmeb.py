@@ -67,6 +67,29 @@ def add_text_subset(data_dir: str, rows: int = 24) -> None:
     _write(file, names, zip(*cells, strict=True))
 
 
+def add_judged_task(data_dir: str) -> None:
+    """Add ``shades``, of the group ``shown``: pictures of a colour, with grades and a teacher's scores."""
+    folder = Path(data_dir) / "shades"
+    files = sorted(file.name for file in (Path(data_dir) / "MMEB-eval").glob("*.png"))
+    ids, colours = [str(number) for number in range(len(files))], [file.split("_")[0] for file in files]
+    grades = [1 + number % 2 for number in range(len(files))]
+    shown = [[file for file in files if file.startswith(colour)][:3] for colour in COLOURS]
+    parts = {
+        "corpus": {"corpus-id": ids, "file": files},
+        "queries": {"query-id": list(COLOURS), "text": [f"{colour} ones" for colour in COLOURS]},
+        "qrels": {"query-id": colours, "corpus-id": ids, "score": grades},
+        "train": {"text": [f"{c} ones" for c in COLOURS] * 4, "file": shown * 4, "scores": [[2, 1, 0]] * 16},
+    }
+    for part, columns in parts.items():
+        _write(folder / part / "test-0.parquet", tuple(columns), columns.values())
+    entry = {"meta_task": "retrieval", "in_distribution": True, "metric": "ndcg@5", "group": "shown"}
+    entry |= {"train_file": "shades/train/test-0.parquet", "eval_dir": "shades", "image_dir": "MMEB-eval"}
+    roles = {"query_text": "text", "candidate_image": "file", "teacher_scores": "scores"}
+    tasks = json.loads((Path(data_dir) / "tasks.json").read_text())
+    tasks["shades"] = {**entry, "columns": roles}
+    (Path(data_dir) / "tasks.json").write_text(json.dumps(tasks))
+
+
 def _write(file: Path, names: tuple[str, ...], columns: object) -> None:
     file.parent.mkdir(parents=True)
     pq.write_table(pa.table(dict(zip(names, map(list, columns), strict=True))), file)  # type: ignore[call-overload]

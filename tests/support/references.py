@@ -45,6 +45,58 @@ def info_nce_loop(
     return torch.stack(losses)
 
 
+def several_positives_loop(
+    query: Tensor,
+    candidate: Tensor,
+    positives: list[list[int]],
+    candidate_ids: list[int],
+    temperature: float | Tensor,
+    symmetric: bool = False,
+) -> Tensor:
+    """``[N]``: the mean over a query's positives of -log p, its other targets left out of the denominator."""
+    losses = []
+    for n in range(query.shape[1]):
+        terms = []
+        for b, of_query in enumerate(positives):
+            given = [p for p in of_query if candidate_ids[p] != PADDING_ID]
+            targets = {candidate_ids[p] for p in given}
+            for p in given:
+                scores = [
+                    (query[b, n] * candidate[j, n]).sum() / temperature
+                    for j in range(len(candidate))
+                    if j == p or candidate_ids[j] not in targets | {PADDING_ID}
+                ]
+                own = (query[b, n] * candidate[p, n]).sum() / temperature
+                term = torch.stack(scores).logsumexp(0) - own
+                if symmetric:
+                    scores = [
+                        (query[c, n] * candidate[p, n]).sum() / temperature
+                        for c, others in enumerate(positives)
+                        if c == b or candidate_ids[p] not in {candidate_ids[other] for other in others}
+                    ]
+                    term = (term + torch.stack(scores).logsumexp(0) - own) / 2
+                terms.append(term / len(given))
+        losses.append(torch.stack(terms).sum() / len(positives))
+    return torch.stack(losses)
+
+
+def own_candidates_kl_loop(
+    query: Tensor, candidate: Tensor, own: list[list[int]], teacher: Tensor, temperature: float
+) -> Tensor:
+    """``[N]``: KL from a teacher's shares of a row's own candidates to a path's, the mean over rows."""
+    losses = []
+    for n in range(query.shape[1]):
+        total = torch.zeros((), dtype=query.dtype)
+        for b, of_query in enumerate(own):
+            known = [k for k in range(len(of_query)) if not teacher[b, k].isnan()]
+            wanted = [teacher[b, k].exp() for k in known]
+            found = [((query[b, n] * candidate[of_query[k], n]).sum() / temperature).exp() for k in known]
+            for x, y in zip(wanted, found, strict=True):
+                total = total + x / sum(wanted) * ((x / sum(wanted)).log() - (y / sum(found)).log())
+        losses.append(total / len(own))
+    return torch.stack(losses)
+
+
 def hit_at_1_loop(query: Tensor, candidate: Tensor, positive: list[int], candidate_ids: list[int]) -> Tensor:
     """``[N]``: share of queries whose positive beats each other target strictly."""
     shares = []

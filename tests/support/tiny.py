@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     Qwen2Tokenizer,
     Qwen2VLConfig,
@@ -86,7 +87,8 @@ def save_random_model(processor: Any, config: Any, folder: str | Path, seed: int
     """Write a generation checkpoint of random weights; returns ``folder`` as a string."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForImageTextToText.from_config(config)
+        is_text = config.get_text_config() is config
+        model = (AutoModelForCausalLM if is_text else AutoModelForImageTextToText).from_config(config)
         with torch.no_grad():  # zero biases and unit norms would hide a forgotten one
             for name, parameter in model.named_parameters():
                 if name.endswith("bias") or "norm" in name:

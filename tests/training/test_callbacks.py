@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,6 +54,20 @@ def test_each_kind_of_collapse_is_named_once_and_the_start_is_kept_in_checkpoint
         assert words in message
     assert not alarms(alarm, line, 4.15, 80)
     assert "effective rank" in alarms(resumed, line, 1.0, 20)[0]
+
+
+def test_batches_that_teach_nothing_are_named() -> None:
+    pairs = same_sides(torch.randn(4, 2, 8))
+    negative, padding = torch.tensor([9]), torch.tensor([PADDING_ID])
+    for ids, found in (
+        (torch.zeros(4), 1),
+        (torch.cat([torch.zeros(4), padding]), 1),
+        (torch.cat([torch.zeros(4), negative]), 0),
+        (torch.arange(4), 0),
+    ):
+        messages = alarms(CollapseAlarm(), replace(pairs, candidate_ids=ids), 0.0, 7)
+        assert len(messages) == found
+        assert all("every query of a batch has one candidate" in each for each in messages)
 
 
 LABELS = torch.arange(64) % 8

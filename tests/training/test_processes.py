@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from parallel_decoupling.distributed import rank, whole
 from parallel_decoupling.training.module import PDFEmbedder
+from tests.support.families import save_tiny_family
 from tests.support.fit import Recorder, make_trainer, small_data, small_embedder
 from tests.support.mmeb import add_text_subset, save_tiny_mmeb
 from tests.support.processes import run_ranks
@@ -181,6 +182,19 @@ def test_a_process_whose_rows_are_texts_adds_nothing_to_vision_adapters(
     assert any(a != b for a, b in zip(first["with_image"], second["with_image"], strict=True))
     for result in (first, second):
         assert_close(result, one)
+
+
+@pytest.mark.parametrize("adapter", ["own", "full"])
+def test_a_model_of_texts_alone_is_sharded_too(tmp_path: Path, adapter: str) -> None:
+    add_text_subset(save_tiny_mmeb(tmp_path / "data"))
+    backbone = save_tiny_family("gemma3_text", tmp_path / "backbone")
+    args = (backbone, str(tmp_path / "data"), {**ADAPTERS[adapter], "scope": "language"})
+    (tmp_path / "one").mkdir()
+    train(tmp_path / "one", *args, subsets=["texts"])
+    (one,) = results(tmp_path / "one")
+    for result in two(tmp_path / "two", *args, strategy="fsdp2", subsets=["texts"]):
+        assert_close(result, one)
+        assert result["sharded"]
 
 
 def test_every_layout_scores_alike(tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path) -> None:

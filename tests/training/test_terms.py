@@ -19,7 +19,12 @@ from parallel_decoupling.objective.vclub import Kind, MutualInformation
 from parallel_decoupling.training import terms
 from parallel_decoupling.training.terms import GatheredPairs, gather_pairs, shared
 from tests.support.processes import run_ranks
-from tests.support.references import hit_at_1_loop, info_nce_loop
+from tests.support.references import (
+    hit_at_1_loop,
+    info_nce_loop,
+    own_candidates_kl_loop,
+    several_positives_loop,
+)
 
 BATCH, NEGATIVES, PATHS, WIDTH = 4, 2, 3, 5
 
@@ -87,6 +92,43 @@ def test_padding_of_each_rank_stays_padding_after_the_gather() -> None:
         values = terms.monitored_values(pairs, {}, path_N, torch.zeros(3))
         hits_N = torch.stack([values[f"train/hit_at_1_path_{path}"] for path in range(PATHS)])
         assert torch.equal(hits_N, hit_at_1_loop(query, candidate, *labels))
+        dist.destroy_process_group()
+
+    run_ranks(in_two_processes, timeout=60)
+
+
+def test_two_ranks_with_several_positives_and_a_teacher_equal_one() -> None:
+    rows, extra = 2, 3  # a second positive and two negatives
+    query, candidate = (
+        torch.nn.functional.normalize(torch.randn(2 * count, PATHS, WIDTH, dtype=torch.float64), dim=-1)
+        for count in (rows, rows * (1 + extra))
+    )
+    ids = torch.tensor([0, 1, 2, 5, 6, PADDING_ID, 0, 7, 3, 4, 8, 9, 9, 3, PADDING_ID, 5])
+    own = [[0, 2, 3, 4], [1, 5, 6, 7], [8, 10, 11, 12], [9, 13, 14, 15]]
+    teacher = torch.randn(4, 4, dtype=torch.float64)
+    teacher[1, 1] = teacher[3, 2] = torch.nan
+    positives = [of_row[:2] for of_row in own]
+    taught = own_candidates_kl_loop(query, candidate, own, teacher, 0.5)
+    wanted = several_positives_loop(query, candidate, positives, ids.tolist(), 0.5, True) + 0.7 * taught
+
+    def in_two_processes() -> None:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", rank=int(os.environ["LOCAL_RANK"]), world_size=2)
+        sides = [each.chunk(2)[rank()].clone().requires_grad_() for each in (query, candidate)]
+        labels = {"candidate_ids": ids.chunk(2)[rank()], "teacher": teacher.chunk(2)[rank()]}
+        pairs = gather_pairs(*sides, aggregate=mean_of_paths, num_positives=2, **labels)
+        assert pairs.own is not None
+        assert pairs.own.tolist() == own
+        options = {"symmetric": True, "with_aggregate": True, "teacher_weight": 0.7}
+        path_N, _ = terms.contrastive_terms(pairs, 0.5, **options)
+        torch.testing.assert_close(path_N, wanted)
+        whole = [each.clone().requires_grad_() for each in (query, candidate)]
+        loss = several_positives_loop(*whole, positives, ids.tolist(), 0.5, True).sum()
+        loss = loss + 0.7 * own_candidates_kl_loop(*whole, own, teacher, 0.5).sum()
+        ours, theirs = torch.autograd.grad(path_N.sum(), sides), torch.autograd.grad(loss, whole)
+        for mine, all_of_them in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine, all_of_them.chunk(2)[rank()])
+        assert pairs.detach().own is not None
         dist.destroy_process_group()
 
     run_ranks(in_two_processes, timeout=60)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER as PLACEHOLDER
-from parallel_decoupling.batch import PADDING_ID, EncoderInputs, PairBatch, RawInput, RawPair
-from parallel_decoupling.data.images import ImageError, ImagePolicy, load_image
+from parallel_decoupling.batch import PADDING_ID, EncoderInputs, PairBatch, RawInput, RawPair, TokenLimit
+from parallel_decoupling.data.images import ImagePolicy, load_image
+from parallel_decoupling.data.unusable import RowError, one_row
 
 PADDING = RawInput("-")
 """What is encoded in place of a missing hard negative; as short as a text can be."""
@@ -34,8 +35,15 @@ class Collator:
         Each row without its padding equals the processor's output for that row alone.
     """
 
-    def __init__(self, processor: Any, *, image_token: str, images: ImagePolicy | None = None) -> None:
-        self.processor, self.image_token = processor, image_token
+    def __init__(
+        self,
+        processor: Any,
+        *,
+        image_token: str,
+        images: ImagePolicy | None = None,
+        limit: TokenLimit | None = None,
+    ) -> None:
+        self.processor, self.image_token, self.limit = processor, image_token, limit or TokenLimit()
         image_processor = getattr(processor, "image_processor", None)
         patch, merge = (getattr(image_processor, name, None) for name in ("patch_size", "merge_size"))
         self.images = images or ImagePolicy()
@@ -44,59 +52,119 @@ class Collator:
         self._splits = True  # until the processor's image tensors are seen not to split by row
 
     def __call__(self, pairs: Sequence[RawPair]) -> PairBatch:
-        """Batch training rows: the positives in query order, then all hard negatives row by row."""
+        """Batch training rows in the order of ``PairBatch``."""
+        others = [(*pair.positives, *pair.negatives) for pair in pairs]
         candidates: list[RawInput | None] = [pair.candidate for pair in pairs]
-        candidates += [negative for pair in pairs for negative in pair.negatives]
+        candidates += [each for of_row in others for each in of_row]
         places = [f"training subset {pair.subset!r}, row {pair.row}: " for pair in pairs]
-        negatives = [place for pair, place in zip(pairs, places, strict=True) for _ in pair.negatives]
+        repeated = [place for of_row, place in zip(others, places, strict=True) for _ in of_row]
+        teachers = [pair.teacher or (math.nan,) * (1 + len(others[0])) for pair in pairs]
         return PairBatch(
             query=self.encode_inputs([pair.query for pair in pairs], places),
-            candidate=self.encode_inputs([each or PADDING for each in candidates], places + negatives),
+            candidate=self.encode_inputs([each or PADDING for each in candidates], places + repeated),
             candidate_ids=torch.tensor([identity(each) if each else PADDING_ID for each in candidates]),
             subsets=tuple(pair.subset for pair in pairs),
+            num_positives=1 + len(pairs[0].positives),
+            teacher=torch.tensor(teachers),
         )
 
     def encode_inputs(self, inputs: Sequence[RawInput], places: Sequence[str] | None = None) -> EncoderInputs:
         """Tokenise, decode images and pad; ``places`` begin the messages of errors, one per input."""
-        if not inputs:
+        encoded, problems = self.encode_usable(inputs)
+        for row, error in problems.items():
+            with one_row(places[row] if places else ""):
+                raise error
+        if encoded is None:
             raise ValueError("There are no inputs to encode.")
-        places = places or [""] * len(inputs)
-        texts, images, turn = [], [], self.images.size is None
-        for row, place in zip(inputs, places, strict=True):
-            with _naming(place):
-                count, shown = row.text.count(PLACEHOLDER), reprlib.repr(row.text)
-                if count != len(row.images):
-                    raise ValueError(f"{len(row.images)} images but {count} {PLACEHOLDER} in {shown}.")
-                if self.image_token != PLACEHOLDER and self.image_token in row.text:
-                    found = f"The text {shown} holds {self.image_token!r}, the backbone's own image token"
-                    raise ValueError(f"{found}. Mark images with {PLACEHOLDER}.")
-                texts.append(row.text.replace(PLACEHOLDER, self.image_token))
-                images.append([self.images(load_image(image, turn=turn)) for image in row.images])
+        return encoded
+
+    def encode_usable(self, inputs: Sequence[RawInput]) -> tuple[EncoderInputs | None, dict[int, RowError]]:
+        """Encode the rows that can be embedded, None if there are none; and say why the others cannot."""
+        problems: dict[int, RowError] = {}
         try:
-            together = self._process(texts, images)
-        except ValueError:  # one by one, to find out which row it is
+            with one_row():  # which one it is comes out below
+                together = self._process(inputs) if inputs else None
+        except (RowError, MemoryError, RuntimeError):  # nor may the memory for all of them be there
             together = None
         if together is not None:
-            return together
+            return together, problems
         rows = []
-        for row, text, pictures, place in zip(inputs, texts, images, places, strict=True):
-            with _naming(f"{place}The processor refuses {reprlib.repr(row.text)} with images {row.images}: "):
-                nested = [pictures] if pictures else None
-                data = self.processor(text=[text], images=nested, return_tensors="pt")
-            tokens, pixels = self._separate(data)
-            rows.append(EncoderInputs(tokens, (pixels,)))
-        return self._join(rows)
+        for number, row in enumerate(inputs):
+            try:
+                with one_row():
+                    rows.append(self._process_alone(row))
+            except RowError as error:
+                problems[number] = error
+        return self._join(rows) if rows else None, problems
 
-    def _process(self, texts: list[str], images: list[list[Image.Image]]) -> EncoderInputs | None:
+    def check_text(self, row: RawInput) -> None:
+        """Raise ``ValueError`` for a text that cannot be tokenised with the row's images."""
+        if not row.images and not row.text.strip():
+            raise ValueError("neither text nor image. Remove the row from the file or fill it in.")
+        count, shown = row.text.count(PLACEHOLDER), reprlib.repr(row.text)
+        if count != len(row.images):
+            raise ValueError(f"{len(row.images)} images but {count} {PLACEHOLDER} in {shown}.")
+        if self.image_token != PLACEHOLDER and self.image_token in row.text:
+            found = f"The text {shown} holds {self.image_token!r}, the backbone's own image token"
+            raise ValueError(f"{found}. Mark images with {PLACEHOLDER}.")
+        row.text.encode()  # half a surrogate pair is not a text
+
+    def _read(self, row: RawInput) -> tuple[str, list[Image.Image]]:
+        """Check a row's text, and decode its images."""
+        self.check_text(row)
+        turn = self.images.size is None
+        images = [self.images(load_image(image, turn=turn)) for image in row.images]
+        return row.text.replace(PLACEHOLDER, self.image_token), images
+
+    def _process(self, inputs: Sequence[RawInput]) -> EncoderInputs | None:
         """Process all rows in one call; return None if the image tensors cannot be told apart by row."""
-        if any(images) and not self._splits:
+        if any(row.images for row in inputs) and not self._splits:
             return None
-        nested = images if any(images) else None  # by row: a family may treat several images of a row apart
-        data = self.processor(text=texts, images=nested, padding=True, return_tensors="pt")
+        texts, images = zip(*map(self._read, inputs), strict=True)
+        nested = list(images) if any(images) else None  # by row: a family may treat several of a row apart
+        data = self.processor(text=list(texts), images=nested, padding=True, return_tensors="pt")
         tokens, pixels = self._separate(data)
         vision = _split(pixels, [len(row) for row in images])
         self._splits = vision is not None
-        return None if vision is None else EncoderInputs(tokens, vision)
+        return None if vision is None else self._limited(EncoderInputs(tokens, vision), inputs)
+
+    def _process_alone(self, row: RawInput) -> EncoderInputs:
+        text, pictures = self._read(row)
+        with one_row(f"The processor refuses {reprlib.repr(row.text)} with images {row.images}: "):
+            data = self.processor(text=[text], images=[pictures] if pictures else None, return_tensors="pt")
+        tokens, pixels = self._separate(data)
+        return self._limited(EncoderInputs(tokens, (pixels,)), [row])
+
+    def _limited(self, encoded: EncoderInputs, inputs: Sequence[RawInput]) -> EncoderInputs:
+        """Cut every row to the most tokens that it may have."""
+        if hasattr(self.processor, "cut_rows"):  # OpenCLIP's tokenizers cut by themselves
+            cut: list[bool] = self.processor.cut_rows([row.text for row in inputs])
+            if any(cut) and self.limit.long_text == "error":
+                raise ValueError(self._too_long(inputs[cut.index(True)]))
+            return replace(encoded, num_cut=sum(cut))
+        if encoded.tokens["input_ids"].shape[1] <= self.limit.max_tokens:
+            return encoded
+        return self._join([self._cut(encoded.select([number]), row) for number, row in enumerate(inputs)])
+
+    def _cut(self, encoded: EncoderInputs, row: RawInput) -> EncoderInputs:
+        """Cut one row, which has no padding, before its last token."""
+        ids, most = encoded.tokens["input_ids"][0], self.limit.max_tokens
+        if len(ids) <= most:
+            return encoded
+        if self.limit.long_text == "error":
+            raise ValueError(self._too_long(row, len(ids)))
+        tokenizer = self.processor.tokenizer
+        rest = tokenizer(row.text[row.fixed :], add_special_tokens=False)["input_ids"] if row.fixed else ids
+        image = (ids == tokenizer.convert_tokens_to_ids(self.image_token)).nonzero().flatten().tolist()
+        needed = max(len(ids) - len(rest), image[-1] + 1 if image else 0)
+        if needed >= most:
+            what = f"pictures and instruction take {needed} tokens where max_tokens is {most}"
+            raise ValueError(f"{what}, with one for the end. Use smaller ones, or raise max_tokens.")
+        keep = [*range(most - 1), len(ids) - 1]
+        return EncoderInputs({k: v[:, keep] for k, v in encoded.tokens.items()}, encoded.vision, num_cut=1)
+
+    def _too_long(self, row: RawInput, count: int | str = "more") -> str:
+        return f"{count} tokens where max_tokens is {self.limit.max_tokens}: {reprlib.repr(row.text)}."
 
     def _separate(self, data: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Separate what has one entry per token from image tensors, whose shape may be the same by chance."""
@@ -111,17 +179,9 @@ class Collator:
         tokens: dict[str, Tensor] = {}
         for key in dict.fromkeys(key for row in rows for key in row.tokens):
             values = [row.tokens.get(key, torch.zeros_like(row.tokens["input_ids"]))[0] for row in rows]
-            fill = tokenizer.pad_token_id if key == "input_ids" else 0
-            tokens[key] = pad_sequence(values, True, fill, tokenizer.padding_side)
-        return EncoderInputs(tokens, tuple(row.vision[0] for row in rows))
-
-
-@contextmanager
-def _naming(place: str) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise (ImageError if isinstance(error, ImageError) else ValueError)(f"{place}{error}") from error
+            fill = getattr(tokenizer, "pad_token_id", 0) if key == "input_ids" else 0
+            tokens[key] = pad_sequence(values, True, fill, getattr(tokenizer, "padding_side", "right"))
+        return EncoderInputs(tokens, tuple(row.vision[0] for row in rows), sum(row.num_cut for row in rows))
 
 
 def _split(pixels: Mapping[str, Tensor], counts: list[int]) -> tuple[Mapping[str, Tensor], ...] | None:

@@ -43,6 +43,8 @@ class MMEBDataModule(LightningDataModule):
         train_subsets: Training subsets by folder name; null is all of MMEB-train.
         eval_tasks: Tasks of `test` by folder name; null is all of MMEB-eval (but CIFAR-100, which is not
             one of MMEB's 36) and of data_dir/tasks.json. Those of neither table are of meta-task custom.
+            In these lists a group of tasks.json stands for its tasks; null leaves groups out, and "overall"
+            names the tasks without one.
         validation_tasks: Tasks that are scored during `fit` and `validate`; none by default.
         batch_size: GLOBAL training batch, divided among all processes.
         eval_batch_size: Rows per evaluation batch and process.
@@ -58,13 +60,15 @@ class MMEBDataModule(LightningDataModule):
         sub_batch_size: Block size of the policy "sub_batch"; divides batch_size.
         hard_negatives: Candidates per row from the neg_text and neg_image_path columns; a row with fewer gets
             padding that matches no query. Warns of a subset where no row has any.
+        positives: Positives per training row; a row with fewer gets padding, one with more is cut.
         seed: Seed of mixture and row_limit, independent of the trainer's seed.
         image_size: Force every image into a square: "low" (128 pixels), "mid" (672) or "high" (1344), as in
             VLM2Vec. Null leaves that to min_pixels and max_pixels.
         min_pixels: Smallest width times height of an image; the aspect ratio is kept.
         max_pixels: Largest width times height of an image. With both null the processor decides alone.
-        missing_images: "error" stops at an image that is missing or broken, "skip" takes the next row of
-            the subset in training and leaves the row out of the score in evaluation, and counts.
+        missing_images: "error" stops at a row that cannot be embedded, as its image is missing or broken or
+            its text is refused; "skip" takes the next row of the subset in training and leaves the row out
+            of the score in evaluation, and counts.
         download: Fetch what is not in data_dir from the Hugging Face hub and unpack it, once.
         predict_source: What `predict` embeds in place of the evaluation tasks: a folder of images, or a
             Parquet, JSONL or CSV file with columns text, image or both (`docs/embedding_files.md`).
@@ -101,13 +105,15 @@ class MMEBDataModule(LightningDataModule):
         predict_columns: Names | None = None,
         predict_instruction: str | None = None,
         predict_rows_per_shard: PositiveInt = 4096,
+        positives: PositiveInt = 1,
     ) -> None:
         super().__init__()
         self.data_dir, self.split, self.seed, self.download = data_dir, split, seed, download
         self.train_subsets, self.eval_tasks = train_subsets, eval_tasks
         self.validation_tasks = list(validation_tasks)
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.num_workers, self.weights, self.hard_negatives = num_workers, weights, hard_negatives
+        self.num_workers, self.weights = num_workers, weights
+        self.positives, self.hard_negatives = positives, hard_negatives
         self.row_limit, self.row_limit_by, self.query_limit = row_limit, row_limit_by, query_limit
         self.policy, self.sub_batch_size = policy, sub_batch_size
         self.image_size, self.min_pixels, self.max_pixels = image_size, min_pixels, max_pixels
@@ -159,26 +165,26 @@ class MMEBDataModule(LightningDataModule):
             tasks.check_names(named, known, "evaluation task", self._task_advice)
             download_train(folder, _of(tasks.MMEB_TRAIN_SUBSETS, subsets), self.split)
             download_eval(folder, _of(tasks.MMEB_TASKS, wanted))
-        for subset in _of(tasks.find_train_subsets(self.folder, self.split), subsets):
+        there = tasks.find_train_subsets(self.folder, self.split)
+        for subset in _of(there, tasks.chosen(subsets, there, self.folder)):
             readers.open_train(self.folder, subset, self.split)
-        for task in _of(tasks.find_eval_tasks(self.folder), wanted):
-            readers.open_eval(self.folder, tasks.read_tasks(self.folder)[task])
+        there = tasks.find_eval_tasks(self.folder)
+        for task in _of(there, tasks.chosen(wanted, there, self.folder)):
+            readers.open_sides(self.folder, tasks.read_tasks(self.folder)[task])
 
     def setup(self, stage: str) -> None:
         """Open the files that ``stage`` needs; ``fit`` checks the names of ``validate`` and ``test``, too."""
         if stage == "predict" and self.predict_source is not None:
             return
         found = tasks.find_eval_tasks(self.folder)
-        names, option = list(self.validation_tasks), "validation_tasks"
+        names, option = tasks.chosen(self.validation_tasks, found, self.folder), "validation_tasks"
+        to_test = tasks.chosen(self.eval_tasks, found, self.folder)
         if stage == "fit":
             to_come = tasks.MMEB_TASKS if self.download else ()
-            tasks.check_names(self.eval_tasks or [], [*found, *to_come], "evaluation task", self._task_advice)
+            tasks.check_names(to_test, [*found, *to_come], "evaluation task", self._task_advice)
             self.train_data = self._open_subsets()
         elif stage != "validate":
-            names, option = (
-                _of(found, None) if self.eval_tasks is None else list(self.eval_tasks),
-                "eval_tasks",
-            )
+            names, option = to_test, "eval_tasks"
         if not names and stage != "fit":
             example = f"such as --data.{option} '[{found[0] if found else 'GQA'}]'"
             known = f"Name tasks, {example}. Found: {', '.join(found) or 'none'}."
@@ -205,21 +211,29 @@ class MMEBDataModule(LightningDataModule):
 
     def _open_subsets(self) -> list[readers.TrainSubset]:
         found = tasks.find_train_subsets(self.folder, self.split)
-        names = found if self.train_subsets is None else self.train_subsets
+        names = tasks.chosen(self.train_subsets, found, self.folder)
         if not names:
             place = self.folder / "MMEB-train" / "<subset>" / f"{self.split}-*.parquet"
             raise ValueError(f"No training subset {place}. Check data_dir, split and train_subsets.")
         tasks.check_names(names, found, "training subset")
         tasks.check_names(self.weights or (), names, "subset in weights")
         options: dict[str, Any] = {"limit": self.row_limit, "limit_by": self.row_limit_by, "seed": self.seed}
-        options |= {"hard_negatives": self.hard_negatives, "missing_images": self.missing_images}
+        options |= {"positives": self.positives, "hard_negatives": self.hard_negatives}
+        options["missing_images"] = self.missing_images
         subsets = [readers.TrainSubset(self.folder, name, self.split, **options) for name in names]
+        taught = any(subset.table.column(tasks.TEACHER) is not None for subset in subsets)
+        if getattr(self._model, "teacher_weight", 0) > 0 and not taught:
+            advice = f"Add a column {tasks.TEACHER} (docs/data.md), or set model.teacher_weight to 0."
+            raise ValueError(f"No training subset has a teacher's scores. {advice}")
         for subset in subsets if distributed.rank() == 0 else ():
             subset.log_gaps()
         return subsets
 
     def train_dataloader(self) -> Batches:
         """Batches of this process from the next step on: the trainer's count of processed ones."""
+        if self.batch_size == 1 and not self.hard_negatives:
+            advice = "Raise batch_size, or set hard_negatives"
+            raise ValueError(f"data.batch_size=1 leaves a query nothing to be told apart from. {advice}.")
         weighted = self.weights
         weights = None if weighted is None else [weighted.get(each.subset, 1.0) for each in self.train_data]
         sizes = [len(subset) for subset in self.train_data]
@@ -227,7 +241,8 @@ class MMEBDataModule(LightningDataModule):
         options |= {"sub_batch_size": self.sub_batch_size, "seed": self.seed, "weights": weights}
         sampler = MixtureSampler(sizes, batch_size=self.batch_size, policy=self.policy, **options)
         options = {"num_workers": self.num_workers, "generator": torch.Generator(), "batch_sampler": sampler}
-        loader = DataLoader(readers.TrainRows(self.train_data), collate_fn=self.collator, **options)
+        collate = readers.TrainCollator(self.collator, self.train_data)
+        loader = DataLoader(readers.TrainRows(self.train_data), collate_fn=collate, **options)
         return Batches(loader, sampler, None if self.trainer is None else self._consumed)
 
     def _consumed(self) -> int:
@@ -273,7 +288,8 @@ class MMEBDataModule(LightningDataModule):
         """Tokenises for the connected model; pictures as in its training without image settings here."""
         encoder = self._connected.encoder
         images = self._connected.images if self.images == ImagePolicy() else self.images
-        return Collator(encoder.processor, image_token=encoder.image_token, images=images)
+        options = {"images": images, "limit": self._connected.limit}
+        return Collator(encoder.processor, image_token=encoder.image_token, **options)
 
     @property
     def _connected(self) -> Any:

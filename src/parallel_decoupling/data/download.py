@@ -6,9 +6,10 @@ import zipfile
 import zlib
 from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
-from tempfile import TemporaryDirectory
 
 from tqdm import tqdm
+
+from parallel_decoupling.files import workplace
 
 TRAIN_REPO, EVAL_REPO = "TIGER-Lab/MMEB-train", "TIGER-Lab/MMEB-eval"
 GHOSTS = ("._", "__MACOSX", ".DS_Store")
@@ -60,8 +61,7 @@ def unpack(archive_file: Path, target_dir: Path, folders: Collection[str], insid
     that would grow beyond all measure is refused.
     """
     member: zipfile.ZipInfo | None = None
-    target_dir.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".unpacking-{archive_file.stem}-", dir=target_dir) as work_dir:
+    with workplace(target_dir) as work_dir:
         try:
             with zipfile.ZipFile(archive_file) as archive:
                 _check_size(archive_file, archive.infolist())
@@ -79,7 +79,7 @@ def unpack(archive_file: Path, target_dir: Path, folders: Collection[str], insid
             name = "" if member is None else f" {member.filename!r}"
             raise ValueError(f"{archive_file}: cannot unpack{name}: {error}.") from error
         for name in folders:
-            place, target = Path(work_dir) / name, target_dir / name
+            place, target = work_dir / name, target_dir / name
             if not place.is_dir():
                 raise ValueError(f"{archive_file} has no pictures of {name}.")
             try:

@@ -1,30 +1,31 @@
-"""Image files: finding them, decoding them to 8-bit RGB, and giving them the wanted size."""
+"""Pictures: what is one by its type, finding files, decoding to 8-bit RGB, and giving the wanted size."""
 
 from __future__ import annotations
 
+import base64
+import io
 import math
-import struct
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+from parallel_decoupling.data.unusable import RowError, one_row
 
 SquareSize = Literal["low", "mid", "high"]
 SQUARES: dict[str, int] = {"low": 128, "mid": 672, "high": 1344}
 """Side in pixels of VLM2Vec's forced squares."""
 IMAGE_SETTINGS = ("image_size", "min_pixels", "max_pixels")
 """Names of the settings behind an ``ImagePolicy``."""
-_DAMAGE = (OSError, SyntaxError, ValueError, TypeError, EOFError, struct.error, Image.DecompressionBombError)
-"""What Pillow's decoders raise on damaged files."""
-
-
-class ImageError(ValueError):
-    """An image file that is missing or that cannot be decoded; the message names it."""
+_DATA_URI = re.compile(r"\s*data:(image/[^,\s]*|;base64),", re.IGNORECASE)
+_ADDRESS = re.compile(r"\s*[a-z][a-z0-9+.-]*://\S+\s*", re.IGNORECASE)
+_CHANNELS = (1, 3, 4)
 
 
 @dataclass(frozen=True)
@@ -100,34 +101,129 @@ def smart_size(
     return new_width, new_height
 
 
-def load_image(image: Image.Image | str, *, turn: bool = True) -> Image.Image:
-    """Decode an image or file to 8-bit RGB or raise ``ImageError``; ``turn`` applies the EXIF orientation."""
+def is_array(value: Any) -> bool:
+    """Tell whether a value is an array or a tensor of numbers, of which several make a batch."""
+    return isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "biuf")
+
+
+def names_picture(text: str) -> bool:
+    """Tell whether an untyped string is a picture: a data URI, or an existing file that Pillow opens."""
+    if _ADDRESS.fullmatch(text):
+        raise ValueError(_no_address(text))
+    if _DATA_URI.match(text):
+        return True
+    if not os.path.isfile(text):
+        return False
     try:
+        with one_row(), Image.open(text):
+            return True
+    except RowError as error:
+        return isinstance(error.__cause__, Image.DecompressionBombError)
+
+
+def as_picture(value: Any) -> Image.Image | str:
+    """Return what is a picture by its type as a PIL image or a file's name, or raise ``ValueError``."""
+    if isinstance(value, Image.Image):
+        return value
+    if isinstance(value, bytes | bytearray | memoryview):
+        return _opened(bytes(value))
+    if isinstance(value, str) and _DATA_URI.match(value):
+        return _opened(_uri_bytes(value))
+    if isinstance(value, str | os.PathLike):
+        file = os.fspath(value)
+        if _ADDRESS.fullmatch(file):
+            raise ValueError(_no_address(file))
+        if not os.path.isfile(file):
+            raise ValueError(f"no image file {file!r}")
+        return file
+    if is_array(value):
+        return _from_array(value)
+    known = "a file, a data URI, a PIL image, an array, a tensor or the bytes of a file"
+    raise ValueError(f"a {type(value).__name__} cannot be embedded; use a text, or as a picture {known}")
+
+
+def _no_address(text: str) -> str:
+    advice = "download it and pass the file, or pass {'text': ...} if the address itself is the text"
+    return f"{text.strip()!r} is an address, and nothing is fetched: {advice}"
+
+
+def _uri_bytes(uri: str) -> bytes:
+    """Decode a data URI, with or without line breaks and padding, in either alphabet of base64."""
+    head, _, data = uri.partition(",")
+    if not head.strip().lower().endswith(";base64"):
+        raise ValueError("a data URI must be in base64: data:image/png;base64,...")
+    data = re.sub(r"\s|=+\s*$", "", data).replace("-", "+").replace("_", "/")
+    return base64.b64decode(data + "=" * (-len(data) % 4), validate=True)
+
+
+def _opened(data: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{len(data)} bytes that are not a picture in a format that Pillow reads") from error
+
+
+def _from_array(value: Any) -> Image.Image:
+    first = isinstance(value, Tensor)  # where the channels are if both ends could be
+    if first:
+        value = value.detach().cpu()
+        value = value.double() if value.is_floating_point() else value
+    array = np.asarray(value)
+    if array.ndim == 3 and array.shape[0] in _CHANNELS and (first or array.shape[2] not in _CHANNELS):
+        array = array.transpose(1, 2, 0)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim != 2 and (array.ndim != 3 or array.shape[2] not in _CHANNELS):
+        known = "use [height, width], [height, width, 3] or [3, height, width]"
+        raise ValueError(f"an array of shape {list(array.shape)} is not a picture; {known}")
+    return Image.fromarray(_eight_bits(array))
+
+
+def load_image(image: Image.Image | str, *, turn: bool = True) -> Image.Image:
+    """Decode an image or file to 8-bit RGB or raise ``RowError``; ``turn`` applies the EXIF orientation."""
+    name = image if isinstance(image, str) else f"of {image.width} x {image.height} pixels"
+    with one_row(f"Cannot read image {name}; replace the file or remove its row: "):
         if not isinstance(image, str):
             return _rgb(ImageOps.exif_transpose(image) if turn else image)
-        with Image.open(image) as file:
+        with _open_file(image) as file:
             if turn:
                 ImageOps.exif_transpose(file, in_place=True)
             return _rgb(file)
-    except _DAMAGE as error:
-        message = f"Cannot read image {image}: {error}. Replace the file or remove its row."
-        raise ImageError(message) from error
+
+
+def _open_file(file: str) -> Image.Image:
+    if not os.path.isfile(file):  # opening a named pipe would wait for ever
+        raise ValueError("there is no such file")
+    return Image.open(file)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits, which PIL alone would clip to white
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = Image.fromarray(_eight_bits(np.asarray(image)))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
 
 
+def _eight_bits(values: Any) -> Any:
+    """Scale numbers to 8 bits: from 0 to 1 (fractions), to 255 or to 65535, whichever holds the largest."""
+    if values.dtype == np.uint8:
+        return values
+    low, high = float(values.min()), float(values.max())
+    tops = (255, 65535) if values.dtype.kind in "iu" else (1, 255, 65535)
+    top = next((top for top in tops if high <= top), None)
+    if top is None or not low >= 0:
+        known = "known are 0 to 1, to 255 and to 65535. Convert it to 8 bits"
+        raise ValueError(f"a picture with values from {low:g} to {high:g}; {known}")
+    return np.rint(values.astype(np.float64) * (255 / top)).astype(np.uint8)
+
+
 def image_size(file: str) -> tuple[int, int] | None:
     """Return width and height from the header of an image file, or None if it cannot be read."""
     try:
-        with Image.open(file) as image:
+        with one_row(), _open_file(file) as image:
             return image.size
-    except _DAMAGE:
+    except RowError:
         return None
 
 
@@ -152,10 +248,10 @@ class ImageFolder:
         return None
 
     def get(self, image: str) -> str:
-        """Return the file, or raise ``ImageError`` if there is none and there must be."""
+        """Return the file, or raise ``ValueError`` if there is none and there must be."""
         file = self.find(image)
         if file is None and self.must_exist:
             roots = " or ".join(map(str, self.roots))
             advice = "Unpack the dataset's images there, with or without a folder images/."
-            raise ImageError(f"no image file {image!r} under {roots}. {advice}")
+            raise ValueError(f"no image file {image!r} under {roots}. {advice}")
         return file or image

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
-from parallel_decoupling.data.images import IMAGE_SUFFIXES
+from parallel_decoupling.data.images import as_picture, is_array, names_picture
+from parallel_decoupling.data.unusable import one_row
 
 INPUT_KEYS = ("text", "image", "images", "instruction")
 
@@ -112,65 +113,82 @@ def prompt(
     if not pictures:
         if not text or not text.strip():
             raise ValueError("An input needs a text or an image.")
-        return RawInput(body if body == text.strip() else f"{body}\n")
-    lines = [IMAGE_PLACEHOLDER] * len(pictures) + ([body] if body else [])
-    return RawInput("".join(f"{line}\n" for line in lines), pictures)
+        text = text.strip()
+        return RawInput(body if body == text else f"{body}\n", (), len(body) - len(text))
+    marks = f"{IMAGE_PLACEHOLDER}\n" * len(pictures)
+    asked = len(instruction.strip()) if instruction else 0
+    return RawInput(marks + (f"{body}\n" if body else ""), pictures, len(marks) + asked)
 
 
 def is_single(inputs: Any) -> bool:
     """Tell whether ``inputs`` is one item rather than a list of items."""
-    return isinstance(inputs, (str, Path, Image.Image, RawInput, Mapping))
+    kinds = (str, bytes, bytearray, memoryview, os.PathLike, Image.Image, RawInput, Mapping)
+    return isinstance(inputs, kinds) or (is_array(inputs) and inputs.ndim <= 3)
 
 
-def to_raw_inputs(inputs: Iterable[Any], instruction: str | None = None) -> list[RawInput]:
+def listed(inputs: Any) -> list[Any]:
+    """Return the items of a list, or of one item; a table or what has no order is a ``ValueError``."""
+    if is_single(inputs):
+        return [inputs]
+    _refuse_table(inputs)
+    if not isinstance(inputs, Iterable):
+        raise ValueError(f"a {type(inputs).__name__} cannot be embedded; use a list of texts and pictures")
+    return list(inputs)
+
+
+def to_raw_inputs(inputs: Any, instruction: str | None = None) -> list[RawInput]:
     """Turn what ``Embedder.encode`` takes into prompts, in order; an error names the index of the item.
 
-    A string that ends with an image suffix is never taken for a text; a dictionary's own ``instruction``
+    A string is a picture if ``names_picture`` says so, and else a text; a dictionary's own ``instruction``
     wins; to a finished ``RawInput`` no instruction can be added.
     """
     rows = []
-    for index, item in enumerate(inputs):
-        try:
-            rows.append(_raw_input(item, instruction))
-        except ValueError as error:
-            raise ValueError(f"input {index}: {error}") from error
+    for index, item in enumerate(listed(inputs)):
+        with one_row(f"input {index}: "):
+            rows.append(to_raw_input(item, instruction))
     return rows
 
 
-def _raw_input(item: Any, instruction: str | None) -> RawInput:
+def to_raw_input(item: Any, instruction: str | None = None) -> RawInput:
+    """Turn one item into a prompt; see ``to_raw_inputs``."""
     if isinstance(item, RawInput):
         if instruction is not None:
             raise ValueError("a RawInput is a finished prompt; it takes no instruction")
         return item
     if isinstance(item, Mapping):
         return _raw_input_from_mapping(item, instruction)
-    if isinstance(item, str) and not item.lower().endswith(IMAGE_SUFFIXES):
+    if isinstance(item, str) and not names_picture(item):
         return prompt(text=item, instruction=instruction)
-    hint = f"; if this is a text, pass {{'text': {item!r}}}" if isinstance(item, str) else ""
-    return prompt(image=_image(item, hint), instruction=instruction)
+    _refuse_table(item)
+    return prompt(image=as_picture(item), instruction=instruction)
 
 
 def _raw_input_from_mapping(item: Mapping[str, Any], instruction: str | None) -> RawInput:
+    for key in ("text", "instruction"):
+        value = item.get(key)
+        if isinstance(value, Sized) and not isinstance(value, str):
+            raise ValueError(_no_list(item))
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{key!r} is a {type(value).__name__}; use a string")
     if unknown := sorted(str(key) for key in item if key not in INPUT_KEYS):
         raise ValueError(f"unknown keys {unknown}; use {list(INPUT_KEYS)}")
     text, image, images, own_instruction = (item.get(key) for key in INPUT_KEYS)
-    for key, value in (("text", text), ("instruction", own_instruction)):
-        if value is not None and not isinstance(value, str):
-            raise ValueError(f"{key!r} is a {type(value).__name__}; use a string")
-    if isinstance(images, (str, Path, Image.Image)):
+    if images is not None and is_single(images):
         raise ValueError(f"'images' is a single {type(images).__name__}; pass a list or use 'image'")
-    image = None if image is None else _image(image)
-    images = [_image(each) for each in images or ()]
+    image = None if image is None else as_picture(image)
+    images = [as_picture(each) for each in (() if images is None else images)]
     return prompt(text, image, instruction if own_instruction is None else own_instruction, images=images)
 
 
-def _image(image: Any, hint: str = "") -> Image.Image | str:
-    if isinstance(image, Image.Image):
-        return image
-    if not isinstance(image, (str, Path)):
-        raise ValueError(
-            f"a {type(image).__name__} cannot be embedded; use a text, a PIL image, a file or a dictionary"
-        )
-    if not os.path.isfile(image):
-        raise ValueError(f"no image file {str(image)!r}{hint}")
-    return str(image)
+def _refuse_table(value: Any) -> None:
+    """Raise ``ValueError`` for what would give names of columns, or items in any order, in place of rows."""
+    is_table = any(hasattr(value, name) for name in ("columns", "column_names"))
+    is_table |= getattr(getattr(value, "dtype", None), "names", None) is not None  # of numpy
+    if is_table or isinstance(value, Set | io.IOBase):
+        raise ValueError(_no_list(value))
+
+
+def _no_list(value: Any) -> str:
+    rows = "to_dict('records') of pandas, to_dicts() of polars, to_pylist() of Arrow"
+    advice = f"one column, such as list(table['text']), or dictionaries with {', '.join(INPUT_KEYS)} ({rows})"
+    return f"a {type(value).__name__} is not a list of inputs: pass {advice}"

@@ -3,98 +3,67 @@
 from __future__ import annotations
 
 import logging
+import math
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from torch.utils.data import Dataset
 
-from parallel_decoupling.batch import RawInput, RawPair
+from parallel_decoupling.batch import PairBatch, RawInput, RawPair
 from parallel_decoupling.data import tasks
-from parallel_decoupling.data.images import ImageError, ImageFolder, load_image
+from parallel_decoupling.data.collate import Collator
+from parallel_decoupling.data.images import ImageFolder
+from parallel_decoupling.data.judged import open_judged, read_judged
 from parallel_decoupling.data.names import printable
-from parallel_decoupling.data.prompts import PromptRules, prompt, split_candidate, split_query, written_text
+from parallel_decoupling.data.row_reader import CANDIDATE, NEGATIVE, QUERY, RowReader, Side, side_of, target
 from parallel_decoupling.data.tables import Table
-from parallel_decoupling.data.tasks import INSTRUCTIONS, ROLES, EvalTask, Source, Task, read_tasks
+from parallel_decoupling.data.tasks import INSTRUCTIONS, ROLES, TEACHER, EvalTask, Task, read_tasks
+from parallel_decoupling.data.unusable import RowError, doubled, one_row
 
 LimitBy = Literal["sample", "first"]
 MissingImages = Literal["error", "skip"]
 
-Side: TypeAlias = tuple[str, str]
-"""Text and image file of a query or candidate, "" for none; or the names of the columns that hold them."""
-
-QUERY, CANDIDATE, NEGATIVE = zip(ROLES[::2], ROLES[1::2], strict=True)
-"""Columns of a table, named by their roles. MMEB's names follow."""
 MMEB_TRAIN = ("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path")
 MMEB_EVAL = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path", "qry_inst", "tgt_inst")
 """The last two columns are those of MMEB_Test_Instruct, which splits instructions off."""
 
-MAX_UNREADABLE_ROWS = 100
-"""After so many rows without readable images the folder is at fault, not a file."""
+MAX_UNUSABLE_ROWS = 100
+"""After so many rows that cannot be embedded the folder is at fault, not a file."""
 MAX_POOL_ENTRIES = 20_000_000
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class RowReader:
-    """A table with columns by role, and how its cells become inputs; ``source`` is None in MMEB's layout."""
-
-    table: Table
-    images: ImageFolder
-    rules: PromptRules = PromptRules()
-    source: Source | None = None
-
-    def input(self, row: int, columns: Side, side: Side, instruction: str | None = None) -> RawInput:
-        """Return one query or candidate; ``instruction`` is the one that MMEB_Test_Instruct splits off."""
-        (text, image), is_query = side, columns == QUERY
-        try:
-            if self.source is not None:
-                own = self.source.query_instruction if is_query else self.source.candidate_instruction
-                text = prompt(text, image or None, own).text
-            else:
-                if instruction is not None:
-                    join = split_query if is_query else split_candidate
-                    text = join(instruction, text, self.rules, has_image=bool(image))
-                drop = is_query and not self.rules.query_image
-                text = written_text(text, has_image=bool(image), drop_placeholder=drop)
-            return RawInput(text, (self.images.get(image),) if image else ())
-        except ValueError as error:
-            raise type(error)(f"{self.table.where(row, *columns)}: {error}") from error
-
-    def sides(self, row: int, columns: Side, cells: Mapping[str, Any]) -> list[Side]:
-        """Pair two cells that hold lists of one length, or one list and one value for all of its entries."""
-        both: list[Any] = [cells.get(column) for column in columns]
-        lengths = {len(cell) for cell in both if isinstance(cell, list)} or {1}
-        if len(lengths) > 1:
-            found = f"{len(both[0])} texts but {len(both[1])} image paths"
-            rule = "The lists must be index-aligned; use '' for no text or no image."
-            raise ValueError(f"{self.table.where(row, *columns)}: {found}. {rule}")
-        texts, images = (cell if isinstance(cell, list) else [cell] * max(lengths) for cell in both)
-        return [(text or "", image or "") for text, image in zip(texts, images, strict=True)]
-
-
 def open_train(data_dir: Path, subset: str, split: str) -> RowReader:
     """Open a training subset of MMEB-train or of your own."""
     task = tasks.task_of_subset(read_tasks(data_dir), subset) or Task(subset, "retrieval", False)
-    source, single, root = task.source, (*QUERY, *CANDIDATE), data_dir / "MMEB-train"
+    source, root = task.source, data_dir / "MMEB-train"
     owner, columns = f"training subset {subset!r}", dict(zip(ROLES, MMEB_TRAIN, strict=True))
     if source is None or source.train_file is None:
-        table = Table(owner, _files(owner, root / subset, split), columns)
-        table.check(single, single)
+        table = Table(owner, _files(owner, root / subset, split), columns | {TEACHER: TEACHER})
+        table.check((*QUERY, *CANDIDATE), QUERY)
         return RowReader(table, ImageFolder(root), task.prompt)
     table = Table(owner, [source.train_file], source.columns)
-    table.check(source.columns, single)
+    table.check(source.columns, QUERY)
     return RowReader(table, ImageFolder(source.image_dir), source=source)
 
 
+def open_sides(data_dir: Path, task: Task, *, must_exist: bool = True) -> list[RowReader]:
+    """Open what holds the queries and candidates of a task: its rows, or its queries and its corpus."""
+    if task.source is None or task.source.eval_dir is None:
+        return [open_eval(data_dir, task, must_exist=must_exist)]
+    queries, corpus, _ = open_judged(task, must_exist=must_exist)
+    return [queries, corpus]
+
+
 def open_eval(data_dir: Path, task: Task, *, must_exist: bool = True) -> RowReader:
-    """Open an evaluation task; both published formats are recognised by their columns."""
+    """Open an evaluation task of rows; both published formats are recognised by their columns."""
     source, roles, root = task.source, (*QUERY, *CANDIDATE), data_dir / "MMEB-eval"
     owner, columns = (
         f"evaluation task {task.name!r}",
@@ -123,9 +92,10 @@ class TrainSubset:
     """One training subset: a mapped table whose rows become ``RawPair``.
 
     Rows with neither text nor image on one side are left out, as in VLM2Vec; ``blank_rows`` counts them. The
-    arguments are those of ``MMEBDataModule``. A row has exactly ``hard_negatives`` negatives, None where the
-    file has fewer; a blank text without image does not count. With ``missing_images="skip"`` the next
-    readable row replaces one whose images cannot be read; that choice depends on the files alone.
+    arguments are those of ``MMEBDataModule``. A row has exactly ``positives`` positives and
+    ``hard_negatives`` negatives, the first of its lists, None where the file has fewer; a blank text without
+    image does not count. With ``missing_images="skip"`` the next usable row replaces one that cannot be
+    embedded; that choice depends on files and model alone.
     """
 
     def __init__(
@@ -136,18 +106,19 @@ class TrainSubset:
         limit: int | None = None,
         *,
         limit_by: LimitBy = "sample",
+        positives: int = 1,
         hard_negatives: int = 0,
         seed: int = 0,
         missing_images: MissingImages = "error",
     ) -> None:
         self.subset, self.hard_negatives, self.missing_images = subset, hard_negatives, missing_images
-        self.num_skipped = 0
+        self.num_skipped, self.positives = 0, positives
         self.reader = open_train(Path(data_dir), subset, split)
         self.table = self.reader.table
         blank = np.zeros(len(self.table), dtype=bool)
         for side in (QUERY, CANDIDATE):
             columns = [column for column in map(self.table.column, side) if column is not None]
-            blank |= np.logical_and.reduce([_is_blank(column).to_numpy() for column in columns])
+            blank |= np.logical_and.reduce([_blank_rows(column) for column in columns])
         if limit_by == "first":
             blank, limit = blank[:limit], None
         self.blank_rows = int(blank.sum())
@@ -163,42 +134,70 @@ class TrainSubset:
         return len(self.kept)
 
     def __getitem__(self, index: int) -> RawPair:
-        if self.missing_images == "error":
-            return self._read(index)
-        for step in range(min(len(self), MAX_UNREADABLE_ROWS)):
+        return self._read(index) if self.missing_images == "error" else self.usable(index)
+
+    def usable(self, index: int, collator: Collator | None = None) -> RawPair:
+        """Return a row, or the next one that can be read and, if a collator is given, embedded."""
+        for step in range(min(len(self), MAX_UNUSABLE_ROWS)):
             place = (index + step) % len(self)
             try:
-                pair = self._read(place)
-                for side in (pair.query, pair.candidate, *filter(None, pair.negatives)):
-                    for image in side.images:
-                        load_image(image)
+                with one_row(f"row {self.kept[place]}: "):
+                    pair = self._read(place)
+                    if collator is not None:
+                        others = filter(None, (*pair.positives, *pair.negatives))
+                        collator.encode_inputs([pair.query])
+                        collator.encode_inputs([pair.candidate, *others])
                 return pair
-            except ImageError as error:
-                last = printable(f"row {self.kept[place]}: {error}")
+            except RowError as error:
+                last = printable(str(error))
             self.num_skipped += 1
-            if self.num_skipped.bit_count() == 1:  # each time that the number doubles
+            if doubled(self.num_skipped - 1, 1):
                 count = f"rows skipped so far: {self.num_skipped}"
                 log.warning("%s, %s. The last: %s", self.table.owner, count, last)
-        what = f"{step + 1} rows in a row have unreadable images, {last}"
+        what = f"{step + 1} rows in a row cannot be embedded, {last}."
         advice = "Skipping is for single files; `lightning verify` finds out what is wrong with the folder."
         raise ValueError(f"{self.table.owner}: {what} {advice}")
 
     def _read(self, index: int) -> RawPair:
         row, reader = int(self.kept[index]), self.reader
         cells = self.table[row]
-        query, positive = (reader.input(row, side, _side(cells, side)) for side in (QUERY, CANDIDATE))
-        negatives: list[RawInput | None] = []
-        if self.hard_negatives:
-            sides = [side for side in reader.sides(row, NEGATIVE, cells) if side[0].strip() or side[1]]
-            negatives += [reader.input(row, NEGATIVE, side) for side in sides[: self.hard_negatives]]
-            negatives += [None] * (self.hard_negatives - len(negatives))
-        return RawPair(query, positive, tuple(negatives), self.subset, row)
+        kinds = (CANDIDATE, NEGATIVE) if self.hard_negatives or cells.get(TEACHER) else (CANDIDATE,)
+        sides = [(kind, side) for kind in kinds for side in reader.filled(row, kind, cells)]
+        scores = self._scores(row, cells.get(TEACHER), len(sides))
+        own: list[tuple[RawInput | None, float]] = []
+        for kind, count in ((CANDIDATE, self.positives), (NEGATIVE, self.hard_negatives)):
+            of_kind = [(side, score) for (its, side), score in zip(sides, scores, strict=True) if its == kind]
+            own += [(reader.input(row, kind, side), score) for side, score in islice(of_kind, count)]
+            own += [(None, math.nan)] * (count - len(of_kind))
+        (first, *others), teacher = zip(*own, strict=True)
+        assert first is not None, "blank rows are left out"
+        query = reader.input(row, QUERY, side_of(cells, QUERY))
+        positives, negatives = others[: self.positives - 1], others[self.positives - 1 :]
+        return RawPair(query, first, tuple(negatives), self.subset, row, tuple(positives), teacher)
+
+    def _scores(self, row: int, cell: Any, count: int) -> list[float]:
+        """Return a teacher's score of every positive and negative of a row, NaN if the row has none."""
+        if not cell:
+            return [math.nan] * count
+        try:
+            scores = [math.nan if each is None else float(each) for each in cell]
+        except ValueError:
+            scores = []
+        if isinstance(cell, str) or len(scores) != count:
+            rule = f"must be a list of {count} numbers, one for each positive, then for each negative"
+            raise ValueError(f"{self.table.where(row, TEACHER)}: {rule}; got {cell!r:.200}.")
+        return scores
 
     def log_gaps(self) -> None:
-        """Warn of rows that were left out, and of hard negatives that no row has."""
+        """Warn of rows and positives that are left out, and of hard negatives that no row has."""
         if self.blank_rows:
             what = "rows with neither text nor image on a side"
             log.warning("%s: left out %d %s", self.table.owner, self.blank_rows, what)
+        shown = [column for column in map(self.table.column, CANDIDATE) if column is not None]
+        most = max(int(_lengths(column).max()) for column in shown)
+        if most > self.positives:
+            what = "rows have up to %d positives; data.positives takes the first %d"
+            log.warning(f"%s: {what}", self.table.owner, most, self.positives)
         texts = [column for column in map(self.table.column, NEGATIVE) if column is not None]
         if self.hard_negatives and all(pc.all(_is_blank(column)).as_py() for column in texts):
             advice = "so data.hard_negatives only adds padding that matches no query"
@@ -215,8 +214,38 @@ class TrainRows(Dataset[RawPair]):
         return self.subsets[place[0]][place[1]]
 
 
-def _side(cells: Mapping[str, Any], columns: Side) -> Side:
-    return cells.get(columns[0]) or "", cells.get(columns[1]) or ""
+class TrainCollator:
+    """Batches training rows; with ``missing_images="skip"`` usable rows replace those that are not."""
+
+    def __init__(self, collator: Collator, subsets: Sequence[TrainSubset]) -> None:
+        self.collator, self.subsets = collator, {subset.subset: subset for subset in subsets}
+
+    def __call__(self, pairs: Sequence[RawPair]) -> PairBatch:
+        """Batch rows; only where that fails are they looked at one by one."""
+        try:
+            return self.collator(pairs)
+        except RowError:
+            if any(subset.missing_images == "error" for subset in self.subsets.values()):
+                raise
+        return self.collator([self._usable(pair) for pair in pairs])
+
+    def _usable(self, pair: RawPair) -> RawPair:
+        subset = self.subsets[pair.subset]
+        return subset.usable(int(np.searchsorted(subset.kept, pair.row)), self.collator)
+
+
+def _lengths(column: pa.ChunkedArray) -> Any:
+    """Return how many values each row has."""
+    if not pa.types.is_list(column.type):
+        return np.ones(len(column), dtype=np.int64)
+    return pc.fill_null(pc.list_value_length(column), 0).to_numpy()
+
+
+def _blank_rows(column: pa.ChunkedArray) -> Any:
+    """Return which rows have nothing in a column, or in no entry of their list."""
+    blank = np.ones(len(column), dtype=bool)
+    blank[np.repeat(np.arange(len(column)), _lengths(column))[~_is_blank(column).to_numpy()]] = False
+    return blank
 
 
 def _is_blank(texts: Any) -> Any:
@@ -235,6 +264,8 @@ def read_eval_task(
     """
     known = read_tasks(data_dir)
     tasks.check_names([task], known, "evaluation task")
+    if (source := known[task].source) is not None and source.eval_dir is not None:
+        return read_judged(known[task], limit, must_exist=must_exist)
     reader = open_eval(Path(data_dir), known[task], must_exist=must_exist)
     table = reader.table
     is_split = table.column(INSTRUCTIONS[0]) is not None
@@ -247,13 +278,13 @@ def read_eval_task(
         row = number * len(table) // count
         cells = table[row]
         asked, shown = (cells.get(name) or "" if is_split else None for name in INSTRUCTIONS)
-        query = _side(cells, QUERY)
+        query = side_of(cells, QUERY)
         read.query_of_row.append(queries.setdefault((asked or "", *query), len(queries)))
         if len(queries) > len(read.queries):
             read.queries.append(reader.input(row, QUERY, query, asked))
         keys: list[int] = []
         for side in reader.sides(row, CANDIDATE, cells) + pool:
-            keys.append(candidates.setdefault(_identity(known[task], side), len(candidates)))
+            keys.append(candidates.setdefault(target(known[task], side), len(candidates)))
             if len(candidates) > len(read.candidates):
                 read.candidates.append(reader.input(row, CANDIDATE, side, shown))
         read.candidates_of_row.append(list(dict.fromkeys(keys)) if pool else keys)
@@ -263,19 +294,11 @@ def read_eval_task(
     return read
 
 
-def _identity(task: Task, side: Side) -> Side:
-    """Return what makes a candidate the same as another one; quotes around a caption do not."""
-    text, image = side
-    if task.identity == "text":
-        return side
-    return ("" if image else text, image) if task.identity == "image" else (text.strip('"'), image)
-
-
 def _pool(table: Table) -> list[Side]:
     """Return all positives of a file that names only the positive of each row, nothing if it has lists."""
     if any(pa.types.is_list(column.type) for column in filter(None, map(table.column, CANDIDATE))):
         return []
-    pool = list(dict.fromkeys(_side(table[row], CANDIDATE) for row in range(len(table))))
+    pool = list(dict.fromkeys(side_of(table[row], CANDIDATE) for row in range(len(table))))
     if len(pool) * len(table) > MAX_POOL_ENTRIES:
         many = f"{len(table)} rows with {len(pool)} candidates each are too many"
         raise ValueError(f"{table.owner}: {many}. Give every row its own list of candidates.")

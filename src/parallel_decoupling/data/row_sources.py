@@ -29,7 +29,11 @@ class TaskSide:
     def __init__(self, task: EvalTask, side: str, data_dir: Path) -> None:
         self.task, self.side, self.data_dir = task, side, data_dir
         self.name = f"{task.task.name}/{side}"
-        self.about: dict[str, Any] = {"source": self.name, "instruction": ""}
+        self.about: dict[str, Any] = {
+            "source": self.name,
+            "image_dir": os.path.abspath(data_dir),
+            "instruction": "",
+        }
         self._rows = task.queries if side == "query" else task.candidates
 
     def __len__(self) -> int:
@@ -41,6 +45,8 @@ class TaskSide:
     def where(self, row: int) -> str:
         """Name the task, the first row of it that uses an input, and its side, for an error message."""
         task, is_query = self.task, self.side == "query"
+        if not is_query and task.relevance_of_row is not None:
+            return f"evaluation task {task.task.name!r}, candidate {row}"
         used = [[query] for query in task.query_of_row] if is_query else task.candidates_of_row
         first = next(number for number, inputs in enumerate(used) if row in inputs)
         return f"evaluation task {task.task.name!r}, row {first}, {self.side}"
@@ -48,7 +54,8 @@ class TaskSide:
     def columns(self, rows: Sequence[int]) -> pa.Table:
         """Return ``id``, ``text`` and ``image`` (the first one, relative to ``data_dir``) of some rows."""
         files = [self._rows[row].images[:1] for row in rows]
-        names = [os.path.relpath(str(file[0]), self.data_dir) if file else None for file in files]
+        folder = self.data_dir
+        names = [_without_folder(os.path.abspath(str(file[0])), folder) if file else None for file in files]
         images = [name and id_of_file(name) for name in names]
         columns = {ID: [*map(str, rows)], TEXT: [self._rows[row].text for row in rows], IMAGE: images}
         return pa.table({name: pa.array(cells, pa.string()) for name, cells in columns.items()})
@@ -65,11 +72,15 @@ class RowSource:
     def __init__(self, path: str | Path, instruction: str = "") -> None:
         self.path, self.instruction, is_dir = Path(path), instruction, Path(path).is_dir()
         self._fields, self.left_out = _list_images(self.path) if is_dir else (_read_table(self.path), "")
-        self._image_dir = image_dir = self.path.resolve() if is_dir else self.path.resolve().parent
+        source = os.path.abspath(self.path)
+        self._image_dir = Path(source) if is_dir else Path(source).parent
         names = self._fields.column_names
         self._inputs = self._fields.select([name for name in (TEXT, IMAGE) if name in names])
-        source = str(self.path.resolve())
-        self.about = {"source": source, "image_dir": str(image_dir), "instruction": instruction}
+        self.about: dict[str, Any] = {
+            "source": source,
+            "image_dir": str(self._image_dir),
+            "instruction": instruction,
+        }
 
     def __len__(self) -> int:
         return len(self._fields)
@@ -79,7 +90,7 @@ class RowSource:
         image = cells.get(IMAGE)
         file = str(self._image_dir / file_of_id(image)) if image else None
         if file and not os.path.isfile(file):  # to open a pipe would take for ever
-            raise ValueError(f"no image file {image!r} in {self._image_dir}")
+            raise ValueError(f"no image file {_without_folder(image, self._image_dir)!r}")
         return prompt(cells.get(TEXT), file, self.instruction or None)
 
     def where(self, row: int) -> str:
@@ -87,10 +98,22 @@ class RowSource:
         return f"{self.path}, row {row}"
 
     def columns(self, rows: Sequence[int]) -> pa.Table:
-        """Return ``id`` and the source's columns of rows in ascending order."""
+        """Return ``id`` and the source's columns of ascending rows, without absolute paths of images."""
         first, stop = (rows[0], rows[-1] + 1) if rows else (0, 0)
         near = self._fields.slice(first, stop - first)  # take would copy whole columns
-        return near.take(pa.array([row - first for row in rows], pa.int64()))
+        table = near.take(pa.array([row - first for row in rows], pa.int64()))
+        if IMAGE not in table.column_names:
+            return table
+        names = [cell and _without_folder(cell, self._image_dir) for cell in table[IMAGE].to_pylist()]
+        return table.set_column(table.column_names.index(IMAGE), IMAGE, pa.array(names, pa.string()))
+
+
+def _without_folder(file: str, folder: Path) -> str:
+    """Return an absolute path as one from a folder, or as the file's name alone if it is elsewhere."""
+    if not os.path.isabs(file):
+        return file
+    relative = os.path.relpath(file, folder)
+    return Path(file).name if relative.startswith(os.pardir) else relative
 
 
 def _read_table(path: Path) -> pa.Table:

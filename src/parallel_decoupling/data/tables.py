@@ -14,7 +14,6 @@ from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
-from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +21,9 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-SUFFIXES = (".parquet", ".jsonl", ".csv")
+from parallel_decoupling.files import atomic_write
+
+SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
 ROWS_PER_BATCH = 8192
 FORMAT = "5"
 """Version of the copies in the cache."""
@@ -91,9 +92,9 @@ class Table:
                     raise ValueError(f"{self.owner}, file {file}: {lacking}. Rename or add it.")
         for name, column in zip(self.rows.column_names, self.rows.columns, strict=True):
             if pa.types.is_list(column.type) and name in single:
-                advice = "Only candidates of evaluation and negatives may be lists"
+                advice = "Only candidates and negatives may be lists"
                 raise ValueError(f"{self.where(0, name)}: holds a list, where a row has one value. {advice}.")
-            if self.files[0].suffix == ".csv" and name in self.columns and name not in single:
+            if self.files[0].suffix in (".csv", ".tsv") and name in self.columns and name not in single:
                 row = pc.index(pc.match_substring_regex(column, r"^\s*\[\s*['\"]"), True).as_py()
                 if row >= 0:
                     advice = "a cell of a CSV file holds one text. Keep lists in a JSONL or Parquet file."
@@ -126,14 +127,12 @@ def arrow_copy(file: Path, texts: Sequence[str], owner: str, keep_others: bool =
     copy = default_cache_dir() / "tables" / f"{place}-{content.hexdigest()}.arrow"
     if _is_whole(copy):
         return copy
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = copy.with_name(f"unfinished-{uuid4().hex}")
     try:
-        _write(file, texts, keep_others, unfinished)
-        for old in copy.parent.glob(f"{place}-*.arrow"):
-            if old != copy:  # another process may have finished this one and be about to map it
-                old.unlink(missing_ok=True)
-        unfinished.replace(copy)
+        with atomic_write(copy) as unfinished:
+            _write(file, texts, keep_others, unfinished)
+            for old in copy.parent.glob(f"{place}-*.arrow"):
+                if old != copy:  # another process may have finished this one and be about to map it
+                    old.unlink(missing_ok=True)
     except _RowError as error:
         raise ValueError(f"{owner}: cannot read {file}: {error}") from error
     except (pa.ArrowException, OSError) as error:
@@ -141,8 +140,6 @@ def arrow_copy(file: Path, texts: Sequence[str], owner: str, keep_others: bool =
             raise
         lines = ", with one JSON object per line and values of one type" if file.suffix == ".jsonl" else ""
         raise ValueError(f"{owner}: cannot read {file}: {error} Is it complete{lines}?") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
     return copy
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,19 +17,27 @@ from parallel_decoupling.data.prompts import PromptRules
 MetaTask = Literal["classification", "vqa", "retrieval", "grounding", "custom"]
 """``custom`` has a mean of its own and counts in no other."""
 Identity = Literal["text", "image", "image_and_text"]
+Metric = Literal["hit@1", "mrr", "recall@5", "recall@10", "ndcg@5", "ndcg@10", "r_precision"]
 
-FILES = ("train_file", "eval_file")
+OVERALL = "overall"
+TASK_KEYS = ("meta_task", "in_distribution", "metric", "group")
+FILES = ("train_file", "eval_file", "eval_dir")
 INSTRUCTIONS = ("query_instruction", "candidate_instruction")
 ROLES = tuple(f"{side}_{kind}" for side in ("query", "candidate", "negative") for kind in ("text", "image"))
-"""What a column can be."""
+"""What a column can be, and the column of a teacher's scores."""
+TEACHER = "teacher_scores"
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a task's rows are when they are not in MMEB's layout (``docs/data.md``)."""
+    """Where a task's rows are when they are not in MMEB's layout (``docs/data.md``).
+
+    ``eval_dir`` holds a corpus, queries and judgements in place of the rows of ``eval_file``.
+    """
 
     train_file: Path | None = None
     eval_file: Path | None = None
+    eval_dir: Path | None = None
     image_dir: Path = Path()
     columns: dict[str, str] = field(default_factory=dict)
     query_instruction: str = ""
@@ -37,9 +46,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Task:
-    """One evaluation task, named by its folder; two are equal if their first three attributes are.
+    """One evaluation task, named by its folder; ``identity``, ``prompt`` and ``source`` make no difference.
 
-    ``identity`` is what makes two candidates the same; the first one seen stands for both.
+    ``identity`` is what makes two candidates the same; the first one seen stands for both. ``metric`` is the
+    one that counts, in the mean named ``group``. Tasks of another group than ``overall`` are in none of
+    MMEB's means, and neither trained nor evaluated unless they or their group are named.
     """
 
     name: str
@@ -48,6 +59,14 @@ class Task:
     identity: Identity = field(default="image_and_text", compare=False)
     prompt: PromptRules = field(default=PromptRules(), compare=False)
     source: Source | None = field(default=None, compare=False)
+    metric: Metric = "hit@1"
+    group: str = OVERALL
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """What ``tasks.json`` says of the task itself, without defaults."""
+        own = {name: getattr(self, name) for name in TASK_KEYS}
+        return {name: each for name, each in own.items() if each != getattr(Task, name, None)}
 
     def __post_init__(self) -> None:
         """Check the name, which the files of scores and embeddings have, too."""
@@ -77,6 +96,8 @@ grounding IND similar MSCOCO
 grounding OOD similar RefCOCO RefCOCO-Matching Visual7W-Pointing
 """
 
+_MEANS = (*get_args(MetaTask), "in_distribution", "out_of_distribution", "mean_of_meta_tasks")
+
 MMEB_TASKS: dict[str, Task] = {
     name: Task(name, cast(MetaTask, meta_task), distribution == "IND", *_FORMS[own or form])
     for meta_task, distribution, form, *words in map(str.split, _MMEB.strip().splitlines())
@@ -96,6 +117,8 @@ class EvalTask:
     """One evaluation task with its unique queries and candidates, both in order of first use.
 
     ``query_of_row`` and ``candidates_of_row`` are indices into them; the positive is the first candidate.
+    With several right answers ``relevance_of_row`` has their grades, above 0, by candidate, and all rows
+    share one list of candidates.
     """
 
     task: Task
@@ -103,12 +126,29 @@ class EvalTask:
     candidates: list[RawInput]
     query_of_row: list[int]
     candidates_of_row: list[list[int]]
+    relevance_of_row: list[dict[int, float]] | None = None
+
+    def answers(self, row: int) -> dict[int, float]:
+        """Return the right answers of a row with their grades."""
+        if self.relevance_of_row is None:
+            return {self.candidates_of_row[row][0]: 1.0}
+        return self.relevance_of_row[row]
 
     def without(self, queries: Collection[int], candidates: Collection[int]) -> EvalTask:
         """Leave out the rows of some queries, and some candidates of all rows.
 
-        A row goes if its positive goes or if no other candidate is left. All indices stay.
+        A row goes if all its right answers go or if no other candidate is left. All indices stay.
         """
+        if self.relevance_of_row is not None:
+            shared = [each for each in range(len(self.candidates)) if each not in candidates]
+            relevance: list[dict[int, float]] = []
+            kept = replace(self, query_of_row=[], relevance_of_row=relevance)
+            for query, grades in zip(self.query_of_row, self.relevance_of_row, strict=True):
+                answers = {each: grade for each, grade in grades.items() if each not in candidates}
+                if query not in queries and answers and len(shared) > 1:
+                    kept.query_of_row.append(query)
+                    relevance.append(answers)
+            return replace(kept, candidates_of_row=[shared] * len(relevance))
         kept = replace(self, query_of_row=[], candidates_of_row=[])
         for query, row in zip(self.query_of_row, self.candidates_of_row, strict=True):
             left = [candidate for candidate in row if candidate not in candidates]
@@ -131,7 +171,8 @@ def check_names(names: Collection[str], available: Collection[str], what: str, a
 def read_tasks(data_dir: str | Path) -> dict[str, Task]:
     """Return MMEB's task table plus the entries of ``data_dir/tasks.json``, which win, and other folders.
 
-    An entry has ``meta_task`` and ``in_distribution``, and the attributes of ``Source`` if it is your own.
+    An entry has ``meta_task`` and ``in_distribution``, may have ``metric`` and ``group``, and has the
+    attributes of ``Source`` if it is your own.
     A folder of ``MMEB-eval`` that has neither is of meta-task ``custom``.
     """
     tasks = MMEB_TASKS | _listed(Path(data_dir) / "tasks.json")
@@ -165,15 +206,20 @@ def _listed(tasks_file: Path) -> dict[str, Task]:
 
 
 def _task(name: str, entry: dict[str, Any], data_dir: Path) -> Task:
-    keys = ("meta_task", "in_distribution")
-    check_names(entry, (*keys, *FILES, *INSTRUCTIONS, "image_dir", "columns"), "key")
-    meta_task, in_distribution = (entry.get(key) for key in keys)
+    check_names(entry, (*TASK_KEYS, *FILES, *INSTRUCTIONS, "image_dir", "columns"), "key")
+    about = {"metric": "hit@1", "group": OVERALL, **entry}
+    meta_task, in_distribution, metric, group = (about.get(key) for key in TASK_KEYS)
     if meta_task not in get_args(MetaTask):
         raise ValueError(f"meta_task must be one of {', '.join(get_args(MetaTask))}, got {meta_task!r}.")
     if not isinstance(in_distribution, bool):
         raise ValueError(f"in_distribution must be true or false, got {in_distribution!r}.")
-    task = Task(name, cast(MetaTask, meta_task), in_distribution)
-    rest = {key: value for key, value in entry.items() if key not in keys}
+    if metric not in get_args(Metric):
+        raise ValueError(f"metric must be one of {', '.join(get_args(Metric))}, got {metric!r}.")
+    if not isinstance(group, str) or not re.fullmatch(r"\w+", group) or group in _MEANS:
+        rule = "must be a word of letters, digits and _ that names no other mean"
+        raise ValueError(f"group {rule}, got {group!r}.")
+    task = Task(name, cast(MetaTask, meta_task), in_distribution, metric=cast(Metric, metric), group=group)
+    rest = {key: value for key, value in entry.items() if key not in TASK_KEYS}
     if rest:
         return replace(task, source=_source(rest, data_dir))
     known = MMEB_TASKS.get(name, task)
@@ -186,11 +232,11 @@ def _source(entry: dict[str, Any], data_dir: Path) -> Source:
         raise ValueError(f"{wrong[0]} must be a text, got {entry[wrong[0]]!r}.")
     if not set(FILES) & set(entry):
         keys = ", ".join(entry) or "columns"
-        raise ValueError(f"{keys} without a file. Add train_file, eval_file or both.")
+        raise ValueError(f"{keys} without a file. Add train_file, eval_file or eval_dir.")
     if not isinstance(columns, dict) or not all(isinstance(column, str) for column in columns.values()):
         example = '{"query_text": "question"}'
         raise ValueError(f"columns must name a column per role, such as {example}, got {columns!r}.")
-    check_names(columns, ROLES, "column role")
+    check_names(columns, (*ROLES, TEACHER), "column role")
     for side in ("query", "candidate"):
         if not {f"{side}_text", f"{side}_image"} & set(columns):
             raise ValueError(f"columns: {side}_text or {side}_image is needed, or both.")
@@ -213,5 +259,18 @@ def find_train_subsets(data_dir: str | Path, split: str = "original") -> list[st
 def find_eval_tasks(data_dir: str | Path) -> list[str]:
     """Return the names of the tasks whose rows are there, in the order of ``read_tasks``."""
     found, known = _eval_folders(data_dir), read_tasks(data_dir)
-    own = {name: task.source.eval_file for name, task in known.items() if task.source}
+    sources = {name: task.source for name, task in known.items() if task.source}
+    own = {name: source.eval_file or source.eval_dir for name, source in sources.items()}
     return [name for name in known if own.get(name, name in found)]
+
+
+def chosen(names: Collection[str] | None, found: Sequence[str], data_dir: str | Path) -> list[str]:
+    """Put the tasks or subsets of a group in the place of its name; None is the group ``overall``."""
+    known, of_group = read_tasks(data_dir), {OVERALL: list[str]()}
+    for name in (name for name in found if name != NOT_IN_MMEB):
+        task = task_of_subset(known, name)
+        of_group.setdefault(OVERALL if task is None else task.group, []).append(name)
+    if names is None:
+        return of_group[OVERALL]
+    lists = ([name] if name in found else of_group.get(name, [name]) for name in names)
+    return list(dict.fromkeys(name for each in lists for name in each))

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import suppress
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from tqdm import tqdm
 
+from parallel_decoupling.batch import RawInput
 from parallel_decoupling.data import readers, tasks
-from parallel_decoupling.data.images import ImageError, load_image
-from parallel_decoupling.data.names import printable
+from parallel_decoupling.data.collate import Collator
+from parallel_decoupling.data.row_reader import CANDIDATE, NEGATIVE, QUERY, RowReader
+from parallel_decoupling.data.row_sources import TaskSide
+from parallel_decoupling.data.tables import Table
+from parallel_decoupling.data.unusable import RowError, one_row
 
 
 @dataclass
@@ -30,8 +36,12 @@ class Check:
         return " ".join(filter(None, (self.part, self.name, self.split)))
 
 
-def verify(data_dir: str | Path, sample: int = 20) -> list[Check]:
-    """Check a folder, then every subset and task with ``sample`` images and training rows of each."""
+def verify(data_dir: str | Path, collator: Collator, sample: int | None = 20) -> list[Check]:
+    """Check a folder, then every subset and task.
+
+    Of each ``sample`` training rows, queries and candidates, or all for None, are prepared for an embedding:
+    those that fail are the rows that a run could not use.
+    """
     root = Path(data_dir)
     if not root.is_dir():
         raise ValueError(f"{root} is not a folder. Give the one that holds MMEB-train/ and MMEB-eval/.")
@@ -45,7 +55,7 @@ def verify(data_dir: str | Path, sample: int = 20) -> list[Check]:
     checks += [Check("eval", name, "test") for name in scored]
     for check in tqdm(checks, desc="verify", leave=False, disable=None):
         try:
-            (_check_train if check.part == "train" else _check_eval)(root, check, sample)
+            (_check_train if check.part == "train" else _check_eval)(root, check, collator, sample)
         except ValueError as error:
             check.problems.append(str(error))
     folder = Check("folder", str(root))
@@ -60,76 +70,105 @@ def verify(data_dir: str | Path, sample: int = 20) -> list[Check]:
     return [folder, *checks]
 
 
-def _check_train(root: Path, check: Check, sample: int) -> None:
-    subset = readers.TrainSubset(root, check.name, check.split, hard_negatives=100)
-    rows = subset.table.rows
-    names = [name for name in (*readers.QUERY, *readers.CANDIDATE) if name in rows.column_names]
-    distinct = rows.select(names).group_by(names).aggregate([])
+def _check_train(root: Path, check: Check, collator: Collator, sample: int | None) -> None:
+    subset = readers.TrainSubset(root, check.name, check.split, positives=100, hard_negatives=100)
+    found = {
+        name: column for name in (*QUERY, *CANDIDATE) if (column := subset.table.column(name)) is not None
+    }
+    lists = {name: column for name, column in found.items() if pa.types.is_list(column.type)}
+    rows = pa.table(found | {name: pc.binary_join(column, "\n") for name, column in lists.items()})
+    distinct = rows.group_by(list(found)).aggregate([])
     check.counts |= {"rows": len(rows), "repeated": len(rows) - len(distinct)}
-    _check_images(check, subset.reader, sample)
+    _check_images(check, [subset.reader])
     if subset.blank_rows:
         check.notes.append(f"{subset.blank_rows} rows with neither text nor image on a side are left out.")
-    for index in np.linspace(0, len(subset) - 1, min(len(subset), sample), dtype=int):
-        with suppress(ImageError):  # counted above
-            subset[index]
+
+    def inputs(index: int) -> list[RawInput]:
+        pair = subset[index]
+        return [pair.query, pair.candidate, *filter(None, (*pair.positives, *pair.negatives))]
+
+    _try(check, collator, inputs, _spread(len(subset), sample), lambda index: f"row {subset.kept[index]}")
 
 
-def _check_eval(root: Path, check: Check, sample: int) -> None:
+def _check_eval(root: Path, check: Check, collator: Collator, sample: int | None) -> None:
     read = readers.read_eval_task(root, check.name, must_exist=False)
     lists = read.candidates_of_row
-    check.counts |= {"rows": len(lists), "repeated": sum(len(set(row)) < len(row) for row in lists)}
+    repeated = 0 if read.relevance_of_row else sum(len(set(row)) < len(row) for row in lists)
+    check.counts |= {"rows": len(lists), "repeated": repeated}
     check.counts |= {"candidates at least": min(map(len, lists)), "candidates at most": max(map(len, lists))}
-    missing = _check_images(check, readers.open_eval(root, read.task), sample)
-    rows = zip(read.query_of_row, lists, strict=True)
-    needed = [(*read.queries[query].images, *read.candidates[row[0]].images) for query, row in rows]
-    if lost := sum(not missing.isdisjoint(images) for images in needed):
+    missing = _check_images(check, readers.open_sides(root, read.task))
+    bad = (
+        {number for number, each in enumerate(side) if not missing.isdisjoint(each.images)}
+        for side in (read.queries, read.candidates)
+    )
+    queries, candidates = bad
+    rows = enumerate(read.query_of_row)
+    if lost := sum(query in queries or candidates >= read.answers(row).keys() for row, query in rows):
         what = "rows cannot be scored: no image of the query or of the positive"
         check.problems.append(f"{lost} of {len(lists)} {what}.")
     if read.task.source is None and check.name in tasks.MMEB_TASKS and len(lists) != 1000:
         check.notes.append(f"{len(lists)} rows, where MMEB has 1000.")
+    sides = [TaskSide(read, side, root) for side in ("query", "candidate")]
+    picks = []
+    for side in sides:
+        refused = {number for number in range(len(side)) if not _readable(collator, side[number])}
+        picks += [(side, number) for number in sorted(refused | set(_spread(len(side), sample)))]
+    chosen, wheres = [[side[number]] for side, number in picks], [side.where(row) for side, row in picks]
+    _try(check, collator, chosen.__getitem__, range(len(picks)), wheres.__getitem__)
 
 
-def _check_images(check: Check, reader: readers.RowReader, sample: int) -> set[str]:
-    """Look for every image, decode a few, and return the names of those that are missing."""
-    places: dict[str, tuple[int, str]] = {}
-    for name in ("query_image", "candidate_image", "negative_image"):
-        column = reader.table.column(name)
+def _readable(collator: Collator, row: RawInput) -> bool:
+    try:
+        collator.check_text(row)
+    except ValueError:
+        return False
+    return True
+
+
+def _spread(count: int, sample: int | None) -> list[int]:
+    """Return that many numbers below ``count``, evenly spaced; all of them for None."""
+    number = count if sample is None else min(count, sample)
+    return [int(index) for index in np.linspace(0, count - 1, number, dtype=int)]
+
+
+def _try(
+    check: Check,
+    collator: Collator,
+    inputs: Callable[[int], list[RawInput]],
+    numbers: Collection[int],
+    where: Callable[[int], str],
+) -> None:
+    """Prepare rows for an embedding, and name those for which that fails."""
+    bad, num_cut = [], 0
+    for number in numbers:
+        try:
+            with one_row(f"{where(number)}: "):
+                num_cut += sum(collator.encode_inputs([each]).num_cut for each in inputs(number))
+        except RowError as error:
+            bad.append(str(error))
+    check.counts |= {"tried": len(numbers), "unusable": len(bad)}
+    if bad:
+        listed = "; ".join(bad[:20]) + (f"; and {len(bad) - 20} more" if len(bad) > 20 else "")
+        check.problems.append(f"{len(bad)} of {len(numbers)} rows cannot be embedded: {listed}.")
+    if num_cut:
+        check.notes.append(f"{num_cut} texts have more than {collator.limit.max_tokens} tokens and are cut.")
+
+
+def _check_images(check: Check, sides: Sequence[RowReader]) -> set[str]:
+    """Look for every image, and return the names of those that are missing."""
+    places: dict[str, tuple[Table, int, str]] = {}
+    for table, name in product((side.table for side in sides), (QUERY[1], CANDIDATE[1], NEGATIVE[1])):
+        column = table.column(name)
         for row, cell in enumerate([] if column is None else column.to_pylist()):
             for image in filter(None, cell if isinstance(cell, list) else [cell]):
-                places.setdefault(image, (row, name))
-    files = {image: reader.images.find(image) for image in places}
+                places.setdefault(image, (table, row, name))
+    files = {image: sides[0].images.find(image) for image in places}
     missing = [image for image, file in files.items() if file is None]
     if missing:
-        first = f"first {missing[0]!r} in {reader.table.where(*places[missing[0]])}"
+        table, row, name = places[missing[0]]
+        first = f"first {missing[0]!r} in {table.where(row, name)}"
         found = f"{len(missing)} of {len(files)} images are missing, {first}"
         advice = "Unpack the archive or correct image_dir, or train and score without them"
         check.problems.append(f"{found}. {advice} with `missing_images: skip`.")
-    there = [(image, file) for image, file in files.items() if file is not None]
-    opened, errors = np.linspace(0, len(there) - 1, min(len(there), sample), dtype=int), []
-    for image, file in map(there.__getitem__, opened):
-        try:
-            load_image(file)
-        except ImageError as error:
-            errors.append(f"{reader.table.where(*places[image])}: {error}")
-    if errors:
-        check.problems.append(f"{len(errors)} of {len(opened)} opened images are broken. {errors[0]}")
     check.counts |= {"images": len(files), "missing": len(missing)}
-    check.counts |= {"opened": len(opened), "broken": len(errors)}
     return set(missing)
-
-
-def print_verification(data_dir: str, sample: int = 20) -> None:
-    """Check a data folder, and exit with 1 if something is wrong.
-
-    Args:
-        data_dir: the folder, in MMEB's layout or with a tasks.json.
-        sample: rows per table whose pictures are decoded.
-    """
-    checks = verify(data_dir, sample)
-    for check in checks:
-        lines = [", ".join(f"{count} {what}" for what, count in check.counts.items())]
-        lines += [f"note: {note}" for note in check.notes]
-        lines += [f"problem: {problem}" for problem in check.problems]
-        sys.stdout.writelines(printable(f"{check}: {line}\n") for line in lines if line)
-    if any(check.problems for check in checks):
-        raise SystemExit(1)

@@ -17,7 +17,7 @@ from torch import Tensor
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
 from parallel_decoupling.data.images import load_image
 from parallel_decoupling.data.readers import read_eval_task
-from parallel_decoupling.data.tasks import find_eval_tasks
+from parallel_decoupling.data.tasks import chosen, find_eval_tasks
 from parallel_decoupling.diagnostics import patch_maps
 from parallel_decoupling.diagnostics.probes import ProbeResult, counted_scenes, crowded_scenes, probe
 from parallel_decoupling.diagnostics.similarity import (
@@ -29,6 +29,7 @@ from parallel_decoupling.diagnostics.similarity import (
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.evaluation.plots import new_figure
 from parallel_decoupling.evaluation.report import SCORES_FILE, Grid, ScoreReport, percent
+from parallel_decoupling.files import atomic_write, write_text
 from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.world.scenes import render
 
@@ -75,10 +76,10 @@ def analyse_paths(run: str, output_dir: str | None = None, data_dir: str | None 
     world = Path(data_dir).name.startswith(EMBEDDED)
     analysis = analyse_world(embedder, report) if world else analyse_data(embedder, data_dir, report)
     folder = Path(output_dir) if output_dir else run_dir / "paths"
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(analysis, folder / PATHS_FILE)
     for name, figure in figures(analysis).items():
-        figure.savefig(folder / f"{name}.png", dpi=150)
+        with atomic_write(folder / f"{name}.png") as unfinished:
+            figure.savefig(unfinished, dpi=150)
     console = Console()
     console.print(table(analysis).terminal())
     for line in (*(f"left out: {note}" for note in analysis.notes), f"written to {folder}"):
@@ -114,7 +115,7 @@ def analyse_world(embedder: Embedder, report: ScoreReport | None, *, scenes: int
 
 def analyse_data(embedder: Embedder, data_dir: str | Path, report: ScoreReport | None) -> PathAnalysis:
     """Analyse a model on queries with one image, evenly from all evaluation tasks of a folder."""
-    tasks, inputs = find_eval_tasks(data_dir), []
+    tasks, inputs = chosen(None, find_eval_tasks(data_dir), data_dir), []
     for name in tasks:
         found = read_eval_task(data_dir, name, limit=-(-SCENES // len(tasks))).queries
         inputs += [query for query in found if len(query.images) == 1]
@@ -166,7 +167,7 @@ def write_json(analysis: PathAnalysis, json_file: Path) -> None:
     def plain(value: Any) -> Any:
         return vars(value) if is_dataclass(value) else np.asarray(value).tolist()
 
-    json_file.write_text(json.dumps(content, indent=1, default=plain) + "\n", encoding="utf-8")
+    write_text(json_file, json.dumps(content, indent=1, default=plain) + "\n")
 
 
 def _maps(analysis: PathAnalysis) -> dict[str, list[Tensor]]:

@@ -108,8 +108,8 @@ def error_agreement(report: ScoreReport) -> ErrorAgreement:
     hits = [np.array([list(result.hits[path]) for path in paths]) == "1" for result in tasks]
     rates = [hits_NR.mean(axis=1) for hits_NR in hits]
     scores = {
-        headline: report.means["overall"][headline],
-        "best_path": max(report.means["overall"][path] for path in paths),
+        headline: report.means[report.headline][headline],
+        "best_path": max(report.means[report.headline][path] for path in paths),
         "oracle": fmean(hits_NR.any(axis=0).mean() for hits_NR in hits),
         "independent_oracle": fmean(1 - (1 - rate_N).prod() for rate_N in rates),
     }

@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from parallel_decoupling.data.names import printable
 from parallel_decoupling.evaluation.plots import comparison_figure
 from parallel_decoupling.evaluation.report import (
-    MEAN_TITLES,
     META_TASKS,
     SCORES_FILE,
     Grid,
     ScoreReport,
     percent,
 )
+from parallel_decoupling.files import atomic_write, write_text
 
 INTERVAL_NOTE = "95 % by paired bootstrap over queries within tasks, one training seed"
 PAGE_FILE = "comparison.html"
@@ -45,6 +45,7 @@ class Difference:
 class RunDifferences:
     """Headline scores of one run minus the baseline's."""
 
+    headline: str  # the mean that counts
     means: dict[str, Difference]
     tasks: dict[str, Difference]
 
@@ -63,8 +64,8 @@ class Comparison:
 
     @property
     def best(self) -> str:
-        """The run other than the baseline with the highest overall score; the only run if there is one."""
-        gains = {name: each.means["overall"].difference for name, each in self.differences.items()}
+        """The run other than the baseline with the best headline score; the only run if there is one."""
+        gains = {name: each.means[each.headline].difference for name, each in self.differences.items()}
         return max(gains, key=lambda name: gains[name], default=self.baseline)
 
     @property
@@ -80,9 +81,8 @@ class Comparison:
         """The runs' names, and how far the best one is from the baseline overall."""
         if not self.differences:
             return self.baseline
-        return (
-            f"{' vs '.join(self.reports)}: {self.best} {self.differences[self.best].means['overall']} points"
-        )
+        best = self.differences[self.best]
+        return f"{' vs '.join(self.reports)}: {self.best} {best.means[best.headline]} points"
 
     def grid(self) -> Grid:
         """Tabulate the first column (the aggregate) by task and by mean; the last is best minus baseline."""
@@ -91,11 +91,11 @@ class Comparison:
         best, reports = self.differences[self.best], self.reports.values()
         rows = []
         for task, difference in best.tasks.items():
-            scores = [percent(each.tasks[task].hit_at_1[each.columns[0]]) for each in reports]
-            rows.append([task, *scores, str(difference)])
+            scores = [percent(each.tasks[task].score[each.columns[0]]) for each in reports]
+            rows.append([self.reports[self.baseline].tasks[task].title, *scores, str(difference)])
         for mean, difference in best.means.items():
             scores = [percent(each.means[mean][each.columns[0]]) for each in reports]
-            rows.append([MEAN_TITLES[mean], *scores, str(difference)])
+            rows.append([self.reports[self.baseline].mean_titles[mean], *scores, str(difference)])
         kinds = [""] * len(best.tasks) + ["mean"] * len(best.means)
         headings = ("task", *self.reports, "difference [95 %]")
         return Grid("hit@1 in percent", headings, rows, kinds, self.note)
@@ -110,14 +110,14 @@ class Comparison:
             "runs": {
                 name: {
                     "means": report.means,
-                    "tasks": {task: result.hit_at_1 for task, result in report.tasks.items()},
+                    "tasks": {task: result.score for task, result in report.tasks.items()},
                     "run": report.run,
                 }
                 for name, report in self.reports.items()
             },
             "differences": {name: asdict(difference) for name, difference in self.differences.items()},
         }
-        Path(json_file).write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+        write_text(json_file, json.dumps(content, indent=1, default=str) + "\n")
 
     def to_html_file(self, html_file: str | Path, picture: bytes) -> None:
         """Write the page, with the PNG ``picture`` inside it; nothing on it is loaded from elsewhere."""
@@ -137,7 +137,7 @@ class Comparison:
             runs={name: (report, report.mode_grid()) for name, report in self.reports.items()},
             changed=Grid("settings that differ", ("", *settings), changed),
         )
-        Path(html_file).write_text(page, encoding="utf-8")
+        write_text(html_file, page)
 
 
 def compare_runs(run_dirs: list[str], output_dir: str | None = None) -> None:
@@ -167,11 +167,11 @@ def compare(run_dirs: Sequence[str], output_dir: str | None = None) -> Compariso
     comparison = Comparison(reports, {name: differences(reports[first], reports[name]) for name in others})
     if output_dir is not None:
         folder = Path(output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         comparison.to_json_file(folder / "comparison.json")
         stream = io.BytesIO()
         comparison_figure(reports, comparison.title).savefig(stream, format="png")
-        (folder / "comparison.png").write_bytes(stream.getvalue())
+        with atomic_write(folder / "comparison.png") as unfinished:
+            unfinished.write_bytes(stream.getvalue())
         comparison.to_html_file(folder / PAGE_FILE, stream.getvalue())
     return comparison
 
@@ -179,18 +179,18 @@ def compare(run_dirs: Sequence[str], output_dir: str | None = None) -> Compariso
 def differences(baseline: ScoreReport, other: ScoreReport, seed: int = 0) -> RunDifferences:
     """Subtract the headline scores of ``baseline`` from those of ``other``, with paired bootstrap intervals.
 
-    Rows are resampled within each task and both runs keep their pairing. A row's difference is -1, 0
-    or 1, so a resample of a task is a draw of three multinomial counts.
+    Rows are resampled within each task and both runs keep their pairing. Rows of equal difference (of hit@1:
+    -1, 0 or 1) are alike, so a resample of a task is a draw of multinomial counts.
     """
     generator = np.random.default_rng(seed)
     samples: dict[str, NDArray[np.float64]] = {}  # the difference itself, then the resampled ones
     for name in baseline.tasks:
-        hits = [next(iter(report.tasks[name].hits.values())) for report in (baseline, other)]
-        before, after = np.array([list(row) for row in hits], dtype=np.int64)
-        row_difference = after - before
-        share = [float((row_difference == value).mean()) for value in (-1, 0, 1)]
+        before, after = (report.tasks[name].row_scores(report.columns[0]) for report in (baseline, other))
+        row_difference = np.subtract(after, before)
+        steps = np.union1d(row_difference, (-1, 0, 1))
+        share = [float((row_difference == step).mean()) for step in steps]
         counts = generator.multinomial(len(row_difference), share, size=RESAMPLES)
-        resampled = (counts[:, 2] - counts[:, 0]) / len(row_difference)
+        resampled = counts @ steps / len(row_difference)
         samples[name] = np.append(row_difference.mean(), resampled)
     means = {
         group: np.mean([samples[name] for name in names], axis=0) for group, names in baseline.groups.items()
@@ -205,7 +205,7 @@ def differences(baseline: ScoreReport, other: ScoreReport, seed: int = 0) -> Run
         }
         for part in (means.items(), samples.items())
     )
-    return RunDifferences(by_mean, by_task)
+    return RunDifferences(baseline.headline, by_mean, by_task)
 
 
 def check_same_rows(first: str, baseline: ScoreReport, name: str, other: ScoreReport) -> None:
@@ -215,13 +215,14 @@ def check_same_rows(first: str, baseline: ScoreReport, name: str, other: ScoreRe
             raise ValueError(f"{first} and {name} scored different tasks: {run} lacks {', '.join(missing)}")
     for task in baseline.tasks:
         before, after = (
-            (each.task.meta_task, each.task.in_distribution, each.num_queries, each.rows_sha256)
+            (*each.task.entry.values(), each.num_queries, each.rows_sha256)
             for each in (baseline.tasks[task], other.tasks[task])
         )
         if before != after:
             raise ValueError(
                 f"{task}: {first} scored {before}, but {name} scored {after} (meta-task, in-distribution, "
-                "number of rows, hash of the rows); score both on the same data"
+                "metric and group if they are special, number of rows, hash of the rows); score both on the "
+                "same data"
             )
 
 

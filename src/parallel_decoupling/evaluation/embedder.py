@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from parallel_decoupling.batch import LongText, TokenLimit
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.images import ImagePolicy
 from parallel_decoupling.data.prompts import is_single
@@ -25,6 +26,8 @@ class Embedder:
         query_instruction: default instruction of ``encode_query``.
         candidate_instruction: default instruction of ``encode_document``.
         images: what happens to a picture before the processor sees it; nothing by default.
+        max_tokens: of an input's text and pictures together; None is all positions of the backbone.
+        long_text: truncate cuts off the end of a longer text, error refuses it.
     """
 
     def __init__(
@@ -33,9 +36,12 @@ class Embedder:
         query_instruction: str = "",
         candidate_instruction: str = "",
         images: ImagePolicy | None = None,
+        max_tokens: int | None = None,
+        long_text: LongText = "truncate",
     ) -> None:
         self.encoder = encoder
         self.images = images or ImagePolicy()
+        self.limit = TokenLimit.of(encoder.backbone, encoder.processor, max_tokens, long_text)
         self.query_instruction, self.candidate_instruction = query_instruction, candidate_instruction
         self.run: dict[str, Any] = {}  # what trained the weights, as plain values; empty if not known
 
@@ -45,9 +51,10 @@ class Embedder:
         from parallel_decoupling.model.pretrained import load_encoder
 
         encoder, about = load_encoder(path)
-        images = ImagePolicy.from_settings(about["images"])
-        embedder = cls(encoder, about["query_instruction"], about["candidate_instruction"], images)
-        embedder.run = about["run"]
+        about = {**about, "images": ImagePolicy.from_settings(about["images"])}
+        run = about.pop("run")
+        embedder = cls(encoder, **about)
+        embedder.run = run
         encoder.eval()
         return embedder
 
@@ -69,7 +76,8 @@ class Embedder:
     @property
     def collator(self) -> Collator:
         """Tokenises for this model."""
-        return Collator(self.encoder.processor, image_token=self.encoder.image_token, images=self.images)
+        options: dict[str, Any] = {"images": self.images, "limit": self.limit}
+        return Collator(self.encoder.processor, image_token=self.encoder.image_token, **options)
 
     def to(self, device: torch.device | str) -> Embedder:
         """Move the weights; embeddings come back on the CPU."""
@@ -89,9 +97,9 @@ class Embedder:
         """Embed texts, images and dictionaries of both, on the CPU in the order given.
 
         Args:
-            inputs: one item or a list of texts, PIL images, image files, or dictionaries with ``text``,
-                ``image`` or ``images``, and ``instruction``. A string that ends like an image file is one,
-                and must exist.
+            inputs: one item or a list. Pictures are PIL images, arrays, tensors, bytes of a file, ``Path``,
+                data URIs, and strings that name an existing file that Pillow opens; other strings are texts.
+                Dictionaries with ``text``, ``image`` or ``images``, and ``instruction`` leave no doubt.
             instruction: put before every text or after every image; a dictionary's own one wins.
             paths: ``aggregate`` of all paths for ``[B, D]`` (``[B, N*D]`` if the encoder concatenates);
                 ``all`` or a list of numbers for ``[B, N', D]``; a number for ``[B, D]``.
@@ -145,10 +153,11 @@ class Embedder:
         """Write a folder to share: safetensors, processor, ``config.json`` and a model card.
 
         Args:
-            folder: made if missing; must not hold a model yet.
+            folder: must be new or empty.
             paths: which paths, in that order; None is all. The aggregate is then that of these paths.
             merge_adapters: write a full backbone with the adapters in its weights.
-            include_backbone: write the backbone, too; otherwise the folder refers to it by name.
+            include_backbone: write the backbone, too; otherwise the folder refers to it by name. One from a
+                local folder that is not beside this one is written in any case.
             scores: content of a ``scores.json`` for the card.
         """
         from parallel_decoupling.model.pretrained import save_encoder
@@ -157,6 +166,7 @@ class Embedder:
         options |= {"include_backbone": include_backbone, "scores": scores}
         options |= {"query_instruction": self.query_instruction, "images": self.images.settings}
         options |= {"candidate_instruction": self.candidate_instruction, "run": self.run}
+        options |= {"max_tokens": self.limit.max_tokens, "long_text": self.limit.long_text}
         save_encoder(self.encoder, folder, **options)
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -21,9 +22,12 @@ from parallel_decoupling.batch import EncoderInputs, RawInput
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.images import image_size, smart_size
 from parallel_decoupling.data.prompts import to_raw_inputs
+from parallel_decoupling.data.unusable import RowError, one_row, out_of_memory
 from parallel_decoupling.model.encoder import Encoder, check_dim, truncate
 
-CHARACTERS_PER_TOKEN = 4
+TOKENS_PER_PASS = 2**15
+"""Most tokens of a forward pass, padding included, unless a single row has more."""
+BYTES_PER_TOKEN = 4
 FIXED_IMAGE_TOKENS = 576
 PROGRESS_FROM = 5  # batches from which encode shows a progress bar on a terminal
 STAND_IN = RawInput("missing")  # encoded where a batch has no usable row: all processes make as many steps
@@ -37,14 +41,18 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, row: int, /) -> RawInput:
-        """Return a row's prompt; raise ``ValueError`` if the row cannot be used."""
+        """Return a row's prompt; whatever is raised says why the row cannot be embedded."""
 
 
 class TokenEstimate:
-    """Roughly how many tokens a row has, without decoding its pictures; only their order depends on it."""
+    """Roughly how many tokens a row has, without decoding its pictures; only their order depends on it.
 
-    def __init__(self, collator: Collator) -> None:
-        images = collator.images
+    With one byte of text for each token no row has more.
+    """
+
+    def __init__(self, collator: Collator, bytes_per_token: int = BYTES_PER_TOKEN) -> None:
+        self._bytes_per_token = bytes_per_token
+        images, self.most = collator.images, collator.limit.max_tokens
         self.factor = 0  # side in pixels of a token; 0 where all pictures have the same number of tokens
         if images.size is None and images.factor > 1:
             budget: Mapping[str, int] = cast(Any, collator.processor).image_processor.size
@@ -55,7 +63,8 @@ class TokenEstimate:
 
     def __call__(self, row: RawInput) -> float:
         """Estimate from the text's length and the pictures' sizes, read from the headers of their files."""
-        return len(row.text) / CHARACTERS_PER_TOKEN + sum(self._image_tokens(image) for image in row.images)
+        images = sum(self._image_tokens(image) for image in row.images)
+        return min(len(row.text.encode(errors="replace")) / self._bytes_per_token + images, self.most)
 
     def _image_tokens(self, image: Any) -> float:
         if not self.factor:
@@ -125,8 +134,9 @@ class BatchPlan(Sampler[BatchPlace]):
 
     def _tokens(self, row: int) -> float:
         try:
-            return self._estimate(self._rows[row])
-        except ValueError:  # RowBatches says which row and why
+            with one_row():
+                return self._estimate(self._rows[row])
+        except RowError:  # RowBatches says which row and why
             return 0.0
 
 
@@ -146,7 +156,7 @@ class RowBatch:
 
 
 class RowBatches(Dataset[RowBatch]):
-    """Makes the tensors of a batch; a row that cannot be used is an error unless ``keep_going``."""
+    """Makes the tensors of a batch; a row that cannot be embedded is an error unless ``keep_going``."""
 
     def __init__(
         self,
@@ -161,42 +171,86 @@ class RowBatches(Dataset[RowBatch]):
         self._keep_going, self._paths = keep_going, paths
 
     def __getitem__(self, place: BatchPlace) -> RowBatch:
-        usable, bad_rows = place.rows, dict[int, str]()
-        try:
-            inputs = self._inputs(usable)
-        except ValueError:  # one by one, to find out which row it is
-            bad_rows = self._problems(usable)
-            usable = tuple(row for row in usable if row not in bad_rows)
-            inputs = self._inputs(usable)
+        read, problems = dict[int, RawInput](), dict[int, RowError]()
+        for row in place.rows:
+            try:
+                with one_row():
+                    read[row] = self._rows[row]
+            except RowError as error:
+                problems[row] = error
+        inputs, unusable = self._collator.encode_usable(list(read.values()))
+        numbers = list(read)
+        problems |= {numbers[number]: error for number, error in unusable.items()}
+        for row, problem in problems.items() if not self._keep_going else ():
+            with one_row(f"{self._where(row)}: "):
+                raise problem
+        usable = tuple(row for row in place.rows if row not in problems)
+        inputs = self._collator.encode_inputs([STAND_IN]) if inputs is None else inputs
+        bad_rows = {row: str(problem) for row, problem in problems.items()}
         return RowBatch(inputs, place, usable, bad_rows, self._paths)
 
-    def _inputs(self, rows: Sequence[int]) -> EncoderInputs:
-        return self._collator.encode_inputs([self._rows[row] for row in rows] or [STAND_IN])
 
-    def _problems(self, rows: Sequence[int]) -> dict[int, str]:
-        problems = {}
-        for row in rows:
-            try:
-                self._inputs([row])
-            except ValueError as error:
-                if not self._keep_going:
-                    raise type(error)(f"{self._where(row)}: {error}") from error
-                problems[row] = str(error)
-        return problems
+def embed(
+    encoder: Callable[..., Tensor], inputs: EncoderInputs, paths: Sequence[int] | None = None
+) -> Tensor:
+    """Embed tokenised rows in forward passes of at most ``TOKENS_PER_PASS`` tokens, few of them padding.
+
+    A pass that exhausts the memory is made in halves; when a single row does, the error is raised.
+    """
+    parts, start, longest, used = list[range](), 0, 0, 0
+    for row, length in enumerate(inputs.lengths.tolist()):
+        longest, used = max(longest, length), used + length
+        padded = longest * (row + 1 - start)
+        if row > start and (padded > TOKENS_PER_PASS or padded - used > TOKENS_PER_PASS // 8):
+            parts.append(range(start, row))
+            start, longest, used = row, length, length
+    if not parts:
+        try:
+            return encoder(inputs, paths)
+        except (MemoryError, RuntimeError) as error:
+            if len(inputs) == 1 or not out_of_memory(error):
+                raise
+        start = len(inputs) // 2  # not in the handler: its traceback holds what is to be freed
+        parts = [range(start)]
+    rest = [*parts, range(start, len(inputs))]
+    return torch.cat([embed(encoder, inputs.select(part), paths) for part in rest])
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Embeddings of rows, NaN where one could not be embedded, their tokens, and what was left out."""
+
+    embeddings: Tensor
+    num_tokens: Tensor
+    bad_rows: dict[int, str]
+    num_cut: int
 
 
 def encode(
+    encoder: Encoder, collator: Collator, inputs: Any, *, instruction: str | None = None, **options: Any
+) -> Tensor:
+    """Embed inputs of any mix of modalities in one process; see ``Embedder.encode`` for the options."""
+    rows = to_raw_inputs(inputs, instruction)
+    encoded = encode_rows(encoder, collator, rows, **options)
+    if encoded.num_cut:
+        advice = "raise max_tokens, shorten them, or refuse them with long_text='error'"
+        cut = f"{encoded.num_cut} of {len(rows)} inputs have more than {collator.limit.max_tokens} tokens"
+        warnings.warn(f"{cut}; the ends of their texts were cut off: {advice}.", stacklevel=3)
+    return encoded.embeddings
+
+
+def encode_rows(
     encoder: Encoder,
     collator: Collator,
-    inputs: Iterable[Any],
+    rows: Rows,
     *,
-    instruction: str | None = None,
     paths: Paths = "aggregate",
     truncate_dim: int | None = None,
     batch_size: int = 32,
     show_progress: bool | None = None,
-) -> Tensor:
-    """Embed inputs of any mix of modalities in one process; see ``Embedder.encode`` for the options.
+    keep_going: bool = False,
+) -> Encoded:
+    """Embed rows in one process; a row that cannot be embedded is an error unless ``keep_going``.
 
     Runs in eval mode on the device of the encoder, between the steps of a training; every submodule's mode is
     restored.
@@ -217,23 +271,30 @@ def encode(
             embeddings_BND = embeddings_BND[:, 0]
         return embeddings_BND.float().cpu()
 
-    rows = to_raw_inputs(inputs, instruction)
     plan = BatchPlan(rows, TokenEstimate(collator), batch_size)
-    batches = RowBatches(rows, collator, "input {}".format)
+    batches = RowBatches(rows, collator, "input {}".format, keep_going=keep_going)
     if show_progress is None:
         show_progress = len(plan) >= PROGRESS_FROM and sys.stderr.isatty()
     num_selected = encoder.num_paths if selected is None else len(selected)
     with torch.no_grad():
         shape = wanted(torch.zeros(1, num_selected, whole, device=device)).shape[1:]
-    result = torch.empty(len(rows), *shape)
+    result = torch.full((len(rows), *shape), torch.nan, dtype=torch.float32, device="cpu")
+    encoded = Encoded(result, torch.zeros(len(rows), dtype=torch.long, device="cpu"), {}, 0)
+    num_cut = 0
     with torch.inference_mode():
         for place in tqdm(plan, desc="encode", unit="batch", leave=False, disable=not show_progress):
-            if place.rows:
-                batch = batches[place].to(device)
+            if not place.rows:
+                continue
+            batch = batches[place]
+            encoded.bad_rows.update(batch.bad_rows)
+            if batch.rows:
+                inputs = batch.inputs.to(device)
                 with encoder.turns.encoding(encoder):
-                    embeddings_BND = encoder(batch.inputs, selected)
-                result[list(place.rows)] = wanted(embeddings_BND)
-    return result
+                    embeddings_BND = embed(encoder, inputs, selected)
+                result[list(batch.rows)] = wanted(embeddings_BND)
+                encoded.num_tokens[list(batch.rows)] = batch.inputs.lengths
+                num_cut += batch.inputs.num_cut
+    return replace(encoded, num_cut=num_cut)
 
 
 def _selected_paths(paths: Paths, num_paths: int) -> list[int] | None:

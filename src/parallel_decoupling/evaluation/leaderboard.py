@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
 from parallel_decoupling.data.tasks import EvalTask, Task
 from parallel_decoupling.evaluation.score import DEPTHS, TaskScore
+from parallel_decoupling.files import write_text
 
 if TYPE_CHECKING:
     from parallel_decoupling.evaluation.report import TaskResult
@@ -40,18 +41,22 @@ def candidate_name(task: Task, candidate: RawInput) -> str:
 
 
 def write_predictions(folder: Path, task: EvalTask, score: TaskScore) -> None:
-    """Write one task's best candidates by row (v1 one, v2 ten), without copies of the positive."""
+    """Write one task's best candidates by row (v1 one, v2 ten), without copies of the positive.
+
+    Grades stand in ``rel_scores`` in the order of ``label``.
+    """
     names = [candidate_name(task.task, candidate) for candidate in task.candidates]
     best, lines = [], []
-    for ranking, candidates in zip(score.ranking.tolist(), task.candidates_of_row, strict=True):
+    for row, ranking in enumerate(score.ranking.tolist()):
+        answers = task.answers(row)
         predicted = [names[index] for index in ranking if index >= 0]
         best.append(" ".join(predicted[0].split()))  # a line each
-        line = {"prediction": predicted, "label": [names[candidates[0]]], "rel_scores": None}
+        grades = None if task.relevance_of_row is None else list(answers.values())
+        line = {"prediction": predicted, "label": [names[each] for each in answers], "rel_scores": grades}
         lines.append(json.dumps(line, ensure_ascii=False))
     for (version, suffix), rows in zip(PREDICTIONS.items(), (best, lines), strict=True):
         file = folder / version / f"{task.task.name}{suffix}"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("\n".join(rows) + "\n", encoding="utf-8")
+        write_text(file, "\n".join(rows) + "\n")
 
 
 def write_score_files(tasks: Mapping[str, TaskResult], column: str, folder: Path) -> None:
@@ -79,18 +84,23 @@ def write_leaderboard(
 
 
 def _v2(result: TaskResult, column: str) -> dict[str, Any]:
-    """Return what the second version keeps of a task, all metrics cut at 1, 5 and 10, for one positive."""
+    """Return what the second version keeps of a task, all metrics cut at 1, 5 and 10.
+
+    The others that it has are known where every query has one right answer, which makes them functions of
+    these.
+    """
     metrics = result.metrics.get(column, {})
     values: dict[str, float] = {}
     for k in DEPTHS if metrics else ():
         hit, mrr, ndcg = (metrics[f"{name}@{k}"] for name in ("hit", "mrr", "ndcg"))
-        values |= {f"hit@{k}": hit, f"mrr@{k}": mrr, f"ndcg_linear@{k}": ndcg, f"ndcg_exponential@{k}": ndcg}
-        values |= {f"precision@{k}": hit / k, f"recall@{k}": hit}
-        values |= {f"f1@{k}": 2 * hit / (k + 1), f"map@{k}": mrr}
+        values |= {f"hit@{k}": hit, f"mrr@{k}": mrr, f"ndcg_linear@{k}": ndcg}
+        values[f"recall@{k}"] = metrics[f"recall@{k}"]
+        if result.answers == 1:
+            values |= {f"ndcg_exponential@{k}": ndcg, f"precision@{k}": hit / k}
+            values |= {f"f1@{k}": 2 * hit / (k + 1), f"map@{k}": mrr}
     values["hit@1"] = result.hit_at_1[column]
     return {**values, "num_pred": result.num_queries, "num_data": result.num_queries + result.num_skipped}
 
 
 def _write(file: Path, content: Any) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text(file, json.dumps(content, indent=1) + "\n")

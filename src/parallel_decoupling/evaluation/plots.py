@@ -27,10 +27,11 @@ def comparison_figure(reports: Mapping[str, ScoreReport], title: str) -> Figure:
     Lines go from a run's worst to its best single path.
     """
     baseline, last = next(iter(reports.values())), len(reports) - 1
-    labels = {
-        group: label for group, label in zip(GROUPS, GROUP_LABELS, strict=True) if group in baseline.means
-    }
-    order = [task for meta_task in (*META_TASKS, CUSTOM) for task in baseline.groups.get(meta_task, ())]
+    labels = dict(zip(GROUPS, GROUP_LABELS, strict=True))
+    others = [group for group in baseline.groups if group not in labels]
+    labels |= {group: group.replace("_", "\n") for group in others}
+    labels = {group: label for group, label in labels.items() if group in baseline.means}
+    order = [task for group in (*META_TASKS, CUSTOM, *others) for task in baseline.groups.get(group, ())]
     heights = np.arange(len(order))[::-1]
     figure = new_figure(16, max(7.0, 2.4 + 0.36 * len(order)))
     left, right = figure.subplots(1, 2, width_ratios=[1.25, 1])
@@ -44,14 +45,14 @@ def comparison_figure(reports: Mapping[str, ScoreReport], title: str) -> Figure:
         bars = left.bar(places, scores, width * 0.92, color=colour, label=name)
         left.bar_label(bars, fmt="%.1f", padding=2, rotation=0 if width > 0.2 else 90, fontsize=9, color=INK)
         left.vlines(places, low, high, color=INK, linewidth=1.2)
-        scores, low, high = _scores_and_range(report, [report.tasks[task].hit_at_1 for task in order])
+        scores, low, high = _scores_and_range(report, [report.tasks[task].score for task in order])
         levels = heights + step * (last / 2 - number)
         right.hlines(levels, low, high, color=colour, alpha=0.4, linewidth=4)
         right.plot(scores, levels, "o", color=colour, markersize=6.5)
     left.set_xticks(range(len(labels)), labels.values(), fontsize=11)
     left.set_xlim(-0.5, len(labels) - 0.5)
-    apart = {*baseline.groups.get("out_of_distribution", ())}
-    names = [f"{task} (OOD)" if task in apart else task for task in order]
+    apart, titles = {*baseline.groups.get("out_of_distribution", ())}, baseline.tasks
+    names = [f"{titles[task].title} (OOD)" if task in apart else titles[task].title for task in order]
     right.set_yticks(heights, names, fontsize=10, parse_math=False)
     right.set(ylim=(-0.6, len(order) - 0.4), xlim=(0, None))
     for axes, what, grid in ((left, "means over tasks", "y"), (right, "tasks", "x")):

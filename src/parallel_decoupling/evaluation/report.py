@@ -14,14 +14,15 @@ from rich.table import Table
 from rich.text import Text
 
 from parallel_decoupling.data.names import printable
-from parallel_decoupling.data.tasks import MMEB_TASKS, Task
+from parallel_decoupling.data.tasks import MMEB_TASKS, OVERALL, TASK_KEYS, Task
 from parallel_decoupling.evaluation.leaderboard import (
     LEADERBOARD_FILE,
     SCORE_FILES_DIR,
     write_leaderboard,
     write_score_files,
 )
-from parallel_decoupling.evaluation.score import TaskScore, mean_metrics
+from parallel_decoupling.evaluation.score import TaskScore
+from parallel_decoupling.files import write_text
 
 FORMAT = 2
 SCORES_FILE = "scores.json"
@@ -70,14 +71,36 @@ class TaskResult:
     chance: float  # hit@1 of a random choice, in [0, 1]
     hit_at_1: dict[str, float]  # by column (aggregate, path_0, ...), in [0, 1]
     hits: dict[str, str] = field(default_factory=dict)  # by column, one 0 or 1 per row; empty if not known
-    num_skipped: int = 0  # rows left out because their images could not be read
+    num_skipped: int = 0  # rows left out because they could not be embedded
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)  # by column, means of score.METRICS
     rows_sha256: str = ""  # identifies the rows, see score.task_hash
     margin_correlation: list[list[float]] = field(default_factory=list)  # [N][N] of paths, over rows
+    answers: float = 1.0  # right answers per row
+    values: dict[str, list[float]] = field(default_factory=dict)  # by column, of a metric other than hit@1
+
+    @property
+    def score(self) -> dict[str, float]:
+        """The task's own metric by column."""
+        if self.task.metric == "hit@1":
+            return self.hit_at_1
+        return {column: metrics[self.task.metric] for column, metrics in self.metrics.items()}
+
+    @property
+    def title(self) -> str:
+        """The task's name, with its metric if that is another one than hit@1."""
+        return self.task.name + ("" if self.task.metric == "hit@1" else f", {self.task.metric}")
+
+    def row_scores(self, column: str) -> list[float]:
+        """Return what every row contributes to ``score``."""
+        return self.values[column] if self.values else [float(hit) for hit in self.hits[column]]
 
     def check_hits(self) -> None:
-        """Raise ``ValueError`` if the hits do not fit the number of rows or the scores."""
+        """Raise ``ValueError`` if the hits or values do not fit the number of rows or the scores."""
         name = self.task.name
+        for column in self.score if self.task.metric != "hit@1" else ():
+            values = self.values[column]
+            if len(values) != self.num_queries or not abs(fmean(values) - self.score[column]) <= 1e-9:
+                raise ValueError(f"task {name}, {column}: {self.task.metric} is not the mean of the values")
         if list(self.hits) != list(self.hit_at_1):
             raise ValueError(f"task {name}: hits of {list(self.hits)}, but scores of {list(self.hit_at_1)}")
         for column, hits in self.hits.items():
@@ -113,6 +136,7 @@ class ScoreReport:
         tasks: dict[str, TaskResult] = {}
         for score in scores:
             hits = {name: "".join("01"[hit] for hit in row.tolist()) for name, row in score.hits.items()}
+            own = score.values if score.task.metric != "hit@1" else {}
             tasks[score.task.name] = TaskResult(
                 task=score.task,
                 num_queries=len(next(iter(hits.values()))),
@@ -120,9 +144,14 @@ class ScoreReport:
                 hit_at_1={column: each.count("1") / len(each) for column, each in hits.items()},
                 hits=hits,
                 num_skipped=score.num_skipped,
-                metrics={column: mean_metrics(rank_R) for column, rank_R in score.ranks.items()},
+                metrics={
+                    column: {metric: float(row.mean()) for metric, row in values.items()}
+                    for column, values in score.values.items()
+                },
                 rows_sha256=score.rows_sha256,
                 margin_correlation=score.margin_correlation,
+                answers=score.answers,
+                values={column: values[score.task.metric].tolist() for column, values in own.items()},
             )
         return cls(tasks, dict(run or {}))
 
@@ -138,18 +167,27 @@ class ScoreReport:
 
     @property
     def groups(self) -> dict[str, list[str]]:
-        """Task names by mean: meta-tasks, in- and out-of-distribution, overall, custom; none empty.
+        """Task names by mean: meta-tasks, in- and out-of-distribution, overall, custom, groups; none empty.
 
         Custom tasks are the overall mean only where there are no others.
         """
-        tasks = {name: result.task for name, result in self.tasks.items()}
+        of_group: dict[str, dict[str, Task]] = {OVERALL: {}}
+        for name, result in self.tasks.items():
+            of_group.setdefault(result.task.group, {})[name] = result.task
+        tasks = of_group.pop(OVERALL)
         groups = {name: [each for each in tasks if tasks[each].meta_task == name] for name in META_TASKS}
         custom = [name for name, task in tasks.items() if task.meta_task == CUSTOM]
         listed = {name: task for name, task in tasks.items() if name not in custom}
         groups["in_distribution"] = [name for name, task in listed.items() if task.in_distribution]
         groups["out_of_distribution"] = [name for name, task in listed.items() if not task.in_distribution]
-        groups |= {"overall": list(listed or tasks), CUSTOM: custom}
+        groups |= {OVERALL: list(listed or tasks), CUSTOM: custom}
+        groups |= {group: list(names) for group, names in of_group.items()}
         return {group: names for group, names in groups.items() if names}
+
+    @property
+    def headline(self) -> str:
+        """The mean that counts: ``overall``, or the first group if no task counts there."""
+        return OVERALL if OVERALL in self.groups else next(iter(self.groups))
 
     @property
     def partial_means(self) -> dict[str, int]:
@@ -164,7 +202,7 @@ class ScoreReport:
 
         MMEB's headline is ``overall``; ``mean_of_meta_tasks`` weighs four unequal groups equally.
         """
-        parts = {group: [self.tasks[name].hit_at_1 for name in each] for group, each in self.groups.items()}
+        parts = {group: [self.tasks[name].score for name in each] for group, each in self.groups.items()}
         means = {group: _mean(scores) for group, scores in parts.items()}
         if meta_tasks := [means[name] for name in META_TASKS if name in means]:
             means["mean_of_meta_tasks"] = _mean(meta_tasks)
@@ -172,8 +210,8 @@ class ScoreReport:
 
     @property
     def metric_means(self) -> dict[str, dict[str, float]]:
-        """Means over the tasks of ``overall`` of every metric by column; empty if only hit@1 is known."""
-        metrics = [self.tasks[name].metrics for name in self.groups["overall"]]
+        """Means over the tasks of ``headline`` of every metric by column; empty if only hit@1 is known."""
+        metrics = [self.tasks[name].metrics for name in self.groups[self.headline]]
         return {name: _mean([each[name] for each in metrics]) for name in self.columns if all(metrics)}
 
     @property
@@ -183,15 +221,15 @@ class ScoreReport:
         if count := self.partial_means.get("overall"):
             found.append(f"means over {count} of MMEB's {len(MMEB_TASKS)} tasks: not MMEB's means")
         skipped = [f"{name} {each.num_skipped}" for name, each in self.tasks.items() if each.num_skipped]
-        return found + (["rows skipped because of their images: " + ", ".join(skipped)] if skipped else [])
+        return found + (["rows that could not be embedded: " + ", ".join(skipped)] if skipped else [])
 
     def to_json_file(self, json_file: str | Path) -> None:
-        """Write everything, fractions unrounded; per-row hits come last as strings of 0 and 1."""
+        """Write everything, fractions unrounded; per-row scores come last, hits as strings of 0 and 1."""
         tasks = {}
         for name, result in self.tasks.items():
-            values = {key: value for key, value in vars(result).items() if key not in ("task", "hits")}
-            about = {"meta_task": result.task.meta_task, "in_distribution": result.task.in_distribution}
-            tasks[name] = {**about, **values}
+            left_out = ("task", "hits", "values")
+            values = {key: value for key, value in vars(result).items() if key not in left_out}
+            tasks[name] = {**result.task.entry, **values}
         partial = {
             group: f"of {count} of MMEB's {MMEB_COUNTS[group]} tasks"
             for group, count in self.partial_means.items()
@@ -200,7 +238,9 @@ class ScoreReport:
         content |= {"tasks": tasks, "metric_means": self.metric_means}
         content |= {key: getattr(self, key) for key in OTHER_PARTS}
         content["hits"] = {name: result.hits for name, result in self.tasks.items()}
-        Path(json_file).write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+        if values := {name: result.values for name, result in self.tasks.items() if result.values}:
+            content["values"] = values
+        write_text(json_file, json.dumps(content, indent=1, default=str) + "\n")
 
     @classmethod
     def from_json_file(cls, json_file: str | Path) -> ScoreReport:
@@ -211,8 +251,9 @@ class ScoreReport:
             if content.get("format") != FORMAT:
                 raise ValueError(f"not format {FORMAT}")
             for name, row in content["tasks"].items():
-                task = Task(name, row.pop("meta_task"), row.pop("in_distribution"))
-                tasks[name] = TaskResult(task, hits=content["hits"][name], **row)
+                about = {key: row.pop(key) for key in TASK_KEYS if key in row}
+                hits, values = content["hits"][name], content.get("values", {}).get(name, {})
+                tasks[name] = TaskResult(Task(name, **about), hits=hits, values=values, **row)
                 tasks[name].check_hits()
             return cls(tasks, **{key: content[key] for key in OTHER_PARTS})
         except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
@@ -224,13 +265,18 @@ class ScoreReport:
         shown = [self.columns[0], *self.path_columns]
         rows: list[list[str]] = []
         kinds: list[str] = []
-        for mean, title in MEAN_TITLES.items():
-            for name in self.groups.get(mean, ()) if mean in (*META_TASKS, CUSTOM) else ():
+        for mean, title in self.mean_titles.items():
+            is_sum = mean in MEAN_TITLES and mean not in (
+                *META_TASKS,
+                CUSTOM,
+            )  # its tasks stand in the table already
+            for name in () if is_sum else self.groups.get(mean, ()):
                 result = self.tasks[name]
                 bad = result.hit_at_1[self.columns[0]] <= result.chance
                 split = "" if mean == CUSTOM else "IND" if result.task.in_distribution else "OOD"
-                about = [f"{name} !" if bad else name, split, str(result.num_queries), percent(result.chance)]
-                rows.append([*about, *(percent(result.hit_at_1[column]) for column in shown)])
+                chance = percent(result.chance) if result.task.metric == "hit@1" else ""
+                about = [f"{result.title} !" if bad else result.title, split, str(result.num_queries), chance]
+                rows.append([*about, *(percent(result.score[column]) for column in shown)])
                 kinds.append("bad" if bad else "")
             if mean in self.means:
                 count = self.partial_means.get(mean)
@@ -242,9 +288,15 @@ class ScoreReport:
         headings = ("task", "split", "queries", "chance", *(column.replace("_", " ") for column in shown))
         return Grid("hit@1 in percent", headings, rows, kinds, "; ".join([*notes, *self.gaps]))
 
+    @property
+    def mean_titles(self) -> dict[str, str]:
+        """How the means are called in tables, in their order; those of groups come last."""
+        return MEAN_TITLES | {name: f"mean of {name}" for name in self.groups if name not in MEAN_TITLES}
+
     def mode_grid(self) -> Grid:
         """Tabulate every inference mode: its means in percent, and what it costs."""
         titles = {"overall": "hit@1", "in_distribution": "IND", "out_of_distribution": "OOD"}
+        titles |= {name: name for name in self.groups if name not in MEAN_TITLES}
         splits = [name for name in titles if name in self.means]
         metrics = [name for name in ("hit@5", "hit@10", "mrr", "ndcg@10") if self.metric_means]
         rows = []
@@ -268,7 +320,6 @@ class ScoreReport:
 
 def write_report(report: ScoreReport, folder: Path) -> None:
     """Write ``scores.json``, VLM2Vec's score files and the leaderboard's into ``folder``."""
-    folder.mkdir(parents=True, exist_ok=True)
     report.to_json_file(folder / SCORES_FILE)
     column, backbone = report.columns[0], report.run.get("model", {}).get("backbone")
     write_score_files(report.tasks, column, folder / SCORE_FILES_DIR)

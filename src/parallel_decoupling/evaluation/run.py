@@ -39,6 +39,7 @@ from parallel_decoupling.evaluation.store import (
     read_metadata,
     shard_files,
 )
+from parallel_decoupling.files import write_text
 from parallel_decoupling.objective.statistics import path_cosine
 from parallel_decoupling.training.callbacks import console
 from parallel_decoupling.training.module import PDFEmbedder
@@ -52,6 +53,7 @@ class CollectedEmbeddings:
     def __init__(self) -> None:
         self.rows: list[int] = []
         self.bad_rows: dict[int, str] = {}
+        self.num_cut = 0
         self._vectors: list[Tensor] = []
 
     def add(self, batch: RowBatch, embeddings_BND: Tensor) -> None:
@@ -59,6 +61,7 @@ class CollectedEmbeddings:
         self.rows += batch.rows
         self._vectors.append(embeddings_BND[: len(batch.rows)].float().cpu())
         self.bad_rows |= batch.bad_rows
+        self.num_cut += batch.inputs.num_cut
 
     @property
     def vectors(self) -> Tensor:
@@ -172,6 +175,9 @@ class Scoring(Callback):
             bad_rows = {row["row"]: row["reason"] for row in store.bad_rows}
         else:
             embeddings_UND, bad_rows = side.complete(len(rows), trainer, module), side.bad_rows
+            if num_cut := sum(gather_objects(side.num_cut)):
+                cut = f"the ends of {num_cut} of {len(rows)} texts were cut off"
+                rank_zero_warn(f"{rows.name}: {cut}, as they have more than max_tokens.")
             if keeper is not None and rank() == 0 and embeddings_UND is not None:
                 good = [row for row in range(len(rows)) if row not in bad_rows]
                 paths = {path_column(path): each for path, each in enumerate(embeddings_UND[good].unbind(1))}
@@ -200,11 +206,11 @@ class Scoring(Callback):
         if any(missing):
             task = task.without(set(bad_rows[0]), set(bad_rows[1]))
             rank_zero_warn(
-                f"{name}: {missing[0]} queries and {missing[1]} candidates have images that cannot be read; "
+                f"{name}: {missing[0]} queries and {missing[1]} candidates cannot be embedded; "
                 f"{num_rows - len(task.query_of_row)} of {num_rows} rows are left out of the score."
             )
         if not task.query_of_row:
-            rank_zero_warn(f"{name}: no row's images could be read, so it has no score.")
+            rank_zero_warn(f"{name}: no row could be embedded, so it has no score.")
             return
         columns = path_columns(*sides, partial(_aggregate, module))
         score = replace(score_task(task, columns), num_skipped=num_rows - len(task.query_of_row))
@@ -225,8 +231,11 @@ class Scoring(Callback):
         self.report = ScoreReport.from_scores(self._scores, {**module.run_info(), "commit": git_commit()})
         column, means = self.report.columns[0], self.report.means
         values = {f"{stage}/{name}/hit_at_1": r.hit_at_1[column] for name, r in self.report.tasks.items()}
+        for name, result in self.report.tasks.items():
+            values[f"{stage}/{name}/{result.task.metric.replace('@', '_at_')}"] = result.score[column]
         values |= {f"{stage}/{name}": mean[column] for name, mean in means.items()}
-        values |= {f"{stage}/overall_{path}": means["overall"][path] for path in self.report.path_columns}
+        headline = self.report.headline
+        values |= {f"{stage}/{headline}_{path}": means[headline][path] for path in self.report.path_columns}
         module.log_dict(values)
 
     def _doubts(self, module: PDFEmbedder) -> list[checks.Finding]:
@@ -250,6 +259,7 @@ class EmbeddingWriter(Callback):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin with no embeddings."""
         self._shards: dict[tuple[int, int], CollectedEmbeddings] = {}  # by loader and shard
+        self._num_cut = 0
 
     def on_predict_batch_end(
         self,
@@ -265,6 +275,7 @@ class EmbeddingWriter(Callback):
             return
         shard = self._shards.setdefault((dataloader_idx, batch.place.shard), CollectedEmbeddings())
         shard.add(batch, outputs)
+        self._num_cut += batch.inputs.num_cut
         if batch.place.last:
             rows, embeddings_BND = self.data.rows[dataloader_idx], shard.vectors
             paths = range(outputs.shape[1]) if batch.paths is None else batch.paths
@@ -277,6 +288,7 @@ class EmbeddingWriter(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """When all processes are done, write ``bad_rows.jsonl`` and say what there is."""
         trainer.strategy.barrier()
+        num_cut = sum(gather_objects(self._num_cut))
         if not trainer.is_global_zero:
             return
         missing, num_rows, bad_rows = 0, 0, []
@@ -287,10 +299,12 @@ class EmbeddingWriter(Callback):
             bad_rows += [row for file in there.values() for row in read_metadata(file)["bad_rows"]]
         bad_rows_file = self.keeper.root / BAD_ROWS_FILE
         lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in bad_rows)
-        bad_rows_file.write_text(lines, encoding="utf-8", errors="backslashreplace")  # as JSON has it
+        write_text(bad_rows_file, lines.encode("utf-8", "backslashreplace").decode())  # as JSON has it
         message = f"{self.keeper.root}: {num_rows - len(bad_rows):,} rows embedded."
         if bad_rows:
             message += f" {len(bad_rows):,} rows could not be embedded: {bad_rows_file} says which and why."
+        if num_cut:
+            message += f" The ends of {num_cut:,} texts were cut off, as they have more than max_tokens."
         if missing:
             message += f" {missing} files are missing: run the same command again."
         left_out = [rows.left_out for rows in self.data.rows if isinstance(rows, RowSource) and rows.left_out]

@@ -1,4 +1,7 @@
-"""Scores by MMEB's protocol: similarity, and the rank of each query's positive among its own candidates."""
+"""Scores by MMEB's protocol: similarity, and the ranks of each query's right answers among its candidates.
+
+MMEB has one right answer per query, its positive; other tasks have several, each with a grade.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ from parallel_decoupling.model.identity import rows_hash
 from parallel_decoupling.objective.statistics import margin_correlation
 
 DEPTHS = (1, 5, 10)
-METRICS = (*(f"hit@{k}" for k in DEPTHS), "mrr", *(f"{name}@{k}" for name in ("mrr", "ndcg") for k in DEPTHS))
+CUT = ("hit", "mrr", "ndcg", "recall")
+METRICS = (*(f"{name}@{k}" for name in CUT for k in DEPTHS), "mrr", "r_precision")
 RANKING_DEPTH = 10
 ROWS_AT_ONCE = 256
 
@@ -29,17 +33,18 @@ class TaskScore:
     """What one task's rows scored."""
 
     task: Task
-    ranks: dict[str, Tensor]  # by column (aggregate, path_0, ...): int64 [rows], see positive_rank
+    values: dict[str, dict[str, Tensor]]  # by column (aggregate, path_0, ...) and METRICS: float64 [rows]
     ranking: Tensor  # int64 [rows, 10]: best candidates of the first column; -1 where a row has fewer
-    chance: float  # hit@1 of a random choice, the mean over rows of 1 / number of distinct candidates
-    num_skipped: int = 0  # rows left out because their images could not be read
+    chance: float  # hit@1 of a random choice, the mean over rows of right / all distinct candidates
+    num_skipped: int = 0  # rows left out because they could not be embedded
     rows_sha256: str = ""  # identifies what was asked, see task_hash
+    answers: float = 1.0  # right answers per row
     margin_correlation: list[list[float]] = field(default_factory=list)  # [N][N] of paths, over rows
 
     @property
     def hits(self) -> dict[str, Tensor]:
-        """By column, bool ``[rows]``: whether the positive came first."""
-        return {name: rank_R == 1 for name, rank_R in self.ranks.items()}
+        """By column, bool ``[rows]``: whether a right answer came first."""
+        return {name: of_metric["hit@1"] == 1 for name, of_metric in self.values.items()}
 
 
 def path_columns(query: Tensor, candidate: Tensor, aggregate: Callable[[Tensor], Tensor]) -> Columns:
@@ -76,68 +81,118 @@ def score_task(task: EvalTask, columns: Columns) -> TaskScore:
     """
     _check(task, columns)
     query_of_row = torch.tensor(task.query_of_row)
-    longest = max(map(len, task.candidates_of_row))
-    # short rows repeat their positive, which is never a rival
-    index_RC = torch.tensor([row + row[:1] * (longest - len(row)) for row in task.candidates_of_row])
-    identity_U = torch.tensor([identity(candidate) for candidate in task.candidates])
-    rivals_RC = identity_U[index_RC] != identity_U[index_RC[:, :1]]
-    ranks: dict[str, Tensor] = {}
+    identities = [identity(candidate) for candidate in task.candidates]
+    sides: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    for name, both in columns.items():
+        query, candidate = (F.normalize(each.detach().float().cpu(), dim=-1) for each in both)
+        sides[name] = (query, *_distinct_rows(candidate))
+    chunks: dict[str, list[dict[str, Tensor]]] = {name: [] for name in columns}
+    margins: dict[str, list[Tensor]] = {}
     ranking: list[Tensor] = []
-    margins: list[Tensor] = []
-    for name, (query, candidate) in columns.items():
-        unit_query, unit_candidate = (
-            F.normalize(each.detach().float().cpu(), dim=-1) for each in (query, candidate)
-        )
-        distinct, distinct_of_candidate = _distinct_rows(unit_candidate)
-        rank_chunks, margin_chunks = [], []
-        for start in range(0, len(query_of_row), ROWS_AT_ONCE):
-            rows = slice(start, start + ROWS_AT_ONCE)
-            all_scores = similarities(unit_query[query_of_row[rows]], distinct)
-            scores_RC = all_scores.gather(1, distinct_of_candidate[index_RC[rows]])
-            rank_chunks.append(positive_rank(scores_RC, rivals_RC[rows]))
-            best_rival_R = scores_RC.masked_fill(~rivals_RC[rows], -torch.inf).amax(dim=1)
-            margin_chunks.append(scores_RC[:, 0] - best_rival_R)
-            if not ranks:
-                ranking.append(_ranking(scores_RC, rivals_RC[rows], index_RC[rows]))
-        ranks[name] = torch.cat(rank_chunks)
-        if name.startswith("path_"):
-            margins.append(torch.cat(margin_chunks))
-    chance = sum(1 / len(set(identity_U[row].tolist())) for row in task.candidates_of_row) / len(query_of_row)
+    for start in range(0, len(query_of_row), ROWS_AT_ONCE):
+        rows = range(len(query_of_row))[start : start + ROWS_AT_ONCE]
+        index_RC, grades_RC, counted_RC = _judged(task, rows, torch.tensor(identities))
+        for name, (query, distinct, distinct_of_candidate) in sides.items():
+            all_scores = similarities(query[query_of_row[rows]], distinct)
+            scores_RC = all_scores.gather(1, distinct_of_candidate[index_RC])
+            order_RC, found_RC = ranked(scores_RC, grades_RC, counted_RC)
+            chunks[name].append(row_metrics(found_RC, grades_RC))
+            if name.startswith("path_"):
+                right_RC = grades_RC > 0
+                best_R = scores_RC.masked_fill(~right_RC, -torch.inf).amax(dim=1)
+                rival_R = scores_RC.masked_fill(right_RC | ~counted_RC, -torch.inf).amax(dim=1)
+                margins.setdefault(name, []).append(best_R - rival_R)
+            if name == next(iter(columns)):
+                best_RC = index_RC.masked_fill(~counted_RC, -1).gather(1, order_RC[:, :RANKING_DEPTH])
+                ranking.append(F.pad(best_RC, (0, RANKING_DEPTH - best_RC.shape[1]), value=-1))
+    values = {
+        name: {metric: torch.cat([each[metric] for each in parts]) for metric in METRICS}
+        for name, parts in chunks.items()
+    }
+    right = [{identities[each] for each in task.answers(row)} for row in range(len(query_of_row))]
+    everyone = ({identities[each] for each in candidates} for candidates in task.candidates_of_row)
+    chance = sum(len(some) / len(each) for some, each in zip(right, everyone, strict=True)) / len(right)
+    of_paths = [torch.cat(each) for each in margins.values()]
     return TaskScore(
         task.task,
-        ranks,
+        values,
         torch.cat(ranking),
         chance,
         rows_sha256=task_hash(task),
-        margin_correlation=margin_correlation(torch.stack(margins)).tolist() if margins else [],
+        answers=sum(map(len, right)) / len(right),
+        margin_correlation=margin_correlation(torch.stack(of_paths)).tolist() if of_paths else [],
     )
 
 
 def task_hash(task: EvalTask) -> str:
     """Identify what a task asks, by texts and names of images; a benchmark may move to another folder."""
-    rows = RawInput(f"{task.query_of_row} {task.candidates_of_row}")
+    of_row = task.candidates_of_row if task.relevance_of_row is None else task.relevance_of_row
+    rows = RawInput(f"{task.query_of_row} {of_row}")
     return rows_hash([*task.queries, *task.candidates, rows], files=False)
 
 
-def positive_rank(scores_RC: Tensor, rivals_RC: Tensor) -> Tensor:
-    """Rank the positive, column 0, after every rival that it does not beat: int64 ``[R]``, 1 is best.
+def _judged(task: EvalTask, rows: range, identity_U: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the candidates of some rows, their grades, and which of them count: ``[R, C]`` each.
 
-    Ties are pessimistic: MMEB keeps the positive at index 0, so that breaking ties by index would call a
-    collapsed model perfect. A NaN rival counts as ahead; a NaN positive is behind everything. ``rivals_RC``
-    is False for the positive, its copies and padding.
+    The columns of a row are in the order of their grades, wrong ones first. Copies of the positive and the
+    padding of short rows do not count.
     """
-    positive_R1 = scores_RC[:, :1]
-    ahead_RC = ~(scores_RC < positive_R1) & rivals_RC
-    behind_all = scores_RC.shape[1] + 1
-    return torch.where(positive_R1[:, 0].isnan(), behind_all, 1 + ahead_RC.sum(dim=1))
+    lists = task.candidates_of_row[rows.start : rows.stop]
+    if task.relevance_of_row is None:
+        longest = max(map(len, lists))
+        index_RC = torch.tensor([row + row[:1] * (longest - len(row)) for row in lists])
+        counted_RC = identity_U[index_RC] != identity_U[index_RC[:, :1]]
+        counted_RC[:, 0] = True
+        grades_RC = torch.zeros(index_RC.shape, dtype=torch.float64)
+        grades_RC[:, 0] = 1
+    else:
+        grades_RU = torch.zeros(len(rows), len(task.candidates), dtype=torch.float64)
+        for number, row in enumerate(rows):
+            for candidate, grade in task.relevance_of_row[row].items():
+                grades_RU[number, candidate] = grade
+        index_RC = torch.tensor(lists[0]).expand(len(rows), -1)
+        grades_RC = grades_RU[:, lists[0]]
+        counted_RC = torch.ones_like(index_RC, dtype=torch.bool)
+    by_grade_RC = grades_RC.argsort(dim=1, stable=True)
+    index_RC, grades_RC = index_RC.gather(1, by_grade_RC), grades_RC.gather(1, by_grade_RC)
+    return index_RC, grades_RC, counted_RC.gather(1, by_grade_RC)
 
 
-def mean_metrics(rank_R: Tensor) -> dict[str, float]:
-    """Average ``METRICS`` over queries with one right answer each, whose rank says everything."""
-    rank_R = rank_R.double()
-    worth = {"hit": torch.ones_like(rank_R), "mrr": 1 / rank_R, "ndcg": 1 / torch.log2(1 + rank_R)}
-    cut = {f"{name}@{k}": value_R * (rank_R <= k) for name, value_R in worth.items() for k in DEPTHS}
-    return {name: float((cut | worth)[name].mean()) for name in METRICS}
+def ranked(scores_RC: Tensor, grades_RC: Tensor, counted_RC: Tensor) -> tuple[Tensor, Tensor]:
+    """Order the candidates of every row, best first: their columns and the grades found there, ``[R, C]``.
+
+    Ties are pessimistic: of equal scores the lower grade comes first, as the columns are in the order of
+    grades. (MMEB keeps the positive at index 0, so that breaking ties by index would call a collapsed model
+    perfect.) A wrong candidate whose score is NaN is ahead of all, and a right one is never found.
+    """
+    lost_RC, wrong_RC = scores_RC.isnan(), grades_RC == 0
+    scores_RC = scores_RC.masked_fill(lost_RC & wrong_RC, torch.inf)
+    scores_RC = scores_RC.masked_fill(lost_RC & ~wrong_RC | ~counted_RC, -torch.inf)
+    order_RC = scores_RC.argsort(dim=1, descending=True, stable=True)
+    return order_RC, grades_RC.masked_fill(lost_RC, 0).gather(1, order_RC)
+
+
+def row_metrics(found_RC: Tensor, grades_RC: Tensor) -> dict[str, Tensor]:
+    """Return every row's ``METRICS`` from the grades in the order of the ranking: float64 ``[R]`` each.
+
+    A grade above 0 is a right answer. nDCG is the linear one, grade / log2(1 + rank) over that of the best
+    order of all ``grades_RC`` of the row; only in it grades make a difference.
+    """
+    right_RC, count_R = found_RC > 0, (grades_RC > 0).sum(dim=1).double()
+    rank_C = torch.arange(1, found_RC.shape[1] + 1, dtype=torch.float64)
+    first_R = torch.where(right_RC, rank_C, torch.inf).amin(dim=1)
+    values = {
+        "mrr": 1 / first_R,
+        "r_precision": (right_RC & (rank_C <= count_R[:, None])).sum(dim=1) / count_R,
+    }
+    for k in DEPTHS:
+        discount_K = 1 / torch.log2(1 + rank_C[:k])
+        best_RK = grades_RC.topk(len(discount_K), dim=1).values.double()
+        values[f"hit@{k}"] = (first_R <= k).double()
+        values[f"mrr@{k}"] = values["mrr"] * values[f"hit@{k}"]
+        values[f"ndcg@{k}"] = found_RC[:, :k].double() @ discount_K / (best_RK @ discount_K)
+        values[f"recall@{k}"] = right_RC[:, :k].sum(dim=1) / count_R
+    return {name: values[name] for name in METRICS}
 
 
 def mode_costs(columns: Columns) -> dict[str, dict[str, int]]:
@@ -173,14 +228,3 @@ def _distinct_rows(embeddings: Tensor) -> tuple[Tensor, Tensor]:
     first_of_row = [first.setdefault(row.numpy().tobytes(), number) for number, row in enumerate(embeddings)]
     numbers = {row: number for number, row in enumerate(first.values())}
     return embeddings[list(numbers)], torch.tensor([numbers[row] for row in first_of_row])
-
-
-def _ranking(scores_RC: Tensor, rivals_RC: Tensor, index_RC: Tensor) -> Tensor:
-    """Rank the best candidates first, and the positive after rivals that tie with it."""
-    ranked_RC = rivals_RC.clone()
-    ranked_RC[:, 0] = True
-    scores_RC = scores_RC.masked_fill(~ranked_RC, -torch.inf).flip(1)
-    order = scores_RC.argsort(dim=1, descending=True, stable=True)[:, :RANKING_DEPTH]
-    best = index_RC.flip(1).gather(1, order)
-    best = best.masked_fill(~ranked_RC.flip(1).gather(1, order), -1)
-    return F.pad(best, (0, RANKING_DEPTH - best.shape[1]), value=-1)

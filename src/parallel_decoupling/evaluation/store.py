@@ -6,6 +6,7 @@ A shard holds consecutive rows of one source and is complete or absent, so a kil
 from __future__ import annotations
 
 import json
+import os
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -21,7 +22,9 @@ from torch import Tensor
 from parallel_decoupling.batch import RawInput
 from parallel_decoupling.data.row_sources import RowSource, TaskSide
 from parallel_decoupling.distributed import gather_objects, rank
+from parallel_decoupling.files import atomic_write, remove_leftovers
 from parallel_decoupling.model.identity import rows_hash
+from parallel_decoupling.model.locations import located, portable
 
 METADATA_KEY = b"parallel_decoupling"
 SHARD_NAME = re.compile(r"embeddings-(\d{5,})\.parquet")
@@ -46,12 +49,12 @@ class StoreWriter:
     """Writes shards into a folder; their bytes depend on rows and ``about``, not on the writing process.
 
     ``about`` are plain values that hold for every shard: those of ``COMPARED``, ``num_paths``,
-    ``aggregation``, and anything worth keeping about the source.
+    ``aggregation``, and anything worth keeping about the source. Files in them are kept by ``portable``.
     """
 
     def __init__(self, folder: str | Path, about: Mapping[str, Any], dtype: VectorType = "float32") -> None:
         self.folder = Path(folder)
-        self.about: dict[str, Any] = json.loads(json.dumps({**about, "dtype": dtype}))
+        self.about: dict[str, Any] = json.loads(json.dumps({**portable(about, folder), "dtype": dtype}))
 
     @property
     def num_shards(self) -> int:
@@ -91,12 +94,10 @@ class StoreWriter:
         own = {"shard": shard, "first_row": self.rows_of(shard).start, "rows_sha256": rows_sha256}
         metadata = {**self.about, **own, "bad_rows": [dict(row) for row in bad_rows]}
         table = table.replace_schema_metadata({METADATA_KEY: json.dumps(metadata)})
-        self.folder.mkdir(parents=True, exist_ok=True)
-        unfinished = self.folder / f".embeddings-{shard:05d}.{rank()}.unfinished"
         compression = dict.fromkeys(table.column_names, "none") | dict.fromkeys(fields.column_names, "zstd")
         options: dict[str, Any] = {"use_dictionary": fields.column_names, "compression": compression}
-        pq.write_table(table, unfinished, row_group_size=ROW_GROUP_SIZE, **options)
-        unfinished.replace(self.folder / f"embeddings-{shard:05d}.parquet")
+        with atomic_write(self.folder / f"embeddings-{shard:05d}.parquet") as unfinished:
+            pq.write_table(table, unfinished, row_group_size=ROW_GROUP_SIZE, **options)
 
 
 class Keeper:
@@ -128,8 +129,7 @@ class Keeper:
         writer = StoreWriter(self.root / rows.name, {**self._model(), **about}, self._dtype)
         done, problem = set[int](), None
         if rank() == 0:
-            for half_written in writer.folder.glob(".embeddings-*.unfinished"):
-                half_written.unlink(missing_ok=True)
+            remove_leftovers(writer.folder)
             for shard, file in shard_files(writer.folder).items():
                 problem = writer.problem(shard, file, _shard_hash(rows, writer.rows_of(shard)))
                 if problem and not self._replace:
@@ -160,7 +160,8 @@ class Keeper:
             {name: vectors_BD[order] for name, vectors_BD in vectors.items()},
             rows_sha256=_shard_hash(rows, writer.rows_of(shard)),
             bad_rows=[
-                {"row": row, "id": id_, "reason": bad_rows[row]} for row, id_ in zip(bad, ids, strict=True)
+                {"row": row, "id": id_, "reason": _without_folders(bad_rows[row], rows, row)}
+                for row, id_ in zip(bad, ids, strict=True)
             ],
         )
 
@@ -185,6 +186,7 @@ class Store:
         for file in self.files:
             about, content = read_metadata(file), pq.read_metadata(file)
             common = {key: value for key, value in about.items() if key not in OWN_KEYS}
+            common = located(common, self.folder)
             self.metadata = self.metadata or common
             if difference := _difference(common, self.metadata, common):
                 raise ValueError(
@@ -283,6 +285,18 @@ def _shard_hash(rows: RowSource | TaskSide, numbers: range) -> str:
             return RawInput(f"error: {error}")
 
     return rows_hash(content(row) for row in numbers)
+
+
+def _without_folders(reason: str, rows: RowSource | TaskSide, row: int) -> str:
+    """Name the pictures of a row by their last part only."""
+    try:
+        files = [image for image in rows[row].images if isinstance(image, str)]
+    except ValueError:
+        return reason
+    for file in files:
+        for place in (os.path.realpath(file), file):
+            reason = reason.replace(place, Path(file).name)
+    return reason
 
 
 def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any], keys: Iterable[str]) -> str | None:

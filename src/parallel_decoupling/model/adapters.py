@@ -1,4 +1,7 @@
-"""What trains in a backbone: nothing, LoRA or DoRA layers, fresh or published, or every weight."""
+"""What trains in a backbone: nothing, LoRA or DoRA layers, fresh or published, or every weight.
+
+peft is imported where it is used, as that takes half a second and ``fit --help`` does not need it.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftType, inject_adapter_in_model, load_peft_weights
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from parallel_decoupling.model.families import Family
@@ -57,6 +58,8 @@ def add_adapters(base: nn.Module, family: Family, adapter: AdapterConfig) -> tup
     base.requires_grad_(adapter.kind == "full")
     if adapter.kind not in ("lora", "dora"):
         return ()
+    from peft import LoraConfig, inject_adapter_in_model
+
     modules = target_modules(base, family, adapter)
     config = LoraConfig(
         r=adapter.rank,
@@ -86,7 +89,7 @@ def load_adapter(
         _copy_weights(base, source, config)
     if adapter.kind == "frozen":
         base.requires_grad_(False)
-    names = tuple(name for name, module in base.named_modules() if isinstance(module, LoraLayer))
+    names = tuple(name for name, module in base.named_modules() if _is_lora(module))
     roots = {name.startswith(f"{family.vision_module}.") for name in names}
     loaded = AdapterConfig(
         kind=adapter.kind,
@@ -102,6 +105,8 @@ def load_adapter(
 
 def _read_config(source: str, kind: str) -> Any:
     """Read ``adapter_config.json`` and refuse what would not be continued faithfully."""
+    from peft import PeftConfig, PeftType
+
     config: Any = PeftConfig.from_pretrained(source)
     found = "dora" if getattr(config, "use_dora", False) else "lora"
     if config.peft_type != PeftType.LORA:
@@ -131,6 +136,8 @@ def _read_config(source: str, kind: str) -> Any:
 
 def _copy_weights(model: Any, source: str, config: Any) -> None:
     """Copy every tensor of the file, exactly, into the fresh fp32 adapter layers."""
+    from peft import load_peft_weights
+
     # transformers knows a module's older paths, but not peft's short name for DoRA's magnitudes
     weights = {
         f"{name}.weight" if name.endswith("lora_magnitude_vector") else name: tensor
@@ -160,12 +167,16 @@ def target_modules(base: nn.Module, family: Family, adapter: AdapterConfig) -> t
     ):
         if adapter.scope not in (scope, "both"):
             continue
-        for name, module in base.get_submodule(root).named_modules():
+        if root is None:
+            raise ValueError(
+                f"adapter.scope={adapter.scope}: the backbone has no vision tower; set it to language."
+            )
+        for name, module in base.get_submodule(root).named_modules(prefix=root):
             if isinstance(module, nn.Linear):
                 last = name.rsplit(".", 1)[-1]
                 names.add(last)
                 if last in (adapter.targets or defaults):
-                    found.append(f"{root}.{name}")
+                    found.append(name)
     unknown = [target for target in adapter.targets or () if target not in names | OTHER_TARGETS]
     if unknown or not found:
         raise ValueError(
@@ -181,7 +192,7 @@ def split_adapters(base: nn.Module, num_paths: int, layers: str, first_layer: in
     ``layers`` is the start of the decoder layers' names, such as ``language_model.layers.``.
     """
     for name, module in list(base.named_modules()):
-        if not isinstance(module, LoraLayer) or not name.startswith(layers):
+        if not _is_lora(module) or not name.startswith(layers):
             continue
         if int(name.removeprefix(layers).split(".")[0]) >= first_layer:
             parent, _, last = name.rpartition(".")
@@ -196,7 +207,7 @@ def draw_adapters(base: nn.Module, seed: int, *, fresh: bool) -> None:
     Relations:
         Path 0 of ``adapter.per_path`` starts as the shared adapter does, whatever the number of paths.
     """
-    modules = [module for module in base.modules() if isinstance(module, LoraLayer | PathLoRA)]
+    modules = [module for module in base.modules() if _is_lora(module) or isinstance(module, PathLoRA)]
     own = [module for module in modules if isinstance(module, PathLoRA)]
     with _seeded(base, seed):
         for module in modules if fresh else ():
@@ -207,6 +218,11 @@ def draw_adapters(base: nn.Module, seed: int, *, fresh: bool) -> None:
         for path in range(1, own[0].num_paths if own else 1):
             for module in own:
                 module.draw(path) if fresh else module.perturb(path)
+
+
+def _is_lora(module: nn.Module) -> bool:
+    """Tell peft's LoRA layers by a method of theirs, without an import of peft."""
+    return hasattr(module, "reset_lora_parameters")
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """Attention with a prefix: extra keys and values in front of the real ones, for N paths in one pass.
 
+A prefix also stands in front of every window: in a sliding-window layer all tokens see all of it, and the
+window counts real tokens alone ("ours"; a filled cache would lose its prefix once the window has passed it).
 Rows of a repeated batch are path-major: row ``n * B + b`` is path ``n`` of sample ``b``.
 Shapes as in ``batch``; ``R = N * B`` rows.
 """
@@ -123,6 +125,27 @@ def _attend(
     return function(module, query, prepend(prefix[0], key), prepend(prefix[1], value), mask, **kwargs)
 
 
+def _flash(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Call FlashAttention, whose window would count the prefix: without it where it holds all real tokens."""
+    length = query.shape[2]
+    if sliding_window is not None and key.shape[2] > length:
+        if length > sliding_window:
+            raise ValueError(
+                f"FlashAttention cannot show a prefix to texts of {length} tokens in layers with a window of "
+                f"{sliding_window}: use attention='sdpa' or 'flex_attention'."
+            )
+        sliding_window = None
+    return flash_attention_forward(module, query, key, value, mask, sliding_window=sliding_window, **kwargs)
+
+
 def _family_eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     """Call the eager attention of the model family that a module comes from."""
     for owner in type(module).__mro__:  # a sharded module is a subclass defined in another file
@@ -132,7 +155,7 @@ def _family_eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor,
     raise ValueError(f"{type(module).__name__} has no eager attention; use attention='sdpa'")
 
 
-_FLASH = partial(_attend, flash_attention_forward, extend_padding_mask)
+_FLASH = partial(_attend, _flash, extend_padding_mask)
 _FLEX = partial(_attend, flex_attention_forward, extend_block_mask)
 _FUNCTIONS: dict[str, tuple[str, Any, Any]] = {
     "sdpa": ("prefix_sdpa", partial(_attend, sdpa_attention_forward, extend_mask), sdpa_mask),

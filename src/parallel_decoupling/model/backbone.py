@@ -1,4 +1,4 @@
-"""A multimodal backbone: loading it, and one forward call to its last hidden state."""
+"""A backbone, with or without vision: loading it, and one forward call to its last hidden state."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoProcessor, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, DynamicCache
 
+from parallel_decoupling.batch import IMAGE_PLACEHOLDER
 from parallel_decoupling.model.adapters import AdapterConfig, add_adapters, load_adapter
 from parallel_decoupling.model.attention import PathStates, prefix_attention
 from parallel_decoupling.model.families import FAMILIES, Family
 from parallel_decoupling.model.paths import calling, deepstack, enter_layer, hand_down, same_call
+from parallel_decoupling.model.processor import load_processor
 
 __all__ = ["TINY_BACKBONE_DIR", "AdapterConfig", "Backbone", "load_backbone"]
 
@@ -29,7 +31,8 @@ Attention = Literal["sdpa", "eager", "flash_attention_2", "flex_attention"]
 class Backbone(nn.Module):
     """A stock base model (without language-model head), its processor and the names inside it.
 
-    ``name`` is what the user asked for, ``revision`` the commit of a hub model.
+    ``name`` is what the user asked for, ``revision`` the commit of a hub model, ``image_token`` what stands
+    for an image in its text: the placeholder itself where there is no vision, as its processor refuses it.
     """
 
     def __init__(
@@ -56,7 +59,7 @@ class Backbone(nn.Module):
         self.num_layers: int = text.num_hidden_layers
         self.num_key_value_heads: int = text.num_key_value_heads
         self.head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        self.image_token = self.family.image_token
+        self.image_token = self.family.image_token or IMAGE_PLACEHOLDER
         for index, layer in enumerate(self.layers):
             layer.register_forward_pre_hook(partial(enter_layer, index), with_kwargs=True)
         self.language_model.register_forward_pre_hook(hand_down, with_kwargs=True)
@@ -80,8 +83,9 @@ class Backbone(nn.Module):
 
     @property
     def vision_tower(self) -> nn.Module:
-        """Return the image encoder inside the base model."""
-        return cast(nn.Module, self.base.get_submodule(self.family.vision_module))
+        """Return the image encoder inside the base model, an empty module if there is none."""
+        name = self.family.vision_module
+        return nn.Module() if name is None else cast(nn.Module, self.base.get_submodule(name))
 
     @property
     def is_meta(self) -> bool:
@@ -156,12 +160,15 @@ class Backbone(nn.Module):
     def prompt_states(self, embeddings: Tensor) -> Tensor:
         """Compute keys (post-rotary) and values of prompts ``[N, P, D]`` run alone: ``[N, Y, 2, K, P, H]``.
 
-        Modules are in evaluation mode meanwhile, as gradient checkpointing drops caches in training mode.
+        Modules are in evaluation mode meanwhile, as gradient checkpointing drops caches in training mode. The
+        cache keeps every position in sliding layers too: a prefix stands in front of their windows.
         """
         training = [module for module in self.base.modules() if module.training]
         self.base.eval()
         try:
-            output = self.language_model(inputs_embeds=embeddings, use_cache=True)
+            output = self.language_model(
+                inputs_embeds=embeddings, use_cache=True, past_key_values=DynamicCache()
+            )
         finally:
             for module in training:
                 module.training = True
@@ -232,7 +239,7 @@ def load_backbone(
                 f"backbone {name!r} does not fit its config: missing {missing}, unexpected {unexpected}, "
                 f"wrong shape {mismatched}"
             )
-    processor = cast(Any, AutoProcessor).from_pretrained(source, **options)
+    processor = load_processor(source, config, **options)
     commit = getattr(config, "_commit_hash", None)
     backbone = Backbone(
         base,

@@ -21,6 +21,8 @@ class Family:
     """Names inside a base model; one that is not given is asked of transformers.
 
     A family that is not in ``FAMILIES`` works if its text model uses the attention interface of transformers.
+    A language model without vision is its own ``language_module``, with the empty name, and has neither
+    ``image_token`` nor ``vision_module``.
 
     Attributes:
         image_token: placeholder that the processor expands to an image's tokens.
@@ -33,9 +35,9 @@ class Family:
         ignored_weights: weights of the published checkpoint that the base model rightly leaves out.
     """
 
-    image_token: str = ""
+    image_token: str | None = None
     language_module: str = ""
-    vision_module: str = ""
+    vision_module: str | None = None
     layers: str = ""
     position_ids: Literal["mrope", "sequential"] | None = None
     language_targets: tuple[str, ...] = LANGUAGE_TARGETS
@@ -48,17 +50,18 @@ class Family:
         language = self.language_module or names[id(base.get_decoder())]
         return replace(
             self,
-            image_token=self.image_token or getattr(processor, "image_token", ""),
+            image_token=self.image_token or getattr(processor, "image_token", None),
             language_module=language,
-            vision_module=self.vision_module or names[id(base.get_encoder(modality="image"))],
-            layers=self.layers or f"{language}.layers",
+            vision_module=self.vision_module or names[id(base.get_encoder(modality="image"))] or None,
+            layers=self.layers or f"{language}.layers".removeprefix("."),
             position_ids=self.position_ids or ("mrope" if hasattr(base, "get_rope_index") else "sequential"),
         )
 
 
 FAMILIES: Mapping[str, Family] = dict.fromkeys(
     ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_next", "llava_onevision")
-    + ("smolvlm", "idefics3", "internvl"),
+    + ("smolvlm", "idefics3", "internvl")
+    + ("gemma3_text", "llama", "qwen2", "qwen3"),  # without vision
     Family(),
 )
 """Families that passed the tests, by ``model_type`` of their config."""

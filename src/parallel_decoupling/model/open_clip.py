@@ -57,7 +57,7 @@ class OpenCLIPProcessor:
         if any(not rest and IMAGE_PLACEHOLDER not in row for row, rest in zip(text, texts, strict=True)):
             raise ValueError("An input needs a text or an image.")
         ids_BL = self.tokenizer(texts)
-        if not self._warned and self.cuts(texts):
+        if not self._warned and any(self.cut_rows(texts)):
             self._warned = True
             warnings.warn(
                 f"A text has more than the {self.context_length} tokens that this text tower takes; the rest "
@@ -73,10 +73,14 @@ class OpenCLIPProcessor:
             data["image_sizes"] = torch.tensor([[image.height, image.width] for image in flat])
         return data
 
-    def cuts(self, texts: Sequence[str]) -> bool:
-        """Tell whether one of the texts does not fit: whether twice the room holds more of its tokens."""
-        short, long = (self.tokenizer(texts, context_length=n * self.context_length) for n in (1, 2))
-        return bool(((long != self.padding_id).sum(dim=1) > (short != self.padding_id).sum(dim=1)).any())
+    def cut_rows(self, texts: Sequence[str]) -> list[bool]:
+        """Tell which texts do not fit: of which twice the room holds more tokens."""
+        if all(len(text.encode()) < self.context_length - 1 for text in texts):  # no token is shorter
+            return [False] * len(texts)
+        bare = [text.replace(IMAGE_PLACEHOLDER, " ").strip() for text in texts]
+        short, long = (self.tokenizer(bare, context_length=n * self.context_length) for n in (1, 2))
+        counts = [(ids_BL != self.padding_id).sum(dim=1) for ids_BL in (short, long)]
+        return (counts[1] > counts[0]).tolist()
 
 
 class OpenCLIPBackbone(nn.Module):

@@ -16,25 +16,27 @@ from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor
 
+from parallel_decoupling.files import atomic_write
 from parallel_decoupling.model import encoder as encoders
 from parallel_decoupling.model import identity
 from parallel_decoupling.model.adapters import AdapterConfig
 from parallel_decoupling.model.backbone import Backbone, load_backbone
 from parallel_decoupling.model.encoder import Encoder, ParallelEncoder
 from parallel_decoupling.model.families import FAMILIES, Family
+from parallel_decoupling.model.locations import located, portable
 from parallel_decoupling.model.model_card import model_card
 from parallel_decoupling.model.open_clip import is_open_clip
 from parallel_decoupling.model.path_lora import PathLoRA
+from parallel_decoupling.model.processor import load_processor
 
 MODEL_TYPE = "parallel_decoupling"
 CONFIG_FILE, WEIGHTS_FILE, SCORES_FILE = "config.json", "model.safetensors", "scores.json"
 PROCESSOR_DIR, BACKBONE_DIR = "processor", "backbone"
 LAST_CHECKPOINT = Path("checkpoints", "last.ckpt")
 RUN_KEYS = ("state_dict", "pytorch-lightning_version", "hyper_parameters", "backbone", "data", "progress")
-ABOUT = ("query_instruction", "candidate_instruction", "images", "run")
-"""What is kept of an encoder beside itself: its instructions, image settings, and what trained it."""
+ABOUT = ("query_instruction", "candidate_instruction", "images", "max_tokens", "long_text", "run")
+"""What is kept of an encoder beside itself: instructions, limits of inputs, and what trained it."""
 
 
 def is_pretrained(folder: str | Path) -> bool:
@@ -104,22 +106,43 @@ def save_encoder(
 ) -> None:
     """Write a folder to share; see ``Embedder.save_pretrained``. ``about`` are the values of ``ABOUT``.
 
-    The encoder must not be sharded. A base model that was trained itself is always written.
+    The encoder must not be sharded. A base model that was trained itself is always written, and so is one
+    from a local folder that is not beside the new one.
     """
     folder = Path(folder)
-    if (folder / CONFIG_FILE).exists():
-        raise ValueError(f"{folder} already holds a model ({CONFIG_FILE}); name another folder or empty it")
+    if folder.exists() and any(folder.iterdir()):
+        what = f"a model ({CONFIG_FILE})" if (folder / CONFIG_FILE).exists() else "files"
+        raise ValueError(f"{folder} already holds {what}; name another folder or empty it")
     chosen = encoders.check_paths(paths, encoder.num_paths)
     if len(set(chosen)) < len(chosen):
         raise ValueError(f"paths must name each path once, got {chosen}")
     merge = merge_adapters or (
         isinstance(encoder, ParallelEncoder) and encoder.backbone.adapter.kind == "full"
     )
-    included = merge or include_backbone
+    elsewhere = portable(encoders.absolute_name(encoder.backbone.name), folder) is None
+    included = merge or include_backbone or elsewhere
     settings = _settings(encoder, included=included, merge=merge) | {"num_paths": len(chosen)}
     if merge and len(chosen) > 1 and encoder.backbone.adapter.per_path:
         raise ValueError(f"every path has an adapter of its own: merge_adapters takes one path, not {chosen}")
-    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(folder) as unfinished:
+        unfinished.mkdir()
+        _write_model(encoder, unfinished, folder, settings, chosen, included, merge, scores, about)
+
+
+def _write_model(
+    encoder: Encoder,
+    folder: Path,
+    home: Path,
+    settings: Mapping[str, Any],
+    chosen: Sequence[int],
+    included: bool,
+    merge: bool,
+    scores: Mapping[str, Any] | None,
+    about: Mapping[str, Any],
+) -> None:
+    """Write all files of an exported model into an empty folder, which will be ``home``."""
+    source = encoders.absolute_name(encoder.backbone.name)
+    name = portable(source, home)
     written: Any = encoder.backbone
     if included:
         _save_base(written, folder / BACKBONE_DIR, merged_path=chosen[0] if merge else None)
@@ -136,7 +159,8 @@ def save_encoder(
     config = {
         "model_type": MODEL_TYPE,
         "settings": settings,
-        "backbone": identity.backbone_fingerprint(written) | {"name": encoder.backbone.name},
+        "backbone": identity.backbone_fingerprint(written)
+        | {"name": source if name == source else Path(source).name},
         "backbone_included": included,
         "paths": chosen,
         "embed_dim": encoder.embed_dim,
@@ -144,6 +168,7 @@ def save_encoder(
         "weights_sha256": identity.weights_hash(state),
         **{name: about[name] for name in ABOUT},
     }
+    config = portable(config, home)
     module = "parallel_decoupling.sentence_transformers.PathEmbedding"
     _write_json(folder / "modules.json", [{"idx": 0, "name": "0", "path": "", "type": module}])
     sentence_transformers = {
@@ -154,7 +179,7 @@ def save_encoder(
     }
     _write_json(folder / "config_sentence_transformers.json", sentence_transformers)
     (folder / "README.md").write_text(model_card(config, scores), encoding="utf-8")
-    _write_json(folder / CONFIG_FILE, config)  # last: it makes the folder a model
+    _write_json(folder / CONFIG_FILE, config)
 
 
 def _load_checkpoint(path: str | Path) -> tuple[Encoder, dict[str, Any]]:
@@ -184,7 +209,7 @@ def _run(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _load_folder(folder: Path) -> tuple[Encoder, dict[str, Any]]:
-    config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    config: dict[str, Any] = located(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")), folder)
     settings, included, file = dict(config["settings"]), config["backbone_included"], folder / WEIGHTS_FILE
     if included:
         settings["backbone"] = str(folder / BACKBONE_DIR)
@@ -194,7 +219,7 @@ def _load_folder(folder: Path) -> tuple[Encoder, dict[str, Any]]:
     encoder = _build({**settings, "prefix_init": "random"})
     if "local_files_only" in settings:
         source = folder / PROCESSOR_DIR
-        encoder.processor = cast(Any, AutoProcessor).from_pretrained(source, local_files_only=True)
+        encoder.processor = load_processor(source, encoder.backbone.config, local_files_only=True)
         cast(Any, encoder.backbone).processor = encoder.processor
     state = load_file(file)
     if identity.weights_hash(state) != config["weights_sha256"]:
@@ -231,7 +256,7 @@ def _settings(encoder: Encoder, *, included: bool, merge: bool) -> dict[str, Any
     if included and (quantized or not isinstance(encoder, ParallelEncoder)):
         raise ValueError(
             "an OpenCLIP model or a quantized backbone is always referred to by its name: "
-            "export without merge_adapters and include_backbone"
+            "export without merge_adapters and include_backbone, and beside its folder if it is a local one"
         )
     if not isinstance(encoder, ParallelEncoder):
         return settings

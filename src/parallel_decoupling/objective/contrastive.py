@@ -1,7 +1,7 @@
-"""InfoNCE over paths, and the in-batch hit@1 that goes with it.
+"""InfoNCE over paths with one or several positives, a teacher's ranking, and the in-batch hit@1.
 
 Shapes: ``B`` queries, ``G`` candidates (``G >= B`` with gathered or hard negatives), ``N`` paths,
-``D`` embedding dim.
+``D`` embedding dim, ``A`` positives and ``K`` candidates of a query's own row.
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ def info_nce(
     labels repeat inside a batch in each classification task). Path n of a query never meets another
     path of a candidate. Computed in fp32 (fp64 for fp64 inputs), also under autocast.
 
+    Several positives: the loss of a query is the mean over its positives of that term, where the sum over j
+    leaves out all targets of the query but p. That is SupCon's "out" form (arXiv 2004.11362: the mean over
+    positives stands outside of the logarithm), except that positives do not push each other away.
+
     Gathering: where gradient reaches only the local rows, a candidate must still meet the queries
     of the other ranks. Pass ALL gathered queries and ALL gathered candidates, local rows with
     gradient; the sum over ranks of the gradients is then that of one process.
@@ -36,11 +40,12 @@ def info_nce(
     Args:
         query: ``[B, N, D]``, unit norm for a cosine score. Not detached here.
         candidate: ``[G, N, D]``, unit norm. Not detached here.
-        positive: ``[B]`` int64, index into ``candidate`` of each query's positive.
+        positive: ``[B]`` int64, index into ``candidate`` of each query's positive, or ``[B, A]`` of several;
+            padding fills up rows with fewer than A, but is never the first.
         candidate_ids: ``[G]`` int64; equal ids are the same target, ``PADDING_ID`` is none.
         temperature: divides the scores, above 0; a 0-dim tensor receives gradient.
-        symmetric: also contrast each of the B positives with the B queries, duplicates left out
-            the same way, and return the mean of both directions.
+        symmetric: also contrast each positive with the B queries, without those that have the same target,
+            and return the mean of both directions.
 
     Returns:
         ``[N]``, the mean over B of each path.
@@ -52,28 +57,67 @@ def info_nce(
         ``N`` paths equal ``N`` calls with one path each.
         The loss of the aggregate is a call with ``[B, 1, D]`` and ``[G, 1, D]``.
         A further copy of a query's own target among the candidates leaves its loss as it is.
-        Padding among the candidates leaves every loss as it is.
+        Padding among the candidates or the positives leaves every loss as it is.
         ``symmetric`` without extra candidates does not change if query and candidate swap roles.
     """
     _check_shapes(query, candidate, positive, candidate_ids)
     if isinstance(temperature, float | int) and temperature <= 0:
         raise ValueError(f"temperature divides the scores and must be above 0, got {temperature}.")
     score_NBG = _scores(query, candidate) / temperature
+    positive_BA = positive.view(len(positive), -1)
+    ids_BA = candidate_ids[positive_BA]
+    share_BA = (ids_BA != PADDING_ID).to(score_NBG.dtype)
+    share_BA = share_BA / share_BA.sum(dim=1, keepdim=True)
     left_out_BG = _left_out(positive, candidate_ids)
-    loss_N = _cross_entropy(score_NBG, left_out_BG, positive)
-    if not symmetric:
-        return loss_N
-    reverse_NBB = score_NBG[:, :, positive].transpose(1, 2)  # [n, b, c]: positive of b, query c
     own_B = torch.arange(len(positive), device=positive.device)
-    left_out_BB = _left_out(own_B, candidate_ids[positive])
-    return (loss_N + _cross_entropy(reverse_NBB, left_out_BB, own_B)) / 2
+    losses = []
+    for positive_B, ids_B in zip(positive_BA.unbind(1), ids_BA.unbind(1), strict=True):
+        loss_NB = _cross_entropy(score_NBG, left_out_BG, positive_B)
+        if symmetric:
+            reverse_NBB = score_NBG[:, :, positive_B].transpose(1, 2)  # [n, b, c]: positive of b, query c
+            same_BB = (ids_B[:, None, None] == ids_BA).any(dim=2)
+            loss_NB = (loss_NB + _cross_entropy(reverse_NBB, same_BB, own_B)) / 2
+        losses.append(loss_NB)
+    return (torch.stack(losses, dim=2) * share_BA).sum(dim=2).mean(dim=1)
+
+
+def own_candidates_kl(
+    query: Tensor, candidate: Tensor, *, own: Tensor, teacher: Tensor, temperature: float | Tensor
+) -> Tensor:
+    """Compare how path and teacher spread a query over the candidates of its own row.
+
+    ``loss_n = mean_b KL(softmax_k(teacher_bk) || softmax_k(s_bk / t))`` with ``s_bk`` as in ``info_nce``. A
+    candidate whose teacher's score is NaN is left out; a query with fewer than two scores counts as 0.
+
+    Args:
+        query: ``[B, N, D]``.
+        candidate: ``[G, N, D]``.
+        own: ``[B, K]`` int64, index into ``candidate`` of the row's positives and hard negatives.
+        teacher: ``[B, K]``, logits: a softmax is taken of them as they are.
+        temperature: divides the scores of the paths.
+
+    Returns:
+        ``[N]``.
+    """
+    known_BK = teacher.isfinite()
+    rows = known_BK.sum(dim=1) > 1
+    with torch.autocast(device_type=query.device.type, enabled=False):
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        own_BKND = candidate.to(dtype)[own[rows]]
+        score_NBK = torch.einsum("bnd,bknd->nbk", query.to(dtype)[rows], own_BKND) / temperature
+        teacher_BK, unknown_BK = teacher.to(dtype)[rows], ~known_BK[rows]
+        wanted_BK = teacher_BK.masked_fill(unknown_BK, -torch.inf).log_softmax(dim=1)
+        log_share_NBK = score_NBK.masked_fill(unknown_BK, -torch.inf).log_softmax(dim=2)
+        term_NBK = wanted_BK.exp() * (wanted_BK - log_share_NBK)
+        return term_NBK.masked_fill(unknown_BK, 0).sum(dim=(1, 2)) / len(query)
 
 
 @torch.no_grad()
 def in_batch_hit_at_1(query: Tensor, candidate: Tensor, *, positive: Tensor, candidate_ids: Tensor) -> Tensor:
-    """Return the share ``[N]`` of queries whose positive scores strictly above all other targets.
+    """Return the share ``[N]`` of queries whose best positive scores strictly above all other targets.
 
     The arguments are those of ``info_nce``. A tie is a miss, so collapsed embeddings do not look perfect.
+    Duplicates of the positives and padding are left out as there.
     """
     margin_NB = in_batch_margins(query, candidate, positive=positive, candidate_ids=candidate_ids)
     return (margin_NB > 0).to(margin_NB.dtype).mean(dim=1)
@@ -81,24 +125,26 @@ def in_batch_hit_at_1(query: Tensor, candidate: Tensor, *, positive: Tensor, can
 
 @torch.no_grad()
 def in_batch_margins(query: Tensor, candidate: Tensor, *, positive: Tensor, candidate_ids: Tensor) -> Tensor:
-    """Return by how much each query's positive scores above the best other target, ``[N, B]``.
+    """Return by how much each query's best positive scores above the best other target, ``[N, B]``.
 
-    The arguments are those of ``info_nce``. Duplicates of the positive and padding are left out as there;
+    The arguments are those of ``info_nce``. Duplicates of the positives and padding are left out as there;
     infinite where nothing is left.
     """
     _check_shapes(query, candidate, positive, candidate_ids)
     score_NBG = _scores(query, candidate)
-    own_B = torch.arange(len(positive), device=positive.device)
-    left_out_BG = _left_out(positive, candidate_ids)
-    left_out_BG[own_B, positive] = True
-    best_other_NB = score_NBG.masked_fill(left_out_BG, -torch.inf).amax(dim=2)
-    return score_NBG[:, own_B, positive] - best_other_NB
+    positive_BA = positive.view(len(positive), -1)
+    best_other_NB = score_NBG.masked_fill(_left_out(positive, candidate_ids), -torch.inf).amax(dim=2)
+    score_NBA = score_NBG.gather(2, positive_BA.expand(len(score_NBG), -1, -1))
+    padding_BA = candidate_ids[positive_BA] == PADDING_ID
+    return score_NBA.masked_fill(padding_BA, -torch.inf).amax(dim=2) - best_other_NB
 
 
 def candidate_logits(query: Tensor, candidate: Tensor, positive: Tensor, candidate_ids: Tensor) -> Tensor:
     """Return the scores ``[N, B, G]`` that ``info_nce`` contrasts, minus infinity where one is left out."""
     _check_shapes(query, candidate, positive, candidate_ids)
-    return _scores(query, candidate).masked_fill(_left_out(positive, candidate_ids), -torch.inf)
+    others_BG = _left_out(positive, candidate_ids).scatter(1, positive.view(len(positive), -1), False)
+    left_out_BG = others_BG | (candidate_ids == PADDING_ID)
+    return _scores(query, candidate).masked_fill(left_out_BG, -torch.inf)
 
 
 def _scores(query: Tensor, candidate: Tensor) -> Tensor:
@@ -109,17 +155,17 @@ def _scores(query: Tensor, candidate: Tensor) -> Tensor:
 
 
 def _left_out(positive: Tensor, candidate_ids: Tensor) -> Tensor:
-    """Return ``[B, G]``, True at padding and at the positive's target unless it is the positive itself."""
-    same_BG = candidate_ids[positive].unsqueeze(1) == candidate_ids.unsqueeze(0)
-    left_out_BG = same_BG | (candidate_ids == PADDING_ID)
-    return left_out_BG.scatter(1, positive.unsqueeze(1), False)
+    """Return ``[B, G]``, True at padding and at the targets of all positives of a query."""
+    ids_BA = candidate_ids[positive.view(len(positive), -1)]
+    return (ids_BA.unsqueeze(2) == candidate_ids).any(dim=1) | (candidate_ids == PADDING_ID)
 
 
 def _cross_entropy(score_NBG: Tensor, left_out_BG: Tensor, positive: Tensor) -> Tensor:
+    """Return ``[N, B]``; the positive itself is never left out."""
     num_paths, num_queries, _ = score_NBG.shape
-    logit_NBG = score_NBG.masked_fill(left_out_BG, -torch.inf)
+    logit_NBG = score_NBG.masked_fill(left_out_BG.scatter(1, positive.unsqueeze(1), False), -torch.inf)
     loss = nn.functional.cross_entropy(logit_NBG.flatten(0, 1), positive.repeat(num_paths), reduction="none")
-    return loss.view(num_paths, num_queries).mean(dim=1)
+    return loss.view(num_paths, num_queries)
 
 
 def _check_shapes(query: Tensor, candidate: Tensor, positive: Tensor, candidate_ids: Tensor) -> None:
@@ -128,10 +174,9 @@ def _check_shapes(query: Tensor, candidate: Tensor, positive: Tensor, candidate_
             "query [B, N, D] and candidate [G, N, D] must share N and D, got "
             f"{tuple(query.shape)} and {tuple(candidate.shape)}; an aggregate is [B, 1, D]."
         )
-    if positive.shape != query.shape[:1]:
-        raise ValueError(
-            f"positive must be [{len(query)}], one index per query, got {tuple(positive.shape)}."
-        )
+    if positive.shape[:1] != query.shape[:1] or positive.ndim > 2:
+        shape = tuple(positive.shape)
+        raise ValueError(f"positive must be [{len(query)}] or [{len(query)}, A], by query, got {shape}.")
     if candidate_ids.shape != candidate.shape[:1]:
         raise ValueError(
             f"candidate_ids must be [{len(candidate)}], one per candidate, got {tuple(candidate_ids.shape)}."

@@ -8,6 +8,7 @@ not depend on ``D``. The caller detaches the paths for the fit and freezes q in 
 from __future__ import annotations
 
 import math
+from itertools import combinations
 from typing import Literal, get_args
 
 import torch
@@ -35,7 +36,7 @@ def path_pairs(num_paths: int) -> Tensor:
 
     Ours: CLUB is asymmetric, but both directions cost twice as much and gain little.
     """
-    return torch.combinations(torch.arange(num_paths))
+    return torch.tensor(list(combinations(range(num_paths), 2)), dtype=torch.long).reshape(-1, 2)
 
 
 def standardise(paths: Tensor) -> Tensor:

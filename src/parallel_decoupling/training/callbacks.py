@@ -7,7 +7,7 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,11 +17,13 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from rich.table import Table
 
-from parallel_decoupling.batch import PairBatch
+from parallel_decoupling.batch import PADDING_ID, PairBatch
 from parallel_decoupling.distributed import world_size
 from parallel_decoupling.model.pretrained import LAST_CHECKPOINT
 from parallel_decoupling.objective.contrastive import info_nce
 from parallel_decoupling.objective.statistics import effective_rank
+from parallel_decoupling.training.resuming import Continuity
+from parallel_decoupling.training.run_folder import requeued_checkpoints
 from parallel_decoupling.training.terms import GatheredPairs, mean_path_cosine
 
 if TYPE_CHECKING:
@@ -86,26 +88,34 @@ class CollapseAlarm(Callback):
     def __init__(self, after_steps: int = 200, every_n_steps: int = 20) -> None:
         self.after_steps, self.every_n_steps = after_steps, every_n_steps
         self.first_rank: float | None = None
+        self.rank = 0.0
         self.warned: set[str] = set()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the effective rank that later ones are compared with."""
-        return {"first_rank": self.first_rank}
+        """Return the effective rank that later ones are compared with, and the one that is logged."""
+        return {"first_rank": self.first_rank, "rank": self.rank}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep comparing with the start of the run."""
-        self.first_rank = state_dict["first_rank"]
+        self.first_rank, self.rank = state_dict["first_rank"], state_dict["rank"]
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: PDFEmbedder, outputs: Any, batch: PairBatch, batch_idx: int
     ) -> None:
         """Look at the step's loss, the cosine between paths and the effective rank."""
-        done = pl_module.progress.steps_done
-        if done != 1 and done % self.every_n_steps:
-            return
-        pairs: GatheredPairs = outputs["pairs"]
-        rank = float(effective_rank(pairs.query[:, 0]))
+        done, pairs = pl_module.progress.steps_done, outputs["pairs"]
+        ids = pairs.candidate_ids[pairs.candidate_ids != PADDING_ID]
+        if bool((ids == ids[0]).all()):
+            self._warn(
+                "every query of a batch has one candidate, its own: loss 0, hit@1 100 %, and nothing is "
+                "learned. Use a larger data.batch_size, hard negatives, or subsets with different targets.",
+                kind="candidates",
+            )
+        is_due = done == 1 or done % self.every_n_steps == 0
+        self.rank = rank = float(effective_rank(pairs.query[:, 0])) if is_due else self.rank
         pl_module.log("train/effective_rank", rank)
+        if not is_due:
+            return
         self.first_rank = rank if self.first_rank is None else self.first_rank
         if rank < 0.1 * self.first_rank:
             self._warn(
@@ -143,15 +153,17 @@ def constant_loss(pairs: GatheredPairs, *, symmetric: bool) -> float:
 
 
 class SaveOnSignal(Callback):
-    """Write ``last.ckpt`` when the run is told to stop: SIGTERM, or Ctrl+C.
+    """Write ``last.ckpt`` when the run is told to stop (SIGTERM, Ctrl+C), or that it soon will be (SIGUSR1).
 
     A step that has begun is finished first, so that the run can be resumed bit for bit. With several
     processes a signal during a wait for data can leave them waiting for each other; then the last regular
-    ``last.ckpt`` counts. A second Ctrl+C stops at once, without saving.
+    ``last.ckpt`` counts. A second Ctrl+C stops at once, without saving. After SIGUSR1 the run goes on; on
+    SLURM, Lightning's plugin requeues its job.
     """
 
-    _in_step = _interrupted = _saved = False
+    _in_step = _interrupted = _saved = _warned = False
     _previous: Any = None
+    _scheduler: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take over Ctrl+C for the time of a fit."""
@@ -165,6 +177,13 @@ class SaveOnSignal(Callback):
             signal.signal(signal.SIGINT, self._previous)
             self._previous = None
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take over SIGUSR1, which the Trainer gives back; what was saved for a requeued job is loaded."""
+        if threading.current_thread() is threading.main_thread():
+            self._scheduler = signal.signal(signal.SIGUSR1, self._on_warning)
+        for file in requeued_checkpoints(trainer.default_root_dir) if trainer.is_global_zero else ():
+            file.unlink()
+
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -176,13 +195,27 @@ class SaveOnSignal(Callback):
     ) -> None:
         """Save if a signal came during the step."""
         self._in_step = False
-        stop = self._interrupted or trainer.received_sigterm
-        if world_size() > 1:
-            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+        signals = torch.tensor([self._interrupted or trainer.received_sigterm, self._warned])
+        if world_size() > 1:  # one process may have been told
+            signals = cast(Any, trainer.strategy).reduce(
+                signals.float().to(pl_module.device), reduce_op="sum"
+            )
+        stop, self._warned = signals.bool().tolist()
         if stop:
             self._save(trainer)
+        self._heed_warning(trainer)
         if self._interrupted:
             raise KeyboardInterrupt
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Save within a validation, too, where no other process has to take part."""
+        if world_size() == 1 and trainer.state.fn == "fit":
+            self._heed_warning(trainer)
+
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Stop after a batch, as Lightning does in all other stages."""
+        if trainer.received_sigterm:
+            raise SIGTERMException
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save if a signal came between two steps."""
@@ -197,6 +230,17 @@ class SaveOnSignal(Callback):
         self._interrupted = True
         rank_zero_info("Finishing this step, then saving. Ctrl+C again stops at once, without saving.")
 
+    def _on_warning(self, signum: int, frame: FrameType | None) -> None:
+        self._warned = True
+
+    def _heed_warning(self, trainer: Trainer) -> None:
+        if self._warned and not trainer.sanity_checking:
+            self._warned = False
+            self._save(trainer)
+            self._saved = False
+            if callable(self._scheduler):
+                self._scheduler(signal.SIGUSR1, None)
+
     def _save(self, trainer: Trainer) -> None:
         if self._saved or trainer.fast_dev_run or trainer.sanity_checking:  # type: ignore[attr-defined]
             return
@@ -206,7 +250,7 @@ class SaveOnSignal(Callback):
         folder = own or Path(trainer.log_dir or trainer.default_root_dir) / LAST_CHECKPOINT.parent
         file = Path(folder) / LAST_CHECKPOINT.name
         trainer.save_checkpoint(file)
-        rank_zero_info(f"Stopped at step {trainer.global_step}; resume with --ckpt_path last ({file}).")
+        rank_zero_info(f"Saved at step {trainer.global_step}; resume with --ckpt_path last ({file}).")
 
 
-DEFAULTS = (RunSummary, Throughput, CollapseAlarm, SaveOnSignal)  # what every run has
+DEFAULTS = (RunSummary, Throughput, CollapseAlarm, Continuity, SaveOnSignal)  # what every run has

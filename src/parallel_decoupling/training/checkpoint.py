@@ -60,3 +60,15 @@ def load_into(module: PDFEmbedder, checkpoint: Mapping[str, Any]) -> None:
             parameters[name].copy_(stored[name])
     module.progress = Progress(**checkpoint["progress"])
     module.trained_data = dict(checkpoint["data"])
+
+
+def run_info(module: PDFEmbedder) -> dict[str, Any]:
+    """Return settings, seed, steps and compute behind the weights of ``module``, as plain values."""
+    return {
+        "model": dict(module.hparams),
+        "data": dict(module.trained_data or module.data_settings),
+        "seed": module.seed,
+        "global_step": module.progress.steps_done,
+        "token_passes": module.progress.token_passes,
+        "rows_by_subset": dict(module.progress.rows_by_subset),
+    }

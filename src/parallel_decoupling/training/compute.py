@@ -72,8 +72,11 @@ class Progress:
 
     def count(self, batch: PairBatch, settings: Mapping[str, Any], num_layers: int) -> dict[str, float]:
         """Add the batches of all processes, and return the counters by log key."""
-        for subset in (subset for subsets in gather_objects(batch.subsets) for subset in subsets):
-            self.rows_by_subset[subset] = self.rows_by_subset.get(subset, 0) + 1
+        cut_texts = 0
+        for subsets, cut in gather_objects((batch.subsets, batch.query.num_cut + batch.candidate.num_cut)):
+            cut_texts += cut
+            for subset in subsets:
+                self.rows_by_subset[subset] = self.rows_by_subset.get(subset, 0) + 1
         tokens = batch.query.lengths.sum() + batch.candidate.lengths.sum()
         passes = forward_passes(settings, len(batch.query), len(batch.candidate))
         self.token_passes += token_passes(
@@ -84,4 +87,4 @@ class Progress:
         )
         rows = sum(self.rows_by_subset.values())
         shares = {f"mix/{subset}": count / rows for subset, count in self.rows_by_subset.items()}
-        return {**shares, "compute/token_passes": self.token_passes}
+        return {**shares, "compute/token_passes": self.token_passes, "mix/cut_texts": cut_texts}

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from parallel_decoupling.batch import EncoderInputs, PairBatch
+from parallel_decoupling.batch import EncoderInputs, LongText, PairBatch, TokenLimit
 from parallel_decoupling.distributed import average_gradients, clip_gradients, rank, world_size
 from parallel_decoupling.model.backbone import AdapterConfig
 from parallel_decoupling.model.encoder import build_encoder, nested_dims
@@ -77,11 +77,14 @@ class PDFEmbedder(LightningModule):
         temperature: divides cosines in InfoNCE, above 0.
         learn_temperature: train the temperature, starting from temperature.
         symmetric: also contrast candidates with queries.
+        teacher_weight: of the divergence from a teacher's scores within every InfoNCE (docs/data.md).
         optimizer: rates, schedule, clipping.
         query_chunk_size: GradCache, queries per forward pass; null encodes the batch in one graph.
         candidate_chunk_size: GradCache, candidates per forward pass; null encodes the batch in one graph.
         query_instruction: put before every input of encode_query.
         candidate_instruction: put before every input of encode_candidate.
+        max_tokens: of an input's text and pictures together; null is all positions of the backbone.
+        long_text: truncate cuts off the end of a text with more, error refuses it.
         backbone_revision: hub branch, tag or commit.
         dtype: of the backbone's weights; adapters and prefixes are fp32.
         attention: of the language model; flash_attention_2 and flex_attention need a GPU.
@@ -117,11 +120,14 @@ class PDFEmbedder(LightningModule):
         temperature: PositiveFloat = 0.02,
         learn_temperature: bool = False,
         symmetric: bool = False,
+        teacher_weight: NonNegativeFloat = 0.0,
         optimizer: OptimizerConfig = _OPTIMIZER,
         query_chunk_size: PositiveInt | None = None,
         candidate_chunk_size: PositiveInt | None = None,
         query_instruction: str = "",
         candidate_instruction: str = "",
+        max_tokens: PositiveInt | None = None,
+        long_text: LongText = "truncate",
         backbone_revision: str | None = None,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa",
@@ -145,12 +151,12 @@ class PDFEmbedder(LightningModule):
         self.distillation_weight, self.distillation_start = distillation_weight, distillation_start
         self.query_chunk_size, self.candidate_chunk_size = query_chunk_size, candidate_chunk_size
         self.query_instruction, self.candidate_instruction = query_instruction, candidate_instruction
-        self.seed = seed
-        self.progress = Progress()
+        self.seed, self.teacher_weight, self.progress = seed, teacher_weight, Progress()
         self.data_settings: dict[str, Any] = {}
         self.trained_data: dict[str, Any] = {}
         loading = {"revision": backbone_revision, **settings.group(settings.LOADING, typed)}
         self.encoder = build_encoder(backbone, loading, settings.group(settings.PATHS, typed))
+        self.limit = TokenLimit.of(self.encoder.backbone, self.encoder.processor, max_tokens, long_text)
         self.nested_dims = nested_dims(matryoshka_dims, self.encoder.embed_dim)
         with seeded(torch.device("cpu"), seed, "estimator"):
             self.mutual_information = MutualInformation(
@@ -173,10 +179,10 @@ class PDFEmbedder(LightningModule):
             embeddings = query.embeddings, candidate.embeddings
             pairs = terms.gather_pairs(
                 *embeddings,
-                batch.candidate_ids,
-                self.encoder.aggregate,
-                self.nested_dims,
+                aggregate=self.encoder.aggregate,
+                dims=self.nested_dims,
                 nested_paths=self.nested_paths,
+                **batch.labels,
             )
             # 2. The estimator's own steps, on detached embeddings.
             held_out, nll = self._fit_estimator(pairs)
@@ -188,6 +194,7 @@ class PDFEmbedder(LightningModule):
                 terms.shared(self.temperature),
                 symmetric=self.symmetric,
                 with_aggregate=self.aggregate_weight > 0,
+                teacher_weight=self.teacher_weight,
             )
             with terms.frozen(self.mutual_information), torch.set_grad_enabled(weight > 0):
                 mi_M = terms.mutual_information_terms(self.mutual_information, pairs)
@@ -339,7 +346,10 @@ class PDFEmbedder(LightningModule):
 
     def validation_step(self, batch: RowBatch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Embed one batch of rows: ``[B, N', D]``. ``evaluation.run`` scores or keeps what this returns."""
-        return cast(Tensor, self(batch.inputs, batch.paths))
+        from parallel_decoupling.evaluation.encode import embed
+
+        one_pass = self.device_mesh is not None  # of a sharded encoder, which all processes call together
+        return (type(self).forward if one_pass else embed)(self, batch.inputs, batch.paths)
 
     test_step = validation_step
     predict_step = validation_step
@@ -384,14 +394,7 @@ class PDFEmbedder(LightningModule):
 
     def run_info(self) -> dict[str, Any]:
         """Return settings, seed, steps and compute behind the weights, as plain values."""
-        return {
-            "model": dict(self.hparams),
-            "data": dict(self.trained_data or self.data_settings),
-            "seed": self.seed,
-            "global_step": self.progress.steps_done,
-            "token_passes": self.progress.token_passes,
-            "rows_by_subset": dict(self.progress.rows_by_subset),
-        }
+        return checkpoint.run_info(self)
 
     @property
     def images(self) -> ImagePolicy:
@@ -405,7 +408,8 @@ class PDFEmbedder(LightningModule):
         """Return the same weights without Lightning; pictures are treated as in training."""
         from parallel_decoupling.evaluation.embedder import Embedder
 
-        embedder = Embedder(self.encoder, self.query_instruction, self.candidate_instruction, self.images)
+        about = self.query_instruction, self.candidate_instruction, self.images
+        embedder = Embedder(self.encoder, *about, self.limit.max_tokens, self.limit.long_text)
         embedder.run = self.run_info()
         return embedder
 

@@ -145,4 +145,9 @@ def total_steps(trainer: Any) -> float:
     steps = math.inf if trainer.max_steps == -1 else float(trainer.max_steps)
     if trainer.max_epochs not in (None, -1) and trainer.estimated_stepping_batches != math.inf:
         steps = min(steps, trainer.num_training_batches * trainer.max_epochs)
+    require(
+        steps > 0 and trainer.limit_train_batches > 0,
+        "No main step would be made: trainer.max_steps, max_epochs and limit_train_batches must not be 0 "
+        f"(they are {trainer.max_steps}, {trainer.max_epochs} and {trainer.limit_train_batches}).",
+    )
     return steps

@@ -58,6 +58,8 @@ mi                      module   -          -           -
 mi.kind                 module   weights    -           fixed
 mi.hidden_size          module   weights    -           fixed
 learn_temperature       module   weights    -           fixed
+max_tokens              module   -          embeddings  -
+long_text               module   -          embeddings  -
 """
 SETTINGS = {
     name: Setting(taker, *(mark != "-" for mark in marks))

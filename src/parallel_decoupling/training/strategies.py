@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -123,7 +123,7 @@ def shard_backbone(backbone: Backbone, mesh: DeviceMesh) -> None:
     # The weights that a module shows between two calls are always the sharded ones, also after an evaluation.
     for module in (*backbone.layers, backbone.base):
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=kept_whole)
-    backbone.language_model.register_forward_pre_hook(_same_graph_everywhere, with_kwargs=True)
+    backbone.layers[0].register_forward_pre_hook(_same_graph_everywhere, prepend=True)
 
 
 def shard_encoder(encoder: Encoder, mesh: DeviceMesh) -> None:
@@ -133,10 +133,7 @@ def shard_encoder(encoder: Encoder, mesh: DeviceMesh) -> None:
     shard_backbone(encoder.backbone, mesh)
 
 
-def _same_graph_everywhere(
-    language_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _same_graph_everywhere(first_layer: nn.Module, args: tuple[Tensor, ...]) -> None:
     """Let the input require a gradient on every process: FSDP2 frees a block's weights when that is there."""
     if torch.is_grad_enabled():
-        kwargs["inputs_embeds"].requires_grad_()
-    return args, kwargs
+        args[0].requires_grad_()

@@ -18,7 +18,12 @@ from torch import Tensor, nn
 from parallel_decoupling.distributed import gather_with_grad, world_size
 from parallel_decoupling.model.encoder import truncate
 from parallel_decoupling.objective.conditional import Given
-from parallel_decoupling.objective.contrastive import in_batch_hit_at_1, in_batch_margins, info_nce
+from parallel_decoupling.objective.contrastive import (
+    in_batch_hit_at_1,
+    in_batch_margins,
+    info_nce,
+    own_candidates_kl,
+)
 from parallel_decoupling.objective.distillation import score_distillation
 from parallel_decoupling.objective.statistics import margin_correlation, path_cosine, target_entropy
 from parallel_decoupling.objective.vclub import MutualInformation, path_pairs
@@ -31,7 +36,8 @@ class GatheredPairs:
     Aggregates are ``[G, A, D']`` and ``[C, A, D']``: that of all paths, and with ``nested_paths`` those of
     the first N - 1 to 2 of them; ``positive`` ``[G]`` is an index into the candidates, whose
     ``candidate_ids`` are ``PADDING_ID`` where a hard negative is missing; ``nested`` are the same rows at
-    each smaller dimension of Matryoshka training.
+    each smaller dimension of Matryoshka training. ``own`` ``[G, K]`` are the candidates of each row, the
+    first ``num_positives`` its positives, and ``teacher`` ``[G, K]`` their scores, NaN where there are none.
     """
 
     query: Tensor
@@ -41,16 +47,21 @@ class GatheredPairs:
     positive: Tensor
     candidate_ids: Tensor
     nested: tuple[GatheredPairs, ...] = ()
+    own: Tensor | None = None
+    num_positives: int = 1
+    teacher: Tensor | None = None
 
     @property
     def labels(self) -> dict[str, Tensor]:
         """Return what ``info_nce`` and ``in_batch_hit_at_1`` compare candidates by."""
-        return {"positive": self.positive, "candidate_ids": self.candidate_ids}
+        positive = self.positive if self.own is None else self.own[:, : self.num_positives]
+        return {"positive": positive, "candidate_ids": self.candidate_ids}
 
     def detach(self) -> GatheredPairs:
         """The same rows without graph, and without nested ones."""
-        tensors = [field.name for field in fields(self) if field.name != "nested"]
-        return GatheredPairs(**{name: getattr(self, name).detach() for name in tensors})
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {name: value.detach() for name, value in values.items() if isinstance(value, Tensor)}
+        return GatheredPairs(**{**values, "nested": (), **tensors})
 
 
 def gather_pairs(
@@ -61,16 +72,21 @@ def gather_pairs(
     dims: Sequence[int] = (),
     *,
     nested_paths: bool = False,
+    num_positives: int = 1,
+    teacher: Tensor | None = None,
 ) -> GatheredPairs:
-    """Bring the rows of all ranks together; candidates are ``[B + J, N, D]`` per rank, positives first.
+    """Bring the rows of all ranks together; candidates are ``[B + B J, N, D]`` per rank, as in ``PairBatch``.
 
     ``aggregate`` is applied before the gather, so that its parameters get this rank's part of their gradient;
-    at smaller ``dims`` it is that of truncated paths.
+    at smaller ``dims`` it is that of truncated paths. ``teacher`` is ``[B, 1 + J]``.
     """
     first_of_rank = torch.arange(world_size(), device=query.device) * len(candidate)
-    own_rows = torch.arange(len(query), device=query.device)
-    positive = (first_of_rank.unsqueeze(1) + own_rows).flatten()
+    rows = torch.arange(len(query), device=query.device).unsqueeze(1)
+    others = torch.arange(len(candidate) // len(query) - 1, device=query.device)
+    own_BK = torch.cat([rows, len(query) + rows * len(others) + others], dim=1)
+    own = (first_of_rank[:, None, None] + own_BK).flatten(0, 1)
     all_ids = gather_with_grad(candidate_ids)
+    scores = None if teacher is None else gather_with_grad(teacher)
     smallest = 2 if nested_paths else query.shape[1]
     sizes = range(query.shape[1], min(smallest, query.shape[1]) - 1, -1)
 
@@ -85,9 +101,12 @@ def gather_pairs(
             candidate=gather_with_grad(candidate),
             query_aggregate=gather_with_grad(aggregates(query)),
             candidate_aggregate=gather_with_grad(aggregates(candidate)),
-            positive=positive,
+            positive=own[:, 0],
             candidate_ids=all_ids,
             nested=nested,
+            own=own,
+            num_positives=num_positives,
+            teacher=scores,
         )
 
     with torch.autocast(device_type=query.device.type, enabled=False):
@@ -103,19 +122,37 @@ def shared(parameter: Tensor) -> Tensor:
 
 
 def contrastive_terms(
-    pairs: GatheredPairs, temperature: Tensor | float, *, symmetric: bool, with_aggregate: bool
+    pairs: GatheredPairs,
+    temperature: Tensor | float,
+    *,
+    symmetric: bool,
+    with_aggregate: bool,
+    teacher_weight: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Return InfoNCE of every path ``[N]`` and of the aggregates (0-dim), means over nested dimensions."""
+    """Return InfoNCE of every path ``[N]`` and of the aggregates (0-dim), means over nested dimensions.
+
+    ``teacher_weight`` adds that much of ``own_candidates_kl`` to each of them.
+    """
     if pairs.nested:
-        options = {"symmetric": symmetric, "with_aggregate": with_aggregate}
+        options: dict[str, Any] = {"symmetric": symmetric, "with_aggregate": with_aggregate}
+        options["teacher_weight"] = teacher_weight
         dims = (replace(pairs, nested=()), *pairs.nested)
         of_dims = [contrastive_terms(each, temperature, **options) for each in dims]
         paths, aggregates = zip(*of_dims, strict=True)
         return torch.stack(paths).mean(dim=0), torch.stack(aggregates).mean(dim=0)
     arguments: dict[str, Any] = {"temperature": temperature, "symmetric": symmetric, **pairs.labels}
-    path_N = info_nce(pairs.query, pairs.candidate, **arguments)
+
+    def contrast(query: Tensor, candidate: Tensor) -> Tensor:
+        loss_N = info_nce(query, candidate, **arguments)
+        if teacher_weight > 0 and pairs.own is not None and pairs.teacher is not None:
+            taught = {"own": pairs.own, "teacher": pairs.teacher}
+            kl_N = own_candidates_kl(query, candidate, temperature=temperature, **taught)
+            loss_N = loss_N + teacher_weight * kl_N
+        return loss_N
+
+    path_N = contrast(pairs.query, pairs.candidate)
     with torch.set_grad_enabled(with_aggregate and torch.is_grad_enabled()):
-        aggregate = info_nce(pairs.query_aggregate, pairs.candidate_aggregate, **arguments)
+        aggregate = contrast(pairs.query_aggregate, pairs.candidate_aggregate)
     return path_N, aggregate.mean()
 
 

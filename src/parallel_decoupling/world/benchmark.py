@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from parallel_decoupling.data.tables import default_cache_dir
+from parallel_decoupling.files import atomic_write
+from parallel_decoupling.world.answers import ANSWER_TASKS, write_answer_task
 from parallel_decoupling.world.rows import WORLD_TASKS, Row, Side, WorldTask
 
 TRAIN_ROWS, EVAL_ROWS, CANDIDATES = 1500, 150, 16
@@ -38,15 +39,12 @@ def ensure_benchmark(
     data_dir = root / f"mini-mmeb-{content_hash(train_rows, eval_rows, seed)}"
     if data_dir.exists():
         return data_dir
-    root.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=root))
-    generate(unfinished, train_rows=train_rows, eval_rows=eval_rows, seed=seed)
     try:
-        unfinished.rename(data_dir)
+        with atomic_write(data_dir) as unfinished:
+            generate(unfinished, train_rows=train_rows, eval_rows=eval_rows, seed=seed)
     except OSError:
-        if not data_dir.exists():
+        if not data_dir.exists():  # which another process may have made by now
             raise
-        shutil.rmtree(unfinished)
     return data_dir
 
 
@@ -67,7 +65,11 @@ def generate(data_dir: Path, *, train_rows: int, eval_rows: int, seed: int) -> N
         rng = np.random.default_rng([seed, index, 1])
         _write_eval(data_dir / "MMEB-eval", task, [task.draw(rng) for _ in range(eval_rows)], rng)
     keys = ("meta_task", "in_distribution")
-    table = {task.name: {key: getattr(task, key) for key in keys} for task in WORLD_TASKS}
+    table: dict[str, Any] = {task.name: {key: getattr(task, key) for key in keys} for task in WORLD_TASKS}
+    for index, extra in enumerate(ANSWER_TASKS, len(WORLD_TASKS)):
+        rng = np.random.default_rng([seed, index, 1])
+        write_answer_task(data_dir, extra, rng, train_rows=train_rows, eval_rows=eval_rows)
+        table[extra.name] = extra.entry
     (data_dir / "tasks.json").write_text(json.dumps(table, indent=2) + "\n")
 
 

@@ -1,0 +1,115 @@
+"""Evaluation tasks with several right answers per query: a corpus, queries and judgements (qrels)."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import replace
+from pathlib import Path
+
+from parallel_decoupling.data.images import ImageFolder
+from parallel_decoupling.data.row_reader import CANDIDATE, QUERY, RowReader, Side, side_of, target
+from parallel_decoupling.data.tables import SUFFIXES, Table
+from parallel_decoupling.data.tasks import EvalTask, Source, Task
+
+QRELS = ("query-id", "corpus-id", "score")
+IDS = {"queries": ("query-id", "_id", "id"), "corpus": ("corpus-id", "_id", "id")}
+"""Names of columns that hold ids; the first one that is there counts."""
+
+log = logging.getLogger(__name__)
+
+
+def open_judged(task: Task, *, must_exist: bool = True) -> tuple[RowReader, RowReader, Table]:
+    """Open queries, corpus and qrels in the layout of BEIR, ViDoRe and other sets of the hub."""
+    source = task.source or Source()
+    folder = source.eval_dir or Path()
+    images = ImageFolder(source.image_dir, must_exist=must_exist)
+    readers = []
+    for part, roles in (("queries", QUERY), ("corpus", CANDIDATE)):
+        used = {role: name for role, name in source.columns.items() if role in roles}
+        table = _open(task, folder, part, used | {name: name for name in IDS[part]})
+        table.check(used, (*used, *IDS[part]))
+        readers.append(RowReader(table, images, source=source))
+    qrels = _open(task, folder, "qrels", {name: name for name in QRELS})
+    qrels.check(QRELS, QRELS)
+    return readers[0], readers[1], qrels
+
+
+def read_judged(task: Task, limit: int | None, *, must_exist: bool) -> EvalTask:
+    """Read such a task: a row for each query with a right answer, all of the corpus as its candidates.
+
+    What ``readers.read_eval_task`` says of ``limit`` and ``must_exist`` holds. A grade above 0 is a right
+    answer; of two grades for one target the higher one counts.
+    """
+    queries, corpus, qrels = open_judged(task, must_exist=must_exist)
+    read = EvalTask(task, [], [], [], [])
+    distinct: dict[Side, int] = {}
+    candidate_of: dict[str, int] = {}
+    for name, row in _rows_by_id(corpus.table, "corpus").items():
+        side = side_of(corpus.table[row], CANDIDATE)
+        candidate_of[name] = distinct.setdefault(target(task, side), len(distinct))
+        if len(distinct) > len(read.candidates):
+            read.candidates.append(corpus.input(row, CANDIDATE, side))
+    row_of = _rows_by_id(queries.table, "queries")
+    answers = _answers(qrels, list(row_of), candidate_of)
+    asked = [name for name, each in answers.items() if each]
+    if len(asked) < len(row_of):
+        log.warning("%s: %d queries have no right answer", qrels.owner, len(row_of) - len(asked))
+    if not asked or len(read.candidates) < 2:
+        found = f"{len(asked)} queries with a right answer and {len(read.candidates)} candidates"
+        raise ValueError(f"{qrels.owner}: {found} in {qrels.files[0]}. At least one and two are needed.")
+    count = len(asked) if limit is None else min(limit, len(asked))
+    asked = [asked[number * len(asked) // count] for number in range(count)]
+    number_of: dict[Side, int] = {}
+    for name in asked:
+        side = side_of(queries.table[row_of[name]], QUERY)
+        read.query_of_row.append(number_of.setdefault(side, len(number_of)))
+        if len(number_of) > len(read.queries):
+            read.queries.append(queries.input(row_of[name], QUERY, side))
+    everyone = [list(range(len(read.candidates)))] * count
+    return replace(read, candidates_of_row=everyone, relevance_of_row=[answers[name] for name in asked])
+
+
+def _open(task: Task, folder: Path, part: str, columns: dict[str, str]) -> Table:
+    """Open ``<part>/test*`` or ``<part>.*``."""
+    owner = f"evaluation task {task.name!r}"
+    there = (file for pattern in (f"{part}/test*", f"{part}.*") for file in sorted(folder.glob(pattern)))
+    files = [file for file in there if file.suffix in SUFFIXES]
+    if not files:
+        names = f"{part}/test* or {part}.*"
+        raise ValueError(f"{owner}: {folder} holds no {names} that ends with {', '.join(SUFFIXES)}.")
+    return Table(owner, files, columns)
+
+
+def _rows_by_id(table: Table, part: str) -> dict[str, int]:
+    """Return the row of every id, in the order of the file."""
+    name = next((each for each in IDS[part] if table.column(each) is not None), None)
+    if name is None:
+        needed = f"needs a column {', '.join(IDS[part][:-1])} or {IDS[part][-1]}"
+        raise ValueError(f"{table.owner}: {table.files[0]} {needed}.")
+    rows: dict[str, int] = {}
+    for row, each in enumerate(table.rows[name].to_pylist()):
+        if not each or rows.setdefault(each, row) != row:
+            raise ValueError(f"{table.where(row, name)}: every row needs an id of its own, got {each!r}.")
+    return rows
+
+
+def _answers(qrels: Table, queries: list[str], candidate_of: dict[str, int]) -> dict[str, dict[int, float]]:
+    """Return the right answers of every query with their grades."""
+    answers: dict[str, dict[int, float]] = {name: {} for name in queries}
+    columns = (qrels.rows[name].to_pylist() for name in QRELS)
+    for row, (query, candidate, score) in enumerate(zip(*columns, strict=True)):
+        for part, name, known in (("queries", query, answers), ("corpus", candidate, candidate_of)):
+            if name not in known:
+                where = qrels.where(row, QRELS[part == "corpus"])
+                raise ValueError(f"{where}: {name!r} is not in {part}. Correct the id or remove the row.")
+        try:
+            grade = float(score)
+        except (TypeError, ValueError):
+            grade = math.nan
+        if not math.isfinite(grade):
+            raise ValueError(f"{qrels.where(row, QRELS[2])}: must be a number, got {score!r}.")
+        if grade > 0:
+            number = candidate_of[candidate]
+            answers[query][number] = max(grade, answers[query].get(number, 0.0))
+    return answers

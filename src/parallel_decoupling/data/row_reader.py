@@ -1,0 +1,83 @@
+"""How the cells of a table's row become a query or a candidate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from parallel_decoupling.batch import RawInput
+from parallel_decoupling.data.images import ImageFolder
+from parallel_decoupling.data.prompts import PromptRules, prompt, split_candidate, split_query, written_text
+from parallel_decoupling.data.tables import Table
+from parallel_decoupling.data.tasks import ROLES, Source, Task
+from parallel_decoupling.data.unusable import RowError, one_row
+
+Side: TypeAlias = tuple[str, str]
+"""Text and image file of a query or candidate, "" for none; or the names of the columns that hold them."""
+
+QUERY, CANDIDATE, NEGATIVE = zip(ROLES[::2], ROLES[1::2], strict=True)
+"""Columns of a table, named by their roles."""
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """A table with columns by role, and how its cells become inputs; ``source`` is None in MMEB's layout."""
+
+    table: Table
+    images: ImageFolder
+    rules: PromptRules = PromptRules()
+    source: Source | None = None
+
+    def input(self, row: int, columns: Side, side: Side, instruction: str | None = None) -> RawInput:
+        """Return one query or candidate; ``instruction`` is the one that MMEB_Test_Instruct splits off."""
+        is_query = columns == QUERY
+        try:
+            with one_row(f"{self.table.where(row, *columns)}: "):
+                return self._input(side, is_query, instruction)
+        except RowError:
+            if self.images.must_exist:
+                raise
+            return RawInput(side[0], side[1:] if side[1] else ())  # what uses it finds out, as with images
+
+    def _input(self, side: Side, is_query: bool, instruction: str | None) -> RawInput:
+        (text, image), fixed = side, 0
+        if self.source is not None:
+            own = self.source.query_instruction if is_query else self.source.candidate_instruction
+            made = prompt(text, image or None, own)
+            text, fixed = made.text, made.fixed
+        else:
+            if instruction is not None:
+                join = split_query if is_query else split_candidate
+                text = join(instruction, text, self.rules, has_image=bool(image))
+            drop = is_query and not self.rules.query_image
+            text = written_text(text, has_image=bool(image), drop_placeholder=drop)
+        return RawInput(text, (self.images.get(image),) if image else (), fixed)
+
+    def sides(self, row: int, columns: Side, cells: Mapping[str, Any]) -> list[Side]:
+        """Pair two cells that hold lists of one length, or one list and one value for all of its entries."""
+        both: list[Any] = [cells.get(column) for column in columns]
+        lengths = {len(cell) for cell in both if isinstance(cell, list)} or {1}
+        if len(lengths) > 1:
+            found = f"{len(both[0])} texts but {len(both[1])} image paths"
+            rule = "The lists must be index-aligned; use '' for no text or no image."
+            raise ValueError(f"{self.table.where(row, *columns)}: {found}. {rule}")
+        texts, images = (cell if isinstance(cell, list) else [cell] * max(lengths) for cell in both)
+        return [(text or "", image or "") for text, image in zip(texts, images, strict=True)]
+
+    def filled(self, row: int, columns: Side, cells: Mapping[str, Any]) -> list[Side]:
+        """Return the sides that are not blank."""
+        return [side for side in self.sides(row, columns, cells) if side[0].strip() or side[1]]
+
+
+def side_of(cells: Mapping[str, Any], columns: Side) -> Side:
+    """Return text and image of one side that has one value."""
+    return cells.get(columns[0]) or "", cells.get(columns[1]) or ""
+
+
+def target(task: Task, side: Side) -> Side:
+    """Return what makes a candidate the same as another one; quotes around a caption do not."""
+    text, image = side
+    if task.identity == "text":
+        return side
+    return ("" if image else text, image) if task.identity == "image" else (text.strip('"'), image)

@@ -1,0 +1,39 @@
+"""Rows that cannot be embedded: the one exception that says so, and the one function that raises it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_MEMORY_WORDS = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
+
+
+class RowError(ValueError):
+    """A row that cannot be embedded; the message says why."""
+
+
+@contextmanager
+def one_row(place: str = "") -> Iterator[None]:
+    """Turn whatever a decoder, a tokenizer or a processor throws at one row into a ``RowError``.
+
+    ``place`` begins the message. Exhausted memory is not the row's fault, and passes.
+    """
+    try:
+        yield
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        plain = isinstance(error, ValueError | OSError)
+        raise RowError(f"{place}{error if plain else f'{type(error).__name__}: {error}'}") from error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that the memory of the machine or of the GPU is exhausted."""
+    words = str(error).lower()
+    named = isinstance(error, RuntimeError) and any(each in words for each in _MEMORY_WORDS)
+    return named or isinstance(error, MemoryError)
+
+
+def doubled(count: int, new: int) -> bool:
+    """Tell whether a count passes a power of two with the new ones: when a growing count is worth a line."""
+    return (count + new).bit_length() > count.bit_length()
