@@ -173,23 +173,3 @@ def test_identity_is_of_content_and_not_of_names_and_white_space(tmp_path: Path)
     assert len({identity(RawInput(text)) for text in ("a b", "A b", "a  b", "ab")}) == 4
     texts = ["<|image_1|>\n cat\n", "<|image_1|> cat", "<|image_1|>\ncat \n"]
     assert len({identity(RawInput(text, (str(first),))) for text in texts}) == 1
-
-
-def test_an_image_the_processor_refuses_is_named(processor: Any, tmp_path: Path) -> None:
-    thin = write_image(tmp_path / "thin.png", size=(2000, 2))
-    good = write_image(tmp_path / "good.png")
-    with pytest.raises(ValueError, match=r"The processor refuses .*thin\.png.*aspect ratio"):
-        Collator(processor, image_token=TOKEN).encode_inputs([prompt(image=good), prompt(image=thin)])
-
-
-def test_bad_texts_are_named(processor: Any) -> None:
-    collator = Collator(processor, image_token=TOKEN)
-    for row, message in [
-        (RawInput("<|image_1|> cat"), "0 images but 1"),
-        (RawInput("cat", ("x.png",)), "1 images but 0"),
-        (RawInput(f"cat {TOKEN}"), "own image token"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            collator.encode_inputs([row])
-    with pytest.raises(ValueError, match="no inputs"):
-        collator.encode_inputs([])

@@ -158,12 +158,6 @@ def test_limited_batches_walk_through_the_data_or_repeat(
     assert toy.seen == toy.seen[:2] * 3
 
 
-def test_workers_do_not_change_the_batches(data_dir: Path) -> None:
-    expected = queries(module(data_dir).train_dataloader())
-    assert len(expected) == STEPS
-    assert queries(module(data_dir, num_workers=2).train_dataloader()) == expected
-
-
 @pytest.mark.parametrize("world_size", [2, 8])
 def test_processes_share_the_global_batch(
     data_dir: Path, world_size: int, monkeypatch: pytest.MonkeyPatch
@@ -309,16 +303,6 @@ def test_unknown_names_list_what_exists(
         MMEBDataModule(**{"data_dir": str(data_dir), **options}).setup(stage)
 
 
-@pytest.mark.parametrize(
-    ("name", "least"),
-    [("batch_size", 1), ("row_limit", 1), ("predict_rows_per_shard", 1), ("hard_negatives", 0), ("seed", 0)],
-)
-def test_bad_numbers_are_named(name: str, least: int) -> None:
-    options: dict[str, Any] = {name: least - 1}
-    with pytest.raises(ValueError, match=rf"data\.{name} must be {least} or more, got {least - 1}"):
-        MMEBDataModule(**options)
-
-
 def test_a_data_module_without_model_says_so(data_dir: Path) -> None:
     with pytest.raises(ValueError, match=r"call data\.connect\(model\)"):
         MMEBDataModule(str(data_dir)).test_dataloader()
@@ -384,14 +368,3 @@ def test_skipped_rows_are_counted_in_the_log(gaps_dir: Path, caplog: pytest.LogC
     assert data.train_data[0].num_skipped == 6, "row 3 passes over 3 and 4"
     assert "training subset 'S', rows skipped so far: 1. The last: row" in caplog.messages[0]
     assert [re.findall(r"so far: (\d)", message) for message in caplog.messages] == [["1"], ["2"], ["4"]]
-
-
-def test_a_broken_evaluation_image_is_named_by_task_and_row(tmp_path: Path) -> None:
-    write_image(tmp_path / "MMEB-eval/GQA/0.png")
-    (tmp_path / "MMEB-eval/GQA/1.png").write_bytes(b"broken")
-    rows = [eval_row("q", ["a", "b"], qry_img_path=f"GQA/{row}.png") for row in range(2)]
-    write_eval(tmp_path, "GQA", rows)
-    data = module(tmp_path, "test")
-    loader, _ = data.test_dataloader()
-    with pytest.raises(ValueError, match=r"evaluation task 'GQA', row 1, query: Cannot read image .*1.png"):
-        list(loader)

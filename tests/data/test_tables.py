@@ -202,14 +202,24 @@ def test_the_delimiter_is_the_one_that_gives_the_columns(tmp_path: Path, delimit
         ("a.jsonl", b'{"text": "x"}\n{"text": "\\ud83d"}\n', "row 1: .* surrogates not allowed"),
         ("a.jsonl", b'{"text": "x"}\n{"text": ' + b"[" * 99999, "row 1: maximum recursion depth"),
         ("a.jsonl", b'{"text": 1}\n{"text": ["x"]}\n', "values of one type"),
+        ("a.jsonl", b'["text"]\n', "a line is not a JSON object"),
+        ("a.parquet", b"PAR1 cut off", "Is it complete"),
+        ("a.csv", b"text,more\n", "has no rows"),
+        ("a.jsonl", b"\n", "has no rows"),
+        ("a.csv", b"text,text\nx,y\n", "two columns have the same name"),
+        ("a.txt", b"text", "must end with one of .parquet, .jsonl, .csv"),
+        ("none.csv", None, "Check data_dir"),
     ],
 )
-def test_a_row_of_a_text_file_that_is_wrong_is_named(
-    tmp_path: Path, name: str, content: bytes, message: str
+def test_what_cannot_be_read_is_named_with_file_and_row(
+    tmp_path: Path, name: str, content: bytes | None, message: str
 ) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=rf"S: cannot read .*{name}: .*{message}"):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    read = "" if message.startswith(("has no", "two", "must")) else "S: cannot read "
+    with pytest.raises(ValueError, match=rf"{read}.*{name}.*{message}"):
         Table("S", [tmp_path / name], COLUMNS)
+    assert not list((default_cache_dir() / "tables").glob("unfinished-*"))
 
 
 def test_texts_of_parquet_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
@@ -276,29 +286,6 @@ def test_a_column_of_nulls_in_one_file_takes_the_type_of_the_other(tmp_path: Pat
         {"text": "x", "more": None},
         {"text": "y", "more": ["p", "q"]},
     ]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.parquet", b"PAR1 cut off", "cannot read .*a.parquet.*Is it complete"),
-        ("a.jsonl", b'{"text": 1}\nnot json\n', "cannot read .*a.jsonl"),
-        ("a.csv", b"text,more\nx\n", "cannot read .*a.csv"),
-        ("a.csv", b"text,more\n", "has no rows"),
-        ("a.jsonl", b"\n", "has no rows"),
-        ("a.csv", b"text,text\nx,y\n", "two columns have the same name"),
-        ("a.txt", b"text", "must end with one of .parquet, .jsonl, .csv"),
-        ("none.csv", None, "cannot read .*none.csv.*Check data_dir"),
-    ],
-)
-def test_files_that_cannot_be_read_are_named(
-    tmp_path: Path, name: str, content: bytes | None, message: str
-) -> None:
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        Table("subset 'S'", [tmp_path / name], COLUMNS)
-    assert not list((default_cache_dir() / "tables").glob("unfinished-*"))
 
 
 def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

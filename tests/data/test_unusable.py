@@ -103,6 +103,7 @@ def bad_rows(folder: Path) -> dict[str, RawInput]:
         "surrogates": RawInput("half \ud83d"),
         "own image token": RawInput("a <|image_pad|>"),
         "0 images but 1": RawInput("<|image_1|> a"),
+        "1 images but 0": RawInput("a", (thin,)),
         "neither text nor image": RawInput(" "),
     }
 
@@ -147,6 +148,8 @@ def test_a_processor_may_raise_what_it_wants(tiny_backbone_dir: str) -> None:
     assert "KeyError: 'deep inside'" in str(problems[1])
     with pytest.raises(RowError, match=r"^place 1: The processor refuses 'poison'"):
         collator.encode_inputs([RawInput("a"), RawInput("poison")], ["place 0: ", "place 1: "])
+    with pytest.raises(ValueError, match="no inputs"):
+        collator.encode_inputs([])
 
 
 def test_verify_finds_exactly_these_rows(tmp_path: Path, tiny_backbone_dir: str) -> None:

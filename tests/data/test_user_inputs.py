@@ -50,29 +50,6 @@ def test_finished_prompts_pass_unchanged() -> None:
         to_raw_inputs([RawInput("x")], instruction="more")
 
 
-def test_text_that_only_ends_like_an_image_is_a_text_in_a_dictionary() -> None:
-    assert to_raw_inputs([{"text": "logo.png"}]) == [RawInput("logo.png")]
-    assert to_raw_inputs(["one/two of a text"]) == [RawInput("one/two of a text")]
-
-
-@pytest.mark.parametrize(
-    ("item", "message"),
-    [
-        (Path("cat.PNG"), "no image file 'cat.PNG'"),
-        ({"image": "missing.jpg"}, "no image file 'missing.jpg'"),
-        ({"txt": "typo"}, r"unknown keys \['txt'\]"),
-        ({"text": " "}, "needs a text or an image"),
-        ({"text": 3}, "'text' is a int"),
-        ({"image": Image.new("L", (1, 1)), "images": [Image.new("L", (1, 1))]}, "image or images, not both"),
-        ({"images": "a.png"}, "'images' is a single str"),
-        (torch.zeros(3), r"an array of shape \[3\] is not a picture; use \[height, width\]"),
-    ],
-)
-def test_bad_input_is_an_error_that_names_its_index(item: object, message: str) -> None:
-    with pytest.raises(ValueError, match=f"input 1.*{message}"):
-        to_raw_inputs(["fine", item])
-
-
 def pixels(item: Any) -> np.ndarray[Any, Any]:
     """Of the one picture that an item becomes."""
     (row,) = to_raw_inputs([item])
@@ -153,6 +130,13 @@ def test_other_strings_are_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("data:image/svg+xml,<svg/>", "a data URI must be in base64: data:image/png;base64,"),
         (b"text", "4 bytes that are not a picture"),
         ({"image": "iVBORw0KGgo="}, "no image file 'iVBORw0KGgo='"),
+        (Path("cat.PNG"), "no image file 'cat.PNG'"),
+        ({"txt": "typo"}, r"unknown keys \['txt'\]"),
+        ({"text": " "}, "needs a text or an image"),
+        ({"text": 3}, "'text' is a int"),
+        ({"image": Image.new("L", (1, 1)), "images": [Image.new("L", (1, 1))]}, "image or images, not both"),
+        ({"images": "a.png"}, "'images' is a single str"),
+        (torch.zeros(3), r"an array of shape \[3\] is not a picture; use \[height, width\]"),
         (np.zeros((2, 2, 5)), r"an array of shape \[2, 2, 5\]"),
         (np.full((2, 2), np.nan), "values from nan"),
         (torch.randn(3, 8, 8), "values from -.*Convert it to 8 bits"),
