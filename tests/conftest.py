@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from parallel_decoupling import cli
+from parallel_decoupling.evaluation.embedder import Embedder
+from tests.support.embedders import tiny_embedder
 from tests.support.mmeb import save_tiny_mmeb
 from tests.support.tiny import save_tiny_backbone
 from tests.support.tiny_clip import save_tiny_clip
@@ -54,6 +57,12 @@ def tiny_backbone_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def embedder(tiny_backbone_dir: str) -> Embedder:
+    """Three paths on the tiny backbone."""
+    return tiny_embedder(tiny_backbone_dir)
+
+
+@pytest.fixture(scope="session")
 def tiny_clip_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with a random-weight OpenCLIP model."""
     return save_tiny_clip(tmp_path_factory.mktemp("tiny_clip"))
@@ -75,6 +84,22 @@ def checkpoint(tiny_backbone_dir: str, tmp_path_factory: pytest.TempPathFactory)
     trainer.strategy.connect(small_embedder(tiny_backbone_dir))
     trainer.save_checkpoint(folder / "tiny.ckpt", weights_only=True)
     return folder / "tiny.ckpt"
+
+
+@pytest.fixture
+def mistake(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
+    """``mistake(arguments)``: standard error of a command that must end with exit code 2, in one message."""
+
+    def run(arguments: list[str]) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(arguments)
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2
+        assert "Traceback" not in error
+        return error
+
+    return run
 
 
 @pytest.fixture

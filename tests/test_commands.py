@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -50,17 +51,6 @@ def rows(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return [line for line in capsys.readouterr().out.splitlines() if ".png" in line]
 
 
-def mistake(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Standard error of a command that must end with exit code 2 and without a traceback."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(arguments)
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
-    return error
-
-
 @pytest.mark.parametrize("kind", ["exact", "lance"])
 def test_search_finds_a_picture_by_itself(
     kind: str, embeddings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -82,7 +72,7 @@ def test_search_finds_a_picture_by_itself(
 
 
 def test_text_conditions_and_another_model(
-    embeddings: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    embeddings: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], mistake: Any
 ) -> None:
     """A folder exported with one path searches by that path."""
     pytest.importorskip("lancedb")
@@ -92,11 +82,11 @@ def test_text_conditions_and_another_model(
     capsys.readouterr()
     cli.main([*search, "--scoring", "path_1", "--where", "part = 1 AND image < '4'"])
     assert {line.split(".png")[0].split()[-1] for line in rows(capsys)} == {"1", "3", "11"}
-    assert "this model and index have path_1" in mistake(search, capsys)
+    assert "this model and index have path_1" in mistake(search)
 
 
 def test_mistakes_of_a_search_are_one_message(
-    embeddings: Path, tiny_backbone_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    embeddings: Path, tiny_backbone_dir: str, tmp_path: Path, mistake: Any
 ) -> None:
     other = tiny_embedder(tiny_backbone_dir, num_paths=2)
     other.save_pretrained(tmp_path / "other", include_backbone=True)
@@ -114,24 +104,24 @@ def test_mistakes_of_a_search_are_one_message(
             "IVF_PQ needs at least 256 items",
         ),
     ):
-        assert message in mistake(arguments, capsys)
+        assert message in mistake(arguments)
     embedder = Embedder.from_pretrained(tmp_path / "other")
     save_store(tmp_path, embedder.encode(["a"], paths="all"), path_sha256=path_hashes(embedder.encoder))
-    assert "give --model" in mistake(["search", str(tmp_path), "--text", "a"], capsys)
+    assert "give --model" in mistake(["search", str(tmp_path), "--text", "a"])
 
 
 @pytest.mark.parametrize(
     ("command", "package"), [("serve", "fastapi"), ("serve", "uvicorn"), ("app", "gradio")]
 )
 def test_missing_packages_are_named(
-    command: str, package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str, package: str, monkeypatch: pytest.MonkeyPatch, mistake: Any
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules, f"parallel_decoupling.{command}", raising=False)
     for name in ("GRADIO_ANALYTICS_ENABLED", "HF_HUB_OFFLINE"):
         monkeypatch.setenv(name, "1")
     message = f"this needs {package}: pip install 'parallel-decoupling[{command}]'\n"
-    assert mistake([command, "anything"], capsys).endswith(message)
+    assert mistake([command, "anything"]).endswith(message)
 
 
 @pytest.fixture(scope="module")
@@ -211,16 +201,16 @@ def test_nothing_that_leaves_the_machine_names_its_folders(
 
 @pytest.mark.parametrize("command", ["search", "app"])
 def test_what_is_not_named_must_be_given(
-    command: str, embeddings: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str, embeddings: Path, checkpoint: Path, tmp_path: Path, mistake: Any
 ) -> None:
     """Embeddings that were moved do not find their model; those of pictures elsewhere need their folder."""
     pytest.importorskip("gradio")
     query = ["--text", "a"] if command == "search" else []
     moved = shutil.copytree(embeddings, tmp_path / "far" / "away")
-    assert "give --model" in mistake([command, str(moved), *query], capsys)
+    assert "give --model" in mistake([command, str(moved), *query])
     if command == "app":
         embedder = Embedder.from_pretrained(checkpoint)
         about = {"path_sha256": path_hashes(embedder.encoder), "image_dir": str(embeddings)}
         save_store(tmp_path / "embeddings", embedder.encode(["a"], paths="all"), **about)
         arguments = [str(tmp_path / "embeddings"), "--model", str(checkpoint)]
-        assert "give --image_dir" in mistake(["app", *arguments], capsys)
+        assert "give --image_dir" in mistake(["app", *arguments])

@@ -145,6 +145,8 @@ def test_a_resumed_run_logs_what_an_uninterrupted_one_does(
     for found, expected in zip(logged(folder), uninterrupted[0], strict=True):
         assert found == expected
     assert not list(folder.rglob(".*"))
+    names = sorted(file.name for file in (folder / "checkpoints").iterdir())
+    assert names == ["last.ckpt", f"step={STEPS if steps < STEPS else 6}.ckpt"]
 
 
 def warned(config_file: Path, folder: Path, on_slurm: bool) -> None:

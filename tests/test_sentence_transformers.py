@@ -15,15 +15,10 @@ from sentence_transformers import SentenceTransformer
 
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.sentence_transformers import as_sentence_transformer
-from tests.support.embedders import mixed_inputs, tiny_embedder
+from tests.support.embedders import mixed_inputs
 
 ROW_BY_ROW: dict[str, Any] = {"batch_size": 1}
 """Without padding the two libraries' batches are the same, so that embeddings are equal bit for bit."""
-
-
-@pytest.fixture(scope="module")
-def embedder(tiny_backbone_dir: str) -> Embedder:
-    return tiny_embedder(tiny_backbone_dir)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,16 +15,10 @@ from parallel_decoupling.data.prompts import prompt
 from parallel_decoupling.data.unusable import RowError
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.evaluation.encode import TokenEstimate
-from tests.support.embedders import tiny_embedder
-from tests.support.fit import make_trainer, small_data, small_embedder
+from tests.support.fit import ONE_PATH, make_trainer, small_data, small_embedder
 from tests.support.tiny_clip import CONTEXT_LENGTH
 
 LONG = "a red circle left of a small blue square " * 40
-
-
-@pytest.fixture(scope="module")
-def embedder(tiny_backbone_dir: str) -> Embedder:
-    return tiny_embedder(tiny_backbone_dir)
 
 
 def limited(embedder: Embedder, max_tokens: int, long_text: LongText = "truncate") -> Collator:
@@ -101,8 +94,7 @@ def test_limits_that_cannot_be(embedder: Embedder, max_tokens: int, message: str
 
 
 def test_open_clip_cuts_by_itself_and_its_limit_is_its_own(tiny_clip_dir: str) -> None:
-    settings: dict[str, Any] = {"num_paths": 1, "prefix_length": 0, "mi_weight": 0, "aggregate_weight": 0}
-    embedder = small_embedder(tiny_clip_dir, **settings, adapter={"kind": "frozen"}).embedder
+    embedder = small_embedder(tiny_clip_dir, **ONE_PATH, adapter={"kind": "frozen"}).embedder
     assert embedder.limit.max_tokens == CONTEXT_LENGTH
     rows = [RawInput("a " * 50), RawInput("a"), prompt(image=Image.new("RGB", (8, 8)))]
     assert embedder.collator.encode_inputs(rows).num_cut == 1

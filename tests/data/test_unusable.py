@@ -22,14 +22,8 @@ from parallel_decoupling.data.verify import verify
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.evaluation.encode import encode_rows
 from tests.data.mmeb_files import eval_row, train_row, write_eval, write_image, write_train
-from tests.support.embedders import tiny_embedder
 
 ROOT = Path(next(iter(parallel_decoupling.__path__)))
-
-
-@pytest.fixture(scope="module")
-def embedder(tiny_backbone_dir: str) -> Embedder:
-    return tiny_embedder(tiny_backbone_dir)
 
 
 def test_the_package_catches_everything_in_one_place_and_raises_the_error_there_alone() -> None:

@@ -67,11 +67,6 @@ def every_path(embedder: Embedder, paths: Any = "all") -> torch.Tensor:
     return embedder.encode(mixed_inputs(), paths=paths)
 
 
-@pytest.fixture(scope="module")
-def embedder(tiny_backbone_dir: str) -> Embedder:
-    return tiny_embedder(tiny_backbone_dir)
-
-
 @pytest.fixture
 def folder(embedder: Embedder, tmp_path: Path) -> Path:
     embedder.save_pretrained(tmp_path / "model")

@@ -25,6 +25,10 @@ SMALL: dict[str, Any] = {
 }
 
 
+ONE_PATH: dict[str, Any] = {"num_paths": 1, "prefix_length": 0, "mi_weight": 0.0, "aggregate_weight": 0.0}
+"""The single-path recipe, and all that an OpenCLIP model takes."""
+
+
 class Recorder(Callback):
     """The values that every batch logs, without the clock's and those of every so many batches."""
 

@@ -21,6 +21,7 @@ from parallel_decoupling.data.mixture import MixtureSampler
 from parallel_decoupling.training.module import PDFEmbedder
 from parallel_decoupling.training.settings import CONFIGS, FIXED, SETTINGS
 from tests.support.fit import (
+    ONE_PATH,
     Recorder,
     RecordingEmbedder,
     assert_equal,
@@ -30,7 +31,6 @@ from tests.support.fit import (
     trained,
 )
 
-SINGLE_PATH: dict[str, Any] = {"num_paths": 1, "prefix_length": 0, "mi_weight": 0.0, "aggregate_weight": 0.0}
 OWN_ADAPTERS = {"adapter": {"per_path": True}, "prefix_length": 0}
 NO_CLIP = {"clip_norm": 0.0}
 NO_RAMP = {"warmup_steps": 0, "ramp_steps": 0}
@@ -55,7 +55,7 @@ def plain_embeddings(model: Any, inputs: EncoderInputs) -> Tensor:
 def test_one_path_without_prefix_is_the_plain_single_path_recipe(
     tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
 ) -> None:
-    settings = {**SINGLE_PATH, "adapter": {"kind": "full"}, "temperature": 0.5, "optimizer": NO_CLIP}
+    settings = {**ONE_PATH, "adapter": {"kind": "full"}, "temperature": 0.5, "optimizer": NO_CLIP}
     module = small_embedder(tiny_backbone_dir, kind=RecordingEmbedder, **settings)
     recorder = Recorder()
     make_trainer(tmp_path, recorder, max_steps=1).fit(module, small_data(tiny_mmeb_dir))

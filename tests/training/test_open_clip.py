@@ -18,24 +18,29 @@ from parallel_decoupling.data.readers import read_eval_task
 from parallel_decoupling.evaluation.report import ScoreReport
 from parallel_decoupling.model.open_clip import OpenCLIPEncoder
 from parallel_decoupling.training.module import PDFEmbedder
-from tests.support.fit import Recorder, assert_equal, make_trainer, small_data, small_embedder, trained
+from tests.support.fit import (
+    ONE_PATH,
+    Recorder,
+    assert_equal,
+    make_trainer,
+    small_data,
+    small_embedder,
+    trained,
+)
 from tests.support.tiny import noise_image
 from tests.support.tiny_clip import RESNET, save_tiny_clip
 
 CONFIG_DIR = Path(__file__).parent.parent.parent / "lightning_configs"
 TASKS = ("colours_i2t", "colours_t2i")
-ONE_PATH: dict[str, Any] = {
-    "num_paths": 1,
-    "prefix_length": 0,
-    "mi_weight": 0.0,
-    "aggregate_weight": 0.0,
+SETTINGS: dict[str, Any] = {
+    **ONE_PATH,
     "mi": {"kind": "none"},
     "optimizer": {"learning_rate": 1e-3, "schedule": "constant"},
 }
 
 
 def embedder(backbone: str, kind: str = "full", **settings: Any) -> PDFEmbedder:
-    return PDFEmbedder(backbone, **{**ONE_PATH, "adapter": {"kind": kind}, **settings})
+    return PDFEmbedder(backbone, **{**SETTINGS, "adapter": {"kind": kind}, **settings})
 
 
 class ByHand:

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from parallel_decoupling.distributed import rank, whole
 from parallel_decoupling.training.module import PDFEmbedder
 from tests.support.families import save_tiny_family
-from tests.support.fit import Recorder, make_trainer, small_data, small_embedder
+from tests.support.fit import ONE_PATH, Recorder, make_trainer, small_data, small_embedder
 from tests.support.mmeb import add_text_subset, save_tiny_mmeb
 from tests.support.processes import run_ranks
 
@@ -172,8 +172,7 @@ def test_a_process_whose_rows_are_texts_adds_nothing_to_vision_adapters(
 ) -> None:
     add_text_subset(save_tiny_mmeb(tmp_path / "data"))
     args = (tiny_backbone_dir, str(tmp_path / "data"), {"kind": "lora", "scope": "vision"})
-    changes: dict[str, Any] = {"num_paths": 1, "prefix_length": 0, "mi_weight": 0.0, "aggregate_weight": 0.0}
-    changes |= {"aggregation": "mean", "learn_temperature": False}
+    changes = {**ONE_PATH, "aggregation": "mean", "learn_temperature": False}
     options: dict[str, Any] = {"changes": changes, "subsets": ["colours_i2t", "texts"]}
     (tmp_path / "one").mkdir()
     train(tmp_path / "one", *args, **options)

@@ -27,6 +27,8 @@ def touch(file: Path, seconds: int = 0, **content: Any) -> Path:
 @pytest.mark.parametrize("name", ["config.yaml", "events.out.tfevents.1.x", "checkpoints/b.ckpt", "a.ckpt"])
 def test_last_does_not_start_anew_in_a_folder_that_holds_a_run(name: str, tmp_path: Path) -> None:
     assert find_checkpoint("last", options(tmp_path / "new"), is_fit=True) is None
+    with pytest.raises(ValueError, match=r"--ckpt_path last: there is no checkpoint file .*last\.ckpt"):
+        find_checkpoint("last", options(tmp_path / "new"), is_fit=False)
     touch(tmp_path / "notes.txt")
     assert find_checkpoint("last", options(tmp_path), is_fit=True) is None
     file = touch(tmp_path / name)
