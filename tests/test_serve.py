@@ -7,6 +7,7 @@ import base64
 import io
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest

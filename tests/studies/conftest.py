@@ -1,11 +1,10 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from tests.support.mmeb import save_tiny_mmeb
 
-
-@pytest.fixture(scope="session")
-def tiny_mmeb_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A benchmark of two subsets with pictures."""
-    return save_tiny_mmeb(tmp_path_factory.mktemp("tiny_mmeb") / "data")
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
