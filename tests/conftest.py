@@ -57,6 +57,12 @@ def tiny_backbone_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def three_layers_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A backbone as in ``tiny_backbone_dir`` with a third layer."""
+    return save_tiny_backbone(tmp_path_factory.mktemp("three_layers"), num_layers=3)
+
+
+@pytest.fixture(scope="session")
 def embedder(tiny_backbone_dir: str) -> Embedder:
     """Three paths on the tiny backbone."""
     return tiny_embedder(tiny_backbone_dir)

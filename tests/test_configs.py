@@ -1,21 +1,28 @@
-"""Every shipped config file parses and builds trainer, model and data; every row of the docs plans."""
+"""Every shipped config builds, every row of the docs plans, and the plan is what really exists."""
 
 from __future__ import annotations
 
+import inspect
 import logging
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch.utils.flop_counter import FlopCounterMode
 
 from parallel_decoupling.data.datamodule import MMEBDataModule
-from parallel_decoupling.lightning_cli import PlanCLI, RunCLI
-from parallel_decoupling.plan import Plan
+from parallel_decoupling.lightning_cli import PlanCLI, RunCLI, run
+from parallel_decoupling.model.backbone import AdapterConfig, load_backbone
+from parallel_decoupling.model.encoder import ParallelEncoder
+from parallel_decoupling.plan import Plan, read_layout, saved_bytes
 from parallel_decoupling.training.module import PDFEmbedder
 from recipes.ready_configs import READY, ROWS, ready_config
-from tests.support.published_sizes import save_published
+from tests.support.published_sizes import PUBLISHED, save_published
+from tests.support.tiny import noise_image, save_tiny_backbone, tiny_inputs
 
 PROJECT_DIR = Path(__file__).parent.parent
 CONFIG_DIR = PROJECT_DIR / "lightning_configs"
@@ -167,3 +174,129 @@ def test_a_layout_changes_nothing_that_is_trained(layout: str) -> None:
     assert plans[1].strategy == layout
     assert plans[0].model | {"backbone": ""} == plans[1].model | {"backbone": ""}
     assert (plans[0].queries, plans[0].image) == (plans[1].queries, plans[1].image)
+
+
+SIZES = {
+    "Qwen/Qwen2-VL-2B-Instruct": (2.21, 0, 2304),
+    "Qwen/Qwen2-VL-7B-Instruct": (8.29, 152064, 2304),
+    "llava-hf/llava-v1.6-mistral-7b-hf": (7.57, 32064, 2928),
+    "llava-hf/llava-v1.6-vicuna-7b-hf": (7.06, 32064, 2928),
+    "Qwen/Qwen3-VL-2B-Instruct": (2.13, 0, 1764),
+}
+"""Billions of parameters as published, rows of an untied head, tokens of a square of 1344 pixels."""
+
+
+def defaults(kind: type) -> dict[str, Any]:
+    return {name: parameter.default for name, parameter in inspect.signature(kind).parameters.items()}
+
+
+def make_plan(backbone: str, data: dict[str, Any] | None = None, **settings: Any) -> Plan:
+    """A plan of settings that differ from the defaults; those of the Trainer are taken out by name."""
+    trainer = {"devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "bf16-mixed", "max_steps": 10}
+    trainer = {name: settings.pop(name, value) for name, value in trainer.items()}
+    model = defaults(PDFEmbedder) | {"backbone": backbone, **settings}
+    return Plan(model, defaults(MMEBDataModule) | (data or {}), trainer)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes_have_their_parameters_and_image_tokens(name: str, tmp_path: Path) -> None:
+    billions, head_rows, tokens = SIZES[name]
+    plan = make_plan(save_published(name, tmp_path), {"image_size": "high"}, dtype="bfloat16")
+    count = sum(plan.groups[part][0] for part in ("language model", "vision tower and projector"))
+    assert round((count + head_rows * plan.backbone.hidden_size) / 1e9, 2) == billions
+    assert plan.image.tokens == tokens
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_paths": 3, "prefix_length": 5, "prefix_layers": 1, "aggregation": "learned"},
+        {"num_paths": 3, "prefix_length": 5, "prefix_type": "shallow"},
+        {"adapter": {"kind": "dora", "scope": "both"}, "learn_temperature": True, "mi": {"kind": "hsic"}},
+        {"adapter": {"kind": "full"}},
+        {"num_paths": 1, "prefix_length": 0, "mi_weight": 0.0, "aggregate_weight": 0.0},
+    ],
+)
+def test_parameters_and_their_states_are_the_embedders(
+    settings: dict[str, Any], tiny_backbone_dir: str
+) -> None:
+    settings = {"prefix_init": "random", **settings}
+    plan, module = make_plan(tiny_backbone_dir, **settings), PDFEmbedder(tiny_backbone_dir, **settings)
+    trained = sum(p.numel() * p.itemsize for p in module.parameters() if p.requires_grad)
+    assert sum(count for count, _, _ in plan.groups.values()) == sum(p.numel() for p in module.parameters())
+    assert plan.memory["weights"] == sum(p.numel() * p.itemsize for p in module.parameters())
+    assert plan.memory["gradients"] == trained
+    assert plan.memory["optimizer states"] == 2 * trained
+    prefixes = sum(p.numel() for p in module.encoder.parameter_groups()["prefixes"])
+    assert plan.groups.get("prefixes", (0,))[0] == prefixes
+
+
+@pytest.mark.parametrize("kind", ["frozen", "lora", "full"])
+def test_activations_are_within_a_third_of_what_autograd_keeps(tmp_path: Path, kind: Any) -> None:
+    found = []
+    for layers in (1, 2):
+        folder = save_tiny_backbone(tmp_path / str(layers), num_layers=layers)
+        backbone = load_backbone(folder, adapter=AdapterConfig(kind=kind, rank=2), dtype="float32")
+        encoder = ParallelEncoder(backbone, num_paths=2, prefix_length=3)
+        text = "<|image_pad|>\n" + "describe the shapes the colors the positions " * 20
+        inputs = tiny_inputs(backbone.processor, [(text, [noise_image(64, 64)])] * 6)
+        known = {p.untyped_storage()._cdata for p in encoder.parameters()}
+        kept: dict[int, torch.Tensor] = {}
+
+        def keep(tensor: torch.Tensor, kept: dict[int, torch.Tensor] = kept) -> torch.Tensor:
+            kept.setdefault(tensor.untyped_storage()._cdata, tensor)
+            return tensor
+
+        with (
+            MixedPrecision("bf16-mixed", "cpu").forward_context(),
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        ):
+            encoder(inputs)
+        found.append(sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in known))
+    tokens = 2 * inputs.tokens["input_ids"].numel()
+    layer = saved_bytes(backbone.layers, 2) / 2
+    assert layer * tokens == pytest.approx(found[1] - found[0], rel=1 / 3)
+
+
+@pytest.mark.parametrize(("kind", "checkpointing"), [("lora", False), ("lora", True), ("full", False)])
+def test_operations_are_those_that_torch_counts(tmp_path: Path, kind: Any, checkpointing: bool) -> None:
+    folder, adapter = save_tiny_backbone(tmp_path, num_layers=4), AdapterConfig(kind=kind, rank=1)
+    settings: dict[str, Any] = {"gradient_checkpointing": checkpointing, "adapter": adapter}
+    plan = make_plan(folder, {"batch_size": 100}, num_paths=2, prefix_length=2, **settings)
+    backbone = load_backbone(folder, attention="eager", **settings)
+    encoder = ParallelEncoder(backbone, num_paths=2, prefix_length=2)
+    text = "the " * 64  # a token each, and as many as the plan assumes
+    measured = 0
+    for count, row in ((78, (text, [])), (122, ("<|image_pad|>" + text, [noise_image(64, 48)]))):
+        with FlopCounterMode(display=False) as counter:
+            encoder(tiny_inputs(backbone.processor, [row])).sum().backward()
+        measured += count * counter.get_total_flops()
+    assert plan.flops == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("devices", "nodes", "strategy", "expected"),
+    [
+        (1, 1, "auto", (1, "single")),
+        ("8", 2, "auto", (16, "ddp")),
+        ("0,1,2", 1, "fsdp2", (3, "fsdp2")),
+        (2, 1, {"class_path": "parallel_decoupling.FSDP2Strategy"}, (2, "fsdp2")),
+    ],
+)
+def test_layout_is_read_from_the_trainers_settings(
+    devices: Any, nodes: int, strategy: Any, expected: tuple[int, str]
+) -> None:
+    assert read_layout({"devices": devices, "num_nodes": nodes, "strategy": strategy}) == expected
+
+
+def test_the_command_prints_a_plan_without_loading_a_weight(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_published("Qwen/Qwen2-VL-2B-Instruct", tmp_path)  # holds none
+    assert load_backbone(folder, meta=True).is_meta
+    options = ["--model.backbone", folder, "--trainer.devices", "8", "--data.batch_size", "512"]
+    run(["plan", *options, "--gpu_memory_gib", "24"])
+    text = capsys.readouterr().out
+    assert "1,543,714,304" in text
+    assert "GPU of 24 GiB" in text
+    assert "512 pairs, 64 per process" in text

@@ -33,7 +33,6 @@ print(json.dumps({{"loaded": loaded, "calls": calls}}))
 """
 WATCHED = ("torch", "lightning", "pytorch_lightning", "transformers", "peft", "matplotlib.pyplot", "lancedb")
 WITH_LIGHTNING = ("__init__", "datamodule", "run", "embedding_writer")
-NOT_FOR_ENCODING = ("lightning", "matplotlib", "sklearn", "tensorboard", "torchmetrics", "rich", "open_clip")
 REPORTS = [f"parallel_decoupling.{name}" for name in ("evaluation.report", "evaluation.compare")]
 REPORTS += [f"parallel_decoupling.{name}" for name in ("evaluation.plots", "search", "serve")]
 
@@ -91,20 +90,6 @@ def test_the_algorithm_loads_little_of_this_package_and_no_report() -> None:
     files = run(script)
     assert not {*REPORTS, "matplotlib.pyplot"} & files.keys()
     assert sum(len(Path(file).read_text(encoding="utf-8").splitlines()) for file in files.values()) < 5000
-
-
-def test_encoding_needs_no_package_of_training_and_reports(checkpoint: Path, tmp_path: Path) -> None:
-    """An exported folder is loaded and encodes with these imports blocked."""
-    from parallel_decoupling import Embedder
-
-    Embedder.from_pretrained(checkpoint).save_pretrained(tmp_path / "model", include_backbone=True)
-    script = REFUSE.format(folder=str(ROOT.parent)) + (
-        f"sys.modules.update(dict.fromkeys({NOT_FOR_ENCODING!r}))\n"
-        "from parallel_decoupling import Embedder\n"
-        f"embeddings = Embedder.from_pretrained({str(tmp_path / 'model')!r}).encode('a', paths='all')\n"
-        "print(json.dumps(list(embeddings.shape)))"
-    )
-    assert run(script) == [2, 32]
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,23 @@
-"""``verify``: counts are right, and everything wrong is found with file, row and column."""
+"""Folders in MMEB's layout: downloaded whole or not at all, and looked through by ``verify``."""
 
 from __future__ import annotations
 
+import fnmatch
+import io
+import zipfile
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from lightning.pytorch import Trainer
 
 from parallel_decoupling.cli import main
 from parallel_decoupling.commands import load_collator
+from parallel_decoupling.data.datamodule import MMEBDataModule
+from parallel_decoupling.data.download import download_eval, download_train, unpack
 from parallel_decoupling.data.verify import Check, verify
 from tests.data.mmeb_files import eval_row, train_row, write_eval, write_image, write_train
 
@@ -118,3 +128,232 @@ def test_the_command_prints_and_says_by_its_exit_code(
         main(["verify", str(data_dir)])
     assert stopped.value.code == 1
     assert "eval GQA test: problem: 1 of 4 images are missing" in capsys.readouterr().out
+
+
+JPEG = b"not decoded here"
+
+
+def archive(names: list[str]) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as file:
+        for name in names:
+            file.writestr(name, JPEG)
+    return stream.getvalue()
+
+
+def table(rows: list[dict[str, Any]]) -> bytes:
+    stream = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), stream)
+    return stream.getvalue()
+
+
+class Hub:
+    """Stands in for the hub: two subsets, two tasks; notes what is asked for and writes what matches."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, list[str]]] = []
+        row = train_row(qry_image_path="images/VisDial/Train/0.jpg")
+        scored = {name: eval_row("q", ["a", "b"], qry_img_path=f"{name}/0.jpg") for name in ("GQA", "CIRR")}
+        self.files = {
+            "TIGER-Lab/MMEB-train": {
+                "VisDial/original-00000-of-00001.parquet": table([row]),
+                "VisDial/diverse_instruction-00000-of-00001.parquet": table([row]),
+                "CIRR/original-00000-of-00001.parquet": table([train_row()]),
+                "images_zip/VisDial.zip": archive(["Train/0.jpg", "__MACOSX/Train/._0.jpg"]),
+                "images_zip/CIRR.zip": archive(["images/CIRR/Train/0.jpg", "images/CIRR/Train/._0.jpg"]),
+            },
+            "TIGER-Lab/MMEB-eval": {
+                "GQA/test-00000-of-00001.parquet": table([scored["GQA"]]),
+                "CIRR/test-00000-of-00001.parquet": table([scored["CIRR"]]),
+                "images.zip": archive(["GQA/0.jpg", "CIRR/0.jpg", "CIFAR-100/0.jpg", ".DS_Store"]),
+            },
+        }
+
+    def __call__(self, repo: str, *, repo_type: str, local_dir: Path, allow_patterns: list[str]) -> None:
+        assert repo_type == "dataset"
+        self.asked.append((repo, allow_patterns))
+        for name, content in self.files[repo].items():
+            if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                (local_dir / name).parent.mkdir(parents=True, exist_ok=True)
+                (local_dir / name).write_bytes(content)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
+    stand_in = Hub()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", stand_in)
+    return stand_in
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+
+
+def test_only_the_wanted_subsets_are_fetched_and_unpacked_once(tmp_path: Path, hub: Hub) -> None:
+    for _ in range(2):
+        download_train(tmp_path, ["VisDial"], "original")
+        assert files(tmp_path) == [
+            "MMEB-train/VisDial/original-00000-of-00001.parquet",
+            "MMEB-train/images/VisDial/Train/0.jpg",
+            "MMEB-train/images_zip/VisDial.zip",
+        ]
+    wanted = ["VisDial/original-*.parquet", "images_zip/VisDial.zip"]
+    assert hub.asked == [("TIGER-Lab/MMEB-train", wanted)], "the second call asks for nothing"
+    download_train(tmp_path, ["VisDial", "CIRR"], "original")
+    assert hub.asked[1][1] == ["CIRR/original-*.parquet", "images_zip/CIRR.zip"]
+    assert (tmp_path / "MMEB-train/images/CIRR/Train/0.jpg").is_file()
+    download_train(tmp_path, ["VisDial"], "diverse_instruction")
+    assert hub.asked[2][1] == ["VisDial/diverse_instruction-*.parquet"]
+
+
+def test_tasks_share_one_archive_of_pictures(tmp_path: Path, hub: Hub) -> None:
+    download_eval(tmp_path, ["GQA"])
+    assert files(tmp_path / "MMEB-eval/images") == ["GQA/0.jpg"]
+    download_eval(tmp_path, ["GQA", "CIRR"])
+    assert files(tmp_path / "MMEB-eval/images") == ["CIRR/0.jpg", "GQA/0.jpg"]
+    expected = [["GQA/test-*.parquet", "images.zip"], ["CIRR/test-*.parquet"]]
+    assert [patterns for _, patterns in hub.asked] == expected
+
+
+@pytest.mark.parametrize("place", ["MMEB-train/images/VisDial/Train/0.jpg", "MMEB-train/VisDial/Train/0.jpg"])
+def test_a_local_copy_is_left_alone(tmp_path: Path, hub: Hub, place: str) -> None:
+    for image in (place, "MMEB-eval/GQA/0.jpg"):
+        write_image(tmp_path / image)
+    write_train(tmp_path, "VisDial", [train_row()])
+    write_eval(tmp_path, "GQA", [eval_row("q", ["a", "b"])])
+    before = files(tmp_path)
+    download_train(tmp_path, ["VisDial"], "original")
+    download_eval(tmp_path, ["GQA"])
+    assert hub.asked == []
+    assert files(tmp_path) == before
+
+
+def test_a_stopped_unpacking_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"X/Train/{number}.jpg" for number in range(4)]
+    (tmp_path / "X.zip").write_bytes(archive(names))
+    opened: list[str] = []
+    plain = zipfile.ZipFile.open
+
+    def stop_at_the_third(self: zipfile.ZipFile, name: Any, *arguments: Any, **options: Any) -> Any:
+        opened.append(name.filename)
+        if len(opened) == 3:
+            raise KeyboardInterrupt
+        return plain(self, name, *arguments, **options)
+
+    monkeypatch.setattr(zipfile.ZipFile, "open", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        unpack(tmp_path / "X.zip", tmp_path / "images", ["X"], inside="X")
+    assert list((tmp_path / "images").iterdir()) == []
+    unpack(tmp_path / "X.zip", tmp_path / "images", ["X"], inside="X")
+    assert files(tmp_path / "images") == names
+
+
+def test_a_second_process_may_unpack_the_same_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"X/Train/{number}.jpg" for number in range(4)]
+    (tmp_path / "X.zip").write_bytes(archive(names))
+    rename, first = Path.rename, []
+
+    def rename_later(self: Path, target: Path) -> Path:
+        if not first:
+            first.append(0)
+            unpack(tmp_path / "X.zip", tmp_path / "images", ["X"])  # the other process is faster
+            first.append((tmp_path / "images/X").stat().st_ino)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename_later)
+    unpack(tmp_path / "X.zip", tmp_path / "images", ["X"])
+    assert files(tmp_path / "images") == names
+    assert [entry.name for entry in (tmp_path / "images").iterdir()] == ["X"]
+    assert (tmp_path / "images/X").stat().st_ino == first[1], "the first one's folder stays"
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil.jpg", "X/../../evil.jpg", "/evil.jpg", "\\evil.jpg", "c:\\evil.jpg"]
+)
+@pytest.mark.parametrize("inside", ["X", None])
+def test_nothing_is_written_outside_of_the_folder(tmp_path: Path, name: str, inside: str | None) -> None:
+    (tmp_path / "X.zip").write_bytes(archive(["X/0.jpg", name]))
+    unpack(tmp_path / "X.zip", tmp_path / "in/images", ["X"], inside=inside)
+    assert {str(Path(file).parent) for file in files(tmp_path)} == {".", "in/images/X"}
+    assert [file.name for file in tmp_path.iterdir() if file.is_file()] == ["X.zip"]
+
+
+def test_archives_that_are_broken_or_lack_a_folder_are_named(tmp_path: Path, hub: Hub) -> None:
+    (tmp_path / "X.zip").write_bytes(archive(["X/0.jpg"])[:-30])
+    with pytest.raises(ValueError, match=r"X.zip: .*Delete the file to fetch it again"):
+        unpack(tmp_path / "X.zip", tmp_path / "images", ["X"])
+    (tmp_path / "X.zip").write_bytes(archive(["X/0.jpg"]))
+    with pytest.raises(ValueError, match=r"X.zip has no pictures of Y"):
+        unpack(tmp_path / "X.zip", tmp_path / "images", ["X", "Y"])
+    with pytest.raises(ValueError, match="TIGER-Lab/MMEB-train has no NIGHTS/original"):
+        download_train(tmp_path, ["NIGHTS"], "original")
+
+
+@pytest.mark.parametrize("limit", ["MAX_ENTRIES", "MAX_GROWTH"])
+def test_an_archive_that_would_grow_beyond_measure_is_refused(
+    tmp_path: Path, limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with zipfile.ZipFile(tmp_path / "X.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        for name in ("0", "1"):
+            file.writestr(f"X/{name}.jpg", bytes(100_000))
+    monkeypatch.setattr("parallel_decoupling.data.download.MAX_GROWTH", 1_000)
+    unpack(tmp_path / "X.zip", tmp_path / "images", ["X"])
+    monkeypatch.setattr(f"parallel_decoupling.data.download.{limit}", 1)
+    with pytest.raises(ValueError, match=r"X\.zip: 2 entries of 200,000 bytes .*Check where it is from"):
+        unpack(tmp_path / "X.zip", tmp_path / "more", ["X"])
+    assert not list((tmp_path / "more").iterdir())
+
+
+@pytest.mark.parametrize("names", [["X/a", "X/a/b.jpg"], [f"X/{'a' * 300}.jpg"]])
+def test_a_member_that_cannot_be_a_file_is_named(tmp_path: Path, names: list[str]) -> None:
+    (tmp_path / "X.zip").write_bytes(archive(names))
+    with pytest.raises(ValueError, match=r"X\.zip: cannot unpack 'X/a"):
+        unpack(tmp_path / "X.zip", tmp_path / "images", ["X"])
+    assert not list((tmp_path / "images").iterdir())
+
+
+def prepared(data: MMEBDataModule, stage: str) -> MMEBDataModule:
+    """Call ``prepare_data`` as a trainer in this stage would."""
+    data.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    data.trainer.state.fn = stage  # type: ignore[assignment]
+    data.prepare_data()
+    return data
+
+
+def test_prepare_data_fetches_what_the_stage_needs(tmp_path: Path, hub: Hub) -> None:
+    options: dict[str, Any] = {"train_subsets": ["VisDial"], "eval_tasks": ["GQA", "CIRR"], "download": True}
+    data = prepared(MMEBDataModule(str(tmp_path), **options, validation_tasks=["GQA"]), "fit")
+    assert {repo: patterns[0] for repo, patterns in hub.asked} == {
+        "TIGER-Lab/MMEB-train": "VisDial/original-*.parquet",
+        "TIGER-Lab/MMEB-eval": "GQA/test-*.parquet",
+    }
+    data.setup("fit")
+    assert data.train_data[0][0].query.images == (str(tmp_path / "MMEB-train/images/VisDial/Train/0.jpg"),)
+    hub.asked.clear()
+    prepared(MMEBDataModule(str(tmp_path), **options), "test")
+    assert hub.asked == [("TIGER-Lab/MMEB-eval", ["CIRR/test-*.parquet"])]
+
+
+def test_nothing_is_fetched_unless_asked(tmp_path: Path, hub: Hub) -> None:
+    prepared(MMEBDataModule(str(tmp_path)), "test")
+    assert hub.asked == []
+    with pytest.raises(ValueError, match="download is for MMEB, 'mini-mmeb' is generated"):
+        prepared(MMEBDataModule(download=True), "test")
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "message"),
+    [
+        ("fit", {"train_subsets": ["CIRR", "VisDail"]}, "Unknown training subset 'VisDail'. .* 'VisDial'"),
+        ("fit", {"train_subsets": [], "validation_tasks": ["GQB"]}, "Unknown evaluation task 'GQB'"),
+        ("fit", {"train_subsets": [], "eval_tasks": ["GQB"]}, "Unknown evaluation task 'GQB'"),
+    ],
+)
+def test_unknown_names_are_an_error_before_anything_is_fetched(
+    tmp_path: Path, hub: Hub, stage: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepared(MMEBDataModule(str(tmp_path), download=True, **options), stage)
+    assert hub.asked == []

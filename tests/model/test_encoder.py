@@ -18,12 +18,7 @@ from parallel_decoupling.model.encoder import ParallelEncoder, nested_dims, trun
 from parallel_decoupling.model.paths import CALL
 from parallel_decoupling.model.prefixes import META_PROMPTS
 from tests.model.test_attention import FROZEN, ROWS
-from tests.support.tiny import save_tiny_backbone, tiny_inputs
-
-
-@pytest.fixture(scope="module")
-def three_layers_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny_backbone(tmp_path_factory.mktemp("three_layers"), num_layers=3)
+from tests.support.tiny import tiny_inputs
 
 
 def make(
@@ -134,14 +129,6 @@ def test_trainable_names_are_exact(tiny_backbone_dir: str, kind: Any, adapters: 
     assert others == {"prefixes.key_values", "path_logits"}
     expected = len(list(encoder.backbone.parameters())) if adapters is None else adapters
     assert [len(group) for group in counted] == [1, expected, 1]
-
-
-def test_autocast_keeps_the_prefix(tiny_backbone_dir: str) -> None:
-    encoder = make(tiny_backbone_dir, num_paths=2)
-    inputs = rows_of(encoder)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed = encoder(inputs)
-    assert F.cosine_similarity(mixed, encoder(inputs), dim=-1).min() > 0.99
 
 
 def test_aggregates_equal_their_definitions(tiny_backbone_dir: str) -> None:

@@ -22,14 +22,9 @@ from tests.model.test_adapters import OLDER_PATHS, publish
 from tests.model.test_attention import ROWS
 from tests.support.embedders import mixed_inputs, tiny_embedder
 from tests.support.families import save_tiny_family
-from tests.support.tiny import save_tiny_backbone, tiny_inputs
+from tests.support.tiny import tiny_inputs
 
 OWN = {"rank": 2, "alpha": 4, "per_path": True}
-
-
-@pytest.fixture(scope="module")
-def three_layers(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny_backbone(tmp_path_factory.mktemp("three_layers"), num_layers=3)
 
 
 def make(folder: str, *, adapter: dict[str, Any] = OWN, **options: Any) -> ParallelEncoder:
@@ -69,17 +64,17 @@ def of_path(name: str, value: Tensor, path: int, num_paths: int) -> Tensor:
 
 
 @pytest.mark.parametrize("prefix_length", [0, 3])
-def test_paths_equal_models_of_one_path(three_layers: str, prefix_length: int) -> None:
-    encoder = moved(make(three_layers, num_paths=3, prefix_length=prefix_length))
+def test_paths_equal_models_of_one_path(three_layers_dir: str, prefix_length: int) -> None:
+    encoder = moved(make(three_layers_dir, num_paths=3, prefix_length=prefix_length))
     inputs = tiny_inputs(encoder.processor, ROWS)
     embeddings_BND = encoder(inputs)
     all_gradients = gradients(encoder, embeddings_BND)
     for path in range(3):
-        single = make(three_layers, num_paths=1, prefix_length=prefix_length).double()
+        single = make(three_layers_dir, num_paths=1, prefix_length=prefix_length).double()
         state = {n: of_path(n, value, path, 3) for n, value in encoder.state_dict().items()}
         single.load_state_dict(state)
         shared = {**OWN, "per_path": False}
-        plain = make(three_layers, adapter=shared, num_paths=1, prefix_length=prefix_length)
+        plain = make(three_layers_dir, adapter=shared, num_paths=1, prefix_length=prefix_length)
         plain.double().load_state_dict({as_shared(n): as_shared(n, value) for n, value in state.items()})
         expected = single(inputs)
         torch.testing.assert_close(embeddings_BND[:, path : path + 1], expected, rtol=0, atol=1e-6)
@@ -90,15 +85,15 @@ def test_paths_equal_models_of_one_path(three_layers: str, prefix_length: int) -
             torch.testing.assert_close(found, gradient, rtol=1e-5, atol=1e-6)
 
 
-def test_a_loss_reaches_the_adapter_of_its_own_path_only(three_layers: str) -> None:
-    encoder = moved(make(three_layers, num_paths=3))
+def test_a_loss_reaches_the_adapter_of_its_own_path_only(three_layers_dir: str) -> None:
+    encoder = moved(make(three_layers_dir, num_paths=3))
     inputs = tiny_inputs(encoder.processor, ROWS)
     for name, gradient in gradients(encoder, encoder(inputs)[:, 1]).items():
         assert [bool(path.any()) for path in gradient] == [False, True, False], name
 
 
-def test_layers_below_are_computed_once_and_share_their_adapter(three_layers: str) -> None:
-    encoder = moved(make(three_layers, num_paths=2, prefix_layers=1))
+def test_layers_below_are_computed_once_and_share_their_adapter(three_layers_dir: str) -> None:
+    encoder = moved(make(three_layers_dir, num_paths=2, prefix_layers=1))
     rows: dict[str, int] = {}
     for name, module in encoder.named_modules():
         if name.endswith("q_proj"):
@@ -110,10 +105,10 @@ def test_layers_below_are_computed_once_and_share_their_adapter(three_layers: st
 
 
 def test_a_path_starts_the_same_whatever_the_number_of_paths_and_apart_from_the_others(
-    three_layers: str,
+    three_layers_dir: str,
 ) -> None:
     one, three, shared = (
-        make(three_layers, num_paths=n, seed=7, adapter={**OWN, "per_path": own})
+        make(three_layers_dir, num_paths=n, seed=7, adapter={**OWN, "per_path": own})
         for n, own in ((1, True), (3, True), (3, False))
     )
     for (name, layer), (_, first) in zip(three.named_modules(), one.named_modules(), strict=True):
@@ -125,8 +120,8 @@ def test_a_path_starts_the_same_whatever_the_number_of_paths_and_apart_from_the_
             assert not layer.path_lora_B.any()
 
 
-def test_recomputed_layers_know_their_paths(three_layers: str) -> None:
-    once, again = (make(three_layers, num_paths=3, gradient_checkpointing=on) for on in (False, True))
+def test_recomputed_layers_know_their_paths(three_layers_dir: str) -> None:
+    once, again = (make(three_layers_dir, num_paths=3, gradient_checkpointing=on) for on in (False, True))
     moved(once)
     again.double().load_state_dict(once.state_dict())
     inputs = tiny_inputs(once.processor, ROWS)
@@ -135,8 +130,8 @@ def test_recomputed_layers_know_their_paths(three_layers: str) -> None:
         torch.testing.assert_close(found, gradients(once, once(inputs, paths)), rtol=1e-5, atol=1e-7)
 
 
-def test_calls_of_one_encoder_from_threads_do_not_meet(three_layers: str) -> None:
-    encoder = moved(make(three_layers, num_paths=3)).eval()
+def test_calls_of_one_encoder_from_threads_do_not_meet(three_layers_dir: str) -> None:
+    encoder = moved(make(three_layers_dir, num_paths=3)).eval()
     inputs = tiny_inputs(encoder.processor, ROWS)
     choices = [[0], [1], [2], [0, 1], [2, 1, 0], None]
     with torch.no_grad():
@@ -166,8 +161,8 @@ def test_published_adapter_starts_every_path(tmp_path: Path) -> None:
     assert 0.8 < cosine_NN.min() < 0.99999
 
 
-def test_one_path_without_prefix_is_exported_as_a_stock_model(three_layers: str, tmp_path: Path) -> None:
-    embedder = tiny_embedder(three_layers, per_path=True, prefix_length=0)
+def test_one_path_without_prefix_is_exported_as_a_stock_model(three_layers_dir: str, tmp_path: Path) -> None:
+    embedder = tiny_embedder(three_layers_dir, per_path=True, prefix_length=0)
     embedder.save_pretrained(tmp_path / "model", [1], merge_adapters=True)
     stock = AutoModel.from_pretrained(tmp_path / "model" / "backbone").eval()
     inputs = tiny_inputs(embedder.encoder.processor, ROWS)
@@ -183,8 +178,8 @@ def test_one_path_without_prefix_is_exported_as_a_stock_model(three_layers: str,
         embedder.save_pretrained(tmp_path / "both", [0, 1], merge_adapters=True)
 
 
-def test_an_exported_path_has_its_own_adapter_alone(three_layers: str, tmp_path: Path) -> None:
-    embedder = tiny_embedder(three_layers, per_path=True)
+def test_an_exported_path_has_its_own_adapter_alone(three_layers_dir: str, tmp_path: Path) -> None:
+    embedder = tiny_embedder(three_layers_dir, per_path=True)
     embedder.save_pretrained(tmp_path / "model", [2, 0])
     loaded = Embedder.from_pretrained(tmp_path / "model")
     sizes = {name: len(value) for name, value in trainable_state(loaded.encoder).items()}
@@ -203,6 +198,6 @@ def test_an_exported_path_has_its_own_adapter_alone(three_layers: str, tmp_path:
         ({"per_path": False}, {"prefix_length": 0}, "unless num_paths=1 or adapter.per_path"),
     ],
 )
-def test_what_does_not_go_together(three_layers: str, adapter: Any, options: Any, message: str) -> None:
+def test_what_does_not_go_together(three_layers_dir: str, adapter: Any, options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        make(three_layers, adapter={**OWN, **adapter}, num_paths=2, **options)
+        make(three_layers_dir, adapter={**OWN, **adapter}, num_paths=2, **options)

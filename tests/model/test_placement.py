@@ -16,9 +16,9 @@ from parallel_decoupling.model.backbone import AdapterConfig, load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.model.prefixes import DeepPrefixes, ShallowPrefixes, init_random, prefix_range
 from tests.model.test_attention import OTHER_SIZES, ROWS, flash, flex
-from tests.model.test_encoder import make, rows_of, three_layers_dir
+from tests.model.test_encoder import make, rows_of
 
-__all__ = ["flash", "flex", "three_layers_dir"]  # fixtures
+__all__ = ["flash", "flex"]  # fixtures
 
 
 def stock_with_prompt(stock: Any, inputs: EncoderInputs, prompt_PD: Tensor) -> Tensor:
@@ -99,10 +99,11 @@ def test_shallow_and_deep_start_as_one_model_from_meta_prompts(tiny_backbone_dir
     torch.testing.assert_close(shallow(inputs), deep(inputs), rtol=1e-5, atol=1e-6)
 
 
-def test_shallow_prompt_in_bfloat16_and_under_autocast(tiny_backbone_dir: str) -> None:
-    encoder = ParallelEncoder(load_backbone(tiny_backbone_dir), num_paths=2, prefix_type="shallow")
-    half = ParallelEncoder(
-        load_backbone(tiny_backbone_dir, dtype="bfloat16"), num_paths=2, prefix_type="shallow"
+@pytest.mark.parametrize("kind", ["shallow", "deep"])
+def test_prefixes_in_bfloat16_and_under_autocast(tiny_backbone_dir: str, kind: Any) -> None:
+    encoder, half = (
+        ParallelEncoder(load_backbone(tiny_backbone_dir, dtype=dtype), num_paths=2, prefix_type=kind)
+        for dtype in ("float32", "bfloat16")
     )
     inputs = rows_of(encoder)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -111,7 +112,8 @@ def test_shallow_prompt_in_bfloat16_and_under_autocast(tiny_backbone_dir: str) -
         assert other.dtype == torch.float32
         assert F.cosine_similarity(other, encoder(inputs), dim=-1).min() > 0.98
     half(inputs).sum().backward()
-    assert half.prefixes.embeddings.grad.dtype == torch.float32
+    (parameter,) = half.prefixes.parameters()
+    assert parameter.grad.dtype == torch.float32
 
 
 def forward_with_cache_in_some_layers(

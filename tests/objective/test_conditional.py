@@ -85,21 +85,6 @@ def test_the_kinds_given_the_target_are_their_twins_on_what_is_left() -> None:
         assert torch.equal(conditional.nll(paths, given), plain.nll(left))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_collapsed_paths_and_bfloat16_give_finite_values_and_gradients(kind: Kind) -> None:
-    estimator = MutualInformation(kind, num_paths=2, embed_dim=4)
-    labels = torch.arange(6), torch.arange(6)
-    for rows in (torch.full((6, 2, 4), 0.5), torch.randn(6, 2, 4).bfloat16()):
-        paths = rows.clone().requires_grad_()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            value = estimator(paths, Given(rows.flip(0), *labels))
-        value.sum().backward()
-        assert value.dtype == torch.float32
-        assert value.isfinite().all()
-        assert paths.grad is not None
-        assert paths.grad.isfinite().all()
-
-
 def draw(num_rows: int, gains: Tensor, seed: int) -> tuple[Tensor, Given]:
     """Queries ``gains[0] T + gains[1] U + noise`` by two paths and candidates with the same T: U is nuisance.
 

@@ -22,7 +22,9 @@ from parallel_decoupling.objective.alternatives import (
     l1out_bound,
     squared_cosine,
 )
+from parallel_decoupling.objective.conditional import Given
 from parallel_decoupling.objective.vclub import (
+    GivenTarget,
     Kind,
     MutualInformation,
     Unconditional,
@@ -320,29 +322,27 @@ def test_q_that_fitted_identical_paths_follows_when_they_come_apart() -> None:
         assert estimator.nll(held_out).item() < 10
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "none"])
-def test_collapsed_paths_give_finite_values_and_gradients(kind: Kind) -> None:
-    estimator = MutualInformation(kind, num_paths=2, embed_dim=4)
-    paths = torch.full((6, 2, 4), 0.3, requires_grad=True)
-    value = estimator(paths)
-    value.sum().backward()
-    assert value.isfinite().all()
-    assert paths.grad is not None
-    assert paths.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_half_precision_inputs_and_autocast_compute_in_float32(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", [*KINDS, *get_args(GivenTarget)])
+def test_collapsed_paths_and_half_precision_give_finite_float32_whatever_autocast_says(kind: Kind) -> None:
     estimator = MutualInformation(kind, num_paths=3, embed_dim=8)
-    paths = torch.randn(12, 3, 8).bfloat16()
-    results: list[tuple[Any, Any]] = []
-    for enabled in (False, True):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            torch.manual_seed(0)
-            results.append((estimator(paths), estimator.nll(paths)))
-    for plain, mixed in zip(*results, strict=True):
-        assert plain.dtype == mixed.dtype == torch.float32
-        assert torch.equal(plain, mixed)
+    labels = torch.arange(12), torch.arange(12)
+    for rows in (torch.full((12, 3, 8), 0.3), torch.randn(12, 3, 8).bfloat16()):
+        results: list[tuple[Any, ...]] = []
+        for enabled in (False, True):
+            paths = rows.clone().requires_grad_()
+            given = Given(rows.flip(0), *labels) if kind in get_args(GivenTarget) else None
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                torch.manual_seed(0)
+                value = estimator(paths, given)
+                results.append((value, estimator.nll(paths, given)))
+            if kind != "none":
+                value.sum().backward()
+                assert paths.grad is not None
+                assert paths.grad.isfinite().all()
+        for plain, mixed in zip(*results, strict=True):
+            assert plain.dtype == mixed.dtype == torch.float32
+            assert torch.equal(plain, mixed)
+            assert plain.isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -174,16 +174,10 @@ def test_two_runs_are_equal_bit_for_bit_and_the_seed_matters(fit: Any) -> None:
     ("changes", "message"),
     [
         ({"prefix_length": 0}, "set num_paths=1"),
-        ({"num_paths": 0}, "num_paths must be 1 or more, got 0"),
-        ({"num_paths": True}, "num_paths must be a valid integer, got True"),
         ({"num_paths": 1, "aggregate_weight": 0.0}, "set mi_weight=0"),
         ({"mi": {"kind": "none"}}, "set mi_weight=0"),
         ({"mi": {"hidden_size": 0}}, "mi.hidden_size must be 1 or more"),
         ({"optimizer": {"learning_rate": math.inf}}, "optimizer.learning_rate must be 0 or more and finite"),
-        ({"mi_weight": -1.0}, "mi_weight must be 0 or more"),
-        ({"temperature": math.nan}, "temperature must be above 0 and finite, got nan"),
-        ({"query_chunk_size": 0}, "query_chunk_size must be 1"),
-        ({"aggregation": "sum"}, "aggregation must be 'mean', 'concat' or 'learned', got 'sum'"),
     ],
 )
 def test_impossible_settings_say_what_to_change(changes: dict[str, Any], message: str) -> None:

@@ -1,4 +1,4 @@
-"""The icon recipe turns packages of icon sets into a folder that the reader reads; nothing is downloaded."""
+"""The recipes of icons and of words turn packages into folders that train; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -11,12 +11,17 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from parallel_decoupling.data.readers import TrainSubset, read_eval_task
 from parallel_decoupling.data.row_sources import RowSource
 from parallel_decoupling.data.tasks import find_eval_tasks, find_train_subsets
-from recipes import icons
+from parallel_decoupling.data.verify import verify
+from parallel_decoupling.training.module import PDFEmbedder
+from recipes import icons, words
+from tests.support.families import TEXT_FAMILIES, save_tiny_family
+from tests.support.fit import make_trainer, small_data, small_embedder
 
 NAMES = [f"{thing}-{number}" for thing in ("arrow", "box", "cloud", "disk") for number in range(10)]
 CATEGORY = {name: ("Weather", "System", "Maps")[number % 3] for number, name in enumerate(NAMES)}
@@ -76,14 +81,14 @@ def packages_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def data_dir(packages_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def icons_dir(packages_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "icons"
     icons.ensure_icons(folder, packages_dir, seed=0)
     return folder
 
 
-def rows_of(data_dir: Path, table: str) -> list[dict[str, Any]]:
-    (file,) = data_dir.glob(f"{table}/*.parquet")
+def rows_of(icons_dir: Path, table: str) -> list[dict[str, Any]]:
+    (file,) = icons_dir.glob(f"{table}/*.parquet")
     return pq.read_table(file).to_pylist()
 
 
@@ -101,19 +106,19 @@ def icon_set(image: str) -> str:
     return image.split("/")[2]
 
 
-def test_the_reader_reads_every_table_and_picture(data_dir: Path) -> None:
-    assert find_train_subsets(data_dir) == ["Icons_category", "Icons_i2i", "Icons_i2tags", "Icons_t2i"]
-    for subset in find_train_subsets(data_dir):
-        rows = TrainSubset(data_dir, subset, hard_negatives=1)
+def test_the_reader_reads_every_table_and_picture(icons_dir: Path) -> None:
+    assert find_train_subsets(icons_dir) == ["Icons_category", "Icons_i2i", "Icons_i2tags", "Icons_t2i"]
+    for subset in find_train_subsets(icons_dir):
+        rows = TrainSubset(icons_dir, subset, hard_negatives=1)
         assert len([rows[index].negatives for index in range(len(rows))]) > 20
-    assert len(find_eval_tasks(data_dir)) == 8
-    for task in find_eval_tasks(data_dir):
-        read = read_eval_task(data_dir, task)
+    assert len(find_eval_tasks(icons_dir)) == 8
+    for task in find_eval_tasks(icons_dir):
+        read = read_eval_task(icons_dir, task)
         assert read.task.in_distribution == task.startswith("Icons_")
         assert read.task.meta_task == ("classification" if task.endswith("category") else "retrieval")
         assert len(read.query_of_row) >= 10
         assert all(len(set(row)) == len(row) >= 3 for row in read.candidates_of_row)
-    source = RowSource(data_dir / "icons.parquet")
+    source = RowSource(icons_dir / "icons.parquet")
     assert len(source) == 6 * len(NAMES)
     for row in range(len(source)):
         with Image.open(str(source[row].images[0])) as picture:
@@ -121,13 +126,13 @@ def test_the_reader_reads_every_table_and_picture(data_dir: Path) -> None:
             assert picture.getextrema() == (0, 255)
 
 
-def test_no_concept_that_is_evaluated_is_trained_and_one_set_never_is(data_dir: Path) -> None:
+def test_no_concept_that_is_evaluated_is_trained_and_one_set_never_is(icons_dir: Path) -> None:
     trained, evaluated = set(), set()
     for name in icons.TASKS:
-        for row in rows_of(data_dir, f"MMEB-train/Icons_{name}"):
+        for row in rows_of(icons_dir, f"MMEB-train/Icons_{name}"):
             trained |= {cell for key, cell in row.items() if key.endswith("image_path")} - {""}
         for part in ("Icons", "NewIcons"):
-            rows = rows_of(data_dir, f"MMEB-eval/{part}_{name}")
+            rows = rows_of(icons_dir, f"MMEB-eval/{part}_{name}")
             evaluated |= {cell for row in rows for cell in (row["qry_img_path"], *row["tgt_img_path"])} - {""}
             asked = [row["qry_img_path"] or row["tgt_img_path"][0] for row in rows]
             assert {icon_set(image) == "phosphor" for image in asked} == {part == "NewIcons"}
@@ -137,18 +142,18 @@ def test_no_concept_that_is_evaluated_is_trained_and_one_set_never_is(data_dir: 
 
 
 @pytest.mark.parametrize("part", ["Icons", "NewIcons"])
-def test_only_the_first_candidate_is_right(data_dir: Path, part: str) -> None:
-    for row in rows_of(data_dir, f"MMEB-eval/{part}_category"):
+def test_only_the_first_candidate_is_right(icons_dir: Path, part: str) -> None:
+    for row in rows_of(icons_dir, f"MMEB-eval/{part}_category"):
         assert [label in facts(row["qry_img_path"]) for label in row["tgt_text"]] == [True, False, False]
-    for row in rows_of(data_dir, f"MMEB-eval/{part}_t2i"):
+    for row in rows_of(icons_dir, f"MMEB-eval/{part}_t2i"):
         words = icons.words_of(row["qry_text"].split(": ")[1])
         assert [words <= facts(image) for image in row["tgt_img_path"]].index(False) == 1
         assert not any(words <= facts(image) for image in row["tgt_img_path"][1:])
         assert len({icon_set(image) for image in row["tgt_img_path"]}) == 1
-    for row in rows_of(data_dir, f"MMEB-eval/{part}_i2tags"):
+    for row in rows_of(icons_dir, f"MMEB-eval/{part}_i2tags"):
         right = [icons.words_of(text) <= facts(row["qry_img_path"]) for text in row["tgt_text"]]
         assert right == [True] + [False] * (len(right) - 1)
-    for row in rows_of(data_dir, f"MMEB-eval/{part}_i2i"):
+    for row in rows_of(icons_dir, f"MMEB-eval/{part}_i2i"):
         query, (positive, *negatives) = row["qry_img_path"], row["tgt_img_path"]
         assert concept(positive) == concept(query)
         assert icon_set(positive) not in (icon_set(query), "phosphor")
@@ -157,22 +162,22 @@ def test_only_the_first_candidate_is_right(data_dir: Path, part: str) -> None:
 
 
 def test_a_folder_is_a_function_of_the_seed_and_made_once(
-    data_dir: Path, packages_dir: Path, tmp_path: Path
+    icons_dir: Path, packages_dir: Path, tmp_path: Path
 ) -> None:
-    before = (data_dir / "tasks.json").stat().st_mtime_ns
-    icons.ensure_icons(data_dir, packages_dir, seed=0)
-    assert (data_dir / "tasks.json").stat().st_mtime_ns == before
+    before = (icons_dir / "tasks.json").stat().st_mtime_ns
+    icons.ensure_icons(icons_dir, packages_dir, seed=0)
+    assert (icons_dir / "tasks.json").stat().st_mtime_ns == before
     for seed in (0, 1):
         icons.ensure_icons(tmp_path / str(seed), packages_dir, seed)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"], "nothing unfinished is left"
     files, again, other = (
         {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-        for folder in (data_dir, tmp_path / "0", tmp_path / "1")
+        for folder in (icons_dir, tmp_path / "0", tmp_path / "1")
     )
     assert files == again
     assert set(files) != set(other), "another seed holds out other concepts"
     with pytest.raises(ValueError, match=r"was not made of .*'seed': 1"):
-        icons.ensure_icons(data_dir, packages_dir, seed=1)
+        icons.ensure_icons(icons_dir, packages_dir, seed=1)
 
 
 def test_a_picture_that_repeats_another_one_is_left_out_and_counted(
@@ -209,3 +214,86 @@ def test_npm_is_asked_once_for_a_pinned_version(
     assert (archive.name, log.read_text()) == (packed.name, "@mdi/svg@7.4.47\n")
     assert list((tmp_path / "got").iterdir()) == [archive]
     assert icons.read_package(archive) == package_files()["mdi-svg-7.4.47"]
+
+
+LICENCE = "  1 This software and database is being provided to you.  \n"
+WORDS = [word for letter in "abcdefghijklmnop" for word in (f"{letter}ent", f"{letter}ish", f"{letter}orn")]
+
+
+@pytest.fixture(scope="module")
+def wordnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Synsets of two topics, each below the one before, and words that no row is about."""
+    lines = [f"{0:08} 03 n 01 entity 0 000 | what there is"]
+    for number, word in enumerate(WORDS, start=1):
+        head = f"{number:08} {number % 2:02} n 02 {word} 0 old_{word} 0 001 @ {number - 1:08} n 0000"
+        lines.append(f'{head} | meaning number {number}; "the {word}s (again) were here"')
+    lines += [f"{90 + each:08} 00 n 01 twofold 0 000 | sense {each}" for each in range(2)]
+    lines += [f"{95:08} 00 n 01 Berlin 0 000 | a city", f"{96:08} 00 n 01 loop 0 000 | a loop"]
+    files = {
+        "noun": "\n".join(lines),
+        "verb": f"{7:08} 29 v 01 zig 0 000 01 + 02 00 | turn",
+        "adj": f"{7:08} 44 a 01 zonal(a) 0 000 | of a region",
+        "adv": f"{7:08} 02 r 01 zonally 0 000 | by regions",
+    }
+    file = tmp_path_factory.mktemp("npm") / "wordnet.tgz"
+    with tarfile.open(file, "w:gz") as tar:
+        for part, text in files.items():
+            content = (LICENCE + text + "\n").encode()
+            entry = tarfile.TarInfo(f"package/dict/data.{part}")
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    return file
+
+
+@pytest.fixture(scope="module")
+def words_dir(wordnet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(words, "CANDIDATES", 4)
+        words.write_words(wordnet, folder)
+    return folder
+
+
+def test_words_of_one_sense_are_read(wordnet: Path) -> None:
+    entries = {entry.word: entry for entry in words.read_wordnet(wordnet)}
+    assert list(entries) == ["entity", *WORDS, "zig", "zonal", "zonally"]
+    entry = entries["aish"]
+    assert (entry.definition, entry.topic, entry.kind) == ("meaning number 2", "n00", "aent")
+    assert (entry.gap, entry.synonym) == ("the ___ (again) were here", "old aish")
+    assert (entries["zig"].topic, entries["zig"].gap, entries["zig"].kind) == ("v29", "", "")
+
+
+def test_no_word_is_trained_and_evaluated_and_no_other_candidate_is_right(
+    wordnet: Path, words_dir: Path
+) -> None:
+    kept = {entry.word: entry.is_evaluated for entry in words.read_wordnet(wordnet)}
+    assert 0 < sum(kept.values()) < len(kept) / 2
+    for file, names in (
+        ("MMEB-train/Definition_to_word/original-00000-of-00001.parquet", ("pos_text", "neg_text")),
+        ("MMEB-eval/Definition_to_word/test-00000-of-00001.parquet", ("tgt_text",)),
+    ):
+        columns = pq.read_table(words_dir / file).to_pydict()
+        for name in names:
+            found = columns[name] if name != "tgt_text" else [text for row in columns[name] for text in row]
+            assert {kept[word] for word in found} == {name == "tgt_text"}
+    rows = pq.read_table(words_dir / "MMEB-eval/Word_to_synonym/test-00000-of-00001.parquet").to_pylist()
+    for row in rows:
+        word = row["qry_text"].split()[-1]
+        assert row["tgt_text"][0] == f"old {word}"
+        assert len(set(row["tgt_text"])) == 4
+
+
+@pytest.mark.parametrize("name", TEXT_FAMILIES)
+def test_a_model_of_texts_trains_scores_and_comes_back(name: str, words_dir: Path, tmp_path: Path) -> None:
+    assert not [problem for check in verify(words_dir) for problem in check.problems]
+    adapter = {"per_path": True}
+    module = small_embedder(
+        save_tiny_family(name, tmp_path / "backbone"), adapter=adapter, candidate_chunk_size=5
+    )
+    trainer = make_trainer(tmp_path, max_steps=2)
+    trainer.fit(module, small_data(str(words_dir)))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    trainer.test(module, small_data(str(words_dir)), verbose=False)
+    assert set(json.loads((tmp_path / "scores.json").read_text())["tasks"]) == set(words.TASKS)
+    again = PDFEmbedder.load_from_checkpoint(tmp_path / "last.ckpt")
+    assert torch.equal(again.encode(WORDS[:3]), module.encode(WORDS[:3]))
