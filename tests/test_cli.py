@@ -212,11 +212,7 @@ def test_a_mistake_is_one_message_before_any_training(
 
 @pytest.mark.parametrize("way", ["typed", "yaml"])
 def test_a_tilde_means_the_same_folder_for_guard_lock_and_lightning(
-    way: str,
-    config_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    mistake: Any,
+    way: str, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: Any
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)

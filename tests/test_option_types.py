@@ -15,14 +15,7 @@ from hypothesis import strategies as st
 
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.model.backbone import AdapterConfig
-from parallel_decoupling.option_types import (
-    Names,
-    NonNegativeFloat,
-    PositiveInt,
-    Rule,
-    check_values,
-    checked,
-)
+from parallel_decoupling.option_types import Names, NonNegativeFloat, PositiveInt, Rule, check_values, checked
 from parallel_decoupling.training.module import PDFEmbedder
 from parallel_decoupling.training.optimization import MIConfig, OptimizerConfig
 

@@ -236,12 +236,7 @@ def wordnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "adv": f"{7:08} 02 r 01 zonally 0 000 | by regions",
     }
     file = tmp_path_factory.mktemp("npm") / "wordnet.tgz"
-    with tarfile.open(file, "w:gz") as tar:
-        for part, text in files.items():
-            content = (LICENCE + text + "\n").encode()
-            entry = tarfile.TarInfo(f"package/dict/data.{part}")
-            entry.size = len(content)
-            tar.addfile(entry, io.BytesIO(content))
+    pack(file, {f"dict/data.{part}": f"{LICENCE}{text}\n" for part, text in files.items()})
     return file
 
 

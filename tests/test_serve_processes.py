@@ -54,9 +54,6 @@ def test_concurrent_clients_get_what_encode_gives(checkpoint: Path, start: Start
         torch.testing.assert_close(answer, expected, atol=1e-6, rtol=0)
     for future in guilty:
         assert isinstance(future.exception(), openai.BadRequestError)
-    short = client.embeddings.create(model="default", input="a", dimensions=5).data[0].embedding
-    whole = embedder.encode(["a"], paths=0)[0, :5]
-    torch.testing.assert_close(torch.tensor(short), whole / whole.norm(), atol=1e-6, rtol=0)
     assert [row.id for row in client.models.list()] == ["default", "aggregate", "path_0", "path_1"]
     with pytest.raises(openai.NotFoundError, match="no model"):
         client.embeddings.create(model="gpt", input="a")

@@ -1,24 +1,34 @@
-"""``Embedder``: one item or a list, every kind of path, instructions, similarities."""
+"""Embeddings in memory and on disk: every kind of path and input, in order, resumed, of several processes."""
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
+from torch import Tensor
 
+from parallel_decoupling.data.readers import read_eval_task
+from parallel_decoupling.distributed import rank
 from parallel_decoupling.evaluation.embedder import Embedder
-from parallel_decoupling.model.backbone import AdapterConfig, load_backbone
-from parallel_decoupling.model.encoder import ParallelEncoder
+from parallel_decoupling.evaluation.run import EmbeddingWriter
+from parallel_decoupling.evaluation.store import Keeper, Store
+from parallel_decoupling.training.module import PDFEmbedder
 from tests.support.embedders import mixed_inputs, tiny_embedder
-from tests.support.tiny import save_tiny_backbone
+from tests.support.fit import make_trainer, small_data, small_embedder
+from tests.support.processes import run_ranks
 
 
-def test_one_item_is_the_list_of_it_without_the_batch_dimension(tiny_backbone_dir: str) -> None:
-    embedder = tiny_embedder(tiny_backbone_dir)
+def test_one_item_is_the_list_of_it_without_the_batch_dimension(embedder: Embedder) -> None:
     dim = embedder.embed_dim
     for item in mixed_inputs():
         for paths, shape in (("aggregate", (dim,)), ("all", (3, dim)), (1, (dim,)), ([2, 0], (2, dim))):
@@ -27,8 +37,8 @@ def test_one_item_is_the_list_of_it_without_the_batch_dimension(tiny_backbone_di
             assert torch.equal(found, embedder.encode([item], paths=paths)[0])  # type: ignore[arg-type]
 
 
-def test_queries_and_documents_have_their_instructions(tiny_backbone_dir: str) -> None:
-    embedder, inputs = tiny_embedder(tiny_backbone_dir), mixed_inputs()
+def test_queries_and_documents_have_their_instructions(embedder: Embedder) -> None:
+    inputs = mixed_inputs()
     assert torch.equal(embedder.encode_query(inputs), embedder.encode(inputs, instruction="find"))
     documents = embedder.encode(inputs, instruction="show")
     assert torch.equal(embedder.encode_document(inputs), documents)
@@ -40,38 +50,27 @@ def test_queries_and_documents_have_their_instructions(tiny_backbone_dir: str) -
 @pytest.mark.parametrize("prefix_type", ["deep", "shallow"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_models_encode_outside_autocast(
-    tiny_backbone_dir: str, image_file: str, dtype: Any, prefix_type: Any
+    tiny_backbone_dir: str, dtype: Any, prefix_type: Any
 ) -> None:
-    inputs = ["a red circle", {"text": "what colour is it?", "image": image_file}]
-    results = []
-    for kind in (dtype, "float32"):
-        backbone = load_backbone(tiny_backbone_dir, dtype=kind, adapter=AdapterConfig(kind="dora"))
-        encoder = ParallelEncoder(backbone, num_paths=2, prefix_type=prefix_type, aggregation="learned")
-        with torch.no_grad():  # an adapter that adds nothing would hide a wrong dtype
-            for name, parameter in encoder.named_parameters():
-                if "lora_B" in name:
-                    parameter.copy_(torch.arange(parameter.numel()).view_as(parameter) % 3 * 0.01)
-        embedder = Embedder(encoder)
-        results.append((embedder.encode(inputs, paths="all"), embedder.encode(inputs)))
-    for half, full in zip(*results, strict=True):
-        assert half.dtype == torch.float32
-        torch.testing.assert_close(half.norm(dim=-1), torch.ones(half.shape[:-1]))
-        assert F.cosine_similarity(half, full, dim=-1).min() > 0.98
+    options: dict[str, Any] = {"kind": "dora", "aggregation": "learned", "prefix_type": prefix_type}
+    half, full = (
+        tiny_embedder(tiny_backbone_dir, **options, loading={"dtype": each}) for each in (dtype, "float32")
+    )
+    outputs: tuple[Any, ...] = ("all", "aggregate")
+    for paths in outputs:
+        found = half.encode(mixed_inputs(), paths=paths)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.norm(dim=-1), torch.ones(found.shape[:-1]))
+        assert F.cosine_similarity(found, full.encode(mixed_inputs(), paths=paths), dim=-1).min() > 0.98
 
 
-def test_real_encoder_gives_the_same_embeddings_at_any_batch_size(tmp_path: Path, image_file: str) -> None:
-    torch.manual_seed(0)
-    encoder = ParallelEncoder(load_backbone(str(save_tiny_backbone(tmp_path / "tiny"))), num_paths=2)
-    image = Image.new("RGB", (48, 64), "blue")
-    inputs = ["a red circle", image, {"text": "what colour is it?", "image": image_file}, "count the objects"]
-    embedder = Embedder(encoder)
-    single = embedder.encode(inputs, paths="all", batch_size=1)
-    together = embedder.encode(inputs, paths="all", batch_size=4)
+def test_real_encoder_gives_the_same_embeddings_at_any_batch_size(embedder: Embedder) -> None:
+    single, together = (embedder.encode(mixed_inputs(), paths="all", batch_size=size) for size in (1, 4))
     torch.testing.assert_close(together, single, atol=1e-5, rtol=0)
-    torch.testing.assert_close(embedder.encode(inputs, paths=1), single[:, 1], atol=1e-5, rtol=0)
-    aggregate = embedder.encode(inputs)
-    torch.testing.assert_close(aggregate, encoder.aggregate(single), atol=1e-5, rtol=0)
-    torch.testing.assert_close(single.norm(dim=-1), torch.ones(4, 2))
+    torch.testing.assert_close(embedder.encode(mixed_inputs(), paths=1), single[:, 1], atol=1e-5, rtol=0)
+    aggregate = embedder.encode(mixed_inputs())
+    torch.testing.assert_close(aggregate, embedder.encoder.aggregate(single), atol=1e-5, rtol=0)
+    torch.testing.assert_close(single.norm(dim=-1), torch.ones(4, 3))
     assert (Embedder.similarity(single, single) - torch.eye(4)).tril(-1).max() < 0.9999, "rows must differ"
 
 
@@ -86,3 +85,250 @@ def test_similarity_equals_loops(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(Embedder.similarity_pairwise(a, b[:4]), result[:, :4].diagonal())
     with pytest.raises(ValueError, match="4 and 5 rows"):
         Embedder.similarity_pairwise(a, b)
+
+
+NUM_ROWS = 20
+BAD = {5: "missing.png", 11: "broken.png", 16: "text or an image"}
+SIZES = (16, 48, 32)
+
+
+@pytest.fixture(scope="module")
+def module(tiny_backbone_dir: str) -> PDFEmbedder:
+    return small_embedder(tiny_backbone_dir, candidate_instruction="Describe.")
+
+
+@pytest.fixture(scope="module")
+def table_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty rows: texts, images and both of several sizes; three of them bad."""
+    folder = tmp_path_factory.mktemp("rows")
+    texts, images = [], []
+    for row in range(NUM_ROWS):
+        name = f"{row}.png" if row % 2 else ""
+        if name:
+            Image.new("RGB", (SIZES[row % 3], SIZES[row // 3 % 3]), (9 * row, 100, 50)).save(folder / name)
+        texts.append("" if row % 4 == 1 else "a picture " * (1 + row % 3))
+        images.append(name)
+    images[5], images[11], texts[16] = "missing.png", "broken.png", "  "
+    (folder / "broken.png").write_bytes(b"no picture")
+    columns = {"id": [f"row {row}" for row in range(NUM_ROWS)], "text": texts, "image": images}
+    pq.write_table(pa.table({**columns, "number": list(range(NUM_ROWS))}), folder / "rows.parquet")
+    return folder / "rows.parquet"
+
+
+def predict(
+    module: PDFEmbedder,
+    source: Path | None,
+    folder: Path,
+    *callbacks: Callback,
+    dtype: str = "float32",
+    trainer: dict[str, Any] | None = None,
+    **data: Any,
+) -> None:
+    options = {"predict_rows_per_shard": 6, "eval_batch_size": 4, **data}
+    rows = small_data(options.pop("data_dir", "unused"), predict_source=source and str(source), **options)
+    keeper = Keeper(folder, module.about, dtype=dtype)  # type: ignore[arg-type]
+    rows.connect(module, keeper)
+    lightning = make_trainer(folder, EmbeddingWriter(rows, keeper), *callbacks, **(trainer or {}))
+    lightning.predict(module, datamodule=rows, return_predictions=False)
+
+
+def read(folder: Path) -> pa.Table:
+    files = sorted(folder.glob("embeddings-*.parquet"))
+    return pa.concat_tables([pq.read_table(file).replace_schema_metadata(None) for file in files])
+
+
+def vectors(table: pa.Table, name: str) -> Tensor:
+    return torch.tensor(table[name].to_pylist(), dtype=torch.float32)
+
+
+def expected(module: PDFEmbedder, source: Path) -> tuple[list[int], Tensor, Tensor]:
+    """Good rows, and their embeddings one by one."""
+    rows = [row for row in range(NUM_ROWS) if row not in BAD]
+    cells = pq.read_table(source, columns=["text", "image"]).to_pylist()
+    inputs = []
+    for row in rows:
+        text, image = cells[row]["text"], cells[row]["image"]
+        given = {"text": text or None, "image": str(source.parent / image) if image else None}
+        inputs.append({key: value for key, value in given.items() if value is not None})
+    paths = module.encode_candidate(inputs, paths="all", batch_size=1)
+    return rows, paths, module.encode_candidate(inputs, batch_size=1)
+
+
+def test_files_hold_what_encode_gives_in_the_order_of_the_source(
+    module: PDFEmbedder, table_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    predict(module, table_file, tmp_path)
+    rows, paths, aggregate = expected(module, table_file)
+    assert [file.name for file in sorted(tmp_path.glob("*.parquet"))] == [
+        f"embeddings-{shard:05d}.parquet" for shard in range(4)
+    ]
+    table = read(tmp_path)
+    assert table.column_names == ["id", "text", "image", "number", "aggregate", "path_0", "path_1"]
+    assert table["number"].to_pylist() == rows
+    assert table["id"].to_pylist() == [f"row {row}" for row in rows]
+    assert table.schema.field("path_1").type == pa.list_(pa.float32(), 32)
+    assert torch.allclose(vectors(table, "aggregate"), aggregate, atol=1e-5)
+    for path in range(2):
+        assert torch.allclose(vectors(table, f"path_{path}"), paths[:, path], atol=1e-5)
+    bad_rows = [json.loads(line) for line in (tmp_path / "bad_rows.jsonl").read_text().splitlines()]
+    assert [(row["row"], row["id"]) for row in bad_rows] == [(row, f"row {row}") for row in BAD]
+    assert all(BAD[row["row"]] in row["reason"] for row in bad_rows)
+    assert "17 rows embedded. 3 rows could not be embedded" in caplog.text
+
+
+def test_a_folder_is_embedded_whole_and_what_was_left_out_is_said(
+    module: PDFEmbedder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "d").mkdir()
+    for name in (b"a.png", b"caf\xe9.png"):
+        with open(os.fsencode(tmp_path) + b"/d/" + name, "wb") as file:
+            Image.new("RGB", (16, 16)).save(file, "PNG")
+    for name in (b"notes.txt", b"b\xe9\x1b.png"):
+        with open(os.fsencode(tmp_path) + b"/d/" + name, "wb") as file:
+            file.write(b"no picture")
+    predict(module, tmp_path / "d", tmp_path / "o")
+    assert read(tmp_path / "o")["id"].to_pylist() == ["a.png", "bytes:caf%E9.png"]
+    (bad_row,) = map(json.loads, (tmp_path / "o" / "bad_rows.jsonl").read_text("utf-8").splitlines())
+    assert bad_row["id"] == "bytes:b%E9%1B.png"
+    assert "b\udce9" in bad_row["reason"]
+    assert "2 rows embedded. 1 rows could not be embedded" in caplog.text
+    assert "Left out: 1 other files (notes.txt)." in caplog.text
+
+
+def test_a_run_that_embeds_nothing_fails(module: PDFEmbedder, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("image\nnone.png\n")
+    with pytest.raises(ValueError, match="0 rows embedded. 1 rows could not.*Nothing was embedded"):
+        predict(module, tmp_path / "rows.csv", tmp_path / "o")
+    assert "none.png" in (tmp_path / "o" / "bad_rows.jsonl").read_text()
+
+
+def test_chosen_columns_in_half_precision(module: PDFEmbedder, table_file: Path, tmp_path: Path) -> None:
+    predict(module, table_file, tmp_path, dtype="float16", predict_columns=["path_1"])
+    table = read(tmp_path)
+    assert table.column_names == ["id", "text", "image", "number", "path_1"]
+    assert table.schema.field("path_1").type == pa.list_(pa.float16(), 32)
+    assert torch.allclose(vectors(table, "path_1"), expected(module, table_file)[1][:, 1], atol=1e-3)
+
+
+def test_a_shard_of_bad_rows_only_is_a_file_without_rows(
+    module: PDFEmbedder, table_file: Path, tmp_path: Path
+) -> None:
+    predict(module, table_file, tmp_path, predict_rows_per_shard=1)
+    files = sorted(tmp_path.glob("embeddings-*.parquet"))
+    assert [row for row, file in enumerate(files) if not pq.read_metadata(file).num_rows] == list(BAD)
+    store = Store(tmp_path)
+    assert len(store) == len(store.column("path_0")) == NUM_ROWS - len(BAD), "the same columns in all files"
+    assert store.source_rows() == [row for row in range(NUM_ROWS) if row not in BAD]
+
+
+class KillAt(Callback):
+    """Ends the process as ``kill -9`` does."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        if batch_idx == self.batch:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Counter(Callback):
+    """Rows that were embedded."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self.rows += args[1].rows
+
+
+def test_a_killed_run_resumes_where_it_stopped(module: PDFEmbedder, table_file: Path, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    predict(module, table_file, whole)
+    with pytest.raises(RuntimeError, match="-9"):  # two batches per shard: in the middle of the third
+        run_ranks(predict, module, table_file, killed, KillAt(4), processes=1)
+    assert len(list(killed.glob("*.parquet"))) == 2
+    (killed / ".unfinished-1").mkdir()
+    (killed / ".unfinished-1" / "embeddings-00002.parquet").write_bytes(b"half")
+    counter = Counter()
+    predict(module, table_file, killed, counter)
+    assert sorted(counter.rows) == [row for row in range(12, NUM_ROWS) if row not in BAD]
+    assert read(killed).equals(read(whole))
+    assert (killed / "bad_rows.jsonl").read_text() == (whole / "bad_rows.jsonl").read_text()
+    assert not list(killed.glob(".*"))
+    counter.rows.clear()
+    predict(module, table_file, killed, counter)
+    assert not counter.rows, "nothing left to do"
+
+
+def test_files_of_another_run_are_refused(
+    module: PDFEmbedder, table_file: Path, tiny_backbone_dir: str, tmp_path: Path
+) -> None:
+    predict(module, table_file, tmp_path, trainer={"limit_predict_batches": 2})
+    assert len(list(tmp_path.glob("*.parquet"))) == 1
+    for name, changes in {
+        "dtype": {"dtype": "float16"},
+        "instruction": {"predict_instruction": ""},
+        "rows_per_shard": {"predict_rows_per_shard": 7},
+        "columns": {"predict_columns": ["aggregate"]},
+        "images": {"image_size": "low"},
+    }.items():
+        with pytest.raises(
+            ValueError, match=rf"00000\.parquet was written with another {name}: .*output_dir"
+        ):
+            predict(module, table_file, tmp_path, **changes)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="another (num_rows|rows_sha256)"):
+        predict(module, table_file.parent, tmp_path)
+    other = small_embedder(tiny_backbone_dir, candidate_instruction="Describe.")
+    with torch.no_grad():
+        other.encoder.parameter_groups()["prefixes"][0].add_(1.0)
+    with pytest.raises(ValueError, match="another identity: path_sha256, sha256, weights_sha256"):
+        predict(other, table_file, tmp_path)
+    (tmp_path / "embeddings-00001.parquet").write_bytes(b"half a file")
+    with pytest.raises(ValueError, match="00001.parquet is not a complete file of embeddings .*Delete it"):
+        predict(module, table_file, tmp_path)
+
+
+def predict_on_a_rank(module: PDFEmbedder, source: Path, folder: Path, data: dict[str, Any]) -> None:
+    counter = Counter()
+    predict(module, source, folder, counter, trainer={"devices": 2, "strategy": "ddp"}, **data)
+    (folder / f"rows_of_{rank()}.json").write_text(json.dumps(counter.rows))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows_per_shard", [6, 100])
+def test_two_processes_write_what_one_writes(
+    rows_per_shard: int, module: PDFEmbedder, table_file: Path, tmp_path: Path
+) -> None:
+    one, two, options = tmp_path / "one", tmp_path / "two", {"predict_rows_per_shard": rows_per_shard}
+    predict(module, table_file, one, **options)
+    two.mkdir()
+    run_ranks(predict_on_a_rank, module, table_file, two, options)
+    assert read(two).equals(read(one))
+    assert (two / "bad_rows.jsonl").read_text() == (one / "bad_rows.jsonl").read_text()
+    shares = [json.loads((two / f"rows_of_{process}.json").read_text()) for process in range(2)]
+    assert sorted(shares[0] + shares[1]) == [row for row in range(NUM_ROWS) if row not in BAD]
+    assert bool(shares[1]) == (rows_per_shard == 6), "a single shard is one process's"
+
+
+def test_evaluation_tasks_get_a_folder_per_side(
+    module: PDFEmbedder, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    predict(module, None, tmp_path, data_dir=tiny_mmeb_dir, predict_rows_per_shard=3)
+    for name in ("colours_i2t", "colours_t2i"):
+        task = read_eval_task(tiny_mmeb_dir, name)
+        for side, rows in (("query", task.queries), ("candidate", task.candidates)):
+            store = Store(tmp_path / name / side)
+            assert len(store.files) == 2
+            torch.testing.assert_close(store.column("aggregate"), module.encode(rows), rtol=1e-4, atol=1e-5)
+            assert [row["text"] for row in store.rows(range(4))] == [row.text for row in rows]
+
+
+def test_batches_that_a_limit_cut_off_do_not_reach_the_next_loader(
+    module: PDFEmbedder, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"data_dir": tiny_mmeb_dir, "predict_rows_per_shard": 2, "eval_batch_size": 1}
+    predict(module, None, tmp_path, trainer={"limit_predict_batches": 3}, **options)
+    assert len(list(tmp_path.rglob("embeddings-*.parquet"))) == 4, "the first shard of every side"

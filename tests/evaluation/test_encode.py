@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import random
 import zlib
-from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import AutoProcessor
 
 from parallel_decoupling.batch import EncoderInputs, RawInput, TokenLimit
-from parallel_decoupling.data.collate import Collator
+from parallel_decoupling.commands import load_collator
 from parallel_decoupling.data.images import ImagePolicy
 from parallel_decoupling.data.prompts import prompt
 from parallel_decoupling.evaluation import encode as encoding
@@ -242,36 +239,23 @@ def test_a_shard_is_one_process_s_from_its_longest_row_to_its_last_batch() -> No
     assert [place.shard for place in plan] == sorted(place.shard for place in plan)
 
 
-@pytest.fixture
-def collator(tiny_backbone_dir: str) -> Collator:
-    return Collator(AutoProcessor.from_pretrained(tiny_backbone_dir), image_token="<|image_pad|>")
-
-
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_bad_rows_are_named_and_the_others_are_as_without_them(
-    collator: Collator, num_workers: int, tmp_path: Path
+def test_bad_rows_are_named_by_workers_too_and_a_batch_of_them_has_a_stand_in(
+    tiny_backbone_dir: str, num_workers: int
 ) -> None:
-    Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
-    (tmp_path / "broken.png").write_bytes(b"not a picture")
-    rows = [
-        prompt("red", image=str(tmp_path / "red.png")),
-        prompt(image=str(tmp_path / "missing.png")),
-        prompt("blue"),
-        prompt(image=str(tmp_path / "broken.png")),
-        RawInput("a <|image_pad|>"),
-    ]
+    collator = load_collator(tiny_backbone_dir)
+    rows = [prompt("red"), prompt(image="missing.png"), prompt("blue"), RawInput("a <|image_pad|>")]
     batches = RowBatches(rows, collator, "row {}".format, keep_going=True)
-    plan = BatchPlan(rows, TokenEstimate(collator), 5)
+    plan = BatchPlan(rows, TokenEstimate(collator), 4)
     (batch,) = DataLoader(batches, batch_size=None, sampler=plan, num_workers=num_workers)
     assert sorted(batch.rows) == [0, 2]
-    words = {1: "missing.png", 3: "broken.png", 4: "own image token"}
-    assert batch.bad_rows.keys() == words.keys()
-    assert all(word in batch.bad_rows[row] for row, word in words.items())
+    assert batch.bad_rows.keys() == {1, 3}
+    assert "missing.png" in batch.bad_rows[1]
+    assert "own image token" in batch.bad_rows[3]
     alone = collator.encode_inputs([rows[row] for row in batch.rows])
     assert torch.equal(batch.inputs.tokens["input_ids"], alone.tokens["input_ids"])
-    only_bad = BatchPlan(rows, TokenEstimate(collator), 5, rows_per_shard=1, finished=(0, 2, 3, 4))
+    only_bad = BatchPlan(rows, TokenEstimate(collator), 4, rows_per_shard=1, finished=(0, 2, 3))
     (batch,) = (batches[place] for place in only_bad)
     assert (batch.rows, set(batch.bad_rows), len(batch.inputs)) == ((), {1}, 1)
-    strict = RowBatches(rows, collator, "row {}".format)
-    with pytest.raises(ValueError, match="^row [134]: "):
-        strict[next(iter(plan))]
+    with pytest.raises(ValueError, match="^row [13]: "):
+        RowBatches(rows, collator, "row {}".format)[next(iter(plan))]

@@ -25,7 +25,7 @@ from parallel_decoupling.evaluation.leaderboard import (
 )
 from parallel_decoupling.evaluation.report import ScoreReport, TaskResult, write_report
 from parallel_decoupling.evaluation.score import TaskScore, score_task
-from tests.support.scores import values_of_ranks
+from tests.support.stores import values_of_ranks
 
 # hit@1 in percent of VLM2Vec (first version) on Qwen2-VL 2B / 7B, as its authors' score files have it.
 PUBLISHED_TEXT = """

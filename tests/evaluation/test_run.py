@@ -1,11 +1,13 @@
-"""Validation and test on the tiny benchmark: scores, files, warnings, and embeddings that are kept."""
+"""Validation and test: scores, files, warnings, embeddings that are kept, tasks with several answers."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -14,20 +16,26 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from parallel_decoupling.data.readers import read_eval_task
+from parallel_decoupling.evaluation.compare import compare
 from parallel_decoupling.evaluation.report import ScoreReport
 from parallel_decoupling.evaluation.run import evaluate
+from parallel_decoupling.evaluation.score import METRICS
 from parallel_decoupling.training.module import PDFEmbedder
-from tests.support.fit import kept_data, make_trainer, small_data, small_embedder
-from tests.support.mmeb import save_tiny_mmeb
+from tests.support.fit import Recorder, RecordingEmbedder, kept_data, make_trainer, small_data, small_embedder
+from tests.support.mmeb import add_judged_task, save_tiny_mmeb
 from tests.support.processes import run_ranks
 
 TASKS = ("colours_i2t", "colours_t2i")
 
 
+@pytest.fixture
+def module(tiny_backbone_dir: str) -> PDFEmbedder:
+    return small_embedder(tiny_backbone_dir)
+
+
 def test_a_test_run_writes_and_logs_the_scores_of_its_embeddings(
-    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    module: PDFEmbedder, tiny_mmeb_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    module = small_embedder(tiny_backbone_dir)
     trainer = make_trainer(tmp_path, logger=TensorBoardLogger(tmp_path, name="", version=""))
     trainer.test(module, small_data(tiny_mmeb_dir, eval_batch_size=3), verbose=False)
     report = ScoreReport.from_json_file(tmp_path / "scores.json")
@@ -58,28 +66,9 @@ def test_a_test_run_writes_and_logs_the_scores_of_its_embeddings(
     assert "inference modes" in shown
 
 
-def test_a_folder_of_unknown_tasks_trains_and_is_scored(tiny_backbone_dir: str, tmp_path: Path) -> None:
-    data_dir = Path(save_tiny_mmeb(tmp_path / "data"))
-    (data_dir / "tasks.json").unlink()
-    module = small_embedder(tiny_backbone_dir)
-    options: dict[str, Any] = {"validation_tasks": ["colours_t2i"], "eval_tasks": ["colours_i2t"]}
-    trainer = make_trainer(tmp_path, max_steps=1, val_check_interval=1)
-    trainer.fit(module, small_data(str(data_dir), **options))
-    assert module.progress.steps_done == 1
-    assert {"val/custom", "val/overall", "val/colours_t2i/hit_at_1"} <= trainer.callback_metrics.keys()
-    for named, found in ((["colours_i2t"], ["colours_i2t"]), (None, list(TASKS))):
-        make_trainer(tmp_path).test(module, small_data(str(data_dir), eval_tasks=named), verbose=False)
-        content = json.loads((tmp_path / "scores.json").read_text())
-        assert {name: task["meta_task"] for name, task in content["tasks"].items()} == dict.fromkeys(
-            found, "custom"
-        )
-        assert content["means"]["custom"] == content["means"]["overall"]
-
-
 def test_evaluate_needs_no_trainer_and_a_trainer_alone_says_that_nothing_is_scored(
-    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+    module: PDFEmbedder, tiny_mmeb_dir: str, tmp_path: Path
 ) -> None:
-    module = small_embedder(tiny_backbone_dir)
     quiet: dict[str, Any] = {"enable_progress_bar": False, "accelerator": "cpu"}
     report = evaluate(module, tiny_mmeb_dir, default_root_dir=tmp_path / "function", **quiet)
     make_trainer(tmp_path / "trainer").test(module, small_data(tiny_mmeb_dir), verbose=False)
@@ -91,14 +80,14 @@ def test_evaluate_needs_no_trainer_and_a_trainer_alone_says_that_nothing_is_scor
 
 
 def test_validation_scores_only_its_tasks_for_checkpoints_and_early_stopping(
-    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+    module: PDFEmbedder, tiny_mmeb_dir: str, tmp_path: Path
 ) -> None:
     best = ModelCheckpoint(tmp_path, monitor="val/overall", mode="max", filename="best")
     stop = EarlyStopping("val/overall", 2.0, 1, mode="max", check_on_train_epoch_end=False)
     data = small_data(tiny_mmeb_dir, validation_tasks=["colours_t2i"])
     options = {"max_steps": 6, "val_check_interval": 1, "enable_checkpointing": True}
     trainer = make_trainer(tmp_path, best, stop, **options)
-    trainer.fit(small_embedder(tiny_backbone_dir), data)
+    trainer.fit(module, data)
     assert "val/colours_t2i/hit_at_1" in trainer.callback_metrics
     assert "val/colours_i2t/hit_at_1" not in trainer.callback_metrics
     assert best.best_model_score is not None
@@ -106,13 +95,11 @@ def test_validation_scores_only_its_tasks_for_checkpoints_and_early_stopping(
 
 
 def test_a_task_that_limited_batches_cut_has_no_score(
-    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+    module: PDFEmbedder, tiny_mmeb_dir: str, tmp_path: Path
 ) -> None:
     trainer = make_trainer(tmp_path, limit_test_batches=1)
     with pytest.warns(UserWarning, match="colours_i2t: not all rows were encoded"):
-        trainer.test(
-            small_embedder(tiny_backbone_dir), small_data(tiny_mmeb_dir, eval_batch_size=3), verbose=False
-        )
+        trainer.test(module, small_data(tiny_mmeb_dir, eval_batch_size=3), verbose=False)
     assert not (tmp_path / "scores.json").exists()
 
 
@@ -130,12 +117,11 @@ def test_images_of_another_size_than_in_training_are_reported(
 
 
 def test_skipped_evaluation_rows_are_left_out_of_the_score_and_counted(
-    tiny_backbone_dir: str, tmp_path: Path
+    module: PDFEmbedder, tmp_path: Path
 ) -> None:
     data_dir = Path(save_tiny_mmeb(tmp_path / "data"))
     whole, cut = small_data(str(data_dir), eval_batch_size=3), small_data(str(data_dir), eval_batch_size=3)
     cut.missing_images = "skip"
-    module = small_embedder(tiny_backbone_dir)
     make_trainer(tmp_path / "whole").test(module, whole, verbose=False)
     (data_dir / "MMEB-eval" / "red_0.png").unlink()  # a query of i2t, a candidate of t2i
     with pytest.raises(ValueError, match="no image file 'red_0.png'"):
@@ -184,9 +170,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_stopped_test_resumes_with_what_is_not_kept(
-    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+    module: PDFEmbedder, tiny_mmeb_dir: str, tmp_path: Path
 ) -> None:
-    module, kept = small_embedder(tiny_backbone_dir), tmp_path / "kept"
+    kept = tmp_path / "kept"
     three: dict[str, Any] = {"eval_batch_size": 3}
     make_trainer(tmp_path / "plain").test(module, small_data(tiny_mmeb_dir, **three), verbose=False)
     assert run(module, tiny_mmeb_dir, tmp_path / "whole", tmp_path / "whole" / "kept", **three) == 16
@@ -204,9 +190,8 @@ def test_a_stopped_test_resumes_with_what_is_not_kept(
     assert scores(tmp_path / "run") == scores(tmp_path / "plain")
 
 
-def test_other_weights_or_pictures_are_encoded_again(tiny_backbone_dir: str, tmp_path: Path) -> None:
+def test_other_weights_or_pictures_are_encoded_again(module: PDFEmbedder, tmp_path: Path) -> None:
     data_dir, kept = save_tiny_mmeb(tmp_path / "data"), tmp_path / "kept"
-    module = small_embedder(tiny_backbone_dir)
     assert run(module, data_dir, tmp_path, kept) == 16
     picture = Path(data_dir) / "MMEB-eval" / "red_0.png"
     content = bytearray(picture.read_bytes())
@@ -221,10 +206,9 @@ def test_other_weights_or_pictures_are_encoded_again(tiny_backbone_dir: str, tmp
 
 
 def test_what_was_skipped_does_not_serve_a_run_that_skips_nothing(
-    tiny_backbone_dir: str, tmp_path: Path
+    module: PDFEmbedder, tmp_path: Path
 ) -> None:
     data_dir, kept = save_tiny_mmeb(tmp_path / "data"), tmp_path / "kept"
-    module = small_embedder(tiny_backbone_dir)
     (Path(data_dir) / "MMEB-eval" / "red_0.png").write_bytes(b"not a picture")
     for rows in (14, 0):
         with pytest.warns(UserWarning, match="1 of 4 rows"):
@@ -264,3 +248,124 @@ def test_two_processes_embed_and_score_exactly_like_one_and_each_other(
     run_ranks(two, timeout=60)
     assert contents(tmp_path / "two") == whole, "two processes resume what two have left"
     assert scores(tmp_path / "two") == scores(tmp_path / "one")
+
+
+@pytest.fixture(scope="module")
+def judged_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = save_tiny_mmeb(tmp_path_factory.mktemp("mmeb") / "data")
+    add_judged_task(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_backbone_dir: str, judged_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    wanted: dict[str, Any] = {"default": None, "both": ["overall", "shown"], "alone": ["shades"]}
+    for name, names in wanted.items():
+        data = small_data(judged_dir, eval_tasks=names)
+        make_trainer(folder / name).test(small_embedder(tiny_backbone_dir), data, verbose=False)
+    return folder
+
+
+def report_of(runs: Path, name: str) -> ScoreReport:
+    return ScoreReport.from_json_file(runs / name / "scores.json")
+
+
+def test_a_group_has_a_mean_of_its_own_and_changes_no_other(runs: Path) -> None:
+    default, both, alone = (report_of(runs, name) for name in ("default", "both", "alone"))
+    assert list(default.tasks) == ["colours_i2t", "colours_t2i"]
+    assert {name: both.means[name] for name in default.means} == default.means
+    assert both.metric_means == default.metric_means
+    assert both.means["shown"] == alone.means["shown"] == both.tasks["shades"].score
+    result = both.tasks["shades"]
+    assert result.score == {column: metrics["ndcg@5"] for column, metrics in result.metrics.items()}
+    assert (result.num_queries, result.answers) == (4, 6)
+    assert result.score["aggregate"] == pytest.approx(np.mean(result.values["aggregate"]))
+    assert list(result.metrics["aggregate"]) == list(METRICS)
+    assert alone.headline == "shown"
+    assert "mean_of_meta_tasks" not in alone.means
+    rows = {row[0].removesuffix(" !"): row for row in both.task_grid().rows}
+    assert rows["shades, ndcg@5"][1:4] == ["IND", "4", ""]
+    assert rows["mean of shown"][4] == rows["shades, ndcg@5"][4] == f"{100 * result.score['aggregate']:.1f}"
+    assert "shown" in alone.mode_grid().headings
+    default_content, content = (
+        json.loads((runs / name / "scores.json").read_text()) for name in ("default", "both")
+    )
+    assert content["tasks"]["colours_i2t"] == default_content["tasks"]["colours_i2t"]
+    assert "values" not in default_content
+
+
+def test_score_files_hold_what_is_known_of_several_answers(runs: Path) -> None:
+    folder = runs / "both" / "score_files" / "v2"
+    score = json.loads((folder / "shades_score.json").read_text())
+    kinds = ("hit", "mrr", "ndcg_linear", "recall")
+    assert score.keys() == {f"{kind}@{k}" for kind in kinds for k in (1, 5, 10)} | {"num_pred", "num_data"}
+    line = json.loads((folder / "shades_pred.jsonl").read_text().splitlines()[0])
+    assert len(line["prediction"]) == 10
+    assert len(line["label"]) == len(line["rel_scores"]) == 6
+    assert set(line["rel_scores"]) == {1.0, 2.0}
+
+
+def test_runs_are_compared_by_the_tasks_own_metric(runs: Path, tmp_path: Path) -> None:
+    for name in ("both", "alone"):
+        before = report_of(runs, name)
+        result = before.tasks["shades"]
+        changed = {
+            column: [min(1.0, each + 0.25) for each in values] for column, values in result.values.items()
+        }
+        metrics = {
+            column: {**each, "ndcg@5": float(np.mean(changed[column]))}
+            for column, each in result.metrics.items()
+        }
+        after = replace(
+            before, tasks={**before.tasks, "shades": replace(result, values=changed, metrics=metrics)}
+        )
+        other = tmp_path / name
+        other.mkdir()
+        after.to_json_file(other / "scores.json")
+        found = compare([str(runs / name), str(other / "scores.json")], str(tmp_path / f"{name}_page"))
+        difference = next(iter(found.differences.values())).tasks["shades"]
+        gains = np.subtract(changed["aggregate"], result.values["aggregate"])
+        assert difference.difference == pytest.approx(gains.mean())
+        draws = np.random.default_rng(0).choice(gains, (20_000, len(gains))).mean(axis=1)
+        assert [difference.low, difference.high] == pytest.approx(
+            np.quantile(draws, (0.025, 0.975)), abs=0.02
+        )
+        assert "mean of shown" in {row[0] for row in found.grid().rows}
+        (other / "scores.json").write_text(
+            (other / "scores.json").read_text().replace('"metric": "ndcg@5"', '"metric": "ndcg@10"')
+        )
+        with pytest.raises(ValueError, match="shades, aggregate: ndcg@10 is not the mean of the values"):
+            ScoreReport.from_json_file(other / "scores.json")
+
+
+def test_training_takes_several_positives_and_a_teacher_in_any_chunks(
+    tiny_backbone_dir: str, judged_dir: str, tmp_path: Path
+) -> None:
+    results = []
+    for number, chunk in enumerate((None, 3)):
+        options: dict[str, Any] = {
+            "query_chunk_size": chunk,
+            "candidate_chunk_size": chunk,
+            "symmetric": True,
+        }
+        module = small_embedder(tiny_backbone_dir, kind=RecordingEmbedder, teacher_weight=0.5, **options)
+        data = small_data(judged_dir, train_subsets=["overall", "shades"], positives=2, hard_negatives=1)
+        recorder = Recorder()
+        make_trainer(tmp_path / str(number), recorder, max_steps=2).fit(module, data)
+        assert isinstance(module, RecordingEmbedder)
+        results.append((recorder.values, module.history))
+    (values, gradients), (chunked, chunked_gradients) = results
+    assert [each["train/loss"] for each in chunked] == pytest.approx(
+        [each["train/loss"] for each in values], rel=1e-4
+    )
+    for ours, theirs in zip(gradients, chunked_gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=5e-3, atol=5e-5)
+    plain = small_embedder(tiny_backbone_dir, symmetric=True)
+    recorder = Recorder()
+    make_trainer(tmp_path, recorder, max_steps=1).fit(plain, data)
+    assert recorder.values[0]["train/loss"] < values[0]["train/loss"], "the teacher adds to it"
+    with pytest.raises(
+        ValueError, match="No training subset has a teacher's scores. Add a column teacher_scores"
+    ):
+        make_trainer(tmp_path, max_steps=1).fit(module, small_data(judged_dir))

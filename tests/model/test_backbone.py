@@ -16,7 +16,7 @@ from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.model.adapters import draw_adapters
 from parallel_decoupling.model.backbone import AdapterConfig, load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
-from tests.model.test_attention import FROZEN, OTHER_SIZES, ROWS, join
+from tests.model.test_encoder import FROZEN, OTHER_SIZES, ROWS, join
 from tests.model.test_families import TEXTS, collate, stock_alone
 from tests.support.embedders import tiny_embedder
 from tests.support.families import TEXT_FAMILIES, raw_input, save_tiny_family

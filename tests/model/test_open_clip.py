@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import socket
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, EncoderInputs, RawInput
 from parallel_decoupling.data.collate import Collator
+from parallel_decoupling.data.images import load_image
 from parallel_decoupling.data.prompts import prompt
 from parallel_decoupling.model.backbone import AdapterConfig
 from parallel_decoupling.model.encoder import absolute_name, build_encoder
@@ -179,12 +181,17 @@ def inputs_of(encoder: OpenCLIPEncoder, rows: list[RawInput]) -> EncoderInputs:
     return Collator(encoder.processor, image_token=encoder.image_token).encode_inputs(rows)
 
 
+@cache
+def stock(folder: str) -> Any:
+    """Open_clip's own model, transform and tokenizer."""
+    model, transform = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+    return model.eval(), transform, open_clip.get_tokenizer(f"local-dir:{folder}")
+
+
 @torch.no_grad()
 def by_hand(folder: str, row: RawInput) -> Tensor:
     """``[D]``: the fusion rule with open_clip's calls only."""
-    model, transform = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
-    model.eval()
-    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    model, transform, tokenizer = stock(folder)
     total = torch.zeros(24)
     text = row.text.replace(IMAGE_PLACEHOLDER, "").strip()
     if text:
@@ -193,7 +200,7 @@ def by_hand(folder: str, row: RawInput) -> Tensor:
     if row.images:
         mean = torch.zeros(24)
         for image in row.images:
-            (feature,) = model.encode_image(transform(image).unsqueeze(0))
+            (feature,) = model.encode_image(transform(load_image(image)).unsqueeze(0))
             mean += feature / feature.norm() / len(row.images)
         total += mean / mean.norm()
     return total / total.norm()
@@ -257,10 +264,7 @@ def test_selected_rows_have_the_same_embeddings(tiny_clip_dir: str) -> None:
 
 @pytest.mark.parametrize(
     ("option", "words"),
-    [
-        ({"num_paths": 2}, "set num_paths=1"),
-        ({"prefix_length": 8}, "set prefix_length=0"),
-    ],
+    [({"num_paths": 2}, "set num_paths=1"), ({"prefix_length": 8}, "set prefix_length=0")],
 )
 def test_settings_that_an_openclip_model_does_not_have_are_refused(
     tiny_clip_dir: str, option: dict[str, Any], words: str

@@ -15,8 +15,7 @@ from parallel_decoupling.model.attention import prefix_attention
 from parallel_decoupling.model.backbone import AdapterConfig, load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.model.prefixes import DeepPrefixes, ShallowPrefixes, init_random, prefix_range
-from tests.model.test_attention import OTHER_SIZES, ROWS, flash, flex
-from tests.model.test_encoder import make, rows_of
+from tests.model.test_encoder import OTHER_SIZES, ROWS, flash, flex, make, rows_of
 
 __all__ = ["flash", "flex"]  # fixtures
 

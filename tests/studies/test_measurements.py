@@ -17,13 +17,7 @@ from parallel_decoupling.training.module import PDFEmbedder
 from studies.estimator_figures import KIND_COLOURS
 from studies.estimators import KINDS, Cell, cells, fitted_network, measure, run
 from studies.prefix_gradients import gradients, with_network_of
-from studies.published.audit import (
-    TaskScores,
-    audit_row,
-    audit_scores,
-    read_scores,
-    read_table,
-)
+from studies.published.audit import TaskScores, audit_row, audit_scores, read_scores, read_table
 from tests.evaluation.test_report import PUBLISHED
 from tests.support.fit import RecordingEmbedder, make_trainer, small_data, small_embedder
 

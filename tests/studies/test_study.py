@@ -19,14 +19,7 @@ from parallel_decoupling.training.optimization import MIConfig, OptimizerConfig
 from parallel_decoupling.world.rows import WORLD_TASKS
 from studies import results
 from studies.paired_statistics import holm, interval, p_value, paired_difference
-from studies.results import (
-    append_result,
-    missing_points,
-    newest_results,
-    outdated,
-    read_results,
-    take_over,
-)
+from studies.results import append_result, missing_points, newest_results, outdated, read_results, take_over
 from studies.study import PROJECT_DIR, Difference, Run, Study, load_study, study_files
 from studies.study_report import write_report
 from studies.study_tables import cell_table

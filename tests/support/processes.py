@@ -9,15 +9,23 @@ from collections.abc import Callable
 from multiprocessing import get_context
 from typing import Any
 
+import torch
+import torch.distributed as dist
 
-def run_ranks(function: Callable[..., None], *args: Any, processes: int = 2, timeout: float = 300) -> None:
-    """Call ``function(*args)`` in every process; Lightning finds rank and address in the environment."""
+
+def run_ranks(
+    function: Callable[..., None], *args: Any, processes: int = 2, timeout: float = 300, gloo: bool = False
+) -> None:
+    """Call ``function(*args)`` in every process; Lightning finds rank and address in the environment.
+
+    With ``gloo`` the processes know each other already.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = get_context("fork")
     children = [
-        context.Process(target=_run, args=(rank, processes, port, function, args), daemon=True)
+        context.Process(target=_run, args=(rank, processes, port, gloo, function, args), daemon=True)
         for rank in range(processes)
     ]
     for child in children:
@@ -33,7 +41,9 @@ def run_ranks(function: Callable[..., None], *args: Any, processes: int = 2, tim
         raise RuntimeError(f"exit codes {codes} (None: did not end in {timeout} s)")
 
 
-def _run(rank: int, processes: int, port: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+def _run(
+    rank: int, processes: int, port: int, gloo: bool, function: Callable[..., None], args: tuple[Any, ...]
+) -> None:
     os.environ |= {
         "LOCAL_RANK": str(rank),
         "NODE_RANK": "0",
@@ -41,4 +51,9 @@ def _run(rank: int, processes: int, port: int, function: Callable[..., None], ar
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+    torch.set_num_threads(1)
+    if gloo:
+        dist.init_process_group("gloo", rank=rank, world_size=processes)
     function(*args)
+    if gloo:
+        dist.destroy_process_group()

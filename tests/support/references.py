@@ -23,26 +23,8 @@ def info_nce_loop(
     symmetric: bool = False,
 ) -> Tensor:
     """``[N]``: InfoNCE of ``query [B, N, D]`` against ``candidate [G, N, D]``, path by path."""
-    losses = []
-    for n in range(query.shape[1]):
-        terms = []
-        for b, p in enumerate(positive):
-            denominator = torch.zeros((), dtype=query.dtype)
-            for j in range(len(candidate)):
-                if j == p or candidate_ids[j] not in (candidate_ids[p], PADDING_ID):
-                    denominator = denominator + ((query[b, n] * candidate[j, n]).sum() / temperature).exp()
-            own = (query[b, n] * candidate[p, n]).sum() / temperature
-            forward = denominator.log() - own
-            if not symmetric:
-                terms.append(forward)
-                continue
-            denominator = torch.zeros((), dtype=query.dtype)
-            for c, other in enumerate(positive):
-                if c == b or candidate_ids[other] != candidate_ids[p]:
-                    denominator = denominator + ((query[c, n] * candidate[p, n]).sum() / temperature).exp()
-            terms.append((forward + denominator.log() - own) / 2)
-        losses.append(sum(terms, torch.zeros((), dtype=query.dtype)) / len(positive))
-    return torch.stack(losses)
+    positives = [[p] for p in positive]
+    return several_positives_loop(query, candidate, positives, candidate_ids, temperature, symmetric)
 
 
 def several_positives_loop(

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from parallel_decoupling.evaluation.score import row_metrics
 from parallel_decoupling.evaluation.store import AGGREGATE, Store, StoreWriter, path_column
 from parallel_decoupling.search import Hit
 
@@ -97,3 +98,9 @@ def check_hits(
 
 def unit(array: np.ndarray) -> np.ndarray:
     return array / np.linalg.norm(array, axis=-1, keepdims=True)
+
+
+def values_of_ranks(rank_R: Tensor) -> dict[str, Tensor]:
+    """What ``TaskScore.values`` has for a column."""
+    found_RC = torch.nn.functional.one_hot(rank_R - 1, 20).double()
+    return row_metrics(found_RC, found_RC)

@@ -1,23 +1,26 @@
-"""OpenCLIP models under the trainer and the command: scores, training, checkpoints, comparison with PDF."""
+"""OpenCLIP models and every other backbone family under the trainer, from settings alone."""
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import pytest
 import torch
-from torch import Tensor
+import yaml
+from transformers.utils import logging
 
 from parallel_decoupling import cli
-from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
-from parallel_decoupling.data.images import load_image
+from parallel_decoupling.batch import RawInput
 from parallel_decoupling.data.readers import read_eval_task
 from parallel_decoupling.evaluation.report import ScoreReport
 from parallel_decoupling.model.open_clip import OpenCLIPEncoder
 from parallel_decoupling.training.module import PDFEmbedder
+from tests.model.test_open_clip import by_hand
+from tests.model.test_path_lora import OLDER_PATHS, publish
+from tests.support.families import TINY_FAMILIES, save_tiny_family
 from tests.support.fit import (
     ONE_PATH,
     Recorder,
@@ -29,6 +32,7 @@ from tests.support.fit import (
 )
 from tests.support.tiny import noise_image
 from tests.support.tiny_clip import RESNET, save_tiny_clip
+from tests.test_configs import BuiltCLI
 
 CONFIG_DIR = Path(__file__).parent.parent.parent / "lightning_configs"
 TASKS = ("colours_i2t", "colours_t2i")
@@ -43,37 +47,16 @@ def embedder(backbone: str, kind: str = "full", **settings: Any) -> PDFEmbedder:
     return PDFEmbedder(backbone, **{**SETTINGS, "adapter": {"kind": kind}, **settings})
 
 
-class ByHand:
-    """Embeddings and hits with open_clip's calls only, one input at a time."""
-
-    def __init__(self, folder: str) -> None:
-        self.model, self.transform = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
-        self.tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-        self.model.eval()
-
-    @torch.no_grad()
-    def embed(self, row: RawInput) -> Tensor:
-        """Unit-norm text plus unit-norm image, or the one there is."""
-        parts = []
-        text = row.text.replace(IMAGE_PLACEHOLDER, "").strip()
-        if text:
-            parts.append(self.model.encode_text(self.tokenizer(text), normalize=True)[0])
-        for image in row.images:
-            pixels = self.transform(load_image(image)).unsqueeze(0)
-            parts.append(self.model.encode_image(pixels, normalize=True)[0])
-        assert len(row.images) < 2
-        return sum(parts, torch.zeros(24))
-
-    def hit(self, query: RawInput, candidates: list[RawInput]) -> bool:
-        """Whether the first candidate has a higher cosine than each of the others."""
-        scores = [torch.cosine_similarity(self.embed(query), self.embed(each), dim=0) for each in candidates]
-        return all(bool(scores[0] > other) for other in scores[1:])
+def hit(folder: str, query: RawInput, candidates: list[RawInput]) -> bool:
+    """Whether the first candidate has a higher cosine than each of the others, by open_clip's own calls."""
+    scores = [by_hand(folder, query) @ by_hand(folder, each) for each in candidates]
+    return all(bool(scores[0] > other) for other in scores[1:])
 
 
 def test_zero_shot_scores_are_those_of_open_clip_itself(
     tiny_clip_dir: str, tiny_mmeb_dir: str, tmp_path: Path
 ) -> None:
-    module, reference = embedder(tiny_clip_dir, "frozen"), ByHand(tiny_clip_dir)
+    module = embedder(tiny_clip_dir, "frozen")
     make_trainer(tmp_path).test(module, small_data(tiny_mmeb_dir, eval_batch_size=3), verbose=False)
     report = ScoreReport.from_json_file(tmp_path / "scores.json")
     assert report.columns == ["aggregate", "path_0"]
@@ -81,7 +64,7 @@ def test_zero_shot_scores_are_those_of_open_clip_itself(
     for name in TASKS:
         task = read_eval_task(tiny_mmeb_dir, name)
         hits = [
-            reference.hit(task.queries[query], [task.candidates[each] for each in row])
+            hit(tiny_clip_dir, task.queries[query], [task.candidates[each] for each in row])
             for query, row in zip(task.query_of_row, task.candidates_of_row, strict=True)
         ]
         expected.append("".join("01"[hit] for hit in hits))
@@ -187,3 +170,54 @@ def test_shipped_configs_score_train_resume_and_are_compared_with_pdf(
     cli.main(["compare", *runs, "--output_dir", "comparison"])
     assert "openclip_zero_shot" in capsys.readouterr().out
     assert Path("comparison/comparison.json").is_file()
+
+
+UNLISTED = {
+    "image_token": "<image>",
+    "language_module": "language_model",
+    "vision_module": "vision_tower",
+    "layers": "language_model.layers",
+    "position_ids": "sequential",
+}
+INPUTS = ["a red circle", noise_image(40, 24), {"image": noise_image(24, 40, 1), "text": "which colour?"}]
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> None:
+    logging.disable_progress_bar()
+
+
+@pytest.mark.parametrize("name", TINY_FAMILIES)
+def test_two_steps_in_chunks_then_a_checkpoint(name: str, tiny_mmeb_dir: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"family": UNLISTED} if name == "llava" else {}
+    options |= {"adapter": {"scope": "both"}, "query_chunk_size": 3, "candidate_chunk_size": 5}
+    module = small_embedder(save_tiny_family(name, tmp_path / "backbone"), **options)
+    before = trained(module)
+    trainer = make_trainer(tmp_path, max_steps=2)
+    trainer.fit(module, small_data(tiny_mmeb_dir))
+    after = trained(module)
+    still = [parameter for parameter in after if torch.equal(after[parameter], before[parameter])]
+    blocks = {re.sub(r"\.(self_attn|mlp)\..*", "", parameter) for parameter in still}
+    # LLaVA reads the last but one layer of its vision tower, so the last one stays as it was
+    tower = {"encoder.backbone.base.vision_tower.encoder.layers.1"}
+    assert blocks == (tower if name in ("llava", "llava_next_mistral", "llava_next_vicuna") else set())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    again = PDFEmbedder.load_from_checkpoint(tmp_path / "last.ckpt")
+    assert torch.equal(again.encode(INPUTS), module.encode(INPUTS))
+
+
+def test_unlisted_family_and_published_adapter_come_from_yaml(tmp_path: Path) -> None:
+    folder = save_tiny_family("llava", tmp_path / "backbone")
+    publish(folder, tmp_path / "adapter", OLDER_PATHS["llava_next_mistral"], use_dora=True)
+    settings = {
+        "backbone": folder,
+        "family": UNLISTED,
+        "adapter": {"kind": "dora"},
+        "initial_adapter": str(tmp_path / "adapter"),
+        "num_paths": 2,
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"model": settings}), encoding="utf-8")
+    model = BuiltCLI(["fit", "--config", str(tmp_path / "run.yaml"), "--trainer.accelerator=cpu"]).model
+    assert model.encoder.backbone.adapter.rank == 4
+    assert model.encoder.backbone.family.image_token == "<image>"
+    assert model.hparams["family"]["layers"] == "language_model.layers"

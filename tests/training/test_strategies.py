@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -50,7 +48,6 @@ def test_other_ways_of_sharding_are_refused_with_the_alternative(
 
 def shard_and_compare(folder: str, kind: Any, attention: Any) -> None:
     """Assertions of both processes; a failed one is an exit code."""
-    dist.init_process_group("gloo", rank=int(os.environ["LOCAL_RANK"]), world_size=2)
     adapter = AdapterConfig(kind=kind, scope="both")
     encoders = [
         ParallelEncoder(
@@ -61,7 +58,7 @@ def shard_and_compare(folder: str, kind: Any, attention: Any) -> None:
     whole, sharded = encoders
     rows = [RawInput(f"{IMAGE_PLACEHOLDER}\na red circle", (noise_image(32, 32),)), RawInput("a blue square")]
     collator = Collator(whole.processor, image_token=whole.image_token)
-    inputs = collator.encode_inputs(rows[dist.get_rank() :])  # the second process has no image
+    inputs = collator.encode_inputs(rows[rank() :])  # the second process has no image
     expected = whole(inputs)
     for _ in range(2):  # the second time changes nothing
         shard_backbone(sharded.backbone, init_device_mesh("cpu", (2,)))
@@ -74,7 +71,6 @@ def shard_and_compare(folder: str, kind: Any, attention: Any) -> None:
         if kind == "full" or not p.requires_grad
     }
     assert names == inside
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
@@ -84,7 +80,7 @@ def shard_and_compare(folder: str, kind: Any, attention: Any) -> None:
 def test_a_sharded_backbone_gives_the_same_embeddings(
     tmp_path: Any, family: str, kind: str, attention: str
 ) -> None:
-    run_ranks(shard_and_compare, save_tiny_family(family, tmp_path), kind, attention)
+    run_ranks(shard_and_compare, save_tiny_family(family, tmp_path), kind, attention, gloo=True)
 
 
 def test_quantised_weights_are_refused(tiny_backbone_dir: str) -> None:
@@ -127,7 +123,6 @@ def test_clipping_equals_torch(max_norm: float) -> None:
 
 def in_two_processes() -> None:
     """Assertions of both processes; a failed one is an exit code."""
-    dist.init_process_group("gloo", rank=int(os.environ["LOCAL_RANK"]), world_size=2)
     own = rank()
     assert world_size() == 2
     assert gather_objects(("a", "b")[own]) == ["a", "b"]
@@ -163,8 +158,7 @@ def in_two_processes() -> None:
     broadcast_parameters([different, frozen, sharded])
     assert torch.equal(different.detach(), torch.zeros(2))
     assert frozen.item() == own
-    dist.destroy_process_group()
 
 
 def test_two_processes() -> None:
-    run_ranks(in_two_processes, timeout=60)
+    run_ranks(in_two_processes, timeout=60, gloo=True)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from parallel_decoupling.batch import PADDING_ID
@@ -78,8 +76,6 @@ def test_padding_of_each_rank_stays_padding_after_the_gather() -> None:
     labels = positive, ids.tolist()
 
     def in_two_processes() -> None:
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo", rank=int(os.environ["LOCAL_RANK"]), world_size=2)
         mine = candidate.chunk(2)[rank()].clone().requires_grad_()
         pairs = gather_pairs(query.chunk(2)[rank()], mine, ids.chunk(2)[rank()], concatenated)
         path_N, aggregate = terms.contrastive_terms(pairs, 0.5, symmetric=False, with_aggregate=True)
@@ -92,9 +88,8 @@ def test_padding_of_each_rank_stays_padding_after_the_gather() -> None:
         values = terms.monitored_values(pairs, {}, path_N, torch.zeros(3))
         hits_N = torch.stack([values[f"train/hit_at_1_path_{path}"] for path in range(PATHS)])
         assert torch.equal(hits_N, hit_at_1_loop(query, candidate, *labels))
-        dist.destroy_process_group()
 
-    run_ranks(in_two_processes, timeout=60)
+    run_ranks(in_two_processes, timeout=60, gloo=True)
 
 
 def test_two_ranks_with_several_positives_and_a_teacher_equal_one() -> None:
@@ -112,8 +107,6 @@ def test_two_ranks_with_several_positives_and_a_teacher_equal_one() -> None:
     wanted = several_positives_loop(query, candidate, positives, ids.tolist(), 0.5, True) + 0.7 * taught
 
     def in_two_processes() -> None:
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo", rank=int(os.environ["LOCAL_RANK"]), world_size=2)
         sides = [each.chunk(2)[rank()].clone().requires_grad_() for each in (query, candidate)]
         labels = {"candidate_ids": ids.chunk(2)[rank()], "teacher": teacher.chunk(2)[rank()]}
         pairs = gather_pairs(*sides, aggregate=mean_of_paths, num_positives=2, **labels)
@@ -129,9 +122,8 @@ def test_two_ranks_with_several_positives_and_a_teacher_equal_one() -> None:
         for mine, all_of_them in zip(ours, theirs, strict=True):
             torch.testing.assert_close(mine, all_of_them.chunk(2)[rank()])
         assert pairs.detach().own is not None
-        dist.destroy_process_group()
 
-    run_ranks(in_two_processes, timeout=60)
+    run_ranks(in_two_processes, timeout=60, gloo=True)
 
 
 def test_a_shared_parameter_takes_its_share_of_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
