@@ -19,6 +19,7 @@ from parallel_decoupling import cli, lightning_cli
 from parallel_decoupling.evaluation.report import ScoreReport
 from parallel_decoupling.evaluation.store import Store
 from parallel_decoupling.files import locked
+from tests.support.fit import small_config
 from tests.support.mmeb import save_tiny_mmeb
 
 BLOCKED = (
@@ -33,22 +34,8 @@ def python(code: str) -> str:
 @pytest.fixture(scope="module")
 def config_file(tiny_backbone_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cli")
-    config = {
-        "model": {
-            "backbone": tiny_backbone_dir,
-            "num_paths": 2,
-            "prefix_length": 2,
-            "mi": {"warmup_steps": 1},
-        },
-        "data": {"data_dir": save_tiny_mmeb(folder / "data"), "batch_size": 8},
-        "trainer": {
-            "max_steps": 2,
-            "accelerator": "cpu",
-            "default_root_dir": str(folder / "runs" / "demo"),
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-        },
-    }
+    options = {"max_steps": 2, "default_root_dir": str(folder / "runs" / "demo")}
+    config = small_config(tiny_backbone_dir, save_tiny_mmeb(folder / "data"), **options)
     (folder / "demo.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     return folder / "demo.yaml"
 

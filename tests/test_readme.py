@@ -25,7 +25,7 @@ from nbclient import NotebookClient
 
 from parallel_decoupling.cli import TRAINER_SUBCOMMANDS, main
 from parallel_decoupling.world.benchmark import ensure_benchmark
-from tests.data.mmeb_files import write_shop
+from tests.support.mmeb import write_shop
 from tests.support.tiny import noise_image
 
 PROJECT_DIR = Path(__file__).parent.parent

@@ -24,9 +24,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from parallel_decoupling import cli, files, lightning_cli
 from parallel_decoupling.files import UNFINISHED, atomic_write, expand_paths, locked, write_text
 from parallel_decoupling.training.module import PDFEmbedder
+from tests.support.fit import small_config
 from tests.support.processes import run_ranks
 
-MODEL = {"num_paths": 2, "prefix_length": 2, "mi": {"warmup_steps": 1}}
 STEPS = 8  # an epoch has 6 batches
 LOGGERS = [("TensorBoardLogger", {"name": "", "version": "", "default_hp_metric": False}), ("CSVLogger", {})]
 
@@ -34,10 +34,9 @@ LOGGERS = [("TensorBoardLogger", {"name": "", "version": "", "default_hp_metric"
 @pytest.fixture(scope="module")
 def config_file(tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both loggers, a checkpoint and a validation after every other step."""
-    trainer = {"max_steps": STEPS, "val_check_interval": 2, "log_every_n_steps": 1, "accelerator": "cpu"}
-    trainer |= {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 1}
-    data = {"data_dir": tiny_mmeb_dir, "batch_size": 8, "validation_tasks": ["colours_i2t"]}
-    content = {"model": {**MODEL, "backbone": tiny_backbone_dir}, "data": data, "trainer": trainer}
+    trainer = {"max_steps": STEPS, "val_check_interval": 2, "log_every_n_steps": 1, "num_sanity_val_steps": 1}
+    content = small_config(tiny_backbone_dir, tiny_mmeb_dir, **trainer)
+    content["data"]["validation_tasks"] = ["colours_i2t"]
     file = tmp_path_factory.mktemp("resuming") / "config.yaml"
     file.write_text(yaml.safe_dump(content), encoding="utf-8")
     return file

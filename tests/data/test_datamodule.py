@@ -19,8 +19,8 @@ from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.data.images import ImagePolicy
 from parallel_decoupling.data.tables import default_cache_dir
 from parallel_decoupling.evaluation.encode import RowBatch
-from tests.data.mmeb_files import eval_row, train_row, write_eval, write_image, write_train
 from tests.support.fit import stand_in_model
+from tests.support.mmeb import eval_row, train_row, write_eval, write_image, write_train
 
 BATCH_SIZE = 8
 STEPS = 5  # per epoch: 40 rows

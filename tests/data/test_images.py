@@ -19,7 +19,7 @@ from parallel_decoupling.data.collate import Collator, identity
 from parallel_decoupling.data.images import ImageFolder, ImagePolicy, SquareSize, load_image, smart_size
 from parallel_decoupling.data.prompts import prompt
 from parallel_decoupling.data.unusable import RowError
-from tests.data.mmeb_files import write_image
+from tests.support.mmeb import write_image
 
 
 def noise(width: int, height: int) -> Image.Image:

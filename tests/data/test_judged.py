@@ -15,7 +15,7 @@ from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.data.readers import read_eval_task
 from parallel_decoupling.data.tasks import EvalTask
 from parallel_decoupling.data.verify import verify
-from tests.data.mmeb_files import eval_row, train_row, write_eval, write_image, write_rows, write_train
+from tests.support.mmeb import eval_row, train_row, write_eval, write_image, write_rows, write_train
 
 ENTRY: dict[str, Any] = {
     "meta_task": "retrieval",

@@ -29,7 +29,7 @@ from parallel_decoupling.data.prompts import (
 from parallel_decoupling.data.readers import TrainSubset, read_eval_task
 from parallel_decoupling.data.tasks import MMEB_TASKS
 from parallel_decoupling.data.unusable import one_row
-from tests.data.mmeb_files import train_row, write_eval, write_image, write_train
+from tests.support.mmeb import train_row, write_eval, write_image, write_train
 
 _LINES = Path(__file__).with_name("golden_prompts.jsonl").read_text(encoding="utf-8").splitlines()
 GOLDEN: dict[str, tuple[str, ...]] = {row.pop("task"): tuple(row.values()) for row in map(json.loads, _LINES)}

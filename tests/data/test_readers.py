@@ -23,7 +23,7 @@ from parallel_decoupling.data.readers import TrainCollator, TrainSubset, read_ev
 from parallel_decoupling.data.row_sources import TaskSide
 from parallel_decoupling.data.tasks import MMEB_TASKS, find_eval_tasks, find_train_subsets
 from parallel_decoupling.data.unusable import RowError
-from tests.data.mmeb_files import (
+from tests.support.mmeb import (
     OWN_ENTRY,
     SHOP_DOCUMENT,
     eval_row,

@@ -20,7 +20,7 @@ from parallel_decoupling.data.tasks import (
     read_tasks,
     task_of_subset,
 )
-from tests.data.mmeb_files import OWN_ENTRY, eval_row, write_eval
+from tests.support.mmeb import OWN_ENTRY, eval_row, write_eval
 
 
 def test_table_is_mmebs() -> None:

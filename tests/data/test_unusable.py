@@ -22,8 +22,8 @@ from parallel_decoupling.data.unusable import RowError, doubled, one_row
 from parallel_decoupling.data.verify import verify
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.evaluation.encode import TokenEstimate, encode_rows
-from tests.data.mmeb_files import eval_row, train_row, write_eval, write_image, write_train
 from tests.support.fit import ONE_PATH, make_trainer, small_data, small_embedder
+from tests.support.mmeb import eval_row, train_row, write_eval, write_image, write_train
 from tests.support.tiny_clip import CONTEXT_LENGTH
 
 ROOT = Path(next(iter(parallel_decoupling.__path__)))

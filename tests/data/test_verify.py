@@ -19,7 +19,7 @@ from parallel_decoupling.commands import load_collator
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.data.download import download_eval, download_train, unpack
 from parallel_decoupling.data.verify import Check, verify
-from tests.data.mmeb_files import eval_row, train_row, write_eval, write_image, write_train
+from tests.support.mmeb import eval_row, train_row, write_eval, write_image, write_train
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from studies.results import append_result, read_results
 from studies.study import Run, Study, load_study
 from studies.training_log import last_logged_step
 from studies.worker import ensure_scored, execute, saved_steps
+from tests.support.fit import small_config
 from tests.support.mmeb import save_tiny_mmeb
 from tests.support.study import made_up_result, save_study, toy_study
 
@@ -99,17 +100,9 @@ def test_a_stopped_study_ends_its_runs_and_waits_for_them(
 @pytest.fixture
 def small_study(tiny_backbone_dir: str, tmp_path: Path) -> Study:
     """Real runs of four steps."""
-    base = {
-        "model": {
-            "backbone": tiny_backbone_dir,
-            "num_paths": 2,
-            "prefix_length": 2,
-            "optimizer": {"learning_rate": 1e-2, "schedule": "constant"},
-            "mi": {"warmup_steps": 1},
-        },
-        "data": {"data_dir": save_tiny_mmeb(tmp_path / "data"), "batch_size": 8},
-        "trainer": {"max_steps": 4, "accelerator": "cpu", "devices": 1, "log_every_n_steps": 1},
-    }
+    data_dir = save_tiny_mmeb(tmp_path / "data")
+    base = small_config(tiny_backbone_dir, data_dir, max_steps=4, devices=1, log_every_n_steps=1)
+    base["model"]["optimizer"] = {"learning_rate": 1e-2, "schedule": "constant"}
     cells = {"curve": {"curve": [2, 4]}, "plain": {"steps": 4}, "untrained": {"steps": 0}}
     return load_study(save_study(tmp_path, {"cells": cells}, base))
 

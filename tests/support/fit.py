@@ -65,6 +65,24 @@ def small_data(data_dir: str, **settings: Any) -> MMEBDataModule:
     return MMEBDataModule(data_dir=data_dir, **{"batch_size": 8, "eval_batch_size": 8, **settings})
 
 
+def small_config(backbone: str, data_dir: str, **trainer: Any) -> dict[str, Any]:
+    """What a YAML file says of a run of two paths."""
+    quiet = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+    model = {"backbone": backbone, "num_paths": 2, "prefix_length": 2, "mi": {"warmup_steps": 1}}
+    data = {"data_dir": data_dir, "batch_size": 8}
+    return {"model": model, "data": data, "trainer": {**quiet, **trainer}}
+
+
+class SaveAll(Callback):
+    """A checkpoint after every batch, ``<batches done>.ckpt``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        trainer.save_checkpoint(self.folder / f"{pl_module.progress.steps_done}.ckpt")
+
+
 class ConnectedTrainer(Trainer):
     """Hands model and data to each other and to the callback that scores, as the command line does."""
 

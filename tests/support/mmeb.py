@@ -1,13 +1,16 @@
-"""A tiny benchmark on disk in MMEB's layout: two training subsets, two evaluation tasks, coloured squares.
+"""Folders in MMEB's layout: writers of their parts, and a tiny benchmark of coloured squares.
 
-``colours_i2t`` asks for the colour's name, ``colours_t2i`` for an image of a name; the evaluation tasks
-have the same names. Images are 16 to 64 pixels wide.
+Its subsets and tasks are ``colours_i2t``, which asks for the colour's name, and ``colours_t2i``, which asks
+for an image of a name. Images are 16 to 64 pixels wide.
 """
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,40 +20,88 @@ from parallel_decoupling.batch import IMAGE_PLACEHOLDER
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 30), "blue": (30, 30, 220), "yellow": (220, 220, 30)}
 SIZES = (16, 32, 48, 64)
-SUBSETS = ("colours_i2t", "colours_t2i")
+NO_NEGATIVE = {"neg_text": "", "neg_image_path": ""}
+SHOP_DOCUMENT = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+OWN_ENTRY: dict[str, Any] = {
+    "meta_task": "vqa",
+    "in_distribution": False,
+    "train_file": "a.csv",
+    "eval_file": "a.csv",
+    "columns": {"query_text": "q", "candidate_text": "a"},
+}
+"""An entry of tasks.json for a file of one's own."""
+
+
+def write_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(list(rows)), file)
+
+
+def write_image(file: Path, colour: Any = "red", size: tuple[int, int] = (16, 16)) -> str:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(file)
+    return str(file)
+
+
+def train_row(qry: str = "what\n", pos: str = "that", **cells: Any) -> dict[str, Any]:
+    row = {"qry": qry, "qry_image_path": "", "pos_text": pos, "pos_image_path": ""}
+    return {**row, **cells}
+
+
+def eval_row(qry: str, targets: Sequence[str], **cells: Any) -> dict[str, Any]:
+    row = {
+        "qry_text": qry,
+        "qry_img_path": "",
+        "tgt_text": list(targets),
+        "tgt_img_path": [""] * len(targets),
+    }
+    return {**row, **cells}
+
+
+def write_train(data_dir: Path, subset: str, rows: Sequence[dict[str, Any]], split: str = "original") -> None:
+    write_rows(data_dir / "MMEB-train" / subset / f"{split}-00000-of-00001.parquet", rows)
+
+
+def write_eval(data_dir: Path, task: str, rows: Sequence[dict[str, Any]]) -> None:
+    write_rows(data_dir / "MMEB-eval" / task / "test-00000-of-00001.parquet", rows)
+
+
+def write_shop(folder: Path) -> Path:
+    """Write ``shop/``, the example of ``SHOP_DOCUMENT``, as it stands there."""
+    pattern = r"^`(shop/[^`]+)`:\n\n```\w+\n(.*?)^```"
+    files = dict(re.findall(pattern, SHOP_DOCUMENT, flags=re.MULTILINE | re.DOTALL))
+    names = ("tasks.json", "train.jsonl", "test.csv", "labels.jsonl")
+    assert list(files) == [f"shop/{name}" for name in names]
+    for name in ("chair_1", "chair_2", "lamp_1"):
+        write_image(folder / "shop" / "photos" / f"{name}.jpg")
+    for name, content in files.items():
+        (folder / name).write_text(content, encoding="utf-8")
+    return folder / "shop"
 
 
 def save_tiny_mmeb(folder: Path, rows: int = 24) -> str:
     """Write the benchmark with ``rows`` training rows per subset; returns its ``data_dir``."""
-    for part in ("MMEB-train/images", "MMEB-eval"):
-        (folder / part).mkdir(parents=True)
     images = {}
     for number in range(rows):
         colour, size = list(COLOURS)[number % 4], SIZES[(number // 4) % 4]
         shade = tuple(max(0, channel - number) for channel in COLOURS[colour])
         name = f"{colour}_{number}.png"
-        Image.new("RGB", (size, size), shade).save(folder / "MMEB-train" / "images" / name)
-        Image.new("RGB", (size, size), shade).save(folder / "MMEB-eval" / name)
+        for place in ("MMEB-train/images", "MMEB-eval"):
+            write_image(folder / place / name, shade, (size, size))
         images[name] = f"a {colour} picture"
     ask, find = f"{IMAGE_PLACEHOLDER}\nwhat colour is the picture?\n", "find the picture: "
     show = f"{IMAGE_PLACEHOLDER}\nthe picture\n"
-    training = {
-        "colours_i2t": [(ask, f"images/{name}", text, "") for name, text in images.items()],
-        "colours_t2i": [(find + text, "", show, f"images/{name}") for name, text in images.items()],
-    }
-    for subset, cells in training.items():
-        columns = zip(*[(*row, "", "") for row in cells], strict=True)
-        names = ("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path")
-        _write(folder / "MMEB-train" / subset / "original-00000-of-00001.parquet", names, columns)
+    of_training = [(f"images/{name}", text) for name, text in images.items()]
+    i2t = [train_row(ask, text, qry_image_path=file, **NO_NEGATIVE) for file, text in of_training]
+    t2i = [train_row(find + text, show, pos_image_path=file, **NO_NEGATIVE) for file, text in of_training]
+    write_train(folder, "colours_i2t", i2t)
+    write_train(folder, "colours_t2i", t2i)
     four = list(images.items())[:4]
     rotations = [four[start:] + four[:start] for start in range(4)]
-    evaluation = {
-        "colours_i2t": [(ask, row[0][0], [text for _, text in row], [""] * 4) for row in rotations],
-        "colours_t2i": [(find + row[0][1], "", [show] * 4, [name for name, _ in row]) for row in rotations],
-    }
-    for task, cells in evaluation.items():
-        names = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
-        _write(folder / "MMEB-eval" / task / "test-00000-of-00001.parquet", names, zip(*cells, strict=True))
+    i2t = [eval_row(ask, [text for _, text in row], qry_img_path=row[0][0]) for row in rotations]
+    t2i = [eval_row(find + r[0][1], [show] * 4, tgt_img_path=[name for name, _ in r]) for r in rotations]
+    write_eval(folder, "colours_i2t", i2t)
+    write_eval(folder, "colours_t2i", t2i)
     tasks = {
         "colours_i2t": {"meta_task": "classification", "in_distribution": True},
         "colours_t2i": {"meta_task": "retrieval", "in_distribution": False},
@@ -61,10 +112,8 @@ def save_tiny_mmeb(folder: Path, rows: int = 24) -> str:
 
 def add_text_subset(data_dir: str, rows: int = 24) -> None:
     """Add the training subset ``texts``, whose queries and candidates have no image."""
-    cells = [(f"{number} and one\n", "", str(number + 1), "", "", "") for number in range(rows)]
-    names = ("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path")
-    file = Path(data_dir) / "MMEB-train" / "texts" / "original-00000-of-00001.parquet"
-    _write(file, names, zip(*cells, strict=True))
+    cells = [train_row(f"{number} and one\n", str(number + 1), **NO_NEGATIVE) for number in range(rows)]
+    write_train(Path(data_dir), "texts", cells)
 
 
 def add_judged_task(data_dir: str) -> None:
@@ -81,15 +130,11 @@ def add_judged_task(data_dir: str) -> None:
         "train": {"text": [f"{c} ones" for c in COLOURS] * 4, "file": shown * 4, "scores": [[2, 1, 0]] * 16},
     }
     for part, columns in parts.items():
-        _write(folder / part / "test-0.parquet", tuple(columns), columns.values())
+        (folder / part).mkdir(parents=True)
+        pq.write_table(pa.table(columns), folder / part / "test-0.parquet")
     entry = {"meta_task": "retrieval", "in_distribution": True, "metric": "ndcg@5", "group": "shown"}
     entry |= {"train_file": "shades/train/test-0.parquet", "eval_dir": "shades", "image_dir": "MMEB-eval"}
     roles = {"query_text": "text", "candidate_image": "file", "teacher_scores": "scores"}
     tasks = json.loads((Path(data_dir) / "tasks.json").read_text())
     tasks["shades"] = {**entry, "columns": roles}
     (Path(data_dir) / "tasks.json").write_text(json.dumps(tasks))
-
-
-def _write(file: Path, names: tuple[str, ...], columns: object) -> None:
-    file.parent.mkdir(parents=True)
-    pq.write_table(pa.table(dict(zip(names, map(list, columns), strict=True))), file)  # type: ignore[call-overload]

@@ -16,7 +16,15 @@ from torch import Tensor
 from parallel_decoupling.model.pretrained import RUN_KEYS, load_encoder
 from parallel_decoupling.training.module import PDFEmbedder
 from parallel_decoupling.training.run_folder import find_checkpoint, run_files
-from tests.support.fit import Recorder, assert_equal, make_trainer, small_data, small_embedder, trained
+from tests.support.fit import (
+    Recorder,
+    SaveAll,
+    assert_equal,
+    make_trainer,
+    small_data,
+    small_embedder,
+    trained,
+)
 from tests.support.tiny import save_tiny_backbone
 
 DROPOUT: dict[str, Any] = {"adapter": {"dropout": 0.2, "per_path": True}, "mi": {"kind": "club_sample"}}
@@ -107,16 +115,6 @@ class StopAt(Callback):
     def _act(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if pl_module.progress.steps_done == self.batches:
             self.action(trainer)
-
-
-class SaveAll(Callback):
-    """A checkpoint after every batch, ``<batches done>.ckpt``."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        trainer.save_checkpoint(self.folder / f"{pl_module.progress.steps_done}.ckpt")
 
 
 def run(

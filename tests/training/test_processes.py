@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from parallel_decoupling.distributed import rank, whole
 from parallel_decoupling.training.module import PDFEmbedder
 from tests.support.families import save_tiny_family
-from tests.support.fit import ONE_PATH, Recorder, make_trainer, small_data, small_embedder
+from tests.support.fit import ONE_PATH, Recorder, SaveAll, make_trainer, small_data, small_embedder
 from tests.support.mmeb import add_text_subset, save_tiny_mmeb
 from tests.support.processes import run_ranks
 
@@ -49,17 +49,6 @@ class Recording(PDFEmbedder):
         return super()._encode(inputs, side, chunk_size)
 
 
-class SaveAt(Callback):
-    """One checkpoint, ``<batches>.ckpt``."""
-
-    def __init__(self, folder: Path, batches: int) -> None:
-        self.folder, self.batches = folder, batches
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        if pl_module.progress.steps_done == self.batches:
-            trainer.save_checkpoint(self.folder / f"{self.batches}.ckpt")
-
-
 def train(
     folder: Path,
     backbone: str,
@@ -79,7 +68,7 @@ def train(
     module.gradients, module.with_image, module.sharded = [], [], set()
     recorder = Recorder()
     options = {"devices": 1 if strategy == "auto" else 2, "strategy": strategy}
-    trainer = make_trainer(folder, recorder, SaveAt(folder, 3), max_steps=STEPS, **options)
+    trainer = make_trainer(folder, recorder, SaveAll(folder), max_steps=STEPS, **options)
     data = small_data(data_dir, policy="sub_batch", sub_batch_size=4, train_subsets=subsets)
     trainer.fit(module, data, ckpt_path=resume)
     torch.save(
