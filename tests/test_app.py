@@ -12,34 +12,18 @@ pytest.importorskip("gradio")
 from parallel_decoupling.app import build_page, find
 from parallel_decoupling.batch import RawInput
 from parallel_decoupling.evaluation.embedder import Embedder
-from parallel_decoupling.model.identity import path_hashes
 from parallel_decoupling.search import ExactIndex, Searcher
-from tests.support.stores import save_store
+from tests.support.stores import save_pictures
 from tests.support.tiny import noise_image
-
-
-def embed_pictures(folder: Path, embedder: Embedder, count: int, **about: Any) -> Searcher:
-    """Pictures, of which the last is lost afterwards, and an item without one."""
-    files = [folder / f"{number}.png" for number in range(count)]
-    for number, file in enumerate(files):
-        noise_image(32, 32, number).save(file)
-    items = [*files, "a text"]
-    store = save_store(
-        folder,
-        embedder.encode(items, paths="all"),
-        {"image": [*(file.name for file in files), None]},
-        aggregate=embedder.encode(items, paths="aggregate"),
-        path_sha256=path_hashes(embedder.encoder),
-        image_dir=str(folder),
-        **about,
-    )
-    files[-1].unlink()
-    return Searcher(embedder, ExactIndex(store))
 
 
 @pytest.fixture(scope="module")
 def searcher(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Searcher:
-    return embed_pictures(tmp_path_factory.mktemp("pictures"), Embedder.from_pretrained(checkpoint), 3)
+    """Of three pictures, of which the last is lost afterwards, and an item without one."""
+    folder, embedder = tmp_path_factory.mktemp("pictures"), Embedder.from_pretrained(checkpoint)
+    index = ExactIndex(save_pictures(folder, embedder, 3, "a text"))
+    (folder / "2.png").unlink()
+    return Searcher(embedder, index)
 
 
 def ask(searcher: Searcher, **changes: Any) -> Any:

@@ -20,7 +20,7 @@ from parallel_decoupling.model.identity import path_hashes
 from tests.model.test_pretrained import every_path
 from tests.support.embedders import tiny_embedder
 from tests.support.fit import make_trainer, small_data, small_embedder
-from tests.support.stores import save_store
+from tests.support.stores import save_pictures, save_store
 from tests.support.tiny import noise_image
 
 COUNT = 12
@@ -31,19 +31,7 @@ SCORINGS = ("aggregate", "path_1", "maxsim")
 def embeddings(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What predict writes of twelve pictures."""
     folder = tmp_path_factory.mktemp("embeddings")
-    for number in range(COUNT):
-        noise_image(32, 32, seed=number).save(folder / f"{number}.png")
-    files = [folder / f"{number}.png" for number in range(COUNT)]
-    embedder = Embedder.from_pretrained(checkpoint)
-    save_store(
-        folder,
-        embedder.encode_document(files, paths="all"),
-        {"image": [file.name for file in files], "part": [number % 2 for number in range(COUNT)]},
-        aggregate=embedder.encode_document(files, paths="aggregate"),
-        path_sha256=path_hashes(embedder.encoder),
-        model=str(checkpoint),
-        image_dir=str(folder),
-    )
+    save_pictures(folder, Embedder.from_pretrained(checkpoint), COUNT, model=str(checkpoint))
     return folder
 
 

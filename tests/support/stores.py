@@ -13,9 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.evaluation.score import row_metrics
 from parallel_decoupling.evaluation.store import AGGREGATE, Store, StoreWriter, path_column
+from parallel_decoupling.model.identity import path_hashes
 from parallel_decoupling.search import Hit
+from tests.support.tiny import noise_image
 
 
 def vectors(count: int, paths: int = 3, dim: int = 24, seed: int = 0) -> Tensor:
@@ -54,6 +57,23 @@ def save_store(
         part = {name: column[rows.start : rows.stop] for name, column in by_column.items()}
         writer.write(shard, table.slice(rows.start, len(rows)), part, rows_sha256=str(shard))
     return Store(folder)
+
+
+def save_pictures(folder: Path, embedder: Embedder, count: int, *others: Any, **about: Any) -> Store:
+    """Write a store of the pictures ``0.png``, ``1.png`` and so on, and of other inputs after them."""
+    files = [folder / f"{number}.png" for number in range(count)]
+    for number, file in enumerate(files):
+        noise_image(32, 32, number).save(file)
+    items = [*files, *others]
+    fields = {
+        "image": [*(file.name for file in files), *[None] * len(others)],
+        "part": [number % 2 for number in range(len(items))],
+    }
+    about |= {"path_sha256": path_hashes(embedder.encoder), "image_dir": str(folder)}
+    aggregate = embedder.encode_document(items, paths="aggregate")
+    return save_store(
+        folder, embedder.encode_document(items, paths="all"), fields, aggregate=aggregate, **about
+    )
 
 
 def queries_by_column(embeddings_QND: Tensor) -> dict[str, Tensor]:
