@@ -288,7 +288,7 @@ def test_a_model_of_texts_trains_scores_and_comes_back(name: str, words_dir: Pat
     trainer = make_trainer(tmp_path, max_steps=2)
     trainer.fit(module, small_data(str(words_dir)))
     trainer.save_checkpoint(tmp_path / "last.ckpt")
-    trainer.test(module, small_data(str(words_dir)), verbose=False)
+    trainer.test(module, small_data(str(words_dir)))
     assert set(json.loads((tmp_path / "scores.json").read_text())["tasks"]) == set(words.TASKS)
     again = PDFEmbedder.load_from_checkpoint(tmp_path / "last.ckpt")
     assert torch.equal(again.encode(WORDS[:3]), module.encode(WORDS[:3]))

@@ -37,7 +37,7 @@ def test_a_test_run_writes_and_logs_the_scores_of_its_embeddings(
     module: PDFEmbedder, tiny_mmeb_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer = make_trainer(tmp_path, logger=TensorBoardLogger(tmp_path, name="", version=""))
-    trainer.test(module, small_data(tiny_mmeb_dir, eval_batch_size=3), verbose=False)
+    trainer.test(module, small_data(tiny_mmeb_dir, eval_batch_size=3))
     report = ScoreReport.from_json_file(tmp_path / "scores.json")
     assert list(report.tasks) == list(TASKS)
     assert report.columns == ["aggregate", "path_0", "path_1", "mean", "concat", "maxsim"]
@@ -71,7 +71,7 @@ def test_evaluate_needs_no_trainer_and_a_trainer_alone_says_that_nothing_is_scor
 ) -> None:
     quiet: dict[str, Any] = {"enable_progress_bar": False, "accelerator": "cpu"}
     report = evaluate(module, tiny_mmeb_dir, default_root_dir=tmp_path / "function", **quiet)
-    make_trainer(tmp_path / "trainer").test(module, small_data(tiny_mmeb_dir), verbose=False)
+    make_trainer(tmp_path / "trainer").test(module, small_data(tiny_mmeb_dir))
     assert report.means == ScoreReport.from_json_file(tmp_path / "trainer" / "scores.json").means
     alone = Trainer(default_root_dir=tmp_path / "alone", logger=False, **quiet)
     with pytest.warns(UserWarning, match="Nothing scores this test: add .*Scoring"):
@@ -99,7 +99,7 @@ def test_a_task_that_limited_batches_cut_has_no_score(
 ) -> None:
     trainer = make_trainer(tmp_path, limit_test_batches=1)
     with pytest.warns(UserWarning, match="colours_i2t: not all rows were encoded"):
-        trainer.test(module, small_data(tiny_mmeb_dir, eval_batch_size=3), verbose=False)
+        trainer.test(module, small_data(tiny_mmeb_dir, eval_batch_size=3))
     assert not (tmp_path / "scores.json").exists()
 
 
@@ -111,7 +111,7 @@ def test_images_of_another_size_than_in_training_are_reported(
     trainer.save_checkpoint(tmp_path / "one.ckpt")
     for size, details in ((None, []), ("low", ["image_size: trained None, asked low"])):
         module, data = small_embedder(tiny_backbone_dir), small_data(tiny_mmeb_dir, image_size=size)
-        make_trainer(tmp_path).test(module, data, ckpt_path=tmp_path / "one.ckpt", verbose=False)
+        make_trainer(tmp_path).test(module, data, ckpt_path=tmp_path / "one.ckpt")
         report = ScoreReport.from_json_file(tmp_path / "scores.json")
         assert [each["detail"] for each in report.warnings if each["check"] == "other_images"] == details
 
@@ -122,12 +122,12 @@ def test_skipped_evaluation_rows_are_left_out_of_the_score_and_counted(
     data_dir = Path(save_tiny_mmeb(tmp_path / "data"))
     whole, cut = small_data(str(data_dir), eval_batch_size=3), small_data(str(data_dir), eval_batch_size=3)
     cut.missing_images = "skip"
-    make_trainer(tmp_path / "whole").test(module, whole, verbose=False)
+    make_trainer(tmp_path / "whole").test(module, whole)
     (data_dir / "MMEB-eval" / "red_0.png").unlink()  # a query of i2t, a candidate of t2i
     with pytest.raises(ValueError, match="no image file 'red_0.png'"):
         small_data(str(data_dir)).setup("test")
     with pytest.warns(UserWarning, match="1 queries and 0 candidates cannot be embedded; 1 of 4 rows"):
-        make_trainer(tmp_path / "cut").test(module, cut, verbose=False)
+        make_trainer(tmp_path / "cut").test(module, cut)
     before, after = (ScoreReport.from_json_file(tmp_path / name / "scores.json") for name in ("whole", "cut"))
     for task in TASKS:
         assert (before.tasks[task].num_queries, before.tasks[task].num_skipped) == (4, 0)
@@ -156,7 +156,7 @@ def run(
 ) -> int:
     counting = Counting(stop_at)
     data = kept_data(module, kept, data_dir, **settings)
-    make_trainer(folder, counting).test(module, data, verbose=False)
+    make_trainer(folder, counting).test(module, data)
     return counting.rows
 
 
@@ -174,7 +174,7 @@ def test_a_stopped_test_resumes_with_what_is_not_kept(
 ) -> None:
     kept = tmp_path / "kept"
     three: dict[str, Any] = {"eval_batch_size": 3}
-    make_trainer(tmp_path / "plain").test(module, small_data(tiny_mmeb_dir, **three), verbose=False)
+    make_trainer(tmp_path / "plain").test(module, small_data(tiny_mmeb_dir, **three))
     assert run(module, tiny_mmeb_dir, tmp_path / "whole", tmp_path / "whole" / "kept", **three) == 16
     with pytest.raises(KeyError, match="killed"):
         run(module, tiny_mmeb_dir, tmp_path / "run", kept, stop_at=3, **three)
@@ -220,7 +220,7 @@ def test_what_was_skipped_does_not_serve_a_run_that_skips_nothing(
 def run_on(backbone: str, data_dir: str, folder: Path, devices: int, **settings: Any) -> None:
     module = small_embedder(backbone)
     trainer = make_trainer(folder, devices=devices, strategy="ddp" if devices > 1 else "auto")
-    trainer.test(module, kept_data(module, folder / "kept", data_dir, **settings), verbose=False)
+    trainer.test(module, kept_data(module, folder / "kept", data_dir, **settings))
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def runs(tiny_backbone_dir: str, judged_dir: str, tmp_path_factory: pytest.TempP
     wanted: dict[str, Any] = {"default": None, "both": ["overall", "shown"], "alone": ["shades"]}
     for name, names in wanted.items():
         data = small_data(judged_dir, eval_tasks=names)
-        make_trainer(folder / name).test(small_embedder(tiny_backbone_dir), data, verbose=False)
+        make_trainer(folder / name).test(small_embedder(tiny_backbone_dir), data)
     return folder
 
 

@@ -104,7 +104,7 @@ class ConnectedTrainer(Trainer):
 
     def test(self, model: Any, data: Any = None, **options: Any) -> Any:
         self._connect(model, data)
-        return super().test(model, datamodule=data, **options)
+        return super().test(model, datamodule=data, **{"verbose": False, **options})
 
 
 def make_trainer(folder: Path, *callbacks: Callback, **options: Any) -> ConnectedTrainer:

@@ -189,7 +189,7 @@ def test_a_checkpoint_names_the_data_of_its_training(
 
     assert fit(1024, 1) == [1024]
     trainer = make_trainer(tmp_path)
-    trainer.test(module, small_data(tiny_mmeb_dir, max_pixels=2048), verbose=False)
+    trainer.test(module, small_data(tiny_mmeb_dir, max_pixels=2048))
     assert named(trainer) == 1024
     assert fit(3072, 2, resume=file) == [3072], "of the fit that resumes"
 

@@ -57,7 +57,7 @@ def test_zero_shot_scores_are_those_of_open_clip_itself(
     tiny_clip_dir: str, tiny_mmeb_dir: str, tmp_path: Path
 ) -> None:
     module = embedder(tiny_clip_dir, "frozen")
-    make_trainer(tmp_path).test(module, small_data(tiny_mmeb_dir, eval_batch_size=3), verbose=False)
+    make_trainer(tmp_path).test(module, small_data(tiny_mmeb_dir, eval_batch_size=3))
     report = ScoreReport.from_json_file(tmp_path / "scores.json")
     assert report.columns == ["aggregate", "path_0"]
     found, expected = [], []
@@ -161,9 +161,7 @@ def test_shipped_configs_score_train_resume_and_are_compared_with_pdf(
     cli.main(["fit", *tuned, "--trainer.max_steps", "3", "--ckpt_path", "last"])
     assert "Settings that differ" not in capsys.readouterr().err
     cli.main(["test", *tuned, "--ckpt_path", "last"])
-    make_trainer(tmp_path / "runs" / "pdf").test(
-        small_embedder(tiny_backbone_dir), small_data(tiny_mmeb_dir), verbose=False
-    )
+    make_trainer(tmp_path / "runs" / "pdf").test(small_embedder(tiny_backbone_dir), small_data(tiny_mmeb_dir))
     runs = [f"runs/{name}" for name in ("openclip_zero_shot", "openclip", "pdf")]
     reports = [ScoreReport.from_json_file(Path(run) / "scores.json") for run in runs]
     assert [report.run["global_step"] for report in reports] == [0, 3, 0]

@@ -190,7 +190,7 @@ def test_every_layout_scores_alike(tiny_backbone_dir: str, tiny_mmeb_dir: str, t
         module = PDFEmbedder(backbone=tiny_backbone_dir, num_paths=2, prefix_length=3)
         options = {"devices": 1 if strategy == "auto" else 2, "strategy": strategy}
         trainer = make_trainer(tmp_path / strategy, **options)
-        trainer.test(module, small_data(tiny_mmeb_dir, eval_batch_size=3), verbose=False)
+        trainer.test(module, small_data(tiny_mmeb_dir, eval_batch_size=3))
 
     test("auto")
     wanted = json.loads((tmp_path / "auto" / "scores.json").read_text())["tasks"]
