@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import pickle
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict
@@ -29,12 +28,11 @@ from parallel_decoupling.model.model_card import model_card
 from parallel_decoupling.model.open_clip import is_open_clip
 from parallel_decoupling.model.path_lora import PathLoRA
 from parallel_decoupling.model.processor import load_processor
+from parallel_decoupling.model.run_checkpoint import LAST_CHECKPOINT, checkpoint_file, read_checkpoint
 
 MODEL_TYPE = "parallel_decoupling"
 CONFIG_FILE, WEIGHTS_FILE, SCORES_FILE = "config.json", "model.safetensors", "scores.json"
 PROCESSOR_DIR, BACKBONE_DIR = "processor", "backbone"
-LAST_CHECKPOINT = Path("checkpoints", "last.ckpt")
-RUN_KEYS = ("state_dict", "pytorch-lightning_version", "hyper_parameters", "backbone", "data", "progress")
 ABOUT = ("query_instruction", "candidate_instruction", "images", "max_tokens", "long_text", "run")
 """What is kept of an encoder beside itself: instructions, limits of inputs, and what trained it."""
 
@@ -46,29 +44,6 @@ def is_pretrained(folder: str | Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and content.get("model_type") == MODEL_TYPE
-
-
-def checkpoint_file(path: str | Path) -> Path:
-    """Return the checkpoint that a user means by a file or the folder of a run; a ValueError if none."""
-    for file in (Path(path), Path(path) / LAST_CHECKPOINT):
-        if file.is_file():
-            return file
-    raise ValueError(
-        f"no model at {str(path)!r}: name a checkpoint, a run folder with {LAST_CHECKPOINT}, or a "
-        "folder that save_pretrained or lightning export wrote"
-    )
-
-
-def read_checkpoint(file: str | Path) -> dict[str, Any]:
-    """Read the checkpoint of a run; weights stay in the file until they are used."""
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{file} is not a checkpoint, or is damaged") from error
-    missing = [key for key in RUN_KEYS if not isinstance(content, Mapping) or key not in content]
-    if missing:
-        raise ValueError(f"{file} is not a checkpoint of a run, it lacks {', '.join(missing)}")
-    return dict(content)
 
 
 def scores_of(file: str | Path) -> dict[str, Any] | None:
