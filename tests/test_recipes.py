@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from parallel_decoupling.commands import load_collator
 from parallel_decoupling.data.readers import TrainSubset, read_eval_task
 from parallel_decoupling.data.row_sources import RowSource
 from parallel_decoupling.data.tasks import find_eval_tasks, find_train_subsets
@@ -280,7 +281,7 @@ def test_no_word_is_trained_and_evaluated_and_no_other_candidate_is_right(
 
 @pytest.mark.parametrize("name", TEXT_FAMILIES)
 def test_a_model_of_texts_trains_scores_and_comes_back(name: str, words_dir: Path, tmp_path: Path) -> None:
-    assert not [problem for check in verify(words_dir) for problem in check.problems]
+    assert not [problem for check in verify(words_dir, load_collator("tiny")) for problem in check.problems]
     adapter = {"per_path": True}
     module = small_embedder(
         save_tiny_family(name, tmp_path / "backbone"), adapter=adapter, candidate_chunk_size=5
