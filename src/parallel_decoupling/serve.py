@@ -23,7 +23,7 @@ import uvicorn
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, FailFast, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, FailFast, ValidationInfo, field_validator, model_validator
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -46,19 +46,30 @@ _LIMITS = Limits()
 log = logging.getLogger(__name__)
 
 
-class Input(BaseModel):
-    """A text, an image, or both."""
+class Known(BaseModel):
+    """An object without unknown keys; of too many not every one is an error of its own."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_keys(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > 20:
+            raise ValueError(f"{len(value)} keys; known are {', '.join(cls.model_fields)}")
+        return value
+
+
+class Input(Known):
+    """A text, an image, or both."""
+
     text: str = ""
     image: str | None = None
     instruction: str | None = None
 
 
-class Body(BaseModel):
+class Body(Known):
     """The body of a request, as OpenAI's clients send it."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     input: Annotated[list[Input], FailFast()]
     model: str = "default"
     dimensions: int | None = None
@@ -125,9 +136,9 @@ class Server:
     async def answer(self, request: Request) -> bytes:
         """Read a request and embed its inputs; raises ``ValueError`` or ``RequestError`` for a bad one."""
         start, limits = time.monotonic(), self.limits
-        self._check_room()  # before anything is read
         content = await within(limits.read_seconds, self._read(request), 408, "the body did not arrive")
-        self._check_room()  # a request waits from now on
+        if self._num_requests >= limits.waiting:
+            raise RequestError(f"{self._num_requests} requests are waiting; try again later", 429, None)
         self._num_requests += 1
         try:
             return await within(limits.seconds, self._embed_content(content), 503, "not answered")
@@ -138,10 +149,6 @@ class Server:
     async def _embed_content(self, content: bytes) -> bytes:
         body = await asyncio.to_thread(Body.model_validate_json, content, context=self.limits)
         return await asyncio.to_thread(to_json, await self.embeddings(body))
-
-    def _check_room(self) -> None:
-        if self._num_requests >= self.limits.waiting:
-            raise RequestError(f"{self._num_requests} requests are waiting; try again later", 429, None)
 
     async def _read(self, request: Request) -> bytes:
         kind = request.headers.get("content-type", _JSON[0]).partition(";")[0].strip().lower()
@@ -157,11 +164,8 @@ class Server:
     def metrics(self) -> str:
         """Return counts since the start in Prometheus' text form."""
         counts = {f'requests_total{{status="{each}"}}': float(n) for each, n in self.statuses.items()}
-        counts |= {
-            "rows_total": self._num_rows,
-            "seconds_total": self._seconds,
-            "waiting": self._num_requests,
-        }
+        counts |= {"rows_total": self._num_rows, "seconds_total": self._seconds}
+        counts["waiting"] = self._num_requests
         return "".join(f"parallel_decoupling_{name} {count}\n" for name, count in counts.items())
 
     async def embeddings(self, body: Body) -> dict[str, Any]:
@@ -297,18 +301,13 @@ def build_app(server: Server, allowed_hosts: Sequence[str] = LOCAL_HOSTS) -> Fas
     async def metrics() -> PlainTextResponse:
         return PlainTextResponse(server.metrics(), media_type="text/plain; version=0.0.4")
 
-    @app.exception_handler(HTTPException)
-    @app.exception_handler(Exception)
-    @app.exception_handler(ClientDisconnect)
-    @app.exception_handler(ValueError)
     async def refused(request: Request, error: Exception) -> JSONResponse:
-        if isinstance(error, HTTPException) and not isinstance(error, RequestError):
-            routes = "POST /v1/embeddings, GET /v1/models, GET /health and GET /metrics"
-            error.detail += f": {request.method} {request.url.path}; the server answers {routes}"
-        status, content = refusal(error)
+        status, content = refusal(error, f"{request.method} {request.url.path}")
         server.statuses[status] += 1
         return JSONResponse(content, status, getattr(error, "headers", None))
 
+    for kind in (HTTPException, ValueError, ClientDisconnect, Exception):
+        app.add_exception_handler(kind, refused)
     return app
 
 

@@ -17,6 +17,7 @@ from parallel_decoupling.data.unusable import RowError
 from parallel_decoupling.option_types import PositiveFloat, PositiveInt, check_values
 
 _KINDS = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+_ROUTES = "POST /v1/embeddings, GET /v1/models, GET /health and GET /metrics"
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,12 @@ async def within(seconds: float, work: Awaitable[bytes], status: int, late: str)
         raise RequestError(message, status, None) from error
 
 
-def refusal(error: Exception) -> tuple[int, dict[str, Any]]:
-    """Return the status and OpenAI's form of an error."""
+def refusal(error: Exception, call: str = "") -> tuple[int, dict[str, Any]]:
+    """Return the status and OpenAI's form of an error, of a ``call`` such as GET /x."""
     status = getattr(error, "status_code", 400 if isinstance(error, ValueError | ClientDisconnect) else 500)
     message, param = getattr(error, "detail", str(error)), getattr(error, "param", None)
-    if status == 500:
-        message = "the server failed; its log says why"
+    if isinstance(error, HTTPException) and not isinstance(error, RequestError):
+        message = f"{message}: {call}; the server answers {_ROUTES}"
     if isinstance(error, RowError):
         param = "input"
     if isinstance(error, ValidationError):
@@ -80,6 +81,7 @@ def refusal(error: Exception) -> tuple[int, dict[str, Any]]:
         place = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]]
         message = f"{''.join(place).lstrip('.') or 'body'}: {first['msg'].removeprefix('Value error, ')}"
         param = place[0][1:] if place else None
+    message = "the server failed; its log says why" if status == 500 else message[:1000]
     code = "model_not_found" if (status, param) == (404, "model") else None
     kind = _KINDS.get(status, "invalid_request_error")
     return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
