@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import re
+import select
 import socket
 import threading
 import time
@@ -122,7 +123,8 @@ def test_answers_are_what_encode_gives(
         ({"input": {"image": "data:image/png;base64,AAAA"}}, 400, "input"),
         ({"input": "<|image_1|> a"}, 400, "input"),
         ({"input": [1, 2]}, 400, "input"),
-        ({"input": [[1, 2]]}, 400, "input"),
+        ({"input": ["a", [1, 2]]}, 400, "input"),
+        ({"input": {f"key {number}": 0 for number in range(1000)}}, 400, "input"),
         ({"input": "a", "model": "path_3"}, 404, "model"),
         ({"input": "a", "dimensions": 33}, 400, "dimensions"),
         ({"input": "a", "dimensions": 0}, 400, "dimensions"),
@@ -382,8 +384,7 @@ def test_texts_with_too_many_tokens_are_cut_and_counted(
 
 
 @pytest.mark.parametrize(
-    "head",
-    ["data:image/png;base64,", " DATA:image/png;BASE64,", "data:;base64,", "data:None; base64,"],
+    "head", ["data:image/png;base64,", " DATA:x;BASE64,", "data:;base64,", "data: ;base64,"]
 )
 def test_pictures_in_all_forms_of_base64_and_no_files(
     head: str, client: TestClient, embedder: Embedder, tmp_path: Path
@@ -421,19 +422,11 @@ def error_of(answer: Any) -> Any:
         ({"headers": {"content-type": "text/plain"}}, 415, "must be application/json"),
         ({"headers": {"content-encoding": "gzip"}}, 415, "without compression"),
         ({"json": {"input": [3]}}, 400, "check_embedding_ctx_length=False"),
-        (
-            {"json": {"input": {"image": "data:,AAAA"}}},
-            400,
-            "as data:image/png;base64,...: this is no data URI",
-        ),
+        ({"json": {"input": {"image": "data:,AA"}}}, 400, "as data:image/png;base64,...: this is no data"),
         ({"json": {"input": "a", "model": "gpt"}}, 404, "no model 'gpt'"),
         ({"content": b'{"input": "a"'}, 400, "body: Invalid JSON"),
         ({"content": b'{"input": "half \\ud83d"}'}, 400, "hex escape"),
-        (
-            {"headers": {"host": "evil.example"}},
-            400,
-            "'evil.example' is not allowed; see the option allowed_hosts",
-        ),
+        ({"headers": {"host": "evil.example"}}, 400, "'evil.example' is not allowed; see the option allo"),
         ({"headers": {"host": "user@localhost"}}, 400, "'user@localhost' is not allowed"),
     ],
 )
@@ -447,12 +440,12 @@ def test_every_refusal_has_openais_form(call: Any, status: int, words: str, clie
 def test_hosts_models_and_metrics(embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hosts by name or pattern, with and without a port; a model by name; counts that Prometheus reads."""
     server = Server(embedder, 1)
-    client = TestClient(build_app(server, ("::1", "*.Example.com")), "http://localhost")
+    client = TestClient(build_app(Server(embedder), ("::1", "*.Example.com")))
     for host, status in (("[::1]:80", 200), ("a.example.com:1", 200), ("example.com", 400), ("", 400)):
         assert client.get("/health", headers={"host": host}).status_code == status
     client = client_of(server)
     assert client.get("/v1/models/aggregate").json()["id"] == "aggregate"
-    assert ask(client, input=["a", "b"]).status_code == 200
+    assert numbers(ask(client, input=["a", "b"])).shape[0] == 2
     assert ask(client, input=[]).status_code == 400
     monkeypatch.setattr(server, "embed", lambda tasks: 1 / 0)
     failed = ask(client, input="a")
@@ -460,15 +453,9 @@ def test_hosts_models_and_metrics(embedder: Embedder, monkeypatch: pytest.Monkey
     answer = client.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
     found = dict(re.findall(r"^parallel_decoupling_(\S+) ([\d.e-]+)$", answer.text, re.MULTILINE))
-    counts = {
-        'requests_total{status="200"}': 1,
-        'requests_total{status="400"}': 3,
-        "rows_total": 2,
-        "waiting": 0,
-    }
-    assert {name: float(found[name]) for name in counts} == counts
-    assert float(found["seconds_total"]) > 0
-    assert float(found['requests_total{status="500"}']) == 1
+    assert float(found.pop("seconds_total")) > 0
+    statuses = {f'requests_total{{status="{status}"}}': "1" for status in (200, 400, 500)}
+    assert found == {**statuses, "rows_total": "2", "waiting": "0"}
 
 
 @contextmanager
@@ -480,9 +467,11 @@ def listening(server: Server) -> Iterator[int]:
     thread.start()
     while not real.started:
         time.sleep(0.01)
-    yield real.servers[0].sockets[0].getsockname()[1]
-    real.should_exit = True
-    thread.join()
+    try:
+        yield real.servers[0].sockets[0].getsockname()[1]
+    finally:
+        real.should_exit = True
+        thread.join()
 
 
 def test_slow_senders_keep_nobody_waiting_and_are_refused(embedder: Embedder) -> None:
@@ -497,15 +486,15 @@ def test_slow_senders_keep_nobody_waiting_and_are_refused(embedder: Embedder) ->
         with socket.create_connection(("127.0.0.1", port), timeout=10) as good:
             good.sendall(head + b'Content-Length: 14\r\n\r\n{"input": "a"}')
             assert good.recv(15).startswith(b"HTTP/1.1 200")
-        for _ in range(4):  # more of a head does not give it more time
-            slow[0].sendall(b"X")
-            time.sleep(0.3)
-        begin, statuses = time.monotonic(), []
+        for _ in range(50):  # more of a head does not give it more time
+            if not select.select(slow[:1], [], [], 0.2)[0]:
+                slow[0].sendall(b"X")
+        assert select.select(slow[:1], [], [], 0)[0]
+        statuses = []
         for each in slow:
             with each, each.makefile("rb") as answer:
                 head, _, body = answer.read().partition(b"\r\n\r\n")
             statuses.append(int(head.split()[1]))
             assert json.loads(body)["error"]["message"]
         assert statuses == [400] * 3 + [408] * 297
-        assert time.monotonic() - begin < 3
     assert server._num_requests == 0

@@ -83,9 +83,9 @@ class Body(Known):
         items, limits = value if isinstance(value, list) else [value], info.context or _LIMITS
         if not 0 < len(items) <= limits.inputs:
             raise RequestError(f"input must have 1 to {limits.inputs} items", 413 if items else 400)
-        if isinstance(items[0], int | list):
+        if any(isinstance(item, int | float | list) for item in items):
             advice = "send texts (for LangChain's OpenAIEmbeddings: check_embedding_ctx_length=False)"
-            raise ValueError(f"token numbers are not supported; {advice}")
+            raise ValueError(f"numbers of tokens are not supported; {advice}")
         return [{"text": item} if isinstance(item, str) else item for item in items]
 
 
@@ -163,10 +163,9 @@ class Server:
 
     def metrics(self) -> str:
         """Return counts since the start in Prometheus' text form."""
-        counts = {f'requests_total{{status="{each}"}}': float(n) for each, n in self.statuses.items()}
-        counts |= {"rows_total": self._num_rows, "seconds_total": self._seconds}
-        counts["waiting"] = self._num_requests
-        return "".join(f"parallel_decoupling_{name} {count}\n" for name, count in counts.items())
+        counts = [(f'requests_total{{status="{each}"}}', number) for each, number in self.statuses.items()]
+        others = {"rows_total": self._num_rows, "seconds_total": self._seconds, "waiting": self._num_requests}
+        return "".join(f"parallel_decoupling_{name} {count}\n" for name, count in [*counts, *others.items()])
 
     async def embeddings(self, body: Body) -> dict[str, Any]:
         """Embed the inputs of a body; returns OpenAI's ``CreateEmbeddingResponse``."""

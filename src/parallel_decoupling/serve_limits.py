@@ -13,7 +13,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from parallel_decoupling.data.unusable import RowError
 from parallel_decoupling.option_types import PositiveFloat, PositiveInt, check_values
 
 _KINDS = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
@@ -71,11 +70,10 @@ async def within(seconds: float, work: Awaitable[bytes], status: int, late: str)
 def refusal(error: Exception, call: str = "") -> tuple[int, dict[str, Any]]:
     """Return the status and OpenAI's form of an error, of a ``call`` such as GET /x."""
     status = getattr(error, "status_code", 400 if isinstance(error, ValueError | ClientDisconnect) else 500)
-    message, param = getattr(error, "detail", str(error)), getattr(error, "param", None)
+    param = getattr(error, "param", "input" if isinstance(error, ValueError) else None)
+    message = getattr(error, "detail", str(error))
     if isinstance(error, HTTPException) and not isinstance(error, RequestError):
         message = f"{message}: {call}; the server answers {_ROUTES}"
-    if isinstance(error, RowError):
-        param = "input"
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         place = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]]
@@ -106,11 +104,8 @@ class TimedProtocol(H11Protocol):
         waits = self.cycle is None or self.cycle.response_complete
         self._head_since = (self._head_since or self.loop.time()) if waits else None
         if self._head_since:  # more data ends this timer
-            end, late = (
-                self._head_since + self.timeout_keep_alive,
-                "The request's head did not arrive in time.",
-            )
-            self.timeout_keep_alive_task = self.loop.call_at(end, self.send_400_response, late)
+            end, message = self._head_since + self.timeout_keep_alive, "The head did not arrive in time."
+            self.timeout_keep_alive_task = self.loop.call_at(end, self.send_400_response, message)
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what did not arrive in time, or cannot be parsed as HTTP."""
