@@ -483,6 +483,8 @@ def test_slow_senders_keep_nobody_waiting_and_are_refused(embedder: Embedder) ->
         slow = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in starts]
         for each, start in zip(slow, starts, strict=True):
             each.sendall(start)
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as gone:
+            gone.sendall(starts[-1])
         with socket.create_connection(("127.0.0.1", port), timeout=10) as good:
             good.sendall(head + b'Content-Length: 14\r\n\r\n{"input": "a"}')
             assert good.recv(15).startswith(b"HTTP/1.1 200")
@@ -497,4 +499,5 @@ def test_slow_senders_keep_nobody_waiting_and_are_refused(embedder: Embedder) ->
             statuses.append(int(head.split()[1]))
             assert json.loads(body)["error"]["message"]
         assert statuses == [400] * 3 + [408] * 297
+        assert server.statuses == {200: 1, 400: 1, 408: 297}  # 400 for the client that went away
     assert server._num_requests == 0

@@ -351,7 +351,7 @@ def _checked(number: int, item: Input, limits: Limits) -> dict[str, Any]:
     return {"text": item.text or None, "image": image, "instruction": item.instruction}
 
 
-def _image(uri: str, where: str, limits: Limits) -> Image.Image:
+def _image(uri: str, where: str, limits: Limits) -> Image.Image | str:
     with one_row(f"{where}: image must be a picture in base64, as data:image/png;base64,...: "):
         head, comma, data = uri.strip().partition(",")
         head = re.sub(r"\s", "", head).lower()
