@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import pickle
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from parallel_decoupling.files import atomic_write
@@ -29,12 +29,11 @@ from parallel_decoupling.model.model_card import model_card
 from parallel_decoupling.model.open_clip import is_open_clip
 from parallel_decoupling.model.path_lora import PathLoRA
 from parallel_decoupling.model.processor import load_processor
+from parallel_decoupling.model.run_checkpoint import LAST_CHECKPOINT, checkpoint_file, read_checkpoint
 
 MODEL_TYPE = "parallel_decoupling"
 CONFIG_FILE, WEIGHTS_FILE, SCORES_FILE = "config.json", "model.safetensors", "scores.json"
 PROCESSOR_DIR, BACKBONE_DIR = "processor", "backbone"
-LAST_CHECKPOINT = Path("checkpoints", "last.ckpt")
-RUN_KEYS = ("state_dict", "pytorch-lightning_version", "hyper_parameters", "backbone", "data", "progress")
 ABOUT = ("query_instruction", "candidate_instruction", "images", "max_tokens", "long_text", "run")
 """What is kept of an encoder beside itself: instructions, limits of inputs, and what trained it."""
 
@@ -46,29 +45,6 @@ def is_pretrained(folder: str | Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and content.get("model_type") == MODEL_TYPE
-
-
-def checkpoint_file(path: str | Path) -> Path:
-    """Return the checkpoint that a user means by a file or the folder of a run; a ValueError if none."""
-    for file in (Path(path), Path(path) / LAST_CHECKPOINT):
-        if file.is_file():
-            return file
-    raise ValueError(
-        f"no model at {str(path)!r}: name a checkpoint, a run folder with {LAST_CHECKPOINT}, or a "
-        "folder that save_pretrained or lightning export wrote"
-    )
-
-
-def read_checkpoint(file: str | Path) -> dict[str, Any]:
-    """Read the checkpoint of a run; weights stay in the file until they are used."""
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{file} is not a checkpoint, or is damaged") from error
-    missing = [key for key in RUN_KEYS if not isinstance(content, Mapping) or key not in content]
-    if missing:
-        raise ValueError(f"{file} is not a checkpoint of a run, it lacks {', '.join(missing)}")
-    return dict(content)
 
 
 def scores_of(file: str | Path) -> dict[str, Any] | None:
@@ -179,7 +155,7 @@ def _write_model(
     }
     _write_json(folder / "config_sentence_transformers.json", sentence_transformers)
     (folder / "README.md").write_text(model_card(config, scores), encoding="utf-8")
-    _write_json(folder / CONFIG_FILE, config)
+    _write_json(folder / CONFIG_FILE, identity.sealed(config))
 
 
 def _load_checkpoint(path: str | Path) -> tuple[Encoder, dict[str, Any]]:
@@ -209,7 +185,8 @@ def _run(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _load_folder(folder: Path) -> tuple[Encoder, dict[str, Any]]:
-    config: dict[str, Any] = located(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")), folder)
+    sealed = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    config: dict[str, Any] = located(identity.check_seal(sealed, folder / CONFIG_FILE), folder)
     settings, included, file = dict(config["settings"]), config["backbone_included"], folder / WEIGHTS_FILE
     if included:
         settings["backbone"] = str(folder / BACKBONE_DIR)
@@ -221,7 +198,10 @@ def _load_folder(folder: Path) -> tuple[Encoder, dict[str, Any]]:
         source = folder / PROCESSOR_DIR
         encoder.processor = load_processor(source, encoder.backbone.config, local_files_only=True)
         cast(Any, encoder.backbone).processor = encoder.processor
-    state = load_file(file)
+    try:
+        state = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
     if identity.weights_hash(state) != config["weights_sha256"]:
         raise ValueError(f"{file} is not the file that was exported: its hash differs from {CONFIG_FILE}'s")
     identity.check_fingerprint(config["backbone"], identity.backbone_fingerprint(encoder.backbone))

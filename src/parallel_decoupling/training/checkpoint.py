@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from parallel_decoupling.model.identity import check_fingerprint, load_trainable_state, trainable_state
+from parallel_decoupling.model.identity import (
+    check_fingerprint,
+    load_trainable_state,
+    trainable_state,
+)
+from parallel_decoupling.model.run_checkpoint import check_checkpoint, seal_checkpoint
 from parallel_decoupling.training.compute import Progress
 from parallel_decoupling.training.settings import SHAPES_WEIGHTS
 
@@ -35,12 +40,14 @@ def save_into(checkpoint: dict[str, Any], module: PDFEmbedder) -> None:
     checkpoint["backbone"] = module.fingerprint
     checkpoint["data"] = module.trained_data or module.data_settings
     checkpoint["progress"] = asdict(module.progress)
+    seal_checkpoint(checkpoint)
 
 
 def load_into(module: PDFEmbedder, checkpoint: Mapping[str, Any]) -> None:
     """Check that the checkpoint belongs to this model, to the last key, and take it over."""
     if not {"backbone", "data", "progress", "state_dict"} <= checkpoint.keys():
         raise ValueError("This is not a checkpoint of PDFEmbedder.")
+    check_checkpoint(checkpoint, "the checkpoint")
     check_fingerprint(checkpoint["backbone"], module.fingerprint)
     stored: Mapping[str, Tensor] = checkpoint["state_dict"]
     wanted, found = (

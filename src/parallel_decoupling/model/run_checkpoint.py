@@ -1,0 +1,55 @@
+"""Where the checkpoint of a run is, and reading it without unpickling."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from parallel_decoupling.model.identity import SEAL, check_seal, sealed
+
+LAST_CHECKPOINT = Path("checkpoints", "last.ckpt")
+SETTINGS_HASH = "settings_sha256"
+SEALED_KEYS = ("backbone", "data", "progress", SETTINGS_HASH)
+RUN_KEYS = ("state_dict", "pytorch-lightning_version", "hyper_parameters", *SEALED_KEYS)
+
+
+def checkpoint_file(path: str | Path) -> Path:
+    """Return the checkpoint that a user means by a file or the folder of a run; a ValueError if none."""
+    for file in (Path(path), Path(path) / LAST_CHECKPOINT):
+        if file.is_file():
+            return file
+    raise ValueError(
+        f"no model at {str(path)!r}: name a checkpoint, a run folder with {LAST_CHECKPOINT}, or a "
+        "folder that save_pretrained or lightning export wrote"
+    )
+
+
+def read_checkpoint(file: str | Path) -> dict[str, Any]:
+    """Read the checkpoint of a run; weights stay in the file until they are used."""
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{file} is not a checkpoint, or is damaged") from error
+    missing = [key for key in RUN_KEYS if not isinstance(content, Mapping) or key not in content]
+    if missing:
+        raise ValueError(f"{file} is not a checkpoint of a run, it lacks {', '.join(missing)}")
+    settings = content["hyper_parameters"]
+    check_seal({**settings, SEAL: content[SETTINGS_HASH]} if isinstance(settings, Mapping) else {}, file)
+    check_checkpoint(content, file)
+    return dict(content)
+
+
+def seal_checkpoint(checkpoint: dict[str, Any]) -> None:
+    """Add the hashes by which a damaged or changed checkpoint is known."""
+    checkpoint[SETTINGS_HASH] = sealed(checkpoint["hyper_parameters"])[SEAL]
+    checkpoint |= sealed({key: checkpoint[key] for key in SEALED_KEYS}, checkpoint["state_dict"])
+
+
+def check_checkpoint(checkpoint: Mapping[str, Any], where: str | Path) -> None:
+    """Check all but the settings, of which a caller may have replaced some; else a ``ValueError``."""
+    content = {key: checkpoint.get(key) for key in (*SEALED_KEYS, SEAL)}
+    check_seal(content, where, checkpoint["state_dict"])
