@@ -250,7 +250,9 @@ def options(root: Path, **more: Any) -> dict[str, Any]:
 
 def touch(file: Path, seconds: int = 0, **content: Any) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({**dict.fromkeys(RUN_KEYS, 0), **content}, file)
+    content = {**{key: {} for key in RUN_KEYS}, **content}
+    seal_checkpoint(content)
+    torch.save(content, file)
     os.utime(file, (seconds, seconds))
     return file
 
