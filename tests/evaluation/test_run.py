@@ -66,6 +66,24 @@ def test_a_test_run_writes_and_logs_the_scores_of_its_embeddings(
     assert "inference modes" in shown
 
 
+def test_a_folder_of_unknown_tasks_trains_and_is_scored(tiny_backbone_dir: str, tmp_path: Path) -> None:
+    data_dir = Path(save_tiny_mmeb(tmp_path / "data"))
+    (data_dir / "tasks.json").unlink()
+    module = small_embedder(tiny_backbone_dir)
+    options: dict[str, Any] = {"validation_tasks": ["colours_t2i"], "eval_tasks": ["colours_i2t"]}
+    trainer = make_trainer(tmp_path, max_steps=1, val_check_interval=1)
+    trainer.fit(module, small_data(str(data_dir), **options))
+    assert module.progress.steps_done == 1
+    assert {"val/custom", "val/overall", "val/colours_t2i/hit_at_1"} <= trainer.callback_metrics.keys()
+    for named, found in ((["colours_i2t"], ["colours_i2t"]), (None, list(TASKS))):
+        make_trainer(tmp_path).test(module, small_data(str(data_dir), eval_tasks=named), verbose=False)
+        content = json.loads((tmp_path / "scores.json").read_text())
+        assert {name: task["meta_task"] for name, task in content["tasks"].items()} == dict.fromkeys(
+            found, "custom"
+        )
+        assert content["means"]["custom"] == content["means"]["overall"]
+
+
 def test_evaluate_needs_no_trainer_and_a_trainer_alone_says_that_nothing_is_scored(
     module: PDFEmbedder, tiny_mmeb_dir: str, tmp_path: Path
 ) -> None:

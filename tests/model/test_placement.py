@@ -185,7 +185,7 @@ def test_every_attention_leaves_the_layers_above_a_range_alone(
     ("options", "message"),
     [
         ({"prefix_type": "shallow", "prefix_layers": [0, 1]}, "set prefix_layers=0"),
-        ({"prefix_type": "broad"}, "prefix_type must be one of deep, shallow"),
+        ({"prefix_type": "broad"}, "prefix_type must be 'deep' or 'shallow'"),
     ],
 )
 def test_impossible_placements_raise(tiny_backbone_dir: str, options: dict[str, Any], message: str) -> None:
