@@ -165,6 +165,16 @@ class Keeper:
             ],
         )
 
+    def written(self) -> tuple[int, int, list[dict[str, Any]]]:
+        """Return how many shards are missing, how many rows are there, and those that were not embedded."""
+        missing, num_rows, bad_rows = 0, 0, []
+        for writer in self.writers.values():
+            there = shard_files(writer.folder)
+            missing += writer.num_shards - len(there)
+            num_rows += sum(len(writer.rows_of(shard)) for shard in there)
+            bad_rows += [row for file in there.values() for row in read_metadata(file)["bad_rows"]]
+        return missing, num_rows, bad_rows
+
 
 class Store:
     """Reads a complete folder of shards; vectors one row group, ``batch_sizes`` rows, at a time.
@@ -176,9 +186,8 @@ class Store:
         self.folder = Path(folder)
         self.files = list(shard_files(self.folder).values())
         if not self.files:
-            raise ValueError(
-                f"{self.folder} holds no embeddings-*.parquet: give the output_dir of a predict run."
-            )
+            advice = "give the output_dir of a predict run"
+            raise ValueError(f"{self.folder} holds no embeddings-*.parquet: {advice}.")
         self.metadata: dict[str, Any] = {}
         self.bad_rows: list[dict[str, Any]] = []
         self.batch_sizes: list[int] = []
@@ -189,10 +198,8 @@ class Store:
             common = located(common, self.folder)
             self.metadata = self.metadata or common
             if difference := _difference(common, self.metadata, common):
-                raise ValueError(
-                    f"{file} differs from {self.files[0].name} in {difference}. "
-                    "Keep one run's files in a folder."
-                )
+                found = f"{file} differs from {self.files[0].name} in {difference}"
+                raise ValueError(f"{found}. Keep one run's files in a folder.")
             self.bad_rows += about["bad_rows"]
             for group in range(content.num_row_groups):
                 if size := content.row_group(group).num_rows:
@@ -202,7 +209,7 @@ class Store:
         if missing:
             raise ValueError(f"{self.folder} lacks {missing} files: run the same predict command again.")
         self.columns: tuple[str, ...] = tuple(self.metadata["columns"])
-        self._ends = list(accumulate(self.batch_sizes))
+        self.ends = list(accumulate(self.batch_sizes))
 
     def __len__(self) -> int:
         return sum(self.batch_sizes)
@@ -235,9 +242,9 @@ class Store:
         """Read ``id`` and the source's columns of some rows, in the order asked for."""
         names = [name for name in pq.read_schema(self.files[0]).names if name not in self.columns]
         found: dict[int, dict[str, Any]] = {}
-        for batch in {bisect_right(self._ends, index) for index in indices}:
-            first = self._ends[batch] - self.batch_sizes[batch]
-            wanted = [index for index in indices if first <= index < self._ends[batch]]
+        for batch in {bisect_right(self.ends, index) for index in indices}:
+            first = self.ends[batch] - self.batch_sizes[batch]
+            wanted = [index for index in indices if first <= index < self.ends[batch]]
             rows = self.read(batch, names).take([index - first for index in wanted])
             found |= dict(zip(wanted, rows.to_pylist(), strict=True))
         return [found[index] for index in indices]
@@ -262,9 +269,8 @@ def read_metadata(file: Path) -> dict[str, Any]:
         metadata = pq.read_schema(file).metadata or {}
         return cast(dict[str, Any], json.loads(metadata[METADATA_KEY]))
     except (OSError, pa.ArrowException, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{file} is not a complete file of embeddings ({error}). Delete it and run predict again."
-        ) from error
+        advice = "Delete it and run predict again."
+        raise ValueError(f"{file} is not a complete file of embeddings ({error}). {advice}") from error
 
 
 def chosen_columns(names: Collection[str] | None, num_paths: int) -> tuple[str, ...]:

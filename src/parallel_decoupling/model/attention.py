@@ -111,9 +111,8 @@ def _attend(
     if path_states is None or prefix is None:
         if path_states and isinstance(attention_mask, BlockMask) and len(query) > attention_mask.shape[0]:
             mask = attention_mask  # of B rows: a layer above the prefixes has N * B
-            attention_mask = path_states.once(
-                "mask without prefix", mask, lambda: extend_block_mask(mask, query, 0, causal=True)
-            )
+            extended = partial(extend_block_mask, mask, query, 0, causal=True)
+            attention_mask = path_states.once("mask without prefix", mask, extended)
         return function(module, query, key, value, attention_mask, **kwargs)
     causal = kwargs.get("is_causal")
     causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
@@ -138,10 +137,9 @@ def _flash(
     length = query.shape[2]
     if sliding_window is not None and key.shape[2] > length:
         if length > sliding_window:
-            raise ValueError(
-                f"FlashAttention cannot show a prefix to texts of {length} tokens in layers with a window of "
-                f"{sliding_window}: use attention='sdpa' or 'flex_attention'."
-            )
+            where = f"texts of {length} tokens in layers with a window of {sliding_window}"
+            advice = "use attention='sdpa' or 'flex_attention'"
+            raise ValueError(f"FlashAttention cannot show a prefix to {where}: {advice}.")
         sliding_window = None
     return flash_attention_forward(module, query, key, value, mask, sliding_window=sliding_window, **kwargs)
 

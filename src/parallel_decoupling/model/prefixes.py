@@ -30,10 +30,9 @@ def prefix_range(prefix_layers: PrefixLayers, num_layers: int) -> range:
     bounds = (prefix_layers, num_layers) if isinstance(prefix_layers, int) else tuple(prefix_layers)
     whole = all(isinstance(bound, int) for bound in bounds)
     if len(bounds) != 2 or not whole or not 0 <= bounds[0] < bounds[1] <= num_layers:
-        raise ValueError(
-            f"prefix_layers is the first layer with a prefix, 0 to {num_layers - 1} for this backbone, or "
-            f"[start, stop] with 0 <= start < stop <= {num_layers}; got {prefix_layers}"
-        )
+        first = f"the first layer with a prefix, 0 to {num_layers - 1} for this backbone"
+        both = f"[start, stop] with 0 <= start < stop <= {num_layers}"
+        raise ValueError(f"prefix_layers is {first}, or {both}; got {prefix_layers}")
     return range(*bounds)
 
 

@@ -50,9 +50,6 @@ def info_nce(
     Returns:
         ``[N]``, the mean over B of each path.
 
-    Raises:
-        ValueError: if the shapes do not fit together, or a float temperature is not above 0.
-
     Relations:
         ``N`` paths equal ``N`` calls with one path each.
         The loss of the aggregate is a call with ``[B, 1, D]`` and ``[G, 1, D]``.
@@ -89,15 +86,8 @@ def own_candidates_kl(
     ``loss_n = mean_b KL(softmax_k(teacher_bk) || softmax_k(s_bk / t))`` with ``s_bk`` as in ``info_nce``. A
     candidate whose teacher's score is NaN is left out; a query with fewer than two scores counts as 0.
 
-    Args:
-        query: ``[B, N, D]``.
-        candidate: ``[G, N, D]``.
-        own: ``[B, K]`` int64, index into ``candidate`` of the row's positives and hard negatives.
-        teacher: ``[B, K]``, logits: a softmax is taken of them as they are.
-        temperature: divides the scores of the paths.
-
-    Returns:
-        ``[N]``.
+    ``own`` ``[B, K]`` are the indices of the row's positives and hard negatives among the candidates,
+    ``teacher`` ``[B, K]`` logits: a softmax is taken of them as they are. Returns ``[N]``.
     """
     known_BK = teacher.isfinite()
     rows = known_BK.sum(dim=1) > 1
@@ -170,14 +160,11 @@ def _cross_entropy(score_NBG: Tensor, left_out_BG: Tensor, positive: Tensor) -> 
 
 def _check_shapes(query: Tensor, candidate: Tensor, positive: Tensor, candidate_ids: Tensor) -> None:
     if query.ndim != 3 or candidate.ndim != 3 or query.shape[1:] != candidate.shape[1:]:
-        raise ValueError(
-            "query [B, N, D] and candidate [G, N, D] must share N and D, got "
-            f"{tuple(query.shape)} and {tuple(candidate.shape)}; an aggregate is [B, 1, D]."
-        )
+        shapes = f"got {tuple(query.shape)} and {tuple(candidate.shape)}; an aggregate is [B, 1, D]"
+        raise ValueError(f"query [B, N, D] and candidate [G, N, D] must share N and D, {shapes}.")
     if positive.shape[:1] != query.shape[:1] or positive.ndim > 2:
         shape = tuple(positive.shape)
         raise ValueError(f"positive must be [{len(query)}] or [{len(query)}, A], by query, got {shape}.")
     if candidate_ids.shape != candidate.shape[:1]:
-        raise ValueError(
-            f"candidate_ids must be [{len(candidate)}], one per candidate, got {tuple(candidate_ids.shape)}."
-        )
+        shape = tuple(candidate_ids.shape)
+        raise ValueError(f"candidate_ids must be [{len(candidate)}], one per candidate, got {shape}.")

@@ -27,14 +27,8 @@ def score_distillation(
 
     Source: ours, with the loss of Hinton et al. (arXiv 1503.02531).
 
-    Args:
-        query: ``[B, N, D]`` paths of the queries.
-        candidate: ``[G, N, D]`` paths of the candidates.
-        teacher_query: ``[B, 1, D']`` aggregates of the queries.
-        teacher_candidate: ``[G, 1, D']`` aggregates of the candidates.
-        positive: as in ``info_nce``.
-        candidate_ids: as in ``info_nce``.
-        temperature: as in ``info_nce``.
+    The teacher's are aggregates, ``[B, 1, D']`` and ``[G, 1, D']``; the other arguments are those of
+    ``info_nce``.
 
     Relations:
         It is 0 for one path that is its own aggregate, and never negative.
