@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from parallel_decoupling.batch import PairBatch
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.evaluation.plots import COLOURS, clean_axes, new_figure
-from parallel_decoupling.model.pretrained import read_checkpoint
+from parallel_decoupling.model.run_checkpoint import read_checkpoint
 from parallel_decoupling.objective.vclub import MutualInformation
 from parallel_decoupling.training.grad_cache import encode_in_chunks
 from parallel_decoupling.training.module import PDFEmbedder

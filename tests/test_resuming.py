@@ -8,6 +8,7 @@ import os
 import signal
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,7 @@ def test_on_slurm_the_job_is_requeued_and_resumes(
     with pytest.raises(RuntimeError, match=r"\[143\]"):
         run_ranks(warned, config_file, folder, True, processes=1)
     assert (tmp_path / "calls").read_text() == "requeue 7\n"
+    time.sleep(1)  # TensorBoard orders files of one second by process
     fit(config_file, folder)  # the same command: it resumes by itself
     for found, expected in zip(logged(folder), uninterrupted[0], strict=True):
         assert found == expected

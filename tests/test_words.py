@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from parallel_decoupling.commands import load_collator
 from parallel_decoupling.data.verify import verify
 from parallel_decoupling.training.module import PDFEmbedder
 from recipes import words
@@ -86,7 +87,7 @@ def test_no_word_is_trained_and_evaluated_and_no_other_candidate_is_right(
 
 @pytest.mark.parametrize("name", TEXT_FAMILIES)
 def test_a_model_of_texts_trains_scores_and_comes_back(name: str, data_dir: Path, tmp_path: Path) -> None:
-    assert not [problem for check in verify(data_dir) for problem in check.problems]
+    assert not [problem for check in verify(data_dir, load_collator("tiny")) for problem in check.problems]
     adapter = {"per_path": True}
     module = small_embedder(
         save_tiny_family(name, tmp_path / "backbone"), adapter=adapter, candidate_chunk_size=5

@@ -124,7 +124,8 @@ def export(
         include_backbone: write the backbone as well; otherwise the folder refers to it by name, unless it is
             a local folder that is not beside this one.
     """
-    from parallel_decoupling.model.pretrained import checkpoint_file, is_pretrained, scores_of
+    from parallel_decoupling.model.pretrained import is_pretrained, scores_of
+    from parallel_decoupling.model.run_checkpoint import checkpoint_file
 
     embedder = load_model(model)
     scores = None if is_pretrained(model) else scores_of(checkpoint_file(model))
@@ -163,7 +164,8 @@ def load_collator(model: str) -> Collator:
     from parallel_decoupling.batch import TokenLimit
     from parallel_decoupling.data.collate import Collator
     from parallel_decoupling.model.backbone import load_backbone
-    from parallel_decoupling.model.pretrained import LAST_CHECKPOINT, is_pretrained
+    from parallel_decoupling.model.pretrained import is_pretrained
+    from parallel_decoupling.model.run_checkpoint import LAST_CHECKPOINT
 
     if is_pretrained(model) or Path(model).is_file() or Path(model, LAST_CHECKPOINT).is_file():
         return load_model(model).collator

@@ -32,7 +32,7 @@ from parallel_decoupling.evaluation.run import EmbeddingWriter, Scoring
 from parallel_decoupling.evaluation.store import Keeper, VectorType
 from parallel_decoupling.files import atomic_write, expand_paths, locked
 from parallel_decoupling.model.encoder import absolute_name
-from parallel_decoupling.model.pretrained import read_checkpoint
+from parallel_decoupling.model.run_checkpoint import read_checkpoint
 from parallel_decoupling.training import run_folder
 from parallel_decoupling.training.callbacks import console
 from parallel_decoupling.training.module import PDFEmbedder

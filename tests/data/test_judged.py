@@ -11,6 +11,7 @@ import pytest
 
 from parallel_decoupling.batch import RawInput
 from parallel_decoupling.cli import main
+from parallel_decoupling.commands import load_collator
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.data.readers import read_eval_task
 from parallel_decoupling.data.tasks import EvalTask
@@ -176,9 +177,9 @@ def test_groups_are_read_only_when_they_or_their_tasks_are_named(data_dir: Path)
 
 def test_verify_looks_at_both_sides(data_dir: Path) -> None:
     write_hub(data_dir / "pages")
-    assert [check.problems for check in verify(data_dir)] == [[], []]
+    assert [check.problems for check in verify(data_dir, load_collator("tiny"))] == [[], []]
     (data_dir / "pictures/4.png").unlink()
-    (check,) = (check for check in verify(data_dir) if check.part == "eval")
+    (check,) = (check for check in verify(data_dir, load_collator("tiny")) if check.part == "eval")
     assert check.counts["rows"] == 3
     assert check.counts["missing"] == 1
     assert "first '4.png' in evaluation task 'Pages', file" in check.problems[0]

@@ -25,12 +25,11 @@ from parallel_decoupling.model.identity import (
 )
 from parallel_decoupling.model.open_clip import load_open_clip
 from parallel_decoupling.model.pretrained import (
-    checkpoint_file,
     is_pretrained,
     load_encoder,
-    read_checkpoint,
     scores_of,
 )
+from parallel_decoupling.model.run_checkpoint import checkpoint_file, read_checkpoint
 from parallel_decoupling.training.module import PDFEmbedder
 from tests.support.embedders import mixed_inputs, tiny_embedder
 from tests.support.families import save_tiny_family

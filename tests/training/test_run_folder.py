@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from parallel_decoupling.model.pretrained import RUN_KEYS
+from parallel_decoupling.model.run_checkpoint import RUN_KEYS
 from parallel_decoupling.training.run_folder import find_checkpoint, run_files
 
 

@@ -133,7 +133,7 @@ def arrow_copy(file: Path, texts: Sequence[str], owner: str, keep_others: bool =
             for old in copy.parent.glob(f"{place}-*.arrow"):
                 if old != copy:  # another process may have finished this one and be about to map it
                     old.unlink(missing_ok=True)
-    except _RowError as error:
+    except TableError as error:
         raise ValueError(f"{owner}: cannot read {file}: {error}") from error
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # not Arrow's, but the disk's
@@ -143,7 +143,7 @@ def arrow_copy(file: Path, texts: Sequence[str], owner: str, keep_others: bool =
     return copy
 
 
-class _RowError(Exception):
+class TableError(Exception):
     """What is wrong with a row of a text file, whose name the message does not have yet."""
 
 
@@ -179,7 +179,7 @@ def _write(file: Path, texts: Sequence[str], keep_others: bool, copy: Path) -> N
             try:
                 batch.validate(full=True)  # texts that are not UTF-8
             except pa.ArrowException as error:
-                raise _RowError(f"rows {rows} to {rows + len(part) - 1}: {error}.") from error
+                raise TableError(f"rows {rows} to {rows + len(part) - 1}: {error}.") from error
             writer = writer or pa.ipc.new_file(stream, batch.schema)
             writer.write_batch(batch)
             rows += len(part)  # even where no column is wanted
@@ -190,7 +190,7 @@ def _write(file: Path, texts: Sequence[str], keep_others: bool, copy: Path) -> N
 
 @contextmanager
 def _open_text(file: Path) -> Iterator[TextIO]:
-    """Open a file by its byte order mark, else as UTF-8; ``_RowError`` if it is in another encoding."""
+    """Open a file by its byte order mark, else as UTF-8; ``TableError`` if it is in another encoding."""
     with file.open("rb") as stream:
         start = stream.read(1 << 10)
     encoding = next((name for mark, name in MARKS.items() if start.startswith(mark)), "utf-8")
@@ -208,7 +208,7 @@ def _open_text(file: Path) -> Iterator[TextIO]:
             line, found = content[: whole.start].decode(encoding, "ignore").count("\n"), whole.reason
         row = max(0, line - (file.suffix != ".jsonl"))
         what = f"row {row} (line {line + 1}) is not {encoding.removesuffix('-sig').upper()}, {found}"
-        raise _RowError(f"{what}. Save the file as UTF-8.") from error
+        raise TableError(f"{what}. Save the file as UTF-8.") from error
 
 
 def _read_csv(file: Path, texts: Sequence[str]) -> pa.Table:
@@ -228,10 +228,10 @@ def _read_csv(file: Path, texts: Sequence[str]) -> pa.Table:
             columns = len(next(rows, []))
             for row, cells in enumerate(rows):
                 if len(cells) != columns:
-                    raise _RowError(f"row {row} has {len(cells)} cells, where the header has {columns}.")
+                    raise TableError(f"row {row} has {len(cells)} cells, where the header has {columns}.")
     except csv.Error as error:
         advice = " Is a quotation mark left open?" if "end of data" in str(error) else ""
-        raise _RowError(f"row {row + 1}: {error}.{advice}") from error
+        raise TableError(f"row {row + 1}: {error}.{advice}") from error
     finally:
         csv.field_size_limit(limit)
     read = pa.csv.ReadOptions(encoding=encoding.removesuffix("-sig"), block_size=CSV_BLOCK)
@@ -240,7 +240,7 @@ def _read_csv(file: Path, texts: Sequence[str]) -> pa.Table:
     convert = pa.csv.ConvertOptions(column_types=types, strings_can_be_null=False)
     table = pa.csv.read_csv(pa.OSFile(os.fsencode(file)), read, parse, convert)
     if len(table) != row + 1:
-        raise _RowError(f"it has {row + 1} rows for Python and {len(table)} for Arrow. Use one line ending.")
+        raise TableError(f"it has {row + 1} rows for Python and {len(table)} for Arrow. Use one line ending.")
     return table
 
 
@@ -265,7 +265,7 @@ def _json_rows(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
             if re.search(r"\\u[dD][89a-fA-F]", line):
                 json.dumps(cells, ensure_ascii=False).encode()  # a half of a character is an error
         except (ValueError, RecursionError) as error:
-            raise _RowError(f"row {row}: {error}.") from error
+            raise TableError(f"row {row}: {error}.") from error
         yield cells
 
 

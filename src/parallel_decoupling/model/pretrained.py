@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import pickle
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from parallel_decoupling.files import atomic_write
 from parallel_decoupling.model import encoder as encoders
-from parallel_decoupling.model import identity
+from parallel_decoupling.model import identity, run_checkpoint
 from parallel_decoupling.model.adapters import AdapterConfig
 from parallel_decoupling.model.backbone import Backbone, load_backbone
 from parallel_decoupling.model.encoder import Encoder, ParallelEncoder
@@ -33,8 +32,6 @@ from parallel_decoupling.model.processor import load_processor
 MODEL_TYPE = "parallel_decoupling"
 CONFIG_FILE, WEIGHTS_FILE, SCORES_FILE = "config.json", "model.safetensors", "scores.json"
 PROCESSOR_DIR, BACKBONE_DIR = "processor", "backbone"
-LAST_CHECKPOINT = Path("checkpoints", "last.ckpt")
-RUN_KEYS = ("state_dict", "pytorch-lightning_version", "hyper_parameters", "backbone", "data", "progress")
 ABOUT = ("query_instruction", "candidate_instruction", "images", "max_tokens", "long_text", "run")
 """What is kept of an encoder beside itself: instructions, limits of inputs, and what trained it."""
 
@@ -48,35 +45,14 @@ def is_pretrained(folder: str | Path) -> bool:
     return isinstance(content, dict) and content.get("model_type") == MODEL_TYPE
 
 
-def checkpoint_file(path: str | Path) -> Path:
-    """Return the checkpoint that a user means by a file or the folder of a run; a ValueError if none."""
-    for file in (Path(path), Path(path) / LAST_CHECKPOINT):
-        if file.is_file():
-            return file
-    known = f"a run folder with {LAST_CHECKPOINT}, or a folder that save_pretrained or lightning export wrote"
-    raise ValueError(f"no model at {str(path)!r}: name a checkpoint, {known}")
-
-
-def read_checkpoint(file: str | Path) -> dict[str, Any]:
-    """Read the checkpoint of a run; weights stay in the file until they are used."""
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{file} is not a checkpoint, or is damaged") from error
-    missing = [key for key in RUN_KEYS if not isinstance(content, Mapping) or key not in content]
-    if missing:
-        raise ValueError(f"{file} is not a checkpoint of a run, it lacks {', '.join(missing)}")
-    return dict(content)
-
-
 def scores_of(file: str | Path) -> dict[str, Any] | None:
     """Return the ``scores.json`` of a checkpoint's run if it is of exactly these weights."""
     folder = Path(file).parent
-    run_dir = folder.parent if folder.name == LAST_CHECKPOINT.parent.name else folder
+    run_dir = folder.parent if folder.name == run_checkpoint.LAST_CHECKPOINT.parent.name else folder
     if not (run_dir / SCORES_FILE).is_file():
         return None
     scores: dict[str, Any] = json.loads((run_dir / SCORES_FILE).read_text(encoding="utf-8"))
-    run = run_info(read_checkpoint(file))
+    run = run_checkpoint.run_info(run_checkpoint.read_checkpoint(file))
     same = all(scores["run"].get(key) == run[key] for key in ("global_step", "seed", "token_passes"))
     return scores if same else None
 
@@ -168,8 +144,8 @@ def _write_for_sentence_transformers(folder: Path, about: Mapping[str, Any]) -> 
 
 
 def _load_checkpoint(path: str | Path) -> tuple[Encoder, dict[str, Any]]:
-    file = checkpoint_file(path)
-    content = read_checkpoint(file)
+    file = run_checkpoint.checkpoint_file(path)
+    content = run_checkpoint.read_checkpoint(file)
     settings, stored = content["hyper_parameters"], content["state_dict"]
     encoder = _build({**settings, "revision": settings["backbone_revision"]})
     start = "encoder."
@@ -177,20 +153,7 @@ def _load_checkpoint(path: str | Path) -> tuple[Encoder, dict[str, Any]]:
     identity.check_fingerprint(content["backbone"], identity.backbone_fingerprint(encoder.backbone))
     identity.load_trainable_state(encoder, state)
     images = {name: content["data"].get(name) for name in ("image_size", "min_pixels", "max_pixels")}
-    return encoder, {**settings, "images": images, "run": run_info(content)}
-
-
-def run_info(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a checkpoint says of the run that wrote it: settings, data, mixture, steps and compute."""
-    settings, progress = checkpoint["hyper_parameters"], checkpoint["progress"]
-    return {
-        "model": settings,
-        "data": checkpoint["data"],
-        "seed": settings["seed"],
-        "global_step": progress["steps_done"],
-        "token_passes": progress["token_passes"],
-        "rows_by_subset": progress["rows_by_subset"],
-    }
+    return encoder, {**settings, "images": images, "run": run_checkpoint.run_info(content)}
 
 
 def _load_folder(folder: Path) -> tuple[Encoder, dict[str, Any]]:

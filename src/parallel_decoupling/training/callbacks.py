@@ -20,7 +20,7 @@ from rich.table import Table
 
 from parallel_decoupling.batch import PADDING_ID, PairBatch
 from parallel_decoupling.distributed import gather_objects, world_size
-from parallel_decoupling.model.pretrained import LAST_CHECKPOINT
+from parallel_decoupling.model.run_checkpoint import LAST_CHECKPOINT
 from parallel_decoupling.objective.contrastive import info_nce
 from parallel_decoupling.objective.statistics import effective_rank
 from parallel_decoupling.training.resuming import Continuity

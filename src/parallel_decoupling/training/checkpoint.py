@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from parallel_decoupling.model import pretrained
+from parallel_decoupling.model import run_checkpoint
 from parallel_decoupling.model.identity import check_fingerprint, load_trainable_state, trainable_state
 from parallel_decoupling.training.compute import Progress
 from parallel_decoupling.training.settings import SHAPES_WEIGHTS
@@ -66,4 +66,4 @@ def run_info(module: PDFEmbedder) -> dict[str, Any]:
     """Return settings, seed, steps and compute behind the weights of ``module``, as plain values."""
     data = dict(module.trained_data or module.data_settings)
     content = {"hyper_parameters": dict(module.hparams), "data": data, "progress": asdict(module.progress)}
-    return pretrained.run_info(content)
+    return run_checkpoint.run_info(content)

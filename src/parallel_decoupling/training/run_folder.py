@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from parallel_decoupling.model.pretrained import LAST_CHECKPOINT, read_checkpoint
+from parallel_decoupling.model.run_checkpoint import LAST_CHECKPOINT, read_checkpoint
 
 FIT_CONFIG = "config.yaml"
 SUFFIX = LAST_CHECKPOINT.suffix

@@ -1,0 +1,47 @@
+"""Where the checkpoint of a run is, and reading it without unpickling."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LAST_CHECKPOINT = Path("checkpoints", "last.ckpt")
+RUN_KEYS = ("state_dict", "pytorch-lightning_version", "hyper_parameters", "backbone", "data", "progress")
+
+
+def checkpoint_file(path: str | Path) -> Path:
+    """Return the checkpoint that a user means by a file or the folder of a run; a ValueError if none."""
+    for file in (Path(path), Path(path) / LAST_CHECKPOINT):
+        if file.is_file():
+            return file
+    known = f"a run folder with {LAST_CHECKPOINT}, or a folder that save_pretrained or lightning export wrote"
+    raise ValueError(f"no model at {str(path)!r}: name a checkpoint, {known}")
+
+
+def read_checkpoint(file: str | Path) -> dict[str, Any]:
+    """Read the checkpoint of a run; weights stay in the file until they are used."""
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{file} is not a checkpoint, or is damaged") from error
+    missing = [key for key in RUN_KEYS if not isinstance(content, Mapping) or key not in content]
+    if missing:
+        raise ValueError(f"{file} is not a checkpoint of a run, it lacks {', '.join(missing)}")
+    return dict(content)
+
+
+def run_info(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a checkpoint says of the run that wrote it: settings, data, mixture, steps and compute."""
+    settings, progress = checkpoint["hyper_parameters"], checkpoint["progress"]
+    return {
+        "model": settings,
+        "data": checkpoint["data"],
+        "seed": settings["seed"],
+        "global_step": progress["steps_done"],
+        "token_passes": progress["token_passes"],
+        "rows_by_subset": progress["rows_by_subset"],
+    }
