@@ -27,7 +27,6 @@ from rich.console import Console
 from rich.table import Table
 
 from parallel_decoupling.data.datamodule import MMEBDataModule
-from parallel_decoupling.evaluation.embedder import about_encoder
 from parallel_decoupling.evaluation.run import EmbeddingWriter, Scoring
 from parallel_decoupling.evaluation.store import Keeper, VectorType
 from parallel_decoupling.files import atomic_write, expand_paths, locked
@@ -212,12 +211,9 @@ class RunCLI(LightningCLI):
         if self.config.subcommand == "predict":
             (folder,) = self._written_folders()
             model = None if config.ckpt_path is None else os.path.abspath(config.ckpt_path)
-            return Keeper(folder, lambda: self._about() | {"model": model}, dtype=config.output_dtype)
+            return Keeper(folder, lambda: self.model.about() | {"model": model}, dtype=config.output_dtype)
         folder = config.get("embeddings_dir")
-        return None if folder is None else Keeper(folder, self._about, replace=True)
-
-    def _about(self) -> dict[str, Any]:
-        return about_encoder(self.model.encoder, self.model.identity())
+        return None if folder is None else Keeper(folder, self.model.about, replace=True)
 
     def before_fit(self) -> None:
         """Log where the run did that is resumed."""

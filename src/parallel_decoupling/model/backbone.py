@@ -25,6 +25,7 @@ __all__ = ["TINY_BACKBONE_DIR", "AdapterConfig", "Backbone", "load_backbone"]
 TINY_BACKBONE_DIR = Path(__file__).parent / "tiny"
 """The trained few-million-parameter Qwen2-VL that the package ships."""
 
+Tensors = Mapping[str, Tensor]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flex_attention"]
 
@@ -98,12 +99,7 @@ class Backbone(nn.Module):
         """Return the dtype of the base model's own weights (adapters are fp32)."""
         return cast(torch.dtype, self.base.dtype)
 
-    def forward(
-        self,
-        tokens: Mapping[str, Tensor],
-        vision: Mapping[str, Tensor],
-        path_states: PathStates | None = None,
-    ) -> Tensor:
+    def forward(self, tokens: Tensors, vision: Tensors, path_states: PathStates | None = None) -> Tensor:
         """Run the vision tower once and the language model once per path.
 
         ``tokens`` are ``[B, L]``, ``vision`` the image tensors of all rows, concatenated. The result is
@@ -117,7 +113,7 @@ class Backbone(nn.Module):
             output = self.base(**tokens, **vision, position_ids=positions, use_cache=False)
         return cast(Tensor, output.last_hidden_state)
 
-    def position_ids(self, tokens: Mapping[str, Tensor], vision: Mapping[str, Tensor]) -> Tensor:
+    def position_ids(self, tokens: Tensors, vision: Tensors) -> Tensor:
         """Return positions of real tokens, from 0 despite a prefix: M-RoPE's ``[3, B, L]``, or ``[B, L]``."""
         mask = tokens["attention_mask"]
         position_BL = (mask.cumsum(-1) - 1).clamp(min=0)

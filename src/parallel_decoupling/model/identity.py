@@ -210,6 +210,14 @@ def encoder_identity(
     return {"sha256": total, **parts}
 
 
+def about_encoder(encoder: Any, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what stored embeddings say of the model: identity, paths, and how these are aggregated."""
+    aggregation: dict[str, Any] = {"kind": getattr(encoder, "aggregation", "mean")}
+    if (logits := getattr(encoder, "path_logits", None)) is not None:
+        aggregation["weights"] = logits.detach().float().softmax(dim=0).tolist()
+    return {"identity": dict(identity), "num_paths": encoder.num_paths, "aggregation": aggregation}
+
+
 def _sampled(name: str, tensor: Tensor) -> bytes:
     """Return name, shape and evenly spaced values of a tensor, rounded to bfloat16."""
     stride = max(1, -(-tensor.numel() // SAMPLED_VALUES))

@@ -202,7 +202,8 @@ def _settings(encoder: Encoder, *, included: bool, merge: bool) -> dict[str, Any
     }
     quantized = bool(getattr(backbone.base, "is_quantized", False))
     if included and (quantized or not isinstance(encoder, ParallelEncoder)):
-        advice = "export without merge_adapters and include_backbone, and beside its folder if it is local"
+        place = "beside its folder if it is a local one"
+        advice = f"export without merge_adapters and include_backbone, and {place}"
         raise ValueError(f"an OpenCLIP model or a quantized backbone is referred to by its name: {advice}")
     if not isinstance(encoder, ParallelEncoder):
         return settings

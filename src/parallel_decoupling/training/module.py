@@ -17,7 +17,7 @@ from parallel_decoupling.distributed import rank, world_size
 from parallel_decoupling.model.backbone import AdapterConfig
 from parallel_decoupling.model.encoder import build_encoder, nested_dims
 from parallel_decoupling.model.families import Family
-from parallel_decoupling.model.identity import backbone_fingerprint, encoder_identity
+from parallel_decoupling.model.identity import about_encoder, backbone_fingerprint, encoder_identity
 from parallel_decoupling.model.turns import enter_evaluation, restore_modes
 from parallel_decoupling.objective.vclub import MutualInformation
 from parallel_decoupling.option_types import (
@@ -346,6 +346,10 @@ class PDFEmbedder(LightningModule):
         shaping = settings.group(settings.SHAPES_EMBEDDINGS, self.hparams)
         known = self.fingerprint
         return encoder_identity(self.encoder, fingerprint=known, precision=precision, settings=shaping)
+
+    def about(self) -> dict[str, Any]:
+        """Return what stored embeddings say of this model; see ``model.identity.about_encoder``."""
+        return about_encoder(self.encoder, self.identity())
 
     def run_info(self) -> dict[str, Any]:
         """Return settings, seed, steps and compute behind the weights, as plain values."""

@@ -19,7 +19,6 @@ from parallel_decoupling.distributed import gather_with_grad, world_size
 from parallel_decoupling.model.encoder import truncate
 from parallel_decoupling.objective import contrastive
 from parallel_decoupling.objective.conditional import Given
-from parallel_decoupling.objective.distillation import score_distillation
 from parallel_decoupling.objective.statistics import margin_correlation, path_cosine, target_entropy
 from parallel_decoupling.objective.vclub import MutualInformation, path_pairs
 
@@ -148,9 +147,8 @@ def contrastive_terms(
 def distillation_term(pairs: GatheredPairs, temperature: Tensor | float) -> Tensor:
     """Return how far the paths' scores are from those of the aggregate of all: 0-dim, the mean over paths."""
     teacher = pairs.query_aggregate[:, :1].detach(), pairs.candidate_aggregate[:, :1].detach()
-    labels: dict[str, Any] = pairs.labels
-    loss_N = score_distillation(pairs.query, pairs.candidate, *teacher, temperature=temperature, **labels)
-    return loss_N.mean()
+    labels: dict[str, Any] = {"temperature": temperature, **pairs.labels}
+    return contrastive.score_distillation(pairs.query, pairs.candidate, *teacher, **labels).mean()
 
 
 def matched_sides(pairs: GatheredPairs) -> tuple[tuple[Tensor, Given], tuple[Tensor, Given]]:
