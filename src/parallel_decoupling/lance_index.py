@@ -16,10 +16,10 @@ from torch import Tensor
 
 from parallel_decoupling import search as searching
 from parallel_decoupling.evaluation.score import similarities
-from parallel_decoupling.evaluation.store import METADATA_KEY, Store, to_tensor
+from parallel_decoupling.evaluation.store import METADATA_KEY, Store, Vectors, to_tensor
 from parallel_decoupling.files import atomic_write, locked
 from parallel_decoupling.model.locations import located, portable
-from parallel_decoupling.search import MAXSIM, Hit, Vectors
+from parallel_decoupling.search import MAXSIM, Hit
 
 TABLE = "items-{:05d}"
 """Name of a table by its number, which is higher than that of the table it replaces."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from parallel_decoupling.data.prompts import listed
 from parallel_decoupling.evaluation.score import similarities
-from parallel_decoupling.evaluation.store import AGGREGATE, Store, path_column
+from parallel_decoupling.evaluation.store import AGGREGATE, Store, Vectors, path_column
 from parallel_decoupling.model.identity import path_hashes
 
 MAXSIM = "maxsim"
@@ -22,10 +22,6 @@ MEMORY_BUDGET = 4 * 2**30
 ROWS_AT_ONCE = 1024  # items that are scored together
 DECODING_BYTES = 14
 """What reading a number takes for a moment beside its float32; 9 in newer releases of pyarrow."""
-
-
-Vectors = Mapping[str, Tensor]
-"""Vectors by the name of their column."""
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ COMPARED = (
 """Metadata in which a shard that is kept must agree with the run that keeps it."""
 
 VectorType = Literal["float32", "float16"]
+Source = RowSource | TaskSide
+Vectors = Mapping[str, Tensor]  # by the name of their column
 
 
 def path_column(path: int) -> str:
@@ -78,7 +80,7 @@ class StoreWriter:
         self,
         shard: int,
         fields: pa.Table,
-        vectors: Mapping[str, Tensor],
+        vectors: Vectors,
         *,
         rows_sha256: str,
         bad_rows: Sequence[Mapping[str, Any]] = (),
@@ -119,9 +121,7 @@ class Keeper:
         self.writers: dict[str, StoreWriter] = {}
         self.kept: dict[str, frozenset[int]] = {}
 
-    def finished(
-        self, rows: RowSource | TaskSide, about: Mapping[str, Any], *, with_bad_rows: bool = True
-    ) -> frozenset[int]:
+    def finished(self, rows: Source, about: Mapping[str, Any], with_bad_rows: bool = True) -> frozenset[int]:
         """Open the store of some rows and return the shards that are done, the same on all processes.
 
         Without ``with_bad_rows`` a shard in which some rows could not be embedded does not count.
@@ -143,27 +143,19 @@ class Keeper:
         return frozenset(done)
 
     def write(
-        self,
-        rows: RowSource | TaskSide,
-        shard: int,
-        numbers: Sequence[int],
-        vectors: Mapping[str, Tensor],
-        bad_rows: Mapping[int, str],
+        self, rows: Source, shard: int, numbers: Sequence[int], vectors: Vectors, bad_rows: Mapping[int, str]
     ) -> None:
         """Write one shard: ``vectors`` by column of the rows ``numbers``, in any but the same order."""
         writer, bad = self.writers[rows.name], sorted(bad_rows)
         order = torch.tensor(numbers, dtype=torch.long).argsort()
         ids = rows.columns(bad)["id"].to_pylist()
-        writer.write(
-            shard,
-            rows.columns(sorted(numbers)),
-            {name: vectors_BD[order] for name, vectors_BD in vectors.items()},
-            rows_sha256=_shard_hash(rows, writer.rows_of(shard)),
-            bad_rows=[
-                {"row": row, "id": id_, "reason": _without_folders(bad_rows[row], rows, row)}
-                for row, id_ in zip(bad, ids, strict=True)
-            ],
-        )
+        reasons = [
+            {"row": row, "id": id_, "reason": _without_folders(bad_rows[row], rows, row)}
+            for row, id_ in zip(bad, ids, strict=True)
+        ]
+        in_order = {name: vectors_BD[order] for name, vectors_BD in vectors.items()}
+        known = _shard_hash(rows, writer.rows_of(shard))
+        writer.write(shard, rows.columns(sorted(numbers)), in_order, rows_sha256=known, bad_rows=reasons)
 
     def written(self) -> tuple[int, int, list[dict[str, Any]]]:
         """Return how many shards are missing, how many rows are there, and those that were not embedded."""
@@ -281,7 +273,7 @@ def chosen_columns(names: Collection[str] | None, num_paths: int) -> tuple[str, 
     return tuple(name for name in known if names is None or name in names)
 
 
-def _shard_hash(rows: RowSource | TaskSide, numbers: range) -> str:
+def _shard_hash(rows: Source, numbers: range) -> str:
     """Identify some rows; one that cannot be used counts by the reason."""
 
     def content(row: int) -> RawInput:
@@ -293,7 +285,7 @@ def _shard_hash(rows: RowSource | TaskSide, numbers: range) -> str:
     return rows_hash(content(row) for row in numbers)
 
 
-def _without_folders(reason: str, rows: RowSource | TaskSide, row: int) -> str:
+def _without_folders(reason: str, rows: Source, row: int) -> str:
     """Name the pictures of a row by their last part only."""
     try:
         files = [image for image in rows[row].images if isinstance(image, str)]

@@ -116,11 +116,9 @@ def _attend(
         return function(module, query, key, value, attention_mask, **kwargs)
     causal = kwargs.get("is_causal")
     causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
-    mask = path_states.once(
-        f"mask of {query.shape[2]}, causal {causal}",  # None is one object whatever it stands for
-        attention_mask,
-        lambda: extend(attention_mask, query, path_states.prefix_length, causal=causal),
-    )
+    purpose = f"mask of {query.shape[2]}, causal {causal}"  # None is one object whatever it stands for
+    extended = partial(extend, attention_mask, query, path_states.prefix_length, causal=causal)
+    mask = path_states.once(purpose, attention_mask, extended)
     return function(module, query, prepend(prefix[0], key), prepend(prefix[1], value), mask, **kwargs)
 
 

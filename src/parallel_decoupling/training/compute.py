@@ -24,10 +24,8 @@ def paths_per_layer(settings: Mapping[str, Any], num_layers: int) -> float:
 
 def forward_passes(settings: Mapping[str, Any], queries: int, candidates: int) -> int:
     """Return the calls of the encoder for one batch of one process, without GradCache's second ones."""
-    return sum(
-        math.ceil(rows / (settings[name] or math.ceil(rows / LENGTH_GROUPS)))
-        for name, rows in (("query_chunk_size", queries), ("candidate_chunk_size", candidates))
-    )
+    sides = (("query_chunk_size", queries), ("candidate_chunk_size", candidates))
+    return sum(math.ceil(rows / (settings[name] or math.ceil(rows / LENGTH_GROUPS))) for name, rows in sides)
 
 
 def token_passes(
