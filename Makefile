@@ -10,7 +10,7 @@ INSTALLED := .venv/.installed
 DEMO := runs/demo$(if $(filter-out 0,$(SEED)),_seed$(SEED))
 DEMO_SINGLE_PATH := runs/demo_single_path$(if $(filter-out 0,$(SEED)),_seed$(SEED))
 
-.PHONY: help install demo test test-slow test-oldest lint types checks format golden backbone icons configs docs wheel notebooks bench studies app clean
+.PHONY: help install demo test test-slow test-oldest lint types checks format golden backbone icons configs docs wheel notebooks bench studies faults app clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -102,6 +102,12 @@ docs: $(INSTALLED) ## an API reference from the docstrings, in build/docs/index.
 wheel: $(INSTALLED) ## build the wheel and try it in an empty environment outside the clone (installs PyTorch again)
 	rm -rf dist && $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 	bash recipes/try_wheel.sh "$(PYTHON)" dist/*.whl
+
+faults: $(INSTALLED) ## the long campaigns of faults: kills of fit, export and index, the server under load (hours)
+	$(BIN)/python -m studies.faults.kills fit --count 60
+	$(BIN)/python -m studies.faults.kills export --count 30
+	$(BIN)/python -m studies.faults.kills index --count 30
+	$(BIN)/python -m studies.faults.serve
 
 test-oldest: ## the test suite on the oldest declared dependencies, in .venv-oldest
 	@test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest

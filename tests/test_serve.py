@@ -5,7 +5,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import json
+import re
+import select
+import socket
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +24,13 @@ from PIL import Image
 
 pytest.importorskip("fastapi")
 
+import uvicorn
 from fastapi.testclient import TestClient
 
 from parallel_decoupling.data.images import ImagePolicy, load_image
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.serve import Body, Limits, RequestError, Server, Task, Waiting, build_app
+from parallel_decoupling.serve_limits import TimedProtocol
 from tests.support.embedders import tiny_embedder
 from tests.support.fit import small_embedder
 from tests.support.tiny import noise_image
@@ -54,9 +63,13 @@ def clip(tiny_clip_dir: str) -> Embedder:
     return small_embedder(tiny_clip_dir, **CLIP_SETTINGS).embedder
 
 
+def client_of(server: Server) -> TestClient:
+    return TestClient(build_app(server), "http://localhost", raise_server_exceptions=False)
+
+
 @pytest.fixture(scope="module")
 def client(embedder: Embedder) -> TestClient:
-    return TestClient(build_app(Server(embedder, 1, LIMITS)))
+    return client_of(Server(embedder, 1, LIMITS))
 
 
 def ask(client: TestClient, **body: Any) -> Any:
@@ -109,6 +122,9 @@ def test_answers_are_what_encode_gives(
         ({"input": {"image": "photo.png"}}, 400, "input"),
         ({"input": {"image": "data:image/png;base64,AAAA"}}, 400, "input"),
         ({"input": "<|image_1|> a"}, 400, "input"),
+        ({"input": [1, 2]}, 400, "input"),
+        ({"input": ["a", [1, 2]]}, 400, "input"),
+        ({"input": {f"key {number}": 0 for number in range(1000)}}, 400, "input"),
         ({"input": "a", "model": "path_3"}, 404, "model"),
         ({"input": "a", "dimensions": 33}, 400, "dimensions"),
         ({"input": "a", "dimensions": 0}, 400, "dimensions"),
@@ -133,7 +149,7 @@ def test_bad_requests(body: Any, status: int, param: str | None, client: TestCli
 def test_dimensions_cut_paths_before_they_are_aggregated(aggregation: str, tiny_backbone_dir: str) -> None:
     """The answer has as many numbers as were asked for; of concatenated paths each gives its part."""
     embedder = tiny_embedder(tiny_backbone_dir, aggregation=aggregation)
-    client = TestClient(build_app(Server(embedder)))
+    client = client_of(Server(embedder))
     step = 3 if aggregation == "concat" else 1
     for model, paths, dimensions, kept in (
         ("aggregate", "aggregate", 5 * step, 5),
@@ -246,7 +262,7 @@ def test_those_that_wait_are_embedded_together(embedder: Embedder, monkeypatch: 
 def test_too_large_bodies_and_too_many_requests_are_refused(embedder: Embedder) -> None:
     """A body without a declared size is counted while it is read; with a full queue it is not read."""
     server = Server(embedder, limits=Limits(body_bytes=100, waiting=2))
-    client = TestClient(build_app(server))
+    client = client_of(server)
     for size, status in ((100, 200), (101, 413)):
         body = b'{"input": "a"}'.ljust(size)
         answer = client.post("/v1/embeddings", content=iter([body[:60], body[60:]]))
@@ -324,7 +340,7 @@ def test_a_deadline_answers_503_and_the_others_go_on(
     server = Server(embedder, limits=replace(Limits(), seconds=0.2, batch_size=1))
     embed, slow = server.embed, [True]
     monkeypatch.setattr(server, "embed", lambda tasks: time.sleep(0.5 if slow[0] else 0) or embed(tasks))
-    client = TestClient(build_app(server))
+    client = client_of(server)
     answer = ask(client, input="a")
     error = answer.json()["error"]
     assert (answer.status_code, error["type"], answer.headers["retry-after"]) == (503, "server_error", "1")
@@ -339,7 +355,7 @@ def test_a_deadline_answers_503_and_the_others_go_on(
 def test_a_row_that_fails_in_the_model_thread_is_its_requests_alone(embedder: Embedder) -> None:
     """The number is the input's place in the request, whatever turn it is embedded in."""
     server = Server(embedder, limits=replace(Limits(), batch_size=2))
-    client = TestClient(build_app(server))
+    client = client_of(server)
     for bad, why in (("<|image_1|> a", "0 images but 1"), ("a <|image_pad|>", "own image token")):
         answer = ask(client, input=["a", "b", "c", bad, "d"])
         assert answer.status_code == 400
@@ -354,7 +370,7 @@ def test_texts_with_too_many_tokens_are_cut_and_counted(
 ) -> None:
     embedder = small_embedder(tiny_backbone_dir, max_tokens=8).embedder
     server, text = Server(embedder), "a red circle " * 50
-    client = TestClient(build_app(server))
+    client = client_of(server)
     found = ask(client, input=[text, "a", text])
     with pytest.warns(UserWarning, match="more than 8 tokens"):
         expected = embedder.encode([text, "a", text], paths=0)
@@ -362,23 +378,126 @@ def test_texts_with_too_many_tokens_are_cut_and_counted(
     assert server.num_cut == 2
     assert "texts cut to max_tokens so far: 2" in caplog.text
     strict = small_embedder(tiny_backbone_dir, max_tokens=8, long_text="error").embedder
-    answer = ask(TestClient(build_app(Server(strict))), input=["a", text])
+    answer = ask(client_of(Server(strict)), input=["a", text])
     assert answer.status_code == 400
     assert "input[1]: " in answer.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("head", ["data:image/png;base64,", "DATA:image/png;BASE64,", "data:;base64,"])
+@pytest.mark.parametrize(
+    "head", ["data:image/png;base64,", " DATA:x;BASE64,", "data:;base64,", "data: ;base64,"]
+)
 def test_pictures_in_all_forms_of_base64_and_no_files(
     head: str, client: TestClient, embedder: Embedder, tmp_path: Path
 ) -> None:
     image = noise_image(8, 8)
     code = data_uri(image).partition(",")[2]
     lines = "\n".join(code[start : start + 76] for start in range(0, len(code), 76))
-    for each in (code, lines, code.rstrip("="), code.replace("+", "-").replace("/", "_")):
+    url_safe = code.replace("+", "-").replace("/", "_")
+    for each in (code, lines, code.rstrip("="), url_safe, code.replace("+", "%2B").replace("=", "%3D")):
         found = numbers(ask(client, input={"image": head + each}))
         torch.testing.assert_close(found, embedder.encode([image], paths=1), atol=1e-6, rtol=0)
     image.save(tmp_path / "x.png")
-    for file in (str(tmp_path / "x.png"), f"file://{tmp_path}/x.png", code):
+    half = head + code[: len(code) // 2]
+    for file in (str(tmp_path / "x.png"), f"file://{tmp_path}/x.png", code, "data:image/png," + code, half):
         answer = ask(client, input={"image": file})
         assert answer.status_code == 400
-        assert "data:image/png;base64,..." in answer.json()["error"]["message"]
+        assert ("truncated" if file == half else "data:image/png;base64,...") in error_of(answer)["message"]
+
+
+def error_of(answer: Any) -> Any:
+    """What is in an error of OpenAI's form."""
+    assert answer.headers["content-type"] == "application/json"
+    (error,) = answer.json().values()
+    assert error.keys() == {"message", "type", "param", "code"}
+    return error
+
+
+@pytest.mark.parametrize(
+    ("call", "status", "words"),
+    [
+        ({"method": "GET", "url": "/v1/nothing"}, 404, "GET /v1/nothing; the server answers POST /v1/emb"),
+        ({"method": "POST", "url": "/v1/embeddings/"}, 404, "the server answers POST /v1/embeddings"),
+        ({"method": "GET", "url": "/v1/models/gpt"}, 404, "no model 'gpt'; use default, aggregate, path_0"),
+        ({"method": "GET", "url": "/v1/embeddings"}, 405, "GET /v1/embeddings; the server answers POST"),
+        ({"headers": {"content-type": "text/plain"}}, 415, "must be application/json"),
+        ({"headers": {"content-encoding": "gzip"}}, 415, "without compression"),
+        ({"json": {"input": [3]}}, 400, "check_embedding_ctx_length=False"),
+        ({"json": {"input": {"image": "data:,AA"}}}, 400, "as data:image/png;base64,...: this is no data"),
+        ({"json": {"input": "a", "model": "gpt"}}, 404, "no model 'gpt'"),
+        ({"content": b'{"input": "a"'}, 400, "body: Invalid JSON"),
+        ({"content": b'{"input": "half \\ud83d"}'}, 400, "hex escape"),
+        ({"headers": {"host": "evil.example"}}, 400, "'evil.example' is not allowed; see the option allo"),
+        ({"headers": {"host": "user@localhost"}}, 400, "'user@localhost' is not allowed"),
+    ],
+)
+def test_every_refusal_has_openais_form(call: Any, status: int, words: str, client: TestClient) -> None:
+    answer = client.request(**{"method": "POST", "url": "/v1/embeddings", **call})
+    assert answer.status_code == status
+    assert words in error_of(answer)["message"]
+    assert error_of(answer)["code"] == ("model_not_found" if "no model" in words else None)
+
+
+def test_hosts_models_and_metrics(embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hosts by name or pattern, with and without a port; a model by name; counts that Prometheus reads."""
+    server = Server(embedder, 1)
+    client = TestClient(build_app(Server(embedder), ("::1", "*.Example.com")))
+    for host, status in (("[::1]:80", 200), ("a.example.com:1", 200), ("example.com", 400), ("", 400)):
+        assert client.get("/health", headers={"host": host}).status_code == status
+    client = client_of(server)
+    assert client.get("/v1/models/aggregate").json()["id"] == "aggregate"
+    assert numbers(ask(client, input=["a", "b"])).shape[0] == 2
+    assert ask(client, input=[]).status_code == 400
+    monkeypatch.setattr(server, "embed", lambda tasks: 1 / 0)
+    failed = ask(client, input="a")
+    assert (failed.status_code, error_of(failed)["type"]) == (500, "server_error")
+    answer = client.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    found = dict(re.findall(r"^parallel_decoupling_(\S+) ([\d.e-]+)$", answer.text, re.MULTILINE))
+    assert float(found.pop("seconds_total")) > 0
+    statuses = {f'requests_total{{status="{status}"}}': "1" for status in (200, 400, 500)}
+    assert found == {**statuses, "rows_total": "2", "waiting": "0"}
+
+
+@contextmanager
+def listening(server: Server) -> Iterator[int]:
+    """Give the port on which a server listens, in a thread."""
+    options: Any = {"http": TimedProtocol, "timeout_keep_alive": server.limits.read_seconds}
+    real = uvicorn.Server(uvicorn.Config(build_app(server), port=0, log_level="error", **options))
+    thread = threading.Thread(target=real.run)
+    thread.start()
+    while not real.started:
+        time.sleep(0.01)
+    try:
+        yield real.servers[0].sockets[0].getsockname()[1]
+    finally:
+        real.should_exit = True
+        thread.join()
+
+
+def test_slow_senders_keep_nobody_waiting_and_are_refused(embedder: Embedder) -> None:
+    """300 heads without a body or without an end, of which one is sent letter by letter; 429 to nobody."""
+    server = Server(embedder, limits=Limits(waiting=1, read_seconds=1.5))
+    head = b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\n"
+    starts = [head, b"", b"no HTTP\r\n\r\n", *[head + b"Content-Length: 14\r\n\r\n{"] * 297]
+    with listening(server) as port:
+        slow = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in starts]
+        for each, start in zip(slow, starts, strict=True):
+            each.sendall(start)
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as gone:
+            gone.sendall(starts[-1])
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as good:
+            good.sendall(head + b'Content-Length: 14\r\n\r\n{"input": "a"}')
+            assert good.recv(15).startswith(b"HTTP/1.1 200")
+        for _ in range(50):  # more of a head does not give it more time
+            if not select.select(slow[:1], [], [], 0.2)[0]:
+                slow[0].sendall(b"X")
+        assert select.select(slow[:1], [], [], 0)[0]
+        statuses = []
+        for each in slow:
+            with each, each.makefile("rb") as answer:
+                head, _, body = answer.read().partition(b"\r\n\r\n")
+            statuses.append(int(head.split()[1]))
+            assert json.loads(body)["error"]["message"]
+        assert statuses == [400] * 3 + [408] * 297
+        assert server.statuses == {200: 1, 400: 1, 408: 297}  # 400 for the client that went away
+    assert server._num_requests == 0

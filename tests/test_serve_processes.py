@@ -10,6 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import psutil
 import pytest
@@ -31,7 +32,8 @@ def connect(address: str) -> openai.OpenAI:
 
 def test_concurrent_clients_get_what_encode_gives(checkpoint: Path, start: Start) -> None:
     """32 clients, mixed models and inputs, four of them refused; then limits; then SIGTERM."""
-    process, address = start("serve", checkpoint, *LIMITS, answers="/health")
+    hosts = ("--allowed_hosts", '["a.example", "*.b.example"]')
+    process, address = start("serve", checkpoint, *LIMITS, *hosts, answers="/health")
     client, embedder, image = connect(address), load_model(checkpoint), noise_image(40, 30)
     paths: list[Any] = ["aggregate", 0, 1]
 
@@ -58,6 +60,11 @@ def test_concurrent_clients_get_what_encode_gives(checkpoint: Path, start: Start
     whole = embedder.encode(["a"], paths=0)[0, :5]
     torch.testing.assert_close(torch.tensor(short), whole / whole.norm(), atol=1e-6, rtol=0)
     assert [row.id for row in client.models.list()] == ["default", "aggregate", "path_0", "path_1"]
+    assert client.models.retrieve("aggregate").id == "aggregate"
+    for host, status in (("a.example", 200), ("x.b.example:80", 200), ("c.example", 400)):
+        assert httpx.get(f"{address}/metrics", headers={"host": host}).status_code == status
+    with pytest.raises(openai.BadRequestError, match="check_embedding_ctx_length=False"):
+        client.embeddings.create(model="default", input=[[1, 2]])
     with pytest.raises(openai.NotFoundError, match="no model"):
         client.embeddings.create(model="gpt", input="a")
     for too_large in (["a"] * 65, "a" * 100_001):

@@ -18,6 +18,7 @@ from parallel_decoupling import search as searching
 from parallel_decoupling.evaluation.score import similarities
 from parallel_decoupling.evaluation.store import METADATA_KEY, Store, Vectors, to_tensor
 from parallel_decoupling.files import atomic_write, locked
+from parallel_decoupling.model.identity import check_seal, sealed
 from parallel_decoupling.model.locations import located, portable
 from parallel_decoupling.search import MAXSIM, Hit
 
@@ -40,7 +41,7 @@ def write_lance_index(store: Store, index_dir: str | Path, index_type: IndexType
         raise ValueError(f"{index_type} needs at least {ROWS_FOR_TRAINING} items; leave out index_type")
     tables = _tables(store)
     first = next(tables)
-    metadata = {METADATA_KEY: json.dumps(portable(store.metadata, index_dir))}
+    metadata = {METADATA_KEY: json.dumps(sealed(portable(store.metadata, index_dir)))}
     with locked(index_dir):
         old = table_dirs(index_dir)
         name = TABLE.format(max(old, default=0) + 1)
@@ -75,7 +76,9 @@ class LanceIndex:
             raise ValueError(f"{index_dir} does not hold an index: write one with lightning index")
         self._table = _lancedb().connect(index_dir).open_table(TABLE.format(max(tables)))
         schema = self._table.schema
-        self.metadata: Mapping[str, Any] = located(json.loads(schema.metadata[METADATA_KEY]), index_dir)
+        self.metadata: Mapping[str, Any] = located(
+            check_seal(json.loads(schema.metadata[METADATA_KEY]), index_dir), index_dir
+        )
         self.columns: tuple[str, ...] = tuple(self.metadata["columns"])
         self._fields = [name for name in schema.names if name not in (*self.columns, MAXSIM)]
         self.scorings = (*self.columns, *([MAXSIM] if MAXSIM in schema.names else []))

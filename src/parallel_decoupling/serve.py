@@ -6,82 +6,71 @@ import asyncio
 import base64
 import logging
 import math
+import re
 import signal
-from collections import defaultdict
+import time
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from itertools import zip_longest
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
+from urllib.parse import unquote
 
 import torch
 import uvicorn
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.responses import JSONResponse, PlainTextResponse
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, FailFast, ValidationInfo, field_validator, model_validator
+from pydantic_core import to_json
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from torch import Tensor
 
 from parallel_decoupling.batch import RawInput
 from parallel_decoupling.data.images import as_picture, load_image
 from parallel_decoupling.data.prompts import to_raw_inputs
-from parallel_decoupling.data.unusable import RowError, doubled, one_row
+from parallel_decoupling.data.unusable import doubled, one_row
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.evaluation.encode import TokenEstimate, encode_rows
-from parallel_decoupling.option_types import Port, PositiveFloat, PositiveInt, check_values, checked
+from parallel_decoupling.option_types import Names, Port, checked
+from parallel_decoupling.serve_limits import Limits, RequestError, TimedProtocol, refusal, within
 
 Output = int | Literal["aggregate"]  # what a model name stands for: a path's number, or the aggregate
 GRACE_SECONDS = 30  # accepted requests have so long after SIGTERM to be answered
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What requests may cost.
-
-    Args:
-        body_bytes: most bytes in a request.
-        inputs: most inputs in a request.
-        characters: most characters in an input's text and instruction together.
-        pixels: most pixels in an image.
-        waiting: most requests that are being answered or wait; further ones get status 429.
-        batch_size: inputs per forward pass, of as many requests.
-        tokens: most tokens of a forward pass, unless a single input has more; requests take turns in it.
-        seconds: a request that is not answered by then gets status 503.
-    """
-
-    body_bytes: PositiveInt = 20_000_000
-    inputs: PositiveInt = 256
-    characters: PositiveInt = 32_000
-    pixels: PositiveInt = 16_000_000
-    waiting: PositiveInt = 256
-    batch_size: PositiveInt = 32
-    tokens: PositiveInt = 16_384
-    seconds: PositiveFloat = 120.0
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        check_values(Limits, vars(self), "limits.")
-
-
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
+_JSON = ("application/json", "application/x-www-form-urlencoded")  # the latter is what curl -d says
 _LIMITS = Limits()
 log = logging.getLogger(__name__)
 
 
-class Input(BaseModel):
-    """A text, an image, or both."""
+class Known(BaseModel):
+    """An object without unknown keys; of too many not every one is an error of its own."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_keys(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > 20:
+            raise ValueError(f"{len(value)} keys; known are {', '.join(cls.model_fields)}")
+        return value
+
+
+class Input(Known):
+    """A text, an image, or both."""
+
     text: str = ""
     image: str | None = None
     instruction: str | None = None
 
 
-class Body(BaseModel):
+class Body(Known):
     """The body of a request, as OpenAI's clients send it."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
-    input: list[Input]
+    input: Annotated[list[Input], FailFast()]
     model: str = "default"
     dimensions: int | None = None
     encoding_format: Literal["float", "base64"] = "float"
@@ -89,18 +78,15 @@ class Body(BaseModel):
 
     @field_validator("input", mode="before")
     @classmethod
-    def _as_list(cls, value: Any) -> Any:
+    def _as_list(cls, value: Any, info: ValidationInfo) -> Any:
         # strings are texts, never names of files
-        items = value if isinstance(value, list) else [value]
+        items, limits = value if isinstance(value, list) else [value], info.context or _LIMITS
+        if not 0 < len(items) <= limits.inputs:
+            raise RequestError(f"input must have 1 to {limits.inputs} items", 413 if items else 400)
+        if any(isinstance(item, int | float | list) for item in items):
+            advice = "send texts (for LangChain's OpenAIEmbeddings: check_embedding_ctx_length=False)"
+            raise ValueError(f"numbers of tokens are not supported; {advice}")
         return [{"text": item} if isinstance(item, str) else item for item in items]
-
-
-class RequestError(HTTPException):
-    """A request that is refused, with its status and the key of the body that is to blame."""
-
-    def __init__(self, message: str, status: int = 400, param: str | None = "input") -> None:
-        super().__init__(status, message, {"retry-after": "1"} if status in (429, 503) else None)
-        self.param = param
 
 
 class Task(NamedTuple):
@@ -125,8 +111,7 @@ class Waiting:
 
     def part(self, size: int) -> Task:
         """Return its next rows."""
-        stop = self.num_done + size
-        return self.task._replace(rows=self.task.rows[self.num_done : stop], first=self.num_done)
+        return self.task._replace(rows=self.task.rows[:size], first=self.num_done)
 
 
 class Server:
@@ -141,30 +126,46 @@ class Server:
         self.models: dict[str, Output] = {"default": path, "aggregate": "aggregate", **paths}
         if path not in [*paths.values(), "aggregate"]:
             raise ValueError(f"there is no path {path}; the model has paths 0 to {embedder.num_paths - 1}")
-        self._num_requests = 0
+        self._num_requests, self._num_rows, self._seconds = 0, 0, 0.0
+        self.statuses: Counter[int] = Counter()  # how many requests were answered with each
         self._waiting: dict[asyncio.Future[Result], Waiting] = {}
         self.num_cut = 0  # texts of which the ends were cut off
         self._model_is_free = asyncio.Lock()
         self._model_thread = ThreadPoolExecutor(1)
 
-    async def answer(self, request: Request) -> dict[str, Any]:
+    async def answer(self, request: Request) -> bytes:
         """Read a request and embed its inputs; raises ``ValueError`` or ``RequestError`` for a bad one."""
-        if self._num_requests >= self.limits.waiting:
+        start, limits = time.monotonic(), self.limits
+        content = await within(limits.read_seconds, self._read(request), 408, "the body did not arrive")
+        if self._num_requests >= limits.waiting:
             raise RequestError(f"{self._num_requests} requests are waiting; try again later", 429, None)
         self._num_requests += 1
         try:
-            content = bytearray()
-            async for chunk in request.stream():
-                content += chunk
-                if len(content) > self.limits.body_bytes:
-                    raise RequestError(f"the body has more than {self.limits.body_bytes} bytes", 413, None)
-            body = await asyncio.to_thread(Body.model_validate_json, bytes(content))
-            return await asyncio.wait_for(self.embeddings(body), self.limits.seconds)
-        except asyncio.TimeoutError as error:
-            late = f"not answered within {self.limits.seconds:g} s; send fewer or shorter inputs"
-            raise RequestError(late, 503, None) from error
+            return await within(limits.seconds, self._embed_content(content), 503, "not answered")
         finally:
             self._num_requests -= 1
+            self._seconds += time.monotonic() - start
+
+    async def _embed_content(self, content: bytes) -> bytes:
+        body = await asyncio.to_thread(Body.model_validate_json, content, context=self.limits)
+        return await asyncio.to_thread(to_json, await self.embeddings(body))
+
+    async def _read(self, request: Request) -> bytes:
+        kind = request.headers.get("content-type", _JSON[0]).partition(";")[0].strip().lower()
+        if kind not in _JSON or "content-encoding" in request.headers:
+            raise RequestError("the body must be application/json without compression", 415, None)
+        content = bytearray()
+        async for chunk in request.stream():
+            content += chunk
+            if len(content) > self.limits.body_bytes:
+                raise RequestError(f"the body has more than {self.limits.body_bytes} bytes", 413, None)
+        return bytes(content)
+
+    def metrics(self) -> str:
+        """Return counts since the start in Prometheus' text form."""
+        counts = [(f'requests_total{{status="{each}"}}', number) for each, number in self.statuses.items()]
+        others = {"rows_total": self._num_rows, "seconds_total": self._seconds, "waiting": self._num_requests}
+        return "".join(f"parallel_decoupling_{name} {count}\n" for name, count in [*counts, *others.items()])
 
     async def embeddings(self, body: Body) -> dict[str, Any]:
         """Embed the inputs of a body; returns OpenAI's ``CreateEmbeddingResponse``."""
@@ -180,13 +181,7 @@ class Server:
             future.cancel()
         if isinstance(result, RequestError):
             raise result
-        vectors: list[Any] = result[0].tolist()
-        if body.encoding_format == "base64":  # of little-endian float32
-            rows = result[0].numpy().astype("<f4")
-            vectors = [base64.b64encode(row.tobytes()).decode("ascii") for row in rows]
-        data = [{"object": "embedding", "index": n, "embedding": each} for n, each in enumerate(vectors)]
-        usage = dict.fromkeys(("prompt_tokens", "total_tokens"), result[1])
-        return {"object": "list", "data": data, "model": body.model, "usage": usage}
+        return await asyncio.to_thread(_response, body, *result)
 
     async def _take_turn(self, future: asyncio.Future[Result]) -> None:
         """Embed the next rows of all requests, unless this one is answered by now."""
@@ -205,7 +200,9 @@ class Server:
                     continue
                 waiting.done.append(result)
                 waiting.num_done += len(result[0])
-                if waiting.num_done == len(waiting.task.rows):
+                self._num_rows += len(result[0])
+                del waiting.task.rows[: len(result[0])]  # and their decoded pictures
+                if not waiting.task.rows:
                     vectors, counts = zip(*waiting.done, strict=True)
                     each.set_result((torch.cat(vectors), sum(counts)))
 
@@ -222,7 +219,7 @@ class Server:
 
     def _rows_in_turn(self) -> Iterator[tuple[asyncio.Future[Result], RawInput]]:
         waiting = [(future, each) for future, each in self._waiting.items() if not future.done()]
-        for rows in zip_longest(*(each.task.rows[each.num_done :] for _, each in waiting)):
+        for rows in zip_longest(*(each.task.rows for _, each in waiting)):
             yield from ((future, row) for (future, _), row in zip(waiting, rows, strict=True) if row)
 
     def embed(self, tasks: Sequence[Task]) -> Sequence[Result]:
@@ -249,13 +246,15 @@ class Server:
             self.num_cut += encoded.num_cut
         return [results[id(task)] for task in tasks]
 
+    def output(self, model: str) -> Output:
+        """Return what a model name stands for."""
+        if model not in self.models:
+            raise RequestError(f"no model {model!r}; use {', '.join(self.models)}", 404, "model")
+        return self.models[model]
+
     def check(self, body: Body) -> Task:
         """Check a request, and decode its images; a ``ValueError`` names the key, or the input's number."""
-        if body.model not in self.models:
-            raise RequestError(f"no model {body.model!r}; use {', '.join(self.models)}", 404, "model")
-        output, limits = self.models[body.model], self.limits
-        if not 0 < len(body.input) <= limits.inputs:
-            raise RequestError(f"input must have 1 to {limits.inputs} items", 413 if body.input else 400)
+        output, limits = self.output(body.model), self.limits
         rows = to_raw_inputs(_checked(*each, limits) for each in enumerate(body.input))
         if body.dimensions is None:
             return Task(rows, output, None)
@@ -267,46 +266,58 @@ class Server:
         return Task(rows, output, body.dimensions // joined)
 
 
-def build_app(server: Server) -> FastAPI:
-    """Make the application: ``POST /v1/embeddings``, ``GET /v1/models`` and ``GET /health``."""
-    app = FastAPI(openapi_url=None)
+def build_app(server: Server, allowed_hosts: Sequence[str] = LOCAL_HOSTS) -> FastAPI:
+    """Make the application; its routes are those that the message for unknown ones names."""
+
+    async def known_host(request: Request) -> None:
+        host = re.sub(r":\d*$", "", request.headers.get("host", "")).strip("[]").lower()
+        if not any(fnmatchcase(host, each.lower()) for each in allowed_hosts):
+            raise RequestError(f"host {host!r} is not allowed; see the option allowed_hosts", param=None)
+
+    app = FastAPI(openapi_url=None, redirect_slashes=False, dependencies=[Depends(known_host)])
+    about = {"object": "model", "created": 0, "owned_by": "parallel-decoupling"}
 
     @app.post("/v1/embeddings")
-    async def embeddings(request: Request) -> JSONResponse:
-        return JSONResponse(await server.answer(request))
+    async def embeddings(request: Request) -> Response:
+        content = await server.answer(request)
+        server.statuses[200] += 1
+        return Response(content, media_type="application/json")
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        about = {"object": "model", "created": 0, "owned_by": "parallel-decoupling"}
         return {"object": "list", "data": [{"id": name, **about} for name in server.models]}
+
+    @app.get("/v1/models/{name}")
+    async def model(name: str) -> dict[str, Any]:
+        server.output(name)
+        return {"id": name, **about}
 
     @app.get("/health")
     async def health() -> str:
         return "ok"
 
-    @app.exception_handler(HTTPException)
-    @app.exception_handler(ValueError)
-    async def refused(_: Request, error: Exception) -> JSONResponse:
-        message, param = getattr(error, "detail", str(error)), getattr(error, "param", None)
-        if isinstance(error, RowError):
-            param = "input"
-        if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            place = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]]
-            message = f"{''.join(place).lstrip('.') or 'body'}: {first['msg']}"
-            param = place[0][1:] if place else None
-        status = getattr(error, "status_code", 400)
-        kinds = {429: "rate_limit_error", 503: "server_error"}
-        kind = kinds.get(status, "invalid_request_error")
-        content = {"message": message, "type": kind, "param": param, "code": None}
-        return JSONResponse({"error": content}, status, getattr(error, "headers", None))
+    @app.get("/metrics")
+    async def metrics() -> PlainTextResponse:
+        return PlainTextResponse(server.metrics(), media_type="text/plain; version=0.0.4")
 
+    async def refused(request: Request, error: Exception) -> JSONResponse:
+        status, content = refusal(error, f"{request.method} {request.url.path}")
+        server.statuses[status] += 1
+        return JSONResponse(content, status, getattr(error, "headers", None))
+
+    for kind in (HTTPException, ValueError, ClientDisconnect, Exception):
+        app.add_exception_handler(kind, refused)
     return app
 
 
 @checked()
 def serve(
-    model: str, host: str = "127.0.0.1", port: Port = 8000, path: Output = 0, limits: Limits = _LIMITS
+    model: str,
+    host: str = "127.0.0.1",
+    port: Port = 8000,
+    path: Output = 0,
+    limits: Limits = _LIMITS,
+    allowed_hosts: Names = (),
 ) -> None:
     """Serve embeddings over HTTP in OpenAI's form until SIGTERM or Ctrl-C; what was accepted is answered.
 
@@ -316,10 +327,13 @@ def serve(
         port: port to listen on.
         path: what the model name "default" stands for.
         limits: of requests and batches.
+        allowed_hosts: by which clients may call the server beside localhost and ``host``: "*.example.com".
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    app = build_app(Server(Embedder.from_pretrained(model).to(device), path, limits))
+    hosts = (*LOCAL_HOSTS, host, *allowed_hosts)
+    app = build_app(Server(Embedder.from_pretrained(model).to(device), path, limits), hosts)
     options: dict[str, Any] = {"log_level": "warning", "timeout_graceful_shutdown": GRACE_SECONDS}
+    options |= {"http": TimedProtocol, "ws": "none", "timeout_keep_alive": limits.read_seconds}
     server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, **options))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # uvicorn handles the signal, and raises it again at the end
@@ -337,13 +351,26 @@ def _checked(number: int, item: Input, limits: Limits) -> dict[str, Any]:
     return {"text": item.text or None, "image": image, "instruction": item.instruction}
 
 
-def _image(uri: str, where: str, limits: Limits) -> Image.Image:
+def _image(uri: str, where: str, limits: Limits) -> Image.Image | str:
     with one_row(f"{where}: image must be a picture in base64, as data:image/png;base64,...: "):
-        image = as_picture(uri) if uri[:5].lower() == "data:" else None  # never a file of this machine
-        if not isinstance(image, Image.Image):
-            raise ValueError("this is no data URI")
+        head, comma, data = uri.strip().partition(",")
+        head = re.sub(r"\s", "", head).lower()
+        if not (comma and head.startswith("data:") and head.endswith(";base64")):
+            raise ValueError("this is no data URI in base64")  # nor is it a file of this machine
+        uri = f"data:;base64,{unquote(data)}"
+        image: Any = as_picture(uri)
     if math.prod(image.size) > limits.pixels:
         raise RequestError(f"{where}: image has more than {limits.pixels} pixels", 413)
     with one_row(f"{where}: "):
         load_image(image)  # a check; encode does it again, with the model's settings
-    return image
+    return as_picture(uri)  # not decoded: a request may have many
+
+
+def _response(body: Body, embeddings_BD: Tensor, num_tokens: int) -> dict[str, Any]:
+    vectors: list[Any] = embeddings_BD.tolist()
+    if body.encoding_format == "base64":  # of little-endian float32
+        rows = embeddings_BD.numpy().astype("<f4")
+        vectors = [base64.b64encode(row.tobytes()).decode("ascii") for row in rows]
+    data = [{"object": "embedding", "index": n, "embedding": each} for n, each in enumerate(vectors)]
+    usage = dict.fromkeys(("prompt_tokens", "total_tokens"), num_tokens)
+    return {"object": "list", "data": data, "model": body.model, "usage": usage}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import zlib
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -190,12 +191,27 @@ def test_a_batch_that_exhausts_the_memory_is_halved_and_a_row_that_does_is_the_e
         encode_all(broken, HashCollator(), raw(texts))
 
 
-def test_the_global_default_dtype_changes_nothing(tiny_backbone_dir: str) -> None:
+@pytest.mark.parametrize(
+    "surroundings",
+    [
+        lambda: torch.set_default_dtype(torch.float64),  # a fixture sets it back
+        lambda: torch.device("meta"),
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        torch.inference_mode,
+        torch.enable_grad,
+    ],
+)
+def test_what_is_set_around_a_call_makes_no_difference_and_stays(
+    tiny_backbone_dir: str, surroundings: Any
+) -> None:
     embedder, inputs = tiny_embedder(tiny_backbone_dir), mixed_inputs()
     expected = embedder.encode(inputs)
-    torch.set_default_dtype(torch.float64)  # a fixture sets it back
-    found = embedder.encode(inputs)
-    assert found.dtype == torch.float32
+    with surroundings() or nullcontext():
+        before = torch.get_default_device(), torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+        found = embedder.encode(inputs)
+        after = torch.get_default_device(), torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+    assert before == after
+    assert (found.dtype, found.device.type) == (torch.float32, "cpu")
     torch.testing.assert_close(found, expected)
 
 

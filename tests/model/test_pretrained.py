@@ -20,6 +20,7 @@ from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.model.backbone import AdapterConfig
 from parallel_decoupling.model.identity import (
     path_hashes,
+    sealed,
     trainable_state,
     weights_hash,
 )
@@ -29,7 +30,7 @@ from parallel_decoupling.model.pretrained import (
     load_encoder,
     scores_of,
 )
-from parallel_decoupling.model.run_checkpoint import checkpoint_file, read_checkpoint
+from parallel_decoupling.model.run_checkpoint import checkpoint_file, read_checkpoint, seal_checkpoint
 from parallel_decoupling.training.module import PDFEmbedder
 from tests.support.embedders import mixed_inputs, tiny_embedder
 from tests.support.families import save_tiny_family
@@ -232,7 +233,7 @@ def test_needs_neither_lightning_nor_the_packages_of_reports(
 
 def edit(folder: Path, **values: Any) -> None:
     file = folder / "config.json"
-    file.write_text(json.dumps({**config_of(folder), **values}))
+    file.write_text(json.dumps(sealed({**config_of(folder), **values})))
 
 
 def test_not_a_model(tmp_path: Path) -> None:
@@ -336,6 +337,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(run_dir: Path, change: Any, m
     file = checkpoint_file(run_dir)
     content = torch.load(file, weights_only=True)
     change(content)
+    seal_checkpoint(content)
     torch.save(content, file)
     with pytest.raises(ValueError, match=message):
         load_encoder(run_dir)

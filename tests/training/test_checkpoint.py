@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from parallel_decoupling.model.run_checkpoint import RUN_KEYS, seal_checkpoint
 from parallel_decoupling.training.module import PDFEmbedder
 from tests.support.fit import Recorder, assert_equal, make_trainer, small_data, small_embedder, trained
 from tests.support.tiny import save_tiny_backbone
@@ -62,6 +63,8 @@ def test_embeddings_after_loading_from_another_folder_are_equal_bit_for_bit(
 def changed(checkpoint_file: Path, folder: Path, change: Any) -> Path:
     content = torch.load(checkpoint_file, weights_only=True)
     change(content)
+    if content.keys() >= {*RUN_KEYS}:
+        seal_checkpoint(content)
     torch.save(content, folder / "changed.ckpt")
     return folder / "changed.ckpt"
 

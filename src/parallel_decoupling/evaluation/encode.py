@@ -245,7 +245,7 @@ def encode_rows(
     """Embed rows in one process; a row that cannot be embedded is an error unless ``keep_going``.
 
     Runs in eval mode on the device of the encoder, between the steps of a training; every submodule's mode is
-    restored.
+    restored. A caller's default device and dtype, autocast and inference mode make no difference.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
@@ -272,7 +272,7 @@ def encode_rows(
         shape = wanted(torch.zeros(1, num_selected, whole, device=device)).shape[1:]
     result = torch.full((len(rows), *shape), torch.nan, dtype=torch.float32, device="cpu")
     encoded = Encoded(result, torch.zeros(len(rows), dtype=torch.long, device="cpu"), {}, 0)
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.device("cpu"), torch.autocast(device.type, enabled=False):
         for place in tqdm(plan, desc="encode", unit="batch", leave=False, disable=not show_progress):
             if not place.rows:
                 continue

@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,7 +23,7 @@ from parallel_decoupling.batch import RawInput
 from parallel_decoupling.data.row_sources import RowSource, TaskSide
 from parallel_decoupling.distributed import gather_objects, rank
 from parallel_decoupling.files import atomic_write, remove_leftovers
-from parallel_decoupling.model.identity import rows_hash
+from parallel_decoupling.model.identity import check_seal, rows_hash, sealed
 from parallel_decoupling.model.locations import located, portable
 
 METADATA_KEY = b"parallel_decoupling"
@@ -95,9 +95,10 @@ class StoreWriter:
             table = table.append_column(name, cells)
         own = {"shard": shard, "first_row": self.rows_of(shard).start, "rows_sha256": rows_sha256}
         metadata = {**self.about, **own, "bad_rows": [dict(row) for row in bad_rows]}
-        table = table.replace_schema_metadata({METADATA_KEY: json.dumps(metadata)})
+        table = table.replace_schema_metadata({METADATA_KEY: json.dumps(sealed(metadata))})
         compression = dict.fromkeys(table.column_names, "none") | dict.fromkeys(fields.column_names, "zstd")
         options: dict[str, Any] = {"use_dictionary": fields.column_names, "compression": compression}
+        options["write_page_checksum"] = True
         with atomic_write(self.folder / f"embeddings-{shard:05d}.parquet") as unfinished:
             pq.write_table(table, unfinished, row_group_size=ROW_GROUP_SIZE, **options)
 
@@ -213,8 +214,11 @@ class Store:
     def read(self, batch: int, columns: Sequence[str] | None = None) -> pa.Table:
         """Read one row group; ``columns`` are names of any columns, None reads all."""
         file, group = self._groups[batch]
-        with pq.ParquetFile(file, memory_map=True) as content:
-            return content.read_row_group(group, columns=columns)
+        try:
+            with pq.ParquetFile(file, memory_map=True, page_checksum_verification=True) as content:
+                return content.read_row_group(group, columns=columns)
+        except (OSError, pa.ArrowException) as error:
+            raise ValueError(f"{file} is damaged ({error}). Delete it and run predict again.") from error
 
     def vectors(self, batch: int, column: str) -> Tensor:
         """Read a column of one row group as float32 ``[rows, D]``."""
@@ -258,8 +262,8 @@ def shard_files(folder: Path) -> dict[int, Path]:
 def read_metadata(file: Path) -> dict[str, Any]:
     """Read what a shard says about itself; ``ValueError`` if it is damaged or another kind of file."""
     try:
-        metadata = pq.read_schema(file).metadata or {}
-        return cast(dict[str, Any], json.loads(metadata[METADATA_KEY]))
+        metadata = (pq.read_schema(file).metadata or {})[METADATA_KEY]
+        return check_seal(json.loads(metadata), file)
     except (OSError, pa.ArrowException, KeyError, json.JSONDecodeError) as error:
         advice = "Delete it and run predict again."
         raise ValueError(f"{file} is not a complete file of embeddings ({error}). {advice}") from error

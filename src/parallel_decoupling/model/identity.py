@@ -29,6 +29,8 @@ SAMPLED_VALUES = 2**18
 """Larger backbone tensors are hashed at this many evenly spaced values, so that billions take seconds."""
 VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation")
 """Config entries that say how or from where a model was loaded, not what it is."""
+SEAL = "content_sha256"
+"""Key of the hash by which a file's plain values are known to be those that were written."""
 PACKAGES = ("parallel-decoupling", "torch", "transformers")
 """Packages whose version may change an embedding."""
 
@@ -68,6 +70,27 @@ def weights_hash(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype} ".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def sealed(content: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+    """Return plain values with a hash of all of them, and of tensors that belong to them."""
+    values = {key: value for key, value in content.items() if key != SEAL}
+    return {**values, SEAL: _content_hash(values, tensors)}
+
+
+def check_seal(
+    content: Mapping[str, Any], where: str | Path, tensors: Mapping[str, Tensor] | None = None
+) -> dict[str, Any]:
+    """Return what was ``sealed``, without the hash; a ``ValueError`` if anything of it has changed since."""
+    values = {key: value for key, value in content.items() if key != SEAL}
+    if content.get(SEAL) != _content_hash(values, tensors):
+        raise ValueError(f"{where} is damaged, or was changed after it was written: its hash does not fit")
+    return values
+
+
+def _content_hash(content: Mapping[str, Any], tensors: Mapping[str, Tensor] | None) -> str:
+    weights = None if tensors is None else weights_hash(tensors)
+    return sha256(json.dumps([content, weights], sort_keys=True, default=str).encode()).hexdigest()
 
 
 def path_hashes(encoder: Any) -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from parallel_decoupling.files import atomic_write
@@ -126,7 +127,7 @@ def save_encoder(
         config = portable(config, folder)
         save_file(state, unfinished / WEIGHTS_FILE, metadata={"format": "pt"})
         (unfinished / "README.md").write_text(model_card(config, scores), encoding="utf-8")
-        _write_json(unfinished / CONFIG_FILE, config)
+        _write_json(unfinished / CONFIG_FILE, identity.sealed(config))
         _write_for_sentence_transformers(unfinished, about)
 
 
@@ -157,7 +158,8 @@ def _load_checkpoint(path: str | Path) -> tuple[Encoder, dict[str, Any]]:
 
 
 def _load_folder(folder: Path) -> tuple[Encoder, dict[str, Any]]:
-    config: dict[str, Any] = located(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")), folder)
+    sealed = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    config: dict[str, Any] = located(identity.check_seal(sealed, folder / CONFIG_FILE), folder)
     settings, included, file = dict(config["settings"]), config["backbone_included"], folder / WEIGHTS_FILE
     if included:
         settings["backbone"] = str(folder / BACKBONE_DIR)
@@ -169,7 +171,10 @@ def _load_folder(folder: Path) -> tuple[Encoder, dict[str, Any]]:
         source = folder / PROCESSOR_DIR
         encoder.processor = load_processor(source, encoder.backbone.config, local_files_only=True)
         cast(Any, encoder.backbone).processor = encoder.processor
-    state = load_file(file)
+    try:
+        state = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
     if identity.weights_hash(state) != config["weights_sha256"]:
         raise ValueError(f"{file} is not the file that was exported: its hash differs from {CONFIG_FILE}'s")
     identity.check_fingerprint(config["backbone"], identity.backbone_fingerprint(encoder.backbone))

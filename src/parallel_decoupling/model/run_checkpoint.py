@@ -9,8 +9,12 @@ from typing import Any
 
 import torch
 
+from parallel_decoupling.model.identity import SEAL, check_seal, sealed
+
 LAST_CHECKPOINT = Path("checkpoints", "last.ckpt")
-RUN_KEYS = ("state_dict", "pytorch-lightning_version", "hyper_parameters", "backbone", "data", "progress")
+SETTINGS_HASH = "settings_sha256"
+SEALED_KEYS = ("backbone", "data", "progress", SETTINGS_HASH)
+RUN_KEYS = ("state_dict", "pytorch-lightning_version", "hyper_parameters", *SEALED_KEYS)
 
 
 def checkpoint_file(path: str | Path) -> Path:
@@ -31,6 +35,9 @@ def read_checkpoint(file: str | Path) -> dict[str, Any]:
     missing = [key for key in RUN_KEYS if not isinstance(content, Mapping) or key not in content]
     if missing:
         raise ValueError(f"{file} is not a checkpoint of a run, it lacks {', '.join(missing)}")
+    settings = content["hyper_parameters"]
+    check_seal({**settings, SEAL: content[SETTINGS_HASH]} if isinstance(settings, Mapping) else {}, file)
+    check_checkpoint(content, file)
     return dict(content)
 
 
@@ -45,3 +52,15 @@ def run_info(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         "token_passes": progress["token_passes"],
         "rows_by_subset": progress["rows_by_subset"],
     }
+
+
+def seal_checkpoint(checkpoint: dict[str, Any]) -> None:
+    """Add the hashes by which a damaged or changed checkpoint is known."""
+    checkpoint[SETTINGS_HASH] = sealed(checkpoint["hyper_parameters"])[SEAL]
+    checkpoint |= sealed({key: checkpoint[key] for key in SEALED_KEYS}, checkpoint["state_dict"])
+
+
+def check_checkpoint(checkpoint: Mapping[str, Any], where: str | Path) -> None:
+    """Check all but the settings, of which a caller may have replaced some; else a ``ValueError``."""
+    content = {key: checkpoint.get(key) for key in (*SEALED_KEYS, SEAL)}
+    check_seal(content, where, checkpoint["state_dict"])

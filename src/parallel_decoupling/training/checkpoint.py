@@ -36,12 +36,14 @@ def save_into(checkpoint: dict[str, Any], module: PDFEmbedder) -> None:
     checkpoint["backbone"] = module.fingerprint
     checkpoint["data"] = module.trained_data or module.data_settings
     checkpoint["progress"] = asdict(module.progress)
+    run_checkpoint.seal_checkpoint(checkpoint)
 
 
 def load_into(module: PDFEmbedder, checkpoint: Mapping[str, Any]) -> None:
     """Check that the checkpoint belongs to this model, to the last key, and take it over."""
     if not {"backbone", "data", "progress", "state_dict"} <= checkpoint.keys():
         raise ValueError("This is not a checkpoint of PDFEmbedder.")
+    run_checkpoint.check_checkpoint(checkpoint, "the checkpoint")
     check_fingerprint(checkpoint["backbone"], module.fingerprint)
     stored: Mapping[str, Tensor] = checkpoint["state_dict"]
     wanted, found = (

@@ -1,0 +1,115 @@
+"""What guards the server: limits, the time to send a request, and refusals in OpenAI's form."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from parallel_decoupling.option_types import PositiveFloat, PositiveInt, check_values
+
+_KINDS = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+_ROUTES = "POST /v1/embeddings, GET /v1/models, GET /health and GET /metrics"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What requests may cost.
+
+    Args:
+        body_bytes: most bytes in a request.
+        inputs: most inputs in a request.
+        characters: most characters in an input's text and instruction together.
+        pixels: most pixels in an image.
+        waiting: most requests that have arrived and are not answered yet; further ones get status 429.
+        batch_size: inputs per forward pass, of as many requests.
+        tokens: most tokens of a forward pass, unless a single input has more; requests take turns in it.
+        seconds: a request that is not answered by then gets status 503.
+        read_seconds: how long the head of a request may take to arrive, and then its body (status 408).
+    """
+
+    body_bytes: PositiveInt = 20_000_000
+    inputs: PositiveInt = 2048
+    characters: PositiveInt = 32_000
+    pixels: PositiveInt = 16_000_000
+    waiting: PositiveInt = 256
+    batch_size: PositiveInt = 32
+    tokens: PositiveInt = 16_384
+    seconds: PositiveFloat = 120.0
+    read_seconds: PositiveFloat = 20.0
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check_values(Limits, vars(self), "limits.")
+
+
+class RequestError(HTTPException):
+    """A request that is refused, with its status and the key of the body that is to blame."""
+
+    def __init__(self, message: str, status: int = 400, param: str | None = "input") -> None:
+        super().__init__(status, message, {"retry-after": "1"} if status in (429, 503) else None)
+        self.param = param
+
+
+async def within(seconds: float, work: Awaitable[bytes], status: int, late: str) -> bytes:
+    """Wait for work, or raise a ``RequestError``."""
+    try:
+        return await asyncio.wait_for(work, seconds)
+    except asyncio.TimeoutError as error:
+        message = f"{late} within {seconds:g} s; send fewer or shorter inputs"
+        raise RequestError(message, status, None) from error
+
+
+def refusal(error: Exception, call: str = "") -> tuple[int, dict[str, Any]]:
+    """Return the status and OpenAI's form of an error, of a ``call`` such as GET /x."""
+    status = getattr(error, "status_code", 400 if isinstance(error, ValueError | ClientDisconnect) else 500)
+    param = getattr(error, "param", "input" if isinstance(error, ValueError) else None)
+    message = getattr(error, "detail", str(error))
+    if isinstance(error, HTTPException) and not isinstance(error, RequestError):
+        message = f"{message}: {call}; the server answers {_ROUTES}"
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        place = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]]
+        message = f"{''.join(place).lstrip('.') or 'body'}: {first['msg'].removeprefix('Value error, ')}"
+        param = place[0][1:] if place else None
+    message = "the server failed; its log says why" if status == 500 else message[:1000]
+    code = "model_not_found" if (status, param) == (404, "model") else None
+    kind = _KINDS.get(status, "invalid_request_error")
+    return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+class TimedProtocol(H11Protocol):
+    """HTTP in which the head of a request has ``timeout_keep_alive`` seconds to arrive."""
+
+    _head_since: float | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Wait for the first head."""
+        super().connection_made(transport)
+        self._time_head()
+
+    def data_received(self, data: bytes) -> None:
+        """Wait for the rest of a head, if it is not there."""
+        super().data_received(data)
+        self._time_head()
+
+    def _time_head(self) -> None:
+        waits = self.cycle is None or self.cycle.response_complete
+        self._head_since = (self._head_since or self.loop.time()) if waits else None
+        if self._head_since:  # more data ends this timer
+            end, message = self._head_since + self.timeout_keep_alive, "The head did not arrive in time."
+            self.timeout_keep_alive_task = self.loop.call_at(end, self.send_400_response, message)
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what did not arrive in time, or cannot be parsed as HTTP."""
+        content = json.dumps(refusal(RequestError(msg, param=None))[1])
+        head = f"HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-length: {len(content)}\r\n"
+        self.transport.write(f"{head}content-type: application/json\r\n\r\n{content}".encode())
+        self.transport.close()

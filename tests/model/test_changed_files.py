@@ -1,0 +1,125 @@
+"""Every leaf of a checkpoint, an exported folder and a store of embeddings: a changed one is found."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from parallel_decoupling.evaluation.store import METADATA_KEY, Store
+from parallel_decoupling.model.pretrained import load_encoder
+from parallel_decoupling.model.run_checkpoint import read_checkpoint
+from parallel_decoupling.training.module import PDFEmbedder
+from tests.support.embedders import tiny_embedder
+from tests.support.fit import make_trainer, small_data, small_embedder
+from tests.support.stores import save_store, vectors
+
+DAMAGED = "is damaged|its hash differs|does not hold|lacks|is not a"
+VALUES: list[Any] = [None, "other", float("nan"), 0, -1, 10**30, [], {}]
+
+
+def leaves(values: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The places of all values that are not containers, and of the containers themselves."""
+    inside = (
+        values.items() if isinstance(values, dict) else enumerate(values if isinstance(values, list) else ())
+    )
+    for key, value in inside:
+        yield (*place, key)
+        yield from leaves(value, (*place, key))
+
+
+def changed(content: Any, place: tuple[Any, ...], number: int) -> Any:
+    """A copy with one leaf replaced by the value of a number, or removed."""
+    copied = copy.deepcopy(content)
+    inside = copied
+    for key in place[:-1]:
+        inside = inside[key]
+    if number % (len(VALUES) + 1) == len(VALUES):
+        inside.pop(place[-1])
+    else:
+        value = VALUES[number % (len(VALUES) + 1)]
+        inside[place[-1]] = "other" if inside[place[-1]] == value else value
+    return copied
+
+
+def test_every_leaf_of_an_exported_config(tiny_backbone_dir: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    tiny_embedder(tiny_backbone_dir).save_pretrained(folder)
+    load_encoder(folder)
+    content = json.loads((folder / "config.json").read_text())
+    for number, place in enumerate(leaves(content)):
+        (folder / "config.json").write_text(json.dumps(changed(content, place, number)))
+        with pytest.raises(ValueError, match=DAMAGED + "|no model at"):
+            load_encoder(folder)
+
+
+@pytest.mark.parametrize("how", ["bit", "cut", "empty"])
+def test_weights_of_an_exported_folder(tiny_backbone_dir: str, tmp_path: Path, how: str) -> None:
+    tiny_embedder(tiny_backbone_dir).save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 16
+    file.write_bytes({"bit": bytes(content), "cut": bytes(content[:-50]), "empty": b""}[how])
+    with pytest.raises(ValueError, match=DAMAGED):
+        load_encoder(tmp_path / "model")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    file = tmp_path_factory.mktemp("run") / "last.ckpt"
+    trainer = make_trainer(file.parent, max_steps=1)
+    trainer.fit(small_embedder(tiny_backbone_dir), small_data(tiny_mmeb_dir))
+    trainer.save_checkpoint(file)
+    return file, torch.load(file, weights_only=True)
+
+
+def test_every_plain_leaf_of_a_checkpoint(checkpoint: Any, tmp_path: Path) -> None:
+    file, content = checkpoint
+    read_checkpoint(file)
+    plain = {key: content[key] for key in ("hyper_parameters", "backbone", "data", "progress")}
+    for number, place in enumerate(leaves(plain)):
+        torch.save({**content, **changed(plain, place, number)}, tmp_path / "changed.ckpt")
+        with pytest.raises(ValueError, match=DAMAGED):
+            read_checkpoint(tmp_path / "changed.ckpt")
+
+
+def test_every_tensor_of_a_checkpoint(checkpoint: Any, tmp_path: Path) -> None:
+    _, content = checkpoint
+    for name, tensor in content["state_dict"].items():
+        other = tensor.clone()
+        other.view(torch.int32).flatten()[-1] ^= 1
+        torch.save({**content, "state_dict": {**content["state_dict"], name: other}}, tmp_path / "bit.ckpt")
+        with pytest.raises(ValueError, match=DAMAGED):
+            PDFEmbedder.load_from_checkpoint(tmp_path / "bit.ckpt")
+
+
+def test_every_leaf_of_what_a_store_says_and_every_page_of_vectors(tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    save_store(folder, vectors(40))
+    (file,) = folder.glob("*.parquet")
+    whole, table = file.read_bytes(), pq.read_table(file)
+    before = Store(folder).column("path_0")
+    content = json.loads(table.schema.metadata[METADATA_KEY])
+    for number, place in enumerate(leaves(content)):
+        about = {METADATA_KEY: json.dumps(changed(content, place, number))}
+        pq.write_table(table.replace_schema_metadata(about), file)
+        with pytest.raises(ValueError, match=DAMAGED):
+            Store(folder)
+    numbers = before.numpy().tobytes()
+    place = whole.index(numbers[:64])
+    for position in (place, place + 1, place + 900):
+        file.write_bytes(whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1 :])
+        with pytest.raises(ValueError, match="is damaged"):
+            Store(folder).column("path_0")
+    file.write_bytes(whole)
+    assert torch.equal(Store(folder).column("path_0"), before)
+    shutil.rmtree(folder)
