@@ -159,9 +159,8 @@ def main(args: Sequence[str] | None = None) -> int:
     WORK_DIR.mkdir(parents=True, exist_ok=True)
     lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
     commit, _ = code_version()
-    results = [
-        line for line in map(json.loads, lines) if (line["kind"], line["commit"]) == (options.kind, commit)
-    ]
+    of_now = {"kind": options.kind, "commit": commit}
+    results = [line for line in map(json.loads, lines) if line.items() >= of_now.items()]
     done = {line["seed"] for line in results}
     for seed in (seed for seed in range(options.count) if seed not in done):
         results.append({**of_now, "seed": seed, **KINDS[options.kind](seed)})
