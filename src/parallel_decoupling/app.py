@@ -38,9 +38,8 @@ def find(
             except RowError:
                 caption = f"{caption} (picture cannot be read; see --image_dir)"
         pictures.append((picture, caption if name else f"{caption} {hit.id}"))
-        rows.append(
-            [str(rank), hit.id, *(f"{value:.3f}" for value in (hit.score, *hit.similarities.values()))]
-        )
+        values = (hit.score, *hit.similarities.values())
+        rows.append([str(rank), hit.id, *(f"{value:.3f}" for value in values)])
     return pictures, rows
 
 

@@ -98,9 +98,8 @@ def _is_the_users(error: ValueError | OSError) -> bool:
     if WORKER_TRACEBACK in str(error):
         return "parallel_decoupling" in Path(re.findall(r'File "(.+)", line', str(error))[-1]).parts
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return str(frame.f_globals.get("__name__", "")).startswith(
-        ("parallel_decoupling", "lightning.pytorch.trainer.")
-    )
+    module = str(frame.f_globals.get("__name__", ""))
+    return module.startswith(("parallel_decoupling", "lightning.pytorch.trainer."))
 
 
 def _message(error: Exception) -> str:

@@ -14,20 +14,13 @@ import pyarrow as pa
 import torch.nn.functional as F
 from torch import Tensor
 
+from parallel_decoupling import search as searching
 from parallel_decoupling.evaluation.score import similarities
-from parallel_decoupling.evaluation.store import METADATA_KEY, Store, to_tensor
+from parallel_decoupling.evaluation.store import METADATA_KEY, Store, Vectors, to_tensor
 from parallel_decoupling.files import atomic_write, locked
 from parallel_decoupling.model.identity import check_seal, sealed
 from parallel_decoupling.model.locations import located, portable
-from parallel_decoupling.search import (
-    MAXSIM,
-    Hit,
-    compared,
-    make_hits,
-    path_columns,
-    query_vectors,
-    scored_vectors,
-)
+from parallel_decoupling.search import MAXSIM, Hit
 
 TABLE = "items-{:05d}"
 """Name of a table by its number, which is higher than that of the table it replaces."""
@@ -93,22 +86,19 @@ class LanceIndex:
     def __len__(self) -> int:
         return int(self._table.count_rows())
 
-    def search(
-        self, queries: Mapping[str, Tensor], top_k: int, scoring: str, where: str | None = None
-    ) -> list[list[Hit]]:
+    def search(self, queries: Vectors, top_k: int, scoring: str, where: str | None = None) -> list[list[Hit]]:
         """Find the best items of every query; see ``search.Index``."""
-        return [
-            self._search_one(
-                vector, {name: column[number] for name, column in queries.items()}, top_k, scoring, where
-            )
-            for number, vector in enumerate(query_vectors(queries, top_k, scoring, self))
-        ]
+        hits = []
+        for number, vector in enumerate(searching.query_vectors(queries, top_k, scoring, self)):
+            query = {name: column[number] for name, column in queries.items()}
+            hits.append(self._search_one(vector, query, top_k, scoring, where))
+        return hits
 
     def _search_one(
-        self, vector: Tensor, query: Mapping[str, Tensor], top_k: int, scoring: str, where: str | None
+        self, vector: Tensor, query: Vectors, top_k: int, scoring: str, where: str | None
     ) -> list[Hit]:
-        paths = [name for name in path_columns(self.columns) if name in query]
-        names = tuple(dict.fromkeys([*compared(scoring, self.columns), *paths]))
+        paths = [name for name in searching.path_columns(self.columns) if name in query]
+        names = tuple(dict.fromkeys([*searching.compared(scoring, self.columns), *paths]))
         search = self._table.search(vector.numpy(), vector_column_name=scoring).distance_type("cosine")
         search = search.limit(top_k).refine_factor(REFINED).select([*self._fields, *names, "_distance"])
         if where is not None:
@@ -118,17 +108,18 @@ class LanceIndex:
         except ValueError as error:
             raise ValueError(f"LanceDB refuses the search (where={where!r}): {error}") from error
         vectors = {name: F.normalize(to_tensor(found[name]), dim=-1) for name in names}
-        items = {name: vectors[name] for name in compared(scoring, self.columns)}
-        scores_K = similarities(vector.unsqueeze(0), scored_vectors(items, scoring))[0]
+        items = {name: vectors[name] for name in searching.compared(scoring, self.columns)}
+        scores_K = similarities(vector.unsqueeze(0), searching.scored_vectors(items, scoring))[0]
         order_K = scores_K.argsort(descending=True, stable=True)
         rows = found.select(self._fields).take(order_K.numpy()).to_pylist()
-        cosines = {name: query[name] for name in paths}
-        return make_hits(cosines, {name: vectors[name][order_K] for name in paths}, scores_K[order_K], rows)
+        asked = {name: query[name] for name in paths}
+        found_K = {name: vectors[name][order_K] for name in paths}
+        return searching.make_hits(asked, found_K, scores_K[order_K], rows)
 
 
 def _tables(store: Store) -> Iterator[pa.Table]:
     """Yield the rows of a store, with float32 vectors, and a column of all paths if there are several."""
-    paths = path_columns(store.columns)
+    paths = searching.path_columns(store.columns)
     for batch in range(len(store.batch_sizes)):
         table = store.read(batch).replace_schema_metadata(None)
         vectors = {name: to_tensor(table[name]).numpy() for name in store.columns}

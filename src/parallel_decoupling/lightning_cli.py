@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from rich.table import Table
@@ -32,32 +32,18 @@ from parallel_decoupling.evaluation.store import Keeper, VectorType
 from parallel_decoupling.files import atomic_write, expand_paths, locked
 from parallel_decoupling.model.encoder import absolute_name
 from parallel_decoupling.model.run_checkpoint import read_checkpoint
+from parallel_decoupling.training import run_folder
 from parallel_decoupling.training.callbacks import console
 from parallel_decoupling.training.module import PDFEmbedder
 from parallel_decoupling.training.resuming import Continuity, continue_logs
-from parallel_decoupling.training.run_folder import (
-    FIT_CONFIG,
-    as_list,
-    checkpoint_dir,
-    find_checkpoint,
-    is_first_process,
-    run_files,
-)
+from parallel_decoupling.training.run_folder import FIT_CONFIG, as_list, is_first_process
 from parallel_decoupling.training.settings import CONFIGS, FIXED
 
 log = logging.getLogger(__name__)
 SAVE_EVERY = 50
 """Main steps after which ``last.ckpt`` is renewed inside an epoch."""
 
-OF_THE_TRAINER = (
-    TypeError,
-    ValueError,
-    RuntimeError,
-    AttributeError,
-    LookupError,
-    ImportError,
-    AssertionError,
-)
+REFUSALS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, ImportError, AssertionError)
 """What Lightning raises while it builds a Trainer from options that do not work, here or together."""
 HARMLESS_WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
@@ -134,9 +120,7 @@ class RunCLI(LightningCLI):
         """Return the subcommand that was typed alone, as each takes a second to build."""
         return {self.wanted: LightningCLI.subcommands()[self.wanted]}
 
-    def _prepare_subcommand_parser(
-        self, klass: type, subcommand: str, **kwargs: Any
-    ) -> LightningArgumentParser:
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> Any:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand in ("validate", "test"):
             parser.set_defaults({"verbose": False})  # the score table says it better
@@ -160,10 +144,9 @@ class RunCLI(LightningCLI):
         """Lock the folders that are written, refuse what would overwrite a run, then build."""
         config = self.config[self.config.subcommand]
         if config.trainer.accumulate_grad_batches != 1:
-            raise ValueError(
-                "trainer.accumulate_grad_batches: negatives do not add up over batches. Raise data.batch_size"
-                ", with model.query_chunk_size and model.candidate_chunk_size (GradCache), instead."
-            )
+            advice = "with model.query_chunk_size and model.candidate_chunk_size (GradCache), instead"
+            problem = "trainer.accumulate_grad_batches: negatives do not add up over batches"
+            raise ValueError(f"{problem}. Raise data.batch_size, {advice}.")
         if not config.trainer.fast_dev_run:
             if is_first_process():
                 for folder in self._written_folders():
@@ -173,18 +156,17 @@ class RunCLI(LightningCLI):
         super().instantiate_classes()
 
     def _check_that_nothing_is_overwritten(self, trainer: Any) -> None:
-        if files := run_files(trainer):
-            raise ValueError(
-                f"{files[0]} is there already, and this fit would overwrite its run. Resume it with "
-                "--ckpt_path last, choose another --trainer.default_root_dir, or remove the folder."
-            )
+        if files := run_folder.run_files(trainer):
+            problem = f"{files[0]} is there already, and this fit would overwrite its run"
+            advice = "choose another --trainer.default_root_dir, or remove the folder"
+            raise ValueError(f"{problem}. Resume it with --ckpt_path last, {advice}.")
         if is_first_process():
             self._until_the_end.callback(self._forget_run_without_steps, trainer)
 
     def _forget_run_without_steps(self, trainer: Any) -> None:
         """Remove what a fit has left that failed before its first step: it is no run to be kept."""
         if not hasattr(self, "model") or not self.model.progress.steps_done:
-            for file in run_files(trainer):
+            for file in run_folder.run_files(trainer):
                 file.unlink()
 
     def _written_folders(self) -> list[Path]:
@@ -207,21 +189,20 @@ class RunCLI(LightningCLI):
             callbacks.append(EmbeddingWriter(self.datamodule, keeper))
             kwargs |= {"default_root_dir": str(keeper.root), "logger": config.get("logger") or False}
         elif config.get("logger") in (None, True):
-            kwargs["logger"] = TensorBoardLogger(
-                config["default_root_dir"], name="", version="", default_hp_metric=False
-            )
+            folder = config["default_root_dir"]
+            kwargs["logger"] = TensorBoardLogger(folder, name="", version="", default_hp_metric=False)
         wants_files = config.get("enable_checkpointing") is not False and not config.get("fast_dev_run")
         own = [callback for callback in callbacks if isinstance(callback, Checkpoint)]
         if wants_files and not any(getattr(callback, "save_last", None) for callback in own):
             options: dict[str, Any] = {"enable_version_counter": False, "auto_insert_metric_name": False}
-            options["dirpath"] = checkpoint_dir(self.config[self.config.subcommand].trainer)
+            options["dirpath"] = run_folder.checkpoint_dir(self.config[self.config.subcommand].trainer)
             options["save_on_train_epoch_end"] = True  # else validations take the place of a run's end
             name = {"filename": "last"} if own else {"filename": "step={step}", "save_last": True}
             callbacks.append(ModelCheckpoint(every_n_epochs=1, **name, **options))
             callbacks.append(ModelCheckpoint(filename="last", every_n_train_steps=SAVE_EVERY, **options))
         try:
             return super().instantiate_trainer(callbacks=callbacks, **kwargs)
-        except OF_THE_TRAINER as error:
+        except REFUSALS as error:
             raise ValueError(f"one of the trainer's options cannot be used: {error}") from error
 
     def _keeper(self) -> Keeper | None:
@@ -262,15 +243,19 @@ class RunCLI(LightningCLI):
         """Find the checkpoint, take over its settings that were not typed, and show those that differ."""
         config = self.config[self.config.subcommand]
         is_fit = self.config.subcommand == "fit"
-        file = find_checkpoint(config["ckpt_path"], config["trainer"], is_fit=is_fit)
+        file = run_folder.find_checkpoint(config["ckpt_path"], config["trainer"], is_fit=is_fit)
         config["ckpt_path"] = file and str(file)
         if file is None:
             return
         content = read_checkpoint(file)
         stored = {"model": content["hyper_parameters"], "data": content["data"]}
         rows = [row for part, values in stored.items() for row in self._merge(part, values)]
-        if rows:
-            _show(rows, f"Settings that differ from {file}")
+        if rows and is_first_process():
+            title = f"Settings that differ from {file}"
+            table = Table("setting", "yours", "checkpoint's", "used", title=title)
+            for row in rows:
+                table.add_row(*row)
+            Console(file=sys.stderr).print(table)
 
     def _merge(self, part: str, stored: Mapping[str, Any]) -> Iterator[Sequence[str]]:
         """Merge the settings of one part; yield name, yours, the checkpoint's, and whose is used."""
@@ -323,11 +308,3 @@ def _comparable(name: str, value: Any) -> Any:
     if name == "backbone":
         return absolute_name(value)
     return list(value) if isinstance(value, tuple) else value
-
-
-@rank_zero_only
-def _show(rows: Iterable[Sequence[str]], title: str) -> None:
-    table = Table("setting", "yours", "checkpoint's", "used", title=title)
-    for row in rows:
-        table.add_row(*row)
-    Console(file=sys.stderr).print(table)

@@ -141,9 +141,8 @@ class Plan:
         if self.queries % self.processes:
             raise ValueError(f"batch_size={self.queries} must be a multiple of {self.processes} processes.")
         options = group(("dtype", "adapter", "initial_adapter", "family"), self.model)
-        self.backbone = load_backbone(
-            model["backbone"], revision=model["backbone_revision"], **options, meta=True
-        )
+        revision = model["backbone_revision"]
+        self.backbone = load_backbone(model["backbone"], revision=revision, **options, meta=True)
         self.encoder = ParallelEncoder(self.backbone, **group(PATHS, self.model) | {"prefix_init": "random"})
         self.full: bool = self.backbone.adapter.kind == "full"
         self.element = 2 if "mixed" in str(trainer["precision"]) else self.backbone.dtype.itemsize

@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,15 +14,14 @@ from torch import Tensor
 
 from parallel_decoupling.data.prompts import listed
 from parallel_decoupling.evaluation.score import similarities
-from parallel_decoupling.evaluation.store import AGGREGATE, Store, path_column
+from parallel_decoupling.evaluation.store import AGGREGATE, Store, Vectors, path_column
 from parallel_decoupling.model.identity import path_hashes
 
 MAXSIM = "maxsim"
 MEMORY_BUDGET = 4 * 2**30
 ROWS_AT_ONCE = 1024  # items that are scored together
-DECODING_BYTES = (
-    14  # what reading a number takes for a moment beside its float32; 9 in newer releases of pyarrow
-)
+DECODING_BYTES = 14
+"""What reading a number takes for a moment beside its float32; 9 in newer releases of pyarrow."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +43,7 @@ class Index(Protocol):
 
     def __len__(self) -> int: ...
 
-    def search(
-        self, queries: Mapping[str, Tensor], top_k: int, scoring: str, where: str | None = None
-    ) -> list[list[Hit]]:
+    def search(self, queries: Vectors, top_k: int, scoring: str, where: str | None = None) -> list[list[Hit]]:
         """Find at most ``top_k`` items for every query, best first.
 
         ``queries`` are ``[Q, D]`` by column: those that the scoring compares, and perhaps further paths.
@@ -68,34 +64,28 @@ class ExactIndex:
         self.store, self.columns = store, store.columns
         self.metadata: Mapping[str, Any] = store.metadata
         self.scorings = (*self.columns, *([MAXSIM] if len(path_columns(self.columns)) > 1 else []))
-        self._ends = list(accumulate(store.batch_sizes))
         dims = [[store.dim(name) for name in compared(each, self.columns)] for each in self.scorings]
         working = max(4 * sum(each) + DECODING_BYTES * max(each) for each in dims)
         working *= max(store.batch_sizes, default=0)  # while the last column of a row group is read
         if memory_budget < working:
-            raise ValueError(
-                f"a memory_budget of {memory_budget:,} bytes is too small: reading one row group of "
-                f"{store.folder} takes {working:,} bytes"
-            )
+            needed = f"reading one row group of {store.folder} takes {working:,} bytes"
+            raise ValueError(f"a memory_budget of {memory_budget:,} bytes is too small: {needed}")
         self._free_bytes = memory_budget - working
         self._cache: dict[tuple[int, str], Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.store)
 
-    def search(
-        self, queries: Mapping[str, Tensor], top_k: int, scoring: str, where: str | None = None
-    ) -> list[list[Hit]]:
+    def search(self, queries: Vectors, top_k: int, scoring: str, where: str | None = None) -> list[list[Hit]]:
         """Find the best items of every query; see ``Index``. Of equal scores the earlier row comes first."""
         if where is not None:
-            raise ValueError(
-                f"where={where!r}: exact search does not take conditions; make a LanceDB index of "
-                f"{self.store.folder} (lightning index) and search that"
-            )
+            advice = f"make a LanceDB index of {self.store.folder} (lightning index) and search that"
+            raise ValueError(f"where={where!r}: exact search does not take conditions; {advice}")
         query = query_vectors(queries, top_k, scoring, self)
         best_QK, rows_QK = torch.empty(len(query), 0), torch.empty(len(query), 0, dtype=torch.long)
         for batch, size in enumerate(self.store.batch_sizes):
-            rows_QC = torch.arange(self._ends[batch] - size, self._ends[batch]).expand(len(query), -1)
+            end = self.store.ends[batch]
+            rows_QC = torch.arange(end - size, end).expand(len(query), -1)
             rows_QK = torch.cat([rows_QK, rows_QC], dim=1)
             best_QK = torch.cat([best_QK, self._scores(batch, query, scoring)], dim=1)
             best_QK, order_QK = best_QK.sort(descending=True, stable=True)
@@ -110,11 +100,11 @@ class ExactIndex:
         named = (dict(zip(columns, part, strict=True)) for part in parts)
         return torch.cat([similarities(query, scored_vectors(part, scoring)) for part in named], dim=1)
 
-    def _hits(self, query: Mapping[str, Tensor], rows_K: Tensor, scores_K: Tensor) -> list[Hit]:
+    def _hits(self, query: Vectors, rows_K: Tensor, scores_K: Tensor) -> list[Hit]:
         vectors = {name: torch.empty(len(rows_K), len(query_D)) for name, query_D in query.items()}
-        batch_K = torch.tensor([bisect_right(self._ends, row) for row in rows_K.tolist()])
+        batch_K = torch.tensor([bisect_right(self.store.ends, row) for row in rows_K.tolist()])
         for batch in sorted(set(batch_K.tolist())):
-            rows = rows_K[batch_K == batch] - (self._ends[batch] - self.store.batch_sizes[batch])
+            rows = rows_K[batch_K == batch] - (self.store.ends[batch] - self.store.batch_sizes[batch])
             for name in query:
                 vectors[name][batch_K == batch] = self._vectors(batch, name)[rows]
         return make_hits(query, vectors, scores_K, self.store.rows(rows_K.tolist()))
@@ -127,7 +117,7 @@ class ExactIndex:
         norms = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
         bad = ~(norms.isfinite() & (norms > 0))[:, 0]
         if bad.any():
-            (row,) = self.store.rows([self._ends[batch] - len(vectors) + int(bad.nonzero()[0])])
+            (row,) = self.store.rows([self.store.ends[batch] - len(vectors) + int(bad.nonzero()[0])])
             raise ValueError(f"{name} of {row['id']!r} is zero or not finite; embed that row again")
         vectors /= norms
         if vectors.nbytes <= self._free_bytes:
@@ -151,15 +141,13 @@ class Searcher:
         in_any_order = encoder.aggregate_dim == encoder.embed_dim  # the paths are not concatenated
         same_aggregate = own == items or (in_any_order and sorted(own) == sorted(items))
         known = {*self._paths, *([AGGREGATE] if same_aggregate else [])}
-        self.scorings = tuple(
-            name for name in index.scorings if known.issuperset(compared(name, index.columns))
-        )
+        usable = (name for name in index.scorings if known.issuperset(compared(name, index.columns)))
+        self.scorings = tuple(usable)
         if not self.scorings:
-            raise ValueError(
-                "the model has other weights than the one that embedded the items "
-                f"({index.metadata.get('model')}): it was trained further, is another model, was exported "
-                "with merged adapters, or lacks their paths. Give that model, or run predict with this one"
-            )
+            maker = f"the one that embedded the items ({index.metadata.get('model')}): it was trained further"
+            why = "is another model, was exported with merged adapters, or lacks their paths"
+            advice = "Give that model, or run predict with this one"
+            raise ValueError(f"the model has other weights than {maker}, {why}. {advice}")
 
     def search(
         self,
@@ -203,14 +191,14 @@ def compared(scoring: str, columns: Iterable[str]) -> tuple[str, ...]:
     return path_columns(columns) if scoring == MAXSIM else (scoring,)
 
 
-def scored_vectors(columns: Mapping[str, Tensor], scoring: str) -> Tensor:
+def scored_vectors(columns: Vectors, scoring: str) -> Tensor:
     """Return what ``similarities`` takes for a scoring, ``[B, D]`` or ``[B, N, D]``, from unit vectors."""
     if scoring != MAXSIM:
         return columns[scoring]
     return torch.stack([columns[name] for name in path_columns(columns)], dim=1)
 
 
-def query_vectors(queries: Mapping[str, Tensor], top_k: int, scoring: str, index: Index) -> Tensor:
+def query_vectors(queries: Vectors, top_k: int, scoring: str, index: Index) -> Tensor:
     """Return ``scored_vectors`` of queries; raise ``ValueError`` for arguments that cannot be used."""
     if top_k < 1:
         raise ValueError(f"top_k is {top_k}; it must be at least 1")
@@ -223,9 +211,7 @@ def query_vectors(queries: Mapping[str, Tensor], top_k: int, scoring: str, index
     return vectors
 
 
-def make_hits(
-    query: Mapping[str, Tensor], vectors: Mapping[str, Tensor], scores_K: Tensor, rows: list[dict[str, Any]]
-) -> list[Hit]:
+def make_hits(query: Vectors, vectors: Vectors, scores_K: Tensor, rows: list[dict[str, Any]]) -> list[Hit]:
     """Make the hits of one query from its paths ``[D]``, those of items ``[K, D]``, scores and rows."""
     cosines = {name: F.cosine_similarity(query[name], vectors[name], dim=-1).tolist() for name in query}
     return [

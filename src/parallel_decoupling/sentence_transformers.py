@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from parallel_decoupling.batch import RawInput, TokenLimit
+from parallel_decoupling.batch import TokenLimit
 from parallel_decoupling.data.prompts import to_raw_input
-from parallel_decoupling.data.unusable import RowError, doubled, one_row
+from parallel_decoupling.data.unusable import RowError, attempt, doubled, one_row
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.evaluation.encode import STAND_IN, embed
 from parallel_decoupling.files import workplace
@@ -74,15 +74,10 @@ class PathEmbedding(InputModule):
         """Tokenise what ``Embedder.encode`` takes, with ``prompt`` and a space before every text."""
         if options.get("processing_kwargs"):
             raise ValueError("processing_kwargs have no effect on this model: set max_seq_length instead")
-        rows, problems = list[RawInput](), dict[int, RowError]()
-        for number, item in enumerate(inputs):
-            try:
-                with one_row():
-                    given = {"text": item} if isinstance(item, str) else item
-                    rows.append(to_raw_input(given, (prompt or "").strip() or None))
-            except RowError as error:
-                problems[number] = error
-                rows.append(STAND_IN)
+        given = [{"text": item} if isinstance(item, str) else item for item in inputs]
+        instruction, numbers = (prompt or "").strip() or None, range(len(inputs))
+        read, problems = attempt(lambda number: to_raw_input(given[number], instruction), numbers)
+        rows = [read.get(number, STAND_IN) for number in numbers]
         encoded, unusable = self.collator.encode_usable(rows)
         problems |= unusable
         for number, problem in problems.items() if self.bad_inputs == "error" else ():

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel_decoupling.batch import PADDING_ID
-from parallel_decoupling.objective.distillation import score_distillation
+from parallel_decoupling.objective.contrastive import score_distillation
 
 POSITIVE = torch.tensor([0, 1, 2, 3])
 IDS = torch.tensor([7, 3, 7, 1, PADDING_ID, 3, 9])  # 0 and 2, and 1 and 5, are the same target

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER as PLACEHOLDER
 from parallel_decoupling.batch import PADDING_ID, EncoderInputs, PairBatch, RawInput, RawPair, TokenLimit
 from parallel_decoupling.data.images import ImagePolicy, load_image
-from parallel_decoupling.data.unusable import RowError, one_row
+from parallel_decoupling.data.unusable import RowError, attempt, one_row
 
 PADDING = RawInput("-")
 """What is encoded in place of a missing hard negative; as short as a text can be."""
@@ -80,22 +80,15 @@ class Collator:
 
     def encode_usable(self, inputs: Sequence[RawInput]) -> tuple[EncoderInputs | None, dict[int, RowError]]:
         """Encode the rows that can be embedded, None if there are none; and say why the others cannot."""
-        problems: dict[int, RowError] = {}
         try:
             with one_row():  # which one it is comes out below
                 together = self._process(inputs) if inputs else None
         except (RowError, MemoryError, RuntimeError):  # nor may the memory for all of them be there
             together = None
         if together is not None:
-            return together, problems
-        rows = []
-        for number, row in enumerate(inputs):
-            try:
-                with one_row():
-                    rows.append(self._process_alone(row))
-            except RowError as error:
-                problems[number] = error
-        return self._join(rows) if rows else None, problems
+            return together, {}
+        alone, problems = attempt(lambda row: self._process_alone(inputs[row]), range(len(inputs)))
+        return self._join(list(alone.values())) if alone else None, problems
 
     def check_text(self, row: RawInput) -> None:
         """Raise ``ValueError`` for a text that cannot be tokenised with the row's images."""

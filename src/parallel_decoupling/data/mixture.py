@@ -112,9 +112,8 @@ class MixtureSampler(Sampler[list[tuple[int, int]]]):
         size, count = self.sizes[subset], len(batch_of_draw)
         first = epoch * count
         passes = range(first // size, (first + count - 1) // size + 1)
-        orders = [
-            np.random.default_rng([self.seed, _ROWS, subset, number]).permutation(size) for number in passes
-        ]
+        generators = (np.random.default_rng([self.seed, _ROWS, subset, number]) for number in passes)
+        orders = [each.permutation(size) for each in generators]
         skipped = first - passes[0] * size
         rows = np.concatenate(orders)[skipped : skipped + count]
         for seam in range(size - skipped, count, size):

@@ -65,10 +65,8 @@ def open_sides(data_dir: Path, task: Task, *, must_exist: bool = True) -> list[R
 def open_eval(data_dir: Path, task: Task, *, must_exist: bool = True) -> RowReader:
     """Open an evaluation task of rows; both published formats are recognised by their columns."""
     source, roles, root = task.source, (*QUERY, *CANDIDATE), data_dir / "MMEB-eval"
-    owner, columns = (
-        f"evaluation task {task.name!r}",
-        dict(zip((*roles, *INSTRUCTIONS), MMEB_EVAL, strict=True)),
-    )
+    owner = f"evaluation task {task.name!r}"
+    columns = dict(zip((*roles, *INSTRUCTIONS), MMEB_EVAL, strict=True))
     if source is None or source.eval_file is None:
         table = Table(owner, _files(owner, root / task.name, "test"), columns)
         table.check(roles[::2] if table.column(INSTRUCTIONS[0]) is not None else roles, QUERY)

@@ -29,11 +29,8 @@ class TaskSide:
     def __init__(self, task: EvalTask, side: str, data_dir: Path) -> None:
         self.task, self.side, self.data_dir = task, side, data_dir
         self.name = f"{task.task.name}/{side}"
-        self.about: dict[str, Any] = {
-            "source": self.name,
-            "image_dir": os.path.abspath(data_dir),
-            "instruction": "",
-        }
+        folder = os.path.abspath(data_dir)
+        self.about: dict[str, Any] = {"source": self.name, "image_dir": folder, "instruction": ""}
         self._rows = task.queries if side == "query" else task.candidates
 
     def __len__(self) -> int:
@@ -76,11 +73,8 @@ class RowSource:
         self._image_dir = Path(source) if is_dir else Path(source).parent
         names = self._fields.column_names
         self._inputs = self._fields.select([name for name in (TEXT, IMAGE) if name in names])
-        self.about: dict[str, Any] = {
-            "source": source,
-            "image_dir": str(self._image_dir),
-            "instruction": instruction,
-        }
+        folder = str(self._image_dir)
+        self.about: dict[str, Any] = {"source": source, "image_dir": folder, "instruction": instruction}
 
     def __len__(self) -> int:
         return len(self._fields)

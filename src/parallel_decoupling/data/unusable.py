@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
+T = TypeVar("T")
 _MEMORY_WORDS = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
 
 
@@ -25,6 +27,18 @@ def one_row(place: str = "") -> Iterator[None]:
             raise
         plain = isinstance(error, ValueError | OSError)
         raise RowError(f"{place}{error if plain else f'{type(error).__name__}: {error}'}") from error
+
+
+def attempt(function: Callable[[int], T], rows: Iterable[int]) -> tuple[dict[int, T], dict[int, RowError]]:
+    """Call a function with the number of each row: what it returned by row, and why it failed by row."""
+    results, problems = dict[int, T](), dict[int, RowError]()
+    for row in rows:
+        try:
+            with one_row():
+                results[row] = function(row)
+        except RowError as error:
+            problems[row] = error
+    return results, problems
 
 
 def out_of_memory(error: BaseException) -> bool:

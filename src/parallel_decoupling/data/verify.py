@@ -18,7 +18,7 @@ from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.row_reader import CANDIDATE, NEGATIVE, QUERY, RowReader
 from parallel_decoupling.data.row_sources import TaskSide
 from parallel_decoupling.data.tables import Table
-from parallel_decoupling.data.unusable import RowError, one_row
+from parallel_decoupling.data.unusable import attempt
 
 
 @dataclass
@@ -72,9 +72,8 @@ def verify(data_dir: str | Path, collator: Collator, sample: int | None = 20) ->
 
 def _check_train(root: Path, check: Check, collator: Collator, sample: int | None) -> None:
     subset = readers.TrainSubset(root, check.name, check.split, positives=100, hard_negatives=100)
-    found = {
-        name: column for name in (*QUERY, *CANDIDATE) if (column := subset.table.column(name)) is not None
-    }
+    names = [name for name in (*QUERY, *CANDIDATE) if subset.table.column(name) is not None]
+    found = {name: subset.table.rows[name] for name in names}
     lists = {name: column for name, column in found.items() if pa.types.is_list(column.type)}
     rows = pa.table(found | {name: pc.binary_join(column, "\n") for name, column in lists.items()})
     distinct = rows.group_by(list(found)).aggregate([])
@@ -97,32 +96,24 @@ def _check_eval(root: Path, check: Check, collator: Collator, sample: int | None
     check.counts |= {"rows": len(lists), "repeated": repeated}
     check.counts |= {"candidates at least": min(map(len, lists)), "candidates at most": max(map(len, lists))}
     missing = _check_images(check, readers.open_sides(root, read.task))
-    bad = (
+    queries, candidates = (
         {number for number, each in enumerate(side) if not missing.isdisjoint(each.images)}
         for side in (read.queries, read.candidates)
     )
-    queries, candidates = bad
     rows = enumerate(read.query_of_row)
     if lost := sum(query in queries or candidates >= read.answers(row).keys() for row, query in rows):
         what = "rows cannot be scored: no image of the query or of the positive"
         check.problems.append(f"{lost} of {len(lists)} {what}.")
     if read.task.source is None and check.name in tasks.MMEB_TASKS and len(lists) != 1000:
         check.notes.append(f"{len(lists)} rows, where MMEB has 1000.")
-    sides = [TaskSide(read, side, root) for side in ("query", "candidate")]
-    picks = []
-    for side in sides:
-        refused = {number for number in range(len(side)) if not _readable(collator, side[number])}
-        picks += [(side, number) for number in sorted(refused | set(_spread(len(side), sample)))]
+
+    def picked(side: TaskSide) -> list[tuple[TaskSide, int]]:
+        _, refused = attempt(lambda row: collator.check_text(side[row]), range(len(side)))
+        return [(side, number) for number in sorted({*refused, *_spread(len(side), sample)})]
+
+    picks = [*picked(TaskSide(read, "query", root)), *picked(TaskSide(read, "candidate", root))]
     chosen, wheres = [[side[number]] for side, number in picks], [side.where(row) for side, row in picks]
     _try(check, collator, chosen.__getitem__, range(len(picks)), wheres.__getitem__)
-
-
-def _readable(collator: Collator, row: RawInput) -> bool:
-    try:
-        collator.check_text(row)
-    except ValueError:
-        return False
-    return True
 
 
 def _spread(count: int, sample: int | None) -> list[int]:
@@ -139,19 +130,18 @@ def _try(
     where: Callable[[int], str],
 ) -> None:
     """Prepare rows for an embedding, and name those for which that fails."""
-    bad, num_cut = [], 0
-    for number in numbers:
-        try:
-            with one_row(f"{where(number)}: "):
-                num_cut += sum(collator.encode_inputs([each]).num_cut for each in inputs(number))
-        except RowError as error:
-            bad.append(str(error))
+
+    def num_cut(number: int) -> int:
+        return sum(collator.encode_inputs([each]).num_cut for each in inputs(number))
+
+    cut, problems = attempt(num_cut, numbers)
+    bad = [f"{where(number)}: {problem}" for number, problem in problems.items()]
     check.counts |= {"tried": len(numbers), "unusable": len(bad)}
     if bad:
         listed = "; ".join(bad[:20]) + (f"; and {len(bad) - 20} more" if len(bad) > 20 else "")
         check.problems.append(f"{len(bad)} of {len(numbers)} rows cannot be embedded: {listed}.")
-    if num_cut:
-        check.notes.append(f"{num_cut} texts have more than {collator.limit.max_tokens} tokens and are cut.")
+    if total := sum(cut.values()):
+        check.notes.append(f"{total} texts have more than {collator.limit.max_tokens} tokens and are cut.")
 
 
 def _check_images(check: Check, sides: Sequence[RowReader]) -> set[str]:

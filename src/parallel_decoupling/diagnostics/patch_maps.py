@@ -120,9 +120,8 @@ def occluded(picture: Image.Image, grid: int) -> list[Image.Image]:
     """Return copies of a picture, each with one of ``grid * grid`` patches in the median colour."""
     pixels = np.asarray(picture.convert("RGB"))
     if min(pixels.shape[:2]) < grid:
-        raise ValueError(
-            f"a picture of {picture.width} x {picture.height} pixels has no {grid} x {grid} patches"
-        )
+        size = f"{picture.width} x {picture.height} pixels"
+        raise ValueError(f"a picture of {size} has no {grid} x {grid} patches")
     median, copies = np.median(pixels.reshape(-1, 3), axis=0).astype(np.uint8), []
     for rows in np.array_split(np.arange(picture.height), grid):
         for columns in np.array_split(np.arange(picture.width), grid):

@@ -19,13 +19,8 @@ from parallel_decoupling.data.images import load_image
 from parallel_decoupling.data.readers import read_eval_task
 from parallel_decoupling.data.tasks import chosen, find_eval_tasks
 from parallel_decoupling.diagnostics import patch_maps
+from parallel_decoupling.diagnostics import similarity as measures
 from parallel_decoupling.diagnostics.probes import ProbeResult, counted_scenes, crowded_scenes, probe
-from parallel_decoupling.diagnostics.similarity import (
-    ErrorAgreement,
-    PathSimilarity,
-    error_agreement,
-    path_similarity,
-)
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.evaluation.plots import new_figure
 from parallel_decoupling.evaluation.report import SCORES_FILE, Grid, ScoreReport, percent
@@ -46,11 +41,11 @@ class PathAnalysis:
 
     num_paths: int
     num_inputs: int
-    similarity: PathSimilarity
+    similarity: measures.PathSimilarity
     probes: dict[str, ProbeResult]
     attention: patch_maps.AttentionMaps | None
     contributions: Tensor
-    errors: ErrorAgreement | None
+    errors: measures.ErrorAgreement | None
     pictures: list[Image.Image]
     notes: list[str] = field(default_factory=list)
     run: dict[str, Any] = field(default_factory=dict)
@@ -144,11 +139,11 @@ def _analyse(
     return PathAnalysis(
         num_paths=embeddings_BND.shape[1],
         num_inputs=len(embeddings_BND),
-        similarity=path_similarity(embeddings_BND),
+        similarity=measures.path_similarity(embeddings_BND),
         probes=probes,
         attention=attention,
         contributions=patch_maps.patch_contributions(embedder, pictures, instruction=INSTRUCTION),
-        errors=None if report is None else error_agreement(report),
+        errors=None if report is None else measures.error_agreement(report),
         pictures=pictures[:SHOWN],
         notes=notes,
         run=embedder.run,

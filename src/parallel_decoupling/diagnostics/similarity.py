@@ -113,12 +113,9 @@ def error_agreement(report: ScoreReport) -> ErrorAgreement:
         "oracle": fmean(hits_NR.any(axis=0).mean() for hits_NR in hits),
         "independent_oracle": fmean(1 - (1 - rate_N).prod() for rate_N in rates),
     }
-    margins = np.array([result.margin_correlation for result in tasks])
-    return ErrorAgreement(
-        kappa=stratified_kappa([~hits_NR for hits_NR in hits]),
-        margins=np.average(margins, axis=0, weights=[result.num_queries for result in tasks]),
-        scores=scores,
-    )
+    weights = [result.num_queries for result in tasks]
+    margins = np.average([result.margin_correlation for result in tasks], axis=0, weights=weights)
+    return ErrorAgreement(stratified_kappa([~hits_NR for hits_NR in hits]), margins, scores)
 
 
 def stratified_kappa(misses: Sequence[NDArray[np.bool_]]) -> NDArray[np.float64]:

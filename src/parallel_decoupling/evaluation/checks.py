@@ -37,6 +37,9 @@ ADVICE = {
 }
 
 
+Side = tuple[Tensor, Tensor]  # paths [U, N, D] and their aggregate [U, D']
+
+
 @dataclass(frozen=True)
 class Finding:
     """One thing that makes scores doubtful: what was seen, and in which tasks; none is the whole run."""
@@ -51,13 +54,9 @@ class Finding:
 
 
 def check_task(
-    score: TaskScore,
-    queries: tuple[Tensor, Tensor],
-    candidates: tuple[Tensor, Tensor],
-    *,
-    missing: tuple[int, int] = (0, 0),
+    score: TaskScore, queries: Side, candidates: Side, *, missing: tuple[int, int] = (0, 0)
 ) -> list[Finding]:
-    """Judge one task by its first column; both sides are paths ``[U, N, D]`` and their aggregate ``[U, D']``.
+    """Judge one task by its first column.
 
     ``missing`` are the numbers of inputs that could not be read; their rows are NaN.
     """

@@ -15,13 +15,7 @@ from numpy.typing import NDArray
 
 from parallel_decoupling.data.names import printable
 from parallel_decoupling.evaluation.plots import comparison_figure
-from parallel_decoupling.evaluation.report import (
-    META_TASKS,
-    SCORES_FILE,
-    Grid,
-    ScoreReport,
-    percent,
-)
+from parallel_decoupling.evaluation.report import META_TASKS, SCORES_FILE, Grid, ScoreReport, percent
 from parallel_decoupling.files import atomic_write, write_text
 
 INTERVAL_NOTE = "95 % by paired bootstrap over queries within tasks, one training seed"
@@ -192,20 +186,17 @@ def differences(baseline: ScoreReport, other: ScoreReport, seed: int = 0) -> Run
         counts = generator.multinomial(len(row_difference), share, size=RESAMPLES)
         resampled = counts @ steps / len(row_difference)
         samples[name] = np.append(row_difference.mean(), resampled)
-    means = {
-        group: np.mean([samples[name] for name in names], axis=0) for group, names in baseline.groups.items()
-    }
+    groups = baseline.groups.items()
+    means = {group: np.mean([samples[name] for name in names], axis=0) for group, names in groups}
     meta_tasks = [means[meta_task] for meta_task in META_TASKS if meta_task in means]
     if meta_tasks:
         means["mean_of_meta_tasks"] = np.mean(meta_tasks, axis=0)
-    by_mean, by_task = (
-        {
-            name: Difference(float(each[0]), *np.quantile(each[1:], (0.025, 0.975)).tolist())
-            for name, each in part
-        }
-        for part in (means.items(), samples.items())
-    )
-    return RunDifferences(baseline.headline, by_mean, by_task)
+
+    def summed_up(part: Mapping[str, NDArray[np.float64]]) -> dict[str, Difference]:
+        bounds = {name: np.quantile(each[1:], (0.025, 0.975)).tolist() for name, each in part.items()}
+        return {name: Difference(float(part[name][0]), *both) for name, both in bounds.items()}
+
+    return RunDifferences(baseline.headline, summed_up(means), summed_up(samples))
 
 
 def check_same_rows(first: str, baseline: ScoreReport, name: str, other: ScoreReport) -> None:
@@ -214,16 +205,12 @@ def check_same_rows(first: str, baseline: ScoreReport, name: str, other: ScoreRe
         if missing := [task for task in wanted if task not in there]:
             raise ValueError(f"{first} and {name} scored different tasks: {run} lacks {', '.join(missing)}")
     for task in baseline.tasks:
-        before, after = (
-            (*each.task.entry.values(), each.num_queries, each.rows_sha256)
-            for each in (baseline.tasks[task], other.tasks[task])
-        )
+        both = baseline.tasks[task], other.tasks[task]
+        before, after = ((*each.task.entry.values(), each.num_queries, each.rows_sha256) for each in both)
         if before != after:
-            raise ValueError(
-                f"{task}: {first} scored {before}, but {name} scored {after} (meta-task, in-distribution, "
-                "metric and group if they are special, number of rows, hash of the rows); score both on the "
-                "same data"
-            )
+            found = f"{first} scored {before}, but {name} scored {after}"
+            about = "meta-task, in-distribution, metric and group if they are special, rows, their hash"
+            raise ValueError(f"{task}: {found} ({about}); score both on the same data")
 
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -248,7 +235,6 @@ def _score_files(run_dirs: Sequence[str]) -> dict[str, Path]:
     if len(set(files)) != len(files):
         raise ValueError(f"a run is compared with itself: {list(run_dirs)}")
     names = [file.parent.name if file.name == SCORES_FILE else file.stem for file in files]
-    unique = [
-        name if names.count(name) == 1 else str(typed) for name, typed in zip(names, run_dirs, strict=True)
-    ]
+    pairs = zip(names, run_dirs, strict=True)
+    unique = [name if names.count(name) == 1 else str(typed) for name, typed in pairs]
     return dict(zip(unique, files, strict=True))

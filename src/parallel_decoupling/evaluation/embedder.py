@@ -170,20 +170,10 @@ class Embedder:
         save_encoder(self.encoder, folder, **options)
 
 
-def about_encoder(encoder: Any, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what stored embeddings say of the model: identity, paths, and how these are aggregated."""
-    aggregation: dict[str, Any] = {"kind": getattr(encoder, "aggregation", "mean")}
-    if (logits := getattr(encoder, "path_logits", None)) is not None:
-        aggregation["weights"] = logits.detach().float().softmax(dim=0).tolist()
-    return {"identity": dict(identity), "num_paths": encoder.num_paths, "aggregation": aggregation}
-
-
 def _unit_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, int]:
     """Normalise both and lay aligned paths side by side: ``[A, N * D]``, ``[B, N * D]`` and N."""
     if a.ndim != b.ndim or a.ndim not in (2, 3) or a.shape[1:] != b.shape[1:]:
-        raise ValueError(
-            f"similarity of shapes {tuple(a.shape)} and {tuple(b.shape)}; pass [A, D] and [B, D], "
-            "or [A, N, D] and [B, N, D], encoded with the same paths"
-        )
+        advice = "pass [A, D] and [B, D], or [A, N, D] and [B, N, D], encoded with the same paths"
+        raise ValueError(f"similarity of shapes {tuple(a.shape)} and {tuple(b.shape)}; {advice}")
     unit_a, unit_b = F.normalize(a.float(), dim=-1), F.normalize(b.float(), dim=-1)
     return unit_a.flatten(1), unit_b.flatten(1), a.shape[1] if a.ndim == 3 else 1

@@ -22,7 +22,7 @@ from parallel_decoupling.batch import EncoderInputs, RawInput
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.images import image_size, smart_size
 from parallel_decoupling.data.prompts import to_raw_inputs
-from parallel_decoupling.data.unusable import RowError, one_row, out_of_memory
+from parallel_decoupling.data.unusable import RowError, attempt, one_row, out_of_memory
 from parallel_decoupling.model.encoder import Encoder, check_dim, truncate
 
 TOKENS_PER_PASS = 2**15
@@ -108,10 +108,8 @@ class BatchPlan(Sampler[BatchPlace]):
         size = rows_per_shard or max(1, len(rows))
         shards = [range(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
         self._shards = {number: shard for number, shard in enumerate(shards) if number not in finished}
-        places = [
-            [(shard, start) for start in range(0, len(numbers), batch_size)]
-            for shard, numbers in self._shards.items()
-        ]
+        starts = {shard: range(0, len(numbers), batch_size) for shard, numbers in self._shards.items()}
+        places = [[(shard, start) for start in each] for shard, each in starts.items()]
         if rows_per_shard is None:
             batches = list(chain.from_iterable(places))
             shares = [batches[process::world_size] for process in range(world_size)]
@@ -171,13 +169,7 @@ class RowBatches(Dataset[RowBatch]):
         self._keep_going, self._paths = keep_going, paths
 
     def __getitem__(self, place: BatchPlace) -> RowBatch:
-        read, problems = dict[int, RawInput](), dict[int, RowError]()
-        for row in place.rows:
-            try:
-                with one_row():
-                    read[row] = self._rows[row]
-            except RowError as error:
-                problems[row] = error
+        read, problems = attempt(self._rows.__getitem__, place.rows)
         inputs, unusable = self._collator.encode_usable(list(read.values()))
         numbers = list(read)
         problems |= {numbers[number]: error for number, error in unusable.items()}
@@ -216,7 +208,7 @@ def embed(
     return torch.cat([embed(encoder, inputs.select(part), paths) for part in rest])
 
 
-@dataclass(frozen=True)
+@dataclass
 class Encoded:
     """Embeddings of rows, NaN where one could not be embedded, their tokens, and what was left out."""
 
@@ -280,7 +272,6 @@ def encode_rows(
         shape = wanted(torch.zeros(1, num_selected, whole, device=device)).shape[1:]
     result = torch.full((len(rows), *shape), torch.nan, dtype=torch.float32, device="cpu")
     encoded = Encoded(result, torch.zeros(len(rows), dtype=torch.long, device="cpu"), {}, 0)
-    num_cut = 0
     with torch.inference_mode(), torch.device("cpu"), torch.autocast(device.type, enabled=False):
         for place in tqdm(plan, desc="encode", unit="batch", leave=False, disable=not show_progress):
             if not place.rows:
@@ -293,8 +284,8 @@ def encode_rows(
                     embeddings_BND = embed(encoder, inputs, selected)
                 result[list(batch.rows)] = wanted(embeddings_BND)
                 encoded.num_tokens[list(batch.rows)] = batch.inputs.lengths
-                num_cut += batch.inputs.num_cut
-    return replace(encoded, num_cut=num_cut)
+                encoded.num_cut += batch.inputs.num_cut
+    return encoded
 
 
 def _selected_paths(paths: Paths, num_paths: int) -> list[int] | None:

@@ -15,12 +15,7 @@ from rich.text import Text
 
 from parallel_decoupling.data.names import printable
 from parallel_decoupling.data.tasks import MMEB_TASKS, OVERALL, TASK_KEYS, Task
-from parallel_decoupling.evaluation.leaderboard import (
-    LEADERBOARD_FILE,
-    SCORE_FILES_DIR,
-    write_leaderboard,
-    write_score_files,
-)
+from parallel_decoupling.evaluation import leaderboard
 from parallel_decoupling.evaluation.score import TaskScore
 from parallel_decoupling.files import write_text
 
@@ -230,10 +225,8 @@ class ScoreReport:
             left_out = ("task", "hits", "values")
             values = {key: value for key, value in vars(result).items() if key not in left_out}
             tasks[name] = {**result.task.entry, **values}
-        partial = {
-            group: f"of {count} of MMEB's {MMEB_COUNTS[group]} tasks"
-            for group, count in self.partial_means.items()
-        }
+        counts = self.partial_means.items()
+        partial = {name: f"of {count} of MMEB's {MMEB_COUNTS[name]} tasks" for name, count in counts}
         content = {"format": FORMAT, "metric": "hit@1", "means": self.means, "partial_means": partial}
         content |= {"tasks": tasks, "metric_means": self.metric_means}
         content |= {key: getattr(self, key) for key in OTHER_PARTS}
@@ -266,11 +259,8 @@ class ScoreReport:
         rows: list[list[str]] = []
         kinds: list[str] = []
         for mean, title in self.mean_titles.items():
-            is_sum = mean in MEAN_TITLES and mean not in (
-                *META_TASKS,
-                CUSTOM,
-            )  # its tasks stand in the table already
-            for name in () if is_sum else self.groups.get(mean, ()):
+            is_listed = mean in (*META_TASKS, CUSTOM) or mean not in MEAN_TITLES  # else its tasks already are
+            for name in self.groups.get(mean, ()) if is_listed else ():
                 result = self.tasks[name]
                 bad = result.hit_at_1[self.columns[0]] <= result.chance
                 split = "" if mean == CUSTOM else "IND" if result.task.in_distribution else "OOD"
@@ -322,11 +312,11 @@ def write_report(report: ScoreReport, folder: Path) -> None:
     """Write ``scores.json``, VLM2Vec's score files and the leaderboard's into ``folder``."""
     report.to_json_file(folder / SCORES_FILE)
     column, backbone = report.columns[0], report.run.get("model", {}).get("backbone")
-    write_score_files(report.tasks, column, folder / SCORE_FILES_DIR)
+    leaderboard.write_score_files(report.tasks, column, folder / leaderboard.SCORE_FILES_DIR)
     metadata = {"model_name": folder.resolve().name, "model_backbone": backbone}
     if column in report.modes:
         metadata["embedding_dimension"] = report.modes[column]["bytes_per_item"] // 4
-    write_leaderboard(report.tasks, column, folder / LEADERBOARD_FILE, metadata)
+    leaderboard.write_leaderboard(report.tasks, column, folder / leaderboard.LEADERBOARD_FILE, metadata)
 
 
 def _text(text: str) -> Text:

@@ -24,27 +24,15 @@ from parallel_decoupling.evaluation import checks
 from parallel_decoupling.evaluation.encode import RowBatch
 from parallel_decoupling.evaluation.leaderboard import SCORE_FILES_DIR, write_predictions
 from parallel_decoupling.evaluation.report import ScoreReport, write_report
-from parallel_decoupling.evaluation.score import (
-    Columns,
-    TaskScore,
-    mode_costs,
-    path_columns,
-    score_task,
-)
-from parallel_decoupling.evaluation.store import (
-    AGGREGATE,
-    Keeper,
-    Store,
-    path_column,
-    read_metadata,
-    shard_files,
-)
+from parallel_decoupling.evaluation.score import Columns, TaskScore, mode_costs, path_columns, score_task
+from parallel_decoupling.evaluation.store import AGGREGATE, Keeper, Store, path_column
 from parallel_decoupling.files import write_text
 from parallel_decoupling.objective.statistics import path_cosine
 from parallel_decoupling.training.callbacks import console
 from parallel_decoupling.training.module import PDFEmbedder
 
 BAD_ROWS_FILE = "bad_rows.jsonl"
+_Side = tuple[Tensor, dict[int, str]]  # embeddings [U, N, D], and why rows could not be embedded
 
 
 class CollectedEmbeddings:
@@ -118,13 +106,7 @@ class Scoring(Callback):
     on_test_epoch_start = on_validation_epoch_start
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: PDFEmbedder,  # type: ignore[override]
-        outputs: Any,
-        batch: RowBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Take one batch; the first of a side completes the side before it."""
         if dataloader_idx != self._index:
@@ -134,7 +116,7 @@ class Scoring(Callback):
         assert self._side is not None
         self._side.add(batch, outputs)
 
-    on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]
+    on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: PDFEmbedder) -> None:  # type: ignore[override]
         """Log the scores; ``validate`` prints them, too."""
@@ -186,43 +168,35 @@ class Scoring(Callback):
         if rows.side == "query":
             self._query = embeddings_UND, bad_rows
         elif query[0] is not None and embeddings_UND is not None:
-            self._score(trainer, module, rows.task, (query[0], embeddings_UND), (query[1], bad_rows))
+            self._score(trainer, module, rows.task, [(query[0], query[1]), (embeddings_UND, bad_rows)])
         elif not trainer.sanity_checking:
-            rank_zero_warn(
-                f"{rows.task.task.name}: not all rows were encoded (limited batches), so it has no score."
-            )
+            reason = "not all rows were encoded (limited batches), so it has no score"
+            rank_zero_warn(f"{rows.task.task.name}: {reason}.")
 
-    def _score(
-        self,
-        trainer: Trainer,
-        module: PDFEmbedder,
-        task: EvalTask,
-        sides: tuple[Tensor, Tensor],
-        bad_rows: tuple[dict[int, str], dict[int, str]],
-    ) -> None:
+    def _score(self, trainer: Trainer, module: PDFEmbedder, task: EvalTask, both: list[_Side]) -> None:
         """Score a task by its queries and candidates, without those that could not be embedded."""
         name, num_rows = task.task.name, len(task.query_of_row)
-        missing = len(bad_rows[0]), len(bad_rows[1])
+        (queries_UND, bad_queries), (candidates_UND, bad_candidates) = both
+        missing = len(bad_queries), len(bad_candidates)
         if any(missing):
-            task = task.without(set(bad_rows[0]), set(bad_rows[1]))
-            rank_zero_warn(
-                f"{name}: {missing[0]} queries and {missing[1]} candidates cannot be embedded; "
-                f"{num_rows - len(task.query_of_row)} of {num_rows} rows are left out of the score."
-            )
+            task = task.without(set(bad_queries), set(bad_candidates))
+            lost = f"{missing[0]} queries and {missing[1]} candidates cannot be embedded"
+            rows = f"{num_rows - len(task.query_of_row)} of {num_rows} rows"
+            rank_zero_warn(f"{name}: {lost}; {rows} are left out of the score.")
         if not task.query_of_row:
             rank_zero_warn(f"{name}: no row could be embedded, so it has no score.")
             return
-        columns = path_columns(*sides, partial(_aggregate, module))
+        columns = path_columns(queries_UND, candidates_UND, partial(_aggregate, module))
         score = replace(score_task(task, columns), num_skipped=num_rows - len(task.query_of_row))
         self._scores.append(score)
         self._columns = {name: (each[0][:1], each[1][:1]) for name, each in columns.items()}
         if trainer.state.fn != "test" or not trainer.is_global_zero:
             return
-        queries, candidates = zip(sides, columns[AGGREGATE], strict=True)
+        queries, candidates = zip((queries_UND, candidates_UND), columns[AGGREGATE], strict=True)
         self._found += checks.check_task(score, queries, candidates, missing=missing)
-        finite_U = sides[0].isfinite().flatten(1).all(dim=1)
+        finite_U = queries_UND.isfinite().flatten(1).all(dim=1)
         if finite_U.any():
-            self._cosines.append(path_cosine(sides[0][finite_U]))
+            self._cosines.append(path_cosine(queries_UND[finite_U]))
         write_predictions(self._run_dir / SCORE_FILES_DIR, task, score)
 
     def _log(self, stage: str, module: PDFEmbedder) -> None:
@@ -262,13 +236,7 @@ class EmbeddingWriter(Callback):
         self._num_cut = 0
 
     def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Keep the embeddings of a batch, and write the shard that ends with it."""
         if batch.place.shard is None:
@@ -281,7 +249,7 @@ class EmbeddingWriter(Callback):
             paths = range(outputs.shape[1]) if batch.paths is None else batch.paths
             vectors = {path_column(path): embeddings_BND[:, place] for place, path in enumerate(paths)}
             if batch.paths is None:
-                vectors[AGGREGATE] = _aggregate(cast(PDFEmbedder, pl_module), embeddings_BND)
+                vectors[AGGREGATE] = _aggregate(pl_module, embeddings_BND)
             self.keeper.write(rows, batch.place.shard, shard.rows, vectors, shard.bad_rows)
             del self._shards[dataloader_idx, batch.place.shard]
 
@@ -291,12 +259,7 @@ class EmbeddingWriter(Callback):
         num_cut = sum(gather_objects(self._num_cut))
         if not trainer.is_global_zero:
             return
-        missing, num_rows, bad_rows = 0, 0, []
-        for writer in self.keeper.writers.values():
-            there = shard_files(writer.folder)
-            missing += writer.num_shards - len(there)
-            num_rows += sum(len(writer.rows_of(shard)) for shard in there)
-            bad_rows += [row for file in there.values() for row in read_metadata(file)["bad_rows"]]
+        missing, num_rows, bad_rows = self.keeper.written()
         bad_rows_file = self.keeper.root / BAD_ROWS_FILE
         lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in bad_rows)
         write_text(bad_rows_file, lines.encode("utf-8", "backslashreplace").decode())  # as JSON has it

@@ -181,10 +181,8 @@ def row_metrics(found_RC: Tensor, grades_RC: Tensor) -> dict[str, Tensor]:
     right_RC, count_R = found_RC > 0, (grades_RC > 0).sum(dim=1).double()
     rank_C = torch.arange(1, found_RC.shape[1] + 1, dtype=torch.float64)
     first_R = torch.where(right_RC, rank_C, torch.inf).amin(dim=1)
-    values = {
-        "mrr": 1 / first_R,
-        "r_precision": (right_RC & (rank_C <= count_R[:, None])).sum(dim=1) / count_R,
-    }
+    values = {"mrr": 1 / first_R}
+    values["r_precision"] = (right_RC & (rank_C <= count_R[:, None])).sum(dim=1) / count_R
     for k in DEPTHS:
         discount_K = 1 / torch.log2(1 + rank_C[:k])
         best_RK = grades_RC.topk(len(discount_K), dim=1).values.double()
@@ -197,14 +195,11 @@ def row_metrics(found_RC: Tensor, grades_RC: Tensor) -> dict[str, Tensor]:
 
 def mode_costs(columns: Columns) -> dict[str, dict[str, int]]:
     """Return ``bytes_per_item`` in float32 and ``paths_per_item`` to encode of each column of any task."""
-    num_paths = sum(name.startswith("path_") for name in columns)
-    return {
-        name: {
-            "bytes_per_item": 4 * candidate[0].numel(),
-            "paths_per_item": 1 if name.startswith("path_") else num_paths,
-        }
-        for name, (_, candidate) in columns.items()
-    }
+    all_paths, costs = sum(name.startswith("path_") for name in columns), {}
+    for name, (_, candidate) in columns.items():
+        num_paths = 1 if name.startswith("path_") else all_paths
+        costs[name] = {"bytes_per_item": 4 * candidate[0].numel(), "paths_per_item": num_paths}
+    return costs
 
 
 def _check(task: EvalTask, columns: Columns) -> None:
@@ -216,10 +211,9 @@ def _check(task: EvalTask, columns: Columns) -> None:
     expected = len(task.queries), len(task.candidates)
     for column, (query, candidate) in columns.items():
         if (len(query), len(candidate)) != expected or query.shape[1:] != candidate.shape[1:]:
-            raise ValueError(
-                f"{name}, {column}: embeddings of shape {tuple(query.shape)}, {tuple(candidate.shape)} "
-                f"for {expected[0]} queries and {expected[1]} candidates"
-            )
+            found = f"embeddings of shape {tuple(query.shape)}, {tuple(candidate.shape)}"
+            wanted = f"{expected[0]} queries and {expected[1]} candidates"
+            raise ValueError(f"{name}, {column}: {found} for {wanted}")
 
 
 def _distinct_rows(embeddings: Tensor) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,8 @@ COMPARED = (
 """Metadata in which a shard that is kept must agree with the run that keeps it."""
 
 VectorType = Literal["float32", "float16"]
+Source = RowSource | TaskSide
+Vectors = Mapping[str, Tensor]  # by the name of their column
 
 
 def path_column(path: int) -> str:
@@ -78,7 +80,7 @@ class StoreWriter:
         self,
         shard: int,
         fields: pa.Table,
-        vectors: Mapping[str, Tensor],
+        vectors: Vectors,
         *,
         rows_sha256: str,
         bad_rows: Sequence[Mapping[str, Any]] = (),
@@ -120,9 +122,7 @@ class Keeper:
         self.writers: dict[str, StoreWriter] = {}
         self.kept: dict[str, frozenset[int]] = {}
 
-    def finished(
-        self, rows: RowSource | TaskSide, about: Mapping[str, Any], *, with_bad_rows: bool = True
-    ) -> frozenset[int]:
+    def finished(self, rows: Source, about: Mapping[str, Any], with_bad_rows: bool = True) -> frozenset[int]:
         """Open the store of some rows and return the shards that are done, the same on all processes.
 
         Without ``with_bad_rows`` a shard in which some rows could not be embedded does not count.
@@ -144,27 +144,29 @@ class Keeper:
         return frozenset(done)
 
     def write(
-        self,
-        rows: RowSource | TaskSide,
-        shard: int,
-        numbers: Sequence[int],
-        vectors: Mapping[str, Tensor],
-        bad_rows: Mapping[int, str],
+        self, rows: Source, shard: int, numbers: Sequence[int], vectors: Vectors, bad_rows: Mapping[int, str]
     ) -> None:
         """Write one shard: ``vectors`` by column of the rows ``numbers``, in any but the same order."""
         writer, bad = self.writers[rows.name], sorted(bad_rows)
         order = torch.tensor(numbers, dtype=torch.long).argsort()
         ids = rows.columns(bad)["id"].to_pylist()
-        writer.write(
-            shard,
-            rows.columns(sorted(numbers)),
-            {name: vectors_BD[order] for name, vectors_BD in vectors.items()},
-            rows_sha256=_shard_hash(rows, writer.rows_of(shard)),
-            bad_rows=[
-                {"row": row, "id": id_, "reason": _without_folders(bad_rows[row], rows, row)}
-                for row, id_ in zip(bad, ids, strict=True)
-            ],
-        )
+        reasons = [
+            {"row": row, "id": id_, "reason": _without_folders(bad_rows[row], rows, row)}
+            for row, id_ in zip(bad, ids, strict=True)
+        ]
+        in_order = {name: vectors_BD[order] for name, vectors_BD in vectors.items()}
+        known = _shard_hash(rows, writer.rows_of(shard))
+        writer.write(shard, rows.columns(sorted(numbers)), in_order, rows_sha256=known, bad_rows=reasons)
+
+    def written(self) -> tuple[int, int, list[dict[str, Any]]]:
+        """Return how many shards are missing, how many rows are there, and those that were not embedded."""
+        missing, num_rows, bad_rows = 0, 0, []
+        for writer in self.writers.values():
+            there = shard_files(writer.folder)
+            missing += writer.num_shards - len(there)
+            num_rows += sum(len(writer.rows_of(shard)) for shard in there)
+            bad_rows += [row for file in there.values() for row in read_metadata(file)["bad_rows"]]
+        return missing, num_rows, bad_rows
 
 
 class Store:
@@ -177,9 +179,8 @@ class Store:
         self.folder = Path(folder)
         self.files = list(shard_files(self.folder).values())
         if not self.files:
-            raise ValueError(
-                f"{self.folder} holds no embeddings-*.parquet: give the output_dir of a predict run."
-            )
+            advice = "give the output_dir of a predict run"
+            raise ValueError(f"{self.folder} holds no embeddings-*.parquet: {advice}.")
         self.metadata: dict[str, Any] = {}
         self.bad_rows: list[dict[str, Any]] = []
         self.batch_sizes: list[int] = []
@@ -190,10 +191,8 @@ class Store:
             common = located(common, self.folder)
             self.metadata = self.metadata or common
             if difference := _difference(common, self.metadata, common):
-                raise ValueError(
-                    f"{file} differs from {self.files[0].name} in {difference}. "
-                    "Keep one run's files in a folder."
-                )
+                found = f"{file} differs from {self.files[0].name} in {difference}"
+                raise ValueError(f"{found}. Keep one run's files in a folder.")
             self.bad_rows += about["bad_rows"]
             for group in range(content.num_row_groups):
                 if size := content.row_group(group).num_rows:
@@ -203,7 +202,7 @@ class Store:
         if missing:
             raise ValueError(f"{self.folder} lacks {missing} files: run the same predict command again.")
         self.columns: tuple[str, ...] = tuple(self.metadata["columns"])
-        self._ends = list(accumulate(self.batch_sizes))
+        self.ends = list(accumulate(self.batch_sizes))
 
     def __len__(self) -> int:
         return sum(self.batch_sizes)
@@ -239,9 +238,9 @@ class Store:
         """Read ``id`` and the source's columns of some rows, in the order asked for."""
         names = [name for name in pq.read_schema(self.files[0]).names if name not in self.columns]
         found: dict[int, dict[str, Any]] = {}
-        for batch in {bisect_right(self._ends, index) for index in indices}:
-            first = self._ends[batch] - self.batch_sizes[batch]
-            wanted = [index for index in indices if first <= index < self._ends[batch]]
+        for batch in {bisect_right(self.ends, index) for index in indices}:
+            first = self.ends[batch] - self.batch_sizes[batch]
+            wanted = [index for index in indices if first <= index < self.ends[batch]]
             rows = self.read(batch, names).take([index - first for index in wanted])
             found |= dict(zip(wanted, rows.to_pylist(), strict=True))
         return [found[index] for index in indices]
@@ -266,9 +265,8 @@ def read_metadata(file: Path) -> dict[str, Any]:
         metadata = (pq.read_schema(file).metadata or {})[METADATA_KEY]
         return check_seal(json.loads(metadata), file)
     except (OSError, pa.ArrowException, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{file} is not a complete file of embeddings ({error}). Delete it and run predict again."
-        ) from error
+        advice = "Delete it and run predict again."
+        raise ValueError(f"{file} is not a complete file of embeddings ({error}). {advice}") from error
 
 
 def chosen_columns(names: Collection[str] | None, num_paths: int) -> tuple[str, ...]:
@@ -279,7 +277,7 @@ def chosen_columns(names: Collection[str] | None, num_paths: int) -> tuple[str, 
     return tuple(name for name in known if names is None or name in names)
 
 
-def _shard_hash(rows: RowSource | TaskSide, numbers: range) -> str:
+def _shard_hash(rows: Source, numbers: range) -> str:
     """Identify some rows; one that cannot be used counts by the reason."""
 
     def content(row: int) -> RawInput:
@@ -291,7 +289,7 @@ def _shard_hash(rows: RowSource | TaskSide, numbers: range) -> str:
     return rows_hash(content(row) for row in numbers)
 
 
-def _without_folders(reason: str, rows: RowSource | TaskSide, row: int) -> str:
+def _without_folders(reason: str, rows: Source, row: int) -> str:
     """Name the pictures of a row by their last part only."""
     try:
         files = [image for image in rows[row].images if isinstance(image, str)]

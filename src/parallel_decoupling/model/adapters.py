@@ -47,10 +47,9 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         check_values(AdapterConfig, vars(self), "adapter.")
         if self.per_path and (self.kind != "lora" or self.scope == "vision"):
-            raise ValueError(
-                "adapter.per_path is for LoRA in the language model: set adapter.kind=lora and adapter.scope "
-                f"to language or both, got {self.kind} and {self.scope}."
-            )
+            advice = "set adapter.kind=lora and adapter.scope to language or both"
+            found = f"{advice}, got {self.kind} and {self.scope}"
+            raise ValueError(f"adapter.per_path is for LoRA in the language model: {found}.")
 
 
 def add_adapters(base: nn.Module, family: Family, adapter: AdapterConfig) -> tuple[str, ...]:
@@ -112,10 +111,8 @@ def _read_config(source: str, kind: str) -> Any:
     if config.peft_type != PeftType.LORA:
         raise ValueError(f"initial adapter {source!r} is {config.peft_type}, not LoRA or DoRA")
     if kind not in (found, "frozen"):
-        raise ValueError(
-            f"initial adapter {source!r} is {found}: set adapter.kind to {found} (it trains on) or frozen, "
-            f"not {kind}"
-        )
+        advice = f"set adapter.kind to {found} (it trains on) or frozen, not {kind}"
+        raise ValueError(f"initial adapter {source!r} is {found}: {advice}")
     for name, plain in (
         ("bias", ("none", None)),
         ("modules_to_save", (None,)),
@@ -123,10 +120,8 @@ def _read_config(source: str, kind: str) -> Any:
         ("init_lora_weights", (True, False, "gaussian")),  # others change the backbone's own weights
     ):
         if getattr(config, name) not in plain:
-            raise ValueError(
-                f"initial adapter {source!r} has {name}={getattr(config, name)!r}, which cannot be continued "
-                "faithfully; convert it to a plain LoRA adapter first"
-            )
+            advice = "which cannot be continued faithfully; convert it to a plain LoRA adapter first"
+            raise ValueError(f"initial adapter {source!r} has {name}={getattr(config, name)!r}, {advice}")
     config.inference_mode = False
     if kind == "frozen":
         config.lora_dropout = 0.0  # what does not train needs no noise
@@ -152,10 +147,9 @@ def _copy_weights(model: Any, source: str, config: Any) -> None:
         ignore_mismatched_sizes=True,  # they are reported below
     )
     if info.missing_keys or info.unexpected_keys or info.mismatched_keys:
-        raise ValueError(
-            f"initial adapter {source!r} does not fit this backbone: missing {info.missing_keys}, "
-            f"unexpected {info.unexpected_keys}, wrong shape {info.mismatched_keys}"
-        )
+        found = f"missing {info.missing_keys}, unexpected {info.unexpected_keys}"
+        found = f"{found}, wrong shape {info.mismatched_keys}"
+        raise ValueError(f"initial adapter {source!r} does not fit this backbone: {found}")
 
 
 def target_modules(base: nn.Module, family: Family, adapter: AdapterConfig) -> tuple[str, ...]:
@@ -168,9 +162,8 @@ def target_modules(base: nn.Module, family: Family, adapter: AdapterConfig) -> t
         if adapter.scope not in (scope, "both"):
             continue
         if root is None:
-            raise ValueError(
-                f"adapter.scope={adapter.scope}: the backbone has no vision tower; set it to language."
-            )
+            advice = "the backbone has no vision tower; set it to language"
+            raise ValueError(f"adapter.scope={adapter.scope}: {advice}.")
         for name, module in base.get_submodule(root).named_modules(prefix=root):
             if isinstance(module, nn.Linear):
                 last = name.rsplit(".", 1)[-1]
@@ -179,10 +172,8 @@ def target_modules(base: nn.Module, family: Family, adapter: AdapterConfig) -> t
                     found.append(name)
     unknown = [target for target in adapter.targets or () if target not in names | OTHER_TARGETS]
     if unknown or not found:
-        raise ValueError(
-            f"adapter.targets: no linear layer in scope {adapter.scope!r} is called "
-            f"{unknown or adapter.targets}; there are {', '.join(sorted(names))}."
-        )
+        there = f"{unknown or adapter.targets}; there are {', '.join(sorted(names))}"
+        raise ValueError(f"adapter.targets: no linear layer in scope {adapter.scope!r} is called {there}.")
     return tuple(found)
 
 

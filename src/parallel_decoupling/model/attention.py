@@ -111,17 +111,14 @@ def _attend(
     if path_states is None or prefix is None:
         if path_states and isinstance(attention_mask, BlockMask) and len(query) > attention_mask.shape[0]:
             mask = attention_mask  # of B rows: a layer above the prefixes has N * B
-            attention_mask = path_states.once(
-                "mask without prefix", mask, lambda: extend_block_mask(mask, query, 0, causal=True)
-            )
+            extended = partial(extend_block_mask, mask, query, 0, causal=True)
+            attention_mask = path_states.once("mask without prefix", mask, extended)
         return function(module, query, key, value, attention_mask, **kwargs)
     causal = kwargs.get("is_causal")
     causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
-    mask = path_states.once(
-        f"mask of {query.shape[2]}, causal {causal}",  # None is one object whatever it stands for
-        attention_mask,
-        lambda: extend(attention_mask, query, path_states.prefix_length, causal=causal),
-    )
+    purpose = f"mask of {query.shape[2]}, causal {causal}"  # None is one object whatever it stands for
+    extended = partial(extend, attention_mask, query, path_states.prefix_length, causal=causal)
+    mask = path_states.once(purpose, attention_mask, extended)
     return function(module, query, prepend(prefix[0], key), prepend(prefix[1], value), mask, **kwargs)
 
 
@@ -138,10 +135,9 @@ def _flash(
     length = query.shape[2]
     if sliding_window is not None and key.shape[2] > length:
         if length > sliding_window:
-            raise ValueError(
-                f"FlashAttention cannot show a prefix to texts of {length} tokens in layers with a window of "
-                f"{sliding_window}: use attention='sdpa' or 'flex_attention'."
-            )
+            where = f"texts of {length} tokens in layers with a window of {sliding_window}"
+            advice = "use attention='sdpa' or 'flex_attention'"
+            raise ValueError(f"FlashAttention cannot show a prefix to {where}: {advice}.")
         sliding_window = None
     return flash_attention_forward(module, query, key, value, mask, sliding_window=sliding_window, **kwargs)
 

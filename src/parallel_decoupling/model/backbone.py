@@ -18,12 +18,14 @@ from parallel_decoupling.model.attention import PathStates, prefix_attention
 from parallel_decoupling.model.families import FAMILIES, Family
 from parallel_decoupling.model.paths import calling, deepstack, enter_layer, hand_down, same_call
 from parallel_decoupling.model.processor import load_processor
+from parallel_decoupling.model.turns import enter_evaluation, restore_modes
 
 __all__ = ["TINY_BACKBONE_DIR", "AdapterConfig", "Backbone", "load_backbone"]
 
 TINY_BACKBONE_DIR = Path(__file__).parent / "tiny"
 """The trained few-million-parameter Qwen2-VL that the package ships."""
 
+Tensors = Mapping[str, Tensor]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flex_attention"]
 
@@ -97,12 +99,7 @@ class Backbone(nn.Module):
         """Return the dtype of the base model's own weights (adapters are fp32)."""
         return cast(torch.dtype, self.base.dtype)
 
-    def forward(
-        self,
-        tokens: Mapping[str, Tensor],
-        vision: Mapping[str, Tensor],
-        path_states: PathStates | None = None,
-    ) -> Tensor:
+    def forward(self, tokens: Tensors, vision: Tensors, path_states: PathStates | None = None) -> Tensor:
         """Run the vision tower once and the language model once per path.
 
         ``tokens`` are ``[B, L]``, ``vision`` the image tensors of all rows, concatenated. The result is
@@ -116,7 +113,7 @@ class Backbone(nn.Module):
             output = self.base(**tokens, **vision, position_ids=positions, use_cache=False)
         return cast(Tensor, output.last_hidden_state)
 
-    def position_ids(self, tokens: Mapping[str, Tensor], vision: Mapping[str, Tensor]) -> Tensor:
+    def position_ids(self, tokens: Tensors, vision: Tensors) -> Tensor:
         """Return positions of real tokens, from 0 despite a prefix: M-RoPE's ``[3, B, L]``, or ``[B, L]``."""
         mask = tokens["attention_mask"]
         position_BL = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -163,17 +160,12 @@ class Backbone(nn.Module):
         Modules are in evaluation mode meanwhile, as gradient checkpointing drops caches in training mode. The
         cache keeps every position in sliding layers too: a prefix stands in front of their windows.
         """
-        training = [module for module in self.base.modules() if module.training]
-        self.base.eval()
+        modes, cache = enter_evaluation(self.base), DynamicCache()
         try:
-            output = self.language_model(
-                inputs_embeds=embeddings, use_cache=True, past_key_values=DynamicCache()
-            )
+            self.language_model(inputs_embeds=embeddings, use_cache=True, past_key_values=cache)
         finally:
-            for module in training:
-                module.training = True
-        layers = output.past_key_values.layers
-        return torch.stack([torch.stack((layer.keys, layer.values), 1) for layer in layers], 1)
+            restore_modes(modes)
+        return torch.stack([torch.stack((each.keys, each.values), 1) for each in cast(Any, cache).layers], 1)
 
 
 def load_backbone(
@@ -210,10 +202,9 @@ def load_backbone(
     except (OSError, ValueError) as error:
         raise ValueError(f"backbone {name!r} has no config that can be read: {error}") from error
     if family is None and config.model_type not in FAMILIES:
-        raise ValueError(
-            f"backbone {name!r} has model_type {config.model_type!r}; tested: {', '.join(FAMILIES)}. To try "
-            "another family, give the option `family`, with what transformers does not tell of it."
-        )
+        found = f"backbone {name!r} has model_type {config.model_type!r}; tested: {', '.join(FAMILIES)}"
+        advice = "give the option `family`, with what transformers does not tell of it"
+        raise ValueError(f"{found}. To try another family, {advice}.")
     family = family or FAMILIES[config.model_type]
     kind: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     if meta:
@@ -235,21 +226,12 @@ def load_backbone(
         missing, mismatched = info["missing_keys"], info["mismatched_keys"]
         unexpected = set(info["unexpected_keys"]) - set(family.ignored_weights)
         if missing or unexpected or mismatched:  # missing weights would be random numbers
-            raise ValueError(
-                f"backbone {name!r} does not fit its config: missing {missing}, unexpected {unexpected}, "
-                f"wrong shape {mismatched}"
-            )
+            found = f"missing {missing}, unexpected {unexpected}, wrong shape {mismatched}"
+            raise ValueError(f"backbone {name!r} does not fit its config: {found}")
     processor = load_processor(source, config, **options)
     commit = getattr(config, "_commit_hash", None)
-    backbone = Backbone(
-        base,
-        processor,
-        family,
-        name=name,
-        revision=commit or revision,
-        attention=attention,
-        gradient_checkpointing=gradient_checkpointing,
-    )
+    made: dict[str, Any] = {"attention": attention, "gradient_checkpointing": gradient_checkpointing}
+    backbone = Backbone(base, processor, family, name=name, revision=commit or revision, **made)
     with torch.device("meta" if meta else "cpu"):
         backbone.adapter, backbone.initial_adapter = adapter, initial_adapter
         if initial_adapter is None:

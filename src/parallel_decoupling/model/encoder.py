@@ -16,14 +16,7 @@ from parallel_decoupling.model.adapters import draw_adapters, split_adapters
 from parallel_decoupling.model.attention import PathStates
 from parallel_decoupling.model.backbone import Backbone, load_backbone
 from parallel_decoupling.model.open_clip import PREFIX, OpenCLIPEncoder, is_open_clip, load_open_clip
-from parallel_decoupling.model.prefixes import (
-    META_PROMPTS,
-    DeepPrefixes,
-    PrefixLayers,
-    ShallowPrefixes,
-    init_random,
-    prefix_range,
-)
+from parallel_decoupling.model.prefixes import PrefixLayers, ShallowPrefixes, make_prefixes, prefix_range
 from parallel_decoupling.model.turns import Turns
 from parallel_decoupling.option_types import NonNegativeInt, PositiveInt, checked
 
@@ -70,7 +63,7 @@ class ParallelEncoder(nn.Module):
         self.num_paths, self.prefix_length, self.prefix_layers = num_paths, prefix_length, prefix_layers
         self.prefix_type, self.aggregation = prefix_type, aggregation
         self.prefix_range = prefix_range(prefix_layers, backbone.num_layers)
-        self._check_sizes(prefix_init)
+        self._check_sizes()
         self.embed_dim: int = backbone.hidden_size
         self.aggregate_dim: int = self.embed_dim * (num_paths if aggregation == "concat" else 1)
         self.processor: Any = backbone.processor
@@ -78,10 +71,12 @@ class ParallelEncoder(nn.Module):
         if backbone.adapter.per_path:
             split_adapters(backbone.base, num_paths, f"{backbone.family.layers}.", self.prefix_range.start)
         draw_adapters(backbone.base, seed, fresh=backbone.initial_adapter is None)
-        self.prefixes = self._make_prefixes(prefix_init, seed) if prefix_length else None
+        size: dict[str, Any] = {"num_paths": num_paths, "length": prefix_length, "layers": self.prefix_range}
+        made = make_prefixes(backbone, prefix_type, prefix_init, seed, **size) if prefix_length else None
+        self.prefixes = made
         self.path_logits = nn.Parameter(torch.zeros(num_paths)) if aggregation == "learned" else None
 
-    def _check_sizes(self, prefix_init: str) -> None:
+    def _check_sizes(self) -> None:
         own_adapters = self.backbone.adapter.per_path
         if self.prefix_length == 0 and self.num_paths > 1 and not own_adapters:
             raise ValueError("prefix_length must be 1 or more unless num_paths=1 or adapter.per_path")
@@ -89,36 +84,6 @@ class ParallelEncoder(nn.Module):
             raise ValueError("adapter.per_path works with prefix_type='deep', not with 'shallow'")
         if self.prefix_type == "shallow" and len(self.prefix_range) < self.backbone.num_layers:
             raise ValueError("prefix_type='shallow' reaches every layer: set prefix_layers=0")
-        if self.prefix_length and prefix_init == "meta" and self.num_paths > len(META_PROMPTS):
-            raise ValueError(f"more than {len(META_PROMPTS)} paths need prefix_init='random'")
-
-    @torch.no_grad()
-    def _make_prefixes(self, prefix_init: str, seed: int) -> DeepPrefixes | ShallowPrefixes:
-        backbone, layers = self.backbone, self.prefix_range
-        num_paths, length, heads = self.num_paths, self.prefix_length, backbone.num_key_value_heads
-        prefixes: DeepPrefixes | ShallowPrefixes
-        with torch.device("meta" if backbone.is_meta else "cpu"):
-            if self.prefix_type == "deep":
-                prefixes = DeepPrefixes((num_paths, len(layers), 2, heads, length, backbone.head_dim))
-            else:
-                prefixes = ShallowPrefixes((num_paths, length, backbone.hidden_size))
-        if backbone.is_meta:
-            return prefixes
-        prompts, min_length = META_PROMPTS, 1
-        if prefix_init == "meta":
-            prompts, min_length = META_PROMPTS[:num_paths], length
-        if self.prefix_type == "deep":  # [Y, 2, K, T, H] of each prompt, else [T, D]
-            states = [backbone.text_states(text, min_length)[layers.start : layers.stop] for text in prompts]
-        else:
-            states = [backbone.text_embeddings(text, min_length) for text in prompts]
-        (parameter,) = prefixes.parameters()
-        if prefix_init == "meta":
-            parameter.copy_(torch.stack([state[..., :length, :] for state in states]))
-        else:
-            own_scale = (2, 3, 4) if self.prefix_type == "deep" else (0, 1)  # each layer's keys and values
-            scale = torch.cat(states, dim=-2).std(dim=own_scale, keepdim=True)
-            init_random(parameter, scale, torch.Generator().manual_seed(seed))
-        return prefixes
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Return what trains: ``adapters`` (or the whole backbone), ``prefixes`` and ``aggregation``."""

@@ -37,11 +37,8 @@ PACKAGES = ("parallel-decoupling", "torch", "transformers")
 
 def trainable_state(encoder: nn.Module) -> dict[str, Tensor]:
     """Return CPU copies of exactly the trainable tensors, by parameter name."""
-    return {
-        name: whole(parameter.detach()).to("cpu", copy=True)
-        for name, parameter in encoder.named_parameters()
-        if parameter.requires_grad
-    }
+    trained = _trained(encoder).items()
+    return {name: whole(parameter.detach()).to("cpu", copy=True) for name, parameter in trained}
 
 
 @torch.no_grad()
@@ -50,20 +47,20 @@ def load_trainable_state(encoder: nn.Module, state: Mapping[str, Tensor]) -> Non
 
     When names or shapes differ, it is a ValueError and nothing is changed.
     """
-    wanted = {name: parameter for name, parameter in encoder.named_parameters() if parameter.requires_grad}
+    wanted = _trained(encoder)
     missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    reshaped = [
-        f"{name} {list(state[name].shape)} instead of {list(parameter.shape)}"
-        for name, parameter in wanted.items()
-        if name in state and state[name].shape != parameter.shape
-    ]
+    shapes = {name: (list(state[name].shape), list(wanted[name].shape)) for name in wanted if name in state}
+    reshaped = [f"{name} {old} instead of {new}" for name, (old, new) in shapes.items() if old != new]
     if missing or unexpected or reshaped:
-        raise ValueError(
-            f"the stored weights do not fit this model: missing {missing}, unexpected {unexpected}, "
-            f"wrong shape {reshaped}; build the model with the settings it was trained with"
-        )
+        found = f"missing {missing}, unexpected {unexpected}, wrong shape {reshaped}"
+        advice = "build the model with the settings it was trained with"
+        raise ValueError(f"the stored weights do not fit this model: {found}; {advice}")
     for name, parameter in wanted.items():
         parameter.copy_(shard_like(state[name], parameter))
+
+
+def _trained(encoder: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in encoder.named_parameters() if parameter.requires_grad}
 
 
 def weights_hash(tensors: Mapping[str, Tensor]) -> str:
@@ -163,11 +160,9 @@ def check_fingerprint(stored: Mapping[str, Any], current: Mapping[str, Any]) -> 
         found = "; ".join(changed + [f"only one has {key}" for key in one_sided]) or "the file was changed"
         raise ValueError(f"{differ}config differs: {found}; load the backbone it was trained on")
     if one_sided:
-        warnings.warn(
-            f"the weights were written with transformers {old}, and {new} is installed: only one of them "
-            f"has {', '.join(one_sided)} in the config of {current['name']!r}. All else is equal.",
-            stacklevel=2,
-        )
+        found = f"only one of them has {', '.join(one_sided)} in the config of {current['name']!r}"
+        versions = f"the weights were written with transformers {old}, and {new} is installed"
+        warnings.warn(f"{versions}: {found}. All else is equal.", stacklevel=2)
 
 
 def processor_hash(processor: Any) -> str:
@@ -236,6 +231,14 @@ def encoder_identity(
     }
     total = sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
     return {"sha256": total, **parts}
+
+
+def about_encoder(encoder: Any, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what stored embeddings say of the model: identity, paths, and how these are aggregated."""
+    aggregation: dict[str, Any] = {"kind": getattr(encoder, "aggregation", "mean")}
+    if (logits := getattr(encoder, "path_logits", None)) is not None:
+        aggregation["weights"] = logits.detach().float().softmax(dim=0).tolist()
+    return {"identity": dict(identity), "num_paths": encoder.num_paths, "aggregation": aggregation}
 
 
 def _sampled(name: str, tensor: Tensor) -> bytes:

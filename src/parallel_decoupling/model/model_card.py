@@ -79,12 +79,10 @@ def model_card(config: Mapping[str, Any], scores: Mapping[str, Any] | None = Non
     count = len(config["paths"])
     title = f"{count} {'paths' if count > 1 else 'path'} of {name.rstrip('/').rsplit('/', 1)[-1]}"
     tags = ["sentence-transformers", "multimodal", "embeddings"]
-    metadata = ModelCardData(
-        library_name="parallel-decoupling", pipeline_tag="feature-extraction", tags=tags
-    ).to_yaml()
+    card = ModelCardData(library_name="parallel-decoupling", pipeline_tag="feature-extraction", tags=tags)
     tables = {section: _table(rows) for section, rows in sections.items()}
     shown = "\n\n".join(f"## {section}\n\n{table}" for section, table in tables.items() if table)
-    return CARD.format(metadata=metadata, title=_cell(title), sections=shown)
+    return CARD.format(metadata=card.to_yaml(), title=_cell(title), sections=shown)
 
 
 def _table(rows: Mapping[str, Any]) -> str:

@@ -59,11 +59,8 @@ class OpenCLIPProcessor:
         ids_BL = self.tokenizer(texts)
         if not self._warned and any(self.cut_rows(texts)):
             self._warned = True
-            warnings.warn(
-                f"A text has more than the {self.context_length} tokens that this text tower takes; the rest "
-                "is cut off, also of further texts.",
-                stacklevel=2,
-            )
+            found = f"A text has more than the {self.context_length} tokens that this text tower takes"
+            warnings.warn(f"{found}; the rest is cut off, also of further texts.", stacklevel=2)
         has_text_B1 = torch.tensor([[bool(rest)] for rest in texts])
         data = {"input_ids": ids_BL, "attention_mask": has_text_B1.long().expand_as(ids_BL)}
         rows = [[each] if isinstance(each, Image.Image) else each for each in images or ()]
@@ -89,9 +86,7 @@ class OpenCLIPBackbone(nn.Module):
     revision: str | None = None
     num_layers = 1  # for counting compute: no layer is shared between paths
 
-    def __init__(
-        self, base: Any, name: str, config: dict[str, Any], adapter: AdapterConfig, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, base: Any, name: str, config: Any, adapter: AdapterConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.base, self.name, self.config, self.adapter, self.dtype = base, name, config, adapter, dtype
 
@@ -175,10 +170,8 @@ def load_open_clip(
         if option not in ("prefix_type", "prefix_init", "seed") and value != NEUTRAL.get(option)
     ]
     if wrong:
-        raise ValueError(
-            f"backbone {name!r} is an OpenCLIP model, which has one path and no prefix: "
-            f"set {', '.join(wrong)}, as in lightning_configs/openclip.yaml."
-        )
+        advice = f"set {', '.join(wrong)}, as in lightning_configs/openclip.yaml"
+        raise ValueError(f"backbone {name!r} is an OpenCLIP model, with one path and no prefix: {advice}.")
     adapter = adapter or AdapterConfig(kind="full")
     if adapter.kind not in ("full", "frozen"):
         raise ValueError(f"adapter.kind={adapter.kind} does not exist for OpenCLIP: set full or frozen.")

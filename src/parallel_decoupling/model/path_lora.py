@@ -37,9 +37,8 @@ class PathLoRA(nn.Module):
     @classmethod
     def from_shared(cls, shared: Any, num_paths: int) -> PathLoRA:
         """Give ``num_paths`` paths a copy each of the update of a peft layer."""
-        lora_A, lora_B = (
-            part["default"].weight.detach().repeat(num_paths, 1, 1) for part in (shared.lora_A, shared.lora_B)
-        )
+        parts = shared.lora_A["default"], shared.lora_B["default"]
+        lora_A, lora_B = (part.weight.detach().repeat(num_paths, 1, 1) for part in parts)
         scaling, dropout = shared.scaling["default"], shared.lora_dropout["default"]
         return cls(shared.get_base_layer(), lora_A, lora_B, scaling, dropout)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +31,9 @@ def prefix_range(prefix_layers: PrefixLayers, num_layers: int) -> range:
     bounds = (prefix_layers, num_layers) if isinstance(prefix_layers, int) else tuple(prefix_layers)
     whole = all(isinstance(bound, int) for bound in bounds)
     if len(bounds) != 2 or not whole or not 0 <= bounds[0] < bounds[1] <= num_layers:
-        raise ValueError(
-            f"prefix_layers is the first layer with a prefix, 0 to {num_layers - 1} for this backbone, or "
-            f"[start, stop] with 0 <= start < stop <= {num_layers}; got {prefix_layers}"
-        )
+        first = f"the first layer with a prefix, 0 to {num_layers - 1} for this backbone"
+        both = f"[start, stop] with 0 <= start < stop <= {num_layers}"
+        raise ValueError(f"prefix_layers is {first}, or {both}; got {prefix_layers}")
     return range(*bounds)
 
 
@@ -73,3 +73,37 @@ class ShallowPrefixes(nn.Module):
     def __init__(self, shape: Sequence[int]) -> None:
         super().__init__()
         self.embeddings = nn.Parameter(torch.zeros(*shape, dtype=torch.float32))
+
+
+@torch.no_grad()
+def make_prefixes(
+    backbone: Any, prefix_type: str, init: str, seed: int, *, num_paths: int, length: int, layers: range
+) -> DeepPrefixes | ShallowPrefixes:
+    """Make the prefixes of a ``Backbone``, started from meta-prompts or at random at their scale."""
+    prompts, min_length = META_PROMPTS, 1
+    if init == "meta":
+        prompts, min_length = META_PROMPTS[:num_paths], length
+        if num_paths > len(META_PROMPTS):
+            raise ValueError(f"more than {len(META_PROMPTS)} paths need prefix_init='random'")
+    is_deep = prefix_type == "deep"
+    prefixes: DeepPrefixes | ShallowPrefixes
+    with torch.device("meta" if backbone.is_meta else "cpu"):
+        if is_deep:
+            heads, dim = backbone.num_key_value_heads, backbone.head_dim
+            prefixes = DeepPrefixes((num_paths, len(layers), 2, heads, length, dim))
+        else:
+            prefixes = ShallowPrefixes((num_paths, length, backbone.hidden_size))
+    if backbone.is_meta:
+        return prefixes
+    if is_deep:  # [Y, 2, K, T, H] of each prompt, else [T, D]
+        states = [backbone.text_states(text, min_length)[layers.start : layers.stop] for text in prompts]
+    else:
+        states = [backbone.text_embeddings(text, min_length) for text in prompts]
+    (parameter,) = prefixes.parameters()
+    if init == "meta":
+        parameter.copy_(torch.stack([state[..., :length, :] for state in states]))
+    else:
+        own_scale = (2, 3, 4) if is_deep else (0, 1)  # each layer's keys and values
+        scale = torch.cat(states, dim=-2).std(dim=own_scale, keepdim=True)
+        init_random(parameter, scale, torch.Generator().manual_seed(seed))
+    return prefixes

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from parallel_decoupling.files import atomic_write
 from parallel_decoupling.model import encoder as encoders
-from parallel_decoupling.model import identity
+from parallel_decoupling.model import identity, run_checkpoint
 from parallel_decoupling.model.adapters import AdapterConfig
 from parallel_decoupling.model.backbone import Backbone, load_backbone
 from parallel_decoupling.model.encoder import Encoder, ParallelEncoder
@@ -29,7 +29,6 @@ from parallel_decoupling.model.model_card import model_card
 from parallel_decoupling.model.open_clip import is_open_clip
 from parallel_decoupling.model.path_lora import PathLoRA
 from parallel_decoupling.model.processor import load_processor
-from parallel_decoupling.model.run_checkpoint import LAST_CHECKPOINT, checkpoint_file, read_checkpoint
 
 MODEL_TYPE = "parallel_decoupling"
 CONFIG_FILE, WEIGHTS_FILE, SCORES_FILE = "config.json", "model.safetensors", "scores.json"
@@ -50,11 +49,11 @@ def is_pretrained(folder: str | Path) -> bool:
 def scores_of(file: str | Path) -> dict[str, Any] | None:
     """Return the ``scores.json`` of a checkpoint's run if it is of exactly these weights."""
     folder = Path(file).parent
-    run_dir = folder.parent if folder.name == LAST_CHECKPOINT.parent.name else folder
+    run_dir = folder.parent if folder.name == run_checkpoint.LAST_CHECKPOINT.parent.name else folder
     if not (run_dir / SCORES_FILE).is_file():
         return None
     scores: dict[str, Any] = json.loads((run_dir / SCORES_FILE).read_text(encoding="utf-8"))
-    run = _run(read_checkpoint(file))
+    run = run_checkpoint.run_info(run_checkpoint.read_checkpoint(file))
     same = all(scores["run"].get(key) == run[key] for key in ("global_step", "seed", "token_passes"))
     return scores if same else None
 
@@ -92,51 +91,22 @@ def save_encoder(
     chosen = encoders.check_paths(paths, encoder.num_paths)
     if len(set(chosen)) < len(chosen):
         raise ValueError(f"paths must name each path once, got {chosen}")
-    merge = merge_adapters or (
-        isinstance(encoder, ParallelEncoder) and encoder.backbone.adapter.kind == "full"
-    )
-    elsewhere = portable(encoders.absolute_name(encoder.backbone.name), folder) is None
-    included = merge or include_backbone or elsewhere
+    trained = isinstance(encoder, ParallelEncoder) and encoder.backbone.adapter.kind == "full"
+    merge = merge_adapters or trained
+    source = encoders.absolute_name(encoder.backbone.name)
+    included = merge or include_backbone or portable(source, folder) is None
     settings = _settings(encoder, included=included, merge=merge) | {"num_paths": len(chosen)}
     if merge and len(chosen) > 1 and encoder.backbone.adapter.per_path:
         raise ValueError(f"every path has an adapter of its own: merge_adapters takes one path, not {chosen}")
-    with atomic_write(folder) as unfinished:
-        unfinished.mkdir()
-        _write_model(encoder, unfinished, folder, settings, chosen, included, merge, scores, about)
-
-
-def _write_model(
-    encoder: Encoder,
-    folder: Path,
-    home: Path,
-    settings: Mapping[str, Any],
-    chosen: Sequence[int],
-    included: bool,
-    merge: bool,
-    scores: Mapping[str, Any] | None,
-    about: Mapping[str, Any],
-) -> None:
-    """Write all files of an exported model into an empty folder, which will be ``home``."""
-    source = encoders.absolute_name(encoder.backbone.name)
-    name = portable(source, home)
-    written: Any = encoder.backbone
-    if included:
-        _save_base(written, folder / BACKBONE_DIR, merged_path=chosen[0] if merge else None)
-        written = _build({**settings, "backbone": str(folder / BACKBONE_DIR)}).backbone
-    elif isinstance(encoder, ParallelEncoder):
-        encoder.processor.save_pretrained(folder / PROCESSOR_DIR)
     state = {
         name: (value[chosen] if identity.PER_PATH.search(name) else value).contiguous()
         for name, value in identity.trainable_state(encoder).items()
         if not (merge and name.startswith("backbone."))
     }
-    save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     joined = len(chosen) if encoder.aggregate_dim > encoder.embed_dim else 1
     config = {
         "model_type": MODEL_TYPE,
         "settings": settings,
-        "backbone": identity.backbone_fingerprint(written)
-        | {"name": source if name == source else Path(source).name},
         "backbone_included": included,
         "paths": chosen,
         "embed_dim": encoder.embed_dim,
@@ -144,23 +114,39 @@ def _write_model(
         "weights_sha256": identity.weights_hash(state),
         **{name: about[name] for name in ABOUT},
     }
-    config = portable(config, home)
+    with atomic_write(folder) as unfinished:
+        unfinished.mkdir()
+        written: Any = encoder.backbone
+        if included:
+            _save_base(written, unfinished / BACKBONE_DIR, merged_path=chosen[0] if merge else None)
+            written = _build({**settings, "backbone": str(unfinished / BACKBONE_DIR)}).backbone
+        elif isinstance(encoder, ParallelEncoder):
+            encoder.processor.save_pretrained(unfinished / PROCESSOR_DIR)
+        shown = source if portable(source, folder) == source else Path(source).name
+        config["backbone"] = identity.backbone_fingerprint(written) | {"name": shown}
+        config = portable(config, folder)
+        save_file(state, unfinished / WEIGHTS_FILE, metadata={"format": "pt"})
+        (unfinished / "README.md").write_text(model_card(config, scores), encoding="utf-8")
+        _write_json(unfinished / CONFIG_FILE, identity.sealed(config))
+        _write_for_sentence_transformers(unfinished, about)
+
+
+def _write_for_sentence_transformers(folder: Path, about: Mapping[str, Any]) -> None:
+    """Write what makes a folder one that ``SentenceTransformer`` loads."""
     module = "parallel_decoupling.sentence_transformers.PathEmbedding"
     _write_json(folder / "modules.json", [{"idx": 0, "name": "0", "path": "", "type": module}])
-    sentence_transformers = {
+    config = {
         "model_type": "SentenceTransformer",
         "prompts": {"query": about["query_instruction"], "document": about["candidate_instruction"]},
         "default_prompt_name": None,
         "similarity_fn_name": "cosine",
     }
-    _write_json(folder / "config_sentence_transformers.json", sentence_transformers)
-    (folder / "README.md").write_text(model_card(config, scores), encoding="utf-8")
-    _write_json(folder / CONFIG_FILE, identity.sealed(config))
+    _write_json(folder / "config_sentence_transformers.json", config)
 
 
 def _load_checkpoint(path: str | Path) -> tuple[Encoder, dict[str, Any]]:
-    file = checkpoint_file(path)
-    content = read_checkpoint(file)
+    file = run_checkpoint.checkpoint_file(path)
+    content = run_checkpoint.read_checkpoint(file)
     settings, stored = content["hyper_parameters"], content["state_dict"]
     encoder = _build({**settings, "revision": settings["backbone_revision"]})
     start = "encoder."
@@ -168,20 +154,7 @@ def _load_checkpoint(path: str | Path) -> tuple[Encoder, dict[str, Any]]:
     identity.check_fingerprint(content["backbone"], identity.backbone_fingerprint(encoder.backbone))
     identity.load_trainable_state(encoder, state)
     images = {name: content["data"].get(name) for name in ("image_size", "min_pixels", "max_pixels")}
-    return encoder, {**settings, "images": images, "run": _run(content)}
-
-
-def _run(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a checkpoint says of the run that wrote it: settings, data, mixture, steps and compute."""
-    settings, progress = checkpoint["hyper_parameters"], checkpoint["progress"]
-    return {
-        "model": settings,
-        "data": checkpoint["data"],
-        "seed": settings["seed"],
-        "global_step": progress["steps_done"],
-        "token_passes": progress["token_passes"],
-        "rows_by_subset": progress["rows_by_subset"],
-    }
+    return encoder, {**settings, "images": images, "run": run_checkpoint.run_info(content)}
 
 
 def _load_folder(folder: Path) -> tuple[Encoder, dict[str, Any]]:
@@ -234,18 +207,15 @@ def _settings(encoder: Encoder, *, included: bool, merge: bool) -> dict[str, Any
     }
     quantized = bool(getattr(backbone.base, "is_quantized", False))
     if included and (quantized or not isinstance(encoder, ParallelEncoder)):
-        raise ValueError(
-            "an OpenCLIP model or a quantized backbone is always referred to by its name: "
-            "export without merge_adapters and include_backbone, and beside its folder if it is a local one"
-        )
+        place = "beside its folder if it is a local one"
+        advice = f"export without merge_adapters and include_backbone, and {place}"
+        raise ValueError(f"an OpenCLIP model or a quantized backbone is referred to by its name: {advice}")
     if not isinstance(encoder, ParallelEncoder):
         return settings
     backbone = encoder.backbone
     if backbone.initial_adapter is not None and not merge:
-        raise ValueError(
-            f"export a continued adapter ({backbone.initial_adapter}) with merge_adapters=True, as "
-            f"{CONFIG_FILE} does not hold its settings"
-        )
+        reason = f"as {CONFIG_FILE} does not hold the settings of {backbone.initial_adapter}"
+        raise ValueError(f"export a continued adapter with merge_adapters=True, {reason}")
     known = FAMILIES.get(backbone.config.model_type)
     listed = known is not None and known.resolved(backbone.base, backbone.processor) == backbone.family
     eager = cast(Any, backbone.language_model).config._attn_implementation == "prefix_eager"
@@ -265,11 +235,8 @@ def _settings(encoder: Encoder, *, included: bool, merge: bool) -> dict[str, Any
 def _save_base(backbone: Backbone, folder: Path, *, merged_path: int | None) -> None:
     """Write the stock base model and its processor, with the adapters of one path merged, or without them."""
     base = cast(Any, backbone.base)
-    state = {
-        name.replace(".base_layer.", "."): value
-        for name, value in base.state_dict().items()
-        if "lora_" not in name
-    }
+    own = {name: value for name, value in base.state_dict().items() if "lora_" not in name}
+    state = {name.replace(".base_layer.", "."): value for name, value in own.items()}
     for name in () if merged_path is None else backbone.adapted_modules:
         layer = base.get_submodule(name)
         if isinstance(layer, PathLoRA):

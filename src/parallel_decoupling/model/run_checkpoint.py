@@ -22,10 +22,8 @@ def checkpoint_file(path: str | Path) -> Path:
     for file in (Path(path), Path(path) / LAST_CHECKPOINT):
         if file.is_file():
             return file
-    raise ValueError(
-        f"no model at {str(path)!r}: name a checkpoint, a run folder with {LAST_CHECKPOINT}, or a "
-        "folder that save_pretrained or lightning export wrote"
-    )
+    known = f"a run folder with {LAST_CHECKPOINT}, or a folder that save_pretrained or lightning export wrote"
+    raise ValueError(f"no model at {str(path)!r}: name a checkpoint, {known}")
 
 
 def read_checkpoint(file: str | Path) -> dict[str, Any]:
@@ -41,6 +39,19 @@ def read_checkpoint(file: str | Path) -> dict[str, Any]:
     check_seal({**settings, SEAL: content[SETTINGS_HASH]} if isinstance(settings, Mapping) else {}, file)
     check_checkpoint(content, file)
     return dict(content)
+
+
+def run_info(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a checkpoint says of the run that wrote it: settings, data, mixture, steps and compute."""
+    settings, progress = checkpoint["hyper_parameters"], checkpoint["progress"]
+    return {
+        "model": settings,
+        "data": checkpoint["data"],
+        "seed": settings["seed"],
+        "global_step": progress["steps_done"],
+        "token_passes": progress["token_passes"],
+        "rows_by_subset": progress["rows_by_subset"],
+    }
 
 
 def seal_checkpoint(checkpoint: dict[str, Any]) -> None:

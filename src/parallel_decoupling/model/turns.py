@@ -17,6 +17,13 @@ def training_modes(module: nn.Module) -> Modes:
     return [(each, each.training) for each in module.modules()]
 
 
+def enter_evaluation(module: nn.Module) -> Modes:
+    """Set evaluation mode, and return what ``restore_modes`` takes back."""
+    modes = training_modes(module)
+    module.eval()
+    return modes
+
+
 def restore_modes(modes: Modes) -> None:
     """Give every submodule the mode that it had."""
     for module, training in modes:
@@ -43,8 +50,7 @@ class Turns:
         with self._condition:
             self._condition.wait_for(lambda: not self._alone and not self._waiting)
             if not self._encoding:
-                self._modes = training_modes(encoder)
-                encoder.eval()
+                self._modes = enter_evaluation(encoder)
             self._encoding += 1
         try:
             yield

@@ -104,3 +104,7 @@ def squared_cosine(x: Tensor, y: Tensor) -> Tensor:
     for independent directions.
     """
     return nn.functional.cosine_similarity(x, y, dim=2).square().mean(dim=1)
+
+
+OTHER_BOUNDS = {"club_sample": club_sample_bound, "l1out": l1out_bound}
+WITHOUT_FIT = {"hsic": hsic, "crosscov": cross_covariance, "orthogonal": squared_cosine}

@@ -50,9 +50,6 @@ def info_nce(
     Returns:
         ``[N]``, the mean over B of each path.
 
-    Raises:
-        ValueError: if the shapes do not fit together, or a float temperature is not above 0.
-
     Relations:
         ``N`` paths equal ``N`` calls with one path each.
         The loss of the aggregate is a call with ``[B, 1, D]`` and ``[G, 1, D]``.
@@ -89,15 +86,8 @@ def own_candidates_kl(
     ``loss_n = mean_b KL(softmax_k(teacher_bk) || softmax_k(s_bk / t))`` with ``s_bk`` as in ``info_nce``. A
     candidate whose teacher's score is NaN is left out; a query with fewer than two scores counts as 0.
 
-    Args:
-        query: ``[B, N, D]``.
-        candidate: ``[G, N, D]``.
-        own: ``[B, K]`` int64, index into ``candidate`` of the row's positives and hard negatives.
-        teacher: ``[B, K]``, logits: a softmax is taken of them as they are.
-        temperature: divides the scores of the paths.
-
-    Returns:
-        ``[N]``.
+    ``own`` ``[B, K]`` are the indices of the row's positives and hard negatives among the candidates,
+    ``teacher`` ``[B, K]`` logits: a softmax is taken of them as they are. Returns ``[N]``.
     """
     known_BK = teacher.isfinite()
     rows = known_BK.sum(dim=1) > 1
@@ -147,6 +137,39 @@ def candidate_logits(query: Tensor, candidate: Tensor, positive: Tensor, candida
     return _scores(query, candidate).masked_fill(left_out_BG, -torch.inf)
 
 
+def score_distillation(
+    query: Tensor,
+    candidate: Tensor,
+    teacher_query: Tensor,
+    teacher_candidate: Tensor,
+    *,
+    positive: Tensor,
+    candidate_ids: Tensor,
+    temperature: float | Tensor,
+) -> Tensor:
+    """Return ``KL(teacher || path)`` of the distributions over candidates, per path ``[N]``, means over B.
+
+    ``p_b = softmax_j(<teacher query b, teacher candidate j> / t)`` and ``p_bn`` the same of path n, over
+    the candidates that ``info_nce`` contrasts. The teacher does not receive gradient. The temperature divides
+    both, and only the paths' side gives it gradient.
+
+    Source: ours, with the loss of Hinton et al. (arXiv 1503.02531).
+
+    The teacher's are aggregates, ``[B, 1, D']`` and ``[G, 1, D']``; the other arguments are those of
+    ``info_nce``.
+
+    Relations:
+        It is 0 for one path that is its own aggregate, and never negative.
+    """
+    labels = positive, candidate_ids
+    path_NBG = (candidate_logits(query, candidate, *labels) / temperature).log_softmax(dim=2)
+    with torch.no_grad():
+        teacher_1BG = (candidate_logits(teacher_query, teacher_candidate, *labels) / temperature).softmax(2)
+    teacher_NBG = teacher_1BG.expand_as(path_NBG)
+    finite_NBG = path_NBG.masked_fill(path_NBG.isinf(), 0.0)  # candidates left out, which the teacher gives 0
+    return nn.functional.kl_div(finite_NBG, teacher_NBG, reduction="none").sum(dim=2).mean(dim=1)
+
+
 def _scores(query: Tensor, candidate: Tensor) -> Tensor:
     """Return the inner products per path in full precision, ``[N, B, G]``."""
     with torch.autocast(device_type=query.device.type, enabled=False):
@@ -170,14 +193,11 @@ def _cross_entropy(score_NBG: Tensor, left_out_BG: Tensor, positive: Tensor) -> 
 
 def _check_shapes(query: Tensor, candidate: Tensor, positive: Tensor, candidate_ids: Tensor) -> None:
     if query.ndim != 3 or candidate.ndim != 3 or query.shape[1:] != candidate.shape[1:]:
-        raise ValueError(
-            "query [B, N, D] and candidate [G, N, D] must share N and D, got "
-            f"{tuple(query.shape)} and {tuple(candidate.shape)}; an aggregate is [B, 1, D]."
-        )
+        shapes = f"got {tuple(query.shape)} and {tuple(candidate.shape)}; an aggregate is [B, 1, D]"
+        raise ValueError(f"query [B, N, D] and candidate [G, N, D] must share N and D, {shapes}.")
     if positive.shape[:1] != query.shape[:1] or positive.ndim > 2:
         shape = tuple(positive.shape)
         raise ValueError(f"positive must be [{len(query)}] or [{len(query)}, A], by query, got {shape}.")
     if candidate_ids.shape != candidate.shape[:1]:
-        raise ValueError(
-            f"candidate_ids must be [{len(candidate)}], one per candidate, got {tuple(candidate_ids.shape)}."
-        )
+        shape = tuple(candidate_ids.shape)
+        raise ValueError(f"candidate_ids must be [{len(candidate)}], one per candidate, got {shape}.")

@@ -14,13 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from parallel_decoupling.objective.alternatives import (
-    club_sample_bound,
-    cross_covariance,
-    hsic,
-    l1out_bound,
-    squared_cosine,
-)
+from parallel_decoupling.objective.alternatives import OTHER_BOUNDS, WITHOUT_FIT
 from parallel_decoupling.objective.conditional import Given, logit_error_correlation, unexplained
 
 Unconditional = Literal["vclub", "club_sample", "l1out", "hsic", "crosscov", "orthogonal", "none"]
@@ -70,13 +64,8 @@ def vclub_bound(target: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     the mutual information itself: with a perfect q, Gaussians of correlation rho give
     ``rho^2 / (1 - rho^2)`` per dimension (times (B - 1) / B, as b' = b counts).
 
-    Args:
-        target: y, ``[M, B, D]``, at any scale.
-        mean: mu(x), ``[M, B, D]``.
-        log_variance: of q, ``[M, B, D]``.
-
-    Returns:
-        ``[M]`` in nats per dimension; about 0 for independent inputs, below 0 possible.
+    Takes ``[M, B, D]`` each, y at any scale. Returns ``[M]`` in nats per dimension; about 0 for independent
+    inputs, below 0 possible.
 
     Relations:
         The mean of ``club_sample_bound`` over all shifts of the batch equals this.
@@ -87,9 +76,8 @@ def vclub_bound(target: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     return (gap_MBD * (-log_variance).exp()).mean(dim=(1, 2))
 
 
-BOUNDS = {"vclub": vclub_bound, "club_sample": club_sample_bound, "l1out": l1out_bound}
+BOUNDS = {"vclub": vclub_bound, **OTHER_BOUNDS}
 """Kinds that fit a network q."""
-WITHOUT_FIT = {"hsic": hsic, "crosscov": cross_covariance, "orthogonal": squared_cosine}
 
 
 class PairNetwork(nn.Module):
@@ -107,20 +95,13 @@ class PairNetwork(nn.Module):
         self.hidden_bias = nn.Parameter(torch.empty(num_pairs, 1, hidden_size))
         self.output_weight = nn.Parameter(torch.empty(num_pairs, hidden_size, 2 * embed_dim))
         self.output_bias = nn.Parameter(torch.empty(num_pairs, 1, 2 * embed_dim))
-        for parameter, fan_in in (
-            (self.hidden_weight, embed_dim),
-            (self.hidden_bias, embed_dim),
-            (self.output_weight, hidden_size),
-            (self.output_bias, hidden_size),
-        ):
+        sizes = (embed_dim, embed_dim, hidden_size, hidden_size)
+        for parameter, fan_in in zip(self.parameters(), sizes, strict=True):
             nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Predict y from ``x [M, B, D]``: mean and log-variance, both ``[M, B, D]``."""
-        hidden_weight, hidden_bias, output_weight, output_bias = (
-            parameter.to(x.dtype)
-            for parameter in (self.hidden_weight, self.hidden_bias, self.output_weight, self.output_bias)
-        )
+        hidden_weight, hidden_bias, output_weight, output_bias = (p.to(x.dtype) for p in self.parameters())
         hidden_MBH = nn.functional.gelu(torch.baddbmm(hidden_bias, x, hidden_weight))
         mean_MBD, raw_MBD = torch.baddbmm(output_bias, hidden_MBH, output_weight).chunk(2, dim=2)
         return mean_MBD, raw_MBD.clamp(-_LOG_VARIANCE_LIMIT, _LOG_VARIANCE_LIMIT)
@@ -145,9 +126,6 @@ class MutualInformation(nn.Module):
         needs_fit: True if there is a network to fit by ``nll``.
         pairs: ``[M, 2]`` int64, the pair (i, j) of each value.
 
-    Raises:
-        ValueError: if ``kind`` is unknown.
-
     Relations:
         ``num_paths=1`` has no pairs: values of shape ``[0]``, no parameters, nothing to fit.
         ``M`` pairs in one call equal ``M`` separate networks.
@@ -161,9 +139,7 @@ class MutualInformation(nn.Module):
         super().__init__()
         if kind not in get_args(Kind):
             raise ValueError(f"Unknown mutual information kind {kind!r}; choose one of {get_args(Kind)}.")
-        self.kind = kind
-        self.num_paths = num_paths
-        self.embed_dim = embed_dim
+        self.kind, self.num_paths, self.embed_dim = kind, num_paths, embed_dim
         self.register_buffer("pairs", path_pairs(num_paths), persistent=False)
         self.estimate = kind.removesuffix(_GIVEN_TARGET)
         self.needs_fit = self.estimate in BOUNDS and num_paths > 1

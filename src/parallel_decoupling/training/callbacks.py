@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+import warnings
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from parallel_decoupling.batch import PADDING_ID, PairBatch
-from parallel_decoupling.distributed import world_size
+from parallel_decoupling.distributed import gather_objects, world_size
 from parallel_decoupling.model.run_checkpoint import LAST_CHECKPOINT
 from parallel_decoupling.objective.contrastive import info_nce
 from parallel_decoupling.objective.statistics import effective_rank
@@ -30,6 +31,15 @@ if TYPE_CHECKING:
     from parallel_decoupling.training.module import PDFEmbedder
 
 
+ADVICE = {
+    "candidates": "Use a larger data.batch_size, hard negatives, or subsets with different targets",
+    "rank": "Lower learning rates or mi_weight, or warm up longer",
+    "loss": "Lower learning rates or mi_weight, and check that rows and images are read as intended",
+    "paths": "Raise optimizer.prefix_learning_rate, prefix_length or mi_weight, or use prefix_init=meta",
+}
+"""What to do, by kind of collapse."""
+
+
 def console() -> Console:
     """Return the terminal, or 120 columns of a file."""
     terminal = Console()
@@ -37,10 +47,13 @@ def console() -> Console:
 
 
 class RunSummary(Callback):
-    """Print at the start what trains."""
+    """Log the settings, print what trains, and warn of a test that nothing scores."""
 
     def on_train_start(self, trainer: Trainer, pl_module: PDFEmbedder) -> None:  # type: ignore[override]
-        """Print parameters and learning rates by group on rank 0."""
+        """Log the settings; print parameters and learning rates by group on rank 0."""
+        warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
+        for logger in trainer.loggers:
+            logger.log_hyperparams({"model": dict(pl_module.hparams), "data": dict(pl_module.data_settings)})
         if not trainer.is_global_zero:
             return
         table = Table("part", "parameters", "learning rate", title="What trains")
@@ -54,6 +67,13 @@ class RunSummary(Callback):
             count = sum(p.numel() for p in parameters)
             table.add_row(name, f"{count:,}", f"{rates[name]:g}" if count else "")
         console().print(table)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look for a callback that scores."""
+        own = cast(Any, trainer).callbacks
+        if not any(getattr(callback, "scores_tasks", False) for callback in own):
+            advice = "add parallel_decoupling.evaluation.run.Scoring to the Trainer's callbacks"
+            rank_zero_warn(f"Nothing scores this test: {advice}, or call evaluate(model, data_dir).")
 
 
 class Throughput(Callback):
@@ -106,11 +126,8 @@ class CollapseAlarm(Callback):
         done, pairs = pl_module.progress.steps_done, outputs["pairs"]
         ids = pairs.candidate_ids[pairs.candidate_ids != PADDING_ID]
         if bool((ids == ids[0]).all()):
-            self._warn(
-                "every query of a batch has one candidate, its own: loss 0, hit@1 100 %, and nothing is "
-                "learned. Use a larger data.batch_size, hard negatives, or subsets with different targets.",
-                kind="candidates",
-            )
+            found = "every query of a batch has one candidate, its own: loss 0, hit@1 100 %"
+            self._warn("candidates", f"{found}, and nothing is learned")
         is_due = done == 1 or done % self.every_n_steps == 0
         self.rank = rank = float(effective_rank(pairs.query[:, 0])) if is_due else self.rank
         pl_module.log("train/effective_rank", rank)
@@ -118,32 +135,22 @@ class CollapseAlarm(Callback):
             return
         self.first_rank = rank if self.first_rank is None else self.first_rank
         if rank < 0.1 * self.first_rank:
-            self._warn(
-                f"the effective rank of a batch of embeddings fell from {self.first_rank:.1f} to {rank:.1f}. "
-                "Lower learning rates or mi_weight, or warm up longer.",
-                kind="rank",
-            )
+            change = f"from {self.first_rank:.1f} to {rank:.1f}"
+            self._warn("rank", f"the effective rank of a batch of embeddings fell {change}")
         if done < self.after_steps:
             return
         loss, constant = float(outputs["contrastive"]), constant_loss(pairs, symmetric=pl_module.symmetric)
         if abs(loss - constant) < 0.02 * constant:
-            self._warn(
-                f"the contrastive loss {loss:.3f} is that of a constant embedding, {constant:.3f}. "
-                "Lower learning rates or mi_weight, and check that rows and images are read as intended.",
-                kind="loss",
-            )
+            found = f"the contrastive loss {loss:.3f} is that of a constant embedding, {constant:.3f}"
+            self._warn("loss", found)
         num_paths = pairs.query.shape[1]
         if num_paths > 1 and (cosine := float(mean_path_cosine(pairs.query))) > 0.99:
-            self._warn(
-                f"the {num_paths} paths are nearly one path (mean cosine {cosine:.4f}). Raise "
-                "optimizer.prefix_learning_rate, prefix_length or mi_weight, or use prefix_init=meta.",
-                kind="paths",
-            )
+            self._warn("paths", f"the {num_paths} paths are nearly one path (mean cosine {cosine:.4f})")
 
-    def _warn(self, message: str, *, kind: str) -> None:
+    def _warn(self, kind: str, found: str) -> None:
         if kind not in self.warned:
             self.warned.add(kind)
-            rank_zero_warn(f"Collapse alarm: {message}", category=UserWarning)
+            rank_zero_warn(f"Collapse alarm: {found}. {ADVICE[kind]}.", category=UserWarning)
 
 
 def constant_loss(pairs: GatheredPairs, *, symmetric: bool) -> float:
@@ -184,23 +191,15 @@ class SaveOnSignal(Callback):
         for file in requeued_checkpoints(trainer.default_root_dir) if trainer.is_global_zero else ():
             file.unlink()
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Note that the state is between two checkpoints from here on."""
         self._in_step = True
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Save if a signal came during the step."""
         self._in_step = False
-        signals = torch.tensor([self._interrupted or trainer.received_sigterm, self._warned])
-        if world_size() > 1:  # one process may have been told
-            signals = cast(Any, trainer.strategy).reduce(
-                signals.float().to(pl_module.device), reduce_op="sum"
-            )
-        stop, self._warned = signals.bool().tolist()
+        told = gather_objects((self._interrupted or trainer.received_sigterm, self._warned))
+        stop, self._warned = map(any, zip(*told, strict=True))  # one process may have been told
         if stop:
             self._save(trainer)
         self._heed_warning(trainer)

@@ -12,12 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from parallel_decoupling.model.identity import (
-    check_fingerprint,
-    load_trainable_state,
-    trainable_state,
-)
-from parallel_decoupling.model.run_checkpoint import check_checkpoint, seal_checkpoint
+from parallel_decoupling.model import run_checkpoint
+from parallel_decoupling.model.identity import check_fingerprint, load_trainable_state, trainable_state
 from parallel_decoupling.training.compute import Progress
 from parallel_decoupling.training.settings import SHAPES_WEIGHTS
 
@@ -40,14 +36,14 @@ def save_into(checkpoint: dict[str, Any], module: PDFEmbedder) -> None:
     checkpoint["backbone"] = module.fingerprint
     checkpoint["data"] = module.trained_data or module.data_settings
     checkpoint["progress"] = asdict(module.progress)
-    seal_checkpoint(checkpoint)
+    run_checkpoint.seal_checkpoint(checkpoint)
 
 
 def load_into(module: PDFEmbedder, checkpoint: Mapping[str, Any]) -> None:
     """Check that the checkpoint belongs to this model, to the last key, and take it over."""
     if not {"backbone", "data", "progress", "state_dict"} <= checkpoint.keys():
         raise ValueError("This is not a checkpoint of PDFEmbedder.")
-    check_checkpoint(checkpoint, "the checkpoint")
+    run_checkpoint.check_checkpoint(checkpoint, "the checkpoint")
     check_fingerprint(checkpoint["backbone"], module.fingerprint)
     stored: Mapping[str, Tensor] = checkpoint["state_dict"]
     wanted, found = (
@@ -55,10 +51,9 @@ def load_into(module: PDFEmbedder, checkpoint: Mapping[str, Any]) -> None:
         for state in (trained_state(module), stored)
     )
     if wrong := sorted({name for name, _ in wanted.items() ^ found.items()}):
-        raise ValueError(
-            f"The checkpoint does not fit this model; missing, left over or of another shape: {wrong}. Build "
-            f"the model with the values it was trained with of {', '.join(SHAPES_WEIGHTS)}."
-        )
+        problem = f"The checkpoint does not fit this model; missing, left over or of another shape: {wrong}"
+        advice = f"Build the model with the values it was trained with of {', '.join(SHAPES_WEIGHTS)}"
+        raise ValueError(f"{problem}. {advice}.")
     in_encoder = {k.removeprefix("encoder."): v for k, v in stored.items() if k.startswith("encoder.")}
     load_trainable_state(module.encoder, in_encoder)
     parameters = dict(module.named_parameters())
@@ -71,11 +66,6 @@ def load_into(module: PDFEmbedder, checkpoint: Mapping[str, Any]) -> None:
 
 def run_info(module: PDFEmbedder) -> dict[str, Any]:
     """Return settings, seed, steps and compute behind the weights of ``module``, as plain values."""
-    return {
-        "model": dict(module.hparams),
-        "data": dict(module.trained_data or module.data_settings),
-        "seed": module.seed,
-        "global_step": module.progress.steps_done,
-        "token_passes": module.progress.token_passes,
-        "rows_by_subset": dict(module.progress.rows_by_subset),
-    }
+    data = dict(module.trained_data or module.data_settings)
+    content = {"hyper_parameters": dict(module.hparams), "data": data, "progress": asdict(module.progress)}
+    return run_checkpoint.run_info(content)

@@ -24,10 +24,8 @@ def paths_per_layer(settings: Mapping[str, Any], num_layers: int) -> float:
 
 def forward_passes(settings: Mapping[str, Any], queries: int, candidates: int) -> int:
     """Return the calls of the encoder for one batch of one process, without GradCache's second ones."""
-    return sum(
-        math.ceil(rows / (settings[name] or math.ceil(rows / LENGTH_GROUPS)))
-        for name, rows in (("query_chunk_size", queries), ("candidate_chunk_size", candidates))
-    )
+    sides = (("query_chunk_size", queries), ("candidate_chunk_size", candidates))
+    return sum(math.ceil(rows / (settings[name] or math.ceil(rows / LENGTH_GROUPS))) for name, rows in sides)
 
 
 def token_passes(
@@ -53,11 +51,8 @@ def layer_flops(
     inputs, and 2 also for that of the weights.
     """
     weights = sum(m.weight.numel() for m in layers.modules() if isinstance(m, nn.Linear))
-    weights += sum(
-        (m.path_lora_A.numel() + m.path_lora_B.numel()) // m.num_paths
-        for m in layers.modules()
-        if isinstance(m, PathLoRA)
-    )
+    adapters = [m for m in layers.modules() if isinstance(m, PathLoRA)]
+    weights += sum((m.path_lora_A.numel() + m.path_lora_B.numel()) // m.num_paths for m in adapters)
     attention = 4 * width * context * (forward + (2 if backward else 0))
     return tokens * (2 * weights * (forward + backward) + attention)
 
@@ -78,13 +73,9 @@ class Progress:
             for subset in subsets:
                 self.rows_by_subset[subset] = self.rows_by_subset.get(subset, 0) + 1
         tokens = batch.query.lengths.sum() + batch.candidate.lengths.sum()
-        passes = forward_passes(settings, len(batch.query), len(batch.candidate))
-        self.token_passes += token_passes(
-            settings,
-            num_layers,
-            tokens=float(gather_with_grad(tokens.view(1)).sum()),
-            forward_passes=world_size() * passes,
-        )
+        passes = world_size() * forward_passes(settings, len(batch.query), len(batch.candidate))
+        of_all = float(gather_with_grad(tokens.view(1)).sum())
+        self.token_passes += token_passes(settings, num_layers, tokens=of_all, forward_passes=passes)
         rows = sum(self.rows_by_subset.values())
         shares = {f"mix/{subset}": count / rows for subset, count in self.rows_by_subset.items()}
         return {**shares, "compute/token_passes": self.token_passes, "mix/cut_texts": cut_texts}

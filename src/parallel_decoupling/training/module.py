@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import inspect
-import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from parallel_decoupling.batch import EncoderInputs, LongText, PairBatch, TokenLimit
-from parallel_decoupling.distributed import average_gradients, clip_gradients, rank, world_size
+from parallel_decoupling.distributed import rank, world_size
 from parallel_decoupling.model.backbone import AdapterConfig
 from parallel_decoupling.model.encoder import build_encoder, nested_dims
 from parallel_decoupling.model.families import Family
-from parallel_decoupling.model.identity import backbone_fingerprint, encoder_identity
-from parallel_decoupling.model.turns import restore_modes, training_modes
+from parallel_decoupling.model.identity import about_encoder, backbone_fingerprint, encoder_identity
+from parallel_decoupling.model.turns import enter_evaluation, restore_modes
 from parallel_decoupling.objective.vclub import MutualInformation
 from parallel_decoupling.option_types import (
     NonNegativeFloat,
@@ -35,13 +32,14 @@ from parallel_decoupling.training.compute import Progress
 from parallel_decoupling.training.grad_cache import Encoding, encode_in_chunks
 from parallel_decoupling.training.optimization import MIConfig, OptimizerConfig
 from parallel_decoupling.training.randomness import seeded
-from parallel_decoupling.training.strategies import shard_encoder
+from parallel_decoupling.training.strategies import own_gradients_only, shard_encoder
 
 if TYPE_CHECKING:
     from parallel_decoupling.data.images import ImagePolicy
     from parallel_decoupling.evaluation.embedder import Embedder
     from parallel_decoupling.evaluation.encode import RowBatch
 
+ON_BAR = ("train/loss", "train/hit_at_1_aggregate", "train/path_cosine")  # the progress bar
 _ADAPTER, _MI, _OPTIMIZER = AdapterConfig(), MIConfig(), OptimizerConfig()
 
 
@@ -158,13 +156,9 @@ class PDFEmbedder(LightningModule):
         self.encoder = build_encoder(backbone, loading, settings.group(settings.PATHS, typed))
         self.limit = TokenLimit.of(self.encoder.backbone, self.encoder.processor, max_tokens, long_text)
         self.nested_dims = nested_dims(matryoshka_dims, self.encoder.embed_dim)
+        sizes = {"embed_dim": self.encoder.embed_dim, "hidden_size": self.mi_config.hidden_size}
         with seeded(torch.device("cpu"), seed, "estimator"):
-            self.mutual_information = MutualInformation(
-                self.mi_config.kind,
-                num_paths=num_paths,
-                embed_dim=self.encoder.embed_dim,
-                hidden_size=self.mi_config.hidden_size,
-            )
+            self.mutual_information = MutualInformation(self.mi_config.kind, num_paths=num_paths, **sizes)
         log_temperature = torch.tensor(float(temperature)).log()
         self.log_temperature = nn.Parameter(log_temperature) if learn_temperature else None
         self.fixed_temperature = temperature
@@ -205,7 +199,7 @@ class PDFEmbedder(LightningModule):
                 loss = loss + self.distillation_weight * distillation
                 values["distillation"] = distillation
             # 4. and 5. Gradient to the embeddings, then through the chunks to the parameters.
-            with self._own_gradients_only():
+            with own_gradients_only(self.trainer.strategy):
                 if loss.requires_grad:  # not for texts alone when only vision adapters train
                     self.manual_backward(loss * world_size())
                 query.backward()
@@ -213,7 +207,11 @@ class PDFEmbedder(LightningModule):
             # 6. The main step; the rest is bookkeeping.
             self._main_step()
         values |= {"loss": loss, "mi": mean_mi, "mi_weight": weight, "contrastive_aggregate": aggregate}
-        self._log_batch(batch, terms.monitored_values(pairs, values, path_N, mi_M))
+        values["temperature"] = self.temperature
+        shown = terms.monitored_values(pairs, values, path_N, mi_M)
+        shown |= self.progress.count(batch, self.hparams, self.encoder.backbone.num_layers)
+        for name, value in shown.items():
+            self.log(name, value, prog_bar=name in ON_BAR)
         return {"loss": loss.detach(), "contrastive": path_N.detach().mean(), "pairs": pairs.detach()}
 
     @property
@@ -237,30 +235,19 @@ class PDFEmbedder(LightningModule):
             nll = terms.estimator_nll(self.mutual_information, pairs)
             held_out = nll.detach() if step == 0 else held_out
             optimizer.zero_grad()
-            with self._own_gradients_only():
+            with own_gradients_only(self.trainer.strategy):
                 torch.autograd.backward(nll)
             optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
             return held_out, terms.estimator_nll(self.mutual_information, pairs)
 
-    def _own_gradients_only(self) -> AbstractContextManager[None]:
-        """Keep DDP's hooks out of a backward pass; ``average_gradients`` does their work, once."""
-        block = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
-        return cast(AbstractContextManager[None], block())
-
     def _main_step(self) -> None:
         """Average over ranks, clip, step the embedder and its schedule."""
         optimizers = cast(Any, self.optimizers())
         optimizer = optimizers[0] if isinstance(optimizers, list) else optimizers
         parameters = [parameter for group in self.trainables().values() for parameter in group]
-        average_gradients(parameters)
-        norm = clip_gradients(parameters, self.optimizer_config.clip_norm or float("inf"))
-        optimization.require(
-            bool(norm.isfinite()),
-            f"The gradient of main step {self.progress.steps_done + 1} is not finite (norm {float(norm)}); "
-            "the step is not made. Lower rates or mi_weight, raise the temperature, or use dtype=float32.",
-        )
+        norm = optimization.finish_gradients(parameters, self.optimizer_config, self.progress.steps_done + 1)
         rates = {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
         optimizer.step()
         cast(Any, self.lr_schedulers()).step()
@@ -270,20 +257,10 @@ class PDFEmbedder(LightningModule):
             rates["lr/estimator"] = self.mi_config.learning_rate
         self.log_dict({**rates, "train/gradient_norm": norm})
 
-    def _log_batch(self, batch: PairBatch, values: dict[str, Any]) -> None:
-        """Log a batch's values and the counters of the run."""
-        values |= self.progress.count(batch, self.hparams, self.encoder.backbone.num_layers)
-        values["train/temperature"] = self.temperature.detach()
-        on_bar = ("train/loss", "train/hit_at_1_aggregate", "train/path_cosine")
-        self.log_dict({name: values.pop(name) for name in on_bar if name in values}, prog_bar=True)
-        self.log_dict(values)
-
     def trainables(self) -> dict[str, list[nn.Parameter]]:
         """Return what the main optimizer steps, by parameter group; groups may be empty."""
-        return {
-            **self.encoder.parameter_groups(),
-            "temperature": [] if self.log_temperature is None else [self.log_temperature],
-        }
+        temperature = [] if self.log_temperature is None else [self.log_temperature]
+        return {**self.encoder.parameter_groups(), "temperature": temperature}
 
     def configure_optimizers(self) -> Any:
         """Build AdamW with its schedule for the embedder, and Adam for the estimator."""
@@ -314,14 +291,10 @@ class PDFEmbedder(LightningModule):
         return [default() for default in callbacks.DEFAULTS if default not in own]
 
     def on_train_start(self) -> None:
-        """Log the settings, and give a resumed run this one's rates."""
+        """Give a resumed run this one's rates."""
         self.trained_data = dict(self.data_settings)
-        warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
-        for logger in self.loggers:
-            logger.log_hyperparams({"model": dict(self.hparams), "data": self.trained_data})
-        optimization.apply_config(
-            self.trainer.optimizers, self.lr_schedulers(), self.optimizer_config, self.mi_config
-        )
+        rates = self.optimizer_config, self.mi_config
+        optimization.apply_config(self.trainer.optimizers, self.lr_schedulers(), *rates)
 
     def on_save_checkpoint(self, content: dict[str, Any]) -> None:
         """Keep what trains; see ``training.checkpoint``."""
@@ -331,9 +304,7 @@ class PDFEmbedder(LightningModule):
         """Check every key and load; see ``training.checkpoint``."""
         checkpoint.load_into(self, content)
 
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Load; without ``strict`` only what trains counts as missing."""
         keys = super().load_state_dict(state_dict, strict=strict, assign=assign)
         trains = checkpoint.trained_state(self).keys()
@@ -357,22 +328,12 @@ class PDFEmbedder(LightningModule):
     def on_validation_model_eval(self) -> None:
         """Enter evaluation mode when no thread encodes."""
         with self.encoder.turns.alone():
-            self._modes = training_modes(self)
-            self.eval()
+            self._modes = enter_evaluation(self)
 
     def on_validation_model_train(self) -> None:
         """Go back to the modes of before the validation."""
         with self.encoder.turns.alone():
             restore_modes(self._modes)
-
-    def on_test_start(self) -> None:
-        """Warn if nothing scores the embeddings."""
-        own = cast(Any, self.trainer).callbacks
-        if not any(getattr(callback, "scores_tasks", False) for callback in own):
-            rank_zero_warn(
-                "Nothing scores this test: add parallel_decoupling.evaluation.run.Scoring to the Trainer's "
-                "callbacks, or call evaluate(model, data_dir)."
-            )
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
@@ -383,13 +344,11 @@ class PDFEmbedder(LightningModule):
         """Identify what turns inputs into embeddings; see ``model.identity.encoder_identity``."""
         precision = None if self._trainer is None else str(self._trainer.precision)
         shaping = settings.group(settings.SHAPES_EMBEDDINGS, self.hparams)
-        conditions: dict[str, Any] = {"precision": precision, "settings": shaping}
-        return encoder_identity(self.encoder, fingerprint=self.fingerprint, **conditions)
+        known = self.fingerprint
+        return encoder_identity(self.encoder, fingerprint=known, precision=precision, settings=shaping)
 
     def about(self) -> dict[str, Any]:
-        """Return what stored embeddings say of this model; see ``evaluation.embedder.about_encoder``."""
-        from parallel_decoupling.evaluation.embedder import about_encoder
-
+        """Return what stored embeddings say of this model; see ``model.identity.about_encoder``."""
         return about_encoder(self.encoder, self.identity())
 
     def run_info(self) -> dict[str, Any]:

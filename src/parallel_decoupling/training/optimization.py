@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from parallel_decoupling.distributed import average_gradients, clip_gradients
 from parallel_decoupling.objective.vclub import Kind, mi_weight_schedule
 from parallel_decoupling.option_types import (
     NonNegativeFloat,
@@ -90,21 +91,16 @@ def main_optimizer(groups: Mapping[str, Iterable[nn.Parameter]], config: Optimiz
         for name, parameters in groups.items()
         if (members := list(parameters))
     ]
-    require(
-        bool(settings),
-        "Nothing to train: the backbone is frozen and there is no prefix. "
-        "Set prefix_length to 1 or more, or adapter.kind to lora, dora or full.",
-    )
+    advice = "Set prefix_length to 1 or more, or adapter.kind to lora, dora or full."
+    require(bool(settings), f"Nothing to train: the backbone is frozen and there is no prefix. {advice}")
     return AdamW(settings)
 
 
 def learning_rate_schedule(optimizer: AdamW, config: OptimizerConfig, total_steps: float) -> LambdaLR:
     """Warm up, then follow ``config.schedule`` down to 0 at ``total_steps`` main steps."""
-    require(
-        config.schedule == "constant" or math.isfinite(total_steps),
-        f"optimizer.schedule={config.schedule} ends with the run, but the run has no end: "
-        "set trainer.max_steps or trainer.max_epochs, or optimizer.schedule=constant.",
-    )
+    problem = f"optimizer.schedule={config.schedule} ends with the run, but the run has no end"
+    advice = "set trainer.max_steps or trainer.max_epochs, or optimizer.schedule=constant"
+    require(config.schedule == "constant" or math.isfinite(total_steps), f"{problem}: {advice}.")
 
     def multiplier(step: int) -> float:
         if step < config.warmup_steps:
@@ -116,6 +112,16 @@ def learning_rate_schedule(optimizer: AdamW, config: OptimizerConfig, total_step
         return left if config.schedule == "linear" else 0.5 * (1.0 - math.cos(math.pi * left))
 
     return LambdaLR(optimizer, multiplier)
+
+
+def finish_gradients(parameters: Sequence[nn.Parameter], config: OptimizerConfig, step: int) -> Tensor:
+    """Average over ranks and clip, and return the norm; raise ``ValueError`` unless it is finite."""
+    average_gradients(parameters)
+    norm = clip_gradients(parameters, config.clip_norm or math.inf)
+    problem = f"The gradient of main step {step} is not finite (norm {float(norm)}); the step is not made"
+    advice = "Lower rates or mi_weight, raise the temperature, or use dtype=float32"
+    require(bool(norm.isfinite()), f"{problem}. {advice}.")
+    return norm
 
 
 def apply_config(optimizers: Sequence[Any], schedule: Any, config: OptimizerConfig, mi: MIConfig) -> None:
@@ -134,10 +140,8 @@ def apply_config(optimizers: Sequence[Any], schedule: Any, config: OptimizerConf
 
 
 def _group_settings(name: str, config: OptimizerConfig) -> dict[str, float]:
-    return {
-        "lr": config.prefix_learning_rate if name == "prefixes" else config.learning_rate,
-        "weight_decay": config.weight_decay if name == "adapters" else 0.0,
-    }
+    rate = config.prefix_learning_rate if name == "prefixes" else config.learning_rate
+    return {"lr": rate, "weight_decay": config.weight_decay if name == "adapters" else 0.0}
 
 
 def total_steps(trainer: Any) -> float:
@@ -145,9 +149,8 @@ def total_steps(trainer: Any) -> float:
     steps = math.inf if trainer.max_steps == -1 else float(trainer.max_steps)
     if trainer.max_epochs not in (None, -1) and trainer.estimated_stepping_batches != math.inf:
         steps = min(steps, trainer.num_training_batches * trainer.max_epochs)
-    require(
-        steps > 0 and trainer.limit_train_batches > 0,
-        "No main step would be made: trainer.max_steps, max_epochs and limit_train_batches must not be 0 "
-        f"(they are {trainer.max_steps}, {trainer.max_epochs} and {trainer.limit_train_batches}).",
-    )
+    rule = "trainer.max_steps, max_epochs and limit_train_batches must not be 0"
+    found = f"(they are {trainer.max_steps}, {trainer.max_epochs} and {trainer.limit_train_batches})"
+    makes_steps = steps > 0 and trainer.limit_train_batches > 0
+    require(makes_steps, f"No main step would be made: {rule} {found}.")
     return steps

@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 class WholeCheckpoints(TorchCheckpointIO):
     """Writes a checkpoint whole or not at all, on the file system that it is for."""
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: Any, path: str | Path, storage_options: Any = None) -> None:
         """Write beside ``path``, then rename."""
         if storage_options is not None:
             raise TypeError("checkpoints are local files: there are no storage_options")
@@ -53,9 +51,7 @@ class Continuity(Callback):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # the user has given no other
             trainer.strategy.checkpoint_io = WholeCheckpoints()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Take what the Trainer is about to log of this step."""
         loop, connector = cast(Any, trainer.fit_loop), cast(Any, trainer)._logger_connector
         self._logged = [self._values()] if connector.should_update_logs else []
@@ -71,7 +67,7 @@ class Continuity(Callback):
         """Return what a checkpoint of now keeps."""
         batches = self._trainer.fit_loop.epoch_loop.batch_progress.total
         if batches.completed < batches.processed:  # a callback that comes first saves at the end of a batch
-            self.on_train_batch_end(self._trainer, self._trainer.lightning_module, None, None, 0)
+            self.on_train_batch_end(self._trainer, self._trainer.lightning_module)
         epoch = self._trainer.current_epoch
         return {"logged": self._logged, "validation_is_due": self.validation_is_due, "epoch": epoch}
 
@@ -93,9 +89,7 @@ class Continuity(Callback):
             loop.val_loop.run()
             trainer.training, epochs.completed = True, now
 
-    def on_train_batch_start(  # type: ignore[override]
-        self, trainer: Trainer, pl_module: PDFEmbedder, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: PDFEmbedder, *args: Any) -> None:  # type: ignore[override]
         """Set the step that is logged, which Lightning restores one too high at the end of an epoch."""
         cast(Any, trainer.fit_loop).epoch_loop._batches_that_stepped = pl_module.progress.steps_done
 

@@ -17,21 +17,17 @@ from parallel_decoupling.model.families import Family
 from parallel_decoupling.training.optimization import MIConfig, OptimizerConfig, require
 from parallel_decoupling.training.strategies import FSDP2Strategy
 
-CONFIGS: dict[str, Any] = {
-    "adapter": AdapterConfig,
-    "mi": MIConfig,
-    "optimizer": OptimizerConfig,
-    "family": Family,
-}
+CONFIGS: dict[str, Any] = dict(adapter=AdapterConfig, mi=MIConfig, optimizer=OptimizerConfig, family=Family)
 """Settings with options of their own, and the class of these."""
 
 
 class Setting(NamedTuple):
-    """What is known of one setting."""
+    """What is known of one setting; ``group`` is what takes it.
 
-    group: (
-        str  # what takes it: load_backbone (loading), ParallelEncoder (paths), or only PDFEmbedder (module)
-    )
+    That is load_backbone (loading), ParallelEncoder (paths), or PDFEmbedder alone (module).
+    """
+
+    group: str
     weights: bool  # it shapes what a checkpoint holds
     embeddings: bool  # it changes embeddings although no weight tells
     fixed: bool  # all subcommands but fit take it from the checkpoint
@@ -61,10 +57,8 @@ learn_temperature       module   weights    -           fixed
 max_tokens              module   -          embeddings  -
 long_text               module   -          embeddings  -
 """
-SETTINGS = {
-    name: Setting(taker, *(mark != "-" for mark in marks))
-    for name, taker, *marks in map(str.split, _TABLE.strip().splitlines())
-}
+_ROWS = map(str.split, _TABLE.strip().splitlines())
+SETTINGS = {name: Setting(taker, *(mark != "-" for mark in marks)) for name, taker, *marks in _ROWS}
 """Every setting of which something is known; the others only steer the training or hold instructions. A name
 with a dot is an option of a config. Every list of settings is a view of this table."""
 LOADING = tuple(name for name, setting in SETTINGS.items() if setting.group == "loading")
@@ -105,10 +99,9 @@ def read_settings(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
 def check_settings(settings: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` for impossible combinations; configs are dictionaries here."""
     num_paths, prefix_length = settings["num_paths"], settings["prefix_length"]
-    one_path = (
-        "prefix_length=0 makes all paths the same: set num_paths=1, a prefix_length or adapter.per_path."
-    )
-    require(prefix_length > 0 or num_paths == 1 or settings["adapter"]["per_path"], one_path)
+    advice = "set num_paths=1, a prefix_length or adapter.per_path"
+    can_differ = prefix_length > 0 or num_paths == 1 or settings["adapter"]["per_path"]
+    require(can_differ, f"prefix_length=0 makes all paths the same: {advice}.")
     for name in ("mi_weight", "aggregate_weight", "distillation_weight"):
         message = f"num_paths=1 has no other path to weigh: set {name}=0."
         require(num_paths > 1 or settings[name] == 0, message)
@@ -118,22 +111,17 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 
 def check_trainer(strategy: Any, precision: str) -> None:
     """Raise ``ValueError`` for another way of sharding than FSDP2, or a precision that does not train."""
-    require(
-        isinstance(strategy, FSDP2Strategy) or not isinstance(strategy, FSDPStrategy | ModelParallelStrategy),
-        f"{type(strategy).__name__} does not work with two optimizers and checkpoints for every layout: use "
-        "strategy ddp, or fsdp2.",
-    )
-    require(
-        precision in ("32-true", "bf16-mixed"),
-        f"trainer.precision={precision} does not work with fp32 prefixes and clipping by hand: use "
-        "32-true or bf16-mixed, and model.dtype=bfloat16 for a frozen backbone in half the memory.",
-    )
+    shards = isinstance(strategy, FSDPStrategy | ModelParallelStrategy)
+    problem = "does not work with two optimizers and checkpoints for every layout: use strategy ddp, or fsdp2"
+    require(not shards or isinstance(strategy, FSDP2Strategy), f"{type(strategy).__name__} {problem}.")
+    problem = f"trainer.precision={precision} does not work with fp32 prefixes and clipping by hand"
+    advice = "use 32-true or bf16-mixed, and model.dtype=bfloat16 for a frozen backbone in half the memory"
+    require(precision in ("32-true", "bf16-mixed"), f"{problem}: {advice}.")
 
 
 def check_trained_dtype(settings: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` where weights that are kept in half precision would be trained."""
-    require(
-        settings["adapter"]["kind"] != "full" or settings["dtype"] == "float32",
-        f"adapter.kind=full with dtype={settings['dtype']} would round most updates away: use "
-        "model.dtype=float32 with trainer.precision=bf16-mixed.",
-    )
+    problem = f"adapter.kind=full with dtype={settings['dtype']} would round most updates away"
+    advice = "use model.dtype=float32 with trainer.precision=bf16-mixed"
+    is_exact = settings["adapter"]["kind"] != "full" or settings["dtype"] == "float32"
+    require(is_exact, f"{problem}: {advice}.")

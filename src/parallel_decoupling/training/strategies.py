@@ -6,9 +6,10 @@ Gradients of what is not sharded are averaged by ``distributed.average_gradients
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Trainer
@@ -100,6 +101,11 @@ class FSDP2Strategy(ModelParallelStrategy):
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2, checkpoints in one file")
 
 
+def own_gradients_only(strategy: Any) -> AbstractContextManager[None]:
+    """Keep DDP's hooks out of a backward pass; ``average_gradients`` does their work, once."""
+    return cast(AbstractContextManager[None], getattr(strategy, "block_backward_sync", nullcontext)())
+
+
 def shard_backbone(backbone: Backbone, mesh: DeviceMesh) -> None:
     """Shard the language model's weights over ``mesh``, block by block; doing it again changes nothing.
 
@@ -111,15 +117,12 @@ def shard_backbone(backbone: Backbone, mesh: DeviceMesh) -> None:
         return
     quantised = [name for name, p in backbone.base.named_parameters() if not p.is_floating_point()]
     if quantised:
-        raise ValueError(
-            f"fsdp2 shards floating-point weights, but {quantised[0]} is quantised: use strategy ddp, "
-            "or load the backbone in bfloat16."
-        )
-    inside = set(backbone.language_model.parameters())
-    trains_whole = backbone.adapter.kind != "full"
-    kept_whole = {
-        p for p in backbone.base.parameters() if p not in inside or (trains_whole and p.requires_grad)
-    }
+        advice = "use strategy ddp, or load the backbone in bfloat16"
+        raise ValueError(f"fsdp2 shards floating-point weights, but {quantised[0]} is quantised: {advice}.")
+    sharded = set(backbone.language_model.parameters())
+    if backbone.adapter.kind != "full":
+        sharded = {parameter for parameter in sharded if not parameter.requires_grad}
+    kept_whole = set(backbone.base.parameters()) - sharded
     # The weights that a module shows between two calls are always the sharded ones, also after an evaluation.
     for module in (*backbone.layers, backbone.base):
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=kept_whole)

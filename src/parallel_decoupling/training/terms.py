@@ -17,14 +17,8 @@ from torch import Tensor, nn
 
 from parallel_decoupling.distributed import gather_with_grad, world_size
 from parallel_decoupling.model.encoder import truncate
+from parallel_decoupling.objective import contrastive
 from parallel_decoupling.objective.conditional import Given
-from parallel_decoupling.objective.contrastive import (
-    in_batch_hit_at_1,
-    in_batch_margins,
-    info_nce,
-    own_candidates_kl,
-)
-from parallel_decoupling.objective.distillation import score_distillation
 from parallel_decoupling.objective.statistics import margin_correlation, path_cosine, target_entropy
 from parallel_decoupling.objective.vclub import MutualInformation, path_pairs
 
@@ -95,19 +89,13 @@ def gather_pairs(
         width = of_sizes[0].shape[1]
         return torch.stack([F.pad(each, (0, width - each.shape[1])) for each in of_sizes], dim=1)
 
+    labels: dict[str, Any] = {"own": own, "num_positives": num_positives, "teacher": scores}
+
     def gathered(query: Tensor, candidate: Tensor, nested: tuple[GatheredPairs, ...] = ()) -> GatheredPairs:
-        return GatheredPairs(
-            query=gather_with_grad(query),
-            candidate=gather_with_grad(candidate),
-            query_aggregate=gather_with_grad(aggregates(query)),
-            candidate_aggregate=gather_with_grad(aggregates(candidate)),
-            positive=own[:, 0],
-            candidate_ids=all_ids,
-            nested=nested,
-            own=own,
-            num_positives=num_positives,
-            teacher=scores,
-        )
+        rows = {"query": query, "candidate": candidate}
+        rows |= {"query_aggregate": aggregates(query), "candidate_aggregate": aggregates(candidate)}
+        of_all: dict[str, Any] = {name: gather_with_grad(each) for name, each in rows.items()}
+        return GatheredPairs(**of_all, positive=own[:, 0], candidate_ids=all_ids, nested=nested, **labels)
 
     with torch.autocast(device_type=query.device.type, enabled=False):
         nested = tuple(gathered(truncate(query, dim), truncate(candidate, dim)) for dim in dims)
@@ -143,10 +131,10 @@ def contrastive_terms(
     arguments: dict[str, Any] = {"temperature": temperature, "symmetric": symmetric, **pairs.labels}
 
     def contrast(query: Tensor, candidate: Tensor) -> Tensor:
-        loss_N = info_nce(query, candidate, **arguments)
+        loss_N = contrastive.info_nce(query, candidate, **arguments)
         if teacher_weight > 0 and pairs.own is not None and pairs.teacher is not None:
             taught = {"own": pairs.own, "teacher": pairs.teacher}
-            kl_N = own_candidates_kl(query, candidate, temperature=temperature, **taught)
+            kl_N = contrastive.own_candidates_kl(query, candidate, temperature=temperature, **taught)
             loss_N = loss_N + teacher_weight * kl_N
         return loss_N
 
@@ -159,10 +147,8 @@ def contrastive_terms(
 def distillation_term(pairs: GatheredPairs, temperature: Tensor | float) -> Tensor:
     """Return how far the paths' scores are from those of the aggregate of all: 0-dim, the mean over paths."""
     teacher = pairs.query_aggregate[:, :1].detach(), pairs.candidate_aggregate[:, :1].detach()
-    labels: dict[str, Any] = pairs.labels
-    return score_distillation(
-        pairs.query, pairs.candidate, *teacher, temperature=temperature, **labels
-    ).mean()
+    labels: dict[str, Any] = {"temperature": temperature, **pairs.labels}
+    return contrastive.score_distillation(pairs.query, pairs.candidate, *teacher, **labels).mean()
 
 
 def matched_sides(pairs: GatheredPairs) -> tuple[tuple[Tensor, Given], tuple[Tensor, Given]]:
@@ -213,9 +199,10 @@ def monitored_values(
     pairs: GatheredPairs, terms: Mapping[str, Any], path_loss: Tensor, pair_mi: Tensor
 ) -> dict[str, Any]:
     """Return what is worth a curve, without graph; ``path_loss`` is ``[N]``, ``pair_mi`` ``[M]``."""
-    margin_NB = in_batch_margins(pairs.query, pairs.candidate, **pairs.labels)
+    margin_NB = contrastive.in_batch_margins(pairs.query, pairs.candidate, **pairs.labels)
     path_hit_N = (margin_NB > 0).to(margin_NB.dtype).mean(dim=1)
-    hit = in_batch_hit_at_1(pairs.query_aggregate, pairs.candidate_aggregate, **pairs.labels)
+    aggregates = pairs.query_aggregate, pairs.candidate_aggregate
+    hit = contrastive.in_batch_hit_at_1(*aggregates, **pairs.labels)
     values = {f"train/{name}": value for name, value in terms.items()}
     values["train/hit_at_1_aggregate"] = hit[0]
     values |= {f"train/hit_at_1_path_{path}": value for path, value in enumerate(path_hit_N)}
