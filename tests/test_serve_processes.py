@@ -6,7 +6,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +94,12 @@ def test_all_in_flight_are_answered_after_sigterm(checkpoint: Path, start: Start
             )
             for _ in range(64)
         ]
-        wait(asked, return_when=FIRST_COMPLETED)
-        time.sleep(1)  # the slowest client has sent its request by now
+        waiting = 0
+        while (
+            waiting + sum(each.done() for each in asked) < 64
+        ):  # until all are there
+            text = httpx.get(f"{address}/metrics", timeout=60).text
+            waiting = int(text.split("parallel_decoupling_waiting ")[1].split()[0])
         assert not all(each.done() for each in asked)
         assert stopped_cleanly(process)
         assert Counter(each.result() for each in asked) == {200: 64}

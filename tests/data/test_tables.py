@@ -231,9 +231,9 @@ def test_texts_of_parquet_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
 def test_nan_is_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("parallel_decoupling.data.tables.ROWS_PER_BATCH", 1)
     nan = float("nan")
-    lists = pa.array([[1.5, nan], None], pa.list_(pa.float32(), 2))
+    lists = pa.array([[1.5, nan], [nan, 2.0]], pa.list_(pa.float32(), 2))
     file = parquet(tmp_path / "a.parquet", {"text": [1.0, nan], "more": lists})
-    expected = {"text": ["1", None], "more": [["1.5", None], None]}
+    expected = {"text": ["1", None], "more": [["1.5", None], [None, "2"]]}
     assert Table("S", [file], COLUMNS).rows.to_pydict() == expected
     (tmp_path / "a.jsonl").write_text('{"text": "nan", "more": NaN}\n{"text": NaN, "more": "x"}\n')
     expected = {"text": ["nan", None], "more": [None, "x"]}
