@@ -35,7 +35,7 @@ class Entry:
     synonym: str
     kind: str  # what it is a kind of
     topic: str  # part of speech and lexicographer's file, such as nouns of animals
-    related: frozenset[str]  # what is no wrong answer
+    related: frozenset[str]  # what does not count as wrong
 
     @property
     def is_evaluated(self) -> bool:

@@ -164,7 +164,7 @@ class RunCLI(LightningCLI):
             self._until_the_end.callback(self._forget_run_without_steps, trainer)
 
     def _forget_run_without_steps(self, trainer: Any) -> None:
-        """Remove what a fit has left that failed before its first step: it is no run to be kept."""
+        """Remove what a fit has left that failed before its first step: such a folder is not a run."""
         if not hasattr(self, "model") or not self.model.progress.steps_done:
             for file in run_folder.run_files(trainer):
                 file.unlink()

@@ -356,7 +356,7 @@ def _image(uri: str, where: str, limits: Limits) -> Image.Image | str:
         head, comma, data = uri.strip().partition(",")
         head = re.sub(r"\s", "", head).lower()
         if not (comma and head.startswith("data:") and head.endswith(";base64")):
-            raise ValueError("this is no data URI in base64")  # nor is it a file of this machine
+            raise ValueError("this is not a data URI in base64")  # nor is it a file of this machine
         uri = f"data:;base64,{unquote(data)}"
         image: Any = as_picture(uri)
     if math.prod(image.size) > limits.pixels:
