@@ -357,7 +357,7 @@ def error_of(answer: Any) -> Any:
         ({"headers": {"content-type": "text/plain"}}, 415, "must be application/json"),
         ({"headers": {"content-encoding": "gzip"}}, 415, "without compression"),
         ({"json": {"input": [3]}}, 400, "check_embedding_ctx_length=False"),
-        ({"json": {"input": {"image": "data:,AA"}}}, 400, "as data:image/png;base64,...: this is no data"),
+        ({"json": {"input": {"image": "data:,AA"}}}, 400, "as data:image/png;base64,...: this is not a data"),
         ({"json": {"input": "a", "model": "gpt"}}, 404, "no model 'gpt'"),
         ({"content": b'{"input": "a"'}, 400, "body: Invalid JSON"),
         ({"content": b'{"input": "half \\ud83d"}'}, 400, "hex escape"),
