@@ -95,9 +95,7 @@ def test_all_in_flight_are_answered_after_sigterm(checkpoint: Path, start: Start
             for _ in range(64)
         ]
         waiting = 0
-        while (
-            waiting + sum(each.done() for each in asked) < 64
-        ):  # until all are there
+        while waiting + sum(each.done() for each in asked) < 64:  # until all are there
             text = httpx.get(f"{address}/metrics", timeout=60).text
             waiting = int(text.split("parallel_decoupling_waiting ")[1].split()[0])
         assert not all(each.done() for each in asked)
