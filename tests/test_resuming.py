@@ -18,8 +18,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch import Trainer
 from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -189,26 +188,6 @@ def test_on_slurm_the_job_is_requeued_and_resumes(
     for found, expected in zip(logged(folder), uninterrupted[0], strict=True):
         assert found == expected
     assert not list(folder.glob("hpc_*"))
-
-
-class SaveInTheFourthStep(Callback):
-    """Saves, and looks at what the CSV file has on the disk then."""
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
-        if pl_module.progress.steps_done == 4:
-            trainer.save_checkpoint(f"{trainer.default_root_dir}/4.ckpt")
-            (file,) = Path(trainer.default_root_dir).rglob("metrics.csv")
-            with file.open(newline="") as stream:
-                self.steps = [row["step"] for row in csv.DictReader(stream)]
-
-
-def test_a_checkpoint_finds_the_steps_before_it_in_the_logs(
-    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
-) -> None:
-    save, logger = SaveInTheFourthStep(), CSVLogger(tmp_path)  # which writes after 100 steps by itself
-    trainer = make_trainer(tmp_path, save, max_steps=5, logger=logger, log_every_n_steps=1)
-    trainer.fit(small_embedder(tiny_backbone_dir), small_data(tiny_mmeb_dir))
-    assert save.steps == ["0", "1", "2"]
 
 
 def test_checkpoints_are_whole_files_on_their_own_disk(

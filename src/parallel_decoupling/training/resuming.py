@@ -64,9 +64,7 @@ class Continuity(Callback):
             self.validation_is_due = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint of now keeps; all steps before are then in the logs, whatever happens."""
-        for logger in self._trainer.loggers:
-            logger.save()
+        """Return what a checkpoint of now keeps."""
         batches = self._trainer.fit_loop.epoch_loop.batch_progress.total
         if batches.completed < batches.processed:  # a callback that comes first saves at the end of a batch
             self.on_train_batch_end(self._trainer, self._trainer.lightning_module)
