@@ -25,7 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from parallel_decoupling import cli, files, lightning_cli
 from parallel_decoupling.files import UNFINISHED, atomic_write, expand_paths, locked, write_text
 from parallel_decoupling.training.module import PDFEmbedder
-from tests.support.fit import make_trainer, small_config, small_data, small_embedder
+from tests.support.fit import small_config
 from tests.support.processes import run_ranks
 
 STEPS = 8  # an epoch has 6 batches
