@@ -159,20 +159,10 @@ def test_half_precision_inputs_and_autocast_compute_in_float32() -> None:
     assert torch.equal(plain, full)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"candidate": torch.zeros(4, 2, 5)}, "must share N and D"),
-        ({"positive": torch.arange(3)}, r"positive must be \[4\]"),
-        ({"positive": torch.zeros(3, 2, dtype=torch.int64)}, r"positive must be \[4\] or \[4, A\]"),
-        ({"candidate_ids": torch.arange(5)}, r"candidate_ids must be \[4\]"),
-        ({"temperature": 0.0}, "above 0"),
-    ],
-)
-def test_wrong_arguments_are_named(options: dict[str, Any], message: str) -> None:
+def test_a_temperature_of_zero_is_an_error() -> None:
     query, candidate, labels = both("in_batch")
-    with pytest.raises(ValueError, match=message):
-        info_nce(query, **{"candidate": candidate, "temperature": 0.1, **labels, **options})
+    with pytest.raises(ValueError, match="above 0"):
+        info_nce(query, candidate, temperature=0.0, **labels)
 
 
 SEVERAL = {

@@ -192,12 +192,7 @@ def _cross_entropy(score_NBG: Tensor, left_out_BG: Tensor, positive: Tensor) -> 
 
 
 def _check_shapes(query: Tensor, candidate: Tensor, positive: Tensor, candidate_ids: Tensor) -> None:
-    if query.ndim != 3 or candidate.ndim != 3 or query.shape[1:] != candidate.shape[1:]:
-        shapes = f"got {tuple(query.shape)} and {tuple(candidate.shape)}; an aggregate is [B, 1, D]"
-        raise ValueError(f"query [B, N, D] and candidate [G, N, D] must share N and D, {shapes}.")
-    if positive.shape[:1] != query.shape[:1] or positive.ndim > 2:
-        shape = tuple(positive.shape)
-        raise ValueError(f"positive must be [{len(query)}] or [{len(query)}, A], by query, got {shape}.")
-    if candidate_ids.shape != candidate.shape[:1]:
-        shape = tuple(candidate_ids.shape)
-        raise ValueError(f"candidate_ids must be [{len(candidate)}], one per candidate, got {shape}.")
+    assert query.ndim == 3, "an aggregate is [B, 1, D]"
+    assert query.shape[1:] == candidate.shape[1:], "[B, N, D] and [G, N, D]"
+    assert positive.shape[0] == len(query), "[B] or [B, A]"
+    assert candidate_ids.shape == candidate.shape[:1], "[G]"
