@@ -90,6 +90,16 @@ def test_rows_come_back_in_order_whatever_the_batch_size(batch_size: int) -> Non
     assert not together.is_inference(), "it can be used in training"
 
 
+def test_selected_paths_are_the_columns_of_all() -> None:
+    encoder, inputs = HashEncoder(), raw(["one", "two", "three"])
+    every = encode_all(encoder, HashCollator(), inputs)
+    assert every.shape == (3, 3, 5)
+    assert torch.equal(encode_all(encoder, HashCollator(), inputs, paths=[2, 0]), every[:, [2, 0]])
+    assert torch.equal(encode_all(encoder, HashCollator(), inputs, paths=1), every[:, 1])
+    aggregate = encode_all(encoder, HashCollator(), inputs, paths="aggregate")
+    torch.testing.assert_close(aggregate, F.normalize(every.flatten(1), dim=-1))
+
+
 def test_encoding_is_in_eval_mode_and_restores_the_mode_of_every_module() -> None:
     encoder = HashEncoder().train()
     encoder.frozen.eval()
