@@ -82,7 +82,7 @@ class LanceIndex:
         tables = table_dirs(index_dir)
         if not tables:
             raise ValueError(f"{index_dir} does not hold an index: write one with lightning index")
-        self._table = lancedb.connect(index_dir).open_table(TABLE.format(max(tables)))
+        self._table: Any = lancedb.connect(index_dir).open_table(TABLE.format(max(tables)))
         schema = self._table.schema
         self.metadata: Mapping[str, Any] = located(
             check_seal(json.loads(schema.metadata[METADATA_KEY]), index_dir), index_dir
