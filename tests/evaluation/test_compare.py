@@ -165,7 +165,7 @@ def test_a_single_run_has_a_page_and_a_table_of_its_own(
     note = "[bold]run: means over 1 of MMEB's 36 tasks: not MMEB's means"
     for shown in ("path_1", "0.37", "[bold]run: rows that could not be embedded: VOC2007 3", note):
         assert escape(shown) in page, shown
-    assert "settings that differ" not in printed
+    assert "setting that differs" not in printed
     content = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert (content["best"], content["differences"]) == ("[bold]run", {})
 
@@ -180,7 +180,7 @@ def test_the_page_of_two_runs_stands_alone_and_says_what_differs(tmp_path: Path)
     assert base64.b64encode((tmp_path / "out" / "comparison.png").read_bytes()).decode() in page
     assert str(comparison.differences["b"].means["overall"]) in comparison.title
     difference = str(comparison.differences["b"].tasks["find"])
-    for shown in (comparison.title, "difference: b - a", difference, "settings that differ"):
+    for shown in (comparison.title, "difference: b - a", difference, "setting that differs"):
         assert escape(shown) in page
 
 

@@ -350,7 +350,7 @@ def test_runs_are_compared_by_the_tasks_own_metric(runs: Path, tmp_path: Path) -
         assert [difference.low, difference.high] == pytest.approx(
             np.quantile(draws, (0.025, 0.975)), abs=0.02
         )
-        assert "mean of shown" in {row[0] for row in found.grid().rows}
+        assert "mean of shown" in {row[0] for row in table_rows(found.table())}
         (other / "scores.json").write_text(
             (other / "scores.json").read_text().replace('"metric": "ndcg@5"', '"metric": "ndcg@10"')
         )

@@ -118,7 +118,7 @@ class Comparison:
         rows = [[name, *(values.get(name, "") for values in settings)] for name in names]
         changed = [row for row in rows if len(set(row[1:])) > 1]
         if changed:
-            console.print(text_table("settings that differ", ("", *self.reports), changed))
+            console.print(text_table("", ("setting that differs", *self.reports), changed))
 
     def to_json_file(self, json_file: str | Path) -> None:
         """Write means, task scores and differences, fractions unrounded."""
