@@ -98,9 +98,7 @@ def test_a_constant_embedding_raises_the_alarm_and_random_ones_do_not(ids: Tenso
     assert not messages(*sides)
 
 
-def test_a_run_logs_its_terms_and_its_speed(
-    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_logs_its_terms(tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path, name="", version="")
     trainer = make_trainer(tmp_path, max_steps=4, logger=logger)
     trainer.fit(
@@ -111,10 +109,8 @@ def test_a_run_logs_its_terms_and_its_speed(
     scalars = set(events.Tags()["scalars"])
     wanted = "loss contrastive_path_1 mi_pair_0_1 estimator_nll_held_out hit_at_1_aggregate path_cosine"
     wanted += " effective_rank gradient_norm"
-    others = "lr/estimator compute/token_passes throughput/samples_per_second throughput/tokens_per_second"
+    others = "lr/estimator compute/token_passes"
     assert scalars >= {f"train/{name}" for name in wanted.split()} | {*others.split(), "mix/colours_i2t"}
-    printed = capsys.readouterr().out
-    assert "What trains" in printed
 
 
 def parameter() -> nn.Parameter:

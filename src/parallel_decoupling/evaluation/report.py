@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 from rich.panel import Panel
 from rich.table import Table
@@ -33,28 +33,6 @@ MEAN_TITLES = {
     CUSTOM: "mean of custom tasks",
 }
 MMEB_COUNTS = dict(zip(MEAN_TITLES, (10, 10, 12, 4, 20, 16, 36), strict=False))  # tasks behind each mean
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table as texts, for the terminal and for a page."""
-
-    title: str
-    headings: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    kinds: Sequence[str] = ()  # of the rows: "", "mean" or "bad"; without them all rows are alike
-    caption: str = ""
-
-    def terminal(self) -> Table:
-        """Return it as a rich table, whatever markup the names hold."""
-        table = Table(title=_text(self.title), caption=_text(self.caption) if self.caption else None)
-        for number, heading in enumerate(self.headings):
-            justify: Literal["left", "right"] = "right" if number else "left"
-            table.add_column(_text(heading), justify=justify, no_wrap=not number, overflow="fold")
-        styles = {"": "", "mean": "bold", "bad": "red"}
-        for row, kind in zip(self.rows, self.kinds or [""] * len(self.rows), strict=True):
-            table.add_row(*map(_text, row), style=styles[kind])
-        return table
 
 
 @dataclass(frozen=True)
@@ -253,11 +231,11 @@ class ScoreReport:
             message = f"{json_file} is not a score file as a test wrote it ({error!r}); run the test again"
             raise ValueError(message) from error
 
-    def task_grid(self) -> Grid:
+    def task_table(self) -> Table:
         """Tabulate tasks by meta-task, then means, of aggregate and paths; tasks at chance are marked."""
         shown = [self.columns[0], *self.path_columns]
         rows: list[list[str]] = []
-        kinds: list[str] = []
+        styles: list[str] = []
         for mean, title in self.mean_titles.items():
             is_listed = mean in (*META_TASKS, CUSTOM) or mean not in MEAN_TITLES  # else its tasks already are
             for name in self.groups.get(mean, ()) if is_listed else ():
@@ -267,23 +245,23 @@ class ScoreReport:
                 chance = percent(result.chance) if result.task.metric == "hit@1" else ""
                 about = [f"{result.title} !" if bad else result.title, split, str(result.num_queries), chance]
                 rows.append([*about, *(percent(result.score[column]) for column in shown)])
-                kinds.append("bad" if bad else "")
+                styles.append("red" if bad else "")
             if mean in self.means:
                 count = self.partial_means.get(mean)
                 part = "" if count is None else f", {count}/{MMEB_COUNTS[mean]}"
                 scores = [percent(self.means[mean][column]) for column in shown]
                 rows.append([title + part, "", "", "", *scores])
-                kinds.append("mean")
-        notes = ["! at or below chance"] if "bad" in kinds else []
+                styles.append("bold")
+        notes = ["! at or below chance"] if "red" in styles else []
         headings = ("task", "split", "queries", "chance", *(column.replace("_", " ") for column in shown))
-        return Grid("hit@1 in percent", headings, rows, kinds, "; ".join([*notes, *self.gaps]))
+        return text_table("hit@1 in percent", headings, rows, styles, "; ".join([*notes, *self.gaps]))
 
     @property
     def mean_titles(self) -> dict[str, str]:
         """How the means are called in tables, in their order; those of groups come last."""
         return MEAN_TITLES | {name: f"mean of {name}" for name in self.groups if name not in MEAN_TITLES}
 
-    def mode_grid(self) -> Grid:
+    def mode_table(self) -> Table:
         """Tabulate every inference mode: its means in percent, and what it costs."""
         titles = {"overall": "hit@1", "in_distribution": "IND", "out_of_distribution": "OOD"}
         titles |= {name: name for name in self.groups if name not in MEAN_TITLES}
@@ -299,7 +277,7 @@ class ScoreReport:
             rows.append([column, *scores, *sizes])
         headings = ("mode", *(titles[split] for split in splits), *metrics, "bytes/item", "paths/item")
         caption = "means over tasks in percent; what an item takes to keep, and the paths to encode for it"
-        return Grid("inference modes", headings, rows, caption=caption)
+        return text_table("inference modes", headings, rows, caption=caption)
 
     def warning_panels(self) -> list[Panel]:
         """Show what makes the scores doubtful, each with what was seen and what to do."""
@@ -317,6 +295,24 @@ def write_report(report: ScoreReport, folder: Path) -> None:
     if column in report.modes:
         metadata["embedding_dimension"] = report.modes[column]["bytes_per_item"] // 4
     leaderboard.write_leaderboard(report.tasks, column, folder / leaderboard.LEADERBOARD_FILE, metadata)
+
+
+def text_table(
+    title: str,
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    styles: Sequence[str] = (),
+    caption: str = "",
+) -> Table:
+    """Make a table of texts, whatever markup they hold; ``styles`` are rich's by row."""
+    table = Table(title=_text(title), caption=_text(caption) if caption else None)
+    for number, heading in enumerate(headings):
+        table.add_column(
+            _text(heading), justify="right" if number else "left", no_wrap=not number, overflow="fold"
+        )
+    for row, style in zip(rows, styles or [""] * len(rows), strict=True):
+        table.add_row(*map(_text, row), style=style)
+    return table
 
 
 def _text(text: str) -> Text:

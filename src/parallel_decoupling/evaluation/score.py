@@ -79,7 +79,11 @@ def score_task(task: EvalTask, columns: Columns) -> TaskScore:
     Candidates equal to the positive as inputs (text and images) do not count against it. Candidates
     whose embeddings are equal bit for bit get one score, so a tie stays a tie at any matrix shape.
     """
-    _check(task, columns)
+    if [] in task.candidates_of_row:
+        raise ValueError(f"{task.task.name}: row {task.candidates_of_row.index([])} has no candidates")
+    size = len(task.queries), len(task.candidates)
+    for query, candidate in columns.values():
+        assert (len(query), len(candidate)) == size, f"{task.task.name}: an embedding of every input"
     query_of_row = torch.tensor(task.query_of_row)
     identities = [identity(candidate) for candidate in task.candidates]
     sides: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
@@ -200,20 +204,6 @@ def mode_costs(columns: Columns) -> dict[str, dict[str, int]]:
         num_paths = 1 if name.startswith("path_") else all_paths
         costs[name] = {"bytes_per_item": 4 * candidate[0].numel(), "paths_per_item": num_paths}
     return costs
-
-
-def _check(task: EvalTask, columns: Columns) -> None:
-    name, num_rows = task.task.name, len(task.query_of_row)
-    if not columns or not num_rows:
-        raise ValueError(f"{name}: {num_rows} rows and {len(columns)} columns; nothing to score")
-    if [] in task.candidates_of_row:
-        raise ValueError(f"{name}: row {task.candidates_of_row.index([])} has no candidates")
-    expected = len(task.queries), len(task.candidates)
-    for column, (query, candidate) in columns.items():
-        if (len(query), len(candidate)) != expected or query.shape[1:] != candidate.shape[1:]:
-            found = f"embeddings of shape {tuple(query.shape)}, {tuple(candidate.shape)}"
-            wanted = f"{expected[0]} queries and {expected[1]} candidates"
-            raise ValueError(f"{name}, {column}: {found} for {wanted}")
 
 
 def _distinct_rows(embeddings: Tensor) -> tuple[Tensor, Tensor]:
