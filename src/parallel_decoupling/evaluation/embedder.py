@@ -76,8 +76,7 @@ class Embedder:
     @property
     def collator(self) -> Collator:
         """Tokenises for this model."""
-        options: dict[str, Any] = {"images": self.images, "limit": self.limit}
-        return Collator(self.encoder.processor, image_token=self.encoder.image_token, **options)
+        return Collator.of(self.encoder, images=self.images, limit=self.limit)
 
     def to(self, device: torch.device | str) -> Embedder:
         """Move the weights; embeddings come back on the CPU."""

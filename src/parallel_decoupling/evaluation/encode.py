@@ -51,7 +51,7 @@ class TokenEstimate:
     """
 
     def __init__(self, collator: Collator, bytes_per_token: int = BYTES_PER_TOKEN) -> None:
-        self._bytes_per_token = bytes_per_token
+        self._bytes_per_token, self._parts = bytes_per_token, collator.text_parts
         images, self.most = collator.images, collator.limit.max_tokens
         self.factor = 0  # side in pixels of a token; 0 where all pictures have the same number of tokens
         if images.size is None and images.factor > 1:
@@ -64,7 +64,8 @@ class TokenEstimate:
     def __call__(self, row: RawInput) -> float:
         """Estimate from the text's length and the pictures' sizes, read from the headers of their files."""
         images = sum(self._image_tokens(image) for image in row.images)
-        return min(len(row.text.encode(errors="replace")) / self._bytes_per_token + images, self.most)
+        length = sum(len(part.encode(errors="replace")) for part in self._parts(row))
+        return min(length / self._bytes_per_token + images, self.most)
 
     def _image_tokens(self, image: Any) -> float:
         if not self.factor:
