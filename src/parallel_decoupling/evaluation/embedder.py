@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import HfApi
 from torch import Tensor
 
 from parallel_decoupling.batch import LongText, TokenLimit
@@ -46,17 +48,31 @@ class Embedder:
         self.run: dict[str, Any] = {}  # what trained the weights, as plain values; empty if not known
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> Embedder:
-        """Load a checkpoint, a run folder (its last checkpoint) or an exported folder, on the CPU."""
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        revision: str | None = None,
+        device: torch.device | str = "cpu",
+        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    ) -> Embedder:
+        """Load a checkpoint, a run folder (its last checkpoint), an exported folder, or one from the hub.
+
+        Args:
+            path: file, folder or hub id; of a hub model that is not in the local cache the files that hold
+                data are downloaded, and its backbone.
+            revision: branch, tag or commit of a hub model.
+            device: where the weights go.
+            dtype: of the backbone's weights instead of the one that it was trained with.
+        """
         from parallel_decoupling.model.pretrained import load_encoder
 
-        encoder, about = load_encoder(path)
+        encoder, about = load_encoder(path, revision=revision, dtype=dtype)
         about = {**about, "images": ImagePolicy.from_settings(about["images"])}
         run = about.pop("run")
         embedder = cls(encoder, **about)
         embedder.run = run
-        encoder.eval()
-        return embedder
+        return embedder.to(device)
 
     @property
     def num_paths(self) -> int:
@@ -148,6 +164,7 @@ class Embedder:
         *,
         include_backbone: bool = False,
         scores: Mapping[str, Any] | None = None,
+        card: Mapping[str, Any] | None = None,
     ) -> None:
         """Write a folder to share: safetensors, processor, ``config.json`` and a model card.
 
@@ -158,15 +175,30 @@ class Embedder:
             include_backbone: write the backbone, too; otherwise the folder refers to it by name. One from a
                 local folder that is not beside this one is written in any case.
             scores: content of a ``scores.json`` for the card.
+            card: values for the head of the card by the hub's names, such as license, datasets, language.
         """
         from parallel_decoupling.model.pretrained import save_encoder
 
         options: dict[str, Any] = {"paths": paths, "merge_adapters": merge_adapters}
-        options |= {"include_backbone": include_backbone, "scores": scores}
+        options |= {"include_backbone": include_backbone, "scores": scores, "card": card}
         options |= {"query_instruction": self.query_instruction, "images": self.images.settings}
         options |= {"candidate_instruction": self.candidate_instruction, "run": self.run}
         options |= {"max_tokens": self.limit.max_tokens, "long_text": self.limit.long_text}
         save_encoder(self.encoder, folder, **options)
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, revision: str | None = None, **options: Any
+    ) -> str:
+        """Upload what ``save_pretrained`` writes with these options; return the address of the commit.
+
+        The account is the one that huggingface_hub is logged in with.
+        """
+        api = HfApi()
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(Path(folder, "model"), **options)
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            files = Path(folder, "model")
+            return str(api.upload_folder(repo_id=repo_id, folder_path=files, revision=revision).commit_url)
 
 
 def _unit_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, int]:

@@ -229,6 +229,7 @@ def encoder_identity(
     about = {
         **parts,
         "conditions": conditions,
+        "dtype": str(encoder.backbone.dtype),
         "family": asdict(family) if family else None,
         "adapter_scales": scales,
         "versions": {name: version(name) for name in packages},
