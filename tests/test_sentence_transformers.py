@@ -12,10 +12,12 @@ from torch import Tensor
 pytest.importorskip("sentence_transformers", minversion="6")
 
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer import modules
+from sentence_transformers.util import quantize_embeddings
 
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.sentence_transformers import as_sentence_transformer
-from tests.support.embedders import mixed_inputs
+from tests.support.embedders import mixed_inputs, tiny_embedder
 
 ROW_BY_ROW: dict[str, Any] = {"batch_size": 1}
 """Without padding the two libraries' batches are the same, so that embeddings are equal bit for bit."""
@@ -165,3 +167,31 @@ def test_options_without_effect_are_refused(option: dict[str, Any], folder: Path
 def test_processing_kwargs_are_refused(model: SentenceTransformer) -> None:
     with pytest.raises(ValueError, match="processing_kwargs have no effect"):
         encode(model, ["a"], processing_kwargs={"text": {"max_length": 3}})
+
+
+@pytest.mark.parametrize("precision", ["int8", "ubinary"])
+def test_the_library_s_quantization(precision: Any, model: SentenceTransformer, embedder: Embedder) -> None:
+    """Of the numbers that ``Embedder.encode`` gives: 256 steps between their extremes, or their signs."""
+    exact = embedder.encode(mixed_inputs())
+    ranges = torch.stack([exact.amin(dim=0), exact.amax(dim=0)]).numpy()
+    found = torch.from_numpy(quantize_embeddings(exact.numpy(), precision, ranges=ranges))
+    if precision == "int8":
+        steps = torch.from_numpy(ranges[1] - ranges[0]) / 255
+        restored = (found.float() + 128) * steps + torch.from_numpy(ranges[0])
+        assert (restored - exact).abs().le(1.01 * steps).all()
+    else:
+        bits = found.unsqueeze(-1).bitwise_right_shift(torch.arange(7, -1, -1, dtype=torch.uint8)) & 1
+        assert torch.equal(bits.flatten(1).bool(), exact > 0)
+        assert torch.equal(encode(model, mixed_inputs(), precision=precision, **ROW_BY_ROW), found)
+
+
+def test_one_path_with_its_adapter_merged_is_a_stock_model(tiny_backbone_dir: str, tmp_path: Path) -> None:
+    """The library's own modules read the backbone; see ``test_path_lora`` for transformers and pictures."""
+    embedder = tiny_embedder(tiny_backbone_dir, per_path=True, prefix_length=0)
+    embedder.save_pretrained(tmp_path / "model", [1], merge_adapters=True)
+    stock = modules.Transformer(str(tmp_path / "model" / "backbone"))
+    pooling = modules.Pooling(embedder.embed_dim, pooling_mode="lasttoken")
+    model = SentenceTransformer(modules=[stock, pooling, modules.Normalize()], device="cpu")
+    texts = ["a red circle", "a green star above two yellow crosses"]
+    expected = embedder.encode(texts, paths=1)
+    torch.testing.assert_close(encode(model, texts), expected, rtol=1e-4, atol=1e-4)
