@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 from torch import Tensor
 
-from parallel_decoupling.batch import RawInput
 from parallel_decoupling.data.readers import read_eval_task
 from parallel_decoupling.distributed import rank
-from parallel_decoupling.evaluation import encode as encoding
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.evaluation.run import EmbeddingWriter
 from parallel_decoupling.evaluation.store import Keeper, Store
@@ -48,28 +45,6 @@ def test_queries_and_documents_have_their_instructions(embedder: Embedder) -> No
     assert torch.equal(embedder.encode_candidate(inputs), documents)
     assert torch.equal(embedder.encode_document(inputs, instruction=None), embedder.encode(inputs))
     assert not torch.equal(documents, embedder.encode(inputs))
-
-
-@pytest.mark.parametrize("copies", [False, True])
-def test_devices_share_a_list(embedder: Embedder, copies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three CPUs: one model that three threads call, or copies of it, as on several GPUs."""
-    if copies:
-        monkeypatch.setattr(encoding, "on_device", lambda encoder, device: deepcopy(encoder))
-    inputs = [*mixed_inputs(), "a fifth text"]
-    found = embedder.encode(inputs, device=["cpu", "cpu", "cpu"], paths="all", instruction="find")
-    expected = embedder.encode(inputs, paths="all", instruction="find")
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    assert len(embedder.encode(inputs[:1], device=["cpu", "cpu"])) == 1
-    with pytest.raises(ValueError, match="input 4: .*placeholder|input 4: 0 images"):
-        embedder.encode([*mixed_inputs(), RawInput("<|image_1|> no picture")], device=["cpu", "cpu"])
-
-
-def test_a_device_without_the_model_gets_a_copy(tiny_backbone_dir: str) -> None:
-    encoder = tiny_embedder(tiny_backbone_dir).encoder
-    assert encoding.on_device(encoder, torch.device("cpu", 0)) is encoder
-    there = encoding.on_device(encoder, torch.device("meta"))
-    assert {each.device.type for each in there.parameters()} == {"meta"}
-    assert {each.device.type for each in encoder.parameters()} == {"cpu"}
 
 
 @pytest.mark.parametrize("prefix_type", ["deep", "shallow"])

@@ -108,7 +108,6 @@ class Embedder:
         truncate_dim: int | None = None,
         batch_size: int = 32,
         show_progress: bool | None = None,
-        device: Sequence[torch.device | str] = (),
     ) -> Tensor:
         """Embed texts, images and dictionaries of both, on the CPU in the order given.
 
@@ -123,15 +122,13 @@ class Embedder:
                 that of the shorter paths.
             batch_size: rows per forward pass.
             show_progress: whether to show a bar; by default for long lists on a terminal.
-            device: devices that share the inputs, such as ["cuda:0", "cuda:1"]; those that the model is not
-                on get a copy for this call.
 
         Returns:
             float32, unit norm. One item gives its embedding without the batch dimension.
         """
         single = is_single(inputs)
         options: dict[str, Any] = {"instruction": instruction, "paths": paths, "truncate_dim": truncate_dim}
-        options |= {"batch_size": batch_size, "show_progress": show_progress, "device": device}
+        options |= {"batch_size": batch_size, "show_progress": show_progress}
         embeddings = encode(self.encoder, self.collator, [inputs] if single else inputs, **options)
         return embeddings[0] if single else embeddings
 

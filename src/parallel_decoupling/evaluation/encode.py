@@ -8,8 +8,6 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from numbers import Integral
@@ -222,44 +220,16 @@ class Encoded:
 
 
 def encode(
-    encoder: Encoder,
-    collator: Collator,
-    inputs: Any,
-    *,
-    instruction: str | None = None,
-    device: Sequence[torch.device | str] = (),
-    **options: Any,
+    encoder: Encoder, collator: Collator, inputs: Any, *, instruction: str | None = None, **options: Any
 ) -> Tensor:
     """Embed inputs of any mix of modalities in one process; see ``Embedder.encode`` for the options."""
     rows = to_raw_inputs(inputs, instruction)
-    encoders = [on_device(encoder, torch.device(each)) for each in device] or [encoder]
-    count = len(encoders)
-    collators = [
-        collator,
-        *(deepcopy(collator) for _ in encoders[1:]),
-    ]  # tokenizers are not for several threads
-
-    def part(number: int) -> Encoded:
-        own: Any = {**options, "where": lambda row: f"input {number + count * row}"}
-        return encode_rows(encoders[number], collators[number], rows[number::count], **own)
-
-    with ThreadPoolExecutor(count) as pool:
-        parts = [part(0)] if count == 1 else list(pool.map(part, range(count)))
-    embeddings = torch.empty(len(rows), *parts[0].embeddings.shape[1:], dtype=torch.float32, device="cpu")
-    for number, encoded in enumerate(parts):
-        embeddings[number::count] = encoded.embeddings
-    if num_cut := sum(encoded.num_cut for encoded in parts):
+    encoded = encode_rows(encoder, collator, rows, **options)
+    if encoded.num_cut:
         advice = "raise max_tokens, shorten them, or refuse them with long_text='error'"
-        cut = f"{num_cut} of {len(rows)} inputs have more than {collator.limit.max_tokens} tokens"
+        cut = f"{encoded.num_cut} of {len(rows)} inputs have more than {collator.limit.max_tokens} tokens"
         warnings.warn(f"{cut}; the ends of their texts were cut off: {advice}.", stacklevel=3)
-    return embeddings
-
-
-def on_device(encoder: Encoder, device: torch.device) -> Encoder:
-    """Return the encoder if it is there, which several threads may call, or else a copy."""
-    own = next(encoder.parameters()).device
-    same = device.type == own.type and (device.index == own.index or None in (device.index, own.index))
-    return encoder if same else deepcopy(encoder).to(device)
+    return encoded.embeddings
 
 
 def encode_rows(
