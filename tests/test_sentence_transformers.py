@@ -200,5 +200,7 @@ def test_one_path_with_its_adapter_merged_is_a_stock_model(tiny_backbone_dir: st
 @pytest.mark.slow
 def test_devices_share_a_list(model: SentenceTransformer, embedder: Embedder) -> None:
     texts = [f"a text with the number {number}" for number in range(9)]
-    found = torch.from_numpy(model.encode(texts, device=["cpu", "cpu"], chunk_size=2, show_progress_bar=False))
+    found = torch.from_numpy(
+        model.encode(texts, device=["cpu", "cpu"], chunk_size=2, show_progress_bar=False)
+    )
     torch.testing.assert_close(found, embedder.encode(texts), rtol=1e-5, atol=1e-5)

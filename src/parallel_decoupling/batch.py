@@ -139,14 +139,10 @@ class Template:
 
     def __post_init__(self) -> None:
         """Check that every part of an input has its place."""
-        is_chat = self.pattern == "chat"
-        if not is_chat and re.findall("{images}|{text}", self.pattern) != ["{images}", "{text}"]:
+        marks = re.findall("{images}|{text}", self.pattern)
+        if self.pattern != "chat" and marks != ["{images}", "{text}"]:
             rule = "must be chat, or hold {images} and later {text}, once each"
             raise ValueError(f"prompt.pattern {rule}, got {self.pattern!r}.")
-        if is_chat and self.image is not None:
-            raise ValueError(
-                f"prompt.image={self.image!r} has no meaning for the pattern chat. Leave it out."
-            )
 
 
 @dataclass(frozen=True)

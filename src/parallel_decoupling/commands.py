@@ -113,7 +113,6 @@ def export(
     paths: list[int] | int | None = None,
     merge_adapters: bool = False,
     include_backbone: bool = False,
-    license: str | None = None,
 ) -> None:
     """Write a model as a folder to share.
 
@@ -124,7 +123,6 @@ def export(
         merge_adapters: write a full backbone with the adapters in its weights.
         include_backbone: write the backbone as well; otherwise the folder refers to it by name, unless it is
             a local folder that is not beside this one.
-        license: for the head of the model's card, by the hub's names.
     """
     from parallel_decoupling.model.pretrained import is_pretrained, scores_of
     from parallel_decoupling.model.run_checkpoint import checkpoint_file
@@ -133,8 +131,7 @@ def export(
     scores = None if is_pretrained(model) else scores_of(checkpoint_file(model))
     embedder.run |= {} if scores is None else {"commit": scores["run"].get("commit")}
     chosen = [paths] if isinstance(paths, int) else paths
-    card = {"scores": scores, "card": {"license": license}}
-    embedder.save_pretrained(folder, chosen, merge_adapters, include_backbone=include_backbone, **card)
+    embedder.save_pretrained(folder, chosen, merge_adapters, include_backbone=include_backbone, scores=scores)
     files = [file for file in Path(folder).rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files) / 1e6
     sys.stdout.write(f"{folder}: {len(files)} files, {size:.1f} MB\n")

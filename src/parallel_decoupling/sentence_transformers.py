@@ -234,7 +234,6 @@ def mteb_model(
     about = {"paths": paths, "prompts": wrapped.model.prompts, "images": embedder.images.settings}
     known: dict[str, Any] = {"name": name or f"parallel-decoupling/{paths}", "modalities": ["image", "text"]}
     known["revision"] = encoder_identity(embedder.encoder, **about)["sha256"]  # mteb keeps scores by it
-    known |= {"embed_dim": wrapped.model.get_embedding_dimension(), "max_tokens": embedder.limit.max_tokens}
     known["loader"] = lambda *about, device=None, **rest: wrapped
     wrapped.mteb_model_meta = wrapped.mteb_model_meta.model_copy(update=known)
     if name is not None:

@@ -81,8 +81,7 @@ class Body(Known):
     @classmethod
     def _from_chat(cls, value: Any) -> Any:
         if isinstance(value, dict) and "messages" in value and "input" not in value:
-            rest = {key: each for key, each in value.items() if key != "messages"}
-            return rest | {"input": chat_input(value["messages"])}
+            value["input"] = chat_input(value.pop("messages"))
         return value
 
     @field_validator("input", mode="before")
@@ -353,9 +352,7 @@ def _checked(number: int, item: Input, limits: Limits, tokenizer: Any) -> dict[s
     """Return an input as ``Embedder.encode`` takes it, its image decoded."""
     if item.tokens:
         if item.text or not all(0 <= token < len(tokenizer) for token in item.tokens):
-            raise RequestError(
-                f"input[{number}] has text and tokens, or a token that the model does not know"
-            )
+            raise RequestError(f"input[{number}] has text and tokens, or tokens of another vocabulary")
         item = item.model_copy(update={"text": tokenizer.decode(item.tokens)})
     where, characters = f"input[{number}]", len(item.text) + len(item.instruction or "")
     if characters > limits.characters:

@@ -121,13 +121,12 @@ def chat_input(messages: Any) -> dict[str, Any]:
     try:
         for message in messages:
             content = message["content"]
-            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            parts: Any = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            for part in parts:
                 kind = message["role"] if part["type"] == "text" else part["type"]
                 said[kind].append(part["text"] if part["type"] == "text" else part["image_url"]["url"])
         texts, (image,) = (" ".join(said[role]) for role in ("user", "system")), said["image_url"] or [None]
         return {"text": next(texts), "instruction": next(texts) or None, "image": image}
     except (TypeError, KeyError, ValueError) as error:
-        form = (
-            "messages must have role system or user, and as content a text, or parts text and one image_url"
-        )
+        form = "messages are of system or user, with a text or parts as content: text, and one image_url"
         raise RequestError(f"{form} ({error!r})", param="messages") from error

@@ -169,7 +169,6 @@ def test_a_long_text_keeps_the_end_of_the_prompt(qwen3: str) -> None:
     [
         ({"pattern": "{text}"}, "hold {images} and later {text}"),
         ({"pattern": "{text}{images}"}, "hold {images} and later {text}"),
-        ({"image": "<image>"}, "no meaning for the pattern chat"),
     ],
 )
 def test_prompts_that_cannot_work(options: dict[str, Any], message: str) -> None:
@@ -211,5 +210,5 @@ def test_a_checkpoint_is_not_loaded_with_another_prompt(qwen3: str) -> None:
     content: dict[str, Any] = {"state_dict": {}, "hyper_parameters": dict(model.hparams)}
     model.on_save_checkpoint(content)
     PDFEmbedder(**model.hparams).on_load_checkpoint(content)
-    with pytest.raises(ValueError, match="trained with the prompt"):
+    with pytest.raises(ValueError, match="trained with the prompt.*set model.family.prompt"):
         PDFEmbedder(**options).on_load_checkpoint(content)

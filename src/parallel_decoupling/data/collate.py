@@ -17,15 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER as PLACEHOLDER
-from parallel_decoupling.batch import (
-    PADDING_ID,
-    EncoderInputs,
-    PairBatch,
-    RawInput,
-    RawPair,
-    Template,
-    TokenLimit,
-)
+from parallel_decoupling.batch import PADDING_ID, EncoderInputs, PairBatch, RawInput, RawPair, TokenLimit
 from parallel_decoupling.data.images import ImagePolicy, load_image
 from parallel_decoupling.data.prompts import chat_pattern, fill
 from parallel_decoupling.data.unusable import RowError, attempt, one_row
@@ -39,7 +31,7 @@ class Collator:
 
     Where the image tensors of a Hugging Face ``processor`` cannot be split by row, every row is processed
     alone, which gives the same rows more slowly. ``image_token`` stands for an image in the backbone's text,
-    ``template`` is what stands around that.
+    ``template`` (``batch.Template``) is what stands around that.
 
     Relations:
         Each row without its padding equals the processor's output for that row alone.
@@ -50,7 +42,7 @@ class Collator:
         processor: Any,
         *,
         image_token: str,
-        template: Template | None = None,
+        template: Any = None,
         images: ImagePolicy | None = None,
         limit: TokenLimit | None = None,
     ) -> None:

@@ -132,7 +132,7 @@ def chat_pattern(processor: Any, num_images: int) -> str:
     try:
         pattern: str = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except (ValueError, TemplateError) as error:
-        raise ValueError(f"the processor's chat template cannot be used: {error} Give a pattern.") from error
+        pattern = str(error)
     if [pattern.count(mark) for mark in ("{instruction}", "{text}")] != [1, 1]:
         found = "the processor's chat template does not show a system message and a text, once each"
         raise ValueError(f"{found}: {pattern!r}. Give a pattern.")
@@ -140,10 +140,7 @@ def chat_pattern(processor: Any, num_images: int) -> str:
 
 
 def fill(pattern: str, row: RawInput, template: Template, images: str) -> tuple[str, str, str]:
-    """Return what a pattern has before the row's text, the text, and what follows.
-
-    Pictures stand where the pattern says, wherever the row has them.
-    """
+    """Return what a pattern has before the row's text, the text, and what follows; pictures as it says."""
     parts = row.text[: row.fixed], row.text[row.fixed :]
     instruction, text = (re.sub(re.escape(IMAGE_PLACEHOLDER) + "[ \n]?", "", part).strip() for part in parts)
     before, behind = pattern.split("{text}")
@@ -154,10 +151,8 @@ def fill(pattern: str, row: RawInput, template: Template, images: str) -> tuple[
         unended = instruction and not unicodedata.category(instruction[-1]).startswith("P")
         instruction += "." if template.full_stop and unended else ""
     values = {"{instruction}": instruction, "{images}": images}
-    before, behind = (
-        re.sub("{instruction}|{images}", lambda mark: values[mark[0]], part) for part in (before, behind)
-    )
-    return before, text, behind
+    before = re.sub("{instruction}|{images}", lambda mark: values[mark[0]], before)
+    return before, text, behind.replace("{instruction}", instruction)
 
 
 def is_single(inputs: Any) -> bool:

@@ -56,14 +56,10 @@ class Embedder:
         device: torch.device | str = "cpu",
         dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     ) -> Embedder:
-        """Load a checkpoint, a run folder (its last checkpoint), an exported folder, or one from the hub.
+        """Load a checkpoint, a run folder (its last checkpoint), an exported folder or a hub id's.
 
-        Args:
-            path: file, folder or hub id; of a hub model that is not in the local cache the files that hold
-                data are downloaded, and its backbone.
-            revision: branch, tag or commit of a hub model.
-            device: where the weights go.
-            dtype: of the backbone's weights instead of the one that it was trained with.
+        ``revision`` is a hub model's branch, tag or commit, ``dtype`` that of the backbone's weights instead
+        of the one that it was trained with. The hub is asked for what the local cache lacks.
         """
         from parallel_decoupling.model.pretrained import load_encoder
 
@@ -189,16 +185,13 @@ class Embedder:
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, revision: str | None = None, **options: Any
     ) -> str:
-        """Upload what ``save_pretrained`` writes with these options; return the address of the commit.
-
-        The account is the one that huggingface_hub is logged in with.
-        """
+        """Upload what ``save_pretrained`` writes with these options; return the address of the commit."""
         api = HfApi()
         with TemporaryDirectory() as folder:
             self.save_pretrained(Path(folder, "model"), **options)
             api.create_repo(repo_id, private=private, exist_ok=True)
-            files = Path(folder, "model")
-            return str(api.upload_folder(repo_id=repo_id, folder_path=files, revision=revision).commit_url)
+            options = {"folder_path": Path(folder, "model"), "revision": revision}
+            return str(api.upload_folder(repo_id=repo_id, **options).commit_url)
 
 
 def _unit_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, int]:

@@ -148,8 +148,7 @@ def check_fingerprint(stored: Mapping[str, Any], current: Mapping[str, Any]) -> 
     versions a warning names the keys that only one of them has.
     """
     if stored["prompt"] != current["prompt"]:
-        found = f"the weights were trained with the prompt {stored['prompt']}, not with {current['prompt']}"
-        raise ValueError(f"{found}: set model.family.prompt to that")
+        raise ValueError(f"trained with the prompt {stored['prompt']}: set model.family.prompt to that")
     if stored["sha256"] == current["sha256"]:
         return
     trained, loaded = (f"{each['name']!r} (revision {each['revision']})" for each in (stored, current))

@@ -72,8 +72,7 @@ def load_encoder(
     of_hub = not Path(path).exists() and HUB_ID.fullmatch(str(path)) is not None
     if revision is not None and not of_hub:
         raise ValueError(f"revision={revision!r}, but {str(path)!r} is not a model of the hub")
-    if of_hub:
-        path = _of_hub(str(path), revision)
+    path = _of_hub(str(path), revision) if of_hub else path
     encoder, about = _load_folder(Path(path), of_hub) if is_pretrained(path) else _load_checkpoint(path)
     if dtype is not None:
         if not isinstance(encoder, ParallelEncoder) or about["settings"].get("quantization"):
@@ -86,14 +85,11 @@ def load_encoder(
 
 
 def _of_hub(name: str, revision: str | None) -> Path:
-    """Return the local copy of a model on the hub; of one that is not an export nothing is loaded."""
+    """Return the local copy of a model on the hub, without pickles and code."""
     try:
-        folder = snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES)))
     except (OSError, ValueError) as error:
         raise ValueError(f"no model at {name!r}, here or on the hub: {error}") from error
-    if not is_pretrained(folder):
-        raise ValueError(f"{name!r} on the hub is not a model that push_to_hub or lightning export wrote")
-    return Path(folder)
 
 
 def save_encoder(
