@@ -126,12 +126,9 @@ PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA
         ({"input": "<|image_1|> a"}, 400, "input"),
         ({"input": [1, 10**6]}, 400, "input"),
         ({"input": ["a", [1, -2]]}, 400, "input"),
-        ({"input": [1.5, 2]}, 400, "input"),
         ({"messages": "a"}, 400, "messages"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, 400, "messages"),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]}, 400, "messages"),
         ({"messages": [{"role": "user", "content": [PICTURE, PICTURE]}]}, 400, "messages"),
-        ({"messages": [{"role": "user", "content": ""}]}, 400, "input"),
         ({"messages": [], "input": "a"}, 400, "messages"),
         ({"input": {f"key {number}": 0 for number in range(1000)}}, 400, "input"),
         ({"input": "a", "model": "path_3"}, 404, "model"),
@@ -469,14 +466,13 @@ def test_clients_of_other_packages(package: str, embedder: Embedder) -> None:
     clients = pytest.importorskip(package)
     texts = ["a red circle", "a green star", "a text"]
     with listening(Server(embedder, 1)) as port:
-        about: dict[str, Any] = {"model": "default", "api_key": "none"}
+        url = f"http://127.0.0.1:{port}/v1"
         if package == "langchain_openai":
-            about |= {"base_url": f"http://127.0.0.1:{port}/v1", "check_embedding_ctx_length": False}
-            client = clients.OpenAIEmbeddings(**about)
+            about: dict[str, Any] = {"base_url": url, "check_embedding_ctx_length": False}
+            client = clients.OpenAIEmbeddings(model="default", api_key="none", **about)
             found, query = client.embed_documents(texts), client.embed_query(texts[0])
         else:
-            about |= {"api_base": f"http://127.0.0.1:{port}/v1", "model_name": about.pop("model")}
-            client = clients.OpenAIEmbedding(**about)
+            client = clients.OpenAIEmbedding(model_name="default", api_key="none", api_base=url)
             found, query = client.get_text_embedding_batch(texts), client.get_query_embedding(texts[0])
     expected = embedder.encode(texts, paths=1)
     torch.testing.assert_close(torch.tensor(found), expected, atol=3e-7, rtol=0)
