@@ -377,7 +377,7 @@ def error_of(answer: Any) -> Any:
         ({"method": "GET", "url": "/v1/embeddings"}, 405, "GET /v1/embeddings; the server answers POST"),
         ({"headers": {"content-type": "text/plain"}}, 415, "must be application/json"),
         ({"headers": {"content-encoding": "gzip"}}, 415, "without compression"),
-        ({"json": {"input": [3]}}, 400, "check_embedding_ctx_length=False"),
+        ({"json": {"input": [10**6]}}, 400, "tokens of another vocabulary"),
         ({"json": {"input": {"image": "data:,AA"}}}, 400, "as data:image/png;base64,...: this is not a data"),
         ({"json": {"input": "a", "model": "gpt"}}, 404, "no model 'gpt'"),
         ({"content": b'{"input": "a"'}, 400, "body: Invalid JSON"),
