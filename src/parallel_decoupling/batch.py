@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -129,6 +130,31 @@ class PairBatch:
         teacher = None if self.teacher is None else self.teacher.to(device)
         ids = self.candidate_ids.to(device)
         return replace(self, inputs=self.inputs.to(device), candidate_ids=ids, teacher=teacher)
+
+
+@dataclass(frozen=True)
+class Template:
+    """What a backbone reads around an input: the prompt that it was trained to embed.
+
+    Attributes:
+        pattern: a text with {images} before {text}, and perhaps {instruction}, which otherwise stands before
+            the text; or chat, the processor's chat template with the instruction as its system message.
+        image: what stands for a picture in {images}; null is the backbone's image token.
+        instruction: fills {instruction} where an input has none.
+        full_stop: ends an instruction that ends without punctuation.
+    """
+
+    pattern: str = "chat"
+    image: str | None = None
+    instruction: str = ""
+    full_stop: bool = False
+
+    def __post_init__(self) -> None:
+        """Check that every part of an input has its place."""
+        marks = re.findall("{images}|{text}", self.pattern)
+        if self.pattern != "chat" and marks != ["{images}", "{text}"]:
+            rule = "must be chat, or hold {images} and later {text}, once each"
+            raise ValueError(f"prompt.pattern {rule}, got {self.pattern!r}.")
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ COMMANDS = {
     "compare": ("evaluation.compare.compare_runs", "compare one or several tested runs side by side"),
     "export": ("commands.export", "write a model as a folder to share"),
     "index": ("lance_index.write_lance_index", "make a LanceDB index of embeddings"),
+    "mine": ("mining.mine", "write hard negatives for training rows"),
     "paths": ("diagnostics.path_analysis.analyse_paths", "show how the paths of a trained model differ"),
     "search": ("commands.search", "search embeddings by a text, an image or both"),
     "serve": ("serve.serve", "serve embeddings over HTTP in OpenAI's form"),

@@ -151,7 +151,7 @@ def load_collator(model: str) -> Collator:
         return load_model(model).collator
     backbone = load_backbone(model, meta=True)
     limit = TokenLimit.of(backbone, backbone.processor)
-    return Collator(backbone.processor, image_token=backbone.image_token, limit=limit)
+    return Collator.of(backbone, limit=limit)
 
 
 def load_model(path: str | Path) -> Embedder:

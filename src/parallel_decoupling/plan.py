@@ -99,7 +99,7 @@ def image_cost(backbone: Backbone, images: ImagePolicy) -> ImageCost:
     """Let the backbone's processor prepare a picture of ``NATURAL_IMAGE``, and count: 0 without vision."""
     if backbone.family.vision_module is None:
         return ImageCost(0, 0, 0, 0, 0)
-    collator = Collator(backbone.processor, image_token=backbone.image_token, images=images)
+    collator = Collator.of(backbone, images=images)
     inputs = collator.encode_inputs([RawInput(IMAGE_PLACEHOLDER, (Image.new("RGB", NATURAL_IMAGE),))])
     token = backbone.processor.tokenizer.convert_tokens_to_ids(backbone.image_token)
     pixels, vision = inputs.vision[0]["pixel_values"], backbone.config.vision_config

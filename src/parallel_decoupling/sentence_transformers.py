@@ -205,13 +205,16 @@ def mteb_model(
     *,
     prompts: Mapping[str, str] | None = None,
     bad_inputs: BadInputs = "error",
+    name: str | None = None,
 ) -> SentenceTransformerEncoderWrapper:
     """Make a model that ``mteb.evaluate`` takes; of a plain ``SentenceTransformer`` it assumes texts only.
 
     ``prompts`` are by ``query``, ``document`` or the name of a task or of its type; None is the model's own.
-    ``bad_inputs`` is as for ``as_sentence_transformer``.
+    ``bad_inputs`` is as for ``as_sentence_transformer``. Under ``name``, "owner/model", it is registered for
+    ``mteb.get_model``; its revision is the hash of the weights and all else that shapes embeddings.
     """
     from mteb.models import SentenceTransformerEncoderWrapper
+    from mteb.models.model_implementations import MODEL_REGISTRY
 
     class Wrapper(SentenceTransformerEncoderWrapper):
         """Counts inputs over the calls by which mteb encodes one side of a task."""
@@ -229,7 +232,10 @@ def mteb_model(
     embedding: Any = wrapped.model[0]
     embedder = embedding.embedder
     about = {"paths": paths, "prompts": wrapped.model.prompts, "images": embedder.images.settings}
-    known: dict[str, Any] = {"name": f"parallel-decoupling/{paths}", "modalities": ["image", "text"]}
+    known: dict[str, Any] = {"name": name or f"parallel-decoupling/{paths}", "modalities": ["image", "text"]}
     known["revision"] = encoder_identity(embedder.encoder, **about)["sha256"]  # mteb keeps scores by it
+    known["loader"] = lambda *about, device=None, **rest: wrapped
     wrapped.mteb_model_meta = wrapped.mteb_model_meta.model_copy(update=known)
+    if name is not None:
+        MODEL_REGISTRY[name] = wrapped.mteb_model_meta
     return wrapped

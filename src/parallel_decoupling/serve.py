@@ -36,7 +36,7 @@ from parallel_decoupling.data.unusable import doubled, one_row
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.evaluation.encode import TokenEstimate, encode_rows
 from parallel_decoupling.option_types import Names, Port, checked
-from parallel_decoupling.serve_limits import Limits, RequestError, TimedProtocol, refusal, within
+from parallel_decoupling.serve_limits import Limits, RequestError, TimedProtocol, chat_input, refusal, within
 
 Output = int | Literal["aggregate"]  # what a model name stands for: a path's number, or the aggregate
 GRACE_SECONDS = 30  # accepted requests have so long after SIGTERM to be answered
@@ -60,11 +60,12 @@ class Known(BaseModel):
 
 
 class Input(Known):
-    """A text, an image, or both."""
+    """A text (or the model's own tokens of one), an image, or both."""
 
     text: str = ""
     image: str | None = None
     instruction: str | None = None
+    tokens: Annotated[list[int], FailFast()] = []
 
 
 class Body(Known):
@@ -76,17 +77,23 @@ class Body(Known):
     encoding_format: Literal["float", "base64"] = "float"
     user: str | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_chat(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "messages" in value and "input" not in value:
+            value["input"] = chat_input(value.pop("messages"))
+        return value
+
     @field_validator("input", mode="before")
     @classmethod
     def _as_list(cls, value: Any, info: ValidationInfo) -> Any:
         # strings are texts, never names of files
-        items, limits = value if isinstance(value, list) else [value], info.context or _LIMITS
+        single = not isinstance(value, list) or {*map(type, value)} == {int}
+        items, limits = [value] if single else value, info.context or _LIMITS
         if not 0 < len(items) <= limits.inputs:
             raise RequestError(f"input must have 1 to {limits.inputs} items", 413 if items else 400)
-        if any(isinstance(item, int | float | list) for item in items):
-            advice = "send texts (for LangChain's OpenAIEmbeddings: check_embedding_ctx_length=False)"
-            raise ValueError(f"numbers of tokens are not supported; {advice}")
-        return [{"text": item} if isinstance(item, str) else item for item in items]
+        kinds: dict[type, str] = {str: "text", list: "tokens"}
+        return [{kinds[type(item)]: item} if type(item) in kinds else item for item in items]
 
 
 class Task(NamedTuple):
@@ -255,7 +262,8 @@ class Server:
     def check(self, body: Body) -> Task:
         """Check a request, and decode its images; a ``ValueError`` names the key, or the input's number."""
         output, limits = self.output(body.model), self.limits
-        rows = to_raw_inputs(_checked(*each, limits) for each in enumerate(body.input))
+        tokenizer = self.embedder.encoder.processor.tokenizer
+        rows = to_raw_inputs(_checked(*each, limits, tokenizer) for each in enumerate(body.input))
         if body.dimensions is None:
             return Task(rows, output, None)
         path_dim = self.embedder.embed_dim
@@ -340,8 +348,12 @@ def serve(
     server.run()
 
 
-def _checked(number: int, item: Input, limits: Limits) -> dict[str, Any]:
+def _checked(number: int, item: Input, limits: Limits, tokenizer: Any) -> dict[str, Any]:
     """Return an input as ``Embedder.encode`` takes it, its image decoded."""
+    if item.tokens:
+        if item.text or not all(0 <= token < len(tokenizer) for token in item.tokens):
+            raise RequestError(f"input[{number}] has text and tokens, or tokens of another vocabulary")
+        item = item.model_copy(update={"text": tokenizer.decode(item.tokens)})
     where, characters = f"input[{number}]", len(item.text) + len(item.instruction or "")
     if characters > limits.characters:
         raise RequestError(f"{where} has more than {limits.characters} characters", 413)

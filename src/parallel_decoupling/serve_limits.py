@@ -113,3 +113,20 @@ class TimedProtocol(H11Protocol):
         head = f"HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-length: {len(content)}\r\n"
         self.transport.write(f"{head}content-type: application/json\r\n\r\n{content}".encode())
         self.transport.close()
+
+
+def chat_input(messages: Any) -> dict[str, Any]:
+    """Return a chat as one input: the system gives the instruction, a user texts and at most one image."""
+    said: dict[str, list[Any]] = {"system": [], "user": [], "image_url": []}
+    try:
+        for message in messages:
+            content = message["content"]
+            parts: Any = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            for part in parts:
+                kind = message["role"] if part["type"] == "text" else part["type"]
+                said[kind].append(part["text"] if part["type"] == "text" else part["image_url"]["url"])
+        texts, (image,) = (" ".join(said[role]) for role in ("user", "system")), said["image_url"] or [None]
+        return {"text": next(texts), "instruction": next(texts) or None, "image": image}
+    except (TypeError, KeyError, ValueError) as error:
+        form = "messages are of system or user, with a text or parts as content: text, and one image_url"
+        raise RequestError(f"{form} ({error!r})", param="messages") from error

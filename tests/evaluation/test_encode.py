@@ -41,6 +41,9 @@ class HashCollator:
         vision = tuple({"pixels": torch.zeros(1)} if row.images else {} for row in inputs)
         return EncoderInputs({"input_ids": ids, "attention_mask": (ids > 0).long()}, vision)
 
+    def text_parts(self, row: RawInput) -> tuple[str, str, str]:
+        return "", row.text, ""
+
     def encode_usable(self, inputs: list[RawInput]) -> tuple[EncoderInputs, dict[int, Any]]:
         return self.encode_inputs(inputs), {}
 

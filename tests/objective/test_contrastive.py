@@ -59,10 +59,12 @@ def both(case: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
     return unit(len(positive), 3, 5, seed=1), unit(len(ids), 3, 5, seed=2), labels
 
 
+@pytest.mark.parametrize("margin", [None, 0.05])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_value_and_gradients_equal_the_loop(case: str, symmetric: bool) -> None:
+def test_value_and_gradients_equal_the_loop(case: str, symmetric: bool, margin: float | None) -> None:
     query, candidate, labels = both(case)
+    labels["false_negative_margin"] = margin
     weight_N = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
     results = []
     for function in (info_nce, info_nce_loop):
@@ -72,7 +74,8 @@ def test_value_and_gradients_equal_the_loop(case: str, symmetric: bool) -> None:
         if function is info_nce:
             loss = info_nce(leaves[0], leaves[1], temperature=leaves[2], symmetric=symmetric, **labels)
         else:
-            loss = info_nce_loop(leaves[0], leaves[1], *CASES[case], leaves[2], symmetric)
+            limit = math.inf if margin is None else margin
+            loss = info_nce_loop(leaves[0], leaves[1], *CASES[case], leaves[2], symmetric, limit)
         results.append((loss, *torch.autograd.grad((weight_N * loss).sum(), leaves)))
     for ours, reference in zip(*results, strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-12)

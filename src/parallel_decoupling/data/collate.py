@@ -1,4 +1,4 @@
-"""From raw rows to tensors; no chat template, system prompt or end token is added, as in VLM2Vec."""
+"""From raw rows to tensors. Nothing is added to a text, as in VLM2Vec, unless the backbone has a prompt."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER as PLACEHOLDER
 from parallel_decoupling.batch import PADDING_ID, EncoderInputs, PairBatch, RawInput, RawPair, TokenLimit
 from parallel_decoupling.data.images import ImagePolicy, load_image
+from parallel_decoupling.data.prompts import chat_pattern, fill
 from parallel_decoupling.data.unusable import RowError, attempt, one_row
 
 PADDING = RawInput("-")
@@ -29,7 +30,8 @@ class Collator:
     """Turns rows into padded tensors with one processor call.
 
     Where the image tensors of a Hugging Face ``processor`` cannot be split by row, every row is processed
-    alone, which gives the same rows more slowly. ``image_token`` stands for an image in the backbone's text.
+    alone, which gives the same rows more slowly. ``image_token`` stands for an image in the backbone's text,
+    ``template`` (``batch.Template``) is what stands around that.
 
     Relations:
         Each row without its padding equals the processor's output for that row alone.
@@ -40,6 +42,7 @@ class Collator:
         processor: Any,
         *,
         image_token: str,
+        template: Any = None,
         images: ImagePolicy | None = None,
         limit: TokenLimit | None = None,
     ) -> None:
@@ -50,6 +53,13 @@ class Collator:
         if isinstance(patch, int) and isinstance(merge, int):
             self.images = replace(self.images, factor=patch * merge)
         self._splits = True  # until the processor's image tensors are seen not to split by row
+        self.template, self._patterns = template, dict[int, str]()
+        self.text_parts(PADDING)  # a chat template that cannot be used is an error at once
+
+    @classmethod
+    def of(cls, model: Any, **options: Any) -> Collator:
+        """Return the collator of an encoder or a backbone."""
+        return cls(model.processor, image_token=model.image_token, template=model.template, **options)
 
     def __call__(self, pairs: Sequence[RawPair]) -> PairBatch:
         """Batch training rows in the order of ``PairBatch``."""
@@ -102,12 +112,25 @@ class Collator:
             raise ValueError(f"{found}. Mark images with {PLACEHOLDER}.")
         row.text.encode()  # half a surrogate pair is not a text
 
+    def text_parts(self, row: RawInput) -> tuple[str, str, str]:
+        """Return a row as the backbone reads it: a start that is never cut, what can be cut, and the end."""
+        if self.template is None:
+            text = row.text.replace(PLACEHOLDER, self.image_token)
+            start = row.text[: row.fixed].replace(PLACEHOLDER, self.image_token)
+            return start, text[len(start) :], ""
+        count, pattern = len(row.images), self.template.pattern
+        if pattern == "chat":
+            if count not in self._patterns:
+                self._patterns[count] = chat_pattern(self.processor, count)
+            pattern = self._patterns[count]
+        return fill(pattern, row, self.template, (self.template.image or self.image_token) * count)
+
     def _read(self, row: RawInput) -> tuple[str, list[Image.Image]]:
         """Check a row's text, and decode its images."""
         self.check_text(row)
         turn = self.images.size is None
         images = [self.images(load_image(image, turn=turn)) for image in row.images]
-        return row.text.replace(PLACEHOLDER, self.image_token), images
+        return "".join(self.text_parts(row)), images
 
     def _process(self, inputs: Sequence[RawInput]) -> EncoderInputs | None:
         """Process all rows in one call; return None if the image tensors cannot be told apart by row."""
@@ -146,14 +169,15 @@ class Collator:
             return encoded
         if self.limit.long_text == "error":
             raise ValueError(self._too_long(row, len(ids)))
-        tokenizer = self.processor.tokenizer
-        rest = tokenizer(row.text[row.fixed :], add_special_tokens=False)["input_ids"] if row.fixed else ids
+        tokenizer, (start, text, end) = self.processor.tokenizer, self.text_parts(row)
+        rest = tokenizer(text + end, add_special_tokens=False)["input_ids"] if start else ids
         image = (ids == tokenizer.convert_tokens_to_ids(self.image_token)).nonzero().flatten().tolist()
         needed = max(len(ids) - len(rest), image[-1] + 1 if image else 0)
-        if needed >= most:
+        last = max(1, len(tokenizer(end)["input_ids"]))
+        if needed + last > most:
             what = f"pictures and instruction take {needed} tokens where max_tokens is {most}"
-            raise ValueError(f"{what}, with one for the end. Use smaller ones, or raise max_tokens.")
-        keep = [*range(most - 1), len(ids) - 1]
+            raise ValueError(f"{what}, with {last} for the end. Use smaller ones, or raise max_tokens.")
+        keep = [*range(most - last), *range(len(ids) - last, len(ids))]
         return EncoderInputs({k: v[:, keep] for k, v in encoded.tokens.items()}, encoded.vision, num_cut=1)
 
     def _too_long(self, row: RawInput, count: int | str = "more") -> str:

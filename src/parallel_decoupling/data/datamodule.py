@@ -286,10 +286,8 @@ class MMEBDataModule(LightningDataModule):
     @property
     def collator(self) -> Collator:
         """Tokenises for the connected model; pictures as in its training without image settings here."""
-        encoder = self._connected.encoder
         images = self._connected.images if self.images == ImagePolicy() else self.images
-        options = {"images": images, "limit": self._connected.limit}
-        return Collator(encoder.processor, image_token=encoder.image_token, **options)
+        return Collator.of(self._connected.encoder, images=images, limit=self._connected.limit)
 
     @property
     def _connected(self) -> Any:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
 from PIL import Image
 
-from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
+from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput, Template
 from parallel_decoupling.data.images import as_picture, is_array, names_picture
 from parallel_decoupling.data.unusable import one_row
 
@@ -118,6 +120,39 @@ def prompt(
     marks = f"{IMAGE_PLACEHOLDER}\n" * len(pictures)
     asked = len(instruction.strip()) if instruction else 0
     return RawInput(marks + (f"{body}\n" if body else ""), pictures, len(marks) + asked)
+
+
+def chat_pattern(processor: Any, num_images: int) -> str:
+    """Return a processor's chat template, up to where the answer begins, as a pattern of ``Template``."""
+    parts: Any = [{"type": "image"}] * num_images + [{"type": "text", "text": "{text}"}]
+    system: Any = [{"type": "text", "text": "{instruction}"}]
+    if not hasattr(processor, "apply_chat_template"):  # a tokenizer's messages are plain texts
+        processor, parts, system = processor.tokenizer, "{text}", "{instruction}"
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": parts}]
+    try:
+        pattern: str = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except (ValueError, TemplateError) as error:
+        pattern = str(error)
+    if [pattern.count(mark) for mark in ("{instruction}", "{text}")] != [1, 1]:
+        found = "the processor's chat template does not show a system message and a text, once each"
+        raise ValueError(f"{found}: {pattern!r}. Give a pattern.")
+    return pattern
+
+
+def fill(pattern: str, row: RawInput, template: Template, images: str) -> tuple[str, str, str]:
+    """Return what a pattern has before the row's text, the text, and what follows; pictures as it says."""
+    parts = row.text[: row.fixed], row.text[row.fixed :]
+    instruction, text = (re.sub(re.escape(IMAGE_PLACEHOLDER) + "[ \n]?", "", part).strip() for part in parts)
+    before, behind = pattern.split("{text}")
+    if "{instruction}" not in pattern:
+        before += "{instruction} " if instruction else ""
+    else:
+        instruction = instruction or template.instruction
+        unended = instruction and not unicodedata.category(instruction[-1]).startswith("P")
+        instruction += "." if template.full_stop and unended else ""
+    values = {"{instruction}": instruction, "{images}": images}
+    before = re.sub("{instruction}|{images}", lambda mark: values[mark[0]], before)
+    return before, text, behind.replace("{instruction}", instruction)
 
 
 def is_single(inputs: Any) -> bool:

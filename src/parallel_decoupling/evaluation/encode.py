@@ -51,7 +51,7 @@ class TokenEstimate:
     """
 
     def __init__(self, collator: Collator, bytes_per_token: int = BYTES_PER_TOKEN) -> None:
-        self._bytes_per_token = bytes_per_token
+        self._bytes_per_token, self._parts = bytes_per_token, collator.text_parts
         images, self.most = collator.images, collator.limit.max_tokens
         self.factor = 0  # side in pixels of a token; 0 where all pictures have the same number of tokens
         if images.size is None and images.factor > 1:
@@ -64,7 +64,8 @@ class TokenEstimate:
     def __call__(self, row: RawInput) -> float:
         """Estimate from the text's length and the pictures' sizes, read from the headers of their files."""
         images = sum(self._image_tokens(image) for image in row.images)
-        return min(len(row.text.encode(errors="replace")) / self._bytes_per_token + images, self.most)
+        length = sum(len(part.encode(errors="replace")) for part in self._parts(row))
+        return min(length / self._bytes_per_token + images, self.most)
 
     def _image_tokens(self, image: Any) -> float:
         if not self.factor:
@@ -241,6 +242,7 @@ def encode_rows(
     batch_size: int = 32,
     show_progress: bool | None = None,
     keep_going: bool = False,
+    where: Callable[[int], str] = "input {}".format,
 ) -> Encoded:
     """Embed rows in one process; a row that cannot be embedded is an error unless ``keep_going``.
 
@@ -264,7 +266,7 @@ def encode_rows(
         return embeddings_BND.float().cpu()
 
     plan = BatchPlan(rows, TokenEstimate(collator), batch_size)
-    batches = RowBatches(rows, collator, "input {}".format, keep_going=keep_going)
+    batches = RowBatches(rows, collator, where, keep_going=keep_going)
     if show_progress is None:
         show_progress = len(plan) >= PROGRESS_FROM and sys.stderr.isatty()
     num_selected = encoder.num_paths if selected is None else len(selected)

@@ -62,6 +62,7 @@ class Backbone(nn.Module):
         self.num_key_value_heads: int = text.num_key_value_heads
         self.head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         self.image_token = self.family.image_token or IMAGE_PLACEHOLDER
+        self.template = self.family.prompt
         for index, layer in enumerate(self.layers):
             layer.register_forward_pre_hook(partial(enter_layer, index), with_kwargs=True)
         self.language_model.register_forward_pre_hook(hand_down, with_kwargs=True)

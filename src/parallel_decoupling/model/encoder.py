@@ -65,7 +65,7 @@ class ParallelEncoder(nn.Module):
         self.embed_dim: int = backbone.hidden_size
         self.aggregate_dim: int = self.embed_dim * (num_paths if aggregation == "concat" else 1)
         self.processor: Any = backbone.processor
-        self.image_token: str = backbone.image_token
+        self.image_token, self.template = backbone.image_token, backbone.template
         if backbone.adapter.per_path:
             split_adapters(backbone.base, num_paths, f"{backbone.family.layers}.", self.prefix_range.start)
         draw_adapters(backbone.base, seed, fresh=backbone.initial_adapter is None)

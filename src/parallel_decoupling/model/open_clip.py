@@ -98,6 +98,7 @@ class OpenCLIPEncoder(nn.Module):
     num_paths = 1
     prefix_layers = 0
     image_token = IMAGE_PLACEHOLDER  # the processor takes it out
+    template = None
 
     def __init__(self, backbone: OpenCLIPBackbone, processor: OpenCLIPProcessor) -> None:
         super().__init__()

@@ -6,6 +6,8 @@ Shapes: ``B`` queries, ``G`` candidates (``G >= B`` with gathered or hard negati
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +22,7 @@ def info_nce(
     candidate_ids: Tensor,
     temperature: float | Tensor,
     symmetric: bool = False,
+    false_negative_margin: float | None = None,
 ) -> Tensor:
     """Contrast every query with all candidates, path by path.
 
@@ -46,6 +49,7 @@ def info_nce(
         temperature: divides the scores, above 0; a 0-dim tensor receives gradient.
         symmetric: also contrast each positive with the B queries, without those that have the same target,
             and return the mean of both directions.
+        false_negative_margin: leave out, path by path, what scores above the positive by more than this.
 
     Returns:
         ``[N]``, the mean over B of each path.
@@ -67,13 +71,14 @@ def info_nce(
     share_BA = share_BA / share_BA.sum(dim=1, keepdim=True)
     left_out_BG = _left_out(positive, candidate_ids)
     own_B = torch.arange(len(positive), device=positive.device)
+    above = (math.inf if false_negative_margin is None else false_negative_margin) / temperature
     losses = []
     for positive_B, ids_B in zip(positive_BA.unbind(1), ids_BA.unbind(1), strict=True):
-        loss_NB = _cross_entropy(score_NBG, left_out_BG, positive_B)
+        loss_NB = _cross_entropy(score_NBG, left_out_BG, positive_B, above)
         if symmetric:
             reverse_NBB = score_NBG[:, :, positive_B].transpose(1, 2)  # [n, b, c]: positive of b, query c
             same_BB = (ids_B[:, None, None] == ids_BA).any(dim=2)
-            loss_NB = (loss_NB + _cross_entropy(reverse_NBB, same_BB, own_B)) / 2
+            loss_NB = (loss_NB + _cross_entropy(reverse_NBB, same_BB, own_B, above)) / 2
         losses.append(loss_NB)
     return (torch.stack(losses, dim=2) * share_BA).sum(dim=2).mean(dim=1)
 
@@ -172,10 +177,12 @@ def _left_out(positive: Tensor, candidate_ids: Tensor) -> Tensor:
     return (ids_BA.unsqueeze(2) == candidate_ids).any(dim=1) | (candidate_ids == PADDING_ID)
 
 
-def _cross_entropy(score_NBG: Tensor, left_out_BG: Tensor, positive: Tensor) -> Tensor:
-    """Return ``[N, B]``; the positive itself is never left out."""
+def _cross_entropy(score_NBG: Tensor, left_out_BG: Tensor, positive: Tensor, above: float | Tensor) -> Tensor:
+    """Return ``[N, B]``; the positive itself is never left out, what scores more than ``above`` higher is."""
     num_paths, num_queries, _ = score_NBG.shape
-    logit_NBG = score_NBG.masked_fill(left_out_BG.scatter(1, positive.unsqueeze(1), False), -torch.inf)
+    own_NB1 = score_NBG.gather(2, positive.view(1, -1, 1).expand(num_paths, -1, -1))
+    out_NBG = left_out_BG.scatter(1, positive.unsqueeze(1), False) | (score_NBG > own_NB1 + above)
+    logit_NBG = score_NBG.masked_fill(out_NBG, -torch.inf)
     loss = nn.functional.cross_entropy(logit_NBG.flatten(0, 1), positive.repeat(num_paths), reduction="none")
     return loss.view(num_paths, num_queries)
 

@@ -66,16 +66,15 @@ class PDFEmbedder(LightningModule):
         mi: the estimator of mutual information and its schedule.
         mi_weight: final weight of the mutual-information term; with 0 the estimator only watches.
         aggregate_weight: weight of the aggregate's InfoNCE; 0 switches it off.
-        nested_paths: also contrast the aggregates of the first N - 1 to 2 paths, so that a user may keep as
-            many as fit; the aggregate's term is the mean.
+        nested_paths: also contrast the aggregates of the first 2 to N - 1 paths, so that fewer may be kept.
         distillation_weight: teaches every path the scores of the aggregate within the batch; 0 is off.
         distillation_start: main steps before that begins.
-        matryoshka_dims: smaller dimensions at which every path and the aggregate are contrasted, too; the
-            terms are means over these and the full dimension.
+        matryoshka_dims: smaller dimensions at which paths and aggregate are contrasted, too; terms are means.
         temperature: divides cosines in InfoNCE, above 0.
         learn_temperature: train the temperature, starting from temperature.
         symmetric: also contrast candidates with queries.
         teacher_weight: of the divergence from a teacher's scores within every InfoNCE (docs/data.md).
+        false_negative_margin: leaves candidates out that score so much above a positive; null is off.
         optimizer: rates, schedule, clipping.
         chunk_size: GradCache, rows (queries and candidates) per forward pass; null encodes the batch in one
             graph.
@@ -119,6 +118,7 @@ class PDFEmbedder(LightningModule):
         learn_temperature: bool = False,
         symmetric: bool = False,
         teacher_weight: NonNegativeFloat = 0.0,
+        false_negative_margin: NonNegativeFloat | None = None,
         optimizer: OptimizerConfig = _OPTIMIZER,
         chunk_size: PositiveInt | None = None,
         query_instruction: str = "",
@@ -144,7 +144,7 @@ class PDFEmbedder(LightningModule):
         self.mi_config: MIConfig = typed["mi"]
         self.optimizer_config: OptimizerConfig = typed["optimizer"]
         self.mi_weight, self.aggregate_weight, self.symmetric = mi_weight, aggregate_weight, symmetric
-        self.nested_paths = nested_paths
+        self.nested_paths, self.false_negative_margin = nested_paths, false_negative_margin
         self.distillation_weight, self.distillation_start = distillation_weight, distillation_start
         self.chunk_size = chunk_size
         self.query_instruction, self.candidate_instruction = query_instruction, candidate_instruction
@@ -186,6 +186,7 @@ class PDFEmbedder(LightningModule):
                 symmetric=self.symmetric,
                 with_aggregate=self.aggregate_weight > 0,
                 teacher_weight=self.teacher_weight,
+                false_negative_margin=self.false_negative_margin,
             )
             with terms.frozen(self.mutual_information), torch.set_grad_enabled(weight > 0):
                 mi_M = terms.mutual_information_terms(self.mutual_information, pairs)

@@ -46,7 +46,7 @@ class GatheredPairs:
     teacher: Tensor | None = None
 
     @property
-    def labels(self) -> dict[str, Tensor]:
+    def labels(self) -> dict[str, Any]:
         """Return what ``info_nce`` and ``in_batch_margins`` compare candidates by."""
         positive = self.positive if self.own is None else self.own[:, : self.num_positives]
         return {"positive": positive, "candidate_ids": self.candidate_ids}
@@ -116,6 +116,7 @@ def contrastive_terms(
     symmetric: bool,
     with_aggregate: bool,
     teacher_weight: float = 0.0,
+    false_negative_margin: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return InfoNCE of every path ``[N]`` and of the aggregates (0-dim), means over nested dimensions.
 
@@ -123,12 +124,13 @@ def contrastive_terms(
     """
     if pairs.nested:
         options: dict[str, Any] = {"symmetric": symmetric, "with_aggregate": with_aggregate}
-        options["teacher_weight"] = teacher_weight
+        options |= {"teacher_weight": teacher_weight, "false_negative_margin": false_negative_margin}
         dims = (replace(pairs, nested=()), *pairs.nested)
         of_dims = [contrastive_terms(each, temperature, **options) for each in dims]
         paths, aggregates = zip(*of_dims, strict=True)
         return torch.stack(paths).mean(dim=0), torch.stack(aggregates).mean(dim=0)
     arguments: dict[str, Any] = {"temperature": temperature, "symmetric": symmetric, **pairs.labels}
+    arguments["false_negative_margin"] = false_negative_margin
 
     def contrast(query: Tensor, candidate: Tensor) -> Tensor:
         loss_N = contrastive.info_nce(query, candidate, **arguments)
