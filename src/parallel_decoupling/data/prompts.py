@@ -11,11 +11,11 @@ from typing import Any
 
 from PIL import Image
 
-from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
-from parallel_decoupling.data.images import as_picture, is_array, names_picture
+from parallel_decoupling.batch import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, RawInput
+from parallel_decoupling.data.images import as_picture, as_video, is_array, names_picture
 from parallel_decoupling.data.unusable import one_row
 
-INPUT_KEYS = ("text", "image", "images", "instruction")
+INPUT_KEYS = ("text", "image", "images", "video", "instruction")
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,12 @@ def prompt(
     instruction: str | None = None,
     *,
     images: Sequence[Image.Image | str] = (),
+    video: Sequence[Image.Image | str] = (),
 ) -> RawInput:
     r"""Write an input the way MMEB's training data is written.
 
     With images (PIL images or files): ``"<|image_1|>\n{instruction} {text}\n"``, one placeholder line per
-    image. Without: ``"{instruction} {text}\n"``. A text alone (MMEB's captions, labels and answers) is
+    image, then one for the frames of a video. Without: ``"{instruction} {text}\n"``. A text alone (MMEB's captions, labels and answers) is
     stripped and gets no newline.
 
     Relations:
@@ -110,14 +111,14 @@ def prompt(
         raise ValueError("Give image or images, not both.")
     pictures = (image,) if image is not None else tuple(images)
     body = " ".join(part.strip() for part in (instruction, text) if part and part.strip())
-    if not pictures:
+    if not pictures and not video:
         if not text or not text.strip():
-            raise ValueError("An input needs a text or an image.")
+            raise ValueError("An input needs a text or an image, or a video.")
         text = text.strip()
         return RawInput(body if body == text else f"{body}\n", (), len(body) - len(text))
-    marks = f"{IMAGE_PLACEHOLDER}\n" * len(pictures)
+    marks = f"{IMAGE_PLACEHOLDER}\n" * len(pictures) + (f"{VIDEO_PLACEHOLDER}\n" if video else "")
     asked = len(instruction.strip()) if instruction else 0
-    return RawInput(marks + (f"{body}\n" if body else ""), pictures, len(marks) + asked)
+    return RawInput(marks + (f"{body}\n" if body else ""), pictures, len(marks) + asked, tuple(video))
 
 
 def is_single(inputs: Any) -> bool:
@@ -172,12 +173,13 @@ def _raw_input_from_mapping(item: Mapping[str, Any], instruction: str | None) ->
             raise ValueError(f"{key!r} is a {type(value).__name__}; use a string")
     if unknown := sorted(str(key) for key in item if key not in INPUT_KEYS):
         raise ValueError(f"unknown keys {unknown}; use {list(INPUT_KEYS)}")
-    text, image, images, own_instruction = (item.get(key) for key in INPUT_KEYS)
+    text, image, images, video, own = (item.get(key) for key in INPUT_KEYS)
     if images is not None and is_single(images):
         raise ValueError(f"'images' is a single {type(images).__name__}; pass a list or use 'image'")
     image = None if image is None else as_picture(image)
     images = [as_picture(each) for each in (() if images is None else images)]
-    return prompt(text, image, instruction if own_instruction is None else own_instruction, images=images)
+    frames = () if video is None else as_video(video)
+    return prompt(text, image, instruction if own is None else own, images=images, video=frames)
 
 
 def _refuse_table(value: Any) -> None:

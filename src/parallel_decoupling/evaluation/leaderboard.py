@@ -31,6 +31,8 @@ def candidate_name(task: Task, candidate: RawInput) -> str:
 
     Prompts stand in for the raw cells, and image files have their whole path.
     """
+    if candidate.video:
+        return str(Path(str(candidate.video[0])).parent)
     if not candidate.images:
         return candidate.text
     text = " ".join(candidate.text.replace(IMAGE_PLACEHOLDER, " ").split())
