@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER as PLACEHOLDER
-from parallel_decoupling.batch import VIDEO_PLACEHOLDER as VIDEO
 from parallel_decoupling.batch import PADDING_ID, EncoderInputs, PairBatch, RawInput, RawPair, TokenLimit
+from parallel_decoupling.batch import VIDEO_PLACEHOLDER as VIDEO
 from parallel_decoupling.data.images import ImagePolicy, load_image
 from parallel_decoupling.data.unusable import RowError, attempt, one_row
 

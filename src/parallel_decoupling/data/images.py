@@ -59,9 +59,6 @@ class ImagePolicy:
         if self.size is not None and bounds:
             meaning = "forces a square, so min_pixels and max_pixels have no meaning"
             raise ValueError(f"image_size={self.size!r} {meaning}. Set one or the other to null.")
-        if min(self.max_frames, self.max_video_pixels or 1) < 1:
-            found = f"max_frames={self.max_frames}, max_video_pixels={self.max_video_pixels}"
-            raise ValueError(f"{found}: they must be at least 1.")
         if min(bounds, default=1) < 1 or bounds != sorted(bounds):
             rule = "must be at least 1, and min_pixels not above max_pixels"
             raise ValueError(f"min_pixels={self.min_pixels}, max_pixels={self.max_pixels}: they {rule}.")
@@ -155,6 +152,8 @@ def as_picture(value: Any) -> Image.Image | str:
     """Return what is a picture by its type as a PIL image or a file's name, or raise ``ValueError``."""
     if isinstance(value, Image.Image):
         return value
+    if isinstance(value, Mapping) and {"bytes", "path"} == set(value):  # a row of datasets, not decoded
+        return as_picture(value["path"] if value["bytes"] is None else value["bytes"])
     if isinstance(value, bytes | bytearray | memoryview):
         return _opened(bytes(value))
     if isinstance(value, str) and _DATA_URI.match(value):
@@ -290,10 +289,10 @@ class ImageFolder:
         self._places = [(root, prefix) for root in roots for prefix in ("", "images/", None)]
 
     def find(self, image: str) -> str | None:
-        """Return the file, or None if there is none."""
+        """Return the file or the folder of frames, or None if there is neither."""
         for number, (root, prefix) in enumerate(self._places):
             file = root / (image.removeprefix("images/") if prefix is None else prefix + image)
-            if file.is_file():
+            if image and (file.is_file() or file.is_dir()):
                 self._places.insert(0, self._places.pop(number))
                 return str(file)
         return None

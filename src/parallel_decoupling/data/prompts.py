@@ -28,12 +28,14 @@ class PromptRules:
         own_line: the query's instruction always starts a line; otherwise only where it is written so.
         query_end: what ends a query.
         candidate_end: what ends a candidate with an image and no text.
+        one_line: placeholder, instruction and text stand on a line that nothing ends, as in MMEB-V2.
     """
 
     query_image: bool = True
     own_line: bool = False
     query_end: str = "\n"
     candidate_end: str = "\n"
+    one_line: bool = False
 
 
 def written_text(text: str, *, has_image: bool, drop_placeholder: bool = False) -> str:
@@ -100,8 +102,8 @@ def prompt(
     r"""Write an input the way MMEB's training data is written.
 
     With images (PIL images or files): ``"<|image_1|>\n{instruction} {text}\n"``, one placeholder line per
-    image, then one for the frames of a video. Without: ``"{instruction} {text}\n"``. A text alone (MMEB's captions, labels and answers) is
-    stripped and gets no newline.
+    image, then one for a video. Without: ``"{instruction} {text}\n"``. A text alone (MMEB's captions,
+    labels and answers) is stripped and gets no newline.
 
     Relations:
         Equals the written prompts of MMEB-eval's 36 tasks, but for the last newline of four: VisDial's
