@@ -113,7 +113,9 @@ def test_order_and_number_of_frames_count(folder: str) -> None:
 
 def test_a_long_text_is_cut_behind_the_video(folder: str) -> None:
     encoder = encoder_of(folder, num_paths=1, prefix_length=0)
-    whole = Embedder(encoder).collator.encode_inputs([to_raw_input({"video": frames(2), "text": "x y z " * 9})])
+    whole = Embedder(encoder).collator.encode_inputs(
+        [to_raw_input({"video": frames(2), "text": "x y z " * 9})]
+    )
     limit = TokenLimit(int(whole.lengths[0]) - 5)
     cut = Collator(encoder.processor, image_token=encoder.image_token, limit=limit)
     inputs = cut.encode_inputs([to_raw_input({"video": frames(2), "text": "x y z " * 9})])
@@ -123,7 +125,9 @@ def test_a_long_text_is_cut_behind_the_video(folder: str) -> None:
 
 def test_what_is_no_video_and_who_takes_none(tmp_path: Path, tiny_clip_dir: str) -> None:
     video = {"video": frames(2), "text": "count the objects"}
-    names = {name: save_tiny_family(name, tmp_path / name) for name in ("qwen2", "smolvlm", "llava_onevision")}
+    names = {
+        name: save_tiny_family(name, tmp_path / name) for name in ("qwen2", "smolvlm", "llava_onevision")
+    }
     encoders: list[Any] = [encoder_of(name, num_paths=1, prefix_length=0) for name in names.values()]
     encoders.append(build_encoder(tiny_clip_dir, {}, {}))
     for encoder in encoders:

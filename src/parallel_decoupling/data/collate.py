@@ -103,15 +103,11 @@ class Collator:
             raise ValueError(f"the backbone takes no video; {known}.")
         if not row.pictures and not row.text.strip():
             raise ValueError("neither text nor image. Remove the row from the file or fill it in.")
-        count, shown = row.text.count(PLACEHOLDER), reprlib.repr(row.text)
-        if count != len(row.images):
-            raise ValueError(f"{len(row.images)} images but {count} {PLACEHOLDER} in {shown}.")
-        if row.text.count(VIDEO) != bool(row.video):
-            found = f"{int(bool(row.video))} videos but {row.text.count(VIDEO)} {VIDEO} in {shown}"
-            raise ValueError(f"{found}. A video is marked once.")
-        for token, mark in ((self.image_token, PLACEHOLDER), (self.video_token, VIDEO)):
+        shown, kinds = reprlib.repr(row.text), ("image", self.image_token, PLACEHOLDER, len(row.images))
+        for kind, token, mark, given in (kinds, ("video", self.video_token, VIDEO, int(bool(row.video)))):
+            if (count := row.text.count(mark)) != given:
+                raise ValueError(f"{given} {kind}s but {count} {mark} in {shown}.")
             if token not in (None, mark) and token in row.text:
-                kind = "image" if mark == PLACEHOLDER else "video"
                 found = f"The text {shown} holds {token!r}, the backbone's own {kind} token"
                 raise ValueError(f"{found}. Mark {kind}s with {mark}.")
         row.text.encode()  # half a surrogate pair is not a text
@@ -216,10 +212,10 @@ def _split(
     """Split the tensors of images and videos by row; None if one cannot be split."""
     of_videos = {key: pixels[key] for key in pixels if "video" in key or key == "second_per_grid_ts"}
     of_images = {key: pixels[key] for key in pixels if key not in of_videos}
-    parts = _split_kind(of_images, images), _split_kind(of_videos, videos, "video_grid_thw")
-    if parts[0] is None or parts[1] is None:
+    image, video = _split_kind(of_images, images), _split_kind(of_videos, videos, "video_grid_thw")
+    if image is None or video is None:
         return None
-    return tuple({**image, **video} for image, video in zip(*parts, strict=True))
+    return tuple({**one, **other} for one, other in zip(image, video, strict=True))
 
 
 def _split_kind(

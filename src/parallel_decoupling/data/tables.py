@@ -171,7 +171,7 @@ def _write(file: Path, texts: Mapping[str, bool], keep_others: bool, copy: Path,
         held = any(texts.get(field.name) and _is_held(field.type) for field in source.schema_arrow)
         batches = source.iter_batches(ROWS_WITH_PICTURES if held else ROWS_PER_BATCH, columns=columns)
     elif file.suffix in SUFFIXES:
-        table = _read_jsonl(file) if file.suffix == ".jsonl" else _read_csv(file, texts)
+        table = _read_jsonl(file) if file.suffix == ".jsonl" else _read_csv(file, [*texts])
         found, batches = table.column_names, table.to_batches(ROWS_PER_BATCH)
     else:
         raise ValueError(f"{file}: the file must end with one of {', '.join(SUFFIXES)}.")
@@ -181,12 +181,7 @@ def _write(file: Path, texts: Mapping[str, bool], keep_others: bool, copy: Path,
     writer, rows = None, 0
     with pa.OSFile(str(copy), "wb") as stream:
         for part in batches:
-            cells = [
-                _save_pictures(part.column(name), pictures)
-                if texts.get(name) and _is_held(part.column(name).type)
-                else _to_copy(file, name, part.column(name), name in texts)
-                for name in kept
-            ]
+            cells = [_to_copy(file, name, part.column(name), texts.get(name), pictures) for name in kept]
             batch = pa.RecordBatch.from_arrays(cells, kept, metadata={"columns": json.dumps(found)})
             try:
                 batch.validate(full=True)  # texts that are not UTF-8
@@ -285,7 +280,7 @@ def _is_held(kind: pa.DataType) -> bool:
     """Tell whether cells hold pictures: bytes, or structs of ``bytes`` and ``path``, alone or in lists."""
     kind = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
     is_struct = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-    return is_struct or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    return bool(is_struct or pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
 def _save_pictures(cells: pa.Array, folder: Path) -> pa.Array:
@@ -310,12 +305,14 @@ def _save_pictures(cells: pa.Array, folder: Path) -> pa.Array:
     return pa.array(names, pa.list_(pa.string()) if is_nested else pa.string())
 
 
-def _to_copy(file: Path, name: str, cells: pa.Array, is_text: bool) -> pa.Array:
+def _to_copy(file: Path, name: str, cells: pa.Array, is_picture: bool | None, folder: Path) -> pa.Array:
     """Cast numbers and all kinds of strings to text, alone or in lists; leave other columns as they are.
 
-    NaN becomes null.
+    NaN becomes null. ``is_picture`` is None for other columns; pictures become files in ``folder``.
     """
-    if not is_text:  # an Arrow file holds at most one dictionary per column
+    if is_picture and _is_held(cells.type):
+        return _save_pictures(cells, folder)
+    if is_picture is None:  # an Arrow file holds at most one dictionary per column
         return cells.dictionary_decode() if pa.types.is_dictionary(cells.type) else cells
     kind = cells.type
     if pa.types.is_null(kind):  # may stand for texts or for lists

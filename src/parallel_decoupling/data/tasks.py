@@ -150,25 +150,17 @@ class EvalTask:
 
         A row goes if all its right answers go or if no other candidate is left. All indices stay.
         """
-        if self.relevance_of_row is not None:
-            relevance: list[dict[int, float]] = []
-            kept = replace(self, query_of_row=[], candidates_of_row=[], relevance_of_row=relevance)
-            lists = {id(row): row for row in self.candidates_of_row}  # all rows may share one
-            left_of = {key: [each for each in row if each not in candidates] for key, row in lists.items()}
-            rows = zip(self.query_of_row, self.candidates_of_row, self.relevance_of_row, strict=True)
-            for query, row, grades in rows:
-                answers = {each: grade for each, grade in grades.items() if each not in candidates}
-                if query not in queries and answers and len(left_of[id(row)]) > 1:
-                    kept.query_of_row.append(query)
-                    kept.candidates_of_row.append(left_of[id(row)])
-                    relevance.append(answers)
-            return kept
-        kept = replace(self, query_of_row=[], candidates_of_row=[])
-        for query, row in zip(self.query_of_row, self.candidates_of_row, strict=True):
-            left = [candidate for candidate in row if candidate not in candidates]
-            if query not in queries and row[0] not in candidates and len(left) > 1:
+        relevance: list[dict[int, float]] | None = None if self.relevance_of_row is None else []
+        kept = replace(self, query_of_row=[], candidates_of_row=[], relevance_of_row=relevance)
+        lists = {id(row): row for row in self.candidates_of_row}  # all rows may share one
+        left_of = {key: [each for each in row if each not in candidates] for key, row in lists.items()}
+        for number, (query, row) in enumerate(zip(self.query_of_row, self.candidates_of_row, strict=True)):
+            answers = {each: grade for each, grade in self.answers(number).items() if each not in candidates}
+            if query not in queries and answers and len(left_of[id(row)]) > 1:
                 kept.query_of_row.append(query)
-                kept.candidates_of_row.append(left)
+                kept.candidates_of_row.append(left_of[id(row)])
+                if relevance is not None:
+                    relevance.append(answers)
         return kept
 
 
@@ -199,13 +191,12 @@ def read_tasks(data_dir: str | Path) -> dict[str, Task]:
 def _v2_source(task: Task, data_dir: Path) -> Source:
     """Return where the rows and the pictures or frames of a task of MMEB-V2 are."""
     entry, root = _V2[task.group][task.name], data_dir / f"{task.group}-tasks"
-    about = {"query_instruction": entry["query"], "candidate_instruction": entry["candidate"]}
+    about: dict[str, Any] = {"query_instruction": entry["query"], "candidate_instruction": entry["candidate"]}
     if task.group == "video":
         frames = root / "frames" / entry["frames"]
         return Source(eval_file=root / entry["set"], image_dir=frames, published=entry, **about)
-    roles = {"query_text": "query", "candidate_image": "image"}
-    pictures = root / entry["images"]
-    return Source(None, None, root / entry["set"], pictures, roles, **about, published=entry)
+    about |= {"eval_dir": root / entry["set"], "image_dir": root / entry["images"]}
+    return Source(columns={"query_text": "query", "candidate_image": "image"}, published=entry, **about)
 
 
 def _eval_folders(data_dir: str | Path) -> list[str]:
@@ -289,7 +280,8 @@ def find_eval_tasks(data_dir: str | Path) -> list[str]:
     found, known = _eval_folders(data_dir), read_tasks(data_dir)
     sources = {name: task.source for name, task in known.items() if task.source}
     places = {name: source.eval_file or source.eval_dir for name, source in sources.items()}
-    absent = {name for name, each in sources.items() if each.published and not places[name].exists()}
+    published = [name for name, each in sources.items() if each.published]
+    absent = {name for name in published if not Path(places[name] or "").exists()}
     return [name for name in known if name not in absent and places.get(name, name in found)]
 
 

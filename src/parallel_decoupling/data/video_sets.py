@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from parallel_decoupling.data.tables import SUFFIXES, Table
 from parallel_decoupling.data.tasks import Source
+from parallel_decoupling.data.unusable import one_row
 
 RIGHT = "right"
 """A column: how many of a row's candidates, the first ones, are right answers."""
@@ -32,11 +33,8 @@ def open_video_set(owner: str, source: Source) -> Table:
     for file in files:
         table = Table(owner, [file], {}, keep_others=True)
         for row in range(len(table)):
-            try:
+            with one_row(f"{owner}, file {file}, row {row}: not as the set of the hub has it: "):
                 rows.append(_cells(table[row], file.parent.name, entry, source.image_dir))
-            except (KeyError, IndexError, TypeError, ValueError, AttributeError, OSError) as error:
-                what = f"this is not a row as the set of the hub has it ({type(error).__name__}: {error})"
-                raise ValueError(f"{table.where(row, 'rows')}: {what}.") from error
     whole = Table(owner, files, {}, keep_others=True)
     whole.rows = pa.Table.from_pylist(rows)
     return whole

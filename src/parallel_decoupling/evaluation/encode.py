@@ -54,8 +54,8 @@ class TokenEstimate:
     def __init__(self, collator: Collator, bytes_per_token: int = BYTES_PER_TOKEN) -> None:
         self._bytes_per_token = bytes_per_token
         images, self.most = collator.images, collator.limit.max_tokens
-        self._images, frames = images, getattr(collator.processor, "video_processor", None)
-        self._frames = None if collator.video_token is None else frames
+        self._images = images
+        self._frames: Any = collator.video_token and collator.processor.video_processor
         self.factor = 0  # side in pixels of a token; 0 where all pictures have the same number of tokens
         if images.size is None and images.factor > 1:
             budget: Mapping[str, int] = cast(Any, collator.processor).image_processor.size

@@ -20,7 +20,7 @@ SCORE_FILES_DIR = "score_files"  # in a run's folder; holds v1 and v2
 LEADERBOARD_FILE = "leaderboard.json"
 SCORE_SUFFIX = "_score.json"
 PREDICTIONS = {"v1": "_pred.txt", "v2": "_pred.jsonl"}
-FIXED = ("ViDoSeek-page", "MMLongBench-page")  # tasks of MMEB-V2 whose corpus was corrected
+FIXED = ("ViDoSeek-page", "MMLongBench-page")  # get a suffix in VLM2Vec's report
 METADATA = (
     *("model_name", "model_backbone", "model_size", "embedding_dimension", "max_length_tokens"),
     *("model_release_date", "data_source", "url", "report_generated_date"),
@@ -79,10 +79,7 @@ def write_score_files(tasks: Mapping[str, TaskResult], column: str, folder: Path
 def write_leaderboard(
     tasks: Mapping[str, TaskResult], column: str, json_file: Path, metadata: Mapping[str, Any]
 ) -> None:
-    """Write the one file that the MMEB leaderboard takes; what ``metadata`` lacks of ``METADATA`` is null.
-
-    The two page tasks of MMEB-V2 have the names that VLM2Vec's report gives them there.
-    """
+    """Write the one file that the MMEB leaderboard takes; what ``metadata`` lacks of ``METADATA`` is null."""
     about: dict[str, Any] = dict.fromkeys(METADATA)
     about |= {"report_generated_date": date.today().isoformat(), **metadata}
     metrics: dict[str, dict[str, Any]] = {"image": {}, **{group: {} for group in V2_GROUPS}}

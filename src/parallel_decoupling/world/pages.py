@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from parallel_decoupling.world.answers import fragments
-from parallel_decoupling.world.scenes import (
-    BACKGROUNDS,
-    POSITIONS,
-    WORDS,
-    Scene,
-    render,
-    sample_item,
-    sample_scene,
-)
+from parallel_decoupling.world.scenes import POSITIONS, WORDS, Scene, render, sample_item, sample_scene
 
 GROUP = "pages_and_clips"
 FILE = "test-00000-of-00001.parquet"
@@ -44,18 +37,16 @@ def write_pages_and_clips(data_dir: Path, rng: np.random.Generator, count: int) 
 
     Pictures of ``WordPages`` are bytes in the corpus, those of ``FigurePages`` files named by its ids.
     """
-    folder, root = data_dir / GROUP, Path(GROUP)
-    words = [
-        Scene(tuple(map(str, rng.permutation(WORDS)[:4])), str(rng.choice(list(BACKGROUNDS))))
-        for _ in range(count)
-    ]
-    _write_pages(folder / "WordPages", words, rng, as_bytes=True)
+    cells = [tuple(map(str, rng.permutation(WORDS)[:4])) for _ in range(count)]
+    words = [replace(sample_scene(rng), cells=each) for each in cells]
     figures = [sample_scene(rng, num_objects=int(rng.integers(2, 4)), word_share=1) for _ in range(count)]
-    _write_pages(folder / "FigurePages", figures, rng, as_bytes=False)
-    _write_clips(folder / "MovingShape", rng, count // 2)
-    places = {name: {"eval_dir": str(root / name)} for name in ("WordPages", "FigurePages")}
-    entries = {name: {**PAGE_ENTRY, **place, "image_dir": str(root / name)} for name, place in places.items()}
-    clips = {"eval_file": str(root / "MovingShape" / FILE), "image_dir": str(root / "MovingShape" / "frames")}
+    entries = {}
+    for name, pages in (("WordPages", words), ("FigurePages", figures)):
+        _write_pages(data_dir / GROUP / name, pages, rng, as_bytes=pages is words)
+        entries[name] = {**PAGE_ENTRY, "eval_dir": f"{GROUP}/{name}", "image_dir": f"{GROUP}/{name}"}
+    folder = f"{GROUP}/MovingShape"
+    _write_clips(data_dir / folder, rng, count // 2)
+    clips = {"eval_file": f"{folder}/{FILE}", "image_dir": f"{folder}/frames"}
     return {**entries, "MovingShape": {**CLIP_ENTRY, **clips}}
 
 
