@@ -21,19 +21,18 @@ from tests.support.mmeb import eval_row, write_eval, write_image, write_rows
 from tests.support.processes import run_ranks
 
 # VLM2Vec at 6e1e1d4, experiments/public/all_scores/v2.0.0/VLM2Vec-V2.0-Qwen2VL-2B.json, rounded there to four
-PUBLISHED = {
-    "video": """K700 .38 SmthSmthV2 .428 HMDB51 .409 UCF101 .6 Breakfast .1478 MVBench .337 Video-MME .307
-NExTQA .2092 EgoSchema .34 ActivityNetQA .523 DiDeMo .3038 MSR-VTT .283 MSVD .4806 VATEX .2646 YouCook2 .1063
-QVHighlight .494 Charades-STA .2022 MomentSeeker .4083""",
-    "visdoc": """ViDoRe_arxivqa .8058 ViDoRe_docvqa .4485 ViDoRe_infovqa .8369 ViDoRe_tabfquad .8921
-ViDoRe_tatdqa .4382 ViDoRe_shiftproject .6082 ViDoRe_syntheticDocQA_artificial_intelligence .8853
-ViDoRe_syntheticDocQA_energy .8651 ViDoRe_syntheticDocQA_government_reports .8501
-ViDoRe_syntheticDocQA_healthcare_industry .9217 ViDoRe_esg_reports_human_labeled_v2 .4556
-ViDoRe_biomedical_lectures_v2_multilingual .4427 ViDoRe_economics_reports_v2_multilingual .43
-ViDoRe_esg_reports_v2_multilingual .4662 VisRAG_ArxivQA .7687 VisRAG_ChartQA .8441 VisRAG_MP-DocVQA .7179
-VisRAG_SlideVQA .915 VisRAG_InfoVQA .8565 VisRAG_PlotQA .6605 ViDoSeek-page .2194 ViDoSeek-doc .8018
-MMLongBench-page .1189 MMLongBench-doc .4371""",
-}
+PUBLISHED = """
+K700 .38 SmthSmthV2 .428 HMDB51 .409 UCF101 .6 Breakfast .1478 MVBench .337 Video-MME .307 NExTQA .2092
+EgoSchema .34 ActivityNetQA .523 DiDeMo .3038 MSR-VTT .283 MSVD .4806 VATEX .2646 YouCook2 .1063
+QVHighlight .494 Charades-STA .2022 MomentSeeker .4083 ViDoRe_arxivqa .8058 ViDoRe_docvqa .4485
+ViDoRe_infovqa .8369 ViDoRe_tabfquad .8921 ViDoRe_tatdqa .4382 ViDoRe_shiftproject .6082
+ViDoRe_syntheticDocQA_artificial_intelligence .8853 ViDoRe_syntheticDocQA_energy .8651
+ViDoRe_syntheticDocQA_government_reports .8501 ViDoRe_syntheticDocQA_healthcare_industry .9217
+ViDoRe_esg_reports_human_labeled_v2 .4556 ViDoRe_biomedical_lectures_v2_multilingual .4427
+ViDoRe_economics_reports_v2_multilingual .43 ViDoRe_esg_reports_v2_multilingual .4662 VisRAG_ArxivQA .7687
+VisRAG_ChartQA .8441 VisRAG_MP-DocVQA .7179 VisRAG_SlideVQA .915 VisRAG_InfoVQA .8565 VisRAG_PlotQA .6605
+ViDoSeek-page .2194 ViDoSeek-doc .8018 MMLongBench-page .1189 MMLongBench-doc .4371
+"""
 ASK = (
     "<|video_1|> Given a video and a question, select the most accurate answer from the provided candidates."
 )
@@ -52,9 +51,8 @@ MomentSeeker MomentSeeker/data/test {"query": "q", "input_frames": "x/a.mp4", "n
 """
 FRAMES = """video_cls/K700/a video_cls/SSv2/7 video_qa/MVBench/action_count/a video_qa/Video-MME/a
 video_qa/NExTQA/7 video_qa/ActivityNetQA/v_a video_ret/MSVD/a video_ret/MSVD/b video_mret/QVHighlight/m/query
-video_mret/QVHighlight/m/positive_1 video_mret/QVHighlight/m/negative_0"""
-for name in "abcd":
-    FRAMES += f" video_mret/MomentSeeker/video_frames/x_{name}"
+video_mret/QVHighlight/m/positive_1 video_mret/QVHighlight/m/negative_0 """
+FRAMES += " ".join(f"video_mret/MomentSeeker/video_frames/x_{name}" for name in "abcd")
 ROWS = {line.split(" ")[0]: line.split(" ", 2)[1:] for line in LINES.strip().splitlines()}
 
 
@@ -90,22 +88,21 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_table_has_all_78_tasks_with_the_published_names_and_means(tmp_path: Path) -> None:
     assert len(read_tasks(tmp_path)) == len(MMEB_TASKS) + len(V2_TASKS) == 78
+    names, scores = PUBLISHED.split()[::2], PUBLISHED.split()[1::2]
+    assert sorted(names) == sorted(V2_TASKS)
     results = {}
-    for group, pairs in PUBLISHED.items():
-        names, scores = pairs.split()[::2], pairs.split()[1::2]
-        assert sorted(names) == sorted(name for name, task in V2_TASKS.items() if task.group == group)
-        for name, score in zip(names, map(float, scores), strict=True):
-            about = {"metrics": {"path_0": {"ndcg@5": score}}} if group == "visdoc" else {}
-            hits = {"path_0": score if group == "video" else 0.0}
-            results[name] = TaskResult(V2_TASKS[name], 10, 0.1, hits, **about)  # type: ignore[arg-type]
+    for name, score in zip(names, map(float, scores), strict=True):
+        task, ndcg = V2_TASKS[name], {"path_0": {"ndcg@5": score}}
+        hits, metrics = ({"path_0": 0.0}, ndcg) if task.group == "visdoc" else ({"path_0": score}, {})
+        results[name] = TaskResult(task, 10, 0.1, hits, metrics=metrics)
     means = {name: mean["path_0"] for name, mean in ScoreReport(results).means.items()}
     assert means["video"] == pytest.approx(0.3457752807034119, abs=5e-5)
     assert means["visdoc"] == pytest.approx(0.6535975211261046, abs=5e-5)
     assert means["mmeb_v2"] == pytest.approx((18 * means["video"] + 24 * means["visdoc"]) / 42)
     assert ScoreReport(results).partial_means == {"mmeb_v2": 42}
     write_report(ScoreReport({"K700": results["K700"]}), tmp_path)
-    metrics = json.loads((tmp_path / "leaderboard.json").read_text())["metrics"]
-    assert (list(metrics), metrics["video"]["K700"]["hit@1"]) == (["image", "video", "visdoc"], 0.38)
+    written = json.loads((tmp_path / "leaderboard.json").read_text())["metrics"]
+    assert (list(written), written["video"]["K700"]["hit@1"]) == (["image", "video", "visdoc"], 0.38)
 
 
 def test_every_form_is_read_as_vlm2vec_reads_it(data_dir: Path) -> None:

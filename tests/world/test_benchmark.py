@@ -19,7 +19,6 @@ from parallel_decoupling.model.prefixes import META_PROMPTS
 from parallel_decoupling.world import glyphs
 from parallel_decoupling.world.answers import ANSWER_TASKS, GROUP
 from parallel_decoupling.world.benchmark import content_hash, ensure_benchmark
-from parallel_decoupling.world.pages import FRAMES
 from parallel_decoupling.world.pages import GROUP as PAGES
 from parallel_decoupling.world.questions import questions, relation_questions, sample_edit
 from parallel_decoupling.world.rows import WORLD_TASKS
@@ -303,7 +302,6 @@ def test_handwritten_digits_are_pictures_with_their_values() -> None:
 
 def test_pages_and_clips_are_read_in_the_layouts_of_mmeb_v2(data_dir: Path) -> None:
     names = chosen([PAGES], find_eval_tasks(data_dir), data_dir)
-    assert names == ["WordPages", "FigurePages", "MovingShape"]
     *pages, clips = (read_eval_task(data_dir, name) for name in names)
     for task in pages:
         queries = pq.read_table(data_dir / PAGES / task.task.name / "queries").to_pylist()
@@ -313,4 +311,3 @@ def test_pages_and_clips_are_read_in_the_layouts_of_mmeb_v2(data_dir: Path) -> N
         assert all(Image.open(page.images[0]).size == (IMAGE_SIZE, IMAGE_SIZE) for page in task.candidates)
     assert (len(clips.candidates), clips.candidates_of_row[3][0]) == (10, 3)
     assert all(len({Image.open(frame).tobytes() for frame in clip.video}) > 5 for clip in clips.candidates)
-    assert all(len(clip.video) == FRAMES and not clip.images for clip in clips.candidates)
