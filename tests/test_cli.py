@@ -180,7 +180,7 @@ def test_predict_embeds_a_folder_of_images_and_resumes(run_dir: Path, mistake: A
         (["--ckpt_path", __file__], "is not a checkpoint"),
         (["--data.num_workers=-1"], "data.num_workers must be 0 or more"),
         (["--trainer.gradient_clip_val", "1.0"], "gradient_clip_val"),
-        (["--trainer.accumulate_grad_batches", "2"], "candidate_chunk_size (GradCache)"),
+        (["--trainer.accumulate_grad_batches", "2"], "model.chunk_size (GradCache)"),
         (["--trainer.precision", "16-true"], "bf16-mixed"),
         (["--trainer.max_steps", "0"], "No main step would be made"),
         (["--trainer.limit_train_batches", "0"], "No main step would be made"),

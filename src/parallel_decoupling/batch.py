@@ -101,19 +101,32 @@ class EncoderInputs:
 
 @dataclass(frozen=True)
 class PairBatch:
-    """What one training step sees; ``candidate`` are ``B`` positives in query order, then all others.
+    """What one training step sees; ``inputs`` are ``B`` queries, their ``B`` positives, then all others.
 
-    The others stand row by row: the positives up to ``num_positives``, then any hard negatives. Equal
-    ``candidate_ids`` (int64) are the same target, and ``PADDING_ID`` is none. ``teacher`` ``[B, K]`` are the
-    scores of each row's own candidates, NaN where there are none.
+    One encoder call may so take queries and candidates of one length. The others stand row by row: the
+    positives up to ``num_positives``, then any hard negatives. Equal ``candidate_ids`` (int64) are the same
+    target, and ``PADDING_ID`` is none. ``teacher`` ``[B, K]`` are the scores of each row's own candidates,
+    NaN where there are none.
     """
 
-    query: EncoderInputs
-    candidate: EncoderInputs
+    inputs: EncoderInputs
     candidate_ids: Tensor
     subsets: tuple[str, ...]
     num_positives: int = 1
     teacher: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.subsets)
+
+    @property
+    def query(self) -> EncoderInputs:
+        """Return the ``B`` queries."""
+        return self.inputs.select(range(len(self)))
+
+    @property
+    def candidate(self) -> EncoderInputs:
+        """Return the candidates, positives first."""
+        return self.inputs.select(range(len(self), len(self.inputs)))
 
     @property
     def labels(self) -> dict[str, Any]:
@@ -123,10 +136,9 @@ class PairBatch:
 
     def to(self, device: torch.device | str) -> PairBatch:
         """Move every tensor to ``device``."""
-        query, candidate = self.query.to(device), self.candidate.to(device)
         teacher = None if self.teacher is None else self.teacher.to(device)
         ids = self.candidate_ids.to(device)
-        return replace(self, query=query, candidate=candidate, candidate_ids=ids, teacher=teacher)
+        return replace(self, inputs=self.inputs.to(device), candidate_ids=ids, teacher=teacher)
 
 
 @dataclass(frozen=True)

@@ -363,8 +363,7 @@ def test_training_takes_several_positives_and_a_teacher_in_any_chunks(
     results = []
     for number, chunk in enumerate((None, 3)):
         options: dict[str, Any] = {
-            "query_chunk_size": chunk,
-            "candidate_chunk_size": chunk,
+            "chunk_size": chunk,
             "symmetric": True,
         }
         module = small_embedder(tiny_backbone_dir, kind=RecordingEmbedder, teacher_weight=0.5, **options)

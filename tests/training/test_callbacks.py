@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from parallel_decoupling.batch import PADDING_ID
 from parallel_decoupling.objective.contrastive import info_nce
 from parallel_decoupling.training.callbacks import CollapseAlarm
-from parallel_decoupling.training.compute import Progress, forward_passes, token_passes
+from parallel_decoupling.training.compute import LENGTH_GROUPS, Progress, forward_passes, token_passes
 from parallel_decoupling.training.optimization import OptimizerConfig, learning_rate_schedule, main_optimizer
 from parallel_decoupling.training.terms import GatheredPairs
 from tests.support.fit import make_trainer, small_data, small_embedder
@@ -165,7 +165,7 @@ def test_schedules_rise_to_the_peak_and_end_at_zero(schedule: Any, expected: lis
 
 def settings(**changed: Any) -> dict[str, Any]:
     plain = {"num_paths": 4, "prefix_length": 5, "prefix_layers": 0, "prefix_type": "deep"}
-    return {**plain, "query_chunk_size": None, "candidate_chunk_size": None, **changed}
+    return {**plain, "chunk_size": None, **changed}
 
 
 @pytest.mark.parametrize(
@@ -182,5 +182,5 @@ def test_token_passes(changed: dict[str, Any], expected: float) -> None:
 
 
 def test_forward_passes_are_chunks_or_length_groups() -> None:
-    assert forward_passes(settings(), 16, 16) == 4 + 4
-    assert forward_passes(settings(query_chunk_size=3, candidate_chunk_size=4), 16, 16) == 6 + 4
+    assert forward_passes(settings(), 32) == LENGTH_GROUPS
+    assert forward_passes(settings(chunk_size=5), 32) == 7

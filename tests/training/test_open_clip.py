@@ -188,7 +188,7 @@ def _quiet() -> None:
 @pytest.mark.parametrize("name", TINY_FAMILIES)
 def test_two_steps_in_chunks_then_a_checkpoint(name: str, tiny_mmeb_dir: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"family": UNLISTED} if name == "llava" else {}
-    options |= {"adapter": {"scope": "both"}, "query_chunk_size": 3, "candidate_chunk_size": 5}
+    options |= {"adapter": {"scope": "both"}, "chunk_size": 3}
     module = small_embedder(save_tiny_family(name, tmp_path / "backbone"), **options)
     before = trained(module)
     trainer = make_trainer(tmp_path, max_steps=2)

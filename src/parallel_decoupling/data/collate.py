@@ -29,7 +29,7 @@ FRAMES_PER_SECOND = 2.0
 
 
 class Collator:
-    """Turns rows into padded tensors with one processor call per side.
+    """Turns rows into padded tensors with one processor call.
 
     Where the image tensors of a Hugging Face ``processor`` cannot be split by row, every row is processed
     alone, which gives the same rows more slowly. ``image_token`` stands for an image in the backbone's text.
@@ -65,9 +65,9 @@ class Collator:
         places = [f"training subset {pair.subset!r}, row {pair.row}: " for pair in pairs]
         repeated = [place for of_row, place in zip(others, places, strict=True) for _ in of_row]
         teachers = [pair.teacher or (math.nan,) * (1 + len(others[0])) for pair in pairs]
+        inputs = [*(pair.query for pair in pairs), *(each or PADDING for each in candidates)]
         return PairBatch(
-            query=self.encode_inputs([pair.query for pair in pairs], places),
-            candidate=self.encode_inputs([each or PADDING for each in candidates], places + repeated),
+            inputs=self.encode_inputs(inputs, [*places, *places, *repeated]),
             candidate_ids=torch.tensor([identity(each) if each else PADDING_ID for each in candidates]),
             subsets=tuple(pair.subset for pair in pairs),
             num_positives=1 + len(pairs[0].positives),

@@ -89,8 +89,8 @@ class Throughput(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PairBatch, batch_idx: int
     ) -> None:
         """Count, and log as often as the Trainer logs."""
-        self._rows += len(batch.query) * world_size()
-        self._tokens += int(batch.query.lengths.sum() + batch.candidate.lengths.sum()) * world_size()
+        self._rows += len(batch) * world_size()
+        self._tokens += int(batch.inputs.lengths.sum()) * world_size()
         if (batch_idx + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             seconds = time.perf_counter() - self._since
             pl_module.log("throughput/samples_per_second", self._rows / seconds)
