@@ -20,6 +20,9 @@ from torch import Tensor
 IMAGE_PLACEHOLDER = "<|image_1|>"
 """The image token of every MMEB text (Phi-3's); the collator swaps in the backbone's own."""
 
+VIDEO_PLACEHOLDER = "<|video_1|>"
+"""What stands for a video in a text, as long as the placeholder of an image."""
+
 PADDING_ID = torch.iinfo(torch.int64).min
 """In ``candidate_ids``: padding for a missing hard negative, which matches no query."""
 
@@ -30,12 +33,19 @@ LongText = Literal["truncate", "error"]
 class RawInput:
     """One query or candidate before tokenisation; images stand in the text as ``IMAGE_PLACEHOLDER``.
 
-    The first ``fixed`` characters, an instruction and what stands before it, are never cut off.
+    The first ``fixed`` characters, an instruction and what stands before it, are never cut off. ``video``
+    are the frames of a video in their order, which stands in the text once, as ``VIDEO_PLACEHOLDER``.
     """
 
     text: str
     images: tuple[Image.Image | str, ...] = ()
     fixed: int = field(default=0, compare=False)
+    video: tuple[Image.Image | str, ...] = ()
+
+    @property
+    def pictures(self) -> tuple[Image.Image | str, ...]:
+        """The images and the frames of the video."""
+        return self.images + self.video
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from parallel_decoupling.data.names import printable
-from parallel_decoupling.data.tasks import MMEB_TASKS, OVERALL, TASK_KEYS, Task
+from parallel_decoupling.data.tasks import MMEB_TASKS, OVERALL, TASK_KEYS, V2_TASKS, Task
 from parallel_decoupling.evaluation import leaderboard
 from parallel_decoupling.evaluation.score import TaskScore
 from parallel_decoupling.files import write_text
@@ -31,8 +31,11 @@ MEAN_TITLES = {
     "overall": "overall (mean of tasks)",
     "mean_of_meta_tasks": "mean of meta-tasks",
     CUSTOM: "mean of custom tasks",
+    "mmeb_v2": "MMEB-V2 (mean of tasks)",
 }
+V2 = {**MMEB_TASKS, **V2_TASKS}
 MMEB_COUNTS = dict(zip(MEAN_TITLES, (10, 10, 12, 4, 20, 16, 36), strict=False))  # tasks behind each mean
+MMEB_COUNTS |= {"video": 18, "visdoc": 24, "mmeb_v2": 78}
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,8 @@ class ScoreReport:
         groups["out_of_distribution"] = [name for name, task in listed.items() if not task.in_distribution]
         groups |= {OVERALL: list(listed or tasks), CUSTOM: custom}
         groups |= {group: list(names) for group, names in of_group.items()}
+        if not self.tasks.keys().isdisjoint(V2_TASKS):
+            groups["mmeb_v2"] = [name for name in self.tasks if name in V2]
         return {group: names for group, names in groups.items() if names}
 
     @property
@@ -166,7 +171,7 @@ class ScoreReport:
     def partial_means(self) -> dict[str, int]:
         """Means over some of MMEB's tasks but not all of ``MMEB_COUNTS``: how many of them there are."""
         groups = self.groups
-        counts = {name: sum(task in MMEB_TASKS for task in groups.get(name, ())) for name in MMEB_COUNTS}
+        counts = {name: sum(task in V2 for task in groups.get(name, ())) for name in MMEB_COUNTS}
         return {group: count for group, count in counts.items() if 0 < count < MMEB_COUNTS[group]}
 
     @property
@@ -193,6 +198,8 @@ class ScoreReport:
         found = []
         if count := self.partial_means.get("overall"):
             found.append(f"means over {count} of MMEB's {len(MMEB_TASKS)} tasks: not MMEB's means")
+        if count := self.partial_means.get("mmeb_v2"):
+            found.append(f"mmeb_v2 over {count} of {len(V2)} tasks: not MMEB-V2's mean")
         skipped = [f"{name} {each.num_skipped}" for name, each in self.tasks.items() if each.num_skipped]
         return found + (["rows that could not be embedded: " + ", ".join(skipped)] if skipped else [])
 

@@ -142,9 +142,12 @@ def _judged(task: EvalTask, rows: range, identity_U: Tensor) -> tuple[Tensor, Te
     padding of short rows do not count.
     """
     lists = task.candidates_of_row[rows.start : rows.stop]
-    if task.relevance_of_row is None:
-        longest = max(map(len, lists))
+    longest = max(map(len, lists))
+    if all(row is lists[0] for row in lists):
+        index_RC = torch.tensor(lists[0]).expand(len(rows), -1)
+    else:
         index_RC = torch.tensor([row + row[:1] * (longest - len(row)) for row in lists])
+    if task.relevance_of_row is None:
         counted_RC = identity_U[index_RC] != identity_U[index_RC[:, :1]]
         counted_RC[:, 0] = True
         grades_RC = torch.zeros(index_RC.shape, dtype=torch.float64)
@@ -154,9 +157,8 @@ def _judged(task: EvalTask, rows: range, identity_U: Tensor) -> tuple[Tensor, Te
         for number, row in enumerate(rows):
             for candidate, grade in task.relevance_of_row[row].items():
                 grades_RU[number, candidate] = grade
-        index_RC = torch.tensor(lists[0]).expand(len(rows), -1)
-        grades_RC = grades_RU[:, lists[0]]
-        counted_RC = torch.ones_like(index_RC, dtype=torch.bool)
+        counted_RC = torch.arange(longest) < torch.tensor([[len(row)] for row in lists])
+        grades_RC = grades_RU.gather(1, index_RC).masked_fill(~counted_RC, 0)
     by_grade_RC = grades_RC.argsort(dim=1, stable=True)
     index_RC, grades_RC = index_RC.gather(1, by_grade_RC), grades_RC.gather(1, by_grade_RC)
     return index_RC, grades_RC, counted_RC.gather(1, by_grade_RC)

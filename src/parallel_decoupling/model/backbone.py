@@ -25,6 +25,8 @@ __all__ = ["TINY_BACKBONE_DIR", "AdapterConfig", "Backbone", "load_backbone"]
 TINY_BACKBONE_DIR = Path(__file__).parent / "tiny"
 """The trained few-million-parameter Qwen2-VL that the package ships."""
 
+GRIDS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+"""Which of the image tensors say how large images and videos are, and how fast the latter."""
 Tensors = Mapping[str, Tensor]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flex_attention"]
@@ -128,8 +130,8 @@ class Backbone(nn.Module):
         positions, _ = self.base.get_rope_index(
             tokens["input_ids"],
             mm_token_type_ids=tokens["mm_token_type_ids"],
-            image_grid_thw=vision["image_grid_thw"],
             attention_mask=mask,
+            **{key: vision[key] for key in GRIDS if key in vision},
         )
         return cast(Tensor, positions)
 
