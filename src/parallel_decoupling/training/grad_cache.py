@@ -74,7 +74,8 @@ def encode_in_chunks(
     if chunk_size is None:
         chunks = length_groups(inputs.lengths, LENGTH_GROUPS)
     else:
-        chunks = [rows.tolist() for rows in inputs.lengths.argsort(stable=True).split(chunk_size)]
+        by_length = inputs.lengths.argsort(stable=True)
+        chunks = [rows.tolist() for rows in torch.split(by_length, chunk_size)]
     in_order = torch.tensor([row for rows in chunks for row in rows], device=device).argsort()
 
     def forward() -> Iterator[Tensor]:

@@ -168,8 +168,10 @@ class PDFEmbedder(LightningModule):
         with self.encoder.turns.alone(), seeded(self.device, self.seed, self.progress.steps_done):
             # 1. All paths of all rows, of all ranks. Under GradCache the embeddings are leaves.
             encoding = self._encode(batch.inputs)
+            query, candidate = encoding.embeddings.tensor_split([len(batch)])
             pairs = terms.gather_pairs(
-                *encoding.embeddings.tensor_split([len(batch)]),
+                query,
+                candidate,
                 aggregate=self.encoder.aggregate,
                 dims=self.nested_dims,
                 nested_paths=self.nested_paths,
