@@ -111,7 +111,8 @@ class RunCLI(LightningCLI):
         options: dict[str, Any] = {"parser_class": _Parser, "save_config_callback": saves}
         options["save_config_kwargs"] = {"overwrite": True, "config_filename": file}
         options["trainer_defaults"] = {"use_distributed_sampler": False, "default_root_dir": "runs/default"}
-        options["parser_kwargs"] = {"allow_abbrev": False}  # a mistyped option must not pass for another one
+        # a mistyped option must not pass for another one, and main prints all errors
+        options["parser_kwargs"] = {"allow_abbrev": False, "exit_on_error": False}
         options |= {"auto_configure_optimizers": False, "load_from_checkpoint_support": False}
         with ExitStack() as self._until_the_end:
             super().__init__(PDFEmbedder, MMEBDataModule, seed_everything_default=0, args=args, **options)

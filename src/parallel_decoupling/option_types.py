@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from functools import cache, wraps
+from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar, get_args, get_type_hints
 
 from pydantic import GetCoreSchemaHandler, TypeAdapter, ValidationError
@@ -44,6 +47,22 @@ Names = Annotated[Sequence[str], Rule("different names", lambda names: len(set(n
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _TEXTS = ("Value error, ", "Input should be ")
+
+
+def check_memory(options: str, needed: float) -> None:
+    """Raise ``ValueError`` where options need more bytes than are free, before these are allocated."""
+    import torch
+
+    if torch.get_default_device().type == "meta":  # nothing is allocated
+        return
+    try:
+        (free,) = re.findall(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
+    except (OSError, ValueError):  # another system than Linux
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1024
+    free = float(free) * 1024
+    if needed > free:
+        problem = f"{options} would need {needed:,.0f} bytes of memory"
+        raise ValueError(f"{problem}, of which {free:,.0f} are free: use smaller values.")
 
 
 def check_values(function: Callable[..., Any], values: Mapping[str, Any], start: str = "") -> None:

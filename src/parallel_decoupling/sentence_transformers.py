@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
 
 from parallel_decoupling.batch import TokenLimit
 from parallel_decoupling.data.prompts import to_raw_input

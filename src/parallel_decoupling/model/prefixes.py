@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel_decoupling.model.attention import PathStates
+from parallel_decoupling.option_types import check_memory
 
 META_PROMPTS: tuple[str, ...] = (
     "describe the shapes",
@@ -86,6 +87,13 @@ def make_prefixes(
         if num_paths > len(META_PROMPTS):
             raise ValueError(f"more than {len(META_PROMPTS)} paths need prefix_init='random'")
     is_deep = prefix_type == "deep"
+    size = (
+        2 * len(layers) * backbone.num_key_value_heads * backbone.head_dim
+        if is_deep
+        else backbone.hidden_size
+    )
+    mask = 4 * min_length**2  # of attention, while the states of meta-prompts are computed
+    check_memory(f"num_paths={num_paths} with prefix_length={length}", 4.0 * num_paths * length * size + mask)
     prefixes: DeepPrefixes | ShallowPrefixes
     with torch.device("meta" if backbone.is_meta else "cpu"):
         if is_deep:

@@ -278,6 +278,7 @@ class PDFEmbedder(LightningModule):
         settings.check_trainer(self.trainer.strategy, self.trainer.precision)
         if stage == "fit":
             settings.check_trained_dtype(self.hparams)
+            settings.check_batch(self.hparams, self.data_settings, self.encoder)
 
     def configure_model(self) -> None:
         """Shard the backbone under FSDP2; nothing to do for one process and for DDP."""

@@ -11,14 +11,18 @@ from typing import Any, NamedTuple
 
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
+from parallel_decoupling.distributed import world_size
 from parallel_decoupling.model.backbone import AdapterConfig
 from parallel_decoupling.model.encoder import absolute_name
 from parallel_decoupling.model.families import Family
+from parallel_decoupling.option_types import check_memory
 from parallel_decoupling.training.optimization import MIConfig, OptimizerConfig, require
 from parallel_decoupling.training.strategies import FSDP2Strategy
 
 CONFIGS: dict[str, Any] = dict(adapter=AdapterConfig, mi=MIConfig, optimizer=OptimizerConfig, family=Family)
 """Settings with options of their own, and the class of these."""
+
+_BATCH = ("batch_size", "hard_negatives", "positives")
 
 
 class Setting(NamedTuple):
@@ -107,6 +111,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         require(num_paths > 1 or settings[name] == 0, message)
     no_estimator = settings["mi"]["kind"] == "none" and settings["mi_weight"] > 0
     require(not no_estimator, "mi.kind=none leaves nothing to weigh: set mi_weight=0.")
+    check_memory(f"num_paths={num_paths}", 16.0 * num_paths * (num_paths - 1) / 2)  # numbers of all pairs
 
 
 def check_trainer(strategy: Any, precision: str) -> None:
@@ -117,6 +122,18 @@ def check_trainer(strategy: Any, precision: str) -> None:
     problem = f"trainer.precision={precision} does not work with fp32 prefixes and clipping by hand"
     advice = "use 32-true or bf16-mixed, and model.dtype=bfloat16 for a frozen backbone in half the memory"
     require(precision in ("32-true", "bf16-mixed"), f"{problem}: {advice}.")
+
+
+def check_batch(settings: Mapping[str, Any], data: Mapping[str, Any], encoder: Any) -> None:
+    """Raise ``ValueError`` for a batch of which embeddings, scores and hidden states alone do not fit."""
+    if not data:  # another data module
+        return
+    paths, (queries, *more) = settings["num_paths"], group(_BATCH, data).values()
+    candidates = queries * sum(more)
+    width = 0 if settings["candidate_chunk_size"] else getattr(encoder.backbone, "num_layers", 0)
+    numbers = candidates * ((paths + 1) * (queries + encoder.embed_dim) + paths * width * encoder.embed_dim)
+    what = ", ".join(f"data.{name}={data[name]}" for name in _BATCH)
+    check_memory(what, 8.0 * numbers / world_size())  # fp32, and as much of their gradients
 
 
 def check_trained_dtype(settings: Mapping[str, Any]) -> None:
