@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.model.backbone import AdapterConfig
@@ -27,7 +28,7 @@ from parallel_decoupling.option_types import (
 )
 from parallel_decoupling.training.module import PDFEmbedder
 from parallel_decoupling.training.optimization import MIConfig, OptimizerConfig
-from parallel_decoupling.training.settings import check_batch
+from parallel_decoupling.training.settings import check_fit
 from tests.support.fit import small_embedder
 
 OWNERS: dict[type, str] = {PDFEmbedder: "", MMEBDataModule: "data."}
@@ -142,10 +143,11 @@ HUGE: dict[str, Any] = {
     "mi.hidden_size": lambda: small_embedder("tiny", mi={"hidden_size": 10**9}),
     "min_pixels": lambda: MMEBDataModule(min_pixels=10**13),
     "data.num_workers": lambda: MMEBDataModule(num_workers=10**7),
-    "data.hard_negatives": lambda: check_batch(
-        {"num_paths": 2, "candidate_chunk_size": 8},
+    "data.hard_negatives": lambda: check_fit(
+        dict(small_embedder("tiny").hparams),
         MMEBDataModule(hard_negatives=10**7).settings,
         small_embedder("tiny").encoder,
+        SingleDeviceStrategy("cpu"),
     ),
 }
 

@@ -85,7 +85,8 @@ def _help() -> str:
 def _fail(message: str) -> None:
     from parallel_decoupling.data.names import printable
 
-    sys.stderr.write(f"error: {printable(message)}\n")
+    shown = message if len(message) < 4000 else f"{message[:2000]} ... {message[-2000:]}"
+    sys.stderr.write(f"error: {printable(shown)}\n")
     raise SystemExit(2)
 
 

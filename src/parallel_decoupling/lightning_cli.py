@@ -229,7 +229,8 @@ class RunCLI(LightningCLI):
         if self.model.progress.steps_done > self._steps_before:
             return
         callbacks: Any = self.trainer.callbacks  # type: ignore[attr-defined]
-        if any(isinstance(callback, Continuity) and callback.validation_is_due for callback in callbacks):
+        due = any(isinstance(each, Continuity) and each.validation_is_due for each in callbacks)
+        if due and self.datamodule.validation_tasks:
             self.trainer.validate(self.model, self.datamodule, verbose=False)
         else:
             steps = f"--ckpt_path has all {self._steps_before} main steps of this run"

@@ -12,7 +12,7 @@ from functools import cache, wraps
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar, get_args, get_type_hints
 
-from pydantic import GetCoreSchemaHandler, TypeAdapter, ValidationError
+from pydantic import GetCoreSchemaHandler, InstanceOf, TypeAdapter, ValidationError
 from pydantic_core import CoreSchema, core_schema
 
 
@@ -41,7 +41,9 @@ NonNegativeInt = Annotated[int, Rule("0 or more", lambda value: value >= 0)]
 PositiveFloat = Annotated[float, Rule("above 0 and finite", lambda value: 0 < value < math.inf)]
 NonNegativeFloat = Annotated[float, Rule("0 or more and finite", lambda value: 0 <= value < math.inf)]
 Fraction = Annotated[float, Rule("0 or more and below 1", lambda value: 0 <= value < 1)]
+Seed = Annotated[int, Rule("from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63)]
 Port = Annotated[int, Rule("from 0 to 65535", lambda value: 0 <= value <= 65535)]
+Dims = Annotated[Sequence[PositiveInt], Rule("different numbers", lambda dims: len(set(dims)) == len(dims))]
 Names = Annotated[Sequence[str], Rule("different names", lambda names: len(set(names)) == len(names))]
 
 _P = ParamSpec("_P")
@@ -104,13 +106,17 @@ def checked(start: str = "") -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
 def _validators(function: Callable[..., Any]) -> dict[str, TypeAdapter[Any]]:
     hints = get_type_hints(function, include_extras=True)
     hints.pop("return", None)
-    own = {name for name, hint in hints.items() if any(map(_has_options, (hint, *get_args(hint))))}
     config: Any = {"strict": True, "arbitrary_types_allowed": True}
-    return {name: TypeAdapter(hint, config=config) for name, hint in hints.items() if name not in own}
+    return {name: TypeAdapter(_outside(hint), config=config) for name, hint in hints.items()}
 
 
-def _has_options(hint: Any) -> bool:
-    return isinstance(hint, type) and is_dataclass(hint)
+def _outside(hint: Any) -> Any:
+    """Return a type of which what holds options of its own is an object, or the mapping that makes one."""
+    parts = [each for each in (hint, *get_args(hint)) if isinstance(each, type) and is_dataclass(each)]
+    if not parts:
+        return hint
+    either: Any = Annotated[parts[0], InstanceOf()] | Mapping[str, Any]
+    return either | None if get_args(hint) else either
 
 
 def _reason(message: str) -> str:

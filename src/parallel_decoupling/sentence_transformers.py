@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import reprlib
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -103,9 +103,8 @@ class PathEmbedding(InputModule):
         chosen = self.paths if paths is None else self._checked(paths)
         inputs = features["encoder_inputs"].to(self.embedder.device)
         numbers = [chosen] if isinstance(chosen, int) else None
-        with ExitStack() as stack:
-            if not (self.training and torch.is_grad_enabled()):
-                stack.enter_context(self.encoder.turns.encoding(self.encoder))
+        trains = self.training and torch.is_grad_enabled()
+        with nullcontext() if trains else self.encoder.turns.encoding(self.encoder):
             embedding_BND = embed(self.encoder, inputs, numbers)
             embedding_BD = embedding_BND[:, 0] if numbers else self.encoder.aggregate(embedding_BND)
         return {**features, "sentence_embedding": embedding_BD}

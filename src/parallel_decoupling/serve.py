@@ -270,7 +270,7 @@ class Server:
         path_dim = self.embedder.embed_dim
         joined = self.embedder.encoder.aggregate_dim // path_dim if output == "aggregate" else 1
         if not 0 < body.dimensions <= joined * path_dim or body.dimensions % joined:
-            message = f"use a multiple of {joined} up to {joined * path_dim}"
+            message = f"dimensions={body.dimensions}: use a multiple of {joined} up to {joined * path_dim}"
             raise RequestError(message, param="dimensions")
         return Task(rows, output, body.dimensions // joined)
 

@@ -28,6 +28,7 @@ from parallel_decoupling.option_types import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
+    Seed,
     check_memory,
     checked,
 )
@@ -101,7 +102,7 @@ class MMEBDataModule(LightningDataModule):
         policy: Policy = "mixed",
         sub_batch_size: PositiveInt | None = None,
         hard_negatives: NonNegativeInt = 0,
-        seed: NonNegativeInt = 0,
+        seed: Seed = 0,
         row_limit_by: readers.LimitBy = "sample",
         image_size: SquareSize | None = None,
         min_pixels: PositiveInt | None = None,

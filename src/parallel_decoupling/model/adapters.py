@@ -109,7 +109,10 @@ def _read_config(source: str, kind: str) -> Any:
     """Read ``adapter_config.json`` and refuse what would not be continued faithfully."""
     from peft import PeftConfig, PeftType
 
-    config: Any = PeftConfig.from_pretrained(source)
+    try:
+        config: Any = PeftConfig.from_pretrained(source)
+    except ValueError as error:
+        raise ValueError(f"initial_adapter {source!r} is not a folder or hub id: {error}") from error
     found = "dora" if getattr(config, "use_dora", False) else "lora"
     if config.peft_type != PeftType.LORA:
         raise ValueError(f"initial adapter {source!r} is {config.peft_type}, not LoRA or DoRA")

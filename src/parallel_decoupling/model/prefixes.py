@@ -87,15 +87,8 @@ def make_prefixes(
         if num_paths > len(META_PROMPTS):
             raise ValueError(f"more than {len(META_PROMPTS)} paths need prefix_init='random'")
     is_deep = prefix_type == "deep"
-    size = (
-        2 * len(layers) * backbone.num_key_value_heads * backbone.head_dim
-        if is_deep
-        else backbone.hidden_size
-    )
-    mask = 4 * min_length**2  # of attention, while the states of meta-prompts are computed
-    check_memory(f"num_paths={num_paths} with prefix_length={length}", 4.0 * num_paths * length * size + mask)
     prefixes: DeepPrefixes | ShallowPrefixes
-    with torch.device("meta" if backbone.is_meta else "cpu"):
+    with torch.device("meta"):
         if is_deep:
             heads, dim = backbone.num_key_value_heads, backbone.head_dim
             prefixes = DeepPrefixes((num_paths, len(layers), 2, heads, length, dim))
@@ -103,6 +96,10 @@ def make_prefixes(
             prefixes = ShallowPrefixes((num_paths, length, backbone.hidden_size))
     if backbone.is_meta:
         return prefixes
+    needed = sum(parameter.nbytes for parameter in prefixes.parameters())
+    needed += 4 * min_length**2  # the mask for attention in a meta-prompt
+    check_memory(f"num_paths={num_paths} with prefix_length={length}", needed)
+    prefixes.to_empty(device="cpu")
     if is_deep:  # [Y, 2, K, T, H] of each prompt, else [T, D]
         states = [backbone.text_states(text, min_length)[layers.start : layers.stop] for text in prompts]
     else:

@@ -21,10 +21,12 @@ from parallel_decoupling.model.identity import about_encoder, backbone_fingerpri
 from parallel_decoupling.model.turns import enter_evaluation, restore_modes
 from parallel_decoupling.objective.vclub import MutualInformation
 from parallel_decoupling.option_types import (
+    Dims,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Seed,
     checked,
 )
 from parallel_decoupling.training import callbacks, checkpoint, optimization, settings, terms
@@ -114,7 +116,7 @@ class PDFEmbedder(LightningModule):
         nested_paths: bool = False,
         distillation_weight: NonNegativeFloat = 0.0,
         distillation_start: NonNegativeInt = 0,
-        matryoshka_dims: Sequence[PositiveInt] | None = None,
+        matryoshka_dims: Dims | None = None,
         temperature: PositiveFloat = 0.02,
         learn_temperature: bool = False,
         symmetric: bool = False,
@@ -133,7 +135,7 @@ class PDFEmbedder(LightningModule):
         initial_adapter: str | None = None,
         quantization: Literal["4bit"] | None = None,
         family: Family | None = None,
-        seed: NonNegativeInt = 0,
+        seed: Seed = 0,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -145,7 +147,7 @@ class PDFEmbedder(LightningModule):
         self.mi_config: MIConfig = typed["mi"]
         self.optimizer_config: OptimizerConfig = typed["optimizer"]
         self.mi_weight, self.aggregate_weight, self.symmetric = mi_weight, aggregate_weight, symmetric
-        self.nested_paths = nested_paths
+        self.nested_paths, self.fixed_temperature = nested_paths, temperature
         self.distillation_weight, self.distillation_start = distillation_weight, distillation_start
         self.query_chunk_size, self.candidate_chunk_size = query_chunk_size, candidate_chunk_size
         self.query_instruction, self.candidate_instruction = query_instruction, candidate_instruction
@@ -161,7 +163,6 @@ class PDFEmbedder(LightningModule):
             self.mutual_information = MutualInformation(self.mi_config.kind, num_paths=num_paths, **sizes)
         log_temperature = torch.tensor(float(temperature)).log()
         self.log_temperature = nn.Parameter(log_temperature) if learn_temperature else None
-        self.fixed_temperature = temperature
         self.train()
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Any]:
@@ -277,8 +278,7 @@ class PDFEmbedder(LightningModule):
         """Refuse a Trainer that cannot work before anything is trained; see ``training.settings``."""
         settings.check_trainer(self.trainer.strategy, self.trainer.precision)
         if stage == "fit":
-            settings.check_trained_dtype(self.hparams)
-            settings.check_batch(self.hparams, self.data_settings, self.encoder)
+            settings.check_fit(self.hparams, self.data_settings, self.encoder, self.trainer.strategy)
 
     def configure_model(self) -> None:
         """Shard the backbone under FSDP2; nothing to do for one process and for DDP."""

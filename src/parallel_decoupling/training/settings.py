@@ -124,16 +124,17 @@ def check_trainer(strategy: Any, precision: str) -> None:
     require(precision in ("32-true", "bf16-mixed"), f"{problem}: {advice}.")
 
 
-def check_batch(settings: Mapping[str, Any], data: Mapping[str, Any], encoder: Any) -> None:
-    """Raise ``ValueError`` for a batch of which embeddings, scores and hidden states alone do not fit."""
-    if not data:  # another data module
+def check_fit(settings: Mapping[str, Any], data: Mapping[str, Any], encoder: Any, strategy: Any) -> None:
+    """Raise ``ValueError`` for weights that would not train, and for a batch that cannot fit on a CPU."""
+    check_trained_dtype(settings)
+    if not data or strategy.root_device.type != "cpu":  # another data module, or a GPU, which says so itself
         return
     paths, (queries, *more) = settings["num_paths"], group(_BATCH, data).values()
     candidates = queries * sum(more)
     width = 0 if settings["candidate_chunk_size"] else getattr(encoder.backbone, "num_layers", 0)
     numbers = candidates * ((paths + 1) * (queries + encoder.embed_dim) + paths * width * encoder.embed_dim)
     what = ", ".join(f"data.{name}={data[name]}" for name in _BATCH)
-    check_memory(what, 8.0 * numbers / world_size())  # fp32, and as much of their gradients
+    check_memory(what, 8.0 * numbers / world_size())  # embeddings, scores, states: fp32, and their gradients
 
 
 def check_trained_dtype(settings: Mapping[str, Any]) -> None:
