@@ -270,3 +270,12 @@ def test_any_error_of_building_the_trainer_is_one_message(tmp_path: Path, mistak
     options = ["--trainer.devices=-3", f"--trainer.default_root_dir={tmp_path / 'run'}"]  # a TypeError
     shown = mistake(["fit", "--config", "demo.yaml", "--trainer.accelerator=cpu", *options])
     assert "one of the trainer's options cannot be used: `devices`" in shown
+
+
+def test_a_finished_run_without_validation_resumes_with_a_warning(config_file: Path, tmp_path: Path) -> None:
+    """Its last step ended an epoch, after which a validation would have been due."""
+    options = ["--trainer.limit_train_batches=2", "--trainer.max_steps=2", "--data.validation_tasks=[]"]
+    command = ["fit", "--config", str(config_file), f"--trainer.default_root_dir={tmp_path}", *options]
+    cli.main(command)
+    with pytest.warns(UserWarning, match="Nothing was trained"):
+        cli.main([*command, "--ckpt_path=last"])

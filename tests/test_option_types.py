@@ -124,7 +124,7 @@ def test_a_checked_function_is_itself_for_good_values() -> None:
 
 def test_one_message_names_all_that_is_wrong() -> None:
     said = (
-        "outer.size must be 1 or more, got 0; outer.rate must be 0 or more and finite, got nan; "
+        "outer.size must be 1 or more, in 64 bits, got 0; outer.rate must be 0 or more and finite, got nan; "
         "outer.names must be different names, got ['a', 'a']"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):

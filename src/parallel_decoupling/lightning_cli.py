@@ -13,9 +13,11 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
@@ -43,6 +45,8 @@ log = logging.getLogger(__name__)
 SAVE_EVERY = 50
 """Main steps after which ``last.ckpt`` is renewed inside an epoch."""
 
+MOST_VALUES = 10_000
+"""Of a configuration file, when what its aliases stand for is written out."""
 REFUSALS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, ImportError, AssertionError)
 """What Lightning raises while it builds a Trainer from options that do not work, here or together."""
 HARMLESS_WARNINGS = (
@@ -64,6 +68,9 @@ def run(args: Sequence[str]) -> None:
         warnings.filterwarnings("ignore", message=message)
     packaged = {file.name: str(file) for file in CONFIG_DIR.glob("*.yaml") if not Path(file.name).exists()}
     subcommand, *options = [packaged.get(word, word) for word in args]
+    words = list(chain.from_iterable(option.split("=", 1) for option in options))
+    for file in (value for name, value in pairwise(words) if name in ("-c", "--config")):
+        _check_config(file)
     try:
         PlanCLI(["fit", *options]) if subcommand == "plan" else RunCLI([subcommand, *options])
     except MisconfigurationException as error:
@@ -74,6 +81,38 @@ def run(args: Sequence[str]) -> None:
         if isinstance(stop.__context__, KeyboardInterrupt):  # which Lightning makes a 1 of
             raise SystemExit(128 + signal.SIGINT) from None
         raise
+
+
+def _check_config(file: str) -> None:
+    """Raise ``ValueError`` for a file that is not UTF-8, that is no table of options, or that grows."""
+    if not Path(file).is_file():
+        if Path(file).exists():
+            raise ValueError(f"--config: {file} is not a regular file.")
+        return  # the parser says so
+    try:
+        root = yaml.compose(Path(file).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} is not YAML in UTF-8: {error}") from error
+    sections = {key.value: value for key, value in root.value} if isinstance(root, yaml.MappingNode) else {}
+    wrong = [
+        key
+        for key in ("model", "data", "trainer")
+        if not isinstance(sections.get(key, root), yaml.MappingNode)
+    ]
+    if wrong:
+        raise ValueError(f"{file}: the options of {' and '.join(wrong)} must be 'name: value' lines.")
+    if _size(root) > MOST_VALUES:
+        raise ValueError(f"{file} has more than {MOST_VALUES:,} values, its aliases expanded.")
+
+
+def _size(node: yaml.Node, depth: int = 0) -> int:
+    """Count the values below a node, as far as it matters; one that is inside itself has too many."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    total = MOST_VALUES if depth > 50 else 0
+    for part in chain.from_iterable(each if isinstance(each, tuple) else (each,) for each in node.value):
+        total += _size(part, depth + 1) if total <= MOST_VALUES else 0
+    return total
 
 
 class _Parser(LightningArgumentParser):

@@ -28,7 +28,6 @@ from parallel_decoupling.option_types import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
-    Seed,
     check_memory,
     checked,
 )
@@ -102,7 +101,7 @@ class MMEBDataModule(LightningDataModule):
         policy: Policy = "mixed",
         sub_batch_size: PositiveInt | None = None,
         hard_negatives: NonNegativeInt = 0,
-        seed: Seed = 0,
+        seed: NonNegativeInt = 0,
         row_limit_by: readers.LimitBy = "sample",
         image_size: SquareSize | None = None,
         min_pixels: PositiveInt | None = None,

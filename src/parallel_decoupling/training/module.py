@@ -26,7 +26,6 @@ from parallel_decoupling.option_types import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    Seed,
     checked,
 )
 from parallel_decoupling.training import callbacks, checkpoint, optimization, settings, terms
@@ -135,7 +134,7 @@ class PDFEmbedder(LightningModule):
         initial_adapter: str | None = None,
         quantization: Literal["4bit"] | None = None,
         family: Family | None = None,
-        seed: Seed = 0,
+        seed: NonNegativeInt = 0,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False

@@ -138,8 +138,9 @@ def check_fit(settings: Mapping[str, Any], data: Mapping[str, Any], encoder: Any
 
 
 def check_trained_dtype(settings: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` where weights that are kept in half precision would be trained."""
-    problem = f"adapter.kind=full with dtype={settings['dtype']} would round most updates away"
-    advice = "use model.dtype=float32 with trainer.precision=bf16-mixed"
-    is_exact = settings["adapter"]["kind"] != "full" or settings["dtype"] == "float32"
-    require(is_exact, f"{problem}: {advice}.")
+    """Raise ``ValueError`` where weights in half precision would be trained, or gradients pass float16."""
+    dtype, is_full = settings["dtype"], settings["adapter"]["kind"] == "full"
+    problem = "adapter.kind=full would round most updates away" if is_full else "small gradients become 0"
+    advice = "use model.dtype=float32 with trainer.precision=bf16-mixed, or bfloat16 for a frozen backbone"
+    is_exact = dtype == "float32" or (dtype == "bfloat16" and not is_full)
+    require(is_exact, f"dtype={dtype}: {problem}: {advice}.")
