@@ -279,3 +279,22 @@ def test_a_finished_run_without_validation_resumes_with_a_warning(config_file: P
     cli.main(command)
     with pytest.warns(UserWarning, match="Nothing was trained"):
         cli.main([*command, "--ckpt_path=last"])
+
+
+def test_configuration_files_that_are_no_tables_of_options_are_named(tmp_path: Path, mistake: Any) -> None:
+    file, grows = tmp_path / "a.yaml", b"a: &a [1,1,1,1,1,1,1,1]\n"
+    for one, two in zip("abcdefgh", "bcdefghi", strict=True):
+        grows += f"{two}: &{two} [{','.join([f'*{one}'] * 9)}]\n".encode()
+    for content in (
+        b"model: null",
+        b"[1]",
+        b"caf\xe9: 1",
+        b"\xff\xfea",
+        b"a: [",
+        b"&a [*a]",
+        b"a: &a [*a]",
+        grows,
+    ):
+        file.write_bytes(content)
+        for words in (["--config", str(file)], [f"--config={file}"]):
+            assert str(file) in mistake(["fit", *words])

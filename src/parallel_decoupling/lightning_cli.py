@@ -17,6 +17,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
@@ -109,7 +110,7 @@ def _size(node: yaml.Node, depth: int = 0) -> int:
     """Count the values below a node, as far as it matters; one that is inside itself has too many."""
     if isinstance(node, yaml.ScalarNode):
         return 1
-    total = MOST_VALUES if depth > 50 else 0
+    total = MOST_VALUES + 1 if depth > 50 else 0
     for part in chain.from_iterable(each if isinstance(each, tuple) else (each,) for each in node.value):
         total += _size(part, depth + 1) if total <= MOST_VALUES else 0
     return total
@@ -187,6 +188,12 @@ class RunCLI(LightningCLI):
             advice = "with model.query_chunk_size and model.candidate_chunk_size (GradCache), instead"
             problem = "trainer.accumulate_grad_batches: negatives do not add up over batches"
             raise ValueError(f"{problem}. Raise data.batch_size, {advice}.")
+        many, there = str(config.trainer.devices), max(os.cpu_count() or 1, torch.cuda.device_count())
+        if many.isdigit() and int(many) > there:
+            raise ValueError(f"trainer.devices={many}: this machine has {there}.")
+        if int(config.trainer.num_nodes) > 1 and not {"MASTER_ADDR", "SLURM_JOB_ID"} & os.environ.keys():
+            advice = "start it on each of them with torchrun, or by SLURM"
+            raise ValueError(f"trainer.num_nodes={config.trainer.num_nodes} would wait for others: {advice}.")
         if not config.trainer.fast_dev_run:
             if is_first_process():
                 for folder in self._written_folders():

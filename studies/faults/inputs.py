@@ -36,7 +36,7 @@ import yaml
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from parallel_decoupling import Embedder, MMEBDataModule, PDFEmbedder, lightning_cli
+from parallel_decoupling import Embedder, MMEBDataModule, PDFEmbedder
 from parallel_decoupling.cli import main as command_line
 from parallel_decoupling.evaluation.store import Store
 from parallel_decoupling.model.backbone import AdapterConfig
@@ -57,7 +57,6 @@ TEXTS = ("", " ", "x", "\x1b[31m", "../x", "a\0b", "\ud83d", "x" * 10**6)
 VALUES: tuple[Any, ...] = (*NUMBERS, *TEXTS, None, [], [1], [-1], ["a", "a"], {}, {"a": 1})
 BODY = {"input": "a", "model": "path_0", "dimensions": 3, "encoding_format": "float", "user": "u"}
 ITEM = {"text": "a", "instruction": "b", "image": None}
-PARSED_BY = lightning_cli  # loaded once, before the processes that parse
 OWNERS = (PDFEmbedder, MMEBDataModule, AdapterConfig, MIConfig, OptimizerConfig, Limits)
 
 
@@ -357,7 +356,7 @@ def main() -> int:
     embedder, (commit, _) = Embedder.from_pretrained(CHECKPOINT), code_version()
     lines = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     results = {(line["kind"], line["input"]): line for line in lines if line["commit"] == commit}
-    sources = (commands(), rows(), requests(embedder), items(embedder), options(), damages(embedder))
+    sources = (requests(embedder), items(embedder), rows(), commands(), options(), damages(embedder))
     for each in (each for source in sources for each in source):
         if (each.kind, each.given) not in results:
             verdict, message = _judge_here(each) if each.kind == "option" else judge(each)
