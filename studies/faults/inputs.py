@@ -103,7 +103,7 @@ def options() -> Iterator[Try]:
                     return check_values(function, arguments) is None
 
                 made = lambda owner=owner, name=name, value=value: owner(**{name: value})  # noqa: E731
-                yield Try("option", f"{owner.__name__}.{name}={value!r}", made, [name], is_declared)
+                yield Try("option", f"{owner.__name__}.{name}={value!r}"[:200], made, [name], is_declared)
 
 
 def _defaults(owner: Any) -> dict[str, Any]:
@@ -360,7 +360,7 @@ def main() -> int:
     for each in (each for source in sources for each in source):
         if (each.kind, each.given) not in results:
             verdict, message = _judge_here(each) if each.kind == "option" else judge(each)
-            line = {"kind": each.kind, "input": each.given, "verdict": verdict, "message": message}
+            line = {"kind": each.kind, "input": each.given, "verdict": verdict, "message": message[:200]}
             results[each.kind, each.given] = {**line, "commit": commit}
             with RESULTS.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps({**line, "commit": commit}) + "\n")
