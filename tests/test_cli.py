@@ -262,3 +262,31 @@ def test_any_error_of_building_the_trainer_is_one_message(
 ) -> None:
     options = ["--trainer.accelerator=cpu", f"--trainer.default_root_dir={tmp_path / 'run'}"]
     assert words in mistake(["fit", "--config", "demo.yaml", *options, f"--trainer.{option}"])
+
+
+def test_a_finished_run_without_validation_resumes_with_a_warning(config_file: Path, tmp_path: Path) -> None:
+    """Its last step ended an epoch, after which a validation would have been due."""
+    options = ["--trainer.limit_train_batches=2", "--trainer.max_steps=2", "--data.validation_tasks=[]"]
+    command = ["fit", "--config", str(config_file), f"--trainer.default_root_dir={tmp_path}", *options]
+    cli.main(command)
+    with pytest.warns(UserWarning, match="Nothing was trained"):
+        cli.main([*command, "--ckpt_path=last"])
+
+
+def test_configuration_files_that_are_no_tables_of_options_are_named(tmp_path: Path, mistake: Any) -> None:
+    file, grows = tmp_path / "a.yaml", b"a: &a [1,1,1,1,1,1,1,1]\n"
+    for one, two in zip("abcdefgh", "bcdefghi", strict=True):
+        grows += f"{two}: &{two} [{','.join([f'*{one}'] * 9)}]\n".encode()
+    for content in (
+        b"model: null",
+        b"[1]",
+        b"caf\xe9: 1",
+        b"\xff\xfea",
+        b"a: [",
+        b"&a [*a]",
+        b"a: &a [*a]",
+        grows,
+    ):
+        file.write_bytes(content)
+        for words in (["--config", str(file)], [f"--config={file}"]):
+            assert str(file) in mistake(["fit", *words])

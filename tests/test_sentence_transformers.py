@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from sentence_transformers.sentence_transformer import modules
 from sentence_transformers.util import quantize_embeddings
 
 from parallel_decoupling.evaluation.embedder import Embedder
+from parallel_decoupling.model.turns import training_modes
 from parallel_decoupling.sentence_transformers import as_sentence_transformer
 from tests.support.embedders import mixed_inputs, tiny_embedder
+from tests.support.fit import small_embedder
 
 ROW_BY_ROW: dict[str, Any] = {"batch_size": 1}
 """Without padding the two libraries' batches are the same, so that embeddings are equal bit for bit."""
@@ -55,6 +58,18 @@ def test_equals_encode(kind: str, model: SentenceTransformer, embedder: Embedder
     torch.testing.assert_close(encode(model, mixed_inputs()), expected, rtol=1e-5, atol=1e-5)
     for item, row in zip(mixed_inputs(), expected, strict=True):
         assert torch.equal(encode(model, item), row), "a single input"
+
+
+def test_a_call_waits_for_a_training_step_and_leaves_its_modes(tiny_backbone_dir: str) -> None:
+    module = small_embedder(tiny_backbone_dir, adapter={"dropout": 0.5})
+    expected, model = module.encode("a"), as_sentence_transformer(module.embedder)
+    with ThreadPoolExecutor(1) as threads:
+        with module.encoder.turns.alone():
+            call = threads.submit(encode, model, "a")  # type: ignore[arg-type]
+            assert not wait([call], timeout=0.5).done
+            assert all(training for _, training in training_modes(module.encoder))
+        torch.testing.assert_close(call.result(), expected)
+    assert all(training for _, training in training_modes(module.encoder))
 
 
 @pytest.mark.parametrize("path", [0, 2])

@@ -297,6 +297,40 @@ def test_a_huge_request_takes_turns_with_the_others(
     assert large["usage"]["prompt_tokens"] == together[1]
 
 
+@pytest.mark.parametrize("arrives_in", [1, 2, 4, 5])
+def test_a_large_request_delays_a_small_one_by_one_pass(
+    arrives_in: int, embedder: Embedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Time is counted in tokens by an encoder that does nothing else; small ones come all the time."""
+    server, clock, passes = Server(embedder, limits=replace(Limits(), tokens=1000)), [0], [0]
+
+    def embed(given: Any) -> Any:
+        passes[0] += 1
+        time.sleep(0.02)
+        clock[0] += sum(len(row.text) for task in given for row in task.rows)
+        return [(torch.zeros(len(task.rows), 4), 1) for task in given]
+
+    monkeypatch.setattr(server, "embed", embed)
+
+    async def run() -> int:
+        async def send(*texts: str) -> None:
+            await server.embeddings(Body.model_validate({"input": list(texts)}))
+
+        async def small() -> int:
+            while passes[0] < arrives_in:
+                await asyncio.sleep(0.001)
+            start = clock[0]
+            await send("small")
+            return clock[0] - start
+
+        large = asyncio.create_task(send(*(f"{number:0300}" for number in range(13))))
+        delays = await asyncio.gather(*(small() for _ in range(3)))
+        await large
+        return max(delays)
+
+    assert asyncio.run(run()) <= 1000 + 2 * 15
+
+
 def test_several_huge_requests_do_not_starve_one_that_comes_later(embedder: Embedder) -> None:
     server, loop = Server(embedder, limits=replace(Limits(), batch_size=2)), asyncio.new_event_loop()
     for number in range(5):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import reprlib
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
 
 from parallel_decoupling.batch import TokenLimit
 from parallel_decoupling.data.prompts import to_raw_input
@@ -102,11 +102,19 @@ class PathEmbedding(InputModule):
         """Add ``sentence_embedding`` ``[B, D]``, fp32, unit norm, to ``features``."""
         chosen = self.paths if paths is None else self._checked(paths)
         inputs = features["encoder_inputs"].to(self.embedder.device)
-        if isinstance(chosen, int):
-            embedding_BD: Tensor = embed(self.encoder, inputs, [chosen])[:, 0]
-        else:
-            embedding_BD = self.encoder.aggregate(embed(self.encoder, inputs))
+        numbers = [chosen] if isinstance(chosen, int) else None
+        trains = self.training and torch.is_grad_enabled()
+        with nullcontext() if trains else self.encoder.turns.encoding(self.encoder):
+            embedding_BND = embed(self.encoder, inputs, numbers)
+            embedding_BD = embedding_BND[:, 0] if numbers else self.encoder.aggregate(embedding_BND)
         return {**features, "sentence_embedding": embedding_BD}
+
+    def train(self, mode: bool = True) -> PathEmbedding:
+        """Set the mode; that of the shared encoder for evaluation is left to every call, as it may train."""
+        if mode:
+            super().train()
+        self.training = mode
+        return self
 
     def get_embedding_dimension(self) -> int:
         """Return D of one path, or of the aggregate."""

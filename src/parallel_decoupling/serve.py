@@ -113,6 +113,7 @@ class Waiting:
     """A request that is being embedded, some rows at a time."""
 
     task: Task
+    is_large: bool = False  # more tokens than a forward pass has
     done: list[tuple[Tensor, int]] = field(default_factory=list)
     num_done: int = 0
 
@@ -178,7 +179,8 @@ class Server:
         """Embed the inputs of a body; returns OpenAI's ``CreateEmbeddingResponse``."""
         task = await asyncio.to_thread(self.check, body)
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        self._waiting[future] = Waiting(task)
+        tokens = await asyncio.to_thread(lambda: sum(map(self._estimate(), task.rows)))
+        self._waiting[future] = Waiting(task, tokens > self.limits.tokens)
         try:
             while not future.done():  # a turn is not stopped: it is that of other requests, too
                 await asyncio.shield(self._take_turn(future))
@@ -214,8 +216,11 @@ class Server:
                     each.set_result((torch.cat(vectors), sum(counts)))
 
     def _next_rows(self) -> dict[asyncio.Future[Result], Task]:
-        """Take a row of every request in turn until a forward pass is full."""
-        estimate, tokens = TokenEstimate(self.embedder.collator, bytes_per_token=1), 0.0
+        """Take a row of every request in turn until a forward pass is full.
+
+        Large requests have passes of their own: others wait for such a pass, and never share the next one.
+        """
+        estimate, tokens = self._estimate(), 0.0
         sizes: dict[asyncio.Future[Result], int] = defaultdict(int)
         for number, (future, row) in enumerate(self._rows_in_turn()):
             tokens += estimate(row)
@@ -224,8 +229,12 @@ class Server:
             sizes[future] += 1
         return {future: self._waiting[future].part(size) for future, size in sizes.items()}
 
+    def _estimate(self) -> TokenEstimate:
+        return TokenEstimate(self.embedder.collator, bytes_per_token=1)
+
     def _rows_in_turn(self) -> Iterator[tuple[asyncio.Future[Result], RawInput]]:
         waiting = [(future, each) for future, each in self._waiting.items() if not future.done()]
+        waiting = [(future, each) for future, each in waiting if each.is_large == waiting[0][1].is_large]
         for rows in zip_longest(*(each.task.rows for _, each in waiting)):
             yield from ((future, row) for (future, _), row in zip(waiting, rows, strict=True) if row)
 
@@ -269,7 +278,7 @@ class Server:
         path_dim = self.embedder.embed_dim
         joined = self.embedder.encoder.aggregate_dim // path_dim if output == "aggregate" else 1
         if not 0 < body.dimensions <= joined * path_dim or body.dimensions % joined:
-            message = f"use a multiple of {joined} up to {joined * path_dim}"
+            message = f"dimensions={body.dimensions}: use a multiple of {joined} up to {joined * path_dim}"
             raise RequestError(message, param="dimensions")
         return Task(rows, output, body.dimensions // joined)
 

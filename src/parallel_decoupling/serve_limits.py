@@ -30,7 +30,8 @@ class Limits:
         pixels: most pixels in an image.
         waiting: most requests that have arrived and are not answered yet; further ones get status 429.
         batch_size: inputs per forward pass, of as many requests.
-        tokens: most tokens of a forward pass, unless a single input has more; requests take turns in it.
+        tokens: most tokens of a forward pass, unless a single input has more; a request with more takes turns
+            with the others, which wait for one such pass at most.
         seconds: a request that is not answered by then gets status 503.
         read_seconds: how long the head of a request may take to arrive, and then its body (status 408).
     """

@@ -23,7 +23,14 @@ from parallel_decoupling.data.names import printable
 from parallel_decoupling.data.row_sources import RowSource, TaskSide
 from parallel_decoupling.evaluation.encode import BatchPlan, RowBatches, TokenEstimate
 from parallel_decoupling.evaluation.store import AGGREGATE, Keeper, chosen_columns, path_column
-from parallel_decoupling.option_types import Names, NonNegativeFloat, NonNegativeInt, PositiveInt, checked
+from parallel_decoupling.option_types import (
+    Names,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    check_memory,
+    checked,
+)
 
 EMBEDDED = "mini-mmeb"
 """Value of ``data_dir`` that stands for the benchmark this package generates."""
@@ -117,6 +124,7 @@ class MMEBDataModule(LightningDataModule):
         self.validation_tasks = list(validation_tasks)
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.num_workers, self.weights = num_workers, weights
+        check_memory(f"data.num_workers={num_workers}", num_workers * 2.0**26)  # a process' own, at the least
         self.positives, self.hard_negatives = positives, hard_negatives
         self.row_limit, self.row_limit_by, self.query_limit = row_limit, row_limit_by, query_limit
         self.policy, self.sub_batch_size = policy, sub_batch_size

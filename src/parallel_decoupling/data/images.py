@@ -17,6 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from parallel_decoupling.data.unusable import RowError, one_row
+from parallel_decoupling.option_types import check_memory
 
 SquareSize = Literal["low", "mid", "high"]
 SQUARES: dict[str, int] = {"low": 128, "mid": 672, "high": 1344}
@@ -62,6 +63,7 @@ class ImagePolicy:
         if min(bounds, default=1) < 1 or bounds != sorted(bounds):
             rule = "must be at least 1, and min_pixels not above max_pixels"
             raise ValueError(f"min_pixels={self.min_pixels}, max_pixels={self.max_pixels}: they {rule}.")
+        check_memory(f"min_pixels={self.min_pixels}", 15.0 * (self.min_pixels or 0))  # 8-bit, and as fp32
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> ImagePolicy:

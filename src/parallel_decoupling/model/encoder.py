@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
@@ -137,7 +138,7 @@ def build_encoder(backbone: str, loading: Mapping[str, Any], paths: Mapping[str,
 
 def absolute_name(name: str) -> str:
     """Return a backbone's name with a local folder or weights file in it as an absolute path."""
-    if Path(name).is_dir():
+    if os.path.isdir(name):  # False for names that no folder can have
         return str(Path(name).resolve())
     architecture, slash, weights = name.partition("/")
     if name.startswith(PREFIX) and Path(weights).is_file():

@@ -21,6 +21,7 @@ from parallel_decoupling.model.identity import about_encoder, backbone_fingerpri
 from parallel_decoupling.model.turns import enter_evaluation, restore_modes
 from parallel_decoupling.objective.vclub import MutualInformation
 from parallel_decoupling.option_types import (
+    Dims,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -113,7 +114,7 @@ class PDFEmbedder(LightningModule):
         nested_paths: bool = False,
         distillation_weight: NonNegativeFloat = 0.0,
         distillation_start: NonNegativeInt = 0,
-        matryoshka_dims: Sequence[PositiveInt] | None = None,
+        matryoshka_dims: Dims | None = None,
         temperature: PositiveFloat = 0.02,
         learn_temperature: bool = False,
         symmetric: bool = False,
@@ -144,7 +145,8 @@ class PDFEmbedder(LightningModule):
         self.mi_config: MIConfig = typed["mi"]
         self.optimizer_config: OptimizerConfig = typed["optimizer"]
         self.mi_weight, self.aggregate_weight, self.symmetric = mi_weight, aggregate_weight, symmetric
-        self.nested_paths, self.false_negative_margin = nested_paths, false_negative_margin
+        self.nested_paths, self.fixed_temperature = nested_paths, temperature
+        self.false_negative_margin = false_negative_margin
         self.distillation_weight, self.distillation_start = distillation_weight, distillation_start
         self.chunk_size = chunk_size
         self.query_instruction, self.candidate_instruction = query_instruction, candidate_instruction
@@ -160,7 +162,6 @@ class PDFEmbedder(LightningModule):
             self.mutual_information = MutualInformation(self.mi_config.kind, num_paths=num_paths, **sizes)
         log_temperature = torch.tensor(float(temperature)).log()
         self.log_temperature = nn.Parameter(log_temperature) if learn_temperature else None
-        self.fixed_temperature = temperature
         self.train()
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Any]:
@@ -276,7 +277,7 @@ class PDFEmbedder(LightningModule):
         """Refuse a Trainer that cannot work before anything is trained; see ``training.settings``."""
         settings.check_trainer(self.trainer.strategy, self.trainer.precision)
         if stage == "fit":
-            settings.check_trained_dtype(self.hparams)
+            settings.check_fit(self.hparams, self.data_settings, self.encoder, self.trainer.strategy)
 
     def configure_model(self) -> None:
         """Shard the backbone under FSDP2; nothing to do for one process and for DDP."""
