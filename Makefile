@@ -10,7 +10,7 @@ INSTALLED := .venv/.installed
 DEMO := runs/demo$(if $(filter-out 0,$(SEED)),_seed$(SEED))
 DEMO_SINGLE_PATH := runs/demo_single_path$(if $(filter-out 0,$(SEED)),_seed$(SEED))
 
-.PHONY: help install demo test test-slow test-oldest lint types checks format golden backbone icons configs docs wheel notebooks bench studies faults app clean
+.PHONY: help install demo test test-slow test-oldest lint types checks format golden backbone icons configs docs wheel notebooks bench gpu studies faults app clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -90,6 +90,9 @@ bench: $(INSTALLED) ## cost of N paths and of the vCLUB estimator, start-up on M
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.predict
 	$(BIN)/python -m benchmarks.evaluation
+
+gpu: $(INSTALLED) ## check this machine's CUDA device in 8 minutes: kernels, tests, steps and memory of a 2B model (no download)
+	$(BIN)/python -m benchmarks.gpu
 
 studies: $(INSTALLED) ## every study: runs what is missing, then tables and pictures in docs/studies/
 	@failed=0; for study in help full_data paths prefix mutual_information little_data beyond; do \
