@@ -84,12 +84,15 @@ configs: $(INSTALLED) ## write lightning_configs/reproduce/ anew from its layers
 notebooks: $(INSTALLED) ## execute every notebook in place
 	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
 
-bench: $(INSTALLED) ## cost of N paths and of the vCLUB estimator, start-up on MMEB tables, throughput of predict and test
+bench: $(INSTALLED) ## ratios to peers and floors: N paths, vCLUB, start-up, test, GradCache, evaluation, search, scale (an hour)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
 	$(BIN)/python -m benchmarks.paths
 	$(BIN)/python -m benchmarks.vclub
 	$(BIN)/python -m benchmarks.startup
-	$(BIN)/python -m benchmarks.predict
 	$(BIN)/python -m benchmarks.evaluation
+	$(BIN)/python -m benchmarks.peers
+	$(BIN)/python -m benchmarks.search
+	$(BIN)/python -m benchmarks.scale
 
 gpu: $(INSTALLED) ## check this machine's CUDA device in 8 minutes: kernels, tests, steps and memory of a 2B model (no download)
 	$(BIN)/python -m benchmarks.gpu

@@ -42,10 +42,11 @@ def test_a_killed_worker_loses_and_doubles_no_row(
     for part, rows in enumerate((texts[:9], texts[9:])):
         pq.write_table(pa.table({"text": rows}), tmp_path / "rows" / f"part-{part}.parquet")
     monkeypatch.setattr(ray_data, "ShardEmbedder", Killed)
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # its default, 15, stands still beside other work
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
-        options: dict[str, Any] = {"num_workers": 2, "rows_per_shard": 4}
-        store = embed_with_ray(checkpoint, tmp_path / "rows", tmp_path / "store", **options)
+        options = {"workers": 2, "rows_per_shard": 4}
+        store = embed_with_ray(str(checkpoint), str(tmp_path / "rows"), tmp_path / "store", **options)
     finally:
         ray.shutdown()
     assert {file.name for file in tmp_path.glob("killed_*")} == {"killed_1", "killed_2"}
