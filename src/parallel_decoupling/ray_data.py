@@ -57,13 +57,13 @@ def embed_with_ray(
     """
     import ray.data
 
-    arguments = (*(str(Path(place).absolute()) for place in (model, source, output_dir)), rows_per_shard)
+    arguments: Any = (*(str(Path(place).absolute()) for place in (model, source, output_dir)), rows_per_shard)
     with locked(output_dir):
         here = ShardEmbedder(*arguments)
         finished = here.keeper.finished(here.rows, here.about)
         if todo := [{"shard": shard} for shard in range(here.writer.num_shards) if shard not in finished]:
             options: dict[str, Any] = {"fn_constructor_args": arguments, "batch_size": 1}
-            options["num_gpus"] = 1 if ray.cluster_resources().get("GPU") else None
+            options["num_gpus"] = 1 if cast(Any, ray).cluster_resources().get("GPU") else None
             options["compute"] = ray.data.ActorPoolStrategy(size=min(workers, len(todo)))
             shards = ray.data.from_items(todo, override_num_blocks=len(todo))
             shards.map_batches(ShardEmbedder, **options).materialize()
