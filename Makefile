@@ -10,7 +10,7 @@ INSTALLED := .venv/.installed
 DEMO := runs/demo$(if $(filter-out 0,$(SEED)),_seed$(SEED))
 DEMO_SINGLE_PATH := runs/demo_single_path$(if $(filter-out 0,$(SEED)),_seed$(SEED))
 
-.PHONY: help install demo test test-slow test-oldest lint types checks format golden backbone icons configs docs wheel notebooks bench studies faults app clean
+.PHONY: help install demo test test-slow test-oldest lint types checks format golden backbone icons configs docs wheel notebooks bench gpu studies faults app clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -84,12 +84,18 @@ configs: $(INSTALLED) ## write lightning_configs/reproduce/ anew from its layers
 notebooks: $(INSTALLED) ## execute every notebook in place
 	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
 
-bench: $(INSTALLED) ## cost of N paths and of the vCLUB estimator, start-up on MMEB tables, throughput of predict and test
+bench: $(INSTALLED) ## ratios to peers and floors: N paths, vCLUB, start-up, test, GradCache, evaluation, search, scale (an hour)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
 	$(BIN)/python -m benchmarks.paths
 	$(BIN)/python -m benchmarks.vclub
 	$(BIN)/python -m benchmarks.startup
-	$(BIN)/python -m benchmarks.predict
 	$(BIN)/python -m benchmarks.evaluation
+	$(BIN)/python -m benchmarks.peers
+	$(BIN)/python -m benchmarks.search
+	$(BIN)/python -m benchmarks.scale
+
+gpu: $(INSTALLED) ## check this machine's CUDA device in 8 minutes: kernels, tests, steps and memory of a 2B model (no download)
+	$(BIN)/python -m benchmarks.gpu
 
 studies: $(INSTALLED) ## every study: runs what is missing, then tables and pictures in docs/studies/
 	@failed=0; for study in help full_data paths prefix mutual_information little_data beyond; do \

@@ -106,25 +106,37 @@ def print_costs(args: argparse.Namespace) -> None:
         print(f"{quadratic_count / closed_count:>12.1f} {difference:>15.1e}")
 
 
-def kind_seconds(num_paths: int, batch_size: int, embed_dim: int, repetitions: int) -> dict[str, float]:
-    """Median time of every kind in a training step: fits of q, its NLL, the term and its gradient."""
+def kind_seconds(
+    num_paths: int,
+    batch_size: int,
+    embed_dim: int,
+    repetitions: int,
+    device: str = "cpu",
+    kinds: Sequence[Kind] = tuple(kind for kind in get_args(Kind) if kind != "none"),
+) -> dict[str, float]:
+    """Median time of kinds in a training step: fits of q, its NLL, the term and its gradient."""
     generator = torch.Generator().manual_seed(0)
-    sides = torch.randn(2, batch_size, num_paths, embed_dim, generator=generator)
+    sides = torch.randn(2, batch_size, num_paths, embed_dim, generator=generator).to(device)
     query, candidate = (each.requires_grad_() for each in torch.nn.functional.normalize(sides, dim=-1))
-    rows = torch.arange(batch_size)
+    rows = torch.arange(batch_size, device=device)
     pairs = GatheredPairs(query, candidate, query[:, :1], candidate[:, :1], rows, rows)
-    kinds: list[Kind] = [kind for kind in get_args(Kind) if kind != "none"]
     options = {"num_paths": num_paths, "embed_dim": embed_dim}
-    estimators = {kind: MutualInformation(kind, **options) for kind in kinds}
+    estimators = {kind: MutualInformation(kind, **options).to(device) for kind in kinds}
+
+    def now() -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     times: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(repetitions + 1):
         for kind, estimator in estimators.items():
-            start = time.perf_counter()
+            start = now()
             for _ in range(MIConfig().fit_steps * estimator.needs_fit):
                 torch.autograd.backward(estimator_nll(estimator, pairs))
             estimator_nll(estimator, pairs.detach())
             torch.autograd.grad(mutual_information_terms(estimator, pairs).sum(), (query, candidate))
-            times[kind].append(time.perf_counter() - start)
+            times[kind].append(now() - start)
     return {kind: statistics.median(measured[1:]) for kind, measured in times.items()}
 
 

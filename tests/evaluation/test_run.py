@@ -34,6 +34,19 @@ def module(tiny_backbone_dir: str) -> PDFEmbedder:
     return small_embedder(tiny_backbone_dir)
 
 
+def test_the_scores_are_there_before_anything_that_shows_them(
+    module: PDFEmbedder, tiny_mmeb_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("parallel_decoupling.evaluation.report.leaderboard.write_score_files", fail)
+    with pytest.raises(OSError, match="disk full"):
+        make_trainer(tmp_path).test(module, small_data(tiny_mmeb_dir))
+    assert list(ScoreReport.from_json_file(tmp_path / "scores.json").tasks) == list(TASKS)
+    assert not [file for file in tmp_path.rglob("*") if file.suffix in (".html", ".png")]
+
+
 def test_a_test_run_writes_and_logs_the_scores_of_its_embeddings(
     module: PDFEmbedder, tiny_mmeb_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -61,6 +61,8 @@ class TaskSide:
 class RowSource:
     """The images of a folder or the rows of a table (``docs/embedding_files.md``) with an instruction.
 
+    A folder with Parquet files in it is a table of them in the order of their names.
+
     ``left_out`` says what of a folder is not among the rows, "" for nothing.
     """
 
@@ -68,7 +70,10 @@ class RowSource:
 
     def __init__(self, path: str | Path, instruction: str = "") -> None:
         self.path, self.instruction, is_dir = Path(path), instruction, Path(path).is_dir()
-        self._fields, self.left_out = _list_images(self.path) if is_dir else (_read_table(self.path), "")
+        files = sorted(self.path.glob("*.parquet")) if is_dir else [self.path]
+        self._fields, self.left_out = (
+            (_read_table(self.path, files), "") if files else _list_images(self.path)
+        )
         source = os.path.abspath(self.path)
         self._image_dir = Path(source) if is_dir else Path(source).parent
         names = self._fields.column_names
@@ -110,12 +115,12 @@ def _without_folder(file: str, folder: Path) -> str:
     return Path(file).name if relative.startswith(os.pardir) else relative
 
 
-def _read_table(path: Path) -> pa.Table:
+def _read_table(path: Path, files: list[Path]) -> pa.Table:
     """Read a table, with ``id`` as its first column."""
-    if path.suffix not in SUFFIXES:
+    if files[0].suffix not in SUFFIXES:
         raise ValueError(f"{path} is neither a folder nor a file that ends with {', '.join(SUFFIXES)}.")
     texts = {name: name for name in (ID, TEXT, IMAGE)}
-    table = Table("predict_source", [path], texts, keep_others=True)
+    table = Table("predict_source", files, texts, keep_others=True)
     names = table.rows.column_names
     if not {TEXT, IMAGE} & set(names):
         needed = f"needs a column {TEXT}, {IMAGE} (names of files) or both"

@@ -122,12 +122,17 @@ class Keeper:
         self.writers: dict[str, StoreWriter] = {}
         self.kept: dict[str, frozenset[int]] = {}
 
+    def open(self, rows: Source, about: Mapping[str, Any]) -> StoreWriter:
+        """Say where the embeddings of some rows go, and what their files tell of them."""
+        self.writers[rows.name] = StoreWriter(self.root / rows.name, {**self._model(), **about}, self._dtype)
+        return self.writers[rows.name]
+
     def finished(self, rows: Source, about: Mapping[str, Any], with_bad_rows: bool = True) -> frozenset[int]:
         """Open the store of some rows and return the shards that are done, the same on all processes.
 
         Without ``with_bad_rows`` a shard in which some rows could not be embedded does not count.
         """
-        writer = StoreWriter(self.root / rows.name, {**self._model(), **about}, self._dtype)
+        writer = self.open(rows, about)
         done, problem = set[int](), None
         if rank() == 0:
             remove_leftovers(writer.folder)
@@ -140,7 +145,7 @@ class Keeper:
         done, problem = gather_objects((done, problem))[0]
         if problem and not self._replace:
             raise ValueError(f"{problem}. Give another output_dir, or empty this one.")
-        self.writers[rows.name], self.kept[rows.name] = writer, frozenset(done)
+        self.kept[rows.name] = frozenset(done)
         return frozenset(done)
 
     def write(

@@ -1,0 +1,40 @@
+"""How contenders take turns, and how their ratios are printed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def rounds_of(
+    contenders: Mapping[str, Callable[[], Any]], rounds: int
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Return the processor time of every contender in every round, and what it returned in the first.
+
+    The order rotates, and a round before the first is not measured.
+    """
+    names, seconds = list(contenders), {name: list[float]() for name in contenders}
+    results: dict[str, Any] = {}
+    for number in range(rounds + 1):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            start = time.process_time()
+            with contextlib.redirect_stdout(io.StringIO()):
+                result = contenders[name]()
+            if number:
+                seconds[name].append(time.process_time() - start)
+            results.setdefault(name, result)
+    return seconds, results
+
+
+def report(seconds: Mapping[str, list[float]], own: str, goals: Mapping[str, float]) -> None:
+    """Print, for every other contender, its time over that of ``own``, with the spread over rounds."""
+    print(f"  {own}: {statistics.median(seconds[own]):.3f} s of processor time")
+    for name in [name for name in seconds if name != own]:
+        ratios = sorted(other / mine for other, mine in zip(seconds[name], seconds[own], strict=True))
+        goal = f", goal {goals[name]:.2f}" if name in goals else ""
+        spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
+        print(f"  {name} / {own}: {statistics.median(ratios):.2f} ({spread}){goal}", flush=True)
