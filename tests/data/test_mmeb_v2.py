@@ -41,7 +41,7 @@ K700 Kinetics-700/data/test {"video_id": "a", "pos_text": "archery"}
 SmthSmthV2 SmthSmthV2/test {"video_id": 7, "pos_text": "b", "neg_text": ["a", "b", "c"]}
 MVBench MVBench/action_count/train {"video": "a", "question": "q", "candidates": ["x", "y"], "answer": "y"}
 Video-MME Video-MME/data/test {"videoID": "a", "question": "q", "options": ["A. x.", "B. y."], "answer": "B"}
-NExTQA NExTQA/MC/test {"video": 7, "question": "q", "a0": "x", "a1": "y", "a2": "z", "a3": "", "a4": "", \
+NExTQA NExTQA/MC/test {"video": 7, "question": "q", "a0": "x", "a1": "y", "a2": "z", "a3": "v", "a4": "w", \
 "answer": 2}
 ActivityNetQA ActivityNetQA/data/test {"video_name": "a", "question": "is it", "answer": "no"}
 MSVD MSVD/data/test {"video_id": "a", "caption": ["see a", "or"]} {"video_id": "b", "caption": ["see b"]}
