@@ -29,7 +29,7 @@ COMMANDS = {
     "app": ("commands.app", "show a page to search embeddings by text and image"),
     "compare": ("evaluation.compare.compare_runs", "compare one or several tested runs side by side"),
     "export": ("commands.export", "write a model as a folder to share"),
-    "index": ("commands.index", "make a LanceDB index of embeddings"),
+    "index": ("lance_index.write_lance_index", "make a LanceDB index of embeddings"),
     "mine": ("mining.mine", "write hard negatives for training rows"),
     "paths": ("diagnostics.path_analysis.analyse_paths", "show how the paths of a trained model differ"),
     "search": ("commands.search", "search embeddings by a text, an image or both"),
@@ -37,7 +37,7 @@ COMMANDS = {
     "verify": ("commands.verify", "check a data folder"),
 }
 """Subcommands without a Trainer: the function that makes the options, and a line of help."""
-EXTRAS = {"fastapi": "serve", "uvicorn": "serve", "gradio": "app"}
+EXTRAS = {"fastapi": "serve", "uvicorn": "serve", "gradio": "app", "lancedb": "search"}
 
 SUBCOMMANDS = TRAINER_SUBCOMMANDS | {name: text for name, (_, text) in COMMANDS.items()}
 WORKER_TRACEBACK = "Original Traceback (most recent call last):"

@@ -144,7 +144,7 @@ class RunCLI(LightningCLI):
         """Lock the folders that are written, refuse what would overwrite a run, then build."""
         config = self.config[self.config.subcommand]
         if config.trainer.accumulate_grad_batches != 1:
-            advice = "with model.query_chunk_size and model.candidate_chunk_size (GradCache), instead"
+            advice = "with model.chunk_size (GradCache), instead"
             problem = "trainer.accumulate_grad_batches: negatives do not add up over batches"
             raise ValueError(f"{problem}. Raise data.batch_size, {advice}.")
         if not config.trainer.fast_dev_run:

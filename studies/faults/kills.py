@@ -71,7 +71,7 @@ def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], dict[tuple[str, str]
         with file.open(newline="") as stream:
             for row in csv.DictReader(stream):
                 for name, value in row.items():
-                    if value and "throughput" not in name and name not in ("step", "epoch"):
+                    if value and name not in ("step", "epoch"):
                         logged.setdefault((row["step"], name), []).append(value)
     return state, logged
 

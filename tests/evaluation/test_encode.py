@@ -28,7 +28,7 @@ TEXTS = ["a", "a much longer text than the others", "bb", "", "middle length", "
 class HashCollator:
     """Tokens are the bytes of the text, padded on the right; counts its calls."""
 
-    images, processor, limit = ImagePolicy(), None, TokenLimit()
+    images, processor, limit, video_token = ImagePolicy(), None, TokenLimit(), None
 
     def __init__(self) -> None:
         self.seen: list[list[RawInput]] = []

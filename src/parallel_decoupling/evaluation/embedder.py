@@ -110,7 +110,8 @@ class Embedder:
         Args:
             inputs: one item or a list. Pictures are PIL images, arrays, tensors, bytes of a file, ``Path``,
                 data URIs, and strings that name an existing file that Pillow opens; other strings are texts.
-                Dictionaries with ``text``, ``image`` or ``images``, and ``instruction`` leave no doubt.
+                Dictionaries with ``text``, ``image`` or ``images``, ``video`` (frames or their folder), and
+                ``instruction`` leave no doubt.
             instruction: put before every text or after every image; a dictionary's own one wins.
             paths: ``aggregate`` of all paths for ``[B, D]`` (``[B, N*D]`` if the encoder concatenates);
                 ``all`` or a list of numbers for ``[B, N', D]``; a number for ``[B, D]``.

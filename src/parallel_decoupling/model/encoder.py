@@ -21,11 +21,9 @@ from parallel_decoupling.model.turns import Turns
 from parallel_decoupling.option_types import NonNegativeInt, PositiveInt, checked
 
 
-def last_token(states: Tensor, attention_mask: Tensor) -> Tensor:
-    """Return the state ``[R, D]`` of each row's last real token; ``[R, L]`` may be padded on either side."""
-    length = attention_mask.shape[1]
-    last_R = length - 1 - attention_mask.flip(1).to(torch.int64).argmax(dim=1)
-    return states[torch.arange(states.shape[0], device=states.device), last_R]
+def last_token(attention_mask: Tensor) -> Tensor:
+    """Return the number ``[B]`` of each row's last real token; ``[B, L]`` may be padded on either side."""
+    return attention_mask.shape[1] - 1 - attention_mask.flip(1).to(torch.int64).argmax(dim=1)
 
 
 class ParallelEncoder(nn.Module):
@@ -100,17 +98,16 @@ class ParallelEncoder(nn.Module):
             ``forward(inputs, [i])`` equals column ``i`` of ``forward(inputs)``.
         """
         chosen = check_paths(paths, self.num_paths)
-        states, dtype = None, self.backbone.dtype
+        states, dtype = PathStates(chosen, None, self.prefix_range.start), self.backbone.dtype
         if isinstance(self.prefixes, ShallowPrefixes):
             prompts = self.backbone.prompt_states(self.prefixes.embeddings[chosen].to(dtype))
             states = PathStates(chosen, prompts)
         elif self.prefixes is not None:
             states = self.prefixes.states(chosen, self.prefix_range.start, dtype)
-        elif self.backbone.adapter.per_path:
-            states = PathStates(chosen, None, self.prefix_range.start)
+        states.pooled = last_token(inputs.tokens["attention_mask"])
         states_RLD = self.backbone(inputs.tokens, _concatenate(inputs.vision), states)
-        mask_RL = inputs.tokens["attention_mask"].repeat(len(chosen), 1)
-        pooled_NBD = last_token(states_RLD, mask_RL).reshape(len(chosen), -1, self.embed_dim)
+        states_NBLD = states_RLD.unflatten(0, (len(chosen), -1))
+        pooled_NBD = states_NBLD[:, torch.arange(len(inputs), device=states_RLD.device), states.pooled]
         return F.normalize(pooled_NBD.transpose(0, 1).float(), dim=-1)
 
     def aggregate(self, embeddings: Tensor) -> Tensor:

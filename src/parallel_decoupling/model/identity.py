@@ -199,7 +199,7 @@ def rows_hash(rows: Iterable[RawInput], *, files: bool = True) -> str:
     """
     digest = sha256()
     for row in rows:
-        images = [_image_content(image, files) for image in row.images]
+        images = [_image_content(image, files) for image in row.pictures]
         digest.update(json.dumps([row.text, row.fixed, images]).encode() + b"\n")
     return digest.hexdigest()
 

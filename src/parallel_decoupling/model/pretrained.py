@@ -177,7 +177,8 @@ def _load_checkpoint(path: str | Path) -> tuple[Encoder, dict[str, Any]]:
     state = {name.removeprefix(start): value for name, value in stored.items() if name.startswith(start)}
     identity.check_fingerprint(content["backbone"], identity.backbone_fingerprint(encoder.backbone))
     identity.load_trainable_state(encoder, state)
-    images = {name: content["data"].get(name) for name in ("image_size", "min_pixels", "max_pixels")}
+    names = ("image_size", "min_pixels", "max_pixels", "max_frames", "max_video_pixels")
+    images = {name: content["data"].get(name) for name in names}
     about = {"settings": settings, "images": images, "run": run_checkpoint.run_info(content)}
     return encoder, {**settings, **about}
 

@@ -1,4 +1,4 @@
-"""InfoNCE over paths with one or several positives, a teacher's ranking, and the in-batch hit@1.
+"""InfoNCE over paths with one or several positives, a teacher's ranking, and the in-batch margins.
 
 Shapes: ``B`` queries, ``G`` candidates (``G >= B`` with gathered or hard negatives), ``N`` paths,
 ``D`` embedding dim, ``A`` positives and ``K`` candidates of a query's own row.
@@ -108,22 +108,11 @@ def own_candidates_kl(
 
 
 @torch.no_grad()
-def in_batch_hit_at_1(query: Tensor, candidate: Tensor, *, positive: Tensor, candidate_ids: Tensor) -> Tensor:
-    """Return the share ``[N]`` of queries whose best positive scores strictly above all other targets.
-
-    The arguments are those of ``info_nce``. A tie is a miss, so collapsed embeddings do not look perfect.
-    Duplicates of the positives and padding are left out as there.
-    """
-    margin_NB = in_batch_margins(query, candidate, positive=positive, candidate_ids=candidate_ids)
-    return (margin_NB > 0).to(margin_NB.dtype).mean(dim=1)
-
-
-@torch.no_grad()
 def in_batch_margins(query: Tensor, candidate: Tensor, *, positive: Tensor, candidate_ids: Tensor) -> Tensor:
     """Return by how much each query's best positive scores above the best other target, ``[N, B]``.
 
     The arguments are those of ``info_nce``. Duplicates of the positives and padding are left out as there;
-    infinite where nothing is left.
+    infinite where nothing is left. A hit is above 0: a tie is a miss, so collapsed embeddings have none.
     """
     _check_shapes(query, candidate, positive, candidate_ids)
     score_NBG = _scores(query, candidate)
@@ -199,12 +188,7 @@ def _cross_entropy(score_NBG: Tensor, left_out_BG: Tensor, positive: Tensor, abo
 
 
 def _check_shapes(query: Tensor, candidate: Tensor, positive: Tensor, candidate_ids: Tensor) -> None:
-    if query.ndim != 3 or candidate.ndim != 3 or query.shape[1:] != candidate.shape[1:]:
-        shapes = f"got {tuple(query.shape)} and {tuple(candidate.shape)}; an aggregate is [B, 1, D]"
-        raise ValueError(f"query [B, N, D] and candidate [G, N, D] must share N and D, {shapes}.")
-    if positive.shape[:1] != query.shape[:1] or positive.ndim > 2:
-        shape = tuple(positive.shape)
-        raise ValueError(f"positive must be [{len(query)}] or [{len(query)}, A], by query, got {shape}.")
-    if candidate_ids.shape != candidate.shape[:1]:
-        shape = tuple(candidate_ids.shape)
-        raise ValueError(f"candidate_ids must be [{len(candidate)}], one per candidate, got {shape}.")
+    assert query.ndim == 3, "an aggregate is [B, 1, D]"
+    assert query.shape[1:] == candidate.shape[1:], "[B, N, D] and [G, N, D]"
+    assert positive.shape[0] == len(query), "[B] or [B, A]"
+    assert candidate_ids.shape == candidate.shape[:1], "[G]"

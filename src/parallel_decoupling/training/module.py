@@ -76,8 +76,8 @@ class PDFEmbedder(LightningModule):
         teacher_weight: of the divergence from a teacher's scores within every InfoNCE (docs/data.md).
         false_negative_margin: leaves candidates out that score so much above a positive; null is off.
         optimizer: rates, schedule, clipping.
-        query_chunk_size: GradCache, queries per forward pass; null encodes the batch in one graph.
-        candidate_chunk_size: GradCache, candidates per forward pass; null encodes the batch in one graph.
+        chunk_size: GradCache, rows (queries and candidates) per forward pass; null encodes the batch in one
+            graph.
         query_instruction: put before every input of encode_query.
         candidate_instruction: put before every input of encode_candidate.
         max_tokens: of an input's text and pictures together; null is all positions of the backbone.
@@ -120,8 +120,7 @@ class PDFEmbedder(LightningModule):
         teacher_weight: NonNegativeFloat = 0.0,
         false_negative_margin: NonNegativeFloat | None = None,
         optimizer: OptimizerConfig = _OPTIMIZER,
-        query_chunk_size: PositiveInt | None = None,
-        candidate_chunk_size: PositiveInt | None = None,
+        chunk_size: PositiveInt | None = None,
         query_instruction: str = "",
         candidate_instruction: str = "",
         max_tokens: PositiveInt | None = None,
@@ -147,7 +146,7 @@ class PDFEmbedder(LightningModule):
         self.mi_weight, self.aggregate_weight, self.symmetric = mi_weight, aggregate_weight, symmetric
         self.nested_paths, self.false_negative_margin = nested_paths, false_negative_margin
         self.distillation_weight, self.distillation_start = distillation_weight, distillation_start
-        self.query_chunk_size, self.candidate_chunk_size = query_chunk_size, candidate_chunk_size
+        self.chunk_size = chunk_size
         self.query_instruction, self.candidate_instruction = query_instruction, candidate_instruction
         self.seed, self.teacher_weight, self.progress = seed, teacher_weight, Progress()
         self.data_settings: dict[str, Any] = {}
@@ -168,11 +167,11 @@ class PDFEmbedder(LightningModule):
         """Take one step: encode, fit q, one gradient of the objective, one step of the embedder."""
         with self.encoder.turns.alone(), seeded(self.device, self.seed, self.progress.steps_done):
             # 1. All paths of all rows, of all ranks. Under GradCache the embeddings are leaves.
-            query = self._encode(batch.query, "query", self.query_chunk_size)
-            candidate = self._encode(batch.candidate, "candidate", self.candidate_chunk_size)
-            embeddings = query.embeddings, candidate.embeddings
+            encoding = self._encode(batch.inputs)
+            query, candidate = encoding.embeddings.tensor_split([len(batch)])
             pairs = terms.gather_pairs(
-                *embeddings,
+                query,
+                candidate,
                 aggregate=self.encoder.aggregate,
                 dims=self.nested_dims,
                 nested_paths=self.nested_paths,
@@ -203,8 +202,7 @@ class PDFEmbedder(LightningModule):
             with own_gradients_only(self.trainer.strategy):
                 if loss.requires_grad:  # not for texts alone when only vision adapters train
                     self.manual_backward(loss * world_size())
-                query.backward()
-                candidate.backward()
+                encoding.backward()
             # 6. The main step; the rest is bookkeeping.
             self._main_step()
         values |= {"loss": loss, "mi": mean_mi, "mi_weight": weight, "contrastive_aggregate": aggregate}
@@ -222,9 +220,9 @@ class PDFEmbedder(LightningModule):
             return torch.tensor(self.fixed_temperature, device=self.device)
         return self.log_temperature.exp()
 
-    def _encode(self, inputs: EncoderInputs, side: str, chunk_size: int | None) -> Encoding:
-        seed_parts = (self.seed, self.progress.steps_done, rank(), side)
-        return encode_in_chunks(self.encoder, inputs, chunk_size=chunk_size, seed_parts=seed_parts)
+    def _encode(self, inputs: EncoderInputs) -> Encoding:
+        seed_parts = (self.seed, self.progress.steps_done, rank(), "encode")
+        return encode_in_chunks(self.encoder, inputs, chunk_size=self.chunk_size, seed_parts=seed_parts)
 
     def _fit_estimator(self, pairs: terms.GatheredPairs) -> tuple[Tensor, Tensor]:
         """Fit q, alike on every rank; return its NLL on this batch before (held out) and after the fit."""
