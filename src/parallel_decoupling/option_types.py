@@ -114,7 +114,7 @@ def _outside(hint: Any) -> Any:
     parts = [each for each in (hint, *get_args(hint)) if isinstance(each, type) and is_dataclass(each)]
     if not parts:
         return hint
-    one: Any = InstanceOf.__class_getitem__(parts[0])
+    one: Any = InstanceOf.__class_getitem__(parts[0])  # type: ignore[type-arg]
     either: Any = one | Mapping[str, Any]
     return either | None if get_args(hint) else either
 
