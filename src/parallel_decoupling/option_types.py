@@ -114,7 +114,8 @@ def _outside(hint: Any) -> Any:
     parts = [each for each in (hint, *get_args(hint)) if isinstance(each, type) and is_dataclass(each)]
     if not parts:
         return hint
-    either: Any = Annotated[parts[0], InstanceOf[Any]()] | Mapping[str, Any]
+    one: Any = InstanceOf.__class_getitem__(parts[0])  # type: ignore[type-arg]
+    either: Any = one | Mapping[str, Any]
     return either | None if get_args(hint) else either
 
 
