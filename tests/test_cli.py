@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Trainer
 
 from parallel_decoupling import cli, lightning_cli
 from parallel_decoupling.evaluation.report import ScoreReport
@@ -180,7 +179,7 @@ def test_predict_embeds_a_folder_of_images_and_resumes(run_dir: Path, mistake: A
         (["--ckpt_path", __file__], "is not a checkpoint"),
         (["--data.num_workers=-1"], "data.num_workers must be 0 or more"),
         (["--trainer.gradient_clip_val", "1.0"], "gradient_clip_val"),
-        (["--trainer.accumulate_grad_batches", "2"], "candidate_chunk_size (GradCache)"),
+        (["--trainer.accumulate_grad_batches", "2"], "model.chunk_size (GradCache)"),
         (["--trainer.precision", "16-true"], "bf16-mixed"),
         (["--trainer.max_steps", "0"], "No main step would be made"),
         (["--trainer.limit_train_batches", "0"], "No main step would be made"),
@@ -250,23 +249,44 @@ def test_the_demo_s_configuration_comes_with_the_package(
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("option", "words"),
     [
-        ({"accelerator": "cpu", "devices": 0}, "not a valid input"),  # Lightning's MisconfigurationException
-        ({"accelerator": "cpu", "strategy": "ddpp"}, "invalid strategy name"),
-        ({"accelerator": "cpu", "strategy": "fsdp"}, "requires a GPU"),
+        ("devices=-3", "one of the trainer's options cannot be used: `devices`"),  # a TypeError
+        ("devices=0", "not a valid input"),  # Lightning's MisconfigurationException
+        ("strategy=ddpp", "invalid strategy name"),
+        ("strategy=fsdp", "requires a GPU"),
     ],
 )
-def test_what_lightning_says_of_the_trainers_options(
-    options: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch, mistake: Any
+def test_any_error_of_building_the_trainer_is_one_message(
+    option: str, words: str, tmp_path: Path, mistake: Any
 ) -> None:
-    monkeypatch.setattr(lightning_cli, "RunCLI", lambda _: Trainer(logger=False, **options))
-    shown = mistake(["fit"])
-    assert shown.startswith("error: ")
-    assert words in shown
+    options = ["--trainer.accelerator=cpu", f"--trainer.default_root_dir={tmp_path / 'run'}"]
+    assert words in mistake(["fit", "--config", "demo.yaml", *options, f"--trainer.{option}"])
 
 
-def test_any_error_of_building_the_trainer_is_one_message(tmp_path: Path, mistake: Any) -> None:
-    options = ["--trainer.devices=-3", f"--trainer.default_root_dir={tmp_path / 'run'}"]  # a TypeError
-    shown = mistake(["fit", "--config", "demo.yaml", "--trainer.accelerator=cpu", *options])
-    assert "one of the trainer's options cannot be used: `devices`" in shown
+def test_a_finished_run_without_validation_resumes_with_a_warning(config_file: Path, tmp_path: Path) -> None:
+    """Its last step ended an epoch, after which a validation would have been due."""
+    options = ["--trainer.limit_train_batches=2", "--trainer.max_steps=2", "--data.validation_tasks=[]"]
+    command = ["fit", "--config", str(config_file), f"--trainer.default_root_dir={tmp_path}", *options]
+    cli.main(command)
+    with pytest.warns(UserWarning, match="Nothing was trained"):
+        cli.main([*command, "--ckpt_path=last"])
+
+
+def test_configuration_files_that_are_no_tables_of_options_are_named(tmp_path: Path, mistake: Any) -> None:
+    file, grows = tmp_path / "a.yaml", b"a: &a [1,1,1,1,1,1,1,1]\n"
+    for one, two in zip("abcdefgh", "bcdefghi", strict=True):
+        grows += f"{two}: &{two} [{','.join([f'*{one}'] * 9)}]\n".encode()
+    for content in (
+        b"model: null",
+        b"[1]",
+        b"caf\xe9: 1",
+        b"\xff\xfea",
+        b"a: [",
+        b"&a [*a]",
+        b"a: &a [*a]",
+        grows,
+    ):
+        file.write_bytes(content)
+        for words in (["--config", str(file)], [f"--config={file}"]):
+            assert str(file) in mistake(["fit", *words])

@@ -128,7 +128,8 @@ def test_every_row_of_the_docs_has_a_ready_file_and_every_layer_a_use() -> None:
     assert list(table_rows()) == list(ROWS)
     command = "parallel-decoupling fit --config lightning_configs/reproduce/"
     assert [row for row in ROWS if f"{command}{row}.yaml\n" not in REPRODUCE] == []
-    docs = REPRODUCE + (PROJECT_DIR / "docs" / "layouts.md").read_text(encoding="utf-8")
+    pages = (PROJECT_DIR / "docs" / f"{name}.md" for name in ("layouts", "backbones", "training"))
+    docs = REPRODUCE + "".join(page.read_text(encoding="utf-8") for page in pages)
     layers = [str(file.relative_to(CONFIG_DIR).with_suffix("")) for file in CONFIG_DIR.glob("*/*.yaml")]
     unused = [name for name in layers if not name.startswith(READY) and f"{name}.yaml" not in docs]
     assert set(unused) <= {layer for row in ROWS.values() for layer in row}

@@ -149,3 +149,11 @@ def test_a_bad_input_is_named_by_its_place_in_the_corpus_or_gets_a_stand_in(
 def test_prompts_that_mteb_would_ignore_are_refused(embedder: Embedder) -> None:
     with pytest.raises(ValueError, match="mteb would ignore some prompts.*qurey"):
         mteb_model(embedder, prompts={"qurey": "find"})
+
+
+def test_registered_under_a_name(embedder: Embedder) -> None:
+    model = mteb_model(embedder, 1, name="me/model-path-1")
+    meta = mteb.get_model_meta("me/model-path-1")
+    assert meta.revision == mteb_model(embedder, 1).mteb_model_meta.revision
+    assert meta.modalities == ["image", "text"]
+    assert mteb.get_model("me/model-path-1").model is model.model

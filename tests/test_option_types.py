@@ -10,14 +10,26 @@ from dataclasses import dataclass, is_dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
+import torch
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.model.backbone import AdapterConfig
-from parallel_decoupling.option_types import Names, NonNegativeFloat, PositiveInt, Rule, check_values, checked
+from parallel_decoupling.option_types import (
+    Names,
+    NonNegativeFloat,
+    PositiveInt,
+    Rule,
+    check_memory,
+    check_values,
+    checked,
+)
 from parallel_decoupling.training.module import PDFEmbedder
 from parallel_decoupling.training.optimization import MIConfig, OptimizerConfig
+from parallel_decoupling.training.settings import check_fit
+from tests.support.fit import small_embedder
 
 OWNERS: dict[type, str] = {PDFEmbedder: "", MMEBDataModule: "data."}
 OWNERS |= {AdapterConfig: "adapter.", MIConfig: "mi.", OptimizerConfig: "optimizer."}
@@ -112,10 +124,43 @@ def test_a_checked_function_is_itself_for_good_values() -> None:
 
 def test_one_message_names_all_that_is_wrong() -> None:
     said = (
-        "outer.size must be 1 or more, got 0; outer.rate must be 0 or more and finite, got nan; "
+        "outer.size must be 1 or more, in 64 bits, got 0; outer.rate must be 0 or more and finite, got nan; "
         "outer.names must be different names, got ['a', 'a']"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
         outer(0, math.nan, names=["a", "a"])
     with pytest.raises(ValueError, match=r"outer\.names must be a list, not one text, got 'ab'"):
         outer(1, names="ab")
+
+
+HUGE: dict[str, Any] = {
+    "num_paths": lambda: small_embedder("tiny", num_paths=10**8, prefix_init="random"),
+    "prefix_length": lambda: small_embedder("tiny", prefix_length=10**9),
+    "adapter.rank": lambda: small_embedder("tiny", adapter={"rank": 10**9}),
+    "adapter.per_path": lambda: small_embedder(
+        "tiny", num_paths=10**4, adapter={"rank": 10**3, "per_path": True}
+    ),
+    "mi.hidden_size": lambda: small_embedder("tiny", mi={"hidden_size": 10**9}),
+    "min_pixels": lambda: MMEBDataModule(min_pixels=10**13),
+    "data.num_workers": lambda: MMEBDataModule(num_workers=10**7),
+    "data.hard_negatives": lambda: check_fit(
+        dict(small_embedder("tiny").hparams),
+        MMEBDataModule(hard_negatives=10**7).settings,
+        small_embedder("tiny").encoder,
+        SingleDeviceStrategy("cpu"),
+    ),
+}
+
+
+@pytest.mark.parametrize("option", HUGE)
+def test_what_cannot_fit_is_refused_before_it_is_allocated(option: str) -> None:
+    """Every option of which a single value can ask for more memory than any machine has."""
+    with pytest.raises(
+        ValueError, match=rf"{option}.* would need [\d,]+ bytes of memory, of which [\d,]+ are"
+    ):
+        HUGE[option]()
+
+
+def test_on_the_meta_device_nothing_is_allocated() -> None:
+    with torch.device("meta"):
+        check_memory("a", 1e30)

@@ -283,9 +283,7 @@ def test_no_word_is_trained_and_evaluated_and_no_other_candidate_is_right(
 def test_a_model_of_texts_trains_scores_and_comes_back(name: str, words_dir: Path, tmp_path: Path) -> None:
     assert not [problem for check in verify(words_dir, load_collator("tiny")) for problem in check.problems]
     adapter = {"per_path": True}
-    module = small_embedder(
-        save_tiny_family(name, tmp_path / "backbone"), adapter=adapter, candidate_chunk_size=5
-    )
+    module = small_embedder(save_tiny_family(name, tmp_path / "backbone"), adapter=adapter, chunk_size=5)
     trainer = make_trainer(tmp_path, max_steps=2)
     trainer.fit(module, small_data(str(words_dir)))
     trainer.save_checkpoint(tmp_path / "last.ckpt")

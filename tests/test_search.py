@@ -202,7 +202,7 @@ ITEMS, QUERIES = vectors(400), vectors(5, seed=1)
 def lance(store: Store, tmp_path_factory: pytest.TempPathFactory) -> LanceIndex:
     pytest.importorskip("lancedb")
     folder = tmp_path_factory.mktemp("index")
-    write_lance_index(store, folder)
+    write_lance_index(str(store.folder), str(folder))
     return LanceIndex(folder)
 
 
@@ -228,7 +228,7 @@ def test_equals_exact_search(scoring: str, lance: LanceIndex, store: Store) -> N
 def test_an_approximate_index_finds_an_item_by_itself(
     index_type: IndexType, store: Store, tmp_path: Path
 ) -> None:
-    write_lance_index(store, tmp_path, index_type)
+    write_lance_index(str(store.folder), str(tmp_path), index_type)
     index = LanceIndex(tmp_path)
     kinds = {each.index_type.upper().replace("IVF", "") for each in index._table.list_indices()}
     assert kinds == {index_type.removeprefix("IVF_")}
@@ -243,7 +243,7 @@ def test_an_index_that_is_stopped_halfway_stays_the_old_one(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = save_store(tmp_path / "few", ITEMS[:9])
-    write_lance_index(few, tmp_path / "index")
+    write_lance_index(str(few.folder), str(tmp_path / "index"))
 
     def stopped(store: Store) -> Iterator[Any]:
         yield next(tables(store))
@@ -252,10 +252,10 @@ def test_an_index_that_is_stopped_halfway_stays_the_old_one(
     tables = lance_index._tables
     monkeypatch.setattr(lance_index, "_tables", stopped)
     with pytest.raises(KeyboardInterrupt):
-        write_lance_index(store, tmp_path / "index")
+        write_lance_index(str(store.folder), str(tmp_path / "index"))
     assert len(LanceIndex(tmp_path / "index")) == 9
     monkeypatch.undo()
-    write_lance_index(store, tmp_path / "index")
+    write_lance_index(str(store.folder), str(tmp_path / "index"))
     assert len(LanceIndex(tmp_path / "index")) == 400
     assert len(list((tmp_path / "index").iterdir())) == 1, "nothing of the old one, nor of the stopped"
 

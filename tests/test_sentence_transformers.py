@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,10 +14,14 @@ from torch import Tensor
 pytest.importorskip("sentence_transformers", minversion="6")
 
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer import modules
+from sentence_transformers.util import quantize_embeddings
 
 from parallel_decoupling.evaluation.embedder import Embedder
+from parallel_decoupling.model.turns import training_modes
 from parallel_decoupling.sentence_transformers import as_sentence_transformer
-from tests.support.embedders import mixed_inputs
+from tests.support.embedders import mixed_inputs, tiny_embedder
+from tests.support.fit import small_embedder
 
 ROW_BY_ROW: dict[str, Any] = {"batch_size": 1}
 """Without padding the two libraries' batches are the same, so that embeddings are equal bit for bit."""
@@ -52,6 +58,18 @@ def test_equals_encode(kind: str, model: SentenceTransformer, embedder: Embedder
     torch.testing.assert_close(encode(model, mixed_inputs()), expected, rtol=1e-5, atol=1e-5)
     for item, row in zip(mixed_inputs(), expected, strict=True):
         assert torch.equal(encode(model, item), row), "a single input"
+
+
+def test_a_call_waits_for_a_training_step_and_leaves_its_modes(tiny_backbone_dir: str) -> None:
+    module = small_embedder(tiny_backbone_dir, adapter={"dropout": 0.5})
+    expected, model = module.encode("a"), as_sentence_transformer(module.embedder)
+    with ThreadPoolExecutor(1) as threads:
+        with module.encoder.turns.alone():
+            call = threads.submit(encode, model, "a")  # type: ignore[arg-type]
+            assert not wait([call], timeout=0.5).done
+            assert all(training for _, training in training_modes(module.encoder))
+        torch.testing.assert_close(call.result(), expected)
+    assert all(training for _, training in training_modes(module.encoder))
 
 
 @pytest.mark.parametrize("path", [0, 2])
@@ -165,3 +183,34 @@ def test_options_without_effect_are_refused(option: dict[str, Any], folder: Path
 def test_processing_kwargs_are_refused(model: SentenceTransformer) -> None:
     with pytest.raises(ValueError, match="processing_kwargs have no effect"):
         encode(model, ["a"], processing_kwargs={"text": {"max_length": 3}})
+
+
+def test_the_library_s_quantization(model: SentenceTransformer, embedder: Embedder) -> None:
+    """Signs as bits, and 256 steps between the extremes of every number."""
+    exact = embedder.encode(mixed_inputs()).numpy()
+    bits = encode(model, mixed_inputs(), precision="ubinary", **ROW_BY_ROW)
+    assert np.unpackbits(bits.numpy(), axis=1).tolist() == (exact > 0).astype(int).tolist()
+    ranges = np.stack([exact.min(axis=0), exact.max(axis=0)])
+    steps = (ranges[1] - ranges[0]) / 255
+    restored = (quantize_embeddings(exact, "int8", ranges=ranges) + 128.0) * steps + ranges[0]
+    assert (abs(restored - exact) <= 1.01 * steps).all()
+
+
+def test_one_path_with_its_adapter_merged_is_a_stock_model(tiny_backbone_dir: str, tmp_path: Path) -> None:
+    """The library's own modules read the backbone; see ``test_path_lora`` for transformers and pictures."""
+    embedder = tiny_embedder(tiny_backbone_dir, per_path=True, prefix_length=0)
+    embedder.save_pretrained(tmp_path / "model", [1], merge_adapters=True)
+    stock = modules.Transformer(str(tmp_path / "model" / "backbone"))
+    pooling = modules.Pooling(embedder.embed_dim, pooling_mode="lasttoken")
+    model = SentenceTransformer(modules=[stock, pooling, modules.Normalize()], device="cpu")
+    texts = ["a red circle", "a green star above two yellow crosses"]
+    torch.testing.assert_close(encode(model, texts), embedder.encode(texts, paths=1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_devices_share_a_list(model: SentenceTransformer, embedder: Embedder) -> None:
+    texts = [f"a text with the number {number}" for number in range(9)]
+    found = torch.from_numpy(
+        model.encode(texts, device=["cpu", "cpu"], chunk_size=2, show_progress_bar=False)
+    )
+    torch.testing.assert_close(found, embedder.encode(texts), rtol=1e-5, atol=1e-5)

@@ -97,6 +97,23 @@ def test_answers_are_what_encode_gives(
     assert min(one) > 0
 
 
+def test_tokens_and_chats_are_what_they_stand_for(client: TestClient, embedder: Embedder) -> None:
+    tokenizer, image = embedder.encoder.processor.tokenizer, noise_image(8, 8)
+    tokens = tokenizer("a red circle")["input_ids"]
+    texts = numbers(ask(client, input=["a red circle", "b"]))
+    assert torch.equal(numbers(ask(client, input=tokens)), texts[:1])
+    mixed = numbers(ask(client, input=[tokens, "b"]))
+    torch.testing.assert_close(mixed, texts, atol=3e-7, rtol=0)
+    parts = [{"type": "image_url", "image_url": {"url": data_uri(image), "detail": "low"}}]
+    user = {"role": "user", "content": [*parts, {"type": "text", "text": "b"}]}
+    chat = ask(client, messages=[{"role": "system", "content": "find"}, user])
+    expected = embedder.encode([{"text": "b", "image": image, "instruction": "find"}], paths=1)
+    torch.testing.assert_close(numbers(chat), expected, atol=3e-7, rtol=0)
+
+
+PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+
+
 @pytest.mark.parametrize(
     ("body", "status", "param"),
     [
@@ -107,8 +124,12 @@ def test_answers_are_what_encode_gives(
         ({"input": ["a", {"txt": "b"}]}, 400, "input"),
         ({"input": {"image": "data:image/png;base64,AAAA"}}, 400, "input"),
         ({"input": "<|image_1|> a"}, 400, "input"),
-        ({"input": [1, 2]}, 400, "input"),
-        ({"input": ["a", [1, 2]]}, 400, "input"),
+        ({"input": [1, 10**6]}, 400, "input"),
+        ({"input": ["a", [1, -2]]}, 400, "input"),
+        ({"messages": "a"}, 400, "messages"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, 400, "messages"),
+        ({"messages": [{"role": "user", "content": [PICTURE, PICTURE]}]}, 400, "messages"),
+        ({"messages": [], "input": "a"}, 400, "messages"),
         ({"input": {f"key {number}": 0 for number in range(1000)}}, 400, "input"),
         ({"input": "a", "model": "path_3"}, 404, "model"),
         ({"input": "a", "dimensions": 33}, 400, "dimensions"),
@@ -276,6 +297,40 @@ def test_a_huge_request_takes_turns_with_the_others(
     assert large["usage"]["prompt_tokens"] == together[1]
 
 
+@pytest.mark.parametrize("arrives_in", [1, 2, 4, 5])
+def test_a_large_request_delays_a_small_one_by_one_pass(
+    arrives_in: int, embedder: Embedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Time is counted in tokens by an encoder that does nothing else; small ones come all the time."""
+    server, clock, passes = Server(embedder, limits=replace(Limits(), tokens=1000)), [0], [0]
+
+    def embed(given: Any) -> Any:
+        passes[0] += 1
+        time.sleep(0.02)
+        clock[0] += sum(len(row.text) for task in given for row in task.rows)
+        return [(torch.zeros(len(task.rows), 4), 1) for task in given]
+
+    monkeypatch.setattr(server, "embed", embed)
+
+    async def run() -> int:
+        async def send(*texts: str) -> None:
+            await server.embeddings(Body.model_validate({"input": list(texts)}))
+
+        async def small() -> int:
+            while passes[0] < arrives_in:
+                await asyncio.sleep(0.001)
+            start = clock[0]
+            await send("small")
+            return clock[0] - start
+
+        large = asyncio.create_task(send(*(f"{number:0300}" for number in range(13))))
+        delays = await asyncio.gather(*(small() for _ in range(3)))
+        await large
+        return max(delays)
+
+    assert asyncio.run(run()) <= 1000 + 2 * 15
+
+
 def test_several_huge_requests_do_not_starve_one_that_comes_later(embedder: Embedder) -> None:
     server, loop = Server(embedder, limits=replace(Limits(), batch_size=2)), asyncio.new_event_loop()
     for number in range(5):
@@ -356,7 +411,7 @@ def error_of(answer: Any) -> Any:
         ({"method": "GET", "url": "/v1/embeddings"}, 405, "GET /v1/embeddings; the server answers POST"),
         ({"headers": {"content-type": "text/plain"}}, 415, "must be application/json"),
         ({"headers": {"content-encoding": "gzip"}}, 415, "without compression"),
-        ({"json": {"input": [3]}}, 400, "check_embedding_ctx_length=False"),
+        ({"json": {"input": [10**6]}}, 400, "tokens of another vocabulary"),
         ({"json": {"input": {"image": "data:,AA"}}}, 400, "as data:image/png;base64,...: this is not a data"),
         ({"json": {"input": "a", "model": "gpt"}}, 404, "no model 'gpt'"),
         ({"content": b'{"input": "a"'}, 400, "body: Invalid JSON"),
@@ -436,3 +491,23 @@ def test_slow_senders_keep_nobody_waiting_and_are_refused(embedder: Embedder) ->
         assert statuses == [400] * 3 + [408] * 297
         assert server.statuses == {200: 1, 400: 1, 408: 297}  # 400 for the client that went away
     assert server._num_requests == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", ["langchain_openai", "llama_index.embeddings.openai"])
+def test_clients_of_other_packages(package: str, embedder: Embedder) -> None:
+    """A client's own batches, of texts; LangChain is told not to count tokens by another tokenizer."""
+    clients = pytest.importorskip(package)
+    texts = ["a red circle", "a green star", "a text"]
+    with listening(Server(embedder, 1)) as port:
+        url = f"http://127.0.0.1:{port}/v1"
+        if package == "langchain_openai":
+            about: dict[str, Any] = {"base_url": url, "check_embedding_ctx_length": False}
+            client = clients.OpenAIEmbeddings(model="default", api_key="none", **about)
+            found, query = client.embed_documents(texts), client.embed_query(texts[0])
+        else:
+            client = clients.OpenAIEmbedding(model_name="default", api_key="none", api_base=url)
+            found, query = client.get_text_embedding_batch(texts), client.get_query_embedding(texts[0])
+    expected = embedder.encode(texts, paths=1)
+    torch.testing.assert_close(torch.tensor(found), expected, atol=3e-7, rtol=0)
+    torch.testing.assert_close(torch.tensor(query), expected[0], atol=3e-7, rtol=0)

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,9 @@ from torch import Tensor
 IMAGE_PLACEHOLDER = "<|image_1|>"
 """The image token of every MMEB text (Phi-3's); the collator swaps in the backbone's own."""
 
+VIDEO_PLACEHOLDER = "<|video_1|>"
+"""What stands for a video in a text, as long as the placeholder of an image."""
+
 PADDING_ID = torch.iinfo(torch.int64).min
 """In ``candidate_ids``: padding for a missing hard negative, which matches no query."""
 
@@ -29,12 +33,19 @@ LongText = Literal["truncate", "error"]
 class RawInput:
     """One query or candidate before tokenisation; images stand in the text as ``IMAGE_PLACEHOLDER``.
 
-    The first ``fixed`` characters, an instruction and what stands before it, are never cut off.
+    The first ``fixed`` characters, an instruction and what stands before it, are never cut off. ``video``
+    are the frames of a video in their order, which stands in the text once, as ``VIDEO_PLACEHOLDER``.
     """
 
     text: str
     images: tuple[Image.Image | str, ...] = ()
     fixed: int = field(default=0, compare=False)
+    video: tuple[Image.Image | str, ...] = ()
+
+    @property
+    def pictures(self) -> tuple[Image.Image | str, ...]:
+        """The images and the frames of the video."""
+        return self.images + self.video
 
 
 @dataclass(frozen=True)
@@ -91,19 +102,32 @@ class EncoderInputs:
 
 @dataclass(frozen=True)
 class PairBatch:
-    """What one training step sees; ``candidate`` are ``B`` positives in query order, then all others.
+    """What one training step sees; ``inputs`` are ``B`` queries, their ``B`` positives, then all others.
 
-    The others stand row by row: the positives up to ``num_positives``, then any hard negatives. Equal
-    ``candidate_ids`` (int64) are the same target, and ``PADDING_ID`` is none. ``teacher`` ``[B, K]`` are the
-    scores of each row's own candidates, NaN where there are none.
+    One encoder call may so take queries and candidates of one length. The others stand row by row: the
+    positives up to ``num_positives``, then any hard negatives. Equal ``candidate_ids`` (int64) are the same
+    target, and ``PADDING_ID`` is none. ``teacher`` ``[B, K]`` are the scores of each row's own candidates,
+    NaN where there are none.
     """
 
-    query: EncoderInputs
-    candidate: EncoderInputs
+    inputs: EncoderInputs
     candidate_ids: Tensor
     subsets: tuple[str, ...]
     num_positives: int = 1
     teacher: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.subsets)
+
+    @property
+    def query(self) -> EncoderInputs:
+        """Return the ``B`` queries."""
+        return self.inputs.select(range(len(self)))
+
+    @property
+    def candidate(self) -> EncoderInputs:
+        """Return the candidates, positives first."""
+        return self.inputs.select(range(len(self), len(self.inputs)))
 
     @property
     def labels(self) -> dict[str, Any]:
@@ -113,10 +137,34 @@ class PairBatch:
 
     def to(self, device: torch.device | str) -> PairBatch:
         """Move every tensor to ``device``."""
-        query, candidate = self.query.to(device), self.candidate.to(device)
         teacher = None if self.teacher is None else self.teacher.to(device)
         ids = self.candidate_ids.to(device)
-        return replace(self, query=query, candidate=candidate, candidate_ids=ids, teacher=teacher)
+        return replace(self, inputs=self.inputs.to(device), candidate_ids=ids, teacher=teacher)
+
+
+@dataclass(frozen=True)
+class Template:
+    """What a backbone reads around an input: the prompt that it was trained to embed.
+
+    Attributes:
+        pattern: a text with {images} before {text}, and perhaps {instruction}, which otherwise stands before
+            the text; or chat, the processor's chat template with the instruction as its system message.
+        image: what stands for a picture in {images}; null is the backbone's image token.
+        instruction: fills {instruction} where an input has none.
+        full_stop: ends an instruction that ends without punctuation.
+    """
+
+    pattern: str = "chat"
+    image: str | None = None
+    instruction: str = ""
+    full_stop: bool = False
+
+    def __post_init__(self) -> None:
+        """Check that every part of an input has its place."""
+        marks = re.findall("{images}|{text}", self.pattern)
+        if self.pattern != "chat" and marks != ["{images}", "{text}"]:
+            rule = "must be chat, or hold {images} and later {text}, once each"
+            raise ValueError(f"prompt.pattern {rule}, got {self.pattern!r}.")
 
 
 @dataclass(frozen=True)

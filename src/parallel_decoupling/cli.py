@@ -10,10 +10,11 @@ import re
 import signal
 import sys
 import traceback
+from argparse import ArgumentError
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -29,14 +30,15 @@ COMMANDS = {
     "app": ("commands.app", "show a page to search embeddings by text and image"),
     "compare": ("evaluation.compare.compare_runs", "compare one or several tested runs side by side"),
     "export": ("commands.export", "write a model as a folder to share"),
-    "index": ("commands.index", "make a LanceDB index of embeddings"),
+    "index": ("lance_index.write_lance_index", "make a LanceDB index of embeddings"),
+    "mine": ("mining.mine", "write hard negatives for training rows"),
     "paths": ("diagnostics.path_analysis.analyse_paths", "show how the paths of a trained model differ"),
     "search": ("commands.search", "search embeddings by a text, an image or both"),
     "serve": ("serve.serve", "serve embeddings over HTTP in OpenAI's form"),
     "verify": ("commands.verify", "check a data folder"),
 }
 """Subcommands without a Trainer: the function that makes the options, and a line of help."""
-EXTRAS = {"fastapi": "serve", "uvicorn": "serve", "gradio": "app"}
+EXTRAS = {"fastapi": "serve", "uvicorn": "serve", "gradio": "app", "lancedb": "search"}
 
 SUBCOMMANDS = TRAINER_SUBCOMMANDS | {name: text for name, (_, text) in COMMANDS.items()}
 WORKER_TRACEBACK = "Original Traceback (most recent call last):"
@@ -67,7 +69,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         raise SystemExit(128 + signal.SIGINT) from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ArgumentError) as error:
         if not _is_the_users(error):
             raise
         _fail(_message(error))
@@ -84,16 +86,17 @@ def _help() -> str:
 def _fail(message: str) -> None:
     from parallel_decoupling.data.names import printable
 
-    sys.stderr.write(f"error: {printable(message)}\n")
+    shown = message if len(message) < 4000 else f"{message[:2000]} ... {message[-2000:]}"
+    sys.stderr.write(f"error: {printable(shown)}\n")
     raise SystemExit(2)
 
 
-def _is_the_users(error: ValueError | OSError) -> bool:
+def _is_the_users(error: ValueError | OSError | ArgumentError) -> bool:
     """Tell whether an error is about files or options, or raised here; others keep their traceback.
 
     What a worker of the DataLoader raises, torch raises again with the worker's traceback as its text.
     """
-    if isinstance(error, OSError):
+    if isinstance(error, OSError | ArgumentError):
         return True
     if WORKER_TRACEBACK in str(error):
         return "parallel_decoupling" in Path(re.findall(r'File "(.+)", line', str(error))[-1]).parts
@@ -117,7 +120,8 @@ def _run_command(name: str, arguments: list[str]) -> None:
     module, _, function = COMMANDS[name][0].rpartition(".")
     command: Callable[..., None] = getattr(import_module(f"parallel_decoupling.{module}"), function)
     about = parse(command.__doc__ or "")
-    parser = ArgumentParser(prog=f"lightning {name}", description=about.short_description)
+    options: dict[str, Any] = {"description": about.short_description, "exit_on_error": False}
+    parser = ArgumentParser(prog=f"lightning {name}", **options)
     parameters = inspect.signature(command).parameters.values()
     several = {each.name for each in parameters if each.annotation == "list[str]"}
     for each in (each for each in about.params if each.arg_name in several):

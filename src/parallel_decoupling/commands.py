@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from parallel_decoupling.option_types import Port, PositiveInt, checked
 
@@ -20,26 +20,6 @@ if TYPE_CHECKING:
     from parallel_decoupling.data.collate import Collator
     from parallel_decoupling.evaluation.embedder import Embedder
     from parallel_decoupling.search import Hit, Searcher
-
-
-def index(
-    embeddings: str,
-    index_dir: str,
-    index_type: Literal["IVF_FLAT", "IVF_SQ", "IVF_PQ", "IVF_RQ"] | None = None,
-) -> None:
-    """Make a LanceDB index of embeddings.
-
-    Args:
-        embeddings: the folder that predict wrote; exact search needs nothing else.
-        index_dir: gets the index; one that is there is replaced when the new one is complete.
-        index_type: approximate search, by LanceDB's names; none compares with every item.
-    """
-    from parallel_decoupling.evaluation.store import Store
-    from parallel_decoupling.lance_index import write_lance_index
-
-    store = Store(embeddings)
-    write_lance_index(store, index_dir, index_type)
-    sys.stdout.write(f"{index_dir}: {len(store)} items with {', '.join(store.columns)}\n")
 
 
 @checked()
@@ -171,7 +151,7 @@ def load_collator(model: str) -> Collator:
         return load_model(model).collator
     backbone = load_backbone(model, meta=True)
     limit = TokenLimit.of(backbone, backbone.processor)
-    return Collator(backbone.processor, image_token=backbone.image_token, limit=limit)
+    return Collator.of(backbone, limit=limit)
 
 
 def load_model(path: str | Path) -> Embedder:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
@@ -31,12 +31,17 @@ IndexType = Literal["IVF_FLAT", "IVF_SQ", "IVF_PQ", "IVF_RQ"]
 """LanceDB's names: partitions of whole vectors, or of vectors in 8 bits, product codes or 1 bit a number."""
 
 
-def write_lance_index(store: Store, index_dir: str | Path, index_type: IndexType | None = None) -> None:
-    """Write a table of all rows of a store; one that is there is replaced.
+def write_lance_index(embeddings: str, index_dir: str, index_type: IndexType | None = None) -> None:
+    """Make a LanceDB index of embeddings.
 
-    ``index_type`` is that of the approximate index of every column; without one a search compares with every
-    item.
+    Args:
+        embeddings: the folder that predict wrote; exact search needs nothing else.
+        index_dir: gets the index; one that is there is replaced when the new one is complete.
+        index_type: approximate search, by LanceDB's names; none compares with every item.
     """
+    import lancedb.index
+
+    store = Store(embeddings)
     if index_type is not None and len(store) < ROWS_FOR_TRAINING:
         raise ValueError(f"{index_type} needs at least {ROWS_FOR_TRAINING} items; leave out index_type")
     tables = _tables(store)
@@ -46,16 +51,17 @@ def write_lance_index(store: Store, index_dir: str | Path, index_type: IndexType
         old = table_dirs(index_dir)
         name = TABLE.format(max(old, default=0) + 1)
         with atomic_write(Path(index_dir, f"{name}.lance")) as unfinished:
-            database = _lancedb().connect(unfinished.parent)
+            database = lancedb.connect(unfinished.parent)
             table = database.create_table(name, first.replace_schema_metadata(metadata))
             for rows in tables:
                 table.add(rows)
             if index_type is not None:
-                kind = getattr(_lancedb().index, index_type.title().replace("_", ""))
+                kind = getattr(lancedb.index, index_type.title().replace("_", ""))
                 for column in (*store.columns, *([MAXSIM] if MAXSIM in first.column_names else [])):
                     table.create_index(column, config=kind(distance_type="cosine"))
         for folder in old.values():
             shutil.rmtree(folder)
+    sys.stdout.write(f"{index_dir}: {len(store)} items with {', '.join(store.columns)}\n")
 
 
 def table_dirs(index_dir: str | Path) -> dict[int, Path]:
@@ -71,10 +77,12 @@ class LanceIndex:
     """
 
     def __init__(self, index_dir: str | Path) -> None:
+        import lancedb
+
         tables = table_dirs(index_dir)
         if not tables:
             raise ValueError(f"{index_dir} does not hold an index: write one with lightning index")
-        self._table = _lancedb().connect(index_dir).open_table(TABLE.format(max(tables)))
+        self._table: Any = lancedb.connect(index_dir).open_table(TABLE.format(max(tables)))
         schema = self._table.schema
         self.metadata: Mapping[str, Any] = located(
             check_seal(json.loads(schema.metadata[METADATA_KEY]), index_dir), index_dir
@@ -135,11 +143,3 @@ def _tables(store: Store) -> Iterator[pa.Table]:
 
 def _lists(vectors_BD: np.ndarray) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(pa.array(vectors_BD.reshape(-1)), vectors_BD.shape[1])
-
-
-def _lancedb() -> ModuleType:
-    try:
-        import lancedb.index
-    except ImportError as error:
-        raise ValueError("this index needs LanceDB: pip install 'parallel-decoupling[search]'") from error
-    return lancedb

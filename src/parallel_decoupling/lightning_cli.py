@@ -13,9 +13,12 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
@@ -43,6 +46,8 @@ log = logging.getLogger(__name__)
 SAVE_EVERY = 50
 """Main steps after which ``last.ckpt`` is renewed inside an epoch."""
 
+MOST_VALUES = 10_000
+"""Of a configuration file, when what its aliases stand for is written out."""
 REFUSALS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, ImportError, AssertionError)
 """What Lightning raises while it builds a Trainer from options that do not work, here or together."""
 HARMLESS_WARNINGS = (
@@ -64,6 +69,9 @@ def run(args: Sequence[str]) -> None:
         warnings.filterwarnings("ignore", message=message)
     packaged = {file.name: str(file) for file in CONFIG_DIR.glob("*.yaml") if not Path(file.name).exists()}
     subcommand, *options = [packaged.get(word, word) for word in args]
+    words = list(chain.from_iterable(option.split("=", 1) for option in options))
+    for file in (value for name, value in pairwise(words) if name in ("-c", "--config")):
+        _check_config(file)
     try:
         PlanCLI(["fit", *options]) if subcommand == "plan" else RunCLI([subcommand, *options])
     except MisconfigurationException as error:
@@ -74,6 +82,38 @@ def run(args: Sequence[str]) -> None:
         if isinstance(stop.__context__, KeyboardInterrupt):  # which Lightning makes a 1 of
             raise SystemExit(128 + signal.SIGINT) from None
         raise
+
+
+def _check_config(file: str) -> None:
+    """Raise ``ValueError`` for a file that is not UTF-8, that is no table of options, or that grows."""
+    if not Path(file).is_file():
+        if Path(file).exists():
+            raise ValueError(f"--config: {file} is not a regular file.")
+        return  # the parser says so
+    try:
+        root = yaml.compose(Path(file).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} is not YAML in UTF-8: {error}") from error
+    sections = {key.value: value for key, value in root.value} if isinstance(root, yaml.MappingNode) else {}
+    wrong = [
+        key
+        for key in ("model", "data", "trainer")
+        if not isinstance(sections.get(key, root), yaml.MappingNode)
+    ]
+    if wrong:
+        raise ValueError(f"{file}: the options of {' and '.join(wrong)} must be 'name: value' lines.")
+    if _size(root) > MOST_VALUES:
+        raise ValueError(f"{file} has more than {MOST_VALUES:,} values, its aliases expanded.")
+
+
+def _size(node: yaml.Node, depth: int = 0) -> int:
+    """Count the values below a node, as far as it matters; one that is inside itself has too many."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    total = MOST_VALUES + 1 if depth > 50 else 0
+    for part in chain.from_iterable(each if isinstance(each, tuple) else (each,) for each in node.value):
+        total += _size(part, depth + 1) if total <= MOST_VALUES else 0
+    return total
 
 
 class _Parser(LightningArgumentParser):
@@ -111,7 +151,8 @@ class RunCLI(LightningCLI):
         options: dict[str, Any] = {"parser_class": _Parser, "save_config_callback": saves}
         options["save_config_kwargs"] = {"overwrite": True, "config_filename": file}
         options["trainer_defaults"] = {"use_distributed_sampler": False, "default_root_dir": "runs/default"}
-        options["parser_kwargs"] = {"allow_abbrev": False}  # a mistyped option must not pass for another one
+        # a mistyped option must not pass for another one, and main prints all errors
+        options["parser_kwargs"] = {"allow_abbrev": False, "exit_on_error": False}
         options |= {"auto_configure_optimizers": False, "load_from_checkpoint_support": False}
         with ExitStack() as self._until_the_end:
             super().__init__(PDFEmbedder, MMEBDataModule, seed_everything_default=0, args=args, **options)
@@ -144,9 +185,15 @@ class RunCLI(LightningCLI):
         """Lock the folders that are written, refuse what would overwrite a run, then build."""
         config = self.config[self.config.subcommand]
         if config.trainer.accumulate_grad_batches != 1:
-            advice = "with model.query_chunk_size and model.candidate_chunk_size (GradCache), instead"
+            advice = "with model.chunk_size (GradCache), instead"
             problem = "trainer.accumulate_grad_batches: negatives do not add up over batches"
             raise ValueError(f"{problem}. Raise data.batch_size, {advice}.")
+        many, there = str(config.trainer.devices), max(os.cpu_count() or 1, torch.cuda.device_count())
+        if many.isdigit() and int(many) > there:
+            raise ValueError(f"trainer.devices={many}: this machine has {there}.")
+        if int(config.trainer.num_nodes) > 1 and not {"MASTER_ADDR", "SLURM_JOB_ID"} & os.environ.keys():
+            advice = "start it on each of them with torchrun, or by SLURM"
+            raise ValueError(f"trainer.num_nodes={config.trainer.num_nodes} would wait for others: {advice}.")
         if not config.trainer.fast_dev_run:
             if is_first_process():
                 for folder in self._written_folders():
@@ -228,7 +275,8 @@ class RunCLI(LightningCLI):
         if self.model.progress.steps_done > self._steps_before:
             return
         callbacks: Any = self.trainer.callbacks  # type: ignore[attr-defined]
-        if any(isinstance(callback, Continuity) and callback.validation_is_due for callback in callbacks):
+        due = any(isinstance(each, Continuity) and each.validation_is_due for each in callbacks)
+        if due and self.datamodule.validation_tasks:
             self.trainer.validate(self.model, self.datamodule, verbose=False)
         else:
             steps = f"--ckpt_path has all {self._steps_before} main steps of this run"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from functools import cache, wraps
+from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar, get_args, get_type_hints
 
-from pydantic import GetCoreSchemaHandler, TypeAdapter, ValidationError
+from pydantic import GetCoreSchemaHandler, InstanceOf, TypeAdapter, ValidationError
 from pydantic_core import CoreSchema, core_schema
 
 
@@ -33,17 +36,34 @@ class Rule:
         return value
 
 
-PositiveInt = Annotated[int, Rule("1 or more", lambda value: value >= 1)]
-NonNegativeInt = Annotated[int, Rule("0 or more", lambda value: value >= 0)]
+PositiveInt = Annotated[int, Rule("1 or more, in 64 bits", lambda value: 1 <= value < 2**63)]
+NonNegativeInt = Annotated[int, Rule("0 or more, in 64 bits", lambda value: 0 <= value < 2**63)]
 PositiveFloat = Annotated[float, Rule("above 0 and finite", lambda value: 0 < value < math.inf)]
 NonNegativeFloat = Annotated[float, Rule("0 or more and finite", lambda value: 0 <= value < math.inf)]
 Fraction = Annotated[float, Rule("0 or more and below 1", lambda value: 0 <= value < 1)]
 Port = Annotated[int, Rule("from 0 to 65535", lambda value: 0 <= value <= 65535)]
+Dims = Annotated[Sequence[PositiveInt], Rule("different numbers", lambda dims: len(set(dims)) == len(dims))]
 Names = Annotated[Sequence[str], Rule("different names", lambda names: len(set(names)) == len(names))]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _TEXTS = ("Value error, ", "Input should be ")
+
+
+def check_memory(options: str, needed: float) -> None:
+    """Raise ``ValueError`` where options need more bytes than are free, before these are allocated."""
+    import torch
+
+    if torch.get_default_device().type == "meta":  # nothing is allocated
+        return
+    try:
+        (free,) = re.findall(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
+    except (OSError, ValueError):  # another system than Linux
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1024
+    free = float(free) * 1024
+    if needed > free:
+        problem = f"{options} would need {needed:,.0f} bytes of memory"
+        raise ValueError(f"{problem}, of which {free:,.0f} are free: use smaller values.")
 
 
 def check_values(function: Callable[..., Any], values: Mapping[str, Any], start: str = "") -> None:
@@ -85,13 +105,17 @@ def checked(start: str = "") -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
 def _validators(function: Callable[..., Any]) -> dict[str, TypeAdapter[Any]]:
     hints = get_type_hints(function, include_extras=True)
     hints.pop("return", None)
-    own = {name for name, hint in hints.items() if any(map(_has_options, (hint, *get_args(hint))))}
     config: Any = {"strict": True, "arbitrary_types_allowed": True}
-    return {name: TypeAdapter(hint, config=config) for name, hint in hints.items() if name not in own}
+    return {name: TypeAdapter(_outside(hint), config=config) for name, hint in hints.items()}
 
 
-def _has_options(hint: Any) -> bool:
-    return isinstance(hint, type) and is_dataclass(hint)
+def _outside(hint: Any) -> Any:
+    """Return a type of which what holds options of its own is an object, or the mapping that makes one."""
+    parts = [each for each in (hint, *get_args(hint)) if isinstance(each, type) and is_dataclass(each)]
+    if not parts:
+        return hint
+    either: Any = Annotated[parts[0], InstanceOf()] | Mapping[str, Any]
+    return either | None if get_args(hint) else either
 
 
 def _reason(message: str) -> str:

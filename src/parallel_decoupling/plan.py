@@ -99,7 +99,7 @@ def image_cost(backbone: Backbone, images: ImagePolicy) -> ImageCost:
     """Let the backbone's processor prepare a picture of ``NATURAL_IMAGE``, and count: 0 without vision."""
     if backbone.family.vision_module is None:
         return ImageCost(0, 0, 0, 0, 0)
-    collator = Collator(backbone.processor, image_token=backbone.image_token, images=images)
+    collator = Collator.of(backbone, images=images)
     inputs = collator.encode_inputs([RawInput(IMAGE_PLACEHOLDER, (Image.new("RGB", NATURAL_IMAGE),))])
     token = backbone.processor.tokenizer.convert_tokens_to_ids(backbone.image_token)
     pixels, vision = inputs.vision[0]["pixel_values"], backbone.config.vision_config
@@ -152,11 +152,8 @@ class Plan:
         self.image = image_cost(self.backbone, ImagePolicy.from_settings(data))
         self.paths = compute.paths_per_layer(self.model, self.backbone.num_layers)
         queries, candidates = self.queries // self.processes, self.candidates // self.processes
-        self.sides = (  # rows of a process, images among them, chunk size
-            (queries, QUERY_IMAGES * queries, model["query_chunk_size"]),
-            (candidates, CANDIDATE_IMAGES * candidates, model["candidate_chunk_size"]),
-        )
-        self.images = sum(images for _, images, _ in self.sides)
+        self.rows = queries + candidates  # of a process
+        self.images = QUERY_IMAGES * queries + CANDIDATE_IMAGES * candidates
         self.seconds = self.flops / (self.processes * PEAK_FLOPS * UTILISATION)  # of a step, on H100s
 
     @cached_property
@@ -191,8 +188,7 @@ class Plan:
         """Return the bytes on one GPU by part."""
         gradients = sum(size for _, size, trains in self.groups.values() if trains)
         block = sum(p.numel() * p.itemsize for p in self.layers[0].parameters())
-        whole = sum(rows for rows, _, chunk in self.sides if chunk is None)
-        rows = max(whole, *(min(rows, chunk or 0) for rows, _, chunk in self.sides))
+        rows = min(self.rows, self.model["chunk_size"] or self.rows)
         pairs, dim = math.comb(self.encoder.num_paths, 2), self.encoder.embed_dim
         scores = 4 * (self.encoder.num_paths + 1) * self.queries * self.candidates
         embeddings = (self.queries + self.candidates) * dim * (2 * self.encoder.num_paths + 2 + 8 * pairs)
@@ -221,12 +217,12 @@ class Plan:
         """Return the floating-point operations of one step of all processes."""
         width = self.backbone.num_layers * self.encoder.embed_dim
         total, backward = 0.0, 2 if self.full else 1
-        for rows, images, chunk in self.sides:
-            once = {"forward": 1 + (chunk is not None), "backward": 0}
-            both = {"forward": once["forward"] + self.model["gradient_checkpointing"], "backward": backward}
-            for count, length in ((images, TEXT_TOKENS + self.image.tokens), (rows - images, TEXT_TOKENS)):
-                tokens, keys = self.paths * count * length, length + self.encoder.prefix_length
-                total += compute.layer_flops(self.layers, width, tokens, keys, **both)
-            options, tokens = both if self.tower_trains else once, images * self.image.patches
-            total += compute.layer_flops(self.tower, self.image.width, tokens, self.image.context, **options)
+        once = {"forward": 1 + (self.model["chunk_size"] is not None), "backward": 0}
+        both = {"forward": once["forward"] + self.model["gradient_checkpointing"], "backward": backward}
+        lengths = (self.images, TEXT_TOKENS + self.image.tokens), (self.rows - self.images, TEXT_TOKENS)
+        for count, length in lengths:
+            tokens, keys = self.paths * count * length, length + self.encoder.prefix_length
+            total += compute.layer_flops(self.layers, width, tokens, keys, **both)
+        options, tokens = both if self.tower_trains else once, self.images * self.image.patches
+        total += compute.layer_flops(self.tower, self.image.width, tokens, self.image.context, **options)
         return total * self.processes

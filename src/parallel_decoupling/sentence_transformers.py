@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import reprlib
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
 
 from parallel_decoupling.batch import TokenLimit
 from parallel_decoupling.data.prompts import to_raw_input
@@ -102,11 +102,19 @@ class PathEmbedding(InputModule):
         """Add ``sentence_embedding`` ``[B, D]``, fp32, unit norm, to ``features``."""
         chosen = self.paths if paths is None else self._checked(paths)
         inputs = features["encoder_inputs"].to(self.embedder.device)
-        if isinstance(chosen, int):
-            embedding_BD: Tensor = embed(self.encoder, inputs, [chosen])[:, 0]
-        else:
-            embedding_BD = self.encoder.aggregate(embed(self.encoder, inputs))
+        numbers = [chosen] if isinstance(chosen, int) else None
+        trains = self.training and torch.is_grad_enabled()
+        with nullcontext() if trains else self.encoder.turns.encoding(self.encoder):
+            embedding_BND = embed(self.encoder, inputs, numbers)
+            embedding_BD = embedding_BND[:, 0] if numbers else self.encoder.aggregate(embedding_BND)
         return {**features, "sentence_embedding": embedding_BD}
+
+    def train(self, mode: bool = True) -> PathEmbedding:
+        """Set the mode; that of the shared encoder for evaluation is left to every call, as it may train."""
+        if mode:
+            super().train()
+        self.training = mode
+        return self
 
     def get_embedding_dimension(self) -> int:
         """Return D of one path, or of the aggregate."""
@@ -205,13 +213,16 @@ def mteb_model(
     *,
     prompts: Mapping[str, str] | None = None,
     bad_inputs: BadInputs = "error",
+    name: str | None = None,
 ) -> SentenceTransformerEncoderWrapper:
     """Make a model that ``mteb.evaluate`` takes; of a plain ``SentenceTransformer`` it assumes texts only.
 
     ``prompts`` are by ``query``, ``document`` or the name of a task or of its type; None is the model's own.
-    ``bad_inputs`` is as for ``as_sentence_transformer``.
+    ``bad_inputs`` is as for ``as_sentence_transformer``. Under ``name``, "owner/model", it is registered for
+    ``mteb.get_model``; its revision is the hash of the weights and all else that shapes embeddings.
     """
     from mteb.models import SentenceTransformerEncoderWrapper
+    from mteb.models.model_implementations import MODEL_REGISTRY
 
     class Wrapper(SentenceTransformerEncoderWrapper):
         """Counts inputs over the calls by which mteb encodes one side of a task."""
@@ -229,7 +240,10 @@ def mteb_model(
     embedding: Any = wrapped.model[0]
     embedder = embedding.embedder
     about = {"paths": paths, "prompts": wrapped.model.prompts, "images": embedder.images.settings}
-    known: dict[str, Any] = {"name": f"parallel-decoupling/{paths}", "modalities": ["image", "text"]}
+    known: dict[str, Any] = {"name": name or f"parallel-decoupling/{paths}", "modalities": ["image", "text"]}
     known["revision"] = encoder_identity(embedder.encoder, **about)["sha256"]  # mteb keeps scores by it
+    known["loader"] = lambda *about, device=None, **rest: wrapped
     wrapped.mteb_model_meta = wrapped.mteb_model_meta.model_copy(update=known)
+    if name is not None:
+        MODEL_REGISTRY[name] = wrapped.mteb_model_meta
     return wrapped

@@ -36,7 +36,7 @@ from parallel_decoupling.data.unusable import doubled, one_row
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.evaluation.encode import TokenEstimate, encode_rows
 from parallel_decoupling.option_types import Names, Port, checked
-from parallel_decoupling.serve_limits import Limits, RequestError, TimedProtocol, refusal, within
+from parallel_decoupling.serve_limits import Limits, RequestError, TimedProtocol, chat_input, refusal, within
 
 Output = int | Literal["aggregate"]  # what a model name stands for: a path's number, or the aggregate
 GRACE_SECONDS = 30  # accepted requests have so long after SIGTERM to be answered
@@ -60,11 +60,12 @@ class Known(BaseModel):
 
 
 class Input(Known):
-    """A text, an image, or both."""
+    """A text (or the model's own tokens of one), an image, or both."""
 
     text: str = ""
     image: str | None = None
     instruction: str | None = None
+    tokens: Annotated[list[int], FailFast()] = []
 
 
 class Body(Known):
@@ -76,17 +77,23 @@ class Body(Known):
     encoding_format: Literal["float", "base64"] = "float"
     user: str | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_chat(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "messages" in value and "input" not in value:
+            value["input"] = chat_input(value.pop("messages"))
+        return value
+
     @field_validator("input", mode="before")
     @classmethod
     def _as_list(cls, value: Any, info: ValidationInfo) -> Any:
         # strings are texts, never names of files
-        items, limits = value if isinstance(value, list) else [value], info.context or _LIMITS
+        single = not isinstance(value, list) or {*map(type, value)} == {int}
+        items, limits = [value] if single else value, info.context or _LIMITS
         if not 0 < len(items) <= limits.inputs:
             raise RequestError(f"input must have 1 to {limits.inputs} items", 413 if items else 400)
-        if any(isinstance(item, int | float | list) for item in items):
-            advice = "send texts (for LangChain's OpenAIEmbeddings: check_embedding_ctx_length=False)"
-            raise ValueError(f"numbers of tokens are not supported; {advice}")
-        return [{"text": item} if isinstance(item, str) else item for item in items]
+        kinds: dict[type, str] = {str: "text", list: "tokens"}
+        return [{kinds[type(item)]: item} if type(item) in kinds else item for item in items]
 
 
 class Task(NamedTuple):
@@ -106,6 +113,7 @@ class Waiting:
     """A request that is being embedded, some rows at a time."""
 
     task: Task
+    is_large: bool = False  # more tokens than a forward pass has
     done: list[tuple[Tensor, int]] = field(default_factory=list)
     num_done: int = 0
 
@@ -171,7 +179,8 @@ class Server:
         """Embed the inputs of a body; returns OpenAI's ``CreateEmbeddingResponse``."""
         task = await asyncio.to_thread(self.check, body)
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        self._waiting[future] = Waiting(task)
+        tokens = await asyncio.to_thread(lambda: sum(map(self._estimate(), task.rows)))
+        self._waiting[future] = Waiting(task, tokens > self.limits.tokens)
         try:
             while not future.done():  # a turn is not stopped: it is that of other requests, too
                 await asyncio.shield(self._take_turn(future))
@@ -207,8 +216,11 @@ class Server:
                     each.set_result((torch.cat(vectors), sum(counts)))
 
     def _next_rows(self) -> dict[asyncio.Future[Result], Task]:
-        """Take a row of every request in turn until a forward pass is full."""
-        estimate, tokens = TokenEstimate(self.embedder.collator, bytes_per_token=1), 0.0
+        """Take a row of every request in turn until a forward pass is full.
+
+        Large requests have passes of their own: others wait for such a pass, and never share the next one.
+        """
+        estimate, tokens = self._estimate(), 0.0
         sizes: dict[asyncio.Future[Result], int] = defaultdict(int)
         for number, (future, row) in enumerate(self._rows_in_turn()):
             tokens += estimate(row)
@@ -217,8 +229,12 @@ class Server:
             sizes[future] += 1
         return {future: self._waiting[future].part(size) for future, size in sizes.items()}
 
+    def _estimate(self) -> TokenEstimate:
+        return TokenEstimate(self.embedder.collator, bytes_per_token=1)
+
     def _rows_in_turn(self) -> Iterator[tuple[asyncio.Future[Result], RawInput]]:
         waiting = [(future, each) for future, each in self._waiting.items() if not future.done()]
+        waiting = [(future, each) for future, each in waiting if each.is_large == waiting[0][1].is_large]
         for rows in zip_longest(*(each.task.rows for _, each in waiting)):
             yield from ((future, row) for (future, _), row in zip(waiting, rows, strict=True) if row)
 
@@ -255,13 +271,14 @@ class Server:
     def check(self, body: Body) -> Task:
         """Check a request, and decode its images; a ``ValueError`` names the key, or the input's number."""
         output, limits = self.output(body.model), self.limits
-        rows = to_raw_inputs(_checked(*each, limits) for each in enumerate(body.input))
+        tokenizer = self.embedder.encoder.processor.tokenizer
+        rows = to_raw_inputs(_checked(*each, limits, tokenizer) for each in enumerate(body.input))
         if body.dimensions is None:
             return Task(rows, output, None)
         path_dim = self.embedder.embed_dim
         joined = self.embedder.encoder.aggregate_dim // path_dim if output == "aggregate" else 1
         if not 0 < body.dimensions <= joined * path_dim or body.dimensions % joined:
-            message = f"use a multiple of {joined} up to {joined * path_dim}"
+            message = f"dimensions={body.dimensions}: use a multiple of {joined} up to {joined * path_dim}"
             raise RequestError(message, param="dimensions")
         return Task(rows, output, body.dimensions // joined)
 
@@ -340,8 +357,12 @@ def serve(
     server.run()
 
 
-def _checked(number: int, item: Input, limits: Limits) -> dict[str, Any]:
+def _checked(number: int, item: Input, limits: Limits, tokenizer: Any) -> dict[str, Any]:
     """Return an input as ``Embedder.encode`` takes it, its image decoded."""
+    if item.tokens:
+        if item.text or not all(0 <= token < len(tokenizer) for token in item.tokens):
+            raise RequestError(f"input[{number}] has text and tokens, or tokens of another vocabulary")
+        item = item.model_copy(update={"text": tokenizer.decode(item.tokens)})
     where, characters = f"input[{number}]", len(item.text) + len(item.instruction or "")
     if characters > limits.characters:
         raise RequestError(f"{where} has more than {limits.characters} characters", 413)

@@ -30,7 +30,8 @@ class Limits:
         pixels: most pixels in an image.
         waiting: most requests that have arrived and are not answered yet; further ones get status 429.
         batch_size: inputs per forward pass, of as many requests.
-        tokens: most tokens of a forward pass, unless a single input has more; requests take turns in it.
+        tokens: most tokens of a forward pass, unless a single input has more; a request with more takes turns
+            with the others, which wait for one such pass at most.
         seconds: a request that is not answered by then gets status 503.
         read_seconds: how long the head of a request may take to arrive, and then its body (status 408).
     """
@@ -113,3 +114,20 @@ class TimedProtocol(H11Protocol):
         head = f"HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-length: {len(content)}\r\n"
         self.transport.write(f"{head}content-type: application/json\r\n\r\n{content}".encode())
         self.transport.close()
+
+
+def chat_input(messages: Any) -> dict[str, Any]:
+    """Return a chat as one input: the system gives the instruction, a user texts and at most one image."""
+    said: dict[str, list[Any]] = {"system": [], "user": [], "image_url": []}
+    try:
+        for message in messages:
+            content = message["content"]
+            parts: Any = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            for part in parts:
+                kind = message["role"] if part["type"] == "text" else part["type"]
+                said[kind].append(part["text"] if part["type"] == "text" else part["image_url"]["url"])
+        texts, (image,) = (" ".join(said[role]) for role in ("user", "system")), said["image_url"] or [None]
+        return {"text": next(texts), "instruction": next(texts) or None, "image": image}
+    except (TypeError, KeyError, ValueError) as error:
+        form = "messages are of system or user, with a text or parts as content: text, and one image_url"
+        raise RequestError(f"{form} ({error!r})", param="messages") from error

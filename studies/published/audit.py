@@ -22,6 +22,7 @@ from statistics import fmean, median
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from parallel_decoupling.data.tasks import MMEB_TASKS, Task
 from parallel_decoupling.evaluation.leaderboard import SCORE_SUFFIX
@@ -30,9 +31,9 @@ from parallel_decoupling.evaluation.report import (
     META_TASKS,
     MMEB_COUNTS,
     SCORES_FILE,
-    Grid,
     ScoreReport,
     TaskResult,
+    text_table,
 )
 
 TABLE = Path(__file__).with_name("published_mmeb.csv")
@@ -261,36 +262,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console, notes = Console(width=None if sys.stdout.isatty() else 120), []
     if path.suffix == ".csv":
         audits = [audit_row(row) for row in read_table(path)]
-        console.print(_row_grid(audits).terminal())
+        console.print(_row_table(audits))
         problems = [f"{each.row.model}: {problem}" for each in audits for problem in each.problems]
     else:
         scores = read_scores(path)
         found = audit_scores(scores)
         problems, notes = list(found.problems), scores.notes
         if found.report is not None:
-            console.print(_means_grid(found.report).terminal())
+            console.print(_means_table(found.report))
     for line in (*(f"note: {note}" for note in notes), *(f"problem: {problem}" for problem in problems)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 1 if problems else 0
 
 
-def _row_grid(audits: Sequence[RowAudit]) -> Grid:
+def _row_table(audits: Sequence[RowAudit]) -> Table:
     rows = []
     for audit in audits:
         values = (audit.row.means.get("overall"), audit.from_meta_tasks, audit.from_splits)
         cells = ("" if value is None else f"{value:.1f}" for value in values)
         rows.append([audit.row.model, *cells, audit.row.source])
-    kinds = ["bad" if audit.problems else "" for audit in audits]
+    styles = ["red" if audit.problems else "" for audit in audits]
     headings = ("model", "printed", "from meta-tasks", "from IND, OOD", "source")
-    return Grid("published rows against their own parts, in percent", headings, rows, kinds)
+    return text_table("published rows against their own parts, in percent", headings, rows, styles)
 
 
-def _means_grid(report: ScoreReport) -> Grid:
+def _means_table(report: ScoreReport) -> Table:
     rows = [
         [MEAN_TITLES[name], str(len(report.groups.get(name, ()))), f"{100 * mean[report.columns[0]]:.1f}"]
         for name, mean in report.means.items()
     ]
-    return Grid("means recomputed from the tasks, in percent", ("mean", "tasks", "hit@1"), rows)
+    return text_table("means recomputed from the tasks, in percent", ("mean", "tasks", "hit@1"), rows)
 
 
 def _from_leaderboard(metrics: Mapping[str, Any], file: Path) -> TaskScores:

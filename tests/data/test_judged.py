@@ -92,7 +92,7 @@ def test_rows_without_readable_answers_go_and_the_rest_keep_theirs(data_dir: Pat
     task = read_eval_task(data_dir, "Pages").without(set(), {1})
     assert task.relevance_of_row == [{0: 2.0}, {2: 1.0}, {2: 0.5}]
     assert task.candidates_of_row == [[0, 2]] * 3
-    task = task.without({0}, {0})
+    task = read_eval_task(data_dir, "Pages").without({0}, {0})
     assert (task.query_of_row, task.relevance_of_row) == ([1], [{2: 1.0}])
     assert isinstance(task, EvalTask)
 

@@ -56,10 +56,10 @@ def test_a_row_does_not_load_the_file(tmp_path: Path) -> None:
 
 def test_copies_are_made_once_and_again_when_the_source_changes(tmp_path: Path) -> None:
     file = parquet(tmp_path / "a.parquet", {"text": ["old"]})
-    copy = arrow_copy(file, ["text"], "S")
+    copy = arrow_copy(file, {"text": False}, "S")
     written = copy.stat().st_mtime_ns
-    assert (arrow_copy(file, ["text"], "S"), copy.stat().st_mtime_ns) == (copy, written)
-    assert arrow_copy(file, ["text", "more"], "S") != copy
+    assert (arrow_copy(file, {"text": False}, "S"), copy.stat().st_mtime_ns) == (copy, written)
+    assert arrow_copy(file, {"text": False, "more": False}, "S") != copy
     parquet(file, {"text": ["new"]})
     os.utime(file, ns=(0, 12345))
     assert Table("S", [file], {"text": "text"})[0] == {"text": "new"}
@@ -73,15 +73,15 @@ def test_the_same_size_and_time_do_not_hide_other_contents(tmp_path: Path) -> No
     (tmp_path / "a.csv").write_text("text\nnew\n")
     os.utime(tmp_path / "a.csv", ns=(1, 1))
     assert Table("S", [tmp_path / "a.csv"], {"text": "text"})[0] == {"text": "new"}
-    copy = arrow_copy(tmp_path / "a.csv", ["text"], "S")
+    copy = arrow_copy(tmp_path / "a.csv", {"text": False}, "S")
     os.utime(tmp_path / "a.csv", ns=(2, 2))
-    assert arrow_copy(tmp_path / "a.csv", ["text"], "S") == copy, "another time alone changes nothing"
+    assert arrow_copy(tmp_path / "a.csv", {"text": False}, "S") == copy, "another time alone changes nothing"
 
 
 @pytest.mark.parametrize("left", [0, 8, 100, -1])
 def test_a_copy_that_was_cut_is_written_again(tmp_path: Path, left: int) -> None:
     file = parquet(tmp_path / "a.parquet", {"text": ["x"] * 9})
-    copy = arrow_copy(file, ["text"], "S")
+    copy = arrow_copy(file, {"text": False}, "S")
     whole = copy.read_bytes()
     copy.write_bytes(whole[:left])
     assert len(Table("S", [file], {"text": "text"})) == 9
@@ -102,12 +102,12 @@ def test_a_copy_that_another_process_finished_meanwhile_is_never_away(
         write(*arguments)
         if not others:
             others.append(tmp_path)  # once
-            others[:] = [arrow_copy(file, ["text"], "S")]
+            others[:] = [arrow_copy(file, {"text": False}, "S")]
             monkeypatch.setattr(Path, "replace", other_process_first)
 
     write = tables._write
     monkeypatch.setattr(tables, "_write", write_twice)
-    assert [arrow_copy(file, ["text"], "S")] == others
+    assert [arrow_copy(file, {"text": False}, "S")] == others
 
 
 def test_a_pickled_table_maps_the_files_again(tmp_path: Path) -> None:

@@ -149,6 +149,10 @@ def test_control_characters_are_printed_escaped(mistake: Any) -> None:
     assert shown.startswith("error: ")
     assert "no/\\x1b[31mfolder" in shown
     assert "\x1b" not in shown
+    for words in (["fit", "--model.num\x1b[31m"], ["serve", "x", "--port", "\x1b[31m"]):
+        shown = mistake(words)  # what the parsers say
+        assert "\\x1b[31m" in shown
+        assert "\x1b" not in shown
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names are bytes on Linux")

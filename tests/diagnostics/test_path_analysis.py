@@ -43,6 +43,7 @@ from parallel_decoupling.model.backbone import load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
 from tests.support.families import save_tiny_family
 from tests.support.fit import make_trainer, small_data, small_embedder
+from tests.support.stores import table_rows
 from tests.support.tiny import noise_image
 
 
@@ -80,8 +81,8 @@ def test_everything_is_there_for_the_embedded_world(analysis: PathAnalysis, tmp_
 
 
 def test_the_table_shows_the_numbers_and_the_figures_draw(analysis: PathAnalysis) -> None:
-    grid = table(analysis)
-    rows = {row[0]: list(row[1:]) for row in grid.rows}
+    shown = table(analysis)
+    rows = {name: cells for name, *cells in table_rows(shown)}
     others = [(analysis.similarity.cosine[path].sum() - 1) / 2 for path in range(3)]
     assert rows["cosine"] == [f"{float(mean):.3f}" for mean in others]
     assert rows["misses, kappa"] == ["1.000"] * 3
@@ -90,8 +91,8 @@ def test_the_table_shows_the_numbers_and_the_figures_draw(analysis: PathAnalysis
     (shape,) = [cells for name, cells in rows.items() if name.startswith("probe of shape")]
     assert shape[2].startswith(f"{accuracy:.1f} ± ")
     assert sum(name.startswith("probe of") for name in rows) == len(FACTORS)
-    assert "independent oracle 87.5" in grid.caption
-    Console(width=200, quiet=True).print(grid.terminal())
+    assert "independent oracle 87.5" in str(shown.caption)
+    Console(width=200, quiet=True).print(shown)
     drawn = figures(analysis)
     assert set(drawn) == {"attention", "contributions"}
     for figure in drawn.values():
@@ -101,7 +102,7 @@ def test_the_table_shows_the_numbers_and_the_figures_draw(analysis: PathAnalysis
 def test_one_path_and_no_scores_leave_out_what_needs_more(tiny_backbone_dir: str) -> None:
     found = analyse_world(embedder(tiny_backbone_dir, 1), None, scenes=100)
     assert found.notes == ["errors: the run has no scores.json of this checkpoint; test writes it"]
-    assert not {"cosine", "misses, kappa"} & {row[0] for row in table(found).rows}
+    assert not {"cosine", "misses, kappa"} & {row[0] for row in table_rows(table(found))}
 
 
 def test_other_data_has_no_probes_and_says_so(tiny_backbone_dir: str, tiny_mmeb_dir: str) -> None:

@@ -28,7 +28,7 @@ TEXTS = ["a", "a much longer text than the others", "bb", "", "middle length", "
 class HashCollator:
     """Tokens are the bytes of the text, padded on the right; counts its calls."""
 
-    images, processor, limit = ImagePolicy(), None, TokenLimit()
+    images, processor, limit, video_token = ImagePolicy(), None, TokenLimit(), None
 
     def __init__(self) -> None:
         self.seen: list[list[RawInput]] = []
@@ -40,6 +40,9 @@ class HashCollator:
         ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
         vision = tuple({"pixels": torch.zeros(1)} if row.images else {} for row in inputs)
         return EncoderInputs({"input_ids": ids, "attention_mask": (ids > 0).long()}, vision)
+
+    def text_parts(self, row: RawInput) -> tuple[str, str, str]:
+        return "", row.text, ""
 
     def encode_usable(self, inputs: list[RawInput]) -> tuple[EncoderInputs, dict[int, Any]]:
         return self.encode_inputs(inputs), {}

@@ -23,9 +23,9 @@ from parallel_decoupling.evaluation.leaderboard import (
     write_predictions,
     write_score_files,
 )
-from parallel_decoupling.evaluation.report import ScoreReport, TaskResult, write_report
+from parallel_decoupling.evaluation.report import ScoreReport, TaskResult, text_table, write_report
 from parallel_decoupling.evaluation.score import TaskScore, score_task
-from tests.support.stores import values_of_ranks
+from tests.support.stores import table_rows, values_of_ranks
 
 # hit@1 in percent of VLM2Vec (first version) on Qwen2-VL 2B / 7B, as its authors' score files have it.
 PUBLISHED_TEXT = """
@@ -64,8 +64,9 @@ def report() -> ScoreReport:
 
 def rendered(report: ScoreReport) -> str:
     stream = io.StringIO()
-    grids = (report.task_grid().terminal(), report.mode_grid().terminal())
-    Console(file=stream, width=150).print(*grids, *report.warning_panels(), sep="\n")
+    Console(file=stream, width=150).print(
+        report.task_table(), report.mode_table(), *report.warning_panels(), sep="\n"
+    )
     return stream.getvalue()
 
 
@@ -115,8 +116,8 @@ def test_custom_tasks_have_a_mean_of_their_own_and_change_no_other(
     both = ScoreReport({**report.tasks, **custom.tasks})
     assert both.means == {**report.means, "custom": {"aggregate": 1.0, "path_0": 0.0}}
     assert (both.metric_means, both.partial_means) == (report.metric_means, report.partial_means)
-    rows = [[*row] for row in both.task_grid().rows]
-    assert rows[:-3] == [[*row] for row in report.task_grid().rows]
+    rows = table_rows(both.task_table())
+    assert rows[:-3] == table_rows(report.task_table())
     assert rows[-3:] == [
         *([name, "", "4", "25.0", "100.0", "0.0"] for name in ("mine", "yours")),
         ["mean of custom tasks", "", "", "", "100.0", "0.0"],
@@ -136,10 +137,9 @@ def test_custom_tasks_have_a_mean_of_their_own_and_change_no_other(
         assert "mine" in page
 
 
-def test_names_cannot_command_the_terminal(report: ScoreReport) -> None:
-    with_escape = replace(report.task_grid(), rows=[["\x1b[31mred"]], headings=["\x1b[2Jtask"], kinds=[])
+def test_names_cannot_command_the_terminal() -> None:
     stream = io.StringIO()
-    Console(file=stream).print(with_escape.terminal())
+    Console(file=stream).print(text_table("", ["\x1b[2Jtask"], [["\x1b[31mred"]]))
     assert "\x1b" not in stream.getvalue()
     assert "\\x1b[31mred" in stream.getvalue()
 
@@ -204,14 +204,14 @@ def test_metrics_are_those_of_the_ranks_averaged_over_tasks(report: ScoreReport)
 
 
 def test_table_shows_percent_and_flags_tasks_at_chance(report: ScoreReport) -> None:
-    grid = report.task_grid()
-    rows = {row[0]: list(row[1:]) for row in grid.rows}
+    table = report.task_table()
+    rows = {name: cells for name, *cells in table_rows(table)}
     assert rows["shape"] == ["IND", "4", "10.0", "75.0", "50.0"]
     assert rows["digit !"] == ["OOD", "2", "50.0", "50.0", "0.0"]
     assert rows["overall (mean of tasks)"][3] == "52.8"
     assert rows["mean of meta-tasks"][3] == "47.9"
-    assert grid.kinds.count("bad") == 1
-    assert "at or below chance" in grid.caption
+    assert [row.style for row in table.rows].count("red") == 1
+    assert "at or below chance" in str(table.caption)
 
 
 def test_write_report_leaves_every_file_of_a_test(report: ScoreReport, tmp_path: Path) -> None:

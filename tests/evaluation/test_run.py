@@ -24,6 +24,7 @@ from parallel_decoupling.training.module import PDFEmbedder
 from tests.support.fit import Recorder, RecordingEmbedder, kept_data, make_trainer, small_data, small_embedder
 from tests.support.mmeb import add_judged_task, save_tiny_mmeb
 from tests.support.processes import run_ranks
+from tests.support.stores import table_rows
 
 TASKS = ("colours_i2t", "colours_t2i")
 
@@ -315,10 +316,10 @@ def test_a_group_has_a_mean_of_its_own_and_changes_no_other(runs: Path) -> None:
     assert list(result.metrics["aggregate"]) == list(METRICS)
     assert alone.headline == "shown"
     assert "mean_of_meta_tasks" not in alone.means
-    rows = {row[0].removesuffix(" !"): row for row in both.task_grid().rows}
+    rows = {row[0].removesuffix(" !"): row for row in table_rows(both.task_table())}
     assert rows["shades, ndcg@5"][1:4] == ["IND", "4", ""]
     assert rows["mean of shown"][4] == rows["shades, ndcg@5"][4] == f"{100 * result.score['aggregate']:.1f}"
-    assert "shown" in alone.mode_grid().headings
+    assert "shown" in [str(column.header) for column in alone.mode_table().columns]
     default_content, content = (
         json.loads((runs / name / "scores.json").read_text()) for name in ("default", "both")
     )
@@ -362,7 +363,7 @@ def test_runs_are_compared_by_the_tasks_own_metric(runs: Path, tmp_path: Path) -
         assert [difference.low, difference.high] == pytest.approx(
             np.quantile(draws, (0.025, 0.975)), abs=0.02
         )
-        assert "mean of shown" in {row[0] for row in found.grid().rows}
+        assert "mean of shown" in {row[0] for row in table_rows(found.table())}
         (other / "scores.json").write_text(
             (other / "scores.json").read_text().replace('"metric": "ndcg@5"', '"metric": "ndcg@10"')
         )
@@ -376,8 +377,7 @@ def test_training_takes_several_positives_and_a_teacher_in_any_chunks(
     results = []
     for number, chunk in enumerate((None, 3)):
         options: dict[str, Any] = {
-            "query_chunk_size": chunk,
-            "candidate_chunk_size": chunk,
+            "chunk_size": chunk,
             "symmetric": True,
         }
         module = small_embedder(tiny_backbone_dir, kind=RecordingEmbedder, teacher_weight=0.5, **options)

@@ -226,6 +226,29 @@ def test_a_forward_leaves_no_trace(tiny_backbone_dir: str) -> None:
     assert CALL.get() is None
 
 
+def test_the_last_mlp_runs_on_the_pooled_tokens_alone(three_layers_dir: str) -> None:
+    """Slow version: every token through it, gradients included."""
+    encoder = make(three_layers_dir, num_paths=2, prefix_init="random")
+    inputs, seen = rows_of(encoder), []
+    hook = encoder.backbone.layers[-1].mlp.up_proj.register_forward_hook(lambda *args: seen.append(args[2]))
+    pooled = encoder(inputs)
+    hook.remove()
+    assert seen[0].shape[:2] == (2 * len(inputs), 1)
+    weight = torch.randn_like(pooled)
+    (pooled * weight).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in encoder.named_parameters() if p.requires_grad}
+    encoder.zero_grad()
+    states = encoder.prefixes.states([0, 1], 0, torch.float32)
+    hidden = encoder.backbone(inputs.tokens, join(inputs), states).unflatten(0, (2, -1)).transpose(0, 1)
+    last = inputs.tokens["attention_mask"].cumsum(-1).argmax(-1)
+    whole = F.normalize(hidden[torch.arange(len(inputs)), :, last], dim=-1)
+    torch.testing.assert_close(pooled, whole, rtol=1e-5, atol=1e-5)
+    (whole * weight).sum().backward()
+    for name, parameter in encoder.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-5)
+
+
 def test_meta_prefixes_equal_the_states_of_their_prompts(three_layers_dir: str) -> None:
     encoder = make(three_layers_dir, num_paths=8, prefix_length=20, prefix_layers=1)
     stock = AutoModel.from_pretrained(three_layers_dir, attn_implementation="sdpa")

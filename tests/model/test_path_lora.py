@@ -175,7 +175,8 @@ def test_one_path_without_prefix_is_exported_as_a_stock_model(three_layers_dir: 
     with torch.no_grad():
         states = stock(**inputs.tokens, **vision).last_hidden_state
         expected = embedder.encoder(inputs, [1])[:, 0]
-    pooled = F.normalize(last_token(states, inputs.tokens["attention_mask"]), dim=-1)
+    token_B = last_token(inputs.tokens["attention_mask"])
+    pooled = F.normalize(states[torch.arange(len(token_B)), token_B], dim=-1)
     torch.testing.assert_close(pooled, expected, rtol=1e-4, atol=1e-4)
     loaded = Embedder.from_pretrained(tmp_path / "model")
     torch.testing.assert_close(loaded.encode(mixed_inputs()), embedder.encode(mixed_inputs(), paths=1))

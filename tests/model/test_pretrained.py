@@ -236,13 +236,8 @@ def test_not_a_model(tmp_path: Path) -> None:
     assert not is_pretrained(tmp_path)
 
 
-def test_missing_and_changed_files(folder: Path) -> None:
-    weights = folder / "model.safetensors"
-    content = weights.read_bytes()
-    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(ValueError, match="its hash differs"):
-        load_encoder(folder)
-    weights.unlink()
+def test_missing_files(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
         load_encoder(folder)
 

@@ -261,16 +261,6 @@ def test_orthogonal_looks_at_the_angle_of_each_row_alone() -> None:
     assert (estimator(paths + 5) > 0.9).all()  # a common mean is a common direction
     turned = torch.stack([paths[:, 0], -paths[:, 0], paths[:, 0].roll(200, 1)], dim=1)
     assert estimator(turned)[0].item() == pytest.approx(1)
-    expected = [references.squared_cosine_loop(paths[:, i], paths[:, j]) for i, j in [(0, 1), (0, 2), (1, 2)]]
-    torch.testing.assert_close(value_M, torch.stack(expected))
-
-
-def test_tiny_unit_norm_spread_still_counts() -> None:
-    """Nearly collapsed unit-norm rows in fp32 score like the same rows at full scale."""
-    wide = correlated(0.9, 64, 256, seed=1).float()
-    narrow = nn.functional.normalize(torch.ones(256), dim=0) + 1e-4 * wide
-    estimator = MutualInformation("vclub", num_paths=2, embed_dim=256, hidden_size=16)
-    torch.testing.assert_close(estimator(narrow), estimator(wide), rtol=1e-2, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", [name for name in BOUNDS if name != "l1out"])

@@ -124,7 +124,8 @@ def kept_data(module: PDFEmbedder, folder: Path, data_dir: str, **settings: Any)
 
 def stand_in_model(processor: Any, image_token: str = "<image>", num_paths: int = 1) -> Any:
     """What the data needs of a model, for tests without one."""
-    encoder = SimpleNamespace(processor=processor, image_token=image_token, num_paths=num_paths)
+    names = {"processor": processor, "image_token": image_token, "template": None, "num_paths": num_paths}
+    encoder = SimpleNamespace(**names)
     about = {"images": ImagePolicy(), "limit": TokenLimit(), "candidate_instruction": ""}
     return SimpleNamespace(encoder=encoder, **about)
 

@@ -21,10 +21,11 @@ def info_nce_loop(
     candidate_ids: list[int],
     temperature: float | Tensor,
     symmetric: bool = False,
+    margin: float = math.inf,
 ) -> Tensor:
     """``[N]``: InfoNCE of ``query [B, N, D]`` against ``candidate [G, N, D]``, path by path."""
     positives = [[p] for p in positive]
-    return several_positives_loop(query, candidate, positives, candidate_ids, temperature, symmetric)
+    return several_positives_loop(query, candidate, positives, candidate_ids, temperature, symmetric, margin)
 
 
 def several_positives_loop(
@@ -34,6 +35,7 @@ def several_positives_loop(
     candidate_ids: list[int],
     temperature: float | Tensor,
     symmetric: bool = False,
+    margin: float = math.inf,
 ) -> Tensor:
     """``[N]``: the mean over a query's positives of -log p, its other targets left out of the denominator."""
     losses = []
@@ -43,10 +45,12 @@ def several_positives_loop(
             given = [p for p in of_query if candidate_ids[p] != PADDING_ID]
             targets = {candidate_ids[p] for p in given}
             for p in given:
+                highest = (query[b, n] * candidate[p, n]).sum() + margin
                 scores = [
                     (query[b, n] * candidate[j, n]).sum() / temperature
                     for j in range(len(candidate))
                     if j == p or candidate_ids[j] not in targets | {PADDING_ID}
+                    if (query[b, n] * candidate[j, n]).sum() <= highest
                 ]
                 own = (query[b, n] * candidate[p, n]).sum() / temperature
                 term = torch.stack(scores).logsumexp(0) - own
@@ -55,6 +59,7 @@ def several_positives_loop(
                         (query[c, n] * candidate[p, n]).sum() / temperature
                         for c, others in enumerate(positives)
                         if c == b or candidate_ids[p] not in {candidate_ids[other] for other in others}
+                        if (query[c, n] * candidate[p, n]).sum() <= highest
                     ]
                     term = (term + torch.stack(scores).logsumexp(0) - own) / 2
                 terms.append(term / len(given))

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.table import Table
 from torch import Tensor
 
 from parallel_decoupling.evaluation.embedder import Embedder
@@ -124,3 +125,10 @@ def values_of_ranks(rank_R: Tensor) -> dict[str, Tensor]:
     """What ``TaskScore.values`` has for a column."""
     found_RC = torch.nn.functional.one_hot(rank_R - 1, 20).double()
     return row_metrics(found_RC, found_RC)
+
+
+def table_rows(table: Table) -> list[list[str]]:
+    """Return the cells of a table as texts, row by row."""
+    return [
+        [str(cell) for cell in row] for row in zip(*(column.cells for column in table.columns), strict=True)
+    ]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from parallel_decoupling.batch import PADDING_ID
 from parallel_decoupling.objective.contrastive import info_nce
 from parallel_decoupling.training.callbacks import CollapseAlarm
-from parallel_decoupling.training.compute import Progress, forward_passes, token_passes
+from parallel_decoupling.training.compute import LENGTH_GROUPS, Progress, forward_passes, token_passes
 from parallel_decoupling.training.optimization import OptimizerConfig, learning_rate_schedule, main_optimizer
 from parallel_decoupling.training.terms import GatheredPairs
 from tests.support.fit import make_trainer, small_data, small_embedder
@@ -98,9 +98,7 @@ def test_a_constant_embedding_raises_the_alarm_and_random_ones_do_not(ids: Tenso
     assert not messages(*sides)
 
 
-def test_a_run_logs_its_terms_and_its_speed(
-    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_logs_its_terms(tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path, name="", version="")
     trainer = make_trainer(tmp_path, max_steps=4, logger=logger)
     trainer.fit(
@@ -111,10 +109,8 @@ def test_a_run_logs_its_terms_and_its_speed(
     scalars = set(events.Tags()["scalars"])
     wanted = "loss contrastive_path_1 mi_pair_0_1 estimator_nll_held_out hit_at_1_aggregate path_cosine"
     wanted += " effective_rank gradient_norm"
-    others = "lr/estimator compute/token_passes throughput/samples_per_second throughput/tokens_per_second"
+    others = "lr/estimator compute/token_passes"
     assert scalars >= {f"train/{name}" for name in wanted.split()} | {*others.split(), "mix/colours_i2t"}
-    printed = capsys.readouterr().out
-    assert "What trains" in printed
 
 
 def parameter() -> nn.Parameter:
@@ -165,7 +161,7 @@ def test_schedules_rise_to_the_peak_and_end_at_zero(schedule: Any, expected: lis
 
 def settings(**changed: Any) -> dict[str, Any]:
     plain = {"num_paths": 4, "prefix_length": 5, "prefix_layers": 0, "prefix_type": "deep"}
-    return {**plain, "query_chunk_size": None, "candidate_chunk_size": None, **changed}
+    return {**plain, "chunk_size": None, **changed}
 
 
 @pytest.mark.parametrize(
@@ -182,5 +178,5 @@ def test_token_passes(changed: dict[str, Any], expected: float) -> None:
 
 
 def test_forward_passes_are_chunks_or_length_groups() -> None:
-    assert forward_passes(settings(), 16, 16) == 4 + 4
-    assert forward_passes(settings(query_chunk_size=3, candidate_chunk_size=4), 16, 16) == 6 + 4
+    assert forward_passes(settings(), 32) == LENGTH_GROUPS
+    assert forward_passes(settings(chunk_size=5), 32) == 7

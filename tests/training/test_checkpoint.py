@@ -26,7 +26,6 @@ from tests.support.fit import (
     small_embedder,
     trained,
 )
-from tests.support.tiny import save_tiny_backbone
 
 DROPOUT: dict[str, Any] = {"adapter": {"dropout": 0.2, "per_path": True}, "mi": {"kind": "club_sample"}}
 LOADERS = (PDFEmbedder.load_from_checkpoint, load_encoder)
@@ -100,12 +99,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
         load(changed(checkpoint_file, tmp_path, change))
 
 
-def test_another_structure_or_backbone_is_refused(checkpoint_file: Path, tmp_path: Path) -> None:
+def test_another_structure_is_refused(checkpoint_file: Path) -> None:
     with pytest.raises(ValueError, match="does not fit this model"):
         PDFEmbedder.load_from_checkpoint(checkpoint_file, num_paths=3)
-    other = save_tiny_backbone(tmp_path / "other", seed=1)
-    with pytest.raises(ValueError, match="backbone"):
-        PDFEmbedder.load_from_checkpoint(checkpoint_file, backbone=other)
 
 
 class StopAt(Callback):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
+from itertools import combinations
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from parallel_decoupling.batch import EncoderInputs
-from parallel_decoupling.training.grad_cache import LENGTH_GROUPS, encode_in_chunks
+from parallel_decoupling.training.grad_cache import LENGTH_GROUPS, encode_in_chunks, length_groups
 
 ROWS, LENGTH, PATHS, WIDTH = 7, 5, 2, 6
 
@@ -72,7 +72,8 @@ def test_short_rows_are_not_padded_to_long_ones() -> None:
     assert shapes == [(2, 2), (2, 3), (2, 5), (1, 5)]
     shapes.clear()
     encode_in_chunks(encoder, inputs, chunk_size=None, seed_parts=(0,))
-    assert shapes == [(2, 2), (2, 3), (2, 5), (1, 5)], "7 rows in 4 groups"
+    assert len(shapes) == LENGTH_GROUPS
+    assert sum(rows * length for rows, length in shapes) == int(inputs.lengths.sum()), "5 lengths at most"
 
 
 def test_the_second_pass_replays_the_dropout_of_the_first() -> None:
@@ -85,13 +86,21 @@ def test_the_second_pass_replays_the_dropout_of_the_first() -> None:
     assert not torch.equal(other.embeddings, encoding.embeddings)
 
 
-def test_chunks_as_large_as_length_groups_are_the_direct_graph_dropout_included() -> None:
-    encoder, inputs = ToyEncoder(dropout=0.5), toy_inputs()
-    plain_loss, plain = gradients(encoder, inputs, None)
-    loss, chunked = gradients(encoder, inputs, math.ceil(ROWS / LENGTH_GROUPS))
-    assert torch.equal(loss, plain_loss)
-    for one, other in zip(plain, chunked, strict=True):
-        torch.testing.assert_close(one, other)
+def test_length_groups_have_the_least_padding_of_all_cuts() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for count in (1, 2, 3, 5):
+        for _ in range(20):
+            lengths = torch.randint(1, 9, (8,), generator=generator)
+            groups = length_groups(lengths, count)
+            assert sorted(row for rows in groups for row in rows) == list(range(8))
+            assert len(groups) == count
+            ordered = lengths.sort().values
+            cuts = combinations(range(1, 8), count - 1)
+            padded = [
+                sum(len(part) * int(part[-1]) for part in ordered.tensor_split(list(cut))) for cut in cuts
+            ]
+            assert sum(len(rows) * int(lengths[rows].max()) for rows in groups) == min(padded)
+    assert length_groups(torch.tensor([4, 4]), 5) == [[0], [1]], "never more groups than rows"
 
 
 class AdaptedEncoder(ToyEncoder):

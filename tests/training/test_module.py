@@ -154,9 +154,8 @@ def test_mutual_information_reaches_the_prefixes_only_with_its_weight(fit: Any) 
 )
 def test_chunks_train_like_one_graph(fit: Any, extra: dict[str, Any]) -> None:
     settings = {"mi": NO_RAMP, "optimizer": NO_CLIP, "aggregation": "learned", "temperature": 0.2, **extra}
-    chunks = {"query_chunk_size": 3, "candidate_chunk_size": 2}
     whole, _ = fit(kind=RecordingEmbedder, **settings)
-    chunked, _ = fit(kind=RecordingEmbedder, **settings, **chunks)
+    chunked, _ = fit(kind=RecordingEmbedder, **settings, chunk_size=3)
     torch.testing.assert_close(chunked.gradients, whole.gradients, rtol=1e-3, atol=1e-5)
 
 

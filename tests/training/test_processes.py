@@ -62,7 +62,7 @@ def train(
     subsets: list[str] | None = None,
 ) -> None:
     """Four batches; what happened on each rank is in ``<rank>.pt``, a checkpoint in ``3.ckpt``."""
-    settings = {**SETTINGS, "query_chunk_size": chunk_size, "candidate_chunk_size": chunk_size}
+    settings = {**SETTINGS, "chunk_size": chunk_size}
     settings |= {"gradient_checkpointing": checkpointing, **(changes or {})}
     module = Recording(backbone=backbone, adapter=adapter, **settings)  # type: ignore[arg-type]
     module.gradients, module.with_image, module.sharded = [], [], set()

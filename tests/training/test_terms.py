@@ -104,7 +104,7 @@ def test_two_ranks_with_several_positives_and_a_teacher_equal_one() -> None:
     teacher[1, 1] = teacher[3, 2] = torch.nan
     positives = [of_row[:2] for of_row in own]
     taught = own_candidates_kl_loop(query, candidate, own, teacher, 0.5)
-    wanted = several_positives_loop(query, candidate, positives, ids.tolist(), 0.5, True) + 0.7 * taught
+    wanted = several_positives_loop(query, candidate, positives, ids.tolist(), 0.5, True, 0.3) + 0.7 * taught
 
     def in_two_processes() -> None:
         sides = [each.chunk(2)[rank()].clone().requires_grad_() for each in (query, candidate)]
@@ -113,10 +113,11 @@ def test_two_ranks_with_several_positives_and_a_teacher_equal_one() -> None:
         assert pairs.own is not None
         assert pairs.own.tolist() == own
         options = {"symmetric": True, "with_aggregate": True, "teacher_weight": 0.7}
+        options["false_negative_margin"] = 0.3
         path_N, _ = terms.contrastive_terms(pairs, 0.5, **options)
         torch.testing.assert_close(path_N, wanted)
         whole = [each.clone().requires_grad_() for each in (query, candidate)]
-        loss = several_positives_loop(*whole, positives, ids.tolist(), 0.5, True).sum()
+        loss = several_positives_loop(*whole, positives, ids.tolist(), 0.5, True, 0.3).sum()
         loss = loss + 0.7 * own_candidates_kl_loop(*whole, own, teacher, 0.5).sum()
         ours, theirs = torch.autograd.grad(path_N.sum(), sides), torch.autograd.grad(loss, whole)
         for mine, all_of_them in zip(ours, theirs, strict=True):

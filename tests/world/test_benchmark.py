@@ -19,6 +19,7 @@ from parallel_decoupling.model.prefixes import META_PROMPTS
 from parallel_decoupling.world import glyphs
 from parallel_decoupling.world.answers import ANSWER_TASKS, GROUP
 from parallel_decoupling.world.benchmark import content_hash, ensure_benchmark
+from parallel_decoupling.world.pages import GROUP as PAGES
 from parallel_decoupling.world.questions import questions, relation_questions, sample_edit
 from parallel_decoupling.world.rows import WORLD_TASKS
 from parallel_decoupling.world.scenes import (
@@ -49,7 +50,8 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_layout_and_columns_are_those_of_mmeb(data_dir: Path) -> None:
     tasks = json.loads((data_dir / "tasks.json").read_text())
-    assert list(tasks) == [task.name for task in (*WORLD_TASKS, *ANSWER_TASKS)], "others come after"
+    names = [task.name for task in (*WORLD_TASKS, *ANSWER_TASKS)]
+    assert list(tasks) == [*names, "WordPages", "FigurePages", "MovingShape"], "others come after"
     for task in WORLD_TASKS:
         train_file = data_dir / "MMEB-train" / task.name / "original-00000-of-00001.parquet"
         assert train_file.exists() == task.in_distribution
@@ -296,3 +298,16 @@ def test_handwritten_digits_are_pictures_with_their_values() -> None:
     assert len(pictures) == len(values) == 1797
     assert pictures[0].size == (IMAGE_SIZE, IMAGE_SIZE)
     assert set(values) == set(range(10))
+
+
+def test_pages_and_clips_are_read_in_the_layouts_of_mmeb_v2(data_dir: Path) -> None:
+    names = chosen([PAGES], find_eval_tasks(data_dir), data_dir)
+    *pages, clips = (read_eval_task(data_dir, name) for name in names)
+    for task in pages:
+        queries = pq.read_table(data_dir / PAGES / task.task.name / "queries").to_pylist()
+        english = [row["query"] for row in queries if row["language"] == "english"]
+        asked = [query.text.partition("given query: ")[2].strip() for query in task.queries]
+        assert asked == english != [row["query"] for row in queries]
+        assert all(Image.open(page.images[0]).size == (IMAGE_SIZE, IMAGE_SIZE) for page in task.candidates)
+    assert (len(clips.candidates), clips.candidates_of_row[3][0]) == (10, 3)
+    assert all(len({Image.open(frame).tobytes() for frame in clip.video}) > 5 for clip in clips.candidates)

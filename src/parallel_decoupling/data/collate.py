@@ -1,4 +1,4 @@
-"""From raw rows to tensors; no chat template, system prompt or end token is added, as in VLM2Vec."""
+"""From raw rows to tensors. Nothing is added to a text, as in VLM2Vec, unless the backbone has a prompt."""
 
 from __future__ import annotations
 
@@ -18,18 +18,23 @@ from torch.nn.utils.rnn import pad_sequence
 
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER as PLACEHOLDER
 from parallel_decoupling.batch import PADDING_ID, EncoderInputs, PairBatch, RawInput, RawPair, TokenLimit
+from parallel_decoupling.batch import VIDEO_PLACEHOLDER as VIDEO
 from parallel_decoupling.data.images import ImagePolicy, load_image
+from parallel_decoupling.data.prompts import chat_pattern, fill
 from parallel_decoupling.data.unusable import RowError, attempt, one_row
 
 PADDING = RawInput("-")
 """What is encoded in place of a missing hard negative; as short as a text can be."""
+FRAMES_PER_SECOND = 2.0
+"""What frames without times count as, as in qwen-vl-utils; Qwen3-VL and Qwen2.5-VL see the time."""
 
 
 class Collator:
-    """Turns rows into padded tensors with one processor call per side.
+    """Turns rows into padded tensors with one processor call.
 
     Where the image tensors of a Hugging Face ``processor`` cannot be split by row, every row is processed
-    alone, which gives the same rows more slowly. ``image_token`` stands for an image in the backbone's text.
+    alone, which gives the same rows more slowly. ``image_token`` stands for an image in the backbone's text,
+    ``template`` (``batch.Template``) is what stands around that.
 
     Relations:
         Each row without its padding equals the processor's output for that row alone.
@@ -40,6 +45,7 @@ class Collator:
         processor: Any,
         *,
         image_token: str,
+        template: Any = None,
         images: ImagePolicy | None = None,
         limit: TokenLimit | None = None,
     ) -> None:
@@ -49,7 +55,17 @@ class Collator:
         self.images = images or ImagePolicy()
         if isinstance(patch, int) and isinstance(merge, int):
             self.images = replace(self.images, factor=patch * merge)
+        frames = getattr(processor, "video_processor", None)
+        takes = "video_grid_thw" in getattr(frames, "model_input_names", ())
+        self.video_token: str | None = processor.video_token if takes else None
         self._splits = True  # until the processor's image tensors are seen not to split by row
+        self.template, self._patterns = template, dict[tuple[int, int], str]()
+        self.text_parts(PADDING)  # a chat template that cannot be used is an error at once
+
+    @classmethod
+    def of(cls, model: Any, **options: Any) -> Collator:
+        """Return the collator of an encoder or a backbone."""
+        return cls(model.processor, image_token=model.image_token, template=model.template, **options)
 
     def __call__(self, pairs: Sequence[RawPair]) -> PairBatch:
         """Batch training rows in the order of ``PairBatch``."""
@@ -59,9 +75,9 @@ class Collator:
         places = [f"training subset {pair.subset!r}, row {pair.row}: " for pair in pairs]
         repeated = [place for of_row, place in zip(others, places, strict=True) for _ in of_row]
         teachers = [pair.teacher or (math.nan,) * (1 + len(others[0])) for pair in pairs]
+        inputs = [*(pair.query for pair in pairs), *(each or PADDING for each in candidates)]
         return PairBatch(
-            query=self.encode_inputs([pair.query for pair in pairs], places),
-            candidate=self.encode_inputs([each or PADDING for each in candidates], places + repeated),
+            inputs=self.encode_inputs(inputs, [*places, *places, *repeated]),
             candidate_ids=torch.tensor([identity(each) if each else PADDING_ID for each in candidates]),
             subsets=tuple(pair.subset for pair in pairs),
             num_positives=1 + len(pairs[0].positives),
@@ -92,39 +108,75 @@ class Collator:
 
     def check_text(self, row: RawInput) -> None:
         """Raise ``ValueError`` for a text that cannot be tokenised with the row's images."""
-        if not row.images and not row.text.strip():
+        if row.video and self.video_token is None:
+            known = "Qwen2-VL, Qwen2.5-VL and Qwen3-VL do. Leave it out, or pass single frames as images"
+            raise ValueError(f"the backbone takes no video; {known}.")
+        if not row.pictures and not row.text.strip():
             raise ValueError("neither text nor image. Remove the row from the file or fill it in.")
-        count, shown = row.text.count(PLACEHOLDER), reprlib.repr(row.text)
-        if count != len(row.images):
-            raise ValueError(f"{len(row.images)} images but {count} {PLACEHOLDER} in {shown}.")
-        if self.image_token != PLACEHOLDER and self.image_token in row.text:
-            found = f"The text {shown} holds {self.image_token!r}, the backbone's own image token"
-            raise ValueError(f"{found}. Mark images with {PLACEHOLDER}.")
+        shown, kinds = reprlib.repr(row.text), ("image", self.image_token, PLACEHOLDER, len(row.images))
+        for kind, token, mark, given in (kinds, ("video", self.video_token, VIDEO, int(bool(row.video)))):
+            if (count := row.text.count(mark)) != given:
+                raise ValueError(f"{given} {kind}s but {count} {mark} in {shown}.")
+            if token not in (None, mark) and token in row.text:
+                found = f"The text {shown} holds {token!r}, the backbone's own {kind} token"
+                raise ValueError(f"{found}. Mark {kind}s with {mark}.")
         row.text.encode()  # half a surrogate pair is not a text
 
-    def _read(self, row: RawInput) -> tuple[str, list[Image.Image]]:
-        """Check a row's text, and decode its images."""
+    def text_parts(self, row: RawInput) -> tuple[str, str, str]:
+        """Return a row as the backbone reads it: a start that is never cut, what can be cut, and the end."""
+        video = self.video_token or ""
+        if self.template is None:
+            text, start = (
+                part.replace(PLACEHOLDER, self.image_token).replace(VIDEO, video)
+                for part in (row.text, row.text[: row.fixed])
+            )
+            return start, text[len(start) :], ""
+        count, pattern = (len(row.images), int(bool(row.video))), self.template.pattern
+        if pattern == "chat":
+            if count not in self._patterns:
+                self._patterns[count] = chat_pattern(self.processor, *count)
+            pattern = self._patterns[count]
+        marks = (self.template.image or self.image_token) * count[0] + video * count[1]
+        return fill(pattern, row, self.template, marks)
+
+    def _read(self, row: RawInput) -> tuple[str, list[Image.Image], list[Image.Image]]:
+        """Check a row's text, and decode its images and the frames of its video."""
         self.check_text(row)
         turn = self.images.size is None
         images = [self.images(load_image(image, turn=turn)) for image in row.images]
-        return row.text.replace(PLACEHOLDER, self.image_token), images
+        return "".join(self.text_parts(row)), images, self.images.video(row.video) if row.video else []
+
+    def _videos(self, videos: Sequence[list[Image.Image]]) -> dict[str, Any]:
+        """Return what a processor is told of the videos of all rows."""
+        videos = [frames for frames in videos if frames]
+        if not videos:
+            return {}
+        about = [
+            {"fps": FRAMES_PER_SECOND, "total_num_frames": len(each), "frames_indices": [*range(len(each))]}
+            for each in videos
+        ]
+        options = {"videos": videos, "video_metadata": about, "do_sample_frames": False}
+        if getattr(self.processor.video_processor, "cap_pixels_per_frame", False) is None:
+            options["cap_pixels_per_frame"] = False  # what None means, without a warning
+        return options
 
     def _process(self, inputs: Sequence[RawInput]) -> EncoderInputs | None:
         """Process all rows in one call; return None if the image tensors cannot be told apart by row."""
-        if any(row.images for row in inputs) and not self._splits:
+        if any(row.pictures for row in inputs) and not self._splits:
             return None
-        texts, images = zip(*map(self._read, inputs), strict=True)
+        texts, images, videos = zip(*map(self._read, inputs), strict=True)
         nested = list(images) if any(images) else None  # by row: a family may treat several of a row apart
-        data = self.processor(text=list(texts), images=nested, padding=True, return_tensors="pt")
-        tokens, pixels = self._separate(data)
-        vision = _split(pixels, [len(row) for row in images])
+        options = {**self._videos(videos), "padding": True, "return_tensors": "pt"}
+        tokens, pixels = self._separate(self.processor(text=list(texts), images=nested, **options))
+        vision = _split(pixels, [len(row) for row in images], [int(bool(row)) for row in videos])
         self._splits = vision is not None
         return None if vision is None else self._limited(EncoderInputs(tokens, vision), inputs)
 
     def _process_alone(self, row: RawInput) -> EncoderInputs:
-        text, pictures = self._read(row)
+        text, pictures, video = self._read(row)
+        options = {**self._videos([video]), "return_tensors": "pt"}
         with one_row(f"The processor refuses {reprlib.repr(row.text)} with images {row.images}: "):
-            data = self.processor(text=[text], images=[pictures] if pictures else None, return_tensors="pt")
+            data = self.processor(text=[text], images=[pictures] if pictures else None, **options)
         tokens, pixels = self._separate(data)
         return self._limited(EncoderInputs(tokens, (pixels,)), [row])
 
@@ -146,14 +198,16 @@ class Collator:
             return encoded
         if self.limit.long_text == "error":
             raise ValueError(self._too_long(row, len(ids)))
-        tokenizer = self.processor.tokenizer
-        rest = tokenizer(row.text[row.fixed :], add_special_tokens=False)["input_ids"] if row.fixed else ids
-        image = (ids == tokenizer.convert_tokens_to_ids(self.image_token)).nonzero().flatten().tolist()
+        tokenizer, (start, text, end) = self.processor.tokenizer, self.text_parts(row)
+        rest = tokenizer(text + end, add_special_tokens=False)["input_ids"] if start else ids
+        marks = tokenizer.convert_tokens_to_ids([self.image_token, self.video_token or self.image_token])
+        image = torch.isin(ids, torch.tensor(marks)).nonzero().flatten().tolist()
         needed = max(len(ids) - len(rest), image[-1] + 1 if image else 0)
-        if needed >= most:
+        last = max(1, len(tokenizer(end)["input_ids"]))
+        if needed + last > most:
             what = f"pictures and instruction take {needed} tokens where max_tokens is {most}"
-            raise ValueError(f"{what}, with one for the end. Use smaller ones, or raise max_tokens.")
-        keep = [*range(most - 1), len(ids) - 1]
+            raise ValueError(f"{what}, with {last} for the end. Use smaller ones, or raise max_tokens.")
+        keep = [*range(most - last), *range(len(ids) - last, len(ids))]
         return EncoderInputs({k: v[:, keep] for k, v in encoded.tokens.items()}, encoded.vision, num_cut=1)
 
     def _too_long(self, row: RawInput, count: int | str = "more") -> str:
@@ -177,13 +231,27 @@ class Collator:
         return EncoderInputs(tokens, tuple(row.vision[0] for row in rows), sum(row.num_cut for row in rows))
 
 
-def _split(pixels: Mapping[str, Tensor], counts: list[int]) -> tuple[Mapping[str, Tensor], ...] | None:
+def _split(
+    pixels: Mapping[str, Tensor], images: list[int], videos: list[int]
+) -> tuple[Mapping[str, Tensor], ...] | None:
+    """Split the tensors of images and videos by row; None if one cannot be split."""
+    of_videos = {key: pixels[key] for key in pixels if "video" in key or key == "second_per_grid_ts"}
+    of_images = {key: pixels[key] for key in pixels if key not in of_videos}
+    image, video = _split_kind(of_images, images), _split_kind(of_videos, videos, "video_grid_thw")
+    if image is None or video is None:
+        return None
+    return tuple({**one, **other} for one, other in zip(image, video, strict=True))
+
+
+def _split_kind(
+    pixels: Mapping[str, Tensor], counts: list[int], grid: str = "image_grid_thw"
+) -> tuple[Mapping[str, Tensor], ...] | None:
     """Split image tensors by row: those of one entry per image, and those of one entry per patch.
 
-    Patches are counted by ``image_grid_thw``. None if a tensor is neither, or could have one entry per row.
+    Patches are counted by ``grid``. None if a tensor is neither, or could have one entry per row.
     """
     total = sum(counts)
-    by_image = "image_grid_thw" in pixels or "image_sizes" in pixels
+    by_image = grid in pixels or "image_sizes" in pixels
     if total == len(counts) and any(count != 1 for count in counts) and not by_image:
         return None
     if not total:
@@ -192,9 +260,9 @@ def _split(pixels: Mapping[str, Tensor], counts: list[int]) -> tuple[Mapping[str
     for key, value in pixels.items():
         sizes = counts
         if len(value) != total:
-            if "image_grid_thw" not in pixels:
+            if grid not in pixels:
                 return None
-            patches = iter(pixels["image_grid_thw"].prod(-1).tolist())
+            patches = iter(pixels[grid].prod(-1).tolist())
             sizes = [sum(next(patches) for _ in range(count)) for count in counts]
             if sum(sizes) != len(value):
                 return None
@@ -211,7 +279,7 @@ def identity(row: RawInput) -> int:
     """
     text = PLACEHOLDER.join(part.strip() for part in row.text.split(PLACEHOLDER))
     digest = blake2b(text.encode(), digest_size=8)
-    for image in row.images:
+    for image in row.pictures:
         digest.update(b"\0")
         if isinstance(image, str):
             file = Path(image)

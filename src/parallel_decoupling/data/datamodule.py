@@ -23,7 +23,14 @@ from parallel_decoupling.data.names import printable
 from parallel_decoupling.data.row_sources import RowSource, TaskSide
 from parallel_decoupling.evaluation.encode import BatchPlan, RowBatches, TokenEstimate
 from parallel_decoupling.evaluation.store import AGGREGATE, Keeper, chosen_columns, path_column
-from parallel_decoupling.option_types import Names, NonNegativeFloat, NonNegativeInt, PositiveInt, checked
+from parallel_decoupling.option_types import (
+    Names,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    check_memory,
+    checked,
+)
 
 EMBEDDED = "mini-mmeb"
 """Value of ``data_dir`` that stands for the benchmark this package generates."""
@@ -66,6 +73,8 @@ class MMEBDataModule(LightningDataModule):
             VLM2Vec. Null leaves that to min_pixels and max_pixels.
         min_pixels: Smallest width times height of an image; the aspect ratio is kept.
         max_pixels: Largest width times height of an image. With both null the processor decides alone.
+        max_frames: Frames of a video at most, evenly chosen; 8 as in VLM2Vec.
+        max_video_pixels: Largest width times height times frames of a video; null leaves it to the processor.
         missing_images: "error" stops at a row that cannot be embedded, as its image is missing or broken or
             its text is refused; "skip" takes the next row of the subset in training and leaves the row out
             of the score in evaluation, and counts.
@@ -106,6 +115,8 @@ class MMEBDataModule(LightningDataModule):
         predict_instruction: str | None = None,
         predict_rows_per_shard: PositiveInt = 4096,
         positives: PositiveInt = 1,
+        max_frames: PositiveInt = 8,
+        max_video_pixels: PositiveInt | None = None,
     ) -> None:
         super().__init__()
         self.data_dir, self.split, self.seed, self.download = data_dir, split, seed, download
@@ -113,11 +124,13 @@ class MMEBDataModule(LightningDataModule):
         self.validation_tasks = list(validation_tasks)
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.num_workers, self.weights = num_workers, weights
+        check_memory(f"data.num_workers={num_workers}", num_workers * 2.0**26)  # a process' own, at the least
         self.positives, self.hard_negatives = positives, hard_negatives
         self.row_limit, self.row_limit_by, self.query_limit = row_limit, row_limit_by, query_limit
         self.policy, self.sub_batch_size = policy, sub_batch_size
         self.image_size, self.min_pixels, self.max_pixels = image_size, min_pixels, max_pixels
-        self.images = ImagePolicy(image_size, min_pixels, max_pixels)
+        self.max_frames, self.max_video_pixels = max_frames, max_video_pixels
+        self.images = ImagePolicy.from_settings(vars(self))
         self.missing_images = missing_images
         self.predict_source, self.predict_columns = predict_source, predict_columns
         self.predict_instruction = predict_instruction
@@ -286,10 +299,8 @@ class MMEBDataModule(LightningDataModule):
     @property
     def collator(self) -> Collator:
         """Tokenises for the connected model; pictures as in its training without image settings here."""
-        encoder = self._connected.encoder
         images = self._connected.images if self.images == ImagePolicy() else self.images
-        options = {"images": images, "limit": self._connected.limit}
-        return Collator(encoder.processor, image_token=encoder.image_token, **options)
+        return Collator.of(self._connected.encoder, images=images, limit=self._connected.limit)
 
     @property
     def _connected(self) -> Any:

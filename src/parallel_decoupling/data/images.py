@@ -7,7 +7,7 @@ import io
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,12 +17,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from parallel_decoupling.data.unusable import RowError, one_row
+from parallel_decoupling.option_types import check_memory
 
 SquareSize = Literal["low", "mid", "high"]
 SQUARES: dict[str, int] = {"low": 128, "mid": 672, "high": 1344}
 """Side in pixels of VLM2Vec's forced squares."""
-IMAGE_SETTINGS = ("image_size", "min_pixels", "max_pixels")
+IMAGE_SETTINGS = ("image_size", "min_pixels", "max_pixels", "max_frames", "max_video_pixels")
 """Names of the settings behind an ``ImagePolicy``."""
+FRAMES = (".jpg", ".jpeg", ".png")
+"""How the files of a video's frames end."""
 _DATA_URI = re.compile(r"\s*data:(image/[^,\s]*|;base64),", re.IGNORECASE)
 _ADDRESS = re.compile(r"\s*[a-z][a-z0-9+.-]*://\S+\s*", re.IGNORECASE)
 _CHANNELS = (1, 3, 4)
@@ -38,12 +41,16 @@ class ImagePolicy:
         max_pixels: width times height at most. With either bound, the sides become multiples of ``factor``
             near the aspect ratio, and a picture with a side below it a square of twice that, as in VLM2Vec.
         factor: the processor's patch times merge size; 1 where it has none.
+        max_frames: of a video at most, evenly chosen as in VLM2Vec.
+        max_video_pixels: width times height times number of frames at most; None leaves it to the processor.
     """
 
     size: SquareSize | None = None
     min_pixels: int | None = None
     max_pixels: int | None = None
     factor: int = 1
+    max_frames: int = 8
+    max_video_pixels: int | None = None
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -56,16 +63,18 @@ class ImagePolicy:
         if min(bounds, default=1) < 1 or bounds != sorted(bounds):
             rule = "must be at least 1, and min_pixels not above max_pixels"
             raise ValueError(f"min_pixels={self.min_pixels}, max_pixels={self.max_pixels}: they {rule}.")
+        check_memory(f"min_pixels={self.min_pixels}", 15.0 * (self.min_pixels or 0))  # 8-bit, and as fp32
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> ImagePolicy:
         """Return the policy of a data module's settings; one that is absent counts as not set."""
-        return cls(*(settings.get(name) for name in IMAGE_SETTINGS))  # type: ignore[arg-type]
+        given = {name: settings[name] for name in IMAGE_SETTINGS if settings.get(name) is not None}
+        return cls(given.pop("image_size", None), **given)
 
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that ``from_settings`` takes."""
-        return dict(zip(IMAGE_SETTINGS, (self.size, self.min_pixels, self.max_pixels), strict=True))
+        return {"image_size": self.size} | {name: getattr(self, name) for name in IMAGE_SETTINGS[1:]}
 
     def __call__(self, image: Image.Image) -> Image.Image:
         """Resize with Pillow's bicubic filter, or return the image itself."""
@@ -78,6 +87,26 @@ class ImagePolicy:
             low, high = self.min_pixels or 1, self.max_pixels or math.inf
             size = smart_size(*size, factor=self.factor, min_pixels=low, max_pixels=high)
         return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+
+    def chosen(self, frames: Sequence[Image.Image | str]) -> list[Image.Image | str]:
+        """Return the frames of a video that count, two at least, as vision towers take them in pairs."""
+        numbers = np.linspace(0, len(frames) - 1, min(self.max_frames, len(frames)), dtype=int).tolist()
+        return [frames[number] for number in (numbers if len(numbers) > 1 else numbers * 2)]
+
+    def video(self, frames: Sequence[Image.Image | str]) -> list[Image.Image]:
+        """Decode the ``chosen`` frames, all in the size of the first within the budget."""
+        loaded = [load_image(frame, turn=self.size is None) for frame in self.chosen(frames)]
+        size, kind = self.frame_size(loaded[0].size, len(loaded)), Image.Resampling.BICUBIC
+        return [frame if frame.size == size else frame.resize(size, kind) for frame in loaded]
+
+    def frame_size(self, size: tuple[int, int], count: int) -> tuple[int, int]:
+        """Return width and height of the frames that the processor gets of so many of this size."""
+        if self.size is not None:
+            return (SQUARES[self.size],) * 2
+        if self.max_video_pixels is None:
+            return size
+        most = self.max_video_pixels / count
+        return smart_size(*size, factor=self.factor, min_pixels=1, max_pixels=most)
 
 
 def smart_size(
@@ -125,6 +154,8 @@ def as_picture(value: Any) -> Image.Image | str:
     """Return what is a picture by its type as a PIL image or a file's name, or raise ``ValueError``."""
     if isinstance(value, Image.Image):
         return value
+    if isinstance(value, Mapping) and {"bytes", "path"} == set(value):  # a row of datasets, not decoded
+        return as_picture(value["path"] if value["bytes"] is None else value["bytes"])
     if isinstance(value, bytes | bytearray | memoryview):
         return _opened(bytes(value))
     if isinstance(value, str) and _DATA_URI.match(value):
@@ -140,6 +171,27 @@ def as_picture(value: Any) -> Image.Image | str:
         return _from_array(value)
     known = "a file, a data URI, a PIL image, an array, a tensor or the bytes of a file"
     raise ValueError(f"a {type(value).__name__} cannot be embedded; use a text, or as a picture {known}")
+
+
+def as_video(value: Any) -> tuple[Image.Image | str, ...]:
+    """Return the frames of a video: a list of what ``as_picture`` takes, or the name of their folder."""
+    if isinstance(value, str | os.PathLike) and os.path.isdir(value):
+        return frame_files(os.fspath(value))
+    if not isinstance(value, list | tuple) or not value:
+        known = "use a list of its frames, which are pictures, or the name of a folder of them"
+        raise ValueError(f"a {type(value).__name__} is not a video: {known}")
+    return tuple(map(as_picture, value))
+
+
+def frame_files(folder: str) -> tuple[str, ...]:
+    """Return the frames in a folder, in the order of the numbers in their names."""
+    names = [name for name in os.listdir(folder) if os.path.splitext(name)[1].lower() in FRAMES]
+    if not names:
+        advice = f"A video is a folder of files that end with {', '.join(FRAMES)}; unpack them there."
+        raise ValueError(f"no frames in the folder {folder!r}. {advice}")
+    parts = {name: re.split(r"(\d+)", name.lower()) for name in names}
+    order = sorted(names, key=lambda name: [(int(p), "") if p.isdecimal() else (-1, p) for p in parts[name]])
+    return tuple(os.path.join(folder, name) for name in order)
 
 
 def _no_address(text: str) -> str:
@@ -239,10 +291,10 @@ class ImageFolder:
         self._places = [(root, prefix) for root in roots for prefix in ("", "images/", None)]
 
     def find(self, image: str) -> str | None:
-        """Return the file, or None if there is none."""
+        """Return the file or the folder of frames, or None if there is neither."""
         for number, (root, prefix) in enumerate(self._places):
             file = root / (image.removeprefix("images/") if prefix is None else prefix + image)
-            if file.is_file():
+            if image and (file.is_file() or file.is_dir()):
                 self._places.insert(0, self._places.pop(number))
                 return str(file)
         return None

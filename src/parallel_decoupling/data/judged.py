@@ -16,6 +16,9 @@ QRELS = ("query-id", "corpus-id", "score")
 IDS = {"queries": ("query-id", "_id", "id"), "corpus": ("corpus-id", "_id", "id")}
 """Names of columns that hold ids; the first one that is there counts."""
 
+LANGUAGE = "language"
+"""A column of queries."""
+
 log = logging.getLogger(__name__)
 
 
@@ -27,9 +30,11 @@ def open_judged(task: Task, *, must_exist: bool = True) -> tuple[RowReader, RowR
     readers = []
     for part, roles in (("queries", QUERY), ("corpus", CANDIDATE)):
         used = {role: name for role, name in source.columns.items() if role in roles}
-        table = _open(task, folder, part, used | {name: name for name in IDS[part]})
-        table.check(used, (*used, *IDS[part]))
-        readers.append(RowReader(table, images, source=source))
+        columns = used | {name: name for name in (*IDS[part], LANGUAGE)}
+        table = _open(task, folder, part, columns)
+        needed = {name for name in used if (part, name) != ("corpus", CANDIDATE[1])}
+        table.check([*needed, *([LANGUAGE] if source.language and part == "queries" else [])], columns)
+        readers.append(RowReader(table, images, task.prompt, source))
     qrels = _open(task, folder, "qrels", {name: name for name in QRELS})
     qrels.check(QRELS, QRELS)
     return readers[0], readers[1], qrels
@@ -39,7 +44,8 @@ def read_judged(task: Task, limit: int | None, *, must_exist: bool) -> EvalTask:
     """Read such a task: a row for each query with a right answer, all of the corpus as its candidates.
 
     What ``readers.read_eval_task`` says of ``limit`` and ``must_exist`` holds. A grade above 0 is a right
-    answer; of two grades for one target the higher one counts.
+    right answer; of two grades for one target the higher one counts. Where the corpus has no column of
+    pictures, they are files named by the ids.
     """
     queries, corpus, qrels = open_judged(task, must_exist=must_exist)
     read = EvalTask(task, [], [], [], [])
@@ -47,12 +53,17 @@ def read_judged(task: Task, limit: int | None, *, must_exist: bool) -> EvalTask:
     candidate_of: dict[str, int] = {}
     for name, row in _rows_by_id(corpus.table, "corpus").items():
         side = side_of(corpus.table[row], CANDIDATE)
+        if corpus.table.column(CANDIDATE[1]) is None and CANDIDATE[1] in corpus.table.columns:
+            side = side[0], f"{name}.png"
         candidate_of[name] = distinct.setdefault(target(task, side), len(distinct))
         if len(distinct) > len(read.candidates):
             read.candidates.append(corpus.input(row, CANDIDATE, side))
     row_of = _rows_by_id(queries.table, "queries")
     answers = _answers(qrels, list(row_of), candidate_of)
-    asked = [name for name, each in answers.items() if each]
+    if language := task.source and task.source.language:
+        cells = queries.table.rows[LANGUAGE].to_pylist()
+        row_of = {name: row for name, row in row_of.items() if cells[row] == language}
+    asked = [name for name in row_of if answers[name]]
     if len(asked) < len(row_of):
         log.warning("%s: %d queries have no right answer", qrels.owner, len(row_of) - len(asked))
     if not asked or len(read.candidates) < 2:
@@ -71,10 +82,11 @@ def read_judged(task: Task, limit: int | None, *, must_exist: bool) -> EvalTask:
 
 
 def _open(task: Task, folder: Path, part: str, columns: dict[str, str]) -> Table:
-    """Open ``<part>/test*`` or ``<part>.*``."""
+    """Open the first that is there of ``<part>/test*``, ``<part>/train*`` (as in VisRAG) and ``<part>.*``."""
     owner = f"evaluation task {task.name!r}"
-    there = (file for pattern in (f"{part}/test*", f"{part}.*") for file in sorted(folder.glob(pattern)))
-    files = [file for file in there if file.suffix in SUFFIXES]
+    patterns = (f"{part}/test*", f"{part}/train*", f"{part}.*")
+    found = [[file for file in sorted(folder.glob(each)) if file.suffix in SUFFIXES] for each in patterns]
+    files = next(filter(None, found), [])
     if not files:
         names = f"{part}/test* or {part}.*"
         raise ValueError(f"{owner}: {folder} holds no {names} that ends with {', '.join(SUFFIXES)}.")

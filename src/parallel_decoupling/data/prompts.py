@@ -5,17 +5,19 @@ from __future__ import annotations
 import io
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
 from PIL import Image
 
-from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
-from parallel_decoupling.data.images import as_picture, is_array, names_picture
+from parallel_decoupling.batch import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, RawInput, Template
+from parallel_decoupling.data.images import as_picture, as_video, is_array, names_picture
 from parallel_decoupling.data.unusable import one_row
 
-INPUT_KEYS = ("text", "image", "images", "instruction")
+INPUT_KEYS = ("text", "image", "images", "video", "instruction")
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,14 @@ class PromptRules:
         own_line: the query's instruction always starts a line; otherwise only where it is written so.
         query_end: what ends a query.
         candidate_end: what ends a candidate with an image and no text.
+        one_line: placeholder, instruction and text stand on a line that nothing ends, as in MMEB-V2.
     """
 
     query_image: bool = True
     own_line: bool = False
     query_end: str = "\n"
     candidate_end: str = "\n"
+    one_line: bool = False
 
 
 def written_text(text: str, *, has_image: bool, drop_placeholder: bool = False) -> str:
@@ -95,12 +99,13 @@ def prompt(
     instruction: str | None = None,
     *,
     images: Sequence[Image.Image | str] = (),
+    video: Sequence[Image.Image | str] = (),
 ) -> RawInput:
     r"""Write an input the way MMEB's training data is written.
 
     With images (PIL images or files): ``"<|image_1|>\n{instruction} {text}\n"``, one placeholder line per
-    image. Without: ``"{instruction} {text}\n"``. A text alone (MMEB's captions, labels and answers) is
-    stripped and gets no newline.
+    image, then one for a video. Without: ``"{instruction} {text}\n"``. A text alone (MMEB's captions,
+    labels and answers) is stripped and gets no newline.
 
     Relations:
         Equals the written prompts of MMEB-eval's 36 tasks, but for the last newline of four: VisDial's
@@ -110,14 +115,49 @@ def prompt(
         raise ValueError("Give image or images, not both.")
     pictures = (image,) if image is not None else tuple(images)
     body = " ".join(part.strip() for part in (instruction, text) if part and part.strip())
-    if not pictures:
+    if not pictures and not video:
         if not text or not text.strip():
-            raise ValueError("An input needs a text or an image.")
+            raise ValueError("An input needs a text or an image, or a video.")
         text = text.strip()
         return RawInput(body if body == text else f"{body}\n", (), len(body) - len(text))
-    marks = f"{IMAGE_PLACEHOLDER}\n" * len(pictures)
+    marks = f"{IMAGE_PLACEHOLDER}\n" * len(pictures) + (f"{VIDEO_PLACEHOLDER}\n" if video else "")
     asked = len(instruction.strip()) if instruction else 0
-    return RawInput(marks + (f"{body}\n" if body else ""), pictures, len(marks) + asked)
+    return RawInput(marks + (f"{body}\n" if body else ""), pictures, len(marks) + asked, tuple(video))
+
+
+def chat_pattern(processor: Any, num_images: int, num_videos: int = 0) -> str:
+    """Return a processor's chat template, up to where the answer begins, as a pattern of ``Template``."""
+    parts: Any = [{"type": "image"}] * num_images + [{"type": "video"}] * num_videos
+    parts += [{"type": "text", "text": "{text}"}]
+    system: Any = [{"type": "text", "text": "{instruction}"}]
+    if not hasattr(processor, "apply_chat_template"):  # a tokenizer's messages are plain texts
+        processor, parts, system = processor.tokenizer, "{text}", "{instruction}"
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": parts}]
+    try:
+        pattern: str = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except (ValueError, TemplateError) as error:
+        pattern = str(error)
+    if [pattern.count(mark) for mark in ("{instruction}", "{text}")] != [1, 1]:
+        found = "the processor's chat template does not show a system message and a text, once each"
+        raise ValueError(f"{found}: {pattern!r}. Give a pattern.")
+    return pattern
+
+
+def fill(pattern: str, row: RawInput, template: Template, images: str) -> tuple[str, str, str]:
+    """Return what a pattern has before the row's text, the text, and what follows; pictures as it says."""
+    parts = row.text[: row.fixed], row.text[row.fixed :]
+    marks = f"({re.escape(IMAGE_PLACEHOLDER)}|{re.escape(VIDEO_PLACEHOLDER)})[ \n]?"
+    instruction, text = (re.sub(marks, "", part).strip() for part in parts)
+    before, behind = pattern.split("{text}")
+    if "{instruction}" not in pattern:
+        before += "{instruction} " if instruction else ""
+    else:
+        instruction = instruction or template.instruction
+        unended = instruction and not unicodedata.category(instruction[-1]).startswith("P")
+        instruction += "." if template.full_stop and unended else ""
+    values = {"{instruction}": instruction, "{images}": images}
+    before = re.sub("{instruction}|{images}", lambda mark: values[mark[0]], before)
+    return before, text, behind.replace("{instruction}", instruction)
 
 
 def is_single(inputs: Any) -> bool:
@@ -172,12 +212,13 @@ def _raw_input_from_mapping(item: Mapping[str, Any], instruction: str | None) ->
             raise ValueError(f"{key!r} is a {type(value).__name__}; use a string")
     if unknown := sorted(str(key) for key in item if key not in INPUT_KEYS):
         raise ValueError(f"unknown keys {unknown}; use {list(INPUT_KEYS)}")
-    text, image, images, own_instruction = (item.get(key) for key in INPUT_KEYS)
+    text, image, images, video, own = (item.get(key) for key in INPUT_KEYS)
     if images is not None and is_single(images):
         raise ValueError(f"'images' is a single {type(images).__name__}; pass a list or use 'image'")
     image = None if image is None else as_picture(image)
     images = [as_picture(each) for each in (() if images is None else images)]
-    return prompt(text, image, instruction if own_instruction is None else own_instruction, images=images)
+    frames = () if video is None else as_video(video)
+    return prompt(text, image, instruction if own is None else own, images=images, video=frames)
 
 
 def _refuse_table(value: Any) -> None:

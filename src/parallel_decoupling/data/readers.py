@@ -25,6 +25,7 @@ from parallel_decoupling.data.row_reader import CANDIDATE, NEGATIVE, QUERY, RowR
 from parallel_decoupling.data.tables import Table
 from parallel_decoupling.data.tasks import INSTRUCTIONS, ROLES, TEACHER, EvalTask, Task, read_tasks
 from parallel_decoupling.data.unusable import RowError, doubled, one_row
+from parallel_decoupling.data.video_sets import RIGHT, open_video_set
 
 LimitBy = Literal["sample", "first"]
 MissingImages = Literal["error", "skip"]
@@ -35,7 +36,7 @@ MMEB_EVAL = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path", "qry_inst",
 
 MAX_UNUSABLE_ROWS = 100
 """After so many rows that cannot be embedded the folder is at fault, not a file."""
-MAX_POOL_ENTRIES = 20_000_000
+MAX_POOL_ENTRIES = 25_000_000
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,9 @@ def open_eval(data_dir: Path, task: Task, *, must_exist: bool = True) -> RowRead
         table.check(roles[::2] if table.column(INSTRUCTIONS[0]) is not None else roles, QUERY)
         roots = (root, root / "image-tasks", data_dir / "image-tasks")
         return RowReader(table, ImageFolder(*roots, must_exist=must_exist), task.prompt)
+    if source.published is not None:
+        images = ImageFolder(source.image_dir, must_exist=must_exist)
+        return RowReader(open_video_set(owner, source), images, task.prompt, source)
     used = {role: name for role, name in source.columns.items() if role in roles}
     table = Table(owner, [source.eval_file], used)
     table.check(used, QUERY)
@@ -268,6 +272,7 @@ def read_eval_task(
     table = reader.table
     is_split = table.column(INSTRUCTIONS[0]) is not None
     pool = [] if reader.source is None else _pool(table)
+    pool += [(label, "") for label in ((reader.source and reader.source.published) or {}).get("labels", ())]
     count = len(table) if limit is None else min(limit, len(table))
     queries: dict[tuple[str, ...], int] = {}
     candidates: dict[Side, int] = {}
@@ -286,6 +291,8 @@ def read_eval_task(
             if len(candidates) > len(read.candidates):
                 read.candidates.append(reader.input(row, CANDIDATE, side, shown))
         read.candidates_of_row.append(list(dict.fromkeys(keys)) if pool else keys)
+        if cells.get(RIGHT) is not None:
+            read.relevance_of_row = [*(read.relevance_of_row or ()), dict.fromkeys(keys[: cells[RIGHT]], 1.0)]
         if len({*read.candidates_of_row[-1]}) < 2:
             found = f"{table.where(row, *CANDIDATE)}: {len({*read.candidates_of_row[-1]})} candidates"
             raise ValueError(f"{found}. A row needs its positive and at least one other that differs.")

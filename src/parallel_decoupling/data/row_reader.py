@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from parallel_decoupling.batch import RawInput
-from parallel_decoupling.data.images import ImageFolder
+from parallel_decoupling.batch import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, RawInput
+from parallel_decoupling.data.images import ImageFolder, frame_files
 from parallel_decoupling.data.prompts import PromptRules, prompt, split_candidate, split_query, written_text
 from parallel_decoupling.data.tables import Table
 from parallel_decoupling.data.tasks import ROLES, Source, Task
@@ -30,7 +31,10 @@ class RowReader:
     source: Source | None = None
 
     def input(self, row: int, columns: Side, side: Side, instruction: str | None = None) -> RawInput:
-        """Return one query or candidate; ``instruction`` is the one that MMEB_Test_Instruct splits off."""
+        """Return one query or candidate; ``instruction`` is the row's own, in a column of its own.
+
+        A picture that is a folder is a video.
+        """
         is_query = columns == QUERY
         try:
             with one_row(f"{self.table.where(row, *columns)}: "):
@@ -44,15 +48,24 @@ class RowReader:
         (text, image), fixed = side, 0
         if self.source is not None:
             own = self.source.query_instruction if is_query else self.source.candidate_instruction
-            made = prompt(text, image or None, own)
-            text, fixed = made.text, made.fixed
+            own = instruction or own
+            if self.rules.one_line:
+                start = " ".join([IMAGE_PLACEHOLDER] * bool(image) + [own] * bool(own))
+                text, fixed = " ".join(filter(None, (start, text))), len(start)
+            else:
+                made = prompt(text, image or None, own)
+                text, fixed = made.text, made.fixed
         else:
             if instruction is not None:
                 join = split_query if is_query else split_candidate
                 text = join(instruction, text, self.rules, has_image=bool(image))
             drop = is_query and not self.rules.query_image
             text = written_text(text, has_image=bool(image), drop_placeholder=drop)
-        return RawInput(text, (self.images.get(image),) if image else (), fixed)
+        file = self.images.get(image) if image else ""
+        if os.path.isdir(file):
+            text = text.replace(IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER)  # as long as the other
+            return RawInput(text, (), fixed, frame_files(file))
+        return RawInput(text, (file,) if file else (), fixed)
 
     def sides(self, row: int, columns: Side, cells: Mapping[str, Any]) -> list[Side]:
         """Pair two cells that hold lists of one length, or one list and one value for all of its entries."""

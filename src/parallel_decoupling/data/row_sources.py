@@ -50,7 +50,7 @@ class TaskSide:
 
     def columns(self, rows: Sequence[int]) -> pa.Table:
         """Return ``id``, ``text`` and ``image`` (the first one, relative to ``data_dir``) of some rows."""
-        files = [self._rows[row].images[:1] for row in rows]
+        files = [self._rows[row].pictures[:1] for row in rows]
         folder = self.data_dir
         names = [_without_folder(os.path.abspath(str(file[0])), folder) if file else None for file in files]
         images = [name and id_of_file(name) for name in names]

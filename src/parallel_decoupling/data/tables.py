@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,8 @@ from parallel_decoupling.files import atomic_write
 
 SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
 ROWS_PER_BATCH = 8192
-FORMAT = "5"
+ROWS_WITH_PICTURES = 64
+FORMAT = "6"
 """Version of the copies in the cache."""
 DELIMITERS = ",;\t"
 CSV_BLOCK = 1 << 26
@@ -50,7 +52,9 @@ class Table:
     """The files of one subset, task or source as one mapped table, pickled by the names of the files.
 
     ``columns`` maps names here to names in the files, of what becomes texts or lists of texts; null if
-    lacking. ``keep_others`` keeps all other columns with their types. ``owner`` begins error messages.
+    lacking. ``keep_others`` keeps all other columns with their types. ``owner`` begins error messages. In
+    columns of pictures, whose names here end in "image", the bytes of a file or a struct of ``bytes`` and
+    ``path``, as ``datasets`` writes, become files in the cache, and the cells their names.
     """
 
     def __init__(
@@ -58,7 +62,8 @@ class Table:
     ) -> None:
         self.owner, self.files, self.columns = owner, list(files), dict(columns)
         self._keep_others = keep_others
-        texts = sorted(set(columns.values()))
+        pictures = {theirs for name, theirs in columns.items() if name.endswith("image")}
+        texts = {theirs: theirs in pictures for theirs in sorted(set(columns.values()))}
         copies = [arrow_copy(file, texts, owner, keep_others) for file in self.files]
         parts = [pa.ipc.open_file(pa.memory_map(str(copy))).read_all() for copy in copies]
         self._found = [json.loads(part.schema.metadata[b"columns"]) for part in parts]
@@ -107,11 +112,11 @@ class Table:
         return f"{self.owner}, file {self.files[file]}, row {row - self._first_rows[file]}, column {name!r}"
 
 
-def arrow_copy(file: Path, texts: Sequence[str], owner: str, keep_others: bool = False) -> Path:
+def arrow_copy(file: Path, texts: Mapping[str, bool], owner: str, keep_others: bool = False) -> Path:
     """Return the memory-mappable copy of a file, after writing it if the cache lacks it or it is damaged.
 
-    It is found by the file's contents. Several processes may write it at the same time. Copies of earlier
-    contents of the file are removed.
+    ``texts`` are the columns in use, and whether they may hold pictures. The copy is found by the file's
+    contents. Several processes may write it at the same time. Copies of earlier contents are removed.
     """
     if file.exists() and not file.is_file():
         raise ValueError(f"{owner}: {file} is not a regular file. Give a file on a disk.")
@@ -122,17 +127,18 @@ def arrow_copy(file: Path, texts: Sequence[str], owner: str, keep_others: bool =
                 content.update(block)
     except OSError as error:
         raise ValueError(f"{owner}: cannot read {file}: {error}. Check data_dir and the name.") from error
-    about = repr((FORMAT, str(file.resolve()), list(texts), keep_others))
+    about = repr((FORMAT, str(file.resolve()), dict(texts), keep_others))
     place = blake2b(about.encode(), digest_size=8).hexdigest()
     copy = default_cache_dir() / "tables" / f"{place}-{content.hexdigest()}.arrow"
     if _is_whole(copy):
         return copy
     try:
         with atomic_write(copy) as unfinished:
-            _write(file, texts, keep_others, unfinished)
+            _write(file, texts, keep_others, unfinished, copy.with_suffix(".d"))
             for old in copy.parent.glob(f"{place}-*.arrow"):
                 if old != copy:  # another process may have finished this one and be about to map it
                     old.unlink(missing_ok=True)
+                    shutil.rmtree(old.with_suffix(".d"), ignore_errors=True)
     except TableError as error:
         raise ValueError(f"{owner}: cannot read {file}: {error}") from error
     except (pa.ArrowException, OSError) as error:
@@ -155,16 +161,17 @@ def _is_whole(copy: Path) -> bool:
         return False
 
 
-def _write(file: Path, texts: Sequence[str], keep_others: bool, copy: Path) -> None:
+def _write(file: Path, texts: Mapping[str, bool], keep_others: bool, copy: Path, pictures: Path) -> None:
     """Write the columns of a file that are wanted; ``columns`` of the metadata names all that it has."""
     batches: Iterable[pa.RecordBatch]
     if file.suffix == ".parquet":
         source = pq.ParquetFile(pa.OSFile(os.fsencode(file)))
         found = source.schema_arrow.names
         columns = None if keep_others else [name for name in found if name in texts]
-        batches = source.iter_batches(ROWS_PER_BATCH, columns=columns)
+        held = any(texts.get(field.name) and _is_held(field.type) for field in source.schema_arrow)
+        batches = source.iter_batches(ROWS_WITH_PICTURES if held else ROWS_PER_BATCH, columns=columns)
     elif file.suffix in SUFFIXES:
-        table = _read_jsonl(file) if file.suffix == ".jsonl" else _read_csv(file, texts)
+        table = _read_jsonl(file) if file.suffix == ".jsonl" else _read_csv(file, [*texts])
         found, batches = table.column_names, table.to_batches(ROWS_PER_BATCH)
     else:
         raise ValueError(f"{file}: the file must end with one of {', '.join(SUFFIXES)}.")
@@ -174,7 +181,7 @@ def _write(file: Path, texts: Sequence[str], keep_others: bool, copy: Path) -> N
     writer, rows = None, 0
     with pa.OSFile(str(copy), "wb") as stream:
         for part in batches:
-            cells = [_to_copy(file, name, part.column(name), name in texts) for name in kept]
+            cells = [_to_copy(file, name, part.column(name), texts.get(name), pictures) for name in kept]
             batch = pa.RecordBatch.from_arrays(cells, kept, metadata={"columns": json.dumps(found)})
             try:
                 batch.validate(full=True)  # texts that are not UTF-8
@@ -269,12 +276,43 @@ def _json_rows(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
         yield cells
 
 
-def _to_copy(file: Path, name: str, cells: pa.Array, is_text: bool) -> pa.Array:
+def _is_held(kind: pa.DataType) -> bool:
+    """Tell whether cells hold pictures: bytes, or structs of ``bytes`` and ``path``, alone or in lists."""
+    kind = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
+    is_struct = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+    return bool(is_struct or pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _save_pictures(cells: pa.Array, folder: Path) -> pa.Array:
+    """Write pictures to files named by their contents; return the names, or a path that has no bytes."""
+
+    def saved(cell: Any) -> Any:
+        if isinstance(cell, list):
+            return [saved(each) for each in cell]
+        data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
+        if data is None:
+            return path
+        file = folder / f"{blake2b(data, digest_size=16).hexdigest()}{Path(path or '').suffix}"
+        if not file.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            unfinished = file.with_name(f"{file.name}.{os.getpid()}")
+            unfinished.write_bytes(data)
+            unfinished.replace(file)
+        return str(file)
+
+    is_nested = pa.types.is_list(cells.type) or pa.types.is_large_list(cells.type)
+    names = [saved(cell) for cell in cells.to_pylist()]
+    return pa.array(names, pa.list_(pa.string()) if is_nested else pa.string())
+
+
+def _to_copy(file: Path, name: str, cells: pa.Array, is_picture: bool | None, folder: Path) -> pa.Array:
     """Cast numbers and all kinds of strings to text, alone or in lists; leave other columns as they are.
 
-    NaN becomes null.
+    NaN becomes null. ``is_picture`` is None for other columns; pictures become files in ``folder``.
     """
-    if not is_text:  # an Arrow file holds at most one dictionary per column
+    if is_picture and _is_held(cells.type):
+        return _save_pictures(cells, folder)
+    if is_picture is None:  # an Arrow file holds at most one dictionary per column
         return cells.dictionary_decode() if pa.types.is_dictionary(cells.type) else cells
     kind = cells.type
     if pa.types.is_null(kind):  # may stand for texts or for lists
@@ -282,7 +320,7 @@ def _to_copy(file: Path, name: str, cells: pa.Array, is_text: bool) -> pa.Array:
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     entry = kind.value_type if is_list else kind
     if pa.types.is_nested(entry) or entry in (pa.binary(), pa.large_binary()):
-        advice = "not texts or lists of texts. Images must be files that a text column names"
+        advice = "not texts or lists of texts, nor a column of pictures"
         raise ValueError(f"{file}, column {name!r}: holds {kind}, {advice}.")
     texts = cells.cast(pa.list_(pa.string()) if is_list else pa.string())
     if not pa.types.is_floating(entry):

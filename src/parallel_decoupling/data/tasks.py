@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -32,7 +32,8 @@ TEACHER = "teacher_scores"
 class Source:
     """Where a task's rows are when they are not in MMEB's layout (``docs/data.md``).
 
-    ``eval_dir`` holds a corpus, queries and judgements in place of the rows of ``eval_file``.
+    ``eval_dir`` holds a corpus, queries and judgements in place of the rows of ``eval_file``; queries in
+    another ``language``, if one is given, are left out. ``published`` is the entry of a set of MMEB-V2.
     """
 
     train_file: Path | None = None
@@ -42,6 +43,8 @@ class Source:
     columns: dict[str, str] = field(default_factory=dict)
     query_instruction: str = ""
     candidate_instruction: str = ""
+    language: str = ""
+    published: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ grounding IND similar MSCOCO
 grounding OOD similar RefCOCO RefCOCO-Matching Visual7W-Pointing
 """
 
-_MEANS = (*get_args(MetaTask), "in_distribution", "out_of_distribution", "mean_of_meta_tasks")
+_MEANS = (*get_args(MetaTask), "in_distribution", "out_of_distribution", "mean_of_meta_tasks", "mmeb_v2")
 
 MMEB_TASKS: dict[str, Task] = {
     name: Task(name, cast(MetaTask, meta_task), distribution == "IND", *_FORMS[own or form])
@@ -104,6 +107,15 @@ MMEB_TASKS: dict[str, Task] = {
     for name, _, own in (word.partition(":") for word in words)
 }
 """The 36 tasks of MMEB v1."""
+_V2: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "mmeb_v2.json").read_text())
+V2_GROUPS: dict[str, Metric] = {"video": "hit@1", "visdoc": "ndcg@5"}
+"""What MMEB-V2 adds to them, with the metric that its tables have."""
+V2_TASKS: dict[str, Task] = {
+    name: Task(name, entry["meta_task"], False, prompt=PromptRules(one_line=True), metric=metric, group=group)
+    for group, metric in V2_GROUPS.items()
+    for name, entry in _V2[group].items()
+}
+"""The 18 video and 24 document tasks of MMEB-V2, each of a group beside ``overall``."""
 NOT_IN_MMEB = "CIFAR-100"
 """A folder that is published with them and is a task only where it is named."""
 
@@ -117,8 +129,7 @@ class EvalTask:
     """One evaluation task with its unique queries and candidates, both in order of first use.
 
     ``query_of_row`` and ``candidates_of_row`` are indices into them; the positive is the first candidate.
-    With several right answers ``relevance_of_row`` has their grades, above 0, by candidate, and all rows
-    share one list of candidates.
+    With several right answers ``relevance_of_row`` has their grades, above 0, by candidate.
     """
 
     task: Task
@@ -139,22 +150,17 @@ class EvalTask:
 
         A row goes if all its right answers go or if no other candidate is left. All indices stay.
         """
-        if self.relevance_of_row is not None:
-            shared = [each for each in range(len(self.candidates)) if each not in candidates]
-            relevance: list[dict[int, float]] = []
-            kept = replace(self, query_of_row=[], relevance_of_row=relevance)
-            for query, grades in zip(self.query_of_row, self.relevance_of_row, strict=True):
-                answers = {each: grade for each, grade in grades.items() if each not in candidates}
-                if query not in queries and answers and len(shared) > 1:
-                    kept.query_of_row.append(query)
-                    relevance.append(answers)
-            return replace(kept, candidates_of_row=[shared] * len(relevance))
-        kept = replace(self, query_of_row=[], candidates_of_row=[])
-        for query, row in zip(self.query_of_row, self.candidates_of_row, strict=True):
-            left = [candidate for candidate in row if candidate not in candidates]
-            if query not in queries and row[0] not in candidates and len(left) > 1:
+        relevance: list[dict[int, float]] | None = None if self.relevance_of_row is None else []
+        kept = replace(self, query_of_row=[], candidates_of_row=[], relevance_of_row=relevance)
+        lists = {id(row): row for row in self.candidates_of_row}  # all rows may share one
+        left_of = {key: [each for each in row if each not in candidates] for key, row in lists.items()}
+        for number, (query, row) in enumerate(zip(self.query_of_row, self.candidates_of_row, strict=True)):
+            answers = {each: grade for each, grade in self.answers(number).items() if each not in candidates}
+            if query not in queries and answers and len(left_of[id(row)]) > 1:
                 kept.query_of_row.append(query)
-                kept.candidates_of_row.append(left)
+                kept.candidates_of_row.append(left_of[id(row)])
+                if relevance is not None:
+                    relevance.append(answers)
         return kept
 
 
@@ -169,15 +175,28 @@ def check_names(names: Collection[str], available: Collection[str], what: str, a
 
 
 def read_tasks(data_dir: str | Path) -> dict[str, Task]:
-    """Return MMEB's task table plus the entries of ``data_dir/tasks.json``, which win, and other folders.
+    """Return MMEB-V2's task table plus the entries of ``data_dir/tasks.json``, which win, and other folders.
 
     An entry has ``meta_task`` and ``in_distribution``, may have ``metric`` and ``group``, and has the
     attributes of ``Source`` if it is your own.
     A folder of ``MMEB-eval`` that has neither is of meta-task ``custom``.
     """
-    tasks = MMEB_TASKS | _listed(Path(data_dir) / "tasks.json")
+    folder = Path(data_dir)
+    v2 = {name: replace(task, source=_v2_source(task, folder)) for name, task in V2_TASKS.items()}
+    tasks = MMEB_TASKS | v2 | _listed(folder / "tasks.json")
     others = [name for name in _eval_folders(data_dir) if name not in tasks]
     return tasks | {name: Task(name, "custom", False) for name in others}
+
+
+def _v2_source(task: Task, data_dir: Path) -> Source:
+    """Return where the rows and the pictures or frames of a task of MMEB-V2 are."""
+    entry, root = _V2[task.group][task.name], data_dir / f"{task.group}-tasks"
+    about: dict[str, Any] = {"query_instruction": entry["query"], "candidate_instruction": entry["candidate"]}
+    if task.group == "video":
+        frames = root / "frames" / entry["frames"]
+        return Source(eval_file=root / entry["set"], image_dir=frames, published=entry, **about)
+    about |= {"eval_dir": root / entry["set"], "image_dir": root / entry["images"]}
+    return Source(columns={"query_text": "query", "candidate_image": "image"}, published=entry, **about)
 
 
 def _eval_folders(data_dir: str | Path) -> list[str]:
@@ -206,7 +225,7 @@ def _listed(tasks_file: Path) -> dict[str, Task]:
 
 
 def _task(name: str, entry: dict[str, Any], data_dir: Path) -> Task:
-    check_names(entry, (*TASK_KEYS, *FILES, *INSTRUCTIONS, "image_dir", "columns"), "key")
+    check_names(entry, (*TASK_KEYS, *FILES, *INSTRUCTIONS, "image_dir", "columns", "language"), "key")
     about = {"metric": "hit@1", "group": OVERALL, **entry}
     meta_task, in_distribution, metric, group = (about.get(key) for key in TASK_KEYS)
     if meta_task not in get_args(MetaTask):
@@ -260,8 +279,10 @@ def find_eval_tasks(data_dir: str | Path) -> list[str]:
     """Return the names of the tasks whose rows are there, in the order of ``read_tasks``."""
     found, known = _eval_folders(data_dir), read_tasks(data_dir)
     sources = {name: task.source for name, task in known.items() if task.source}
-    own = {name: source.eval_file or source.eval_dir for name, source in sources.items()}
-    return [name for name in known if own.get(name, name in found)]
+    places = {name: source.eval_file or source.eval_dir for name, source in sources.items()}
+    published = [name for name, each in sources.items() if each.published]
+    absent = {name for name in published if not Path(places[name] or "").exists()}
+    return [name for name in known if name not in absent and places.get(name, name in found)]
 
 
 def chosen(names: Collection[str] | None, found: Sequence[str], data_dir: str | Path) -> list[str]:

@@ -72,7 +72,8 @@ def recorded_attention(encoder: ParallelEncoder) -> Iterator[tuple[list[EncoderI
         mask_BL = inputs[-1].tokens["attention_mask"]
         rows_RLK = output[1].float().mean(dim=1)
         repeats = len(rows_RLK) // len(mask_BL)
-        pooled_RK = last_token(rows_RLK, mask_BL.repeat(repeats, 1))
+        token_R = last_token(mask_BL).repeat(repeats)
+        pooled_RK = rows_RLK[torch.arange(len(token_R), device=token_R.device), token_R]
         missing = mask_BL.shape[1] + encoder.prefix_length - pooled_RK.shape[1]
         pooled_NBK = F.pad(pooled_RK, (missing, 0)).reshape(repeats, len(mask_BL), -1)
         weights.append(pooled_NBK.expand(encoder.num_paths, -1, -1))

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from rich.table import Table
 from torch import Tensor
 
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
@@ -23,7 +24,7 @@ from parallel_decoupling.diagnostics import similarity as measures
 from parallel_decoupling.diagnostics.probes import ProbeResult, counted_scenes, crowded_scenes, probe
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.evaluation.plots import new_figure
-from parallel_decoupling.evaluation.report import SCORES_FILE, Grid, ScoreReport, percent
+from parallel_decoupling.evaluation.report import SCORES_FILE, ScoreReport, percent, text_table
 from parallel_decoupling.files import atomic_write, write_text
 from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.world.scenes import render
@@ -76,7 +77,7 @@ def analyse_paths(run: str, output_dir: str | None = None, data_dir: str | None 
         with atomic_write(folder / f"{name}.png") as unfinished:
             figure.savefig(unfinished, dpi=150)
     console = Console()
-    console.print(table(analysis).terminal())
+    console.print(table(analysis))
     for line in (*(f"left out: {note}" for note in analysis.notes), f"written to {folder}"):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -172,7 +173,7 @@ def _maps(analysis: PathAnalysis) -> dict[str, list[Tensor]]:
     return maps
 
 
-def table(analysis: PathAnalysis) -> Grid:
+def table(analysis: PathAnalysis) -> Table:
     """Tabulate every number by path; what compares two paths is the mean over the other paths."""
     found, errors, num_paths = analysis.similarity, analysis.errors, analysis.num_paths
     rows: dict[str, Sequence[str]] = {"effective rank": [f"{rank:.1f}" for rank in found.rank.tolist()]}
@@ -204,7 +205,7 @@ def table(analysis: PathAnalysis) -> Grid:
         scores = (f"{name.replace('_', ' ')} {percent(score)}" for name, score in errors.scores.items())
         caption += f" hit@1 in percent: {', '.join(scores)}."
     headings = ["", *(f"path {path}" for path in range(num_paths))]
-    return Grid("Paths", headings, [[name, *cells] for name, cells in rows.items()], caption=caption)
+    return text_table("Paths", headings, [[name, *cells] for name, cells in rows.items()], caption=caption)
 
 
 def figures(analysis: PathAnalysis) -> dict[str, Figure]:

@@ -12,14 +12,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from parallel_decoupling.data.names import printable
 from parallel_decoupling.evaluation.plots import comparison_figure
-from parallel_decoupling.evaluation.report import META_TASKS, SCORES_FILE, Grid, ScoreReport, percent
+from parallel_decoupling.evaluation.report import META_TASKS, SCORES_FILE, ScoreReport, percent, text_table
 from parallel_decoupling.files import atomic_write, write_text
 
 INTERVAL_NOTE = "95 % by paired bootstrap over queries within tasks, one training seed"
-PAGE_FILE = "comparison.html"
+PAGE_FILE, PAGE_WIDTH = "comparison.html", 140  # columns
 RESAMPLES = 10_000
 
 
@@ -78,21 +81,44 @@ class Comparison:
         best = self.differences[self.best]
         return f"{' vs '.join(self.reports)}: {self.best} {best.means[best.headline]} points"
 
-    def grid(self) -> Grid:
+    def table(self) -> Table:
         """Tabulate the first column (the aggregate) by task and by mean; the last is best minus baseline."""
+        baseline = self.reports[self.baseline]
         if not self.differences:
-            return self.reports[self.baseline].task_grid()
+            return baseline.task_table()
         best, reports = self.differences[self.best], self.reports.values()
         rows = []
         for task, difference in best.tasks.items():
             scores = [percent(each.tasks[task].score[each.columns[0]]) for each in reports]
-            rows.append([self.reports[self.baseline].tasks[task].title, *scores, str(difference)])
+            rows.append([baseline.tasks[task].title, *scores, str(difference)])
         for mean, difference in best.means.items():
             scores = [percent(each.means[mean][each.columns[0]]) for each in reports]
-            rows.append([self.reports[self.baseline].mean_titles[mean], *scores, str(difference)])
-        kinds = [""] * len(best.tasks) + ["mean"] * len(best.means)
+            rows.append([baseline.mean_titles[mean], *scores, str(difference)])
+        styles = [""] * len(best.tasks) + ["bold"] * len(best.means)
         headings = ("task", *self.reports, "difference [95 %]")
-        return Grid("hit@1 in percent", headings, rows, kinds, self.note)
+        return text_table("hit@1 in percent", headings, rows, styles, self.note)
+
+    def show(self, console: Console) -> None:
+        """Print the runs side by side, then what each of them says of itself."""
+        console.print(printable(self.title), markup=False, highlight=False, soft_wrap=True)
+        console.print(self.table())
+        for name, report in self.reports.items():
+            console.rule(Text(printable(name)))
+            console.print(report.mode_table(), *report.warning_panels(), sep="\n")
+            for gap in report.gaps:
+                console.print(printable(f"{name}: {gap}"), markup=False, highlight=False, soft_wrap=True)
+            if report.path_cosine and len(report.path_columns) > 1:
+                rows = [
+                    [path, *(f"{value:.2f}" for value in values)]
+                    for path, values in zip(report.path_columns, report.path_cosine, strict=True)
+                ]
+                console.print(text_table("mean cosine between paths", ("", *report.path_columns), rows))
+        settings = [flattened(report.run) for report in self.reports.values()]
+        names = dict.fromkeys(name for values in settings for name in values)
+        rows = [[name, *(values.get(name, "") for values in settings)] for name in names]
+        changed = [row for row in rows if len(set(row[1:])) > 1]
+        if changed:
+            console.print(text_table("", ("setting that differs", *self.reports), changed))
 
     def to_json_file(self, json_file: str | Path) -> None:
         """Write means, task scores and differences, fractions unrounded."""
@@ -114,23 +140,12 @@ class Comparison:
         write_text(json_file, json.dumps(content, indent=1, default=str) + "\n")
 
     def to_html_file(self, html_file: str | Path, picture: bytes) -> None:
-        """Write the page, with the PNG ``picture`` inside it; nothing on it is loaded from elsewhere."""
-        from jinja2 import Environment, PackageLoader, StrictUndefined
-
-        loader = PackageLoader("parallel_decoupling", "evaluation")
-        options: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "undefined": StrictUndefined}
-        template = Environment(loader=loader, autoescape=True, **options).get_template(PAGE_FILE)
-        settings = {name: flattened(report.run) for name, report in self.reports.items()}
-        names = dict.fromkeys(name for values in settings.values() for name in values)
-        rows = [[name, *(values.get(name, "") for values in settings.values())] for name in names]
-        changed = [row for row in rows if len(set(row[1:])) > 1]
-        page = template.render(
-            title=self.title,
-            grid=self.grid(),
-            picture=base64.b64encode(picture).decode("ascii"),
-            runs={name: (report, report.mode_grid()) for name, report in self.reports.items()},
-            changed=Grid("settings that differ", ("", *settings), changed),
-        )
+        """Write what ``show`` prints as a page, with the PNG inside it; nothing is loaded from elsewhere."""
+        console = Console(record=True, file=io.StringIO(), width=PAGE_WIDTH)
+        self.show(console)
+        source = f"data:image/png;base64,{base64.b64encode(picture).decode('ascii')}"
+        image = f'<img alt="means and tasks of the runs" style="max-width: 100%" src="{source}">'
+        page = console.export_html(inline_styles=True).replace("</body>", f"{image}\n</body>")
         write_text(html_file, page)
 
 
@@ -141,13 +156,7 @@ def compare_runs(run_dirs: list[str], output_dir: str | None = None) -> None:
         run_dirs: run folders with a scores.json, or such files; the first is the baseline.
         output_dir: gets the files; by default only the tables are printed.
     """
-    from rich.console import Console
-
-    comparison, console = compare(run_dirs, output_dir), Console()
-    console.print(comparison.grid().terminal())
-    for name, report in comparison.reports.items():
-        console.print(printable(name), markup=False, highlight=False)
-        console.print(report.mode_grid().terminal(), *report.warning_panels(), sep="\n")
+    compare(run_dirs, output_dir).show(Console())
 
 
 def compare(run_dirs: Sequence[str], output_dir: str | None = None) -> Comparison:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import HfApi
 from torch import Tensor
 
 from parallel_decoupling.batch import LongText, TokenLimit
@@ -46,17 +48,27 @@ class Embedder:
         self.run: dict[str, Any] = {}  # what trained the weights, as plain values; empty if not known
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> Embedder:
-        """Load a checkpoint, a run folder (its last checkpoint) or an exported folder, on the CPU."""
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        revision: str | None = None,
+        device: torch.device | str = "cpu",
+        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    ) -> Embedder:
+        """Load a checkpoint, a run folder (its last checkpoint), an exported folder or a hub id's.
+
+        ``revision`` is a hub model's branch, tag or commit, ``dtype`` that of the backbone's weights instead
+        of the one that it was trained with. The hub is asked for what the local cache lacks.
+        """
         from parallel_decoupling.model.pretrained import load_encoder
 
-        encoder, about = load_encoder(path)
+        encoder, about = load_encoder(path, revision=revision, dtype=dtype)
         about = {**about, "images": ImagePolicy.from_settings(about["images"])}
         run = about.pop("run")
         embedder = cls(encoder, **about)
         embedder.run = run
-        encoder.eval()
-        return embedder
+        return embedder.to(device)
 
     @property
     def num_paths(self) -> int:
@@ -76,8 +88,7 @@ class Embedder:
     @property
     def collator(self) -> Collator:
         """Tokenises for this model."""
-        options: dict[str, Any] = {"images": self.images, "limit": self.limit}
-        return Collator(self.encoder.processor, image_token=self.encoder.image_token, **options)
+        return Collator.of(self.encoder, images=self.images, limit=self.limit)
 
     def to(self, device: torch.device | str) -> Embedder:
         """Move the weights; embeddings come back on the CPU."""
@@ -99,7 +110,8 @@ class Embedder:
         Args:
             inputs: one item or a list. Pictures are PIL images, arrays, tensors, bytes of a file, ``Path``,
                 data URIs, and strings that name an existing file that Pillow opens; other strings are texts.
-                Dictionaries with ``text``, ``image`` or ``images``, and ``instruction`` leave no doubt.
+                Dictionaries with ``text``, ``image`` or ``images``, ``video`` (frames or their folder), and
+                ``instruction`` leave no doubt.
             instruction: put before every text or after every image; a dictionary's own one wins.
             paths: ``aggregate`` of all paths for ``[B, D]`` (``[B, N*D]`` if the encoder concatenates);
                 ``all`` or a list of numbers for ``[B, N', D]``; a number for ``[B, D]``.
@@ -149,6 +161,7 @@ class Embedder:
         *,
         include_backbone: bool = False,
         scores: Mapping[str, Any] | None = None,
+        card: Mapping[str, Any] | None = None,
     ) -> None:
         """Write a folder to share: safetensors, processor, ``config.json`` and a model card.
 
@@ -159,15 +172,27 @@ class Embedder:
             include_backbone: write the backbone, too; otherwise the folder refers to it by name. One from a
                 local folder that is not beside this one is written in any case.
             scores: content of a ``scores.json`` for the card.
+            card: values for the head of the card by the hub's names, such as license, datasets, language.
         """
         from parallel_decoupling.model.pretrained import save_encoder
 
         options: dict[str, Any] = {"paths": paths, "merge_adapters": merge_adapters}
-        options |= {"include_backbone": include_backbone, "scores": scores}
+        options |= {"include_backbone": include_backbone, "scores": scores, "card": card}
         options |= {"query_instruction": self.query_instruction, "images": self.images.settings}
         options |= {"candidate_instruction": self.candidate_instruction, "run": self.run}
         options |= {"max_tokens": self.limit.max_tokens, "long_text": self.limit.long_text}
         save_encoder(self.encoder, folder, **options)
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, revision: str | None = None, **options: Any
+    ) -> str:
+        """Upload what ``save_pretrained`` writes with these options; return the address of the commit."""
+        api = HfApi()
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(Path(folder, "model"), **options)
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            options = {"folder_path": Path(folder, "model"), "revision": revision}
+            return str(api.upload_folder(repo_id=repo_id, **options).commit_url)
 
 
 def _unit_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, int]:

@@ -29,6 +29,7 @@ TOKENS_PER_PASS = 2**15
 """Most tokens of a forward pass, padding included, unless a single row has more."""
 BYTES_PER_TOKEN = 4
 FIXED_IMAGE_TOKENS = 576
+TOKENS_OF_TIME = 8  # of a frame in Qwen3-VL, at most
 PROGRESS_FROM = 5  # batches from which encode shows a progress bar on a terminal
 STAND_IN = RawInput("missing")  # encoded where a batch has no usable row: all processes make as many steps
 
@@ -51,8 +52,10 @@ class TokenEstimate:
     """
 
     def __init__(self, collator: Collator, bytes_per_token: int = BYTES_PER_TOKEN) -> None:
-        self._bytes_per_token = bytes_per_token
+        self._bytes_per_token, self._parts = bytes_per_token, collator.text_parts
         images, self.most = collator.images, collator.limit.max_tokens
+        self._images = images
+        self._frames: Any = collator.video_token and collator.processor.video_processor
         self.factor = 0  # side in pixels of a token; 0 where all pictures have the same number of tokens
         if images.size is None and images.factor > 1:
             budget: Mapping[str, int] = cast(Any, collator.processor).image_processor.size
@@ -63,8 +66,20 @@ class TokenEstimate:
 
     def __call__(self, row: RawInput) -> float:
         """Estimate from the text's length and the pictures' sizes, read from the headers of their files."""
-        images = sum(self._image_tokens(image) for image in row.images)
-        return min(len(row.text.encode(errors="replace")) / self._bytes_per_token + images, self.most)
+        images = sum(self._image_tokens(image) for image in row.images) + self._video_tokens(row.video)
+        length = sum(len(part.encode(errors="replace")) for part in self._parts(row))
+        return min(length / self._bytes_per_token + images, self.most)
+
+    def _video_tokens(self, video: Sequence[Any]) -> float:
+        if not video or self._frames is None:
+            return 0.0
+        frames = self._images.chosen(video)
+        size = image_size(frames[0]) if isinstance(frames[0], str) else frames[0].size
+        if size is None:
+            return 0.0
+        width, height = self._images.frame_size(size, len(frames))
+        patches = self._frames.get_num_of_video_patches(len(frames), height, width, {})
+        return float(patches / self._frames.merge_size**2 + TOKENS_OF_TIME * len(frames))
 
     def _image_tokens(self, image: Any) -> float:
         if not self.factor:
@@ -241,6 +256,7 @@ def encode_rows(
     batch_size: int = 32,
     show_progress: bool | None = None,
     keep_going: bool = False,
+    where: Callable[[int], str] = "input {}".format,
 ) -> Encoded:
     """Embed rows in one process; a row that cannot be embedded is an error unless ``keep_going``.
 
@@ -264,7 +280,7 @@ def encode_rows(
         return embeddings_BND.float().cpu()
 
     plan = BatchPlan(rows, TokenEstimate(collator), batch_size)
-    batches = RowBatches(rows, collator, "input {}".format, keep_going=keep_going)
+    batches = RowBatches(rows, collator, where, keep_going=keep_going)
     if show_progress is None:
         show_progress = len(plan) >= PROGRESS_FROM and sys.stderr.isatty()
     num_selected = encoder.num_paths if selected is None else len(selected)

@@ -12,13 +12,13 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 
-from parallel_decoupling.evaluation.report import CUSTOM, META_TASKS, ScoreReport
+from parallel_decoupling.data.tasks import OVERALL
+from parallel_decoupling.evaluation.report import ScoreReport
 
 COLOURS = ("#8c8c8c", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Grey for the baseline, then Okabe and Ito's palette, safe for colour-blind readers."""
 INK = "#333333"
-GROUPS = ("overall", *META_TASKS, "in_distribution", "out_of_distribution", CUSTOM)
-GROUP_LABELS = ("overall", "classi-\nfication", "VQA", "retrieval", "grounding", "IND", "OOD", "custom")
+SPLITS = ("in_distribution", "out_of_distribution", OVERALL)  # whose tasks are in other groups as well
 
 
 def comparison_figure(reports: Mapping[str, ScoreReport], title: str) -> Figure:
@@ -27,11 +27,8 @@ def comparison_figure(reports: Mapping[str, ScoreReport], title: str) -> Figure:
     Lines go from a run's worst to its best single path.
     """
     baseline, last = next(iter(reports.values())), len(reports) - 1
-    labels = dict(zip(GROUPS, GROUP_LABELS, strict=True))
-    others = [group for group in baseline.groups if group not in labels]
-    labels |= {group: group.replace("_", "\n") for group in others}
-    labels = {group: label for group, label in labels.items() if group in baseline.means}
-    order = [task for group in (*META_TASKS, CUSTOM, *others) for task in baseline.groups.get(group, ())]
+    groups = baseline.groups
+    order = [task for group, tasks in groups.items() if group not in SPLITS for task in tasks]
     heights = np.arange(len(order))[::-1]
     figure = new_figure(16, max(7.0, 2.4 + 0.36 * len(order)))
     left, right = figure.subplots(1, 2, width_ratios=[1.25, 1])
@@ -40,8 +37,8 @@ def comparison_figure(reports: Mapping[str, ScoreReport], title: str) -> Figure:
     width, step = 0.84 / len(reports), 0.56 / max(last, 2)
     for number, (name, report) in enumerate(reports.items()):
         colour, means = COLOURS[number % len(COLOURS)], report.means
-        scores, low, high = _scores_and_range(report, [means[group] for group in labels])
-        places = np.arange(len(labels)) - 0.42 + width * (number + 0.5)
+        scores, low, high = _scores_and_range(report, [means[group] for group in groups])
+        places = np.arange(len(groups)) - 0.42 + width * (number + 0.5)
         bars = left.bar(places, scores, width * 0.92, color=colour, label=name)
         left.bar_label(bars, fmt="%.1f", padding=2, rotation=0 if width > 0.2 else 90, fontsize=9, color=INK)
         left.vlines(places, low, high, color=INK, linewidth=1.2)
@@ -49,9 +46,9 @@ def comparison_figure(reports: Mapping[str, ScoreReport], title: str) -> Figure:
         levels = heights + step * (last / 2 - number)
         right.hlines(levels, low, high, color=colour, alpha=0.4, linewidth=4)
         right.plot(scores, levels, "o", color=colour, markersize=6.5)
-    left.set_xticks(range(len(labels)), labels.values(), fontsize=11)
-    left.set_xlim(-0.5, len(labels) - 0.5)
-    apart, titles = {*baseline.groups.get("out_of_distribution", ())}, baseline.tasks
+    left.set_xticks(range(len(groups)), [group.replace("_", "\n") for group in groups], fontsize=10)
+    left.set_xlim(-0.5, len(groups) - 0.5)
+    apart, titles = {*groups.get("out_of_distribution", ())}, baseline.tasks
     names = [f"{titles[task].title} (OOD)" if task in apart else titles[task].title for task in order]
     right.set_yticks(heights, names, fontsize=10, parse_math=False)
     right.set(ylim=(-0.6, len(order) - 0.4), xlim=(0, None))

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from parallel_decoupling.data.names import printable
-from parallel_decoupling.data.tasks import MMEB_TASKS, OVERALL, TASK_KEYS, Task
+from parallel_decoupling.data.tasks import MMEB_TASKS, OVERALL, TASK_KEYS, V2_TASKS, Task
 from parallel_decoupling.evaluation import leaderboard
 from parallel_decoupling.evaluation.score import TaskScore
 from parallel_decoupling.files import write_text
@@ -31,30 +31,11 @@ MEAN_TITLES = {
     "overall": "overall (mean of tasks)",
     "mean_of_meta_tasks": "mean of meta-tasks",
     CUSTOM: "mean of custom tasks",
+    "mmeb_v2": "MMEB-V2 (mean of tasks)",
 }
+V2 = {**MMEB_TASKS, **V2_TASKS}
 MMEB_COUNTS = dict(zip(MEAN_TITLES, (10, 10, 12, 4, 20, 16, 36), strict=False))  # tasks behind each mean
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table as texts, for the terminal and for a page."""
-
-    title: str
-    headings: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    kinds: Sequence[str] = ()  # of the rows: "", "mean" or "bad"; without them all rows are alike
-    caption: str = ""
-
-    def terminal(self) -> Table:
-        """Return it as a rich table, whatever markup the names hold."""
-        table = Table(title=_text(self.title), caption=_text(self.caption) if self.caption else None)
-        for number, heading in enumerate(self.headings):
-            justify: Literal["left", "right"] = "right" if number else "left"
-            table.add_column(_text(heading), justify=justify, no_wrap=not number, overflow="fold")
-        styles = {"": "", "mean": "bold", "bad": "red"}
-        for row, kind in zip(self.rows, self.kinds or [""] * len(self.rows), strict=True):
-            table.add_row(*map(_text, row), style=styles[kind])
-        return table
+MMEB_COUNTS |= {"video": 18, "visdoc": 24, "mmeb_v2": 78}
 
 
 @dataclass(frozen=True)
@@ -177,6 +158,8 @@ class ScoreReport:
         groups["out_of_distribution"] = [name for name, task in listed.items() if not task.in_distribution]
         groups |= {OVERALL: list(listed or tasks), CUSTOM: custom}
         groups |= {group: list(names) for group, names in of_group.items()}
+        if not self.tasks.keys().isdisjoint(V2_TASKS):
+            groups["mmeb_v2"] = [name for name in self.tasks if name in V2]
         return {group: names for group, names in groups.items() if names}
 
     @property
@@ -188,7 +171,7 @@ class ScoreReport:
     def partial_means(self) -> dict[str, int]:
         """Means over some of MMEB's tasks but not all of ``MMEB_COUNTS``: how many of them there are."""
         groups = self.groups
-        counts = {name: sum(task in MMEB_TASKS for task in groups.get(name, ())) for name in MMEB_COUNTS}
+        counts = {name: sum(task in V2 for task in groups.get(name, ())) for name in MMEB_COUNTS}
         return {group: count for group, count in counts.items() if 0 < count < MMEB_COUNTS[group]}
 
     @property
@@ -215,6 +198,8 @@ class ScoreReport:
         found = []
         if count := self.partial_means.get("overall"):
             found.append(f"means over {count} of MMEB's {len(MMEB_TASKS)} tasks: not MMEB's means")
+        if count := self.partial_means.get("mmeb_v2"):
+            found.append(f"mmeb_v2 over {count} of {len(V2)} tasks: not MMEB-V2's mean")
         skipped = [f"{name} {each.num_skipped}" for name, each in self.tasks.items() if each.num_skipped]
         return found + (["rows that could not be embedded: " + ", ".join(skipped)] if skipped else [])
 
@@ -253,11 +238,11 @@ class ScoreReport:
             message = f"{json_file} is not a score file as a test wrote it ({error!r}); run the test again"
             raise ValueError(message) from error
 
-    def task_grid(self) -> Grid:
+    def task_table(self) -> Table:
         """Tabulate tasks by meta-task, then means, of aggregate and paths; tasks at chance are marked."""
         shown = [self.columns[0], *self.path_columns]
         rows: list[list[str]] = []
-        kinds: list[str] = []
+        styles: list[str] = []
         for mean, title in self.mean_titles.items():
             is_listed = mean in (*META_TASKS, CUSTOM) or mean not in MEAN_TITLES  # else its tasks already are
             for name in self.groups.get(mean, ()) if is_listed else ():
@@ -267,23 +252,23 @@ class ScoreReport:
                 chance = percent(result.chance) if result.task.metric == "hit@1" else ""
                 about = [f"{result.title} !" if bad else result.title, split, str(result.num_queries), chance]
                 rows.append([*about, *(percent(result.score[column]) for column in shown)])
-                kinds.append("bad" if bad else "")
+                styles.append("red" if bad else "")
             if mean in self.means:
                 count = self.partial_means.get(mean)
                 part = "" if count is None else f", {count}/{MMEB_COUNTS[mean]}"
                 scores = [percent(self.means[mean][column]) for column in shown]
                 rows.append([title + part, "", "", "", *scores])
-                kinds.append("mean")
-        notes = ["! at or below chance"] if "bad" in kinds else []
+                styles.append("bold")
+        notes = ["! at or below chance"] if "red" in styles else []
         headings = ("task", "split", "queries", "chance", *(column.replace("_", " ") for column in shown))
-        return Grid("hit@1 in percent", headings, rows, kinds, "; ".join([*notes, *self.gaps]))
+        return text_table("hit@1 in percent", headings, rows, styles, "; ".join([*notes, *self.gaps]))
 
     @property
     def mean_titles(self) -> dict[str, str]:
         """How the means are called in tables, in their order; those of groups come last."""
         return MEAN_TITLES | {name: f"mean of {name}" for name in self.groups if name not in MEAN_TITLES}
 
-    def mode_grid(self) -> Grid:
+    def mode_table(self) -> Table:
         """Tabulate every inference mode: its means in percent, and what it costs."""
         titles = {"overall": "hit@1", "in_distribution": "IND", "out_of_distribution": "OOD"}
         titles |= {name: name for name in self.groups if name not in MEAN_TITLES}
@@ -299,7 +284,7 @@ class ScoreReport:
             rows.append([column, *scores, *sizes])
         headings = ("mode", *(titles[split] for split in splits), *metrics, "bytes/item", "paths/item")
         caption = "means over tasks in percent; what an item takes to keep, and the paths to encode for it"
-        return Grid("inference modes", headings, rows, caption=caption)
+        return text_table("inference modes", headings, rows, caption=caption)
 
     def warning_panels(self) -> list[Panel]:
         """Show what makes the scores doubtful, each with what was seen and what to do."""
@@ -317,6 +302,24 @@ def write_report(report: ScoreReport, folder: Path) -> None:
     if column in report.modes:
         metadata["embedding_dimension"] = report.modes[column]["bytes_per_item"] // 4
     leaderboard.write_leaderboard(report.tasks, column, folder / leaderboard.LEADERBOARD_FILE, metadata)
+
+
+def text_table(
+    title: str,
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    styles: Sequence[str] = (),
+    caption: str = "",
+) -> Table:
+    """Make a table of texts, whatever markup they hold; ``styles`` are rich's by row."""
+    table = Table(title=_text(title), caption=_text(caption) if caption else None)
+    for number, heading in enumerate(headings):
+        table.add_column(
+            _text(heading), justify="right" if number else "left", no_wrap=not number, overflow="fold"
+        )
+    for row, style in zip(rows, styles or [""] * len(rows), strict=True):
+        table.add_row(*map(_text, row), style=style)
+    return table
 
 
 def _text(text: str) -> Text:

@@ -125,7 +125,7 @@ class Scoring(Callback):
             return
         self._log("val", pl_module)
         if self.report is not None and trainer.state.fn == "validate" and trainer.is_global_zero:
-            console().print(self.report.task_grid().terminal())
+            console().print(self.report.task_table())
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: PDFEmbedder) -> None:  # type: ignore[override]
         """Log the scores, write the score files, print the tables and what makes them doubtful."""
@@ -139,8 +139,8 @@ class Scoring(Callback):
         found = [finding.plain() for finding in self._doubts(pl_module)]
         self.report = replace(self.report, modes=modes, warnings=found, path_cosine=cosine_NN)
         write_report(self.report, self._run_dir)
-        grids = [self.report.task_grid().terminal(), self.report.mode_grid().terminal()]
-        console().print(*grids, *self.report.warning_panels(), sep="\n")
+        tables = self.report.task_table(), self.report.mode_table()
+        console().print(*tables, *self.report.warning_panels(), sep="\n")
 
     def _finish_side(self, trainer: Trainer, module: PDFEmbedder) -> None:
         """Join the embeddings of a side; with the candidates the task is complete and gets its score."""

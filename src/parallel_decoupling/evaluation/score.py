@@ -79,7 +79,11 @@ def score_task(task: EvalTask, columns: Columns) -> TaskScore:
     Candidates equal to the positive as inputs (text and images) do not count against it. Candidates
     whose embeddings are equal bit for bit get one score, so a tie stays a tie at any matrix shape.
     """
-    _check(task, columns)
+    if [] in task.candidates_of_row:
+        raise ValueError(f"{task.task.name}: row {task.candidates_of_row.index([])} has no candidates")
+    size = len(task.queries), len(task.candidates)
+    for query, candidate in columns.values():
+        assert (len(query), len(candidate)) == size, f"{task.task.name}: an embedding of every input"
     query_of_row = torch.tensor(task.query_of_row)
     identities = [identity(candidate) for candidate in task.candidates]
     sides: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
@@ -138,9 +142,12 @@ def _judged(task: EvalTask, rows: range, identity_U: Tensor) -> tuple[Tensor, Te
     padding of short rows do not count.
     """
     lists = task.candidates_of_row[rows.start : rows.stop]
-    if task.relevance_of_row is None:
-        longest = max(map(len, lists))
+    longest = max(map(len, lists))
+    if all(row is lists[0] for row in lists):
+        index_RC = torch.tensor(lists[0]).expand(len(rows), -1)
+    else:
         index_RC = torch.tensor([row + row[:1] * (longest - len(row)) for row in lists])
+    if task.relevance_of_row is None:
         counted_RC = identity_U[index_RC] != identity_U[index_RC[:, :1]]
         counted_RC[:, 0] = True
         grades_RC = torch.zeros(index_RC.shape, dtype=torch.float64)
@@ -150,9 +157,8 @@ def _judged(task: EvalTask, rows: range, identity_U: Tensor) -> tuple[Tensor, Te
         for number, row in enumerate(rows):
             for candidate, grade in task.relevance_of_row[row].items():
                 grades_RU[number, candidate] = grade
-        index_RC = torch.tensor(lists[0]).expand(len(rows), -1)
-        grades_RC = grades_RU[:, lists[0]]
-        counted_RC = torch.ones_like(index_RC, dtype=torch.bool)
+        counted_RC = torch.arange(longest) < torch.tensor([[len(row)] for row in lists])
+        grades_RC = grades_RU.gather(1, index_RC).masked_fill(~counted_RC, 0)
     by_grade_RC = grades_RC.argsort(dim=1, stable=True)
     index_RC, grades_RC = index_RC.gather(1, by_grade_RC), grades_RC.gather(1, by_grade_RC)
     return index_RC, grades_RC, counted_RC.gather(1, by_grade_RC)
@@ -200,20 +206,6 @@ def mode_costs(columns: Columns) -> dict[str, dict[str, int]]:
         num_paths = 1 if name.startswith("path_") else all_paths
         costs[name] = {"bytes_per_item": 4 * candidate[0].numel(), "paths_per_item": num_paths}
     return costs
-
-
-def _check(task: EvalTask, columns: Columns) -> None:
-    name, num_rows = task.task.name, len(task.query_of_row)
-    if not columns or not num_rows:
-        raise ValueError(f"{name}: {num_rows} rows and {len(columns)} columns; nothing to score")
-    if [] in task.candidates_of_row:
-        raise ValueError(f"{name}: row {task.candidates_of_row.index([])} has no candidates")
-    expected = len(task.queries), len(task.candidates)
-    for column, (query, candidate) in columns.items():
-        if (len(query), len(candidate)) != expected or query.shape[1:] != candidate.shape[1:]:
-            found = f"embeddings of shape {tuple(query.shape)}, {tuple(candidate.shape)}"
-            wanted = f"{expected[0]} queries and {expected[1]} candidates"
-            raise ValueError(f"{name}, {column}: {found} for {wanted}")
 
 
 def _distinct_rows(embeddings: Tensor) -> tuple[Tensor, Tensor]:

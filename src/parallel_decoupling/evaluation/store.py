@@ -297,7 +297,7 @@ def _shard_hash(rows: Source, numbers: range) -> str:
 def _without_folders(reason: str, rows: Source, row: int) -> str:
     """Name the pictures of a row by their last part only."""
     try:
-        files = [image for image in rows[row].images if isinstance(image, str)]
+        files = [image for image in rows[row].pictures if isinstance(image, str)]
     except ValueError:
         return reason
     for file in files:

@@ -15,7 +15,7 @@ from torch import nn
 
 from parallel_decoupling.model.families import Family
 from parallel_decoupling.model.path_lora import PathLoRA
-from parallel_decoupling.option_types import Fraction, Names, PositiveInt, check_values
+from parallel_decoupling.option_types import Fraction, Names, PositiveInt, check_memory, check_values
 
 OTHER_TARGETS = frozenset(("out_proj", "qkv_proj", "gate_up_proj"))
 """Targets that a family may lack: VLM2Vec's one list serves CLIP towers and fused layers as well."""
@@ -60,6 +60,9 @@ def add_adapters(base: nn.Module, family: Family, adapter: AdapterConfig) -> tup
     from peft import LoraConfig, inject_adapter_in_model
 
     modules = target_modules(base, family, adapter)
+    layers: list[Any] = [base.get_submodule(name) for name in modules]
+    sides = sum(layer.in_features + layer.out_features for layer in layers)
+    check_memory(f"adapter.rank={adapter.rank}", 4.0 * adapter.rank * sides)
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
@@ -106,7 +109,10 @@ def _read_config(source: str, kind: str) -> Any:
     """Read ``adapter_config.json`` and refuse what would not be continued faithfully."""
     from peft import PeftConfig, PeftType
 
-    config: Any = PeftConfig.from_pretrained(source)
+    try:
+        config: Any = PeftConfig.from_pretrained(source)
+    except ValueError as error:
+        raise ValueError(f"initial_adapter {source!r} is not a folder or hub id: {error}") from error
     found = "dora" if getattr(config, "use_dora", False) else "lora"
     if config.peft_type != PeftType.LORA:
         raise ValueError(f"initial adapter {source!r} is {config.peft_type}, not LoRA or DoRA")
@@ -182,6 +188,8 @@ def split_adapters(base: nn.Module, num_paths: int, layers: str, first_layer: in
 
     ``layers`` is the start of the decoder layers' names, such as ``language_model.layers.``.
     """
+    shared = sum(4.0 * p.numel() for name, p in base.named_parameters() if "lora_" in name)
+    check_memory(f"num_paths={num_paths} with adapter.per_path", shared * num_paths)
     for name, module in list(base.named_modules()):
         if not _is_lora(module) or not name.startswith(layers):
             continue

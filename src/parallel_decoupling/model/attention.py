@@ -29,13 +29,15 @@ class PathStates:
 
     ``paths`` are the numbers of the N computed paths; ``key_values`` ``[N, Y, 2, K, P, H]`` are keys
     (post-rotary) and values of the layers from ``first_layer`` on, None without prefixes. Layers below it see
-    ``B`` rows, the others ``N * B``.
+    ``B`` rows, the others ``N * B``. ``pooled`` ``[B]`` is the number of the one token of each row whose
+    last state is wanted, None for all of them.
     """
 
     def __init__(self, paths: Sequence[int], key_values: Tensor | None, first_layer: int = 0) -> None:
         self.paths = list(paths)
         self.key_values = key_values
         self.first_layer = first_layer
+        self.pooled: Tensor | None = None
         self.num_paths = len(self.paths)
         self.prefix_length = 0 if key_values is None else key_values.shape[4]
         self._memo: dict[tuple[str, int], tuple[Any, Any]] = {}

@@ -16,7 +16,7 @@ from parallel_decoupling.batch import IMAGE_PLACEHOLDER
 from parallel_decoupling.model.adapters import AdapterConfig, add_adapters, load_adapter
 from parallel_decoupling.model.attention import PathStates, prefix_attention
 from parallel_decoupling.model.families import FAMILIES, Family
-from parallel_decoupling.model.paths import calling, deepstack, enter_layer, hand_down, same_call
+from parallel_decoupling.model.paths import calling, deepstack, enter_layer, hand_down, pooled_only, same_call
 from parallel_decoupling.model.processor import load_processor
 from parallel_decoupling.model.turns import enter_evaluation, restore_modes
 
@@ -25,6 +25,8 @@ __all__ = ["TINY_BACKBONE_DIR", "AdapterConfig", "Backbone", "load_backbone"]
 TINY_BACKBONE_DIR = Path(__file__).parent / "tiny"
 """The trained few-million-parameter Qwen2-VL that the package ships."""
 
+GRIDS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+"""Which of the image tensors say how large images and videos are, and how fast the latter."""
 Tensors = Mapping[str, Tensor]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flex_attention"]
@@ -62,9 +64,12 @@ class Backbone(nn.Module):
         self.num_key_value_heads: int = text.num_key_value_heads
         self.head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         self.image_token = self.family.image_token or IMAGE_PLACEHOLDER
+        self.template = self.family.prompt
         for index, layer in enumerate(self.layers):
             layer.register_forward_pre_hook(partial(enter_layer, index), with_kwargs=True)
         self.language_model.register_forward_pre_hook(hand_down, with_kwargs=True)
+        mlp = cast(Any, self.layers[-1]).mlp
+        mlp.forward = partial(pooled_only, mlp.forward)
         add_between_layers = getattr(self.language_model, "_deepstack_process", None)
         if add_between_layers is not None:
             self.language_model._deepstack_process = partial(deepstack, add_between_layers)
@@ -103,7 +108,8 @@ class Backbone(nn.Module):
         """Run the vision tower once and the language model once per path.
 
         ``tokens`` are ``[B, L]``, ``vision`` the image tensors of all rows, concatenated. The result is
-        ``[N * B, L, D]``, path-major and after the final norm.
+        ``[N * B, L, D]``, path-major and after the final norm; with ``path_states.pooled`` only those tokens'
+        states are right.
 
         Relations:
             ``path_states=None`` equals the stock base model bit for bit.
@@ -124,8 +130,8 @@ class Backbone(nn.Module):
         positions, _ = self.base.get_rope_index(
             tokens["input_ids"],
             mm_token_type_ids=tokens["mm_token_type_ids"],
-            image_grid_thw=vision["image_grid_thw"],
             attention_mask=mask,
+            **{key: vision[key] for key in GRIDS if key in vision},
         )
         return cast(Tensor, positions)
 

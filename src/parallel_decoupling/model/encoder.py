@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
@@ -21,11 +22,9 @@ from parallel_decoupling.model.turns import Turns
 from parallel_decoupling.option_types import NonNegativeInt, PositiveInt, checked
 
 
-def last_token(states: Tensor, attention_mask: Tensor) -> Tensor:
-    """Return the state ``[R, D]`` of each row's last real token; ``[R, L]`` may be padded on either side."""
-    length = attention_mask.shape[1]
-    last_R = length - 1 - attention_mask.flip(1).to(torch.int64).argmax(dim=1)
-    return states[torch.arange(states.shape[0], device=states.device), last_R]
+def last_token(attention_mask: Tensor) -> Tensor:
+    """Return the number ``[B]`` of each row's last real token; ``[B, L]`` may be padded on either side."""
+    return attention_mask.shape[1] - 1 - attention_mask.flip(1).to(torch.int64).argmax(dim=1)
 
 
 class ParallelEncoder(nn.Module):
@@ -67,7 +66,7 @@ class ParallelEncoder(nn.Module):
         self.embed_dim: int = backbone.hidden_size
         self.aggregate_dim: int = self.embed_dim * (num_paths if aggregation == "concat" else 1)
         self.processor: Any = backbone.processor
-        self.image_token: str = backbone.image_token
+        self.image_token, self.template = backbone.image_token, backbone.template
         if backbone.adapter.per_path:
             split_adapters(backbone.base, num_paths, f"{backbone.family.layers}.", self.prefix_range.start)
         draw_adapters(backbone.base, seed, fresh=backbone.initial_adapter is None)
@@ -100,17 +99,16 @@ class ParallelEncoder(nn.Module):
             ``forward(inputs, [i])`` equals column ``i`` of ``forward(inputs)``.
         """
         chosen = check_paths(paths, self.num_paths)
-        states, dtype = None, self.backbone.dtype
+        states, dtype = PathStates(chosen, None, self.prefix_range.start), self.backbone.dtype
         if isinstance(self.prefixes, ShallowPrefixes):
             prompts = self.backbone.prompt_states(self.prefixes.embeddings[chosen].to(dtype))
             states = PathStates(chosen, prompts)
         elif self.prefixes is not None:
             states = self.prefixes.states(chosen, self.prefix_range.start, dtype)
-        elif self.backbone.adapter.per_path:
-            states = PathStates(chosen, None, self.prefix_range.start)
+        states.pooled = last_token(inputs.tokens["attention_mask"])
         states_RLD = self.backbone(inputs.tokens, _concatenate(inputs.vision), states)
-        mask_RL = inputs.tokens["attention_mask"].repeat(len(chosen), 1)
-        pooled_NBD = last_token(states_RLD, mask_RL).reshape(len(chosen), -1, self.embed_dim)
+        states_NBLD = states_RLD.unflatten(0, (len(chosen), -1))
+        pooled_NBD = states_NBLD[:, torch.arange(len(inputs), device=states_RLD.device), states.pooled]
         return F.normalize(pooled_NBD.transpose(0, 1).float(), dim=-1)
 
     def aggregate(self, embeddings: Tensor) -> Tensor:
@@ -140,7 +138,7 @@ def build_encoder(backbone: str, loading: Mapping[str, Any], paths: Mapping[str,
 
 def absolute_name(name: str) -> str:
     """Return a backbone's name with a local folder or weights file in it as an absolute path."""
-    if Path(name).is_dir():
+    if os.path.isdir(name):  # False for names that no folder can have
         return str(Path(name).resolve())
     architecture, slash, weights = name.partition("/")
     if name.startswith(PREFIX) and Path(weights).is_file():

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from parallel_decoupling.batch import Template
+
 LANGUAGE_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Linear layers of a Llama-like decoder layer."""
 VISION_TARGETS = (
@@ -33,6 +35,7 @@ class Family:
         language_targets: last names of the linear layers that adapters go to in the language model.
         vision_targets: the same for the vision tower.
         ignored_weights: weights of the published checkpoint that the base model rightly leaves out.
+        prompt: what stands around every input; null is nothing, as in VLM2Vec.
     """
 
     image_token: str | None = None
@@ -43,6 +46,12 @@ class Family:
     language_targets: tuple[str, ...] = LANGUAGE_TARGETS
     vision_targets: tuple[str, ...] = VISION_TARGETS
     ignored_weights: tuple[str, ...] = ("lm_head.weight", "language_model.lm_head.weight")
+    prompt: Template | None = None
+
+    def __post_init__(self) -> None:
+        """Take the prompt as a checkpoint holds it, too."""
+        if isinstance(self.prompt, Mapping):
+            object.__setattr__(self, "prompt", Template(**self.prompt))
 
     def resolved(self, base: Any, processor: Any) -> Family:
         """Return the family with every name filled in, from the stock base model and its processor."""

@@ -137,6 +137,7 @@ def backbone_fingerprint(backbone: Any) -> dict[str, Any]:
         "weights_sha256": weights.hexdigest(),
         "config": json.loads(config),
         "transformers_version": loaded.get("transformers_version"),
+        "prompt": asdict(template) if (template := getattr(backbone, "template", None)) else None,
     }
 
 
@@ -146,6 +147,8 @@ def check_fingerprint(stored: Mapping[str, Any], current: Mapping[str, Any]) -> 
     The config holds class defaults too, of which a release of transformers adds or removes some: between two
     versions a warning names the keys that only one of them has.
     """
+    if stored["prompt"] != current["prompt"]:
+        raise ValueError(f"trained with the prompt {stored['prompt']}: set model.family.prompt to that")
     if stored["sha256"] == current["sha256"]:
         return
     trained, loaded = (f"{each['name']!r} (revision {each['revision']})" for each in (stored, current))
@@ -196,8 +199,8 @@ def rows_hash(rows: Iterable[RawInput], *, files: bool = True) -> str:
     """
     digest = sha256()
     for row in rows:
-        images = [_image_content(image, files) for image in row.images]
-        digest.update(json.dumps([row.text, images]).encode() + b"\n")
+        images = [_image_content(image, files) for image in row.pictures]
+        digest.update(json.dumps([row.text, row.fixed, images]).encode() + b"\n")
     return digest.hexdigest()
 
 
@@ -225,6 +228,7 @@ def encoder_identity(
     about = {
         **parts,
         "conditions": conditions,
+        "dtype": str(encoder.backbone.dtype),
         "family": asdict(family) if family else None,
         "adapter_scales": scales,
         "versions": {name: version(name) for name in packages},

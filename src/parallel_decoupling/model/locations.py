@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+"""The name of a model on the hub, which a relative path may look like."""
 _OPEN_CLIP = r"(open_clip:[^/]+/)?"
 _ABSOLUTE = re.compile(rf"{_OPEN_CLIP}((?:[/~]|[A-Za-z]:[\\/]).*)", re.DOTALL)
 _RELATIVE = re.compile(rf"{_OPEN_CLIP}(\.\.?(?:/.*)?)", re.DOTALL)

@@ -6,7 +6,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
+
+from parallel_decoupling.model.locations import HUB_ID
 
 CARD = """---
 {metadata}
@@ -46,8 +48,10 @@ what a picture shows.
 """
 
 
-def model_card(config: Mapping[str, Any], scores: Mapping[str, Any] | None = None) -> str:
-    """Write the card as Markdown from ``config.json`` and the ``scores.json`` of the training run."""
+def model_card(
+    config: Mapping[str, Any], scores: Mapping[str, Any] | None = None, head: Mapping[str, Any] | None = None
+) -> str:
+    """Write the card as Markdown from ``config.json``, a run's ``scores.json`` and more for its head."""
     run, name, included = config["run"], str(config["backbone"]["name"]), config["backbone_included"]
     about = {
         "backbone": name,
@@ -79,10 +83,27 @@ def model_card(config: Mapping[str, Any], scores: Mapping[str, Any] | None = Non
     count = len(config["paths"])
     title = f"{count} {'paths' if count > 1 else 'path'} of {name.rstrip('/').rsplit('/', 1)[-1]}"
     tags = ["sentence-transformers", "multimodal", "embeddings"]
-    card = ModelCardData(library_name="parallel-decoupling", pipeline_tag="feature-extraction", tags=tags)
+    named: dict[str, Any] = {"library_name": "parallel-decoupling", "tags": tags, "model_name": title}
+    named |= {"pipeline_tag": "feature-extraction", "eval_results": _results(config, scores)}
+    named["base_model"] = name if HUB_ID.fullmatch(name) else None
+    card = ModelCardData(**{**named, **(head or {})})
     tables = {section: _table(rows) for section, rows in sections.items()}
     shown = "\n\n".join(f"## {section}\n\n{table}" for section, table in tables.items() if table)
     return CARD.format(metadata=card.to_yaml(), title=_cell(title), sections=shown)
+
+
+def _results(config: Mapping[str, Any], scores: Mapping[str, Any] | None) -> list[EvalResult] | None:
+    """Return every task's score of the one path or, unless some paths were left out, of the aggregate."""
+    paths, results = config["paths"], []
+    every = len(paths) == config["run"].get("model", {}).get("num_paths", len(paths))
+    column = f"path_{paths[0]}" if len(paths) == 1 else "aggregate" if every else ""
+    for name, row in (scores or {}).get("tasks", {}).items():
+        metric = row.get("metric", "hit@1")
+        values = {"hit@1": row["hit_at_1"].get(column), **row.get("metrics", {}).get(column, {})}
+        if values.get(metric) is not None:
+            about: dict[str, Any] = {"dataset_type": name, "dataset_name": name, "metric_type": metric}
+            results.append(EvalResult(task_type="retrieval", metric_value=values[metric], **about))
+    return results or None
 
 
 def _table(rows: Mapping[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ def is_open_clip(name: str) -> bool:
 class OpenCLIPProcessor:
     """Turn texts and images into tensors, called like a Hugging Face processor.
 
-    Images get the model's own evaluation transform, also in training. The first cut text is a warning.
+    Images get the model's own evaluation transform, also in training.
     """
 
     def __init__(self, tokenizer: Callable[..., Tensor], transform: Callable[[Image.Image], Tensor]) -> None:
@@ -41,7 +40,6 @@ class OpenCLIPProcessor:
         empty_1L = tokenizer([""])
         self.context_length: int = empty_1L.shape[1]  # L
         self.padding_id = int(empty_1L[0, -2])  # the very last one may be a class token
-        self._warned = False
 
     def __call__(
         self,
@@ -57,10 +55,6 @@ class OpenCLIPProcessor:
         if any(not rest and IMAGE_PLACEHOLDER not in row for row, rest in zip(text, texts, strict=True)):
             raise ValueError("An input needs a text or an image.")
         ids_BL = self.tokenizer(texts)
-        if not self._warned and any(self.cut_rows(texts)):
-            self._warned = True
-            found = f"A text has more than the {self.context_length} tokens that this text tower takes"
-            warnings.warn(f"{found}; the rest is cut off, also of further texts.", stacklevel=2)
         has_text_B1 = torch.tensor([[bool(rest)] for rest in texts])
         data = {"input_ids": ids_BL, "attention_mask": has_text_B1.long().expand_as(ids_BL)}
         rows = [[each] if isinstance(each, Image.Image) else each for each in images or ()]
@@ -104,6 +98,7 @@ class OpenCLIPEncoder(nn.Module):
     num_paths = 1
     prefix_layers = 0
     image_token = IMAGE_PLACEHOLDER  # the processor takes it out
+    template = None
 
     def __init__(self, backbone: OpenCLIPBackbone, processor: OpenCLIPProcessor) -> None:
         super().__init__()

@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from parallel_decoupling.model.attention import PathStates
@@ -72,6 +73,20 @@ def same_call() -> tuple[AbstractContextManager[None], AbstractContextManager[No
     The backward pass runs a layer's ``forward`` again, without hooks, and on a GPU in another thread.
     """
     return nullcontext(), calling(CALL.get())
+
+
+def pooled_only(mlp: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    """Run the last layer's MLP on the pooled token of each row of ``[R, L, D]``; zeros for all others.
+
+    After the last attention no other token's state is read. Without ``pooled`` it is the MLP itself.
+    """
+    call = CALL.get()
+    if call is None or call.pooled is None:
+        return mlp(hidden)
+    token_R = call.pooled.repeat(len(hidden) // len(call.pooled))
+    row_R = torch.arange(len(hidden), device=hidden.device)
+    output_R1D = mlp(hidden[row_R, token_R].unsqueeze(1))
+    return torch.zeros_like(hidden, dtype=output_R1D.dtype).index_put((row_R, token_R), output_R1D[:, 0])
 
 
 def deepstack(

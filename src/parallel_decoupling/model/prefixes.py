@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel_decoupling.model.attention import PathStates
+from parallel_decoupling.option_types import check_memory
 
 META_PROMPTS: tuple[str, ...] = (
     "describe the shapes",
@@ -87,7 +88,7 @@ def make_prefixes(
             raise ValueError(f"more than {len(META_PROMPTS)} paths need prefix_init='random'")
     is_deep = prefix_type == "deep"
     prefixes: DeepPrefixes | ShallowPrefixes
-    with torch.device("meta" if backbone.is_meta else "cpu"):
+    with torch.device("meta"):
         if is_deep:
             heads, dim = backbone.num_key_value_heads, backbone.head_dim
             prefixes = DeepPrefixes((num_paths, len(layers), 2, heads, length, dim))
@@ -95,6 +96,10 @@ def make_prefixes(
             prefixes = ShallowPrefixes((num_paths, length, backbone.hidden_size))
     if backbone.is_meta:
         return prefixes
+    needed = sum(parameter.nbytes for parameter in prefixes.parameters())
+    needed += 4 * min_length**2  # the mask for attention in a meta-prompt
+    check_memory(f"num_paths={num_paths} with prefix_length={length}", needed)
+    prefixes.to_empty(device="cpu")
     if is_deep:  # [Y, 2, K, T, H] of each prompt, else [T, D]
         states = [backbone.text_states(text, min_length)[layers.start : layers.stop] for text in prompts]
     else:

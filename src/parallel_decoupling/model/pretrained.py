@@ -1,6 +1,7 @@
-"""Trained encoders on disk: exported folders and checkpoints are read, folders to share written.
+"""Trained encoders: exported folders, models of the hub and checkpoints are read, folders to share written.
 
-Nothing is unpickled. Of a folder nothing is downloaded: a backbone from the hub must be in the local cache.
+Nothing is unpickled, no code of a folder runs. Of a local folder nothing is downloaded: a backbone from the
+hub must be in the local cache.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -21,10 +23,10 @@ from parallel_decoupling.files import atomic_write
 from parallel_decoupling.model import encoder as encoders
 from parallel_decoupling.model import identity, run_checkpoint
 from parallel_decoupling.model.adapters import AdapterConfig
-from parallel_decoupling.model.backbone import Backbone, load_backbone
+from parallel_decoupling.model.backbone import Backbone, Dtype, load_backbone
 from parallel_decoupling.model.encoder import Encoder, ParallelEncoder
 from parallel_decoupling.model.families import FAMILIES, Family
-from parallel_decoupling.model.locations import located, portable
+from parallel_decoupling.model.locations import HUB_ID, located, portable
 from parallel_decoupling.model.model_card import model_card
 from parallel_decoupling.model.open_clip import is_open_clip
 from parallel_decoupling.model.path_lora import PathLoRA
@@ -33,6 +35,7 @@ from parallel_decoupling.model.processor import load_processor
 MODEL_TYPE = "parallel_decoupling"
 CONFIG_FILE, WEIGHTS_FILE, SCORES_FILE = "config.json", "model.safetensors", "scores.json"
 PROCESSOR_DIR, BACKBONE_DIR = "processor", "backbone"
+HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md")
 ABOUT = ("query_instruction", "candidate_instruction", "images", "max_tokens", "long_text", "run")
 """What is kept of an encoder beside itself: instructions, limits of inputs, and what trained it."""
 
@@ -58,15 +61,35 @@ def scores_of(file: str | Path) -> dict[str, Any] | None:
     return scores if same else None
 
 
-def load_encoder(path: str | Path) -> tuple[Encoder, dict[str, Any]]:
-    """Load a trained encoder from an exported folder, a run's folder or a checkpoint, without Lightning.
+def load_encoder(
+    path: str | Path, *, revision: str | None = None, dtype: Dtype | None = None
+) -> tuple[Encoder, dict[str, Any]]:
+    """Load a trained encoder from an exported folder or hub model, a run or a checkpoint, without Lightning.
 
     It is on the CPU in evaluation mode; the dictionary has the plain values that ``ABOUT`` names. Changed
-    weights or another backbone are a ValueError.
+    weights or another backbone are a ValueError. ``dtype`` replaces that of the backbone's weights.
     """
-    encoder, about = _load_folder(Path(path)) if is_pretrained(path) else _load_checkpoint(path)
+    of_hub = not Path(path).exists() and HUB_ID.fullmatch(str(path)) is not None
+    if revision is not None and not of_hub:
+        raise ValueError(f"revision={revision!r}, but {str(path)!r} is not a model of the hub")
+    path = _of_hub(str(path), revision) if of_hub else path
+    encoder, about = _load_folder(Path(path), of_hub) if is_pretrained(path) else _load_checkpoint(path)
+    if dtype is not None:
+        if not isinstance(encoder, ParallelEncoder) or about["settings"].get("quantization"):
+            raise ValueError(f"dtype={dtype!r} does not work for an OpenCLIP model or a quantized backbone")
+        base = encoder.backbone.base.named_parameters()
+        for parameter in (each for name, each in base if "lora_" not in name):
+            parameter.data = parameter.data.to(getattr(torch, dtype))
     encoder.eval()
     return encoder, {name: about[name] for name in ABOUT}
+
+
+def _of_hub(name: str, revision: str | None) -> Path:
+    """Return the local copy of a model on the hub, without pickles and code."""
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES)))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no model at {name!r}, here or on the hub: {error}") from error
 
 
 def save_encoder(
@@ -77,6 +100,7 @@ def save_encoder(
     merge_adapters: bool = False,
     include_backbone: bool = False,
     scores: Mapping[str, Any] | None = None,
+    card: Mapping[str, Any] | None = None,
     **about: Any,
 ) -> None:
     """Write a folder to share; see ``Embedder.save_pretrained``. ``about`` are the values of ``ABOUT``.
@@ -126,7 +150,7 @@ def save_encoder(
         config["backbone"] = identity.backbone_fingerprint(written) | {"name": shown}
         config = portable(config, folder)
         save_file(state, unfinished / WEIGHTS_FILE, metadata={"format": "pt"})
-        (unfinished / "README.md").write_text(model_card(config, scores), encoding="utf-8")
+        (unfinished / "README.md").write_text(model_card(config, scores, card), encoding="utf-8")
         _write_json(unfinished / CONFIG_FILE, identity.sealed(config))
         _write_for_sentence_transformers(unfinished, about)
 
@@ -153,18 +177,20 @@ def _load_checkpoint(path: str | Path) -> tuple[Encoder, dict[str, Any]]:
     state = {name.removeprefix(start): value for name, value in stored.items() if name.startswith(start)}
     identity.check_fingerprint(content["backbone"], identity.backbone_fingerprint(encoder.backbone))
     identity.load_trainable_state(encoder, state)
-    images = {name: content["data"].get(name) for name in ("image_size", "min_pixels", "max_pixels")}
-    return encoder, {**settings, "images": images, "run": run_checkpoint.run_info(content)}
+    names = ("image_size", "min_pixels", "max_pixels", "max_frames", "max_video_pixels")
+    images = {name: content["data"].get(name) for name in names}
+    about = {"settings": settings, "images": images, "run": run_checkpoint.run_info(content)}
+    return encoder, {**settings, **about}
 
 
-def _load_folder(folder: Path) -> tuple[Encoder, dict[str, Any]]:
+def _load_folder(folder: Path, download: bool = False) -> tuple[Encoder, dict[str, Any]]:
     sealed = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     config: dict[str, Any] = located(identity.check_seal(sealed, folder / CONFIG_FILE), folder)
     settings, included, file = dict(config["settings"]), config["backbone_included"], folder / WEIGHTS_FILE
     if included:
         settings["backbone"] = str(folder / BACKBONE_DIR)
     elif not is_open_clip(settings["backbone"]):
-        settings["local_files_only"] = True
+        settings["local_files_only"] = not download
     # any start does, it is replaced; there are no more than eight meta-prompts
     encoder = _build({**settings, "prefix_init": "random"})
     if "local_files_only" in settings:

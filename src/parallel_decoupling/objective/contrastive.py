@@ -1,10 +1,12 @@
-"""InfoNCE over paths with one or several positives, a teacher's ranking, and the in-batch hit@1.
+"""InfoNCE over paths with one or several positives, a teacher's ranking, and the in-batch margins.
 
 Shapes: ``B`` queries, ``G`` candidates (``G >= B`` with gathered or hard negatives), ``N`` paths,
 ``D`` embedding dim, ``A`` positives and ``K`` candidates of a query's own row.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ def info_nce(
     candidate_ids: Tensor,
     temperature: float | Tensor,
     symmetric: bool = False,
+    false_negative_margin: float | None = None,
 ) -> Tensor:
     """Contrast every query with all candidates, path by path.
 
@@ -46,6 +49,7 @@ def info_nce(
         temperature: divides the scores, above 0; a 0-dim tensor receives gradient.
         symmetric: also contrast each positive with the B queries, without those that have the same target,
             and return the mean of both directions.
+        false_negative_margin: leave out, path by path, what scores above the positive by more than this.
 
     Returns:
         ``[N]``, the mean over B of each path.
@@ -67,13 +71,14 @@ def info_nce(
     share_BA = share_BA / share_BA.sum(dim=1, keepdim=True)
     left_out_BG = _left_out(positive, candidate_ids)
     own_B = torch.arange(len(positive), device=positive.device)
+    above = (math.inf if false_negative_margin is None else false_negative_margin) / temperature
     losses = []
     for positive_B, ids_B in zip(positive_BA.unbind(1), ids_BA.unbind(1), strict=True):
-        loss_NB = _cross_entropy(score_NBG, left_out_BG, positive_B)
+        loss_NB = _cross_entropy(score_NBG, left_out_BG, positive_B, above)
         if symmetric:
             reverse_NBB = score_NBG[:, :, positive_B].transpose(1, 2)  # [n, b, c]: positive of b, query c
             same_BB = (ids_B[:, None, None] == ids_BA).any(dim=2)
-            loss_NB = (loss_NB + _cross_entropy(reverse_NBB, same_BB, own_B)) / 2
+            loss_NB = (loss_NB + _cross_entropy(reverse_NBB, same_BB, own_B, above)) / 2
         losses.append(loss_NB)
     return (torch.stack(losses, dim=2) * share_BA).sum(dim=2).mean(dim=1)
 
@@ -103,22 +108,11 @@ def own_candidates_kl(
 
 
 @torch.no_grad()
-def in_batch_hit_at_1(query: Tensor, candidate: Tensor, *, positive: Tensor, candidate_ids: Tensor) -> Tensor:
-    """Return the share ``[N]`` of queries whose best positive scores strictly above all other targets.
-
-    The arguments are those of ``info_nce``. A tie is a miss, so collapsed embeddings do not look perfect.
-    Duplicates of the positives and padding are left out as there.
-    """
-    margin_NB = in_batch_margins(query, candidate, positive=positive, candidate_ids=candidate_ids)
-    return (margin_NB > 0).to(margin_NB.dtype).mean(dim=1)
-
-
-@torch.no_grad()
 def in_batch_margins(query: Tensor, candidate: Tensor, *, positive: Tensor, candidate_ids: Tensor) -> Tensor:
     """Return by how much each query's best positive scores above the best other target, ``[N, B]``.
 
     The arguments are those of ``info_nce``. Duplicates of the positives and padding are left out as there;
-    infinite where nothing is left.
+    infinite where nothing is left. A hit is above 0: a tie is a miss, so collapsed embeddings have none.
     """
     _check_shapes(query, candidate, positive, candidate_ids)
     score_NBG = _scores(query, candidate)
@@ -183,21 +177,18 @@ def _left_out(positive: Tensor, candidate_ids: Tensor) -> Tensor:
     return (ids_BA.unsqueeze(2) == candidate_ids).any(dim=1) | (candidate_ids == PADDING_ID)
 
 
-def _cross_entropy(score_NBG: Tensor, left_out_BG: Tensor, positive: Tensor) -> Tensor:
-    """Return ``[N, B]``; the positive itself is never left out."""
+def _cross_entropy(score_NBG: Tensor, left_out_BG: Tensor, positive: Tensor, above: float | Tensor) -> Tensor:
+    """Return ``[N, B]``; the positive itself is never left out, what scores more than ``above`` higher is."""
     num_paths, num_queries, _ = score_NBG.shape
-    logit_NBG = score_NBG.masked_fill(left_out_BG.scatter(1, positive.unsqueeze(1), False), -torch.inf)
+    own_NB1 = score_NBG.gather(2, positive.view(1, -1, 1).expand(num_paths, -1, -1))
+    out_NBG = left_out_BG.scatter(1, positive.unsqueeze(1), False) | (score_NBG > own_NB1 + above)
+    logit_NBG = score_NBG.masked_fill(out_NBG, -torch.inf)
     loss = nn.functional.cross_entropy(logit_NBG.flatten(0, 1), positive.repeat(num_paths), reduction="none")
     return loss.view(num_paths, num_queries)
 
 
 def _check_shapes(query: Tensor, candidate: Tensor, positive: Tensor, candidate_ids: Tensor) -> None:
-    if query.ndim != 3 or candidate.ndim != 3 or query.shape[1:] != candidate.shape[1:]:
-        shapes = f"got {tuple(query.shape)} and {tuple(candidate.shape)}; an aggregate is [B, 1, D]"
-        raise ValueError(f"query [B, N, D] and candidate [G, N, D] must share N and D, {shapes}.")
-    if positive.shape[:1] != query.shape[:1] or positive.ndim > 2:
-        shape = tuple(positive.shape)
-        raise ValueError(f"positive must be [{len(query)}] or [{len(query)}, A], by query, got {shape}.")
-    if candidate_ids.shape != candidate.shape[:1]:
-        shape = tuple(candidate_ids.shape)
-        raise ValueError(f"candidate_ids must be [{len(candidate)}], one per candidate, got {shape}.")
+    assert query.ndim == 3, "an aggregate is [B, 1, D]"
+    assert query.shape[1:] == candidate.shape[1:], "[B, N, D] and [G, N, D]"
+    assert positive.shape[0] == len(query), "[B] or [B, A]"
+    assert candidate_ids.shape == candidate.shape[:1], "[G]"

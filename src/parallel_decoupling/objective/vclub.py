@@ -8,7 +8,6 @@ not depend on ``D``. The caller detaches the paths for the fit and freezes q in 
 from __future__ import annotations
 
 import math
-from itertools import combinations
 from typing import Literal, get_args
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from parallel_decoupling.objective.alternatives import OTHER_BOUNDS, WITHOUT_FIT
 from parallel_decoupling.objective.conditional import Given, logit_error_correlation, unexplained
+from parallel_decoupling.option_types import check_memory
 
 Unconditional = Literal["vclub", "club_sample", "l1out", "hsic", "crosscov", "orthogonal", "none"]
 GivenTarget = Literal["vclub_given_target", "orthogonal_given_target", "logit_correlation"]
@@ -30,7 +30,7 @@ def path_pairs(num_paths: int) -> Tensor:
 
     Ours: CLUB is asymmetric, but both directions cost twice as much and gain little.
     """
-    return torch.tensor(list(combinations(range(num_paths), 2)), dtype=torch.long).reshape(-1, 2)
+    return torch.triu_indices(num_paths, num_paths, offset=1).T.contiguous()
 
 
 def standardise(paths: Tensor) -> Tensor:
@@ -91,6 +91,8 @@ class PairNetwork(nn.Module):
 
     def __init__(self, num_pairs: int, embed_dim: int, hidden_size: int) -> None:
         super().__init__()
+        what = f"mi.hidden_size={hidden_size} for {num_pairs} pairs of paths"
+        check_memory(what, 4.0 * num_pairs * (3 * embed_dim + 1) * hidden_size)
         self.hidden_weight = nn.Parameter(torch.empty(num_pairs, embed_dim, hidden_size))
         self.hidden_bias = nn.Parameter(torch.empty(num_pairs, 1, hidden_size))
         self.output_weight = nn.Parameter(torch.empty(num_pairs, hidden_size, 2 * embed_dim))

@@ -1,10 +1,9 @@
-"""What a run shows of itself, and how it ends well: summary, throughput, alarm, saving on a signal."""
+"""What a run shows of itself, and how it ends well: its settings, alarm, saving on a signal."""
 
 from __future__ import annotations
 
 import signal
 import threading
-import time
 import warnings
 from pathlib import Path
 from types import FrameType
@@ -16,7 +15,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
-from rich.table import Table
 
 from parallel_decoupling.batch import PADDING_ID, PairBatch
 from parallel_decoupling.distributed import gather_objects, world_size
@@ -47,26 +45,13 @@ def console() -> Console:
 
 
 class RunSummary(Callback):
-    """Log the settings, print what trains, and warn of a test that nothing scores."""
+    """Log the settings, and warn of a test that nothing scores."""
 
     def on_train_start(self, trainer: Trainer, pl_module: PDFEmbedder) -> None:  # type: ignore[override]
-        """Log the settings; print parameters and learning rates by group on rank 0."""
+        """Log the settings."""
         warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
         for logger in trainer.loggers:
             logger.log_hyperparams({"model": dict(pl_module.hparams), "data": dict(pl_module.data_settings)})
-        if not trainer.is_global_zero:
-            return
-        table = Table("part", "parameters", "learning rate", title="What trains")
-        frozen = sum(p.numel() for p in pl_module.encoder.parameters() if not p.requires_grad)
-        table.add_row("backbone (frozen)", f"{frozen:,}", "")
-        config, groups = pl_module.optimizer_config, pl_module.trainables()
-        rates = dict.fromkeys(groups, config.learning_rate) | {"prefixes": config.prefix_learning_rate}
-        groups["estimator"] = list(pl_module.mutual_information.parameters())
-        rates["estimator"] = pl_module.mi_config.learning_rate
-        for name, parameters in groups.items():
-            count = sum(p.numel() for p in parameters)
-            table.add_row(name, f"{count:,}", f"{rates[name]:g}" if count else "")
-        console().print(table)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look for a callback that scores."""
@@ -74,28 +59,6 @@ class RunSummary(Callback):
         if not any(getattr(callback, "scores_tasks", False) for callback in own):
             advice = "add parallel_decoupling.evaluation.run.Scoring to the Trainer's callbacks"
             rank_zero_warn(f"Nothing scores this test: {advice}, or call evaluate(model, data_dir).")
-
-
-class Throughput(Callback):
-    """Log samples and tokens per second, data loading included and validation excluded."""
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start counting anew."""
-        self._rows, self._tokens, self._since = 0, 0, time.perf_counter()
-
-    on_validation_end = on_train_start
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PairBatch, batch_idx: int
-    ) -> None:
-        """Count, and log as often as the Trainer logs."""
-        self._rows += len(batch.query) * world_size()
-        self._tokens += int(batch.query.lengths.sum() + batch.candidate.lengths.sum()) * world_size()
-        if (batch_idx + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            seconds = time.perf_counter() - self._since
-            pl_module.log("throughput/samples_per_second", self._rows / seconds)
-            pl_module.log("throughput/tokens_per_second", self._tokens / seconds)
-            self.on_train_start(trainer, pl_module)
 
 
 class CollapseAlarm(Callback):
@@ -252,4 +215,4 @@ class SaveOnSignal(Callback):
         rank_zero_info(f"Saved at step {trainer.global_step}; resume with --ckpt_path last ({file}).")
 
 
-DEFAULTS = (RunSummary, Throughput, CollapseAlarm, Continuity, SaveOnSignal)  # what every run has
+DEFAULTS = (RunSummary, CollapseAlarm, Continuity, SaveOnSignal)  # what every run has

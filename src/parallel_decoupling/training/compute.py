@@ -22,10 +22,10 @@ def paths_per_layer(settings: Mapping[str, Any], num_layers: int) -> float:
     return shared + float(settings["num_paths"]) * (1 - shared)
 
 
-def forward_passes(settings: Mapping[str, Any], queries: int, candidates: int) -> int:
+def forward_passes(settings: Mapping[str, Any], rows: int) -> int:
     """Return the calls of the encoder for one batch of one process, without GradCache's second ones."""
-    sides = (("query_chunk_size", queries), ("candidate_chunk_size", candidates))
-    return sum(math.ceil(rows / (settings[name] or math.ceil(rows / LENGTH_GROUPS))) for name, rows in sides)
+    chunk_size = settings["chunk_size"]
+    return math.ceil(rows / chunk_size) if chunk_size else min(rows, LENGTH_GROUPS)
 
 
 def token_passes(
@@ -68,12 +68,12 @@ class Progress:
     def count(self, batch: PairBatch, settings: Mapping[str, Any], num_layers: int) -> dict[str, float]:
         """Add the batches of all processes, and return the counters by log key."""
         cut_texts = 0
-        for subsets, cut in gather_objects((batch.subsets, batch.query.num_cut + batch.candidate.num_cut)):
+        for subsets, cut in gather_objects((batch.subsets, batch.inputs.num_cut)):
             cut_texts += cut
             for subset in subsets:
                 self.rows_by_subset[subset] = self.rows_by_subset.get(subset, 0) + 1
-        tokens = batch.query.lengths.sum() + batch.candidate.lengths.sum()
-        passes = world_size() * forward_passes(settings, len(batch.query), len(batch.candidate))
+        tokens = batch.inputs.lengths.sum()
+        passes = world_size() * forward_passes(settings, len(batch.inputs))
         of_all = float(gather_with_grad(tokens.view(1)).sum())
         self.token_passes += token_passes(settings, num_layers, tokens=of_all, forward_passes=passes)
         rows = sum(self.rows_by_subset.values())

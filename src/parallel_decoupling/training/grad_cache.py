@@ -17,8 +17,27 @@ from parallel_decoupling.batch import EncoderInputs
 from parallel_decoupling.training.randomness import seeded
 
 Encoder = Callable[[EncoderInputs], Tensor]
-LENGTH_GROUPS = 4
+LENGTH_GROUPS = 6
 """Forward passes of a batch in one graph, the same on every rank: each pads to its own longest row."""
+
+
+def length_groups(lengths: Tensor, count: int) -> list[list[int]]:
+    """Split rows ``[B]`` into ``count`` groups of similar length, so that as little as possible is padding.
+
+    Shortest first; exact, by dynamic programming over the rows in order of length, B rows of memory squared.
+    """
+    order_B = lengths.cpu().argsort(stable=True)
+    end_B = torch.arange(len(order_B))
+    tokens_BB = (end_B - end_B[:, None] + 1) * lengths.cpu()[order_B].double()  # of a group [start, end]
+    tokens_BB[end_B[:, None] > end_B] = math.inf
+    best_B, starts = tokens_BB[0], []
+    for _ in range(min(count, len(order_B)) - 1):  # the best of one group more up to every end
+        best_B, before_B = (best_B[:-1, None] + tokens_BB[1:]).min(dim=0)
+        starts.append(before_B + 1)
+    bounds = [len(order_B)]
+    for start_B in reversed(starts):
+        bounds.insert(0, int(start_B[bounds[0] - 1]))
+    return [rows.tolist() for rows in order_B.tensor_split(bounds[:-1])]
 
 
 @dataclass
@@ -49,14 +68,15 @@ def encode_in_chunks(
     seeded from ``seed_parts`` and a chunk's number.
 
     Relations:
-        ``chunk_size=ceil(B / LENGTH_GROUPS)`` gives the embeddings and gradients of ``chunk_size=None``,
-        dropout included. Without dropout every ``chunk_size`` gives them (up to rounding).
+        Without dropout every ``chunk_size`` gives the same embeddings and gradients (up to rounding).
     """
     device = inputs.tokens["input_ids"].device
-    by_length: list[int] = inputs.lengths.argsort(stable=True).tolist()
-    size = chunk_size or math.ceil(len(inputs) / LENGTH_GROUPS)
-    chunks = [by_length[start : start + size] for start in range(0, len(inputs), size)]
-    in_order = torch.tensor(by_length, device=device).argsort()
+    if chunk_size is None:
+        chunks = length_groups(inputs.lengths, LENGTH_GROUPS)
+    else:
+        by_length = inputs.lengths.argsort(stable=True)
+        chunks = [rows.tolist() for rows in torch.split(by_length, chunk_size)]
+    in_order = torch.tensor([row for rows in chunks for row in rows], device=device).argsort()
 
     def forward() -> Iterator[Tensor]:
         for number, rows in enumerate(chunks):

@@ -21,6 +21,7 @@ from parallel_decoupling.model.identity import about_encoder, backbone_fingerpri
 from parallel_decoupling.model.turns import enter_evaluation, restore_modes
 from parallel_decoupling.objective.vclub import MutualInformation
 from parallel_decoupling.option_types import (
+    Dims,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -66,19 +67,18 @@ class PDFEmbedder(LightningModule):
         mi: the estimator of mutual information and its schedule.
         mi_weight: final weight of the mutual-information term; with 0 the estimator only watches.
         aggregate_weight: weight of the aggregate's InfoNCE; 0 switches it off.
-        nested_paths: also contrast the aggregates of the first N - 1 to 2 paths, so that a user may keep as
-            many as fit; the aggregate's term is the mean.
+        nested_paths: also contrast the aggregates of the first 2 to N - 1 paths, so that fewer may be kept.
         distillation_weight: teaches every path the scores of the aggregate within the batch; 0 is off.
         distillation_start: main steps before that begins.
-        matryoshka_dims: smaller dimensions at which every path and the aggregate are contrasted, too; the
-            terms are means over these and the full dimension.
+        matryoshka_dims: smaller dimensions at which paths and aggregate are contrasted, too; terms are means.
         temperature: divides cosines in InfoNCE, above 0.
         learn_temperature: train the temperature, starting from temperature.
         symmetric: also contrast candidates with queries.
         teacher_weight: of the divergence from a teacher's scores within every InfoNCE (docs/data.md).
+        false_negative_margin: leaves candidates out that score so much above a positive; null is off.
         optimizer: rates, schedule, clipping.
-        query_chunk_size: GradCache, queries per forward pass; null encodes the batch in one graph.
-        candidate_chunk_size: GradCache, candidates per forward pass; null encodes the batch in one graph.
+        chunk_size: GradCache, rows (queries and candidates) per forward pass; null encodes the batch in one
+            graph.
         query_instruction: put before every input of encode_query.
         candidate_instruction: put before every input of encode_candidate.
         max_tokens: of an input's text and pictures together; null is all positions of the backbone.
@@ -114,14 +114,14 @@ class PDFEmbedder(LightningModule):
         nested_paths: bool = False,
         distillation_weight: NonNegativeFloat = 0.0,
         distillation_start: NonNegativeInt = 0,
-        matryoshka_dims: Sequence[PositiveInt] | None = None,
+        matryoshka_dims: Dims | None = None,
         temperature: PositiveFloat = 0.02,
         learn_temperature: bool = False,
         symmetric: bool = False,
         teacher_weight: NonNegativeFloat = 0.0,
+        false_negative_margin: NonNegativeFloat | None = None,
         optimizer: OptimizerConfig = _OPTIMIZER,
-        query_chunk_size: PositiveInt | None = None,
-        candidate_chunk_size: PositiveInt | None = None,
+        chunk_size: PositiveInt | None = None,
         query_instruction: str = "",
         candidate_instruction: str = "",
         max_tokens: PositiveInt | None = None,
@@ -145,9 +145,10 @@ class PDFEmbedder(LightningModule):
         self.mi_config: MIConfig = typed["mi"]
         self.optimizer_config: OptimizerConfig = typed["optimizer"]
         self.mi_weight, self.aggregate_weight, self.symmetric = mi_weight, aggregate_weight, symmetric
-        self.nested_paths = nested_paths
+        self.nested_paths, self.fixed_temperature = nested_paths, temperature
+        self.false_negative_margin = false_negative_margin
         self.distillation_weight, self.distillation_start = distillation_weight, distillation_start
-        self.query_chunk_size, self.candidate_chunk_size = query_chunk_size, candidate_chunk_size
+        self.chunk_size = chunk_size
         self.query_instruction, self.candidate_instruction = query_instruction, candidate_instruction
         self.seed, self.teacher_weight, self.progress = seed, teacher_weight, Progress()
         self.data_settings: dict[str, Any] = {}
@@ -161,18 +162,17 @@ class PDFEmbedder(LightningModule):
             self.mutual_information = MutualInformation(self.mi_config.kind, num_paths=num_paths, **sizes)
         log_temperature = torch.tensor(float(temperature)).log()
         self.log_temperature = nn.Parameter(log_temperature) if learn_temperature else None
-        self.fixed_temperature = temperature
         self.train()
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Any]:
         """Take one step: encode, fit q, one gradient of the objective, one step of the embedder."""
         with self.encoder.turns.alone(), seeded(self.device, self.seed, self.progress.steps_done):
             # 1. All paths of all rows, of all ranks. Under GradCache the embeddings are leaves.
-            query = self._encode(batch.query, "query", self.query_chunk_size)
-            candidate = self._encode(batch.candidate, "candidate", self.candidate_chunk_size)
-            embeddings = query.embeddings, candidate.embeddings
+            encoding = self._encode(batch.inputs)
+            query, candidate = encoding.embeddings.tensor_split([len(batch)])
             pairs = terms.gather_pairs(
-                *embeddings,
+                query,
+                candidate,
                 aggregate=self.encoder.aggregate,
                 dims=self.nested_dims,
                 nested_paths=self.nested_paths,
@@ -189,6 +189,7 @@ class PDFEmbedder(LightningModule):
                 symmetric=self.symmetric,
                 with_aggregate=self.aggregate_weight > 0,
                 teacher_weight=self.teacher_weight,
+                false_negative_margin=self.false_negative_margin,
             )
             with terms.frozen(self.mutual_information), torch.set_grad_enabled(weight > 0):
                 mi_M = terms.mutual_information_terms(self.mutual_information, pairs)
@@ -202,8 +203,7 @@ class PDFEmbedder(LightningModule):
             with own_gradients_only(self.trainer.strategy):
                 if loss.requires_grad:  # not for texts alone when only vision adapters train
                     self.manual_backward(loss * world_size())
-                query.backward()
-                candidate.backward()
+                encoding.backward()
             # 6. The main step; the rest is bookkeeping.
             self._main_step()
         values |= {"loss": loss, "mi": mean_mi, "mi_weight": weight, "contrastive_aggregate": aggregate}
@@ -221,9 +221,9 @@ class PDFEmbedder(LightningModule):
             return torch.tensor(self.fixed_temperature, device=self.device)
         return self.log_temperature.exp()
 
-    def _encode(self, inputs: EncoderInputs, side: str, chunk_size: int | None) -> Encoding:
-        seed_parts = (self.seed, self.progress.steps_done, rank(), side)
-        return encode_in_chunks(self.encoder, inputs, chunk_size=chunk_size, seed_parts=seed_parts)
+    def _encode(self, inputs: EncoderInputs) -> Encoding:
+        seed_parts = (self.seed, self.progress.steps_done, rank(), "encode")
+        return encode_in_chunks(self.encoder, inputs, chunk_size=self.chunk_size, seed_parts=seed_parts)
 
     def _fit_estimator(self, pairs: terms.GatheredPairs) -> tuple[Tensor, Tensor]:
         """Fit q, alike on every rank; return its NLL on this batch before (held out) and after the fit."""
@@ -277,7 +277,7 @@ class PDFEmbedder(LightningModule):
         """Refuse a Trainer that cannot work before anything is trained; see ``training.settings``."""
         settings.check_trainer(self.trainer.strategy, self.trainer.precision)
         if stage == "fit":
-            settings.check_trained_dtype(self.hparams)
+            settings.check_fit(self.hparams, self.data_settings, self.encoder, self.trainer.strategy)
 
     def configure_model(self) -> None:
         """Shard the backbone under FSDP2; nothing to do for one process and for DDP."""

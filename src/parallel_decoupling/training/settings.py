@@ -11,14 +11,18 @@ from typing import Any, NamedTuple
 
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
+from parallel_decoupling.distributed import world_size
 from parallel_decoupling.model.backbone import AdapterConfig
 from parallel_decoupling.model.encoder import absolute_name
 from parallel_decoupling.model.families import Family
+from parallel_decoupling.option_types import check_memory
 from parallel_decoupling.training.optimization import MIConfig, OptimizerConfig, require
 from parallel_decoupling.training.strategies import FSDP2Strategy
 
 CONFIGS: dict[str, Any] = dict(adapter=AdapterConfig, mi=MIConfig, optimizer=OptimizerConfig, family=Family)
 """Settings with options of their own, and the class of these."""
+
+_BATCH = ("batch_size", "hard_negatives", "positives")
 
 
 class Setting(NamedTuple):
@@ -107,6 +111,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         require(num_paths > 1 or settings[name] == 0, message)
     no_estimator = settings["mi"]["kind"] == "none" and settings["mi_weight"] > 0
     require(not no_estimator, "mi.kind=none leaves nothing to weigh: set mi_weight=0.")
+    check_memory(f"num_paths={num_paths}", 16.0 * num_paths * (num_paths - 1) / 2)  # numbers of all pairs
 
 
 def check_trainer(strategy: Any, precision: str) -> None:
@@ -119,9 +124,23 @@ def check_trainer(strategy: Any, precision: str) -> None:
     require(precision in ("32-true", "bf16-mixed"), f"{problem}: {advice}.")
 
 
+def check_fit(settings: Mapping[str, Any], data: Mapping[str, Any], encoder: Any, strategy: Any) -> None:
+    """Raise ``ValueError`` for weights that would not train, and for a batch that cannot fit on a CPU."""
+    check_trained_dtype(settings)
+    if not data or strategy.root_device.type != "cpu":  # another data module, or a GPU, which says so itself
+        return
+    paths, (queries, *more) = settings["num_paths"], group(_BATCH, data).values()
+    candidates = queries * sum(more)
+    width = 0 if settings["candidate_chunk_size"] else getattr(encoder.backbone, "num_layers", 0)
+    numbers = candidates * ((paths + 1) * (queries + encoder.embed_dim) + paths * width * encoder.embed_dim)
+    what = ", ".join(f"data.{name}={data[name]}" for name in _BATCH)
+    check_memory(what, 8.0 * numbers / world_size())  # embeddings, scores, states: fp32, and their gradients
+
+
 def check_trained_dtype(settings: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` where weights that are kept in half precision would be trained."""
-    problem = f"adapter.kind=full with dtype={settings['dtype']} would round most updates away"
-    advice = "use model.dtype=float32 with trainer.precision=bf16-mixed"
-    is_exact = settings["adapter"]["kind"] != "full" or settings["dtype"] == "float32"
-    require(is_exact, f"{problem}: {advice}.")
+    """Raise ``ValueError`` where weights in half precision would be trained, or gradients pass float16."""
+    dtype, is_full = settings["dtype"], settings["adapter"]["kind"] == "full"
+    problem = "adapter.kind=full would round most updates away" if is_full else "small gradients become 0"
+    advice = "use model.dtype=float32 with trainer.precision=bf16-mixed, or bfloat16 for a frozen backbone"
+    is_exact = dtype == "float32" or (dtype == "bfloat16" and not is_full)
+    require(is_exact, f"dtype={dtype}: {problem}: {advice}.")

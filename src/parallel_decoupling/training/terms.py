@@ -46,8 +46,8 @@ class GatheredPairs:
     teacher: Tensor | None = None
 
     @property
-    def labels(self) -> dict[str, Tensor]:
-        """Return what ``info_nce`` and ``in_batch_hit_at_1`` compare candidates by."""
+    def labels(self) -> dict[str, Any]:
+        """Return what ``info_nce`` and ``in_batch_margins`` compare candidates by."""
         positive = self.positive if self.own is None else self.own[:, : self.num_positives]
         return {"positive": positive, "candidate_ids": self.candidate_ids}
 
@@ -116,6 +116,7 @@ def contrastive_terms(
     symmetric: bool,
     with_aggregate: bool,
     teacher_weight: float = 0.0,
+    false_negative_margin: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return InfoNCE of every path ``[N]`` and of the aggregates (0-dim), means over nested dimensions.
 
@@ -123,12 +124,13 @@ def contrastive_terms(
     """
     if pairs.nested:
         options: dict[str, Any] = {"symmetric": symmetric, "with_aggregate": with_aggregate}
-        options["teacher_weight"] = teacher_weight
+        options |= {"teacher_weight": teacher_weight, "false_negative_margin": false_negative_margin}
         dims = (replace(pairs, nested=()), *pairs.nested)
         of_dims = [contrastive_terms(each, temperature, **options) for each in dims]
         paths, aggregates = zip(*of_dims, strict=True)
         return torch.stack(paths).mean(dim=0), torch.stack(aggregates).mean(dim=0)
     arguments: dict[str, Any] = {"temperature": temperature, "symmetric": symmetric, **pairs.labels}
+    arguments["false_negative_margin"] = false_negative_margin
 
     def contrast(query: Tensor, candidate: Tensor) -> Tensor:
         loss_N = contrastive.info_nce(query, candidate, **arguments)
@@ -200,12 +202,11 @@ def monitored_values(
 ) -> dict[str, Any]:
     """Return what is worth a curve, without graph; ``path_loss`` is ``[N]``, ``pair_mi`` ``[M]``."""
     margin_NB = contrastive.in_batch_margins(pairs.query, pairs.candidate, **pairs.labels)
-    path_hit_N = (margin_NB > 0).to(margin_NB.dtype).mean(dim=1)
-    aggregates = pairs.query_aggregate, pairs.candidate_aggregate
-    hit = contrastive.in_batch_hit_at_1(*aggregates, **pairs.labels)
+    aggregates = pairs.query_aggregate[:, :1], pairs.candidate_aggregate[:, :1]
+    hit_1B, hit_NB = contrastive.in_batch_margins(*aggregates, **pairs.labels) > 0, margin_NB > 0
     values = {f"train/{name}": value for name, value in terms.items()}
-    values["train/hit_at_1_aggregate"] = hit[0]
-    values |= {f"train/hit_at_1_path_{path}": value for path, value in enumerate(path_hit_N)}
+    values["train/hit_at_1_aggregate"] = hit_1B.float().mean()
+    values |= {f"train/hit_at_1_path_{path}": value for path, value in enumerate(hit_NB.float().mean(dim=1))}
     values |= {f"train/contrastive_path_{path}": value for path, value in enumerate(path_loss)}
     pair_numbers = path_pairs(len(path_loss)).tolist()
     values |= {f"train/mi_pair_{i}_{j}": mi for (i, j), mi in zip(pair_numbers, pair_mi, strict=True)}

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from parallel_decoupling.data.tables import default_cache_dir
 from parallel_decoupling.files import atomic_write
 from parallel_decoupling.world.answers import ANSWER_TASKS, write_answer_task
+from parallel_decoupling.world.pages import write_pages_and_clips
 from parallel_decoupling.world.rows import WORLD_TASKS, Row, Side, WorldTask
 
 TRAIN_ROWS, EVAL_ROWS, CANDIDATES = 1500, 150, 16
@@ -70,6 +71,7 @@ def generate(data_dir: Path, *, train_rows: int, eval_rows: int, seed: int) -> N
         rng = np.random.default_rng([seed, index, 1])
         write_answer_task(data_dir, extra, rng, train_rows=train_rows, eval_rows=eval_rows)
         table[extra.name] = extra.entry
+    table |= write_pages_and_clips(data_dir, np.random.default_rng([seed, len(table), 1]), eval_rows)
     (data_dir / "tasks.json").write_text(json.dumps(table, indent=2) + "\n")
 
 

@@ -1,0 +1,111 @@
+"""Hard negatives of training rows: what a model ranks high for a query, but below the row's own candidate."""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from parallel_decoupling.data.datamodule import MMEBDataModule
+from parallel_decoupling.data.readers import MMEB_TRAIN, TrainSubset
+from parallel_decoupling.data.row_reader import CANDIDATE, QUERY, Side, side_of
+from parallel_decoupling.data.row_sources import TaskSide
+from parallel_decoupling.data.tasks import ROLES, EvalTask, Task, find_train_subsets
+from parallel_decoupling.evaluation.embedder import Embedder
+from parallel_decoupling.evaluation.encode import encode_rows
+from parallel_decoupling.evaluation.store import AGGREGATE, Keeper, Store
+from parallel_decoupling.files import atomic_write
+from parallel_decoupling.model.identity import about_encoder, encoder_identity
+from parallel_decoupling.option_types import NonNegativeInt, PositiveInt, checked
+
+
+@checked()
+def mine(
+    data_dir: str,
+    model: str,
+    output_dir: str,
+    negatives: PositiveInt = 1,
+    first_rank: NonNegativeInt = 0,
+    last_rank: PositiveInt = 100,
+    margin: float = 0.0,
+) -> None:
+    """Write the split "mined" of all training subsets in MMEB's layout: their rows with hard negatives.
+
+    Args:
+        data_dir: holds MMEB-train/; or mini-mmeb.
+        model: checkpoint, run or exported folder; its aggregate ranks the candidates of a subset.
+        output_dir: keeps the embeddings, so that a command which was stopped goes on.
+        negatives: most negatives of a row, best first; in place of those that it has.
+        first_rank: of a negative among the candidates that are not the query's own, from 0.
+        last_rank: likewise; the first one that is too far.
+        margin: how far a negative scores below the row's first own candidate at least.
+    """
+    embedder = Embedder.from_pretrained(model, device="cuda" if torch.cuda.is_available() else "cpu")
+    about = about_encoder(embedder.encoder, encoder_identity(embedder.encoder))
+    folder, keeper = MMEBDataModule(data_dir=data_dir).folder, Keeper(output_dir, lambda: about, replace=True)
+    for name in find_train_subsets(folder):
+        subset = TrainSubset(folder, name)
+        if subset.reader.source is not None:
+            raise ValueError(f"{name} is a table of your own; mine reads and writes MMEB's layout.")
+        task, sides = as_task(subset)
+        query, candidate = (TaskSide(task, side, folder) for side in ("query", "candidate"))
+        vectors = _embedded(embedder, keeper, query), _embedded(embedder, keeper, candidate)
+        found = hard_negatives(*vectors, task, range(first_rank, last_rank), margin, negatives)
+        columns = dict(zip(MMEB_TRAIN, map(subset.table.column, ROLES), strict=True))
+        cells = {key: column.take(subset.kept) for key, column in columns.items() if column is not None}
+        for part, key in enumerate(MMEB_TRAIN[4:]):
+            lists = [[sides[each][part] for each in row] for row in found]
+            cells[key] = pa.array(lists, pa.list_(pa.string()))
+        with atomic_write(folder / "MMEB-train" / name / "mined-00000-of-00001.parquet") as unfinished:
+            pq.write_table(pa.table(cells), unfinished)
+        sys.stdout.write(f"{name}: {sum(map(bool, found))} of {len(found)} rows have a negative\n")
+
+
+def as_task(subset: TrainSubset) -> tuple[EvalTask, list[Side]]:
+    """Return the unique queries and candidates of a subset, and the cells behind every candidate."""
+    task, reader = EvalTask(Task(subset.subset, "retrieval", False), [], [], [], []), subset.reader
+    places: dict[tuple[Side, Side], int] = {}
+    for row in subset.kept.tolist():
+        cells = reader.table[row]
+        own = [(QUERY, side_of(cells, QUERY))]
+        own += [(CANDIDATE, side) for side in reader.filled(row, CANDIDATE, cells)]
+        for kind, side in (each for each in own if each not in places):
+            inputs = task.queries if kind == QUERY else task.candidates
+            places[kind, side] = len(inputs)
+            inputs.append(reader.input(row, kind, side))
+        task.query_of_row.append(places[own[0]])
+        task.candidates_of_row.append([places[each] for each in own[1:]])
+    return task, [side for kind, side in places if kind == CANDIDATE]
+
+
+def _embedded(embedder: Embedder, keeper: Keeper, rows: TaskSide) -> Tensor:
+    """Return the aggregates of one side ``[rows, D]`` from its store, which is written if it lacks them."""
+    size = {"num_rows": len(rows), "rows_per_shard": len(rows)}
+    about = {**rows.about, **size, "columns": [AGGREGATE], "images": embedder.images.settings}
+    if not keeper.finished(rows, about):
+        vectors = {
+            AGGREGATE: encode_rows(embedder.encoder, embedder.collator, rows, where=rows.where).embeddings
+        }
+        keeper.write(rows, 0, range(len(rows)), vectors, {})
+    return Store(keeper.writers[rows.name].folder).column(AGGREGATE)
+
+
+def hard_negatives(
+    query_QD: Tensor, candidate_CD: Tensor, task: EvalTask, ranks: range, margin: float, most: int
+) -> list[list[int]]:
+    """Return what has these ranks and scores ``margin`` below each row's own; a query's own have no rank."""
+    own, found = defaultdict[int, set[int]](set), list[list[int]]()
+    for query, candidates in zip(task.query_of_row, task.candidates_of_row, strict=True):
+        own[query].update(candidates)
+    for row, query in enumerate(tqdm(task.query_of_row, desc=task.task.name, unit="row")):
+        score_C = candidate_CD @ query_QD[query]
+        highest = score_C[task.candidates_of_row[row][0]] - margin
+        score_C[list(own[query])] = -torch.inf
+        best = score_C.topk(min(ranks.stop, len(score_C) - len(own[query]))).indices[ranks.start :]
+        found.append(best[score_C[best] <= highest][:most].tolist())
+    return found

@@ -1,0 +1,167 @@
+"""MMEB-V2: its table, its published means, and miniatures of every published form, read and scored."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from parallel_decoupling.data.images import as_picture
+from parallel_decoupling.data.readers import TrainSubset, read_eval_task
+from parallel_decoupling.data.row_sources import RowSource
+from parallel_decoupling.data.tasks import MMEB_TASKS, V2_TASKS, chosen, find_eval_tasks, read_tasks
+from parallel_decoupling.evaluation.report import ScoreReport, TaskResult, write_report
+from tests.support.families import save_tiny_family
+from tests.support.fit import make_trainer, small_data, small_embedder
+from tests.support.mmeb import eval_row, write_eval, write_image, write_rows
+from tests.support.processes import run_ranks
+
+# VLM2Vec at 6e1e1d4, experiments/public/all_scores/v2.0.0/VLM2Vec-V2.0-Qwen2VL-2B.json, rounded there to four
+PUBLISHED = """
+K700 .38 SmthSmthV2 .428 HMDB51 .409 UCF101 .6 Breakfast .1478 MVBench .337 Video-MME .307 NExTQA .2092
+EgoSchema .34 ActivityNetQA .523 DiDeMo .3038 MSR-VTT .283 MSVD .4806 VATEX .2646 YouCook2 .1063
+QVHighlight .494 Charades-STA .2022 MomentSeeker .4083 ViDoRe_arxivqa .8058 ViDoRe_docvqa .4485
+ViDoRe_infovqa .8369 ViDoRe_tabfquad .8921 ViDoRe_tatdqa .4382 ViDoRe_shiftproject .6082
+ViDoRe_syntheticDocQA_artificial_intelligence .8853 ViDoRe_syntheticDocQA_energy .8651
+ViDoRe_syntheticDocQA_government_reports .8501 ViDoRe_syntheticDocQA_healthcare_industry .9217
+ViDoRe_esg_reports_human_labeled_v2 .4556 ViDoRe_biomedical_lectures_v2_multilingual .4427
+ViDoRe_economics_reports_v2_multilingual .43 ViDoRe_esg_reports_v2_multilingual .4662 VisRAG_ArxivQA .7687
+VisRAG_ChartQA .8441 VisRAG_MP-DocVQA .7179 VisRAG_SlideVQA .915 VisRAG_InfoVQA .8565 VisRAG_PlotQA .6605
+ViDoSeek-page .2194 ViDoSeek-doc .8018 MMLongBench-page .1189 MMLongBench-doc .4371
+"""
+ASK = (
+    "<|video_1|> Given a video and a question, select the most accurate answer from the provided candidates."
+)
+LINES = """
+K700 Kinetics-700/data/test {"video_id": "a", "pos_text": "archery"}
+SmthSmthV2 SmthSmthV2/test {"video_id": 7, "pos_text": "b", "neg_text": ["a", "b", "c"]}
+MVBench MVBench/action_count/train {"video": "a", "question": "q", "candidates": ["x", "y"], "answer": "y"}
+Video-MME Video-MME/data/test {"videoID": "a", "question": "q", "options": ["A. x.", "B. y."], "answer": "B"}
+NExTQA NExTQA/MC/test {"video": 7, "question": "q", "a0": "x", "a1": "y", "a2": "z", "a3": "v", "a4": "w", \
+"answer": 2}
+ActivityNetQA ActivityNetQA/data/test {"video_name": "a", "question": "is it", "answer": "no"}
+MSVD MSVD/data/test {"video_id": "a", "caption": ["see a", "or"]} {"video_id": "b", "caption": ["see b"]}
+QVHighlight QVHighlight/data/test {"query": "q", "video_path": "videos/m.mp4"}
+MomentSeeker MomentSeeker/data/test {"query": "q", "input_frames": "x/a.mp4", "negative_frames": \
+[{"output_path": "x/d.mp4"}], "positive_frames": [{"output_path": "x/b.mp4"}, {"output_path": "x/c.mp4"}]}
+"""
+FRAMES = """video_cls/K700/a video_cls/SSv2/7 video_qa/MVBench/action_count/a video_qa/Video-MME/a
+video_qa/NExTQA/7 video_qa/ActivityNetQA/v_a video_ret/MSVD/a video_ret/MSVD/b video_mret/QVHighlight/m/query
+video_mret/QVHighlight/m/positive_1 video_mret/QVHighlight/m/negative_0 """
+FRAMES += " ".join(f"video_mret/MomentSeeker/video_frames/x_{name}" for name in "abcd")
+ROWS = {line.split(" ")[0]: line.split(" ", 2)[1:] for line in LINES.strip().splitlines()}
+
+
+def picture(colour: Any) -> dict[str, Any]:
+    """A picture as ``datasets`` writes it."""
+    content = io.BytesIO()
+    Image.new("RGB", (16, 16), colour).save(content, "PNG")
+    return {"bytes": content.getvalue(), "path": "a.png"}
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("v2")
+    for file, rows in ROWS.values():
+        write_rows(root / f"video-tasks/{file}-0.parquet", json.loads(f"[{rows.replace('} {', '}, {')}]"))
+    for place, video in enumerate(FRAMES.split()):
+        for number in range(3):
+            shown = root / "video-tasks/frames" / video / f"frame_{number}.jpg"
+            write_image(shown, (20 * place, 90 * number, 99))
+    for name, split in (("arxivqa_test_subsampled_beir", "test"), ("VisRAG-Ret-Test-ChartQA", "train")):
+        folder, has_pictures = root / "visdoc-tasks" / name, split == "test"
+        held = [{"image": picture((80 * n, 9, 9))} if has_pictures else {} for n in range(3)]
+        write_rows(folder / f"corpus/{split}-0.parquet", [{"corpus-id": n, **held[n]} for n in range(3)])
+        qrels = [{"query-id": 0, "corpus-id": n, "score": n} for n in range(3)]
+        write_rows(folder / f"qrels/{split}-0.parquet", qrels)
+        write_rows(folder / f"queries/{split}-0.parquet", [{"query-id": 0, "query": "q"}])
+    for number in range(3):
+        write_image(root / "visdoc-tasks/VisRAG_ChartQA" / f"{number}.png", (9, 80 * number, 9))
+    write_image(root / "MMEB-eval/GQA/0.jpg")
+    write_eval(root, "GQA", [eval_row("<|image_1|>\nq\n", ["a", "b"], qry_img_path="GQA/0.jpg")])
+    return root
+
+
+def test_the_table_has_all_78_tasks_with_the_published_names_and_means(tmp_path: Path) -> None:
+    assert len(read_tasks(tmp_path)) == len(MMEB_TASKS) + len(V2_TASKS) == 78
+    names, scores = PUBLISHED.split()[::2], PUBLISHED.split()[1::2]
+    assert sorted(names) == sorted(V2_TASKS)
+    results = {}
+    for name, score in zip(names, map(float, scores), strict=True):
+        task, ndcg = V2_TASKS[name], {"path_0": {"ndcg@5": score}}
+        hits, metrics = ({"path_0": 0.0}, ndcg) if task.group == "visdoc" else ({"path_0": score}, {})
+        results[name] = TaskResult(task, 10, 0.1, hits, metrics=metrics)
+    means = {name: mean["path_0"] for name, mean in ScoreReport(results).means.items()}
+    assert means["video"] == pytest.approx(0.3457752807034119, abs=5e-5)
+    assert means["visdoc"] == pytest.approx(0.6535975211261046, abs=5e-5)
+    assert means["mmeb_v2"] == pytest.approx((18 * means["video"] + 24 * means["visdoc"]) / 42)
+    assert ScoreReport(results).partial_means == {"mmeb_v2": 42}
+    write_report(ScoreReport({"K700": results["K700"]}), tmp_path)
+    written = json.loads((tmp_path / "leaderboard.json").read_text())["metrics"]
+    assert (list(written), written["video"]["K700"]["hit@1"]) == (["image", "video", "visdoc"], 0.38)
+
+
+def test_every_form_is_read_as_vlm2vec_reads_it(data_dir: Path) -> None:
+    found = find_eval_tasks(data_dir)
+    assert chosen(None, found, data_dir) == ["GQA"]
+    assert chosen(["video"], found, data_dir) == [name for name in V2_TASKS if name in ROWS]
+    read = {name: read_eval_task(data_dir, name) for name in found}
+    asked = {name: task.queries[0].text.removeprefix(ASK) for name, task in read.items()}
+    rest = " Return only the exact text of your chosen answer. Question:  "
+    assert asked["MVBench"] == asked["NExTQA"].split("\n(C)")[0] == f"{rest}q\nOptions:\n(A) x\n(B) y"
+    assert asked["Video-MME"] == f"{rest}q\nA. x.\nB. y."
+    assert asked["ActivityNetQA"] == f"{rest}is it? (A) yes; (B) no."
+    assert asked["K700"] == "<|video_1|> Recognize the category of the video content."
+    assert asked["MSVD"] == "Find the video snippet that corresponds to the given summary: see a"
+    assert asked["MomentSeeker"].endswith("given sentence and video segment: q")
+    assert asked["ViDoRe_arxivqa"] == "Find a document image that matches the given query: q"
+    answers = {n: [t.candidates[c].text for c in t.candidates_of_row[0]] for n, t in read.items()}
+    right = {"MVBench": "(B) y", "Video-MME": "y", "NExTQA": "z", "ActivityNetQA": "no", "SmthSmthV2": "b"}
+    assert {name: answers[name][0] for name in right} == right
+    assert (len(answers["K700"]), answers["SmthSmthV2"]) == (700, ["b", "a", "c"])
+    see = "<|video_1|> Understand the content of the provided video."
+    assert (answers["MSVD"], len(answers["QVHighlight"])) == ([see, see], 2)
+    assert "positive_1" in str(read["QVHighlight"].candidates[0].video[0])
+    assert read["MomentSeeker"].relevance_of_row == [{0: 1.0, 1: 1.0}]
+    assert read["MomentSeeker"].candidates_of_row == [[0, 1, 2]]
+    for name in ("ViDoRe_arxivqa", "VisRAG_ChartQA"):
+        assert read[name].relevance_of_row == [{1: 1.0, 2: 2.0}]
+        assert [Image.open(each.images[0]).size for each in read[name].candidates] == [(16, 16)] * 3
+        assert answers[name][0] == "<|image_1|> Understand the content of the provided document image."
+
+
+def test_rows_of_datasets_with_pictures_train_and_are_embedded(tmp_path: Path) -> None:
+    row = {"q": "x", "image": picture("red"), "a": [picture("red"), picture("blue")]}
+    write_rows(tmp_path / "a.parquet", [{**row, "raw": picture("red")["bytes"]}])
+    columns = {"query_text": "q", "query_image": "raw", "candidate_image": "a", "negative_image": "image"}
+    entry = {"meta_task": "custom", "in_distribution": True, "train_file": "a.parquet", "columns": columns}
+    (tmp_path / "tasks.json").write_text(json.dumps({"Mine": entry}))
+    pair = TrainSubset(tmp_path, "Mine", positives=2, hard_negatives=1)[0]
+    files = [pair.query.images[0], pair.candidate.images[0], pair.negatives[0].images[0]]  # type: ignore[union-attr]
+    assert len({Path(str(file)).stem for file in files}) == 1, "the same picture"
+    assert Image.open(pair.positives[0].images[0]).getpixel((0, 0)) == (0, 0, 255)  # type: ignore[union-attr]
+    source = RowSource(tmp_path / "a.parquet")
+    assert Path(str(source[0].images[0])).is_file()
+    assert str(tmp_path.parent) not in str(source.columns([0])["image"])
+    assert as_picture(picture("red")).size == (16, 16)  # type: ignore[union-attr]
+
+
+def evaluate(backbone: str, data_dir: Path, folder: Path, devices: int) -> None:
+    trainer = make_trainer(folder, devices=devices, strategy="ddp" if devices > 1 else "auto")
+    data = small_data(str(data_dir), eval_tasks=["overall", "video", "visdoc"])
+    trainer.test(small_embedder(backbone), data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl"])
+def test_one_and_two_processes_score_every_form_alike(name: str, data_dir: Path, tmp_path: Path) -> None:
+    backbone = save_tiny_family(name, tmp_path / "backbone")
+    evaluate(backbone, data_dir, tmp_path / "one", 1)
+    run_ranks(lambda: evaluate(backbone, data_dir, tmp_path / "two", 2), timeout=200)
+    one, two = (json.loads((tmp_path / each / "scores.json").read_text()) for each in ("one", "two"))
+    assert set(one["tasks"]) == {*ROWS, "GQA", "ViDoRe_arxivqa", "VisRAG_ChartQA"}
+    assert (one["tasks"], one["means"]) == (two["tasks"], two["means"])
