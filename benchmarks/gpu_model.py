@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -47,18 +47,18 @@ class Steps(Callback):
         self.seconds.append(self.machine.now() - self._start)
 
 
-def batch_inputs(machine: Machine, backbone: Backbone, rows: int, images: int) -> EncoderInputs:
-    """Make rows of ``TEXT_TOKENS`` tokens, the first ``images`` of them with a picture; ends are random."""
+def batch_inputs(machine: Machine, backbone: Backbone, with_image: Sequence[bool]) -> EncoderInputs:
+    """Make rows of ``TEXT_TOKENS`` tokens, some of them with a picture; their ends are random."""
     words = "a red circle left of a small blue square "
     tokenizer = backbone.processor.tokenizer
     text = tokenizer.decode(tokenizer(words * TEXT_TOKENS)["input_ids"][:TEXT_TOKENS])
     picture = Image.effect_noise(machine.size.image, 60).convert("RGB")
     raw = [RawInput(f"{IMAGE_PLACEHOLDER}{text}", (picture,)), RawInput(text)]
     two = Collator(backbone.processor, image_token=backbone.image_token).encode_inputs(raw)
-    inputs = two.select([0] * images + [1] * (rows - images))
+    inputs = two.select([0 if image else 1 for image in with_image])
     ids = inputs.tokens["input_ids"].clone()
     ids[ids == tokenizer.convert_tokens_to_ids(backbone.image_token)] = backbone.config.image_token_id
-    ids[:, -8:] = torch.randint(0, 100, (rows, 8))
+    ids[:, -8:] = torch.randint(0, 100, (len(with_image), 8))
     return EncoderInputs({**inputs.tokens, "input_ids": ids}, inputs.vision)
 
 
@@ -76,7 +76,7 @@ def train(machine: Machine, batch_size: int, what: str, steps: int, **settings: 
     """Take training steps; return seconds, share of the peak and memory, each beside what it should be."""
     settings = {"adapter": ADAPTER, "prefix_length": PREFIX_LENGTH, **settings}
     plan = make_plan(machine, batch_size, settings)
-    plain = {"gradient_checkpointing": False, "query_chunk_size": None, "candidate_chunk_size": None}
+    plain = {"gradient_checkpointing": False, "chunk_size": None}
     model_flops = make_plan(machine, batch_size, {**settings, **plain}).flops
     expected = 3 * steps * plan.flops / machine.peak  # at a third of the peak
     if expected > machine.seconds_left:
@@ -84,11 +84,10 @@ def train(machine: Machine, batch_size: int, what: str, steps: int, **settings: 
         return [Row(what, note=f"left out: it would take {left}")]
     machine.forget_memory()
     module = machine.embedder(**settings)
-    sides = [
-        batch_inputs(machine, module.encoder.backbone, batch_size, round(share * batch_size))
-        for share in (QUERY_IMAGES, CANDIDATE_IMAGES)
-    ]
-    batch = PairBatch(*sides, torch.arange(batch_size), ("random",) * batch_size)
+    shares = (QUERY_IMAGES, CANDIDATE_IMAGES)
+    with_image = [row < round(share * batch_size) for share in shares for row in range(batch_size)]
+    inputs = batch_inputs(machine, module.encoder.backbone, with_image)
+    batch = PairBatch(inputs, torch.arange(batch_size), ("random",) * batch_size)
     clock = Steps(machine)
     quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     options: dict[str, Any] = {"accelerator": "gpu" if machine.is_cuda else "cpu", "devices": 1}
@@ -123,8 +122,7 @@ def steps(machine: Machine) -> list[Row]:
 def grad_cache(machine: Machine) -> list[Row]:
     """Train four paths with big batches in chunks; memory should grow by pixels and scores alone."""
     chunk = machine.size.chunk
-    chunks = {"query_chunk_size": chunk, "candidate_chunk_size": chunk}
-    options: dict[str, Any] = {"num_paths": 4, "gradient_checkpointing": True, **chunks}
+    options: dict[str, Any] = {"num_paths": 4, "gradient_checkpointing": True, "chunk_size": chunk}
     return [
         row
         for batch_size in machine.size.cached_batches
@@ -140,7 +138,7 @@ def encode(machine: Machine) -> list[Row]:
         settings: dict[str, Any] = {"num_paths": num_paths, "prefix_length": prefix_length}
         settings |= {"adapter": {"kind": "frozen"}, **ONE_PATH}
         module = machine.embedder(**settings).to(machine.device).eval()
-        inputs = batch_inputs(machine, module.encoder.backbone, images, images).to(machine.device)
+        inputs = batch_inputs(machine, module.encoder.backbone, [True] * images).to(machine.device)
         with torch.inference_mode():
             seconds = machine.seconds(partial(module, inputs, paths))
         tokens = inputs.tokens["input_ids"].numel() * (len(paths) if paths else num_paths)

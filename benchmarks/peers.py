@@ -86,31 +86,30 @@ def training_steps(kind: str) -> dict[str, Callable[[], float]]:
     ours, theirs = embedder(kind), stock()
     add_adapters(theirs[0].auto_model, ours.encoder.backbone.family, ours.encoder.backbone.adapter)
     theirs.train()
-    sides = [
-        dict(ours.encoder.processor(text=texts(PAIRS, 60, seed), padding=True, return_tensors="pt"))
-        for seed in (0, 1)
-    ]
+    rows = [texts(PAIRS, 60, seed) for seed in (0, 1)]
+    queries, candidates, both = (
+        dict(ours.encoder.processor(text=text, padding=True, return_tensors="pt"))
+        for text in (*rows, [*rows[0], *rows[1]])
+    )
+    inputs, own = EncoderInputs(both, ({},) * (2 * PAIRS)), torch.arange(PAIRS)
     loss = CachedMultipleNegativesRankingLoss(theirs, scale=1 / TEMPERATURE, mini_batch_size=CHUNK)
     optimizers = [
         torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
         for model in (ours.encoder, theirs)
     ]
-    own, inputs = torch.arange(PAIRS), [EncoderInputs(side, ({},) * PAIRS) for side in sides]
 
     def step() -> float:
-        options: dict[str, Any] = {"chunk_size": CHUNK, "seed_parts": (0,)}
-        encodings = [encode_in_chunks(ours.encoder, each, **options) for each in inputs]
-        query, candidate = (each.embeddings for each in encodings)
+        encoding = encode_in_chunks(ours.encoder, inputs, chunk_size=CHUNK, seed_parts=(0,))
+        query, candidate = encoding.embeddings.split(PAIRS)
         value = info_nce(query, candidate, positive=own, candidate_ids=own, temperature=TEMPERATURE).mean()
         value.backward()
-        for each in encodings:
-            each.backward()
+        encoding.backward()
         optimizers[0].step()
         optimizers[0].zero_grad()
         return value.item()
 
     def peer_step() -> float:
-        value = loss([{**side} for side in sides], torch.arange(PAIRS))
+        value = loss([{**queries}, {**candidates}], torch.arange(PAIRS))
         value.backward()
         optimizers[1].step()
         optimizers[1].zero_grad()

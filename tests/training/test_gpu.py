@@ -29,9 +29,9 @@ def fit(folder: Path, backbone: str, data_dir: str, accelerator: str, **settings
 def test_a_gpu_trains_like_the_cpu(
     tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path, chunk_size: int | None
 ) -> None:
-    chunks = {"query_chunk_size": chunk_size, "candidate_chunk_size": chunk_size}
     (_, found), (_, wanted) = (
-        fit(tmp_path / kind, tiny_backbone_dir, tiny_mmeb_dir, kind, **chunks) for kind in ("gpu", "cpu")
+        fit(tmp_path / kind, tiny_backbone_dir, tiny_mmeb_dir, kind, chunk_size=chunk_size)
+        for kind in ("gpu", "cpu")
     )
     for ours, theirs in zip(found, wanted, strict=True):
         assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-2)

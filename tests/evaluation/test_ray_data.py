@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from parallel_decoupling import ray_data
+from parallel_decoupling.evaluation import ray_data
 from parallel_decoupling.evaluation.embedder import Embedder
-from parallel_decoupling.ray_data import ShardEmbedder, embed_with_ray
+from parallel_decoupling.evaluation.ray_data import ShardEmbedder, embed_with_ray
 
 pytestmark = pytest.mark.slow
 
