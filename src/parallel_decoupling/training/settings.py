@@ -131,7 +131,7 @@ def check_fit(settings: Mapping[str, Any], data: Mapping[str, Any], encoder: Any
         return
     paths, (queries, *more) = settings["num_paths"], group(_BATCH, data).values()
     candidates = queries * sum(more)
-    width = 0 if settings["candidate_chunk_size"] else getattr(encoder.backbone, "num_layers", 0)
+    width = 0 if settings["chunk_size"] else getattr(encoder.backbone, "num_layers", 0)
     numbers = candidates * ((paths + 1) * (queries + encoder.embed_dim) + paths * width * encoder.embed_dim)
     what = ", ".join(f"data.{name}={data[name]}" for name in _BATCH)
     check_memory(what, 8.0 * numbers / world_size())  # embeddings, scores, states: fp32, and their gradients
