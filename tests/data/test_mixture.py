@@ -258,7 +258,6 @@ def test_an_empty_row_has_no_input(tmp_path: Path) -> None:
         ([{"text": "x", "aggregate": 1}], "a column 'aggregate' holds embeddings"),
         ([{"text": "x", "id": "1"}, {"text": "y", "id": None}], "row 1, .* an id of its own, got None"),
         ([{"text": "x", "id": "1"}, {"text": "y", "id": "1"}], "row 0, .* an id of its own, got 1"),
-        ([{"text": "x", "image": {"bytes": b"x", "path": "y"}}], "'image': holds struct<.*Images must be"),
         ([{"text": ["x"]}], "column 'text': holds a list"),
     ],
 )

@@ -279,8 +279,10 @@ def test_files_of_another_run_are_refused(
             ValueError, match=rf"00000\.parquet was written with another {name}: .*output_dir"
         ):
             predict(module, table_file, tmp_path, **changes)  # type: ignore[arg-type]
+    other_rows = table_file.with_name("other.jsonl")
+    other_rows.write_text('{"text": "another row"}\n')
     with pytest.raises(ValueError, match="another (num_rows|rows_sha256)"):
-        predict(module, table_file.parent, tmp_path)
+        predict(module, other_rows, tmp_path)
     other = small_embedder(tiny_backbone_dir, candidate_instruction="Describe.")
     with torch.no_grad():
         other.encoder.parameter_groups()["prefixes"][0].add_(1.0)

@@ -30,7 +30,7 @@ def path_pairs(num_paths: int) -> Tensor:
 
     Ours: CLUB is asymmetric, but both directions cost twice as much and gain little.
     """
-    return torch.triu_indices(num_paths, num_paths, offset=1).T.contiguous()
+    return torch.stack(torch.triu_indices(num_paths, num_paths, offset=1).unbind(), dim=1)
 
 
 def standardise(paths: Tensor) -> Tensor:
