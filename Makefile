@@ -84,8 +84,9 @@ configs: $(INSTALLED) ## write lightning_configs/reproduce/ anew from its layers
 notebooks: $(INSTALLED) ## execute every notebook in place
 	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
 
-bench: $(INSTALLED) ## ratios to peers and floors: N paths, vCLUB, start-up, test, GradCache, evaluation, search, scale (an hour)
+bench: $(INSTALLED) ## ratios to peers and floors: the demo's step, N paths, vCLUB, start-up, test, GradCache, evaluation, search, scale (an hour)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
+	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.paths
 	$(BIN)/python -m benchmarks.vclub
 	$(BIN)/python -m benchmarks.startup

@@ -44,9 +44,9 @@ class Recording(PDFEmbedder):
         self.sharded = {name for name, p in self.named_parameters() if isinstance(p, DTensor)}
         self.gradients.append({name: whole(p.grad).clone() for name, p in named})
 
-    def _encode(self, inputs: Any, side: str, chunk_size: int | None) -> Any:
+    def _encode(self, inputs: Any) -> Any:
         self.with_image.append(any(inputs.vision))
-        return super()._encode(inputs, side, chunk_size)
+        return super()._encode(inputs)
 
 
 def train(
