@@ -45,7 +45,7 @@ class Recording(PDFEmbedder):
         self.gradients.append({name: whole(p.grad).clone() for name, p in named})
 
     def _encode(self, inputs: Any) -> Any:
-        self.with_image.append(any(inputs.vision))
+        self.with_image.append([bool(row) for row in inputs.vision])
         return super()._encode(inputs)
 
 

@@ -20,16 +20,22 @@ def path_cosine(paths: Tensor) -> Tensor:
         return torch.einsum("bnd,bmd->nm", unit_BND, unit_BND) / len(paths)
 
 
+_ROUNDING = 1e-5
+
+
 @torch.no_grad()
 def margin_correlation(margins: Tensor) -> Tensor:
     """Return the correlation ``[N, N]`` over queries between the paths' margins ``[N, B]``.
 
     A margin is what the positive scores above the best other target, so this compares the paths' errors:
     the mean of N paths with correlation rho has ``(1 + (N - 1) rho) / N`` of their variance. Queries without
-    a rival (an infinite margin) are left out; a path with one margin for all has correlation 0.
+    a rival (an infinite margin) are left out; a path with one margin for all, up to the rounding of cosines
+    (1e-5), has correlation 0.
     """
     finite_NB = margins[:, margins.isfinite().all(dim=0)]
-    unit_NB = nn.functional.normalize(finite_NB - finite_NB.mean(dim=1, keepdim=True), dim=1)
+    deviation_NB = finite_NB - finite_NB.mean(dim=1, keepdim=True)
+    deviation_NB = deviation_NB * (deviation_NB.norm(dim=1, keepdim=True) > _ROUNDING)
+    unit_NB = nn.functional.normalize(deviation_NB, dim=1)
     return unit_NB @ unit_NB.T
 
 
