@@ -61,7 +61,8 @@ class TaskSide:
 class RowSource:
     """The images of a folder or the rows of a table (``docs/embedding_files.md``) with an instruction.
 
-    A folder with Parquet files in it is a table of them in the order of their names.
+    A folder of Parquet files and nothing else (names that begin with _ or . apart) is a table of them in the
+    order of their names.
 
     ``left_out`` says what of a folder is not among the rows, "" for nothing.
     """
@@ -70,7 +71,9 @@ class RowSource:
 
     def __init__(self, path: str | Path, instruction: str = "") -> None:
         self.path, self.instruction, is_dir = Path(path), instruction, Path(path).is_dir()
-        files = sorted(self.path.glob("*.parquet")) if is_dir else [self.path]
+        files = sorted(self.path.glob("[!_.]*")) if is_dir else [self.path]
+        if is_dir and any(file.suffix != ".parquet" for file in files):
+            files = []
         self._fields, self.left_out = (
             (_read_table(self.path, files), "") if files else _list_images(self.path)
         )
