@@ -54,7 +54,7 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.stdout.write(f"parallel-decoupling {version('parallel-decoupling')}\n")
         return
     if arguments[0] not in SUBCOMMANDS:
-        _fail(f"there is no subcommand {arguments[0]!r}; choose from {', '.join(SUBCOMMANDS)}")
+        _fail(f"the subcommand {arguments[0]!r} does not exist; choose from {', '.join(SUBCOMMANDS)}")
     try:
         if arguments[0] in COMMANDS:
             _run_command(arguments[0], arguments[1:])

@@ -338,8 +338,10 @@ def _judge_here(each: Try) -> tuple[str, str]:
         return ("clear" if named and plain else "vague"), f"{type(error).__name__}: {error}"[:1000]
     except MemoryError:
         return "memory", ""
-    except BaseException:
-        return "traceback", traceback.format_exc()[-1500:]
+    except BaseException as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        said = traceback.format_exception_only(error)[-1].partition("\n")[0]
+        return "traceback", f"{Path(place.filename).name}, {place.name}: {said}"
     try:
         return ("right" if each.ok(result) else "silent"), repr(result)[:200]
     except ValueError as error:

@@ -91,7 +91,7 @@ class Collator:
             with one_row(places[row] if places else ""):
                 raise error
         if encoded is None:
-            raise ValueError("There are no inputs to encode.")
+            raise ValueError("The list of inputs to encode is empty.")
         return encoded
 
     def encode_usable(self, inputs: Sequence[RawInput]) -> tuple[EncoderInputs | None, dict[int, RowError]]:

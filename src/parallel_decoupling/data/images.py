@@ -245,7 +245,7 @@ def load_image(image: Image.Image | str, *, turn: bool = True) -> Image.Image:
 
 def _open_file(file: str) -> Image.Image:
     if not os.path.isfile(file):  # opening a named pipe would wait for ever
-        raise ValueError("there is no such file")
+        raise ValueError("the file does not exist")
     return Image.open(file)
 
 
