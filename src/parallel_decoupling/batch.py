@@ -104,7 +104,7 @@ class EncoderInputs:
 class PairBatch:
     """What one training step sees; ``inputs`` are ``B`` queries, their ``B`` positives, then all others.
 
-    One encoder call may so take queries and candidates of one length. The others stand row by row: the
+    A forward pass can then take queries and candidates of similar length. The others stand row by row: the
     positives up to ``num_positives``, then any hard negatives. Equal ``candidate_ids`` (int64) are the same
     target, and ``PADDING_ID`` is none. ``teacher`` ``[B, K]`` are the scores of each row's own candidates,
     NaN where there are none.

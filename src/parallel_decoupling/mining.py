@@ -39,7 +39,7 @@ def mine(
     Args:
         data_dir: holds MMEB-train/; or mini-mmeb.
         model: checkpoint, run or exported folder; its aggregate ranks the candidates of a subset.
-        output_dir: keeps the embeddings, so that a command which was stopped goes on.
+        output_dir: keeps the embeddings, from which a command that was stopped resumes.
         negatives: most negatives of a row, best first; in place of those that it has.
         first_rank: of a negative among the candidates that are not the query's own, from 0.
         last_rank: likewise; the first one that is too far.

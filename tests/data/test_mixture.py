@@ -191,6 +191,20 @@ def test_a_folder_of_images_is_searched_to_the_bottom(tmp_path: Path) -> None:
     assert source[1] == to_raw_inputs([tmp_path / "b/c/second.JPG"])[0]
 
 
+def test_a_folder_of_parquet_files_and_nothing_else_is_a_table(tmp_path: Path) -> None:
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    for name, text in (("b.parquet", "second"), ("a.parquet", "first")):
+        pq.write_table(pa.table({"text": [text]}), folder / name)
+    (folder / "_SUCCESS").touch()
+    source = RowSource(folder)
+    assert [source[row].text for row in range(len(source))] == ["first", "second"]
+    Image.new("RGB", (8, 8)).save(folder / "c.png")
+    pictures = RowSource(folder)
+    assert pictures.columns([*range(len(pictures))])["id"].to_pylist() == ["c.png"]
+    assert "a.parquet" in pictures.left_out
+
+
 def test_what_a_folder_has_beside_pictures_is_counted_and_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

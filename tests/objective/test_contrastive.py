@@ -287,6 +287,8 @@ def test_margins_without_a_rival_do_not_count_and_a_constant_path_has_no_correla
     found = margin_correlation(margins)
     torch.testing.assert_close(found[:2, :2], expected)
     assert found[2].tolist() == [0, 0, 0]
+    margins[2] += 1e-7 * torch.arange(22) % 3
+    assert margin_correlation(margins)[2].tolist() == [0, 0, 0], "rounding is not a difference"
 
 
 def test_entropy_of_targets_counts_repeats_together() -> None:

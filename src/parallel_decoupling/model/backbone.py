@@ -68,8 +68,9 @@ class Backbone(nn.Module):
         for index, layer in enumerate(self.layers):
             layer.register_forward_pre_hook(partial(enter_layer, index), with_kwargs=True)
         self.language_model.register_forward_pre_hook(hand_down, with_kwargs=True)
-        mlp = cast(Any, self.layers[-1]).mlp
-        mlp.forward = partial(pooled_only, mlp.forward)
+        mlp = getattr(self.layers[-1], "mlp", None)
+        if mlp is not None:  # another family may call it otherwise, and then computes what is not read
+            mlp.forward = partial(pooled_only, mlp.forward)
         add_between_layers = getattr(self.language_model, "_deepstack_process", None)
         if add_between_layers is not None:
             self.language_model._deepstack_process = partial(deepstack, add_between_layers)

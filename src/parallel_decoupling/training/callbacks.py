@@ -127,7 +127,7 @@ class SaveOnSignal(Callback):
 
     A step that has begun is finished first, so that the run can be resumed bit for bit. With several
     processes a signal during a wait for data can leave them waiting for each other; then the last regular
-    ``last.ckpt`` counts. A second Ctrl+C stops at once, without saving. After SIGUSR1 the run goes on; on
+    ``last.ckpt`` counts. A second Ctrl+C stops at once, without saving. After SIGUSR1 the run continues; on
     SLURM, Lightning's plugin requeues its job.
     """
 
