@@ -10,9 +10,11 @@ import logging
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from datetime import timedelta
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,11 @@ from typing import Any
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from rich.table import Table
@@ -38,6 +40,7 @@ from parallel_decoupling.model.run_checkpoint import read_checkpoint
 from parallel_decoupling.training import run_folder
 from parallel_decoupling.training.callbacks import console
 from parallel_decoupling.training.module import PDFEmbedder
+from parallel_decoupling.training.optimization import total_steps
 from parallel_decoupling.training.resuming import Continuity, continue_logs
 from parallel_decoupling.training.run_folder import FIT_CONFIG, as_list, is_first_process
 from parallel_decoupling.training.settings import CONFIGS, FIXED
@@ -114,6 +117,30 @@ def _size(node: yaml.Node, depth: int = 0) -> int:
     for part in chain.from_iterable(each if isinstance(each, tuple) else (each,) for each in node.value):
         total += _size(part, depth + 1) if total <= MOST_VALUES else 0
     return total
+
+
+class ProgressLines(Callback):
+    """Writes a line every ten seconds where a progress bar cannot be drawn, as in a job's log."""
+
+    SECONDS = 10.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._shown = trainer.progress_bar_callback is not None and not sys.stdout.isatty()
+        self._since = self._last = time.monotonic()
+        self._first = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Say how far the run is, and how long the rest takes at its speed so far."""
+        now, done, most = time.monotonic(), trainer.global_step, total_steps(trainer)
+        if not self._shown or (now - self._last < self.SECONDS and done < most):
+            return
+        self._last = now
+        left = (now - self._since) / max(1, done - self._first) * (most - done)
+        shown = f", {timedelta(seconds=round(left))} left" if left < timedelta.max.total_seconds() else ""
+        rank_zero_info(f"step {done} of {most:g}, loss {float(outputs['loss']):.3f}{shown}")
 
 
 class _Parser(LightningArgumentParser):
@@ -230,7 +257,7 @@ class RunCLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         callbacks, keeper = list(as_list(config.get("callbacks"))), self._keeper()
         self.datamodule.connect(self.model, keeper)
-        callbacks.append(Scoring(self.datamodule, keeper))
+        callbacks += [Scoring(self.datamodule, keeper), ProgressLines()]
         if self.config.subcommand == "predict":
             assert keeper is not None
             callbacks.append(EmbeddingWriter(self.datamodule, keeper))

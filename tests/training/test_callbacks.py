@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 from parallel_decoupling.batch import PADDING_ID
+from parallel_decoupling.lightning_cli import ProgressLines
 from parallel_decoupling.objective.contrastive import info_nce
 from parallel_decoupling.training.callbacks import CollapseAlarm
 from parallel_decoupling.training.compute import LENGTH_GROUPS, Progress, forward_passes, token_passes
@@ -180,3 +181,22 @@ def test_token_passes(changed: dict[str, Any], expected: float) -> None:
 def test_forward_passes_are_chunks_or_length_groups() -> None:
     assert forward_passes(settings(), 32) == LENGTH_GROUPS
     assert forward_passes(settings(chunk_size=5), 32) == 7
+
+
+@pytest.mark.parametrize("bar", [True, False])
+def test_progress_is_written_in_lines_where_no_bar_can_be_drawn(
+    bar: bool,
+    tiny_backbone_dir: str,
+    tiny_mmeb_dir: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(ProgressLines, "SECONDS", 0.0)
+    trainer = make_trainer(tmp_path, max_steps=3, enable_progress_bar=bar)
+    trainer.callbacks.append(ProgressLines())
+    with caplog.at_level("INFO"):
+        trainer.fit(small_embedder(tiny_backbone_dir), small_data(tiny_mmeb_dir))
+    lines = [record.message for record in caplog.records if record.message.startswith("step ")]
+    assert [line.partition(",")[0] for line in lines] == [f"step {step} of 3" for step in (1, 2, 3)] * bar
+    assert all(line.endswith("0:00:00 left") for line in lines[2:])
