@@ -264,6 +264,30 @@ def test_any_error_of_building_the_trainer_is_one_message(
     assert words in mistake(["fit", "--config", "demo.yaml", *options, f"--trainer.{option}"])
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "words"),
+    [
+        ("fit", "--trainer.check_val_every_n_epoch=0", "check_val_every_n_epoch must be 1 or more"),
+        ("fit", "--trainer.log_every_n_steps=-1", "log_every_n_steps must be 0 or more"),
+        ("fit", "--trainer.max_time=x", "max_time"),
+        ("fit", "--seed_everything=-1", "seed_everything must be from 0 to 4294967295"),
+        (
+            "fit",
+            "--trainer.default_root_dir=",
+            "default_root_dir must be the path of a file or folder, got ''",
+        ),
+        ("fit", "--data.data_dir=https://a.example/b", "data_dir must be the path of a file or folder"),
+        ("plan", "--trainer.precision=64", "trainer.precision=64 does not train"),
+        ("plan", "--trainer.devices=-3", "trainer.devices=-3 cannot be planned"),
+        ("plan", "--gpu_memory_gib=.nan", "gpu_memory_gib must be above 0"),
+    ],
+)
+def test_values_that_lightning_takes_unchecked_are_named(
+    command: str, option: str, words: str, mistake: Any
+) -> None:
+    assert words in mistake([command, "--config", "demo.yaml", option])
+
+
 def test_a_finished_run_without_validation_resumes_with_a_warning(config_file: Path, tmp_path: Path) -> None:
     """Its last step ended an epoch, after which a validation would have been due."""
     options = ["--trainer.limit_train_batches=2", "--trainer.max_steps=2", "--data.validation_tasks=[]"]

@@ -31,13 +31,17 @@ _locks: set[int] = set()
 
 
 def expand_paths(options: Any, name: str = "") -> Any:
-    """Return nested options in which a ``~`` at the start of every path is the home folder that it means."""
+    """Return nested options with the home folder for ``~`` before paths; refuse an address, and no path."""
     if isinstance(options, list):
         return [expand_paths(each, name) for each in options]
     if isinstance(options, Namespace | dict):
         inside = options if isinstance(options, dict) else vars(options)
         inside.update({key: expand_paths(value, key) for key, value in inside.items()})
-    if not isinstance(options, str | Path) or not PATHS.fullmatch(name) or str(options)[:1] != "~":
+    if not isinstance(options, str | Path) or not PATHS.fullmatch(name):
+        return options
+    if not str(options) or "://" in str(options):
+        raise ValueError(f"{name} must be the path of a file or folder, got {str(options)!r}.")
+    if str(options)[:1] != "~":
         return options
     path = os.path.expanduser(options)
     if path.startswith("~"):

@@ -37,6 +37,7 @@ from parallel_decoupling.evaluation.store import Keeper, VectorType
 from parallel_decoupling.files import atomic_write, expand_paths, locked
 from parallel_decoupling.model.encoder import absolute_name
 from parallel_decoupling.model.run_checkpoint import read_checkpoint
+from parallel_decoupling.option_types import CountOrAll, NonNegativeInt, PositiveInt, Seed, check_values
 from parallel_decoupling.training import run_folder
 from parallel_decoupling.training.callbacks import console
 from parallel_decoupling.training.module import PDFEmbedder
@@ -98,11 +99,8 @@ def _check_config(file: str) -> None:
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{file} is not YAML in UTF-8: {error}") from error
     sections = {key.value: value for key, value in root.value} if isinstance(root, yaml.MappingNode) else {}
-    wrong = [
-        key
-        for key in ("model", "data", "trainer")
-        if not isinstance(sections.get(key, root), yaml.MappingNode)
-    ]
+    keys = ("model", "data", "trainer")
+    wrong = [key for key in keys if not isinstance(sections.get(key, root), yaml.MappingNode)]
     if wrong:
         raise ValueError(f"{file}: the options of {' and '.join(wrong)} must be 'name: value' lines.")
     if _size(root) > MOST_VALUES:
@@ -117,6 +115,17 @@ def _size(node: yaml.Node, depth: int = 0) -> int:
     for part in chain.from_iterable(each if isinstance(each, tuple) else (each,) for each in node.value):
         total += _size(part, depth + 1) if total <= MOST_VALUES else 0
     return total
+
+
+def trainer_options(
+    check_val_every_n_epoch: PositiveInt | None,
+    log_every_n_steps: NonNegativeInt | None,
+    max_steps: CountOrAll,
+    num_nodes: PositiveInt,
+    num_sanity_val_steps: CountOrAll | None,
+    seed_everything: Seed | bool,
+) -> None:
+    """Declare the ranges of options that Lightning takes unchecked, or refuses without their name."""
 
 
 class ProgressLines(Callback):
@@ -207,6 +216,8 @@ class RunCLI(LightningCLI):
         """Parse, and parse again without defaults: what is left was typed."""
         self.config = expand_paths(parser.parse_args(args))
         self.typed = expand_paths(parser.parse_args(args, defaults=False))
+        given = self.config[self.wanted]
+        check_values(trainer_options, vars(given.trainer) | {"seed_everything": given.seed_everything})
 
     def instantiate_classes(self) -> None:
         """Lock the folders that are written, refuse what would overwrite a run, then build."""
@@ -276,8 +287,9 @@ class RunCLI(LightningCLI):
             callbacks.append(ModelCheckpoint(filename="last", every_n_train_steps=SAVE_EVERY, **options))
         try:
             return super().instantiate_trainer(callbacks=callbacks, **kwargs)
-        except REFUSALS as error:
-            raise ValueError(f"one of the trainer's options cannot be used: {error}") from error
+        except (*REFUSALS, MisconfigurationException) as error:
+            given = ", ".join(self.typed[self.wanted].as_dict().get("trainer", {}))
+            raise ValueError(f"one of the trainer's options cannot be used: {error} ({given})") from error
 
     def _keeper(self) -> Keeper | None:
         """Open the folder of embeddings of ``predict``, or the one that ``test`` was given."""

@@ -41,6 +41,8 @@ NonNegativeInt = Annotated[int, Rule("0 or more, in 64 bits", lambda value: 0 <=
 PositiveFloat = Annotated[float, Rule("above 0 and finite", lambda value: 0 < value < math.inf)]
 NonNegativeFloat = Annotated[float, Rule("0 or more and finite", lambda value: 0 <= value < math.inf)]
 Fraction = Annotated[float, Rule("0 or more and below 1", lambda value: 0 <= value < 1)]
+CountOrAll = Annotated[int, Rule("-1 or more", lambda value: value >= -1)]
+Seed = Annotated[int, Rule("from 0 to 4294967295", lambda value: 0 <= value < 2**32)]
 Port = Annotated[int, Rule("from 0 to 65535", lambda value: 0 <= value <= 65535)]
 Dims = Annotated[Sequence[PositiveInt], Rule("different numbers", lambda dims: len(set(dims)) == len(dims))]
 Names = Annotated[Sequence[str], Rule("different names", lambda names: len(set(names)) == len(names))]

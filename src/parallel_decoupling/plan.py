@@ -20,6 +20,7 @@ from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.model.open_clip import is_open_clip
 from parallel_decoupling.model.path_lora import PathLoRA
 from parallel_decoupling.objective.vclub import MutualInformation
+from parallel_decoupling.option_types import PositiveFloat, checked
 from parallel_decoupling.training import compute
 from parallel_decoupling.training.settings import PATHS, check_trained_dtype, group, read_settings
 
@@ -33,9 +34,13 @@ memory that kernels, fragments and the CUDA context leave (ours)."""
 FP32, NF4, GIB = 4, 0.5 + 1 / 64 + 4 / (64 * 256), 2**30
 """Bytes per value in fp32, and in four bits with their (quantized) scales; bytes per GiB."""
 
+PRECISIONS = ("32-true", "bf16-mixed", "32", "bf16", "None")
+"""What trains here, with the Trainer's other names for it."""
 
+
+@checked()
 def plan_tables(
-    model: dict[str, Any], data: dict[str, Any], trainer: dict[str, Any], gpu_memory_gib: float = 80.0
+    model: dict[str, Any], data: dict[str, Any], trainer: dict[str, Any], gpu_memory_gib: PositiveFloat = 80.0
 ) -> list[Table]:
     """Return tables for all arguments of ``PDFEmbedder``, of ``MMEBDataModule`` and of the Trainer."""
     plan = Plan(model, data, trainer)
@@ -78,6 +83,8 @@ def read_layout(trainer: Mapping[str, Any]) -> tuple[int, str]:
     elif "," in str(devices):
         devices = str(devices).count(",") + 1
     processes = int(devices) * int(trainer["num_nodes"])
+    if processes < 1:
+        raise ValueError(f"trainer.devices={devices} cannot be planned: use 1 or more.")
     name = strategy if isinstance(strategy, str) else strategy["class_path"].rsplit(".", 1)[-1].lower()
     name = ("ddp" if processes > 1 else "single") if name == "auto" else name
     if known := [each for each in ("single", "ddp", "fsdp2") if name.startswith(each)]:
@@ -135,6 +142,9 @@ class Plan:
             raise ValueError(f"backbone {model['backbone']!r} is an OpenCLIP model, which has no plan.")
         self.model, plain = read_settings(model)
         check_trained_dtype(plain)
+        if str(trainer["precision"]) not in PRECISIONS:
+            advice = "use 32-true or bf16-mixed"
+            raise ValueError(f"trainer.precision={trainer['precision']} does not train: {advice}.")
         self.processes, self.strategy = read_layout(trainer)
         self.queries, self.steps = int(data["batch_size"]), max(0, int(trainer["max_steps"]))
         self.candidates: int = self.queries * (data["positives"] + data["hard_negatives"])

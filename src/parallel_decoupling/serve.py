@@ -354,7 +354,10 @@ def serve(
     server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, **options))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # uvicorn handles the signal, and raises it again at the end
-    server.run()
+    try:
+        server.run()
+    except SystemExit as stop:  # before it listens, and after it said why
+        raise ValueError(f"cannot listen at host {host!r}, port {port}") from stop
 
 
 def _checked(number: int, item: Input, limits: Limits, tokenizer: Any) -> dict[str, Any]:

@@ -199,7 +199,7 @@ def requests(embedder: Embedder) -> Iterator[Try]:
         is_text = isinstance(value, str) and 0 < len(value.strip()) < 5000 and value != TEXTS[-2]
         text_or_none = is_text or value is None or (isinstance(value, str) and not value.strip())
         fine = {
-            "input": is_text or value == ["a", "a"],
+            "input": is_text or value in (["a", "a"], [1]),  # texts, or tokens
             "model": False,
             "dimensions": value in (1, 3, None) and value is not True,
         }

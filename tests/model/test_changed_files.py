@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from parallel_decoupling.evaluation.store import METADATA_KEY, Store
+from parallel_decoupling.model.backbone import load_backbone
 from parallel_decoupling.model.pretrained import load_encoder
 from parallel_decoupling.model.run_checkpoint import read_checkpoint
 from parallel_decoupling.training.module import PDFEmbedder
@@ -69,6 +70,25 @@ def test_weights_of_an_exported_folder(tiny_backbone_dir: str, tmp_path: Path, h
     file.write_bytes({"bit": bytes(content), "cut": bytes(content[:-50]), "empty": b""}[how])
     with pytest.raises(ValueError, match=DAMAGED):
         load_encoder(tmp_path / "model")
+
+
+@pytest.mark.parametrize("how", ["bit", "gone"])
+def test_files_of_the_processor_and_the_backbone(tiny_backbone_dir: str, tmp_path: Path, how: str) -> None:
+    tiny_embedder(tiny_backbone_dir).save_pretrained(tmp_path / "model", include_backbone=True)
+    (file,) = (tmp_path / "model").glob("*/tokenizer.json")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content) if how == "bit" else file.unlink()
+    with pytest.raises(ValueError, match="tokenizer.json are missing, damaged, or were changed"):
+        load_encoder(tmp_path / "model")
+
+
+def test_damaged_weights_of_a_backbone(tiny_backbone_dir: str, tmp_path: Path) -> None:
+    shutil.copytree(tiny_backbone_dir, tmp_path / "backbone")
+    (file,) = (tmp_path / "backbone").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match="weights of backbone .* are damaged"):
+        load_backbone(str(tmp_path / "backbone"))
 
 
 @pytest.fixture(scope="module")

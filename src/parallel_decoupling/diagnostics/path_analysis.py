@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ def analyse_paths(run: str, output_dir: str | None = None, data_dir: str | None 
     for name, figure in figures(analysis).items():
         with atomic_write(folder / f"{name}.png") as unfinished:
             figure.savefig(unfinished, dpi=150)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table(analysis))
     for line in (*(f"left out: {note}" for note in analysis.notes), f"written to {folder}"):
         console.print(line, markup=False, highlight=False, soft_wrap=True)

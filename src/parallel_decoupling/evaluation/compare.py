@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -156,7 +157,7 @@ def compare_runs(run_dirs: list[str], output_dir: str | None = None) -> None:
         run_dirs: run folders with a scores.json, or such files; the first is the baseline.
         output_dir: gets the files; by default only the tables are printed.
     """
-    compare(run_dirs, output_dir).show(Console())
+    compare(run_dirs, output_dir).show(Console(width=None if sys.stdout.isatty() else 120))
 
 
 def compare(run_dirs: Sequence[str], output_dir: str | None = None) -> Comparison:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, DynamicCache
 
@@ -202,7 +203,7 @@ def load_backbone(
         raise ValueError("quantization must be '4bit' or None, with adapter.kind lora, dora or frozen")
     folder = TINY_BACKBONE_DIR if name == "tiny" else Path(name).expanduser()
     source, options = name, {"revision": revision, "local_files_only": local_files_only}
-    if folder.is_dir():
+    if os.path.isdir(folder):  # False for names that no folder can have
         source, options = str(folder), {"local_files_only": True}
     try:
         config = AutoConfig.from_pretrained(source, **options)
@@ -229,7 +230,10 @@ def load_backbone(
                 bnb_4bit_compute_dtype=getattr(torch, dtype),
             )
         load = cast(Any, AutoModel).from_pretrained
-        base, info = load(source, output_loading_info=True, **kind, **options)
+        try:
+            base, info = load(source, output_loading_info=True, **kind, **options)
+        except SafetensorError as error:
+            raise ValueError(f"the weights of backbone {name!r} are damaged: {error}") from error
         missing, mismatched = info["missing_keys"], info["mismatched_keys"]
         unexpected = set(info["unexpected_keys"]) - set(family.ignored_weights)
         if missing or unexpected or mismatched:  # missing weights would be random numbers

@@ -93,6 +93,12 @@ def _content_hash(content: Mapping[str, Any], tensors: Mapping[str, Tensor] | No
     return sha256(json.dumps([content, weights], sort_keys=True, default=str).encode()).hexdigest()
 
 
+def file_hashes(folder: Path) -> dict[str, str]:
+    """Return a SHA-256 of all files in the folders inside one but weights, by their names in it."""
+    files = (file for file in folder.glob("*/**/*") if file.is_file() and file.suffix != ".safetensors")
+    return {str(file.relative_to(folder)): sha256(file.read_bytes()).hexdigest() for file in files}
+
+
 def path_hashes(encoder: Any) -> list[str]:
     """Return a SHA-256 of the weights behind every path: those that all paths share, and its own.
 

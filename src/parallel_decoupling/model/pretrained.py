@@ -148,6 +148,7 @@ def save_encoder(
             encoder.processor.save_pretrained(unfinished / PROCESSOR_DIR)
         shown = source if portable(source, folder) == source else Path(source).name
         config["backbone"] = identity.backbone_fingerprint(written) | {"name": shown}
+        config["files"] = identity.file_hashes(unfinished)
         config = portable(config, folder)
         save_file(state, unfinished / WEIGHTS_FILE, metadata={"format": "pt"})
         (unfinished / "README.md").write_text(model_card(config, scores, card), encoding="utf-8")
@@ -187,6 +188,11 @@ def _load_folder(folder: Path, download: bool = False) -> tuple[Encoder, dict[st
     sealed = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     config: dict[str, Any] = located(identity.check_seal(sealed, folder / CONFIG_FILE), folder)
     settings, included, file = dict(config["settings"]), config["backbone_included"], folder / WEIGHTS_FILE
+    found = identity.file_hashes(folder)
+    if changed := [name for name, digest in config["files"].items() if found.get(name) != digest]:
+        raise ValueError(
+            f"{folder}: {', '.join(changed)} are missing, damaged, or were changed after the export"
+        )
     if included:
         settings["backbone"] = str(folder / BACKBONE_DIR)
     elif not is_open_clip(settings["backbone"]):
