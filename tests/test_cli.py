@@ -18,6 +18,7 @@ from parallel_decoupling import cli, lightning_cli
 from parallel_decoupling.evaluation.report import ScoreReport
 from parallel_decoupling.evaluation.store import Store
 from parallel_decoupling.files import locked
+from parallel_decoupling.training.module import PDFEmbedder
 from tests.support.fit import small_config
 from tests.support.mmeb import save_tiny_mmeb
 
@@ -286,6 +287,12 @@ def test_values_that_lightning_takes_unchecked_are_named(
     command: str, option: str, words: str, mistake: Any
 ) -> None:
     assert words in mistake([command, "--config", "demo.yaml", option])
+
+
+def test_names_that_no_file_can_have_and_samples_of_nothing_are_refused(mistake: Any) -> None:
+    with pytest.raises(ValueError, match="has no config that can be read"):
+        PDFEmbedder(backbone="x" * 5000)
+    assert "sample must be 1 or more" in mistake(["verify", "data", "--sample", "0"])
 
 
 def test_a_finished_run_without_validation_resumes_with_a_warning(config_file: Path, tmp_path: Path) -> None:

@@ -117,7 +117,8 @@ def export(
     sys.stdout.write(f"{folder}: {len(files)} files, {size:.1f} MB\n")
 
 
-def verify(data_dir: str, sample: int | None = 20, model: str = "tiny") -> None:
+@checked()
+def verify(data_dir: str, sample: PositiveInt | None = 20, model: str = "tiny") -> None:
     """Check a data folder, and exit with 1 if something is wrong.
 
     Args:

@@ -42,6 +42,7 @@ def losses(run_dir: Path) -> list[dict[str, float]]:
             "--trainer.enable_progress_bar=false",
             "--trainer.logger=lightning.pytorch.loggers.CSVLogger",
             f"--trainer.logger.save_dir={run_dir}",
+            f"--trainer.default_root_dir={run_dir}",
             f"--data.data_dir={data_dir}",
         ]
     )

@@ -44,7 +44,7 @@ def read_judged(task: Task, limit: int | None, *, must_exist: bool) -> EvalTask:
     """Read such a task: a row for each query with a right answer, all of the corpus as its candidates.
 
     What ``readers.read_eval_task`` says of ``limit`` and ``must_exist`` holds. A grade above 0 is a right
-    right answer; of two grades for one target the higher one counts. Where the corpus has no column of
+    answer; of two grades for one target the higher one counts. Where the corpus has no column of
     pictures, they are files named by the ids.
     """
     queries, corpus, qrels = open_judged(task, must_exist=must_exist)

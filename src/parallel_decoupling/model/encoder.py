@@ -141,7 +141,7 @@ def absolute_name(name: str) -> str:
     if os.path.isdir(name):  # False for names that no folder can have
         return str(Path(name).resolve())
     architecture, slash, weights = name.partition("/")
-    if name.startswith(PREFIX) and Path(weights).is_file():
+    if name.startswith(PREFIX) and os.path.isfile(weights):
         return f"{architecture}{slash}{Path(weights).resolve()}"
     return name
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ NEUTRAL = {"num_paths": 1, "prefix_length": 0, "prefix_layers": 0, "aggregation"
 
 def is_open_clip(name: str) -> bool:
     """Whether a backbone is OpenCLIP's: ``open_clip:...``, or a folder with ``open_clip_config.json``."""
-    return name.startswith(PREFIX) or (Path(name).expanduser() / CONFIG_FILE).is_file()
+    return name.startswith(PREFIX) or os.path.isfile(Path(name).expanduser() / CONFIG_FILE)
 
 
 class OpenCLIPProcessor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict
@@ -69,7 +70,7 @@ def load_encoder(
     It is on the CPU in evaluation mode; the dictionary has the plain values that ``ABOUT`` names. Changed
     weights or another backbone are a ValueError. ``dtype`` replaces that of the backbone's weights.
     """
-    of_hub = not Path(path).exists() and HUB_ID.fullmatch(str(path)) is not None
+    of_hub = not os.path.exists(path) and HUB_ID.fullmatch(str(path)) is not None
     if revision is not None and not of_hub:
         raise ValueError(f"revision={revision!r}, but {str(path)!r} is not a model of the hub")
     path = _of_hub(str(path), revision) if of_hub else path
