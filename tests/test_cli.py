@@ -284,9 +284,10 @@ def test_any_error_of_building_the_trainer_is_one_message(
     ],
 )
 def test_values_that_lightning_takes_unchecked_are_named(
-    command: str, option: str, words: str, mistake: Any
+    command: str, option: str, words: str, tmp_path: Path, mistake: Any
 ) -> None:
-    assert words in mistake([command, "--config", "demo.yaml", option])
+    folder = f"--trainer.default_root_dir={tmp_path}"
+    assert words in mistake([command, "--config", "demo.yaml", folder, option])
 
 
 def test_names_that_no_file_can_have_and_samples_of_nothing_are_refused(mistake: Any) -> None:

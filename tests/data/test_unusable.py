@@ -93,7 +93,7 @@ def bad_rows(folder: Path) -> dict[str, RawInput]:
     os.mkfifo(folder / "pipe.png")
     Image.new("1", (9000, 21000)).save(folder / "bomb.png")
     names = {"aspect ratio": thin, "cannot identify": "broken.png", "truncated": "half.png"}
-    names |= {"no such file": "pipe.png", "decompression bomb": "bomb.png"}
+    names |= {"not a regular file": "pipe.png", "decompression bomb": "bomb.png"}
     pictures = {why: prompt(image=str(folder / name)) for why, name in names.items()}
     return {
         **pictures,
@@ -145,7 +145,7 @@ def test_a_processor_may_raise_what_it_wants(tiny_backbone_dir: str) -> None:
     assert "KeyError: 'deep inside'" in str(problems[1])
     with pytest.raises(RowError, match=r"^place 1: The processor refuses 'poison'"):
         collator.encode_inputs([RawInput("a"), RawInput("poison")], ["place 0: ", "place 1: "])
-    with pytest.raises(ValueError, match="no inputs"):
+    with pytest.raises(ValueError, match="list of inputs to encode is empty"):
         collator.encode_inputs([])
 
 

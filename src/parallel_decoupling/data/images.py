@@ -245,7 +245,7 @@ def load_image(image: Image.Image | str, *, turn: bool = True) -> Image.Image:
 
 def _open_file(file: str) -> Image.Image:
     if not os.path.isfile(file):  # opening a named pipe would wait for ever
-        raise ValueError("the file does not exist")
+        raise ValueError("it is not a regular file" if os.path.exists(file) else "the file does not exist")
     return Image.open(file)
 
 
