@@ -23,19 +23,22 @@ $(INSTALLED): setup.cfg
 	@start=$$SECONDS; $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' \
 	  && touch $@ && echo "Installed in $$((SECONDS - start)) s."
 
-# $(call train_and_test,<config file>,<run folder>): a fresh fit, then its scores
-define train_and_test
-	rm -rf $(2)
-	$(BIN)/lightning fit --config $(1) $(call run_flags,$(2))
-	$(BIN)/lightning test --config $(1) $(call run_flags,$(2)) --ckpt_path $(2)/checkpoints/last.ckpt
-endef
+# $(call fit,<config file>,<run folder>,<name>): a fresh fit; each line of its output begins with the name
+fit = rm -rf $(2) && $(BIN)/lightning fit --config $(1) $(call run_flags,$(2)) 2>&1 | awk '{print "$(3): " $$0; fflush()}'
+# $(call score,<config file>,<run folder>): the scores of its last checkpoint
+score = $(BIN)/lightning test --config $(1) $(call run_flags,$(2)) --ckpt_path $(2)/checkpoints/last.ckpt
 
 run_flags = --trainer.default_root_dir $(1) --seed_everything $(SEED) --model.seed $(SEED) --data.seed $(SEED)
 
 demo: $(INSTALLED) ## train and score one path and N paths on the embedded benchmark, then compare (SEED=1 for another seed)
 	$(BIN)/python -c 'from parallel_decoupling.world.benchmark import ensure_benchmark; print("benchmark:", ensure_benchmark())'
-	$(call train_and_test,lightning_configs/demo_single_path.yaml,$(DEMO_SINGLE_PATH))
-	$(call train_and_test,lightning_configs/demo.yaml,$(DEMO))
+	@echo "Training both models side by side, each with half of the cores."
+	@set -o pipefail; export OMP_NUM_THREADS=$$($(BIN)/python -c 'import os; print(max(1, os.cpu_count() // 2))'); \
+	($(call fit,lightning_configs/demo_single_path.yaml,$(DEMO_SINGLE_PATH),one path)) & one_path=$$!; \
+	($(call fit,lightning_configs/demo.yaml,$(DEMO),three paths)); three_paths=$$?; \
+	wait $$one_path && exit $$three_paths
+	$(call score,lightning_configs/demo_single_path.yaml,$(DEMO_SINGLE_PATH))
+	$(call score,lightning_configs/demo.yaml,$(DEMO))
 	$(BIN)/lightning paths $(DEMO)
 	$(BIN)/lightning compare $(DEMO_SINGLE_PATH) $(DEMO) --output_dir $(DEMO)
 	@echo "checkpoints: $(DEMO_SINGLE_PATH)/checkpoints/ $(DEMO)/checkpoints/"

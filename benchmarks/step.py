@@ -1,6 +1,6 @@
 """A training step of the demo against its floor: run as ``python -m benchmarks.step`` in the repository.
 
-Settings are those of ``lightning_configs/demo.yaml`` (unchanged since b5f8398), with one shared adapter and
+Settings are those of ``lightning_configs/demo_paper.yaml`` (unchanged since b5f8398), with one shared adapter and
 with an adapter for each path. Processor seconds of one thread, the median over steps. The floor is the step's
 multiply-adds without padding (``training.compute.layer_flops``) at the rate of a large fp32 matrix product on
 the same thread. To compare two commits, run this file with ``PYTHONPATH`` at the other's ``src``, in turns.
@@ -23,7 +23,7 @@ from parallel_decoupling.training.compute import layer_flops
 from parallel_decoupling.training.grad_cache import LENGTH_GROUPS, length_groups
 from parallel_decoupling.training.module import PDFEmbedder
 
-CONFIG = "lightning_configs/demo.yaml"
+CONFIG = "lightning_configs/demo_paper.yaml"
 WARM_UP = 2
 ROWS = 144
 """Of a step: 48 queries, their positives and as many hard negatives."""

@@ -111,7 +111,7 @@ def test_resuming_keeps_what_was_not_typed_and_shows_what_was(
     shown = capsys.readouterr().err
     after = settings(run_dir)
     assert (after["temperature"], after["mi_weight"]) == (0.3, 0.7)
-    for words in (("model.mi_weight", "0.7", "0.1", "yours"), ("data.seed", "4", "0", "yours")):
+    for words in (("model.mi_weight", "0.7", "0.0", "yours"), ("data.seed", "4", "0", "yours")):
         assert any(all(word in line for word in words) for line in shown.splitlines()), shown
     assert "temperature" not in shown
     content = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)

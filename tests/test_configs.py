@@ -78,15 +78,16 @@ def test_config_parses_and_instantiates(config_file: Path, on_this_machine: list
     assert cli.datamodule.batch_size == written["data"]["batch_size"]
 
 
-def test_demo_and_its_baseline_differ_only_in_the_paths() -> None:
+def test_demo_and_its_baseline_differ_only_in_paths_and_steps() -> None:
     demo, single = (
         yaml.safe_load((CONFIG_DIR / name).read_text(encoding="utf-8"))
         for name in ("demo.yaml", "demo_single_path.yaml")
     )
     for config in (demo, single):
-        for name in ("num_paths", "prefix_length", "prefix_init", "aggregate_weight", "mi_weight", "mi"):
+        for name in ("num_paths", "aggregate_weight", "aggregation", "mi_weight", "mi"):
             config["model"].pop(name, None)
         config["trainer"].pop("default_root_dir")
+    assert 3 * demo["trainer"].pop("max_steps") == single["trainer"].pop("max_steps")
     assert demo == single
 
 

@@ -35,7 +35,7 @@ def losses(run_dir: Path) -> list[dict[str, float]]:
         [
             "fit",
             "--config",
-            str(ROOT_DIR / "lightning_configs/demo.yaml"),
+            str(ROOT_DIR / "lightning_configs/demo_paper.yaml"),
             f"--trainer.max_steps={STEPS}",
             "--trainer.log_every_n_steps=1",
             "--trainer.enable_checkpointing=false",

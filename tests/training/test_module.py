@@ -173,8 +173,8 @@ def test_two_runs_are_equal_bit_for_bit_and_the_seed_matters(fit: Any) -> None:
     ("changes", "message"),
     [
         ({"prefix_length": 0}, "set num_paths=1"),
-        ({"num_paths": 1, "aggregate_weight": 0.0}, "set mi_weight=0"),
-        ({"mi": {"kind": "none"}}, "set mi_weight=0"),
+        ({"num_paths": 1}, "set aggregate_weight=0"),
+        ({"mi": {"kind": "none"}, "mi_weight": 0.1}, "set mi_weight=0"),
         ({"mi": {"hidden_size": 0}}, "mi.hidden_size must be 1 or more"),
         ({"optimizer": {"learning_rate": math.inf}}, "optimizer.learning_rate must be 0 or more and finite"),
     ],

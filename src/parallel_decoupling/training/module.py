@@ -65,7 +65,7 @@ class PDFEmbedder(LightningModule):
         aggregation: of the paths' embeddings: mean, concat or learned weights.
         adapter: what trains in the backbone.
         mi: the estimator of mutual information and its schedule.
-        mi_weight: final weight of the mutual-information term; with 0 the estimator only watches.
+        mi_weight: final weight of the mutual-information term; by default, 0, its estimator only watches.
         aggregate_weight: weight of the aggregate's InfoNCE; 0 switches it off.
         nested_paths: also contrast the aggregates of the first 2 to N - 1 paths, so that fewer may be kept.
         distillation_weight: teaches every path the scores of the aggregate within the batch; 0 is off.
@@ -109,7 +109,7 @@ class PDFEmbedder(LightningModule):
         aggregation: Literal["mean", "concat", "learned"] = "mean",
         adapter: AdapterConfig = _ADAPTER,
         mi: MIConfig = _MI,
-        mi_weight: NonNegativeFloat = 0.1,
+        mi_weight: NonNegativeFloat = 0.0,
         aggregate_weight: NonNegativeFloat = 1.0,
         nested_paths: bool = False,
         distillation_weight: NonNegativeFloat = 0.0,
