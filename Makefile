@@ -25,8 +25,8 @@ $(INSTALLED): setup.cfg
 
 # $(call fit,<config file>,<run folder>,<name>): a fresh fit; each line of its output begins with the name
 fit = rm -rf $(2) && $(BIN)/lightning fit --config $(1) $(call run_flags,$(2)) 2>&1 | awk '{print "$(3): " $$0; fflush()}'
-# $(call score,<config file>,<run folder>): the scores of its last checkpoint
-score = $(BIN)/lightning test --config $(1) $(call run_flags,$(2)) --ckpt_path $(2)/checkpoints/last.ckpt
+# $(call score,<config file>,<run folder>,<checkpoint>): its scores
+score = $(BIN)/lightning test --config $(1) $(call run_flags,$(2)) --ckpt_path $(2)/checkpoints/$(3).ckpt
 
 run_flags = --trainer.default_root_dir $(1) --seed_everything $(SEED) --model.seed $(SEED) --data.seed $(SEED)
 
@@ -37,8 +37,9 @@ demo: $(INSTALLED) ## train and score one path and N paths on the embedded bench
 	($(call fit,lightning_configs/demo_single_path.yaml,$(DEMO_SINGLE_PATH),one path)) & one_path=$$!; \
 	($(call fit,lightning_configs/demo.yaml,$(DEMO),three paths)); three_paths=$$?; \
 	wait $$one_path && exit $$three_paths
-	$(call score,lightning_configs/demo_single_path.yaml,$(DEMO_SINGLE_PATH))
-	$(call score,lightning_configs/demo.yaml,$(DEMO))
+	$(BIN)/lightning compress $(DEMO) $(DEMO)/checkpoints/compressed.ckpt
+	$(call score,lightning_configs/demo_single_path.yaml,$(DEMO_SINGLE_PATH),last)
+	$(call score,lightning_configs/demo.yaml,$(DEMO),compressed)
 	$(BIN)/lightning paths $(DEMO)
 	$(BIN)/lightning compare $(DEMO_SINGLE_PATH) $(DEMO) --output_dir $(DEMO)
 	@echo "checkpoints: $(DEMO_SINGLE_PATH)/checkpoints/ $(DEMO)/checkpoints/"
@@ -47,9 +48,9 @@ demo: $(INSTALLED) ## train and score one path and N paths on the embedded bench
 	@echo "curves:      $(BIN)/tensorboard --logdir runs"
 
 app: $(INSTALLED) ## search pictures of the embedded benchmark in a browser, with the demo's model (after make demo)
-	@test -f $(DEMO)/checkpoints/last.ckpt || (echo "no $(DEMO)/checkpoints/last.ckpt: run make demo first" && exit 1)
+	@test -f $(DEMO)/checkpoints/compressed.ckpt || (echo "no $(DEMO)/checkpoints/compressed.ckpt: run make demo first" && exit 1)
 	pictures=$$($(BIN)/python -c 'from parallel_decoupling.world.benchmark import ensure_benchmark; print(ensure_benchmark())')/MMEB-eval/Scene_t2i && \
-	  $(BIN)/lightning predict --ckpt_path $(DEMO)/checkpoints/last.ckpt --data.predict_source $$pictures --output_dir $(DEMO)/embeddings && \
+	  $(BIN)/lightning predict --ckpt_path $(DEMO)/checkpoints/compressed.ckpt --data.predict_source $$pictures --output_dir $(DEMO)/embeddings && \
 	  $(BIN)/lightning app $(DEMO)/embeddings --image_dir $$pictures --instruction 'Find a picture that matches the caption:'
 
 test: $(INSTALLED) ## the test suite without the slow tests

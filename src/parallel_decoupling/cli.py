@@ -29,6 +29,7 @@ TRAINER_SUBCOMMANDS = {
 COMMANDS = {
     "app": ("commands.app", "show a page to search embeddings by text and image"),
     "compare": ("evaluation.compare.compare_runs", "compare one or several tested runs side by side"),
+    "compress": ("compress.compress", "make the aggregate of several paths as small as one path"),
     "export": ("commands.export", "write a model as a folder to share"),
     "index": ("lance_index.write_lance_index", "make a LanceDB index of embeddings"),
     "mine": ("mining.mine", "write hard negatives for training rows"),

@@ -342,13 +342,13 @@ def test_trainable_names_are_exact(tiny_backbone_dir: str, kind: Any, adapters: 
 
 def test_aggregates_equal_their_definitions(tiny_backbone_dir: str) -> None:
     embeddings = F.normalize(torch.randn(5, 4, 32), dim=-1)
-    mean, concat, learned = (
-        make(tiny_backbone_dir, aggregation=aggregation) for aggregation in ("mean", "concat", "learned")
-    )
+    names = "mean", "concat", "learned", "linear"
+    mean, concat, learned, linear = (make(tiny_backbone_dir, aggregation=name) for name in names)
     expected = torch.stack([sum(row) / torch.stack(list(row)).sum(0).norm() for row in embeddings])
     torch.testing.assert_close(mean.aggregate(embeddings), expected)
-    torch.testing.assert_close(learned.aggregate(embeddings), expected)
-    assert mean.aggregate_dim == learned.aggregate_dim == 32
+    for encoder in (learned, linear):
+        torch.testing.assert_close(encoder.aggregate(embeddings), expected)
+        assert mean.aggregate_dim == encoder.aggregate_dim == 32
     assert concat.aggregate_dim == 128
     together = concat.aggregate(embeddings)
     torch.testing.assert_close(together.norm(dim=-1), torch.ones(5))
@@ -356,8 +356,11 @@ def test_aggregates_equal_their_definitions(tiny_backbone_dir: str) -> None:
     torch.testing.assert_close(together @ together.T, aligned)
     with torch.no_grad():
         learned.path_logits.copy_(torch.tensor([0.0, 90.0, 0.0, 0.0]))
+        linear.path_maps.copy_(torch.randn(4, 32, 32))
     torch.testing.assert_close(learned.aggregate(embeddings), embeddings[:, 1])
-    for encoder in (mean, concat):
+    sums = [sum(path @ each for path, each in zip(row, linear.path_maps, strict=True)) for row in embeddings]
+    torch.testing.assert_close(linear.aggregate(embeddings), F.normalize(torch.stack(sums), dim=-1))
+    for encoder in (mean, concat, learned, linear):
         torch.testing.assert_close(encoder.aggregate(embeddings[:, :1]), embeddings[:, 0])
 
 
@@ -367,7 +370,7 @@ def test_aggregates_equal_their_definitions(tiny_backbone_dir: str) -> None:
         ({"num_paths": 0}, "num_paths must be 1 or more"),
         ({"num_paths": 2, "prefix_length": 0}, "num_paths=1"),
         ({"num_paths": 9}, "prefix_init='random'"),
-        ({"aggregation": "sum"}, "aggregation must be 'mean', 'concat' or 'learned'"),
+        ({"aggregation": "sum"}, "aggregation must be 'mean', 'concat', 'learned' or 'linear'"),
     ],
 )
 def test_impossible_sizes_raise(tiny_backbone_dir: str, options: dict[str, Any], message: str) -> None:

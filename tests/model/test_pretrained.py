@@ -133,7 +133,7 @@ def test_one_path_has_only_its_own_parameters(embedder: Embedder, tmp_path: Path
     torch.testing.assert_close(loaded.encode(mixed_inputs()), expected)
 
 
-@pytest.mark.parametrize("aggregation", ["mean", "concat", "learned"])
+@pytest.mark.parametrize("aggregation", ["mean", "concat", "learned", "linear"])
 def test_some_paths_keep_their_order_and_have_their_own_aggregate(
     aggregation: str, tiny_backbone_dir: str, tmp_path: Path
 ) -> None:
@@ -142,9 +142,13 @@ def test_some_paths_keep_their_order_and_have_their_own_aggregate(
     loaded = Embedder.from_pretrained(tmp_path / "two")
     chosen = embedder.encode(mixed_inputs(), paths=[2, 0])
     assert torch.equal(every_path(loaded), chosen)
-    logits = embedder.encoder.path_logits
-    weight = torch.ones(2) if logits is None else logits.detach()[[2, 0]].softmax(0)
-    expected = chosen.flatten(1) if aggregation == "concat" else (chosen * weight[:, None]).sum(1)
+    logits, maps = (
+        value if value is None else value.detach()[[2, 0]]
+        for value in (embedder.encoder.path_logits, embedder.encoder.path_maps)
+    )
+    weight = torch.ones(2) if logits is None else logits.softmax(0)
+    mapped = chosen if maps is None else torch.einsum("bnd,nde->bne", chosen, maps)
+    expected = chosen.flatten(1) if aggregation == "concat" else (mapped * weight[:, None]).sum(1)
     aggregate = loaded.encode(mixed_inputs())
     torch.testing.assert_close(aggregate, F.normalize(expected, dim=-1))
     config = config_of(tmp_path / "two")

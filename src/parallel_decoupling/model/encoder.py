@@ -41,7 +41,7 @@ class ParallelEncoder(nn.Module):
         N paths in one forward equal N forwards with one path.
         ``prefix_type="shallow"`` equals the stock backbone on [prompt embeddings; tokens], and at the start,
         with ``prefix_init="meta"``, ``"deep"``.
-        ``aggregation="learned"`` equals ``"mean"`` at the start.
+        ``aggregation="learned"`` and ``"linear"`` equal ``"mean"`` at the start.
     """
 
     @checked()
@@ -54,7 +54,7 @@ class ParallelEncoder(nn.Module):
         prefix_layers: PrefixLayers = 0,
         prefix_type: Literal["deep", "shallow"] = "deep",
         prefix_init: Literal["meta", "random"] = "meta",
-        aggregation: Literal["mean", "concat", "learned"] = "mean",
+        aggregation: Literal["mean", "concat", "learned", "linear"] = "mean",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -74,6 +74,8 @@ class ParallelEncoder(nn.Module):
         made = make_prefixes(backbone, prefix_type, prefix_init, seed, **size) if prefix_length else None
         self.prefixes = made
         self.path_logits = nn.Parameter(torch.zeros(num_paths)) if aggregation == "learned" else None
+        same_NDD = torch.eye(self.embed_dim).repeat(num_paths, 1, 1)
+        self.path_maps = nn.Parameter(same_NDD) if aggregation == "linear" else None
 
     def _check_sizes(self) -> None:
         own_adapters = self.backbone.adapter.per_path
@@ -89,7 +91,7 @@ class ParallelEncoder(nn.Module):
         return {
             "adapters": [parameter for parameter in self.backbone.parameters() if parameter.requires_grad],
             "prefixes": list(self.prefixes.parameters()) if self.prefixes is not None else [],
-            "aggregation": [self.path_logits] if self.path_logits is not None else [],
+            "aggregation": [each for each in (self.path_logits, self.path_maps) if each is not None],
         }
 
     def forward(self, inputs: EncoderInputs, paths: Sequence[int] | None = None) -> Tensor:
@@ -120,6 +122,9 @@ class ParallelEncoder(nn.Module):
         """
         if self.aggregation == "concat":
             return F.normalize(embeddings.float().flatten(1), dim=-1)
+        if self.path_maps is not None and embeddings.shape[1] > 1:
+            maps_NDD = self.path_maps[: embeddings.shape[1]].float()
+            return F.normalize(torch.einsum("bnd,nde->be", embeddings.float(), maps_NDD), dim=-1)
         if self.path_logits is None:
             return F.normalize(embeddings.float().mean(dim=1), dim=-1)
         weight_N = self.path_logits[: embeddings.shape[1]].float().softmax(dim=0)

@@ -23,7 +23,7 @@ from parallel_decoupling.batch import RawInput
 from parallel_decoupling.distributed import shard_like, whole
 from parallel_decoupling.model.path_lora import PathLoRA
 
-PER_PATH = re.compile(r"^prefixes\.|^path_logits$|\.path_lora_[AB]$")
+PER_PATH = re.compile(r"^prefixes\.|^path_(logits|maps)$|\.path_lora_[AB]$")
 """The names of parameters whose first dimension is the path."""
 SAMPLED_VALUES = 2**18
 """Larger backbone tensors are hashed at this many evenly spaced values, so that billions take seconds."""

@@ -62,7 +62,7 @@ class PDFEmbedder(LightningModule):
         prefix_layers: first layer with a prefix; the layers below run once for all paths. Or [start, stop].
         prefix_type: deep (trained keys and values in every layer) or shallow (trained input embeddings).
         prefix_init: meta (states of short meta-prompts) or random (at the scale of real states).
-        aggregation: of the paths' embeddings: mean, concat or learned weights.
+        aggregation: of the paths' embeddings: mean, concat, learned weights, or a linear map of each.
         adapter: what trains in the backbone.
         mi: the estimator of mutual information and its schedule.
         mi_weight: final weight of the mutual-information term; by default, 0, its estimator only watches.
@@ -106,7 +106,7 @@ class PDFEmbedder(LightningModule):
         prefix_layers: NonNegativeInt | Sequence[int] = 0,
         prefix_type: Literal["deep", "shallow"] = "deep",
         prefix_init: Literal["meta", "random"] = "meta",
-        aggregation: Literal["mean", "concat", "learned"] = "mean",
+        aggregation: Literal["mean", "concat", "learned", "linear"] = "mean",
         adapter: AdapterConfig = _ADAPTER,
         mi: MIConfig = _MI,
         mi_weight: NonNegativeFloat = 0.0,
