@@ -124,25 +124,6 @@ def vclub_quadratic(y: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     return torch.stack(terms).mean() / y.shape[1]
 
 
-def club_sample_loop(y: Tensor, mean: Tensor, log_variance: Tensor, negative: list[int]) -> Tensor:
-    """Scalar, per dimension: CLUB with the one negative ``negative[b]`` for row b."""
-    terms = [
-        log_density(y[b], mean[b], log_variance[b]) - log_density(y[c], mean[b], log_variance[b])
-        for b, c in enumerate(negative)
-    ]
-    return torch.stack(terms).mean() / y.shape[1]
-
-
-def leave_one_out_loop(y: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """Scalar, per dimension: ``y_b`` under its own Gaussian against the mixture of the others'."""
-    terms = []
-    for b in range(len(y)):
-        own = log_density(y[b], mean[b], log_variance[b])
-        others = [log_density(y[b], mean[c], log_variance[c]).exp() for c in range(len(y)) if c != b]
-        terms.append(own - torch.stack(others).mean().log())
-    return torch.stack(terms).mean() / y.shape[1]
-
-
 def unbiased_hsic_loop(x: Tensor, y: Tensor) -> Tensor:
     """Scalar: the U-statistic of HSIC as sums over distinct rows (Song et al. 2012). ``[B, D]``."""
     num_rows, embed_dim = x.shape

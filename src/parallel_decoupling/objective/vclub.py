@@ -8,16 +8,16 @@ not depend on ``D``. The caller detaches the paths for the fit and freezes q in 
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from parallel_decoupling.objective.alternatives import OTHER_BOUNDS, WITHOUT_FIT
+from parallel_decoupling.objective.alternatives import WITHOUT_FIT
 from parallel_decoupling.objective.conditional import Given, logit_error_correlation, unexplained
 from parallel_decoupling.option_types import check_memory
 
-Unconditional = Literal["vclub", "club_sample", "l1out", "hsic", "crosscov", "orthogonal", "none"]
+Unconditional = Literal["vclub", "hsic", "crosscov", "orthogonal", "none"]
 GivenTarget = Literal["vclub_given_target", "orthogonal_given_target", "logit_correlation"]
 Kind = Literal[Unconditional, GivenTarget]
 _GIVEN_TARGET = "_given_target"
@@ -66,18 +66,11 @@ def vclub_bound(target: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
 
     Takes ``[M, B, D]`` each, y at any scale. Returns ``[M]`` in nats per dimension; about 0 for independent
     inputs, below 0 possible.
-
-    Relations:
-        The mean of ``club_sample_bound`` over all shifts of the batch equals this.
     """
     variance_M1D, center_M1D = torch.var_mean(target, dim=1, correction=0, keepdim=True)
     y_MBD, mu_MBD = target - center_M1D, mean - center_M1D
     gap_MBD = y_MBD * mu_MBD + 0.5 * (variance_M1D - y_MBD.square())
     return (gap_MBD * (-log_variance).exp()).mean(dim=(1, 2))
-
-
-BOUNDS = {"vclub": vclub_bound, **OTHER_BOUNDS}
-"""Kinds that fit a network q."""
 
 
 class PairNetwork(nn.Module):
@@ -116,10 +109,10 @@ class MutualInformation(nn.Module):
     ours. Runs in fp32 (fp64 for fp64 inputs), also under autocast.
 
     Args:
-        kind: ``vclub``, ``club_sample`` and ``l1out`` fit a network q; ``hsic``, ``crosscov`` and
-            ``orthogonal`` (``squared_cosine``) need no fit; ``none`` is zero. Given the target (see
-            ``conditional``) are ``vclub_given_target`` and ``orthogonal_given_target``, the same functions of
-            what the target leaves unexplained, and ``logit_correlation``.
+        kind: ``vclub`` fits a network q; ``hsic``, ``crosscov`` and ``orthogonal`` (see ``alternatives``)
+            need no fit; ``none`` is zero. Given the target (see ``conditional``) are ``vclub_given_target``
+            and ``orthogonal_given_target``, the same functions of what the target leaves unexplained, and
+            ``logit_correlation``.
         num_paths: N.
         embed_dim: D.
         hidden_size: width of q's hidden layer, per pair.
@@ -139,12 +132,10 @@ class MutualInformation(nn.Module):
 
     def __init__(self, kind: Kind, *, num_paths: int, embed_dim: int, hidden_size: int = 64) -> None:
         super().__init__()
-        if kind not in get_args(Kind):
-            raise ValueError(f"Unknown mutual information kind {kind!r}; choose one of {get_args(Kind)}.")
         self.kind, self.num_paths, self.embed_dim = kind, num_paths, embed_dim
         self.register_buffer("pairs", path_pairs(num_paths), persistent=False)
         self.estimate = kind.removesuffix(_GIVEN_TARGET)
-        self.needs_fit = self.estimate in BOUNDS and num_paths > 1
+        self.needs_fit = self.estimate == "vclub" and num_paths > 1
         self.network = PairNetwork(len(self.pairs), embed_dim, hidden_size) if self.needs_fit else None
 
     def nll(self, paths: Tensor, given: Given | None = None) -> Tensor:
@@ -163,23 +154,21 @@ class MutualInformation(nn.Module):
 
         Takes ``[B, N, D]``; gradient flows to both paths of a pair and to q (the caller freezes q), none to
         ``given``, the side that the rows are matched with. Returns ``[M]``; sum it, as a mean over no pairs
-        is nan. ``club_sample`` draws from torch's global generator.
+        is nan.
         """
         with torch.autocast(device_type=paths.device.type, enabled=False):
             if self.kind == "logit_correlation":
                 return logit_error_correlation(paths, self._needed(given), self.pairs)
             x_MBD, y_MBD = self._inputs_and_targets(paths, given)
-            if self.kind == "none" or len(self.pairs) == 0:
-                return x_MBD.new_zeros(len(self.pairs))
-            if self.network is None:
+            if self.network is not None:
+                return vclub_bound(y_MBD, *self.network(x_MBD))
+            if self.estimate in WITHOUT_FIT:
                 return WITHOUT_FIT[self.estimate](x_MBD, y_MBD)
-            return BOUNDS[self.estimate](y_MBD, *self.network(x_MBD))
+            return x_MBD.new_zeros(len(self.pairs))
 
     def _inputs_and_targets(self, paths: Tensor, given: Given | None) -> tuple[Tensor, Tensor]:
         """Return ``x`` and ``y`` of every pair, each ``[M, B, D]``; standardised but for ``orthogonal``."""
-        if paths.ndim != 3 or paths.shape[1:] != (self.num_paths, self.embed_dim):
-            expected = f"[B, {self.num_paths}, {self.embed_dim}]"
-            raise ValueError(f"paths must be {expected}, got {tuple(paths.shape)}.")
+        assert paths.shape[1:] == (self.num_paths, self.embed_dim), "[B, N, D]"
         if self.kind.endswith(_GIVEN_TARGET):
             paths = unexplained(paths, self._needed(given))
         angles = self.estimate == "orthogonal"
