@@ -184,22 +184,6 @@ def unexplained_loop(paths: Tensor, target: Tensor, share: float) -> Tensor:
     return torch.stack(left)
 
 
-def logit_error_correlation_loop(
-    paths: Tensor, rows: Tensor, positive: list[int], ids: list[int], first: int, second: int
-) -> Tensor:
-    """Scalar: mean over rows of the correlation, over negatives, of two paths' errors in the scores."""
-    terms = []
-    for b, p in enumerate(positive):
-        negatives = [c for c in range(len(rows)) if ids[c] not in (ids[p], PADDING_ID)]
-        errors = []
-        for n in (first, second):
-            error = [((paths[b, n] - rows[p, n]) * rows[c, n]).sum() for c in negatives]
-            errors.append([each - sum(error) / len(error) for each in error])
-        first_error, second_error = map(torch.stack, errors)
-        terms.append((first_error @ second_error) / (first_error.norm() * second_error.norm()))
-    return torch.stack(terms).mean()
-
-
 def standardise_loop(paths: Tensor) -> Tensor:
     """``[B, N, D]``: each path and dimension minus its batch mean over its batch deviation."""
     columns = []
