@@ -57,9 +57,7 @@ def effective_rank(embeddings: Tensor) -> Tensor:
     Vetterli 2007). Values below rounding of the uncentred matrix count as zero, so that collapsed
     embeddings give 1 and not the rank of the noise. The result is between 1 and ``min(B - 1, D)``.
     """
-    if embeddings.ndim != 2:
-        shape = tuple(embeddings.shape)
-        raise ValueError(f"embeddings must be [B, D], got {shape}; pass one path at a time.")
+    assert embeddings.ndim == 2, "[B, D]: one path at a time"
     with torch.autocast(device_type=embeddings.device.type, enabled=False):
         value_BD = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
         singular = torch.linalg.svdvals(value_BD - value_BD.mean(dim=0))
