@@ -17,7 +17,7 @@ from parallel_decoupling.model.adapters import draw_adapters, split_adapters
 from parallel_decoupling.model.attention import PathStates
 from parallel_decoupling.model.backbone import Backbone, load_backbone
 from parallel_decoupling.model.open_clip import PREFIX, OpenCLIPEncoder, is_open_clip, load_open_clip
-from parallel_decoupling.model.prefixes import PrefixLayers, ShallowPrefixes, make_prefixes, prefix_range
+from parallel_decoupling.model.prefixes import PrefixLayers, make_prefixes, prefix_range
 from parallel_decoupling.model.turns import Turns
 from parallel_decoupling.option_types import NonNegativeInt, PositiveInt, checked
 
@@ -99,12 +99,8 @@ class ParallelEncoder(nn.Module):
             ``forward(inputs, [i])`` equals column ``i`` of ``forward(inputs)``.
         """
         chosen = check_paths(paths, self.num_paths)
-        states, dtype = PathStates(chosen, None, self.prefix_range.start), self.backbone.dtype
-        if isinstance(self.prefixes, ShallowPrefixes):
-            prompts = self.backbone.prompt_states(self.prefixes.embeddings[chosen].to(dtype))
-            states = PathStates(chosen, prompts)
-        elif self.prefixes is not None:
-            states = self.prefixes.states(chosen, self.prefix_range.start, dtype)
+        key_values = None if self.prefixes is None else self.prefixes.states(chosen, self.backbone)
+        states = PathStates(chosen, key_values, self.prefix_range.start)
         states.pooled = last_token(inputs.tokens["attention_mask"])
         states_RLD = self.backbone(inputs.tokens, _concatenate(inputs.vision), states)
         states_NBLD = states_RLD.unflatten(0, (len(chosen), -1))
