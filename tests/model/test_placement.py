@@ -114,11 +114,9 @@ def test_prefixes_in_bfloat16_and_under_autocast(tiny_backbone_dir: str, kind: A
 
 @pytest.mark.parametrize("kind", ["shallow", "deep"])
 def test_a_random_path_is_the_same_whatever_the_number_of_paths(tiny_backbone_dir: str, kind: Any) -> None:
+    options = {"prefix_type": kind, "prefix_init": "random"}
     few, many = (
-        next(
-            make(tiny_backbone_dir, num_paths=n, prefix_type=kind, prefix_init="random").prefixes.parameters()
-        )
-        for n in (2, 5)
+        next(make(tiny_backbone_dir, num_paths=number, **options).prefixes.parameters()) for number in (2, 5)
     )
     assert torch.equal(few, many[:2])
     assert not torch.equal(few[0], few[1])
