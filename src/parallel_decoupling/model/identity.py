@@ -94,8 +94,9 @@ def _content_hash(content: Mapping[str, Any], tensors: Mapping[str, Tensor] | No
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """Return a SHA-256 of all files in the folders inside one but weights, by their names in it."""
-    files = (file for file in folder.glob("*/**/*") if file.is_file() and file.suffix != ".safetensors")
+    """Return SHA-256s by name: of a folder's own weights, and of all but weights in the folders inside it."""
+    inside = (file for file in folder.glob("*/**/*") if file.is_file() and file.suffix != ".safetensors")
+    files = (*folder.glob("*.safetensors"), *inside)
     return {str(file.relative_to(folder)): sha256(file.read_bytes()).hexdigest() for file in files}
 
 
