@@ -197,7 +197,7 @@ def test_an_exported_path_has_its_own_adapter_alone(three_layers_dir: str, tmp_p
 
 @pytest.mark.parametrize("adapter", [{"kind": "dora"}, {"scope": "vision"}])
 def test_an_adapter_per_path_is_lora_in_the_language_model(adapter: Any) -> None:
-    with pytest.raises(ValueError, match="adapter.per_path is for LoRA"):
+    with pytest.raises(ValueError, match="adapter.per_path needs adapter.kind=lora"):
         AdapterConfig(**{**OWN, **adapter})
 
 

@@ -130,7 +130,7 @@ def test_layers_with_a_prefix(prefix_layers: Any, layers: list[int]) -> None:
     assert list(prefix_range(prefix_layers, 3)) == layers
 
 
-@pytest.mark.parametrize("prefix_layers", [3, -1, [1, 1], [2, 1], [0, 4], [-1, 2], [1], [0, 1, 2], [0.5, 2]])
+@pytest.mark.parametrize("prefix_layers", [3, -1, [1, 1], [2, 1], [0, 4], [-1, 2], [1], [0, 1, 2]])
 def test_layers_that_do_not_exist_raise(prefix_layers: Any) -> None:
     with pytest.raises(ValueError, match=r"0 to 2 .* stop <= 3; got"):
         prefix_range(prefix_layers, 3)

@@ -29,8 +29,7 @@ PrefixLayers = int | Sequence[int]
 def prefix_range(prefix_layers: PrefixLayers, num_layers: int) -> range:
     """Return the layers with a prefix; a ValueError if there are none, or not in the backbone."""
     bounds = (prefix_layers, num_layers) if isinstance(prefix_layers, int) else tuple(prefix_layers)
-    whole = all(isinstance(bound, int) for bound in bounds)
-    if len(bounds) != 2 or not whole or not 0 <= bounds[0] < bounds[1] <= num_layers:
+    if len(bounds) != 2 or not 0 <= bounds[0] < bounds[1] <= num_layers:
         first = f"the first layer with a prefix, 0 to {num_layers - 1} for this backbone"
         both = f"[start, stop] with 0 <= start < stop <= {num_layers}"
         raise ValueError(f"prefix_layers is {first}, or {both}; got {prefix_layers}")
@@ -73,7 +72,7 @@ class ShallowPrefixes(nn.Module):
 
 @torch.no_grad()
 def make_prefixes(
-    backbone: Any, prefix_type: str, init: str, seed: int, *, num_paths: int, length: int, layers: range
+    backbone: Any, prefix_type: str, init: str, seed: int, num_paths: int, length: int, layers: range
 ) -> DeepPrefixes | ShallowPrefixes:
     """Make the prefixes of a ``Backbone``, started from meta-prompts or at random at their scale.
 
@@ -93,7 +92,7 @@ def make_prefixes(
             prefixes = DeepPrefixes(num_paths, len(layers), 2, *of_layer)
         else:
             prefixes = ShallowPrefixes(num_paths, length, backbone.hidden_size)
-    if backbone.is_meta:
+    if next(backbone.parameters()).is_meta:
         return prefixes
     needed = sum(parameter.nbytes for parameter in prefixes.parameters())
     needed += 4 * min_length**2  # the mask for attention in a meta-prompt

@@ -6,7 +6,6 @@ hub must be in the local cache.
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -22,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from parallel_decoupling.files import atomic_write
 from parallel_decoupling.model import encoder as encoders
 from parallel_decoupling.model import identity, run_checkpoint
-from parallel_decoupling.model.adapters import AdapterConfig
-from parallel_decoupling.model.backbone import Backbone, Dtype, load_backbone
+from parallel_decoupling.model.adapters import AdapterConfig, adapted_layers
+from parallel_decoupling.model.backbone import Backbone, Dtype
 from parallel_decoupling.model.encoder import Encoder, ParallelEncoder
 from parallel_decoupling.model.families import FAMILIES, Family
 from parallel_decoupling.model.locations import HUB_ID, located, portable
@@ -211,11 +210,7 @@ def _build(settings: Mapping[str, Any]) -> Encoder:
         if given.get(name) is not None:
             values = {key: tuple(v) if isinstance(v, list) else v for key, v in given[name].items()}
             given[name] = cast(Any, kind)(**values)
-    loading, paths = (
-        {name: given[name] for name in list(inspect.signature(function).parameters)[1:] if name in given}
-        for function in (load_backbone, ParallelEncoder)
-    )
-    return encoders.build_encoder(settings["backbone"], loading, paths)
+    return encoders.build_encoder(settings["backbone"], given)
 
 
 def _settings(encoder: Encoder, *, included: bool, merge: bool) -> dict[str, Any]:
@@ -259,8 +254,7 @@ def _save_base(backbone: Backbone, folder: Path, *, merged_path: int | None) -> 
     base = cast(Any, backbone.base)
     own = {name: value for name, value in base.state_dict().items() if "lora_" not in name}
     state = {name.replace(".base_layer.", "."): value for name, value in own.items()}
-    for name in () if merged_path is None else backbone.adapted_modules:
-        layer = base.get_submodule(name)
+    for name, layer in {} if merged_path is None else adapted_layers(base).items():
         if isinstance(layer, PathLoRA):
             assert merged_path is not None
             state[f"{name}.weight"] = layer.merged_weight(merged_path)

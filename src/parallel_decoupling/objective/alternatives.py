@@ -44,8 +44,7 @@ def cross_covariance(x: Tensor, y: Tensor) -> Tensor:
     Takes ``[M, B, D]`` (standardised, the covariances are correlations), returns ``[M]``, the mean over D * D
     entries: about 1 / B for independent inputs.
     """
-    x_MBD, y_MBD = x - x.mean(dim=1, keepdim=True), y - y.mean(dim=1, keepdim=True)
-    covariance_MDD = x_MBD.mT @ y_MBD / x.shape[1]
+    covariance_MDD = (x - x.mean(dim=1, keepdim=True)).mT @ y / x.shape[1]
     return covariance_MDD.square().mean(dim=(1, 2))
 
 

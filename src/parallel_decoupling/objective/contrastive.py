@@ -36,10 +36,6 @@ def info_nce(
     leaves out all targets of the query but p. That is SupCon's "out" form (arXiv 2004.11362: the mean over
     positives stands outside of the logarithm), except that positives do not push each other away.
 
-    Gathering: where gradient reaches only the local rows, a candidate must still meet the queries
-    of the other ranks. Pass ALL gathered queries and ALL gathered candidates, local rows with
-    gradient; the sum over ranks of the gradients is then that of one process.
-
     Args:
         query: ``[B, N, D]``, unit norm for a cosine score. Not detached here.
         candidate: ``[G, N, D]``, unit norm. Not detached here.

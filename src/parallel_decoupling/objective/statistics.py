@@ -20,9 +20,6 @@ def path_cosine(paths: Tensor) -> Tensor:
         return torch.einsum("bnd,bmd->nm", unit_BND, unit_BND) / len(paths)
 
 
-_ROUNDING = 1e-5
-
-
 @torch.no_grad()
 def margin_correlation(margins: Tensor) -> Tensor:
     """Return the correlation ``[N, N]`` over queries between the paths' margins ``[N, B]``.
@@ -34,7 +31,7 @@ def margin_correlation(margins: Tensor) -> Tensor:
     """
     finite_NB = margins[:, margins.isfinite().all(dim=0)]
     deviation_NB = finite_NB - finite_NB.mean(dim=1, keepdim=True)
-    deviation_NB = deviation_NB * (deviation_NB.norm(dim=1, keepdim=True) > _ROUNDING)
+    deviation_NB = deviation_NB * (deviation_NB.norm(dim=1, keepdim=True) > 1e-5)
     unit_NB = nn.functional.normalize(deviation_NB, dim=1)
     return unit_NB @ unit_NB.T
 

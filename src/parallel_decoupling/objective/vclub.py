@@ -20,8 +20,6 @@ from parallel_decoupling.option_types import check_memory
 Unconditional = Literal["vclub", "hsic", "crosscov", "orthogonal", "none"]
 GivenTarget = Literal["vclub_given_target", "orthogonal_given_target"]
 Kind = Literal[Unconditional, GivenTarget]
-_LOG_VARIANCE_LIMIT = 6.0
-_SMALLEST_VARIANCE = 1e-12
 
 
 def path_pairs(num_paths: int) -> Tensor:
@@ -42,7 +40,7 @@ def standardise(paths: Tensor) -> Tensor:
     """
     value_BND = paths.to(torch.promote_types(paths.dtype, torch.float32))
     variance_ND, mean_ND = torch.var_mean(value_BND, dim=0, correction=0)
-    return (value_BND - mean_ND) * variance_ND.clamp_min(_SMALLEST_VARIANCE).rsqrt()
+    return (value_BND - mean_ND) * variance_ND.clamp_min(1e-12).rsqrt()
 
 
 def gaussian_nll(target: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
@@ -98,7 +96,7 @@ class PairNetwork(nn.Module):
         hidden_weight, hidden_bias, output_weight, output_bias = (p.to(x.dtype) for p in self.parameters())
         hidden_MBH = nn.functional.gelu(torch.baddbmm(hidden_bias, x, hidden_weight))
         mean_MBD, raw_MBD = torch.baddbmm(output_bias, hidden_MBH, output_weight).chunk(2, dim=2)
-        return mean_MBD, raw_MBD.clamp(-_LOG_VARIANCE_LIMIT, _LOG_VARIANCE_LIMIT)
+        return mean_MBD, raw_MBD.clamp(-6, 6)
 
 
 class MutualInformation(nn.Module):
