@@ -155,7 +155,7 @@ class MutualInformation(nn.Module):
             x_MBD, y_MBD = self._pair_sides(paths, target)
             if self.network is not None:
                 return vclub_bound(y_MBD, *self.network(x_MBD))
-            if self.estimate in WITHOUT_FIT:
+            if self.estimate in WITHOUT_FIT and len(self.pairs) > 0:
                 return WITHOUT_FIT[self.estimate](x_MBD, y_MBD)
             return x_MBD.new_zeros(len(self.pairs))
 
