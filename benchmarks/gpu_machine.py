@@ -7,6 +7,7 @@ import resource
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -139,6 +140,7 @@ class Machine:
     def embedder(self, **settings: Any) -> PDFEmbedder:
         """Build a model on the device, with random bf16 weights and no file of them."""
 
+        @wraps(encoders.load_backbone)
         def load(name: str, **options: Any) -> Backbone:
             used = ("adapter", "dtype", "attention", "gradient_checkpointing")
             return random_backbone(name, self.device, **{key: options[key] for key in used})
@@ -165,5 +167,5 @@ def random_backbone(
     backbone = Backbone(base, processor, family, name=folder, **options)
     backbone.adapter = adapter or AdapterConfig()
     with torch.device(device):
-        backbone.adapted_modules = add_adapters(base, backbone.family, backbone.adapter)
+        add_adapters(base, backbone.family, backbone.adapter)
     return backbone.train()

@@ -14,9 +14,9 @@ from parallel_decoupling.evaluation.plots import COLOURS, INK, clean_axes, new_f
 from studies.study_plots import DPI, shared_legend
 
 Row = dict[str, Any]
-WITH_Q, WITHOUT_Q = ("vclub", "club_sample", "l1out"), ("hsic", "crosscov", "orthogonal")
+WITH_Q, WITHOUT_Q = ("vclub",), ("hsic", "crosscov", "orthogonal")
 """Kinds that estimate nats by way of q, and kinds in no unit of information."""
-KIND_COLOURS = dict(zip((*WITH_Q, *WITHOUT_Q), COLOURS[1:], strict=True))
+KIND_COLOURS = dict(zip((*WITH_Q, *WITHOUT_Q), COLOURS[1:], strict=False))
 SETTINGS = {
     "Gaussians, true q": {"cubed": False, "perfect_q": True},
     "Gaussians, fitted q": {"cubed": False, "perfect_q": False},

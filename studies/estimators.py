@@ -92,7 +92,6 @@ def measure(kind: Unconditional, cell: Cell, network: nn.Module, draws: int) -> 
     if estimator.needs_fit:
         estimator.network = network  # type: ignore[assignment]
     generator = torch.Generator().manual_seed(2)
-    torch.manual_seed(3)  # club_sample draws its negatives from the global generator
     mixing = (cell.rho * torch.eye(cell.embed_dim)).requires_grad_()
     values, gradients = [], []
     for _ in range(draws):

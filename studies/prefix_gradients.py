@@ -109,7 +109,6 @@ def measure(module: PDFEmbedder, batches: Sequence[PairBatch]) -> list[dict[str,
         batches: at least 2.
     """
     estimators = with_network_of(module.mutual_information)
-    torch.manual_seed(0)  # club_sample draws its negatives from the global generator
     tracked: Iterable[PairBatch] = track(batches, description="batches")
     per_batch = [gradients(module, batch, estimators) for batch in tracked]
     gradient_SW = {term: torch.stack([each[term] for each in per_batch]).double() for term in per_batch[0]}

@@ -18,7 +18,6 @@ from sentence_transformers.sentence_transformer import modules
 from sentence_transformers.util import quantize_embeddings
 
 from parallel_decoupling.evaluation.embedder import Embedder
-from parallel_decoupling.model.turns import training_modes
 from parallel_decoupling.sentence_transformers import as_sentence_transformer
 from tests.support.embedders import mixed_inputs, tiny_embedder
 from tests.support.fit import small_embedder
@@ -67,9 +66,9 @@ def test_a_call_waits_for_a_training_step_and_leaves_its_modes(tiny_backbone_dir
         with module.encoder.turns.alone():
             call = threads.submit(encode, model, "a")  # type: ignore[arg-type]
             assert not wait([call], timeout=0.5).done
-            assert all(training for _, training in training_modes(module.encoder))
+            assert all(each.training for each in module.encoder.modules())
         torch.testing.assert_close(call.result(), expected)
-    assert all(training for _, training in training_modes(module.encoder))
+    assert all(each.training for each in module.encoder.modules())
 
 
 @pytest.mark.parametrize("path", [0, 2])

@@ -142,7 +142,7 @@ def test_a_path_is_exported_as_a_stock_model_and_its_prefix(folder: str, tmp_pat
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "path_1" / "backbone")
     prefix = embedder.encoder.prefixes.key_values[1]
     for text, embedding in zip(WORDS, before[:, 1], strict=True):
-        expected = stock_alone(stock, tokenizer, "", raw_input(text), prefix)
+        expected = stock_alone(stock, tokenizer, "", raw_input(text), dict(enumerate(prefix)))
         torch.testing.assert_close(embedding, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -61,25 +61,17 @@ def test_every_leaf_of_an_exported_config(tiny_backbone_dir: str, tmp_path: Path
             load_encoder(folder)
 
 
-@pytest.mark.parametrize("how", ["bit", "cut", "empty"])
-def test_weights_of_an_exported_folder(tiny_backbone_dir: str, tmp_path: Path, how: str) -> None:
-    tiny_embedder(tiny_backbone_dir).save_pretrained(tmp_path / "model")
-    file = tmp_path / "model" / "model.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-9] ^= 16
-    file.write_bytes({"bit": bytes(content), "cut": bytes(content[:-50]), "empty": b""}[how])
-    with pytest.raises(ValueError, match=DAMAGED):
-        load_encoder(tmp_path / "model")
-
-
-@pytest.mark.parametrize("how", ["bit", "gone"])
-def test_files_of_the_processor_and_the_backbone(tiny_backbone_dir: str, tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize("how", ["bit", "cut", "empty", "gone"])
+@pytest.mark.parametrize("name", ["model.safetensors", "backbone/config.json", "backbone/tokenizer.json"])
+def test_files_of_an_exported_folder(tiny_backbone_dir: str, tmp_path: Path, name: str, how: str) -> None:
     tiny_embedder(tiny_backbone_dir).save_pretrained(tmp_path / "model", include_backbone=True)
-    (file,) = (tmp_path / "model").glob("*/tokenizer.json")
+    file = tmp_path / "model" / name
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
-    file.write_bytes(content) if how == "bit" else file.unlink()
-    with pytest.raises(ValueError, match="tokenizer.json are missing, damaged, or were changed"):
+    file.write_bytes({"bit": bytes(content), "cut": bytes(content[:-50])}.get(how, b""))
+    if how == "gone":
+        file.unlink()
+    with pytest.raises(ValueError, match=f"{name} are missing, damaged, or were changed"):
         load_encoder(tmp_path / "model")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,15 +13,15 @@ import transformers.integrations.flex_attention as flex_integration
 import transformers.modeling_flash_attention_utils as flash_utils
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
-from transformers import AutoModel, DynamicCache, PreTrainedModel, masking_utils
+from transformers import AutoModel, PreTrainedModel, masking_utils
 
-from parallel_decoupling.batch import EncoderInputs
-from parallel_decoupling.model.attention import prefix_attention
-from parallel_decoupling.model.backbone import AdapterConfig, Backbone, load_backbone
+from parallel_decoupling.batch import EncoderInputs, RawInput
+from parallel_decoupling.model.attention import PathStates, prefix_attention
+from parallel_decoupling.model.backbone import AdapterConfig, load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder, nested_dims, truncate
 from parallel_decoupling.model.paths import CALL
-from parallel_decoupling.model.prefixes import META_PROMPTS, DeepPrefixes, init_random
-from tests.model.test_families import TEXTS, collate
+from parallel_decoupling.model.prefixes import META_PROMPTS
+from tests.model.test_families import TEXTS, collate, stock_alone
 from tests.support.families import save_tiny_family
 from tests.support.tiny import noise_image, tiny_inputs
 
@@ -36,57 +37,62 @@ OTHER_SIZES = [
 ]
 
 
-def random_prefixes(
-    backbone: Backbone, *, num_paths: int = 3, length: int = 5, num_layers: int = 2
-) -> DeepPrefixes:
-    heads, size = backbone.num_key_value_heads, backbone.head_dim
-    prefixes = DeepPrefixes((num_paths, num_layers, 2, heads, length, size))
-    init_random(prefixes.key_values, torch.ones(()), torch.Generator().manual_seed(1))
-    return prefixes
-
-
 def join(inputs: EncoderInputs) -> dict[str, Tensor]:
     keys = {key for row in inputs.vision for key in row}
     return {key: torch.cat([row[key] for row in inputs.vision if key in row]) for key in keys}
 
 
-def forward_with_cache(stock: Any, inputs: EncoderInputs, key_values: Tensor) -> Tensor:
-    """Slow version: one path, the prefix as an already filled cache of the stock model."""
-    mask, vision = inputs.tokens["attention_mask"], join(inputs)
-    batch_size = len(inputs)
-    cache = DynamicCache(config=stock.config.get_text_config())
-    for index, (key, value) in enumerate(key_values):
-        cache.update(key.expand(batch_size, -1, -1, -1), value.expand(batch_size, -1, -1, -1), index)
-    positions, _ = stock.get_rope_index(
-        inputs.tokens["input_ids"],
-        mm_token_type_ids=inputs.tokens["mm_token_type_ids"],
-        image_grid_thw=vision.get("image_grid_thw"),
-        attention_mask=mask,
-    )
-    output = stock(
-        input_ids=inputs.tokens["input_ids"],
-        attention_mask=torch.cat((mask.new_ones(batch_size, key_values.shape[3]), mask), dim=1),
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        **vision,
-    )
-    return output.last_hidden_state * mask[..., None]
+def make(
+    folder: str, *, adapter: AdapterConfig = FROZEN, attention: Any = "sdpa", **options: Any
+) -> ParallelEncoder:
+    return ParallelEncoder(load_backbone(folder, adapter=adapter, attention=attention), **options)
+
+
+def rows_of(encoder: ParallelEncoder, rows: Any = ROWS, **options: Any) -> EncoderInputs:
+    return tiny_inputs(encoder.processor, rows, **options)
+
+
+def hidden(encoder: ParallelEncoder, inputs: EncoderInputs) -> Tensor:
+    """The last states ``[N, B, L, D]`` of all real tokens."""
+    paths = range(encoder.num_paths)
+    states = PathStates(paths, encoder.prefixes.states(paths, encoder.backbone), encoder.prefix_range.start)
+    states_NBLD = encoder.backbone(inputs.tokens, join(inputs), states).unflatten(0, (len(paths), -1))
+    return states_NBLD * inputs.tokens["attention_mask"][..., None]
+
+
+def with_attention(encoder: ParallelEncoder, attention: str) -> ParallelEncoder:
+    """The encoder itself with another attention; loading flash would ask for a GPU."""
+    encoder.backbone.language_model.config._attn_implementation_internal = prefix_attention(attention)
+    return encoder
+
+
+def cached(stock: Any, processor: Any, row: tuple[str, Any], prefix: Mapping[int, Tensor]) -> Tensor:
+    """The embedding of a row by the stock model with a filled cache."""
+    return stock_alone(stock, processor, "", RawInput(row[0], tuple(row[1])), prefix)
 
 
 def test_prefix_gradient_equals_that_of_the_filled_cache(tiny_backbone_dir: str) -> None:
-    backbone = load_backbone(tiny_backbone_dir, adapter=FROZEN)
+    encoder = make(tiny_backbone_dir, num_paths=3, prefix_length=5, prefix_init="random")
     stock = AutoModel.from_pretrained(tiny_backbone_dir, attn_implementation="sdpa")
-    prefixes = random_prefixes(backbone)
-    inputs = tiny_inputs(backbone.processor, ROWS)
-    real = inputs.tokens["attention_mask"][..., None]
-    hidden = backbone(inputs.tokens, join(inputs), prefixes.states(range(3), 0, torch.float32))
-    weight = torch.randn(3, len(ROWS), *hidden.shape[1:])
-    (hidden.unflatten(0, (3, -1)) * real * weight).sum().backward()
-    for path in range(3):
-        key_values = prefixes.key_values[path].detach().requires_grad_()
-        (forward_with_cache(stock, inputs, key_values) * weight[path]).sum().backward()
-        torch.testing.assert_close(prefixes.key_values.grad[path], key_values.grad, rtol=1e-4, atol=1e-4)
+    weight = torch.randn(len(ROWS), 3, encoder.embed_dim)
+    (encoder(rows_of(encoder)) * weight).sum().backward()
+    for path, gradient in enumerate(encoder.prefixes.key_values.grad):
+        key_values = encoder.prefixes.key_values[path].detach().requires_grad_()
+        for row, weight_D in zip(ROWS, weight[:, path], strict=True):
+            embedding = cached(stock, encoder.processor, row, dict(enumerate(key_values)))
+            (embedding * weight_D).sum().backward()
+        torch.testing.assert_close(gradient, key_values.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bounds", [[0, 1], [1, 2], [0, 2], [1, 3]])
+@torch.no_grad()
+def test_a_range_of_layers_equals_a_cache_in_these_layers(three_layers_dir: str, bounds: list[int]) -> None:
+    encoder = make(three_layers_dir, num_paths=2, prefix_length=4, prefix_layers=bounds)
+    stock = AutoModel.from_pretrained(three_layers_dir, attn_implementation="sdpa")
+    for path, key_values in enumerate(encoder.prefixes.key_values):
+        prefix = dict(zip(range(*bounds), key_values, strict=True))
+        expected = torch.stack([cached(stock, encoder.processor, row, prefix) for row in ROWS])
+        torch.testing.assert_close(encoder(rows_of(encoder))[:, path], expected, rtol=1e-4, atol=1e-5)
 
 
 def packed_attention(
@@ -154,67 +160,37 @@ def flex(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(masking_utils, "create_block_mask", uncompiled)
 
 
-@pytest.mark.parametrize("first_layer", [0, 1])
+@pytest.mark.parametrize("prefix_layers", [0, 1, [1, 2]])
 @pytest.mark.parametrize("padding_side", ["left", "right"])
-@pytest.mark.parametrize("rows", [ROWS, ROWS[1:2]])
-@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
-def test_gpu_attention_equals_sdpa(
-    tiny_backbone_dir: str,
-    flash: None,
-    flex: None,
-    attention: str,
-    rows: Any,
-    padding_side: str,
-    first_layer: int,
+@pytest.mark.parametrize("attention", ["eager", "flash_attention_2", "flex_attention"])
+def test_every_attention_equals_sdpa(
+    three_layers_dir: str, flash: None, flex: None, attention: str, padding_side: str, prefix_layers: Any
 ) -> None:
-    backbone = load_backbone(tiny_backbone_dir, adapter=FROZEN)
-    prefixes = random_prefixes(backbone, num_layers=2 - first_layer)
-    inputs = tiny_inputs(backbone.processor, rows, padding_side=padding_side)
-
-    def hidden() -> Tensor:
-        states = prefixes.states(range(3), first_layer, torch.float32)
-        real = inputs.tokens["attention_mask"].repeat(3, 1)[..., None]
-        return backbone(inputs.tokens, join(inputs), states) * real
-
-    expected = hidden()
-    name = prefix_attention(attention)
-    backbone.language_model.config._attn_implementation_internal = name  # loading flash would ask for a GPU
-    torch.testing.assert_close(hidden(), expected, rtol=1e-5, atol=1e-5)
+    encoder = make(three_layers_dir, num_paths=3, prefix_init="random", prefix_layers=prefix_layers)
+    inputs = [rows_of(encoder, rows, padding_side=padding_side) for rows in (ROWS, ROWS[1:2])]
+    expected = [hidden(encoder, each) for each in inputs]
+    with_attention(encoder, attention)
+    torch.testing.assert_close([hidden(encoder, each) for each in inputs], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
 def test_gpu_attention_shows_the_prefix_in_front_of_every_window(
     tmp_path: Path, flash: None, flex: None, attention: str
 ) -> None:
-    backbone = load_backbone(save_tiny_family("gemma3_text", tmp_path), adapter=FROZEN)
-    prefixes = random_prefixes(backbone, num_layers=3)
+    encoder = make(save_tiny_family("gemma3_text", tmp_path), num_paths=3, prefix_init="random")
+    backbone = encoder.backbone
     short, long = collate(backbone, [TEXTS[0], TEXTS[3]]), collate(backbone, TEXTS)
     window = backbone.config.sliding_window = short.tokens["input_ids"].shape[1]
     for layer in backbone.layers:
         layer.self_attn.sliding_window = layer.self_attn.sliding_window and window
-
-    def hidden(inputs: EncoderInputs) -> Tensor:
-        real = inputs.tokens["attention_mask"].repeat(3, 1)[..., None]
-        return backbone(inputs.tokens, {}, prefixes.states(range(3), 0, torch.float32)) * real
-
-    expected = [hidden(inputs) for inputs in (short, long)]
-    backbone.config._attn_implementation_internal = prefix_attention(attention)
-    torch.testing.assert_close(hidden(short), expected[0], rtol=1e-5, atol=1e-5)
+    expected = [hidden(encoder, inputs) for inputs in (short, long)]
+    with_attention(encoder, attention)
+    torch.testing.assert_close(hidden(encoder, short), expected[0], rtol=1e-5, atol=1e-5)
     if attention == "flash_attention_2":
         with pytest.raises(ValueError, match=f"texts of .* a window of {window}: use attention='sdpa'"):
-            hidden(long)
+            hidden(encoder, long)
     else:
-        torch.testing.assert_close(hidden(long), expected[1], rtol=1e-5, atol=1e-5)
-
-
-def make(
-    folder: str, *, adapter: AdapterConfig = FROZEN, attention: Any = "sdpa", **options: Any
-) -> ParallelEncoder:
-    return ParallelEncoder(load_backbone(folder, adapter=adapter, attention=attention), **options)
-
-
-def rows_of(encoder: ParallelEncoder, rows: Any = ROWS, **options: Any) -> EncoderInputs:
-    return tiny_inputs(encoder.processor, rows, **options)
+        torch.testing.assert_close(hidden(encoder, long), expected[1], rtol=1e-5, atol=1e-5)
 
 
 def test_a_forward_leaves_no_trace(tiny_backbone_dir: str) -> None:
@@ -238,10 +214,9 @@ def test_the_last_mlp_runs_on_the_pooled_tokens_alone(three_layers_dir: str) -> 
     (pooled * weight).sum().backward()
     gradients = {name: p.grad.clone() for name, p in encoder.named_parameters() if p.requires_grad}
     encoder.zero_grad()
-    states = encoder.prefixes.states([0, 1], 0, torch.float32)
-    hidden = encoder.backbone(inputs.tokens, join(inputs), states).unflatten(0, (2, -1)).transpose(0, 1)
     last = inputs.tokens["attention_mask"].cumsum(-1).argmax(-1)
-    whole = F.normalize(hidden[torch.arange(len(inputs)), :, last], dim=-1)
+    states_BNLD = hidden(encoder, inputs).transpose(0, 1)
+    whole = F.normalize(states_BNLD[torch.arange(len(inputs)), :, last], dim=-1)
     torch.testing.assert_close(pooled, whole, rtol=1e-5, atol=1e-5)
     (whole * weight).sum().backward()
     for name, parameter in encoder.named_parameters():
@@ -364,16 +339,22 @@ def test_aggregates_equal_their_definitions(tiny_backbone_dir: str) -> None:
         torch.testing.assert_close(encoder.aggregate(embeddings[:, :1]), embeddings[:, 0])
 
 
+OWN = AdapterConfig(per_path=True)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"num_paths": 0}, "num_paths must be 1 or more"),
-        ({"num_paths": 2, "prefix_length": 0}, "num_paths=1"),
+        ({"prefix_length": 0}, "unless num_paths=1 or adapter.per_path"),
         ({"num_paths": 9}, "prefix_init='random'"),
         ({"aggregation": "sum"}, "aggregation must be 'mean', 'concat', 'learned' or 'linear'"),
+        ({"prefix_type": "broad"}, "prefix_type must be 'deep' or 'shallow'"),
+        ({"prefix_type": "shallow", "prefix_layers": [0, 1]}, "set prefix_layers=0"),
+        ({"prefix_type": "shallow", "adapter": OWN}, "prefix_type='deep'"),
     ],
 )
-def test_impossible_sizes_raise(tiny_backbone_dir: str, options: dict[str, Any], message: str) -> None:
+def test_what_does_not_go_together(tiny_backbone_dir: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(tiny_backbone_dir, **options)
 

@@ -8,7 +8,7 @@ for nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -103,36 +103,42 @@ def encoder_of(backbone: Backbone, **options: Any) -> ParallelEncoder:
     return ParallelEncoder(backbone, **{"num_paths": 3, "prefix_length": 4, **options})
 
 
-def explicit_masks(config: Any, length: int, prefix_length: int) -> dict[str, Tensor]:
-    """Masks ``[1, 1, L, P + L]`` by kind of layer, token by token: a prefix is in front of every window."""
-    full, sliding = torch.zeros(2, 1, 1, length, prefix_length + length, dtype=torch.bool)
-    for query in range(length):
-        for key in range(query + 1):
-            full[..., query, prefix_length + key] = True
-            sliding[..., query, prefix_length + key] = query - key < config.sliding_window
-        full[..., query, :prefix_length] = sliding[..., query, :prefix_length] = True
-    return {"full_attention": full, "sliding_attention": sliding}
+def stock_alone(
+    stock: Any, processor: Any, image_token: str, row: RawInput, prefix: Mapping[int, Tensor]
+) -> Tensor:
+    """The slow version: one row, one path, the last token's unit state.
 
-
-def stock_alone(stock: Any, processor: Any, image_token: str, row: RawInput, prefix: Tensor | None) -> Tensor:
-    """The slow version: one row, one path ``[Y, 2, K, P, H]`` or no prefix, the last token's unit state."""
+    ``prefix`` has keys and values ``[2, K, P, H]`` by layer, which fill a cache. What a token sees is said
+    token by token: the prefix, also in front of a window, and the tokens up to itself.
+    """
     text = row.text.replace(IMAGE_PLACEHOLDER, image_token)
     images = {"images": [list(row.images)]} if row.images else {}
     data = dict(processor(text=[text], **images, return_tensors="pt"))
-    if prefix is None:
+    if not prefix:
         return F.normalize(stock(**data).last_hidden_state[0, -1], dim=-1)
     ids, mask = data["input_ids"], data.pop("attention_mask")
-    positions = torch.arange(ids.shape[1])[None]
+    length = ids.shape[1]
+    positions = torch.arange(length)[None]
     if hasattr(stock, "get_rope_index"):
         types, grid = data["mm_token_type_ids"], data.get("image_grid_thw")
         positions, _ = stock.get_rope_index(ids, types, image_grid_thw=grid, attention_mask=mask)
     cache = DynamicCache()
-    for index, (key, value) in enumerate(prefix):
-        cache.update(key[None], value[None], index)
-    mask = torch.cat((mask.new_ones(1, prefix.shape[3]), mask), dim=1)
-    if "sliding_attention" in getattr(stock.config, "layer_types", ()):
-        mask = explicit_masks(stock.config, ids.shape[1], prefix.shape[3])
-    output = stock(**data, attention_mask=mask, position_ids=positions, past_key_values=cache)
+    for layer, (key, value) in prefix.items():
+        cache.update(key[None], value[None], layer)
+
+    def explicit_mask(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        slots = prefix[module.layer_idx].shape[2] if module.layer_idx in prefix else 0
+        window = getattr(module, "sliding_window", None) or length
+        sees = [
+            [True] * slots + [0 <= query - key < window for key in range(length)] for query in range(length)
+        ]
+        return args, {**kwargs, "attention_mask": torch.tensor(sees)[None, None]}
+
+    attentions = [module for module in stock.get_decoder().modules() if hasattr(module, "layer_idx")]
+    hooks = [each.register_forward_pre_hook(explicit_mask, with_kwargs=True) for each in attentions]
+    output = stock(**data, position_ids=positions, past_key_values=cache, use_cache=True)
+    for hook in hooks:
+        hook.remove()
     return F.normalize(output.last_hidden_state[0, -1], dim=-1)
 
 
@@ -143,7 +149,7 @@ def test_without_prefix_rows_equal_the_stock_model(
     embeddings = encoder_of(frozen, num_paths=1, prefix_length=0)(inputs)
     for row, embedding in zip(rows, embeddings[:, 0], strict=True):
         torch.testing.assert_close(
-            embedding, stock_alone(stock, processor, frozen.image_token, row, None), **CLOSE
+            embedding, stock_alone(stock, processor, frozen.image_token, row, {}), **CLOSE
         )
 
 
@@ -165,7 +171,7 @@ def test_paths_of_a_mixed_batch_equal_the_stock_model_with_a_filled_cache(
     embeddings = encoder(inputs)
     for path, prefix in enumerate(encoder.prefixes.key_values):
         for row, embedding in zip(rows, embeddings[:, path], strict=True):
-            expected = stock_alone(stock, processor, frozen.image_token, row, prefix)
+            expected = stock_alone(stock, processor, frozen.image_token, row, dict(enumerate(prefix)))
             torch.testing.assert_close(embedding, expected, **CLOSE)
     assert not torch.allclose(embeddings[:, 0], embeddings[:, 1], atol=1e-2)
 

@@ -240,12 +240,6 @@ def test_not_a_model(tmp_path: Path) -> None:
     assert not is_pretrained(tmp_path)
 
 
-def test_missing_files(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
-        load_encoder(folder)
-
-
 def test_another_backbone(tmp_path: Path) -> None:
     source = save_tiny_backbone(tmp_path / "source")
     tiny_embedder(source).save_pretrained(tmp_path / "model")

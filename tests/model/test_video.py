@@ -94,7 +94,7 @@ def test_order_number_and_size_of_frames_count(folder: str) -> None:
 def test_what_is_a_video_and_who_takes_none(tmp_path: Path, tiny_clip_dir: str) -> None:
     families = ("qwen2", "smolvlm", "llava_onevision")
     embedders = [embedder_of(save_tiny_family(name, tmp_path / name)) for name in families]
-    for embedder in (*embedders, Embedder(build_encoder(tiny_clip_dir, {}, {}))):
+    for embedder in (*embedders, Embedder(build_encoder(tiny_clip_dir, {}))):
         with pytest.raises(ValueError, match=r"input 0: the backbone takes no video; Qwen2-VL, Qwen2\.5-VL"):
             embedder.encode([ROWS[0]])
     for wrong, message in (([], "a list is not a video: use a list"), ("x", "a str is not"), ([3], "a int")):

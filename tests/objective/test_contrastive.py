@@ -12,10 +12,10 @@ from torch import Tensor
 
 from parallel_decoupling.batch import PADDING_ID
 from parallel_decoupling.objective.contrastive import (
-    candidate_logits,
     in_batch_margins,
     info_nce,
     own_candidates_kl,
+    score_distillation,
 )
 from parallel_decoupling.objective.statistics import (
     effective_rank,
@@ -164,12 +164,6 @@ def test_half_precision_inputs_and_autocast_compute_in_float32() -> None:
     assert torch.equal(plain, full)
 
 
-def test_a_temperature_of_zero_is_an_error() -> None:
-    query, candidate, labels = both("in_batch")
-    with pytest.raises(ValueError, match="above 0"):
-        info_nce(query, candidate, temperature=0.0, **labels)
-
-
 SEVERAL = {
     "all_given": ([[0, 3], [1, 4], [2, 5]], [10, 11, 12, 13, 14, 15, 20]),
     "some_are_padding": ([[0, 3], [1, 4], [2, 5]], [10, 11, 12, 13, PADDING_ID, 15, PADDING_ID]),
@@ -207,39 +201,6 @@ def test_several_positives_equal_the_loop(case: str, symmetric: bool) -> None:
         assert hit_at_1(query, candidate, **labels)[n] == hits / 3
 
 
-@pytest.mark.parametrize("case", SEVERAL)
-def test_what_distillation_compares_has_all_positives_and_no_padding(case: str) -> None:
-    positives, ids = SEVERAL[case]
-    sides = unit(3, 1, 5, seed=1), unit(len(ids), 1, 5, seed=2)
-    (found,) = candidate_logits(*sides, torch.tensor(positives), torch.tensor(ids)).isfinite().tolist()
-    for of_query, there in zip(positives, found, strict=True):
-        left_out = {ids[p] for p in of_query} | {PADDING_ID}
-        kept = [j in of_query or each not in left_out for j, each in enumerate(ids)]
-        assert there == [each and ids[j] != PADDING_ID for j, each in enumerate(kept)]
-
-
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_one_positive_is_the_cross_entropy_bit_for_bit(symmetric: bool) -> None:
-    query, candidate, labels = both("hard_negative_is_a_positive")
-    query, candidate = query.float().requires_grad_(), candidate.float().requires_grad_()
-    positive, ids = labels["positive"], labels["candidate_ids"]
-    loss_N = info_nce(query, candidate, temperature=0.1, symmetric=symmetric, **labels)
-    score_NBG = torch.einsum("bnd,gnd->nbg", query, candidate) / 0.1
-    own = torch.nn.functional.one_hot(positive, len(ids)).bool()
-    logits = [score_NBG.masked_fill((ids[positive][:, None] == ids) & ~own, -torch.inf)]
-    if symmetric:
-        same = (ids[positive][:, None] == ids[positive]) & ~torch.eye(4, dtype=torch.bool)
-        logits.append(score_NBG[:, :, positive].transpose(1, 2).masked_fill(same, -torch.inf))
-    direct = [
-        torch.nn.functional.cross_entropy(each.flatten(0, 1), target.repeat(3), reduction="none").view(3, 4)
-        for each, target in zip(logits, (positive, torch.arange(4)), strict=False)
-    ]
-    expected_N = (sum(direct[1:], direct[0]) / len(direct)).mean(dim=1)
-    assert torch.equal(loss_N, expected_N)
-    gradients = [torch.autograd.grad(each.sum(), (query, candidate)) for each in (loss_N, expected_N)]
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*gradients, strict=True))
-
-
 def test_a_teachers_ranking_equals_the_loop_and_rows_without_one_add_nothing() -> None:
     nan = torch.nan
     own = [[0, 4, 5], [1, 6, 7], [2, 8, 9], [3, 10, 11]]
@@ -262,6 +223,30 @@ def test_a_teachers_ranking_equals_the_loop_and_rows_without_one_add_nothing() -
     labels["teacher"] = labels["teacher"].gather(1, labels["own"]) / 0.2
     same = own_candidates_kl(one[:2, :1], one[:, :1], temperature=0.2, **labels)
     torch.testing.assert_close(same, torch.zeros(1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("case", SEVERAL)
+def test_distillation_is_the_divergence_over_what_info_nce_contrasts(case: str) -> None:
+    """The teacher receives no gradient, and a path that is the aggregate has nothing to learn."""
+    positives, ids = SEVERAL[case]
+    shapes = (3, 2, 5), (len(ids), 2, 5), (3, 1, 4), (len(ids), 1, 4)
+    sides = [unit(*shape, seed=seed).requires_grad_() for seed, shape in enumerate(shapes)]
+    labels: dict[str, Any] = {"positive": torch.tensor(positives), "candidate_ids": torch.tensor(ids)}
+    own, scores = [], torch.full((3, len(ids)), torch.nan, dtype=torch.float64)
+    for b, of_query in enumerate(positives):
+        left_out = {ids[p] for p in of_query}
+        seen = [j for j in range(len(ids)) if j in of_query or ids[j] not in left_out]
+        own.append([j for j in seen if ids[j] != PADDING_ID])
+        for k, j in enumerate(own[-1]):
+            scores[b, k] = (sides[2][b, 0] @ sides[3][j, 0]).detach() / 0.3
+    found = score_distillation(*sides, temperature=0.3, **labels)
+    wanted = own_candidates_kl_loop(sides[0], sides[1], own, scores, 0.3)
+    torch.testing.assert_close(found, wanted)
+    gradients = torch.autograd.grad(found.sum(), sides, allow_unused=True)
+    torch.testing.assert_close(gradients[:2], torch.autograd.grad(wanted.sum(), sides[:2]))
+    assert gradients[2:] == (None, None)
+    own_teacher = score_distillation(*sides[2:], *sides[2:], temperature=0.3, **labels)
+    torch.testing.assert_close(own_teacher, torch.zeros(1, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
 def test_path_cosine_equals_the_loop() -> None:
@@ -312,8 +297,3 @@ def test_effective_rank_of_a_collapsed_batch_is_one() -> None:
     noise = 1e-9 * torch.randn(32, 64, generator=torch.Generator().manual_seed(1))
     assert effective_rank(one.expand(32, 64)).item() == 1.0
     assert effective_rank(one + noise).item() == 1.0
-
-
-def test_wrong_shapes_are_named() -> None:
-    with pytest.raises(ValueError, match=r"\[B, D\]"):
-        effective_rank(torch.zeros(3, 4, 5))

@@ -54,7 +54,7 @@ def test_run_writes_results_table_and_pictures(tmp_path: Path) -> None:
     run(tmp_path, rhos=(0.0, 0.5), embed_dims=(2,), batch_sizes=(8, 16), fit_steps=2, draws=3)
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(cells((0.0, 0.5), (2,), (8, 16))) == 12
-    assert len(results["rows"]) == 4 * (3 + 6 + 6)  # hsic, crosscov and orthogonal need no q
+    assert len(results["rows"]) == 4 * (1 + 4 + 4)  # hsic, crosscov and orthogonal need no q
     table = (tmp_path / "table.md").read_text()
     assert table.count("\n| 0.5 |") == len(results["rows"]) / 2
     names = {file.name for file in tmp_path.glob("*.png")}

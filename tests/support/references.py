@@ -124,25 +124,6 @@ def vclub_quadratic(y: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     return torch.stack(terms).mean() / y.shape[1]
 
 
-def club_sample_loop(y: Tensor, mean: Tensor, log_variance: Tensor, negative: list[int]) -> Tensor:
-    """Scalar, per dimension: CLUB with the one negative ``negative[b]`` for row b."""
-    terms = [
-        log_density(y[b], mean[b], log_variance[b]) - log_density(y[c], mean[b], log_variance[b])
-        for b, c in enumerate(negative)
-    ]
-    return torch.stack(terms).mean() / y.shape[1]
-
-
-def leave_one_out_loop(y: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """Scalar, per dimension: ``y_b`` under its own Gaussian against the mixture of the others'."""
-    terms = []
-    for b in range(len(y)):
-        own = log_density(y[b], mean[b], log_variance[b])
-        others = [log_density(y[b], mean[c], log_variance[c]).exp() for c in range(len(y)) if c != b]
-        terms.append(own - torch.stack(others).mean().log())
-    return torch.stack(terms).mean() / y.shape[1]
-
-
 def unbiased_hsic_loop(x: Tensor, y: Tensor) -> Tensor:
     """Scalar: the U-statistic of HSIC as sums over distinct rows (Song et al. 2012). ``[B, D]``."""
     num_rows, embed_dim = x.shape
@@ -201,22 +182,6 @@ def unexplained_loop(paths: Tensor, target: Tensor, share: float) -> Tensor:
         weight = torch.linalg.inv(gram + ridge) @ (target[b] - mean)
         left.append(paths[b] - paths_mean - torch.einsum("t,tnd->nd", weight, cross))
     return torch.stack(left)
-
-
-def logit_error_correlation_loop(
-    paths: Tensor, rows: Tensor, positive: list[int], ids: list[int], first: int, second: int
-) -> Tensor:
-    """Scalar: mean over rows of the correlation, over negatives, of two paths' errors in the scores."""
-    terms = []
-    for b, p in enumerate(positive):
-        negatives = [c for c in range(len(rows)) if ids[c] not in (ids[p], PADDING_ID)]
-        errors = []
-        for n in (first, second):
-            error = [((paths[b, n] - rows[p, n]) * rows[c, n]).sum() for c in negatives]
-            errors.append([each - sum(error) / len(error) for each in error])
-        first_error, second_error = map(torch.stack, errors)
-        terms.append((first_error @ second_error) / (first_error.norm() * second_error.norm()))
-    return torch.stack(terms).mean()
 
 
 def standardise_loop(paths: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from tests.support.fit import (
     trained,
 )
 
-DROPOUT: dict[str, Any] = {"adapter": {"dropout": 0.2, "per_path": True}, "mi": {"kind": "club_sample"}}
+DROPOUT: dict[str, Any] = {"adapter": {"dropout": 0.2, "per_path": True}}
 LOADERS = (PDFEmbedder.load_from_checkpoint, load_encoder)
 BAD_HASHES = dict.fromkeys(("sha256", "weights_sha256"), "0" * 64)
 ALL_STEPS = 9  # an epoch has 6 batches

@@ -149,7 +149,6 @@ def test_mutual_information_reaches_the_prefixes_only_with_its_weight(fit: Any) 
         OWN_ADAPTERS,
         {"matryoshka_dims": [16, 8]},
         {"mi": {"kind": "vclub_given_target", **NO_RAMP}},
-        {"mi": {"kind": "logit_correlation", **NO_RAMP}},
     ],
 )
 def test_chunks_train_like_one_graph(fit: Any, extra: dict[str, Any]) -> None:

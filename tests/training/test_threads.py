@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from parallel_decoupling.model.turns import Turns, training_modes
+from parallel_decoupling.model.turns import Turns
 from tests.support.embedders import mixed_inputs
 from tests.support.fit import Recorder, make_trainer, small_data, small_embedder
 
@@ -41,7 +41,7 @@ def test_a_thread_that_encodes_changes_nothing_of_a_training(
             done.set()
             assert calls is None or calls.result() > 3
         values.append(recorder.values)
-        assert all(training for _, training in training_modes(module))
+        assert all(each.training for each in module.modules())
     assert values[0] == values[1]
     assert all(finite)
 
@@ -58,7 +58,7 @@ def test_calls_of_all_kinds_side_by_side_are_those_one_after_another(tiny_backbo
         together = list(threads.map(lambda n: module.encode(mixed_inputs(), **kinds[n % 10]), range(50)))
     for number, embeddings in enumerate(together):
         assert torch.equal(embeddings, alone[number % 10])
-    assert all(training for _, training in training_modes(module))
+    assert all(each.training for each in module.modules())
 
 
 def test_copies_and_pickles_are_free(tiny_backbone_dir: str) -> None:

@@ -47,16 +47,24 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         check_values(AdapterConfig, vars(self), "adapter.")
         if self.per_path and (self.kind != "lora" or self.scope == "vision"):
-            advice = "set adapter.kind=lora and adapter.scope to language or both"
-            found = f"{advice}, got {self.kind} and {self.scope}"
-            raise ValueError(f"adapter.per_path is for LoRA in the language model: {found}.")
+            rule = "adapter.per_path needs adapter.kind=lora and adapter.scope=language or both"
+            raise ValueError(f"{rule}, got {self.kind} and {self.scope}.")
 
 
-def add_adapters(base: nn.Module, family: Family, adapter: AdapterConfig) -> tuple[str, ...]:
-    """Set what trains in ``base``, adding LoRA or DoRA in fp32 if asked for; return the adapted layers."""
+def adapted_layers(base: nn.Module) -> dict[str, Any]:
+    """Return the layers with LoRA or DoRA by name; peft's are known by a method, not by an import."""
+    return {
+        name: module
+        for name, module in base.named_modules()
+        if isinstance(module, PathLoRA) or hasattr(module, "reset_lora_parameters")
+    }
+
+
+def add_adapters(base: nn.Module, family: Family, adapter: AdapterConfig) -> None:
+    """Set what trains in ``base``, adding LoRA or DoRA in fp32 if asked for."""
     base.requires_grad_(adapter.kind == "full")
     if adapter.kind not in ("lora", "dora"):
-        return ()
+        return
     from peft import LoraConfig, inject_adapter_in_model
 
     modules = target_modules(base, family, adapter)
@@ -73,13 +81,10 @@ def add_adapters(base: nn.Module, family: Family, adapter: AdapterConfig) -> tup
     with _seeded(base, 0):
         inject_adapter_in_model(config, base)
     _train_adapters_only(base)
-    return modules
 
 
-def load_adapter(
-    base: nn.Module, family: Family, adapter: AdapterConfig, source: str
-) -> tuple[AdapterConfig, tuple[str, ...]]:
-    """Continue from a published LoRA or DoRA adapter, such as VLM2Vec's; return its settings and layers.
+def load_adapter(base: nn.Module, family: Family, adapter: AdapterConfig, source: str) -> AdapterConfig:
+    """Continue from a published LoRA or DoRA adapter, such as VLM2Vec's, and return its settings.
 
     Of ``adapter`` only ``kind`` counts: what the adapter is (it trains on), or frozen (it stays as it is).
     A tensor that does not land is a ValueError.
@@ -91,9 +96,9 @@ def load_adapter(
         _copy_weights(base, source, config)
     if adapter.kind == "frozen":
         base.requires_grad_(False)
-    names = tuple(name for name, module in base.named_modules() if _is_lora(module))
+    names = adapted_layers(base)
     roots = {name.startswith(f"{family.vision_module}.") for name in names}
-    loaded = AdapterConfig(
+    return AdapterConfig(
         kind=adapter.kind,
         rank=config.r,
         alpha=config.lora_alpha,
@@ -102,7 +107,6 @@ def load_adapter(
         targets=tuple(sorted({name.rsplit(".", 1)[-1] for name in names})),
         per_path=adapter.per_path,
     )
-    return loaded, names
 
 
 def _read_config(source: str, kind: str) -> Any:
@@ -190,12 +194,10 @@ def split_adapters(base: nn.Module, num_paths: int, layers: str, first_layer: in
     """
     shared = sum(4.0 * p.numel() for name, p in base.named_parameters() if "lora_" in name)
     check_memory(f"num_paths={num_paths} with adapter.per_path", shared * num_paths)
-    for name, module in list(base.named_modules()):
-        if not _is_lora(module) or not name.startswith(layers):
-            continue
-        if int(name.removeprefix(layers).split(".")[0]) >= first_layer:
+    for name, module in adapted_layers(base).items():
+        if name.startswith(layers) and int(name.removeprefix(layers).split(".")[0]) >= first_layer:
             parent, _, last = name.rpartition(".")
-            setattr(base.get_submodule(parent), last, PathLoRA.from_shared(module, num_paths))
+            setattr(base.get_submodule(parent), last, PathLoRA(module, num_paths))
 
 
 def draw_adapters(base: nn.Module, seed: int, *, fresh: bool) -> None:
@@ -206,22 +208,17 @@ def draw_adapters(base: nn.Module, seed: int, *, fresh: bool) -> None:
     Relations:
         Path 0 of ``adapter.per_path`` starts as the shared adapter does, whatever the number of paths.
     """
-    modules = [module for module in base.modules() if _is_lora(module) or isinstance(module, PathLoRA)]
+    modules = adapted_layers(base).values()
     own = [module for module in modules if isinstance(module, PathLoRA)]
     with _seeded(base, seed):
         for module in modules if fresh else ():
             if isinstance(module, PathLoRA):
                 module.draw(0)
             else:
-                cast(Any, module).reset_lora_parameters("default", True)
+                module.reset_lora_parameters("default", True)
         for path in range(1, own[0].num_paths if own else 1):
             for module in own:
                 module.draw(path) if fresh else module.perturb(path)
-
-
-def _is_lora(module: nn.Module) -> bool:
-    """Tell peft's LoRA layers by a method of theirs, without an import of peft."""
-    return hasattr(module, "reset_lora_parameters")
 
 
 @contextmanager

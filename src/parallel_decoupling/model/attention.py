@@ -125,23 +125,17 @@ def _attend(
 
 
 def _flash(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
+    module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """Call FlashAttention, whose window would count the prefix: without it where it holds all real tokens."""
-    length = query.shape[2]
-    if sliding_window is not None and key.shape[2] > length:
-        if length > sliding_window:
-            where = f"texts of {length} tokens in layers with a window of {sliding_window}"
+    length, window = query.shape[2], kwargs.get("sliding_window")
+    if window is not None and key.shape[2] > length:
+        if length > window:
+            where = f"texts of {length} tokens in layers with a window of {window}"
             advice = "use attention='sdpa' or 'flex_attention'"
             raise ValueError(f"FlashAttention cannot show a prefix to {where}: {advice}.")
-        sliding_window = None
-    return flash_attention_forward(module, query, key, value, mask, sliding_window=sliding_window, **kwargs)
+        kwargs["sliding_window"] = None
+    return flash_attention_forward(module, query, key, *args, **kwargs)
 
 
 def _family_eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:

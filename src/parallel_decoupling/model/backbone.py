@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, DynamicCache
 
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER
-from parallel_decoupling.model.adapters import AdapterConfig, add_adapters, load_adapter
+from parallel_decoupling.model.adapters import AdapterConfig, adapted_layers, add_adapters, load_adapter
 from parallel_decoupling.model.attention import PathStates, prefix_attention
 from parallel_decoupling.model.families import FAMILIES, Family
 from parallel_decoupling.model.paths import calling, deepstack, enter_layer, hand_down, pooled_only, same_call
@@ -57,7 +57,6 @@ class Backbone(nn.Module):
         self.family = family.resolved(base, processor)
         self.adapter = AdapterConfig(kind="full")
         self.initial_adapter: str | None = None
-        self.adapted_modules: tuple[str, ...] = ()
         self.config: Any = base.config
         text = base.config.get_text_config()
         self.hidden_size: int = text.hidden_size
@@ -97,9 +96,9 @@ class Backbone(nn.Module):
         return nn.Module() if name is None else cast(nn.Module, self.base.get_submodule(name))
 
     @property
-    def is_meta(self) -> bool:
-        """Tell whether there are shapes alone."""
-        return next(self.parameters()).is_meta
+    def adapted_modules(self) -> tuple[str, ...]:
+        """Return the names of the layers with an adapter."""
+        return tuple(adapted_layers(self.base))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -246,8 +245,7 @@ def load_backbone(
     with torch.device("meta" if meta else "cpu"):
         backbone.adapter, backbone.initial_adapter = adapter, initial_adapter
         if initial_adapter is None:
-            backbone.adapted_modules = add_adapters(base, backbone.family, adapter)
+            add_adapters(base, backbone.family, adapter)
         else:
-            loaded = load_adapter(base, backbone.family, adapter, initial_adapter)
-            backbone.adapter, backbone.adapted_modules = loaded
+            backbone.adapter = load_adapter(base, backbone.family, adapter, initial_adapter)
     return backbone.train()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -17,7 +18,7 @@ from parallel_decoupling.model.adapters import draw_adapters, split_adapters
 from parallel_decoupling.model.attention import PathStates
 from parallel_decoupling.model.backbone import Backbone, load_backbone
 from parallel_decoupling.model.open_clip import PREFIX, OpenCLIPEncoder, is_open_clip, load_open_clip
-from parallel_decoupling.model.prefixes import PrefixLayers, ShallowPrefixes, make_prefixes, prefix_range
+from parallel_decoupling.model.prefixes import PrefixLayers, make_prefixes, prefix_range
 from parallel_decoupling.model.turns import Turns
 from parallel_decoupling.option_types import NonNegativeInt, PositiveInt, checked
 
@@ -70,9 +71,9 @@ class ParallelEncoder(nn.Module):
         if backbone.adapter.per_path:
             split_adapters(backbone.base, num_paths, f"{backbone.family.layers}.", self.prefix_range.start)
         draw_adapters(backbone.base, seed, fresh=backbone.initial_adapter is None)
-        size: dict[str, Any] = {"num_paths": num_paths, "length": prefix_length, "layers": self.prefix_range}
-        made = make_prefixes(backbone, prefix_type, prefix_init, seed, **size) if prefix_length else None
-        self.prefixes = made
+        size = num_paths, prefix_length, self.prefix_range
+        prefixes = make_prefixes(backbone, prefix_type, prefix_init, seed, *size) if prefix_length else None
+        self.prefixes = prefixes
         self.path_logits = nn.Parameter(torch.zeros(num_paths)) if aggregation == "learned" else None
         same_NDD = torch.eye(self.embed_dim).repeat(num_paths, 1, 1)
         self.path_maps = nn.Parameter(same_NDD) if aggregation == "linear" else None
@@ -95,18 +96,10 @@ class ParallelEncoder(nn.Module):
         }
 
     def forward(self, inputs: EncoderInputs, paths: Sequence[int] | None = None) -> Tensor:
-        """Embed ``B`` tokenised rows by the wanted paths, in that order: ``[B, N', D]`` fp32, unit norm.
-
-        Relations:
-            ``forward(inputs, [i])`` equals column ``i`` of ``forward(inputs)``.
-        """
+        """Embed ``B`` tokenised rows by the wanted paths, in that order: ``[B, N', D]`` fp32, unit norm."""
         chosen = check_paths(paths, self.num_paths)
-        states, dtype = PathStates(chosen, None, self.prefix_range.start), self.backbone.dtype
-        if isinstance(self.prefixes, ShallowPrefixes):
-            prompts = self.backbone.prompt_states(self.prefixes.embeddings[chosen].to(dtype))
-            states = PathStates(chosen, prompts)
-        elif self.prefixes is not None:
-            states = self.prefixes.states(chosen, self.prefix_range.start, dtype)
+        key_values = None if self.prefixes is None else self.prefixes.states(chosen, self.backbone)
+        states = PathStates(chosen, key_values, self.prefix_range.start)
         states.pooled = last_token(inputs.tokens["attention_mask"])
         states_RLD = self.backbone(inputs.tokens, _concatenate(inputs.vision), states)
         states_NBLD = states_RLD.unflatten(0, (len(chosen), -1))
@@ -134,8 +127,12 @@ class ParallelEncoder(nn.Module):
 Encoder: TypeAlias = ParallelEncoder | OpenCLIPEncoder
 
 
-def build_encoder(backbone: str, loading: Mapping[str, Any], paths: Mapping[str, Any]) -> Encoder:
-    """Build an encoder with options of ``load_backbone`` and of ``ParallelEncoder``, or an OpenCLIP model."""
+def build_encoder(backbone: str, settings: Mapping[str, Any]) -> Encoder:
+    """Build an encoder, or an OpenCLIP model, with those settings that are options of the encoder's parts."""
+    loading, paths = (
+        {name: settings[name] for name in list(signature(part).parameters)[1:] if name in settings}
+        for part in (load_backbone, ParallelEncoder)
+    )
     if is_open_clip(backbone):
         return load_open_clip(backbone, **loading, **paths)
     return ParallelEncoder(load_backbone(backbone, **loading), **paths)
@@ -160,7 +157,7 @@ def check_paths(paths: Sequence[int] | None, num_paths: int) -> list[int]:
     """Return path numbers as they are, all of them for None; a ValueError if one does not exist."""
     chosen = list(range(num_paths) if paths is None else paths)
     whole = all(isinstance(path, Integral) and not isinstance(path, bool) for path in chosen)
-    if not chosen or not whole or not all(0 <= path < num_paths for path in chosen):
+    if not chosen or not whole or min(chosen) < 0 or max(chosen) >= num_paths:
         raise ValueError(f"paths must name some of 0 to {num_paths - 1}, got {chosen}")
     return chosen
 

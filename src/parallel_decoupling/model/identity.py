@@ -75,27 +75,25 @@ def weights_hash(tensors: Mapping[str, Tensor]) -> str:
 def sealed(content: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
     """Return plain values with a hash of all of them, and of tensors that belong to them."""
     values = {key: value for key, value in content.items() if key != SEAL}
-    return {**values, SEAL: _content_hash(values, tensors)}
+    weights = None if tensors is None else weights_hash(tensors)
+    digest = sha256(json.dumps([values, weights], sort_keys=True, default=str).encode())
+    return {**values, SEAL: digest.hexdigest()}
 
 
 def check_seal(
     content: Mapping[str, Any], where: str | Path, tensors: Mapping[str, Tensor] | None = None
 ) -> dict[str, Any]:
     """Return what was ``sealed``, without the hash; a ``ValueError`` if anything of it has changed since."""
-    values = {key: value for key, value in content.items() if key != SEAL}
-    if content.get(SEAL) != _content_hash(values, tensors):
+    values = sealed(content, tensors)
+    if content.get(SEAL) != values.pop(SEAL):
         raise ValueError(f"{where} is damaged, or was changed after it was written: its hash does not fit")
     return values
 
 
-def _content_hash(content: Mapping[str, Any], tensors: Mapping[str, Tensor] | None) -> str:
-    weights = None if tensors is None else weights_hash(tensors)
-    return sha256(json.dumps([content, weights], sort_keys=True, default=str).encode()).hexdigest()
-
-
 def file_hashes(folder: Path) -> dict[str, str]:
-    """Return a SHA-256 of all files in the folders inside one but weights, by their names in it."""
-    files = (file for file in folder.glob("*/**/*") if file.is_file() and file.suffix != ".safetensors")
+    """Return SHA-256s by name: of a folder's own weights, and of all but weights in the folders inside it."""
+    inside = (file for file in folder.glob("*/**/*") if file.is_file() and file.suffix != ".safetensors")
+    files = (*folder.glob("*.safetensors"), *inside)
     return {str(file.relative_to(folder)): sha256(file.read_bytes()).hexdigest() for file in files}
 
 

@@ -43,12 +43,9 @@ class OpenCLIPProcessor:
         self.padding_id = int(empty_1L[0, -2])  # the very last one may be a class token
 
     def __call__(
-        self,
-        text: Sequence[str],
-        images: Sequence[Image.Image | Sequence[Image.Image]] | None = None,
-        **options: Any,
+        self, text: Sequence[str], images: Sequence[Sequence[Image.Image]] | None = None, **options: Any
     ) -> dict[str, Tensor]:
-        """Tokenise ``B`` rows, with their images in one list or in one per row.
+        """Tokenise ``B`` rows, with a list of images for each.
 
         ``attention_mask`` ``[B, L]`` is all 1 for a row with text, and all 0 for one without.
         """
@@ -58,8 +55,7 @@ class OpenCLIPProcessor:
         ids_BL = self.tokenizer(texts)
         has_text_B1 = torch.tensor([[bool(rest)] for rest in texts])
         data = {"input_ids": ids_BL, "attention_mask": has_text_B1.long().expand_as(ids_BL)}
-        rows = [[each] if isinstance(each, Image.Image) else each for each in images or ()]
-        flat = [image for row in rows for image in row]
+        flat = [image for row in images or () for image in row]
         if flat:
             data["pixel_values"] = torch.stack([self.transform(image) for image in flat])
             data["image_sizes"] = torch.tensor([[image.height, image.width] for image in flat])

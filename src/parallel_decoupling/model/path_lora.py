@@ -26,21 +26,15 @@ class PathLoRA(nn.Module):
         N paths equal N models with one path each, and no path's loss reaches another path's update.
     """
 
-    def __init__(
-        self, base_layer: nn.Module, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: nn.Module
-    ) -> None:
-        super().__init__()
-        self.base_layer, self.scaling, self.dropout = base_layer, scaling, dropout
-        self.path_lora_A, self.path_lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
-        self.num_paths: int = len(lora_A)
-
-    @classmethod
-    def from_shared(cls, shared: Any, num_paths: int) -> PathLoRA:
+    def __init__(self, shared: Any, num_paths: int) -> None:
         """Give ``num_paths`` paths a copy each of the update of a peft layer."""
-        parts = shared.lora_A["default"], shared.lora_B["default"]
-        lora_A, lora_B = (part.weight.detach().repeat(num_paths, 1, 1) for part in parts)
-        scaling, dropout = shared.scaling["default"], shared.lora_dropout["default"]
-        return cls(shared.get_base_layer(), lora_A, lora_B, scaling, dropout)
+        super().__init__()
+        self.base_layer, self.num_paths = shared.get_base_layer(), num_paths
+        self.scaling: float = shared.scaling["default"]
+        self.dropout: nn.Module = shared.lora_dropout["default"]
+        lora_A, lora_B = (part["default"].weight.detach() for part in (shared.lora_A, shared.lora_B))
+        self.path_lora_A = nn.Parameter(lora_A.repeat(num_paths, 1, 1))
+        self.path_lora_B = nn.Parameter(lora_B.repeat(num_paths, 1, 1))
 
     def forward(self, rows: Tensor) -> Tensor:
         """Map rows ``[N' * B, L, D_in]`` of the call's paths to ``[N' * B, L, D_out]``."""

@@ -26,16 +26,14 @@ def _repeat(value: Any, batch_size: int, num_paths: int) -> Any:
     return value.repeat(num_paths, *(1 for _ in value.shape[1:]))
 
 
-def hand_down(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def hand_down(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Give this call's paths to the language model, which hands them to its layers: a forward pre-hook."""
     return args, {**kwargs, "path_states": CALL.get()}
 
 
 def enter_layer(
-    layer_index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    layer_index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]] | None:
     """Go from B to N * B rows at the first prefixed layer: a forward pre-hook of every decoder layer.
 
     The layer at ``first_layer`` repeats the hidden states; it and all above repeat the mask and position

@@ -6,7 +6,6 @@ hub must be in the local cache.
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -17,14 +16,13 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from parallel_decoupling.files import atomic_write
 from parallel_decoupling.model import encoder as encoders
 from parallel_decoupling.model import identity, run_checkpoint
-from parallel_decoupling.model.adapters import AdapterConfig
-from parallel_decoupling.model.backbone import Backbone, Dtype, load_backbone
+from parallel_decoupling.model.adapters import AdapterConfig, adapted_layers
+from parallel_decoupling.model.backbone import Backbone, Dtype
 from parallel_decoupling.model.encoder import Encoder, ParallelEncoder
 from parallel_decoupling.model.families import FAMILIES, Family
 from parallel_decoupling.model.locations import HUB_ID, located, portable
@@ -136,7 +134,6 @@ def save_encoder(
         "paths": chosen,
         "embed_dim": encoder.embed_dim,
         "aggregate_dim": encoder.embed_dim * joined,
-        "weights_sha256": identity.weights_hash(state),
         **{name: about[name] for name in ABOUT},
     }
     with atomic_write(folder) as unfinished:
@@ -149,9 +146,9 @@ def save_encoder(
             encoder.processor.save_pretrained(unfinished / PROCESSOR_DIR)
         shown = source if portable(source, folder) == source else Path(source).name
         config["backbone"] = identity.backbone_fingerprint(written) | {"name": shown}
+        save_file(state, unfinished / WEIGHTS_FILE, metadata={"format": "pt"})
         config["files"] = identity.file_hashes(unfinished)
         config = portable(config, folder)
-        save_file(state, unfinished / WEIGHTS_FILE, metadata={"format": "pt"})
         (unfinished / "README.md").write_text(model_card(config, scores, card), encoding="utf-8")
         _write_json(unfinished / CONFIG_FILE, identity.sealed(config))
         _write_for_sentence_transformers(unfinished, about)
@@ -179,22 +176,19 @@ def _load_checkpoint(path: str | Path) -> tuple[Encoder, dict[str, Any]]:
     state = {name.removeprefix(start): value for name, value in stored.items() if name.startswith(start)}
     identity.check_fingerprint(content["backbone"], identity.backbone_fingerprint(encoder.backbone))
     identity.load_trainable_state(encoder, state)
-    names = ("image_size", "min_pixels", "max_pixels", "max_frames", "max_video_pixels")
-    images = {name: content["data"].get(name) for name in names}
-    about = {"settings": settings, "images": images, "run": run_checkpoint.run_info(content)}
+    about = {"settings": settings, "images": content["data"], "run": run_checkpoint.run_info(content)}
     return encoder, {**settings, **about}
 
 
 def _load_folder(folder: Path, download: bool = False) -> tuple[Encoder, dict[str, Any]]:
     sealed = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     config: dict[str, Any] = located(identity.check_seal(sealed, folder / CONFIG_FILE), folder)
-    settings, included, file = dict(config["settings"]), config["backbone_included"], folder / WEIGHTS_FILE
     found = identity.file_hashes(folder)
     if changed := [name for name, digest in config["files"].items() if found.get(name) != digest]:
-        raise ValueError(
-            f"{folder}: {', '.join(changed)} are missing, damaged, or were changed after the export"
-        )
-    if included:
+        files = ", ".join(changed)
+        raise ValueError(f"{folder}: {files} are missing, damaged, or were changed after the export")
+    settings = dict(config["settings"])
+    if config["backbone_included"]:
         settings["backbone"] = str(folder / BACKBONE_DIR)
     elif not is_open_clip(settings["backbone"]):
         settings["local_files_only"] = not download
@@ -204,14 +198,8 @@ def _load_folder(folder: Path, download: bool = False) -> tuple[Encoder, dict[st
         source = folder / PROCESSOR_DIR
         encoder.processor = load_processor(source, encoder.backbone.config, local_files_only=True)
         cast(Any, encoder.backbone).processor = encoder.processor
-    try:
-        state = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
-    if identity.weights_hash(state) != config["weights_sha256"]:
-        raise ValueError(f"{file} is not the file that was exported: its hash differs from {CONFIG_FILE}'s")
     identity.check_fingerprint(config["backbone"], identity.backbone_fingerprint(encoder.backbone))
-    identity.load_trainable_state(encoder, state)
+    identity.load_trainable_state(encoder, load_file(folder / WEIGHTS_FILE))
     return encoder, config
 
 
@@ -222,11 +210,7 @@ def _build(settings: Mapping[str, Any]) -> Encoder:
         if given.get(name) is not None:
             values = {key: tuple(v) if isinstance(v, list) else v for key, v in given[name].items()}
             given[name] = cast(Any, kind)(**values)
-    loading, paths = (
-        {name: given[name] for name in list(inspect.signature(function).parameters)[1:] if name in given}
-        for function in (load_backbone, ParallelEncoder)
-    )
-    return encoders.build_encoder(settings["backbone"], loading, paths)
+    return encoders.build_encoder(settings["backbone"], given)
 
 
 def _settings(encoder: Encoder, *, included: bool, merge: bool) -> dict[str, Any]:
@@ -270,8 +254,7 @@ def _save_base(backbone: Backbone, folder: Path, *, merged_path: int | None) -> 
     base = cast(Any, backbone.base)
     own = {name: value for name, value in base.state_dict().items() if "lora_" not in name}
     state = {name.replace(".base_layer.", "."): value for name, value in own.items()}
-    for name in () if merged_path is None else backbone.adapted_modules:
-        layer = base.get_submodule(name)
+    for name, layer in {} if merged_path is None else adapted_layers(base).items():
         if isinstance(layer, PathLoRA):
             assert merged_path is not None
             state[f"{name}.weight"] = layer.merged_weight(merged_path)

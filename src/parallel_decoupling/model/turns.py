@@ -12,14 +12,9 @@ from torch import nn
 Modes = list[tuple[nn.Module, bool]]
 
 
-def training_modes(module: nn.Module) -> Modes:
-    """Return every submodule with its mode."""
-    return [(each, each.training) for each in module.modules()]
-
-
 def enter_evaluation(module: nn.Module) -> Modes:
-    """Set evaluation mode, and return what ``restore_modes`` takes back."""
-    modes = training_modes(module)
+    """Set evaluation mode, and return what ``restore_modes`` takes back: every submodule with its mode."""
+    modes = [(each, each.training) for each in module.modules()]
     module.eval()
     return modes
 

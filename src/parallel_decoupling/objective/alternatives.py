@@ -1,56 +1,12 @@
 """Alternatives to vCLUB (ours), as functions of the two paths x and y of every pair.
 
-Shapes: ``M`` path pairs, ``B`` batch, ``D`` embedding dim. The first two need a fitted Gaussian q of y given
-x, the others no fit; ``squared_cosine`` estimates not dependence but the angle.
+Shapes: ``M`` path pairs, ``B`` batch, ``D`` embedding dim. None fits a network.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
-
-
-def club_sample_bound(
-    target: Tensor, mean: Tensor, log_variance: Tensor, negative: Tensor | None = None
-) -> Tensor:
-    """CLUB with one negative per row: unbiased for the full bound, noisier.
-
-    Takes ``[M, B, D]``, returns ``[M]`` in nats per dimension. ``negative`` (``[B]`` int64) is the row of
-    ``target`` that row b is contrasted with; None draws one for each.
-    """
-    if negative is None:
-        negative = torch.randperm(target.shape[1], device=target.device)
-    wrong_MBD, right_MBD = (target[:, negative] - mean).square(), (target - mean).square()
-    return 0.5 * ((wrong_MBD - right_MBD) * (-log_variance).exp()).mean(dim=(1, 2))
-
-
-def l1out_bound(target: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """Leave-one-out upper bound, tighter than CLUB where the dependence is weak.
-
-    ``mean_b [ log q(y_b | x_b) - log( sum_{b' != b} q(y_b | x_b') / (B - 1) ) ] / D``. Needs all
-    pairs of rows. The density is joint over dimensions, so D enters the logarithm: of all kinds
-    only this one keeps some dependence on D.
-
-    All arguments are ``[M, B, D]``; returns ``[M]`` in nats per dimension. Needs at least 2 rows.
-    """
-    num_rows, embed_dim = target.shape[1:]
-    if num_rows < 2:
-        raise ValueError("l1out needs at least 2 rows per batch; raise the batch size.")
-    center_M1D = target.mean(dim=1, keepdim=True)
-    y_MBD, mu_MBD = target - center_M1D, mean - center_M1D
-    precision_MBD = (-log_variance).exp()
-    # [m, b, c]: log-density of row b's target under row c's Gaussian, up to a constant.
-    squared_MBC = (
-        y_MBD.square() @ precision_MBD.mT
-        - 2 * y_MBD @ (precision_MBD * mu_MBD).mT
-        + (precision_MBD * mu_MBD.square()).sum(dim=2).unsqueeze(1)
-    )
-    log_density_MBC = -0.5 * (squared_MBC + log_variance.sum(dim=2).unsqueeze(1))
-    own_BC = torch.eye(num_rows, dtype=torch.bool, device=target.device)
-    others_MB = log_density_MBC.masked_fill(own_BC, -torch.inf).logsumexp(dim=2) - math.log(num_rows - 1)
-    return (log_density_MBC.diagonal(dim1=1, dim2=2) - others_MB).mean(dim=1) / embed_dim
 
 
 def hsic(x: Tensor, y: Tensor) -> Tensor:
@@ -88,8 +44,7 @@ def cross_covariance(x: Tensor, y: Tensor) -> Tensor:
     Takes ``[M, B, D]`` (standardised, the covariances are correlations), returns ``[M]``, the mean over D * D
     entries: about 1 / B for independent inputs.
     """
-    x_MBD, y_MBD = x - x.mean(dim=1, keepdim=True), y - y.mean(dim=1, keepdim=True)
-    covariance_MDD = x_MBD.mT @ y_MBD / x.shape[1]
+    covariance_MDD = (x - x.mean(dim=1, keepdim=True)).mT @ y / x.shape[1]
     return covariance_MDD.square().mean(dim=(1, 2))
 
 
@@ -106,5 +61,4 @@ def squared_cosine(x: Tensor, y: Tensor) -> Tensor:
     return nn.functional.cosine_similarity(x, y, dim=2).square().mean(dim=1)
 
 
-OTHER_BOUNDS = {"club_sample": club_sample_bound, "l1out": l1out_bound}
 WITHOUT_FIT = {"hsic": hsic, "crosscov": cross_covariance, "orthogonal": squared_cosine}

@@ -36,10 +36,6 @@ def info_nce(
     leaves out all targets of the query but p. That is SupCon's "out" form (arXiv 2004.11362: the mean over
     positives stands outside of the logarithm), except that positives do not push each other away.
 
-    Gathering: where gradient reaches only the local rows, a candidate must still meet the queries
-    of the other ranks. Pass ALL gathered queries and ALL gathered candidates, local rows with
-    gradient; the sum over ranks of the gradients is then that of one process.
-
     Args:
         query: ``[B, N, D]``, unit norm for a cosine score. Not detached here.
         candidate: ``[G, N, D]``, unit norm. Not detached here.
@@ -62,8 +58,6 @@ def info_nce(
         ``symmetric`` without extra candidates does not change if query and candidate swap roles.
     """
     _check_shapes(query, candidate, positive, candidate_ids)
-    if isinstance(temperature, float | int) and temperature <= 0:
-        raise ValueError(f"temperature divides the scores and must be above 0, got {temperature}.")
     score_NBG = _scores(query, candidate) / temperature
     positive_BA = positive.view(len(positive), -1)
     ids_BA = candidate_ids[positive_BA]
@@ -89,22 +83,18 @@ def own_candidates_kl(
     """Compare how path and teacher spread a query over the candidates of its own row.
 
     ``loss_n = mean_b KL(softmax_k(teacher_bk) || softmax_k(s_bk / t))`` with ``s_bk`` as in ``info_nce``. A
-    candidate whose teacher's score is NaN is left out; a query with fewer than two scores counts as 0.
+    candidate whose teacher's score is NaN is left out; a query without scores counts as 0.
 
     ``own`` ``[B, K]`` are the indices of the row's positives and hard negatives among the candidates,
     ``teacher`` ``[B, K]`` logits: a softmax is taken of them as they are. Returns ``[N]``.
     """
     known_BK = teacher.isfinite()
-    rows = known_BK.sum(dim=1) > 1
+    rows = known_BK.any(dim=1)
     with torch.autocast(device_type=query.device.type, enabled=False):
         dtype = torch.promote_types(query.dtype, torch.float32)
         own_BKND = candidate.to(dtype)[own[rows]]
         score_NBK = torch.einsum("bnd,bknd->nbk", query.to(dtype)[rows], own_BKND) / temperature
-        teacher_BK, unknown_BK = teacher.to(dtype)[rows], ~known_BK[rows]
-        wanted_BK = teacher_BK.masked_fill(unknown_BK, -torch.inf).log_softmax(dim=1)
-        log_share_NBK = score_NBK.masked_fill(unknown_BK, -torch.inf).log_softmax(dim=2)
-        term_NBK = wanted_BK.exp() * (wanted_BK - log_share_NBK)
-        return term_NBK.masked_fill(unknown_BK, 0).sum(dim=(1, 2)) / len(query)
+        return _divergence(teacher.to(dtype)[rows], score_NBK, ~known_BK[rows]).sum(dim=1) / len(query)
 
 
 @torch.no_grad()
@@ -121,14 +111,6 @@ def in_batch_margins(query: Tensor, candidate: Tensor, *, positive: Tensor, cand
     score_NBA = score_NBG.gather(2, positive_BA.expand(len(score_NBG), -1, -1))
     padding_BA = candidate_ids[positive_BA] == PADDING_ID
     return score_NBA.masked_fill(padding_BA, -torch.inf).amax(dim=2) - best_other_NB
-
-
-def candidate_logits(query: Tensor, candidate: Tensor, positive: Tensor, candidate_ids: Tensor) -> Tensor:
-    """Return the scores ``[N, B, G]`` that ``info_nce`` contrasts, minus infinity where one is left out."""
-    _check_shapes(query, candidate, positive, candidate_ids)
-    others_BG = _left_out(positive, candidate_ids).scatter(1, positive.view(len(positive), -1), False)
-    left_out_BG = others_BG | (candidate_ids == PADDING_ID)
-    return _scores(query, candidate).masked_fill(left_out_BG, -torch.inf)
 
 
 def score_distillation(
@@ -155,13 +137,12 @@ def score_distillation(
     Relations:
         It is 0 for one path that is its own aggregate, and never negative.
     """
-    labels = positive, candidate_ids
-    path_NBG = (candidate_logits(query, candidate, *labels) / temperature).log_softmax(dim=2)
+    others_BG = _left_out(positive, candidate_ids).scatter(1, positive.view(len(positive), -1), False)
+    left_out_BG = others_BG | (candidate_ids == PADDING_ID)
     with torch.no_grad():
-        teacher_1BG = (candidate_logits(teacher_query, teacher_candidate, *labels) / temperature).softmax(2)
-    teacher_NBG = teacher_1BG.expand_as(path_NBG)
-    finite_NBG = path_NBG.masked_fill(path_NBG.isinf(), 0.0)  # candidates left out, which the teacher gives 0
-    return nn.functional.kl_div(finite_NBG, teacher_NBG, reduction="none").sum(dim=2).mean(dim=1)
+        teacher_1BG = _scores(teacher_query, teacher_candidate) / temperature
+    path_NBG = _scores(query, candidate) / temperature
+    return _divergence(teacher_1BG, path_NBG, left_out_BG).mean(dim=1)
 
 
 def _scores(query: Tensor, candidate: Tensor) -> Tensor:
@@ -169,6 +150,12 @@ def _scores(query: Tensor, candidate: Tensor) -> Tensor:
     with torch.autocast(device_type=query.device.type, enabled=False):
         dtype = torch.promote_types(query.dtype, torch.float32)
         return torch.einsum("bnd,gnd->nbg", query.to(dtype), candidate.to(dtype))
+
+
+def _divergence(teacher: Tensor, score: Tensor, left_out: Tensor) -> Tensor:
+    """Return ``KL(softmax(teacher) || softmax(score))`` over the last dim, without what is left out."""
+    wanted, found = (each.masked_fill(left_out, -torch.inf).log_softmax(dim=-1) for each in (teacher, score))
+    return (wanted.exp() * (wanted - found)).masked_fill(left_out, 0).sum(dim=-1)
 
 
 def _left_out(positive: Tensor, candidate_ids: Tensor) -> Tensor:

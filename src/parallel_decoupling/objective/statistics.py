@@ -20,9 +20,6 @@ def path_cosine(paths: Tensor) -> Tensor:
         return torch.einsum("bnd,bmd->nm", unit_BND, unit_BND) / len(paths)
 
 
-_ROUNDING = 1e-5
-
-
 @torch.no_grad()
 def margin_correlation(margins: Tensor) -> Tensor:
     """Return the correlation ``[N, N]`` over queries between the paths' margins ``[N, B]``.
@@ -34,7 +31,7 @@ def margin_correlation(margins: Tensor) -> Tensor:
     """
     finite_NB = margins[:, margins.isfinite().all(dim=0)]
     deviation_NB = finite_NB - finite_NB.mean(dim=1, keepdim=True)
-    deviation_NB = deviation_NB * (deviation_NB.norm(dim=1, keepdim=True) > _ROUNDING)
+    deviation_NB = deviation_NB * (deviation_NB.norm(dim=1, keepdim=True) > 1e-5)
     unit_NB = nn.functional.normalize(deviation_NB, dim=1)
     return unit_NB @ unit_NB.T
 
@@ -57,9 +54,7 @@ def effective_rank(embeddings: Tensor) -> Tensor:
     Vetterli 2007). Values below rounding of the uncentred matrix count as zero, so that collapsed
     embeddings give 1 and not the rank of the noise. The result is between 1 and ``min(B - 1, D)``.
     """
-    if embeddings.ndim != 2:
-        shape = tuple(embeddings.shape)
-        raise ValueError(f"embeddings must be [B, D], got {shape}; pass one path at a time.")
+    assert embeddings.ndim == 2, "[B, D]: one path at a time"
     with torch.autocast(device_type=embeddings.device.type, enabled=False):
         value_BD = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
         singular = torch.linalg.svdvals(value_BD - value_BD.mean(dim=0))

@@ -8,21 +8,18 @@ not depend on ``D``. The caller detaches the paths for the fit and freezes q in 
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from parallel_decoupling.objective.alternatives import OTHER_BOUNDS, WITHOUT_FIT
-from parallel_decoupling.objective.conditional import Given, logit_error_correlation, unexplained
+from parallel_decoupling.objective.alternatives import WITHOUT_FIT
+from parallel_decoupling.objective.conditional import unexplained
 from parallel_decoupling.option_types import check_memory
 
-Unconditional = Literal["vclub", "club_sample", "l1out", "hsic", "crosscov", "orthogonal", "none"]
-GivenTarget = Literal["vclub_given_target", "orthogonal_given_target", "logit_correlation"]
+Unconditional = Literal["vclub", "hsic", "crosscov", "orthogonal", "none"]
+GivenTarget = Literal["vclub_given_target", "orthogonal_given_target"]
 Kind = Literal[Unconditional, GivenTarget]
-_GIVEN_TARGET = "_given_target"
-_LOG_VARIANCE_LIMIT = 6.0
-_SMALLEST_VARIANCE = 1e-12
 
 
 def path_pairs(num_paths: int) -> Tensor:
@@ -43,7 +40,7 @@ def standardise(paths: Tensor) -> Tensor:
     """
     value_BND = paths.to(torch.promote_types(paths.dtype, torch.float32))
     variance_ND, mean_ND = torch.var_mean(value_BND, dim=0, correction=0)
-    return (value_BND - mean_ND) * variance_ND.clamp_min(_SMALLEST_VARIANCE).rsqrt()
+    return (value_BND - mean_ND) * variance_ND.clamp_min(1e-12).rsqrt()
 
 
 def gaussian_nll(target: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
@@ -66,18 +63,11 @@ def vclub_bound(target: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
 
     Takes ``[M, B, D]`` each, y at any scale. Returns ``[M]`` in nats per dimension; about 0 for independent
     inputs, below 0 possible.
-
-    Relations:
-        The mean of ``club_sample_bound`` over all shifts of the batch equals this.
     """
     variance_M1D, center_M1D = torch.var_mean(target, dim=1, correction=0, keepdim=True)
     y_MBD, mu_MBD = target - center_M1D, mean - center_M1D
     gap_MBD = y_MBD * mu_MBD + 0.5 * (variance_M1D - y_MBD.square())
     return (gap_MBD * (-log_variance).exp()).mean(dim=(1, 2))
-
-
-BOUNDS = {"vclub": vclub_bound, **OTHER_BOUNDS}
-"""Kinds that fit a network q."""
 
 
 class PairNetwork(nn.Module):
@@ -106,7 +96,7 @@ class PairNetwork(nn.Module):
         hidden_weight, hidden_bias, output_weight, output_bias = (p.to(x.dtype) for p in self.parameters())
         hidden_MBH = nn.functional.gelu(torch.baddbmm(hidden_bias, x, hidden_weight))
         mean_MBD, raw_MBD = torch.baddbmm(output_bias, hidden_MBH, output_weight).chunk(2, dim=2)
-        return mean_MBD, raw_MBD.clamp(-_LOG_VARIANCE_LIMIT, _LOG_VARIANCE_LIMIT)
+        return mean_MBD, raw_MBD.clamp(-6, 6)
 
 
 class MutualInformation(nn.Module):
@@ -116,10 +106,9 @@ class MutualInformation(nn.Module):
     ours. Runs in fp32 (fp64 for fp64 inputs), also under autocast.
 
     Args:
-        kind: ``vclub``, ``club_sample`` and ``l1out`` fit a network q; ``hsic``, ``crosscov`` and
-            ``orthogonal`` (``squared_cosine``) need no fit; ``none`` is zero. Given the target (see
-            ``conditional``) are ``vclub_given_target`` and ``orthogonal_given_target``, the same functions of
-            what the target leaves unexplained, and ``logit_correlation``.
+        kind: ``vclub`` fits a network q; ``hsic``, ``crosscov`` and ``orthogonal`` (see ``alternatives``)
+            need no fit; ``none`` is zero. ``vclub_given_target`` and ``orthogonal_given_target`` are the same
+            functions of what the target leaves ``unexplained``.
         num_paths: N.
         embed_dim: D.
         hidden_size: width of q's hidden layer, per pair.
@@ -132,65 +121,54 @@ class MutualInformation(nn.Module):
         ``num_paths=1`` has no pairs: values of shape ``[0]``, no parameters, nothing to fit.
         ``M`` pairs in one call equal ``M`` separate networks.
         Values do not change when a path is scaled by a positive number, nor, but for ``orthogonal``, when it
-        is shifted. ``logit_correlation`` wants unit norm on both sides.
+        is shifted.
     """
 
     pairs: Tensor
 
     def __init__(self, kind: Kind, *, num_paths: int, embed_dim: int, hidden_size: int = 64) -> None:
         super().__init__()
-        if kind not in get_args(Kind):
-            raise ValueError(f"Unknown mutual information kind {kind!r}; choose one of {get_args(Kind)}.")
-        self.kind, self.num_paths, self.embed_dim = kind, num_paths, embed_dim
+        self.num_paths, self.embed_dim = num_paths, embed_dim
         self.register_buffer("pairs", path_pairs(num_paths), persistent=False)
-        self.estimate = kind.removesuffix(_GIVEN_TARGET)
-        self.needs_fit = self.estimate in BOUNDS and num_paths > 1
+        self.estimate, self.given_target = kind.removesuffix("_given_target"), kind.endswith("_given_target")
+        self.needs_fit = self.estimate == "vclub" and num_paths > 1
         self.network = PairNetwork(len(self.pairs), embed_dim, hidden_size) if self.needs_fit else None
 
-    def nll(self, paths: Tensor, given: Given | None = None) -> Tensor:
+    def nll(self, paths: Tensor, target: Tensor | None = None) -> Tensor:
         """Return the negative log-likelihood of q on ``[B, N, D]`` (not detached here), the loss of its step.
 
         ``[M]`` in nats per dimension; zeros if there is nothing to fit.
         """
         with torch.autocast(device_type=paths.device.type, enabled=False):
-            x_MBD, y_MBD = self._inputs_and_targets(paths, given)
+            x_MBD, y_MBD = self._pair_sides(paths, target)
             if self.network is None:
                 return x_MBD.new_zeros(len(self.pairs))
             return gaussian_nll(y_MBD, *self.network(x_MBD))
 
-    def forward(self, paths: Tensor, given: Given | None = None) -> Tensor:
+    def forward(self, paths: Tensor, target: Tensor | None = None) -> Tensor:
         """Estimate the dependence between the paths of each pair, a term of the main loss.
 
         Takes ``[B, N, D]``; gradient flows to both paths of a pair and to q (the caller freezes q), none to
-        ``given``, the side that the rows are matched with. Returns ``[M]``; sum it, as a mean over no pairs
-        is nan. ``club_sample`` draws from torch's global generator.
+        ``target``, what the rows are matched with. Returns ``[M]``; sum it, as a mean over no pairs is nan.
         """
         with torch.autocast(device_type=paths.device.type, enabled=False):
-            if self.kind == "logit_correlation":
-                return logit_error_correlation(paths, self._needed(given), self.pairs)
-            x_MBD, y_MBD = self._inputs_and_targets(paths, given)
-            if self.kind == "none" or len(self.pairs) == 0:
-                return x_MBD.new_zeros(len(self.pairs))
-            if self.network is None:
+            x_MBD, y_MBD = self._pair_sides(paths, target)
+            if self.network is not None:
+                return vclub_bound(y_MBD, *self.network(x_MBD))
+            if self.estimate in WITHOUT_FIT and len(self.pairs) > 0:
                 return WITHOUT_FIT[self.estimate](x_MBD, y_MBD)
-            return BOUNDS[self.estimate](y_MBD, *self.network(x_MBD))
+            return x_MBD.new_zeros(len(self.pairs))
 
-    def _inputs_and_targets(self, paths: Tensor, given: Given | None) -> tuple[Tensor, Tensor]:
+    def _pair_sides(self, paths: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return ``x`` and ``y`` of every pair, each ``[M, B, D]``; standardised but for ``orthogonal``."""
-        if paths.ndim != 3 or paths.shape[1:] != (self.num_paths, self.embed_dim):
-            expected = f"[B, {self.num_paths}, {self.embed_dim}]"
-            raise ValueError(f"paths must be {expected}, got {tuple(paths.shape)}.")
-        if self.kind.endswith(_GIVEN_TARGET):
-            paths = unexplained(paths, self._needed(given))
+        assert paths.shape[1:] == (self.num_paths, self.embed_dim), "[B, N, D]"
+        if self.given_target:
+            assert target is not None, "the side that the rows are matched with"
+            paths = unexplained(paths, target)
         angles = self.estimate == "orthogonal"
         path_BND = paths.to(torch.promote_types(paths.dtype, torch.float32)) if angles else standardise(paths)
         path_NBD = path_BND.transpose(0, 1)
         return path_NBD[self.pairs[:, 0]], path_NBD[self.pairs[:, 1]]
-
-    def _needed(self, given: Given | None) -> Given:
-        if given is None:
-            raise ValueError(f"{self.kind} needs the side that the rows are matched with; pass given.")
-        return given
 
 
 def mi_weight_schedule(step: int, *, weight: float, warmup_steps: int, ramp_steps: int) -> float:

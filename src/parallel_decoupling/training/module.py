@@ -153,8 +153,7 @@ class PDFEmbedder(LightningModule):
         self.seed, self.teacher_weight, self.progress = seed, teacher_weight, Progress()
         self.data_settings: dict[str, Any] = {}
         self.trained_data: dict[str, Any] = {}
-        loading = {"revision": backbone_revision, **settings.group(settings.LOADING, typed)}
-        self.encoder = build_encoder(backbone, loading, settings.group(settings.PATHS, typed))
+        self.encoder = build_encoder(backbone, {**typed, "revision": backbone_revision})
         self.limit = TokenLimit.of(self.encoder.backbone, self.encoder.processor, max_tokens, long_text)
         self.nested_dims = nested_dims(matryoshka_dims, self.encoder.embed_dim)
         sizes = {"embed_dim": self.encoder.embed_dim, "hidden_size": self.mi_config.hidden_size}

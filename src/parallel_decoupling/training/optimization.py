@@ -58,9 +58,9 @@ class MIConfig:
     """The estimator of the mutual information between paths, and when its term counts.
 
     Args:
-        kind: vclub (default), club_sample and l1out fit a network q; hsic, crosscov and orthogonal (squared
-            cosine between the paths of an input) fit nothing; vclub_given_target, orthogonal_given_target and
-            logit_correlation leave alone what the paths share with their target; none switches the term off.
+        kind: vclub (default) fits a network q; hsic, crosscov and orthogonal (squared cosine between an
+            input's paths) fit nothing; vclub_given_target and orthogonal_given_target leave alone what the
+            paths share with their target; none switches the term off.
         hidden_size: width of q's hidden layer, per path pair.
         fit_steps: steps of q on every batch, before the main step.
         warmup_steps: main steps in which only q is fitted and the term has weight 0.

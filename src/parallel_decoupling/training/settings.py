@@ -65,7 +65,6 @@ _ROWS = map(str.split, _TABLE.strip().splitlines())
 SETTINGS = {name: Setting(taker, *(mark != "-" for mark in marks)) for name, taker, *marks in _ROWS}
 """Every setting of which something is known; the others only steer the training or hold instructions. A name
 with a dot is an option of a config. Every list of settings is a view of this table."""
-LOADING = tuple(name for name, setting in SETTINGS.items() if setting.group == "loading")
 PATHS = tuple(name for name, setting in SETTINGS.items() if setting.group == "paths")
 SHAPES_WEIGHTS = tuple(name for name, setting in SETTINGS.items() if setting.weights)
 SHAPES_EMBEDDINGS = tuple(name for name, setting in SETTINGS.items() if setting.embeddings)

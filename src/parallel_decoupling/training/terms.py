@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from parallel_decoupling.distributed import gather_with_grad, world_size
 from parallel_decoupling.model.encoder import truncate
 from parallel_decoupling.objective import contrastive
-from parallel_decoupling.objective.conditional import Given
 from parallel_decoupling.objective.statistics import margin_correlation, path_cosine, target_entropy
 from parallel_decoupling.objective.vclub import MutualInformation, path_pairs
 
@@ -153,12 +152,10 @@ def distillation_term(pairs: GatheredPairs, temperature: Tensor | float) -> Tens
     return contrastive.score_distillation(pairs.query, pairs.candidate, *teacher, **labels).mean()
 
 
-def matched_sides(pairs: GatheredPairs) -> tuple[tuple[Tensor, Given], tuple[Tensor, Given]]:
-    """Return queries with what they search, and positive candidates with what could search them."""
-    queries = pairs.query, Given(pairs.candidate, pairs.positive, pairs.candidate_ids)
-    own_rows = torch.arange(len(pairs.positive), device=pairs.positive.device)
-    searched = Given(pairs.query, own_rows, pairs.candidate_ids[pairs.positive])
-    return queries, (pairs.candidate[pairs.positive], searched)
+def matched_sides(pairs: GatheredPairs) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Return queries with their positives, and positives with their queries."""
+    positive = pairs.candidate[pairs.positive]
+    return (pairs.query, positive), (positive, pairs.query)
 
 
 def estimator_nll(estimator: MutualInformation, pairs: GatheredPairs) -> Tensor:
