@@ -278,7 +278,7 @@ def test_any_error_of_building_the_trainer_is_one_message(
             "default_root_dir must be the path of a file or folder, got ''",
         ),
         ("fit", "--data.data_dir=https://a.example/b", "data_dir must be the path of a file or folder"),
-        ("plan", "--trainer.precision=64", "trainer.precision=64 does not train"),
+        ("plan", "--trainer.precision=64", "trainer.precision=64 does not work"),
         ("plan", "--trainer.devices=-3", "trainer.devices=-3 cannot be planned"),
         ("plan", "--gpu_memory_gib=.nan", "gpu_memory_gib must be above 0"),
     ],

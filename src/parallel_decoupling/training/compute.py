@@ -1,4 +1,4 @@
-"""The compute of a run: tokens times paths through the language model, and floating-point operations."""
+"""The compute of a run: tokens times paths through the language model."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
-
 from parallel_decoupling.batch import PairBatch
 from parallel_decoupling.distributed import gather_objects, gather_with_grad, world_size
-from parallel_decoupling.model.path_lora import PathLoRA
 from parallel_decoupling.model.prefixes import prefix_range
 from parallel_decoupling.training.grad_cache import LENGTH_GROUPS
 
@@ -40,21 +37,6 @@ def token_passes(
     if settings["prefix_type"] == "shallow":
         prompts = settings["num_paths"] * settings["prefix_length"] * forward_passes
     return tokens * paths_per_layer(settings, num_layers) + prompts
-
-
-def layer_flops(
-    layers: nn.Module, width: int, tokens: float, context: float, *, forward: int, backward: int
-) -> float:
-    """Return the floating-point operations of passing tokens, each with ``context`` keys, through layers.
-
-    ``width`` is layers times heads times head dim; ``backward`` is 0 without, 1 for the gradient of the
-    inputs, and 2 also for that of the weights.
-    """
-    weights = sum(m.weight.numel() for m in layers.modules() if isinstance(m, nn.Linear))
-    adapters = [m for m in layers.modules() if isinstance(m, PathLoRA)]
-    weights += sum((m.path_lora_A.numel() + m.path_lora_B.numel()) // m.num_paths for m in adapters)
-    attention = 4 * width * context * (forward + (2 if backward else 0))
-    return tokens * (2 * weights * (forward + backward) + attention)
 
 
 @dataclass
