@@ -1,9 +1,9 @@
-"""The floating-point operations of a training step, from shapes alone, and the hours that they would take.
+"""The floating-point operations of a training step, from shapes alone, and the time that they would take.
 
-``docs/reproduce.md`` has these hours, ``benchmarks.gpu`` and ``benchmarks.step`` set measured steps beside the
-operations. A forward pass counts 2 per weight and token plus the attention; once more for GradCache, once more
-for checkpointing; the backward pass of a mostly frozen model counts once for the weights and twice for the
-attention.
+The hours in ``docs/reproduce.md`` are these; ``benchmarks.gpu`` and ``benchmarks.step`` set measured steps
+beside them. A forward pass counts 2 per weight and token plus the attention; once more for GradCache, once
+more for checkpointing; the backward pass of a mostly frozen model counts once for the weights and twice for
+the attention.
 """
 
 from __future__ import annotations

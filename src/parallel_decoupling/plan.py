@@ -1,4 +1,4 @@
-"""``plan``: an estimate, good to about a third, of the memory that a run needs, before any weight is loaded."""
+"""``plan``: an estimate, good to about a third, of the memory of a run, before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,13 @@ from parallel_decoupling.model.path_lora import PathLoRA
 from parallel_decoupling.objective.vclub import MutualInformation
 from parallel_decoupling.option_types import PositiveFloat, checked
 from parallel_decoupling.training.compute import paths_per_layer
-from parallel_decoupling.training.settings import PATHS, check_trained_dtype, check_trainer, group, read_settings
+from parallel_decoupling.training.settings import (
+    PATHS,
+    check_trained_dtype,
+    check_trainer,
+    group,
+    read_settings,
+)
 
 TEXT_TOKENS, NATURAL_IMAGE = 64, (640, 480)
 """Assumed tokens of text per input, and width and height of an image before the image policy (ours)."""
