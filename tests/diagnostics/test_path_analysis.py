@@ -74,9 +74,9 @@ def test_everything_is_there_for_the_embedded_world(analysis: PathAnalysis, tmp_
     content = json.loads((tmp_path / PATHS_FILE).read_text())
     assert content["similarity"]["cosine"] == analysis.similarity.cosine.tolist()
     assert content["probes"]["color"]["accuracy"].keys() == {"aggregate", "path_0", "path_1", "path_2"}
-    assert len(content["attention"]["mass_by_path_and_layer"]) == 3
-    for part in ("attention", "contributions"):
-        assert content[part]["map_correlation"][0][0] == pytest.approx(1)
+    assert len(content["attention"]) == len(content["change"]) == 3
+    for kind in ("attention", "contributions"):
+        assert content["map_correlation"][kind][0][0] == pytest.approx(1)
     assert content["errors"]["scores"]["oracle"] == 0.5
 
 
@@ -158,9 +158,9 @@ def test_weights_are_those_of_a_model_with_one_plain_prefix_cache(
     model = encoder(tiny_backbone_dir)
     collator = Collator(model.processor, image_token=model.image_token)
     tokenised = collator.encode_inputs(inputs[:1])
-    with recorded_attention(model) as (_, weights), torch.no_grad():
+    with recorded_attention(model) as layers, torch.no_grad():
         model(tokenised)
-    found = torch.stack(weights, dim=2)
+    found_NYK = torch.stack(layers, dim=1)
     assert model.prefixes is not None
     stock = load_backbone(tiny_backbone_dir).eval().base
     stock.language_model.set_attn_implementation("eager")  # type: ignore[operator,union-attr]
@@ -177,27 +177,25 @@ def test_weights_are_those_of_a_model_with_one_plain_prefix_cache(
                 **tokens, **vision, position_ids=positions, past_key_values=cache, output_attentions=True
             )
         expected = torch.stack([weights[0, :, -1].mean(dim=0) for weights in output.attentions])
-        torch.testing.assert_close(found[path, 0], expected)
+        torch.testing.assert_close(found_NYK[path], expected)
 
 
 def test_mass_and_patches_are_shares(tiny_backbone_dir: str, inputs: list[RawInput]) -> None:
-    found = attention_maps(Embedder(encoder(tiny_backbone_dir)), inputs)
-    assert found.mass.shape == (2, 2, 3)
-    assert (found.mass > 0).all()
-    torch.testing.assert_close(found.mass.sum(dim=-1), torch.ones(2, 2))
-    shapes = [tuple(patches.shape) for patches in found.patches]
-    assert shapes == [(2, 4, 4), (2, 2, 4), (2, 4, 4)]
-    for patches in found.patches:
-        torch.testing.assert_close(patches.sum(dim=(1, 2)), torch.ones(2))
+    mass_NYG, maps = attention_maps(Embedder(encoder(tiny_backbone_dir)), inputs)
+    assert (mass_NYG > 0).all()
+    torch.testing.assert_close(mass_NYG.sum(dim=-1), torch.ones(2, 2))
+    assert [tuple(map_NHW.shape) for map_NHW in maps] == [(2, 4, 4), (2, 2, 4), (2, 4, 4)]
+    for map_NHW in maps:
+        torch.testing.assert_close(map_NHW.sum(dim=(1, 2)), torch.ones(2))
 
 
 def test_layers_below_the_prefix_are_shared_and_have_none(
     tiny_backbone_dir: str, inputs: list[RawInput]
 ) -> None:
-    found = attention_maps(Embedder(encoder(tiny_backbone_dir, prefix_layers=1)), inputs)
-    assert (found.mass[:, 0, 0] == 0).all()
-    assert (found.mass[:, 1, 0] > 0).all()
-    torch.testing.assert_close(found.mass[0, 0], found.mass[1, 0])
+    mass_NYG, _ = attention_maps(Embedder(encoder(tiny_backbone_dir, prefix_layers=1)), inputs)
+    assert (mass_NYG[:, 0, 0] == 0).all()
+    assert (mass_NYG[:, 1, 0] > 0).all()
+    torch.testing.assert_close(mass_NYG[0, 0], mass_NYG[1, 0])
 
 
 def test_the_encoder_is_left_as_it_was(tiny_backbone_dir: str, inputs: list[RawInput]) -> None:
@@ -211,9 +209,9 @@ def test_the_encoder_is_left_as_it_was(tiny_backbone_dir: str, inputs: list[RawI
 
 def test_a_backbone_that_cuts_images_into_tiles_has_masses_but_no_maps(tmp_path: Path) -> None:
     model = encoder(save_tiny_family("llava_next_mistral", tmp_path))
-    found = attention_maps(Embedder(model), [asking(noise_image(64, 64), "read")])
-    assert found.patches == []
-    assert (found.mass > 0).all()
+    mass_NYG, maps = attention_maps(Embedder(model), [asking(noise_image(64, 64), "read")])
+    assert maps == []
+    assert (mass_NYG > 0).all()
 
 
 class QuadrantEmbedder:

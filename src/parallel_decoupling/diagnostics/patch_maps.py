@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import isqrt
 from typing import Any, cast
 
@@ -26,18 +25,12 @@ GROUPS = ("prefix", "image", "text")  # what the keys of a path are; the pooled 
 GRID = 8  # patches per side that are painted over (ours)
 
 
-@dataclass(frozen=True)
-class AttentionMaps:
-    """Attention of the pooled token, mean over heads."""
-
-    mass: Tensor  # [N, Y, 3], share that goes to each of GROUPS, mean over inputs
-    patches: list[Tensor]  # per input [N, height, width], share of each image token, mean over layers
-
-
-def attention_maps(embedder: Embedder, inputs: Sequence[RawInput]) -> AttentionMaps:
+def attention_maps(embedder: Embedder, inputs: Sequence[RawInput]) -> tuple[Tensor, list[Tensor]]:
     """Encode inputs of one image each, and read the attention of the token whose state is the embedding.
 
-    There are no ``patches`` if the image's tokens form no grid (LLaVA-NeXT cuts tiles).
+    Return, means over heads, the shares that go to each of ``GROUPS``, ``[N, Y, 3]``, mean over inputs; and
+    per input the share of each image token, ``[N, height, width]``, mean over layers: none if the image's
+    tokens form no grid (LLaVA-NeXT cuts tiles).
     """
     encoder, collator = cast(ParallelEncoder, embedder.encoder), embedder.collator
     image_id = encoder.processor.tokenizer.convert_tokens_to_ids(encoder.image_token)
@@ -55,7 +48,7 @@ def attention_maps(embedder: Embedder, inputs: Sequence[RawInput]) -> AttentionM
         grid = token_grid(tokenised.vision[0], share_NT.shape[1])
         if grid is not None:
             patches.append(share_NT.reshape(-1, *grid))
-    return AttentionMaps(torch.stack(masses).mean(dim=0), patches if len(patches) == len(masses) else [])
+    return torch.stack(masses).mean(dim=0), patches if len(patches) == len(masses) else []
 
 
 @contextmanager

@@ -79,12 +79,7 @@ def principal_angles(embeddings_BND: Tensor, subspace_dim: int) -> Tensor:
 
 
 def _angles(first_MSD: Tensor, second_MSD: Tensor) -> Tensor:
-    """Compute angles between orthonormal bases, by the sine where it is the exact one (below 45 degrees)."""
-    cosine_MSS = first_MSD @ second_MSD.mT
-    cosine_MS = torch.linalg.svdvals(cosine_MSS).clamp(max=1)
-    rest_MSD = second_MSD - cosine_MSS.mT @ first_MSD
-    sine_MS = torch.linalg.svdvals(rest_MSD).flip(1).clamp(max=1)
-    return torch.rad2deg(torch.where(cosine_MS.square() > 0.5, sine_MS.asin(), cosine_MS.acos()))
+    return torch.linalg.svdvals(first_MSD @ second_MSD.mT).clamp(max=1).acos().rad2deg()
 
 
 @dataclass(frozen=True)
