@@ -181,13 +181,11 @@ def hits_table(hits: Sequence[Hit]) -> Table:
     """Show rank, score, id, cosine on each path, and the fields of every hit."""
     from parallel_decoupling.evaluation.report import text_table
 
-    headings, rows = (
-        ["rank", "score", "id", *(name for hit in hits[:1] for name in {**hit.similarities, **hit.fields})],
-        [],
-    )
+    names = [name for hit in hits[:1] for name in (*hit.similarities, *hit.fields)]
+    rows = []
     for rank, hit in enumerate(hits, start=1):
         texts = [hit.id, *("" if value is None else str(value) for value in hit.fields.values())]
         item, *fields = (text if len(text) <= 60 else f"{text[:59]}…" for text in texts)
         cosines = [f"{value:.3f}" for value in hit.similarities.values()]
         rows.append([str(rank), f"{hit.score:.3f}", item, *cosines, *fields])
-    return text_table("", headings, rows)
+    return text_table("", ["rank", "score", "id", *names], rows)
