@@ -92,12 +92,6 @@ def test_demo_and_its_baseline_differ_only_in_paths_and_steps() -> None:
     assert demo == single
 
 
-def test_unknown_key_in_a_config_is_refused(tmp_path: Path, on_this_machine: list[str], mistake: Any) -> None:
-    config_file = tmp_path / "misspelt.yaml"
-    config_file.write_text("model:\n  num_branches: 2\n", encoding="utf-8")
-    assert "num_branches" in mistake(["fit", "--config", str(config_file), *on_this_machine])
-
-
 REPRODUCE = (PROJECT_DIR / "docs" / "reproduce.md").read_text(encoding="utf-8")
 
 

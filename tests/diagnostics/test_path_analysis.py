@@ -19,6 +19,7 @@ from torch import Tensor
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.tasks import Task
+from parallel_decoupling.diagnostics.measures import FACTORS
 from parallel_decoupling.diagnostics.patch_maps import (
     attention_maps,
     map_agreement,
@@ -36,7 +37,6 @@ from parallel_decoupling.diagnostics.path_analysis import (
     table,
     write_json,
 )
-from parallel_decoupling.diagnostics.probes import FACTORS
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.evaluation.report import ScoreReport, TaskResult
 from parallel_decoupling.model.backbone import load_backbone
@@ -47,12 +47,9 @@ from tests.support.stores import table_rows
 from tests.support.tiny import noise_image
 
 
-def embedder(backbone_dir: str, num_paths: int) -> Embedder:
-    encoder = ParallelEncoder(
-        load_backbone(backbone_dir), num_paths=num_paths, prefix_length=2, prefix_init="random"
-    )
-    encoder.eval()
-    return Embedder(encoder)
+def encoder(backbone_dir: str, **options: Any) -> ParallelEncoder:
+    settings = {"num_paths": 2, "prefix_length": 3, "prefix_init": "random", **options}
+    return ParallelEncoder(load_backbone(backbone_dir), **settings).eval()
 
 
 def report(num_paths: int) -> ScoreReport:
@@ -64,7 +61,7 @@ def report(num_paths: int) -> ScoreReport:
 
 @pytest.fixture(scope="module")
 def analysis(tiny_backbone_dir: str) -> PathAnalysis:
-    return analyse_world(embedder(tiny_backbone_dir, 3), report(3), scenes=100)
+    return analyse_world(Embedder(encoder(tiny_backbone_dir, num_paths=3)), report(3), scenes=100)
 
 
 def test_everything_is_there_for_the_embedded_world(analysis: PathAnalysis, tmp_path: Path) -> None:
@@ -100,13 +97,13 @@ def test_the_table_shows_the_numbers_and_the_figures_draw(analysis: PathAnalysis
 
 
 def test_one_path_and_no_scores_leave_out_what_needs_more(tiny_backbone_dir: str) -> None:
-    found = analyse_world(embedder(tiny_backbone_dir, 1), None, scenes=100)
+    found = analyse_world(Embedder(encoder(tiny_backbone_dir, num_paths=1)), None, scenes=100)
     assert found.notes == ["errors: the run has no scores.json of this checkpoint; test writes it"]
     assert not {"cosine", "misses, kappa"} & {row[0] for row in table_rows(table(found))}
 
 
 def test_other_data_has_no_probes_and_says_so(tiny_backbone_dir: str, tiny_mmeb_dir: str) -> None:
-    found = analyse_data(embedder(tiny_backbone_dir, 2), tiny_mmeb_dir, report(2))
+    found = analyse_data(Embedder(encoder(tiny_backbone_dir)), tiny_mmeb_dir, report(2))
     assert found.probes == {}
     assert "not the embedded world" in found.notes[0]
     assert found.num_inputs >= 3
@@ -131,11 +128,6 @@ def test_a_trained_run_is_analysed_with_the_scores_of_its_weights_only(
         for other, used in (({}, True), ({"global_step": 2}, False), ({"seed": 5}, False)):
             replace(report(2), run={**run, **other}).to_json_file(file)
             assert (find_scores(tmp_path, run) is not None) == used
-
-
-def encoder(backbone_dir: str, **options: Any) -> ParallelEncoder:
-    settings = {"num_paths": 2, "prefix_length": 3, "prefix_init": "random", **options}
-    return ParallelEncoder(load_backbone(backbone_dir), **settings).eval()
 
 
 def asking(picture: Image.Image, text: str) -> RawInput:

@@ -20,9 +20,7 @@ from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
 from parallel_decoupling.data.images import load_image
 from parallel_decoupling.data.readers import read_eval_task
 from parallel_decoupling.data.tasks import chosen, find_eval_tasks
-from parallel_decoupling.diagnostics import patch_maps
-from parallel_decoupling.diagnostics import similarity as measures
-from parallel_decoupling.diagnostics.probes import ProbeResult, counted_scenes, crowded_scenes, probe
+from parallel_decoupling.diagnostics import measures, patch_maps
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.evaluation.plots import new_figure
 from parallel_decoupling.evaluation.report import SCORES_FILE, ScoreReport, percent, text_table
@@ -44,7 +42,7 @@ class PathAnalysis:
     num_paths: int
     num_inputs: int
     similarity: measures.PathSimilarity
-    probes: dict[str, ProbeResult]
+    probes: dict[str, measures.ProbeResult]
     errors: measures.ErrorAgreement | None
     attention: Tensor | None  # [N, Y, 3], mean over inputs of the shares of patch_maps.GROUPS
     change: Tensor  # [N], mean of 1 - cosine of an embedding with and without a patch
@@ -95,17 +93,17 @@ def find_scores(run_dir: Path, run: dict[str, Any]) -> ScoreReport | None:
 
 def analyse_world(embedder: Embedder, report: ScoreReport | None, *, scenes: int = SCENES) -> PathAnalysis:
     """Analyse a model on so many scenes of each kind of the embedded world, whose factors are known."""
-    probes: dict[str, ProbeResult] = {}
+    probes: dict[str, measures.ProbeResult] = {}
     pictures: list[list[Image.Image]] = []
     embeddings: list[Tensor] = []
-    for drawn, labels in (crowded_scenes(scenes), counted_scenes(scenes)):
+    for drawn, labels in (measures.crowded_scenes(scenes), measures.counted_scenes(scenes)):
         pictures.append([render(scene) for scene in drawn])
         paths_BND = embedder.encode(pictures[-1], instruction=INSTRUCTION, paths="all")
         embeddings.append(paths_BND)
         columns = {f"path_{path}": each for path, each in enumerate(paths_BND.unbind(1))}
         if len(columns) > 1:
             columns["aggregate"] = embedder.encoder.aggregate(paths_BND.to(embedder.device)).detach().cpu()
-        probes |= {factor: probe(columns, each, factor) for factor, each in labels.items()}
+        probes |= {factor: measures.probe(columns, each, factor) for factor, each in labels.items()}
     mixed = [picture for pair in zip(*pictures, strict=True) for picture in pair][:MAPPED]
     inputs = [RawInput(f"{IMAGE_PLACEHOLDER}\n{INSTRUCTION}\n", (picture,)) for picture in mixed]
     return _analyse(embedder, torch.cat(embeddings), inputs, report, probes)
@@ -127,7 +125,7 @@ def _analyse(
     embeddings_BND: Tensor,
     mapped: list[RawInput],
     report: ScoreReport | None,
-    probes: dict[str, ProbeResult],
+    probes: dict[str, measures.ProbeResult],
 ) -> PathAnalysis:
     notes, attention = [], None
     pictures = [load_image(item.images[0]) for item in mapped[: len(mapped) // 4 or 1]]

@@ -23,7 +23,7 @@ from parallel_decoupling.objective.contrastive import info_nce
 from parallel_decoupling.objective.statistics import effective_rank, path_cosine
 from parallel_decoupling.training.resuming import Continuity
 from parallel_decoupling.training.run_folder import requeued_checkpoints
-from parallel_decoupling.training.terms import GatheredPairs, mean_over_pairs
+from parallel_decoupling.training.terms import mean_over_pairs
 
 if TYPE_CHECKING:
     from parallel_decoupling.training.module import PDFEmbedder
@@ -102,10 +102,9 @@ class CollapseAlarm(Callback):
             self._warn("rank", f"the effective rank of a batch of embeddings fell {change}")
         if done < self.after_steps:
             return
-        loss, constant = (
-            float(outputs["contrastive"]),
-            constant_loss(pairs, symmetric=pl_module.hparams["symmetric"]),
-        )
+        options = {"temperature": 1.0, "symmetric": pl_module.hparams["symmetric"], **pairs.labels}
+        same = (torch.ones_like(side[:, :1, :1]) for side in (pairs.query, pairs.candidate))
+        loss, constant = float(outputs["contrastive"]), float(info_nce(*same, **options))
         if abs(loss - constant) < 0.02 * constant:
             found = f"the contrastive loss {loss:.3f} is that of a constant embedding, {constant:.3f}"
             self._warn("loss", found)
@@ -117,12 +116,6 @@ class CollapseAlarm(Callback):
         if kind not in self.warned:
             self.warned.add(kind)
             rank_zero_warn(f"Collapse alarm: {found}. {ADVICE[kind]}.", category=UserWarning)
-
-
-def constant_loss(pairs: GatheredPairs, *, symmetric: bool) -> float:
-    """Return InfoNCE of these pairs, at any temperature, if every embedding were the same."""
-    query, candidate = (torch.ones_like(side[:, :1, :1]) for side in (pairs.query, pairs.candidate))
-    return float(info_nce(query, candidate, temperature=1.0, symmetric=symmetric, **pairs.labels))
 
 
 class SaveOnSignal(Callback):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from parallel_decoupling.batch import PairBatch
-from parallel_decoupling.distributed import gather_objects, gather_with_grad, world_size
+from parallel_decoupling.distributed import gather_objects, world_size
 from parallel_decoupling.model.prefixes import prefix_range
 from parallel_decoupling.training.grad_cache import LENGTH_GROUPS
 
@@ -49,15 +49,14 @@ class Progress:
 
     def count(self, batch: PairBatch, settings: Mapping[str, Any], num_layers: int) -> dict[str, float]:
         """Add the batches of all processes, and return the counters by log key."""
-        cut_texts = 0
-        for subsets, cut in gather_objects((batch.subsets, batch.inputs.num_cut)):
-            cut_texts += cut
+        tokens = cut_texts = 0
+        own = batch.subsets, int(batch.inputs.lengths.sum()), batch.inputs.num_cut
+        for subsets, count, cut in gather_objects(own):
+            tokens, cut_texts = tokens + count, cut_texts + cut
             for subset in subsets:
                 self.rows_by_subset[subset] = self.rows_by_subset.get(subset, 0) + 1
-        tokens = batch.inputs.lengths.sum()
         passes = world_size() * forward_passes(settings, len(batch.inputs))
-        of_all = float(gather_with_grad(tokens.view(1)).sum())
-        self.token_passes += token_passes(settings, num_layers, tokens=of_all, forward_passes=passes)
+        self.token_passes += token_passes(settings, num_layers, tokens=tokens, forward_passes=passes)
         rows = sum(self.rows_by_subset.values())
         shares = {f"mix/{subset}": count / rows for subset, count in self.rows_by_subset.items()}
         return {**shares, "compute/token_passes": self.token_passes, "mix/cut_texts": cut_texts}

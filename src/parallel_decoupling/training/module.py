@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from parallel_decoupling.batch import EncoderInputs, LongText, PairBatch, TokenLimit
 from parallel_decoupling.distributed import rank, world_size
+from parallel_decoupling.model import run_checkpoint
 from parallel_decoupling.model.backbone import AdapterConfig
 from parallel_decoupling.model.encoder import build_encoder, nested_dims
 from parallel_decoupling.model.families import Family
@@ -350,7 +352,9 @@ class PDFEmbedder(LightningModule):
 
     def run_info(self) -> dict[str, Any]:
         """Return settings, seed, steps and compute behind the weights, as plain values."""
-        return checkpoint.run_info(self)
+        data = dict(self.trained_data or self.data_settings)
+        content = {"hyper_parameters": dict(self.hparams), "data": data, "progress": asdict(self.progress)}
+        return run_checkpoint.run_info(content)
 
     @property
     def images(self) -> ImagePolicy:
