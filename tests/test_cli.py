@@ -197,18 +197,14 @@ def test_a_mistake_is_one_message_before_any_training(
     assert {file.name for file in tmp_path.iterdir()} <= {"hparams.yaml"}, "the next fit may start here"
 
 
-@pytest.mark.parametrize("way", ["typed", "yaml"])
 def test_a_tilde_means_the_same_folder_for_guard_lock_and_lightning(
-    way: str, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: Any
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: Any
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     command, run = ["fit", "--config", str(config_file)], tmp_path / "home" / "run"
-    if way == "yaml":
-        Path("own.yaml").write_text("trainer: {default_root_dir: ~/run}\n", encoding="utf-8")
-        command += ["--config", "own.yaml"]
-    else:
-        command.append("--trainer.default_root_dir=~/run")
+    Path("own.yaml").write_text("trainer: {default_root_dir: ~/run}\n", encoding="utf-8")
+    command += ["--config", "own.yaml"]
     with locked(run):
         assert f"error: {run} is in use by process {os.getpid()}" in mistake(command)
     (run / "link").mkdir(parents=True)

@@ -82,11 +82,11 @@ def read_layout(trainer: Mapping[str, Any]) -> tuple[int, str]:
     processes = int(devices) * int(trainer["num_nodes"])
     if processes < 1:
         raise ValueError(f"trainer.devices={devices} cannot be planned: use 1 or more.")
-    name = strategy if isinstance(strategy, str) else strategy["class_path"].rsplit(".", 1)[-1].lower()
-    name = ("ddp" if processes > 1 else "single") if name == "auto" else name
-    if known := [each for each in ("single", "ddp", "fsdp2") if name.startswith(each)]:
-        return processes, known[0]
-    raise ValueError(f"trainer.strategy={name} cannot be planned: use auto, ddp or fsdp2.")
+    name = ("ddp" if processes > 1 else "single") if strategy == "auto" else str(strategy).lower()
+    for known in ("fsdp2", "ddp", "single"):
+        if known in name:  # of a class, too
+            return processes, known
+    raise ValueError(f"trainer.strategy={strategy} cannot be planned: use auto, ddp or fsdp2.")
 
 
 class ImageCost(NamedTuple):

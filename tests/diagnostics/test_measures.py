@@ -133,7 +133,7 @@ def test_a_planted_factor_is_found_in_the_path_that_has_it_and_nowhere_else() ->
     planted = noise(300)
     planted[:, :3] += 4 * torch.eye(3)[torch.from_numpy(values)]
     labels = [("red", "green", "blue")[value] for value in values]
-    found = probe({"path_0": planted, "path_1": noise(300, seed=1)}, labels, "color")
+    found = probe({"path_0": planted, "path_1": noise(300, seed=1)}, labels)
     assert found.accuracy["path_0"] > 0.97
     assert found.accuracy["path_1"] < found.majority + 0.1
 
@@ -141,7 +141,7 @@ def test_a_planted_factor_is_found_in_the_path_that_has_it_and_nowhere_else() ->
 def test_rows_that_are_scored_are_not_fitted() -> None:
     """In 200 dimensions any labels of 100 rows can be fitted without an error."""
     labels = [str(index % 2) for index in range(100)]
-    found = probe({"path_0": noise(100, dim=200)}, labels, "count")
+    found = probe({"path_0": noise(100, dim=200)}, labels)
     assert found.accuracy["path_0"] < 0.7
 
 

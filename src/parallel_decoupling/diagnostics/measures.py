@@ -48,8 +48,6 @@ class PathSimilarity:
 def path_similarity(embeddings_BND: Tensor) -> PathSimilarity:
     """Compute every measure on the embeddings ``[B, N, D]`` of the same inputs, at least 3."""
     count, num_paths, dim = embeddings_BND.shape
-    if count < 3:
-        raise ValueError(f"the similarity of paths needs at least 3 inputs, got {count}")
     value_BND = embeddings_BND.double()
     subspace_dim = min(SUBSPACE_DIM, count - 1, dim)
     generator = torch.Generator().manual_seed(0)
@@ -176,11 +174,9 @@ class ProbeResult:
     majority: float
 
 
-def probe(columns: Mapping[str, Tensor], labels: Sequence[str], factor: str) -> ProbeResult:
+def probe(columns: Mapping[str, Tensor], labels: Sequence[str]) -> ProbeResult:
     """Predict a factor by logistic regression on standardised dimensions, all columns in the same folds."""
     _, counts = np.unique(list(labels), return_counts=True)
-    if counts.min() < FOLDS:  # scikit-learn only warns
-        raise ValueError(f"probe of {factor}: a value has {counts.min()} inputs; draw more, {FOLDS} at least")
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
     accuracy, spread = {}, {}
     for name, embeddings_BD in columns.items():

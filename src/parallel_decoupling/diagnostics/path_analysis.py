@@ -103,7 +103,7 @@ def analyse_world(embedder: Embedder, report: ScoreReport | None, *, scenes: int
         columns = {f"path_{path}": each for path, each in enumerate(paths_BND.unbind(1))}
         if len(columns) > 1:
             columns["aggregate"] = embedder.encoder.aggregate(paths_BND.to(embedder.device)).detach().cpu()
-        probes |= {factor: measures.probe(columns, each, factor) for factor, each in labels.items()}
+        probes |= {factor: measures.probe(columns, each) for factor, each in labels.items()}
     mixed = [picture for pair in zip(*pictures, strict=True) for picture in pair][:MAPPED]
     inputs = [RawInput(f"{IMAGE_PLACEHOLDER}\n{INSTRUCTION}\n", (picture,)) for picture in mixed]
     return _analyse(embedder, torch.cat(embeddings), inputs, report, probes)
