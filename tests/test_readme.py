@@ -276,8 +276,7 @@ def test_the_commands_and_examples_of_a_page_run(
             assert words[0] != "search" or "rank" in capsys.readouterr().out
 
 
-ROOT_DIR = Path(__file__).parents[1]
-NOTEBOOK_FILES = sorted((ROOT_DIR / "notebooks").glob("*.ipynb"))
+NOTEBOOK_FILES = sorted((PROJECT_DIR / "notebooks").glob("*.ipynb"))
 
 
 @pytest.mark.slow

@@ -124,16 +124,12 @@ def test_reports_without_paths_or_rows_are_refused() -> None:
         error_agreement(ScoreReport({"bare": result}))
 
 
-def noise(count: int, dim: int = 10, seed: int = 0) -> Tensor:
-    return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed))
-
-
 def test_a_planted_factor_is_found_in_the_path_that_has_it_and_nowhere_else() -> None:
     values = np.random.default_rng(0).integers(0, 3, 300)
-    planted = noise(300)
+    planted = normal(300, 10)
     planted[:, :3] += 4 * torch.eye(3)[torch.from_numpy(values)]
     labels = [("red", "green", "blue")[value] for value in values]
-    found = probe({"path_0": planted, "path_1": noise(300, seed=1)}, labels)
+    found = probe({"path_0": planted, "path_1": normal(300, 10, seed=1)}, labels)
     assert found.accuracy["path_0"] > 0.97
     assert found.accuracy["path_1"] < found.majority + 0.1
 
@@ -141,7 +137,7 @@ def test_a_planted_factor_is_found_in_the_path_that_has_it_and_nowhere_else() ->
 def test_rows_that_are_scored_are_not_fitted() -> None:
     """In 200 dimensions any labels of 100 rows can be fitted without an error."""
     labels = [str(index % 2) for index in range(100)]
-    found = probe({"path_0": noise(100, dim=200)}, labels)
+    found = probe({"path_0": normal(100, 200)}, labels)
     assert found.accuracy["path_0"] < 0.7
 
 

@@ -218,17 +218,12 @@ class QuadrantEmbedder:
         return torch.nn.functional.normalize(torch.stack(rows).float(), dim=-1)
 
 
-@pytest.fixture
-def picture() -> Image.Image:
-    """Black with a white dot in the top left and in the bottom right quadrant, both off the diagonal."""
+def test_each_path_depends_on_what_it_sees() -> None:
+    """A white dot in the top left and one in the bottom right quadrant, both off the diagonal."""
+    embedder: Any = QuadrantEmbedder()
     picture = Image.new("RGB", (8, 8), "black")
     picture.putpixel((2, 1), (255, 255, 255))
     picture.putpixel((5, 7), (255, 255, 255))
-    return picture
-
-
-def test_each_path_depends_on_what_it_sees(picture: Image.Image) -> None:
-    embedder: Any = QuadrantEmbedder()
     found = patch_contributions(embedder, [picture], grid=4)
     assert found.shape == (1, 2, 4, 4)
     changed = found > 1e-5

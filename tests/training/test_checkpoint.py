@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback
 from torch import Tensor
 
 from parallel_decoupling.model.pretrained import load_encoder
@@ -99,18 +99,6 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
         load(changed(checkpoint_file, tmp_path, change))
 
 
-class StopAt(Callback):
-    """Does something in a hook, once so many batches are done."""
-
-    def __init__(self, batches: int, action: Any, *, hook: str) -> None:
-        self.batches, self.action = batches, action
-        setattr(self, hook, self._act)
-
-    def _act(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        if pl_module.progress.steps_done == self.batches:
-            self.action(trainer)
-
-
 def run(
     backbone: str, data_dir: str, folder: Path, *extra: Callback, resume: Path | None = None, **options: Any
 ) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
@@ -168,36 +156,35 @@ def test_a_resumed_run_steps_with_the_rates_that_it_was_given(
 def test_a_checkpoint_names_the_data_of_its_training(
     tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
 ) -> None:
-    module, file = small_embedder(tiny_backbone_dir), tmp_path / "now.ckpt"
+    module = small_embedder(tiny_backbone_dir)
 
-    def named(trainer: Trainer) -> int:
-        trainer.save_checkpoint(file)
-        return int(torch.load(file, weights_only=True)["data"]["max_pixels"])
+    def named(file: str) -> int:
+        return int(torch.load(tmp_path / file, weights_only=True)["data"]["max_pixels"])
 
-    def fit(max_pixels: int, steps: int, resume: Path | None = None) -> list[int]:
-        seen: list[int] = []
-        save = StopAt(steps, lambda trainer: seen.append(named(trainer)), hook="on_train_batch_end")
-        trainer = make_trainer(tmp_path, save, max_steps=steps)
+    def fit(max_pixels: int, steps: int, resume: Path | None = None) -> int:
+        trainer = make_trainer(tmp_path, SaveAll(tmp_path), max_steps=steps)
         trainer.fit(module, small_data(tiny_mmeb_dir, max_pixels=max_pixels), ckpt_path=resume)
-        return seen
+        return named(f"{steps}.ckpt")
 
-    assert fit(1024, 1) == [1024]
+    assert fit(1024, 1) == 1024
     trainer = make_trainer(tmp_path)
     trainer.test(module, small_data(tiny_mmeb_dir, max_pixels=2048))
-    assert named(trainer) == 1024
-    assert fit(3072, 2, resume=file) == [3072], "of the fit that resumes"
+    trainer.save_checkpoint(tmp_path / "tested.ckpt")
+    assert named("tested.ckpt") == 1024
+    assert fit(3072, 2, resume=tmp_path / "1.ckpt") == 3072, "of the fit that resumes"
 
 
 def test_a_second_interrupt_stops_at_once_without_saving(
     tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
 ) -> None:
-    def twice(trainer: Trainer) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+    class Twice(Callback):
+        def on_before_optimizer_step(self, *args: Any) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
 
     handler = signal.getsignal(signal.SIGINT)  # Lightning ignores Ctrl+C after the first
     with pytest.raises(SystemExit):
-        run(tiny_backbone_dir, tiny_mmeb_dir, tmp_path, StopAt(2, twice, hook="on_before_optimizer_step"))
+        run(tiny_backbone_dir, tiny_mmeb_dir, tmp_path, Twice())
     signal.signal(signal.SIGINT, handler)
     assert not (tmp_path / "checkpoints" / "last.ckpt").exists()
 
