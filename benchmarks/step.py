@@ -1,9 +1,10 @@
 """A training step of the demo against its floor: run as ``python -m benchmarks.step`` in the repository.
 
 Settings are those of ``lightning_configs/demo_paper.yaml`` (unchanged since b5f8398), with one shared adapter
-and with an adapter for each path. Processor seconds of one thread, the median over steps. The floor is the step's
-multiply-adds without padding (``benchmarks.flops.layer_flops``) at the rate of a large fp32 matrix product on
-the same thread. To compare two commits, run this file with ``PYTHONPATH`` at the other's ``src``, in turns.
+and with an adapter for each path. Processor seconds of one thread, the median over steps. The floor is the
+step's multiply-adds without padding (``benchmarks.flops.layer_flops``) at the rate of a large fp32 matrix
+product on the same thread. To compare two commits, run this file with ``PYTHONPATH`` at the other's ``src``,
+in turns.
 """
 
 from __future__ import annotations
