@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from benchmarks.flops import step_flops
 from benchmarks.gpu_machine import Machine, Row
 from benchmarks.vclub import kind_seconds
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, EncoderInputs, PairBatch, RawInput
@@ -77,8 +78,9 @@ def train(machine: Machine, batch_size: int, what: str, steps: int, **settings: 
     settings = {"adapter": ADAPTER, "prefix_length": PREFIX_LENGTH, **settings}
     plan = make_plan(machine, batch_size, settings)
     plain = {"gradient_checkpointing": False, "chunk_size": None}
-    model_flops = make_plan(machine, batch_size, {**settings, **plain}).flops
-    expected = 3 * steps * plan.flops / machine.peak  # at a third of the peak
+    model_flops = step_flops(make_plan(machine, batch_size, {**settings, **plain}))
+    peak_seconds = step_flops(plan) / machine.peak
+    expected = 3 * steps * peak_seconds  # at a third of the peak
     if expected > machine.seconds_left:
         left = f"about {expected:.0f} s of the {machine.seconds_left:.0f} s that are left"
         return [Row(what, note=f"left out: it would take {left}")]
@@ -101,7 +103,7 @@ def train(machine: Machine, batch_size: int, what: str, steps: int, **settings: 
     memory, planned = machine.peak_memory() / GIB, sum(plan.memory.values()) / GIB
     share = 100 * model_flops / (seconds * machine.peak)
     return [
-        Row(f"{what}: step", seconds, "s", plan.flops / machine.peak, "s at the peak"),
+        Row(f"{what}: step", seconds, "s", peak_seconds, "s at the peak"),
         Row(f"{what}: model operations", share, "% of the peak"),
         Row(f"{what}: peak memory", memory, "GiB", planned, "GiB planned"),
         Row(f"{what}: loss", loss, ok=loss == loss and abs(loss) != float("inf")),

@@ -2,7 +2,7 @@
 
 Settings are those of ``lightning_configs/demo_paper.yaml`` (unchanged since b5f8398), with one shared adapter
 and with an adapter for each path. Processor seconds of one thread, the median over steps. The floor is the
-step's multiply-adds without padding (``training.compute.layer_flops``) at the rate of a large fp32 matrix
+step's multiply-adds without padding (``benchmarks.flops.layer_flops``) at the rate of a large fp32 matrix
 product on the same thread. To compare two commits, run this file with ``PYTHONPATH`` at the other's ``src``,
 in turns.
 """
@@ -18,9 +18,9 @@ import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
+from benchmarks.flops import layer_flops
 from parallel_decoupling.batch import PairBatch
 from parallel_decoupling.data.datamodule import MMEBDataModule
-from parallel_decoupling.training.compute import layer_flops
 from parallel_decoupling.training.grad_cache import LENGTH_GROUPS, length_groups
 from parallel_decoupling.training.module import PDFEmbedder
 

@@ -119,7 +119,7 @@ def kind_seconds(
     sides = torch.randn(2, batch_size, num_paths, embed_dim, generator=generator).to(device)
     query, candidate = (each.requires_grad_() for each in torch.nn.functional.normalize(sides, dim=-1))
     rows = torch.arange(batch_size, device=device)
-    pairs = GatheredPairs(query, candidate, query[:, :1], candidate[:, :1], rows, rows)
+    pairs = GatheredPairs(query, candidate, query[:, :1], candidate[:, :1], rows[:, None], rows)
     options = {"num_paths": num_paths, "embed_dim": embed_dim}
     estimators = {kind: MutualInformation(kind, **options).to(device) for kind in kinds}
 

@@ -136,10 +136,9 @@ def gradients(
         for inputs in (batch.query, batch.candidate)
     )
     pairs = gather_pairs(query, candidate, batch.candidate_ids, module.encoder.aggregate, module.nested_dims)
-    path_N, aggregate = contrastive_terms(
-        pairs, module.temperature, symmetric=module.symmetric, with_aggregate=module.aggregate_weight > 0
-    )
-    terms = {CONTRASTIVE: path_N.mean() + module.aggregate_weight * aggregate}
+    weight, options = module.hparams["aggregate_weight"], {"symmetric": module.hparams["symmetric"]}
+    path_N, aggregate = contrastive_terms(pairs, module.temperature, with_aggregate=weight > 0, **options)
+    terms = {CONTRASTIVE: path_N.mean() + weight * aggregate}
     terms |= {kind: mutual_information_terms(each, pairs).mean() for kind, each in estimators.items()}
     prefixes = module.encoder.parameter_groups()["prefixes"]
     return {

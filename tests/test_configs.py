@@ -14,6 +14,7 @@ import yaml
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.flops import step_flops, step_seconds
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.lightning_cli import PlanCLI, RunCLI, run
 from parallel_decoupling.model.backbone import AdapterConfig, load_backbone
@@ -91,12 +92,6 @@ def test_demo_and_its_baseline_differ_only_in_paths_and_steps() -> None:
     assert demo == single
 
 
-def test_unknown_key_in_a_config_is_refused(tmp_path: Path, on_this_machine: list[str], mistake: Any) -> None:
-    config_file = tmp_path / "misspelt.yaml"
-    config_file.write_text("model:\n  num_branches: 2\n", encoding="utf-8")
-    assert "num_branches" in mistake(["fit", "--config", str(config_file), *on_this_machine])
-
-
 REPRODUCE = (PROJECT_DIR / "docs" / "reproduce.md").read_text(encoding="utf-8")
 
 
@@ -156,7 +151,7 @@ def test_row_instantiates_with_a_small_backbone_and_plans_as_documented(
     assert built.built == "fit"
     assert built.model.encoder.num_paths == (4 if name.startswith("pdf") else 1)
     plan = PlannedCLI(arguments).plan
-    hours, processes = plan.steps * plan.seconds / 3600, plan.processes
+    hours, processes = plan.steps * step_seconds(plan) / 3600, plan.processes
     assert table_rows()[name][2:7] == [
         str(processes),
         f"{sum(plan.memory.values()) / 2**30:.0f}",
@@ -168,14 +163,12 @@ def test_row_instantiates_with_a_small_backbone_and_plans_as_documented(
 
 @pytest.mark.parametrize("layout", ["single", "ddp", "fsdp2"])
 def test_a_layout_changes_nothing_that_is_trained(layout: str) -> None:
-    arguments = ["fit", "--config", ready_file("pdf_qwen2_vl_2b")]
-    plans = [
-        PlannedCLI([*arguments, *more]).plan
-        for more in ([], ["--config", str(CONFIG_DIR / "layout" / f"{layout}.yaml")])
-    ]
-    assert plans[1].strategy == layout
-    assert plans[0].model | {"backbone": ""} == plans[1].model | {"backbone": ""}
-    assert (plans[0].queries, plans[0].image) == (plans[1].queries, plans[1].image)
+    file = CONFIG_DIR / "layout" / f"{layout}.yaml"
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    assert content.keys() == {"trainer"}
+    assert content["trainer"].keys() == {"accelerator", "devices", "num_nodes", "strategy", "precision"}
+    arguments = ["fit", "--config", ready_file("pdf_qwen2_vl_2b"), "--config", str(file)]
+    assert PlannedCLI(arguments).plan.strategy == layout
 
 
 SIZES = {
@@ -273,7 +266,7 @@ def test_operations_are_those_that_torch_counts(tmp_path: Path, kind: Any, check
         with FlopCounterMode(display=False) as counter:
             encoder(tiny_inputs(backbone.processor, [row])).sum().backward()
         measured += count * counter.get_total_flops()
-    assert plan.flops == pytest.approx(measured, rel=0.15)
+    assert step_flops(plan) == pytest.approx(measured, rel=0.15)
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,7 @@ def stopped(config_file: Path, folder: Path, place: str, steps: int, number: int
         ("step", 3, signal.SIGTERM, 143),
         ("validation", 8, signal.SIGTERM, 143),
         ("step", 3, signal.SIGINT, 130),
+        ("validation", 4, signal.SIGINT, 130),
     ],
 )
 def test_a_resumed_run_logs_what_an_uninterrupted_one_does(

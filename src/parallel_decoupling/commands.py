@@ -179,17 +179,13 @@ def open_searcher(embeddings: str | Path, model: str | None = None) -> Searcher:
 
 def hits_table(hits: Sequence[Hit]) -> Table:
     """Show rank, score, id, cosine on each path, and the fields of every hit."""
-    from rich.markup import escape
-    from rich.table import Table
+    from parallel_decoupling.evaluation.report import text_table
 
-    from parallel_decoupling.data.names import printable
-
-    table = Table("rank", "score", "id", *(hits[0].similarities if hits else ()))
-    for name in hits[0].fields if hits else ():
-        table.add_column(escape(printable(name)), overflow="fold")
+    names = [name for hit in hits[:1] for name in (*hit.similarities, *hit.fields)]
+    rows = []
     for rank, hit in enumerate(hits, start=1):
         texts = [hit.id, *("" if value is None else str(value) for value in hit.fields.values())]
-        item, *fields = (escape(printable(text if len(text) <= 60 else f"{text[:59]}…")) for text in texts)
+        item, *fields = (text if len(text) <= 60 else f"{text[:59]}…" for text in texts)
         cosines = [f"{value:.3f}" for value in hit.similarities.values()]
-        table.add_row(str(rank), f"{hit.score:.3f}", item, *cosines, *fields)
-    return table
+        rows.append([str(rank), f"{hit.score:.3f}", item, *cosines, *fields])
+    return text_table("", ["rank", "score", "id", *names], rows)

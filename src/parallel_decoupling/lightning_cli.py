@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from datetime import timedelta
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import yaml
@@ -29,22 +29,22 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
-from rich.table import Table
 
 from parallel_decoupling.data.datamodule import MMEBDataModule
+from parallel_decoupling.evaluation.report import text_table
 from parallel_decoupling.evaluation.run import EmbeddingWriter, Scoring
 from parallel_decoupling.evaluation.store import Keeper, VectorType
 from parallel_decoupling.files import atomic_write, expand_paths, locked
 from parallel_decoupling.model.encoder import absolute_name
 from parallel_decoupling.model.run_checkpoint import read_checkpoint
-from parallel_decoupling.option_types import CountOrAll, NonNegativeInt, PositiveInt, Seed, check_values
+from parallel_decoupling.option_types import CountOrAll, NonNegativeInt, PositiveInt, Rule, Seed, check_values
 from parallel_decoupling.training import run_folder
 from parallel_decoupling.training.callbacks import console
 from parallel_decoupling.training.module import PDFEmbedder
 from parallel_decoupling.training.optimization import total_steps
 from parallel_decoupling.training.resuming import Continuity, continue_logs
 from parallel_decoupling.training.run_folder import FIT_CONFIG, as_list, is_first_process
-from parallel_decoupling.training.settings import CONFIGS, FIXED
+from parallel_decoupling.training.settings import CONFIGS, SHAPES_WEIGHTS
 
 log = logging.getLogger(__name__)
 SAVE_EVERY = 50
@@ -103,21 +103,20 @@ def _check_config(file: str) -> None:
     wrong = [key for key in keys if not isinstance(sections.get(key, root), yaml.MappingNode)]
     if wrong:
         raise ValueError(f"{file}: the options of {' and '.join(wrong)} must be 'name: value' lines.")
-    if _size(root) > MOST_VALUES:
+    count, nodes = 0, [root]
+    while nodes and count <= MOST_VALUES:  # an alias is the node that it stands for, and may be inside itself
+        count, node = count + 1, nodes.pop()
+        if not isinstance(node, yaml.ScalarNode):
+            nodes += chain.from_iterable(each if isinstance(each, tuple) else (each,) for each in node.value)
+    if nodes:
         raise ValueError(f"{file} has more than {MOST_VALUES:,} values, its aliases expanded.")
 
 
-def _size(node: yaml.Node, depth: int = 0) -> int:
-    """Count the values below a node, as far as it matters; one that is inside itself has too many."""
-    if isinstance(node, yaml.ScalarNode):
-        return 1
-    total = MOST_VALUES + 1 if depth > 50 else 0
-    for part in chain.from_iterable(each if isinstance(each, tuple) else (each,) for each in node.value):
-        total += _size(part, depth + 1) if total <= MOST_VALUES else 0
-    return total
+_One = Annotated[int, Rule("1: raise data.batch_size with model.chunk_size (GradCache)", lambda n: n == 1)]
 
 
 def trainer_options(
+    accumulate_grad_batches: _One,
     check_val_every_n_epoch: PositiveInt | None,
     log_every_n_steps: NonNegativeInt | None,
     max_steps: CountOrAll,
@@ -216,28 +215,28 @@ class RunCLI(LightningCLI):
         """Parse, and parse again without defaults: what is left was typed."""
         self.config = expand_paths(parser.parse_args(args))
         self.typed = expand_paths(parser.parse_args(args, defaults=False))
-        given = self.config[self.wanted]
-        check_values(trainer_options, vars(given.trainer) | {"seed_everything": given.seed_everything})
+        more = {"seed_everything": self.given.seed_everything}
+        check_values(trainer_options, vars(self.given.trainer) | more)
+
+    @property
+    def given(self) -> Any:
+        """All options of the subcommand."""
+        return self.config[self.wanted]
 
     def instantiate_classes(self) -> None:
         """Lock the folders that are written, refuse what would overwrite a run, then build."""
-        config = self.config[self.config.subcommand]
-        if config.trainer.accumulate_grad_batches != 1:
-            advice = "with model.chunk_size (GradCache), instead"
-            problem = "trainer.accumulate_grad_batches: negatives do not add up over batches"
-            raise ValueError(f"{problem}. Raise data.batch_size, {advice}.")
-        many, there = str(config.trainer.devices), max(os.cpu_count() or 1, torch.cuda.device_count())
+        trainer = self.given.trainer
+        many, there = str(trainer.devices), max(os.cpu_count() or 1, torch.cuda.device_count())
         if many.isdigit() and int(many) > there:
             raise ValueError(f"trainer.devices={many}: this machine has {there}.")
-        if int(config.trainer.num_nodes) > 1 and not {"MASTER_ADDR", "SLURM_JOB_ID"} & os.environ.keys():
+        if int(trainer.num_nodes) > 1 and not {"MASTER_ADDR", "SLURM_JOB_ID"} & os.environ.keys():
             advice = "start it on each of them with torchrun, or by SLURM"
-            raise ValueError(f"trainer.num_nodes={config.trainer.num_nodes} would wait for others: {advice}.")
-        if not config.trainer.fast_dev_run:
-            if is_first_process():
-                for folder in self._written_folders():
-                    self._until_the_end.enter_context(locked(folder))
-            if self.config.subcommand == "fit" and not config.ckpt_path:
-                self._check_that_nothing_is_overwritten(config.trainer)
+            raise ValueError(f"trainer.num_nodes={trainer.num_nodes} would wait for others: {advice}.")
+        if not trainer.fast_dev_run:
+            for folder in self._written_folders() if is_first_process() else ():
+                self._until_the_end.enter_context(locked(folder))
+            if self.wanted == "fit" and not self.given.ckpt_path:
+                self._check_that_nothing_is_overwritten(trainer)
         super().instantiate_classes()
 
     def _check_that_nothing_is_overwritten(self, trainer: Any) -> None:
@@ -256,12 +255,10 @@ class RunCLI(LightningCLI):
 
     def _written_folders(self) -> list[Path]:
         """Return the folders that this subcommand writes to."""
-        config = self.config[self.config.subcommand]
-        root = Path(config.trainer.default_root_dir)
-        if self.config.subcommand == "predict":
-            return [Path(config.output_dir or root / "embeddings")]
-        folders = [root, config.get("embeddings_dir")]
-        return [Path(folder) for folder in folders if folder is not None]
+        root = Path(self.given.trainer.default_root_dir)
+        if self.wanted == "predict":
+            return [Path(self.given.output_dir or root / "embeddings")]
+        return [root, *map(Path, filter(None, [self.given.get("embeddings_dir")]))]
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Connect model, data and callbacks; without the user's own add TensorBoard and ``last.ckpt``."""
@@ -269,7 +266,7 @@ class RunCLI(LightningCLI):
         callbacks, keeper = list(as_list(config.get("callbacks"))), self._keeper()
         self.datamodule.connect(self.model, keeper)
         callbacks += [Scoring(self.datamodule, keeper), ProgressLines()]
-        if self.config.subcommand == "predict":
+        if self.wanted == "predict":
             assert keeper is not None
             callbacks.append(EmbeddingWriter(self.datamodule, keeper))
             kwargs |= {"default_root_dir": str(keeper.root), "logger": config.get("logger") or False}
@@ -280,7 +277,7 @@ class RunCLI(LightningCLI):
         own = [callback for callback in callbacks if isinstance(callback, Checkpoint)]
         if wants_files and not any(getattr(callback, "save_last", None) for callback in own):
             options: dict[str, Any] = {"enable_version_counter": False, "auto_insert_metric_name": False}
-            options["dirpath"] = run_folder.checkpoint_dir(self.config[self.config.subcommand].trainer)
+            options["dirpath"] = run_folder.checkpoint_dir(self.given.trainer)
             options["save_on_train_epoch_end"] = True  # else validations take the place of a run's end
             name = {"filename": "last"} if own else {"filename": "step={step}", "save_last": True}
             callbacks.append(ModelCheckpoint(every_n_epochs=1, **name, **options))
@@ -293,21 +290,19 @@ class RunCLI(LightningCLI):
 
     def _keeper(self) -> Keeper | None:
         """Open the folder of embeddings of ``predict``, or the one that ``test`` was given."""
-        config = self.config_init[self.config.subcommand]
-        if self.config.subcommand == "predict":
+        given = self.given
+        if self.wanted == "predict":
             (folder,) = self._written_folders()
-            model = None if config.ckpt_path is None else os.path.abspath(config.ckpt_path)
-            return Keeper(folder, lambda: self.model.about() | {"model": model}, dtype=config.output_dtype)
-        folder = config.get("embeddings_dir")
+            model = None if given.ckpt_path is None else os.path.abspath(given.ckpt_path)
+            return Keeper(folder, lambda: self.model.about() | {"model": model}, dtype=given.output_dtype)
+        folder = given.get("embeddings_dir")
         return None if folder is None else Keeper(folder, self.model.about, replace=True)
 
     def before_fit(self) -> None:
         """Log where the run did that is resumed."""
-        config = self.config.fit
-        if config.ckpt_path is not None:
-            self._steps_before = read_checkpoint(config.ckpt_path)["progress"]["steps_done"]
-            if Path(config.trainer.default_root_dir).resolve() in Path(config.ckpt_path).resolve().parents:
-                continue_logs(self.trainer.loggers, self._steps_before - 1)
+        root, file = self.given.trainer.default_root_dir, self.given.ckpt_path
+        if file is not None and Path(root).resolve() in Path(file).resolve().parents:
+            continue_logs(self.trainer.loggers, self._steps_before - 1)
 
     def after_fit(self) -> None:
         """Make up for the last validation, or warn, where nothing was left to train."""
@@ -323,32 +318,27 @@ class RunCLI(LightningCLI):
 
     def before_predict(self) -> None:
         """Warn of a model that nothing has trained."""
-        if self._get(self.config_init, "ckpt_path") is None:
+        if self.given.ckpt_path is None:
             log.warning("predict without --ckpt_path: the embeddings are of the model before any training")
 
     def _parse_ckpt_path(self) -> None:
         """Find the checkpoint, take over its settings that were not typed, and show those that differ."""
-        config = self.config[self.config.subcommand]
-        is_fit = self.config.subcommand == "fit"
-        file = run_folder.find_checkpoint(config["ckpt_path"], config["trainer"], is_fit=is_fit)
-        config["ckpt_path"] = file and str(file)
+        given, is_fit = self.given, self.wanted == "fit"
+        file = run_folder.find_checkpoint(given.ckpt_path, given.trainer, is_fit=is_fit)
+        given.ckpt_path = file and str(file)
         if file is None:
             return
         content = read_checkpoint(file)
+        self._steps_before = content["progress"]["steps_done"]
         stored = {"model": content["hyper_parameters"], "data": content["data"]}
         rows = [row for part, values in stored.items() for row in self._merge(part, values)]
         if rows and is_first_process():
-            title = f"Settings that differ from {file}"
-            table = Table("setting", "yours", "checkpoint's", "used", title=title)
-            for row in rows:
-                table.add_row(*row)
-            Console(file=sys.stderr).print(table)
+            headings = ("setting", "yours", "checkpoint's", "used")
+            Console(file=sys.stderr).print(text_table(f"Settings that differ from {file}", headings, rows))
 
     def _merge(self, part: str, stored: Mapping[str, Any]) -> Iterator[Sequence[str]]:
         """Merge the settings of one part; yield name, yours, the checkpoint's, and whose is used."""
-        subcommand = self.config.subcommand
-        config = self.config[subcommand][part]
-        typed = dict((self.typed.get(subcommand, {}).get(part) or {}).items())
+        config, typed = self.given[part], dict((self.typed.get(self.wanted, {}).get(part) or {}).items())
         for name, value in _leaves(stored):
             if not any(f"{name}.".startswith(f"{key}.") or key.startswith(f"{name}.") for key in typed):
                 config[name] = value
@@ -356,9 +346,8 @@ class RunCLI(LightningCLI):
             yours = config[name]
             if _comparable(name, yours) == _comparable(name, value):
                 continue
-            fixed = any(f"{name}.".startswith(f"{known}.") for known in FIXED)
-            fixed = fixed and part == "model" and subcommand != "fit"
-            if fixed:
+            fixed = any(f"{name}.".startswith(f"{known}.") for known in SHAPES_WEIGHTS)
+            if fixed := fixed and part == "model" and self.wanted != "fit":
                 config[name] = value
             used = "the checkpoint's" if fixed else "yours"
             yield f"{part}.{name}", repr(yours), repr(value), used

@@ -49,7 +49,6 @@ Names = Annotated[Sequence[str], Rule("different names", lambda names: len(set(n
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-_TEXTS = ("Value error, ", "Input should be ")
 
 
 def check_memory(options: str, needed: float) -> None:
@@ -122,6 +121,5 @@ def _outside(hint: Any) -> Any:
 
 
 def _reason(message: str) -> str:
-    for text in _TEXTS:
-        message = message.removeprefix(text)
+    message = re.sub("^(Value error, |Input should be )", "", message)
     return message.replace("'str' instances are not allowed as a Sequence value", "a list, not one text")

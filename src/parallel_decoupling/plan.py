@@ -1,9 +1,9 @@
-"""``plan``: an estimate, good to about a third, of what a run needs, made before any weight is loaded."""
+"""``plan``: an estimate, good to about a third, of the memory of a run, before any weight is loaded."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -15,27 +15,32 @@ from torch import nn
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.images import ImagePolicy
+from parallel_decoupling.evaluation.report import text_table
 from parallel_decoupling.model.backbone import Backbone, load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.model.open_clip import is_open_clip
 from parallel_decoupling.model.path_lora import PathLoRA
 from parallel_decoupling.objective.vclub import MutualInformation
 from parallel_decoupling.option_types import PositiveFloat, checked
-from parallel_decoupling.training import compute
-from parallel_decoupling.training.settings import PATHS, check_trained_dtype, group, read_settings
+from parallel_decoupling.training.compute import paths_per_layer
+from parallel_decoupling.training.settings import (
+    PATHS,
+    check_trained_dtype,
+    check_trainer,
+    group,
+    read_settings,
+)
 
 TEXT_TOKENS, NATURAL_IMAGE = 64, (640, 480)
 """Assumed tokens of text per input, and width and height of an image before the image policy (ours)."""
 QUERY_IMAGES, CANDIDATE_IMAGES = 0.77, 0.45
 """Shares of MMEB-train's 1.07 M rows whose query and whose positive candidate have an image."""
-PEAK_FLOPS, UTILISATION, USABLE = 989e12, 0.4, 0.9
-"""An H100's dense bfloat16 operations per second, the share that training reaches, and the share of a GPU's
-memory that kernels, fragments and the CUDA context leave (ours)."""
+USABLE = 0.9
+"""The share of a GPU's memory that kernels, fragments and the CUDA context leave (ours)."""
 FP32, NF4, GIB = 4, 0.5 + 1 / 64 + 4 / (64 * 256), 2**30
 """Bytes per value in fp32, and in four bits with their (quantized) scales; bytes per GiB."""
-
-PRECISIONS = ("32-true", "bf16-mixed", "32", "bf16", "None")
-"""What trains here, with the Trainer's other names for it."""
+PRECISIONS = {"32": "32-true", "None": "32-true", "bf16": "bf16-mixed"}
+"""The Trainer's other names for what trains here."""
 
 
 @checked()
@@ -44,35 +49,27 @@ def plan_tables(
 ) -> list[Table]:
     """Return tables for all arguments of ``PDFEmbedder``, of ``MMEBDataModule`` and of the Trainer."""
     plan = Plan(model, data, trainer)
-    needed, hours = sum(plan.memory.values()) / GIB, plan.steps * plan.seconds / 3600
-    fits = "fits" if needed <= USABLE * gpu_memory_gib else "does not fit"
+    needed = sum(plan.memory.values())
+    fits = "fits" if needed <= USABLE * gpu_memory_gib * GIB else "does not fit"
     shares = f"{QUERY_IMAGES:.0%} of queries and {CANDIDATE_IMAGES:.0%} of candidates"
-    contents: dict[str, Sequence[tuple[str, str]]] = {
-        "Batch arithmetic": [
-            ("global batch", f"{plan.queries} pairs, {plan.queries // plan.processes} per process"),
-            ("processes", f"{plan.processes} ({plan.strategy})"),
-            ("negatives per query", f"{plan.candidates - 1} (gathered from all processes)"),
-        ],
-        "Parameters": [
-            (name, f"{count:,} ({size / GIB:.2f} GiB)") for name, (count, size, _) in plan.groups.items()
-        ],
-        f"Memory of one GPU of {gpu_memory_gib:g} GiB (estimate)": [
-            *((name, f"{size / GIB:.2f} GiB") for name, size in plan.memory.items() if size),
-            ("together", f"{needed:.2f} GiB: {fits} into {USABLE:.0%}"),
-        ],
-        "Work": [
-            ("assumed tokens", f"{TEXT_TOKENS} of text, {plan.image.tokens} of an image in {shares}"),
-            ("floating-point operations per step", f"{plan.flops:.3g}"),
-            ("seconds per step", f"{plan.seconds:,.1f} on H100s at {UTILISATION:.0%} of their peak"),
-            ("run", f"{plan.steps:,} steps, {hours:.1f} hours, {hours * plan.processes:.0f} GPU-hours"),
-        ],
+    memory = {name: f"{size / GIB:.2f} GiB" for name, size in plan.memory.items() if size}
+    tables = {
+        "Batch": {
+            "global batch": f"{plan.queries} pairs, {plan.queries // plan.processes} per process",
+            "processes": f"{plan.processes} ({plan.strategy})",
+            "negatives per query": f"{plan.candidates - 1} (gathered from all processes)",
+            "pairs of the run": f"{plan.steps * plan.queries:,} in {plan.steps:,} steps",
+            "assumed tokens": f"{TEXT_TOKENS} of text, {plan.image.tokens} of an image in {shares}",
+        },
+        "Parameters": {
+            name: f"{count:,} ({size / GIB:.2f} GiB)" for name, (count, size, _) in plan.groups.items()
+        },
+        f"Memory of one GPU of {gpu_memory_gib:g} GiB (estimate)": {
+            **memory,
+            "together": f"{needed / GIB:.2f} GiB: {fits} into {USABLE:.0%}",
+        },
     }
-    tables = []
-    for title, rows in contents.items():
-        tables.append(Table("quantity", "value", title=title))
-        for row in rows:
-            tables[-1].add_row(*row)
-    return tables
+    return [text_table(title, ("quantity", "value"), [*rows.items()]) for title, rows in tables.items()]
 
 
 def read_layout(trainer: Mapping[str, Any]) -> tuple[int, str]:
@@ -85,39 +82,33 @@ def read_layout(trainer: Mapping[str, Any]) -> tuple[int, str]:
     processes = int(devices) * int(trainer["num_nodes"])
     if processes < 1:
         raise ValueError(f"trainer.devices={devices} cannot be planned: use 1 or more.")
-    name = strategy if isinstance(strategy, str) else strategy["class_path"].rsplit(".", 1)[-1].lower()
-    name = ("ddp" if processes > 1 else "single") if name == "auto" else name
-    if known := [each for each in ("single", "ddp", "fsdp2") if name.startswith(each)]:
-        return processes, known[0]
-    raise ValueError(f"trainer.strategy={name} cannot be planned: use auto, ddp or fsdp2.")
+    name = ("ddp" if processes > 1 else "single") if strategy == "auto" else str(strategy).lower()
+    for known in ("fsdp2", "ddp", "single"):
+        if known in name:  # of a class, too
+            return processes, known
+    raise ValueError(f"trainer.strategy={strategy} cannot be planned: use auto, ddp or fsdp2.")
 
 
 class ImageCost(NamedTuple):
-    """Tokens of one image, patches in rows of ``context``, bytes of pixels, and the layers' joint width."""
+    """Tokens of one image in the language model, its patches in the tower, and the bytes of its pixels."""
 
     tokens: int
     patches: int
-    context: int
     num_bytes: int
-    width: int
 
 
 def image_cost(backbone: Backbone, images: ImagePolicy) -> ImageCost:
     """Let the backbone's processor prepare a picture of ``NATURAL_IMAGE``, and count: 0 without vision."""
     if backbone.family.vision_module is None:
-        return ImageCost(0, 0, 0, 0, 0)
+        return ImageCost(0, 0, 0)
     collator = Collator.of(backbone, images=images)
     inputs = collator.encode_inputs([RawInput(IMAGE_PLACEHOLDER, (Image.new("RGB", NATURAL_IMAGE),))])
     token = backbone.processor.tokenizer.convert_tokens_to_ids(backbone.image_token)
-    pixels, vision = inputs.vision[0]["pixel_values"], backbone.config.vision_config
-    sides: list[Any] = [vision.patch_size, getattr(vision, "image_size", None)]
-    patch, whole = (side[0] if isinstance(side, list | tuple) else side for side in sides)
-    patches = pixels.numel() // (3 * patch**2 * getattr(vision, "temporal_patch_size", 1))
-    context = patches if whole is None else min(patches, (whole // patch) ** 2)
-    width = getattr(vision, "depth", None) or vision.num_hidden_layers
-    width *= getattr(vision, "embed_dim", None) or vision.hidden_size
     tokens = int((inputs.tokens["input_ids"] == token).sum())
-    return ImageCost(tokens, patches, context, pixels.numel() * FP32, width)
+    pixels, vision = inputs.vision[0]["pixel_values"].numel(), backbone.config.vision_config
+    patch = vision.patch_size[0] if isinstance(vision.patch_size, list | tuple) else vision.patch_size
+    patches = pixels // (3 * patch**2 * getattr(vision, "temporal_patch_size", 1))
+    return ImageCost(tokens, patches, pixels * FP32)
 
 
 def saved_bytes(layers: nn.Module, element: int) -> int:
@@ -142,9 +133,8 @@ class Plan:
             raise ValueError(f"backbone {model['backbone']!r} is an OpenCLIP model, which has no plan.")
         self.model, plain = read_settings(model)
         check_trained_dtype(plain)
-        if str(trainer["precision"]) not in PRECISIONS:
-            advice = "use 32-true or bf16-mixed"
-            raise ValueError(f"trainer.precision={trainer['precision']} does not train: {advice}.")
+        precision = PRECISIONS.get(str(trainer["precision"]), str(trainer["precision"]))
+        check_trainer(None, precision)
         self.processes, self.strategy = read_layout(trainer)
         self.queries, self.steps = int(data["batch_size"]), max(0, int(trainer["max_steps"]))
         self.candidates: int = self.queries * (data["positives"] + data["hard_negatives"])
@@ -154,17 +144,12 @@ class Plan:
         revision = model["backbone_revision"]
         self.backbone = load_backbone(model["backbone"], revision=revision, **options, meta=True)
         self.encoder = ParallelEncoder(self.backbone, **group(PATHS, self.model) | {"prefix_init": "random"})
-        self.full: bool = self.backbone.adapter.kind == "full"
-        self.element = 2 if "mixed" in str(trainer["precision"]) else self.backbone.dtype.itemsize
-        self.layers = self.backbone.layers
-        self.tower = self.backbone.vision_tower
-        self.tower_trains = any(parameter.requires_grad for parameter in self.tower.parameters())
+        self.element = 2 if precision == "bf16-mixed" else self.backbone.dtype.itemsize
         self.image = image_cost(self.backbone, ImagePolicy.from_settings(data))
-        self.paths = compute.paths_per_layer(self.model, self.backbone.num_layers)
+        self.paths = paths_per_layer(self.model, self.backbone.num_layers)
         queries, candidates = self.queries // self.processes, self.candidates // self.processes
         self.rows = queries + candidates  # of a process
         self.images = QUERY_IMAGES * queries + CANDIDATE_IMAGES * candidates
-        self.seconds = self.flops / (self.processes * PEAK_FLOPS * UTILISATION)  # of a step, on H100s
 
     @cached_property
     def groups(self) -> dict[str, tuple[int, float, bool]]:
@@ -187,7 +172,7 @@ class Plan:
                 part += ", trained" if trains else ""
                 if self.model["quantization"] and parameter in linear and not trains:
                     size = NF4
-                if self.strategy == "fsdp2" and inside and trains == self.full:
+                if self.strategy == "fsdp2" and inside and trains == (self.backbone.adapter.kind == "full"):
                     size /= self.processes
             count, num_bytes, _ = groups.get(part, (0, 0.0, trains))
             groups[part] = count + parameter.numel(), num_bytes + size * parameter.numel(), trains
@@ -197,7 +182,7 @@ class Plan:
     def memory(self) -> dict[str, float]:
         """Return the bytes on one GPU by part."""
         gradients = sum(size for _, size, trains in self.groups.values() if trains)
-        block = sum(p.numel() * p.itemsize for p in self.layers[0].parameters())
+        block = sum(p.numel() * p.itemsize for p in self.backbone.layers[0].parameters())
         rows = min(self.rows, self.model["chunk_size"] or self.rows)
         pairs, dim = math.comb(self.encoder.num_paths, 2), self.encoder.embed_dim
         scores = 4 * (self.encoder.num_paths + 1) * self.queries * self.candidates
@@ -215,24 +200,11 @@ class Plan:
 
     def _activations(self) -> float:
         """Return the bytes that a row with an image leaves for its backward pass."""
-        layers, hidden = self.backbone.num_layers, self.backbone.hidden_size
-        kept, tower = saved_bytes(self.layers, self.element), saved_bytes(self.tower, self.element)
+        tower, layers = self.backbone.vision_tower, self.backbone.num_layers
+        kept, of_patch = saved_bytes(self.backbone.layers, self.element), saved_bytes(tower, self.element)
         if self.model["gradient_checkpointing"]:  # the inputs of all layers, and one layer at a time
-            kept, tower = layers * hidden * self.backbone.dtype.itemsize + kept // layers, tower // layers
+            inputs = layers * self.backbone.hidden_size * self.backbone.dtype.itemsize
+            kept, of_patch = inputs + kept // layers, of_patch // layers
+        trains = any(parameter.requires_grad for parameter in tower.parameters())
         tokens = (TEXT_TOKENS + self.image.tokens) * self.paths
-        return tokens * kept + self.image.patches * tower * self.tower_trains
-
-    @property
-    def flops(self) -> float:
-        """Return the floating-point operations of one step of all processes."""
-        width = self.backbone.num_layers * self.encoder.embed_dim
-        total, backward = 0.0, 2 if self.full else 1
-        once = {"forward": 1 + (self.model["chunk_size"] is not None), "backward": 0}
-        both = {"forward": once["forward"] + self.model["gradient_checkpointing"], "backward": backward}
-        lengths = (self.images, TEXT_TOKENS + self.image.tokens), (self.rows - self.images, TEXT_TOKENS)
-        for count, length in lengths:
-            tokens, keys = self.paths * count * length, length + self.encoder.prefix_length
-            total += compute.layer_flops(self.layers, width, tokens, keys, **both)
-        options, tokens = both if self.tower_trains else once, self.images * self.image.patches
-        total += compute.layer_flops(self.tower, self.image.width, tokens, self.image.context, **options)
-        return total * self.processes
+        return tokens * kept + self.image.patches * of_patch * trains

@@ -19,6 +19,7 @@ from torch import Tensor
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.tasks import Task
+from parallel_decoupling.diagnostics.measures import FACTORS
 from parallel_decoupling.diagnostics.patch_maps import (
     attention_maps,
     map_agreement,
@@ -36,7 +37,6 @@ from parallel_decoupling.diagnostics.path_analysis import (
     table,
     write_json,
 )
-from parallel_decoupling.diagnostics.probes import FACTORS
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.evaluation.report import ScoreReport, TaskResult
 from parallel_decoupling.model.backbone import load_backbone
@@ -47,12 +47,9 @@ from tests.support.stores import table_rows
 from tests.support.tiny import noise_image
 
 
-def embedder(backbone_dir: str, num_paths: int) -> Embedder:
-    encoder = ParallelEncoder(
-        load_backbone(backbone_dir), num_paths=num_paths, prefix_length=2, prefix_init="random"
-    )
-    encoder.eval()
-    return Embedder(encoder)
+def encoder(backbone_dir: str, **options: Any) -> ParallelEncoder:
+    settings = {"num_paths": 2, "prefix_length": 3, "prefix_init": "random", **options}
+    return ParallelEncoder(load_backbone(backbone_dir), **settings).eval()
 
 
 def report(num_paths: int) -> ScoreReport:
@@ -64,7 +61,7 @@ def report(num_paths: int) -> ScoreReport:
 
 @pytest.fixture(scope="module")
 def analysis(tiny_backbone_dir: str) -> PathAnalysis:
-    return analyse_world(embedder(tiny_backbone_dir, 3), report(3), scenes=100)
+    return analyse_world(Embedder(encoder(tiny_backbone_dir, num_paths=3)), report(3), scenes=100)
 
 
 def test_everything_is_there_for_the_embedded_world(analysis: PathAnalysis, tmp_path: Path) -> None:
@@ -74,9 +71,9 @@ def test_everything_is_there_for_the_embedded_world(analysis: PathAnalysis, tmp_
     content = json.loads((tmp_path / PATHS_FILE).read_text())
     assert content["similarity"]["cosine"] == analysis.similarity.cosine.tolist()
     assert content["probes"]["color"]["accuracy"].keys() == {"aggregate", "path_0", "path_1", "path_2"}
-    assert len(content["attention"]["mass_by_path_and_layer"]) == 3
-    for part in ("attention", "contributions"):
-        assert content[part]["map_correlation"][0][0] == pytest.approx(1)
+    assert len(content["attention"]) == len(content["change"]) == 3
+    for kind in ("attention", "contributions"):
+        assert content["map_correlation"][kind][0][0] == pytest.approx(1)
     assert content["errors"]["scores"]["oracle"] == 0.5
 
 
@@ -100,13 +97,13 @@ def test_the_table_shows_the_numbers_and_the_figures_draw(analysis: PathAnalysis
 
 
 def test_one_path_and_no_scores_leave_out_what_needs_more(tiny_backbone_dir: str) -> None:
-    found = analyse_world(embedder(tiny_backbone_dir, 1), None, scenes=100)
+    found = analyse_world(Embedder(encoder(tiny_backbone_dir, num_paths=1)), None, scenes=100)
     assert found.notes == ["errors: the run has no scores.json of this checkpoint; test writes it"]
     assert not {"cosine", "misses, kappa"} & {row[0] for row in table_rows(table(found))}
 
 
 def test_other_data_has_no_probes_and_says_so(tiny_backbone_dir: str, tiny_mmeb_dir: str) -> None:
-    found = analyse_data(embedder(tiny_backbone_dir, 2), tiny_mmeb_dir, report(2))
+    found = analyse_data(Embedder(encoder(tiny_backbone_dir)), tiny_mmeb_dir, report(2))
     assert found.probes == {}
     assert "not the embedded world" in found.notes[0]
     assert found.num_inputs >= 3
@@ -133,11 +130,6 @@ def test_a_trained_run_is_analysed_with_the_scores_of_its_weights_only(
             assert (find_scores(tmp_path, run) is not None) == used
 
 
-def encoder(backbone_dir: str, **options: Any) -> ParallelEncoder:
-    settings = {"num_paths": 2, "prefix_length": 3, "prefix_init": "random", **options}
-    return ParallelEncoder(load_backbone(backbone_dir), **settings).eval()
-
-
 def asking(picture: Image.Image, text: str) -> RawInput:
     return RawInput(f"{IMAGE_PLACEHOLDER}\n{text}\n", (picture,))
 
@@ -158,9 +150,9 @@ def test_weights_are_those_of_a_model_with_one_plain_prefix_cache(
     model = encoder(tiny_backbone_dir)
     collator = Collator(model.processor, image_token=model.image_token)
     tokenised = collator.encode_inputs(inputs[:1])
-    with recorded_attention(model) as (_, weights), torch.no_grad():
+    with recorded_attention(model) as layers, torch.no_grad():
         model(tokenised)
-    found = torch.stack(weights, dim=2)
+    found_NYK = torch.stack(layers, dim=1)
     assert model.prefixes is not None
     stock = load_backbone(tiny_backbone_dir).eval().base
     stock.language_model.set_attn_implementation("eager")  # type: ignore[operator,union-attr]
@@ -177,27 +169,25 @@ def test_weights_are_those_of_a_model_with_one_plain_prefix_cache(
                 **tokens, **vision, position_ids=positions, past_key_values=cache, output_attentions=True
             )
         expected = torch.stack([weights[0, :, -1].mean(dim=0) for weights in output.attentions])
-        torch.testing.assert_close(found[path, 0], expected)
+        torch.testing.assert_close(found_NYK[path], expected)
 
 
 def test_mass_and_patches_are_shares(tiny_backbone_dir: str, inputs: list[RawInput]) -> None:
-    found = attention_maps(Embedder(encoder(tiny_backbone_dir)), inputs)
-    assert found.mass.shape == (2, 2, 3)
-    assert (found.mass > 0).all()
-    torch.testing.assert_close(found.mass.sum(dim=-1), torch.ones(2, 2))
-    shapes = [tuple(patches.shape) for patches in found.patches]
-    assert shapes == [(2, 4, 4), (2, 2, 4), (2, 4, 4)]
-    for patches in found.patches:
-        torch.testing.assert_close(patches.sum(dim=(1, 2)), torch.ones(2))
+    mass_NYG, maps = attention_maps(Embedder(encoder(tiny_backbone_dir)), inputs)
+    assert (mass_NYG > 0).all()
+    torch.testing.assert_close(mass_NYG.sum(dim=-1), torch.ones(2, 2))
+    assert [tuple(map_NHW.shape) for map_NHW in maps] == [(2, 4, 4), (2, 2, 4), (2, 4, 4)]
+    for map_NHW in maps:
+        torch.testing.assert_close(map_NHW.sum(dim=(1, 2)), torch.ones(2))
 
 
 def test_layers_below_the_prefix_are_shared_and_have_none(
     tiny_backbone_dir: str, inputs: list[RawInput]
 ) -> None:
-    found = attention_maps(Embedder(encoder(tiny_backbone_dir, prefix_layers=1)), inputs)
-    assert (found.mass[:, 0, 0] == 0).all()
-    assert (found.mass[:, 1, 0] > 0).all()
-    torch.testing.assert_close(found.mass[0, 0], found.mass[1, 0])
+    mass_NYG, _ = attention_maps(Embedder(encoder(tiny_backbone_dir, prefix_layers=1)), inputs)
+    assert (mass_NYG[:, 0, 0] == 0).all()
+    assert (mass_NYG[:, 1, 0] > 0).all()
+    torch.testing.assert_close(mass_NYG[0, 0], mass_NYG[1, 0])
 
 
 def test_the_encoder_is_left_as_it_was(tiny_backbone_dir: str, inputs: list[RawInput]) -> None:
@@ -211,9 +201,9 @@ def test_the_encoder_is_left_as_it_was(tiny_backbone_dir: str, inputs: list[RawI
 
 def test_a_backbone_that_cuts_images_into_tiles_has_masses_but_no_maps(tmp_path: Path) -> None:
     model = encoder(save_tiny_family("llava_next_mistral", tmp_path))
-    found = attention_maps(Embedder(model), [asking(noise_image(64, 64), "read")])
-    assert found.patches == []
-    assert (found.mass > 0).all()
+    mass_NYG, maps = attention_maps(Embedder(model), [asking(noise_image(64, 64), "read")])
+    assert maps == []
+    assert (mass_NYG > 0).all()
 
 
 class QuadrantEmbedder:
@@ -228,17 +218,12 @@ class QuadrantEmbedder:
         return torch.nn.functional.normalize(torch.stack(rows).float(), dim=-1)
 
 
-@pytest.fixture
-def picture() -> Image.Image:
-    """Black with a white dot in the top left and in the bottom right quadrant, both off the diagonal."""
+def test_each_path_depends_on_what_it_sees() -> None:
+    """A white dot in the top left and one in the bottom right quadrant, both off the diagonal."""
+    embedder: Any = QuadrantEmbedder()
     picture = Image.new("RGB", (8, 8), "black")
     picture.putpixel((2, 1), (255, 255, 255))
     picture.putpixel((5, 7), (255, 255, 255))
-    return picture
-
-
-def test_each_path_depends_on_what_it_sees(picture: Image.Image) -> None:
-    embedder: Any = QuadrantEmbedder()
     found = patch_contributions(embedder, [picture], grid=4)
     assert found.shape == (1, 2, 4, 4)
     changed = found > 1e-5

@@ -28,7 +28,9 @@ from tests.support.fit import make_trainer, small_data, small_embedder
 def alarms(
     alarm: CollapseAlarm, pairs: GatheredPairs, contrastive: Any, steps_done: int, symmetric: bool = False
 ) -> list[str]:
-    module: Any = SimpleNamespace(progress=Progress(steps_done), symmetric=symmetric, log=lambda *_: None)
+    module: Any = SimpleNamespace(
+        progress=Progress(steps_done), hparams={"symmetric": symmetric}, log=lambda *_: None
+    )
     outputs = {"pairs": pairs, "contrastive": contrastive}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -38,7 +40,7 @@ def alarms(
 
 def same_sides(query: Tensor) -> GatheredPairs:
     empty, ids = torch.zeros(len(query), 1, 1), torch.arange(len(query))
-    return GatheredPairs(query, query, empty, empty, ids, ids)
+    return GatheredPairs(query, query, empty, empty, ids[:, None], ids)
 
 
 def test_each_kind_of_collapse_is_named_once_and_the_start_is_kept_in_checkpoints() -> None:
@@ -86,10 +88,9 @@ PADDED = NEGATIVES.masked_fill(NEGATIVES % 2 == 0, PADDING_ID)
 )
 def test_a_constant_embedding_raises_the_alarm_and_random_ones_do_not(ids: Tensor, symmetric: bool) -> None:
     def messages(query: Tensor, candidate: Tensor) -> list[str]:
-        labels = {"positive": torch.arange(64), "candidate_ids": ids}
-        loss = info_nce(query, candidate, temperature=0.02, symmetric=symmetric, **labels).mean()
         empty = torch.zeros(64, 1, 1)
-        pairs = GatheredPairs(query, candidate, empty, empty, *labels.values())
+        pairs = GatheredPairs(query, candidate, empty, empty, torch.arange(64)[:, None], ids)
+        loss = info_nce(query, candidate, temperature=0.02, symmetric=symmetric, **pairs.labels).mean()
         return alarms(CollapseAlarm(after_steps=20, every_n_steps=20), pairs, loss, 20, symmetric)
 
     unit = torch.nn.functional.normalize(torch.randn(1, 1, 32), dim=-1)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback
 from torch import Tensor
 
 from parallel_decoupling.model.pretrained import load_encoder
@@ -86,6 +85,7 @@ def without_prefixes(content: dict[str, Any]) -> None:
         *((without_prefixes, "missing .*prefixes", load) for load in LOADERS),
         *((lambda c: c["backbone"].update(BAD_HASHES), "frozen weights differ", load) for load in LOADERS),
         (lambda c: c["hyper_parameters"].update(num_paths=3), "wrong shape", load_encoder),
+        (lambda c: c["hyper_parameters"].update(num_paths=3), "does not fit this model", LOADERS[0]),
         (lambda c: c["state_dict"].update({"encoder.extra": torch.zeros(1)}), "extra", LOADERS[0]),
         (lambda c: c["state_dict"].pop("log_temperature"), "log_temperature", LOADERS[0]),
         (lambda c: c["state_dict"].update({"mutual_information.x": torch.zeros(1)}), r"n\.x", LOADERS[0]),
@@ -97,23 +97,6 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         load(changed(checkpoint_file, tmp_path, change))
-
-
-def test_another_structure_is_refused(checkpoint_file: Path) -> None:
-    with pytest.raises(ValueError, match="does not fit this model"):
-        PDFEmbedder.load_from_checkpoint(checkpoint_file, num_paths=3)
-
-
-class StopAt(Callback):
-    """Does something in a hook, once so many batches are done."""
-
-    def __init__(self, batches: int, action: Any, *, hook: str) -> None:
-        self.batches, self.action = batches, action
-        setattr(self, hook, self._act)
-
-    def _act(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        if pl_module.progress.steps_done == self.batches:
-            self.action(trainer)
 
 
 def run(
@@ -173,70 +156,36 @@ def test_a_resumed_run_steps_with_the_rates_that_it_was_given(
 def test_a_checkpoint_names_the_data_of_its_training(
     tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
 ) -> None:
-    module, file = small_embedder(tiny_backbone_dir), tmp_path / "now.ckpt"
+    module = small_embedder(tiny_backbone_dir)
 
-    def named(trainer: Trainer) -> int:
-        trainer.save_checkpoint(file)
-        return int(torch.load(file, weights_only=True)["data"]["max_pixels"])
+    def named(file: str) -> int:
+        return int(torch.load(tmp_path / file, weights_only=True)["data"]["max_pixels"])
 
-    def fit(max_pixels: int, steps: int, resume: Path | None = None) -> list[int]:
-        seen: list[int] = []
-        save = StopAt(steps, lambda trainer: seen.append(named(trainer)), hook="on_train_batch_end")
-        trainer = make_trainer(tmp_path, save, max_steps=steps)
+    def fit(max_pixels: int, steps: int, resume: Path | None = None) -> int:
+        trainer = make_trainer(tmp_path, SaveAll(tmp_path), max_steps=steps)
         trainer.fit(module, small_data(tiny_mmeb_dir, max_pixels=max_pixels), ckpt_path=resume)
-        return seen
+        return named(f"{steps}.ckpt")
 
-    assert fit(1024, 1) == [1024]
+    assert fit(1024, 1) == 1024
     trainer = make_trainer(tmp_path)
     trainer.test(module, small_data(tiny_mmeb_dir, max_pixels=2048))
-    assert named(trainer) == 1024
-    assert fit(3072, 2, resume=file) == [3072], "of the fit that resumes"
+    trainer.save_checkpoint(tmp_path / "tested.ckpt")
+    assert named("tested.ckpt") == 1024
+    assert fit(3072, 2, resume=tmp_path / "1.ckpt") == 3072, "of the fit that resumes"
 
 
-@pytest.fixture
-def _interrupt_handler() -> Iterator[None]:
-    handler = signal.getsignal(signal.SIGINT)  # Lightning ignores Ctrl+C after the first
-    yield
-    signal.signal(signal.SIGINT, handler)
-
-
-@pytest.mark.usefixtures("_interrupt_handler")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize(
-    ("hook", "batches"),
-    [("on_before_optimizer_step", 4), ("on_train_batch_start", 4), ("on_validation_batch_start", 3)],
-)
-def test_a_signal_leaves_a_checkpoint_to_resume_from(
-    uninterrupted: Any,
-    tiny_backbone_dir: str,
-    tiny_mmeb_dir: str,
-    tmp_path: Path,
-    number: signal.Signals,
-    hook: str,
-    batches: int,
-) -> None:
-    _, state, values = uninterrupted
-    kill = StopAt(batches, lambda _: os.kill(os.getpid(), number), hook=hook)
-    with pytest.raises(SystemExit):
-        run(tiny_backbone_dir, tiny_mmeb_dir, tmp_path, kill)
-    file = tmp_path / "checkpoints" / "last.ckpt"
-    stop = torch.load(file, weights_only=True)["progress"]["steps_done"]
-    assert stop in (batches, batches + 1)
-    again, tail = run(tiny_backbone_dir, tiny_mmeb_dir, tmp_path, resume=file)
-    assert tail == values[stop:]
-    assert_equal(state, again)
-
-
-@pytest.mark.usefixtures("_interrupt_handler")
 def test_a_second_interrupt_stops_at_once_without_saving(
     tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
 ) -> None:
-    def twice(trainer: Trainer) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+    class Twice(Callback):
+        def on_before_optimizer_step(self, *args: Any) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
 
+    handler = signal.getsignal(signal.SIGINT)  # Lightning ignores Ctrl+C after the first
     with pytest.raises(SystemExit):
-        run(tiny_backbone_dir, tiny_mmeb_dir, tmp_path, StopAt(2, twice, hook="on_before_optimizer_step"))
+        run(tiny_backbone_dir, tiny_mmeb_dir, tmp_path, Twice())
+    signal.signal(signal.SIGINT, handler)
     assert not (tmp_path / "checkpoints" / "last.ckpt").exists()
 
 

@@ -120,10 +120,7 @@ class AdaptedEncoder(ToyEncoder):
 
 
 def test_autocast_weights_of_the_first_pass_do_not_cut_off_the_second() -> None:
-    """Guards torch without PyTorch PR 165068 (2.9 and older), whose cache kept casts made under ``no_grad``.
-
-    Versions with it (2.14 was tried) pass without the clearing too; the next test is for every version.
-    """
+    """Guards torch up to 2.9 (before PyTorch PR 165068), whose cache kept casts made under ``no_grad``."""
     encoder, inputs = AdaptedEncoder(), toy_inputs()
     with torch.autocast("cpu", torch.bfloat16):
         _, plain = gradients(encoder, inputs, None)

@@ -1,13 +1,12 @@
 """Maps over the patches of a picture: where a path looks, and what its embedding depends on.
 
-Shapes: ``B`` inputs, ``N`` paths, ``Y`` layers, ``R = N * B`` rows (path-major), ``L`` tokens, ``P`` prefix.
+Shapes: ``B`` inputs, ``N`` paths, ``Y`` layers, ``L`` tokens, ``T`` of them of the image, ``P`` prefix.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import isqrt
 from typing import Any, cast
 
@@ -17,75 +16,60 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from parallel_decoupling.batch import EncoderInputs, RawInput
+from parallel_decoupling.batch import RawInput
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.model.attention import prefix_attention
-from parallel_decoupling.model.encoder import ParallelEncoder, last_token
+from parallel_decoupling.model.encoder import ParallelEncoder
 
 GROUPS = ("prefix", "image", "text")  # what the keys of a path are; the pooled token counts as text
 GRID = 8  # patches per side that are painted over (ours)
 
 
-@dataclass(frozen=True)
-class AttentionMaps:
-    """Attention of the pooled token, mean over heads."""
-
-    mass: Tensor  # [N, Y, 3], share that goes to each of GROUPS, mean over inputs
-    patches: list[Tensor]  # per input [N, height, width], share of each image token, mean over layers
-
-
-def attention_maps(embedder: Embedder, inputs: Sequence[RawInput]) -> AttentionMaps:
+def attention_maps(embedder: Embedder, inputs: Sequence[RawInput]) -> tuple[Tensor, list[Tensor]]:
     """Encode inputs of one image each, and read the attention of the token whose state is the embedding.
 
-    There are no ``patches`` if the image's tokens form no grid (LLaVA-NeXT cuts tiles).
+    Return, means over heads, the shares that go to each of ``GROUPS``, ``[N, Y, 3]``, mean over inputs; and
+    per input the share of each image token, ``[N, height, width]``, mean over layers: none if the image's
+    tokens form no grid (LLaVA-NeXT cuts tiles).
     """
-    encoder = cast(ParallelEncoder, embedder.encoder)
+    encoder, collator = cast(ParallelEncoder, embedder.encoder), embedder.collator
     image_id = encoder.processor.tokenizer.convert_tokens_to_ids(encoder.image_token)
     masses, patches = [], []
     for item in inputs:
         assert len(item.images) == 1, "attention maps need one image per input"
-        with recorded_attention(encoder) as (tokenised, weights):
+        with recorded_attention(encoder) as weights:
             embedder.encode([item], paths="all")
-        weights_NYK = torch.stack(weights, dim=2)[:, 0].cpu()
-        is_image_L = (tokenised[0].tokens["input_ids"][0] == image_id).cpu()
-        prefix_NY = weights_NYK[..., : encoder.prefix_length].sum(dim=-1)
-        image_NYT = weights_NYK[..., encoder.prefix_length :][..., is_image_L]
-        image_NY = image_NYT.sum(dim=-1)
+        weights_NYK, tokenised = torch.stack(weights, dim=1).cpu(), collator.encode_inputs([item])
+        prefix_NYP, tokens_NYL = weights_NYK.tensor_split([encoder.prefix_length], dim=-1)
+        image_NYT = tokens_NYL[..., tokenised.tokens["input_ids"][0] == image_id]
+        prefix_NY, image_NY = prefix_NYP.sum(dim=-1), image_NYT.sum(dim=-1)
         masses.append(torch.stack((prefix_NY, image_NY, 1 - prefix_NY - image_NY), dim=-1))
-        share_NT = image_NYT.mean(dim=1)
-        grid = token_grid(tokenised[0].vision[0], share_NT.shape[1])
+        share_NT = F.normalize(image_NYT.mean(dim=1), p=1, dim=1)
+        grid = token_grid(tokenised.vision[0], share_NT.shape[1])
         if grid is not None:
-            patches.append((share_NT / share_NT.sum(dim=1, keepdim=True)).reshape(-1, *grid))
-    return AttentionMaps(torch.stack(masses).mean(dim=0), patches if len(patches) == len(masses) else [])
+            patches.append(share_NT.reshape(-1, *grid))
+    return torch.stack(masses).mean(dim=0), patches if len(patches) == len(masses) else []
 
 
 @contextmanager
-def recorded_attention(encoder: ParallelEncoder) -> Iterator[tuple[list[EncoderInputs], list[Tensor]]]:
-    """Collect what the encoder is given and, by layer, the attention ``[N, B, P + L]`` of last real tokens.
+def recorded_attention(encoder: ParallelEncoder) -> Iterator[list[Tensor]]:
+    """Collect by layer the attention ``[N, P + L]`` of the last token, while one input is encoded.
 
     Layers below ``prefix_layers`` have one row for all paths and zeros for the prefix.
     """
-    inputs: list[EncoderInputs] = []
     weights: list[Tensor] = []
 
     def keep_weights(module: Any, args: Any, output: tuple[Tensor, Tensor]) -> None:
-        mask_BL = inputs[-1].tokens["attention_mask"]
-        rows_RLK = output[1].float().mean(dim=1)
-        repeats = len(rows_RLK) // len(mask_BL)
-        token_R = last_token(mask_BL).repeat(repeats)
-        pooled_RK = rows_RLK[torch.arange(len(token_R), device=token_R.device), token_R]
-        missing = mask_BL.shape[1] + encoder.prefix_length - pooled_RK.shape[1]
-        pooled_NBK = F.pad(pooled_RK, (missing, 0)).reshape(repeats, len(mask_BL), -1)
-        weights.append(pooled_NBK.expand(encoder.num_paths, -1, -1))
+        rows_NLK = output[1].float().mean(dim=1)
+        missing = rows_NLK.shape[1] + encoder.prefix_length - rows_NLK.shape[2]
+        weights.append(F.pad(rows_NLK[:, -1], (missing, 0)).expand(encoder.num_paths, -1))
 
-    language_model = cast(Any, encoder.backbone.language_model)
-    layers = cast(Any, encoder.backbone.base.get_submodule(encoder.backbone.family.layers))
-    hooks = [encoder.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))]
-    hooks += [layer.self_attn.register_forward_hook(keep_weights) for layer in layers]
+    language_model, layers = cast(Any, encoder.backbone.language_model), cast(Any, encoder.backbone.layers)
+    hooks = [layer.self_attn.register_forward_hook(keep_weights) for layer in layers]
     former = language_model.config._attn_implementation
     language_model.set_attn_implementation(prefix_attention("eager"))  # only it returns weights
     try:
-        yield inputs, weights
+        yield weights
     finally:
         language_model.set_attn_implementation(former)
         for hook in hooks:
@@ -120,9 +104,6 @@ def patch_contributions(
 def occluded(picture: Image.Image, grid: int) -> list[Image.Image]:
     """Return copies of a picture, each with one of ``grid * grid`` patches in the median colour."""
     pixels = np.asarray(picture.convert("RGB"))
-    if min(pixels.shape[:2]) < grid:
-        size = f"{picture.width} x {picture.height} pixels"
-        raise ValueError(f"a picture of {size} has no {grid} x {grid} patches")
     median, copies = np.median(pixels.reshape(-1, 3), axis=0).astype(np.uint8), []
     for rows in np.array_split(np.arange(picture.height), grid):
         for columns in np.array_split(np.arange(picture.width), grid):

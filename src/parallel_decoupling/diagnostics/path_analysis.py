@@ -20,9 +20,7 @@ from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
 from parallel_decoupling.data.images import load_image
 from parallel_decoupling.data.readers import read_eval_task
 from parallel_decoupling.data.tasks import chosen, find_eval_tasks
-from parallel_decoupling.diagnostics import patch_maps
-from parallel_decoupling.diagnostics import similarity as measures
-from parallel_decoupling.diagnostics.probes import ProbeResult, counted_scenes, crowded_scenes, probe
+from parallel_decoupling.diagnostics import measures, patch_maps
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.evaluation.plots import new_figure
 from parallel_decoupling.evaluation.report import SCORES_FILE, ScoreReport, percent, text_table
@@ -44,10 +42,11 @@ class PathAnalysis:
     num_paths: int
     num_inputs: int
     similarity: measures.PathSimilarity
-    probes: dict[str, ProbeResult]
-    attention: patch_maps.AttentionMaps | None
-    contributions: Tensor
+    probes: dict[str, measures.ProbeResult]
     errors: measures.ErrorAgreement | None
+    attention: Tensor | None  # [N, Y, 3], mean over inputs of the shares of patch_maps.GROUPS
+    change: Tensor  # [N], mean of 1 - cosine of an embedding with and without a patch
+    maps: dict[str, list[Tensor]]  # by kind, of each picture [N, height, width]
     pictures: list[Image.Image]
     notes: list[str] = field(default_factory=list)
     run: dict[str, Any] = field(default_factory=dict)
@@ -94,17 +93,17 @@ def find_scores(run_dir: Path, run: dict[str, Any]) -> ScoreReport | None:
 
 def analyse_world(embedder: Embedder, report: ScoreReport | None, *, scenes: int = SCENES) -> PathAnalysis:
     """Analyse a model on so many scenes of each kind of the embedded world, whose factors are known."""
-    probes: dict[str, ProbeResult] = {}
+    probes: dict[str, measures.ProbeResult] = {}
     pictures: list[list[Image.Image]] = []
     embeddings: list[Tensor] = []
-    for drawn, labels in (crowded_scenes(scenes), counted_scenes(scenes)):
+    for drawn, labels in (measures.crowded_scenes(scenes), measures.counted_scenes(scenes)):
         pictures.append([render(scene) for scene in drawn])
         paths_BND = embedder.encode(pictures[-1], instruction=INSTRUCTION, paths="all")
         embeddings.append(paths_BND)
         columns = {f"path_{path}": each for path, each in enumerate(paths_BND.unbind(1))}
         if len(columns) > 1:
             columns["aggregate"] = embedder.encoder.aggregate(paths_BND.to(embedder.device)).detach().cpu()
-        probes |= {factor: probe(columns, each, factor) for factor, each in labels.items()}
+        probes |= {factor: measures.probe(columns, each) for factor, each in labels.items()}
     mixed = [picture for pair in zip(*pictures, strict=True) for picture in pair][:MAPPED]
     inputs = [RawInput(f"{IMAGE_PLACEHOLDER}\n{INSTRUCTION}\n", (picture,)) for picture in mixed]
     return _analyse(embedder, torch.cat(embeddings), inputs, report, probes)
@@ -126,26 +125,29 @@ def _analyse(
     embeddings_BND: Tensor,
     mapped: list[RawInput],
     report: ScoreReport | None,
-    probes: dict[str, ProbeResult],
+    probes: dict[str, measures.ProbeResult],
 ) -> PathAnalysis:
     notes, attention = [], None
+    pictures = [load_image(item.images[0]) for item in mapped[: len(mapped) // 4 or 1]]
+    changes_BNHW = patch_maps.patch_contributions(embedder, pictures, instruction=INSTRUCTION)
+    maps = {"contributions": [*changes_BNHW]}
     if not probes:
         notes.append("probes: the data is not the embedded world, whose factors are known")
     if isinstance(embedder.encoder, ParallelEncoder):
-        attention = patch_maps.attention_maps(embedder, mapped)
-    if attention is None or not attention.patches:
+        attention, maps["attention"] = patch_maps.attention_maps(embedder, mapped)
+    if not maps.get("attention"):
         notes.append("attention maps: this model has no language model, or its image tokens form no grid")
     if report is None:
         notes.append("errors: the run has no scores.json of this checkpoint; test writes it")
-    pictures = [load_image(item.images[0]) for item in mapped[: len(mapped) // 4 or 1]]
     return PathAnalysis(
         num_paths=embeddings_BND.shape[1],
         num_inputs=len(embeddings_BND),
         similarity=measures.path_similarity(embeddings_BND),
         probes=probes,
-        attention=attention,
-        contributions=patch_maps.patch_contributions(embedder, pictures, instruction=INSTRUCTION),
         errors=None if report is None else measures.error_agreement(report),
+        attention=attention,
+        change=changes_BNHW.mean(dim=(0, 2, 3)),
+        maps={kind: of_pictures for kind, of_pictures in maps.items() if of_pictures},
         pictures=pictures[:SHOWN],
         notes=notes,
         run=embedder.run,
@@ -154,12 +156,8 @@ def _analyse(
 
 def write_json(analysis: PathAnalysis, json_file: Path) -> None:
     """Write every number, unrounded, except single maps."""
-    content = {key: value for key, value in vars(analysis).items() if key != "pictures"}
-    content["contributions"] = {"mean_change": analysis.contributions.mean(dim=(0, 2, 3))}
-    if analysis.attention is not None:
-        content["attention"] = {"mass_by_path_and_layer": analysis.attention.mass}
-    for name, maps in _maps(analysis).items():
-        content[name]["map_correlation"] = patch_maps.map_agreement(maps)
+    content = {key: value for key, value in vars(analysis).items() if key not in ("maps", "pictures")}
+    content["map_correlation"] = _map_agreement(analysis)
 
     def plain(value: Any) -> Any:
         return vars(value) if is_dataclass(value) else np.asarray(value).tolist()
@@ -167,22 +165,17 @@ def write_json(analysis: PathAnalysis, json_file: Path) -> None:
     write_text(json_file, json.dumps(content, indent=1, default=plain) + "\n")
 
 
-def _maps(analysis: PathAnalysis) -> dict[str, list[Tensor]]:
-    maps = {"contributions": list(analysis.contributions)}
-    if analysis.attention is not None and analysis.attention.patches:
-        maps["attention"] = analysis.attention.patches
-    return maps
+def _map_agreement(analysis: PathAnalysis) -> dict[str, Tensor]:
+    return {kind: patch_maps.map_agreement(of_pictures) for kind, of_pictures in analysis.maps.items()}
 
 
 def table(analysis: PathAnalysis) -> Table:
     """Tabulate every number by path; what compares two paths is the mean over the other paths."""
     found, errors, num_paths = analysis.similarity, analysis.errors, analysis.num_paths
-    rows: dict[str, Sequence[str]] = {"effective rank": [f"{rank:.1f}" for rank in found.rank.tolist()]}
-    changes = analysis.contributions.mean(dim=(0, 2, 3)).tolist()
-    rows["change without a patch"] = [f"{change:.4f}" for change in changes]
+    rows = {"effective rank": [f"{rank:.1f}" for rank in found.rank.tolist()]}
+    rows["change without a patch"] = [f"{change:.4f}" for change in analysis.change.tolist()]
     if analysis.attention is not None:
-        shares_NG = analysis.attention.mass.mean(dim=1)
-        for group, share_N in zip(patch_maps.GROUPS, shares_NG.T.tolist(), strict=True):
+        for group, share_N in zip(patch_maps.GROUPS, analysis.attention.mean(dim=1).T.tolist(), strict=True):
             rows[f"attention to {group}, %"] = [percent(share) for share in share_N]
     for factor, result in analysis.probes.items():
         accuracies = list(zip(result.accuracy.values(), result.spread.values(), strict=True))
@@ -190,8 +183,8 @@ def table(analysis: PathAnalysis) -> Table:
         rows[f"probe of {factor}, % (majority {percent(result.majority)})"] = cells
     caption = f"Side by side, the paths have effective rank {found.joined_rank:.1f}."
     if num_paths > 1:
-        matrices = {name: getattr(found, name) for name in MATRICES}
-        matrices |= {f"{name} maps": patch_maps.map_agreement(each) for name, each in _maps(analysis).items()}
+        matrices = {name.replace("_", " "): getattr(found, name) for name in MATRICES}
+        matrices |= {f"{kind} maps": matrix_NN for kind, matrix_NN in _map_agreement(analysis).items()}
         if errors is not None:
             matrices["misses, kappa"] = torch.from_numpy(errors.kappa)
             matrices["margins, correlation"] = torch.from_numpy(errors.margins)
@@ -200,7 +193,7 @@ def table(analysis: PathAnalysis) -> Table:
         matrices["mean principal angle"] = angles_NN + angles_NN.T
         for name, matrix_NN in matrices.items():
             others_N = (matrix_NN.sum(dim=1) - matrix_NN.diagonal()) / (num_paths - 1)
-            rows[name.replace("_", " ")] = [f"{value:.3f}" for value in others_N.tolist()]
+            rows[name] = [f"{value:.3f}" for value in others_N.tolist()]
         caption += f" The mean angle of random subspaces is {float(found.chance_angles.mean()):.0f} degrees."
     if errors is not None:
         scores = (f"{name.replace('_', ' ')} {percent(score)}" for name, score in errors.scores.items())
@@ -210,8 +203,8 @@ def table(analysis: PathAnalysis) -> Table:
 
 
 def figures(analysis: PathAnalysis) -> dict[str, Figure]:
-    """Return all pictures that the analysis has maps for, by file name without suffix."""
-    return {name: maps_figure(analysis.pictures, maps, name) for name, maps in _maps(analysis).items()}
+    """Return a picture of every kind of maps, by file name without suffix."""
+    return {kind: maps_figure(analysis.pictures, maps, kind) for kind, maps in analysis.maps.items()}
 
 
 def maps_figure(pictures: Sequence[Image.Image], maps: Sequence[Tensor], title: str) -> Figure:

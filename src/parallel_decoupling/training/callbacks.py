@@ -20,10 +20,10 @@ from parallel_decoupling.batch import PADDING_ID, PairBatch
 from parallel_decoupling.distributed import gather_objects, world_size
 from parallel_decoupling.model.run_checkpoint import LAST_CHECKPOINT
 from parallel_decoupling.objective.contrastive import info_nce
-from parallel_decoupling.objective.statistics import effective_rank
+from parallel_decoupling.objective.statistics import effective_rank, path_cosine
 from parallel_decoupling.training.resuming import Continuity
 from parallel_decoupling.training.run_folder import requeued_checkpoints
-from parallel_decoupling.training.terms import GatheredPairs, mean_path_cosine
+from parallel_decoupling.training.terms import mean_over_pairs
 
 if TYPE_CHECKING:
     from parallel_decoupling.training.module import PDFEmbedder
@@ -102,24 +102,20 @@ class CollapseAlarm(Callback):
             self._warn("rank", f"the effective rank of a batch of embeddings fell {change}")
         if done < self.after_steps:
             return
-        loss, constant = float(outputs["contrastive"]), constant_loss(pairs, symmetric=pl_module.symmetric)
+        options = {"temperature": 1.0, "symmetric": pl_module.hparams["symmetric"], **pairs.labels}
+        same = (torch.ones_like(side[:, :1, :1]) for side in (pairs.query, pairs.candidate))
+        loss, constant = float(outputs["contrastive"]), float(info_nce(*same, **options))
         if abs(loss - constant) < 0.02 * constant:
             found = f"the contrastive loss {loss:.3f} is that of a constant embedding, {constant:.3f}"
             self._warn("loss", found)
         num_paths = pairs.query.shape[1]
-        if num_paths > 1 and (cosine := float(mean_path_cosine(pairs.query))) > 0.99:
+        if num_paths > 1 and (cosine := float(mean_over_pairs(path_cosine(pairs.query)))) > 0.99:
             self._warn("paths", f"the {num_paths} paths are nearly one path (mean cosine {cosine:.4f})")
 
     def _warn(self, kind: str, found: str) -> None:
         if kind not in self.warned:
             self.warned.add(kind)
             rank_zero_warn(f"Collapse alarm: {found}. {ADVICE[kind]}.", category=UserWarning)
-
-
-def constant_loss(pairs: GatheredPairs, *, symmetric: bool) -> float:
-    """Return InfoNCE of these pairs, at any temperature, if every embedding were the same."""
-    query, candidate = (torch.ones_like(side[:, :1, :1]) for side in (pairs.query, pairs.candidate))
-    return float(info_nce(query, candidate, temperature=1.0, symmetric=symmetric, **pairs.labels))
 
 
 class SaveOnSignal(Callback):
@@ -135,21 +131,11 @@ class SaveOnSignal(Callback):
     _previous: Any = None
     _scheduler: Any = None
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take over Ctrl+C for the time of a fit."""
-        self._in_step = self._interrupted = self._saved = False
-        if stage == "fit" and threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._on_interrupt)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give Ctrl+C back."""
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over SIGUSR1, which the Trainer gives back; what was saved for a requeued job is loaded."""
+        """Take over Ctrl+C, and SIGUSR1, which the Trainer gives back; a requeued job's state is loaded."""
+        self._in_step = self._interrupted = self._saved = False
         if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._on_interrupt)
             self._scheduler = signal.signal(signal.SIGUSR1, self._on_warning)
         for file in requeued_checkpoints(trainer.default_root_dir) if trainer.is_global_zero else ():
             file.unlink()
@@ -178,6 +164,12 @@ class SaveOnSignal(Callback):
         """Stop after a batch, as Lightning does in all other stages."""
         if trainer.received_sigterm:
             raise SIGTERMException
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give Ctrl+C back."""
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save if a signal came between two steps."""

@@ -66,10 +66,3 @@ def load_into(module: PDFEmbedder, checkpoint: Mapping[str, Any]) -> None:
             parameters[name].copy_(stored[name])
     module.progress = Progress(**checkpoint["progress"])
     module.trained_data = dict(checkpoint["data"])
-
-
-def run_info(module: PDFEmbedder) -> dict[str, Any]:
-    """Return settings, seed, steps and compute behind the weights of ``module``, as plain values."""
-    data = dict(module.trained_data or module.data_settings)
-    content = {"hyper_parameters": dict(module.hparams), "data": data, "progress": asdict(module.progress)}
-    return run_checkpoint.run_info(content)

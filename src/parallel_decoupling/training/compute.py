@@ -1,4 +1,4 @@
-"""The compute of a run: tokens times paths through the language model, and floating-point operations."""
+"""The compute of a run: tokens times paths through the language model."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
-
 from parallel_decoupling.batch import PairBatch
-from parallel_decoupling.distributed import gather_objects, gather_with_grad, world_size
-from parallel_decoupling.model.path_lora import PathLoRA
+from parallel_decoupling.distributed import gather_objects, world_size
 from parallel_decoupling.model.prefixes import prefix_range
 from parallel_decoupling.training.grad_cache import LENGTH_GROUPS
 
@@ -42,21 +39,6 @@ def token_passes(
     return tokens * paths_per_layer(settings, num_layers) + prompts
 
 
-def layer_flops(
-    layers: nn.Module, width: int, tokens: float, context: float, *, forward: int, backward: int
-) -> float:
-    """Return the floating-point operations of passing tokens, each with ``context`` keys, through layers.
-
-    ``width`` is layers times heads times head dim; ``backward`` is 0 without, 1 for the gradient of the
-    inputs, and 2 also for that of the weights.
-    """
-    weights = sum(m.weight.numel() for m in layers.modules() if isinstance(m, nn.Linear))
-    adapters = [m for m in layers.modules() if isinstance(m, PathLoRA)]
-    weights += sum((m.path_lora_A.numel() + m.path_lora_B.numel()) // m.num_paths for m in adapters)
-    attention = 4 * width * context * (forward + (2 if backward else 0))
-    return tokens * (2 * weights * (forward + backward) + attention)
-
-
 @dataclass
 class Progress:
     """Main steps, compute (see ``token_passes``) and training rows of a run, kept in its checkpoints."""
@@ -67,15 +49,14 @@ class Progress:
 
     def count(self, batch: PairBatch, settings: Mapping[str, Any], num_layers: int) -> dict[str, float]:
         """Add the batches of all processes, and return the counters by log key."""
-        cut_texts = 0
-        for subsets, cut in gather_objects((batch.subsets, batch.inputs.num_cut)):
-            cut_texts += cut
+        tokens = cut_texts = 0
+        own = batch.subsets, int(batch.inputs.lengths.sum()), batch.inputs.num_cut
+        for subsets, count, cut in gather_objects(own):
+            tokens, cut_texts = tokens + count, cut_texts + cut
             for subset in subsets:
                 self.rows_by_subset[subset] = self.rows_by_subset.get(subset, 0) + 1
-        tokens = batch.inputs.lengths.sum()
         passes = world_size() * forward_passes(settings, len(batch.inputs))
-        of_all = float(gather_with_grad(tokens.view(1)).sum())
-        self.token_passes += token_passes(settings, num_layers, tokens=of_all, forward_passes=passes)
+        self.token_passes += token_passes(settings, num_layers, tokens=tokens, forward_passes=passes)
         rows = sum(self.rows_by_subset.values())
         shares = {f"mix/{subset}": count / rows for subset, count in self.rows_by_subset.items()}
         return {**shares, "compute/token_passes": self.token_passes, "mix/cut_texts": cut_texts}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from parallel_decoupling.batch import EncoderInputs, LongText, PairBatch, TokenLimit
 from parallel_decoupling.distributed import rank, world_size
+from parallel_decoupling.model import run_checkpoint
 from parallel_decoupling.model.backbone import AdapterConfig
 from parallel_decoupling.model.encoder import build_encoder, nested_dims
 from parallel_decoupling.model.families import Family
@@ -144,13 +146,8 @@ class PDFEmbedder(LightningModule):
         self.save_hyperparameters(plain, logger=False)
         self.mi_config: MIConfig = typed["mi"]
         self.optimizer_config: OptimizerConfig = typed["optimizer"]
-        self.mi_weight, self.aggregate_weight, self.symmetric = mi_weight, aggregate_weight, symmetric
-        self.nested_paths, self.fixed_temperature = nested_paths, temperature
-        self.false_negative_margin = false_negative_margin
-        self.distillation_weight, self.distillation_start = distillation_weight, distillation_start
-        self.chunk_size = chunk_size
         self.query_instruction, self.candidate_instruction = query_instruction, candidate_instruction
-        self.seed, self.teacher_weight, self.progress = seed, teacher_weight, Progress()
+        self.progress = Progress()
         self.data_settings: dict[str, Any] = {}
         self.trained_data: dict[str, Any] = {}
         self.encoder = build_encoder(backbone, {**typed, "revision": backbone_revision})
@@ -165,7 +162,8 @@ class PDFEmbedder(LightningModule):
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Any]:
         """Take one step: encode, fit q, one gradient of the objective, one step of the embedder."""
-        with self.encoder.turns.alone(), seeded(self.device, self.seed, self.progress.steps_done):
+        given, step = cast(Any, self.hparams), self.progress.steps_done
+        with self.encoder.turns.alone(), seeded(self.device, given.seed, step):
             # 1. All paths of all rows, of all ranks. Under GradCache the embeddings are leaves.
             encoding = self._encode(batch.inputs)
             query, candidate = encoding.embeddings.tensor_split([len(batch)])
@@ -174,29 +172,29 @@ class PDFEmbedder(LightningModule):
                 candidate,
                 aggregate=self.encoder.aggregate,
                 dims=self.nested_dims,
-                nested_paths=self.nested_paths,
+                nested_paths=given.nested_paths,
                 **batch.labels,
             )
             # 2. The estimator's own steps, on detached embeddings.
             held_out, nll = self._fit_estimator(pairs)
             values: dict[str, Any] = {"estimator_nll": nll, "estimator_nll_held_out": held_out}
             # 3. The objective, with the estimator frozen.
-            weight = self.mi_config.weight_at(self.progress.steps_done, self.mi_weight)
+            weight = self.mi_config.weight_at(step, given.mi_weight)
             path_N, aggregate = terms.contrastive_terms(
                 pairs,
                 terms.shared(self.temperature),
-                symmetric=self.symmetric,
-                with_aggregate=self.aggregate_weight > 0,
-                teacher_weight=self.teacher_weight,
-                false_negative_margin=self.false_negative_margin,
+                symmetric=given.symmetric,
+                with_aggregate=given.aggregate_weight > 0,
+                teacher_weight=given.teacher_weight,
+                false_negative_margin=given.false_negative_margin,
             )
             with terms.frozen(self.mutual_information), torch.set_grad_enabled(weight > 0):
                 mi_M = terms.mutual_information_terms(self.mutual_information, pairs)
             mean_mi = mi_M.sum() / max(1, len(mi_M))
-            loss = path_N.mean() + self.aggregate_weight * aggregate + weight * mean_mi
-            if self.distillation_weight and self.progress.steps_done >= self.distillation_start:
+            loss = path_N.mean() + given.aggregate_weight * aggregate + weight * mean_mi
+            if given.distillation_weight and step >= given.distillation_start:
                 distillation = terms.distillation_term(pairs, terms.shared(self.temperature))
-                loss = loss + self.distillation_weight * distillation
+                loss = loss + given.distillation_weight * distillation
                 values["distillation"] = distillation
             # 4. and 5. Gradient to the embeddings, then through the chunks to the parameters.
             with own_gradients_only(self.trainer.strategy):
@@ -217,12 +215,13 @@ class PDFEmbedder(LightningModule):
     def temperature(self) -> Tensor:
         """Return what divides the cosines, 0-dim."""
         if self.log_temperature is None:
-            return torch.tensor(self.fixed_temperature, device=self.device)
+            return torch.tensor(self.hparams["temperature"], device=self.device)
         return self.log_temperature.exp()
 
     def _encode(self, inputs: EncoderInputs) -> Encoding:
-        seed_parts = (self.seed, self.progress.steps_done, rank(), "encode")
-        return encode_in_chunks(self.encoder, inputs, chunk_size=self.chunk_size, seed_parts=seed_parts)
+        given = cast(Any, self.hparams)
+        seed_parts = (given.seed, self.progress.steps_done, rank(), "encode")
+        return encode_in_chunks(self.encoder, inputs, chunk_size=given.chunk_size, seed_parts=seed_parts)
 
     def _fit_estimator(self, pairs: terms.GatheredPairs) -> tuple[Tensor, Tensor]:
         """Fit q, alike on every rank; return its NLL on this batch before (held out) and after the fit."""
@@ -352,7 +351,9 @@ class PDFEmbedder(LightningModule):
 
     def run_info(self) -> dict[str, Any]:
         """Return settings, seed, steps and compute behind the weights, as plain values."""
-        return checkpoint.run_info(self)
+        data = dict(self.trained_data or self.data_settings)
+        content = {"hyper_parameters": dict(self.hparams), "data": data, "progress": asdict(self.progress)}
+        return run_checkpoint.run_info(content)
 
     @property
     def images(self) -> ImagePolicy:
@@ -388,10 +389,6 @@ class PDFEmbedder(LightningModule):
     def similarity(self, a: Tensor, b: Tensor) -> Tensor:
         """Compare all pairs; see ``Embedder.similarity``."""
         return self.embedder.similarity(a, b)
-
-    def similarity_pairwise(self, a: Tensor, b: Tensor) -> Tensor:
-        """Compare row by row; see ``Embedder.similarity_pairwise``."""
-        return self.embedder.similarity_pairwise(a, b)
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
         """Write a folder to share; see ``Embedder.save_pretrained``."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
-from typing import Any, NamedTuple
+from typing import Any
 
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
@@ -23,52 +23,36 @@ CONFIGS: dict[str, Any] = dict(adapter=AdapterConfig, mi=MIConfig, optimizer=Opt
 """Settings with options of their own, and the class of these."""
 
 _BATCH = ("batch_size", "hard_negatives", "positives")
-
-
-class Setting(NamedTuple):
-    """What is known of one setting; ``group`` is what takes it.
-
-    That is load_backbone (loading), ParallelEncoder (paths), or PDFEmbedder alone (module).
-    """
-
-    group: str
-    weights: bool  # it shapes what a checkpoint holds
-    embeddings: bool  # it changes embeddings although no weight tells
-    fixed: bool  # all subcommands but fit take it from the checkpoint
-
-
 _TABLE = """
-backbone                module   -          -           -
-backbone_revision       module   -          -           -
-num_paths               paths    weights    embeddings  fixed
-prefix_length           paths    weights    embeddings  fixed
-prefix_layers           paths    weights    embeddings  fixed
-prefix_type             paths    weights    embeddings  fixed
-prefix_init             paths    -          -           -
-aggregation             paths    weights    embeddings  fixed
-seed                    paths    -          -           -
-adapter                 loading  weights    embeddings  fixed
-initial_adapter         loading  -          -           -
-family                  loading  -          -           -
-dtype                   loading  -          embeddings  -
-attention               loading  -          embeddings  -
-quantization            loading  -          embeddings  -
-gradient_checkpointing  loading  -          -           -
-mi                      module   -          -           -
-mi.kind                 module   weights    -           fixed
-mi.hidden_size          module   weights    -           fixed
-learn_temperature       module   weights    -           fixed
-max_tokens              module   -          embeddings  -
-long_text               module   -          embeddings  -
+num_paths               paths  weights  embeddings
+prefix_length           paths  weights  embeddings
+prefix_layers           paths  weights  embeddings
+prefix_type             paths  weights  embeddings
+prefix_init             paths
+aggregation             paths  weights  embeddings
+seed                    paths
+adapter                        weights  embeddings
+dtype                                   embeddings
+attention                               embeddings
+quantization                            embeddings
+mi.kind                        weights
+mi.hidden_size                 weights
+learn_temperature              weights
+max_tokens                              embeddings
+long_text                               embeddings
 """
-_ROWS = map(str.split, _TABLE.strip().splitlines())
-SETTINGS = {name: Setting(taker, *(mark != "-" for mark in marks)) for name, taker, *marks in _ROWS}
-"""Every setting of which something is known; the others only steer the training or hold instructions. A name
-with a dot is an option of a config. Every list of settings is a view of this table."""
-PATHS = tuple(name for name, setting in SETTINGS.items() if setting.group == "paths")
-SHAPES_WEIGHTS = tuple(name for name, setting in SETTINGS.items() if setting.weights)
-SHAPES_EMBEDDINGS = tuple(name for name, setting in SETTINGS.items() if setting.embeddings)
-FIXED = tuple(name for name, setting in SETTINGS.items() if setting.fixed)
+SETTINGS = {name: marks for name, *marks in map(str.split, _TABLE.strip().splitlines())}
+"""Whether ParallelEncoder takes a setting (paths); whether it shapes what a checkpoint holds (weights), so
+that all subcommands but fit take it from there; and whether it changes embeddings although no weight tells.
+A name with a dot is an option of a config."""
+
+
+def _marked(mark: str) -> tuple[str, ...]:
+    return tuple(name for name, marks in SETTINGS.items() if mark in marks)
+
+
+PATHS = _marked("paths")
+SHAPES_WEIGHTS, SHAPES_EMBEDDINGS = _marked("weights"), _marked("embeddings")
 
 
 def group(names: Iterable[str], arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, cast
 
 import torch
@@ -27,28 +27,31 @@ class GatheredPairs:
     """The embeddings of one batch, of all ranks: queries ``[G, N, D]``, candidates ``[C, N, D]``.
 
     Aggregates are ``[G, A, D']`` and ``[C, A, D']``: that of all paths, and with ``nested_paths`` those of
-    the first N - 1 to 2 of them; ``positive`` ``[G]`` is an index into the candidates, whose
+    the first N - 1 to 2 of them. ``own`` ``[G, K]`` are the candidates of each row, the first
+    ``num_positives`` its positives, and ``teacher`` ``[G, K]`` their scores, NaN where there are none.
     ``candidate_ids`` are ``PADDING_ID`` where a hard negative is missing; ``nested`` are the same rows at
-    each smaller dimension of Matryoshka training. ``own`` ``[G, K]`` are the candidates of each row, the
-    first ``num_positives`` its positives, and ``teacher`` ``[G, K]`` their scores, NaN where there are none.
+    each smaller dimension of Matryoshka training.
     """
 
     query: Tensor
     candidate: Tensor
     query_aggregate: Tensor
     candidate_aggregate: Tensor
-    positive: Tensor
+    own: Tensor
     candidate_ids: Tensor
     nested: tuple[GatheredPairs, ...] = ()
-    own: Tensor | None = None
     num_positives: int = 1
     teacher: Tensor | None = None
 
     @property
+    def positive(self) -> Tensor:
+        """The first positive of each row, ``[G]``, as an index into the candidates."""
+        return self.own[:, 0]
+
+    @property
     def labels(self) -> dict[str, Any]:
         """Return what ``info_nce`` and ``in_batch_margins`` compare candidates by."""
-        positive = self.positive if self.own is None else self.own[:, : self.num_positives]
-        return {"positive": positive, "candidate_ids": self.candidate_ids}
+        return {"positive": self.own[:, : self.num_positives], "candidate_ids": self.candidate_ids}
 
     def detach(self) -> GatheredPairs:
         """The same rows without graph, and without nested ones."""
@@ -78,23 +81,21 @@ def gather_pairs(
     others = torch.arange(len(candidate) // len(query) - 1, device=query.device)
     own_BK = torch.cat([rows, len(query) + rows * len(others) + others], dim=1)
     own = (first_of_rank[:, None, None] + own_BK).flatten(0, 1)
-    all_ids = gather_with_grad(candidate_ids)
-    scores = None if teacher is None else gather_with_grad(teacher)
-    smallest = 2 if nested_paths else query.shape[1]
-    sizes = range(query.shape[1], min(smallest, query.shape[1]) - 1, -1)
+    labels: dict[str, Any] = {"own": own, "candidate_ids": gather_with_grad(candidate_ids)}
+    labels["teacher"] = None if teacher is None else gather_with_grad(teacher)
+    num_paths = query.shape[1]
+    sizes = (num_paths, *(range(num_paths - 1, 1, -1) if nested_paths else ()))
 
     def aggregates(paths_BND: Tensor) -> Tensor:
         of_sizes = [aggregate(paths_BND[:, :size]) for size in sizes]  # zeros at the end change no cosine
         width = of_sizes[0].shape[1]
         return torch.stack([F.pad(each, (0, width - each.shape[1])) for each in of_sizes], dim=1)
 
-    labels: dict[str, Any] = {"own": own, "num_positives": num_positives, "teacher": scores}
-
     def gathered(query: Tensor, candidate: Tensor, nested: tuple[GatheredPairs, ...] = ()) -> GatheredPairs:
         rows = {"query": query, "candidate": candidate}
         rows |= {"query_aggregate": aggregates(query), "candidate_aggregate": aggregates(candidate)}
         of_all: dict[str, Any] = {name: gather_with_grad(each) for name, each in rows.items()}
-        return GatheredPairs(**of_all, positive=own[:, 0], candidate_ids=all_ids, nested=nested, **labels)
+        return GatheredPairs(**of_all, **labels, num_positives=num_positives, nested=nested)
 
     with torch.autocast(device_type=query.device.type, enabled=False):
         nested = tuple(gathered(truncate(query, dim), truncate(candidate, dim)) for dim in dims)
@@ -121,28 +122,22 @@ def contrastive_terms(
 
     ``teacher_weight`` adds that much of ``own_candidates_kl`` to each of them.
     """
-    if pairs.nested:
-        options: dict[str, Any] = {"symmetric": symmetric, "with_aggregate": with_aggregate}
-        options |= {"teacher_weight": teacher_weight, "false_negative_margin": false_negative_margin}
-        dims = (replace(pairs, nested=()), *pairs.nested)
-        of_dims = [contrastive_terms(each, temperature, **options) for each in dims]
-        paths, aggregates = zip(*of_dims, strict=True)
-        return torch.stack(paths).mean(dim=0), torch.stack(aggregates).mean(dim=0)
     arguments: dict[str, Any] = {"temperature": temperature, "symmetric": symmetric, **pairs.labels}
     arguments["false_negative_margin"] = false_negative_margin
 
     def contrast(query: Tensor, candidate: Tensor) -> Tensor:
         loss_N = contrastive.info_nce(query, candidate, **arguments)
-        if teacher_weight > 0 and pairs.own is not None and pairs.teacher is not None:
+        if teacher_weight > 0 and pairs.teacher is not None:
             taught = {"own": pairs.own, "teacher": pairs.teacher}
             kl_N = contrastive.own_candidates_kl(query, candidate, temperature=temperature, **taught)
             loss_N = loss_N + teacher_weight * kl_N
         return loss_N
 
-    path_N = contrast(pairs.query, pairs.candidate)
+    of_dims = (pairs, *pairs.nested)
+    path_N = torch.stack([contrast(each.query, each.candidate) for each in of_dims]).mean(dim=0)
     with torch.set_grad_enabled(with_aggregate and torch.is_grad_enabled()):
-        aggregate = contrast(pairs.query_aggregate, pairs.candidate_aggregate)
-    return path_N, aggregate.mean()
+        aggregates = [contrast(each.query_aggregate, each.candidate_aggregate) for each in of_dims]
+    return path_N, torch.stack(aggregates).mean()
 
 
 def distillation_term(pairs: GatheredPairs, temperature: Tensor | float) -> Tensor:
@@ -170,11 +165,9 @@ def mutual_information_terms(estimator: MutualInformation, pairs: GatheredPairs)
     return cast(Tensor, query_M + candidate_M) / 2
 
 
-@torch.no_grad()
 def mean_over_pairs(value_NN: Tensor) -> Tensor:
-    """Return the mean of a symmetric matrix above its diagonal: 0-dim, its only entry for one path."""
-    first_M, second_M = torch.triu_indices(len(value_NN), len(value_NN), offset=1)
-    return value_NN[first_M, second_M].mean() if len(first_M) else value_NN.mean()
+    """Return the mean of a symmetric matrix over the pairs of at least two paths: 0-dim."""
+    return value_NN[tuple(path_pairs(len(value_NN)).T)].mean()
 
 
 @contextmanager
@@ -185,12 +178,6 @@ def frozen(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.requires_grad_(True)
-
-
-@torch.no_grad()
-def mean_path_cosine(paths: Tensor) -> Tensor:
-    """Return the mean over path pairs of the cosine between paths: 0-dim, 1 for one path."""
-    return mean_over_pairs(path_cosine(paths))
 
 
 @torch.no_grad()
@@ -208,7 +195,7 @@ def monitored_values(
     pair_numbers = path_pairs(len(path_loss)).tolist()
     values |= {f"train/mi_pair_{i}_{j}": mi for (i, j), mi in zip(pair_numbers, pair_mi, strict=True)}
     if len(path_loss) > 1:
-        values["train/path_cosine"] = mean_path_cosine(pairs.query)
+        values["train/path_cosine"] = mean_over_pairs(path_cosine(pairs.query))
         values["train/margin_correlation"] = mean_over_pairs(margin_correlation(margin_NB))
         # what two paths share at the least, in nats: no penalty goes below it without raising their losses
         entropy = target_entropy(pairs.candidate_ids[pairs.positive])

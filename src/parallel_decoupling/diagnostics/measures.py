@@ -1,24 +1,33 @@
-"""How alike the paths are: their embedding spaces (kernels, subspaces, ranks), and the queries they miss.
+"""How alike the paths are: their embedding spaces, the queries they miss, and what can be read off them.
 
 Shapes: ``B`` inputs, ``N`` paths, ``M`` path pairs (i < j), ``D`` embedding dim, ``S`` subspace dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from parallel_decoupling.evaluation.report import ScoreReport
 from parallel_decoupling.objective.statistics import effective_rank, path_cosine
 from parallel_decoupling.objective.vclub import path_pairs
+from parallel_decoupling.world import scenes as world
 
 SUBSPACE_DIM = 10  # directions per path whose angles are compared (ours), or fewer if there are fewer
+
+FACTORS = ("shape", "color", "size", "position", "background", "text", "count")
+FOLDS = 5
+Labels = dict[str, list[str]]  # one label per scene, by factor
 
 
 @dataclass(frozen=True)
@@ -39,8 +48,6 @@ class PathSimilarity:
 def path_similarity(embeddings_BND: Tensor) -> PathSimilarity:
     """Compute every measure on the embeddings ``[B, N, D]`` of the same inputs, at least 3."""
     count, num_paths, dim = embeddings_BND.shape
-    if count < 3:
-        raise ValueError(f"the similarity of paths needs at least 3 inputs, got {count}")
     value_BND = embeddings_BND.double()
     subspace_dim = min(SUBSPACE_DIM, count - 1, dim)
     generator = torch.Generator().manual_seed(0)
@@ -79,12 +86,8 @@ def principal_angles(embeddings_BND: Tensor, subspace_dim: int) -> Tensor:
 
 
 def _angles(first_MSD: Tensor, second_MSD: Tensor) -> Tensor:
-    """Compute angles between orthonormal bases, by the sine where it is the exact one (below 45 degrees)."""
-    cosine_MSS = first_MSD @ second_MSD.mT
-    cosine_MS = torch.linalg.svdvals(cosine_MSS).clamp(max=1)
-    rest_MSD = second_MSD - cosine_MSS.mT @ first_MSD
-    sine_MS = torch.linalg.svdvals(rest_MSD).flip(1).clamp(max=1)
-    return torch.rad2deg(torch.where(cosine_MS.square() > 0.5, sine_MS.asin(), cosine_MS.acos()))
+    cosine_MS: Tensor = torch.linalg.svdvals(first_MSD @ second_MSD.mT).clamp(max=1)
+    return cosine_MS.acos().rad2deg()
 
 
 @dataclass(frozen=True)
@@ -134,3 +137,50 @@ def stratified_kappa(misses: Sequence[NDArray[np.bool_]]) -> NDArray[np.float64]
     kappa_NN: NDArray[np.float64] = np.ones(room_NN.shape)
     np.divide(observed_NN - chance_NN, room_NN, out=kappa_NN, where=room_NN > 1e-9 * rows)
     return kappa_NN
+
+
+def crowded_scenes(count: int, seed: int = 0) -> tuple[list[world.Scene], Labels]:
+    """Draw scenes of three objects and one written word: each factor but ``count`` has one value.
+
+    ``shape``, ``color`` and ``size`` are those of the object at the top left, ``position`` is the word's.
+    """
+    rng, scenes = np.random.default_rng([seed, 1]), []
+    labels: Labels = {factor: [] for factor in FACTORS if factor != "count"}
+    for _ in range(count):
+        background, offsets = str(rng.choice(list(world.BACKGROUNDS))), world.sample_offsets(rng)
+        items = [world.sample_item(rng) for _ in range(3)]
+        word, place = str(rng.choice(world.WORDS)), int(rng.integers(1, 4))
+        scenes.append(world.Scene((*items[:place], word, *items[place:]), background, offsets))
+        values = (*vars(items[0]).values(), world.POSITIONS[place], background, word)
+        for factor, value in zip(labels, values, strict=True):
+            labels[factor].append(value)
+    return scenes, labels
+
+
+def counted_scenes(count: int, seed: int = 0) -> tuple[list[world.Scene], Labels]:
+    """Draw scenes of one to four objects, equally often, without a word; their factor is ``count``."""
+    rng = np.random.default_rng([seed, 2])
+    numbers = [1 + index % 4 for index in range(count)]
+    scenes = [world.sample_scene(rng, num_objects=number, word_share=0) for number in numbers]
+    return scenes, {"count": [world.NUMBERS[number] for number in numbers]}
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """By column the accuracy and its deviation over folds, and the share of the most frequent value."""
+
+    accuracy: dict[str, float]
+    spread: dict[str, float]
+    majority: float
+
+
+def probe(columns: Mapping[str, Tensor], labels: Sequence[str]) -> ProbeResult:
+    """Predict a factor by logistic regression on standardised dimensions, all columns in the same folds."""
+    _, counts = np.unique(list(labels), return_counts=True)
+    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
+    accuracy, spread = {}, {}
+    for name, embeddings_BD in columns.items():
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+        scores = cross_val_score(model, embeddings_BD.double().numpy(), list(labels), cv=folds)
+        accuracy[name], spread[name] = float(scores.mean()), float(scores.std())
+    return ProbeResult(accuracy, spread, float(counts.max() / len(labels)))
