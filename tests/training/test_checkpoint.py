@@ -141,7 +141,7 @@ def test_a_resumed_run_steps_with_the_rates_that_it_was_given(
 ) -> None:
     """A checkpoint restores its own rates into optimizer and schedule, after they were built."""
     rates = {"learning_rate": 3e-5, "prefix_learning_rate": 4e-4, "weight_decay": 0.3, "schedule": "constant"}
-    options = {**DROPOUT, "optimizer": rates, "mi": {**DROPOUT["mi"], "learning_rate": 5e-4}}
+    options = {**DROPOUT, "optimizer": rates, "mi": {"learning_rate": 5e-4}}
     module = small_embedder(tiny_backbone_dir, **options)
     recorder = Recorder()
     trainer = make_trainer(tmp_path, recorder, max_steps=ALL_STEPS)
