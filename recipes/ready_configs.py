@@ -17,10 +17,12 @@ READY = "reproduce"
 """The folder of the ready files."""
 
 _V1, _V2 = "recipe/vlm2vec_v1", "recipe/vlm2vec_v2"
-_SINGLE, _PDF, _DDP = "paths/single_path", "paths/pdf", "layout/ddp"
+_SINGLE, _PDF, _OWN = "paths/single_path", "paths/pdf", "paths/own_adapters"
+_DDP = "layout/ddp"
 ROWS: dict[str, tuple[str, ...]] = {
     "single_path_qwen2_vl_2b": (_V1, "backbone/qwen2_vl_2b", _SINGLE, _DDP),
     "pdf_qwen2_vl_2b": (_V1, "backbone/qwen2_vl_2b", _PDF, _DDP),
+    "own_adapters_qwen2_vl_2b": (_V1, "backbone/qwen2_vl_2b", _OWN, _DDP),
     "pdf_qwen2_vl_2b_half": (_V1, "backbone/qwen2_vl_2b", _PDF, _DDP),
     "single_path_qwen2_vl_7b": (_V1, "backbone/qwen2_vl_7b", _SINGLE, _DDP),
     "pdf_qwen2_vl_7b": (_V1, "backbone/qwen2_vl_7b", _PDF, _DDP),
@@ -32,6 +34,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "pdf_qwen2_vl_2b_v2": (_V2, "backbone/qwen2_vl_2b", _PDF, _DDP),
     "single_path_qwen3_vl_2b_v2": (_V2, "backbone/qwen3_vl_2b", _SINGLE, _DDP),
     "pdf_qwen3_vl_2b_v2": (_V2, "backbone/qwen3_vl_2b", _PDF, _DDP),
+    "own_adapters_qwen3_vl_2b_v2": (_V2, "backbone/qwen3_vl_2b", _OWN, _DDP),
 }
 """Layers of every row, by the name of its run."""
 CHANGES: dict[str, dict[str, Any]] = {

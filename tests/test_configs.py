@@ -149,7 +149,7 @@ def test_row_instantiates_with_a_small_backbone_and_plans_as_documented(
     arguments = ["fit", "--config", ready_file(name)]
     built: Any = BuiltCLI([*arguments, *on_this_machine])
     assert built.built == "fit"
-    assert built.model.encoder.num_paths == (4 if name.startswith("pdf") else 1)
+    assert built.model.encoder.num_paths == (1 if name.startswith("single") else 4)
     plan = PlannedCLI(arguments).plan
     hours, processes = plan.steps * step_seconds(plan) / 3600, plan.processes
     assert table_rows()[name][2:7] == [

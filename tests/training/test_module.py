@@ -239,4 +239,4 @@ def test_every_setting_of_the_table_is_an_argument() -> None:
     options = {f"{name}.{each.name}" for name, kind in CONFIGS.items() for each in fields(kind)}
     assert {name for name in SETTINGS if "." in name} <= options
     marks = {mark for marks in SETTINGS.values() for mark in marks}
-    assert marks == {"paths", "loading", "weights", "embeddings"}
+    assert marks == {"paths", "weights", "embeddings"}
