@@ -5,9 +5,10 @@ MMEB has one right answer per query, its positive; other tasks have several, eac
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -64,12 +65,15 @@ def path_columns(query: Tensor, candidate: Tensor, aggregate: Callable[[Tensor],
     return columns
 
 
-def similarities(query: Tensor, candidate: Tensor) -> Tensor:
-    """Score all pairs ``[Q, C]`` of unit vectors: cosines of ``[rows, D]``, MaxSim of ``[rows, N, D]``."""
+def similarities(query: Tensor, candidate: Tensor | Sequence[Tensor]) -> Tensor:
+    """Score all pairs ``[Q, C]`` of unit vectors: cosines of ``[rows, D]``, MaxSim of ``[rows, N, D]``.
+
+    The candidates of MaxSim may also be a list of ``[C, D]``, one per path.
+    """
     if query.ndim == 2:
-        return query @ candidate.T
-    flat = query.flatten(0, 1)
-    cosines = ((flat @ candidate_CD.T).view(*query.shape[:2], -1) for candidate_CD in candidate.unbind(1))
+        return query @ cast(Tensor, candidate).T
+    paths = candidate.unbind(1) if isinstance(candidate, Tensor) else candidate
+    cosines = ((query.flatten(0, 1) @ path_CD.T).view(*query.shape[:2], -1) for path_CD in paths)
     return reduce(torch.maximum, cosines).mean(dim=1)
 
 

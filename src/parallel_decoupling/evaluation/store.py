@@ -208,6 +208,7 @@ class Store:
             raise ValueError(f"{self.folder} lacks {missing} files: run the same predict command again.")
         self.columns: tuple[str, ...] = tuple(self.metadata["columns"])
         self.ends = list(accumulate(self.batch_sizes))
+        self.starts = [0, *self.ends][: len(self.ends)]
 
     def __len__(self) -> int:
         return sum(self.batch_sizes)
@@ -239,14 +240,18 @@ class Store:
         bad = {row["row"] for row in self.bad_rows}
         return [row for row in range(self.metadata["num_rows"]) if row not in bad]
 
+    def fields(self, batch: int) -> pa.Table:
+        """Read ``id`` and the source's columns of one row group."""
+        names = [name for name in pq.read_schema(self.files[0]).names if name not in self.columns]
+        return self.read(batch, names)
+
     def rows(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Read ``id`` and the source's columns of some rows, in the order asked for."""
-        names = [name for name in pq.read_schema(self.files[0]).names if name not in self.columns]
         found: dict[int, dict[str, Any]] = {}
         for batch in {bisect_right(self.ends, index) for index in indices}:
-            first = self.ends[batch] - self.batch_sizes[batch]
+            first = self.starts[batch]
             wanted = [index for index in indices if first <= index < self.ends[batch]]
-            rows = self.read(batch, names).take([index - first for index in wanted])
+            rows = self.fields(batch).take([index - first for index in wanted])
             found |= dict(zip(wanted, rows.to_pylist(), strict=True))
         return [found[index] for index in indices]
 
