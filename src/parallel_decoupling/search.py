@@ -18,7 +18,7 @@ from parallel_decoupling.model.identity import path_hashes
 
 MAXSIM = "maxsim"
 MEMORY_BUDGET = 4 * 2**30
-QUERIES_AT_ONCE = 256  # that are compared with a row group
+QUERIES_AT_ONCE = 256  # that are compared by all paths with a row group
 PADDED = 64
 """Row groups are padded to a multiple: a product treats the last few rows apart, in other last bits."""
 
@@ -78,9 +78,11 @@ class ExactIndex:
         best_QK, rows_QK = torch.empty(len(query_QND), 0), torch.empty(len(query_QND), 0, dtype=torch.long)
         for batch, first in enumerate(self.store.starts):
             scores_QC = self._scores(batch, query_QND, scoring)
-            top_QK = torch.cat([best_QK, scores_QC.topk(min(top_k, scores_QC.shape[1])).values], dim=1)
-            least_Q1 = top_QK.topk(min(top_k, top_QK.shape[1])).values[:, -1:]
-            kept_C = (scores_QC >= least_Q1).any(dim=0).nonzero()[:, 0]  # few; only these are sorted
+            if best_QK.shape[1] == top_k:
+                better_QC = scores_QC > best_QK[:, -1:]
+            else:
+                better_QC = scores_QC >= scores_QC.topk(min(top_k, scores_QC.shape[1])).values[:, -1:]
+            kept_C = better_QC.any(dim=0).nonzero()[:, 0]  # few; only these are sorted
             rows_QK = torch.cat([rows_QK, (first + kept_C).expand(len(query_QND), -1)], dim=1)
             best_QK = torch.cat([best_QK, scores_QC[:, kept_C]], dim=1)
             best_QK, order_QK = best_QK.sort(descending=True, stable=True)
@@ -98,8 +100,12 @@ class ExactIndex:
 
     def _scores(self, batch: int, query_QND: Tensor, scoring: str) -> Tensor:
         columns = [self._vectors(batch, name) for name in compared(scoring, self.columns)]
-        scores = [similarities(part, columns) for part in query_QND.split(QUERIES_AT_ONCE)]
-        return torch.cat(scores)[:, : self.store.batch_sizes[batch]]
+        if len(columns) == 1:
+            scores_QC = similarities(query_QND[:, 0], columns[0])
+        else:
+            parts = query_QND.split(QUERIES_AT_ONCE)
+            scores_QC = torch.cat([similarities(part_QND, columns) for part_QND in parts])
+        return scores_QC[:, : self.store.batch_sizes[batch]]
 
     def _items(self, rows_U: Tensor, names: list[str]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
         """Return fields and vectors of items by their row numbers, which ascend; read each group once."""

@@ -22,7 +22,8 @@ from parallel_decoupling.diagnostics.similarity import (
     principal_angles,
     stratified_kappa,
 )
-from parallel_decoupling.evaluation.report import ScoreReport, TaskResult
+from parallel_decoupling.evaluation.report import ScoreReport
+from parallel_decoupling.evaluation.score import TaskResult
 from parallel_decoupling.world.questions import questions
 
 

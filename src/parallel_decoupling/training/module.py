@@ -390,10 +390,6 @@ class PDFEmbedder(LightningModule):
         """Compare all pairs; see ``Embedder.similarity``."""
         return self.embedder.similarity(a, b)
 
-    def similarity_pairwise(self, a: Tensor, b: Tensor) -> Tensor:
-        """Compare row by row; see ``Embedder.similarity_pairwise``."""
-        return self.embedder.similarity_pairwise(a, b)
-
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
         """Write a folder to share; see ``Embedder.save_pretrained``."""
         self.embedder.save_pretrained(folder, **options)
