@@ -139,22 +139,6 @@ def slow_metrics(scores: list[float], grades: list[float]) -> dict[str, float]:
     return values
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_rank_equals_a_walk_through_the_row_with_ties_and_nan(seed: int) -> None:
-    rng = random.Random(seed)
-    for _ in range(50):
-        width = rng.randint(1, 12)
-        values = [rng.choice([0.1, 0.2, 0.3, float("nan")]) for _ in range(width)]
-        rivals = [False, *(rng.random() < 0.7 for _ in range(width - 1))]
-        # the positive stands last, as the right answers do
-        scores, counted = torch.tensor([values[::-1]]), torch.tensor([[*rivals[:0:-1], True]])
-        grades = torch.tensor([[0.0] * (width - 1) + [1.0]])
-        _, found = ranked(scores, grades, counted)
-        kept = [value for value, rival in zip(values, rivals, strict=True) if rival]
-        wanted = slow_metrics([values[0], *kept], [1.0] + [0.0] * len(kept))
-        assert row_metrics(found, grades)["mrr"].tolist() == [wanted["mrr"]]
-
-
 def judged_task(rng: random.Random, queries: int = 7, candidates: int = 30, rows: int = 40) -> EvalTask:
     task = random_task(rng, queries, candidates, rows)
     grades = [

@@ -19,7 +19,7 @@ def training_modes(module: nn.Module) -> Modes:
 
 def enter_evaluation(module: nn.Module) -> Modes:
     """Set evaluation mode, and return what ``restore_modes`` takes back: the modules that were training."""
-    modes = [(each, training) for each, training in training_modes(module) if training]
+    modes = [mode for mode in training_modes(module) if mode[1]]
     for each, _ in modes:
         each.training = False
     return modes
