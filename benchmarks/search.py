@@ -4,9 +4,10 @@ D = 256, vectors in clusters as those of a model are. N = 1: a million items, by
 of four vectors, by MaxSim (the mean over the query's paths of its best cosine with an item's); faiss and
 usearch have no such score, so they find ``REACH`` vectors for every path and the items of these are scored
 again. Per engine: milliseconds of processor time for a query (a query at a time, one thread, top 10), recall
-of the exact top 10, seconds to build, and bytes on disk. Exact engines have recall 1; the approximate ones
-are widened until they reach ``RECALL`` or their widest setting. Building usearch's graph takes longer than
-all else together (``--no-graph`` leaves it out). Needs ``pip install -e '.[bench]'``.
+of the exact top 10, seconds to build, and bytes on disk. Exact engines have recall 1, and take turns for the
+ratio below their lines; the approximate ones are widened until they reach ``RECALL`` or their widest
+setting. Building usearch's graph takes longer than all else together (``--no-graph`` leaves it out). Needs
+``pip install -e '.[bench]'``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import faiss
@@ -24,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from usearch.index import Index as USearch
 
+from benchmarks.measure import report, rounds_of
 from parallel_decoupling.evaluation.store import path_column
 from parallel_decoupling.lance_index import LanceIndex, write_lance_index
 from parallel_decoupling.search import MAXSIM, ExactIndex
@@ -110,31 +113,35 @@ def compare(items: int, paths: int, queries: int, folder: Path, dtype: str, with
     options = {"columns": columns, "rows_per_shard": 131_072, "dtype": dtype}
     store = save_store(folder / "store", vectors, aggregate=vectors[:, 0], **options)
     about = {"build": time.process_time() - start, "size": float(bytes_of(folder / "store"))}
-    exact_index = ExactIndex(store)
-    exact = of_index(exact_index, paths)(asked)
-    measure("this package, exact", of_index(exact_index, paths), asked, exact, **about)
-    del exact_index
-    flat_lists(vectors, flat, asked, exact)
+    ours = of_index(ExactIndex(store), paths)
+    exact = ours(asked)
+    measure("this package, exact", ours, asked, exact, **about)
+    ways = {"this package": partial(ours, asked), "faiss": flat_lists(vectors, flat, asked, exact)}
+    report(rounds_of(ways, rounds=3)[0], "faiss", {})
+    del ours, ways
     inverted(vectors, flat, asked, exact)
     if with_graph:
         graph(vectors, flat, asked, exact)
     for kind in (None, "IVF_SQ") if paths == 1 else (None,):
         start = time.process_time()
         place = folder / f"lance_{kind}"
-        write_lance_index(store, place, kind)
+        write_lance_index(str(store.folder), str(place), kind)
         about = {"build": time.process_time() - start, "size": float(bytes_of(place))}
         name = f"LanceDB through this package, {kind or 'exact'}"
         measure(name, of_index(LanceIndex(place), paths), asked, exact, **about)
 
 
-def flat_lists(vectors: Tensor, flat: np.ndarray, asked: Tensor, exact: list[list[int]]) -> None:
-    """Compare with all vectors in faiss."""
+def flat_lists(
+    vectors: Tensor, flat: np.ndarray, asked: Tensor, exact: list[list[int]]
+) -> Callable[[], list[list[int]]]:
+    """Compare with all vectors in faiss; return that search."""
     start = time.process_time()
     index = faiss.IndexFlatIP(DIM)
     index.add(flat)
     about = {"build": time.process_time() - start, "size": float(flat.nbytes)}
     find = of_vectors(vectors, lambda q, k: index.search(q, k)[1])
     measure("faiss, exact", find, asked, exact, **about)
+    return partial(find, asked)
 
 
 def inverted(vectors: Tensor, flat: np.ndarray, asked: Tensor, exact: list[list[int]]) -> None:

@@ -119,8 +119,7 @@ def run_dir(tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path_factory: pytest
     hits = {column: "10" for column in ("aggregate", "path_0", "path_1", "path_2")}
     scores = {
         "means": {"overall": dict.fromkeys(hits, 0.5)},
-        "tasks": {"Sign": {"num_queries": 2, "hit_at_1": dict.fromkeys(hits, 0.5)}},
-        "hits": {"Sign": hits},
+        "tasks": {"Sign": {"num_queries": 2, "hit_at_1": dict.fromkeys(hits, 0.5), "hits": hits}},
         "run": {**module.run_info(), "commit": "c0ffee"},
     }
     (folder / "scores.json").write_text(json.dumps(scores))

@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +14,6 @@ pytest.importorskip("sentence_transformers", minversion="6")
 
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules
-from sentence_transformers.util import quantize_embeddings
 
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.sentence_transformers import as_sentence_transformer
@@ -182,17 +180,6 @@ def test_options_without_effect_are_refused(option: dict[str, Any], folder: Path
 def test_processing_kwargs_are_refused(model: SentenceTransformer) -> None:
     with pytest.raises(ValueError, match="processing_kwargs have no effect"):
         encode(model, ["a"], processing_kwargs={"text": {"max_length": 3}})
-
-
-def test_the_library_s_quantization(model: SentenceTransformer, embedder: Embedder) -> None:
-    """Signs as bits, and 256 steps between the extremes of every number."""
-    exact = embedder.encode(mixed_inputs()).numpy()
-    bits = encode(model, mixed_inputs(), precision="ubinary", **ROW_BY_ROW)
-    assert np.unpackbits(bits.numpy(), axis=1).tolist() == (exact > 0).astype(int).tolist()
-    ranges = np.stack([exact.min(axis=0), exact.max(axis=0)])
-    steps = (ranges[1] - ranges[0]) / 255
-    restored = (quantize_embeddings(exact, "int8", ranges=ranges) + 128.0) * steps + ranges[0]
-    assert (abs(restored - exact) <= 1.01 * steps).all()
 
 
 def test_one_path_with_its_adapter_merged_is_a_stock_model(tiny_backbone_dir: str, tmp_path: Path) -> None:

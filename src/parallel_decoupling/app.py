@@ -54,38 +54,25 @@ def build_page(searcher: Searcher, image_dir: str | Path, instruction: str = "")
         except ValueError as error:
             raise gradio.Error(str(error)) from error
 
-    page: gradio.Blocks = gradio.Blocks(title="Search by paths", analytics_enabled=False)
-    with page:
-        gradio.Markdown(f"## Search {len(searcher.index):,} items by text, image or both")
-        with gradio.Row():
-            with gradio.Column(scale=1, min_width=280):
-                prefix = gradio.Textbox(
-                    instruction, label="Instruction (before the text)", elem_id="instruction"
-                )
-                text = gradio.Textbox(label="Text", placeholder="what to look for", elem_id="text")
-                image = gradio.Image(
-                    label="Image", type="pil", sources=["upload", "clipboard"], height=180, elem_id="image"
-                )
-                scoring = gradio.Radio(scorings, value=scorings[0], label="Score by", elem_id="scoring")
-                button = gradio.Button("Search", variant="primary", elem_id="search")
-            with gradio.Column(scale=3):
-                gallery = gradio.Gallery(
-                    show_label=False, columns=6, height=310, object_fit="contain", elem_id="gallery"
-                )
-                cosines = gradio.Dataframe(
-                    headers=["rank", "id", "score", *shared],
-                    label="Cosine of query and hit on each path",
-                    interactive=False,
-                    elem_id="cosines",
-                )
-        gradio.on(
-            [button.click, prefix.submit, text.submit, scoring.change, image.change],
-            answer,
-            [prefix, text, image, scoring],
-            [gallery, cosines],
-            api_name=False,
-        )
-    return page
+    headings = ["rank", "id", "score", *shared]
+    return gradio.Interface(
+        answer,
+        [
+            gradio.Textbox(instruction, label="Instruction (before the text)"),
+            gradio.Textbox(label="Text", placeholder="what to look for"),
+            gradio.Image(label="Image", type="pil", sources=["upload", "clipboard"], height=180),
+            gradio.Radio(scorings, value=scorings[0], label="Score by"),
+        ],
+        [
+            gradio.Gallery(show_label=False, columns=6, height=310, object_fit="contain"),
+            gradio.Dataframe(headers=headings, label="Cosine of query and hit on each path"),
+        ],
+        title=f"Search {len(searcher.index):,} items by text, image or both",
+        submit_btn="Search",
+        flagging_mode="never",
+        analytics_enabled=False,
+        api_name=False,
+    )
 
 
 def show_page(page: gradio.Blocks, host: str, port: int) -> None:

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import torch.nn.functional as F
-from torch import Tensor
 
 from parallel_decoupling import search as searching
 from parallel_decoupling.evaluation.score import similarities
@@ -96,33 +95,25 @@ class LanceIndex:
 
     def search(self, queries: Vectors, top_k: int, scoring: str, where: str | None = None) -> list[list[Hit]]:
         """Find the best items of every query; see ``search.Index``."""
-        hits = []
-        for number, vector in enumerate(searching.query_vectors(queries, top_k, scoring, self)):
-            query = {name: column[number] for name, column in queries.items()}
-            hits.append(self._search_one(vector, query, top_k, scoring, where))
+        paths = [name for name in searching.path_columns(self.columns) if name in queries]
+        scored, hits = searching.compared(scoring, self.columns), []
+        names = list(dict.fromkeys([*scored, *paths]))
+        for number, query_ND in enumerate(searching.query_vectors(queries, top_k, scoring, self)):
+            search = self._table.search(query_ND.squeeze(0).numpy(), vector_column_name=scoring)
+            search = search.distance_type("cosine").limit(top_k).refine_factor(REFINED)
+            search = search.select([*self._fields, *names, "_distance"])
+            try:
+                found = (search if where is None else search.where(where)).to_arrow()
+            except ValueError as error:
+                raise ValueError(f"LanceDB refuses the search (where={where!r}): {error}") from error
+            vectors = {name: F.normalize(to_tensor(found[name]), dim=-1) for name in names}
+            scores_K = similarities(query_ND[None], [vectors[name] for name in scored])[0]
+            scores_K, order_K = scores_K.sort(descending=True, stable=True)
+            rows = found.select(self._fields).take(order_K.numpy()).to_pylist()
+            query = {name: queries[name][number] for name in paths}
+            found_K = {name: vectors[name][order_K] for name in paths}
+            hits.append(searching.make_hits(query, found_K, scores_K, rows))
         return hits
-
-    def _search_one(
-        self, vector: Tensor, query: Vectors, top_k: int, scoring: str, where: str | None
-    ) -> list[Hit]:
-        paths = [name for name in searching.path_columns(self.columns) if name in query]
-        names = tuple(dict.fromkeys([*searching.compared(scoring, self.columns), *paths]))
-        search = self._table.search(vector.numpy(), vector_column_name=scoring).distance_type("cosine")
-        search = search.limit(top_k).refine_factor(REFINED).select([*self._fields, *names, "_distance"])
-        if where is not None:
-            search = search.where(where)
-        try:
-            found = search.to_arrow()
-        except ValueError as error:
-            raise ValueError(f"LanceDB refuses the search (where={where!r}): {error}") from error
-        vectors = {name: F.normalize(to_tensor(found[name]), dim=-1) for name in names}
-        items = {name: vectors[name] for name in searching.compared(scoring, self.columns)}
-        scores_K = similarities(vector.unsqueeze(0), searching.scored_vectors(items, scoring))[0]
-        order_K = scores_K.argsort(descending=True, stable=True)
-        rows = found.select(self._fields).take(order_K.numpy()).to_pylist()
-        asked = {name: query[name] for name in paths}
-        found_K = {name: vectors[name][order_K] for name in paths}
-        return searching.make_hits(asked, found_K, scores_K[order_K], rows)
 
 
 def _tables(store: Store) -> Iterator[pa.Table]:

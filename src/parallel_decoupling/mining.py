@@ -88,10 +88,8 @@ def _embedded(embedder: Embedder, keeper: Keeper, rows: TaskSide) -> Tensor:
     size = {"num_rows": len(rows), "rows_per_shard": len(rows)}
     about = {**rows.about, **size, "columns": [AGGREGATE], "images": embedder.images.settings}
     if not keeper.finished(rows, about):
-        vectors = {
-            AGGREGATE: encode_rows(embedder.encoder, embedder.collator, rows, where=rows.where).embeddings
-        }
-        keeper.write(rows, 0, range(len(rows)), vectors, {})
+        encoded = encode_rows(embedder.encoder, embedder.collator, rows, where=rows.where)
+        keeper.writers[rows.name].write(0, range(len(rows)), {AGGREGATE: encoded.embeddings}, {})
     return Store(keeper.writers[rows.name].folder).column(AGGREGATE)
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,9 +18,9 @@ from parallel_decoupling.model.identity import path_hashes
 
 MAXSIM = "maxsim"
 MEMORY_BUDGET = 4 * 2**30
-ROWS_AT_ONCE = 1024  # items that are scored together
-DECODING_BYTES = 14
-"""What reading a number takes for a moment beside its float32; 9 in newer releases of pyarrow."""
+QUERIES_AT_ONCE = 256  # that are compared by all paths with a row group
+PADDED = 64
+"""Row groups are padded to a multiple: a product treats the last few rows apart, in other last bits."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,8 @@ class ExactIndex:
 
     Args:
         store: what ``predict`` wrote, or its folder.
-        memory_budget: bytes that decoded vectors may take, at least those of one row group of all paths.
-            Vectors that fit stay in memory, others are read again for every search; the hits are the same.
+        memory_budget: bytes of vectors and fields that may stay in memory between searches. Row groups
+            beyond it are read again for every search; the hits are the same.
     """
 
     def __init__(self, store: Store | str | Path, memory_budget: int = MEMORY_BUDGET) -> None:
@@ -64,14 +63,8 @@ class ExactIndex:
         self.store, self.columns = store, store.columns
         self.metadata: Mapping[str, Any] = store.metadata
         self.scorings = (*self.columns, *([MAXSIM] if len(path_columns(self.columns)) > 1 else []))
-        dims = [[store.dim(name) for name in compared(each, self.columns)] for each in self.scorings]
-        working = max(4 * sum(each) + DECODING_BYTES * max(each) for each in dims)
-        working *= max(store.batch_sizes, default=0)  # while the last column of a row group is read
-        if memory_budget < working:
-            needed = f"reading one row group of {store.folder} takes {working:,} bytes"
-            raise ValueError(f"a memory_budget of {memory_budget:,} bytes is too small: {needed}")
-        self._free_bytes = memory_budget - working
-        self._cache: dict[tuple[int, str], Tensor] = {}
+        self._free_bytes = memory_budget
+        self._cache: dict[tuple[int, str], Any] = {}
 
     def __len__(self) -> int:
         return len(self.store)
@@ -81,49 +74,74 @@ class ExactIndex:
         if where is not None:
             advice = f"make a LanceDB index of {self.store.folder} (lightning index) and search that"
             raise ValueError(f"where={where!r}: exact search does not take conditions; {advice}")
-        query = query_vectors(queries, top_k, scoring, self)
-        best_QK, rows_QK = torch.empty(len(query), 0), torch.empty(len(query), 0, dtype=torch.long)
-        for batch, size in enumerate(self.store.batch_sizes):
-            end = self.store.ends[batch]
-            rows_QC = torch.arange(end - size, end).expand(len(query), -1)
-            rows_QK = torch.cat([rows_QK, rows_QC], dim=1)
-            best_QK = torch.cat([best_QK, self._scores(batch, query, scoring)], dim=1)
+        query_QND = query_vectors(queries, top_k, scoring, self)
+        best_QK, rows_QK = torch.empty(len(query_QND), 0), torch.empty(len(query_QND), 0, dtype=torch.long)
+        for batch, first in enumerate(self.store.starts):
+            scores_QC = self._scores(batch, query_QND, scoring)
+            if best_QK.shape[1] == top_k:
+                better_QC = scores_QC > best_QK[:, -1:]
+            else:
+                better_QC = scores_QC >= scores_QC.topk(min(top_k, scores_QC.shape[1])).values[:, -1:]
+            kept_C = better_QC.any(dim=0).nonzero()[:, 0]  # few; only these are sorted
+            rows_QK = torch.cat([rows_QK, (first + kept_C).expand(len(query_QND), -1)], dim=1)
+            best_QK = torch.cat([best_QK, scores_QC[:, kept_C]], dim=1)
             best_QK, order_QK = best_QK.sort(descending=True, stable=True)
             best_QK, rows_QK = best_QK[:, :top_k], rows_QK.gather(1, order_QK[:, :top_k])
+        rows_U, place_QK = rows_QK.unique(return_inverse=True)
         paths = [name for name in path_columns(self.columns) if name in queries]
-        by_query = [{name: queries[name][number] for name in paths} for number in range(len(query))]
-        return [self._hits(*each) for each in zip(by_query, rows_QK, best_QK, strict=True)]
+        fields, vectors = self._items(rows_U, paths)
+        hits = []
+        for number, place_K in enumerate(place_QK):
+            query = {name: queries[name][number] for name in paths}
+            items = {name: vectors_UD[place_K] for name, vectors_UD in vectors.items()}
+            rows = [dict(fields[place]) for place in place_K.tolist()]
+            hits.append(make_hits(query, items, best_QK[number], rows))
+        return hits
 
-    def _scores(self, batch: int, query: Tensor, scoring: str) -> Tensor:
-        columns = {name: self._vectors(batch, name) for name in compared(scoring, self.columns)}
-        parts = zip(*(torch.split(column, ROWS_AT_ONCE) for column in columns.values()), strict=True)
-        named = (dict(zip(columns, part, strict=True)) for part in parts)
-        return torch.cat([similarities(query, scored_vectors(part, scoring)) for part in named], dim=1)
+    def _scores(self, batch: int, query_QND: Tensor, scoring: str) -> Tensor:
+        columns = [self._vectors(batch, name) for name in compared(scoring, self.columns)]
+        if len(columns) == 1:
+            scores_QC = similarities(query_QND[:, 0], columns[0])
+        else:
+            parts = query_QND.split(QUERIES_AT_ONCE)
+            scores_QC = torch.cat([similarities(part_QND, columns) for part_QND in parts])
+        return scores_QC[:, : self.store.batch_sizes[batch]]
 
-    def _hits(self, query: Vectors, rows_K: Tensor, scores_K: Tensor) -> list[Hit]:
-        vectors = {name: torch.empty(len(rows_K), len(query_D)) for name, query_D in query.items()}
-        batch_K = torch.tensor([bisect_right(self.store.ends, row) for row in rows_K.tolist()])
-        for batch in sorted(set(batch_K.tolist())):
-            rows = rows_K[batch_K == batch] - (self.store.ends[batch] - self.store.batch_sizes[batch])
-            for name in query:
-                vectors[name][batch_K == batch] = self._vectors(batch, name)[rows]
-        return make_hits(query, vectors, scores_K, self.store.rows(rows_K.tolist()))
+    def _items(self, rows_U: Tensor, names: list[str]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+        """Return fields and vectors of items by their row numbers, which ascend; read each group once."""
+        fields: list[dict[str, Any]] = []
+        vectors: dict[str, list[Tensor]] = {name: [] for name in names}
+        batch_U = torch.bucketize(rows_U, torch.tensor(self.store.ends), right=True)
+        for batch in batch_U.unique().tolist():
+            rows = rows_U[batch_U == batch] - self.store.starts[batch]
+            fields += self._kept(batch, "", self.store.fields).take(rows.numpy()).to_pylist()
+            for name in names:
+                vectors[name].append(self._vectors(batch, name)[rows])
+        return fields, {name: torch.cat(parts) for name, parts in vectors.items() if parts}
 
     def _vectors(self, batch: int, name: str) -> Tensor:
-        """Return the unit vectors of one row group ``[rows, D]``, from memory if they fitted into it."""
-        if (batch, name) in self._cache:
-            return self._cache[batch, name]
+        """Return the unit vectors of one row group, and zeros up to a multiple of ``PADDED`` rows."""
+        return self._kept(batch, name, lambda batch: self._unit_vectors(batch, name))
+
+    def _unit_vectors(self, batch: int, name: str) -> Tensor:
         vectors = self.store.vectors(batch, name)
         norms = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
         bad = ~(norms.isfinite() & (norms > 0))[:, 0]
         if bad.any():
-            (row,) = self.store.rows([self.store.ends[batch] - len(vectors) + int(bad.nonzero()[0])])
+            (row,) = self.store.rows([self.store.starts[batch] + int(bad.nonzero()[0])])
             raise ValueError(f"{name} of {row['id']!r} is zero or not finite; embed that row again")
         vectors /= norms
-        if vectors.nbytes <= self._free_bytes:
-            self._free_bytes -= vectors.nbytes
-            self._cache[batch, name] = vectors
-        return vectors
+        return F.pad(vectors, (0, 0, 0, -len(vectors) % PADDED)) if len(vectors) % PADDED else vectors
+
+    def _kept(self, batch: int, name: str, read: Callable[[int], Any]) -> Any:
+        """Read part of a row group, or take it from memory if it fitted."""
+        if (batch, name) in self._cache:
+            return self._cache[batch, name]
+        part = read(batch)
+        if part.nbytes <= self._free_bytes:
+            self._free_bytes -= part.nbytes
+            self._cache[batch, name] = part
+        return part
 
 
 class Searcher:
@@ -191,24 +209,17 @@ def compared(scoring: str, columns: Iterable[str]) -> tuple[str, ...]:
     return path_columns(columns) if scoring == MAXSIM else (scoring,)
 
 
-def scored_vectors(columns: Vectors, scoring: str) -> Tensor:
-    """Return what ``similarities`` takes for a scoring, ``[B, D]`` or ``[B, N, D]``, from unit vectors."""
-    if scoring != MAXSIM:
-        return columns[scoring]
-    return torch.stack([columns[name] for name in path_columns(columns)], dim=1)
-
-
 def query_vectors(queries: Vectors, top_k: int, scoring: str, index: Index) -> Tensor:
-    """Return ``scored_vectors`` of queries; raise ``ValueError`` for arguments that cannot be used."""
+    """Return what ``similarities`` compares, ``[Q, N, D]``; ``ValueError`` for what cannot be used."""
     if top_k < 1:
         raise ValueError(f"top_k is {top_k}; it must be at least 1")
     if scoring not in index.scorings:
         raise ValueError(f"scoring is {scoring!r}; this index has {', '.join(index.scorings)}")
-    names = compared(scoring, index.columns)
-    vectors = scored_vectors({name: F.normalize(queries[name].float(), dim=-1) for name in names}, scoring)
-    if not (vectors.norm(dim=-1) > 0.5).all():
+    columns = [queries[name].float() for name in compared(scoring, index.columns)]
+    query_QND = F.normalize(torch.stack(columns, dim=1), dim=-1)
+    if not (query_QND.norm(dim=-1) > 0.5).all():
         raise ValueError("the embedding of a query is zero or not finite")
-    return vectors
+    return query_QND
 
 
 def make_hits(query: Vectors, vectors: Vectors, scores_K: Tensor, rows: list[dict[str, Any]]) -> list[Hit]:

@@ -14,7 +14,8 @@ from parallel_decoupling.data.images import as_picture
 from parallel_decoupling.data.readers import TrainSubset, read_eval_task
 from parallel_decoupling.data.row_sources import RowSource
 from parallel_decoupling.data.tasks import MMEB_TASKS, V2_TASKS, chosen, find_eval_tasks, read_tasks
-from parallel_decoupling.evaluation.report import ScoreReport, TaskResult, write_report
+from parallel_decoupling.evaluation.report import ScoreReport, write_report
+from parallel_decoupling.evaluation.score import TaskResult
 from tests.support.families import save_tiny_family
 from tests.support.fit import make_trainer, small_data, small_embedder
 from tests.support.mmeb import eval_row, write_eval, write_image, write_rows

@@ -25,7 +25,8 @@ from parallel_decoupling.diagnostics.measures import (
     probe,
     stratified_kappa,
 )
-from parallel_decoupling.evaluation.report import ScoreReport, TaskResult
+from parallel_decoupling.evaluation.report import ScoreReport
+from parallel_decoupling.evaluation.score import TaskResult
 from parallel_decoupling.world.questions import questions
 
 

@@ -38,7 +38,8 @@ from parallel_decoupling.diagnostics.path_analysis import (
     write_json,
 )
 from parallel_decoupling.evaluation.embedder import Embedder
-from parallel_decoupling.evaluation.report import ScoreReport, TaskResult
+from parallel_decoupling.evaluation.report import ScoreReport
+from parallel_decoupling.evaluation.score import TaskResult
 from parallel_decoupling.model.backbone import load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
 from tests.support.families import save_tiny_family

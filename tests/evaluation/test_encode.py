@@ -18,7 +18,7 @@ from parallel_decoupling.commands import load_collator
 from parallel_decoupling.data.images import ImagePolicy
 from parallel_decoupling.data.prompts import prompt
 from parallel_decoupling.evaluation import encode as encoding
-from parallel_decoupling.evaluation.encode import BatchPlan, RowBatches, TokenEstimate, embed, encode
+from parallel_decoupling.evaluation.encode import BatchPlan, RowBatches, TokenEstimate, embed, encode_rows
 from parallel_decoupling.model.turns import Turns
 from tests.support.embedders import mixed_inputs, tiny_embedder
 
@@ -75,7 +75,7 @@ class HashEncoder(nn.Module):
 
 
 def encode_all(*args: Any, **options: Any) -> Tensor:
-    return encode(*args, **{"paths": "all", **options})
+    return encode_rows(*args, **{"paths": "all", **options}).embeddings
 
 
 def raw(texts: list[str]) -> list[RawInput]:
@@ -118,11 +118,11 @@ def test_encoding_is_in_eval_mode_and_restores_the_mode_of_every_module() -> Non
 @pytest.mark.parametrize(
     ("paths", "message"),
     [
-        (3, "no path 3; the encoder has paths 0 to 2"),
-        (True, "no path True"),
-        ([0.5], r"no path 0\.5"),
-        (["0"], "no path '0'"),
-        ([], "paths is empty"),
+        (3, r"paths must name some of 0 to 2, got \[3\]"),
+        (True, r"got \[True\]"),
+        ([0.5], r"got \[0\.5\]"),
+        (["0"], r"got \['0'\]"),
+        ([], r"got \[\]"),
         ("mean", "'mean'; use 'all', 'aggregate'"),
     ],
 )

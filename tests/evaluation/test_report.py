@@ -23,8 +23,8 @@ from parallel_decoupling.evaluation.leaderboard import (
     write_predictions,
     write_score_files,
 )
-from parallel_decoupling.evaluation.report import ScoreReport, TaskResult, text_table, write_report
-from parallel_decoupling.evaluation.score import TaskScore, score_task
+from parallel_decoupling.evaluation.report import ScoreReport, text_table, write_report
+from parallel_decoupling.evaluation.score import TaskResult, score_task
 from tests.support.stores import table_rows, values_of_ranks
 
 # hit@1 in percent of VLM2Vec (first version) on Qwen2-VL 2B / 7B, as its authors' score files have it.
@@ -42,17 +42,21 @@ PUBLISHED = PUBLISHED_TEXT.split()
 
 def task_score(
     name: str, meta_task: str, in_distribution: bool, hits: dict[str, str], chance: float
-) -> TaskScore:
+) -> TaskResult:
     ranks = {column: torch.tensor([4 - 3 * int(hit) for hit in string]) for column, string in hits.items()}
     task = Task(name, meta_task, in_distribution)  # type: ignore[arg-type]
     values = {column: values_of_ranks(rank_R) for column, rank_R in ranks.items()}
-    return TaskScore(task, values, torch.zeros(len(next(iter(ranks.values()))), 10), chance)
+    return TaskResult.of(task, values, torch.zeros(len(next(iter(ranks.values()))), 10), chance)
+
+
+def report_of(results: list[TaskResult], run: dict[str, Any] | None = None) -> ScoreReport:
+    return ScoreReport({result.task.name: result for result in results}, run or {})
 
 
 @pytest.fixture
 def report() -> ScoreReport:
     """Two classification tasks and one VQA task: the two overall means differ."""
-    return ScoreReport.from_scores(
+    return report_of(
         [
             task_score("shape", "classification", True, {"aggregate": "1110", "path_0": "1100"}, 0.1),
             task_score("digit", "classification", False, {"aggregate": "10", "path_0": "00"}, 0.5),
@@ -112,7 +116,7 @@ def test_custom_tasks_have_a_mean_of_their_own_and_change_no_other(
 ) -> None:
     hits = {"aggregate": "1111", "path_0": "0000"}
     scores = [task_score(name, "custom", False, hits, 0.25) for name in ("mine", "yours")]
-    custom = ScoreReport.from_scores(scores)
+    custom = report_of(scores)
     both = ScoreReport({**report.tasks, **custom.tasks})
     assert both.means == {**report.means, "custom": {"aggregate": 1.0, "path_0": 0.0}}
     assert (both.metric_means, both.partial_means) == (report.metric_means, report.partial_means)
@@ -152,7 +156,7 @@ def test_json_round_trip_keeps_everything(report: ScoreReport, tmp_path: Path) -
     assert content["metric"] == "hit@1"
     assert content["means"] == report.means
     assert content["tasks"]["colour"]["hit_at_1"]["aggregate"] == 1 / 3, "fractions are not rounded"
-    assert content["hits"]["digit"] == {"aggregate": "10", "path_0": "00"}
+    assert content["tasks"]["digit"]["hits"] == {"aggregate": "10", "path_0": "00"}
 
 
 @pytest.mark.parametrize(
@@ -161,11 +165,6 @@ def test_json_round_trip_keeps_everything(report: ScoreReport, tmp_path: Path) -
         (("tasks",), {}, "at least one task"),
         (("tasks", "digit", "meta_task"), "video", "digit has meta-task 'video'"),
         (("format",), 9, "is not a score file"),
-        (("hits",), {}, "is not a score file"),
-        (("hits", "digit", "path_0"), "0", "task digit, path_0: not a hit for each of 2 queries"),
-        (("hits", "digit", "path_0"), "02", "task digit, path_0: not a hit"),
-        (("hits", "digit", "path_0"), "01", "task digit, path_0: hit_at_1 is not the mean of the hits"),
-        (("hits", "digit"), {"path_0": "00"}, r"task digit: hits of \['path_0'\], but scores of"),
     ],
 )
 def test_a_changed_file_is_named_with_what_does_not_fit(
@@ -228,7 +227,7 @@ def test_write_report_leaves_every_file_of_a_test(report: ScoreReport, tmp_path:
     assert metadata["embedding_dimension"] == 32
 
 
-def scored(name: str, seed: int) -> tuple[EvalTask, TaskScore]:
+def scored(name: str, seed: int) -> tuple[EvalTask, TaskResult]:
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     candidates = [RawInput(f"answer {number}") for number in range(12)]
     rows = [rng.sample(range(12), 11) for _ in range(20)]
@@ -240,7 +239,7 @@ def scored(name: str, seed: int) -> tuple[EvalTask, TaskScore]:
 
 @pytest.fixture
 def two_tasks() -> ScoreReport:
-    return ScoreReport.from_scores([scored("GQA", 0)[1], scored("DocVQA", 1)[1]])
+    return report_of([scored("GQA", 0)[1], scored("DocVQA", 1)[1]])
 
 
 def test_score_files_have_the_keys_and_values_of_two_versions(two_tasks: ScoreReport, tmp_path: Path) -> None:
@@ -256,7 +255,7 @@ def test_score_files_have_the_keys_and_values_of_two_versions(two_tasks: ScoreRe
     kinds = ("hit", "ndcg_linear", "ndcg_exponential", "precision", "recall", "f1", "map", "mrr")
     keys = {f"{kind}@{depth}" for kind in kinds for depth in (1, 5, 10)}
     assert v2.keys() == keys | {"num_pred", "num_data"}, "VLM2Vec's keys"
-    reciprocal = scored("GQA", 0)[1].values["aggregate"]["mrr"]
+    reciprocal = scored("GQA", 0)[1].rows["aggregate"]["mrr"]
     assert v2["mrr@5"] == v2["map@5"] == pytest.approx(float(reciprocal[reciprocal >= 0.2].sum()) / 20)
     assert v2["mrr@1"] == v2["hit@1"]
 
@@ -278,9 +277,9 @@ def test_predictions_give_the_scores_back(tmp_path: Path) -> None:
     write_predictions(tmp_path, task, score)
     lines = [json.loads(line) for line in (tmp_path / "v2" / "GQA_pred.jsonl").read_text().splitlines()]
     hits = [line["prediction"][0] == line["label"][0] for line in lines]
-    assert hits == score.hits["aggregate"].tolist()
+    assert "".join("01"[hit] for hit in hits) == score.hits["aggregate"]
     within_ten = sum(line["label"][0] in line["prediction"] for line in lines)
-    assert within_ten == int(score.values["aggregate"]["hit@10"].sum())
+    assert within_ten == int(score.rows["aggregate"]["hit@10"].sum())
     assert (tmp_path / "v1" / "GQA_pred.txt").read_text().splitlines() == [x["prediction"][0] for x in lines]
 
 
@@ -291,7 +290,7 @@ def test_files_of_an_earlier_test_do_not_stay(two_tasks: ScoreReport, tmp_path: 
     mine = tmp_path / "v1" / "notes_about_pred.md"
     mine.write_text("mine")
     write_predictions(tmp_path, *scored("GQA", 2))
-    write_score_files(ScoreReport.from_scores([scored("GQA", 2)[1]]).tasks, "aggregate", tmp_path)
+    write_score_files(report_of([scored("GQA", 2)[1]]).tasks, "aggregate", tmp_path)
     assert {file.name for file in tmp_path.rglob("*.*")} == {
         "GQA_score.json",
         "GQA_pred.txt",

@@ -12,7 +12,8 @@ import torch
 from parallel_decoupling.batch import PairBatch
 from parallel_decoupling.data.tasks import MMEB_TASKS, Task
 from parallel_decoupling.evaluation.leaderboard import write_leaderboard, write_score_files
-from parallel_decoupling.evaluation.report import ScoreReport, TaskResult
+from parallel_decoupling.evaluation.report import ScoreReport
+from parallel_decoupling.evaluation.score import TaskResult
 from parallel_decoupling.training.module import PDFEmbedder
 from studies.estimator_figures import KIND_COLOURS
 from studies.estimators import KINDS, Cell, cells, fitted_network, measure, run

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor
 
+from parallel_decoupling.batch import RawInput
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.evaluation.score import row_metrics
 from parallel_decoupling.evaluation.store import AGGREGATE, Store, StoreWriter, path_column
@@ -51,13 +52,26 @@ def save_store(
         "num_rows": count,
         "rows_per_shard": rows_per_shard,
     }
-    writer = StoreWriter(folder, {**known, **about}, dtype)
-    table = pa.table({"id": [str(row) for row in range(count)], **(fields or {})})
+    rows: Any = TableRows(pa.table({"id": [str(row) for row in range(count)], **(fields or {})}))
+    writer = StoreWriter(folder, rows, {**known, **about}, dtype)
     for shard in range(writer.num_shards):
-        rows = writer.rows_of(shard)
-        part = {name: column[rows.start : rows.stop] for name, column in by_column.items()}
-        writer.write(shard, table.slice(rows.start, len(rows)), part, rows_sha256=str(shard))
+        numbers = writer.rows_of(shard)
+        part = {name: column[numbers.start : numbers.stop] for name, column in by_column.items()}
+        writer.write(shard, numbers, part, {})
     return Store(folder)
+
+
+class TableRows:
+    """Rows of which only the columns count."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._table = table
+
+    def __getitem__(self, row: int) -> RawInput:
+        return RawInput(str(row))
+
+    def columns(self, rows: Sequence[int]) -> pa.Table:
+        return self._table.take(pa.array(rows, pa.int64()))
 
 
 def save_pictures(folder: Path, embedder: Embedder, count: int, *others: Any, **about: Any) -> Store:
@@ -122,7 +136,7 @@ def unit(array: np.ndarray) -> np.ndarray:
 
 
 def values_of_ranks(rank_R: Tensor) -> dict[str, Tensor]:
-    """What ``TaskScore.values`` has for a column."""
+    """What ``TaskResult.rows`` has for a column."""
     found_RC = torch.nn.functional.one_hot(rank_R - 1, 20).double()
     return row_metrics(found_RC, found_RC)
 

@@ -167,7 +167,14 @@ class Collator:
         texts, images, videos = zip(*map(self._read, inputs), strict=True)
         nested = list(images) if any(images) else None  # by row: a family may treat several of a row apart
         options = {**self._videos(videos), "padding": True, "return_tensors": "pt"}
-        tokens, pixels = self._separate(self.processor(text=list(texts), images=nested, **options))
+        names, kinds = getattr(self.processor, "model_input_names", ()), "mm_token_type_ids"
+        only_texts = kinds in names and nested is None and not any(videos)
+        if only_texts:  # their kinds are 0, for which a processor would look at every token
+            options[f"return_{kinds}"] = False
+        data = self.processor(text=list(texts), images=nested, **options)
+        if only_texts:
+            data[kinds] = torch.zeros_like(data["input_ids"])
+        tokens, pixels = self._separate(data)
         vision = _split(pixels, [len(row) for row in images], [int(bool(row)) for row in videos])
         self._splits = vision is not None
         return None if vision is None else self._limited(EncoderInputs(tokens, vision), inputs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from parallel_decoupling.data.images import IMAGE_SETTINGS
 from parallel_decoupling.data.tasks import EvalTask, read_tasks
-from parallel_decoupling.evaluation.score import TaskScore
+from parallel_decoupling.evaluation.score import TaskResult
 from parallel_decoupling.objective.statistics import effective_rank, path_cosine
 
 SAMPLED_ROWS = 512
@@ -54,16 +54,15 @@ class Finding:
 
 
 def check_task(
-    score: TaskScore, queries: Side, candidates: Side, *, missing: tuple[int, int] = (0, 0)
+    score: TaskResult, queries: Side, candidates: Side, *, missing: tuple[int, int] = (0, 0)
 ) -> list[Finding]:
     """Judge one task by its first column.
 
     ``missing`` are the numbers of inputs that could not be read; their rows are NaN.
     """
     found: dict[str, list[str]] = {}
-    hits = next(iter(score.hits.values()))
-    hit_at_1, chance = float(hits.float().mean()), score.chance
-    error = (chance * (1 - chance) / len(hits)) ** 0.5
+    hit_at_1, chance = next(iter(score.hit_at_1.values())), score.chance
+    error = (chance * (1 - chance) / score.num_queries) ** 0.5
     if hit_at_1 <= min(1.0, chance + CHANCE_ERRORS * error):
         found["chance"] = [f"{100 * hit_at_1:.1f} % (chance {100 * chance:.1f} %)"]
     for side, embeddings, unread in zip(("query", "candidate"), (queries, candidates), missing, strict=True):
@@ -73,14 +72,14 @@ def check_task(
     return [Finding(check, f"{name} {', '.join(seen)}", (name,)) for check, seen in found.items()]
 
 
-def findings(of_tasks: Iterable[Finding]) -> list[Finding]:
+def findings(of_tasks: Sequence[Finding]) -> list[Finding]:
     """Join the findings of tasks: at most one per check, naming its tasks."""
-    joined: dict[str, list[Finding]] = {check: [] for check in ADVICE}
-    for each in of_tasks:
-        joined[each.check].append(each)
-    details = {check: "; ".join(each.detail for each in found) for check, found in joined.items()}
-    tasks = {check: tuple(name for each in found for name in each.tasks) for check, found in joined.items()}
-    return [Finding(check, details[check], tasks[check]) for check, found in joined.items() if found]
+    joined = []
+    for check in ADVICE:
+        if found := [each for each in of_tasks if each.check == check]:
+            names = tuple(name for each in found for name in each.tasks)
+            joined.append(Finding(check, "; ".join(each.detail for each in found), names))
+    return joined
 
 
 def check_images(trained: Mapping[str, Any], asked: Mapping[str, Any]) -> list[Finding]:

@@ -211,9 +211,8 @@ def differences(baseline: ScoreReport, other: ScoreReport, seed: int = 0) -> Run
 
 def check_same_rows(first: str, baseline: ScoreReport, name: str, other: ScoreReport) -> None:
     """Raise ``ValueError`` for runs that did not score the same rows of the same tasks."""
-    for run, there, wanted in ((first, baseline.tasks, other.tasks), (name, other.tasks, baseline.tasks)):
-        if missing := [task for task in wanted if task not in there]:
-            raise ValueError(f"{first} and {name} scored different tasks: {run} lacks {', '.join(missing)}")
+    if missing := sorted(baseline.tasks.keys() ^ other.tasks.keys()):
+        raise ValueError(f"only one of {first} and {name} scored {', '.join(missing)}")
     for task in baseline.tasks:
         both = baseline.tasks[task], other.tasks[task]
         before, after = ((*each.task.entry.values(), each.num_queries, each.rows_sha256) for each in both)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,8 +16,8 @@ from torch import Tensor
 from parallel_decoupling.batch import LongText, TokenLimit
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.images import ImagePolicy
-from parallel_decoupling.data.prompts import is_single
-from parallel_decoupling.evaluation.encode import Paths, encode
+from parallel_decoupling.data.prompts import is_single, to_raw_inputs
+from parallel_decoupling.evaluation.encode import Paths, encode_rows
 from parallel_decoupling.model.encoder import Encoder
 
 
@@ -123,11 +124,15 @@ class Embedder:
         Returns:
             float32, unit norm. One item gives its embedding without the batch dimension.
         """
-        single = is_single(inputs)
-        options: dict[str, Any] = {"instruction": instruction, "paths": paths, "truncate_dim": truncate_dim}
+        rows = to_raw_inputs(inputs, instruction)
+        options: dict[str, Any] = {"paths": paths, "truncate_dim": truncate_dim}
         options |= {"batch_size": batch_size, "show_progress": show_progress}
-        embeddings = encode(self.encoder, self.collator, [inputs] if single else inputs, **options)
-        return embeddings[0] if single else embeddings
+        encoded = encode_rows(self.encoder, self.collator, rows, **options)
+        if encoded.num_cut:
+            advice = "raise max_tokens, shorten them, or refuse them with long_text='error'"
+            cut = f"{encoded.num_cut} of {len(rows)} inputs have more than {self.limit.max_tokens} tokens"
+            warnings.warn(f"{cut}; the ends of their texts were cut off: {advice}.", stacklevel=2)
+        return encoded.embeddings[0] if is_single(inputs) else encoded.embeddings
 
     def encode_query(self, inputs: Any, **options: Any) -> Tensor:
         """``encode`` with ``query_instruction`` unless ``instruction`` is given."""
@@ -142,16 +147,11 @@ class Embedder:
     @staticmethod
     def similarity(a: Tensor, b: Tensor) -> Tensor:
         """Compute all cosines ``[A, B]`` of ``[rows, D]``, or their means over paths of ``[rows, N, D]``."""
-        unit_a, unit_b, num_paths = _unit_pair(a, b)
-        return unit_a @ unit_b.T / num_paths
-
-    @staticmethod
-    def similarity_pairwise(a: Tensor, b: Tensor) -> Tensor:
-        """Compute the diagonal of ``similarity(a, b)``, for as many rows of both: ``[A]``."""
-        unit_a, unit_b, num_paths = _unit_pair(a, b)
-        if len(unit_a) != len(unit_b):
-            raise ValueError(f"similarity_pairwise of {len(a)} and {len(b)} rows; pass as many of both")
-        return (unit_a * unit_b).sum(dim=1) / num_paths
+        if a.ndim != b.ndim or a.ndim not in (2, 3) or a.shape[1:] != b.shape[1:]:
+            advice = "pass [A, D] and [B, D], or [A, N, D] and [B, N, D], encoded with the same paths"
+            raise ValueError(f"similarity of shapes {tuple(a.shape)} and {tuple(b.shape)}; {advice}")
+        unit_a, unit_b = F.normalize(a.float(), dim=-1), F.normalize(b.float(), dim=-1)
+        return unit_a.flatten(1) @ unit_b.flatten(1).T / (a.shape[1] if a.ndim == 3 else 1)
 
     def save_pretrained(
         self,
@@ -193,12 +193,3 @@ class Embedder:
             api.create_repo(repo_id, private=private, exist_ok=True)
             options = {"folder_path": Path(folder, "model"), "revision": revision}
             return str(api.upload_folder(repo_id=repo_id, **options).commit_url)
-
-
-def _unit_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Normalise both and lay aligned paths side by side: ``[A, N * D]``, ``[B, N * D]`` and N."""
-    if a.ndim != b.ndim or a.ndim not in (2, 3) or a.shape[1:] != b.shape[1:]:
-        advice = "pass [A, D] and [B, D], or [A, N, D] and [B, N, D], encoded with the same paths"
-        raise ValueError(f"similarity of shapes {tuple(a.shape)} and {tuple(b.shape)}; {advice}")
-    unit_a, unit_b = F.normalize(a.float(), dim=-1), F.normalize(b.float(), dim=-1)
-    return unit_a.flatten(1), unit_b.flatten(1), a.shape[1] if a.ndim == 3 else 1

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from numbers import Integral
@@ -21,9 +21,8 @@ from tqdm import tqdm
 from parallel_decoupling.batch import EncoderInputs, RawInput
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.images import image_size, smart_size
-from parallel_decoupling.data.prompts import to_raw_inputs
 from parallel_decoupling.data.unusable import RowError, attempt, one_row, out_of_memory
-from parallel_decoupling.model.encoder import Encoder, check_dim, truncate
+from parallel_decoupling.model.encoder import Encoder, check_dim, check_paths, truncate
 
 TOKENS_PER_PASS = 2**15
 """Most tokens of a forward pass, padding included, unless a single row has more."""
@@ -55,7 +54,7 @@ class TokenEstimate:
         self._bytes_per_token, self._parts = bytes_per_token, collator.text_parts
         images, self.most = collator.images, collator.limit.max_tokens
         self._images = images
-        self._frames: Any = collator.video_token and collator.processor.video_processor
+        self._takes_video = collator.video_token is not None
         self.factor = 0  # side in pixels of a token; 0 where all pictures have the same number of tokens
         if images.size is None and images.factor > 1:
             budget: Mapping[str, int] = cast(Any, collator.processor).image_processor.size
@@ -71,24 +70,26 @@ class TokenEstimate:
         return min(length / self._bytes_per_token + images, self.most)
 
     def _video_tokens(self, video: Sequence[Any]) -> float:
-        if not video or self._frames is None:
-            return 0.0
-        frames = self._images.chosen(video)
-        size = image_size(frames[0]) if isinstance(frames[0], str) else frames[0].size
+        frames = self._images.chosen(video) if self._takes_video else []
+        size = _size(frames[0]) if frames else None
         if size is None:
             return 0.0
         width, height = self._images.frame_size(size, len(frames))
-        patches = self._frames.get_num_of_video_patches(len(frames), height, width, {})
-        return float(patches / self._frames.merge_size**2 + TOKENS_OF_TIME * len(frames))
+        return len(frames) * (width * height / self._images.factor**2 + TOKENS_OF_TIME)
 
     def _image_tokens(self, image: Any) -> float:
         if not self.factor:
             return FIXED_IMAGE_TOKENS
-        size = image_size(image) if isinstance(image, str) else image.size
-        if size is None:  # an unreadable file
+        size = _size(image)
+        if size is None:
             return 0.0
         width, height = smart_size(*size, factor=self.factor, **self.limits)
         return width * height / self.factor**2
+
+
+def _size(image: Any) -> tuple[int, int] | None:
+    """Return a picture's size; None for an unreadable file."""
+    return image_size(image) if isinstance(image, str) else image.size
 
 
 @dataclass(frozen=True)
@@ -124,14 +125,12 @@ class BatchPlan(Sampler[BatchPlace]):
         shards = [range(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
         self._shards = {number: shard for number, shard in enumerate(shards) if number not in finished}
         starts = {shard: range(0, len(numbers), batch_size) for shard, numbers in self._shards.items()}
-        places = [[(shard, start) for start in each] for shard, each in starts.items()]
+        shares = [[(shard, start) for start in each] for shard, each in starts.items()]
         if rows_per_shard is None:
-            batches = list(chain.from_iterable(places))
-            shares = [batches[process::world_size] for process in range(world_size)]
-        else:
-            shares = [list(chain.from_iterable(places[process::world_size])) for process in range(world_size)]
-        self._share = shares[rank]
-        self._length = max(1, *map(len, shares))
+            shares = [[place] for share in shares for place in share]
+        self._share = list(chain.from_iterable(shares[rank::world_size]))
+        sizes = [sum(map(len, shares[process::world_size])) for process in range(world_size)]
+        self._length = max(1, *sizes)
 
     def __len__(self) -> int:
         return self._length
@@ -233,19 +232,6 @@ class Encoded:
     num_cut: int
 
 
-def encode(
-    encoder: Encoder, collator: Collator, inputs: Any, *, instruction: str | None = None, **options: Any
-) -> Tensor:
-    """Embed inputs of any mix of modalities in one process; see ``Embedder.encode`` for the options."""
-    rows = to_raw_inputs(inputs, instruction)
-    encoded = encode_rows(encoder, collator, rows, **options)
-    if encoded.num_cut:
-        advice = "raise max_tokens, shorten them, or refuse them with long_text='error'"
-        cut = f"{encoded.num_cut} of {len(rows)} inputs have more than {collator.limit.max_tokens} tokens"
-        warnings.warn(f"{cut}; the ends of their texts were cut off: {advice}.", stacklevel=3)
-    return encoded.embeddings
-
-
 def encode_rows(
     encoder: Encoder,
     collator: Collator,
@@ -288,7 +274,8 @@ def encode_rows(
         shape = wanted(torch.zeros(1, num_selected, whole, device=device)).shape[1:]
     result = torch.full((len(rows), *shape), torch.nan, dtype=torch.float32, device="cpu")
     encoded = Encoded(result, torch.zeros(len(rows), dtype=torch.long, device="cpu"), {}, 0)
-    with torch.inference_mode(), torch.device("cpu"), torch.autocast(device.type, enabled=False):
+    on_cpu = torch.device("cpu") if torch.get_default_device().type != "cpu" else nullcontext()  # it costs
+    with torch.inference_mode(), on_cpu, torch.autocast(device.type, enabled=False):
         for place in tqdm(plan, desc="encode", unit="batch", leave=False, disable=not show_progress):
             if not place.rows:
                 continue
@@ -310,10 +297,4 @@ def _selected_paths(paths: Paths, num_paths: int) -> list[int] | None:
         if paths not in ("all", "aggregate"):
             raise ValueError(f"paths is {paths!r}; use 'all', 'aggregate', a path number or a list of them")
         return None
-    selected = list(paths) if isinstance(paths, Iterable) else [paths]
-    if not selected:
-        raise ValueError("paths is empty; select at least one path")
-    for path in selected:
-        if not isinstance(path, Integral) or isinstance(path, bool) or not 0 <= path < num_paths:
-            raise ValueError(f"there is no path {path!r}; the encoder has paths 0 to {num_paths - 1}")
-    return [int(path) for path in selected]
+    return check_paths(list(paths) if isinstance(paths, Iterable) else [paths], num_paths)

@@ -6,15 +6,12 @@ import json
 from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
 from parallel_decoupling.data.tasks import V2_GROUPS, V2_TASKS, EvalTask, Task
-from parallel_decoupling.evaluation.score import DEPTHS, TaskScore
+from parallel_decoupling.evaluation.score import DEPTHS, TaskResult
 from parallel_decoupling.files import write_text
-
-if TYPE_CHECKING:
-    from parallel_decoupling.evaluation.report import TaskResult
 
 SCORE_FILES_DIR = "score_files"  # in a run's folder; holds v1 and v2
 LEADERBOARD_FILE = "leaderboard.json"
@@ -43,11 +40,12 @@ def candidate_name(task: Task, candidate: RawInput) -> str:
     return image if task.identity == "image" else f"{image}:{text.strip(chr(34))}"
 
 
-def write_predictions(folder: Path, task: EvalTask, score: TaskScore) -> None:
+def write_predictions(folder: Path, task: EvalTask, score: TaskResult) -> None:
     """Write one task's best candidates by row (v1 one, v2 ten), without copies of the positive.
 
     Grades stand in ``rel_scores`` in the order of ``label``.
     """
+    assert score.ranking is not None
     names = [candidate_name(task.task, candidate) for candidate in task.candidates]
     best, lines = [], []
     for row, ranking in enumerate(score.ranking.tolist()):

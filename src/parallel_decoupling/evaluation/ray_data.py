@@ -11,7 +11,7 @@ from torch.utils.data import Subset
 from parallel_decoupling.data.row_sources import RowSource
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.evaluation.encode import encode_rows
-from parallel_decoupling.evaluation.store import AGGREGATE, Keeper, Store, chosen_columns, path_column
+from parallel_decoupling.evaluation.store import AGGREGATE, Keeper, Store, chosen_columns, path_vectors
 from parallel_decoupling.files import locked
 from parallel_decoupling.model.identity import about_encoder, encoder_identity
 
@@ -38,11 +38,11 @@ class ShardEmbedder:
             encoded = encode_rows(encoder, collator, rows, paths="all", keep_going=True)
             good = [place for place in range(len(rows)) if place not in encoded.bad_rows]
             paths_BND = encoded.embeddings[good]
-            vectors = {path_column(path): each for path, each in enumerate(paths_BND.unbind(1))}
             with torch.inference_mode():
-                vectors[AGGREGATE] = encoder.aggregate(paths_BND.to(self.embedder.device)).float().cpu()
+                aggregate_BD = encoder.aggregate(paths_BND.to(self.embedder.device)).float().cpu()
+            vectors = {AGGREGATE: aggregate_BD, **path_vectors(paths_BND)}
             bad = {rows.indices[place]: reason for place, reason in encoded.bad_rows.items()}
-            self.keeper.write(self.rows, shard, [rows.indices[place] for place in good], vectors, bad)
+            self.writer.write(shard, [rows.indices[place] for place in good], vectors, bad)
         return batch
 
 

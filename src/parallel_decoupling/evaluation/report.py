@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,10 +17,10 @@ from rich.text import Text
 from parallel_decoupling.data.names import printable
 from parallel_decoupling.data.tasks import MMEB_TASKS, OVERALL, TASK_KEYS, V2_TASKS, Task
 from parallel_decoupling.evaluation import leaderboard
-from parallel_decoupling.evaluation.score import TaskScore
+from parallel_decoupling.evaluation.score import NOT_KEPT, TaskResult
 from parallel_decoupling.files import write_text
 
-FORMAT = 2
+FORMAT = 3
 SCORES_FILE = "scores.json"
 OTHER_PARTS = ("modes", "path_cosine", "warnings", "run")  # of a report, which its file holds as they are
 META_TASKS = ("classification", "vqa", "retrieval", "grounding")
@@ -39,54 +40,6 @@ MMEB_COUNTS |= {"video": 18, "visdoc": 24, "mmeb_v2": 78}
 
 
 @dataclass(frozen=True)
-class TaskResult:
-    """Scores of one task."""
-
-    task: Task
-    num_queries: int  # rows scored
-    chance: float  # hit@1 of a random choice, in [0, 1]
-    hit_at_1: dict[str, float]  # by column (aggregate, path_0, ...), in [0, 1]
-    hits: dict[str, str] = field(default_factory=dict)  # by column, one 0 or 1 per row; empty if not known
-    num_skipped: int = 0  # rows left out because they could not be embedded
-    metrics: dict[str, dict[str, float]] = field(default_factory=dict)  # by column, means of score.METRICS
-    rows_sha256: str = ""  # identifies the rows, see score.task_hash
-    margin_correlation: list[list[float]] = field(default_factory=list)  # [N][N] of paths, over rows
-    answers: float = 1.0  # right answers per row
-    values: dict[str, list[float]] = field(default_factory=dict)  # by column, of a metric other than hit@1
-
-    @property
-    def score(self) -> dict[str, float]:
-        """The task's own metric by column."""
-        if self.task.metric == "hit@1":
-            return self.hit_at_1
-        return {column: metrics[self.task.metric] for column, metrics in self.metrics.items()}
-
-    @property
-    def title(self) -> str:
-        """The task's name, with its metric if that is another one than hit@1."""
-        return self.task.name + ("" if self.task.metric == "hit@1" else f", {self.task.metric}")
-
-    def row_scores(self, column: str) -> list[float]:
-        """Return what every row contributes to ``score``."""
-        return self.values[column] if self.values else [float(hit) for hit in self.hits[column]]
-
-    def check_hits(self) -> None:
-        """Raise ``ValueError`` if the hits or values do not fit the number of rows or the scores."""
-        name = self.task.name
-        for column in self.score if self.task.metric != "hit@1" else ():
-            values = self.values[column]
-            if len(values) != self.num_queries or not abs(fmean(values) - self.score[column]) <= 1e-9:
-                raise ValueError(f"task {name}, {column}: {self.task.metric} is not the mean of the values")
-        if list(self.hits) != list(self.hit_at_1):
-            raise ValueError(f"task {name}: hits of {list(self.hits)}, but scores of {list(self.hit_at_1)}")
-        for column, hits in self.hits.items():
-            if len(hits) != self.num_queries or set(hits) - {"0", "1"}:
-                raise ValueError(f"task {name}, {column}: not a hit for each of {self.num_queries} queries")
-            if not abs(hits.count("1") / self.num_queries - self.hit_at_1[column]) <= 1e-9:
-                raise ValueError(f"task {name}, {column}: hit_at_1 is not the mean of the hits")
-
-
-@dataclass(frozen=True)
 class ScoreReport:
     """All scores of one run."""
 
@@ -97,39 +50,12 @@ class ScoreReport:
     warnings: list[dict[str, Any]] = field(default_factory=list)  # checks.Finding.plain
 
     def __post_init__(self) -> None:
-        """Check that every task has the same columns and a meta-task that a mean counts."""
+        """Check that there is a task, and that a mean counts each."""
         if not self.tasks:
             raise ValueError("a score report needs at least one task")
         for name, result in self.tasks.items():
-            if list(result.hit_at_1) != self.columns or not self.columns:
-                raise ValueError(f"{name} has columns {list(result.hit_at_1)}, the first task {self.columns}")
             if result.task.meta_task not in (known := (*META_TASKS, CUSTOM)):
                 raise ValueError(f"{name} has meta-task {result.task.meta_task!r}; use one of {known}")
-
-    @classmethod
-    def from_scores(cls, scores: Sequence[TaskScore], run: Mapping[str, Any] | None = None) -> ScoreReport:
-        """Collect scored tasks, each once and all with the same columns, and what produced them."""
-        tasks: dict[str, TaskResult] = {}
-        for score in scores:
-            hits = {name: "".join("01"[hit] for hit in row.tolist()) for name, row in score.hits.items()}
-            own = score.values if score.task.metric != "hit@1" else {}
-            tasks[score.task.name] = TaskResult(
-                task=score.task,
-                num_queries=len(next(iter(hits.values()))),
-                chance=score.chance,
-                hit_at_1={column: each.count("1") / len(each) for column, each in hits.items()},
-                hits=hits,
-                num_skipped=score.num_skipped,
-                metrics={
-                    column: {metric: float(row.mean()) for metric, row in values.items()}
-                    for column, values in score.values.items()
-                },
-                rows_sha256=score.rows_sha256,
-                margin_correlation=score.margin_correlation,
-                answers=score.answers,
-                values={column: values[score.task.metric].tolist() for column, values in own.items()},
-            )
-        return cls(tasks, dict(run or {}))
 
     @property
     def columns(self) -> list[str]:
@@ -204,35 +130,30 @@ class ScoreReport:
         return found + (["rows that could not be embedded: " + ", ".join(skipped)] if skipped else [])
 
     def to_json_file(self, json_file: str | Path) -> None:
-        """Write everything, fractions unrounded; per-row scores come last, hits as strings of 0 and 1."""
-        tasks = {}
-        for name, result in self.tasks.items():
-            left_out = ("task", "hits", "values")
-            values = {key: value for key, value in vars(result).items() if key not in left_out}
-            tasks[name] = {**result.task.entry, **values}
+        """Write everything, fractions unrounded, the hits of the rows as strings of 0 and 1."""
+        tasks = {name: {**each.task.entry, **vars(each)} for name, each in self.tasks.items()}
+        for row, key in product(tasks.values(), ("task", *NOT_KEPT)):
+            del row[key]
         counts = self.partial_means.items()
         partial = {name: f"of {count} of MMEB's {MMEB_COUNTS[name]} tasks" for name, count in counts}
         content = {"format": FORMAT, "metric": "hit@1", "means": self.means, "partial_means": partial}
-        content |= {"tasks": tasks, "metric_means": self.metric_means}
-        content |= {key: getattr(self, key) for key in OTHER_PARTS}
-        content["hits"] = {name: result.hits for name, result in self.tasks.items()}
-        if values := {name: result.values for name, result in self.tasks.items() if result.values}:
-            content["values"] = values
-        write_text(json_file, json.dumps(content, indent=1, default=str) + "\n")
+        content |= {"metric_means": self.metric_means, **{key: getattr(self, key) for key in OTHER_PARTS}}
+        write_text(json_file, json.dumps({**content, "tasks": tasks}, indent=1, default=str) + "\n")
 
     @classmethod
     def from_json_file(cls, json_file: str | Path) -> ScoreReport:
-        """Read what ``to_json_file`` wrote; ``ValueError`` for another file or hits that do not fit."""
+        """Read what ``to_json_file`` wrote; what the rows scored is what counts. Other files are refused."""
         text = Path(json_file).read_text(encoding="utf-8")
         try:
             content, tasks = json.loads(text), {}
             if content.get("format") != FORMAT:
                 raise ValueError(f"not format {FORMAT}")
             for name, row in content["tasks"].items():
-                about = {key: row.pop(key) for key in TASK_KEYS if key in row}
-                hits, values = content["hits"][name], content.get("values", {}).get(name, {})
-                tasks[name] = TaskResult(Task(name, **about), hits=hits, values=values, **row)
-                tasks[name].check_hits()
+                task = Task(name, **{key: row.pop(key) for key in TASK_KEYS if key in row})
+                row["hit_at_1"] = {key: hits.count("1") / len(hits) for key, hits in row["hits"].items()}
+                for column, values in row["values"].items():
+                    row["metrics"][column][task.metric] = fmean(values)
+                tasks[name] = TaskResult(task, **row)
             return cls(tasks, **{key: content[key] for key in OTHER_PARTS})
         except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
             message = f"{json_file} is not a score file as a test wrote it ({error!r}); run the test again"

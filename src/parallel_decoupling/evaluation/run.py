@@ -24,8 +24,8 @@ from parallel_decoupling.evaluation import checks
 from parallel_decoupling.evaluation.encode import RowBatch
 from parallel_decoupling.evaluation.leaderboard import SCORE_FILES_DIR, write_predictions
 from parallel_decoupling.evaluation.report import ScoreReport, write_report
-from parallel_decoupling.evaluation.score import Columns, TaskScore, mode_costs, path_columns, score_task
-from parallel_decoupling.evaluation.store import AGGREGATE, Keeper, Store, path_column
+from parallel_decoupling.evaluation.score import Columns, TaskResult, mode_costs, path_columns, score_task
+from parallel_decoupling.evaluation.store import AGGREGATE, Keeper, Store, path_vectors
 from parallel_decoupling.files import write_text
 from parallel_decoupling.objective.statistics import path_cosine
 from parallel_decoupling.training.callbacks import console
@@ -61,18 +61,15 @@ class CollectedEmbeddings:
 
         None, on every process, if rows are missing, as they are when batches were limited.
         """
+        parts = gather_objects((self.rows, self.bad_rows))
+        self.bad_rows = {row: why for _, bad_rows in parts for row, why in bad_rows.items()}
+        if sum(len(rows) for rows, _ in parts) + len(self.bad_rows) < num_rows:
+            return None
         embeddings_UND = torch.zeros(num_rows, *self.vectors.shape[1:])
         embeddings_UND[self.rows] = self.vectors
-        seen_U = torch.zeros(num_rows)
-        seen_U[[*self.rows, *self.bad_rows]] = 1
         if world_size() > 1:
-            embeddings_UND, seen_U = (
-                cast(Tensor, trainer.strategy.reduce(each.to(module.device), reduce_op="sum")).cpu()
-                for each in (embeddings_UND, seen_U)
-            )
-            self.bad_rows = {row: why for each in gather_objects(self.bad_rows) for row, why in each.items()}
-        if not bool((seen_U > 0).all()):
-            return None
+            reduced = trainer.strategy.reduce(embeddings_UND.to(module.device), reduce_op="sum")
+            embeddings_UND = cast(Tensor, reduced).cpu()
         embeddings_UND[list(self.bad_rows)] = torch.nan
         return embeddings_UND
 
@@ -98,7 +95,7 @@ class Scoring(Callback):
         self._index = -1
         self._side: CollectedEmbeddings | None = None
         self._query: tuple[Tensor | None, dict[int, str]] = None, {}
-        self._scores: list[TaskScore] = []
+        self._scores: dict[str, TaskResult] = {}
         self._found: list[checks.Finding] = []
         self._cosines: list[Tensor] = []
         self._columns: Columns = {}
@@ -147,10 +144,10 @@ class Scoring(Callback):
         if self._side is None:
             return
         rows, side = cast(TaskSide, self.data.rows[self._index]), self._side
-        keeper = self.keeper if trainer.state.fn == "test" else None
+        writer = self.keeper.writers[rows.name] if self.keeper and trainer.state.fn == "test" else None
         embeddings_UND: Tensor | None
-        if keeper is not None and keeper.kept[rows.name]:  # by an earlier test
-            store = Store(keeper.writers[rows.name].folder)
+        if writer and writer.kept:  # by an earlier test
+            store = Store(writer.folder)
             paths_UND = torch.stack([store.column(name) for name in store.columns], dim=1)
             embeddings_UND = torch.full((len(rows), *paths_UND.shape[1:]), torch.nan)
             embeddings_UND[store.source_rows()] = paths_UND
@@ -160,10 +157,9 @@ class Scoring(Callback):
             if num_cut := sum(gather_objects(side.num_cut)):
                 cut = f"the ends of {num_cut} of {len(rows)} texts were cut off"
                 rank_zero_warn(f"{rows.name}: {cut}, as they have more than max_tokens.")
-            if keeper is not None and rank() == 0 and embeddings_UND is not None:
+            if writer and rank() == 0 and embeddings_UND is not None:
                 good = [row for row in range(len(rows)) if row not in bad_rows]
-                paths = {path_column(path): each for path, each in enumerate(embeddings_UND[good].unbind(1))}
-                keeper.write(rows, 0, good, paths, bad_rows)
+                writer.write(0, good, path_vectors(embeddings_UND[good]), bad_rows)
         self._side, query, self._query = None, self._query, (None, {})
         if rows.side == "query":
             self._query = embeddings_UND, bad_rows
@@ -188,7 +184,7 @@ class Scoring(Callback):
             return
         columns = path_columns(queries_UND, candidates_UND, partial(_aggregate, module))
         score = replace(score_task(task, columns), num_skipped=num_rows - len(task.query_of_row))
-        self._scores.append(score)
+        self._scores[name] = score
         self._columns = {name: (each[0][:1], each[1][:1]) for name, each in columns.items()}
         if trainer.state.fn != "test" or not trainer.is_global_zero:
             return
@@ -202,7 +198,7 @@ class Scoring(Callback):
     def _log(self, stage: str, module: PDFEmbedder) -> None:
         if not self._scores:
             return
-        self.report = ScoreReport.from_scores(self._scores, {**module.run_info(), "commit": git_commit()})
+        self.report = ScoreReport(self._scores, {**module.run_info(), "commit": git_commit()})
         column, means = self.report.columns[0], self.report.means
         values = {f"{stage}/{name}/hit_at_1": r.hit_at_1[column] for name, r in self.report.tasks.items()}
         for name, result in self.report.tasks.items():
@@ -245,12 +241,11 @@ class EmbeddingWriter(Callback):
         shard.add(batch, outputs)
         self._num_cut += batch.inputs.num_cut
         if batch.place.last:
-            rows, embeddings_BND = self.data.rows[dataloader_idx], shard.vectors
-            paths = range(outputs.shape[1]) if batch.paths is None else batch.paths
-            vectors = {path_column(path): embeddings_BND[:, place] for place, path in enumerate(paths)}
+            vectors = path_vectors(shard.vectors, batch.paths)
             if batch.paths is None:
-                vectors[AGGREGATE] = _aggregate(pl_module, embeddings_BND)
-            self.keeper.write(rows, batch.place.shard, shard.rows, vectors, shard.bad_rows)
+                vectors[AGGREGATE] = _aggregate(pl_module, shard.vectors)
+            writer = self.keeper.writers[self.data.rows[dataloader_idx].name]
+            writer.write(batch.place.shard, shard.rows, vectors, shard.bad_rows)
             del self._shards[dataloader_idx, batch.place.shard]
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -5,9 +5,10 @@ MMEB has one right answer per query, its positive; other tasks have several, eac
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,25 +27,57 @@ RANKING_DEPTH = 10
 ROWS_AT_ONCE = 256
 
 Columns = dict[str, tuple[Tensor, Tensor]]  # embeddings of queries and of candidates by name
+RowMetrics = dict[str, dict[str, Tensor]]  # by column and METRICS: float64 [rows]
+
+
+NOT_KEPT = ("rows", "ranking")
 
 
 @dataclass(frozen=True)
-class TaskScore:
-    """What one task's rows scored."""
+class TaskResult:
+    """Scores of one task, by column (aggregate, path_0, ...)."""
 
     task: Task
-    values: dict[str, dict[str, Tensor]]  # by column (aggregate, path_0, ...) and METRICS: float64 [rows]
-    ranking: Tensor  # int64 [rows, 10]: best candidates of the first column; -1 where a row has fewer
+    num_queries: int  # rows scored
     chance: float  # hit@1 of a random choice, the mean over rows of right / all distinct candidates
+    hit_at_1: dict[str, float]  # in [0, 1]
+    hits: dict[str, str] = field(default_factory=dict)  # one 0 or 1 per row; empty if not known
     num_skipped: int = 0  # rows left out because they could not be embedded
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)  # means of METRICS
     rows_sha256: str = ""  # identifies what was asked, see task_hash
-    answers: float = 1.0  # right answers per row
     margin_correlation: list[list[float]] = field(default_factory=list)  # [N][N] of paths, over rows
+    answers: float = 1.0  # right answers per row
+    values: dict[str, list[float]] = field(default_factory=dict)  # of a metric other than hit@1, per row
+    rows: RowMetrics = field(default_factory=dict, compare=False)
+    ranking: Tensor | None = field(default=None, compare=False)
+    """int64 [rows, 10]: best candidates of the first column; -1 where a row has fewer."""
+
+    @classmethod
+    def of(cls, task: Task, rows: RowMetrics, ranking: Tensor, chance: float, **about: Any) -> TaskResult:
+        """Keep the means of all metrics, and of the task's own what every row has."""
+        hits = {key: "".join("01"[hit] for hit in of["hit@1"].int().tolist()) for key, of in rows.items()}
+        metrics = {key: {name: float(row.mean()) for name, row in of.items()} for key, of in rows.items()}
+        hit_at_1 = {key: each.count("1") / len(each) for key, each in hits.items()}
+        if task.metric != "hit@1":
+            about["values"] = {key: of[task.metric].tolist() for key, of in rows.items()}
+        about |= {"hits": hits, "metrics": metrics, "rows": rows, "ranking": ranking}
+        return cls(task, len(ranking), chance, hit_at_1, **about)
 
     @property
-    def hits(self) -> dict[str, Tensor]:
-        """By column, bool ``[rows]``: whether a right answer came first."""
-        return {name: of_metric["hit@1"] == 1 for name, of_metric in self.values.items()}
+    def score(self) -> dict[str, float]:
+        """The task's own metric by column."""
+        if self.task.metric == "hit@1":
+            return self.hit_at_1
+        return {column: metrics[self.task.metric] for column, metrics in self.metrics.items()}
+
+    @property
+    def title(self) -> str:
+        """The task's name, with its metric if that is another one than hit@1."""
+        return self.task.name + ("" if self.task.metric == "hit@1" else f", {self.task.metric}")
+
+    def row_scores(self, column: str) -> list[float]:
+        """Return what every row contributes to ``score``."""
+        return self.values[column] if self.values else [float(hit) for hit in self.hits[column]]
 
 
 def path_columns(query: Tensor, candidate: Tensor, aggregate: Callable[[Tensor], Tensor]) -> Columns:
@@ -64,16 +97,19 @@ def path_columns(query: Tensor, candidate: Tensor, aggregate: Callable[[Tensor],
     return columns
 
 
-def similarities(query: Tensor, candidate: Tensor) -> Tensor:
-    """Score all pairs ``[Q, C]`` of unit vectors: cosines of ``[rows, D]``, MaxSim of ``[rows, N, D]``."""
+def similarities(query: Tensor, candidate: Tensor | Sequence[Tensor]) -> Tensor:
+    """Score all pairs ``[Q, C]`` of unit vectors: cosines of ``[rows, D]``, MaxSim of ``[rows, N, D]``.
+
+    The candidates of MaxSim may also be a list of ``[C, D]``, one per path.
+    """
     if query.ndim == 2:
-        return query @ candidate.T
-    flat = query.flatten(0, 1)
-    cosines = ((flat @ candidate_CD.T).view(*query.shape[:2], -1) for candidate_CD in candidate.unbind(1))
+        return query @ cast(Tensor, candidate).T
+    paths = candidate.unbind(1) if isinstance(candidate, Tensor) else candidate
+    cosines = ((query.flatten(0, 1) @ path_CD.T).view(*query.shape[:2], -1) for path_CD in paths)
     return reduce(torch.maximum, cosines).mean(dim=1)
 
 
-def score_task(task: EvalTask, columns: Columns) -> TaskScore:
+def score_task(task: EvalTask, columns: Columns) -> TaskResult:
     """Score every row of a task by the columns of ``path_columns``, in float32.
 
     Candidates equal to the positive as inputs (text and images) do not count against it. Candidates
@@ -109,7 +145,7 @@ def score_task(task: EvalTask, columns: Columns) -> TaskScore:
             if name == next(iter(columns)):
                 best_RC = index_RC.masked_fill(~counted_RC, -1).gather(1, order_RC[:, :RANKING_DEPTH])
                 ranking.append(F.pad(best_RC, (0, RANKING_DEPTH - best_RC.shape[1]), value=-1))
-    values = {
+    metrics = {
         name: {metric: torch.cat([each[metric] for each in parts]) for metric in METRICS}
         for name, parts in chunks.items()
     }
@@ -117,9 +153,9 @@ def score_task(task: EvalTask, columns: Columns) -> TaskScore:
     everyone = ({identities[each] for each in candidates} for candidates in task.candidates_of_row)
     chance = sum(len(some) / len(each) for some, each in zip(right, everyone, strict=True)) / len(right)
     of_paths = [torch.cat(each) for each in margins.values()]
-    return TaskScore(
+    return TaskResult.of(
         task.task,
-        values,
+        metrics,
         torch.cat(ranking),
         chance,
         rows_sha256=task_hash(task),

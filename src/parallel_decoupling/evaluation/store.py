@@ -47,15 +47,23 @@ def path_column(path: int) -> str:
     return f"path_{path}"
 
 
-class StoreWriter:
-    """Writes shards into a folder; their bytes depend on rows and ``about``, not on the writing process.
+def path_vectors(embeddings_BND: Tensor, paths: Iterable[int] | None = None) -> dict[str, Tensor]:
+    """Name the embeddings of paths, by default of all, by their columns."""
+    numbers = range(embeddings_BND.shape[1]) if paths is None else paths
+    return dict(zip(map(path_column, numbers), embeddings_BND.unbind(1), strict=True))
 
-    ``about`` are plain values that hold for every shard: those of ``COMPARED``, ``num_paths``,
-    ``aggregation``, and anything worth keeping about the source. Files in them are kept by ``portable``.
+
+class StoreWriter:
+    """Writes the shards of one source; their bytes depend on rows and ``about``, not on the writing process.
+
+    ``about`` are plain values that hold for every shard: those of ``COMPARED``, and anything worth keeping
+    about the model and the source. Files in them are kept by ``portable``.
     """
 
-    def __init__(self, folder: str | Path, about: Mapping[str, Any], dtype: VectorType = "float32") -> None:
-        self.folder = Path(folder)
+    def __init__(
+        self, folder: str | Path, rows: Source, about: Mapping[str, Any], dtype: VectorType = "float32"
+    ) -> None:
+        self.folder, self.rows, self.kept = Path(folder), rows, frozenset[int]()
         self.about: dict[str, Any] = json.loads(json.dumps({**portable(about, folder), "dtype": dtype}))
 
     @property
@@ -68,39 +76,61 @@ class StoreWriter:
         first = shard * self.about["rows_per_shard"]
         return range(first, min(first + self.about["rows_per_shard"], self.about["num_rows"]))
 
-    def problem(self, shard: int, file: Path, rows_sha256: str) -> str | None:
-        """Say why the file of a shard, whose rows have this hash, cannot be kept; None if it can."""
-        if shard >= self.num_shards:
-            return f"{file} is beyond the {self.num_shards} files of this run"
-        wanted = {**self.about, "rows_sha256": rows_sha256}
-        difference = _difference(read_metadata(file), wanted, COMPARED)
-        return f"{file} was written with another {difference}" if difference else None
+    def find_kept(self, replace: bool, with_bad_rows: bool) -> frozenset[int]:
+        """Find the shards that are done, the same on all processes; see ``Keeper``."""
+        done, problem = set[int](), None
+        if rank() == 0:
+            remove_leftovers(self.folder)
+            for shard, file in shard_files(self.folder).items():
+                found, wanted = read_metadata(file), {**self.about, "rows_sha256": self._hash(shard)}
+                difference = _difference(found, wanted, COMPARED)
+                if difference and not replace:
+                    problem = f"{file} was written with another {difference}"
+                    break
+                if not difference and (with_bad_rows or not found["bad_rows"]):
+                    done.add(shard)
+        done, problem = gather_objects((done, problem))[0]
+        if problem:
+            raise ValueError(f"{problem}. Give another output_dir, or empty this one.")
+        self.kept = frozenset(done)
+        return self.kept
 
     def write(
-        self,
-        shard: int,
-        fields: pa.Table,
-        vectors: Vectors,
-        *,
-        rows_sha256: str,
-        bad_rows: Sequence[Mapping[str, Any]] = (),
+        self, shard: int, numbers: Sequence[int], vectors: Vectors, bad_rows: Mapping[int, str]
     ) -> None:
-        """Write one shard, complete or not at all: fields and vectors of the embedded rows, in row order."""
-        assert len(fields) + len(bad_rows) == len(self.rows_of(shard)), "a shard accounts for all of its rows"
-        table = fields
+        """Write one shard, whole or not at all: ``vectors`` by column of the rows ``numbers``, in any order.
+
+        ``bad_rows`` are the others, each with the reason.
+        """
+        bad, order = sorted(bad_rows), torch.tensor(numbers, dtype=torch.long).argsort()
+        assert len(numbers) + len(bad) == len(self.rows_of(shard)), "a shard accounts for all of its rows"
+        table = fields = self.rows.columns(sorted(numbers))
         for name in self.about["columns"]:
-            numbers = vectors[name].float().numpy().astype(self.about["dtype"])
-            assert len(numbers) == len(fields), f"{name} has as many rows as the fields"
-            cells = pa.FixedSizeListArray.from_arrays(pa.array(numbers.reshape(-1)), numbers.shape[1])
+            cells_BD = vectors[name][order].float().numpy().astype(self.about["dtype"])
+            cells = pa.FixedSizeListArray.from_arrays(pa.array(cells_BD.reshape(-1)), cells_BD.shape[1])
             table = table.append_column(name, cells)
-        own = {"shard": shard, "first_row": self.rows_of(shard).start, "rows_sha256": rows_sha256}
-        metadata = {**self.about, **own, "bad_rows": [dict(row) for row in bad_rows]}
-        table = table.replace_schema_metadata({METADATA_KEY: json.dumps(sealed(metadata))})
+        reasons = [
+            {"row": row, "id": name, "reason": _without_folders(bad_rows[row], self.rows, row)}
+            for row, name in zip(bad, self.rows.columns(bad)["id"].to_pylist(), strict=True)
+        ]
+        own = {"shard": shard, "first_row": self.rows_of(shard).start, "rows_sha256": self._hash(shard)}
+        metadata = {METADATA_KEY: json.dumps(sealed({**self.about, **own, "bad_rows": reasons}))}
         compression = dict.fromkeys(table.column_names, "none") | dict.fromkeys(fields.column_names, "zstd")
         options: dict[str, Any] = {"use_dictionary": fields.column_names, "compression": compression}
-        options["write_page_checksum"] = True
+        options |= {"write_page_checksum": True, "row_group_size": ROW_GROUP_SIZE}
         with atomic_write(self.folder / f"embeddings-{shard:05d}.parquet") as unfinished:
-            pq.write_table(table, unfinished, row_group_size=ROW_GROUP_SIZE, **options)
+            pq.write_table(table.replace_schema_metadata(metadata), unfinished, **options)
+
+    def _hash(self, shard: int) -> str:
+        """Identify the rows of a shard; one that cannot be used counts by the reason."""
+
+        def content(row: int) -> RawInput:
+            try:
+                return self.rows[row]
+            except ValueError as error:
+                return RawInput(f"error: {error}")
+
+        return rows_hash(map(content, self.rows_of(shard)))
 
 
 class Keeper:
@@ -120,48 +150,19 @@ class Keeper:
     ) -> None:
         self.root, self._model, self._dtype, self._replace = Path(root), model, dtype, replace
         self.writers: dict[str, StoreWriter] = {}
-        self.kept: dict[str, frozenset[int]] = {}
 
     def open(self, rows: Source, about: Mapping[str, Any]) -> StoreWriter:
         """Say where the embeddings of some rows go, and what their files tell of them."""
-        self.writers[rows.name] = StoreWriter(self.root / rows.name, {**self._model(), **about}, self._dtype)
-        return self.writers[rows.name]
+        writer = StoreWriter(self.root / rows.name, rows, {**self._model(), **about}, self._dtype)
+        self.writers[rows.name] = writer
+        return writer
 
     def finished(self, rows: Source, about: Mapping[str, Any], with_bad_rows: bool = True) -> frozenset[int]:
-        """Open the store of some rows and return the shards that are done, the same on all processes.
+        """Open the store of some rows and return the shards that are done.
 
         Without ``with_bad_rows`` a shard in which some rows could not be embedded does not count.
         """
-        writer = self.open(rows, about)
-        done, problem = set[int](), None
-        if rank() == 0:
-            remove_leftovers(writer.folder)
-            for shard, file in shard_files(writer.folder).items():
-                problem = writer.problem(shard, file, _shard_hash(rows, writer.rows_of(shard)))
-                if problem and not self._replace:
-                    break
-                if not problem and (with_bad_rows or not read_metadata(file)["bad_rows"]):
-                    done.add(shard)
-        done, problem = gather_objects((done, problem))[0]
-        if problem and not self._replace:
-            raise ValueError(f"{problem}. Give another output_dir, or empty this one.")
-        self.kept[rows.name] = frozenset(done)
-        return frozenset(done)
-
-    def write(
-        self, rows: Source, shard: int, numbers: Sequence[int], vectors: Vectors, bad_rows: Mapping[int, str]
-    ) -> None:
-        """Write one shard: ``vectors`` by column of the rows ``numbers``, in any but the same order."""
-        writer, bad = self.writers[rows.name], sorted(bad_rows)
-        order = torch.tensor(numbers, dtype=torch.long).argsort()
-        ids = rows.columns(bad)["id"].to_pylist()
-        reasons = [
-            {"row": row, "id": id_, "reason": _without_folders(bad_rows[row], rows, row)}
-            for row, id_ in zip(bad, ids, strict=True)
-        ]
-        in_order = {name: vectors_BD[order] for name, vectors_BD in vectors.items()}
-        known = _shard_hash(rows, writer.rows_of(shard))
-        writer.write(shard, rows.columns(sorted(numbers)), in_order, rows_sha256=known, bad_rows=reasons)
+        return self.open(rows, about).find_kept(self._replace, with_bad_rows)
 
     def written(self) -> tuple[int, int, list[dict[str, Any]]]:
         """Return how many shards are missing, how many rows are there, and those that were not embedded."""
@@ -208,6 +209,7 @@ class Store:
             raise ValueError(f"{self.folder} lacks {missing} files: run the same predict command again.")
         self.columns: tuple[str, ...] = tuple(self.metadata["columns"])
         self.ends = list(accumulate(self.batch_sizes))
+        self.starts = [0, *self.ends][: len(self.ends)]
 
     def __len__(self) -> int:
         return sum(self.batch_sizes)
@@ -239,14 +241,18 @@ class Store:
         bad = {row["row"] for row in self.bad_rows}
         return [row for row in range(self.metadata["num_rows"]) if row not in bad]
 
+    def fields(self, batch: int) -> pa.Table:
+        """Read ``id`` and the source's columns of one row group."""
+        names = [name for name in pq.read_schema(self.files[0]).names if name not in self.columns]
+        return self.read(batch, names)
+
     def rows(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Read ``id`` and the source's columns of some rows, in the order asked for."""
-        names = [name for name in pq.read_schema(self.files[0]).names if name not in self.columns]
         found: dict[int, dict[str, Any]] = {}
         for batch in {bisect_right(self.ends, index) for index in indices}:
-            first = self.ends[batch] - self.batch_sizes[batch]
+            first = self.starts[batch]
             wanted = [index for index in indices if first <= index < self.ends[batch]]
-            rows = self.read(batch, names).take([index - first for index in wanted])
+            rows = self.fields(batch).take([index - first for index in wanted])
             found |= dict(zip(wanted, rows.to_pylist(), strict=True))
         return [found[index] for index in indices]
 
@@ -282,27 +288,14 @@ def chosen_columns(names: Collection[str] | None, num_paths: int) -> tuple[str, 
     return tuple(name for name in known if names is None or name in names)
 
 
-def _shard_hash(rows: Source, numbers: range) -> str:
-    """Identify some rows; one that cannot be used counts by the reason."""
-
-    def content(row: int) -> RawInput:
-        try:
-            return rows[row]
-        except ValueError as error:
-            return RawInput(f"error: {error}")
-
-    return rows_hash(content(row) for row in numbers)
-
-
 def _without_folders(reason: str, rows: Source, row: int) -> str:
     """Name the pictures of a row by their last part only."""
     try:
         files = [image for image in rows[row].pictures if isinstance(image, str)]
     except ValueError:
         return reason
-    for file in files:
-        for place in (os.path.realpath(file), file):
-            reason = reason.replace(place, Path(file).name)
+    for place in (place for file in files for place in (os.path.realpath(file), file)):
+        reason = reason.replace(place, os.path.basename(place))
     return reason
 
 

@@ -13,9 +13,10 @@ Modes = list[tuple[nn.Module, bool]]
 
 
 def enter_evaluation(module: nn.Module) -> Modes:
-    """Set evaluation mode, and return what ``restore_modes`` takes back: every submodule with its mode."""
-    modes = [(each, each.training) for each in module.modules()]
-    module.eval()
+    """Set evaluation mode, and return what ``restore_modes`` takes back: the modules that were training."""
+    modes = [(each, True) for each in module.modules() if each.training]
+    for each, _ in modes:
+        each.training = False
     return modes
 
 
