@@ -156,7 +156,7 @@ def test_missing_column_and_file_are_named(tmp_path: Path) -> None:
     write_train(tmp_path, "S", [row])
     with pytest.raises(ValueError, match=r"'S', file .*: column 'pos_text' is missing; found qry"):
         TrainSubset(tmp_path, "S")
-    with pytest.raises(ValueError, match=r"no file .*S.train-\*\.parquet; the folder holds original-00000"):
+    with pytest.raises(ValueError, match=r"S holds no train-\*\.parquet that ends .*; found original-00000"):
         TrainSubset(tmp_path, "S", "train")
     write_eval(tmp_path, "GQA", [{"qry_inst": "i", "qry_text": "q"}])
     with pytest.raises(ValueError, match="column 'tgt_text' is missing; found qry_inst, qry_text"):

@@ -171,13 +171,13 @@ class MMEBDataModule(LightningDataModule):
             if self.data_dir == EMBEDDED:
                 raise ValueError(f"download is for MMEB, {EMBEDDED!r} is generated. Set data_dir.")
             folder = Path(self.data_dir)
-            named = [*(wanted or ()), *((self.eval_tasks or ()) if stage == "fit" else ())]
-            there = tasks.find_train_subsets(folder, self.split)
+            known, there = [*tasks.read_tasks(folder)], tasks.find_train_subsets(folder, self.split)
             tasks.check_names(subsets or (), [*tasks.MMEB_TRAIN_SUBSETS, *there], "training subset")
-            known = [*tasks.MMEB_TASKS, *tasks.find_eval_tasks(folder)]
-            tasks.check_names(named, known, "evaluation task", self._task_advice)
+            wanted = tasks.chosen(wanted, known, folder)
+            later = tasks.chosen(self.eval_tasks, known, folder) if stage == "fit" else []
+            tasks.check_names([*wanted, *later], known, "evaluation task", self._task_advice)
             download_train(folder, _of(tasks.MMEB_TRAIN_SUBSETS, subsets), self.split)
-            download_eval(folder, _of(tasks.MMEB_TASKS, wanted))
+            download_eval(folder, wanted)
         there = tasks.find_train_subsets(self.folder, self.split)
         for subset in _of(there, tasks.chosen(subsets, there, self.folder)):
             readers.open_train(self.folder, subset, self.split)
@@ -191,10 +191,10 @@ class MMEBDataModule(LightningDataModule):
             return
         found = tasks.find_eval_tasks(self.folder)
         names, option = tasks.chosen(self.validation_tasks, found, self.folder), "validation_tasks"
-        to_test = tasks.chosen(self.eval_tasks, found, self.folder)
+        later = [*tasks.read_tasks(self.folder)] if self.download and stage == "fit" else found
+        to_test = tasks.chosen(self.eval_tasks, later, self.folder)
         if stage == "fit":
-            to_come = tasks.MMEB_TASKS if self.download else ()
-            tasks.check_names(to_test, [*found, *to_come], "evaluation task", self._task_advice)
+            tasks.check_names(to_test, later, "evaluation task", self._task_advice)
             self.train_data = self._open_subsets()
         elif stage != "validate":
             names, option = to_test, "eval_tasks"

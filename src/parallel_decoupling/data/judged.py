@@ -9,7 +9,7 @@ from pathlib import Path
 
 from parallel_decoupling.data.images import ImageFolder
 from parallel_decoupling.data.row_reader import CANDIDATE, QUERY, RowReader, Side, side_of, target
-from parallel_decoupling.data.tables import SUFFIXES, Table
+from parallel_decoupling.data.tables import Table, find_tables
 from parallel_decoupling.data.tasks import EvalTask, Source, Task
 
 QRELS = ("query-id", "corpus-id", "score")
@@ -84,13 +84,7 @@ def read_judged(task: Task, limit: int | None, *, must_exist: bool) -> EvalTask:
 def _open(task: Task, folder: Path, part: str, columns: dict[str, str]) -> Table:
     """Open the first that is there of ``<part>/test*``, ``<part>/train*`` (as in VisRAG) and ``<part>.*``."""
     owner = f"evaluation task {task.name!r}"
-    patterns = (f"{part}/test*", f"{part}/train*", f"{part}.*")
-    found = [[file for file in sorted(folder.glob(each)) if file.suffix in SUFFIXES] for each in patterns]
-    files = next(filter(None, found), [])
-    if not files:
-        names = f"{part}/test* or {part}.*"
-        raise ValueError(f"{owner}: {folder} holds no {names} that ends with {', '.join(SUFFIXES)}.")
-    return Table(owner, files, columns)
+    return Table(owner, find_tables(owner, folder, f"{part}/test*", f"{part}/train*", f"{part}.*"), columns)
 
 
 def _rows_by_id(table: Table, part: str) -> dict[str, int]:

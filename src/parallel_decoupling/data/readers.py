@@ -22,7 +22,7 @@ from parallel_decoupling.data.images import ImageFolder
 from parallel_decoupling.data.judged import open_judged, read_judged
 from parallel_decoupling.data.names import printable
 from parallel_decoupling.data.row_reader import CANDIDATE, NEGATIVE, QUERY, RowReader, Side, side_of, target
-from parallel_decoupling.data.tables import Table
+from parallel_decoupling.data.tables import Table, find_tables
 from parallel_decoupling.data.tasks import INSTRUCTIONS, ROLES, TEACHER, EvalTask, Task, read_tasks
 from parallel_decoupling.data.unusable import RowError, doubled, one_row
 from parallel_decoupling.data.video_sets import RIGHT, open_video_set
@@ -47,7 +47,9 @@ def open_train(data_dir: Path, subset: str, split: str) -> RowReader:
     source, root = task.source, data_dir / "MMEB-train"
     owner, columns = f"training subset {subset!r}", dict(zip(ROLES, MMEB_TRAIN, strict=True))
     if source is None or source.train_file is None:
-        table = Table(owner, _files(owner, root / subset, split), columns | {TEACHER: TEACHER})
+        table = Table(
+            owner, find_tables(owner, root / subset, f"{split}-*.parquet"), columns | {TEACHER: TEACHER}
+        )
         table.check((*QUERY, *CANDIDATE), QUERY)
         return RowReader(table, ImageFolder(root), task.prompt)
     table = Table(owner, [source.train_file], source.columns)
@@ -69,7 +71,7 @@ def open_eval(data_dir: Path, task: Task, *, must_exist: bool = True) -> RowRead
     owner = f"evaluation task {task.name!r}"
     columns = dict(zip((*roles, *INSTRUCTIONS), MMEB_EVAL, strict=True))
     if source is None or source.eval_file is None:
-        table = Table(owner, _files(owner, root / task.name, "test"), columns)
+        table = Table(owner, find_tables(owner, root / task.name, "test-*.parquet"), columns)
         table.check(roles[::2] if table.column(INSTRUCTIONS[0]) is not None else roles, QUERY)
         roots = (root, root / "image-tasks", data_dir / "image-tasks")
         return RowReader(table, ImageFolder(*roots, must_exist=must_exist), task.prompt)
@@ -80,14 +82,6 @@ def open_eval(data_dir: Path, task: Task, *, must_exist: bool = True) -> RowRead
     table = Table(owner, [source.eval_file], used)
     table.check(used, QUERY)
     return RowReader(table, ImageFolder(source.image_dir, must_exist=must_exist), source=source)
-
-
-def _files(owner: str, folder: Path, split: str) -> list[Path]:
-    files = sorted(folder.glob(f"{split}-*.parquet"))
-    if not files:
-        others = ", ".join(sorted(file.name for file in folder.glob("*.parquet"))) or "no parquet file"
-        raise ValueError(f"{owner}: no file {folder / split}-*.parquet; the folder holds {others}.")
-    return files
 
 
 class TrainSubset:

@@ -107,9 +107,24 @@ class Table:
 
     def where(self, row: int, *columns: str) -> str:
         """Name the owner, file, row in that file and the first known of some columns, for a message."""
-        file = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+        file, number = self.place(row)
         name = next((self.columns[column] for column in columns if column in self.columns), columns[0])
-        return f"{self.owner}, file {self.files[file]}, row {row - self._first_rows[file]}, column {name!r}"
+        return f"{self.owner}, file {file}, row {number}, column {name!r}"
+
+    def place(self, row: int) -> tuple[Path, int]:
+        """Return the file of a row, and its number there."""
+        file = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+        return self.files[file], row - int(self._first_rows[file])
+
+
+def find_tables(owner: str, folder: Path, *patterns: str) -> list[Path]:
+    """Return the files of the first pattern that has any, in the order of their names."""
+    found = [[file for file in sorted(folder.glob(each)) if file.suffix in SUFFIXES] for each in patterns]
+    if not any(found):
+        there = ", ".join(sorted(file.name for file in folder.glob("*"))) or "nothing"
+        looked = f"{folder} holds no {' or '.join(patterns)} that ends with {', '.join(SUFFIXES)}"
+        raise ValueError(f"{owner}: {looked}; found {there:.200}.")
+    return next(filter(None, found))
 
 
 def arrow_copy(file: Path, texts: Mapping[str, bool], owner: str, keep_others: bool = False) -> Path:

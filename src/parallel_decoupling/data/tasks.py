@@ -191,11 +191,12 @@ def read_tasks(data_dir: str | Path) -> dict[str, Task]:
 def _v2_source(task: Task, data_dir: Path) -> Source:
     """Return where the rows and the pictures or frames of a task of MMEB-V2 are."""
     entry, root = _V2[task.group][task.name], data_dir / f"{task.group}-tasks"
+    rows = root / Path(entry["set"]).name
     about: dict[str, Any] = {"query_instruction": entry["query"], "candidate_instruction": entry["candidate"]}
     if task.group == "video":
         frames = root / "frames" / entry["frames"]
-        return Source(eval_file=root / entry["set"], image_dir=frames, published=entry, **about)
-    about |= {"eval_dir": root / entry["set"], "image_dir": root / entry["images"]}
+        return Source(eval_file=rows, image_dir=frames, published=entry, **about)
+    about |= {"eval_dir": rows, "image_dir": root / entry["images"]}
     return Source(columns={"query_text": "query", "candidate_image": "image"}, published=entry, **about)
 
 

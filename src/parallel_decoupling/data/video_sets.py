@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from parallel_decoupling.data.tables import SUFFIXES, Table
+from parallel_decoupling.data.tables import Table, find_tables
 from parallel_decoupling.data.tasks import Source
 from parallel_decoupling.data.unusable import one_row
 
@@ -17,27 +17,23 @@ RIGHT = "right"
 
 
 def open_video_set(owner: str, source: Source) -> Table:
-    """Open a set in the layout of the hub, with cells by role; a picture is the name of a folder of frames.
-
-    A set without folders of configurations has its files in ``data/`` or at the top.
-    """
+    """Open a set as the hub has it (``rows_of``); a picture is the name of a folder of frames."""
     folder, entry = source.eval_file or Path(), source.published or {}
+    files = find_tables(owner, folder, *rows_of(entry))
+    table, rows = Table(owner, files, {}, keep_others=True), list[dict[str, Any]]()
+    for row in range(len(table)):
+        file, number = table.place(row)
+        with one_row(f"{owner}, file {file}, row {number}: not as the set of the hub has it: "):
+            config = file.relative_to(folder).parts[0]
+            rows.append(_cells(table[row], config, entry, source.image_dir))
+    table.rows = pa.Table.from_pylist(rows)
+    return table
+
+
+def rows_of(entry: Mapping[str, Any]) -> tuple[str, str]:
+    """Return where a set's rows are: in the hub's conversion to Parquet, and beside its card."""
     config, _, split = entry["rows"].rpartition("/")
-    patterns = [f"{config or '.'}/{split}*", f"data/{split}*", f"{split}*"]
-    found = [[file for file in sorted(folder.glob(each)) if file.suffix in SUFFIXES] for each in patterns]
-    files = next(filter(None, found), [])
-    if not files:
-        looked = " or ".join(dict.fromkeys(patterns))
-        raise ValueError(f"{owner}: {folder} holds no {looked} that ends with {', '.join(SUFFIXES)}.")
-    rows: list[dict[str, Any]] = []
-    for file in files:
-        table = Table(owner, [file], {}, keep_others=True)
-        for row in range(len(table)):
-            with one_row(f"{owner}, file {file}, row {row}: not as the set of the hub has it: "):
-                rows.append(_cells(table[row], file.parent.name, entry, source.image_dir))
-    whole = Table(owner, files, {}, keep_others=True)
-    whole.rows = pa.Table.from_pylist(rows)
-    return whole
+    return f"{config or 'default'}/{split}/*.parquet", f"{config or 'data'}/{split}*"
 
 
 def _cells(row: Mapping[str, Any], folder: str, entry: Mapping[str, Any], frames: Path) -> dict[str, Any]:
