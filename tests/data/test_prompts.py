@@ -44,7 +44,7 @@ def write_both(folder: Path, task: str) -> tuple[Path, Path]:
     images = [f"{task}/{number}.jpg" if has_image else "" for number in range(2)]
     for part, place in (("v1", "MMEB-eval"), ("split", "image-tasks")):
         for number in range(2):
-            write_image(folder / part / place / task / f"{number}.jpg")
+            write_image(folder / part / place / task / f"{number}.jpg", ("red", "blue")[number])
     lone = "<|image_1|>\n" if task in ("WebQA", "EDIS") else ""
     row = {"qry_text": lone + query, "qry_img_path": f"{task}/0.jpg" if has_query_image else ""}
     row |= {"tgt_text": [candidate, candidate if has_image else "other"], "tgt_img_path": images}

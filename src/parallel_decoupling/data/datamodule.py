@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -176,13 +176,14 @@ class MMEBDataModule(LightningDataModule):
             wanted = tasks.chosen(wanted, known, folder)
             later = tasks.chosen(self.eval_tasks, known, folder) if stage == "fit" else []
             tasks.check_names([*wanted, *later], known, "evaluation task", self._task_advice)
-            download_train(folder, _of(tasks.MMEB_TRAIN_SUBSETS, subsets), self.split)
+            trained = [name for name in tasks.MMEB_TRAIN_SUBSETS if subsets is None or name in subsets]
+            download_train(folder, trained, self.split)
             download_eval(folder, wanted)
         there = tasks.find_train_subsets(self.folder, self.split)
-        for subset in _of(there, tasks.chosen(subsets, there, self.folder)):
+        for subset in sorted({*tasks.chosen(subsets, there, self.folder)} & {*there}):
             readers.open_train(self.folder, subset, self.split)
         there = tasks.find_eval_tasks(self.folder)
-        for task in _of(there, tasks.chosen(wanted, there, self.folder)):
+        for task in sorted({*tasks.chosen(wanted, there, self.folder)} & {*there}):
             readers.open_sides(self.folder, tasks.read_tasks(self.folder)[task])
 
     def setup(self, stage: str) -> None:
@@ -335,8 +336,3 @@ class MMEBDataModule(LightningDataModule):
             options = {"num_workers": self.num_workers, "generator": torch.Generator(), "batch_size": None}
             loaders.append(Batches(DataLoader(batches, sampler=plan, **options)))
         return loaders
-
-
-def _of(there: Iterable[str], wanted: Sequence[str] | None) -> list[str]:
-    """Return those of the names that are wanted; None is all that are MMEB's or yours."""
-    return [name for name in there if (name != tasks.NOT_IN_MMEB if wanted is None else name in wanted)]

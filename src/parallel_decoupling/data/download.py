@@ -159,7 +159,8 @@ def _taped(files: Sequence[Path]) -> Iterator[tuple[str, int, IO[bytes]]]:
     """Yield the same of an archive in parts, which is read once from its start to its end."""
     blocks = (block for file in files for block in _blocks(file))
     stream: Any = SimpleNamespace(read=lambda _: next(blocks, b""))
-    with closing(tarfile.open(fileobj=stream, mode="r|*")) as archive:
+    with closing(tarfile.open(fileobj=stream, mode="r|*")) as opened:
+        archive: Any = opened
         while (member := archive.next()) is not None:
             if member.isfile() and (content := archive.extractfile(member)) is not None:
                 yield member.name, member.size, content

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from parallel_decoupling.data.unusable import RowError, one_row
-from parallel_decoupling.option_types import check_memory
+from parallel_decoupling.option_types import PositiveInt, check_memory, check_values
 
 SquareSize = Literal["low", "mid", "high"]
 SQUARES: dict[str, int] = {"low": 128, "mid": 672, "high": 1344}
@@ -46,23 +46,21 @@ class ImagePolicy:
     """
 
     size: SquareSize | None = None
-    min_pixels: int | None = None
-    max_pixels: int | None = None
+    min_pixels: PositiveInt | None = None
+    max_pixels: PositiveInt | None = None
     factor: int = 1
     max_frames: int = 8
     max_video_pixels: int | None = None
 
     def __post_init__(self) -> None:
         """Check the values."""
-        bounds = [bound for bound in (self.min_pixels, self.max_pixels) if bound is not None]
-        if self.size not in (None, *SQUARES):
-            raise ValueError(f"image_size must be one of {', '.join(SQUARES)} or null, got {self.size!r}.")
-        if self.size is not None and bounds:
+        check_values(ImagePolicy, vars(self))
+        low, high = self.min_pixels or 1, self.max_pixels or math.inf
+        if self.size is not None and (self.min_pixels or self.max_pixels):
             meaning = "forces a square, so min_pixels and max_pixels have no meaning"
             raise ValueError(f"image_size={self.size!r} {meaning}. Set one or the other to null.")
-        if min(bounds, default=1) < 1 or bounds != sorted(bounds):
-            rule = "must be at least 1, and min_pixels not above max_pixels"
-            raise ValueError(f"min_pixels={self.min_pixels}, max_pixels={self.max_pixels}: they {rule}.")
+        if low > high:
+            raise ValueError(f"min_pixels={low} is above max_pixels={high}. Exchange them.")
         check_memory(f"min_pixels={self.min_pixels}", 15.0 * (self.min_pixels or 0))  # 8-bit, and as fp32
 
     @classmethod
