@@ -286,16 +286,12 @@ class ImageFolder:
 
     def __init__(self, *roots: Path, must_exist: bool = True) -> None:
         self.roots, self.must_exist = roots, must_exist
-        self._places = [(root, prefix) for root in roots for prefix in ("", "images/", None)]
 
     def find(self, image: str) -> str | None:
         """Return the file or the folder of frames, or None if there is neither."""
-        for number, (root, prefix) in enumerate(self._places):
-            file = root / (image.removeprefix("images/") if prefix is None else prefix + image)
-            if image and (file.is_file() or file.is_dir()):
-                self._places.insert(0, self._places.pop(number))
-                return str(file)
-        return None
+        names = (image, f"images/{image}", image.removeprefix("images/"))
+        files = (os.path.join(root, name) for root in self.roots for name in names)
+        return next(filter(os.path.exists, files), None) if image else None
 
     def get(self, image: str) -> str:
         """Return the file, or raise ``ValueError`` if there is none and there must be."""
