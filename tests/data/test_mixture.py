@@ -129,7 +129,6 @@ def test_start_step_gives_the_tail_and_then_whole_epochs(start: int) -> None:
         ({"policy": "sub_batch"}, "needs a sub_batch_size that divides"),
         ({"policy": "sub_batch", "sub_batch_size": 3}, "divides batch_size=8, got 3"),
         ({"policy": "mixed", "sub_batch_size": 4}, "no meaning for policy 'mixed'"),
-        ({"weights": [1.0, 2.0]}, "one positive number per subset"),
     ],
 )
 def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:

@@ -25,8 +25,8 @@ from parallel_decoupling.evaluation.encode import BatchPlan, RowBatches, TokenEs
 from parallel_decoupling.evaluation.store import AGGREGATE, Keeper, chosen_columns, path_column
 from parallel_decoupling.option_types import (
     Names,
-    NonNegativeFloat,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     check_memory,
     checked,
@@ -97,7 +97,7 @@ class MMEBDataModule(LightningDataModule):
         eval_batch_size: PositiveInt = 64,
         num_workers: NonNegativeInt = 0,
         split: str = "original",
-        weights: dict[str, NonNegativeFloat] | None = None,
+        weights: dict[str, PositiveFloat] | None = None,
         row_limit: PositiveInt | None = None,
         query_limit: PositiveInt | None = None,
         policy: Policy = "mixed",

@@ -62,9 +62,7 @@ class MixtureSampler(Sampler[list[tuple[int, int]]]):
             raise ValueError(f"policy sub_batch needs {rule}, got {sub_batch_size}.")
         counts = [size // self.group_size for size in self.sizes]
         if weights is not None:
-            if len(weights) != len(sizes) or min(weights) <= 0:
-                rule = f"one positive number per subset ({len(sizes)})"
-                raise ValueError(f"weights must be {rule}, got {list(weights)}.")
+            assert len(weights) == len(sizes), "one per subset"
             total = sum(sizes) / self.group_size / sum(weights)
             counts = [round(total * weight) for weight in weights]
         self.groups = [max(1, count) for count in counts]

@@ -63,9 +63,6 @@ def split_query(instruction: str, text: str, rules: PromptRules, *, has_image: b
     """Put a query together from its instruction and its text.
 
     With an image every space before a newline goes, and a placeholder and space around the instruction do.
-
-    Relations:
-        Equals the written prompt of the same row in MMEB-eval.
     """
     written = instruction.replace(IMAGE_PLACEHOLDER, "")
     body = " ".join(filter(None, (written.strip(), text)))
@@ -81,9 +78,6 @@ def split_candidate(instruction: str, text: str, rules: PromptRules, *, has_imag
     """Put a candidate together; one without an image is its text alone, to the letter.
 
     The instruction keeps its whitespace, at its end as well: VLM2Vec strips that of queries only.
-
-    Relations:
-        Equals the written prompt of the same candidate in MMEB-eval.
     """
     if not has_image:
         return text

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from parallel_decoupling.batch import RawInput
 from parallel_decoupling.data.names import check_file_name
@@ -90,42 +90,27 @@ class Task:
         check_file_name(self.name, "evaluation task")
 
 
-_FORMS: dict[str, tuple[Identity, PromptRules]] = {
-    "label": ("text", PromptRules()),
-    "answer": ("text", PromptRules(own_line=True)),
-    "caption": ("text", PromptRules()),
-    "dialogue": ("image", PromptRules(query_image=False, query_end="\n\n")),
-    "picture": ("image", PromptRules(query_image=False)),
-    "similar": ("image_and_text", PromptRules(own_line=True, candidate_end="")),
-}
-"""Identity and prompt rules by what the candidates of a task are."""
-
-# Meta-task, in (IND) or out of (OOD) distribution, form, tasks (some with their own form); in MMEB's order.
-_MMEB = """
-classification IND label ImageNet-1K N24News HatefulMemes VOC2007 SUN397
-classification OOD label Place365 ImageNet-A ImageNet-R ObjectNet Country211
-vqa IND answer OK-VQA A-OKVQA DocVQA InfographicsVQA ChartQA Visual7W
-vqa OOD answer ScienceQA VizWiz GQA TextVQA
-retrieval IND picture VisDial:dialogue CIRR:similar VisualNews_t2i VisualNews_i2t:caption MSCOCO_t2i
-retrieval IND picture MSCOCO_i2t:caption NIGHTS:similar WebQA
-retrieval OOD picture FashionIQ:similar Wiki-SS-NQ OVEN:similar EDIS
-grounding IND similar MSCOCO
-grounding OOD similar RefCOCO RefCOCO-Matching Visual7W-Pointing
-"""
-
-MMEB_TASKS: dict[str, Task] = {
-    name: Task(name, cast(MetaTask, meta_task), distribution == "IND", *_FORMS[own or form])
-    for meta_task, distribution, form, *words in map(str.split, _MMEB.strip().splitlines())
-    for name, _, own in (word.partition(":") for word in words)
-}
-"""The 36 tasks of MMEB v1."""
-_V2: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "mmeb_v2.json").read_text())
 V2_GROUPS: dict[str, Metric] = {"video": "hit@1", "visdoc": "ndcg@5"}
-"""What MMEB-V2 adds to them, with the metric that its tables have."""
-V2_TASKS: dict[str, Task] = {
-    name: Task(name, entry["meta_task"], False, prompt=PromptRules(one_line=True), metric=metric, group=group)
+"""What MMEB-V2 adds to MMEB's own tasks, with the metric that its tables have."""
+_TABLE: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "mmeb_v2.json").read_text())
+
+
+def _published(part: str, group: str, metric: Metric, **rules: Any) -> dict[str, Task]:
+    """Return tasks of the table, in MMEB's order."""
+    tasks = {}
+    for name, entry in _TABLE[part].items():
+        about = {key: entry[key] for key in ("meta_task", "identity") if key in entry}
+        prompt, trained = PromptRules(**rules, **entry.get("prompt", {})), entry.get("in_distribution", False)
+        tasks[name] = Task(name, in_distribution=trained, prompt=prompt, metric=metric, group=group, **about)
+    return tasks
+
+
+MMEB_TASKS = _published("image", OVERALL, "hit@1")
+"""The 36 tasks of MMEB v1."""
+V2_TASKS = {
+    name: task
     for group, metric in V2_GROUPS.items()
-    for name, entry in _V2[group].items()
+    for name, task in _published(group, group, metric, one_line=True).items()
 }
 """The 18 video and 24 document tasks of MMEB-V2, each of a group beside ``overall``."""
 NOT_IN_MMEB = "CIFAR-100"
@@ -202,7 +187,7 @@ def read_tasks(data_dir: str | Path) -> dict[str, Task]:
 
 def _v2_source(task: Task, data_dir: Path) -> Source:
     """Return where the rows and the pictures or frames of a task of MMEB-V2 are."""
-    entry, root = _V2[task.group][task.name], data_dir / f"{task.group}-tasks"
+    entry, root = _TABLE[task.group][task.name], data_dir / f"{task.group}-tasks"
     rows = root / Path(entry["set"]).name
     about: dict[str, Any] = {"query_instruction": entry["query"], "candidate_instruction": entry["candidate"]}
     if task.group == "video":
