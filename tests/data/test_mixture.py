@@ -64,16 +64,13 @@ def test_every_row_once_per_epoch_without_weights() -> None:
     assert epoch(mixture, 0) != epoch(mixture, 1)
 
 
-def test_homogeneous_batch_has_one_subset() -> None:
+def test_a_batch_is_of_blocks_of_one_subset() -> None:
     batches = epoch(sampler(policy="homogeneous"))
-    assert all(len({subset for subset, _ in batch}) == 1 for batch in batches)
     assert Counter(batch[0][0] for batch in batches) == {0: 50 // 8, 1: 1, 2: 123 // 8}
-
-
-def test_sub_batch_has_blocks_of_one_subset() -> None:
-    batches = epoch(sampler(policy="sub_batch", sub_batch_size=4))
-    for batch in batches:
-        assert all(len({subset for subset, _ in batch[i : i + 4]}) == 1 for i in range(0, 8, 4))
+    for size, policy in ((8, "homogeneous"), (4, "sub_batch")):
+        batches = epoch(sampler(policy=policy, sub_batch_size=4 if size == 4 else None))
+        blocks = [batch[start : start + size] for batch in batches for start in range(0, 8, size)]
+        assert all(len({subset for subset, _ in block}) == 1 for block in blocks)
     assert any(len({subset for subset, _ in batch}) > 1 for batch in batches)
 
 

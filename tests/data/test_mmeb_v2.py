@@ -12,6 +12,7 @@ import huggingface_hub
 import pytest
 from PIL import Image
 
+from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.data.download import download_eval
 from parallel_decoupling.data.images import as_picture
 from parallel_decoupling.data.readers import TrainSubset, read_eval_task
@@ -131,8 +132,9 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     hub = Hub(published(root / "frames"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(huggingface_hub, "snapshot_download", hub)
-        for _ in range(2):
-            download_eval(root / "v1", [*MMEB_TASKS, *V2_TASKS])
+        groups = ["overall", "video", "visdoc"]
+        MMEBDataModule(str(root / "v1"), eval_tasks=groups, download=True).prepare_data()
+        download_eval(root / "v1", [*MMEB_TASKS, *V2_TASKS])
     conversions = [repo for repo, _ in hub.asked if "@" in repo]
     assert len(hub.asked) == len({repo for repo, _ in hub.asked} - {"TIGER-Lab/MMEB-V2"}) + 4, "once each"
     assert len(conversions) == 18
@@ -198,6 +200,15 @@ def test_every_form_is_read_as_vlm2vec_reads_it(data_dir: Path) -> None:
         assert read[name].relevance_of_row == [{1: 1.0, 2: 2.0}]
         assert [Image.open(each.images[0]).size for each in read[name].candidates] == [(16, 16)] * 3
         assert answers[name][0] == "<|image_1|> Understand the content of the provided document image."
+
+
+def test_the_first_thousand_rows_of_smthsmthv2_count_in_a_clone_of_the_main_branch(tmp_path: Path) -> None:
+    file = tmp_path / "video-tasks/SmthSmthV2/data/test.jsonl"
+    file.parent.mkdir(parents=True)
+    rows = ({"video_id": number, "pos_text": "b", "neg_text": ["a", "b"]} for number in range(1002))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = read_eval_task(tmp_path, "SmthSmthV2", must_exist=False)
+    assert read.query_of_row == [*range(1000)]
 
 
 def test_rows_of_datasets_with_pictures_train_and_are_embedded(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ OWN_ENTRY: dict[str, Any] = {
 
 def write_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(list(rows)), file)
+    file.write_bytes(table(rows))
 
 
 def table(rows: Sequence[dict[str, Any]]) -> bytes:

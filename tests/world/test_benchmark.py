@@ -52,21 +52,17 @@ def test_layout_and_columns_are_those_of_mmeb(data_dir: Path) -> None:
     names = [*(task.name for task in WORLD_TASKS), *ANSWER_TASKS]
     assert list(tasks) == [*names, "WordPages", "FigurePages", "MovingShape"], "others come after"
     for task in WORLD_TASKS:
-        train_file = data_dir / "MMEB-train" / task.name / "original-00000-of-00001.parquet"
-        assert train_file.exists() == task.in_distribution
+        file = data_dir / "MMEB-train" / task.name / "original-00000-of-00001.parquet"
+        assert file.exists() == task.in_distribution
         if task.in_distribution:
-            rows = pq.read_table(train_file).to_pylist()
-            folder = f"images/{task.name}/Train/"
-            assert len(rows) == 30
-            assert tuple(rows[0]) == MMEB_TRAIN
-            for row in rows:
-                assert row["qry_image_path"] == "" or row["qry_image_path"].startswith(folder)
-                for side in ("qry", "pos", "neg"):
-                    file = row[f"{side}_image_path"]
-                    assert file == "" or (data_dir / "MMEB-train" / file).exists()
-        rows = pq.read_table(data_dir / "MMEB-eval" / task.name / "test-00000-of-00001.parquet").to_pylist()
-        assert len(rows) == 20
-        assert tuple(rows[0]) == MMEB_EVAL[:4]
+            assert tuple(pq.read_schema(file).names) == MMEB_TRAIN
+            subset, folder = TrainSubset(data_dir, task.name, hard_negatives=1), f"images/{task.name}/Train/"
+            assert len([subset[row] for row in range(30)]) == len(subset), "all pictures are there"
+            cells = pq.read_table(file)["qry_image_path"].to_pylist()
+            assert all(cell == "" or cell.startswith(folder) for cell in cells)
+        file = data_dir / "MMEB-eval" / task.name / "test-00000-of-00001.parquet"
+        assert tuple(pq.read_schema(file).names) == MMEB_EVAL[:4]
+        assert len(read_eval_task(data_dir, task.name).query_of_row) == 20
 
 
 def test_no_candidate_list_repeats_a_candidate(data_dir: Path) -> None:

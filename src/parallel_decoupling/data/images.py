@@ -110,11 +110,7 @@ class ImagePolicy:
 def smart_size(
     width: int, height: int, *, factor: int, min_pixels: float, max_pixels: float
 ) -> tuple[int, int]:
-    """Return width and height within a pixel budget, both multiples of ``factor``, near the aspect ratio.
-
-    Relations:
-        Equals transformers' ``smart_resize`` of Qwen2-VL wherever that accepts the aspect ratio.
-    """
+    """Return width and height within a pixel budget as transformers' ``smart_resize`` does, for any ratio."""
     new_width = max(factor, round(width / factor) * factor)
     new_height = max(factor, round(height / factor) * factor)
     if new_width * new_height > max_pixels:

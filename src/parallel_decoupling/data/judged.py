@@ -41,11 +41,10 @@ def open_judged(task: Task, *, must_exist: bool = True) -> tuple[RowReader, RowR
 
 
 def read_judged(task: Task, limit: int | None, *, must_exist: bool) -> EvalTask:
-    """Read such a task: a row for each query with a right answer, all of the corpus as its candidates.
+    """Read such a task, as ``readers.read_eval_task`` does; all of the corpus are a row's candidates.
 
-    What ``readers.read_eval_task`` says of ``limit`` and ``must_exist`` holds. A grade above 0 is a right
-    answer; of two grades for one target the higher one counts. Where the corpus has no column of
-    pictures, they are files named by the ids.
+    A grade above 0 is a right answer; of two for one target the higher one counts. Where the corpus has no
+    column of pictures, they are files named by the ids.
     """
     queries, corpus, qrels = open_judged(task, must_exist=must_exist)
     read = EvalTask(task, [], [], [], [])

@@ -26,6 +26,7 @@ from parallel_decoupling.data.tables import Table, find_tables
 from parallel_decoupling.data.tasks import INSTRUCTIONS, ROLES, TEACHER, EvalTask, Task, read_tasks
 from parallel_decoupling.data.unusable import RowError, doubled, one_row
 from parallel_decoupling.data.video_sets import RIGHT, open_video_set
+from parallel_decoupling.option_types import check_memory
 
 LimitBy = Literal["sample", "first"]
 MissingImages = Literal["error", "skip"]
@@ -36,7 +37,6 @@ MMEB_EVAL = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path", "qry_inst",
 
 MAX_UNUSABLE_ROWS = 100
 """After so many rows that cannot be embedded the folder is at fault, not a file."""
-MAX_POOL_ENTRIES = 25_000_000
 
 log = logging.getLogger(__name__)
 
@@ -89,9 +89,7 @@ class TrainSubset:
 
     Rows with neither text nor image on one side are left out, as in VLM2Vec; ``blank_rows`` counts them. The
     arguments are those of ``MMEBDataModule``. A row has exactly ``positives`` positives and
-    ``hard_negatives`` negatives, the first of its lists, None where the file has fewer; a blank text without
-    image does not count. With ``missing_images="skip"`` the next usable row replaces one that cannot be
-    embedded; that choice depends on files and model alone.
+    ``hard_negatives`` negatives, the first of its lists that are not blank, None where the file has fewer.
     """
 
     def __init__(
@@ -211,7 +209,10 @@ class TrainRows(Dataset[RawPair]):
 
 
 class TrainCollator:
-    """Batches training rows; with ``missing_images="skip"`` usable rows replace those that are not."""
+    """Batches training rows; with ``missing_images="skip"`` usable rows replace those that are not.
+
+    Which ones depends on files and model alone.
+    """
 
     def __init__(self, collator: Collator, subsets: Sequence[TrainSubset]) -> None:
         self.collator, self.subsets = collator, {subset.subset: subset for subset in subsets}
@@ -298,7 +299,6 @@ def _pool(table: Table) -> list[Side]:
     if any(pa.types.is_list(column.type) for column in filter(None, map(table.column, CANDIDATE))):
         return []
     pool = list(dict.fromkeys(side_of(table[row], CANDIDATE) for row in range(len(table))))
-    if len(pool) * len(table) > MAX_POOL_ENTRIES:
-        many = f"{len(table)} rows with {len(pool)} candidates each are too many"
-        raise ValueError(f"{table.owner}: {many}. Give every row its own list of candidates.")
+    many = f"{table.owner}: {len(table)} rows with {len(pool)} candidates each, without lists of their own,"
+    check_memory(many, 8.0 * len(pool) * len(table))
     return pool

@@ -61,9 +61,7 @@ class TaskSide:
 class RowSource:
     """The images of a folder or the rows of a table (``docs/embedding_files.md``) with an instruction.
 
-    A folder of Parquet files and nothing else (names that begin with _ or . apart) is a table of them in the
-    order of their names.
-
+    A folder of Parquet files alone (but for names with _ or . first) is a table in the order of their names.
     ``left_out`` says what of a folder is not among the rows, "" for nothing.
     """
 

@@ -32,14 +32,9 @@ FORMAT = "6"
 DELIMITERS = ",;\t"
 CSV_BLOCK = 1 << 26
 """Bytes that a row of a CSV file may have."""
-MARKS = {
-    codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, whose mark is the start of this one
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
-"""Encodings by byte order mark; a text without a mark must be UTF-8."""
+MARKS = {"utf-8-sig": (codecs.BOM_UTF8,), "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)}
+MARKS["utf-16"] = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # the former is the start of one before it
+"""Byte order marks by encoding; a text without one must be UTF-8."""
 
 
 def default_cache_dir() -> Path:
@@ -128,10 +123,9 @@ def find_tables(owner: str, folder: Path, *patterns: str) -> list[Path]:
 
 
 def arrow_copy(file: Path, texts: Mapping[str, bool], owner: str, keep_others: bool = False) -> Path:
-    """Return the memory-mappable copy of a file, after writing it if the cache lacks it or it is damaged.
+    """Return the copy of a file by its contents, written if the cache lacks it, in place of earlier ones.
 
-    ``texts`` are the columns in use, and whether they may hold pictures. The copy is found by the file's
-    contents. Several processes may write it at the same time. Copies of earlier contents are removed.
+    ``texts`` are the columns in use, and whether they may hold pictures. Several processes may write it.
     """
     if file.exists() and not file.is_file():
         raise ValueError(f"{owner}: {file} is not a regular file. Give a file on a disk.")
@@ -208,7 +202,7 @@ def _write(file: Path, texts: Mapping[str, bool], keep_others: bool, copy: Path,
 def _decoded(file: Path) -> TextIO:
     """Return the text of a file by its byte order mark, else as UTF-8; every line keeps its end."""
     content = file.read_bytes()
-    encoding = next((name for mark, name in MARKS.items() if content.startswith(mark)), "utf-8")
+    encoding = next((name for name, marks in MARKS.items() if content.startswith(marks)), "utf-8")
     try:
         text = content.decode(encoding)
         if "\0" in text[:1024]:
@@ -276,9 +270,15 @@ def _json_rows(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
         yield cells
 
 
+def _entry(kind: pa.DataType) -> pa.DataType:
+    """Return the type of the entries of lists, or the type itself."""
+    lists = pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list
+    return kind.value_type if any(is_list(kind) for is_list in lists) else kind
+
+
 def _is_held(kind: pa.DataType) -> bool:
     """Tell whether cells hold pictures: bytes, or structs of ``bytes`` and ``path``, alone or in lists."""
-    kind = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
+    kind = _entry(kind)
     is_struct = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
     return bool(is_struct or pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
@@ -300,9 +300,8 @@ def _save_pictures(cells: pa.Array, folder: Path) -> pa.Array:
             unfinished.replace(file)
         return str(file)
 
-    is_nested = pa.types.is_list(cells.type) or pa.types.is_large_list(cells.type)
     names = [saved(cell) for cell in cells.to_pylist()]
-    return pa.array(names, pa.list_(pa.string()) if is_nested else pa.string())
+    return pa.array(names, pa.string() if _entry(cells.type) == cells.type else pa.list_(pa.string()))
 
 
 def _to_copy(name: str, cells: pa.Array, is_picture: bool | None, folder: Path) -> pa.Array:
@@ -317,12 +316,11 @@ def _to_copy(name: str, cells: pa.Array, is_picture: bool | None, folder: Path) 
     kind = cells.type
     if pa.types.is_null(kind):  # may stand for texts or for lists
         return cells
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    entry = kind.value_type if is_list else kind
+    entry = _entry(kind)
     if pa.types.is_nested(entry) or entry in (pa.binary(), pa.large_binary()):
         advice = "not texts or lists of texts, nor a column of pictures"
         raise ValueError(f"column {name!r} holds {kind}, {advice}.")
-    texts = cells.cast(pa.list_(pa.string()) if is_list else pa.string())
+    texts = cells.cast(pa.string() if entry is kind else pa.list_(pa.string()))
     if not pa.types.is_floating(entry):
         return texts
     numbers = {"nan": None}

@@ -21,7 +21,7 @@ def open_video_set(owner: str, source: Source) -> Table:
     folder, entry = source.eval_file or Path(), source.published or {}
     files = find_tables(owner, folder, *rows_of(entry))
     table, rows = Table(owner, files, {}, keep_others=True), list[dict[str, Any]]()
-    for row in range(len(table)):
+    for row in range(min(len(table), entry.get("first", len(table)))):
         file, number = table.place(row)
         with one_row(f"{owner}, file {file}, row {number}: not as the set of the hub has it: "):
             config = file.relative_to(folder).parts[0]
