@@ -123,9 +123,12 @@ def test_start_step_gives_the_tail_and_then_whole_epochs(start: int) -> None:
     [
         ({"batch_size": 9, "world_size": 2}, "multiple of the 2 processes"),
         ({"batch_size": 999}, "180 rows do not fill one batch"),
-        ({"policy": "sub_batch"}, "needs a sub_batch_size that divides"),
-        ({"policy": "sub_batch", "sub_batch_size": 3}, "divides batch_size=8, got 3"),
-        ({"policy": "mixed", "sub_batch_size": 4}, "no meaning for policy 'mixed'"),
+        ({"policy": "sub_batch"}, "policy='sub_batch' with sub_batch_size=None: sub_batch needs"),
+        ({"policy": "sub_batch", "sub_batch_size": 3}, "sub_batch_size=3: .* divides batch_size=8"),
+        (
+            {"policy": "mixed", "sub_batch_size": 4},
+            "with sub_batch_size=4: .* no other policy has one",
+        ),
     ],
 )
 def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:

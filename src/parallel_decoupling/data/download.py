@@ -15,8 +15,8 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
+from parallel_decoupling.data.layouts import rows_of
 from parallel_decoupling.data.tasks import MMEB_TASKS, read_tasks
-from parallel_decoupling.data.video_sets import rows_of
 from parallel_decoupling.files import workplace
 
 TRAIN_REPO, EVAL_REPO, V2_REPO = "TIGER-Lab/MMEB-train", "TIGER-Lab/MMEB-eval", "TIGER-Lab/MMEB-V2"

@@ -131,8 +131,7 @@ def is_array(value: Any) -> bool:
 
 def names_picture(text: str) -> bool:
     """Tell whether an untyped string is a picture: a data URI, or an existing file that Pillow opens."""
-    if _ADDRESS.fullmatch(text):
-        raise ValueError(_no_address(text))
+    _refuse_address(text)
     if _DATA_URI.match(text):
         return True
     if not os.path.isfile(text):
@@ -156,8 +155,7 @@ def as_picture(value: Any) -> Image.Image | str:
         return _opened(_uri_bytes(value))
     if isinstance(value, str | os.PathLike):
         file = os.fspath(value)
-        if _ADDRESS.fullmatch(file):
-            raise ValueError(_no_address(file))
+        _refuse_address(file)
         if not os.path.isfile(file):
             raise ValueError(f"no image file {file!r}")
         return file
@@ -188,9 +186,10 @@ def frame_files(folder: str) -> tuple[str, ...]:
     return tuple(os.path.join(folder, name) for name in order)
 
 
-def _no_address(text: str) -> str:
-    advice = "download it and pass the file, or pass {'text': ...} if the address itself is the text"
-    return f"{text.strip()!r} is an address, and nothing is fetched: {advice}"
+def _refuse_address(text: str) -> None:
+    if _ADDRESS.fullmatch(text):
+        advice = "download it and pass the file, or pass {'text': ...} if the address itself is the text"
+        raise ValueError(f"{text.strip()!r} is an address, and nothing is fetched: {advice}")
 
 
 def _uri_bytes(uri: str) -> bytes:

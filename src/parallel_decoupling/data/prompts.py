@@ -196,10 +196,9 @@ def to_raw_input(item: Any, instruction: str | None = None) -> RawInput:
 def _raw_input_from_mapping(item: Mapping[str, Any], instruction: str | None) -> RawInput:
     for key in ("text", "instruction"):
         value = item.get(key)
-        if isinstance(value, Sized) and not isinstance(value, str):
-            raise ValueError(_no_list(item))
         if value is not None and not isinstance(value, str):
-            raise ValueError(f"{key!r} is a {type(value).__name__}; use a string")
+            one = f"{key!r} is a {type(value).__name__}; use a string"
+            raise ValueError(_no_list(item) if isinstance(value, Sized) else one)
     if unknown := sorted(str(key) for key in item if key not in INPUT_KEYS):
         raise ValueError(f"unknown keys {unknown}; use {list(INPUT_KEYS)}")
     text, image, images, video, own = (item.get(key) for key in INPUT_KEYS)

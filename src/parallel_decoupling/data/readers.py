@@ -19,13 +19,12 @@ from parallel_decoupling.batch import PairBatch, RawInput, RawPair
 from parallel_decoupling.data import tasks
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.images import ImageFolder
-from parallel_decoupling.data.judged import open_judged, read_judged
+from parallel_decoupling.data.layouts import RIGHT, open_judged, open_video_set, read_judged
 from parallel_decoupling.data.names import printable
 from parallel_decoupling.data.row_reader import CANDIDATE, NEGATIVE, QUERY, RowReader, Side, side_of, target
 from parallel_decoupling.data.tables import Table, find_tables
 from parallel_decoupling.data.tasks import INSTRUCTIONS, ROLES, TEACHER, EvalTask, Task, read_tasks
 from parallel_decoupling.data.unusable import RowError, doubled, one_row
-from parallel_decoupling.data.video_sets import RIGHT, open_video_set
 from parallel_decoupling.option_types import check_memory
 
 LimitBy = Literal["sample", "first"]
