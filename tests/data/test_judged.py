@@ -132,7 +132,8 @@ def test_what_does_not_fit_is_named(data_dir: Path, part: str, line: str, messag
 
 def test_a_part_or_an_id_that_is_missing_is_named(data_dir: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"'Pages': .*pages holds no queries/test\* or queries\.\* that ends"
+        ValueError,
+        match=r"'Pages': .*pages holds no queries/test\* or queries/train\* or queries\.\* that ends",
     ):
         read_eval_task(data_dir, "Pages")
     write_beir(data_dir / "pages")

@@ -64,16 +64,13 @@ def test_every_row_once_per_epoch_without_weights() -> None:
     assert epoch(mixture, 0) != epoch(mixture, 1)
 
 
-def test_homogeneous_batch_has_one_subset() -> None:
+def test_a_batch_is_of_blocks_of_one_subset() -> None:
     batches = epoch(sampler(policy="homogeneous"))
-    assert all(len({subset for subset, _ in batch}) == 1 for batch in batches)
     assert Counter(batch[0][0] for batch in batches) == {0: 50 // 8, 1: 1, 2: 123 // 8}
-
-
-def test_sub_batch_has_blocks_of_one_subset() -> None:
-    batches = epoch(sampler(policy="sub_batch", sub_batch_size=4))
-    for batch in batches:
-        assert all(len({subset for subset, _ in batch[i : i + 4]}) == 1 for i in range(0, 8, 4))
+    for size, policy in ((8, "homogeneous"), (4, "sub_batch")):
+        batches = epoch(sampler(policy=policy, sub_batch_size=4 if size == 4 else None))
+        blocks = [batch[start : start + size] for batch in batches for start in range(0, 8, size)]
+        assert all(len({subset for subset, _ in block}) == 1 for block in blocks)
     assert any(len({subset for subset, _ in batch}) > 1 for batch in batches)
 
 
@@ -126,10 +123,12 @@ def test_start_step_gives_the_tail_and_then_whole_epochs(start: int) -> None:
     [
         ({"batch_size": 9, "world_size": 2}, "multiple of the 2 processes"),
         ({"batch_size": 999}, "180 rows do not fill one batch"),
-        ({"policy": "sub_batch"}, "needs a sub_batch_size that divides"),
-        ({"policy": "sub_batch", "sub_batch_size": 3}, "divides batch_size=8, got 3"),
-        ({"policy": "mixed", "sub_batch_size": 4}, "no meaning for policy 'mixed'"),
-        ({"weights": [1.0, 2.0]}, "one positive number per subset"),
+        ({"policy": "sub_batch"}, "policy='sub_batch' with sub_batch_size=None: sub_batch needs"),
+        ({"policy": "sub_batch", "sub_batch_size": 3}, "sub_batch_size=3: .* divides batch_size=8"),
+        (
+            {"policy": "mixed", "sub_batch_size": 4},
+            "with sub_batch_size=4: .* no other policy has one",
+        ),
     ],
 )
 def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
@@ -218,14 +217,14 @@ def test_what_a_folder_has_beside_pictures_is_counted_and_named(
     os.mkfifo(folder / "pipe.png")
     for name, target in {"gone.png": "none", "l": elsewhere, "m": folder / "z", "z/up": folder}.items():
         (folder / name).symlink_to(target)
-    listdir = os.listdir
+    scandir = os.scandir
 
-    def refuse(place: str) -> list[str]:
-        if place.endswith("closed"):
-            raise PermissionError(place)
-        return listdir(place)
+    def refuse(place: str) -> Any:
+        if str(place).endswith("closed"):
+            raise PermissionError(13, "closed", place)
+        return scandir(place)
 
-    monkeypatch.setattr("os.listdir", refuse)
+    monkeypatch.setattr("os.scandir", refuse)
     source = RowSource(folder)
     rows = range(len(source))
     assert source.columns([*rows])["id"].to_pylist() == ["a.png", "b.avif", "l/d.JFIF", "z/c"]
@@ -235,7 +234,7 @@ def test_what_a_folder_has_beside_pictures_is_counted_and_named(
         "4 other files (1.txt, 2.heic, 3.txt, …)",
         "2 links or special files (gone.png, pipe.png)",
         "1 folders that cannot be read (closed)",
-        "2 folders that are there twice (m, z/up)",
+        "2 folders that are there twice (z/up, m)",
     ):
         assert part in source.left_out
     assert RowSource(save(tmp_path / "rows.csv")).left_out == ""

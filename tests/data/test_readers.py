@@ -156,7 +156,7 @@ def test_missing_column_and_file_are_named(tmp_path: Path) -> None:
     write_train(tmp_path, "S", [row])
     with pytest.raises(ValueError, match=r"'S', file .*: column 'pos_text' is missing; found qry"):
         TrainSubset(tmp_path, "S")
-    with pytest.raises(ValueError, match=r"no file .*S.train-\*\.parquet; the folder holds original-00000"):
+    with pytest.raises(ValueError, match=r"S holds no train-\*\.parquet that ends .*; found original-00000"):
         TrainSubset(tmp_path, "S", "train")
     write_eval(tmp_path, "GQA", [{"qry_inst": "i", "qry_text": "q"}])
     with pytest.raises(ValueError, match="column 'tgt_text' is missing; found qry_inst, qry_text"):
@@ -375,11 +375,3 @@ def test_a_list_in_a_csv_cell_is_named(tmp_path: Path, cell: str) -> None:
         TrainSubset(tmp_path, "Mine")
     (tmp_path / "a.csv").write_text(f"q,a,n\n{cell},[x],z\n3,cat,z\n")
     assert read_eval_task(tmp_path, "Mine").candidates_of_row == [[0, 1], [1, 0]], "queries are texts"
-
-
-def test_a_pool_must_not_be_huge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("parallel_decoupling.data.readers.MAX_POOL_ENTRIES", 8)
-    (tmp_path / "tasks.json").write_text(json.dumps({"Mine": OWN_ENTRY}))
-    (tmp_path / "a.csv").write_text("q,a\n1,x\n2,y\n3,z\n")
-    with pytest.raises(ValueError, match="3 rows with 3 candidates each are too many"):
-        read_eval_task(tmp_path, "Mine")

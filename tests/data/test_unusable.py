@@ -18,7 +18,7 @@ from parallel_decoupling.commands import load_collator
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.images import load_image
 from parallel_decoupling.data.prompts import prompt
-from parallel_decoupling.data.unusable import RowError, doubled, one_row
+from parallel_decoupling.data.unusable import RowError, one_row
 from parallel_decoupling.data.verify import verify
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.evaluation.encode import TokenEstimate, encode_rows
@@ -64,12 +64,6 @@ def test_exhausted_memory_is_not_the_fault_of_a_row(error: BaseException) -> Non
     with pytest.raises(type(error)) as caught, one_row():
         raise error
     assert caught.value is error
-
-
-def test_growing_counts_are_worth_a_line_when_they_double() -> None:
-    assert [count for count in range(20) if doubled(count, 1)] == [0, 1, 3, 7, 15]
-    assert not doubled(5, 0)
-    assert doubled(5, 7)
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyError, OverflowError, IndexError, RuntimeError])

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import fnmatch
 import io
+import tarfile
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from lightning.pytorch import Trainer
 
@@ -19,7 +17,7 @@ from parallel_decoupling.commands import load_collator
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.data.download import download_eval, download_train, unpack
 from parallel_decoupling.data.verify import Check, verify
-from tests.support.mmeb import eval_row, train_row, write_eval, write_image, write_train
+from tests.support.mmeb import Hub, eval_row, table, train_row, write_eval, write_image, write_train
 
 
 @pytest.fixture
@@ -133,54 +131,43 @@ def test_the_command_prints_and_says_by_its_exit_code(
 JPEG = b"not decoded here"
 
 
-def archive(names: list[str]) -> bytes:
+def archive(names: list[str], suffix: str = ".zip", content: bytes = JPEG) -> bytes:
     stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w") as file:
-        for name in names:
-            file.writestr(name, JPEG)
+    if suffix == ".zip":
+        with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as file:
+            for name in names:
+                file.writestr(name, content)
+    else:
+        with tarfile.open(fileobj=stream, mode="w:gz") as tape:
+            for member in map(tarfile.TarInfo, names):
+                member.size = len(content)
+                tape.addfile(member, io.BytesIO(content))
     return stream.getvalue()
 
 
-def table(rows: list[dict[str, Any]]) -> bytes:
-    stream = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows), stream)
-    return stream.getvalue()
-
-
-class Hub:
-    """Stands in for the hub: two subsets, two tasks; notes what is asked for and writes what matches."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[str, list[str]]] = []
-        row = train_row(qry_image_path="images/VisDial/Train/0.jpg")
-        scored = {name: eval_row("q", ["a", "b"], qry_img_path=f"{name}/0.jpg") for name in ("GQA", "CIRR")}
-        self.files = {
-            "TIGER-Lab/MMEB-train": {
-                "VisDial/original-00000-of-00001.parquet": table([row]),
-                "VisDial/diverse_instruction-00000-of-00001.parquet": table([row]),
-                "CIRR/original-00000-of-00001.parquet": table([train_row()]),
-                "images_zip/VisDial.zip": archive(["Train/0.jpg", "__MACOSX/Train/._0.jpg"]),
-                "images_zip/CIRR.zip": archive(["images/CIRR/Train/0.jpg", "images/CIRR/Train/._0.jpg"]),
-            },
-            "TIGER-Lab/MMEB-eval": {
-                "GQA/test-00000-of-00001.parquet": table([scored["GQA"]]),
-                "CIRR/test-00000-of-00001.parquet": table([scored["CIRR"]]),
-                "images.zip": archive(["GQA/0.jpg", "CIRR/0.jpg", "CIFAR-100/0.jpg", ".DS_Store"]),
-            },
-        }
-
-    def __call__(self, repo: str, *, repo_type: str, local_dir: Path, allow_patterns: list[str]) -> None:
-        assert repo_type == "dataset"
-        self.asked.append((repo, allow_patterns))
-        for name, content in self.files[repo].items():
-            if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
-                (local_dir / name).parent.mkdir(parents=True, exist_ok=True)
-                (local_dir / name).write_bytes(content)
+def published() -> dict[str, dict[str, bytes]]:
+    """Two subsets and two tasks of the hub."""
+    row = train_row(qry_image_path="images/VisDial/Train/0.jpg")
+    scored = {name: eval_row("q", ["a", "b"], qry_img_path=f"{name}/0.jpg") for name in ("GQA", "CIRR")}
+    return {
+        "TIGER-Lab/MMEB-train": {
+            "VisDial/original-00000-of-00001.parquet": table([row]),
+            "VisDial/diverse_instruction-00000-of-00001.parquet": table([row]),
+            "CIRR/original-00000-of-00001.parquet": table([train_row()]),
+            "images_zip/VisDial.zip": archive(["Train/0.jpg", "__MACOSX/Train/._0.jpg"]),
+            "images_zip/CIRR.zip": archive(["images/CIRR/Train/0.jpg", "images/CIRR/Train/._0.jpg"]),
+        },
+        "TIGER-Lab/MMEB-eval": {
+            "GQA/test-00000-of-00001.parquet": table([scored["GQA"]]),
+            "CIRR/test-00000-of-00001.parquet": table([scored["CIRR"]]),
+            "images.zip": archive(["GQA/0.jpg", "CIRR/0.jpg", "CIFAR-100/0.jpg", ".DS_Store"]),
+        },
+    }
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
-    stand_in = Hub()
+    stand_in = Hub(published())
     monkeypatch.setattr(huggingface_hub, "snapshot_download", stand_in)
     return stand_in
 
@@ -269,49 +256,54 @@ def test_a_second_process_may_unpack_the_same_meanwhile(
     assert (tmp_path / "images/X").stat().st_ino == first[1], "the first one's folder stays"
 
 
+SUFFIXES = (".zip", ".tar.gz")
+
+
 @pytest.mark.parametrize(
     "name", ["../evil.jpg", "X/../../evil.jpg", "/evil.jpg", "\\evil.jpg", "c:\\evil.jpg"]
 )
-@pytest.mark.parametrize("inside", ["X", None])
-def test_nothing_is_written_outside_of_the_folder(tmp_path: Path, name: str, inside: str | None) -> None:
-    (tmp_path / "X.zip").write_bytes(archive(["X/0.jpg", name]))
-    unpack(tmp_path / "X.zip", tmp_path / "in/images", ["X"], inside=inside)
-    assert {str(Path(file).parent) for file in files(tmp_path)} == {".", "in/images/X"}
-    assert [file.name for file in tmp_path.iterdir() if file.is_file()] == ["X.zip"]
+@pytest.mark.parametrize("inside", ["X", ""])
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_nothing_is_written_outside_of_the_folder(
+    tmp_path: Path, name: str, inside: str, suffix: str
+) -> None:
+    file = tmp_path / f"X{suffix}"
+    file.write_bytes(archive(["X/0.jpg", name], suffix))
+    unpack(file, tmp_path / "in/images", ["X"], inside=inside)
+    assert {str(Path(each).parent) for each in files(tmp_path)} == {".", "in/images/X"}
+    assert [each for each in tmp_path.iterdir() if each.is_file()] == [file]
 
 
-def test_archives_that_are_broken_or_lack_a_folder_are_named(tmp_path: Path, hub: Hub) -> None:
-    (tmp_path / "X.zip").write_bytes(archive(["X/0.jpg"])[:-30])
-    with pytest.raises(ValueError, match=r"X.zip: .*Delete the file to fetch it again"):
-        unpack(tmp_path / "X.zip", tmp_path / "images", ["X"])
-    (tmp_path / "X.zip").write_bytes(archive(["X/0.jpg"]))
-    with pytest.raises(ValueError, match=r"X.zip has no pictures of Y"):
-        unpack(tmp_path / "X.zip", tmp_path / "images", ["X", "Y"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_archives_that_are_broken_or_lack_a_folder_are_named(tmp_path: Path, hub: Hub, suffix: str) -> None:
+    file, folder = tmp_path / f"X{suffix}", tmp_path / "images"
+    file.write_bytes(archive(["X/0.jpg"], suffix)[:-30])
+    with pytest.raises(ValueError, match=rf"X{suffix}: .*Delete the file to fetch it again"):
+        unpack(file, folder, ["X"])
+    file.write_bytes(archive(["X/0.jpg"], suffix))
+    with pytest.raises(ValueError, match=rf"X{suffix} has no pictures of Y"):
+        unpack(file, folder, ["X", "Y"])
+    file.write_bytes(archive(["X/a", "X/a/b.jpg"], suffix))
+    with pytest.raises(ValueError, match=rf"X{suffix}: cannot unpack 'X/a"):
+        unpack(file, tmp_path / "more", ["X"])
+    assert not list((tmp_path / "more").iterdir())
     with pytest.raises(ValueError, match="TIGER-Lab/MMEB-train has no NIGHTS/original"):
         download_train(tmp_path, ["NIGHTS"], "original")
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("limit", ["MAX_ENTRIES", "MAX_GROWTH"])
 def test_an_archive_that_would_grow_beyond_measure_is_refused(
-    tmp_path: Path, limit: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, limit: str, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with zipfile.ZipFile(tmp_path / "X.zip", "w", zipfile.ZIP_DEFLATED) as file:
-        for name in ("0", "1"):
-            file.writestr(f"X/{name}.jpg", bytes(100_000))
+    file = tmp_path / f"X{suffix}"
+    file.write_bytes(archive(["X/0.jpg", "X/1.jpg"], suffix, bytes(100_000)))
     monkeypatch.setattr("parallel_decoupling.data.download.MAX_GROWTH", 1_000)
-    unpack(tmp_path / "X.zip", tmp_path / "images", ["X"])
+    unpack(file, tmp_path / "images", ["X"])
     monkeypatch.setattr(f"parallel_decoupling.data.download.{limit}", 1)
-    with pytest.raises(ValueError, match=r"X\.zip: 2 entries of 200,000 bytes .*Check where it is from"):
-        unpack(tmp_path / "X.zip", tmp_path / "more", ["X"])
+    with pytest.raises(ValueError, match=rf"X{suffix}: \d entries of .00,000 bytes .*Check where it is from"):
+        unpack(file, tmp_path / "more", ["X"])
     assert not list((tmp_path / "more").iterdir())
-
-
-@pytest.mark.parametrize("names", [["X/a", "X/a/b.jpg"], [f"X/{'a' * 300}.jpg"]])
-def test_a_member_that_cannot_be_a_file_is_named(tmp_path: Path, names: list[str]) -> None:
-    (tmp_path / "X.zip").write_bytes(archive(names))
-    with pytest.raises(ValueError, match=r"X\.zip: cannot unpack 'X/a"):
-        unpack(tmp_path / "X.zip", tmp_path / "images", ["X"])
-    assert not list((tmp_path / "images").iterdir())
 
 
 def prepared(data: MMEBDataModule, stage: str) -> MMEBDataModule:

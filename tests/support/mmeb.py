@@ -6,6 +6,8 @@ for an image of a name. Images are 16 to 64 pixels wide.
 
 from __future__ import annotations
 
+import fnmatch
+import io
 import json
 import re
 from collections.abc import Sequence
@@ -34,7 +36,31 @@ OWN_ENTRY: dict[str, Any] = {
 
 def write_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(list(rows)), file)
+    file.write_bytes(table(rows))
+
+
+def table(rows: Sequence[dict[str, Any]]) -> bytes:
+    stream = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(list(rows)), stream)
+    return stream.getvalue()
+
+
+class Hub:
+    """Stands in for the hub; notes what is asked for and writes what matches. A branch follows an @."""
+
+    def __init__(self, files: dict[str, dict[str, bytes]]) -> None:
+        self.files, self.asked = files, list[tuple[str, list[str]]]()
+
+    def __call__(
+        self, repo: str, *, repo_type: str, local_dir: Path, allow_patterns: list[str], revision: str = ""
+    ) -> None:
+        assert repo_type == "dataset"
+        repo += f"@{revision}" if revision else ""
+        self.asked.append((repo, allow_patterns))
+        for name, content in self.files[repo].items():
+            if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                (local_dir / name).parent.mkdir(parents=True, exist_ok=True)
+                (local_dir / name).write_bytes(content)
 
 
 def write_image(file: Path, colour: Any = "red", size: tuple[int, int] = (16, 16)) -> str:

@@ -17,9 +17,8 @@ from parallel_decoupling.data.readers import MMEB_EVAL, MMEB_TRAIN, TrainSubset,
 from parallel_decoupling.data.tasks import chosen, find_eval_tasks, find_train_subsets
 from parallel_decoupling.model.prefixes import META_PROMPTS
 from parallel_decoupling.world import glyphs
-from parallel_decoupling.world.answers import ANSWER_TASKS, GROUP
+from parallel_decoupling.world.answers import ANSWER_TASKS, GROUP, PAGES
 from parallel_decoupling.world.benchmark import content_hash, ensure_benchmark
-from parallel_decoupling.world.pages import GROUP as PAGES
 from parallel_decoupling.world.questions import questions, relation_questions, sample_edit
 from parallel_decoupling.world.rows import WORLD_TASKS
 from parallel_decoupling.world.scenes import (
@@ -50,24 +49,20 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_layout_and_columns_are_those_of_mmeb(data_dir: Path) -> None:
     tasks = json.loads((data_dir / "tasks.json").read_text())
-    names = [task.name for task in (*WORLD_TASKS, *ANSWER_TASKS)]
+    names = [*(task.name for task in WORLD_TASKS), *ANSWER_TASKS]
     assert list(tasks) == [*names, "WordPages", "FigurePages", "MovingShape"], "others come after"
     for task in WORLD_TASKS:
-        train_file = data_dir / "MMEB-train" / task.name / "original-00000-of-00001.parquet"
-        assert train_file.exists() == task.in_distribution
+        file = data_dir / "MMEB-train" / task.name / "original-00000-of-00001.parquet"
+        assert file.exists() == task.in_distribution
         if task.in_distribution:
-            rows = pq.read_table(train_file).to_pylist()
-            folder = f"images/{task.name}/Train/"
-            assert len(rows) == 30
-            assert tuple(rows[0]) == MMEB_TRAIN
-            for row in rows:
-                assert row["qry_image_path"] == "" or row["qry_image_path"].startswith(folder)
-                for side in ("qry", "pos", "neg"):
-                    file = row[f"{side}_image_path"]
-                    assert file == "" or (data_dir / "MMEB-train" / file).exists()
-        rows = pq.read_table(data_dir / "MMEB-eval" / task.name / "test-00000-of-00001.parquet").to_pylist()
-        assert len(rows) == 20
-        assert tuple(rows[0]) == MMEB_EVAL[:4]
+            assert tuple(pq.read_schema(file).names) == MMEB_TRAIN
+            subset, folder = TrainSubset(data_dir, task.name, hard_negatives=1), f"images/{task.name}/Train/"
+            assert len([subset[row] for row in range(30)]) == len(subset), "all pictures are there"
+            cells = pq.read_table(file)["qry_image_path"].to_pylist()
+            assert all(cell == "" or cell.startswith(folder) for cell in cells)
+        file = data_dir / "MMEB-eval" / task.name / "test-00000-of-00001.parquet"
+        assert tuple(pq.read_schema(file).names) == MMEB_EVAL[:4]
+        assert len(read_eval_task(data_dir, task.name).query_of_row) == 20
 
 
 def test_no_candidate_list_repeats_a_candidate(data_dir: Path) -> None:
@@ -119,12 +114,12 @@ def test_the_tables_of_the_tasks_of_overall_are_what_they_always_were(data_dir: 
     assert chosen(None, find_eval_tasks(data_dir), data_dir) == list(names)
     trained = chosen(None, find_train_subsets(data_dir), data_dir)
     assert trained == sorted(name for name in names if names[name]), "the mixture of demo.yaml"
-    assert chosen([GROUP], find_eval_tasks(data_dir), data_dir) == [task.name for task in ANSWER_TASKS]
+    assert chosen([GROUP], find_eval_tasks(data_dir), data_dir) == list(ANSWER_TASKS)
 
 
 def test_pictures_with_an_object_are_all_of_its_answers_and_of_no_unseen_combination(data_dir: Path) -> None:
     """The scenes are drawn again; what a query names is found in their captions."""
-    seen, unseen = (read_eval_task(data_dir, task.name) for task in ANSWER_TASKS)
+    seen, unseen = (read_eval_task(data_dir, name) for name in ANSWER_TASKS)
     for task, held_out in ((seen, False), (unseen, True)):
         rng = np.random.default_rng([0, 15 + held_out, 1])
         captions = [sample_scene(rng, held_out=held_out).caption() for _ in task.candidates]

@@ -32,12 +32,9 @@ FRAMES_PER_SECOND = 2.0
 class Collator:
     """Turns rows into padded tensors with one processor call.
 
-    Where the image tensors of a Hugging Face ``processor`` cannot be split by row, every row is processed
-    alone, which gives the same rows more slowly. ``image_token`` stands for an image in the backbone's text,
-    ``template`` (``batch.Template``) is what stands around that.
-
-    Relations:
-        Each row without its padding equals the processor's output for that row alone.
+    Each row without its padding equals the processor's output for that row alone, and is made so where image
+    tensors cannot be split by row. ``image_token`` stands for an image in the backbone's text, ``template``
+    (``batch.Template``) is what stands around that.
     """
 
     def __init__(
@@ -253,10 +250,7 @@ def _split(
 def _split_kind(
     pixels: Mapping[str, Tensor], counts: list[int], grid: str = "image_grid_thw"
 ) -> tuple[Mapping[str, Tensor], ...] | None:
-    """Split image tensors by row: those of one entry per image, and those of one entry per patch.
-
-    Patches are counted by ``grid``. None if a tensor is neither, or could have one entry per row.
-    """
+    """Split tensors of one entry per image or, counted by ``grid``, per patch; None if one may be neither."""
     total = sum(counts)
     by_image = grid in pixels or "image_sizes" in pixels
     if total == len(counts) and any(count != 1 for count in counts) and not by_image:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ from parallel_decoupling.evaluation.encode import BatchPlan, RowBatches, TokenEs
 from parallel_decoupling.evaluation.store import AGGREGATE, Keeper, chosen_columns, path_column
 from parallel_decoupling.option_types import (
     Names,
-    NonNegativeFloat,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     check_memory,
     checked,
@@ -97,7 +97,7 @@ class MMEBDataModule(LightningDataModule):
         eval_batch_size: PositiveInt = 64,
         num_workers: NonNegativeInt = 0,
         split: str = "original",
-        weights: dict[str, NonNegativeFloat] | None = None,
+        weights: dict[str, PositiveFloat] | None = None,
         row_limit: PositiveInt | None = None,
         query_limit: PositiveInt | None = None,
         policy: Policy = "mixed",
@@ -171,18 +171,19 @@ class MMEBDataModule(LightningDataModule):
             if self.data_dir == EMBEDDED:
                 raise ValueError(f"download is for MMEB, {EMBEDDED!r} is generated. Set data_dir.")
             folder = Path(self.data_dir)
-            named = [*(wanted or ()), *((self.eval_tasks or ()) if stage == "fit" else ())]
-            there = tasks.find_train_subsets(folder, self.split)
+            known, there = [*tasks.read_tasks(folder)], tasks.find_train_subsets(folder, self.split)
             tasks.check_names(subsets or (), [*tasks.MMEB_TRAIN_SUBSETS, *there], "training subset")
-            known = [*tasks.MMEB_TASKS, *tasks.find_eval_tasks(folder)]
-            tasks.check_names(named, known, "evaluation task", self._task_advice)
-            download_train(folder, _of(tasks.MMEB_TRAIN_SUBSETS, subsets), self.split)
-            download_eval(folder, _of(tasks.MMEB_TASKS, wanted))
+            wanted = tasks.chosen(wanted, known, folder)
+            later = tasks.chosen(self.eval_tasks, known, folder) if stage == "fit" else []
+            tasks.check_names([*wanted, *later], known, "evaluation task", self._task_advice)
+            trained = [name for name in tasks.MMEB_TRAIN_SUBSETS if subsets is None or name in subsets]
+            download_train(folder, trained, self.split)
+            download_eval(folder, wanted)
         there = tasks.find_train_subsets(self.folder, self.split)
-        for subset in _of(there, tasks.chosen(subsets, there, self.folder)):
+        for subset in sorted({*tasks.chosen(subsets, there, self.folder)} & {*there}):
             readers.open_train(self.folder, subset, self.split)
         there = tasks.find_eval_tasks(self.folder)
-        for task in _of(there, tasks.chosen(wanted, there, self.folder)):
+        for task in sorted({*tasks.chosen(wanted, there, self.folder)} & {*there}):
             readers.open_sides(self.folder, tasks.read_tasks(self.folder)[task])
 
     def setup(self, stage: str) -> None:
@@ -191,10 +192,10 @@ class MMEBDataModule(LightningDataModule):
             return
         found = tasks.find_eval_tasks(self.folder)
         names, option = tasks.chosen(self.validation_tasks, found, self.folder), "validation_tasks"
-        to_test = tasks.chosen(self.eval_tasks, found, self.folder)
+        later = [*tasks.read_tasks(self.folder)] if self.download and stage == "fit" else found
+        to_test = tasks.chosen(self.eval_tasks, later, self.folder)
         if stage == "fit":
-            to_come = tasks.MMEB_TASKS if self.download else ()
-            tasks.check_names(to_test, [*found, *to_come], "evaluation task", self._task_advice)
+            tasks.check_names(to_test, later, "evaluation task", self._task_advice)
             self.train_data = self._open_subsets()
         elif stage != "validate":
             names, option = to_test, "eval_tasks"
@@ -335,8 +336,3 @@ class MMEBDataModule(LightningDataModule):
             options = {"num_workers": self.num_workers, "generator": torch.Generator(), "batch_size": None}
             loaders.append(Batches(DataLoader(batches, sampler=plan, **options)))
         return loaders
-
-
-def _of(there: Iterable[str], wanted: Sequence[str] | None) -> list[str]:
-    """Return those of the names that are wanted; None is all that are MMEB's or yours."""
-    return [name for name in there if (name != tasks.NOT_IN_MMEB if wanted is None else name in wanted)]

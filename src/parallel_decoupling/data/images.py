@@ -17,7 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from parallel_decoupling.data.unusable import RowError, one_row
-from parallel_decoupling.option_types import check_memory
+from parallel_decoupling.option_types import PositiveInt, check_memory, check_values
 
 SquareSize = Literal["low", "mid", "high"]
 SQUARES: dict[str, int] = {"low": 128, "mid": 672, "high": 1344}
@@ -46,23 +46,21 @@ class ImagePolicy:
     """
 
     size: SquareSize | None = None
-    min_pixels: int | None = None
-    max_pixels: int | None = None
+    min_pixels: PositiveInt | None = None
+    max_pixels: PositiveInt | None = None
     factor: int = 1
     max_frames: int = 8
     max_video_pixels: int | None = None
 
     def __post_init__(self) -> None:
         """Check the values."""
-        bounds = [bound for bound in (self.min_pixels, self.max_pixels) if bound is not None]
-        if self.size not in (None, *SQUARES):
-            raise ValueError(f"image_size must be one of {', '.join(SQUARES)} or null, got {self.size!r}.")
-        if self.size is not None and bounds:
+        check_values(ImagePolicy, vars(self))
+        low, high = self.min_pixels or 1, self.max_pixels or math.inf
+        if self.size is not None and (self.min_pixels or self.max_pixels):
             meaning = "forces a square, so min_pixels and max_pixels have no meaning"
             raise ValueError(f"image_size={self.size!r} {meaning}. Set one or the other to null.")
-        if min(bounds, default=1) < 1 or bounds != sorted(bounds):
-            rule = "must be at least 1, and min_pixels not above max_pixels"
-            raise ValueError(f"min_pixels={self.min_pixels}, max_pixels={self.max_pixels}: they {rule}.")
+        if low > high:
+            raise ValueError(f"min_pixels={low} is above max_pixels={high}. Exchange them.")
         check_memory(f"min_pixels={self.min_pixels}", 15.0 * (self.min_pixels or 0))  # 8-bit, and as fp32
 
     @classmethod
@@ -112,11 +110,7 @@ class ImagePolicy:
 def smart_size(
     width: int, height: int, *, factor: int, min_pixels: float, max_pixels: float
 ) -> tuple[int, int]:
-    """Return width and height within a pixel budget, both multiples of ``factor``, near the aspect ratio.
-
-    Relations:
-        Equals transformers' ``smart_resize`` of Qwen2-VL wherever that accepts the aspect ratio.
-    """
+    """Return width and height within a pixel budget as transformers' ``smart_resize`` does, for any ratio."""
     new_width = max(factor, round(width / factor) * factor)
     new_height = max(factor, round(height / factor) * factor)
     if new_width * new_height > max_pixels:
@@ -137,8 +131,7 @@ def is_array(value: Any) -> bool:
 
 def names_picture(text: str) -> bool:
     """Tell whether an untyped string is a picture: a data URI, or an existing file that Pillow opens."""
-    if _ADDRESS.fullmatch(text):
-        raise ValueError(_no_address(text))
+    _refuse_address(text)
     if _DATA_URI.match(text):
         return True
     if not os.path.isfile(text):
@@ -162,8 +155,7 @@ def as_picture(value: Any) -> Image.Image | str:
         return _opened(_uri_bytes(value))
     if isinstance(value, str | os.PathLike):
         file = os.fspath(value)
-        if _ADDRESS.fullmatch(file):
-            raise ValueError(_no_address(file))
+        _refuse_address(file)
         if not os.path.isfile(file):
             raise ValueError(f"no image file {file!r}")
         return file
@@ -194,9 +186,10 @@ def frame_files(folder: str) -> tuple[str, ...]:
     return tuple(os.path.join(folder, name) for name in order)
 
 
-def _no_address(text: str) -> str:
-    advice = "download it and pass the file, or pass {'text': ...} if the address itself is the text"
-    return f"{text.strip()!r} is an address, and nothing is fetched: {advice}"
+def _refuse_address(text: str) -> None:
+    if _ADDRESS.fullmatch(text):
+        advice = "download it and pass the file, or pass {'text': ...} if the address itself is the text"
+        raise ValueError(f"{text.strip()!r} is an address, and nothing is fetched: {advice}")
 
 
 def _uri_bytes(uri: str) -> bytes:
@@ -288,16 +281,12 @@ class ImageFolder:
 
     def __init__(self, *roots: Path, must_exist: bool = True) -> None:
         self.roots, self.must_exist = roots, must_exist
-        self._places = [(root, prefix) for root in roots for prefix in ("", "images/", None)]
 
     def find(self, image: str) -> str | None:
         """Return the file or the folder of frames, or None if there is neither."""
-        for number, (root, prefix) in enumerate(self._places):
-            file = root / (image.removeprefix("images/") if prefix is None else prefix + image)
-            if image and (file.is_file() or file.is_dir()):
-                self._places.insert(0, self._places.pop(number))
-                return str(file)
-        return None
+        names = (image, f"images/{image}", image.removeprefix("images/"))
+        files = (os.path.join(root, name) for root in self.roots for name in names)
+        return next(filter(os.path.exists, files), None) if image else None
 
     def get(self, image: str) -> str:
         """Return the file, or raise ``ValueError`` if there is none and there must be."""

@@ -27,11 +27,7 @@ class MixtureSampler(Sampler[list[tuple[int, int]]]):
     the subset, so a batch repeats a row only if it draws more rows than the subset has.
 
     ``sizes`` are the rows n_s per subset, ``batch_size`` is GLOBAL, ``weights`` are shares of the epoch per
-    SUBSET (None is by size).
-
-    Relations:
-        ``sub_batch`` with ``sub_batch_size=1`` equals ``mixed``, with ``batch_size`` equals
-        ``homogeneous``. The slices of all ranks, joined, equal the batch at ``world_size=1``.
+    SUBSET (None is by size). The slices of all ranks, joined, equal the batch at ``world_size=1``.
     """
 
     def __init__(
@@ -53,18 +49,13 @@ class MixtureSampler(Sampler[list[tuple[int, int]]]):
         self.sizes, self.batch_size = list(sizes), batch_size
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.start_step = 0  # of the next iteration
-        if policy != "sub_batch" and sub_batch_size is not None:
-            raise ValueError(f"sub_batch_size={sub_batch_size} has no meaning for policy {policy!r}.")
-        group_sizes = {"mixed": 1, "homogeneous": batch_size, "sub_batch": sub_batch_size or 0}
-        self.group_size = group_sizes[policy]
-        if self.group_size < 1 or batch_size % self.group_size:
-            rule = f"a sub_batch_size that divides {batch_size=}"
-            raise ValueError(f"policy sub_batch needs {rule}, got {sub_batch_size}.")
+        self.group_size = {"mixed": 1, "homogeneous": batch_size, "sub_batch": sub_batch_size or 0}[policy]
+        if (policy == "sub_batch") != (sub_batch_size is not None) or batch_size % max(self.group_size, 1):
+            rule = f"sub_batch needs a sub_batch_size that divides {batch_size=}, and no other policy has one"
+            raise ValueError(f"{policy=} with sub_batch_size={sub_batch_size}: {rule}.")
         counts = [size // self.group_size for size in self.sizes]
         if weights is not None:
-            if len(weights) != len(sizes) or min(weights) <= 0:
-                rule = f"one positive number per subset ({len(sizes)})"
-                raise ValueError(f"weights must be {rule}, got {list(weights)}.")
+            assert len(weights) == len(sizes), "one per subset"
             total = sum(sizes) / self.group_size / sum(weights)
             counts = [round(total * weight) for weight in weights]
         self.groups = [max(1, count) for count in counts]

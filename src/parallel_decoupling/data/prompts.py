@@ -63,9 +63,6 @@ def split_query(instruction: str, text: str, rules: PromptRules, *, has_image: b
     """Put a query together from its instruction and its text.
 
     With an image every space before a newline goes, and a placeholder and space around the instruction do.
-
-    Relations:
-        Equals the written prompt of the same row in MMEB-eval.
     """
     written = instruction.replace(IMAGE_PLACEHOLDER, "")
     body = " ".join(filter(None, (written.strip(), text)))
@@ -81,9 +78,6 @@ def split_candidate(instruction: str, text: str, rules: PromptRules, *, has_imag
     """Put a candidate together; one without an image is its text alone, to the letter.
 
     The instruction keeps its whitespace, at its end as well: VLM2Vec strips that of queries only.
-
-    Relations:
-        Equals the written prompt of the same candidate in MMEB-eval.
     """
     if not has_image:
         return text
@@ -106,10 +100,6 @@ def prompt(
     With images (PIL images or files): ``"<|image_1|>\n{instruction} {text}\n"``, one placeholder line per
     image, then one for a video. Without: ``"{instruction} {text}\n"``. A text alone (MMEB's captions,
     labels and answers) is stripped and gets no newline.
-
-    Relations:
-        Equals the written prompts of MMEB-eval's 36 tasks, but for the last newline of four: VisDial's
-        queries have two, the crops of MSCOCO, RefCOCO and Visual7W-Pointing none.
     """
     if image is not None and images:
         raise ValueError("Give image or images, not both.")
@@ -206,10 +196,9 @@ def to_raw_input(item: Any, instruction: str | None = None) -> RawInput:
 def _raw_input_from_mapping(item: Mapping[str, Any], instruction: str | None) -> RawInput:
     for key in ("text", "instruction"):
         value = item.get(key)
-        if isinstance(value, Sized) and not isinstance(value, str):
-            raise ValueError(_no_list(item))
         if value is not None and not isinstance(value, str):
-            raise ValueError(f"{key!r} is a {type(value).__name__}; use a string")
+            one = f"{key!r} is a {type(value).__name__}; use a string"
+            raise ValueError(_no_list(item) if isinstance(value, Sized) else one)
     if unknown := sorted(str(key) for key in item if key not in INPUT_KEYS):
         raise ValueError(f"unknown keys {unknown}; use {list(INPUT_KEYS)}")
     text, image, images, video, own = (item.get(key) for key in INPUT_KEYS)

@@ -19,13 +19,13 @@ from parallel_decoupling.batch import PairBatch, RawInput, RawPair
 from parallel_decoupling.data import tasks
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.images import ImageFolder
-from parallel_decoupling.data.judged import open_judged, read_judged
+from parallel_decoupling.data.layouts import RIGHT, open_judged, open_video_set, read_judged
 from parallel_decoupling.data.names import printable
 from parallel_decoupling.data.row_reader import CANDIDATE, NEGATIVE, QUERY, RowReader, Side, side_of, target
-from parallel_decoupling.data.tables import Table
+from parallel_decoupling.data.tables import Table, find_tables
 from parallel_decoupling.data.tasks import INSTRUCTIONS, ROLES, TEACHER, EvalTask, Task, read_tasks
 from parallel_decoupling.data.unusable import RowError, doubled, one_row
-from parallel_decoupling.data.video_sets import RIGHT, open_video_set
+from parallel_decoupling.option_types import check_memory
 
 LimitBy = Literal["sample", "first"]
 MissingImages = Literal["error", "skip"]
@@ -36,7 +36,6 @@ MMEB_EVAL = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path", "qry_inst",
 
 MAX_UNUSABLE_ROWS = 100
 """After so many rows that cannot be embedded the folder is at fault, not a file."""
-MAX_POOL_ENTRIES = 25_000_000
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +46,9 @@ def open_train(data_dir: Path, subset: str, split: str) -> RowReader:
     source, root = task.source, data_dir / "MMEB-train"
     owner, columns = f"training subset {subset!r}", dict(zip(ROLES, MMEB_TRAIN, strict=True))
     if source is None or source.train_file is None:
-        table = Table(owner, _files(owner, root / subset, split), columns | {TEACHER: TEACHER})
+        table = Table(
+            owner, find_tables(owner, root / subset, f"{split}-*.parquet"), columns | {TEACHER: TEACHER}
+        )
         table.check((*QUERY, *CANDIDATE), QUERY)
         return RowReader(table, ImageFolder(root), task.prompt)
     table = Table(owner, [source.train_file], source.columns)
@@ -69,7 +70,7 @@ def open_eval(data_dir: Path, task: Task, *, must_exist: bool = True) -> RowRead
     owner = f"evaluation task {task.name!r}"
     columns = dict(zip((*roles, *INSTRUCTIONS), MMEB_EVAL, strict=True))
     if source is None or source.eval_file is None:
-        table = Table(owner, _files(owner, root / task.name, "test"), columns)
+        table = Table(owner, find_tables(owner, root / task.name, "test-*.parquet"), columns)
         table.check(roles[::2] if table.column(INSTRUCTIONS[0]) is not None else roles, QUERY)
         roots = (root, root / "image-tasks", data_dir / "image-tasks")
         return RowReader(table, ImageFolder(*roots, must_exist=must_exist), task.prompt)
@@ -82,22 +83,12 @@ def open_eval(data_dir: Path, task: Task, *, must_exist: bool = True) -> RowRead
     return RowReader(table, ImageFolder(source.image_dir, must_exist=must_exist), source=source)
 
 
-def _files(owner: str, folder: Path, split: str) -> list[Path]:
-    files = sorted(folder.glob(f"{split}-*.parquet"))
-    if not files:
-        others = ", ".join(sorted(file.name for file in folder.glob("*.parquet"))) or "no parquet file"
-        raise ValueError(f"{owner}: no file {folder / split}-*.parquet; the folder holds {others}.")
-    return files
-
-
 class TrainSubset:
     """One training subset: a mapped table whose rows become ``RawPair``.
 
     Rows with neither text nor image on one side are left out, as in VLM2Vec; ``blank_rows`` counts them. The
     arguments are those of ``MMEBDataModule``. A row has exactly ``positives`` positives and
-    ``hard_negatives`` negatives, the first of its lists, None where the file has fewer; a blank text without
-    image does not count. With ``missing_images="skip"`` the next usable row replaces one that cannot be
-    embedded; that choice depends on files and model alone.
+    ``hard_negatives`` negatives, the first of its lists that are not blank, None where the file has fewer.
     """
 
     def __init__(
@@ -217,7 +208,10 @@ class TrainRows(Dataset[RawPair]):
 
 
 class TrainCollator:
-    """Batches training rows; with ``missing_images="skip"`` usable rows replace those that are not."""
+    """Batches training rows; with ``missing_images="skip"`` usable rows replace those that are not.
+
+    Which ones depends on files and model alone.
+    """
 
     def __init__(self, collator: Collator, subsets: Sequence[TrainSubset]) -> None:
         self.collator, self.subsets = collator, {subset.subset: subset for subset in subsets}
@@ -304,7 +298,6 @@ def _pool(table: Table) -> list[Side]:
     if any(pa.types.is_list(column.type) for column in filter(None, map(table.column, CANDIDATE))):
         return []
     pool = list(dict.fromkeys(side_of(table[row], CANDIDATE) for row in range(len(table))))
-    if len(pool) * len(table) > MAX_POOL_ENTRIES:
-        many = f"{len(table)} rows with {len(pool)} candidates each are too many"
-        raise ValueError(f"{table.owner}: {many}. Give every row its own list of candidates.")
+    many = f"{table.owner}: {len(table)} rows with {len(pool)} candidates each, without lists of their own,"
+    check_memory(many, 8.0 * len(pool) * len(table))
     return pool

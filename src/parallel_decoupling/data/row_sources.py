@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,9 +61,7 @@ class TaskSide:
 class RowSource:
     """The images of a folder or the rows of a table (``docs/embedding_files.md``) with an instruction.
 
-    A folder of Parquet files and nothing else (names that begin with _ or . apart) is a table of them in the
-    order of their names.
-
+    A folder of Parquet files alone (but for names with _ or . first) is a table in the order of their names.
     ``left_out`` says what of a folder is not among the rows, "" for nothing.
     """
 
@@ -148,29 +146,24 @@ def _list_images(folder: Path) -> tuple[pa.Table, str]:
     A picture has a picture's suffix, or Pillow knows its beginning. Links are followed, to each folder once.
     """
     known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    names: list[str] = []
-    left: dict[str, list[str]] = {}
-    folders, links, seen = [str(folder)], list[str](), set[str]()
-    while folders or links:
-        place = folders.pop() if folders else links.pop(0)  # links last: a folder has the name of its own
-        real, entries = os.path.realpath(place), list[str]()
-        try:
-            if real in seen:
-                left.setdefault("folders that are there twice", []).append(place)
-            else:
-                entries = sorted(os.listdir(place))
-        except OSError:
-            left.setdefault("folders that cannot be read", []).append(place)
+    names, left, seen = list[str](), defaultdict[str, list[str]](list), set[str]()
+
+    def closed(error: OSError) -> None:
+        left["folders that cannot be read"].append(str(error.filename))
+
+    for place, folders, files in os.walk(folder, onerror=closed, followlinks=True):
+        folders.sort(key=lambda each: (os.path.islink(os.path.join(place, each)), each))
+        if (real := os.path.realpath(place)) in seen:
+            left["folders that are there twice"].append(place)
+            folders[:], files = [], []
         seen.add(real)
-        for file in (os.path.join(place, entry) for entry in entries):
-            if os.path.isdir(file):
-                (links if os.path.islink(file) else folders).append(file)
-            elif not os.path.isfile(file):
-                left.setdefault("links or special files", []).append(file)
+        for file in (os.path.join(place, name) for name in sorted(files)):
+            if not os.path.isfile(file):
+                left["links or special files"].append(file)
             elif os.path.splitext(file)[1].lower() in known or image_size(file):
                 names.append(id_of_file(os.path.relpath(file, folder)))
             else:
-                left.setdefault("other files", []).append(file)
+                left["other files"].append(file)
     left_out = ", ".join(f"{len(files)} {what} ({_first(files, folder)})" for what, files in left.items())
     if not names:
         there = f"; it has {left_out}" if left_out else ""

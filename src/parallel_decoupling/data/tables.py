@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import codecs
 import csv
+import io
 import json
 import os
 import re
 import shutil
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -32,14 +32,9 @@ FORMAT = "6"
 DELIMITERS = ",;\t"
 CSV_BLOCK = 1 << 26
 """Bytes that a row of a CSV file may have."""
-MARKS = {
-    codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, whose mark is the start of this one
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
-"""Encodings by byte order mark; a text without a mark must be UTF-8."""
+MARKS = {"utf-8-sig": (codecs.BOM_UTF8,), "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)}
+MARKS["utf-16"] = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # the former is the start of one before it
+"""Byte order marks by encoding; a text without one must be UTF-8."""
 
 
 def default_cache_dir() -> Path:
@@ -107,16 +102,30 @@ class Table:
 
     def where(self, row: int, *columns: str) -> str:
         """Name the owner, file, row in that file and the first known of some columns, for a message."""
-        file = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+        file, number = self.place(row)
         name = next((self.columns[column] for column in columns if column in self.columns), columns[0])
-        return f"{self.owner}, file {self.files[file]}, row {row - self._first_rows[file]}, column {name!r}"
+        return f"{self.owner}, file {file}, row {number}, column {name!r}"
+
+    def place(self, row: int) -> tuple[Path, int]:
+        """Return the file of a row, and its number there."""
+        file = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+        return self.files[file], row - int(self._first_rows[file])
+
+
+def find_tables(owner: str, folder: Path, *patterns: str) -> list[Path]:
+    """Return the files of the first pattern that has any, in the order of their names."""
+    found = [[file for file in sorted(folder.glob(each)) if file.suffix in SUFFIXES] for each in patterns]
+    if not any(found):
+        there = ", ".join(sorted(file.name for file in folder.glob("*"))) or "nothing"
+        looked = f"{folder} holds no {' or '.join(patterns)} that ends with {', '.join(SUFFIXES)}"
+        raise ValueError(f"{owner}: {looked}; found {there:.200}.")
+    return next(filter(None, found))
 
 
 def arrow_copy(file: Path, texts: Mapping[str, bool], owner: str, keep_others: bool = False) -> Path:
-    """Return the memory-mappable copy of a file, after writing it if the cache lacks it or it is damaged.
+    """Return the copy of a file by its contents, written if the cache lacks it, in place of earlier ones.
 
-    ``texts`` are the columns in use, and whether they may hold pictures. The copy is found by the file's
-    contents. Several processes may write it at the same time. Copies of earlier contents are removed.
+    ``texts`` are the columns in use, and whether they may hold pictures. Several processes may write it.
     """
     if file.exists() and not file.is_file():
         raise ValueError(f"{owner}: {file} is not a regular file. Give a file on a disk.")
@@ -139,18 +148,13 @@ def arrow_copy(file: Path, texts: Mapping[str, bool], owner: str, keep_others: b
                 if old != copy:  # another process may have finished this one and be about to map it
                     old.unlink(missing_ok=True)
                     shutil.rmtree(old.with_suffix(".d"), ignore_errors=True)
-    except TableError as error:
-        raise ValueError(f"{owner}: cannot read {file}: {error}") from error
-    except (pa.ArrowException, OSError) as error:
+    except (ValueError, pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # not Arrow's, but the disk's
             raise
         lines = ", with one JSON object per line and values of one type" if file.suffix == ".jsonl" else ""
-        raise ValueError(f"{owner}: cannot read {file}: {error} Is it complete{lines}?") from error
+        advice = f" Is it complete{lines}?" if isinstance(error, pa.ArrowException | OSError) else ""
+        raise ValueError(f"{owner}: cannot read {file}: {error}{advice}") from error
     return copy
-
-
-class TableError(Exception):
-    """What is wrong with a row of a text file, whose name the message does not have yet."""
 
 
 def _is_whole(copy: Path) -> bool:
@@ -174,48 +178,41 @@ def _write(file: Path, texts: Mapping[str, bool], keep_others: bool, copy: Path,
         table = _read_jsonl(file) if file.suffix == ".jsonl" else _read_csv(file, [*texts])
         found, batches = table.column_names, table.to_batches(ROWS_PER_BATCH)
     else:
-        raise ValueError(f"{file}: the file must end with one of {', '.join(SUFFIXES)}.")
+        raise ValueError(f"it must end with one of {', '.join(SUFFIXES)}.")
     kept = [name for name in found if keep_others or name in texts]
     if len(set(kept)) < len(kept):
-        raise ValueError(f"{file}: two columns have the same name; found {', '.join(found)}. Rename one.")
+        raise ValueError(f"two columns have the same name; found {', '.join(found)}. Rename one.")
     writer, rows = None, 0
     with pa.OSFile(str(copy), "wb") as stream:
         for part in batches:
-            cells = [_to_copy(file, name, part.column(name), texts.get(name), pictures) for name in kept]
+            cells = [_to_copy(name, part.column(name), texts.get(name), pictures) for name in kept]
             batch = pa.RecordBatch.from_arrays(cells, kept, metadata={"columns": json.dumps(found)})
             try:
                 batch.validate(full=True)  # texts that are not UTF-8
             except pa.ArrowException as error:
-                raise TableError(f"rows {rows} to {rows + len(part) - 1}: {error}.") from error
+                raise ValueError(f"rows {rows} to {rows + len(part) - 1}: {error}.") from error
             writer = writer or pa.ipc.new_file(stream, batch.schema)
             writer.write_batch(batch)
             rows += len(part)  # even where no column is wanted
         if not rows or writer is None:
-            raise ValueError(f"{file} has no rows. Remove it or fill it in.")
+            raise ValueError("it has no rows. Remove it or fill it in.")
         writer.close()
 
 
-@contextmanager
-def _open_text(file: Path) -> Iterator[TextIO]:
-    """Open a file by its byte order mark, else as UTF-8; ``TableError`` if it is in another encoding."""
-    with file.open("rb") as stream:
-        start = stream.read(1 << 10)
-    encoding = next((name for mark, name in MARKS.items() if start.startswith(mark)), "utf-8")
-    line = 0
+def _decoded(file: Path) -> TextIO:
+    """Return the text of a file by its byte order mark, else as UTF-8; every line keeps its end."""
+    content = file.read_bytes()
+    encoding = next((name for name, marks in MARKS.items() if content.startswith(marks)), "utf-8")
     try:
-        if encoding == "utf-8" and b"\0" in start:
-            raise UnicodeDecodeError(encoding, start, start.index(b"\0"), len(start), "a zero byte")
-        with file.open(encoding=encoding, newline="") as text:
-            yield text
+        text = content.decode(encoding)
+        if "\0" in text[:1024]:
+            raise UnicodeDecodeError(encoding, content, content.index(0), len(content), "a zero byte")
     except UnicodeDecodeError as error:
-        content, found = file.read_bytes(), error.reason
-        try:
-            content.decode(encoding)
-        except UnicodeDecodeError as whole:  # the other one counts from where the stream was
-            line, found = content[: whole.start].decode(encoding, "ignore").count("\n"), whole.reason
+        line = content[: error.start].decode(encoding, "ignore").count("\n")
         row = max(0, line - (file.suffix != ".jsonl"))
-        what = f"row {row} (line {line + 1}) is not {encoding.removesuffix('-sig').upper()}, {found}"
-        raise TableError(f"{what}. Save the file as UTF-8.") from error
+        what = f"row {row} (line {line + 1}) is not {encoding.removesuffix('-sig').upper()}, {error.reason}"
+        raise ValueError(f"{what}. Save the file as UTF-8.") from error
+    return io.StringIO(text, newline="")
 
 
 def _read_csv(file: Path, texts: Sequence[str]) -> pa.Table:
@@ -224,41 +221,38 @@ def _read_csv(file: Path, texts: Sequence[str]) -> pa.Table:
     The rows are first read by Python, which, other than Arrow, says where a row or a quotation is wrong.
     """
     limit = csv.field_size_limit(sys.maxsize)
-    row = -1  # the header
+    row, stream = -1, _decoded(file)  # the header
+    header = stream.readline()
     try:
-        with _open_text(file) as stream:
-            encoding, header = stream.encoding, stream.readline()
-            split = {each: next(csv.reader([header], delimiter=each), []) for each in DELIMITERS}
-            delimiter = max(DELIMITERS, key=lambda each: (len({*split[each]} & {*texts}), len(split[each])))
-            stream.seek(0)
-            rows = filter(None, csv.reader(stream, delimiter=delimiter, strict=True))
-            columns = len(next(rows, []))
-            for row, cells in enumerate(rows):
-                if len(cells) != columns:
-                    raise TableError(f"row {row} has {len(cells)} cells, where the header has {columns}.")
+        split = {each: next(csv.reader([header], delimiter=each), []) for each in DELIMITERS}
+        delimiter = max(DELIMITERS, key=lambda each: (len({*split[each]} & {*texts}), len(split[each])))
+        stream.seek(0)
+        rows = filter(None, csv.reader(stream, delimiter=delimiter, strict=True))
+        columns = len(next(rows, []))
+        for row, cells in enumerate(rows):
+            if len(cells) != columns:
+                raise ValueError(f"row {row} has {len(cells)} cells, where the header has {columns}.")
     except csv.Error as error:
         advice = " Is a quotation mark left open?" if "end of data" in str(error) else ""
-        raise TableError(f"row {row + 1}: {error}.{advice}") from error
+        raise ValueError(f"row {row + 1}: {error}.{advice}") from error
     finally:
         csv.field_size_limit(limit)
-    read = pa.csv.ReadOptions(encoding=encoding.removesuffix("-sig"), block_size=CSV_BLOCK)
+    stream.seek(0)
     parse = pa.csv.ParseOptions(newlines_in_values=True, delimiter=delimiter)
-    types = dict.fromkeys(texts, pa.string())
-    convert = pa.csv.ConvertOptions(column_types=types, strings_can_be_null=False)
-    table = pa.csv.read_csv(pa.OSFile(os.fsencode(file)), read, parse, convert)
+    convert = pa.csv.ConvertOptions(column_types=dict.fromkeys(texts, pa.string()), strings_can_be_null=False)
+    content, read = pa.BufferReader(stream.read().encode()), pa.csv.ReadOptions(block_size=CSV_BLOCK)
+    table = pa.csv.read_csv(content, read, parse, convert)
     if len(table) != row + 1:
-        raise TableError(f"it has {row + 1} rows for Python and {len(table)} for Arrow. Use one line ending.")
+        raise ValueError(f"it has {row + 1} rows for Python and {len(table)} for Arrow. Use one line ending.")
     return table
 
 
 def _read_jsonl(file: Path) -> pa.Table:
     """Read all columns with the types that JSON has, so that texts which look like dates stay texts."""
-    parts = []
-    with _open_text(file) as stream:
-        rows = _json_rows(stream)
-        while part := list(islice(rows, ROWS_PER_BATCH)):
-            names = dict.fromkeys(name for row in part for name in row)
-            parts.append(pa.table({name: [row.get(name) for row in part] for name in names}))
+    parts, rows = [], _json_rows(_decoded(file))
+    while part := list(islice(rows, ROWS_PER_BATCH)):
+        names = dict.fromkeys(name for row in part for name in row)
+        parts.append(pa.table({name: [row.get(name) for row in part] for name in names}))
     return pa.concat_tables(parts or [pa.table({})], promote_options="permissive")
 
 
@@ -272,13 +266,19 @@ def _json_rows(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
             if re.search(r"\\u[dD][89a-fA-F]", line):
                 json.dumps(cells, ensure_ascii=False).encode()  # a half of a character is an error
         except (ValueError, RecursionError) as error:
-            raise TableError(f"row {row}: {error}.") from error
+            raise ValueError(f"row {row}: {error}.") from error
         yield cells
+
+
+def _entry(kind: pa.DataType) -> pa.DataType:
+    """Return the type of the entries of lists, or the type itself."""
+    lists = pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list
+    return kind.value_type if any(is_list(kind) for is_list in lists) else kind
 
 
 def _is_held(kind: pa.DataType) -> bool:
     """Tell whether cells hold pictures: bytes, or structs of ``bytes`` and ``path``, alone or in lists."""
-    kind = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
+    kind = _entry(kind)
     is_struct = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
     return bool(is_struct or pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
@@ -300,12 +300,11 @@ def _save_pictures(cells: pa.Array, folder: Path) -> pa.Array:
             unfinished.replace(file)
         return str(file)
 
-    is_nested = pa.types.is_list(cells.type) or pa.types.is_large_list(cells.type)
     names = [saved(cell) for cell in cells.to_pylist()]
-    return pa.array(names, pa.list_(pa.string()) if is_nested else pa.string())
+    return pa.array(names, pa.string() if _entry(cells.type) == cells.type else pa.list_(pa.string()))
 
 
-def _to_copy(file: Path, name: str, cells: pa.Array, is_picture: bool | None, folder: Path) -> pa.Array:
+def _to_copy(name: str, cells: pa.Array, is_picture: bool | None, folder: Path) -> pa.Array:
     """Cast numbers and all kinds of strings to text, alone or in lists; leave other columns as they are.
 
     NaN becomes null. ``is_picture`` is None for other columns; pictures become files in ``folder``.
@@ -317,12 +316,11 @@ def _to_copy(file: Path, name: str, cells: pa.Array, is_picture: bool | None, fo
     kind = cells.type
     if pa.types.is_null(kind):  # may stand for texts or for lists
         return cells
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    entry = kind.value_type if is_list else kind
+    entry = _entry(kind)
     if pa.types.is_nested(entry) or entry in (pa.binary(), pa.large_binary()):
         advice = "not texts or lists of texts, nor a column of pictures"
-        raise ValueError(f"{file}, column {name!r}: holds {kind}, {advice}.")
-    texts = cells.cast(pa.list_(pa.string()) if is_list else pa.string())
+        raise ValueError(f"column {name!r} holds {kind}, {advice}.")
+    texts = cells.cast(pa.string() if entry is kind else pa.list_(pa.string()))
     if not pa.types.is_floating(entry):
         return texts
     numbers = {"nan": None}

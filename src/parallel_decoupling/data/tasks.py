@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from parallel_decoupling.batch import RawInput
 from parallel_decoupling.data.names import check_file_name
 from parallel_decoupling.data.prompts import PromptRules
+from parallel_decoupling.option_types import Rule, check_values
 
 MetaTask = Literal["classification", "vqa", "retrieval", "grounding", "custom"]
 """``custom`` has a mean of its own and counts in no other."""
@@ -20,12 +21,20 @@ Identity = Literal["text", "image", "image_and_text"]
 Metric = Literal["hit@1", "mrr", "recall@5", "recall@10", "ndcg@5", "ndcg@10", "r_precision"]
 
 OVERALL = "overall"
+_MEANS = (*get_args(MetaTask), "in_distribution", "out_of_distribution", "mean_of_meta_tasks", "mmeb_v2")
+_GROUP = Rule(
+    "a word of letters, digits and _ that names no other mean",
+    lambda name: bool(re.fullmatch(r"\w+", name)) and name not in _MEANS,
+)
 TASK_KEYS = ("meta_task", "in_distribution", "metric", "group")
-FILES = ("train_file", "eval_file", "eval_dir")
+PLACES = ("train_file", "eval_file", "eval_dir", "image_dir")
 INSTRUCTIONS = ("query_instruction", "candidate_instruction")
 ROLES = tuple(f"{side}_{kind}" for side in ("query", "candidate", "negative") for kind in ("text", "image"))
-"""What a column can be, and the column of a teacher's scores."""
 TEACHER = "teacher_scores"
+"""What a column can be, and the column of a teacher's scores."""
+_ROLE = Rule(
+    f"a mapping of roles to columns; roles are {', '.join((*ROLES, TEACHER))}", (*ROLES, TEACHER).__contains__
+)
 
 
 @dataclass(frozen=True)
@@ -40,11 +49,15 @@ class Source:
     eval_file: Path | None = None
     eval_dir: Path | None = None
     image_dir: Path = Path()
-    columns: dict[str, str] = field(default_factory=dict)
+    columns: dict[Annotated[str, _ROLE], str] = field(default_factory=dict)
     query_instruction: str = ""
     candidate_instruction: str = ""
     language: str = ""
     published: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check_values(Source, vars(self))
 
 
 @dataclass(frozen=True)
@@ -63,7 +76,7 @@ class Task:
     prompt: PromptRules = field(default=PromptRules(), compare=False)
     source: Source | None = field(default=None, compare=False)
     metric: Metric = "hit@1"
-    group: str = OVERALL
+    group: Annotated[str, _GROUP] = OVERALL
 
     @property
     def entry(self) -> dict[str, Any]:
@@ -72,48 +85,32 @@ class Task:
         return {name: each for name, each in own.items() if each != getattr(Task, name, None)}
 
     def __post_init__(self) -> None:
-        """Check the name, which the files of scores and embeddings have, too."""
+        """Check the values; the name is in those of the files of scores and embeddings, too."""
+        check_values(Task, vars(self))
         check_file_name(self.name, "evaluation task")
 
 
-_FORMS: dict[str, tuple[Identity, PromptRules]] = {
-    "label": ("text", PromptRules()),
-    "answer": ("text", PromptRules(own_line=True)),
-    "caption": ("text", PromptRules()),
-    "dialogue": ("image", PromptRules(query_image=False, query_end="\n\n")),
-    "picture": ("image", PromptRules(query_image=False)),
-    "similar": ("image_and_text", PromptRules(own_line=True, candidate_end="")),
-}
-"""Identity and prompt rules by what the candidates of a task are."""
-
-# Meta-task, in (IND) or out of (OOD) distribution, form, tasks (some with their own form); in MMEB's order.
-_MMEB = """
-classification IND label ImageNet-1K N24News HatefulMemes VOC2007 SUN397
-classification OOD label Place365 ImageNet-A ImageNet-R ObjectNet Country211
-vqa IND answer OK-VQA A-OKVQA DocVQA InfographicsVQA ChartQA Visual7W
-vqa OOD answer ScienceQA VizWiz GQA TextVQA
-retrieval IND picture VisDial:dialogue CIRR:similar VisualNews_t2i VisualNews_i2t:caption MSCOCO_t2i
-retrieval IND picture MSCOCO_i2t:caption NIGHTS:similar WebQA
-retrieval OOD picture FashionIQ:similar Wiki-SS-NQ OVEN:similar EDIS
-grounding IND similar MSCOCO
-grounding OOD similar RefCOCO RefCOCO-Matching Visual7W-Pointing
-"""
-
-_MEANS = (*get_args(MetaTask), "in_distribution", "out_of_distribution", "mean_of_meta_tasks", "mmeb_v2")
-
-MMEB_TASKS: dict[str, Task] = {
-    name: Task(name, cast(MetaTask, meta_task), distribution == "IND", *_FORMS[own or form])
-    for meta_task, distribution, form, *words in map(str.split, _MMEB.strip().splitlines())
-    for name, _, own in (word.partition(":") for word in words)
-}
-"""The 36 tasks of MMEB v1."""
-_V2: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "mmeb_v2.json").read_text())
 V2_GROUPS: dict[str, Metric] = {"video": "hit@1", "visdoc": "ndcg@5"}
-"""What MMEB-V2 adds to them, with the metric that its tables have."""
-V2_TASKS: dict[str, Task] = {
-    name: Task(name, entry["meta_task"], False, prompt=PromptRules(one_line=True), metric=metric, group=group)
+"""What MMEB-V2 adds to MMEB's own tasks, with the metric that its tables have."""
+_TABLE: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "mmeb_v2.json").read_text())
+
+
+def _published(part: str, group: str, metric: Metric, **rules: Any) -> dict[str, Task]:
+    """Return tasks of the table, in MMEB's order."""
+    tasks = {}
+    for name, entry in _TABLE[part].items():
+        about = {key: entry[key] for key in ("meta_task", "identity") if key in entry}
+        prompt, trained = PromptRules(**rules, **entry.get("prompt", {})), entry.get("in_distribution", False)
+        tasks[name] = Task(name, in_distribution=trained, prompt=prompt, metric=metric, group=group, **about)
+    return tasks
+
+
+MMEB_TASKS = _published("image", OVERALL, "hit@1")
+"""The 36 tasks of MMEB v1."""
+V2_TASKS = {
+    name: task
     for group, metric in V2_GROUPS.items()
-    for name, entry in _V2[group].items()
+    for name, task in _published(group, group, metric, one_line=True).items()
 }
 """The 18 video and 24 document tasks of MMEB-V2, each of a group beside ``overall``."""
 NOT_IN_MMEB = "CIFAR-100"
@@ -190,12 +187,13 @@ def read_tasks(data_dir: str | Path) -> dict[str, Task]:
 
 def _v2_source(task: Task, data_dir: Path) -> Source:
     """Return where the rows and the pictures or frames of a task of MMEB-V2 are."""
-    entry, root = _V2[task.group][task.name], data_dir / f"{task.group}-tasks"
+    entry, root = _TABLE[task.group][task.name], data_dir / f"{task.group}-tasks"
+    rows = root / Path(entry["set"]).name
     about: dict[str, Any] = {"query_instruction": entry["query"], "candidate_instruction": entry["candidate"]}
     if task.group == "video":
         frames = root / "frames" / entry["frames"]
-        return Source(eval_file=root / entry["set"], image_dir=frames, published=entry, **about)
-    about |= {"eval_dir": root / entry["set"], "image_dir": root / entry["images"]}
+        return Source(eval_file=rows, image_dir=frames, published=entry, **about)
+    about |= {"eval_dir": rows, "image_dir": root / entry["images"]}
     return Source(columns={"query_text": "query", "candidate_image": "image"}, published=entry, **about)
 
 
@@ -215,8 +213,10 @@ def _listed(tasks_file: Path) -> dict[str, Task]:
         entries = json.loads(tasks_file.read_text(encoding="utf-8-sig"))
         if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
             raise ValueError("it must hold an object of tasks by name, each an object itself.")
+        known = [*TASK_KEYS, *(each.name for each in fields(Source) if each.name != "published")]
         for name, entry in entries.items():
             where = f"{tasks_file}, task {name!r}"
+            check_names(entry, known, "key")
             tasks[name] = _task(name, entry, tasks_file.parent)
     except ValueError as error:
         advice = " Save the file as UTF-8." if isinstance(error, UnicodeDecodeError) else ""
@@ -225,42 +225,23 @@ def _listed(tasks_file: Path) -> dict[str, Task]:
 
 
 def _task(name: str, entry: dict[str, Any], data_dir: Path) -> Task:
-    check_names(entry, (*TASK_KEYS, *FILES, *INSTRUCTIONS, "image_dir", "columns", "language"), "key")
-    about = {"metric": "hit@1", "group": OVERALL, **entry}
-    meta_task, in_distribution, metric, group = (about.get(key) for key in TASK_KEYS)
-    if meta_task not in get_args(MetaTask):
-        raise ValueError(f"meta_task must be one of {', '.join(get_args(MetaTask))}, got {meta_task!r}.")
-    if not isinstance(in_distribution, bool):
-        raise ValueError(f"in_distribution must be true or false, got {in_distribution!r}.")
-    if metric not in get_args(Metric):
-        raise ValueError(f"metric must be one of {', '.join(get_args(Metric))}, got {metric!r}.")
-    if not isinstance(group, str) or not re.fullmatch(r"\w+", group) or group in _MEANS:
-        rule = "must be a word of letters, digits and _ that names no other mean"
-        raise ValueError(f"group {rule}, got {group!r}.")
-    task = Task(name, cast(MetaTask, meta_task), in_distribution, metric=cast(Metric, metric), group=group)
-    rest = {key: value for key, value in entry.items() if key not in TASK_KEYS}
-    if rest:
-        return replace(task, source=_source(rest, data_dir))
-    known = MMEB_TASKS.get(name, task)
-    return replace(task, identity=known.identity, prompt=known.prompt)
-
-
-def _source(entry: dict[str, Any], data_dir: Path) -> Source:
-    columns = entry.pop("columns", None)
-    if wrong := [key for key, value in entry.items() if not isinstance(value, str)]:
-        raise ValueError(f"{wrong[0]} must be a text, got {entry[wrong[0]]!r}.")
-    if not set(FILES) & set(entry):
-        keys = ", ".join(entry) or "columns"
-        raise ValueError(f"{keys} without a file. Add train_file, eval_file or eval_dir.")
-    if not isinstance(columns, dict) or not all(isinstance(column, str) for column in columns.values()):
-        example = '{"query_text": "question"}'
-        raise ValueError(f"columns must name a column per role, such as {example}, got {columns!r}.")
-    check_names(columns, (*ROLES, TEACHER), "column role")
+    """Return the task of an entry, which is one of MMEB's or has files of its own."""
+    own = {"meta_task": None, "in_distribution": None} | {
+        key: entry[key] for key in TASK_KEYS if key in entry
+    }
+    task = Task(name, **own)
+    if entry.keys() <= own.keys():
+        known = MMEB_TASKS.get(name, task)
+        return replace(task, identity=known.identity, prompt=known.prompt)
+    about = {"image_dir": "."} | {key: each for key, each in entry.items() if key not in own}
+    places = {key: data_dir / about[key] for key in PLACES if isinstance(about.get(key), str)}
+    source = Source(**about | places)
+    if not any((source.train_file, source.eval_file, source.eval_dir)):
+        raise ValueError("other keys without a file. Add train_file, eval_file or eval_dir.")
     for side in ("query", "candidate"):
-        if not {f"{side}_text", f"{side}_image"} & set(columns):
+        if not {f"{side}_text", f"{side}_image"} & source.columns.keys():
             raise ValueError(f"columns: {side}_text or {side}_image is needed, or both.")
-    paths = {key: data_dir / entry.pop(key, ".") for key in (*FILES, "image_dir") if key in entry}
-    return Source(columns=columns, **{"image_dir": data_dir, **paths}, **entry)
+    return replace(task, source=source)
 
 
 def task_of_subset(tasks: dict[str, Task], subset: str) -> Task | None:
@@ -277,12 +258,15 @@ def find_train_subsets(data_dir: str | Path, split: str = "original") -> list[st
 
 def find_eval_tasks(data_dir: str | Path) -> list[str]:
     """Return the names of the tasks whose rows are there, in the order of ``read_tasks``."""
-    found, known = _eval_folders(data_dir), read_tasks(data_dir)
-    sources = {name: task.source for name, task in known.items() if task.source}
-    places = {name: source.eval_file or source.eval_dir for name, source in sources.items()}
-    published = [name for name, each in sources.items() if each.published]
-    absent = {name for name in published if not Path(places[name] or "").exists()}
-    return [name for name in known if name not in absent and places.get(name, name in found)]
+    folders = _eval_folders(data_dir)
+
+    def is_there(task: Task) -> bool:
+        if task.source is None:
+            return task.name in folders
+        place = task.source.eval_file or task.source.eval_dir
+        return place is not None and (task.source.published is None or place.exists())
+
+    return [name for name, task in read_tasks(data_dir).items() if is_there(task)]
 
 
 def chosen(names: Collection[str] | None, found: Sequence[str], data_dir: str | Path) -> list[str]:

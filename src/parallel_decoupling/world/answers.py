@@ -1,13 +1,15 @@
-"""Retrieval tasks of the embedded world with several right answers, as corpus, queries and judgements.
+"""Retrieval tasks of the embedded world beside ``overall``: pictures, pages and clips.
 
-They are a group of their own: neither in the default mixture nor among the tasks that ``test`` scores unless
-they are named.
+``several_answers`` has several right answers, as corpus, queries and judgements; ``pages_and_clips`` stands
+in the layouts of MMEB-V2, for evaluation alone. Neither is in the default mixture or scored by ``test``
+unless it is named.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -17,41 +19,27 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from parallel_decoupling.world.scenes import COLORS, HELD_OUT, SHAPES, SIZES, Scene, render, sample_scene
+from parallel_decoupling.world.scenes import (
+    COLORS,
+    HELD_OUT,
+    POSITIONS,
+    SHAPES,
+    SIZES,
+    WORDS,
+    Scene,
+    render,
+    sample_item,
+    sample_scene,
+)
 
-GROUP = "several_answers"
-MOST_POSITIVES = 4
+GROUP, PAGES = "several_answers", "pages_and_clips"
+MOST_POSITIVES, FRAMES = 4, 10
+FILE = "test-00000-of-00001.parquet"
 
 Rng = np.random.Generator
+Rows = list[dict[str, Any]]
 Grade = Callable[[Scene], int]
-
-
-@dataclass(frozen=True)
-class AnswerTask:
-    """One task; ``ask`` returns texts for a corpus with the grade of a picture, 0 for a wrong answer.
-
-    Pictures out of distribution show combinations that no training picture shows.
-    """
-
-    name: str
-    in_distribution: bool
-    instruction: str
-    ask: Callable[[Rng, Sequence[Scene], int], dict[str, Grade]]
-
-    @property
-    def entry(self) -> dict[str, Any]:
-        """The task's entry in ``tasks.json``."""
-        folder, columns = f"{GROUP}/{self.name}", {"query_text": "query", "candidate_image": "picture"}
-        entry: dict[str, Any] = {
-            "meta_task": "retrieval",
-            "in_distribution": self.in_distribution,
-            "metric": "ndcg@10",
-        }
-        entry |= {"group": GROUP, "eval_dir": folder, "image_dir": folder, "columns": columns}
-        if self.in_distribution:
-            entry["train_file"], columns["negative_image"] = f"{folder}/train.parquet", "other"
-        entry["query_instruction"] = self.instruction
-        return entry | {"candidate_instruction": "Represent the given picture"}
+"""Of a picture as an answer to a text, 0 for a wrong one."""
 
 
 def objects(rng: Rng, scenes: Sequence[Scene], count: int) -> dict[str, Grade]:
@@ -87,39 +75,38 @@ def _has_all(parts: list[str], scene: Scene) -> int:
     return int(set(parts) <= set(scene.caption().split(", ")))
 
 
-ANSWER_TASKS = (
-    AnswerTask("ObjectPictures", True, "Find all pictures that show", objects),
-    AnswerTask("UnseenFragments", False, "Find all pictures that match", fragments),
-)
+ANSWER_TASKS: dict[str, tuple[bool, str, Callable[[Rng, Sequence[Scene], int], dict[str, Grade]]]] = {
+    "ObjectPictures": (True, "Find all pictures that show", objects),
+    "UnseenFragments": (False, "Find all pictures that match", fragments),
+}
+"""Whether in distribution (others show combinations of no training picture), instruction, and queries."""
 
 
-def write_answer_task(data_dir: Path, task: AnswerTask, rng: Rng, *, train_rows: int, eval_rows: int) -> None:
-    """Write a task's folder: pictures, ``corpus``, ``queries``, ``qrels``, and ``train`` in distribution."""
-    folder = data_dir / GROUP / task.name
-    scenes = [sample_scene(rng, held_out=not task.in_distribution) for _ in range(2 * eval_rows)]
-    files = _write_pictures(folder, "corpus", scenes)
-    wanted = task.ask(rng, scenes, eval_rows)
-    tables: dict[str, list[dict[str, Any]]] = {
-        "corpus": [{"corpus-id": number, "picture": file} for number, file in enumerate(files)],
-        "queries": [{"query-id": number, "query": text} for number, text in enumerate(wanted)],
-        "qrels": [
-            {"query-id": query, "corpus-id": number, "score": grade(scene)}
-            for query, grade in enumerate(wanted.values())
-            for number, scene in enumerate(scenes)
-            if grade(scene)
-        ],
-    }
-    if task.in_distribution:
-        tables["train"] = _train_rows(folder, task, rng, train_rows)
-    for name, rows in tables.items():
-        pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
+def write_answers(data_dir: Path, name: str, rng: Rng, train_rows: int, eval_rows: int) -> dict[str, Any]:
+    """Write a task of pictures with several right answers, and return its entry in ``tasks.json``."""
+    (is_trained, instruction, ask), place = ANSWER_TASKS[name], f"{GROUP}/{name}"
+    folder, columns = data_dir / place, {"query_text": "query", "candidate_image": "picture"}
+    entry = {"meta_task": "retrieval", "in_distribution": is_trained, "metric": "ndcg@10", "group": GROUP}
+    entry |= {"eval_dir": place, "image_dir": place, "columns": columns}
+    scenes = [sample_scene(rng, held_out=not is_trained) for _ in range(2 * eval_rows)]
+    files = _write_pictures(folder, "pictures/corpus", scenes)
+    wanted = ask(rng, scenes, eval_rows)
+    corpus = [{"corpus-id": number, "picture": file} for number, file in enumerate(files)]
+    queries = [{"query-id": number, "query": text} for number, text in enumerate(wanted)]
+    tables = {"corpus": corpus, "queries": queries, "qrels": _judged(wanted, scenes)}
+    if is_trained:
+        tables["train"] = _train_rows(folder, ask, rng, train_rows)
+        entry["train_file"], columns["negative_image"] = f"{place}/train.parquet", "other"
+    _write_tables(folder, {f"{part}.parquet": rows for part, rows in tables.items()})
+    entry["query_instruction"] = instruction
+    return entry | {"candidate_instruction": "Represent the given picture"}
 
 
-def _train_rows(folder: Path, task: AnswerTask, rng: Rng, count: int) -> list[dict[str, Any]]:
+def _train_rows(folder: Path, ask: Callable[..., dict[str, Grade]], rng: Rng, count: int) -> Rows:
     """Draw rows of up to ``MOST_POSITIVES`` pictures from a small stock, and a wrong one."""
     scenes = [sample_scene(rng) for _ in range(max(32, count // 4))]
-    files = np.array(_write_pictures(folder, "train", scenes))
-    wanted = task.ask(rng, scenes, count).items()
+    files = np.array(_write_pictures(folder, "pictures/train", scenes))
+    wanted = ask(rng, scenes, count).items()
     graded = [(text, np.array([grade(scene) for scene in scenes])) for text, grade in wanted]
     rows = []
     for number in rng.integers(len(graded), size=count):
@@ -129,9 +116,91 @@ def _train_rows(folder: Path, task: AnswerTask, rng: Rng, count: int) -> list[di
     return rows
 
 
-def _write_pictures(folder: Path, name: str, scenes: Sequence[Scene]) -> list[str]:
-    files = [f"pictures/{name}_{number}.png" for number in range(len(scenes))]
-    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+def write_pages_and_clips(data_dir: Path, rng: Rng, count: int) -> dict[str, dict[str, Any]]:
+    """Write all tasks of that group, and return their entries in ``tasks.json``.
+
+    Pictures of ``WordPages`` are bytes in the corpus, those of ``FigurePages`` files named by its ids.
+    """
+    cells = [tuple(map(str, rng.permutation(WORDS)[:4])) for _ in range(count)]
+    words = [replace(sample_scene(rng), cells=each) for each in cells]
+    figures = [sample_scene(rng, num_objects=int(rng.integers(2, 4)), word_share=1) for _ in range(count)]
+    entries, about = {}, {"meta_task": "retrieval", "in_distribution": False}
+    for name, pages in (("WordPages", words), ("FigurePages", figures)):
+        _write_pages(data_dir / PAGES / name, pages, rng, as_bytes=pages is words)
+        entry = {**about, "metric": "ndcg@5", "group": PAGES}
+        entry["columns"] = {"query_text": "query", "candidate_image": "image"}
+        entry["query_instruction"] = "Find a document image that matches the given query:"
+        entry["candidate_instruction"] = "Understand the content of the provided document image."
+        entries[name] = {
+            **entry,
+            "language": "english",
+            **dict.fromkeys(("eval_dir", "image_dir"), f"{PAGES}/{name}"),
+        }
+    folder = f"{PAGES}/MovingShape"
+    _write_clips(data_dir / folder, rng, count // 2)
+    clips = {**about, "group": PAGES, "columns": {"query_text": "caption", "candidate_image": "video_id"}}
+    clips["query_instruction"] = "Find a video that contains the following visual content:"
+    clips["candidate_instruction"] = "Understand the content of the provided video."
+    return {
+        **entries,
+        "MovingShape": {**clips, "eval_file": f"{folder}/{FILE}", "image_dir": f"{folder}/frames"},
+    }
+
+
+def _write_pages(folder: Path, pages: list[Scene], rng: Rng, *, as_bytes: bool) -> None:
+    """Write ``corpus``, ``queries``, every fourth in another language, and ``qrels``."""
+    wanted, corpus = fragments(rng, pages, len(pages)), Rows()
+    folder.mkdir(parents=True)
+    for number, page in enumerate(pages):
+        content = io.BytesIO()
+        render(page).save(content, "PNG", compress_level=1)
+        picture = {"image": {"bytes": content.getvalue(), "path": None}}
+        corpus.append({"corpus-id": number, **(picture if as_bytes else {})})
+        if not as_bytes:
+            (folder / f"{number}.png").write_bytes(content.getvalue())
+    queries = [
+        {"query-id": number, "query": text, "language": "english" if number % 4 else "latin"}
+        for number, text in enumerate(wanted)
+    ]
+    tables = {"corpus": corpus, "queries": queries, "qrels": _judged(wanted, pages)}
+    _write_tables(folder, {f"{part}/{FILE}": rows for part, rows in tables.items()})
+
+
+def _write_clips(folder: Path, rng: Rng, count: int) -> None:
+    """Write a row and a folder of frames for each of some moving shapes."""
+    rows: dict[str, str] = {}
+    while len(rows) < count:
+        item, (start, end) = sample_item(rng), rng.permutation(4)[:2].tolist()
+        caption = f"{item} moves from the {POSITIONS[start]} to the {POSITIONS[end]}"
+        name = rows.setdefault(caption, f"{len(rows)}")
+        cells, clip = tuple(item if place == start else None for place in range(4)), list[Scene]()
+        for number in range(FRAMES):
+            way = 32 * number / (FRAMES - 1)
+            offset = round(way * (end % 2 - start % 2)), round(way * (end // 2 - start // 2))
+            clip.append(Scene(cells, "white", (offset,) * 4))
+        _write_pictures(folder, f"frames/{name}/frame", clip, digits=4)
+    _write_tables(folder, {FILE: [{"video_id": name, "caption": text} for text, name in rows.items()]})
+
+
+def _judged(wanted: Mapping[str, Grade], scenes: Sequence[Scene]) -> Rows:
+    """Return the judgement of every right answer."""
+    return [
+        {"query-id": query, "corpus-id": number, "score": grade(scene)}
+        for query, grade in enumerate(wanted.values())
+        for number, scene in enumerate(scenes)
+        if grade(scene)
+    ]
+
+
+def _write_tables(folder: Path, tables: Mapping[str, Rows]) -> None:
+    for name, rows in tables.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows), folder / name)
+
+
+def _write_pictures(folder: Path, name: str, scenes: Sequence[Scene], digits: int = 1) -> list[str]:
+    files = [f"{name}_{number:0{digits}}.png" for number in range(len(scenes))]
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
     for file, scene in zip(files, scenes, strict=True):
         render(scene).save(folder / file, compress_level=1)
     return files

@@ -18,8 +18,7 @@ import pyarrow.parquet as pq
 
 from parallel_decoupling.data.tables import default_cache_dir
 from parallel_decoupling.files import atomic_write
-from parallel_decoupling.world.answers import ANSWER_TASKS, write_answer_task
-from parallel_decoupling.world.pages import write_pages_and_clips
+from parallel_decoupling.world.answers import ANSWER_TASKS, write_answers, write_pages_and_clips
 from parallel_decoupling.world.rows import WORLD_TASKS, Row, Side, WorldTask
 
 TRAIN_ROWS, EVAL_ROWS, CANDIDATES = 1500, 150, 16
@@ -67,10 +66,9 @@ def generate(data_dir: Path, *, train_rows: int, eval_rows: int, seed: int) -> N
         _write_eval(data_dir / "MMEB-eval", task, [task.draw(rng) for _ in range(eval_rows)], rng)
     keys = ("meta_task", "in_distribution")
     table: dict[str, Any] = {task.name: {key: getattr(task, key) for key in keys} for task in WORLD_TASKS}
-    for index, extra in enumerate(ANSWER_TASKS, len(WORLD_TASKS)):
-        rng = np.random.default_rng([seed, index, 1])
-        write_answer_task(data_dir, extra, rng, train_rows=train_rows, eval_rows=eval_rows)
-        table[extra.name] = extra.entry
+    for name in ANSWER_TASKS:
+        rng = np.random.default_rng([seed, len(table), 1])
+        table[name] = write_answers(data_dir, name, rng, train_rows, eval_rows)
     table |= write_pages_and_clips(data_dir, np.random.default_rng([seed, len(table), 1]), eval_rows)
     (data_dir / "tasks.json").write_text(json.dumps(table, indent=2) + "\n")
 

@@ -1,16 +1,21 @@
-"""Evaluation tasks with several right answers per query: a corpus, queries and judgements (qrels)."""
+"""Evaluation sets that are no rows of MMEB: a corpus with queries and judgements, or MMEB-V2's videos."""
 
 from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
 
 from parallel_decoupling.data.images import ImageFolder
 from parallel_decoupling.data.row_reader import CANDIDATE, QUERY, RowReader, Side, side_of, target
-from parallel_decoupling.data.tables import SUFFIXES, Table
+from parallel_decoupling.data.tables import Table, find_tables
 from parallel_decoupling.data.tasks import EvalTask, Source, Task
+from parallel_decoupling.data.unusable import one_row
 
 QRELS = ("query-id", "corpus-id", "score")
 IDS = {"queries": ("query-id", "_id", "id"), "corpus": ("corpus-id", "_id", "id")}
@@ -18,6 +23,9 @@ IDS = {"queries": ("query-id", "_id", "id"), "corpus": ("corpus-id", "_id", "id"
 
 LANGUAGE = "language"
 """A column of queries."""
+
+RIGHT = "right"
+"""A column: how many of a row's candidates, the first ones, are right answers."""
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +49,10 @@ def open_judged(task: Task, *, must_exist: bool = True) -> tuple[RowReader, RowR
 
 
 def read_judged(task: Task, limit: int | None, *, must_exist: bool) -> EvalTask:
-    """Read such a task: a row for each query with a right answer, all of the corpus as its candidates.
+    """Read such a task, as ``readers.read_eval_task`` does; all of the corpus are a row's candidates.
 
-    What ``readers.read_eval_task`` says of ``limit`` and ``must_exist`` holds. A grade above 0 is a right
-    answer; of two grades for one target the higher one counts. Where the corpus has no column of
-    pictures, they are files named by the ids.
+    A grade above 0 is a right answer; of two for one target the higher one counts. Where the corpus has no
+    column of pictures, they are files named by the ids.
     """
     queries, corpus, qrels = open_judged(task, must_exist=must_exist)
     read = EvalTask(task, [], [], [], [])
@@ -84,13 +91,7 @@ def read_judged(task: Task, limit: int | None, *, must_exist: bool) -> EvalTask:
 def _open(task: Task, folder: Path, part: str, columns: dict[str, str]) -> Table:
     """Open the first that is there of ``<part>/test*``, ``<part>/train*`` (as in VisRAG) and ``<part>.*``."""
     owner = f"evaluation task {task.name!r}"
-    patterns = (f"{part}/test*", f"{part}/train*", f"{part}.*")
-    found = [[file for file in sorted(folder.glob(each)) if file.suffix in SUFFIXES] for each in patterns]
-    files = next(filter(None, found), [])
-    if not files:
-        names = f"{part}/test* or {part}.*"
-        raise ValueError(f"{owner}: {folder} holds no {names} that ends with {', '.join(SUFFIXES)}.")
-    return Table(owner, files, columns)
+    return Table(owner, find_tables(owner, folder, f"{part}/test*", f"{part}/train*", f"{part}.*"), columns)
 
 
 def _rows_by_id(table: Table, part: str) -> dict[str, int]:
@@ -125,3 +126,74 @@ def _answers(qrels: Table, queries: list[str], candidate_of: dict[str, int]) -> 
             number = candidate_of[candidate]
             answers[query][number] = max(grade, answers[query].get(number, 0.0))
     return answers
+
+
+def open_video_set(owner: str, source: Source) -> Table:
+    """Open a set as the hub has it (``rows_of``); a picture is the name of a folder of frames."""
+    folder, entry = source.eval_file or Path(), source.published or {}
+    files = find_tables(owner, folder, *rows_of(entry))
+    table, rows = Table(owner, files, {}, keep_others=True), list[dict[str, Any]]()
+    for row in range(min(len(table), entry.get("first", len(table)))):
+        file, number = table.place(row)
+        with one_row(f"{owner}, file {file}, row {number}: not as the set of the hub has it: "):
+            config = file.relative_to(folder).parts[0]
+            rows.append(_cells(table[row], config, entry, source.image_dir))
+    table.rows = pa.Table.from_pylist(rows)
+    return table
+
+
+def rows_of(entry: Mapping[str, Any]) -> tuple[str, str]:
+    """Return where a set's rows are: in the hub's conversion to Parquet, and beside its card."""
+    config, _, split = entry["rows"].rpartition("/")
+    return f"{config or 'default'}/{split}/*.parquet", f"{config or 'data'}/{split}*"
+
+
+def _cells(row: Mapping[str, Any], folder: str, entry: Mapping[str, Any], frames: Path) -> dict[str, Any]:
+    """Return a row's cells by role, the right candidates first."""
+    options = [str(each) for each in entry.get("choices", ())]
+    for name in entry.get("options", ()):
+        options += map(str, row[name]) if isinstance(row[name], list) else [str(row[name])]
+    lettered = [f"({chr(ord('A') + number)}) {option}" for number, option in enumerate(options)]
+    texts = {"lines": "\n".join(options), "spaced": " ".join(options), "lettered": "\n".join(lettered)}
+    if "stem" in entry:
+        texts["stem"] = Path(row[entry["stem"]]).stem
+    values = {**row, **texts, "folder": folder}
+    cells: dict[str, Any] = {role: form.format(**values) for role, form in entry["cells"].items()}
+    if "answer" in entry:
+        bare = [option[option.find(". ") :].strip(". ") for option in options]
+        shown = {"lettered": lettered, "bare": bare}.get(entry.get("shown", ""), options)
+        right = shown[_answer(row[entry["answer"]], options)]
+        cells["candidate_text"] = [right, *(each for each in shown if each != right)]
+        cells["query_text"] = cells.get("query_text", "").rstrip()
+    elif "clips" in entry:
+        stem = entry["clips"].format(**values)
+        clips = sorted(each.name for each in (frames / stem).iterdir() if each.is_dir())
+        right = [clip for clip in clips if clip.startswith("positive")][-1]
+        others = [clip for clip in clips if clip not in ("query", right)]
+        cells["candidate_image"] = [f"{stem}/{clip}" for clip in (right, *others)]
+    elif "moments" in entry:
+        return {**cells, **_moment(row, entry["moments"])}
+    return cells
+
+
+def _answer(answer: Any, options: Sequence[str]) -> int:
+    """Return the number of the right option, which is named by its text, its letter or its number."""
+    if isinstance(answer, str) and answer in options:
+        return options.index(answer)
+    return ord(answer) - ord("A") if isinstance(answer, str) and answer.isalpha() else int(answer)
+
+
+def _moment(row: Mapping[str, Any], instructions: Mapping[str, str]) -> dict[str, Any]:
+    """Return a row of MomentSeeker, whose query may show a picture or a video, and has several answers."""
+
+    def clip(path: str) -> str:
+        return "video_frames/" + path.split(".mp4")[0].replace("/", "_")
+
+    given = row["input_frames"] or ""
+    kind = next((end for end in (".jpg", ".mp4") if given.endswith(end)), "")
+    right, others = (
+        [clip(each["output_path"]) for each in row[f"{name}_frames"]] for name in ("positive", "negative")
+    )
+    shown = {"": "", ".jpg": f"query_{given}", ".mp4": clip(given)}[kind]
+    cells = {"query_image": shown, "query_instruction": instructions[kind], RIGHT: len(dict.fromkeys(right))}
+    return {**cells, "candidate_image": list(dict.fromkeys([*right, *others]))}
