@@ -26,6 +26,8 @@ PATHS = re.compile(r".*_(dirs?|file|path|source|adapter)|dirpath|backbone|model|
 """Names of the options that are, or may be, paths."""
 UNFINISHED = ".unfinished-"
 LOCK_FILE = ".lock"
+MACHINE_ERRORS = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO)
+"""Of reading what may well be read the next time."""
 _locks: set[int] = set()
 """File descriptors of the locks that this process holds."""
 
