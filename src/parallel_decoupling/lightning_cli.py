@@ -220,7 +220,7 @@ class RunCLI(LightningCLI):
         check_values(trainer_options, vars(given.trainer) | {"seed_everything": given.seed_everything})
 
     def instantiate_classes(self) -> None:
-        """Lock the folders that are written, refuse what would overwrite a run, then build."""
+        """Refuse what would overwrite a run, then build."""
         config = self.config[self.config.subcommand]
         if config.trainer.accumulate_grad_batches != 1:
             advice = "with model.chunk_size (GradCache), instead"
@@ -232,12 +232,8 @@ class RunCLI(LightningCLI):
         if int(config.trainer.num_nodes) > 1 and not {"MASTER_ADDR", "SLURM_JOB_ID"} & os.environ.keys():
             advice = "start it on each of them with torchrun, or by SLURM"
             raise ValueError(f"trainer.num_nodes={config.trainer.num_nodes} would wait for others: {advice}.")
-        if not config.trainer.fast_dev_run:
-            if is_first_process():
-                for folder in self._written_folders():
-                    self._until_the_end.enter_context(locked(folder))
-            if self.config.subcommand == "fit" and not config.ckpt_path:
-                self._check_that_nothing_is_overwritten(config.trainer)
+        if not config.trainer.fast_dev_run and self.config.subcommand == "fit" and not config.ckpt_path:
+            self._check_that_nothing_is_overwritten(config.trainer)
         super().instantiate_classes()
 
     def _check_that_nothing_is_overwritten(self, trainer: Any) -> None:
@@ -327,9 +323,12 @@ class RunCLI(LightningCLI):
             log.warning("predict without --ckpt_path: the embeddings are of the model before any training")
 
     def _parse_ckpt_path(self) -> None:
-        """Find the checkpoint, take over its settings that were not typed, and show those that differ."""
+        """Lock what is written, find the checkpoint, and take over its settings that were not typed."""
         config = self.config[self.config.subcommand]
         is_fit = self.config.subcommand == "fit"
+        if not config.trainer.fast_dev_run and is_first_process():
+            for folder in self._written_folders():
+                self._until_the_end.enter_context(locked(folder))
         file = run_folder.find_checkpoint(config["ckpt_path"], config["trainer"], is_fit=is_fit)
         config["ckpt_path"] = file and str(file)
         if file is None:
@@ -373,6 +372,9 @@ class PlanCLI(RunCLI):
 
     def instantiate_classes(self) -> None:
         """Build nothing."""
+
+    def _written_folders(self) -> list[Path]:
+        return []
 
     def _run_subcommand(self, subcommand: str) -> None:
         from parallel_decoupling.plan import plan_tables
