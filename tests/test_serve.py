@@ -385,7 +385,8 @@ def test_a_row_that_fails_in_the_model_thread_is_its_requests_alone(embedder: Em
         assert answer.json()["error"]["message"].startswith("input[3]: ")
         assert why in answer.json()["error"]["message"]
     thin = data_uri(Image.new("RGB", (2000, 2)))
-    assert "aspect ratio" in ask(client, input=["a", {"image": thin}]).json()["error"]["message"]
+    message = ask(client, input=["a", {"image": thin}]).json()["error"]["message"]
+    assert "an image of 2000 x 2: absolute aspect ratio" in message
 
 
 def test_texts_with_too_many_tokens_are_cut_and_counted(
