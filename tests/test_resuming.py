@@ -297,6 +297,10 @@ def test_a_full_disk_names_file_and_space_and_keeps_the_old_one(error: Exception
         fill(tmp_path / "a", error)
     assert raised.value.errno == errno.ENOSPC
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("a", "old")]
+    with pytest.raises(OSError, match="/a does not fit on its disk"), locked(tmp_path):
+        fill(tmp_path / "a", error)
+    with pytest.raises(OSError, match=f"{tmp_path} does not fit on its disk"), locked(tmp_path):
+        raise error  # of what another package writes there
 
 
 def test_another_error_keeps_its_words(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from tests.test_serve import data_uri
 
 pytestmark = pytest.mark.slow
 
-LIMITS = ("--limits.inputs", 64, "--limits.body_bytes", 100_000)
+LIMITS = ("--limits.body_bytes", 100_000)
 
 
 def connect(address: str) -> openai.OpenAI:
@@ -60,14 +60,10 @@ def test_concurrent_clients_get_what_encode_gives(checkpoint: Path, start: Start
     assert client.models.retrieve("aggregate").id == "aggregate"
     for host, status in (("a.example", 200), ("x.b.example:80", 200), ("c.example", 400)):
         assert httpx.get(f"{address}/metrics", headers={"host": host}).status_code == status
-    with pytest.raises(openai.BadRequestError, match="tokens of another vocabulary"):
-        client.embeddings.create(model="default", input=[[1, 10**9]])
     with pytest.raises(openai.NotFoundError, match="no model"):
         client.embeddings.create(model="gpt", input="a")
-    for too_large in (["a"] * 65, "a" * 100_001):
-        with pytest.raises(openai.APIStatusError) as refused:
-            client.embeddings.create(model="default", input=too_large)
-        assert refused.value.status_code == 413
+    with pytest.raises(openai.APIStatusError, match="more than 100000 bytes"):
+        client.embeddings.create(model="default", input="a" * 100_001)
     assert stopped_cleanly(process)
     with pytest.raises(openai.APIConnectionError):
         client.models.list()

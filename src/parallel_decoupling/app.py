@@ -71,7 +71,6 @@ def build_page(searcher: Searcher, image_dir: str | Path, instruction: str = "")
         submit_btn="Search",
         flagging_mode="never",
         analytics_enabled=False,
-        api_name=False,
     )
 
 

@@ -26,6 +26,8 @@ PATHS = re.compile(r".*_(dirs?|file|path|source|adapter)|dirpath|backbone|model|
 """Names of the options that are, or may be, paths."""
 UNFINISHED = ".unfinished-"
 LOCK_FILE = ".lock"
+MACHINE_ERRORS = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO)
+"""Of reading what may well be read the next time."""
 _locks: set[int] = set()
 """File descriptors of the locks that this process holds."""
 
@@ -47,6 +49,10 @@ def expand_paths(options: Any, name: str = "") -> Any:
     if path.startswith("~"):
         raise ValueError(f"{name} {path!r}: no such home folder. A file of this name is './{path}'.")
     return path
+
+
+class FullDiskError(OSError):
+    """A full disk, with the file that does not fit and the space that is left."""
 
 
 @contextmanager
@@ -106,7 +112,10 @@ def remove_leftovers(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: str | Path) -> Iterator[None]:
-    """Let no other process write to a folder; refuse one that another process has locked."""
+    """Let no other process write to a folder; refuse one that another process has locked.
+
+    A disk that is full meanwhile is named, also where what is written does not pass through here.
+    """
     folder = Path(folder)
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -115,10 +124,12 @@ def locked(folder: str | Path) -> Iterator[None]:
     if lock is None:
         owner = file.read_text(encoding="utf-8") if file.exists() else "that ends just now"
         raise ValueError(f"{folder} is in use by process {owner}. Wait for it, or name another folder.")
-    os.truncate(lock, 0)
-    os.write(lock, f"{os.getpid()} on {socket.gethostname()}".encode())
     try:
-        yield
+        with ExitStack() as stack:
+            stack.push(partial(_explain_full_disk, folder))
+            os.truncate(lock, 0)
+            os.write(lock, f"{os.getpid()} on {socket.gethostname()}".encode())
+            yield
     finally:
         file.unlink(missing_ok=True)
         _unlock(lock)
@@ -186,7 +197,7 @@ def _sync(path: Path) -> None:
 
 def _explain_full_disk(target: Path, kind: Any, error: BaseException | None, trace: Any) -> None:
     """Name file and free space if an error, or what led to it, is a full disk; packages do not."""
-    cause = error
+    cause = None if isinstance(error, FullDiskError) else error
     while cause is not None:
         full = getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         if full or "No space left on device" in str(cause):
@@ -194,5 +205,5 @@ def _explain_full_disk(target: Path, kind: Any, error: BaseException | None, tra
             free = shutil.disk_usage(there).free / 1e6
             advice = "What was there before is unchanged. Free space, or choose a folder on another disk"
             message = f"{target} does not fit on its disk, which has {free:,.1f} MB free. {advice}"
-            raise OSError(errno.ENOSPC, message) from error
+            raise FullDiskError(errno.ENOSPC, message) from error
         cause = cause.__cause__ or cause.__context__

@@ -224,7 +224,7 @@ class RunCLI(LightningCLI):
         return self.config[self.wanted]
 
     def instantiate_classes(self) -> None:
-        """Lock the folders that are written, refuse what would overwrite a run, then build."""
+        """Refuse what would overwrite a run, then build."""
         trainer = self.given.trainer
         many, there = str(trainer.devices), max(os.cpu_count() or 1, torch.cuda.device_count())
         if many.isdigit() and int(many) > there:
@@ -232,11 +232,8 @@ class RunCLI(LightningCLI):
         if int(trainer.num_nodes) > 1 and not {"MASTER_ADDR", "SLURM_JOB_ID"} & os.environ.keys():
             advice = "start it on each of them with torchrun, or by SLURM"
             raise ValueError(f"trainer.num_nodes={trainer.num_nodes} would wait for others: {advice}.")
-        if not trainer.fast_dev_run:
-            for folder in self._written_folders() if is_first_process() else ():
-                self._until_the_end.enter_context(locked(folder))
-            if self.wanted == "fit" and not self.given.ckpt_path:
-                self._check_that_nothing_is_overwritten(trainer)
+        if not trainer.fast_dev_run and self.wanted == "fit" and not self.given.ckpt_path:
+            self._check_that_nothing_is_overwritten(trainer)
         super().instantiate_classes()
 
     def _check_that_nothing_is_overwritten(self, trainer: Any) -> None:
@@ -322,8 +319,11 @@ class RunCLI(LightningCLI):
             log.warning("predict without --ckpt_path: the embeddings are of the model before any training")
 
     def _parse_ckpt_path(self) -> None:
-        """Find the checkpoint, take over its settings that were not typed, and show those that differ."""
+        """Lock what is written, find the checkpoint, and take over its settings that were not typed."""
         given, is_fit = self.given, self.wanted == "fit"
+        if not given.trainer.fast_dev_run and is_first_process():
+            for folder in self._written_folders():
+                self._until_the_end.enter_context(locked(folder))
         file = run_folder.find_checkpoint(given.ckpt_path, given.trainer, is_fit=is_fit)
         given.ckpt_path = file and str(file)
         if file is None:
@@ -362,6 +362,9 @@ class PlanCLI(RunCLI):
 
     def instantiate_classes(self) -> None:
         """Build nothing."""
+
+    def _written_folders(self) -> list[Path]:
+        return []
 
     def _run_subcommand(self, subcommand: str) -> None:
         from parallel_decoupling.plan import plan_tables

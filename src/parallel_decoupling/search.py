@@ -87,7 +87,7 @@ class ExactIndex:
             best_QK = torch.cat([best_QK, scores_QC[:, kept_C]], dim=1)
             best_QK, order_QK = best_QK.sort(descending=True, stable=True)
             best_QK, rows_QK = best_QK[:, :top_k], rows_QK.gather(1, order_QK[:, :top_k])
-        rows_U, place_QK = rows_QK.unique(return_inverse=True)
+        rows_U, place_QK = torch.unique(rows_QK, return_inverse=True)
         paths = [name for name in path_columns(self.columns) if name in queries]
         fields, vectors = self._items(rows_U, paths)
         hits = []
@@ -103,7 +103,7 @@ class ExactIndex:
         if len(columns) == 1:
             scores_QC = similarities(query_QND[:, 0], columns[0])
         else:
-            parts = query_QND.split(QUERIES_AT_ONCE)
+            parts = torch.split(query_QND, QUERIES_AT_ONCE)
             scores_QC = torch.cat([similarities(part_QND, columns) for part_QND in parts])
         return scores_QC[:, : self.store.batch_sizes[batch]]
 
@@ -112,7 +112,7 @@ class ExactIndex:
         fields: list[dict[str, Any]] = []
         vectors: dict[str, list[Tensor]] = {name: [] for name in names}
         batch_U = torch.bucketize(rows_U, torch.tensor(self.store.ends), right=True)
-        for batch in batch_U.unique().tolist():
+        for batch in sorted({*batch_U.tolist()}):
             rows = rows_U[batch_U == batch] - self.store.starts[batch]
             fields += self._kept(batch, "", self.store.fields).take(rows.numpy()).to_pylist()
             for name in names:
@@ -121,7 +121,8 @@ class ExactIndex:
 
     def _vectors(self, batch: int, name: str) -> Tensor:
         """Return the unit vectors of one row group, and zeros up to a multiple of ``PADDED`` rows."""
-        return self._kept(batch, name, lambda batch: self._unit_vectors(batch, name))
+        vectors: Tensor = self._kept(batch, name, lambda batch: self._unit_vectors(batch, name))
+        return vectors
 
     def _unit_vectors(self, batch: int, name: str) -> Tensor:
         vectors = self.store.vectors(batch, name)

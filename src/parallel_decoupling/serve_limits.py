@@ -1,18 +1,33 @@
-"""What guards the server: limits, the time to send a request, and refusals in OpenAI's form."""
+"""What guards the server: limits, the form and time of a request, and refusals in OpenAI's form."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import math
+import re
 from collections.abc import Awaitable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
+from urllib.parse import unquote
 
-from pydantic import ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from parallel_decoupling.data.images import as_picture, load_image
+from parallel_decoupling.data.unusable import one_row
 from parallel_decoupling.option_types import PositiveFloat, PositiveInt, check_values
 
 _KINDS = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
@@ -51,6 +66,92 @@ class Limits:
         check_values(Limits, vars(self), "limits.")
 
 
+class Known(BaseModel):
+    """An object without unknown keys; of too many not every one is an error of its own."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_keys(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > 20:
+            raise ValueError(f"{len(value)} keys; known are {', '.join(cls.model_fields)}")
+        return value
+
+
+def _picture(uri: str, info: ValidationInfo[Limits]) -> Any:
+    """Check a picture; what is returned is not decoded, as a request may have many."""
+    with one_row("must be a picture in base64, as data:image/png;base64,...: "):
+        head, comma, data = uri.strip().partition(",")
+        head = re.sub(r"\s", "", head).lower()
+        if not (comma and head.startswith("data:") and head.endswith(";base64")):
+            raise ValueError("this is not a data URI in base64")  # nor is it a file of this machine
+        uri = f"data:;base64,{unquote(data)}"
+        image: Any = as_picture(uri)
+    if math.prod(image.size) > (most := info.context.pixels):
+        raise PydanticCustomError("too_large", "image has more than {pixels} pixels", {"pixels": most})
+    load_image(image)  # a check; encode does it again, with the model's settings
+    return as_picture(uri)
+
+
+Picture = Annotated[str, AfterValidator(_picture)]
+
+
+class Input(Known):
+    """A text (or the model's own tokens of one), an image, or both."""
+
+    text: str = ""
+    image: Picture | None = None
+    instruction: str | None = None
+    tokens: Annotated[list[int], FailFast()] = []
+
+
+class Body(Known):
+    """The body of a request, as OpenAI's clients send it; a chat becomes its ``input``."""
+
+    input: Annotated[list[Input], FailFast()]
+    model: str = "default"
+    dimensions: int | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+    user: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_chat(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "messages" in value and "input" not in value:
+            value["input"] = chat_input(value.pop("messages"))
+        return value
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any, info: ValidationInfo[Limits]) -> Any:
+        # strings are texts, never names of files
+        single = not isinstance(value, list) or {*map(type, value)} == {int}
+        items, most = [value] if single else value, info.context.inputs
+        if not 0 < len(items) <= most:
+            raise RequestError(f"input must have 1 to {most} items", 413 if items else 400)
+        kinds: dict[type, str] = {str: "text", list: "tokens"}
+        return [{kinds[type(item)]: item} if type(item) in kinds else item for item in items]
+
+
+def chat_input(messages: Any) -> dict[str, Any]:
+    """Return a chat as one input: the system gives the instruction, a user texts and at most one image."""
+    said: dict[str, list[Any]] = {"system": [], "user": [], "image_url": []}
+    try:
+        for message in messages:
+            content: Any = message["content"]
+            parts: Any = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            for part in parts:
+                is_text = part["type"] == "text"
+                kind = message["role"] if is_text else part["type"]
+                said[kind].append(part["text"] if is_text else part["image_url"]["url"])
+        (image,) = said["image_url"] or [None]
+        return {"text": " ".join(said["user"]), "instruction": " ".join(said["system"]), "image": image}
+    except (TypeError, KeyError, ValueError) as error:
+        form = "messages are of system or user, with a text or parts as content: text, and one image_url"
+        raise RequestError(f"{form} ({error!r})", param="messages") from error
+
+
 class RequestError(HTTPException):
     """A request that is refused, with its status and the key of the body that is to blame."""
 
@@ -79,7 +180,7 @@ def refusal(error: Exception, call: str = "") -> tuple[int, dict[str, Any]]:
         first = error.errors()[0]
         place = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]]
         message = f"{''.join(place).lstrip('.') or 'body'}: {first['msg'].removeprefix('Value error, ')}"
-        param = place[0][1:] if place else None
+        param, status = place[0][1:] if place else None, 413 if first["type"] == "too_large" else 400
     message = "the server failed; its log says why" if status == 500 else message[:1000]
     code = "model_not_found" if (status, param) == (404, "model") else None
     kind = _KINDS.get(status, "invalid_request_error")
@@ -114,20 +215,3 @@ class TimedProtocol(H11Protocol):
         head = f"HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-length: {len(content)}\r\n"
         self.transport.write(f"{head}content-type: application/json\r\n\r\n{content}".encode())
         self.transport.close()
-
-
-def chat_input(messages: Any) -> dict[str, Any]:
-    """Return a chat as one input: the system gives the instruction, a user texts and at most one image."""
-    said: dict[str, list[Any]] = {"system": [], "user": [], "image_url": []}
-    try:
-        for message in messages:
-            content = message["content"]
-            parts: Any = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            for part in parts:
-                kind = message["role"] if part["type"] == "text" else part["type"]
-                said[kind].append(part["text"] if part["type"] == "text" else part["image_url"]["url"])
-        texts, (image,) = (" ".join(said[role]) for role in ("user", "system")), said["image_url"] or [None]
-        return {"text": next(texts), "instruction": next(texts) or None, "image": image}
-    except (TypeError, KeyError, ValueError) as error:
-        form = "messages are of system or user, with a text or parts as content: text, and one image_url"
-        raise RequestError(f"{form} ({error!r})", param="messages") from error

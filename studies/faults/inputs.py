@@ -25,6 +25,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -305,8 +306,8 @@ def _limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (used + GIB * 2**30,) * 2)
 
 
-def judge(each: Try) -> tuple[str, str]:
-    """Try one input in a process of its own, which may crash; return the verdict and the message."""
+def isolated(judge: Callable[[], tuple[str, str]], seconds: float = SECONDS) -> tuple[str, str]:
+    """Return verdict and message of an input that is tried in a process of its own, which may crash."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -314,10 +315,10 @@ def judge(each: Try) -> tuple[str, str]:
         null = os.open(os.devnull, os.O_RDWR)
         for stream in (1, 2):
             os.dup2(null, stream)
-        os.write(write, json.dumps(_judge_here(each)).encode()[:60_000])
+        os.write(write, json.dumps(judge()).encode()[:60_000])
         os._exit(0)
     os.close(write)
-    end = time.monotonic() + SECONDS
+    end = time.monotonic() + seconds
     while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < end:
         time.sleep(0.002)
     if not ended[0]:
@@ -361,7 +362,8 @@ def main() -> int:
     sources = (requests(embedder), items(embedder), rows(), commands(), options(), damages(embedder))
     for each in (each for source in sources for each in source):
         if (each.kind, each.given) not in results:
-            verdict, message = _judge_here(each) if each.kind == "option" else judge(each)
+            here = partial(_judge_here, each)
+            verdict, message = here() if each.kind == "option" else isolated(here)
             line = {"kind": each.kind, "input": each.given, "verdict": verdict, "message": message[:200]}
             results[each.kind, each.given] = {**line, "commit": commit}
             with RESULTS.open("a", encoding="utf-8") as stream:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -228,6 +229,7 @@ def test_pictures_are_known_by_their_type_whatever_their_name(tmp_path: Path) ->
         f"data:image/png;base64,{code}",
         f"DATA:IMAGE/PNG;BASE64,{code.rstrip('=')}",
         f"data:;base64,{broken_lines}",
+        f"data:application/octet-stream;base64,{code}",
         f"data:image/png;base64,{code.replace('+', '-').replace('/', '_')}",
     ]
     for item in items:
@@ -317,7 +319,8 @@ def test_tables_have_one_message_and_their_columns_are_lists() -> None:
         ):
             to_raw_inputs(table)
     frame = tables()[2]
-    for column in (frame["text"], tuple(frame["text"]), iter(frame["text"]), np.array(frame["text"])):
+    arrow = pa.array(frame["text"])
+    for column in (frame["text"], tuple(frame["text"]), iter(frame["text"]), np.array(frame["text"]), arrow):
         assert to_raw_inputs(column) == [RawInput("a"), RawInput("b")]
     assert to_raw_inputs(frame[["text"]].to_dict("records")) == [RawInput("a"), RawInput("b")]
     with pytest.raises(ValueError, match="a int cannot be embedded; use a list"):

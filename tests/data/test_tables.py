@@ -191,7 +191,12 @@ def test_the_delimiter_is_the_one_that_gives_the_columns(tmp_path: Path, delimit
         ("a.jsonl", b'{"text": "x"}\n\n{"text": }\n', "row 1: Expecting value"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\\ud83d"}\n', "row 1: .* surrogates not allowed"),
         ("a.jsonl", b'{"text": "x"}\n{"text": ' + b"[" * 99999, "row 1: maximum recursion depth"),
-        ("a.jsonl", b'{"text": 1}\n{"text": ["x"]}\n', "values of one type"),
+        ("a.jsonl", b'{"text": "x"}\n{}\n{"text": ["x"]}\n', "row 2, column 'text': .* values of one type"),
+        (
+            "a.jsonl",
+            b'{"text": 1}\n{"text": 9e9}\n{"text": 99999999999999999999}\n',
+            "row 2, column 'text': ",
+        ),
         ("a.jsonl", b'["text"]\n', "a line is not a JSON object"),
         ("a.parquet", b"PAR1 cut off", "Is it complete"),
         ("a.csv", b"text,more\n", "has no rows"),

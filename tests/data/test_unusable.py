@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from dataclasses import replace
@@ -64,6 +65,13 @@ def test_exhausted_memory_is_not_the_fault_of_a_row(error: BaseException) -> Non
     with pytest.raises(type(error)) as caught, one_row():
         raise error
     assert caught.value is error
+
+
+def test_a_disk_that_fails_is_not_the_fault_of_a_row_but_names_it() -> None:
+    """Another time the row may be read, so it must not be left out."""
+    with pytest.raises(OSError, match=r"\[Errno 5\] row 3: Input/output error") as caught, one_row("row 3: "):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    assert not isinstance(caught.value, RowError)
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyError, OverflowError, IndexError, RuntimeError])

@@ -179,7 +179,7 @@ class Collator:
     def _process_alone(self, row: RawInput) -> EncoderInputs:
         text, pictures, video = self._read(row)
         options = {**self._videos([video]), "return_tensors": "pt"}
-        with one_row(f"The processor refuses {reprlib.repr(row.text)} with images {row.images}: "):
+        with one_row(f"The processor refuses {reprlib.repr(row.text)} with {_named(row.images)}: "):
             data = self.processor(text=[text], images=[pictures] if pictures else None, **options)
         tokens, pixels = self._separate(data)
         return self._limited(EncoderInputs(tokens, (pixels,)), [row])
@@ -233,6 +233,13 @@ class Collator:
             fill = getattr(tokenizer, "pad_token_id", 0) if key == "input_ids" else 0
             tokens[key] = pad_sequence(values, True, fill, getattr(tokenizer, "padding_side", "right"))
         return EncoderInputs(tokens, tuple(row.vision[0] for row in rows), sum(row.num_cut for row in rows))
+
+
+def _named(images: Sequence[Image.Image | str]) -> str:
+    names = [
+        each if isinstance(each, str) else f"an image of {each.width} x {each.height}" for each in images
+    ]
+    return ", ".join(names) or "no image"
 
 
 def _split(

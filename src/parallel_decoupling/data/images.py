@@ -26,7 +26,7 @@ IMAGE_SETTINGS = ("image_size", "min_pixels", "max_pixels", "max_frames", "max_v
 """Names of the settings behind an ``ImagePolicy``."""
 FRAMES = (".jpg", ".jpeg", ".png")
 """How the files of a video's frames end."""
-_DATA_URI = re.compile(r"\s*data:(image/[^,\s]*|;base64),", re.IGNORECASE)
+_DATA_URI = re.compile(r"\s*data:(image/[^,\s]*|[^,\s]*;base64),", re.IGNORECASE)
 _ADDRESS = re.compile(r"\s*[a-z][a-z0-9+.-]*://\S+\s*", re.IGNORECASE)
 _CHANNELS = (1, 3, 4)
 

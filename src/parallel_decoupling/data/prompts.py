@@ -161,6 +161,8 @@ def listed(inputs: Any) -> list[Any]:
     if is_single(inputs):
         return [inputs]
     _refuse_table(inputs)
+    if hasattr(inputs, "to_pylist"):  # a column of Arrow
+        return list(inputs.to_pylist())
     if not isinstance(inputs, Iterable):
         raise ValueError(f"a {type(inputs).__name__} cannot be embedded; use a list of texts and pictures")
     return list(inputs)

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import sys
+from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from itertools import islice
@@ -249,11 +250,30 @@ def _read_csv(file: Path, texts: Sequence[str]) -> pa.Table:
 
 def _read_jsonl(file: Path) -> pa.Table:
     """Read all columns with the types that JSON has, so that texts which look like dates stay texts."""
-    parts, rows = [], _json_rows(_decoded(file))
+    parts, first, rows = [], 0, _json_rows(_decoded(file))
     while part := list(islice(rows, ROWS_PER_BATCH)):
         names = dict.fromkeys(name for row in part for name in row)
-        parts.append(pa.table({name: [row.get(name) for row in part] for name in names}))
+        parts.append(pa.table({name: _json_column(name, part, first) for name in names}))
+        first += len(part)
     return pa.concat_tables(parts or [pa.table({})], promote_options="permissive")
+
+
+def _json_column(name: str, rows: Sequence[Mapping[str, Any]], first: int) -> pa.Array:
+    """Return the cells of some rows; a ``ValueError`` names the first that does not fit those before it."""
+    cells = [row.get(name) for row in rows]
+
+    def problem(stop: int) -> str:
+        try:
+            pa.array(cells[:stop])
+        except (pa.ArrowException, OverflowError) as error:
+            return str(error)
+        return ""
+
+    if what := problem(len(cells)):
+        row = bisect_left(range(1, len(cells)), True, key=lambda stop: bool(problem(stop)))
+        advice = "A column has values of one type, and integers of 64 bits"
+        raise ValueError(f"row {first + row}, column {name!r}: {what}. {advice}.")
+    return pa.array(cells)
 
 
 def _json_rows(lines: Iterable[str]) -> Iterator[dict[str, Any]]:

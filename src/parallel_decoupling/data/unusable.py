@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+from parallel_decoupling.files import MACHINE_ERRORS
+
 T = TypeVar("T")
 _MEMORY_WORDS = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
 
@@ -18,13 +20,16 @@ class RowError(ValueError):
 def one_row(place: str = "") -> Iterator[None]:
     """Turn whatever a decoder, a tokenizer or a processor throws at one row into a ``RowError``.
 
-    ``place`` begins the message. Exhausted memory is not the row's fault, and passes.
+    ``place`` begins the message. Exhausted memory is not the row's fault, and passes; nor is a disk that
+    fails, which may read it the next time.
     """
     try:
         yield
     except Exception as error:
         if out_of_memory(error):
             raise
+        if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
+            raise OSError(error.errno, f"{place}{error.strerror}") from error
         plain = isinstance(error, ValueError | OSError)
         raise RowError(f"{place}{error if plain else f'{type(error).__name__}: {error}'}") from error
 

@@ -222,10 +222,11 @@ class Store:
         """Read one row group; ``columns`` are names of any columns, None reads all."""
         file, group = self._groups[batch]
         try:
-            with pq.ParquetFile(file, memory_map=True, page_checksum_verification=True) as content:
+            with pq.ParquetFile(file, page_checksum_verification=True) as content:
                 return content.read_row_group(group, columns=columns)
         except (OSError, pa.ArrowException) as error:
-            raise ValueError(f"{file} is damaged ({error}). Delete it and run predict again.") from error
+            advice = "If it is damaged, delete it and run predict again."
+            raise ValueError(f"{file} cannot be read ({error}). {advice}") from error
 
     def vectors(self, batch: int, column: str) -> Tensor:
         """Read a column of one row group as float32 ``[rows, D]``."""
@@ -276,7 +277,7 @@ def read_metadata(file: Path) -> dict[str, Any]:
         metadata = (pq.read_schema(file).metadata or {})[METADATA_KEY]
         return check_seal(json.loads(metadata), file)
     except (OSError, pa.ArrowException, KeyError, json.JSONDecodeError) as error:
-        advice = "Delete it and run predict again."
+        advice = "If it is damaged, delete it and run predict again."
         raise ValueError(f"{file} is not a complete file of embeddings ({error}). {advice}") from error
 
 
