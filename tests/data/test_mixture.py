@@ -17,8 +17,8 @@ from PIL import Image
 
 from parallel_decoupling.batch import RawInput
 from parallel_decoupling.data.mixture import MixtureSampler
+from parallel_decoupling.data.prompts import to_raw_inputs
 from parallel_decoupling.data.row_sources import RowSource
-from parallel_decoupling.evaluation.encode import to_raw_inputs
 
 SIZES = [50, 7, 123]
 POLICIES = [("mixed", None), ("sub_batch", 4), ("homogeneous", None)]
