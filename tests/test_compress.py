@@ -57,6 +57,8 @@ def test_only_the_aggregate_changes_and_an_export_has_it(
     assert torch.equal(before.encode(TEXTS, paths="all"), after.encode(TEXTS, paths="all"))
     concat_BE, small_BD = before.encode(TEXTS), after.encode(TEXTS)
     assert (concat_BE.shape[1], small_BD.shape[1]) == (64, 32)
+    cut_Bd = after.encode(TEXTS, truncate_dim=8)
+    torch.testing.assert_close(cut_Bd, F.normalize(small_BD[:, :8], dim=-1))
     after.save_pretrained(tmp_path / "shared")
     torch.testing.assert_close(Embedder.from_pretrained(tmp_path / "shared").encode(TEXTS), small_BD)
     assert PDFEmbedder.load_from_checkpoint(file).hparams["aggregation"] == "linear"

@@ -117,7 +117,7 @@ class Embedder:
             paths: ``aggregate`` of all paths for ``[B, D]`` (``[B, N*D]`` if the encoder concatenates);
                 ``all`` or a list of numbers for ``[B, N', D]``; a number for ``[B, D]``.
             truncate_dim: keep the first so many coordinates of every path, renormalised; the aggregate is
-                that of the shorter paths.
+                that of the shorter paths, or with ``aggregation="linear"`` is cut itself.
             batch_size: rows per forward pass.
             show_progress: whether to show a bar; by default for long lists on a terminal.
 

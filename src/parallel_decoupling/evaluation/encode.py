@@ -256,13 +256,20 @@ def encode_rows(
     dim = whole if truncate_dim is None else check_dim(truncate_dim, whole, "truncate_dim")
     device = next(encoder.parameters()).device
 
+    aggregated = isinstance(paths, str) and paths == "aggregate"
+    ordered = (
+        aggregated and getattr(encoder, "path_maps", None) is not None
+    )  # the best first
+
     def wanted(embeddings_BND: Tensor) -> Tensor:
-        if dim < whole:
+        if dim < whole and not ordered:
             embeddings_BND = truncate(embeddings_BND, dim)
-        if isinstance(paths, str) and paths == "aggregate":
+        if aggregated:
             embeddings_BND = encoder.aggregate(embeddings_BND)
         elif isinstance(paths, Integral):
             embeddings_BND = embeddings_BND[:, 0]
+        if dim < whole and ordered:
+            embeddings_BND = truncate(embeddings_BND, dim)
         return embeddings_BND.float().cpu()
 
     plan = BatchPlan(rows, TokenEstimate(collator), batch_size)

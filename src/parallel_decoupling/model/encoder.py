@@ -116,7 +116,7 @@ class ParallelEncoder(nn.Module):
         if self.aggregation == "concat":
             return F.normalize(embeddings.float().flatten(1), dim=-1)
         if self.path_maps is not None and embeddings.shape[1] > 1:
-            maps_NDD = self.path_maps[: embeddings.shape[1]].float()
+            maps_NDD = self.path_maps[: embeddings.shape[1], : embeddings.shape[2]].float()
             return F.normalize(torch.einsum("bnd,nde->be", embeddings.float(), maps_NDD), dim=-1)
         if self.path_logits is None:
             return F.normalize(embeddings.float().mean(dim=1), dim=-1)
