@@ -123,21 +123,14 @@ class Comparison:
 
     def to_json_file(self, json_file: str | Path) -> None:
         """Write means, task scores and differences, fractions unrounded."""
-        content: dict[str, Any] = {
-            "metric": "hit@1",
-            "baseline": self.baseline,
-            "best": self.best,
-            "interval": INTERVAL_NOTE,
-            "runs": {
-                name: {
-                    "means": report.means,
-                    "tasks": {task: result.score for task, result in report.tasks.items()},
-                    "run": report.run,
-                }
-                for name, report in self.reports.items()
-            },
-            "differences": {name: asdict(difference) for name, difference in self.differences.items()},
+        runs = {
+            name: {"means": report.means, "tasks": {t: result.score for t, result in report.tasks.items()}}
+            | {"run": report.run}
+            for name, report in self.reports.items()
         }
+        content = {"metric": "hit@1", "baseline": self.baseline, "best": self.best, "interval": INTERVAL_NOTE}
+        changes = {name: asdict(difference) for name, difference in self.differences.items()}
+        content |= {"runs": runs, "differences": changes}
         write_text(json_file, json.dumps(content, indent=1, default=str) + "\n")
 
     def to_html_file(self, html_file: str | Path, picture: bytes) -> None:

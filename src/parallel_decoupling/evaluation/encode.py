@@ -54,7 +54,7 @@ class TokenEstimate:
         self._bytes_per_token, self._parts = bytes_per_token, collator.text_parts
         images, self.most = collator.images, collator.limit.max_tokens
         self._images = images
-        self._takes_video = collator.video_token is not None
+        self._frames: Any = collator.video_token and collator.processor.video_processor
         self.factor = 0  # side in pixels of a token; 0 where all pictures have the same number of tokens
         if images.size is None and images.factor > 1:
             budget: Mapping[str, int] = cast(Any, collator.processor).image_processor.size
@@ -70,12 +70,13 @@ class TokenEstimate:
         return min(length / self._bytes_per_token + images, self.most)
 
     def _video_tokens(self, video: Sequence[Any]) -> float:
-        frames = self._images.chosen(video) if self._takes_video else []
+        frames = self._images.chosen(video) if video and self._frames else []
         size = _size(frames[0]) if frames else None
         if size is None:
             return 0.0
         width, height = self._images.frame_size(size, len(frames))
-        return len(frames) * (width * height / self._images.factor**2 + TOKENS_OF_TIME)
+        patches = self._frames.get_num_of_video_patches(len(frames), height, width, {})
+        return float(patches / self._frames.merge_size**2 + TOKENS_OF_TIME * len(frames))
 
     def _image_tokens(self, image: Any) -> float:
         if not self.factor:
