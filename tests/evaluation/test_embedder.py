@@ -286,7 +286,7 @@ def test_files_of_another_run_are_refused(
     with pytest.raises(ValueError, match="another identity: path_sha256, sha256, weights_sha256"):
         predict(other, table_file, tmp_path)
     (tmp_path / "embeddings-00001.parquet").write_bytes(b"half a file")
-    with pytest.raises(ValueError, match="00001.parquet is not a complete file of embeddings .*Delete it"):
+    with pytest.raises(ValueError, match="00001.parquet is not a complete file of embeddings .*delete it"):
         predict(module, table_file, tmp_path)
 
 

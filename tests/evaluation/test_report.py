@@ -163,7 +163,7 @@ def test_json_round_trip_keeps_everything(report: ScoreReport, tmp_path: Path) -
     ("place", "value", "message"),
     [
         (("tasks",), {}, "at least one task"),
-        (("tasks", "digit", "meta_task"), "video", "digit has meta-task 'video'"),
+        (("tasks", "digit", "meta_task"), "video", "meta_task must be .*got 'video'"),
         (("format",), 9, "is not a score file"),
     ],
 )

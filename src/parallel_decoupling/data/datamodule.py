@@ -236,7 +236,7 @@ class MMEBDataModule(LightningDataModule):
         options["missing_images"] = self.missing_images
         subsets = [readers.TrainSubset(self.folder, name, self.split, **options) for name in names]
         taught = any(subset.table.column(tasks.TEACHER) is not None for subset in subsets)
-        if getattr(self._model, "teacher_weight", 0) > 0 and not taught:
+        if getattr(self._model, "hparams", {}).get("teacher_weight", 0) > 0 and not taught:
             advice = f"Add a column {tasks.TEACHER} (docs/data.md), or set model.teacher_weight to 0."
             raise ValueError(f"No training subset has a teacher's scores. {advice}")
         for subset in subsets if distributed.rank() == 0 else ():

@@ -258,9 +258,7 @@ def encode_rows(
     device = next(encoder.parameters()).device
 
     aggregated = isinstance(paths, str) and paths == "aggregate"
-    ordered = (
-        aggregated and getattr(encoder, "path_maps", None) is not None
-    )  # the best first
+    ordered = aggregated and getattr(encoder, "path_maps", None) is not None  # the best first
 
     def wanted(embeddings_BND: Tensor) -> Tensor:
         if dim < whole and not ordered:
