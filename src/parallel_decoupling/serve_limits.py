@@ -140,7 +140,8 @@ def chat_input(messages: Any) -> dict[str, Any]:
     try:
         for message in messages:
             content = message["content"]
-            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            parts: Any = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            for part in parts:
                 is_text = part["type"] == "text"
                 kind = message["role"] if is_text else part["type"]
                 said[kind].append(part["text"] if is_text else part["image_url"]["url"])
