@@ -211,27 +211,14 @@ async def sent(server: Server, *inputs: Any, **body: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["embedder", "clip"])
-def test_requests_together_get_what_each_would_get_alone(kind: str, request: pytest.FixtureRequest) -> None:
-    """Mixed modalities in one batch, of which the last is refused by the model."""
-    embedder: Embedder = request.getfixturevalue(kind)
-    server, image = Server(embedder, limits=replace(Limits(), batch_size=2)), noise_image(40, 30)
-    both = {"text": "what colour", "image": data_uri(image)}
-    rows = rows_of(server, "a red circle", {"image": data_uri(image)}, both, dimensions=5)
-    bad = replace(rows[1], raw=replace(rows[0].raw, text="<|image_1|> a"))
-    *results, refused = server.embed([*rows, bad])
-    assert isinstance(refused, RequestError)
-    assert refused.detail.startswith("input[1]: 0 images but 1")
-    for row, result in zip(rows, results, strict=True):
-        assert not isinstance(result, RequestError)
-        expected = embedder.encode([row.raw], paths=0, truncate_dim=5)
-        torch.testing.assert_close(result[0], expected[0], atol=1e-6, rtol=0)
-
-
-def test_those_that_wait_are_embedded_together(embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_those_that_wait_are_embedded_together(
+    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At most ``batch_size`` while the model is busy; a row that cannot be embedded fails its request alone.
 
     So does one at which the model itself fails, whatever it shared a pass with.
     """
+    embedder: Embedder = request.getfixturevalue(kind)
     server, batches = Server(embedder, limits=replace(Limits(), batch_size=4)), list[int]()
     embed = server.embed
 

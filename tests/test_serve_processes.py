@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -69,34 +67,19 @@ def test_concurrent_clients_get_what_encode_gives(checkpoint: Path, start: Start
         client.models.list()
 
 
-def status_of(call: Callable[[], Any]) -> int:
-    """Status of an answer; 0 without one."""
-    try:
-        call()
-    except openai.APIStatusError as error:
-        return error.status_code
-    except openai.APIConnectionError:
-        return 0
-    return 200
-
-
 def test_all_in_flight_are_answered_after_sigterm(checkpoint: Path, start: Start) -> None:
     process, address = start("serve", checkpoint, answers="/health")
     client = connect(address)
     with ThreadPoolExecutor(64) as pool:
-        asked = [
-            pool.submit(
-                status_of, lambda: client.embeddings.create(model="aggregate", input=["a circle"] * 256)
-            )
-            for _ in range(64)
-        ]
+        request = {"model": "aggregate", "input": ["a circle"] * 256}
+        asked = [pool.submit(client.embeddings.create, **request) for _ in range(64)]
         waiting = 0
         while waiting + sum(each.done() for each in asked) < 64:  # until all are there
             text = httpx.get(f"{address}/metrics", timeout=60).text
             waiting = int(text.split("parallel_decoupling_waiting ")[1].split()[0])
         assert not all(each.done() for each in asked)
         assert stopped_cleanly(process)
-        assert Counter(each.result() for each in asked) == {200: 64}
+        assert [each.exception() for each in asked] == [None] * 64
 
 
 def test_sigterm_while_loading(checkpoint: Path, start: Start) -> None:

@@ -23,7 +23,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -349,24 +349,21 @@ def _judge_here(each: Try) -> tuple[str, str]:
         return "silent", str(error)[:1000]
 
 
-def main() -> int:
-    """Try what was not tried with this commit, and print the table; the exit code is 1 after a fault."""
-    torch.set_num_threads(1)
-    _limit_memory()
-    whole("export")
-    make_files()
+def try_all(sources: Iterable[Iterator[Try]], results_file: Path) -> int:
+    """Try what was not tried with this commit, and print the table; return 1 after a fault."""
     OUTPUT_DIR.mkdir(parents=True, exist_ok=True)
-    embedder, (commit, _) = Embedder.from_pretrained(CHECKPOINT), code_version()
-    lines = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    results = {(line["kind"], line["input"]): line for line in lines if line["commit"] == commit}
-    sources = (requests(embedder), items(embedder), rows(), commands(), options(), damages(embedder))
+    commit, _ = code_version()
+    lines = results_file.read_text().splitlines() if results_file.exists() else []
+    results = {
+        (line["kind"], line["input"]): line for line in map(json.loads, lines) if line["commit"] == commit
+    }
     for each in (each for source in sources for each in source):
         if (each.kind, each.given) not in results:
             here = partial(_judge_here, each)
             verdict, message = here() if each.kind == "option" else isolated(here)
             line = {"kind": each.kind, "input": each.given, "verdict": verdict, "message": message[:200]}
             results[each.kind, each.given] = {**line, "commit": commit}
-            with RESULTS.open("a", encoding="utf-8") as stream:
+            with results_file.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps({**line, "commit": commit}) + "\n")
     counts = Counter((line["kind"], line["verdict"]) for line in results.values())
     for (kind, verdict), count in sorted(counts.items()):
@@ -374,6 +371,17 @@ def main() -> int:
     good = sum(count for (_, verdict), count in counts.items() if verdict in ("clear", "right"))
     sys.stdout.write(f"{good} of {len(results)} clear or rightly accepted\n")
     return int(good < len(results))
+
+
+def main() -> int:
+    """Try inputs of all kinds; the exit code is 1 after a fault."""
+    torch.set_num_threads(1)
+    _limit_memory()
+    whole("export")
+    make_files()
+    embedder = Embedder.from_pretrained(CHECKPOINT)
+    sources = (requests(embedder), items(embedder), rows(), commands(), options(), damages(embedder))
+    return try_all(sources, RESULTS)
 
 
 if __name__ == "__main__":

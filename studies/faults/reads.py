@@ -52,7 +52,7 @@ class FaultyDisk(mfusepy.Operations):
 
     def __init__(self, root: Path, kind: str, seed: int) -> None:
         self.root, self.kind, self.chance = root.absolute(), kind, random.Random(seed)
-        self.share = self.chance.choice((0.01, 0.1, 0.5))  # of the reads that fail
+        self.share = self.chance.choice((0.2, 0.5, 0.9))  # of the reads that fail
 
     def _file(self, path: str) -> str:
         return f"{self.root}{path}"
