@@ -139,11 +139,7 @@ def chat_input(messages: Any) -> dict[str, Any]:
     said: dict[str, list[Any]] = {"system": [], "user": [], "image_url": []}
     try:
         for message in messages:
-<<<<<<< HEAD
             content: Any = message["content"]
-=======
-            content = message["content"]
->>>>>>> faultsroom
             parts: Any = [{"type": "text", "text": content}] if isinstance(content, str) else content
             for part in parts:
                 is_text = part["type"] == "text"

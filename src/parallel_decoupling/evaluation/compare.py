@@ -128,9 +128,9 @@ class Comparison:
             | {"run": report.run}
             for name, report in self.reports.items()
         }
-        content = {"metric": "hit@1", "baseline": self.baseline, "best": self.best, "interval": INTERVAL_NOTE}
         changes = {name: asdict(difference) for name, difference in self.differences.items()}
-        content |= {"runs": runs, "differences": changes}
+        content: dict[str, Any] = {"metric": "hit@1", "baseline": self.baseline, "best": self.best}
+        content |= {"interval": INTERVAL_NOTE, "runs": runs, "differences": changes}
         write_text(json_file, json.dumps(content, indent=1, default=str) + "\n")
 
     def to_html_file(self, html_file: str | Path, picture: bytes) -> None:
