@@ -233,7 +233,8 @@ def lived_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             config = ["--config", f"lightning_configs/{name}.yaml"]
             main(short(["fit", *config]))
             main(short(["test", *config, "--ckpt_path", "last"]))
-        model = ["--ckpt_path", "runs/demo/checkpoints/last.ckpt"]
+        main(["compress", "runs/demo", "runs/demo/checkpoints/compressed.ckpt"])
+        model = ["--ckpt_path", "runs/demo/checkpoints/compressed.ckpt"]
         main(["predict", *model, "--data.predict_source", "rows.jsonl", "--output_dir", "prepared"])
         yield folder
 
