@@ -115,6 +115,10 @@ def test_bad_input(model: SentenceTransformer, embedder: Embedder) -> None:
         encode(model, ["text"], paths="all")
     with pytest.raises(ValueError, match="unknown keys"):
         encode(model, ["text", {"role": "user", "content": "a chat"}])
+    with pytest.raises(ValueError, match=r"^'  ': An input needs a text"):
+        encode(model, ["a", "  ", "b"])
+    with pytest.raises(ValueError, match="processing_kwargs have no effect"):
+        encode(model, ["a"], processing_kwargs={"text": {"max_length": 3}})
 
 
 def test_strings_are_texts_whatever_they_name(embedder: Embedder, image_file: str) -> None:
@@ -139,11 +143,6 @@ def test_a_bad_input_is_named_by_its_place_or_gets_a_counted_stand_in(
     assert torch.equal(found, expected)
     assert going[0].num_stand_ins == 2
     assert "inputs that got a stand-in so far: 2" in caplog.text
-
-
-def test_the_library_s_own_class_says_which_input(model: SentenceTransformer) -> None:
-    with pytest.raises(ValueError, match=r"^'  ': An input needs a text"):
-        encode(model, ["a", "  ", "b"])
 
 
 def test_max_seq_length_is_max_tokens(embedder: Embedder, tmp_path: Path) -> None:
@@ -175,11 +174,6 @@ def test_max_seq_length_is_max_tokens(embedder: Embedder, tmp_path: Path) -> Non
 def test_options_without_effect_are_refused(option: dict[str, Any], folder: Path) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(option))}.* would have no effect here"):
         SentenceTransformer(str(folder), trust_remote_code=True, device="cpu", **option)
-
-
-def test_processing_kwargs_are_refused(model: SentenceTransformer) -> None:
-    with pytest.raises(ValueError, match="processing_kwargs have no effect"):
-        encode(model, ["a"], processing_kwargs={"text": {"max_length": 3}})
 
 
 def test_one_path_with_its_adapter_merged_is_a_stock_model(tiny_backbone_dir: str, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from parallel_decoupling.batch import RawInput
 from parallel_decoupling.data.tasks import MMEB_TASKS, EvalTask, Source, Task
-from parallel_decoupling.evaluation.checks import Finding, check_images, check_prompts, check_task, findings
+from parallel_decoupling.evaluation.checks import Finding, check_prompts, check_task, findings
 from parallel_decoupling.evaluation.compare import compare, compare_runs, differences
 from parallel_decoupling.evaluation.report import ScoreReport
 from parallel_decoupling.evaluation.score import TaskResult, path_columns, score_task
@@ -249,15 +249,6 @@ def test_rows_that_are_not_finite_are_counted_beyond_the_missing_ones(value: flo
 def test_embeddings_that_are_all_nan_are_a_finding_and_not_an_error() -> None:
     paths = torch.full((24, 2, 16), torch.nan)
     assert checks(paths, paths) == ["chance", "non_finite"]
-
-
-def test_another_image_policy_than_in_training_is_found() -> None:
-    trained = {"image_size": None, "max_pixels": 100, "batch_size": 3}
-    assert check_images(trained, {"max_pixels": 100, "batch_size": 4}) == []
-    (found,) = check_images(trained, {"image_size": "low"})
-    assert found == Finding(
-        "other_images", "image_size: trained None, asked low; max_pixels: trained 100, asked None"
-    )
 
 
 def test_instructions_are_compared_as_tasks_json_has_them(tmp_path: Path) -> None:

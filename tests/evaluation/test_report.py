@@ -195,13 +195,6 @@ def test_means_over_some_of_mmebs_tasks_are_marked(report: ScoreReport, tmp_path
         assert "/36" not in rendered(whole)
 
 
-def test_metrics_are_those_of_the_ranks_averaged_over_tasks(report: ScoreReport) -> None:
-    hits = [(3 + 1 / 4) / 4, (1 + 1 / 4) / 2, (1 + 2 / 4) / 3]
-    assert report.tasks["shape"].metrics["aggregate"]["mrr"] == hits[0]
-    assert report.metric_means["aggregate"]["mrr"] == pytest.approx(sum(hits) / 3)
-    assert report.metric_means["path_0"]["hit@5"] == 1
-
-
 def test_table_shows_percent_and_flags_tasks_at_chance(report: ScoreReport) -> None:
     table = report.task_table()
     rows = {name: cells for name, *cells in table_rows(table)}

@@ -193,16 +193,6 @@ def test_copies_of_the_positive_do_not_count_against_it() -> None:
     assert ranking(score)[0, :3].tolist() == [0, 1, -1]
 
 
-def test_same_text_with_another_image_is_another_candidate() -> None:
-    red, blue = Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")
-    candidates = [RawInput("x", (image,)) for image in (red, blue, red.copy())]
-    candidate = torch.tensor([[0.6, 0.8], [0.8, 0.6], [1.0, 0.0]])
-    query = torch.tensor([[1.0, 0.0]])
-    for rivals, hit in (([0, 1], "0"), ([0, 2], "1")):
-        task = EvalTask(TASK, [RawInput("q")], candidates, [0], [rivals])
-        assert score_task(task, {"aggregate": (query, candidate)}).hits["aggregate"] == hit
-
-
 def test_a_collapsed_model_scores_zero_at_any_size() -> None:
     """A matrix product alone gives equal rows scores that differ in the last bit, at many shapes."""
     generator = torch.Generator().manual_seed(0)
