@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import re
 from collections.abc import Awaitable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -14,7 +13,6 @@ from urllib.parse import unquote
 from pydantic import (
     AfterValidator,
     BaseModel,
-    ConfigDict,
     FailFast,
     ValidationError,
     ValidationInfo,
@@ -26,7 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from parallel_decoupling.data.images import as_picture, load_image
+from parallel_decoupling.data.images import DATA_URI, as_picture, load_image
 from parallel_decoupling.data.unusable import one_row
 from parallel_decoupling.option_types import PositiveFloat, PositiveInt, check_values
 
@@ -66,10 +64,8 @@ class Limits:
         check_values(Limits, vars(self), "limits.")
 
 
-class Known(BaseModel):
+class Known(BaseModel, extra="forbid", strict=True):
     """An object without unknown keys; of too many not every one is an error of its own."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -82,16 +78,13 @@ class Known(BaseModel):
 def _picture(uri: str, info: ValidationInfo[Limits]) -> Any:
     """Check a picture; what is returned is not decoded, as a request may have many."""
     with one_row("must be a picture in base64, as data:image/png;base64,...: "):
-        head, comma, data = uri.strip().partition(",")
-        head = re.sub(r"\s", "", head).lower()
-        if not (comma and head.startswith("data:") and head.endswith(";base64")):
-            raise ValueError("this is not a data URI in base64")  # nor is it a file of this machine
-        uri = f"data:;base64,{unquote(data)}"
-        image: Any = as_picture(uri)
+        if not DATA_URI.match(uri):  # nor is it a file of this machine
+            raise ValueError("this is not a data URI in base64")
+        image: Any = as_picture(unquote(uri))
     if math.prod(image.size) > (most := info.context.pixels):
         raise PydanticCustomError("too_large", "image has more than {pixels} pixels", {"pixels": most})
     load_image(image)  # a check; encode does it again, with the model's settings
-    return as_picture(uri)
+    return as_picture(unquote(uri))
 
 
 Picture = Annotated[str, AfterValidator(_picture)]

@@ -26,7 +26,8 @@ IMAGE_SETTINGS = ("image_size", "min_pixels", "max_pixels", "max_frames", "max_v
 """Names of the settings behind an ``ImagePolicy``."""
 FRAMES = (".jpg", ".jpeg", ".png")
 """How the files of a video's frames end."""
-_DATA_URI = re.compile(r"\s*data:(image/[^,\s]*|[^,\s]*;base64),", re.IGNORECASE)
+DATA_URI = re.compile(r"\s*data:(image/[^,\s]*|[^,\s]*;\s*base64),", re.IGNORECASE)
+"""Begins a text that is a picture, whatever media type it names."""
 _ADDRESS = re.compile(r"\s*[a-z][a-z0-9+.-]*://\S+\s*", re.IGNORECASE)
 _CHANNELS = (1, 3, 4)
 
@@ -132,7 +133,7 @@ def is_array(value: Any) -> bool:
 def names_picture(text: str) -> bool:
     """Tell whether an untyped string is a picture: a data URI, or an existing file that Pillow opens."""
     _refuse_address(text)
-    if _DATA_URI.match(text):
+    if DATA_URI.match(text):
         return True
     if not os.path.isfile(text):
         return False
@@ -151,7 +152,7 @@ def as_picture(value: Any) -> Image.Image | str:
         return as_picture(value["path"] if value["bytes"] is None else value["bytes"])
     if isinstance(value, bytes | bytearray | memoryview):
         return _opened(bytes(value))
-    if isinstance(value, str) and _DATA_URI.match(value):
+    if isinstance(value, str) and DATA_URI.match(value):
         return _opened(_uri_bytes(value))
     if isinstance(value, str | os.PathLike):
         file = os.fspath(value)
