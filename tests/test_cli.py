@@ -148,7 +148,7 @@ def test_predict_says_that_a_model_is_untrained(
 def test_predict_embeds_a_folder_of_images_and_resumes(run_dir: Path, mistake: Any) -> None:
     """The first command of docs/embedding_files.md."""
     embeddings, file = run_dir.parent / "embeddings", str(run_dir / "checkpoints" / "last.ckpt")
-    places = {"runs/demo/checkpoints/last.ckpt": file, "embeddings/": str(embeddings)}
+    places = {"runs/demo/checkpoints/compressed.ckpt": file, "embeddings/": str(embeddings)}
     places["photos/"] = str(run_dir.parents[1] / "data" / "MMEB-eval")
     text = (Path(__file__).parents[1] / "docs" / "embedding_files.md").read_text(encoding="utf-8")
     words = next(line for line in text.splitlines() if line.startswith("parallel-decoupling predict")).split()
