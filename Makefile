@@ -24,7 +24,7 @@ $(INSTALLED): setup.cfg
 	  && touch $@ && echo "Installed in $$((SECONDS - start)) s."
 
 # $(call fit,<config file>,<run folder>,<name>): a fresh fit; each line of its output begins with the name
-fit = rm -rf $(2) && $(BIN)/lightning fit --config $(1) $(call run_flags,$(2)) 2>&1 | awk '{print "$(3): " $$0; fflush()}'
+fit = rm -rf $(2) && $(BIN)/lightning fit --config $(1) $(call run_flags,$(2)) 2>&1 | while IFS= read -r line; do echo "$(3): $$line"; done
 # $(call score,<config file>,<run folder>,<checkpoint>): its scores
 score = $(BIN)/lightning test --config $(1) $(call run_flags,$(2)) --ckpt_path $(2)/checkpoints/$(3).ckpt
 
