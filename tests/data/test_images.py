@@ -187,7 +187,7 @@ def test_images_are_found_with_and_without_their_folder(tmp_path: Path, prefix: 
     folder = ImageFolder(tmp_path / "a", tmp_path / "b")
     for _ in range(2):
         assert folder.find(f"{prefix}X/0.png") == file
-    assert folder.find("X/1.png") is None
+    assert not any(map(folder.find, ("X/1.png", "x" * 10**6, "a\0b", "")))
     with pytest.raises(ValueError, match="no image file 'X/1.png' under .*a or .*b"):
         folder.get("X/1.png")
     assert ImageFolder(tmp_path, must_exist=False).get("X/1.png") == "X/1.png"

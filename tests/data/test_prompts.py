@@ -229,7 +229,7 @@ def test_pictures_are_known_by_their_type_whatever_their_name(tmp_path: Path) ->
         f"data:image/png;base64,{code}",
         f"DATA:IMAGE/PNG;BASE64,{code.rstrip('=')}",
         f"data:;base64,{broken_lines}",
-        f"data:application/octet-stream;base64,{code}",
+        f"data:application/octet-stream; base64,{code}",
         f"data:image/png;base64,{code.replace('+', '-').replace('/', '_')}",
     ]
     for item in items:
