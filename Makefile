@@ -119,6 +119,7 @@ faults: $(INSTALLED) ## the long campaigns of faults: kills of fit, export and i
 	$(BIN)/python -m studies.faults.kills export --count 30
 	$(BIN)/python -m studies.faults.kills index --count 30
 	$(BIN)/python -m studies.faults.inputs
+	$(BIN)/python -m studies.faults.mutations
 	$(BIN)/python -m studies.faults.serve
 
 test-oldest: ## the test suite on the oldest declared dependencies, in .venv-oldest
