@@ -68,7 +68,7 @@ CONFIG_DIR = Path(__file__).parent / "configs"
 def run(args: Sequence[str]) -> None:
     """Run ``fit``, ``validate``, ``test`` or ``predict``; ``plan`` takes the options of ``fit``.
 
-    Where there is no file ``demo.yaml``, that name stands for the one in the package.
+    If the working folder lacks ``demo.yaml``, that name stands for the one in the package.
     """
     for message in HARMLESS_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
@@ -90,7 +90,7 @@ def run(args: Sequence[str]) -> None:
 
 
 def _check_config(file: str) -> None:
-    """Raise ``ValueError`` for a file that is not UTF-8, that is no table of options, or that grows."""
+    """Raise ``ValueError`` for a file that is not UTF-8, that does not hold a table of options, or that grows."""
     if not Path(file).is_file():
         if Path(file).exists():
             raise ValueError(f"--config: {file} is not a regular file.")

@@ -277,7 +277,7 @@ class ImageFolder:
     """Finds the files that the image cells of a table name.
 
     Each root is tried with the cell as it is and with ``images/`` added or taken away: MMEB may be unpacked
-    with or without it. Without ``must_exist`` ``get`` returns the cell if there is no such file.
+    with or without it. Without ``must_exist``, ``get`` returns the cell unchanged if the file is missing.
     """
 
     def __init__(self, *roots: Path, must_exist: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""Evaluation sets that are no rows of MMEB: a corpus with queries and judgements, or MMEB-V2's videos."""
+"""Evaluation sets that do not come as MMEB's rows: judged corpora, and the videos of MMEB-V2."""
 
 from __future__ import annotations
 

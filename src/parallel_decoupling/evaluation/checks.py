@@ -21,11 +21,11 @@ SAMPLED_ROWS = 512
 SAME = 0.99  # mean cosine from which paths, or the embeddings of different inputs, count as one
 LOW_RANK = 2.0  # effective rank below which many embeddings lie on a line
 FEWEST_ROWS = 8  # fewer embeddings say nothing about their spread
-CHANCE_ERRORS = 2.0  # standard errors above chance up to which a score is no better than chance
+CHANCE_ERRORS = 2.0  # standard errors above chance that a score must exceed
 
 ADVICE = {
-    "chance": "hit@1 is no better than a random choice. Check that the checkpoint was loaded (--ckpt_path), "
-    "that the images reach the model, and that the prompts are those of training.",
+    "chance": "hit@1 is not above that of a random choice. Check that the checkpoint was loaded "
+    "(--ckpt_path), that the images reach the model, and that the prompts are those of training.",
     "non_finite": "embeddings are NaN or infinite, and their rows count as misses. Use trainer.precision "
     "bf16-mixed or 32-true in place of 16, and check the checkpoint's weights.",
     "collapsed_paths": "paths give nearly the same embedding: encode with one path, or train them apart "

@@ -71,7 +71,7 @@ class ScoreReport:
     def groups(self) -> dict[str, list[str]]:
         """Task names by mean: meta-tasks, in- and out-of-distribution, overall, custom, groups; none empty.
 
-        Custom tasks are the overall mean only where there are no others.
+        Custom tasks make the overall mean only in a report that has no other tasks.
         """
         of_group: dict[str, dict[str, Task]] = {OVERALL: {}}
         for name, result in self.tasks.items():
