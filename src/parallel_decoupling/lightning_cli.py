@@ -90,7 +90,7 @@ def run(args: Sequence[str]) -> None:
 
 
 def _check_config(file: str) -> None:
-    """Raise ``ValueError`` for a file that is not UTF-8, that does not hold a table of options, or that grows."""
+    """Raise ``ValueError`` for a file that is not UTF-8 or not a table of options, or that grows."""
     if not Path(file).is_file():
         if Path(file).exists():
             raise ValueError(f"--config: {file} is not a regular file.")
