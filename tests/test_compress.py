@@ -63,6 +63,8 @@ def test_only_the_aggregate_changes_and_an_export_has_it(
     torch.testing.assert_close(Embedder.from_pretrained(tmp_path / "shared").encode(TEXTS), small_BD)
     assert PDFEmbedder.load_from_checkpoint(file).hparams["aggregation"] == "linear"
     assert "exists; name another file" in mistake(["compress", str(run_dir), str(file)])
+    new = str(tmp_path / "new.ckpt")
+    assert "is an exported folder" in mistake(["compress", str(tmp_path / "shared"), new])
 
 
 def test_one_path_has_nothing_to_compress(

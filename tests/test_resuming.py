@@ -96,7 +96,7 @@ def state(folder: Path) -> dict[str, Any]:
 
 
 def stop_at(place: str, steps: int, number: int) -> None:
-    """Send this process a signal: in a step, in its validation, or when its checkpoint is written."""
+    """Send this process a signal: in or before a step, in a validation, or when a checkpoint is written."""
     step, validation, save = PDFEmbedder._main_step, PDFEmbedder.validation_step, Trainer.save_checkpoint
 
     def in_step(self: PDFEmbedder) -> None:
@@ -114,6 +114,12 @@ def stop_at(place: str, steps: int, number: int) -> None:
         if self.global_step == steps:
             os.kill(os.getpid(), number)
 
+    def before_step(self: PDFEmbedder, *args: Any) -> None:
+        if self.progress.steps_done == steps:
+            os.kill(os.getpid(), number)
+
+    if place == "between":
+        PDFEmbedder.on_train_batch_start = before_step  # type: ignore[method-assign]
     if place == "step":
         PDFEmbedder._main_step = in_step  # type: ignore[method-assign]
     if place == "validation":
@@ -137,6 +143,8 @@ def stopped(config_file: Path, folder: Path, place: str, steps: int, number: int
         ("validation", 8, signal.SIGTERM, 143),
         ("step", 3, signal.SIGINT, 130),
         ("validation", 4, signal.SIGINT, 130),
+        ("between", 4, signal.SIGTERM, 143),
+        ("between", 4, signal.SIGINT, 130),
     ],
 )
 def test_a_resumed_run_logs_what_an_uninterrupted_one_does(

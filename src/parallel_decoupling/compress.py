@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.files import atomic_write
+from parallel_decoupling.model.pretrained import is_pretrained
 from parallel_decoupling.model.run_checkpoint import checkpoint_file, read_checkpoint, seal_checkpoint
 from parallel_decoupling.training.module import PDFEmbedder
 
@@ -29,7 +30,12 @@ def compress(model: str, output_file: str) -> None:
     Args:
         model: checkpoint or run with several paths, best trained with aggregation concat.
         output_file: the new checkpoint, for every command that takes one; training cannot resume from it.
+
+    Raises:
+        ValueError: for an exported folder, a model of one path, or a file that exists.
     """
+    if is_pretrained(model):
+        raise ValueError(f"{model} is an exported folder; name the run or checkpoint behind it.")
     file = checkpoint_file(model)
     if Path(output_file).exists():
         raise ValueError(f"{output_file} exists; name another file.")
@@ -42,9 +48,8 @@ def compress(model: str, output_file: str) -> None:
     data.setup("fit")
     content = read_checkpoint(file) | {"optimizer_states": [], "lr_schedulers": []}
     content["hyper_parameters"] = {**content["hyper_parameters"], "aggregation": "linear"}
-    state: dict[str, Any] = {
-        key: value for key, value in content["state_dict"].items() if "path_logits" not in key
-    }
+    state: dict[str, Any] = dict(content["state_dict"])
+    state.pop("encoder.path_logits", None)
     maps_NDE = principal_maps(gram_matrix(module, data), module.encoder.num_paths)
     content["state_dict"] = {**state, "encoder.path_maps": maps_NDE}
     seal_checkpoint(content)
@@ -64,9 +69,8 @@ def gram_matrix(module: PDFEmbedder, data: MMEBDataModule) -> Tensor:
             inputs = next(batches).inputs
             for start in range(0, len(inputs), data.eval_batch_size):
                 chunk = inputs.select(range(start, min(start + data.eval_batch_size, len(inputs))))
-                rows_BE = (
-                    F.normalize(module.encoder(chunk.to(module.device)).flatten(1), dim=-1).double().cpu()
-                )
+                paths_BND = module.encoder(chunk.to(module.device)).double().cpu()
+                rows_BE = F.normalize(paths_BND.flatten(1), dim=-1)
                 gram_EE += rows_BE.T @ rows_BE
             progress.update(len(inputs))
     return gram_EE

@@ -323,5 +323,5 @@ def test_tables_have_one_message_and_their_columns_are_lists() -> None:
     for column in (frame["text"], tuple(frame["text"]), iter(frame["text"]), np.array(frame["text"]), arrow):
         assert to_raw_inputs(column) == [RawInput("a"), RawInput("b")]
     assert to_raw_inputs(frame[["text"]].to_dict("records")) == [RawInput("a"), RawInput("b")]
-    with pytest.raises(ValueError, match="a int cannot be embedded; use a list"):
+    with pytest.raises(ValueError, match="an input of type int cannot be embedded; use a list"):
         to_raw_inputs(3)

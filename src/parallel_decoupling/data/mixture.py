@@ -27,7 +27,11 @@ class MixtureSampler(Sampler[list[tuple[int, int]]]):
     the subset, so a batch repeats a row only if it draws more rows than the subset has.
 
     ``sizes`` are the rows n_s per subset, ``batch_size`` is GLOBAL, ``weights`` are shares of the epoch per
-    SUBSET (None is by size). The slices of all ranks, joined, equal the batch at ``world_size=1``.
+    SUBSET (None is by size).
+
+    Relations:
+        ``sub_batch`` with ``sub_batch_size=1`` equals ``mixed``, with ``batch_size`` equals
+        ``homogeneous``. The slices of all ranks, joined, equal the batch at ``world_size=1``.
     """
 
     def __init__(

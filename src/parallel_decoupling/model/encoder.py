@@ -75,8 +75,9 @@ class ParallelEncoder(nn.Module):
         prefixes = make_prefixes(backbone, prefix_type, prefix_init, seed, *size) if prefix_length else None
         self.prefixes = prefixes
         self.path_logits = nn.Parameter(torch.zeros(num_paths)) if aggregation == "learned" else None
-        same_NDD = torch.eye(self.embed_dim).repeat(num_paths, 1, 1)
-        self.path_maps = nn.Parameter(same_NDD) if aggregation == "linear" else None
+        self.path_maps = None
+        if aggregation == "linear":
+            self.path_maps = nn.Parameter(torch.eye(self.embed_dim).repeat(num_paths, 1, 1))  # [N, D, D]
 
     def _check_sizes(self) -> None:
         own_adapters = self.backbone.adapter.per_path
@@ -96,7 +97,11 @@ class ParallelEncoder(nn.Module):
         }
 
     def forward(self, inputs: EncoderInputs, paths: Sequence[int] | None = None) -> Tensor:
-        """Embed ``B`` tokenised rows by the wanted paths, in that order: ``[B, N', D]`` fp32, unit norm."""
+        """Embed ``B`` tokenised rows by the wanted paths, in that order: ``[B, N', D]`` fp32, unit norm.
+
+        Relations:
+            ``forward(inputs, [i])`` equals column ``i`` of ``forward(inputs)``.
+        """
         chosen = check_paths(paths, self.num_paths)
         key_values = None if self.prefixes is None else self.prefixes.states(chosen, self.backbone)
         states = PathStates(chosen, key_values, self.prefix_range.start)
@@ -108,6 +113,8 @@ class ParallelEncoder(nn.Module):
 
     def aggregate(self, embeddings: Tensor) -> Tensor:
         """Combine embeddings ``[B, N, D]`` of all or the first paths to ``[B, D]``; concat to ``[B, N * D]``.
+
+        ``linear`` adds up ``path_n @ path_maps[n]``, of which ``compress`` makes principal directions.
 
         Relations:
             With one path it equals that path. The dot product of two concatenations is the mean over

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
 from torch import Tensor, nn
+from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
@@ -28,11 +30,14 @@ from parallel_decoupling.model.prefixes import ShallowPrefixes
 class FSDP2Strategy(ModelParallelStrategy):
     """Shard the language model over all processes (FSDP2); ``trainer.strategy: fsdp2``.
 
-    Unlike its parent, whose other options it takes, it needs no sizes, and its checkpoint is the one file of
-    whole tensors, without the frozen backbone, that a single process or DDP would write.
+    Unlike its parent it needs no sizes, and its checkpoint is the one file of whole tensors, without the
+    frozen backbone, that a single process or DDP would write.
     """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(
+        self, process_group_backend: str | None = None, timeout: timedelta | None = default_pg_timeout
+    ) -> None:
+        options: dict[str, Any] = {"process_group_backend": process_group_backend, "timeout": timeout}
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, **options)
 
     def setup_environment(self) -> None:
