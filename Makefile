@@ -23,24 +23,27 @@ $(INSTALLED): setup.cfg
 	@start=$$SECONDS; $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' \
 	  && touch $@ && echo "Installed in $$((SECONDS - start)) s."
 
-# $(call fit,<config file>,<run folder>,<name>): a fresh fit; each line of its output begins with the name
-fit = rm -rf $(2) && $(BIN)/lightning fit --config $(1) $(call run_flags,$(2)) 2>&1 | while IFS= read -r line; do echo "$(3): $$line"; done
+run_flags = --trainer.default_root_dir $(1) --seed_everything $(SEED) --model.seed $(SEED) --data.seed $(SEED)
+# $(call fit,<config file>,<run folder>): a fresh fit
+fit = rm -rf $(2) && $(BIN)/lightning fit --config $(1) $(call run_flags,$(2))
 # $(call score,<config file>,<run folder>,<checkpoint>): its scores
 score = $(BIN)/lightning test --config $(1) $(call run_flags,$(2)) --ckpt_path $(2)/checkpoints/$(3).ckpt
+# $(call named,<name>,<commands>): puts the name before every line of their output
+named = (($(2)) 2>&1 | while IFS= read -r line; do echo "$(1): $$line"; done)
 
-run_flags = --trainer.default_root_dir $(1) --seed_everything $(SEED) --model.seed $(SEED) --data.seed $(SEED)
+train_single_path = $(call fit,lightning_configs/demo_single_path.yaml,$(DEMO_SINGLE_PATH)) \
+  && $(call score,lightning_configs/demo_single_path.yaml,$(DEMO_SINGLE_PATH),last)
+train_paths = $(call fit,lightning_configs/demo.yaml,$(DEMO)) \
+  && $(BIN)/lightning compress $(DEMO) $(DEMO)/checkpoints/compressed.ckpt \
+  && $(call score,lightning_configs/demo.yaml,$(DEMO),compressed) && $(BIN)/lightning paths $(DEMO)
 
 demo: $(INSTALLED) ## train and score one path and N paths on the embedded benchmark, then compare (SEED=1 for another seed)
 	$(BIN)/python -c 'from parallel_decoupling.world.benchmark import ensure_benchmark; print("benchmark:", ensure_benchmark())'
-	@echo "Training both models side by side, each with half of the cores."
+	@echo "Both models train and are scored side by side, each with half of the cores."
 	@set -o pipefail; export OMP_NUM_THREADS=$$($(BIN)/python -c 'import os; print(max(1, os.cpu_count() // 2))'); \
-	($(call fit,lightning_configs/demo_single_path.yaml,$(DEMO_SINGLE_PATH),one path)) & one_path=$$!; \
-	($(call fit,lightning_configs/demo.yaml,$(DEMO),three paths)); three_paths=$$?; \
+	$(call named,one path,$(train_single_path)) & one_path=$$!; \
+	$(call named,three paths,$(train_paths)); three_paths=$$?; \
 	wait $$one_path && exit $$three_paths
-	$(BIN)/lightning compress $(DEMO) $(DEMO)/checkpoints/compressed.ckpt
-	$(call score,lightning_configs/demo_single_path.yaml,$(DEMO_SINGLE_PATH),last)
-	$(call score,lightning_configs/demo.yaml,$(DEMO),compressed)
-	$(BIN)/lightning paths $(DEMO)
 	$(BIN)/lightning compare $(DEMO_SINGLE_PATH) $(DEMO) --output_dir $(DEMO)
 	@echo "checkpoints: $(DEMO_SINGLE_PATH)/checkpoints/ $(DEMO)/checkpoints/"
 	@echo "scores:      $(DEMO_SINGLE_PATH)/scores.json $(DEMO)/scores.json"
