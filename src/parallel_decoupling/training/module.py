@@ -305,7 +305,7 @@ class PDFEmbedder(LightningModule):
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Load; without ``strict`` only what trains counts as missing."""
         keys = super().load_state_dict(state_dict, strict=strict, assign=assign)
-        trains = checkpoint.trained_state(self).keys()
+        trains = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         keys.missing_keys[:] = [name for name in keys.missing_keys if strict or name in trains]
         return keys
 
