@@ -46,14 +46,14 @@ def search(
         scoring: aggregate, path_0 and so on, or with several paths maxsim.
         where: condition on fields in SQL, for an index, such as "colour = 'red' AND size < 3".
     """
-    from rich.console import Console
+    from parallel_decoupling.evaluation.report import console
 
     if text is None and image is None:
         raise ValueError("there is nothing to search for: give --text, --image or both")
     options = {"where": where, "instruction": instruction}
     searcher = open_searcher(embeddings, model)
     (hits,) = searcher.search([{"text": text, "image": image}], top_k, scoring, **options)
-    Console(width=None if sys.stdout.isatty() else 160).print(hits_table(hits))
+    console(columns=160).print(hits_table(hits))
 
 
 @checked()

@@ -31,7 +31,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
 from parallel_decoupling.data.datamodule import MMEBDataModule
-from parallel_decoupling.evaluation.report import text_table
+from parallel_decoupling.evaluation.report import console, text_table
 from parallel_decoupling.evaluation.run import EmbeddingWriter, Scoring
 from parallel_decoupling.evaluation.store import Keeper, VectorType
 from parallel_decoupling.files import atomic_write, expand_paths, locked
@@ -39,7 +39,6 @@ from parallel_decoupling.model.encoder import absolute_name
 from parallel_decoupling.model.run_checkpoint import read_checkpoint
 from parallel_decoupling.option_types import CountOrAll, NonNegativeInt, PositiveInt, Rule, Seed, check_values
 from parallel_decoupling.training import run_folder
-from parallel_decoupling.training.callbacks import console
 from parallel_decoupling.training.module import PDFEmbedder
 from parallel_decoupling.training.optimization import total_steps
 from parallel_decoupling.training.resuming import Continuity, continue_logs

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from parallel_decoupling.data.tasks import chosen, find_eval_tasks
 from parallel_decoupling.diagnostics import measures, patch_maps
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.evaluation.plots import new_figure
-from parallel_decoupling.evaluation.report import SCORES_FILE, ScoreReport, percent, text_table
+from parallel_decoupling.evaluation.report import SCORES_FILE, ScoreReport, console, percent, text_table
 from parallel_decoupling.files import atomic_write, write_text
 from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.world.scenes import render
@@ -60,8 +59,6 @@ def analyse_paths(run: str, output_dir: str | None = None, data_dir: str | None 
         output_dir: folder of the files; by default the folder paths in that of the run.
         data_dir: by default the data that the model was trained on.
     """
-    from rich.console import Console
-
     embedder = Embedder.from_pretrained(run).to("cuda" if torch.cuda.is_available() else "cpu")
     run_dir = Path(run) if Path(run).is_dir() else Path(run).resolve().parent
     run_dir = run_dir.parent if run_dir.name == "checkpoints" else run_dir
@@ -76,10 +73,10 @@ def analyse_paths(run: str, output_dir: str | None = None, data_dir: str | None 
     for name, figure in figures(analysis).items():
         with atomic_write(folder / f"{name}.png") as unfinished:
             figure.savefig(unfinished, dpi=150)
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table(analysis))
+    terminal = console()
+    terminal.print(table(analysis))
     for line in (*(f"left out: {note}" for note in analysis.notes), f"written to {folder}"):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        terminal.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def find_scores(run_dir: Path, run: dict[str, Any]) -> ScoreReport | None:

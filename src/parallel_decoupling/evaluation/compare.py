@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,14 @@ from rich.text import Text
 
 from parallel_decoupling.data.names import printable
 from parallel_decoupling.evaluation.plots import comparison_figure
-from parallel_decoupling.evaluation.report import META_TASKS, SCORES_FILE, ScoreReport, percent, text_table
+from parallel_decoupling.evaluation.report import (
+    META_TASKS,
+    SCORES_FILE,
+    ScoreReport,
+    console,
+    percent,
+    text_table,
+)
 from parallel_decoupling.files import atomic_write, write_text
 
 INTERVAL_NOTE = "95 % by paired bootstrap over queries within tasks, one training seed"
@@ -150,7 +156,7 @@ def compare_runs(run_dirs: list[str], output_dir: str | None = None) -> None:
         run_dirs: run folders with a scores.json, or such files; the first is the baseline.
         output_dir: gets the files; by default only the tables are printed.
     """
-    compare(run_dirs, output_dir).show(Console(width=None if sys.stdout.isatty() else 120))
+    compare(run_dirs, output_dir).show(console())
 
 
 def compare(run_dirs: Sequence[str], output_dir: str | None = None) -> Comparison:

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -223,6 +224,12 @@ def write_report(report: ScoreReport, folder: Path) -> None:
     if column in report.modes:
         metadata["embedding_dimension"] = report.modes[column]["bytes_per_item"] // 4
     leaderboard.write_leaderboard(report.tasks, column, folder / leaderboard.LEADERBOARD_FILE, metadata)
+
+
+def console(columns: int = 120) -> Console:
+    """Return the terminal, or a file of so many columns."""
+    terminal = Console()
+    return terminal if terminal.is_terminal else Console(width=columns)
 
 
 def text_table(

@@ -23,12 +23,11 @@ from parallel_decoupling.distributed import gather_objects, rank, world_size
 from parallel_decoupling.evaluation import checks
 from parallel_decoupling.evaluation.encode import RowBatch
 from parallel_decoupling.evaluation.leaderboard import SCORE_FILES_DIR, write_predictions
-from parallel_decoupling.evaluation.report import ScoreReport, write_report
+from parallel_decoupling.evaluation.report import ScoreReport, console, write_report
 from parallel_decoupling.evaluation.score import Columns, TaskResult, mode_costs, path_columns, score_task
 from parallel_decoupling.evaluation.store import AGGREGATE, Keeper, Store, path_vectors
 from parallel_decoupling.files import write_text
 from parallel_decoupling.objective.statistics import path_cosine
-from parallel_decoupling.training.callbacks import console
 from parallel_decoupling.training.module import PDFEmbedder
 
 BAD_ROWS_FILE = "bad_rows.jsonl"
