@@ -14,14 +14,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, DynamicCache
 
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER
-from parallel_decoupling.model.adapters import AdapterConfig, adapted_layers, add_adapters, load_adapter
+from parallel_decoupling.model.adapters import AdapterConfig, add_adapters, load_adapter
 from parallel_decoupling.model.attention import PathStates, prefix_attention
 from parallel_decoupling.model.families import FAMILIES, Family
 from parallel_decoupling.model.paths import calling, deepstack, enter_layer, hand_down, pooled_only, same_call
 from parallel_decoupling.model.processor import load_processor
-from parallel_decoupling.model.turns import enter_evaluation, restore_modes
-
-__all__ = ["TINY_BACKBONE_DIR", "AdapterConfig", "Backbone", "load_backbone"]
+from parallel_decoupling.model.turns import set_training
 
 TINY_BACKBONE_DIR = Path(__file__).parent / "tiny"
 """The trained few-million-parameter Qwen2-VL that the package ships."""
@@ -96,11 +94,6 @@ class Backbone(nn.Module):
         return nn.Module() if name is None else cast(nn.Module, self.base.get_submodule(name))
 
     @property
-    def adapted_modules(self) -> tuple[str, ...]:
-        """Return the names of the layers with an adapter."""
-        return tuple(adapted_layers(self.base))
-
-    @property
     def dtype(self) -> torch.dtype:
         """Return the dtype of the base model's own weights (adapters are fp32)."""
         return cast(torch.dtype, self.base.dtype)
@@ -167,11 +160,11 @@ class Backbone(nn.Module):
         Modules are in evaluation mode meanwhile, as gradient checkpointing drops caches in training mode. The
         cache keeps every position in sliding layers too: a prefix stands in front of their windows.
         """
-        modes, cache = enter_evaluation(self.base), DynamicCache()
+        trained, cache = set_training(self.base.modules(), False), DynamicCache()
         try:
             self.language_model(inputs_embeds=embeddings, use_cache=True, past_key_values=cache)
         finally:
-            restore_modes(modes)
+            set_training(trained, True)
         return torch.stack([torch.stack((each.keys, each.values), 1) for each in cast(Any, cache).layers], 1)
 
 

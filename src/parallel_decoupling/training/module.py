@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from parallel_decoupling.batch import EncoderInputs, LongText, PairBatch, TokenLimit
 from parallel_decoupling.distributed import rank, world_size
 from parallel_decoupling.model import run_checkpoint
-from parallel_decoupling.model.backbone import AdapterConfig
+from parallel_decoupling.model.adapters import AdapterConfig
 from parallel_decoupling.model.encoder import build_encoder, nested_dims
 from parallel_decoupling.model.families import Family
 from parallel_decoupling.model.identity import about_encoder, backbone_fingerprint, encoder_identity
-from parallel_decoupling.model.turns import enter_evaluation, restore_modes
+from parallel_decoupling.model.turns import set_training
 from parallel_decoupling.objective.vclub import MutualInformation
 from parallel_decoupling.option_types import (
     Dims,
@@ -326,12 +326,12 @@ class PDFEmbedder(LightningModule):
     def on_validation_model_eval(self) -> None:
         """Enter evaluation mode when no thread encodes."""
         with self.encoder.turns.alone():
-            self._modes = enter_evaluation(self)
+            self._in_training = set_training(self.modules(), False)
 
     def on_validation_model_train(self) -> None:
         """Go back to the modes of before the validation."""
         with self.encoder.turns.alone():
-            restore_modes(self._modes)
+            set_training(self._in_training, True)
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from parallel_decoupling.distributed import world_size
-from parallel_decoupling.model.backbone import AdapterConfig
+from parallel_decoupling.model.adapters import AdapterConfig
 from parallel_decoupling.model.encoder import absolute_name
 from parallel_decoupling.model.families import Family
 from parallel_decoupling.option_types import check_memory
