@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from PIL import Image
@@ -16,20 +16,14 @@ from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.images import ImagePolicy
 from parallel_decoupling.evaluation.report import text_table
-from parallel_decoupling.model.backbone import Backbone, load_backbone
-from parallel_decoupling.model.encoder import ParallelEncoder
+from parallel_decoupling.model.backbone import Backbone
+from parallel_decoupling.model.encoder import ParallelEncoder, build_encoder
 from parallel_decoupling.model.open_clip import is_open_clip
 from parallel_decoupling.model.path_lora import PathLoRA
 from parallel_decoupling.objective.vclub import MutualInformation
 from parallel_decoupling.option_types import PositiveFloat, checked
 from parallel_decoupling.training.compute import paths_per_layer
-from parallel_decoupling.training.settings import (
-    PATHS,
-    check_trained_dtype,
-    check_trainer,
-    group,
-    read_settings,
-)
+from parallel_decoupling.training.settings import check_trained_dtype, check_trainer, read_settings
 
 TEXT_TOKENS, NATURAL_IMAGE = 64, (640, 480)
 """Assumed tokens of text per input, and width and height of an image before the image policy (ours)."""
@@ -140,10 +134,10 @@ class Plan:
         self.candidates: int = self.queries * (data["positives"] + data["hard_negatives"])
         if self.queries % self.processes:
             raise ValueError(f"batch_size={self.queries} must be a multiple of {self.processes} processes.")
-        options = group(("dtype", "adapter", "initial_adapter", "family"), self.model)
-        revision = model["backbone_revision"]
-        self.backbone = load_backbone(model["backbone"], revision=revision, **options, meta=True)
-        self.encoder = ParallelEncoder(self.backbone, **group(PATHS, self.model) | {"prefix_init": "random"})
+        on_paper = {"meta": True, "prefix_init": "random", "attention": "sdpa", "quantization": None}
+        on_paper |= {"gradient_checkpointing": False, "revision": model["backbone_revision"]}
+        self.encoder = cast(ParallelEncoder, build_encoder(model["backbone"], {**self.model, **on_paper}))
+        self.backbone = self.encoder.backbone
         self.element = 2 if precision == "bf16-mixed" else self.backbone.dtype.itemsize
         self.image = image_cost(self.backbone, ImagePolicy.from_settings(data))
         self.paths = paths_per_layer(self.model, self.backbone.num_layers)

@@ -19,6 +19,7 @@ from parallel_decoupling.batch import EncoderInputs, PairBatch
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.mixture import MixtureSampler
 from parallel_decoupling.training.module import PDFEmbedder
+from parallel_decoupling.training.optimization import MIConfig
 from parallel_decoupling.training.settings import CONFIGS, SETTINGS
 from tests.support.fit import (
     ONE_PATH,
@@ -232,6 +233,14 @@ def test_learned_temperature_moves_and_a_fixed_one_does_not(fit: Any) -> None:
         assert (module.temperature.item() != pytest.approx(0.2, abs=1e-6)) == learn
 
 
+def test_weight_waits_then_ramps_in_a_straight_line() -> None:
+    config = MIConfig(warmup_steps=2, ramp_steps=4)
+    weights = [config.weight_at(step, 0.4) for step in range(9)]
+    assert weights == pytest.approx([0, 0, 0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
+    assert MIConfig(warmup_steps=0, ramp_steps=0).weight_at(0, 0.4) == 0.4
+    assert MIConfig(warmup_steps=3, ramp_steps=0).weight_at(2, 0.4) == 0.0
+
+
 def test_every_setting_of_the_table_is_an_argument() -> None:
     arguments = inspect.signature(PDFEmbedder).parameters
     assert {name.partition(".")[0] for name in SETTINGS} <= arguments.keys()
@@ -239,4 +248,4 @@ def test_every_setting_of_the_table_is_an_argument() -> None:
     options = {f"{name}.{each.name}" for name, kind in CONFIGS.items() for each in fields(kind)}
     assert {name for name in SETTINGS if "." in name} <= options
     marks = {mark for marks in SETTINGS.values() for mark in marks}
-    assert marks == {"paths", "weights", "embeddings"}
+    assert marks == {"weights", "embeddings"}

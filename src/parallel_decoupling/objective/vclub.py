@@ -169,15 +169,3 @@ class MutualInformation(nn.Module):
         path_BND = paths.to(torch.promote_types(paths.dtype, torch.float32)) if angles else standardise(paths)
         path_NBD = path_BND.transpose(0, 1)
         return path_NBD[self.pairs[:, 0]], path_NBD[self.pairs[:, 1]]
-
-
-def mi_weight_schedule(step: int, *, weight: float, warmup_steps: int, ramp_steps: int) -> float:
-    """Return the weight of the mutual-information term after ``step`` main steps (ours).
-
-    0 while only q is fitted, for ``warmup_steps``; then a straight line up to ``weight`` over ``ramp_steps``.
-    """
-    if step < warmup_steps:
-        return 0.0
-    if step >= warmup_steps + ramp_steps:
-        return weight
-    return weight * (step - warmup_steps) / ramp_steps

@@ -24,35 +24,28 @@ CONFIGS: dict[str, Any] = dict(adapter=AdapterConfig, mi=MIConfig, optimizer=Opt
 
 _BATCH = ("batch_size", "hard_negatives", "positives")
 _TABLE = """
-num_paths               paths  weights  embeddings
-prefix_length           paths  weights  embeddings
-prefix_layers           paths  weights  embeddings
-prefix_type             paths  weights  embeddings
-prefix_init             paths
-aggregation             paths  weights  embeddings
-seed                    paths
-adapter                        weights  embeddings
-dtype                                   embeddings
-attention                               embeddings
-quantization                            embeddings
-mi.kind                        weights
-mi.hidden_size                 weights
-learn_temperature              weights
-max_tokens                              embeddings
-long_text                               embeddings
+num_paths          weights  embeddings
+prefix_length      weights  embeddings
+prefix_layers      weights  embeddings
+prefix_type        weights  embeddings
+aggregation        weights  embeddings
+adapter            weights  embeddings
+mi.kind            weights
+mi.hidden_size     weights
+learn_temperature  weights
+dtype                       embeddings
+attention                   embeddings
+quantization                embeddings
+max_tokens                  embeddings
+long_text                   embeddings
 """
 SETTINGS = {name: marks for name, *marks in map(str.split, _TABLE.strip().splitlines())}
-"""Whether ParallelEncoder takes a setting (paths); whether it shapes what a checkpoint holds (weights), so
-that all subcommands but fit take it from there; and whether it changes embeddings although no weight tells.
-A name with a dot is an option of a config."""
-
-
-def _marked(mark: str) -> tuple[str, ...]:
-    return tuple(name for name, marks in SETTINGS.items() if mark in marks)
-
-
-PATHS = _marked("paths")
-SHAPES_WEIGHTS, SHAPES_EMBEDDINGS = _marked("weights"), _marked("embeddings")
+"""Whether a setting shapes what a checkpoint holds (weights), so that all subcommands but fit take it from
+there; and whether it changes embeddings although no weight tells. A name with a dot is an option of a config.
+"""
+SHAPES_WEIGHTS, SHAPES_EMBEDDINGS = (
+    tuple(name for name, marks in SETTINGS.items() if mark in marks) for mark in ("weights", "embeddings")
+)
 
 
 def group(names: Iterable[str], arguments: Mapping[str, Any]) -> dict[str, Any]:
