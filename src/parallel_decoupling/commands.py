@@ -104,12 +104,12 @@ def export(
         include_backbone: write the backbone as well; otherwise the folder refers to it by name, unless it is
             a local folder that is not beside this one.
     """
-    from parallel_decoupling.model.pretrained import is_pretrained, scores_of
-    from parallel_decoupling.model.run_checkpoint import checkpoint_file
+    from parallel_decoupling.evaluation.report import find_scores
 
     embedder = load_model(model)
-    scores = None if is_pretrained(model) else scores_of(checkpoint_file(model))
-    embedder.run |= {} if scores is None else {"commit": scores["run"].get("commit")}
+    report = find_scores(model, embedder.run)
+    embedder.run |= {} if report is None else {"commit": report.run.get("commit")}
+    scores = None if report is None else report.content
     chosen = [paths] if isinstance(paths, int) else paths
     embedder.save_pretrained(folder, chosen, merge_adapters, include_backbone=include_backbone, scores=scores)
     files = [file for file in Path(folder).rglob("*") if file.is_file()]

@@ -33,12 +33,11 @@ from parallel_decoupling.diagnostics.path_analysis import (
     analyse_paths,
     analyse_world,
     figures,
-    find_scores,
     table,
     write_json,
 )
 from parallel_decoupling.evaluation.embedder import Embedder
-from parallel_decoupling.evaluation.report import ScoreReport
+from parallel_decoupling.evaluation.report import ScoreReport, find_scores
 from parallel_decoupling.evaluation.score import TaskResult
 from parallel_decoupling.model.backbone import load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder

@@ -22,9 +22,10 @@ from parallel_decoupling.data.tasks import chosen, find_eval_tasks
 from parallel_decoupling.diagnostics import measures, patch_maps
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.evaluation.plots import new_figure
-from parallel_decoupling.evaluation.report import SCORES_FILE, ScoreReport, console, percent, text_table
+from parallel_decoupling.evaluation.report import ScoreReport, console, find_scores, percent, text_table
 from parallel_decoupling.files import atomic_write, write_text
 from parallel_decoupling.model.encoder import ParallelEncoder
+from parallel_decoupling.model.run_checkpoint import run_dir_of
 from parallel_decoupling.world.scenes import render
 
 PATHS_FILE = "paths.json"
@@ -60,15 +61,13 @@ def analyse_paths(run: str, output_dir: str | None = None, data_dir: str | None 
         data_dir: by default the data that the model was trained on.
     """
     embedder = Embedder.from_pretrained(run).to("cuda" if torch.cuda.is_available() else "cpu")
-    run_dir = Path(run) if Path(run).is_dir() else Path(run).resolve().parent
-    run_dir = run_dir.parent if run_dir.name == "checkpoints" else run_dir
     data_dir = data_dir or embedder.run.get("data", {}).get("data_dir")
     if data_dir is None:
         raise ValueError(f"{run} does not name the data of its training; give data_dir")
-    report = find_scores(run_dir, embedder.run)
+    report = find_scores(run, embedder.run)
     world = Path(data_dir).name.startswith(EMBEDDED)
     analysis = analyse_world(embedder, report) if world else analyse_data(embedder, data_dir, report)
-    folder = Path(output_dir) if output_dir else run_dir / "paths"
+    folder = Path(output_dir) if output_dir else run_dir_of(run) / "paths"
     write_json(analysis, folder / PATHS_FILE)
     for name, figure in figures(analysis).items():
         with atomic_write(folder / f"{name}.png") as unfinished:
@@ -77,15 +76,6 @@ def analyse_paths(run: str, output_dir: str | None = None, data_dir: str | None 
     terminal.print(table(analysis))
     for line in (*(f"left out: {note}" for note in analysis.notes), f"written to {folder}"):
         terminal.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def find_scores(run_dir: Path, run: dict[str, Any]) -> ScoreReport | None:
-    """Return the scores of exactly these weights, from the run's folder or one inside it; None without."""
-    for file in (*run_dir.glob(SCORES_FILE), *run_dir.glob(f"*/{SCORES_FILE}")):
-        report = ScoreReport.from_json_file(file)
-        if all(report.run.get(key) == run.get(key) for key in ("global_step", "seed", "token_passes")):
-            return report
-    return None
 
 
 def analyse_world(embedder: Embedder, report: ScoreReport | None, *, scenes: int = SCENES) -> PathAnalysis:

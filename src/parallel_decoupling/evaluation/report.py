@@ -20,6 +20,7 @@ from parallel_decoupling.data.tasks import MMEB_TASKS, OVERALL, TASK_KEYS, V2_TA
 from parallel_decoupling.evaluation import leaderboard
 from parallel_decoupling.evaluation.score import NOT_KEPT, TaskResult
 from parallel_decoupling.files import write_text
+from parallel_decoupling.model.run_checkpoint import run_dir_of
 
 FORMAT = 3
 SCORES_FILE = "scores.json"
@@ -130,8 +131,9 @@ class ScoreReport:
         skipped = [f"{name} {each.num_skipped}" for name, each in self.tasks.items() if each.num_skipped]
         return found + (["rows that could not be embedded: " + ", ".join(skipped)] if skipped else [])
 
-    def to_json_file(self, json_file: str | Path) -> None:
-        """Write everything, fractions unrounded, the hits of the rows as strings of 0 and 1."""
+    @property
+    def content(self) -> dict[str, Any]:
+        """What ``scores.json`` holds, fractions unrounded, the hits of the rows as strings of 0 and 1."""
         tasks = {name: {**each.task.entry, **vars(each)} for name, each in self.tasks.items()}
         for row, key in product(tasks.values(), ("task", *NOT_KEPT)):
             del row[key]
@@ -139,7 +141,11 @@ class ScoreReport:
         partial = {name: f"of {count} of MMEB's {MMEB_COUNTS[name]} tasks" for name, count in counts}
         content = {"format": FORMAT, "metric": "hit@1", "means": self.means, "partial_means": partial}
         content |= {"metric_means": self.metric_means, **{key: getattr(self, key) for key in OTHER_PARTS}}
-        write_text(json_file, json.dumps({**content, "tasks": tasks}, indent=1, default=str) + "\n")
+        return {**content, "tasks": tasks}
+
+    def to_json_file(self, json_file: str | Path) -> None:
+        """Write ``content``."""
+        write_text(json_file, json.dumps(self.content, indent=1, default=str) + "\n")
 
     @classmethod
     def from_json_file(cls, json_file: str | Path) -> ScoreReport:
@@ -213,6 +219,16 @@ class ScoreReport:
         texts = [_text(f"{each['detail']}\n{each['advice']}") for each in self.warnings]
         titles = [f"WARNING: {each['check'].replace('_', ' ')}" for each in self.warnings]
         return [Panel(text, title=title) for text, title in zip(texts, titles, strict=True)]
+
+
+def find_scores(path: str | Path, run: Mapping[str, Any]) -> ScoreReport | None:
+    """Return the scores of exactly the weights of ``run``, from its folder or one inside it; None without."""
+    folder = run_dir_of(path)
+    for file in (*folder.glob(SCORES_FILE), *folder.glob(f"*/{SCORES_FILE}")):
+        report = ScoreReport.from_json_file(file)
+        if all(report.run.get(key) == run.get(key) for key in ("global_step", "seed", "token_passes")):
+            return report
+    return None
 
 
 def write_report(report: ScoreReport, folder: Path) -> None:

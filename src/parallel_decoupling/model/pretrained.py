@@ -32,7 +32,7 @@ from parallel_decoupling.model.path_lora import PathLoRA
 from parallel_decoupling.model.processor import load_processor
 
 MODEL_TYPE = "parallel_decoupling"
-CONFIG_FILE, WEIGHTS_FILE, SCORES_FILE = "config.json", "model.safetensors", "scores.json"
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 PROCESSOR_DIR, BACKBONE_DIR = "processor", "backbone"
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md")
 ABOUT = ("query_instruction", "candidate_instruction", "images", "max_tokens", "long_text", "run")
@@ -46,18 +46,6 @@ def is_pretrained(folder: str | Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and content.get("model_type") == MODEL_TYPE
-
-
-def scores_of(file: str | Path) -> dict[str, Any] | None:
-    """Return the ``scores.json`` of a checkpoint's run if it is of exactly these weights."""
-    folder = Path(file).parent
-    run_dir = folder.parent if folder.name == run_checkpoint.LAST_CHECKPOINT.parent.name else folder
-    if not (run_dir / SCORES_FILE).is_file():
-        return None
-    scores: dict[str, Any] = json.loads((run_dir / SCORES_FILE).read_text(encoding="utf-8"))
-    run = run_checkpoint.run_info(run_checkpoint.read_checkpoint(file))
-    same = all(scores["run"].get(key) == run[key] for key in ("global_step", "seed", "token_passes"))
-    return scores if same else None
 
 
 def load_encoder(

@@ -28,6 +28,12 @@ def checkpoint_file(path: str | Path) -> Path:
     raise ValueError(f"no model at {str(path)!r}: name a checkpoint, {known}")
 
 
+def run_dir_of(path: str | Path) -> Path:
+    """Return the folder of the run that a checkpoint is in; a folder is that itself."""
+    folder = Path(path) if Path(path).is_dir() else Path(path).resolve().parent
+    return folder.parent if folder.name == LAST_CHECKPOINT.parent.name else folder
+
+
 def read_checkpoint(file: str | Path) -> dict[str, Any]:
     """Read the checkpoint of a run; weights stay in the file until they are used."""
     try:
