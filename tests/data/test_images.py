@@ -249,7 +249,8 @@ def test_mixed_rows_equal_single_processor_calls(
     monkeypatch.setattr(processor.tokenizer, "padding_side", side)
     chosen, collator = [rows[number] for number in pick], Collator(processor, image_token=TOKEN)
     if not together:
-        monkeypatch.setattr(collator, "_process", lambda *_: None)
+        process = collator._process
+        monkeypatch.setattr(collator, "_process", lambda rows: process(rows) if len(rows) == 1 else None)
     inputs = collator.encode_inputs(chosen)
     assert len(inputs) == len(chosen)
     assert set(inputs.tokens) == {"input_ids", "attention_mask", "mm_token_type_ids"}

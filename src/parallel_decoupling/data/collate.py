@@ -100,8 +100,8 @@ class Collator:
             together = None
         if together is not None:
             return together, {}
-        alone, problems = attempt(lambda row: self._process_alone(inputs[row]), range(len(inputs)))
-        return self._join(list(alone.values())) if alone else None, problems
+        alone, problems = attempt(lambda row: self._process([inputs[row]]), range(len(inputs)))
+        return self._join([*filter(None, alone.values())]) if alone else None, problems
 
     def check_text(self, row: RawInput) -> None:
         """Raise ``ValueError`` for a text that cannot be tokenised with the row's images."""
@@ -159,7 +159,8 @@ class Collator:
 
     def _process(self, inputs: Sequence[RawInput]) -> EncoderInputs | None:
         """Process all rows in one call; return None if the image tensors cannot be told apart by row."""
-        if any(row.pictures for row in inputs) and not self._splits:
+        is_alone, first = len(inputs) == 1, inputs[0]
+        if any(row.pictures for row in inputs) and not self._splits and not is_alone:
             return None
         texts, images, videos = zip(*map(self._read, inputs), strict=True)
         nested = list(images) if any(images) else None  # by row: a family may treat several of a row apart
@@ -168,21 +169,16 @@ class Collator:
         only_texts = kinds in names and nested is None and not any(videos)
         if only_texts:  # their kinds are 0, for which a processor would look at every token
             options[f"return_{kinds}"] = False
-        data = self.processor(text=list(texts), images=nested, **options)
+        with one_row(f"The processor refuses {reprlib.repr(first.text)} with {_named(first.images)}: "):
+            data = self.processor(text=list(texts), images=nested, **options)
         if only_texts:
             data[kinds] = torch.zeros_like(data["input_ids"])
         tokens, pixels = self._separate(data)
+        if is_alone:
+            return self._limited(EncoderInputs(tokens, (pixels,)), inputs)
         vision = _split(pixels, [len(row) for row in images], [int(bool(row)) for row in videos])
         self._splits = vision is not None
         return None if vision is None else self._limited(EncoderInputs(tokens, vision), inputs)
-
-    def _process_alone(self, row: RawInput) -> EncoderInputs:
-        text, pictures, video = self._read(row)
-        options = {**self._videos([video]), "return_tensors": "pt"}
-        with one_row(f"The processor refuses {reprlib.repr(row.text)} with {_named(row.images)}: "):
-            data = self.processor(text=[text], images=[pictures] if pictures else None, **options)
-        tokens, pixels = self._separate(data)
-        return self._limited(EncoderInputs(tokens, (pixels,)), [row])
 
     def _limited(self, encoded: EncoderInputs, inputs: Sequence[RawInput]) -> EncoderInputs:
         """Cut every row to the most tokens that it may have."""
