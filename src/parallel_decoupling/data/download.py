@@ -31,6 +31,8 @@ MAX_ENTRIES = 10_000_000
 MAX_GROWTH = 100
 """Bytes that an archive may hold per byte of its own; pictures hardly shrink."""
 BLOCK = 1 << 20
+DAMAGED = zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, NotImplementedError, RuntimeError
+"""What the readers of archives raise for one that they cannot read."""
 
 
 def download_train(data_dir: Path, subsets: Sequence[str], split: str) -> None:
@@ -82,9 +84,8 @@ def _fetch(repo: str, root: Path, patterns: Iterable[str], **options: Any) -> No
 
 def _is_whole(root: Path, pattern: str) -> bool:
     names = [file.name for file in root.glob(pattern)]
-    return len(names) >= max(
-        int(each) for name in ["-of-1", *names] for each in re.findall(r"-of-(\d+)", name)
-    )
+    counts = (re.search(r"-of-(\d+)", name) for name in names)
+    return len(names) >= max([1, *(int(count[1]) for count in counts if count)])
 
 
 def unpack(
@@ -96,11 +97,8 @@ def unpack(
     an archive without the folder ``inside`` holds its contents, and nothing is written outside. Of several
     processes the first to finish moves its folder. An archive that grows beyond all measure is refused.
     """
-    files = (
-        [archive_file]
-        if archive_file.is_file()
-        else sorted(archive_file.parent.glob(f"{archive_file.name}-*"))
-    )
+    numbered = sorted(archive_file.parent.glob(f"{archive_file.name}-*"))
+    files = [archive_file] if archive_file.is_file() else numbered
     packed, entries, size, name = sum(file.stat().st_size for file in files), 0, 0, ""
     with workplace(target_dir) as work_dir:
         try:
@@ -115,23 +113,13 @@ def unpack(
                 parts = parts[parts[:1] == [above] :]
                 if inside and parts[:1] != [inside]:
                     parts = [inside, *parts]
-                if (
-                    len(parts) > 1
-                    and parts[0] in folders
-                    and not any(part.startswith(GHOSTS) for part in parts)
-                ):
+                is_ghost = any(part.startswith(GHOSTS) for part in parts)
+                if len(parts) > 1 and parts[0] in folders and not is_ghost:
                     file = work_dir.joinpath(*parts)
                     file.parent.mkdir(parents=True, exist_ok=True)
                     with file.open("wb") as stream:
                         shutil.copyfileobj(content, stream, BLOCK)
-        except (
-            zipfile.BadZipFile,
-            tarfile.TarError,
-            zlib.error,
-            EOFError,
-            NotImplementedError,
-            RuntimeError,
-        ) as error:
+        except DAMAGED as error:
             raise ValueError(f"{archive_file}: {error}. Delete the file to fetch it again.") from error
         except OSError as error:
             raise ValueError(f"{archive_file}: cannot unpack {name!r}: {error}.") from error
