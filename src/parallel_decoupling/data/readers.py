@@ -6,6 +6,7 @@ import logging
 import math
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -197,11 +198,11 @@ class TrainSubset:
             log.warning("%s: no row has a hard negative, %s", self.table.owner, advice)
 
 
+@dataclass(frozen=True)
 class TrainRows(Dataset[RawPair]):
     """Rows of all subsets by ``(subset, row)``."""
 
-    def __init__(self, subsets: Sequence[TrainSubset]) -> None:
-        self.subsets = subsets
+    subsets: Sequence[TrainSubset]
 
     def __getitem__(self, place: tuple[int, int]) -> RawPair:
         return self.subsets[place[0]][place[1]]

@@ -168,33 +168,28 @@ class RowBatch:
         return replace(self, inputs=self.inputs.to(device))
 
 
+@dataclass(frozen=True)
 class RowBatches(Dataset[RowBatch]):
     """Makes the tensors of a batch; a row that cannot be embedded is an error unless ``keep_going``."""
 
-    def __init__(
-        self,
-        rows: Rows,
-        collator: Collator,
-        where: Callable[[int], str],
-        *,
-        keep_going: bool = False,
-        paths: tuple[int, ...] | None = None,
-    ) -> None:
-        self._rows, self._collator, self._where = rows, collator, where
-        self._keep_going, self._paths = keep_going, paths
+    rows: Rows
+    collator: Collator
+    where: Callable[[int], str]
+    keep_going: bool = False
+    paths: tuple[int, ...] | None = None
 
     def __getitem__(self, place: BatchPlace) -> RowBatch:
-        read, problems = attempt(self._rows.__getitem__, place.rows)
-        inputs, unusable = self._collator.encode_usable(list(read.values()))
+        read, problems = attempt(self.rows.__getitem__, place.rows)
+        inputs, unusable = self.collator.encode_usable(list(read.values()))
         numbers = list(read)
         problems |= {numbers[number]: error for number, error in unusable.items()}
-        for row, problem in problems.items() if not self._keep_going else ():
-            with one_row(f"{self._where(row)}: "):
+        for row, problem in problems.items() if not self.keep_going else ():
+            with one_row(f"{self.where(row)}: "):
                 raise problem
         usable = tuple(row for row in place.rows if row not in problems)
-        inputs = self._collator.encode_inputs([STAND_IN]) if inputs is None else inputs
+        inputs = self.collator.encode_inputs([STAND_IN]) if inputs is None else inputs
         bad_rows = {row: str(problem) for row, problem in problems.items()}
-        return RowBatch(inputs, place, usable, bad_rows, self._paths)
+        return RowBatch(inputs, place, usable, bad_rows, self.paths)
 
 
 def embed(

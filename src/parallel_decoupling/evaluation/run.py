@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -34,26 +34,26 @@ BAD_ROWS_FILE = "bad_rows.jsonl"
 _Side = tuple[Tensor, dict[int, str]]  # embeddings [U, N, D], and why rows could not be embedded
 
 
+@dataclass
 class CollectedEmbeddings:
     """Embeddings of the rows of a task's side or of a shard, batch by batch in any order."""
 
-    def __init__(self) -> None:
-        self.rows: list[int] = []
-        self.bad_rows: dict[int, str] = {}
-        self.num_cut = 0
-        self._vectors: list[Tensor] = []
+    rows: list[int] = field(default_factory=list)
+    bad_rows: dict[int, str] = field(default_factory=dict)
+    num_cut: int = 0
+    parts: list[Tensor] = field(default_factory=list)
 
     def add(self, batch: RowBatch, embeddings_BND: Tensor) -> None:
         """Take the embeddings of one batch."""
         self.rows += batch.rows
-        self._vectors.append(embeddings_BND[: len(batch.rows)].float().cpu())
+        self.parts.append(embeddings_BND[: len(batch.rows)].float().cpu())
         self.bad_rows |= batch.bad_rows
         self.num_cut += batch.inputs.num_cut
 
     @property
     def vectors(self) -> Tensor:
         """The embeddings of ``rows``, ``[len(rows), N, D]``."""
-        return torch.cat(self._vectors)
+        return torch.cat(self.parts)
 
     def complete(self, num_rows: int, trainer: Trainer, module: LightningModule) -> Tensor | None:
         """Join what all processes have: ``[U, N, D]`` of ``num_rows``, NaN where a row could not be embedded.
@@ -254,7 +254,7 @@ class EmbeddingWriter(Callback):
         if not trainer.is_global_zero:
             return
         missing, num_rows, bad_rows = self.keeper.written()
-        bad_rows_file = self.keeper.root / BAD_ROWS_FILE
+        bad_rows_file = Path(self.keeper.root, BAD_ROWS_FILE)
         lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in bad_rows)
         write_text(bad_rows_file, lines.encode("utf-8", "backslashreplace").decode())  # as JSON has it
         message = f"{self.keeper.root}: {num_rows - len(bad_rows):,} rows embedded."

@@ -10,6 +10,7 @@ import os
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
@@ -133,6 +134,7 @@ class StoreWriter:
         return rows_hash(map(content, self.rows_of(shard)))
 
 
+@dataclass
 class Keeper:
     """The stores of one run of ``test`` or ``predict`` below ``root``, one per source of rows.
 
@@ -140,20 +142,15 @@ class Keeper:
     what another model or other rows have left is encoded again; otherwise it is refused.
     """
 
-    def __init__(
-        self,
-        root: str | Path,
-        model: Callable[[], Mapping[str, Any]],
-        *,
-        dtype: VectorType = "float32",
-        replace: bool = False,
-    ) -> None:
-        self.root, self._model, self._dtype, self._replace = Path(root), model, dtype, replace
-        self.writers: dict[str, StoreWriter] = {}
+    root: str | Path
+    model: Callable[[], Mapping[str, Any]]
+    dtype: VectorType = "float32"
+    replace: bool = False
+    writers: dict[str, StoreWriter] = field(default_factory=dict)
 
     def open(self, rows: Source, about: Mapping[str, Any]) -> StoreWriter:
         """Say where the embeddings of some rows go, and what their files tell of them."""
-        writer = StoreWriter(self.root / rows.name, rows, {**self._model(), **about}, self._dtype)
+        writer = StoreWriter(Path(self.root, rows.name), rows, {**self.model(), **about}, self.dtype)
         self.writers[rows.name] = writer
         return writer
 
@@ -162,7 +159,7 @@ class Keeper:
 
         Without ``with_bad_rows`` a shard in which some rows could not be embedded does not count.
         """
-        return self.open(rows, about).find_kept(self._replace, with_bad_rows)
+        return self.open(rows, about).find_kept(self.replace, with_bad_rows)
 
     def written(self) -> tuple[int, int, list[dict[str, Any]]]:
         """Return how many shards are missing, how many rows are there, and those that were not embedded."""
