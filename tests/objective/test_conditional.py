@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from parallel_decoupling.objective.conditional import unexplained
+from parallel_decoupling.objective.alternatives import unexplained
 from parallel_decoupling.objective.vclub import GivenTarget, Kind, MutualInformation
 from tests.support.references import unexplained_loop
 

@@ -13,8 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from parallel_decoupling.objective.alternatives import WITHOUT_FIT
-from parallel_decoupling.objective.conditional import unexplained
+from parallel_decoupling.objective.alternatives import WITHOUT_FIT, unexplained
 from parallel_decoupling.option_types import check_memory
 
 Unconditional = Literal["vclub", "hsic", "crosscov", "orthogonal", "none"]
