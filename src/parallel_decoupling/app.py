@@ -1,7 +1,5 @@
 """A page to search embeddings by text, image or both, and to see what each path finds."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -124,7 +124,7 @@ def _run_command(name: str, arguments: list[str]) -> None:
     options: dict[str, Any] = {"description": about.short_description, "exit_on_error": False}
     parser = ArgumentParser(prog=f"lightning {name}", **options)
     parameters = inspect.signature(command).parameters.values()
-    several = {each.name for each in parameters if each.annotation == "list[str]"}
+    several = {each.name for each in parameters if each.annotation == list[str]}
     for each in (each for each in about.params if each.arg_name in several):
         parser.add_argument(each.arg_name, nargs="+", type=str, help=each.description)
     parser.add_function_arguments(command, as_positional=True, as_group=False, skip={*several})

@@ -1,7 +1,5 @@
 """One vector of D numbers that keeps what N paths say side by side: their principal directions (ours)."""
 
-from __future__ import annotations
-
 import itertools
 import sys
 from pathlib import Path

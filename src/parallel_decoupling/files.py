@@ -4,8 +4,6 @@ What is unfinished lies in a folder of its own beside its target, so on the same
 process that writes it. Locks end with their process: that is how the next one knows what a killed one left.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import logging

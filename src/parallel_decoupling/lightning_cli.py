@@ -4,8 +4,6 @@ A typed value wins over the checkpoint's, and the checkpoint's over a default; e
 is shown. ``validate``, ``test`` and ``predict`` take what shapes trained parameters from the checkpoint.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

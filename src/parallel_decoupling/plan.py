@@ -1,7 +1,5 @@
 """``plan``: an estimate, good to about a third, of the memory of a run, before any weight is loaded."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from functools import cached_property

@@ -1,7 +1,5 @@
 """MMEB and MMEB-V2 from the Hugging Face hub into a data folder, as far as it is not there already."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import tarfile

@@ -1,7 +1,5 @@
 """Names from outside: which of them may become files, file names as ids, and texts that are safe to print."""
 
-from __future__ import annotations
-
 import os
 import re
 from urllib.parse import quote, unquote_to_bytes

@@ -1,7 +1,5 @@
 """The texts that a model reads: MMEB's written prompts, those of split columns, those of a user's items."""
 
-from __future__ import annotations
-
 import io
 import os
 import re

@@ -1,7 +1,5 @@
 """Rows of MMEB's files and of your own: training rows on demand, evaluation tasks whole."""
 
-from __future__ import annotations
-
 import logging
 import math
 import zlib

@@ -1,7 +1,5 @@
 """What can be encoded by number: one side of an evaluation task, or what ``predict`` is given."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections import Counter, defaultdict

@@ -1,7 +1,5 @@
 """The reader of Parquet, JSONL and CSV files through memory-mapped copies (``docs/decisions/0011``)."""
 
-from __future__ import annotations
-
 import codecs
 import csv
 import io

@@ -3,8 +3,6 @@
 Shapes: ``B`` inputs, ``N`` paths, ``M`` path pairs (i < j), ``D`` embedding dim, ``S`` subspace dim.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean

@@ -3,8 +3,6 @@
 Shapes: ``B`` inputs, ``N`` paths, ``Y`` layers, ``L`` tokens, ``T`` of them of the image, ``P`` prefix.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import isqrt

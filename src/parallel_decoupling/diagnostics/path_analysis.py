@@ -1,7 +1,5 @@
 """The whole analysis of one model's paths: numbers, a table, ``paths.json`` and pictures."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, is_dataclass

@@ -1,7 +1,5 @@
 """One or several tested runs as tables, a JSON, a picture and one page, with paired bootstrap intervals."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json

@@ -1,7 +1,5 @@
 """Score files as VLM2Vec's two versions (``v1``, ``v2``) and the MMEB leaderboard write them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from datetime import date

@@ -6,8 +6,6 @@ Rows of a repeated batch are path-major: row ``n * B + b`` is path ``n`` of samp
 Shapes as in ``batch``; ``R = N * B`` rows.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """A backbone, with or without vision: loading it, and one forward call to its last hidden state."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from functools import partial

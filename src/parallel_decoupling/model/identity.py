@@ -3,8 +3,6 @@
 This is the only file that hashes for identity.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import warnings

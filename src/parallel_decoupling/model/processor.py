@@ -1,7 +1,5 @@
 """What turns raw rows into tokens: a Hugging Face processor, or a tokenizer that is called like one."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast

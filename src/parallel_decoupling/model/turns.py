@@ -1,7 +1,5 @@
 """Whose turn it is at a shared encoder: calls of threads encode side by side, a training step runs alone."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from threading import Condition

@@ -5,8 +5,6 @@ x of q and path j its target y. Every estimate is a mean over dimensions, so tha
 not depend on ``D``. The caller detaches the paths for the fit and freezes q in the main step.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 

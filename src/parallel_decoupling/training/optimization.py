@@ -1,7 +1,5 @@
 """Both optimizers: parameter groups, the learning rate schedule, and how long a run is."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

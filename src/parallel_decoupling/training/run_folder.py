@@ -1,7 +1,5 @@
 """Where a run has its checkpoints, and whether a folder holds one; ``trainer`` are the Trainer's options."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Mapping
 from itertools import chain

@@ -3,8 +3,6 @@
 Plain, because a checkpoint holds them and is read with ``torch.load(weights_only=True)``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from typing import Any

@@ -3,8 +3,6 @@
 Gradients of what is not sharded are averaged by ``distributed.average_gradients``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta

@@ -3,8 +3,6 @@
 ``data.readers`` reads it like MMEB; ``tasks.json`` holds meta-task and distribution of every task.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable

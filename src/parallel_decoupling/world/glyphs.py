@@ -1,7 +1,5 @@
 """Pictures that are not scenes: rendered characters with their Unicode names, handwritten digits."""
 
-from __future__ import annotations
-
 import unicodedata
 from functools import cache
 

@@ -1,7 +1,5 @@
 """Questions with one right answer about a scene, and one-aspect descriptions of it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import numpy as np

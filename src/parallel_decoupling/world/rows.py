@@ -3,8 +3,6 @@
 Prompts follow MMEB; tasks out of distribution show what no training row has.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
