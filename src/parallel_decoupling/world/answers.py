@@ -5,8 +5,6 @@ in the layouts of MMEB-V2, for evaluation alone. Neither is in the default mixtu
 unless it is named.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -19,18 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from parallel_decoupling.world.scenes import (
-    COLORS,
-    HELD_OUT,
-    POSITIONS,
-    SHAPES,
-    SIZES,
-    WORDS,
-    Scene,
-    render,
-    sample_item,
-    sample_scene,
-)
+from parallel_decoupling.world import scenes as world
+from parallel_decoupling.world.scenes import HELD_OUT, SHAPES, Scene, render, sample_item, sample_scene
 
 GROUP, PAGES = "several_answers", "pages_and_clips"
 MOST_POSITIVES, FRAMES = 4, 10
@@ -44,7 +32,7 @@ Grade = Callable[[Scene], int]
 
 def objects(rng: Rng, scenes: Sequence[Scene], count: int) -> dict[str, Grade]:
     """Ask for an object by color and shape, often by size, too; one of another size is half right."""
-    kinds = [kind for kind in product(SHAPES, COLORS, ("", *SIZES)) if kind[:2] not in HELD_OUT]
+    kinds = [kind for kind in product(SHAPES, world.COLORS, ("", *world.SIZES)) if kind[:2] not in HELD_OUT]
     asked = (kinds[number] for number in rng.permutation(len(kinds)))
     wanted: dict[str, Grade] = {}
     for shape, color, size in asked:
@@ -121,7 +109,7 @@ def write_pages_and_clips(data_dir: Path, rng: Rng, count: int) -> dict[str, dic
 
     Pictures of ``WordPages`` are bytes in the corpus, those of ``FigurePages`` files named by its ids.
     """
-    cells = [tuple(map(str, rng.permutation(WORDS)[:4])) for _ in range(count)]
+    cells = [tuple(map(str, rng.permutation(world.WORDS)[:4])) for _ in range(count)]
     words = [replace(sample_scene(rng), cells=each) for each in cells]
     figures = [sample_scene(rng, num_objects=int(rng.integers(2, 4)), word_share=1) for _ in range(count)]
     entries, about = {}, {"meta_task": "retrieval", "in_distribution": False}
@@ -171,7 +159,7 @@ def _write_clips(folder: Path, rng: Rng, count: int) -> None:
     rows: dict[str, str] = {}
     while len(rows) < count:
         item, (start, end) = sample_item(rng), rng.permutation(4)[:2].tolist()
-        caption = f"{item} moves from the {POSITIONS[start]} to the {POSITIONS[end]}"
+        caption = f"{item} moves from the {world.POSITIONS[start]} to the {world.POSITIONS[end]}"
         name = rows.setdefault(caption, f"{len(rows)}")
         cells, clip = tuple(item if place == start else None for place in range(4)), list[Scene]()
         for number in range(FRAMES):
