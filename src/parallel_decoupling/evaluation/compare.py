@@ -110,7 +110,7 @@ class Comparison:
         for name, report in self.reports.items():
             console.rule(Text(printable(name)))
             console.print(report.mode_table(), *report.warning_panels(), sep="\n")
-            for gap in report.gaps:
+            for gap in report.gaps if self.differences else ():  # else they are below the table
                 console.print(printable(f"{name}: {gap}"), markup=False, highlight=False, soft_wrap=True)
             if report.path_cosine and len(report.path_columns) > 1:
                 rows = [
