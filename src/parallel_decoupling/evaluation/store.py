@@ -3,8 +3,6 @@
 A shard holds consecutive rows of one source and is complete or absent, so a killed run resumes.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -15,6 +13,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -108,8 +107,7 @@ class StoreWriter:
         table = fields = self.rows.columns(sorted(numbers))
         for name in self.about["columns"]:
             cells_BD = vectors[name][order].float().numpy().astype(self.about["dtype"])
-            cells = pa.FixedSizeListArray.from_arrays(pa.array(cells_BD.reshape(-1)), cells_BD.shape[1])
-            table = table.append_column(name, cells)
+            table = table.append_column(name, to_cells(cells_BD))
         reasons = [
             {"row": row, "id": name, "reason": _without_folders(bad_rows[row], self.rows, row)}
             for row, name in zip(bad, self.rows.columns(bad)["id"].to_pylist(), strict=True)
@@ -253,6 +251,11 @@ class Store:
             rows = self.fields(batch).take([index - first for index in wanted])
             found |= dict(zip(wanted, rows.to_pylist(), strict=True))
         return [found[index] for index in indices]
+
+
+def to_cells(vectors_BD: np.ndarray) -> pa.FixedSizeListArray:
+    """Turn vectors ``[rows, D]`` into the cells of a column."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(vectors_BD.reshape(-1)), vectors_BD.shape[1])
 
 
 def to_tensor(column: pa.ChunkedArray) -> Tensor:
