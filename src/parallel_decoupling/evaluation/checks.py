@@ -1,7 +1,5 @@
 """Signs that scores are misleading: chance, NaN, collapse, other images or prompts than in training."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -35,8 +33,6 @@ ADVICE = {
     "other_images": "images are resized differently than in training. Use the checkpoint's image settings.",
     "other_prompts": "instructions differ from those of training. Use the checkpoint's tasks.json.",
 }
-
-
 Side = tuple[Tensor, Tensor]  # paths [U, N, D] and their aggregate [U, D']
 
 
@@ -102,7 +98,7 @@ def check_prompts(train_dir: str | Path, tasks: Sequence[EvalTask]) -> list[Find
             if before != now:
                 detail = f"{task.name} {side}: trained {before!r:.100}, asked {now!r:.100}"
                 found.append(Finding("other_prompts", detail, (task.name,)))
-    return findings(found)
+    return found
 
 
 def _check_embeddings(paths_UND: Tensor, aggregate_UD: Tensor, unread: int) -> list[tuple[str, str]]:

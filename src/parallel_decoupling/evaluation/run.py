@@ -1,7 +1,5 @@
 """The callbacks that take what ``PDFEmbedder`` embeds: ``Scoring`` and ``EmbeddingWriter``."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 from dataclasses import dataclass, field, replace
@@ -15,7 +13,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from parallel_decoupling.data.datamodule import MMEBDataModule
-from parallel_decoupling.data.images import IMAGE_SETTINGS
 from parallel_decoupling.data.names import printable
 from parallel_decoupling.data.row_sources import RowSource, TaskSide
 from parallel_decoupling.data.tasks import EvalTask
@@ -209,14 +206,14 @@ class Scoring(Callback):
 
     def _doubts(self, module: PDFEmbedder) -> list[checks.Finding]:
         """Say what makes the scores doubtful. A model that never trained has nothing to differ from."""
-        found = checks.findings(self._found)
+        found = list(self._found)
         if module.progress.steps_done:
-            trained, asked = module.trained_data, self.data.settings
-            found += checks.check_images(trained, {name: asked[name] for name in IMAGE_SETTINGS})
+            trained = module.trained_data
+            found += checks.check_images(trained, self.data.settings)
             same = trained.get("data_dir") in (None, self.data.data_dir)
             folder = self.data.folder if same else Path(trained["data_dir"])
             found += checks.check_prompts(folder, self.data.eval_tasks_data)
-        return found
+        return checks.findings(found)
 
 
 class EmbeddingWriter(Callback):
