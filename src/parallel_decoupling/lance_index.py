@@ -81,9 +81,8 @@ class LanceIndex:
             raise ValueError(f"{index_dir} does not hold an index: write one with lightning index")
         self._table: Any = lancedb.connect(index_dir).open_table(TABLE.format(max(tables)))
         schema = self._table.schema
-        self.metadata: Mapping[str, Any] = located(
-            check_seal(json.loads(schema.metadata[METADATA_KEY]), index_dir), index_dir
-        )
+        content = json.loads(schema.metadata[METADATA_KEY])
+        self.metadata: Mapping[str, Any] = located(check_seal(content, index_dir), index_dir)
         self.columns: tuple[str, ...] = tuple(self.metadata["columns"])
         self._fields = [name for name in schema.names if name not in (*self.columns, MAXSIM)]
         self.scorings = (*self.columns, *([MAXSIM] if MAXSIM in schema.names else []))

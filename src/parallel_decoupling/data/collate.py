@@ -27,6 +27,7 @@ PADDING = RawInput("-")
 """What is encoded in place of a missing hard negative; as short as a text can be."""
 FRAMES_PER_SECOND = 2.0
 """What frames without times count as, as in qwen-vl-utils; Qwen3-VL and Qwen2.5-VL see the time."""
+ByRow = tuple[Mapping[str, Tensor], ...]  # image tensors
 
 
 class Collator:
@@ -238,9 +239,7 @@ def _named(images: Sequence[Image.Image | str]) -> str:
     return ", ".join(names) or "no image"
 
 
-def _split(
-    pixels: Mapping[str, Tensor], images: list[int], videos: list[int]
-) -> tuple[Mapping[str, Tensor], ...] | None:
+def _split(pixels: Mapping[str, Tensor], images: list[int], videos: list[int]) -> ByRow | None:
     """Split the tensors of images and videos by row; None if one cannot be split."""
     of_videos = {key: pixels[key] for key in pixels if "video" in key or key == "second_per_grid_ts"}
     of_images = {key: pixels[key] for key in pixels if key not in of_videos}
@@ -252,7 +251,7 @@ def _split(
 
 def _split_kind(
     pixels: Mapping[str, Tensor], counts: list[int], grid: str = "image_grid_thw"
-) -> tuple[Mapping[str, Tensor], ...] | None:
+) -> ByRow | None:
     """Split tensors of one entry per image or, counted by ``grid``, per patch; None if one may be neither."""
     total = sum(counts)
     by_image = grid in pixels or "image_sizes" in pixels

@@ -45,9 +45,8 @@ def open_train(data_dir: Path, subset: str, split: str) -> RowReader:
     source, root = task.source, data_dir / "MMEB-train"
     owner, columns = f"training subset {subset!r}", dict(zip(ROLES, MMEB_TRAIN, strict=True))
     if source is None or source.train_file is None:
-        table = Table(
-            owner, find_tables(owner, root / subset, f"{split}-*.parquet"), columns | {TEACHER: TEACHER}
-        )
+        files = find_tables(owner, root / subset, f"{split}-*.parquet")
+        table = Table(owner, files, columns | {TEACHER: TEACHER})
         table.check((*QUERY, *CANDIDATE), QUERY)
         return RowReader(table, ImageFolder(root), task.prompt)
     table = Table(owner, [source.train_file], source.columns)

@@ -70,9 +70,8 @@ class RowSource:
         files = sorted(self.path.glob("[!_.]*")) if is_dir else [self.path]
         if is_dir and any(file.suffix != ".parquet" for file in files):
             files = []
-        self._fields, self.left_out = (
-            (_read_table(self.path, files), "") if files else _list_images(self.path)
-        )
+        found = (_read_table(self.path, files), "") if files else _list_images(self.path)
+        self._fields, self.left_out = found
         source = os.path.abspath(self.path)
         self._image_dir = Path(source) if is_dir else Path(source).parent
         names = self._fields.column_names

@@ -226,9 +226,8 @@ def _listed(tasks_file: Path) -> dict[str, Task]:
 
 def _task(name: str, entry: dict[str, Any], data_dir: Path) -> Task:
     """Return the task of an entry, which is one of MMEB's or has files of its own."""
-    own = {"meta_task": None, "in_distribution": None} | {
-        key: entry[key] for key in TASK_KEYS if key in entry
-    }
+    own: dict[str, Any] = {"meta_task": None, "in_distribution": None}
+    own |= {key: entry[key] for key in TASK_KEYS if key in entry}
     task = Task(name, **own)
     if entry.keys() <= own.keys():
         known = MMEB_TASKS.get(name, task)

@@ -1,7 +1,7 @@
 """Signs that scores are misleading: chance, NaN, collapse, other images or prompts than in training."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -43,10 +43,6 @@ class Finding:
     check: str
     detail: str
     tasks: tuple[str, ...] = ()
-
-    def plain(self) -> dict[str, Any]:
-        """Return plain values for ``scores.json``, with the advice."""
-        return {**asdict(self), "tasks": list(self.tasks), "advice": ADVICE[self.check]}
 
 
 def check_task(

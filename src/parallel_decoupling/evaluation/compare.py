@@ -113,11 +113,10 @@ class Comparison:
             for gap in report.gaps if self.differences else ():  # else they are below the table
                 console.print(printable(f"{name}: {gap}"), markup=False, highlight=False, soft_wrap=True)
             if report.path_cosine and len(report.path_columns) > 1:
-                rows = [
-                    [path, *(f"{value:.2f}" for value in values)]
-                    for path, values in zip(report.path_columns, report.path_cosine, strict=True)
-                ]
-                console.print(text_table("mean cosine between paths", ("", *report.path_columns), rows))
+                paths = report.path_columns
+                cells = [[f"{value:.2f}" for value in values] for values in report.path_cosine]
+                rows = [[path, *each] for path, each in zip(paths, cells, strict=True)]
+                console.print(text_table("mean cosine between paths", ("", *paths), rows))
         settings = [flattened(report.run) for report in self.reports.values()]
         names = dict.fromkeys(name for values in settings for name in values)
         rows = [[name, *(values.get(name, "") for values in settings)] for name in names]

@@ -31,6 +31,10 @@ class Embedder:
         images: what happens to a picture before the processor sees it; nothing by default.
         max_tokens: of an input's text and pictures together; None is all positions of the backbone.
         long_text: truncate cuts off the end of a longer text, error refuses it.
+
+    Attributes:
+        num_paths: number of paths N.
+        embed_dim: dimension D of one path's embedding.
     """
 
     def __init__(
@@ -43,6 +47,7 @@ class Embedder:
         long_text: LongText = "truncate",
     ) -> None:
         self.encoder = encoder
+        self.num_paths, self.embed_dim = encoder.num_paths, encoder.embed_dim
         self.images = images or ImagePolicy()
         self.limit = TokenLimit.of(encoder.backbone, encoder.processor, max_tokens, long_text)
         self.query_instruction, self.candidate_instruction = query_instruction, candidate_instruction
@@ -70,16 +75,6 @@ class Embedder:
         embedder = cls(encoder, **about)
         embedder.run = run
         return embedder.to(device)
-
-    @property
-    def num_paths(self) -> int:
-        """Number of paths N."""
-        return self.encoder.num_paths
-
-    @property
-    def embed_dim(self) -> int:
-        """Dimension D of one path's embedding."""
-        return self.encoder.embed_dim
 
     @property
     def device(self) -> torch.device:

@@ -49,7 +49,7 @@ class ScoreReport:
     run: dict[str, Any] = field(default_factory=dict)  # what produced them, as plain values
     modes: dict[str, dict[str, int]] = field(default_factory=dict)  # score.mode_costs by column
     path_cosine: list[list[float]] | None = None  # [N][N], mean between the paths' queries
-    warnings: list[dict[str, Any]] = field(default_factory=list)  # checks.Finding.plain
+    warnings: list[dict[str, Any]] = field(default_factory=list)  # of checks.Finding, with advice
 
     def __post_init__(self) -> None:
         """Check that there is a task, and that a mean counts each."""

@@ -129,7 +129,7 @@ class Scoring(Callback):
         write_report(self.report, self._run_dir)  # whatever happens to the checks
         cosine_NN = torch.stack(self._cosines).mean(dim=0).tolist() if self._cosines else None
         modes = mode_costs(self._columns)
-        found = [finding.plain() for finding in self._doubts(pl_module)]
+        found = [vars(each) | {"advice": checks.ADVICE[each.check]} for each in self._doubts(pl_module)]
         self.report = replace(self.report, modes=modes, warnings=found, path_cosine=cosine_NN)
         write_report(self.report, self._run_dir)
         tables = self.report.task_table(), self.report.mode_table()

@@ -341,7 +341,7 @@ class PDFEmbedder(LightningModule):
     def identity(self) -> dict[str, Any]:
         """Identify what turns inputs into embeddings; see ``model.identity.encoder_identity``."""
         precision = None if self._trainer is None else str(self._trainer.precision)
-        shaping = settings.group(settings.SHAPES_EMBEDDINGS, self.hparams)
+        shaping = {name: self.hparams[name] for name in settings.SHAPES_EMBEDDINGS}
         known = self.fingerprint
         return encoder_identity(self.encoder, fingerprint=known, precision=precision, settings=shaping)
 

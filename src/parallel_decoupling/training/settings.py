@@ -3,7 +3,7 @@
 Plain, because a checkpoint holds them and is read with ``torch.load(weights_only=True)``.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -44,11 +44,6 @@ there; and whether it changes embeddings although no weight tells. A name with a
 SHAPES_WEIGHTS, SHAPES_EMBEDDINGS = (
     tuple(name for name, marks in SETTINGS.items() if mark in marks) for mark in ("weights", "embeddings")
 )
-
-
-def group(names: Iterable[str], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of these names."""
-    return {name: arguments[name] for name in names}
 
 
 def read_settings(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -103,7 +98,7 @@ def check_fit(settings: Mapping[str, Any], data: Mapping[str, Any], encoder: Any
     check_trained_dtype(settings)
     if not data or strategy.root_device.type != "cpu":  # another data module, or a GPU, which says so itself
         return
-    paths, (queries, *more) = settings["num_paths"], group(_BATCH, data).values()
+    paths, (queries, *more) = settings["num_paths"], (data[name] for name in _BATCH)
     candidates = queries * sum(more)
     width = 0 if settings["chunk_size"] else getattr(encoder.backbone, "num_layers", 0)
     numbers = candidates * ((paths + 1) * (queries + encoder.embed_dim) + paths * width * encoder.embed_dim)

@@ -119,20 +119,15 @@ def write_pages_and_clips(data_dir: Path, rng: Rng, count: int) -> dict[str, dic
         entry["columns"] = {"query_text": "query", "candidate_image": "image"}
         entry["query_instruction"] = "Find a document image that matches the given query:"
         entry["candidate_instruction"] = "Understand the content of the provided document image."
-        entries[name] = {
-            **entry,
-            "language": "english",
-            **dict.fromkeys(("eval_dir", "image_dir"), f"{PAGES}/{name}"),
-        }
+        entry |= dict.fromkeys(("eval_dir", "image_dir"), f"{PAGES}/{name}")
+        entries[name] = entry | {"language": "english"}
     folder = f"{PAGES}/MovingShape"
     _write_clips(data_dir / folder, rng, count // 2)
     clips = {**about, "group": PAGES, "columns": {"query_text": "caption", "candidate_image": "video_id"}}
     clips["query_instruction"] = "Find a video that contains the following visual content:"
     clips["candidate_instruction"] = "Understand the content of the provided video."
-    return {
-        **entries,
-        "MovingShape": {**clips, "eval_file": f"{folder}/{FILE}", "image_dir": f"{folder}/frames"},
-    }
+    clips |= {"eval_file": f"{folder}/{FILE}", "image_dir": f"{folder}/frames"}
+    return {**entries, "MovingShape": clips}
 
 
 def _write_pages(folder: Path, pages: list[Scene], rng: Rng, *, as_bytes: bool) -> None:
