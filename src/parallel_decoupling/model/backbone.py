@@ -1,7 +1,7 @@
-"""A backbone, with or without vision: loading it, and one forward call to its last hidden state."""
+"""A backbone, with or without vision: loading it, what makes its tokens, and one call to its last state."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -9,14 +9,13 @@ from typing import Any, Literal, cast
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, DynamicCache
+from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer, BitsAndBytesConfig, DynamicCache
 
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER
 from parallel_decoupling.model.adapters import AdapterConfig, add_adapters, load_adapter
 from parallel_decoupling.model.attention import PathStates, prefix_attention
 from parallel_decoupling.model.families import FAMILIES, Family
 from parallel_decoupling.model.paths import calling, deepstack, enter_layer, hand_down, pooled_only, same_call
-from parallel_decoupling.model.processor import load_processor
 from parallel_decoupling.model.turns import set_training
 
 TINY_BACKBONE_DIR = Path(__file__).parent / "tiny"
@@ -240,3 +239,34 @@ def load_backbone(
         else:
             backbone.adapter = load_adapter(base, backbone.family, adapter, initial_adapter)
     return backbone.train()
+
+
+class TextProcessor:
+    """The tokenizer of a language model without vision, called like a processor.
+
+    A tokenizer without a padding token, such as Llama 3's, pads with its end token: the mask hides it.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+
+    def __call__(
+        self, text: Sequence[str], images: Sequence[Any] | None = None, **options: Any
+    ) -> Mapping[str, Tensor]:
+        """Tokenise ``B`` rows; a picture is a ``ValueError``."""
+        if images is not None:
+            raise ValueError("the backbone reads text alone. Leave the picture out, or take one with vision.")
+        return cast(Mapping[str, Tensor], self.tokenizer(text, **options))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the tokenizer's files."""
+        self.tokenizer.save_pretrained(folder)
+
+
+def load_processor(source: str | Path, config: Any, **options: Any) -> Any:
+    """Load the processor of a backbone with this config, or its tokenizer if the config is a text model's."""
+    if config.get_text_config() is config:  # whose files may name a processor all the same, as Gemma 3's do
+        return TextProcessor(AutoTokenizer.from_pretrained(source, **options))
+    return cast(Any, AutoProcessor).from_pretrained(source, **options)

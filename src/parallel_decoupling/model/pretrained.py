@@ -22,14 +22,13 @@ from parallel_decoupling.files import atomic_write
 from parallel_decoupling.model import encoder as encoders
 from parallel_decoupling.model import identity, run_checkpoint
 from parallel_decoupling.model.adapters import AdapterConfig, adapted_layers
-from parallel_decoupling.model.backbone import Backbone, Dtype
+from parallel_decoupling.model.backbone import Backbone, Dtype, load_processor
 from parallel_decoupling.model.encoder import Encoder, ParallelEncoder
 from parallel_decoupling.model.families import FAMILIES, Family
 from parallel_decoupling.model.locations import HUB_ID, located, portable
 from parallel_decoupling.model.model_card import model_card
 from parallel_decoupling.model.open_clip import is_open_clip
 from parallel_decoupling.model.path_lora import PathLoRA
-from parallel_decoupling.model.processor import load_processor
 
 MODEL_TYPE = "parallel_decoupling"
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
