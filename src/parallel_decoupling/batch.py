@@ -129,12 +129,6 @@ class PairBatch:
         """Return the candidates, positives first."""
         return self.inputs.select(range(len(self), len(self.inputs)))
 
-    @property
-    def labels(self) -> dict[str, Any]:
-        """Return what says which candidate is what, by the names that ``training.terms`` has for it."""
-        names = ("candidate_ids", "num_positives", "teacher")
-        return {name: getattr(self, name) for name in names}
-
     def to(self, device: torch.device | str) -> PairBatch:
         """Move every tensor to ``device``."""
         teacher = None if self.teacher is None else self.teacher.to(device)

@@ -45,8 +45,9 @@ def open_train(data_dir: Path, subset: str, split: str) -> RowReader:
     source, root = task.source, data_dir / "MMEB-train"
     owner, columns = f"training subset {subset!r}", dict(zip(ROLES, MMEB_TRAIN, strict=True))
     if source is None or source.train_file is None:
-        files = find_tables(owner, root / subset, f"{split}-*.parquet")
-        table = Table(owner, files, columns | {TEACHER: TEACHER})
+        table = Table(
+            owner, find_tables(owner, root / subset, f"{split}-*.parquet"), columns | {TEACHER: TEACHER}
+        )
         table.check((*QUERY, *CANDIDATE), QUERY)
         return RowReader(table, ImageFolder(root), task.prompt)
     table = Table(owner, [source.train_file], source.columns)
@@ -205,26 +206,27 @@ class TrainRows(Dataset[RawPair]):
         return self.subsets[place[0]][place[1]]
 
 
+@dataclass(frozen=True)
 class TrainCollator:
     """Batches training rows; with ``missing_images="skip"`` usable rows replace those that are not.
 
     Which ones depends on files and model alone.
     """
 
-    def __init__(self, collator: Collator, subsets: Sequence[TrainSubset]) -> None:
-        self.collator, self.subsets = collator, {subset.subset: subset for subset in subsets}
+    collator: Collator
+    subsets: Sequence[TrainSubset]
 
     def __call__(self, pairs: Sequence[RawPair]) -> PairBatch:
         """Batch rows; only where that fails are they looked at one by one."""
         try:
             return self.collator(pairs)
         except RowError:
-            if any(subset.missing_images == "error" for subset in self.subsets.values()):
+            if any(subset.missing_images == "error" for subset in self.subsets):
                 raise
         return self.collator([self._usable(pair) for pair in pairs])
 
     def _usable(self, pair: RawPair) -> RawPair:
-        subset = self.subsets[pair.subset]
+        subset = next(subset for subset in self.subsets if subset.subset == pair.subset)
         return subset.usable(int(np.searchsorted(subset.kept, pair.row)), self.collator)
 
 

@@ -21,7 +21,7 @@ from parallel_decoupling.evaluation import checks
 from parallel_decoupling.evaluation.encode import RowBatch
 from parallel_decoupling.evaluation.leaderboard import SCORE_FILES_DIR, write_predictions
 from parallel_decoupling.evaluation.report import ScoreReport, console, write_report
-from parallel_decoupling.evaluation.score import Columns, TaskResult, mode_costs, path_columns, score_task
+from parallel_decoupling.evaluation.score import TaskResult, mode_costs, path_columns, score_task
 from parallel_decoupling.evaluation.store import AGGREGATE, Keeper, Store, path_vectors
 from parallel_decoupling.files import write_text
 from parallel_decoupling.objective.statistics import path_cosine
@@ -94,7 +94,7 @@ class Scoring(Callback):
         self._scores: dict[str, TaskResult] = {}
         self._found: list[checks.Finding] = []
         self._cosines: list[Tensor] = []
-        self._columns: Columns = {}
+        self._modes: dict[str, dict[str, int]] = {}
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -128,9 +128,8 @@ class Scoring(Callback):
             return
         write_report(self.report, self._run_dir)  # whatever happens to the checks
         cosine_NN = torch.stack(self._cosines).mean(dim=0).tolist() if self._cosines else None
-        modes = mode_costs(self._columns)
         found = [vars(each) | {"advice": checks.ADVICE[each.check]} for each in self._doubts(pl_module)]
-        self.report = replace(self.report, modes=modes, warnings=found, path_cosine=cosine_NN)
+        self.report = replace(self.report, modes=self._modes, warnings=found, path_cosine=cosine_NN)
         write_report(self.report, self._run_dir)
         tables = self.report.task_table(), self.report.mode_table()
         console().print(*tables, *self.report.warning_panels(), sep="\n")
@@ -181,7 +180,7 @@ class Scoring(Callback):
         columns = path_columns(queries_UND, candidates_UND, partial(_aggregate, module))
         score = replace(score_task(task, columns), num_skipped=num_rows - len(task.query_of_row))
         self._scores[name] = score
-        self._columns = {name: (each[0][:1], each[1][:1]) for name, each in columns.items()}
+        self._modes = mode_costs(columns)
         if trainer.state.fn != "test" or not trainer.is_global_zero:
             return
         queries, candidates = zip((queries_UND, candidates_UND), columns[AGGREGATE], strict=True)

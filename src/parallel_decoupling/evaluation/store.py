@@ -76,25 +76,6 @@ class StoreWriter:
         first = shard * self.about["rows_per_shard"]
         return range(first, min(first + self.about["rows_per_shard"], self.about["num_rows"]))
 
-    def find_kept(self, replace: bool, with_bad_rows: bool) -> frozenset[int]:
-        """Find the shards that are done, the same on all processes; see ``Keeper``."""
-        done, problem = set[int](), None
-        if rank() == 0:
-            remove_leftovers(self.folder)
-            for shard, file in shard_files(self.folder).items():
-                found, wanted = read_metadata(file), {**self.about, "rows_sha256": self._hash(shard)}
-                difference = _difference(found, wanted, COMPARED)
-                if difference and not replace:
-                    problem = f"{file} was written with another {difference}"
-                    break
-                if not difference and (with_bad_rows or not found["bad_rows"]):
-                    done.add(shard)
-        done, problem = gather_objects((done, problem))[0]
-        if problem:
-            raise ValueError(f"{problem}. Give another output_dir, or empty this one.")
-        self.kept = frozenset(done)
-        return self.kept
-
     def write(
         self, shard: int, numbers: Sequence[int], vectors: Vectors, bad_rows: Mapping[int, str]
     ) -> None:
@@ -112,7 +93,7 @@ class StoreWriter:
             {"row": row, "id": name, "reason": _without_folders(bad_rows[row], self.rows, row)}
             for row, name in zip(bad, self.rows.columns(bad)["id"].to_pylist(), strict=True)
         ]
-        own = {"shard": shard, "first_row": self.rows_of(shard).start, "rows_sha256": self._hash(shard)}
+        own = {"shard": shard, "first_row": self.rows_of(shard).start, "rows_sha256": self.rows_sha256(shard)}
         metadata = {METADATA_KEY: json.dumps(sealed({**self.about, **own, "bad_rows": reasons}))}
         compression = dict.fromkeys(table.column_names, "none") | dict.fromkeys(fields.column_names, "zstd")
         options: dict[str, Any] = {"use_dictionary": fields.column_names, "compression": compression}
@@ -120,7 +101,7 @@ class StoreWriter:
         with atomic_write(self.folder / f"embeddings-{shard:05d}.parquet") as unfinished:
             pq.write_table(table.replace_schema_metadata(metadata), unfinished, **options)
 
-    def _hash(self, shard: int) -> str:
+    def rows_sha256(self, shard: int) -> str:
         """Identify the rows of a shard; one that cannot be used counts by the reason."""
 
         def content(row: int) -> RawInput:
@@ -153,11 +134,27 @@ class Keeper:
         return writer
 
     def finished(self, rows: Source, about: Mapping[str, Any], with_bad_rows: bool = True) -> frozenset[int]:
-        """Open the store of some rows and return the shards that are done.
+        """Open the store of some rows and return the shards that are done, the same on all processes.
 
         Without ``with_bad_rows`` a shard in which some rows could not be embedded does not count.
         """
-        return self.open(rows, about).find_kept(self.replace, with_bad_rows)
+        writer, done, problem = self.open(rows, about), set[int](), None
+        if rank() == 0:
+            remove_leftovers(writer.folder)
+            for shard, file in shard_files(writer.folder).items():
+                found = read_metadata(file)
+                wanted = {**writer.about, "rows_sha256": writer.rows_sha256(shard)}
+                difference = _difference(found, wanted, COMPARED)
+                if difference and not self.replace:
+                    problem = f"{file} was written with another {difference}"
+                    break
+                if not difference and (with_bad_rows or not found["bad_rows"]):
+                    done.add(shard)
+        done, problem = gather_objects((done, problem))[0]
+        if problem:
+            raise ValueError(f"{problem}. Give another output_dir, or empty this one.")
+        writer.kept = frozenset(done)
+        return writer.kept
 
     def written(self) -> tuple[int, int, list[dict[str, Any]]]:
         """Return how many shards are missing, how many rows are there, and those that were not embedded."""

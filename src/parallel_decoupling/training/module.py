@@ -170,10 +170,12 @@ class PDFEmbedder(LightningModule):
             pairs = terms.gather_pairs(
                 query,
                 candidate,
-                aggregate=self.encoder.aggregate,
-                dims=self.nested_dims,
+                batch.candidate_ids,
+                self.encoder.aggregate,
+                self.nested_dims,
                 nested_paths=given.nested_paths,
-                **batch.labels,
+                num_positives=batch.num_positives,
+                teacher=batch.teacher,
             )
             # 2. The estimator's own steps, on detached embeddings.
             held_out, nll = self._fit_estimator(pairs)
