@@ -16,8 +16,7 @@ from parallel_decoupling.model.pretrained import is_pretrained
 from parallel_decoupling.model.run_checkpoint import checkpoint_file, read_checkpoint, seal_checkpoint
 from parallel_decoupling.training.module import PDFEmbedder
 
-INPUTS_PER_NUMBER = 4
-"""Training inputs to fit on, per number of a concatenation (ours)."""
+INPUTS_PER_NUMBER = 4  # training inputs to fit on, per number of a concatenation (ours)
 
 
 def compress(model: str, output_file: str) -> None:

@@ -26,8 +26,7 @@ UNFINISHED = ".unfinished-"
 LOCK_FILE = ".lock"
 MACHINE_ERRORS = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO)
 """Of reading what may well be read the next time."""
-_locks: set[int] = set()
-"""File descriptors of the locks that this process holds."""
+_locks: set[int] = set()  # file descriptors of the locks that this process holds
 
 
 def expand_paths(options: Any, name: str = "") -> Any:

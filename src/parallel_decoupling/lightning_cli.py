@@ -44,11 +44,9 @@ from parallel_decoupling.training.run_folder import FIT_CONFIG, as_list, is_firs
 from parallel_decoupling.training.settings import CONFIGS, SHAPES_WEIGHTS
 
 log = logging.getLogger(__name__)
-SAVE_EVERY = 50
-"""Main steps after which ``last.ckpt`` is renewed inside an epoch."""
+SAVE_EVERY = 50  # main steps after which ``last.ckpt`` is renewed inside an epoch
 
-MOST_VALUES = 10_000
-"""Of a configuration file, when what its aliases stand for is written out."""
+MOST_VALUES = 10_000  # of a configuration file, when what its aliases stand for is written out
 REFUSALS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, ImportError, AssertionError)
 """What Lightning raises while it builds a Trainer from options that do not work, here or together."""
 HARMLESS_WARNINGS = (

@@ -27,8 +27,7 @@ TEXT_TOKENS, NATURAL_IMAGE = 64, (640, 480)
 """Assumed tokens of text per input, and width and height of an image before the image policy (ours)."""
 QUERY_IMAGES, CANDIDATE_IMAGES = 0.77, 0.45
 """Shares of MMEB-train's 1.07 M rows whose query and whose positive candidate have an image."""
-USABLE = 0.9
-"""The share of a GPU's memory that kernels, fragments and the CUDA context leave (ours)."""
+USABLE = 0.9  # the share of a GPU's memory that kernels, fragments and the CUDA context leave (ours)
 FP32, NF4, GIB = 4, 0.5 + 1 / 64 + 4 / (64 * 256), 2**30
 """Bytes per value in fp32, and in four bits with their (quantized) scales; bytes per GiB."""
 PRECISIONS = {"32": "32-true", "None": "32-true", "bf16": "bf16-mixed"}

@@ -23,11 +23,9 @@ CONVERTED = "refs/convert/parquet"
 FRAMES = {kind: [""] for kind in ("video_cls", "video_ret", "video_mret")}
 FRAMES["video_qa"] = [f"-0{part}" for part in range(5)]
 """Archives of frames, with the ends of their parts."""
-GHOSTS = ("._", "__MACOSX", ".DS_Store")
-"""Beginnings of the names that macOS adds to archives."""
+GHOSTS = ("._", "__MACOSX", ".DS_Store")  # beginnings of the names that macOS adds to archives
 MAX_ENTRIES = 10_000_000
-MAX_GROWTH = 100
-"""Bytes that an archive may hold per byte of its own; pictures hardly shrink."""
+MAX_GROWTH = 100  # bytes that an archive may hold per byte of its own; pictures hardly shrink
 BLOCK = 1 << 20
 DAMAGED = zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, NotImplementedError, RuntimeError
 """What the readers of archives raise for one that they cannot read."""

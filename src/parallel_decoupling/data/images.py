@@ -24,8 +24,7 @@ SQUARES: dict[str, int] = {"low": 128, "mid": 672, "high": 1344}
 """Side in pixels of VLM2Vec's forced squares."""
 IMAGE_SETTINGS = ("image_size", "min_pixels", "max_pixels", "max_frames", "max_video_pixels")
 """Names of the settings behind an ``ImagePolicy``."""
-FRAMES = (".jpg", ".jpeg", ".png")
-"""How the files of a video's frames end."""
+FRAMES = (".jpg", ".jpeg", ".png")  # how the files of a video's frames end
 DATA_URI = re.compile(r"\s*data:(image/[^,\s]*|[^,\s]*;\s*base64),", re.IGNORECASE)
 """Begins a text that is a picture, whatever media type it names."""
 _ADDRESS = re.compile(r"\s*[a-z][a-z0-9+.-]*://\S+\s*", re.IGNORECASE)

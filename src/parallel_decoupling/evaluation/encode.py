@@ -24,8 +24,7 @@ from parallel_decoupling.data.images import image_size, smart_size
 from parallel_decoupling.data.unusable import RowError, attempt, one_row, out_of_memory
 from parallel_decoupling.model.encoder import Encoder, check_dim, check_paths, truncate
 
-TOKENS_PER_PASS = 2**15
-"""Most tokens of a forward pass, padding included, unless a single row has more."""
+TOKENS_PER_PASS = 2**15  # most tokens of a forward pass, padding included, unless a single row has more
 BYTES_PER_TOKEN = 4
 FIXED_IMAGE_TOKENS = 576
 TOKENS_OF_TIME = 8  # of a frame in Qwen3-VL, at most

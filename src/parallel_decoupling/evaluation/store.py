@@ -206,10 +206,6 @@ class Store:
     def __len__(self) -> int:
         return sum(self.batch_sizes)
 
-    def dim(self, column: str) -> int:
-        """Return the dimension D of a column."""
-        return int(pq.read_schema(self.files[0]).field(column).type.list_size)
-
     def read(self, batch: int, columns: Sequence[str] | None = None) -> pa.Table:
         """Read one row group; ``columns`` are names of any columns, None reads all."""
         file, group = self._groups[batch]
@@ -226,8 +222,8 @@ class Store:
 
     def column(self, column: str) -> Tensor:
         """Read a whole column, float32 ``[len(self), D]``."""
-        parts = [self.vectors(batch, column) for batch in range(len(self.batch_sizes))]
-        return torch.cat([torch.empty(0, self.dim(column)), *parts])
+        empty = torch.empty(0, pq.read_schema(self.files[0]).field(column).type.list_size)
+        return torch.cat([empty, *(self.vectors(batch, column) for batch in range(len(self.batch_sizes)))])
 
     def source_rows(self) -> list[int]:
         """Return the row number in the source of every row of the store."""

@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -391,7 +390,3 @@ class PDFEmbedder(LightningModule):
     def similarity(self, a: Tensor, b: Tensor) -> Tensor:
         """Compare all pairs; see ``Embedder.similarity``."""
         return self.embedder.similarity(a, b)
-
-    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
-        """Write a folder to share; see ``Embedder.save_pretrained``."""
-        self.embedder.save_pretrained(folder, **options)

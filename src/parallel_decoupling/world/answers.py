@@ -26,8 +26,7 @@ FILE = "test-00000-of-00001.parquet"
 
 Rng = np.random.Generator
 Rows = list[dict[str, Any]]
-Grade = Callable[[Scene], int]
-"""Of a picture as an answer to a text, 0 for a wrong one."""
+Grade = Callable[[Scene], int]  # of a picture as an answer to a text, 0 for a wrong one
 
 
 def objects(rng: Rng, scenes: Sequence[Scene], count: int) -> dict[str, Grade]:
