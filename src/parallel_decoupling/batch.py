@@ -154,7 +154,6 @@ class Template:
     full_stop: bool = False
 
     def __post_init__(self) -> None:
-        """Check that every part of an input has its place."""
         marks = re.findall("{images}|{text}", self.pattern)
         if self.pattern != "chat" and marks != ["{images}", "{text}"]:
             rule = "must be chat, or hold {images} and later {text}, once each"

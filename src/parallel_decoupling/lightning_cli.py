@@ -247,7 +247,6 @@ class RunCLI(LightningCLI):
                 file.unlink()
 
     def _written_folders(self) -> list[Path]:
-        """Return the folders that this subcommand writes to."""
         root = Path(self.given.trainer.default_root_dir)
         if self.wanted == "predict":
             return [Path(self.given.output_dir or root / "embeddings")]

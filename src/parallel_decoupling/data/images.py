@@ -53,7 +53,6 @@ class ImagePolicy:
     max_video_pixels: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the values."""
         check_values(ImagePolicy, vars(self))
         low, high = self.min_pixels or 1, self.max_pixels or math.inf
         if self.size is not None and (self.min_pixels or self.max_pixels):

@@ -103,7 +103,6 @@ def _rows_by_id(table: Table, part: str) -> dict[str, int]:
 
 
 def _answers(qrels: Table, queries: list[str], candidate_of: dict[str, int]) -> dict[str, dict[int, float]]:
-    """Return the right answers of every query with their grades."""
     answers: dict[str, dict[int, float]] = {name: {} for name in queries}
     columns = (qrels.rows[name].to_pylist() for name in QRELS)
     for row, (query, candidate, score) in enumerate(zip(*columns, strict=True)):

@@ -56,7 +56,6 @@ class Source:
     published: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        """Check the values."""
         check_values(Source, vars(self))
 
 

@@ -98,7 +98,6 @@ def check_prompts(train_dir: str | Path, tasks: Sequence[EvalTask]) -> list[Find
 
 
 def _check_embeddings(paths_UND: Tensor, aggregate_UD: Tensor, unread: int) -> list[tuple[str, str]]:
-    """Look at the queries or the candidates of one task."""
     found: list[tuple[str, str]] = []
     finite_U = paths_UND.flatten(1).isfinite().all(dim=1) & aggregate_UD.isfinite().all(dim=1)
     if broken := int((~finite_U).sum()) - unread:

@@ -31,6 +31,7 @@ class Embedder:
         images: what happens to a picture before the processor sees it; nothing by default.
         max_tokens: of an input's text and pictures together; None is all positions of the backbone.
         long_text: truncate cuts off the end of a longer text, error refuses it.
+        run: what trained the weights, as plain values; empty if not known.
 
     Attributes:
         num_paths: number of paths N.
@@ -45,13 +46,14 @@ class Embedder:
         images: ImagePolicy | None = None,
         max_tokens: int | None = None,
         long_text: LongText = "truncate",
+        run: Mapping[str, Any] | None = None,
     ) -> None:
         self.encoder = encoder
         self.num_paths, self.embed_dim = encoder.num_paths, encoder.embed_dim
         self.images = images or ImagePolicy()
         self.limit = TokenLimit.of(encoder.backbone, encoder.processor, max_tokens, long_text)
         self.query_instruction, self.candidate_instruction = query_instruction, candidate_instruction
-        self.run: dict[str, Any] = {}  # what trained the weights, as plain values; empty if not known
+        self.run = dict(run or {})
 
     @classmethod
     def from_pretrained(
@@ -71,10 +73,7 @@ class Embedder:
 
         encoder, about = load_encoder(path, revision=revision, dtype=dtype)
         about = {**about, "images": ImagePolicy.from_settings(about["images"])}
-        run = about.pop("run")
-        embedder = cls(encoder, **about)
-        embedder.run = run
-        return embedder.to(device)
+        return cls(encoder, **about).to(device)
 
     @property
     def device(self) -> torch.device:
@@ -173,10 +172,9 @@ class Embedder:
 
         options: dict[str, Any] = {"paths": paths, "merge_adapters": merge_adapters}
         options |= {"include_backbone": include_backbone, "scores": scores, "card": card}
-        options |= {"query_instruction": self.query_instruction, "images": self.images.settings}
-        options |= {"candidate_instruction": self.candidate_instruction, "run": self.run}
-        options |= {"max_tokens": self.limit.max_tokens, "long_text": self.limit.long_text}
-        save_encoder(self.encoder, folder, **options)
+        about: dict[str, Any] = {"images": self.images.settings, "query_instruction": self.query_instruction}
+        about |= {"candidate_instruction": self.candidate_instruction, "run": self.run, **vars(self.limit)}
+        save_encoder(self.encoder, folder, **options, **about)
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, revision: str | None = None, **options: Any

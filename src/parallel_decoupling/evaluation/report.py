@@ -52,7 +52,6 @@ class ScoreReport:
     warnings: list[dict[str, Any]] = field(default_factory=list)  # of checks.Finding, with advice
 
     def __post_init__(self) -> None:
-        """Check that there is a task, and that a mean counts each."""
         if not self.tasks:
             raise ValueError("a score report needs at least one task")
         for name, result in self.tasks.items():
@@ -271,7 +270,6 @@ def _text(text: str) -> Text:
 
 
 def _mean(values: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Average mappings with the same keys."""
     return {key: fmean(each[key] for each in values) for key in values[0]}
 
 

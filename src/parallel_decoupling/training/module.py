@@ -368,10 +368,8 @@ class PDFEmbedder(LightningModule):
         """Return the same weights without Lightning; pictures are treated as in training."""
         from parallel_decoupling.evaluation.embedder import Embedder
 
-        about = self.query_instruction, self.candidate_instruction, self.images
-        embedder = Embedder(self.encoder, *about, self.limit.max_tokens, self.limit.long_text)
-        embedder.run = self.run_info()
-        return embedder
+        instructions = self.query_instruction, self.candidate_instruction
+        return Embedder(self.encoder, *instructions, self.images, **vars(self.limit), run=self.run_info())
 
     def encode(self, inputs: Any, **options: Any) -> Tensor:
         """Embed texts, images and dictionaries of both; see ``Embedder.encode``."""
