@@ -1,4 +1,4 @@
-"""The one table of ``PDFEmbedder``'s settings, their plain values, and the combinations that cannot work.
+"""What ``PDFEmbedder``'s settings shape, their plain values, and the combinations that cannot work.
 
 Plain, because a checkpoint holds them and is read with ``torch.load(weights_only=True)``.
 """
@@ -21,29 +21,11 @@ CONFIGS: dict[str, Any] = dict(adapter=AdapterConfig, mi=MIConfig, optimizer=Opt
 """Settings with options of their own, and the class of these."""
 
 _BATCH = ("batch_size", "hard_negatives", "positives")
-_TABLE = """
-num_paths          weights  embeddings
-prefix_length      weights  embeddings
-prefix_layers      weights  embeddings
-prefix_type        weights  embeddings
-aggregation        weights  embeddings
-adapter            weights  embeddings
-mi.kind            weights
-mi.hidden_size     weights
-learn_temperature  weights
-dtype                       embeddings
-attention                   embeddings
-quantization                embeddings
-max_tokens                  embeddings
-long_text                   embeddings
-"""
-SETTINGS = {name: marks for name, *marks in map(str.split, _TABLE.strip().splitlines())}
-"""Whether a setting shapes what a checkpoint holds (weights), so that all subcommands but fit take it from
-there; and whether it changes embeddings although no weight tells. A name with a dot is an option of a config.
-"""
-SHAPES_WEIGHTS, SHAPES_EMBEDDINGS = (
-    tuple(name for name, marks in SETTINGS.items() if mark in marks) for mark in ("weights", "embeddings")
-)
+_ENCODER = ("num_paths", "prefix_length", "prefix_layers", "prefix_type", "aggregation", "adapter")
+SHAPES_WEIGHTS = (*_ENCODER, "mi.kind", "mi.hidden_size", "learn_temperature")
+"""Settings that shape what a checkpoint holds: all subcommands but fit take them from there."""
+SHAPES_EMBEDDINGS = (*_ENCODER, "dtype", "attention", "quantization", "max_tokens", "long_text")
+"""Settings that change embeddings although no weight tells. A dot stands before an option of a config."""
 
 
 def read_settings(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
