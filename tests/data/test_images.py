@@ -145,8 +145,8 @@ def test_a_budget_bounds_the_pixels_and_keeps_the_aspect_ratio() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"size": "large"}, "size must be 'low', 'mid' or 'high'.* got 'large'"),
-        ({"size": "low", "max_pixels": 9}, "min_pixels and max_pixels have no meaning"),
+        ({"image_size": "large"}, "image_size must be 'low', 'mid' or 'high'.* got 'large'"),
+        ({"image_size": "low", "max_pixels": 9}, "min_pixels and max_pixels have no meaning"),
         ({"min_pixels": 0}, "min_pixels must be 1 or more"),
         ({"min_pixels": 10, "max_pixels": 9}, "min_pixels=10 is above max_pixels=9"),
     ],

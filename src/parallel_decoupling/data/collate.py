@@ -140,7 +140,7 @@ class Collator:
     def _read(self, row: RawInput) -> tuple[str, list[Image.Image], list[Image.Image]]:
         """Check a row's text, and decode its images and the frames of its video."""
         self.check_text(row)
-        turn = self.images.size is None
+        turn = self.images.image_size is None
         images = [self.images(load_image(image, turn=turn)) for image in row.images]
         return "".join(self.text_parts(row)), images, self.images.video(row.video) if row.video else []
 

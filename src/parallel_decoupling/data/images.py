@@ -36,8 +36,8 @@ class ImagePolicy:
     """What happens to a picture before the processor sees it (and perhaps resizes it once more).
 
     Attributes:
-        size: forces a square and ignores the EXIF orientation, as VLM2Vec does in its published rows.
-        min_pixels: width times height at least; needs no ``size``.
+        image_size: forces a square and ignores the EXIF orientation, as VLM2Vec does in its published rows.
+        min_pixels: width times height at least; needs no ``image_size``.
         max_pixels: width times height at most. With either bound, the sides become multiples of ``factor``
             near the aspect ratio, and a picture with a side below it a square of twice that, as in VLM2Vec.
         factor: the processor's patch times merge size; 1 where it has none.
@@ -45,7 +45,7 @@ class ImagePolicy:
         max_video_pixels: width times height times number of frames at most; None leaves it to the processor.
     """
 
-    size: SquareSize | None = None
+    image_size: SquareSize | None = None
     min_pixels: PositiveInt | None = None
     max_pixels: PositiveInt | None = None
     factor: int = 1
@@ -55,9 +55,9 @@ class ImagePolicy:
     def __post_init__(self) -> None:
         check_values(ImagePolicy, vars(self))
         low, high = self.min_pixels or 1, self.max_pixels or math.inf
-        if self.size is not None and (self.min_pixels or self.max_pixels):
+        if self.image_size is not None and (self.min_pixels or self.max_pixels):
             meaning = "forces a square, so min_pixels and max_pixels have no meaning"
-            raise ValueError(f"image_size={self.size!r} {meaning}. Set one or the other to null.")
+            raise ValueError(f"image_size={self.image_size!r} {meaning}. Set one or the other to null.")
         if low > high:
             raise ValueError(f"min_pixels={low} is above max_pixels={high}. Exchange them.")
         check_memory(f"min_pixels={self.min_pixels}", 15.0 * (self.min_pixels or 0))  # 8-bit, and as fp32
@@ -65,19 +65,18 @@ class ImagePolicy:
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> ImagePolicy:
         """Return the policy of a data module's settings; one that is absent counts as not set."""
-        given = {name: settings[name] for name in IMAGE_SETTINGS if settings.get(name) is not None}
-        return cls(given.pop("image_size", None), **given)
+        return cls(**{name: settings[name] for name in IMAGE_SETTINGS if settings.get(name) is not None})
 
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that ``from_settings`` takes."""
-        return {"image_size": self.size} | {name: getattr(self, name) for name in IMAGE_SETTINGS[1:]}
+        return {name: getattr(self, name) for name in IMAGE_SETTINGS}
 
     def __call__(self, image: Image.Image) -> Image.Image:
         """Resize with Pillow's bicubic filter, or return the image itself."""
         size = image.size
-        if self.size is not None:
-            size = (SQUARES[self.size],) * 2
+        if self.image_size is not None:
+            size = (SQUARES[self.image_size],) * 2
         elif self.min_pixels is not None or self.max_pixels is not None:
             if min(size) < self.factor:
                 size = (2 * self.factor,) * 2
@@ -92,14 +91,14 @@ class ImagePolicy:
 
     def video(self, frames: Sequence[Image.Image | str]) -> list[Image.Image]:
         """Decode the ``chosen`` frames, all in the size of the first within the budget."""
-        loaded = [load_image(frame, turn=self.size is None) for frame in self.chosen(frames)]
+        loaded = [load_image(frame, turn=self.image_size is None) for frame in self.chosen(frames)]
         size, kind = self.frame_size(loaded[0].size, len(loaded)), Image.Resampling.BICUBIC
         return [frame if frame.size == size else frame.resize(size, kind) for frame in loaded]
 
     def frame_size(self, size: tuple[int, int], count: int) -> tuple[int, int]:
         """Return width and height of the frames that the processor gets of so many of this size."""
-        if self.size is not None:
-            return (SQUARES[self.size],) * 2
+        if self.image_size is not None:
+            return (SQUARES[self.image_size],) * 2
         if self.max_video_pixels is None:
             return size
         most = self.max_video_pixels / count

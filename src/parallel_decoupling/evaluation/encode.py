@@ -55,7 +55,7 @@ class TokenEstimate:
         self._images = images
         self._frames: Any = collator.video_token and collator.processor.video_processor
         self.factor = 0  # side in pixels of a token; 0 where all pictures have the same number of tokens
-        if images.size is None and images.factor > 1:
+        if images.image_size is None and images.factor > 1:
             budget: Mapping[str, int] = cast(Any, collator.processor).image_processor.size
             least, most = budget["shortest_edge"], budget["longest_edge"]
             least = min(most, max(least, images.min_pixels or 1))
