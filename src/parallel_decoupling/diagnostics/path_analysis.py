@@ -114,7 +114,7 @@ def _analyse(
 ) -> PathAnalysis:
     notes, attention = [], None
     pictures = [load_image(item.images[0]) for item in mapped[: len(mapped) // 4 or 1]]
-    changes_BNHW = patch_maps.patch_contributions(embedder, pictures, instruction=INSTRUCTION)
+    changes_BNHW = patch_maps.patch_contributions(embedder, pictures, INSTRUCTION)
     maps = {"contributions": [*changes_BNHW]}
     if not probes:
         notes.append("probes: the data is not the embedded world, whose factors are known")

@@ -90,7 +90,7 @@ class Scoring(Callback):
         self._run_dir = Path(trainer.log_dir or trainer.default_root_dir)  # all processes must ask
         self._index = -1
         self._side: CollectedEmbeddings | None = None
-        self._query: tuple[Tensor | None, dict[int, str]] = None, {}
+        self._query: _Side | None = None
         self._scores: dict[str, TaskResult] = {}
         self._found: list[checks.Finding] = []
         self._cosines: list[Tensor] = []
@@ -155,11 +155,12 @@ class Scoring(Callback):
             if writer and rank() == 0 and embeddings_UND is not None:
                 good = [row for row in range(len(rows)) if row not in bad_rows]
                 writer.write(0, good, path_vectors(embeddings_UND[good]), bad_rows)
-        self._side, query, self._query = None, self._query, (None, {})
+        self._side, query, self._query = None, self._query, None
+        found = None if embeddings_UND is None else (embeddings_UND, bad_rows)
         if rows.side == "query":
-            self._query = embeddings_UND, bad_rows
-        elif query[0] is not None and embeddings_UND is not None:
-            self._score(trainer, module, rows.task, [(query[0], query[1]), (embeddings_UND, bad_rows)])
+            self._query = found
+        elif query and found:
+            self._score(trainer, module, rows.task, [query, found])
         elif not trainer.sanity_checking:
             reason = "not all rows were encoded (limited batches), so it has no score"
             rank_zero_warn(f"{rows.task.task.name}: {reason}.")

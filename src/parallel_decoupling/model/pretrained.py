@@ -4,8 +4,6 @@ Nothing is unpickled, no code of a folder runs. Of a local folder nothing is dow
 hub must be in the local cache.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Where the checkpoint of a run is, and reading it without unpickling."""
 
-from __future__ import annotations
-
 import pickle
 import zlib
 from collections.abc import Mapping
