@@ -1,6 +1,5 @@
 """The whole analysis of one model's paths: numbers, a table, ``paths.json`` and pictures."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from PIL import Image
 from rich.table import Table
 from torch import Tensor
 
+from parallel_decoupling import files
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
 from parallel_decoupling.data.images import load_image
 from parallel_decoupling.data.readers import read_eval_task
@@ -21,7 +21,6 @@ from parallel_decoupling.diagnostics import measures, patch_maps
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.evaluation.plots import new_figure
 from parallel_decoupling.evaluation.report import ScoreReport, console, find_scores, percent, text_table
-from parallel_decoupling.files import atomic_write, write_text
 from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.model.run_checkpoint import run_dir_of
 from parallel_decoupling.world.scenes import render
@@ -68,7 +67,7 @@ def analyse_paths(run: str, output_dir: str | None = None, data_dir: str | None 
     folder = Path(output_dir) if output_dir else run_dir_of(run) / "paths"
     write_json(analysis, folder / PATHS_FILE)
     for name, figure in figures(analysis).items():
-        with atomic_write(folder / f"{name}.png") as unfinished:
+        with files.atomic_write(folder / f"{name}.png") as unfinished:
             figure.savefig(unfinished, dpi=150)
     terminal = console()
     terminal.print(table(analysis))
@@ -147,7 +146,7 @@ def write_json(analysis: PathAnalysis, json_file: Path) -> None:
     def plain(value: Any) -> Any:
         return vars(value) if is_dataclass(value) else np.asarray(value).tolist()
 
-    write_text(json_file, json.dumps(content, indent=1, default=plain) + "\n")
+    files.write_json(json_file, content, plain)
 
 
 def _map_agreement(analysis: PathAnalysis) -> dict[str, Tensor]:

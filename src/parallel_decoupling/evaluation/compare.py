@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,15 +15,8 @@ from rich.text import Text
 
 from parallel_decoupling.data.names import printable
 from parallel_decoupling.evaluation.plots import comparison_figure
-from parallel_decoupling.evaluation.report import (
-    META_TASKS,
-    SCORES_FILE,
-    ScoreReport,
-    console,
-    percent,
-    text_table,
-)
-from parallel_decoupling.files import atomic_write, write_text
+from parallel_decoupling.evaluation.report import SCORES_FILE, ScoreReport, console, percent, text_table
+from parallel_decoupling.files import atomic_write, write_json, write_text
 
 INTERVAL_NOTE = "95 % by paired bootstrap over queries within tasks, one training seed"
 PAGE_FILE, PAGE_WIDTH = "comparison.html", 140  # columns
@@ -134,7 +126,7 @@ class Comparison:
         changes = {name: asdict(difference) for name, difference in self.differences.items()}
         content: dict[str, Any] = {"metric": "hit@1", "baseline": self.baseline, "best": self.best}
         content |= {"interval": INTERVAL_NOTE, "runs": runs, "differences": changes}
-        write_text(json_file, json.dumps(content, indent=1, default=str) + "\n")
+        write_json(json_file, content)
 
     def to_html_file(self, html_file: str | Path, picture: bytes) -> None:
         """Write what ``show`` prints as a page, with the PNG inside it; nothing is loaded from elsewhere."""
@@ -192,11 +184,7 @@ def differences(baseline: ScoreReport, other: ScoreReport, seed: int = 0) -> Run
         counts = generator.multinomial(len(row_difference), share, size=RESAMPLES)
         resampled = counts @ steps / len(row_difference)
         samples[name] = np.append(row_difference.mean(), resampled)
-    groups = baseline.groups.items()
-    means = {group: np.mean([samples[name] for name in names], axis=0) for group, names in groups}
-    meta_tasks = [means[meta_task] for meta_task in META_TASKS if meta_task in means]
-    if meta_tasks:
-        means["mean_of_meta_tasks"] = np.mean(meta_tasks, axis=0)
+    means = baseline.over_groups(baseline.groups, samples, lambda parts: np.mean(parts, axis=0))
 
     def summed_up(part: Mapping[str, NDArray[np.float64]]) -> dict[str, Difference]:
         bounds = {name: np.quantile(each[1:], (0.025, 0.975)).tolist() for name, each in part.items()}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.panel import Panel
@@ -19,9 +19,10 @@ from parallel_decoupling.data.names import printable
 from parallel_decoupling.data.tasks import MMEB_TASKS, OVERALL, TASK_KEYS, V2_TASKS, Task
 from parallel_decoupling.evaluation import leaderboard
 from parallel_decoupling.evaluation.score import NOT_KEPT, TaskResult
-from parallel_decoupling.files import write_text
+from parallel_decoupling.files import write_json
 from parallel_decoupling.model.run_checkpoint import run_dir_of
 
+T = TypeVar("T")
 FORMAT = 3
 SCORES_FILE = "scores.json"
 OTHER_PARTS = ("modes", "path_cosine", "warnings", "run")  # of a report, which its file holds as they are
@@ -107,10 +108,16 @@ class ScoreReport:
 
         MMEB's headline is ``overall``; ``mean_of_meta_tasks`` weighs four unequal groups equally.
         """
-        parts = {group: [self.tasks[name].score for name in each] for group, each in self.groups.items()}
-        means = {group: _mean(scores) for group, scores in parts.items()}
+        return self.over_groups(self.groups, {name: each.score for name, each in self.tasks.items()}, _mean)
+
+    @staticmethod
+    def over_groups(
+        groups: Mapping[str, Sequence[str]], of_task: Mapping[str, T], mean: Callable[[Sequence[T]], T]
+    ) -> dict[str, T]:
+        """Average what tasks have over each group, and the means of the meta-tasks."""
+        means = {group: mean([of_task[name] for name in names]) for group, names in groups.items()}
         if meta_tasks := [means[name] for name in META_TASKS if name in means]:
-            means["mean_of_meta_tasks"] = _mean(meta_tasks)
+            means["mean_of_meta_tasks"] = mean(meta_tasks)
         return means
 
     @property
@@ -144,7 +151,7 @@ class ScoreReport:
 
     def to_json_file(self, json_file: str | Path) -> None:
         """Write ``content``."""
-        write_text(json_file, json.dumps(self.content, indent=1, default=str) + "\n")
+        write_json(json_file, self.content)
 
     @classmethod
     def from_json_file(cls, json_file: str | Path) -> ScoreReport:

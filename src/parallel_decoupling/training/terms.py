@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -55,9 +55,9 @@ class GatheredPairs:
 
     def detach(self) -> GatheredPairs:
         """The same rows without graph, and without nested ones."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        tensors = {name: value.detach() for name, value in values.items() if isinstance(value, Tensor)}
-        return GatheredPairs(**{**values, "nested": (), **tensors})
+        changed: dict[str, Any] = {"nested": ()}
+        changed |= {name: each.detach() for name, each in vars(self).items() if isinstance(each, Tensor)}
+        return replace(self, **changed)
 
 
 def gather_pairs(
