@@ -3,21 +3,17 @@
 torch and Lightning are imported only for the subcommand that needs them, so that the help is there at once.
 """
 
-from __future__ import annotations
-
 import inspect
 import re
 import signal
 import sys
 import traceback
 from argparse import ArgumentError
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+from typing import Any
 
 TRAINER_SUBCOMMANDS = {
     "fit": "train (and validate, if data.validation_tasks names tasks)",

@@ -1,7 +1,5 @@
 """From raw rows to tensors. Nothing is added to a text, as in VLM2Vec, unless the backbone has a prompt."""
 
-from __future__ import annotations
-
 import math
 import os
 import reprlib
@@ -61,7 +59,7 @@ class Collator:
         self.text_parts(PADDING)  # a chat template that cannot be used is an error at once
 
     @classmethod
-    def of(cls, model: Any, **options: Any) -> Collator:
+    def of(cls, model: Any, **options: Any) -> "Collator":
         """Return the collator of an encoder or a backbone."""
         return cls(model.processor, image_token=model.image_token, template=model.template, **options)
 

@@ -1,7 +1,5 @@
 """Pictures: what is one by its type, finding files, decoding to 8-bit RGB, and giving the wanted size."""
 
-from __future__ import annotations
-
 import base64
 import io
 import math
@@ -63,7 +61,7 @@ class ImagePolicy:
         check_memory(f"min_pixels={self.min_pixels}", 15.0 * (self.min_pixels or 0))  # 8-bit, and as fp32
 
     @classmethod
-    def from_settings(cls, settings: Mapping[str, Any]) -> ImagePolicy:
+    def from_settings(cls, settings: Mapping[str, Any]) -> "ImagePolicy":
         """Return the policy of a data module's settings; one that is absent counts as not set."""
         return cls(**{name: settings[name] for name in IMAGE_SETTINGS if settings.get(name) is not None})
 

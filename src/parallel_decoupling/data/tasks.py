@@ -1,7 +1,5 @@
 """The table of tasks: MMEB's, with VLM2Vec's rules for them, plus those of your own ``tasks.json``."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -141,7 +139,7 @@ class EvalTask:
             return {self.candidates_of_row[row][0]: 1.0}
         return self.relevance_of_row[row]
 
-    def without(self, queries: Collection[int], candidates: Collection[int]) -> EvalTask:
+    def without(self, queries: Collection[int], candidates: Collection[int]) -> "EvalTask":
         """Leave out the rows of some queries, and some candidates of all rows.
 
         A row goes if all its right answers go or if no other candidate is left. All indices stay.

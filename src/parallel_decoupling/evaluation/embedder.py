@@ -1,7 +1,5 @@
 """An encoder with its tokenisation and its default instructions: all that a user of embeddings needs."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -63,7 +61,7 @@ class Embedder:
         revision: str | None = None,
         device: torch.device | str = "cpu",
         dtype: Literal["float32", "bfloat16", "float16"] | None = None,
-    ) -> Embedder:
+    ) -> "Embedder":
         """Load a checkpoint, a run folder (its last checkpoint), an exported folder or a hub id's.
 
         ``revision`` is a hub model's branch, tag or commit, ``dtype`` that of the backbone's weights instead
@@ -85,7 +83,7 @@ class Embedder:
         """Tokenises for this model."""
         return Collator.of(self.encoder, images=self.images, limit=self.limit)
 
-    def to(self, device: torch.device | str) -> Embedder:
+    def to(self, device: torch.device | str) -> "Embedder":
         """Move the weights; embeddings come back on the CPU."""
         self.encoder.to(device)
         return self

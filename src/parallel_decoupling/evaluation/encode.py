@@ -3,8 +3,6 @@
 ``BatchPlan`` and ``RowBatches`` also make the batches of ``test``, ``validate`` and ``predict``.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -162,7 +160,7 @@ class RowBatch:
     bad_rows: dict[int, str] = field(default_factory=dict)  # the others, each with the reason
     paths: tuple[int, ...] | None = None  # which are wanted; None is all
 
-    def to(self, device: torch.device | str) -> RowBatch:
+    def to(self, device: torch.device | str) -> "RowBatch":
         """Move the inputs to ``device``."""
         return replace(self, inputs=self.inputs.to(device))
 

@@ -1,7 +1,5 @@
 """The score report of one run: its tasks, MMEB's means, the files of a test, and tables of all of it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -154,7 +152,7 @@ class ScoreReport:
         write_json(json_file, self.content)
 
     @classmethod
-    def from_json_file(cls, json_file: str | Path) -> ScoreReport:
+    def from_json_file(cls, json_file: str | Path) -> "ScoreReport":
         """Read what ``to_json_file`` wrote; what the rows scored is what counts. Other files are refused."""
         text = Path(json_file).read_text(encoding="utf-8")
         try:

@@ -4,8 +4,6 @@ Every rank computes the SAME terms, of all ranks' rows; gradient reaches its own
 used after the gather ``1 / world_size`` of it (``shared``), so that the sum over ranks is one process's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -39,7 +37,7 @@ class GatheredPairs:
     candidate_aggregate: Tensor
     own: Tensor
     candidate_ids: Tensor
-    nested: tuple[GatheredPairs, ...] = ()
+    nested: "tuple[GatheredPairs, ...]" = ()
     num_positives: int = 1
     teacher: Tensor | None = None
 
@@ -53,7 +51,7 @@ class GatheredPairs:
         """Return what ``info_nce`` and ``in_batch_margins`` compare candidates by."""
         return {"positive": self.own[:, : self.num_positives], "candidate_ids": self.candidate_ids}
 
-    def detach(self) -> GatheredPairs:
+    def detach(self) -> "GatheredPairs":
         """The same rows without graph, and without nested ones."""
         changed: dict[str, Any] = {"nested": ()}
         changed |= {name: each.detach() for name, each in vars(self).items() if isinstance(each, Tensor)}

@@ -3,8 +3,6 @@
 The background is lit, redder to the right and bluer to the bottom, so that a patch of it tells its place.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from functools import cache
@@ -80,7 +78,7 @@ class Scene:
         ]
         return f"{', '.join(parts)}, on a {self.background} background"
 
-    def with_cell(self, index: int, cell: Item | str | None) -> Scene:
+    def with_cell(self, index: int, cell: Item | str | None) -> "Scene":
         """Return the scene with another content of one quadrant."""
         return replace(self, cells=self.cells[:index] + (cell,) + self.cells[index + 1 :])
 
