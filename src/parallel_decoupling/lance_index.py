@@ -19,8 +19,7 @@ from parallel_decoupling.model.identity import check_seal, sealed
 from parallel_decoupling.model.locations import located, portable
 from parallel_decoupling.search import MAXSIM, Hit
 
-TABLE = "items-{:05d}"
-"""Name of a table by its number, which is higher than that of the table it replaces."""
+TABLE = "items-{:05d}"  # name of a table by its number, which is higher than that of the table it replaces
 REFINED = 10  # items per hit that an approximate index scores again with the vectors themselves
 ROWS_FOR_TRAINING = 256  # fewest items on which LanceDB trains an approximate index
 

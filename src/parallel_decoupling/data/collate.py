@@ -21,8 +21,7 @@ from parallel_decoupling.data.images import ImagePolicy, load_image
 from parallel_decoupling.data.prompts import chat_pattern, fill
 from parallel_decoupling.data.unusable import RowError, attempt, one_row
 
-PADDING = RawInput("-")
-"""What is encoded in place of a missing hard negative; as short as a text can be."""
+PADDING = RawInput("-")  # what is encoded in place of a missing hard negative; as short as a text can be
 FRAMES_PER_SECOND = 2.0
 """What frames without times count as, as in qwen-vl-utils; Qwen3-VL and Qwen2.5-VL see the time."""
 ByRow = tuple[Mapping[str, Tensor], ...]  # image tensors

@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +19,7 @@ from parallel_decoupling.data.unusable import RowError, one_row
 from parallel_decoupling.option_types import PositiveInt, check_memory, check_values
 
 SquareSize = Literal["low", "mid", "high"]
-SQUARES: dict[str, int] = {"low": 128, "mid": 672, "high": 1344}
-"""Side in pixels of VLM2Vec's forced squares."""
+SQUARES: dict[str, int] = {"low": 128, "mid": 672, "high": 1344}  # side in pixels of VLM2Vec's forced squares
 IMAGE_SETTINGS = ("image_size", "min_pixels", "max_pixels", "max_frames", "max_video_pixels")
 """Names of the settings behind an ``ImagePolicy``."""
 FRAMES = (".jpg", ".jpeg", ".png")  # how the files of a video's frames end
@@ -259,11 +259,11 @@ def _eight_bits(values: Any) -> Any:
     return np.rint(values.astype(np.float64) * (255 / top)).astype(np.uint8)
 
 
-def image_size(file: str) -> tuple[int, int] | None:
-    """Return width and height from the header of an image file, or None if it cannot be read."""
+def image_size(image: Image.Image | str) -> tuple[int, int] | None:
+    """Return width and height, of a file from its header, or None if it cannot be read."""
     try:
-        with one_row(), _open_file(file) as image:
-            return image.size
+        with one_row(), _open_file(image) if isinstance(image, str) else nullcontext(image) as found:
+            return found.size
     except RowError:
         return None
 

@@ -68,7 +68,7 @@ class TokenEstimate:
 
     def _video_tokens(self, video: Sequence[Any]) -> float:
         frames = self._images.chosen(video) if video and self._frames else []
-        size = _size(frames[0]) if frames else None
+        size = image_size(frames[0]) if frames else None
         if size is None:
             return 0.0
         width, height = self._images.frame_size(size, len(frames))
@@ -78,16 +78,11 @@ class TokenEstimate:
     def _image_tokens(self, image: Any) -> float:
         if not self.factor:
             return FIXED_IMAGE_TOKENS
-        size = _size(image)
+        size = image_size(image)
         if size is None:
             return 0.0
         width, height = smart_size(*size, factor=self.factor, **self.limits)
         return width * height / self.factor**2
-
-
-def _size(image: Any) -> tuple[int, int] | None:
-    """Return a picture's size; None for an unreadable file."""
-    return image_size(image) if isinstance(image, str) else image.size
 
 
 @dataclass(frozen=True)

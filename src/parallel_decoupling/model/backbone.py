@@ -212,12 +212,9 @@ def load_backbone(
         if quantization:  # on this process's GPU: a CPU repacks the weights in evaluation, and cannot train
             gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
             kind["device_map"] = {"": gpu if torch.cuda.is_available() else "cpu"}
-            kind["quantization_config"] = cast(Any, BitsAndBytesConfig)(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=getattr(torch, dtype),
-            )
+            bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+            config_of = cast(Any, BitsAndBytesConfig)
+            kind["quantization_config"] = config_of(**bits, bnb_4bit_compute_dtype=kind["dtype"])
         load = cast(Any, AutoModel).from_pretrained
         try:
             base, info = load(source, output_loading_info=True, **kind, **options)

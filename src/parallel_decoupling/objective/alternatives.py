@@ -7,8 +7,6 @@ errors are what an aggregate gains from.
 Shapes: ``M`` path pairs, ``B`` batch, ``N`` paths, ``D`` embedding dim.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

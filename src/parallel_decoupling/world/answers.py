@@ -18,13 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from parallel_decoupling.world import scenes as world
-from parallel_decoupling.world.scenes import HELD_OUT, SHAPES, Scene, render, sample_item, sample_scene
+from parallel_decoupling.world.scenes import HELD_OUT, SHAPES, Rng, Scene, render, sample_item, sample_scene
 
 GROUP, PAGES = "several_answers", "pages_and_clips"
 MOST_POSITIVES, FRAMES = 4, 10
 FILE = "test-00000-of-00001.parquet"
 
-Rng = np.random.Generator
 Rows = list[dict[str, Any]]
 Grade = Callable[[Scene], int]  # of a picture as an answer to a text, 0 for a wrong one
 
