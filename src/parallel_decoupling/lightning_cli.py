@@ -56,8 +56,7 @@ HARMLESS_WARNINGS = (
     "Total length of `list` across ranks is zero",
 )
 """Of Lightning: about itself, resuming in a folder, and a fit without validation tasks."""
-CONFIG_DIR = Path(__file__).parent / "configs"
-"""Configurations that come with the package: those of the demo."""
+CONFIG_DIR = Path(__file__).parent / "configs"  # configurations that come with the package: those of the demo
 
 
 def run(args: Sequence[str]) -> None:

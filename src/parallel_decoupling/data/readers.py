@@ -33,8 +33,7 @@ MMEB_TRAIN = ("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text",
 MMEB_EVAL = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path", "qry_inst", "tgt_inst")
 """The last two columns are those of MMEB_Test_Instruct, which splits instructions off."""
 
-MAX_UNUSABLE_ROWS = 100
-"""After so many rows that cannot be embedded the folder is at fault, not a file."""
+MAX_UNUSABLE_ROWS = 100  # after so many rows that cannot be embedded the folder is at fault, not a file
 
 log = logging.getLogger(__name__)
 

@@ -110,8 +110,7 @@ V2_TASKS = {
     for name, task in _published(group, group, metric, one_line=True).items()
 }
 """The 18 video and 24 document tasks of MMEB-V2, each of a group beside ``overall``."""
-NOT_IN_MMEB = "CIFAR-100"
-"""A folder that is published with them and is a task only where it is named."""
+NOT_IN_MMEB = "CIFAR-100"  # a folder that is published with them and is a task only where it is named
 
 _TRAINED = [name for name, task in MMEB_TASKS.items() if task.in_distribution]
 MMEB_TRAIN_SUBSETS = tuple("ImageNet_1K" if name == "ImageNet-1K" else name for name in _TRAINED)

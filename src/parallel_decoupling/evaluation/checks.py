@@ -48,10 +48,7 @@ class Finding:
 def check_task(
     score: TaskResult, queries: Side, candidates: Side, *, missing: tuple[int, int] = (0, 0)
 ) -> list[Finding]:
-    """Judge one task by its first column.
-
-    ``missing`` are the numbers of inputs that could not be read; their rows are NaN.
-    """
+    """Judge one task by its first column; ``missing`` inputs could not be read, and their rows are NaN."""
     found: dict[str, list[str]] = {}
     hit_at_1, chance = next(iter(score.hit_at_1.values())), score.chance
     error = (chance * (1 - chance) / score.num_queries) ** 0.5

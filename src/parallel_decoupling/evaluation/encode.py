@@ -49,16 +49,15 @@ class TokenEstimate:
 
     def __init__(self, collator: Collator, bytes_per_token: int = BYTES_PER_TOKEN) -> None:
         self._bytes_per_token, self._parts = bytes_per_token, collator.text_parts
-        images, self.most = collator.images, collator.limit.max_tokens
-        self._images = images
+        self._images, self.most = collator.images, collator.limit.max_tokens
         self._frames: Any = collator.video_token and collator.processor.video_processor
         self.factor = 0  # side in pixels of a token; 0 where all pictures have the same number of tokens
-        if images.image_size is None and images.factor > 1:
+        if self._images.image_size is None and self._images.factor > 1:
             budget: Mapping[str, int] = cast(Any, collator.processor).image_processor.size
             least, most = budget["shortest_edge"], budget["longest_edge"]
-            least = min(most, max(least, images.min_pixels or 1))
-            most = max(least, min(most, images.max_pixels or most))
-            self.factor, self.limits = images.factor, {"min_pixels": least, "max_pixels": most}
+            least = min(most, max(least, self._images.min_pixels or 1))
+            most = max(least, min(most, self._images.max_pixels or most))
+            self.factor, self.limits = self._images.factor, {"min_pixels": least, "max_pixels": most}
 
     def __call__(self, row: RawInput) -> float:
         """Estimate from the text's length and the pictures' sizes, read from the headers of their files."""

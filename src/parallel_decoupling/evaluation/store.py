@@ -36,6 +36,7 @@ COMPARED = (
     *("num_rows", "rows_per_shard", "rows_sha256"),
 )
 """Metadata in which a shard that is kept must agree with the run that keeps it."""
+REPAIR = "If it is damaged, delete it and run predict again."
 
 VectorType = Literal["float32", "float16"]
 Source = RowSource | TaskSide
@@ -213,8 +214,7 @@ class Store:
             with pq.ParquetFile(file, page_checksum_verification=True) as content:
                 return content.read_row_group(group, columns=columns)
         except (OSError, pa.ArrowException) as error:
-            advice = "If it is damaged, delete it and run predict again."
-            raise ValueError(f"{file} cannot be read ({error}). {advice}") from error
+            raise ValueError(f"{file} cannot be read ({error}). {REPAIR}") from error
 
     def vectors(self, batch: int, column: str) -> Tensor:
         """Read a column of one row group as float32 ``[rows, D]``."""
@@ -270,8 +270,7 @@ def read_metadata(file: Path) -> dict[str, Any]:
         metadata = (pq.read_schema(file).metadata or {})[METADATA_KEY]
         return check_seal(json.loads(metadata), file)
     except (OSError, pa.ArrowException, KeyError, json.JSONDecodeError) as error:
-        advice = "If it is damaged, delete it and run predict again."
-        raise ValueError(f"{file} is not a complete file of embeddings ({error}). {advice}") from error
+        raise ValueError(f"{file} is not a complete file of embeddings ({error}). {REPAIR}") from error
 
 
 def chosen_columns(names: Collection[str] | None, num_paths: int) -> tuple[str, ...]:

@@ -30,8 +30,7 @@ VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "dtype", "torch_dtyp
 """Config entries that say how or from where a model was loaded, not what it is."""
 SEAL = "content_sha256"
 """Key of the hash by which a file's plain values are known to be those that were written."""
-PACKAGES = ("parallel-decoupling", "torch", "transformers")
-"""Packages whose version may change an embedding."""
+PACKAGES = ("parallel-decoupling", "torch", "transformers")  # packages whose version may change an embedding
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:

@@ -28,13 +28,12 @@ if TYPE_CHECKING:
     from parallel_decoupling.training.module import PDFEmbedder
 
 
-ADVICE = {
+ADVICE = {  # what to do, by kind of collapse
     "candidates": "Use a larger data.batch_size, hard negatives, or subsets with different targets",
     "rank": "Lower learning rates or mi_weight, or warm up longer",
     "loss": "Lower learning rates or mi_weight, and check that rows and images are read as intended",
     "paths": "Raise optimizer.prefix_learning_rate, prefix_length or mi_weight, or use prefix_init=meta",
 }
-"""What to do, by kind of collapse."""
 
 
 class RunSummary(Callback):
