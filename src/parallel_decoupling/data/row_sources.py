@@ -124,7 +124,7 @@ def _read_table(path: Path, files: list[Path]) -> pa.Table:
         needed = f"needs a column {TEXT}, {IMAGE} (names of files) or both"
         raise ValueError(f"{path}: {needed}; found {', '.join(names)}.")
     table.check((), texts)
-    if taken := [name for name in names if re.fullmatch(r"aggregate|path_\d+", name)]:
+    if taken := [name for name in names if re.fullmatch(r"aggregate|maxsim|path_\d+", name)]:
         raise ValueError(f"{path}: a column {taken[0]!r} holds embeddings in the result. Rename yours.")
     if ID not in names:
         return table.rows.add_column(0, ID, pa.array(map(str, range(len(table))), pa.string()))
