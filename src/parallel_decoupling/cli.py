@@ -15,6 +15,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from parallel_decoupling.data.names import printable
+from parallel_decoupling.files import expand_paths
+
 TRAINER_SUBCOMMANDS = {
     "fit": "train (and validate, if data.validation_tasks names tasks)",
     "plan": "what a fit with the same options would need: batch, parameters, memory, work",
@@ -81,8 +84,6 @@ def _help() -> str:
 
 
 def _fail(message: str) -> None:
-    from parallel_decoupling.data.names import printable
-
     shown = message if len(message) < 4000 else f"{message[:2000]} ... {message[-2000:]}"
     sys.stderr.write(f"error: {printable(shown)}\n")
     raise SystemExit(2)
@@ -111,8 +112,6 @@ def _message(error: Exception) -> str:
 def _run_command(name: str, arguments: list[str]) -> None:
     from docstring_parser import parse
     from jsonargparse import ArgumentParser
-
-    from parallel_decoupling.files import expand_paths
 
     module, _, function = COMMANDS[name][0].rpartition(".")
     command: Callable[..., None] = getattr(import_module(f"parallel_decoupling.{module}"), function)

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import IO, Any
 
+from huggingface_hub import snapshot_download
 from tqdm import tqdm
 
 from parallel_decoupling.data.layouts import rows_of
@@ -69,8 +70,6 @@ def download_eval(data_dir: Path, names: Sequence[str]) -> None:
 
 def _fetch(repo: str, root: Path, patterns: Iterable[str], **options: Any) -> None:
     """Fetch the files of some patterns, unless all that their numbers (``-of-00002``) speak of are there."""
-    from huggingface_hub import snapshot_download
-
     if lacking := [pattern for pattern in patterns if not _is_whole(root, pattern)]:
         snapshot_download(repo, repo_type="dataset", local_dir=root, allow_patterns=lacking, **options)
     for pattern in lacking:

@@ -17,6 +17,7 @@ from parallel_decoupling.data.images import ImagePolicy
 from parallel_decoupling.data.prompts import is_single, to_raw_inputs
 from parallel_decoupling.evaluation.encode import Paths, encode_rows
 from parallel_decoupling.model.encoder import Encoder
+from parallel_decoupling.model.pretrained import load_encoder, save_encoder
 
 
 class Embedder:
@@ -67,8 +68,6 @@ class Embedder:
         ``revision`` is a hub model's branch, tag or commit, ``dtype`` that of the backbone's weights instead
         of the one that it was trained with. The hub is asked for what the local cache lacks.
         """
-        from parallel_decoupling.model.pretrained import load_encoder
-
         encoder, about = load_encoder(path, revision=revision, dtype=dtype)
         about = {**about, "images": ImagePolicy.from_settings(about["images"])}
         return cls(encoder, **about).to(device)
@@ -166,8 +165,6 @@ class Embedder:
             scores: content of a ``scores.json`` for the card.
             card: values for the head of the card by the hub's names, such as license, datasets, language.
         """
-        from parallel_decoupling.model.pretrained import save_encoder
-
         options: dict[str, Any] = {"paths": paths, "merge_adapters": merge_adapters}
         options |= {"include_backbone": include_backbone, "scores": scores, "card": card}
         about: dict[str, Any] = {"images": self.images.settings, "query_instruction": self.query_instruction}

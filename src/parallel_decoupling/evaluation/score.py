@@ -26,9 +26,7 @@ ROWS_AT_ONCE = 256
 
 Columns = dict[str, tuple[Tensor, Tensor]]  # embeddings of queries and of candidates by name
 RowMetrics = dict[str, dict[str, Tensor]]  # by column and METRICS: float64 [rows]
-
-
-NOT_KEPT = ("rows", "ranking")
+NOT_KEPT = ("rows", "ranking")  # of a ``TaskResult`` in files
 
 
 @dataclass(frozen=True)

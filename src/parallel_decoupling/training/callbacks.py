@@ -27,7 +27,6 @@ from parallel_decoupling.training.terms import mean_over_pairs
 if TYPE_CHECKING:
     from parallel_decoupling.training.module import PDFEmbedder
 
-
 ADVICE = {  # what to do, by kind of collapse
     "candidates": "Use a larger data.batch_size, hard negatives, or subsets with different targets",
     "rank": "Lower learning rates or mi_weight, or warm up longer",
