@@ -1,7 +1,5 @@
 """The subcommands without a Trainer, as they are typed."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

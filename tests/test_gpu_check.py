@@ -1,7 +1,5 @@
 """The check of a GPU without one: every section on the CPU, and the published geometry on the meta device."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import subprocess

@@ -1,7 +1,5 @@
 """The server's application in this process: parsing, limits, batches, and answers equal to ``encode``."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import io

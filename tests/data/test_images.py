@@ -1,7 +1,5 @@
 """Pictures of every kind and size, and rows as the processor has them, whatever stands next to them."""
 
-from __future__ import annotations
-
 import math
 import random
 from pathlib import Path

@@ -1,7 +1,5 @@
 """MMEB-V2: its table, its published means, and miniatures of every published form, read and scored."""
 
-from __future__ import annotations
-
 import io
 import json
 import tarfile

@@ -1,7 +1,5 @@
 """Rows that cannot be embedded: one exception, raised in one place, on every way in; ``max_tokens``."""
 
-from __future__ import annotations
-
 import errno
 import os
 import re

@@ -1,7 +1,5 @@
 """Folders in MMEB's layout: downloaded whole or not at all, and looked through by ``verify``."""
 
-from __future__ import annotations
-
 import io
 import tarfile
 import zipfile

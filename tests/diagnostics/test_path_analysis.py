@@ -1,7 +1,5 @@
 """The analysis of the paths of a run, and what of an image each of them attends to and depends on."""
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Sequence

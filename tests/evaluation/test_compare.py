@@ -1,7 +1,5 @@
 """Warnings about embeddings, and runs compared."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json

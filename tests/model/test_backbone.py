@@ -1,7 +1,5 @@
 """Loading a backbone, and what the battery of all families does not ask of language models without vision."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -6,8 +6,6 @@ an already filled cache. fp32 sums in another order differ by about 1e-6 here; 1
 for nothing else.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Encoders on disk: the same embeddings, only what belongs to the chosen paths, checked files."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import socket

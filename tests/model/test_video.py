@@ -1,7 +1,5 @@
 """Videos through the processor's own video input equal the stock model, row by row."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Penalties given the target equal their loops, and leave alone what paths share with their target."""
 
-from __future__ import annotations
-
 from typing import Any, get_args
 
 import pytest

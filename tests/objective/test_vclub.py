@@ -4,8 +4,6 @@ On Gaussians of correlation rho per dimension, CLUB with a perfect q is ``rho^2 
 times ``(B - 1) / B`` when ``b' = b`` counts among the negatives. It is not the mutual information.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, get_args

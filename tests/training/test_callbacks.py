@@ -1,7 +1,5 @@
 """What a run shows of itself, what its steps cost, and the rates of its parameters."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """What is in a checkpoint, where it is found, and that a resumed run equals one that was not stopped."""
 
-from __future__ import annotations
-
 import os
 import signal
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The training step against plain references, on a random-weight tiny Qwen2-VL and a tiny benchmark."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from dataclasses import fields

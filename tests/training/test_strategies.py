@@ -1,7 +1,5 @@
 """Collectives in two processes against what they stand for, what FSDP2 shards, and what is refused."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 
