@@ -54,12 +54,11 @@ def open_train(data_dir: Path, subset: str, split: str) -> RowReader:
     return RowReader(table, ImageFolder(source.image_dir), source=source)
 
 
-def open_sides(data_dir: Path, task: Task, *, must_exist: bool = True) -> list[RowReader]:
+def open_sides(data_dir: Path, task: Task) -> list[RowReader]:
     """Open what holds the queries and candidates of a task: its rows, or its queries and its corpus."""
     if task.source is None or task.source.eval_dir is None:
-        return [open_eval(data_dir, task, must_exist=must_exist)]
-    queries, corpus, _ = open_judged(task, must_exist=must_exist)
-    return [queries, corpus]
+        return [open_eval(data_dir, task)]
+    return [*open_judged(task)[:2]]
 
 
 def open_eval(data_dir: Path, task: Task, *, must_exist: bool = True) -> RowReader:

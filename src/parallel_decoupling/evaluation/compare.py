@@ -168,13 +168,13 @@ def compare(run_dirs: Sequence[str], output_dir: str | None = None) -> Compariso
     return comparison
 
 
-def differences(baseline: ScoreReport, other: ScoreReport, seed: int = 0) -> RunDifferences:
+def differences(baseline: ScoreReport, other: ScoreReport) -> RunDifferences:
     """Subtract the headline scores of ``baseline`` from those of ``other``, with paired bootstrap intervals.
 
     Rows are resampled within each task and both runs keep their pairing. Rows of equal difference (of hit@1:
     -1, 0 or 1) are alike, so a resample of a task is a draw of multinomial counts.
     """
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     samples: dict[str, NDArray[np.float64]] = {}  # the difference itself, then the resampled ones
     for name in baseline.tasks:
         before, after = (report.tasks[name].row_scores(report.columns[0]) for report in (baseline, other))
