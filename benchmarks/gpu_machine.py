@@ -17,9 +17,8 @@ from transformers import AutoConfig, AutoModel
 
 from parallel_decoupling.model import encoder as encoders
 from parallel_decoupling.model.adapters import AdapterConfig, add_adapters
-from parallel_decoupling.model.backbone import Backbone
+from parallel_decoupling.model.backbone import Backbone, load_processor
 from parallel_decoupling.model.families import FAMILIES
-from parallel_decoupling.model.processor import load_processor
 from parallel_decoupling.training.module import PDFEmbedder
 from tests.support.published_sizes import save_published
 from tests.support.tiny import save_tiny_backbone

@@ -1,7 +1,5 @@
 """Fixtures and options that every test folder shares."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The page: what it shows for a query."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The ``lightning`` command: runs in one folder, which value wins, and how mistakes are shown."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,7 +1,5 @@
 """The subcommands without a Trainer, as they are typed."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys
@@ -13,7 +11,10 @@ import pytest
 import torch
 
 from parallel_decoupling import cli
+from parallel_decoupling.data.tasks import Task
 from parallel_decoupling.evaluation.embedder import Embedder
+from parallel_decoupling.evaluation.report import ScoreReport
+from parallel_decoupling.evaluation.score import TaskResult
 from parallel_decoupling.evaluation.store import Store
 from parallel_decoupling.lance_index import LanceIndex
 from parallel_decoupling.model.identity import path_hashes
@@ -117,12 +118,9 @@ def run_dir(tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path_factory: pytest
     trainer.fit(module, small_data(tiny_mmeb_dir))
     trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt")
     hits = {column: "10" for column in ("aggregate", "path_0", "path_1", "path_2")}
-    scores = {
-        "means": {"overall": dict.fromkeys(hits, 0.5)},
-        "tasks": {"Sign": {"num_queries": 2, "hit_at_1": dict.fromkeys(hits, 0.5), "hits": hits}},
-        "run": {**module.run_info(), "commit": "c0ffee"},
-    }
-    (folder / "scores.json").write_text(json.dumps(scores))
+    result = TaskResult(Task("Sign", "classification", True), 2, 0.1, dict.fromkeys(hits, 0.5), hits)
+    report = ScoreReport({"Sign": result}, {**module.run_info(), "commit": "c0ffee"})
+    report.to_json_file(folder / "scores.json")
     return folder
 
 

@@ -1,7 +1,5 @@
 """The aggregate of D numbers against principal components found by numpy, and through the command."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Every shipped config builds, every row of the docs plans, and the plan is what really exists."""
 
-from __future__ import annotations
-
 import inspect
 import logging
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What importing the package loads, seen in fresh interpreters, and what is defined once."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """The real ``mteb`` on a small task of the embedded world, no download."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Options are what their types say: values drawn from every declared type pass, others end in one message."""
 
-from __future__ import annotations
-
 import inspect
 import math
 import re

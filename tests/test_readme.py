@@ -4,8 +4,6 @@ A command is run unless it asks for a model of the hub, for several devices or f
 downloads, or names what such commands download or leave behind. All are parsed.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 import re

@@ -1,7 +1,5 @@
 """The recipes of icons and of words turn packages into folders that train; nothing is downloaded."""
 
-from __future__ import annotations
-
 import io
 import json
 import tarfile

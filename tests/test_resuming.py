@@ -1,7 +1,5 @@
 """Files that are whole or not there, locks, what ``~`` means; runs that are stopped, and what they log."""
 
-from __future__ import annotations
-
 import csv
 import errno
 import os

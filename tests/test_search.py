@@ -1,7 +1,5 @@
 """Search, exact and in LanceDB, against plain loops, within its memory, only with the model of the items."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args

@@ -1,7 +1,5 @@
 """An exported folder in the real sentence-transformers: the embeddings of ``Embedder.encode``."""
 
-from __future__ import annotations
-
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any

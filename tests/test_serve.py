@@ -1,7 +1,5 @@
 """The server's application in this process: parsing, limits, batches, and answers equal to ``encode``."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import io
@@ -265,7 +263,7 @@ def test_pictures_are_resized_as_by_the_embedder(tiny_backbone_dir: str) -> None
     embedder = small_embedder(tiny_backbone_dir).embedder
     client, picture = client_of(Server(embedder)), {"image": data_uri(noise_image(40, 30))}
     plain = ask(client, input=picture)
-    embedder.images = ImagePolicy(size="low")
+    embedder.images = ImagePolicy("low")
     resized = ask(client, input=picture)
     expected = embedder.encode([noise_image(40, 30)], paths=0)
     torch.testing.assert_close(numbers(resized), expected, atol=1e-6, rtol=0)

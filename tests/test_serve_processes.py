@@ -1,7 +1,5 @@
 """The real server in a process of its own, asked by the real client over loopback."""
 
-from __future__ import annotations
-
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor

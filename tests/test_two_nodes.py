@@ -1,7 +1,5 @@
 """Two nodes of one process each, as ``torchrun`` starts them, over loopback: equal to one process."""
 
-from __future__ import annotations
-
 import csv
 import os
 import socket

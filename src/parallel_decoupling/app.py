@@ -1,7 +1,5 @@
 """A page to search embeddings by text, image or both, and to see what each path finds."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +8,11 @@ from PIL import Image
 
 from parallel_decoupling.data.images import load_image
 from parallel_decoupling.data.names import file_of_id
+from parallel_decoupling.data.row_sources import IMAGE
 from parallel_decoupling.data.unusable import RowError
 from parallel_decoupling.search import Searcher
 
 HITS = 12
-IMAGE_FIELD = "image"
 
 
 def find(
@@ -30,7 +28,7 @@ def find(
     (hits,) = searcher.search([query], HITS, scoring, instruction=instruction.strip())
     pictures, rows = [], []
     for rank, hit in enumerate(hits, start=1):
-        name, caption = hit.fields.get(IMAGE_FIELD), f"{rank}. {hit.score:.3f}"
+        name, caption = hit.fields.get(IMAGE), f"{rank}. {hit.score:.3f}"
         picture = Image.new("RGB", (64, 64), "#eeeeee")
         if name:
             try:

@@ -5,8 +5,6 @@
 ``D`` embedding dim, ``C`` candidates per query. Order at every boundary: batch, path, feature.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -86,14 +84,14 @@ class EncoderInputs:
         """Count the real (unpadded) tokens of each row, ``[B]``."""
         return self.tokens["attention_mask"].sum(dim=1)
 
-    def select(self, rows: Sequence[int]) -> EncoderInputs:
+    def select(self, rows: Sequence[int]) -> "EncoderInputs":
         """Return the given rows in that order, padded to the longest of them only."""
         chosen = list(rows)
         used = self.tokens["attention_mask"][chosen].any(dim=0)
         tokens = {key: value[chosen][:, used] for key, value in self.tokens.items()}
         return EncoderInputs(tokens, tuple(self.vision[row] for row in rows))
 
-    def to(self, device: torch.device | str) -> EncoderInputs:
+    def to(self, device: torch.device | str) -> "EncoderInputs":
         """Move every tensor to ``device``."""
         tokens = {key: value.to(device) for key, value in self.tokens.items()}
         vision = tuple({key: value.to(device) for key, value in row.items()} for row in self.vision)
@@ -129,13 +127,7 @@ class PairBatch:
         """Return the candidates, positives first."""
         return self.inputs.select(range(len(self), len(self.inputs)))
 
-    @property
-    def labels(self) -> dict[str, Any]:
-        """Return what says which candidate is what, by the names that ``training.terms`` has for it."""
-        names = ("candidate_ids", "num_positives", "teacher")
-        return {name: getattr(self, name) for name in names}
-
-    def to(self, device: torch.device | str) -> PairBatch:
+    def to(self, device: torch.device | str) -> "PairBatch":
         """Move every tensor to ``device``."""
         teacher = None if self.teacher is None else self.teacher.to(device)
         ids = self.candidate_ids.to(device)
@@ -160,7 +152,6 @@ class Template:
     full_stop: bool = False
 
     def __post_init__(self) -> None:
-        """Check that every part of an input has its place."""
         marks = re.findall("{images}|{text}", self.pattern)
         if self.pattern != "chat" and marks != ["{images}", "{text}"]:
             rule = "must be chat, or hold {images} and later {text}, once each"
@@ -183,7 +174,7 @@ class TokenLimit:
     @classmethod
     def of(
         cls, backbone: Any, processor: Any, max_tokens: int | None = None, long_text: LongText = "truncate"
-    ) -> TokenLimit:
+    ) -> "TokenLimit":
         """Return the limit for a backbone and its processor; None is all positions that there are."""
         most = getattr(processor, "context_length", None)
         if most is None:

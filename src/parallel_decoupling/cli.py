@@ -3,21 +3,20 @@
 torch and Lightning are imported only for the subcommand that needs them, so that the help is there at once.
 """
 
-from __future__ import annotations
-
 import inspect
 import re
 import signal
 import sys
 import traceback
 from argparse import ArgumentError
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+from parallel_decoupling.data.names import printable
+from parallel_decoupling.files import expand_paths
 
 TRAINER_SUBCOMMANDS = {
     "fit": "train (and validate, if data.validation_tasks names tasks)",
@@ -85,8 +84,6 @@ def _help() -> str:
 
 
 def _fail(message: str) -> None:
-    from parallel_decoupling.data.names import printable
-
     shown = message if len(message) < 4000 else f"{message[:2000]} ... {message[-2000:]}"
     sys.stderr.write(f"error: {printable(shown)}\n")
     raise SystemExit(2)
@@ -116,15 +113,13 @@ def _run_command(name: str, arguments: list[str]) -> None:
     from docstring_parser import parse
     from jsonargparse import ArgumentParser
 
-    from parallel_decoupling.files import expand_paths
-
     module, _, function = COMMANDS[name][0].rpartition(".")
     command: Callable[..., None] = getattr(import_module(f"parallel_decoupling.{module}"), function)
     about = parse(command.__doc__ or "")
     options: dict[str, Any] = {"description": about.short_description, "exit_on_error": False}
     parser = ArgumentParser(prog=f"lightning {name}", **options)
     parameters = inspect.signature(command).parameters.values()
-    several = {each.name for each in parameters if each.annotation == "list[str]"}
+    several = {each.name for each in parameters if each.annotation == list[str]}
     for each in (each for each in about.params if each.arg_name in several):
         parser.add_argument(each.arg_name, nargs="+", type=str, help=each.description)
     parser.add_function_arguments(command, as_positional=True, as_group=False, skip={*several})

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from parallel_decoupling.option_types import Port, PositiveInt, checked
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from rich.table import Table
 
     from parallel_decoupling.data.collate import Collator
@@ -46,14 +45,14 @@ def search(
         scoring: aggregate, path_0 and so on, or with several paths maxsim.
         where: condition on fields in SQL, for an index, such as "colour = 'red' AND size < 3".
     """
-    from rich.console import Console
+    from parallel_decoupling.evaluation.report import console
 
     if text is None and image is None:
         raise ValueError("there is nothing to search for: give --text, --image or both")
     options = {"where": where, "instruction": instruction}
     searcher = open_searcher(embeddings, model)
     (hits,) = searcher.search([{"text": text, "image": image}], top_k, scoring, **options)
-    Console(width=None if sys.stdout.isatty() else 160).print(hits_table(hits))
+    console(columns=160).print(hits_table(hits))
 
 
 @checked()
@@ -104,12 +103,12 @@ def export(
         include_backbone: write the backbone as well; otherwise the folder refers to it by name, unless it is
             a local folder that is not beside this one.
     """
-    from parallel_decoupling.model.pretrained import is_pretrained, scores_of
-    from parallel_decoupling.model.run_checkpoint import checkpoint_file
+    from parallel_decoupling.evaluation.report import find_scores
 
     embedder = load_model(model)
-    scores = None if is_pretrained(model) else scores_of(checkpoint_file(model))
-    embedder.run |= {} if scores is None else {"commit": scores["run"].get("commit")}
+    report = find_scores(model, embedder.run)
+    embedder.run |= {} if report is None else {"commit": report.run.get("commit")}
+    scores = None if report is None else report.content
     chosen = [paths] if isinstance(paths, int) else paths
     embedder.save_pretrained(folder, chosen, merge_adapters, include_backbone=include_backbone, scores=scores)
     files = [file for file in Path(folder).rglob("*") if file.is_file()]

@@ -1,7 +1,5 @@
 """One vector of D numbers that keeps what N paths say side by side: their principal directions (ours)."""
 
-from __future__ import annotations
-
 import itertools
 import sys
 from pathlib import Path
@@ -18,8 +16,7 @@ from parallel_decoupling.model.pretrained import is_pretrained
 from parallel_decoupling.model.run_checkpoint import checkpoint_file, read_checkpoint, seal_checkpoint
 from parallel_decoupling.training.module import PDFEmbedder
 
-INPUTS_PER_NUMBER = 4
-"""Training inputs to fit on, per number of a concatenation (ours)."""
+INPUTS_PER_NUMBER = 4  # training inputs to fit on, per number of a concatenation (ours)
 
 
 def compress(model: str, output_file: str) -> None:

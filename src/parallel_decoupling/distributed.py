@@ -3,8 +3,6 @@
 Parameters are whole on every process, except those that FSDP2 shards (``DTensor``).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any, TypeVar
 

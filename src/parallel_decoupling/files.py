@@ -4,17 +4,16 @@ What is unfinished lies in a folder of its own beside its target, so on the same
 process that writes it. Locks end with their process: that is how the next one knows what a killed one left.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
+import json
 import logging
 import os
 import re
 import shutil
 import socket
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -28,8 +27,7 @@ UNFINISHED = ".unfinished-"
 LOCK_FILE = ".lock"
 MACHINE_ERRORS = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO)
 """Of reading what may well be read the next time."""
-_locks: set[int] = set()
-"""File descriptors of the locks that this process holds."""
+_locks: set[int] = set()  # file descriptors of the locks that this process holds
 
 
 def expand_paths(options: Any, name: str = "") -> Any:
@@ -76,6 +74,11 @@ def write_text(file: str | Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with atomic_write(file) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
+
+
+def write_json(file: str | Path, content: Any, plain: Callable[[Any], Any] = str) -> None:
+    """Write a JSON file in the same way; ``plain`` makes values of what JSON does not know."""
+    write_text(file, json.dumps(content, indent=1, default=plain) + "\n")
 
 
 @contextmanager

@@ -1,7 +1,5 @@
 """A LanceDB table made of the embeddings that ``predict`` wrote: approximate search, SQL conditions."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys
@@ -15,14 +13,13 @@ import torch.nn.functional as F
 
 from parallel_decoupling import search as searching
 from parallel_decoupling.evaluation.score import similarities
-from parallel_decoupling.evaluation.store import METADATA_KEY, Store, Vectors, to_tensor
+from parallel_decoupling.evaluation.store import METADATA_KEY, Store, Vectors, to_cells, to_tensor
 from parallel_decoupling.files import atomic_write, locked
 from parallel_decoupling.model.identity import check_seal, sealed
 from parallel_decoupling.model.locations import located, portable
 from parallel_decoupling.search import MAXSIM, Hit
 
-TABLE = "items-{:05d}"
-"""Name of a table by its number, which is higher than that of the table it replaces."""
+TABLE = "items-{:05d}"  # name of a table by its number, which is higher than that of the table it replaces
 REFINED = 10  # items per hit that an approximate index scores again with the vectors themselves
 ROWS_FOR_TRAINING = 256  # fewest items on which LanceDB trains an approximate index
 
@@ -83,9 +80,8 @@ class LanceIndex:
             raise ValueError(f"{index_dir} does not hold an index: write one with lightning index")
         self._table: Any = lancedb.connect(index_dir).open_table(TABLE.format(max(tables)))
         schema = self._table.schema
-        self.metadata: Mapping[str, Any] = located(
-            check_seal(json.loads(schema.metadata[METADATA_KEY]), index_dir), index_dir
-        )
+        content = json.loads(schema.metadata[METADATA_KEY])
+        self.metadata: Mapping[str, Any] = located(check_seal(content, index_dir), index_dir)
         self.columns: tuple[str, ...] = tuple(self.metadata["columns"])
         self._fields = [name for name in schema.names if name not in (*self.columns, MAXSIM)]
         self.scorings = (*self.columns, *([MAXSIM] if MAXSIM in schema.names else []))
@@ -123,14 +119,10 @@ def _tables(store: Store) -> Iterator[pa.Table]:
         table = store.read(batch).replace_schema_metadata(None)
         vectors = {name: to_tensor(table[name]).numpy() for name in store.columns}
         for name, vectors_BD in vectors.items():
-            table = table.set_column(table.column_names.index(name), name, _lists(vectors_BD))
+            table = table.set_column(table.column_names.index(name), name, to_cells(vectors_BD))
         if len(paths) > 1:
             paths_BND = np.stack([vectors[name] for name in paths], axis=1)
             ends = pa.array(np.arange(0, len(table) * len(paths) + 1, len(paths)), pa.int32())
-            several = pa.ListArray.from_arrays(ends, _lists(paths_BND.reshape(-1, paths_BND.shape[2])))
+            several = pa.ListArray.from_arrays(ends, to_cells(paths_BND.reshape(-1, paths_BND.shape[2])))
             table = table.append_column(MAXSIM, several)
         yield table
-
-
-def _lists(vectors_BD: np.ndarray) -> pa.FixedSizeListArray:
-    return pa.FixedSizeListArray.from_arrays(pa.array(vectors_BD.reshape(-1)), vectors_BD.shape[1])

@@ -4,8 +4,6 @@ A typed value wins over the checkpoint's, and the checkpoint's over a default; e
 is shown. ``validate``, ``test`` and ``predict`` take what shapes trained parameters from the checkpoint.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import signal
@@ -31,7 +29,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
 from parallel_decoupling.data.datamodule import MMEBDataModule
-from parallel_decoupling.evaluation.report import text_table
+from parallel_decoupling.evaluation.report import console, text_table
 from parallel_decoupling.evaluation.run import EmbeddingWriter, Scoring
 from parallel_decoupling.evaluation.store import Keeper, VectorType
 from parallel_decoupling.files import atomic_write, expand_paths, locked
@@ -39,7 +37,6 @@ from parallel_decoupling.model.encoder import absolute_name
 from parallel_decoupling.model.run_checkpoint import read_checkpoint
 from parallel_decoupling.option_types import CountOrAll, NonNegativeInt, PositiveInt, Rule, Seed, check_values
 from parallel_decoupling.training import run_folder
-from parallel_decoupling.training.callbacks import console
 from parallel_decoupling.training.module import PDFEmbedder
 from parallel_decoupling.training.optimization import total_steps
 from parallel_decoupling.training.resuming import Continuity, continue_logs
@@ -47,11 +44,9 @@ from parallel_decoupling.training.run_folder import FIT_CONFIG, as_list, is_firs
 from parallel_decoupling.training.settings import CONFIGS, SHAPES_WEIGHTS
 
 log = logging.getLogger(__name__)
-SAVE_EVERY = 50
-"""Main steps after which ``last.ckpt`` is renewed inside an epoch."""
+SAVE_EVERY = 50  # main steps after which ``last.ckpt`` is renewed inside an epoch
 
-MOST_VALUES = 10_000
-"""Of a configuration file, when what its aliases stand for is written out."""
+MOST_VALUES = 10_000  # of a configuration file, when what its aliases stand for is written out
 REFUSALS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, ImportError, AssertionError)
 """What Lightning raises while it builds a Trainer from options that do not work, here or together."""
 HARMLESS_WARNINGS = (
@@ -61,8 +56,7 @@ HARMLESS_WARNINGS = (
     "Total length of `list` across ranks is zero",
 )
 """Of Lightning: about itself, resuming in a folder, and a fit without validation tasks."""
-CONFIG_DIR = Path(__file__).parent / "configs"
-"""Configurations that come with the package: those of the demo."""
+CONFIG_DIR = Path(__file__).parent / "configs"  # configurations that come with the package: those of the demo
 
 
 def run(args: Sequence[str]) -> None:
@@ -252,7 +246,6 @@ class RunCLI(LightningCLI):
                 file.unlink()
 
     def _written_folders(self) -> list[Path]:
-        """Return the folders that this subcommand writes to."""
         root = Path(self.given.trainer.default_root_dir)
         if self.wanted == "predict":
             return [Path(self.given.output_dir or root / "embeddings")]

@@ -1,17 +1,14 @@
 """What the value of an option may be, said once by its type: for Python, YAML and the command line alike."""
 
-from __future__ import annotations
-
 import inspect
 import math
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from functools import cache, wraps
-from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar, get_args, get_type_hints
 
+import psutil
 from pydantic import GetCoreSchemaHandler, InstanceOf, TypeAdapter, ValidationError
 from pydantic_core import CoreSchema, core_schema
 
@@ -27,7 +24,6 @@ class Rule:
         return self.text
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Check the rule after the type."""
         return core_schema.no_info_after_validator_function(self._check, handler(source))
 
     def _check(self, value: Any) -> Any:
@@ -57,11 +53,7 @@ def check_memory(options: str, needed: float) -> None:
 
     if torch.get_default_device().type == "meta":  # nothing is allocated
         return
-    try:
-        (free,) = re.findall(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
-    except (OSError, ValueError):  # another system than Linux
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1024
-    free = float(free) * 1024
+    free = psutil.virtual_memory().available
     if needed > free:
         problem = f"{options} would need {needed:,.0f} bytes of memory"
         raise ValueError(f"{problem}, of which {free:,.0f} are free: use smaller values.")

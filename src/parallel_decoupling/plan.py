@@ -1,11 +1,9 @@
 """``plan``: an estimate, good to about a third, of the memory of a run, before any weight is loaded."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from PIL import Image
@@ -16,27 +14,20 @@ from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.images import ImagePolicy
 from parallel_decoupling.evaluation.report import text_table
-from parallel_decoupling.model.backbone import Backbone, load_backbone
-from parallel_decoupling.model.encoder import ParallelEncoder
+from parallel_decoupling.model.backbone import Backbone
+from parallel_decoupling.model.encoder import ParallelEncoder, build_encoder
 from parallel_decoupling.model.open_clip import is_open_clip
 from parallel_decoupling.model.path_lora import PathLoRA
 from parallel_decoupling.objective.vclub import MutualInformation
 from parallel_decoupling.option_types import PositiveFloat, checked
 from parallel_decoupling.training.compute import paths_per_layer
-from parallel_decoupling.training.settings import (
-    PATHS,
-    check_trained_dtype,
-    check_trainer,
-    group,
-    read_settings,
-)
+from parallel_decoupling.training.settings import check_trained_dtype, check_trainer, read_settings
 
 TEXT_TOKENS, NATURAL_IMAGE = 64, (640, 480)
 """Assumed tokens of text per input, and width and height of an image before the image policy (ours)."""
 QUERY_IMAGES, CANDIDATE_IMAGES = 0.77, 0.45
 """Shares of MMEB-train's 1.07 M rows whose query and whose positive candidate have an image."""
-USABLE = 0.9
-"""The share of a GPU's memory that kernels, fragments and the CUDA context leave (ours)."""
+USABLE = 0.9  # the share of a GPU's memory that kernels, fragments and the CUDA context leave (ours)
 FP32, NF4, GIB = 4, 0.5 + 1 / 64 + 4 / (64 * 256), 2**30
 """Bytes per value in fp32, and in four bits with their (quantized) scales; bytes per GiB."""
 PRECISIONS = {"32": "32-true", "None": "32-true", "bf16": "bf16-mixed"}
@@ -140,10 +131,10 @@ class Plan:
         self.candidates: int = self.queries * (data["positives"] + data["hard_negatives"])
         if self.queries % self.processes:
             raise ValueError(f"batch_size={self.queries} must be a multiple of {self.processes} processes.")
-        options = group(("dtype", "adapter", "initial_adapter", "family"), self.model)
-        revision = model["backbone_revision"]
-        self.backbone = load_backbone(model["backbone"], revision=revision, **options, meta=True)
-        self.encoder = ParallelEncoder(self.backbone, **group(PATHS, self.model) | {"prefix_init": "random"})
+        on_paper = {"meta": True, "prefix_init": "random", "attention": "sdpa", "quantization": None}
+        on_paper |= {"gradient_checkpointing": False, "revision": model["backbone_revision"]}
+        self.encoder = cast(ParallelEncoder, build_encoder(model["backbone"], {**self.model, **on_paper}))
+        self.backbone = self.encoder.backbone
         self.element = 2 if precision == "bf16-mixed" else self.backbone.dtype.itemsize
         self.image = image_cost(self.backbone, ImagePolicy.from_settings(data))
         self.paths = paths_per_layer(self.model, self.backbone.num_layers)

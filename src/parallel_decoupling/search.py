@@ -1,7 +1,5 @@
 """Search by one path, the aggregate or all paths; exact search reads the folder that ``predict`` wrote."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path

@@ -29,8 +29,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from mteb.models import SentenceTransformerEncoderWrapper
 
-Output = int | str
-"""A path's number, or ``"aggregate"``."""
+Output = int | str  # a path's number, or ``"aggregate"``
 BadInputs = Literal["error", "stand_in"]
 
 log = logging.getLogger(__name__)

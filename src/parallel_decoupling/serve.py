@@ -1,7 +1,5 @@
 """Embeddings over HTTP in OpenAI's form: one process with FastAPI, uvicorn, and a thread for the model."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import logging

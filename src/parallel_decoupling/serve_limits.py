@@ -1,7 +1,5 @@
 """What guards the server: limits, the form and time of a request, and refusals in OpenAI's form."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import math

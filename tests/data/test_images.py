@@ -1,7 +1,5 @@
 """Pictures of every kind and size, and rows as the processor has them, whatever stands next to them."""
 
-from __future__ import annotations
-
 import math
 import random
 from pathlib import Path
@@ -145,8 +143,8 @@ def test_a_budget_bounds_the_pixels_and_keeps_the_aspect_ratio() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"size": "large"}, "size must be 'low', 'mid' or 'high'.* got 'large'"),
-        ({"size": "low", "max_pixels": 9}, "min_pixels and max_pixels have no meaning"),
+        ({"image_size": "large"}, "image_size must be 'low', 'mid' or 'high'.* got 'large'"),
+        ({"image_size": "low", "max_pixels": 9}, "min_pixels and max_pixels have no meaning"),
         ({"min_pixels": 0}, "min_pixels must be 1 or more"),
         ({"min_pixels": 10, "max_pixels": 9}, "min_pixels=10 is above max_pixels=9"),
     ],
@@ -249,7 +247,8 @@ def test_mixed_rows_equal_single_processor_calls(
     monkeypatch.setattr(processor.tokenizer, "padding_side", side)
     chosen, collator = [rows[number] for number in pick], Collator(processor, image_token=TOKEN)
     if not together:
-        monkeypatch.setattr(collator, "_process", lambda *_: None)
+        process = collator._process
+        monkeypatch.setattr(collator, "_process", lambda rows: process(rows) if len(rows) == 1 else None)
     inputs = collator.encode_inputs(chosen)
     assert len(inputs) == len(chosen)
     assert set(inputs.tokens) == {"input_ids", "attention_mask", "mm_token_type_ids"}

@@ -1,7 +1,5 @@
 """Corpus, queries and qrels, as BEIR writes them and as data sets of the hub do."""
 
-from __future__ import annotations
-
 import json
 import logging
 from pathlib import Path

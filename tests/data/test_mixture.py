@@ -269,6 +269,7 @@ def test_an_empty_row_has_no_input(tmp_path: Path) -> None:
         ([{"caption": "x"}], "needs a column text, image .* found caption"),
         ([{"text": "x", "path_3": 1}], "a column 'path_3' holds embeddings"),
         ([{"text": "x", "aggregate": 1}], "a column 'aggregate' holds embeddings"),
+        ([{"text": "x", "maxsim": 1}], "a column 'maxsim' holds embeddings"),  # in an index of several paths
         ([{"text": "x", "id": "1"}, {"text": "y", "id": None}], "row 1, .* an id of its own, got None"),
         ([{"text": "x", "id": "1"}, {"text": "y", "id": "1"}], "row 0, .* an id of its own, got 1"),
         ([{"text": ["x"]}], "column 'text': holds a list"),

@@ -1,17 +1,15 @@
 """MMEB-V2: its table, its published means, and miniatures of every published form, read and scored."""
 
-from __future__ import annotations
-
 import io
 import json
 import tarfile
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 from PIL import Image
 
+from parallel_decoupling.data import download
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.data.download import download_eval
 from parallel_decoupling.data.images import as_picture
@@ -132,7 +130,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_both(root, name)
     hub = Hub(published(root / "frames"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(huggingface_hub, "snapshot_download", hub)
+        patch.setattr(download, "snapshot_download", hub)
         groups = ["overall", "video", "visdoc"]
         MMEBDataModule(str(root / "v1"), eval_tasks=groups, download=True).prepare_data()
         download_eval(root / "v1", [*MMEB_TASKS, *V2_TASKS])

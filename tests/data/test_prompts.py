@@ -1,7 +1,5 @@
 """Prompts to the letter: all 36 tasks in both published formats, and what users may pass to ``encode``."""
 
-from __future__ import annotations
-
 import base64
 import json
 import os

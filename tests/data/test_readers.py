@@ -3,8 +3,6 @@
 Rows of your own data are the worked example of docs/data.md.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from math import nan

@@ -1,7 +1,5 @@
 """MMEB as a table, the tasks that a folder adds to it, and names from outside."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

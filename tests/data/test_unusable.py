@@ -1,7 +1,5 @@
 """Rows that cannot be embedded: one exception, raised in one place, on every way in; ``max_tokens``."""
 
-from __future__ import annotations
-
 import errno
 import os
 import re
@@ -197,7 +195,8 @@ def test_the_end_of_the_text_goes_and_all_else_stays(
     ]
     whole, collator = embedder.collator.encode_inputs(rows), limited(embedder, 30)
     if not together:
-        monkeypatch.setattr(collator, "_process", lambda *_: None)
+        process = collator._process
+        monkeypatch.setattr(collator, "_process", lambda rows: process(rows) if len(rows) == 1 else None)
     cut = collator.encode_inputs(rows)
     assert cut.num_cut == 3
     assert whole.num_cut == 0

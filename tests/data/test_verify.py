@@ -1,19 +1,17 @@
 """Folders in MMEB's layout: downloaded whole or not at all, and looked through by ``verify``."""
 
-from __future__ import annotations
-
 import io
 import tarfile
 import zipfile
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 from lightning.pytorch import Trainer
 
 from parallel_decoupling.cli import main
 from parallel_decoupling.commands import load_collator
+from parallel_decoupling.data import download
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.data.download import download_eval, download_train, unpack
 from parallel_decoupling.data.verify import Check, verify
@@ -168,7 +166,7 @@ def published() -> dict[str, dict[str, bytes]]:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
     stand_in = Hub(published())
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", stand_in)
+    monkeypatch.setattr(download, "snapshot_download", stand_in)
     return stand_in
 
 

@@ -1,7 +1,5 @@
 """How paths differ, how alike they err, and what probes find in them."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import replace
 

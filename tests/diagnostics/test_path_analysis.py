@@ -1,7 +1,5 @@
 """The analysis of the paths of a run, and what of an image each of them attends to and depends on."""
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Sequence
@@ -19,6 +17,7 @@ from torch import Tensor
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.tasks import Task
+from parallel_decoupling.diagnostics import patch_maps
 from parallel_decoupling.diagnostics.measures import FACTORS
 from parallel_decoupling.diagnostics.patch_maps import (
     attention_maps,
@@ -33,12 +32,11 @@ from parallel_decoupling.diagnostics.path_analysis import (
     analyse_paths,
     analyse_world,
     figures,
-    find_scores,
     table,
     write_json,
 )
 from parallel_decoupling.evaluation.embedder import Embedder
-from parallel_decoupling.evaluation.report import ScoreReport
+from parallel_decoupling.evaluation.report import ScoreReport, find_scores
 from parallel_decoupling.evaluation.score import TaskResult
 from parallel_decoupling.model.backbone import load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
@@ -219,13 +217,14 @@ class QuadrantEmbedder:
         return torch.nn.functional.normalize(torch.stack(rows).float(), dim=-1)
 
 
-def test_each_path_depends_on_what_it_sees() -> None:
+def test_each_path_depends_on_what_it_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     """A white dot in the top left and one in the bottom right quadrant, both off the diagonal."""
     embedder: Any = QuadrantEmbedder()
     picture = Image.new("RGB", (8, 8), "black")
     picture.putpixel((2, 1), (255, 255, 255))
     picture.putpixel((5, 7), (255, 255, 255))
-    found = patch_contributions(embedder, [picture], grid=4)
+    monkeypatch.setattr(patch_maps, "GRID", 4)
+    found = patch_contributions(embedder, [picture], "a picture")
     assert found.shape == (1, 2, 4, 4)
     changed = found > 1e-5
     assert changed[0, 0].nonzero().tolist() == [[0, 1]]

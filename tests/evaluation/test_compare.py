@@ -1,11 +1,10 @@
 """Warnings about embeddings, and runs compared."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json
 import random
+import re
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -154,9 +153,11 @@ def test_a_single_run_has_a_page_and_a_table_of_its_own(
     for shown in ("[bold]run", "Größe.1", "VOC2007", "0.99 of <path> 1", "[/] one", "4,096"):
         assert shown in printed
         assert escape(shown) in page
-    note = "[bold]run: means over 1 of MMEB's 36 tasks: not MMEB's means"
-    for shown in ("path_1", "0.37", "[bold]run: rows that could not be embedded: VOC2007 3", note):
-        assert escape(shown) in page, shown
+    assert "path_1" in page
+    assert "0.37" in page
+    text = " ".join(re.sub("<[^>]+>", "", page).split())
+    for gap in ("rows that could not be embedded: VOC2007 3", "means over 1 of MMEB's 36 tasks: not MMEB's"):
+        assert text.count(escape(gap)) == 1, gap
     assert "setting that differs" not in printed
     content = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert (content["best"], content["differences"]) == ("[bold]run", {})

@@ -1,7 +1,5 @@
 """Embeddings in memory and on disk: every kind of path and input, in order, resumed, of several processes."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """The one encoding loop: order, batches, paths, shards, processes, and rows that cannot be used."""
 
-from __future__ import annotations
-
 import random
 import zlib
 from contextlib import nullcontext

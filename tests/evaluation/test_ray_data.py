@@ -1,7 +1,5 @@
 """A Parquet folder embedded by two local Ray workers, one of which is killed twice, against ``encode``."""
 
-from __future__ import annotations
-
 import os
 import signal
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Reports of scores, and the files that leaderboards read."""
 
-from __future__ import annotations
-
 import io
 import json
 import random

@@ -1,7 +1,5 @@
 """Validation and test: scores, files, warnings, embeddings that are kept, tasks with several answers."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

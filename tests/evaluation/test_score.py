@@ -1,7 +1,5 @@
 """Ranks, metrics and columns against slow definitions that share no code with them."""
 
-from __future__ import annotations
-
 import math
 import random
 from dataclasses import replace

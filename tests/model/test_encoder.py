@@ -1,7 +1,5 @@
 """The encoder and its prefixes, and prefix attention against a filled key/value cache of the stock model."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn

@@ -6,8 +6,6 @@ an already filled cache. fp32 sums in another order differ by about 1e-6 here; 1
 for nothing else.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -23,6 +21,7 @@ from transformers.utils import logging
 
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, EncoderInputs, RawInput
 from parallel_decoupling.data.collate import Collator
+from parallel_decoupling.model.adapters import adapted_layers
 from parallel_decoupling.model.backbone import AdapterConfig, Backbone, load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.model.families import FAMILIES, Family
@@ -320,10 +319,10 @@ def test_adapters_go_where_the_scope_says(load: Callable[..., Backbone], name: s
     for part, targets in (("language", set(family.language_targets)), ("vision", vision)):
         if scope in (part, "both"):
             root = roots[part] or "layers"
-            found = {path.rsplit(".", 1)[-1] for path in backbone.adapted_modules if root in path}
+            found = {path.rsplit(".", 1)[-1] for path in adapted_layers(backbone.base) if root in path}
             assert found == targets
             expected.add(root)
-    assert {path.split(".")[0] for path in backbone.adapted_modules} == expected
+    assert {path.split(".")[0] for path in adapted_layers(backbone.base)} == expected
     trains = {path.split(".")[0] for path, p in base.named_parameters() if p.requires_grad}
     assert trains == expected
 

@@ -1,7 +1,5 @@
 """Models on the hub, which is a folder here: the network is never asked."""
 
-from __future__ import annotations
-
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path

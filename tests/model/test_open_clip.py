@@ -1,7 +1,5 @@
 """OpenCLIP models: names, loading, tokens and embeddings against open_clip's own calls."""
 
-from __future__ import annotations
-
 import shutil
 import socket
 from functools import cache

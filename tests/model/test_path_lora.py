@@ -1,7 +1,5 @@
 """Paths that own their adapter are models with one path each, in one pass; adapters that others published."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable

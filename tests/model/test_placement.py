@@ -1,7 +1,5 @@
 """Where prefixes enter: at the input alone (prompt tuning), or in a range of layers; how they start."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Encoders on disk: the same embeddings, only what belongs to the chosen paths, checked files."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import socket
@@ -23,7 +21,6 @@ from parallel_decoupling.model.open_clip import load_open_clip
 from parallel_decoupling.model.pretrained import (
     is_pretrained,
     load_encoder,
-    scores_of,
 )
 from parallel_decoupling.model.run_checkpoint import checkpoint_file, read_checkpoint
 from parallel_decoupling.training.module import PDFEmbedder
@@ -302,17 +299,6 @@ def test_other_files_are_not_checkpoints(tmp_path: Path) -> None:
     torch.save(torch.zeros(2), tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match="lacks .*pytorch-lightning_version"):
         read_checkpoint(tmp_path / "other.ckpt")
-
-
-def test_scores_of_other_weights_are_not_taken(run_dir: Path) -> None:
-    file, scores = checkpoint_file(run_dir), run_dir / "scores.json"
-    known = {name: load_encoder(file)[1]["run"][name] for name in ("global_step", "seed", "token_passes")}
-    assert known["global_step"] == 2
-    for run, expected in (({**known, "commit": "c0ffee"}, True), ({**known, "global_step": 3}, False)):
-        scores.write_text(json.dumps({"run": run}))
-        assert scores_of(file) == ({"run": run} if expected else None)
-    scores.unlink()
-    assert scores_of(file) is None
 
 
 def test_what_a_training_writes_is_read_as_by_its_own_class(

@@ -1,7 +1,5 @@
 """What stands around an input: stock embedding models are reproduced, and a prompt is kept and checked."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

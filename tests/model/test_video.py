@@ -1,7 +1,5 @@
 """Videos through the processor's own video input equal the stock model, row by row."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +65,7 @@ def test_rows_of_a_mixed_batch_equal_the_stock_model(folder: str) -> None:
     torch.testing.assert_close(together[:, 1:2], paths.encoder(inputs, [1]), **CLOSE)
     torch.testing.assert_close(together[3:4], paths.encoder(inputs.select([3])), **CLOSE)
     collator = paths.collator
-    alone = collator._join([collator._process_alone(row) for row in rows])
+    alone = collator._join([collator._process([row]) for row in rows])
     torch.testing.assert_close(paths.encoder(alone), together, **CLOSE)
 
 

@@ -1,7 +1,5 @@
 """Penalties given the target equal their loops, and leave alone what paths share with their target."""
 
-from __future__ import annotations
-
 from typing import Any, get_args
 
 import pytest
@@ -9,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from parallel_decoupling.objective.conditional import unexplained
+from parallel_decoupling.objective.alternatives import unexplained
 from parallel_decoupling.objective.vclub import GivenTarget, Kind, MutualInformation
 from tests.support.references import unexplained_loop
 

@@ -1,7 +1,5 @@
 """InfoNCE, hit@1 and what is monitored equal their loop forms, and mean what they say."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -4,8 +4,6 @@ On Gaussians of correlation rho per dimension, CLUB with a perfect q is ``rho^2 
 times ``(B - 1) / B`` when ``b' = b`` counts among the negatives. It is not the mutual information.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, get_args
@@ -22,7 +20,6 @@ from parallel_decoupling.objective.vclub import (
     MutualInformation,
     Unconditional,
     gaussian_nll,
-    mi_weight_schedule,
     path_pairs,
     standardise,
     vclub_bound,
@@ -308,10 +305,3 @@ def test_collapsed_paths_and_half_precision_give_finite_float32_whatever_autocas
 def test_too_few_rows_are_named() -> None:
     with pytest.raises(ValueError, match="at least 4 rows per batch, got 3"):
         MutualInformation("hsic", num_paths=2, embed_dim=4)(torch.zeros(3, 2, 4))
-
-
-def test_weight_waits_then_ramps_in_a_straight_line() -> None:
-    weights = [mi_weight_schedule(step, weight=0.4, warmup_steps=2, ramp_steps=4) for step in range(9)]
-    assert weights == pytest.approx([0, 0, 0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
-    assert mi_weight_schedule(0, weight=0.4, warmup_steps=0, ramp_steps=0) == 0.4
-    assert mi_weight_schedule(2, weight=0.4, warmup_steps=3, ramp_steps=0) == 0.0

@@ -1,7 +1,5 @@
 """Studies that are not runs: estimators on Gaussians, gradients at the prefixes, published scores."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Runs of a study: what is started, skipped, stopped, resumed and scored, with where it comes from."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os

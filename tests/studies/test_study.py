@@ -1,7 +1,5 @@
 """What a study's YAML file means, which of its results count, and what is reported of them."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from pathlib import Path

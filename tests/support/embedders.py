@@ -1,7 +1,5 @@
 """Tiny untrained embedders whose paths, adapters and aggregation weights are all off their start."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

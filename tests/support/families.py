@@ -4,8 +4,6 @@ Text models are 32 wide with two or three layers and grouped key/value heads; im
 ``save_tiny_family`` writes what a published folder holds: a generation checkpoint with its processor.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

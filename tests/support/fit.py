@@ -1,7 +1,5 @@
 """Short real runs of ``PDFEmbedder`` on the tiny benchmark, and what they recorded."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any

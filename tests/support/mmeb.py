@@ -4,8 +4,6 @@ Its subsets and tasks are ``colours_i2t``, which asks for the colour's name, and
 for an image of a name. Images are 16 to 64 pixels wide.
 """
 
-from __future__ import annotations
-
 import fnmatch
 import io
 import json

@@ -1,7 +1,5 @@
 """A function in several processes at once, each with its rank: what ``torchrun`` does, by fork and quick."""
 
-from __future__ import annotations
-
 import os
 import socket
 import time

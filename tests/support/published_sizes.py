@@ -1,7 +1,5 @@
 """Published backbones without their weights: real configs and image processors, a tiny tokenizer."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

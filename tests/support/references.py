@@ -4,8 +4,6 @@ Each reads like its equation and shares no code with ``parallel_decoupling.objec
 come from autograd through the loops.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

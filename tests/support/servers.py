@@ -1,7 +1,5 @@
 """A process of the command line until its port answers."""
 
-from __future__ import annotations
-
 import re
 import socket
 import subprocess

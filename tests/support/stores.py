@@ -1,7 +1,5 @@
 """Small stores of embeddings, and what a search of them must find, written in plain loops."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

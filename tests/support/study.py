@@ -1,7 +1,5 @@
 """A small study on disk and made-up results for it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -4,8 +4,6 @@ Everything that a real backbone folder holds (config, safetensors, tokenizer, im
 language layers wide 32, 64x64-pixel images. The shipped ``tiny`` backbone is trained and made elsewhere.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

@@ -3,8 +3,6 @@
 Two layers per tower, 32x32-pixel images, texts of at most 16 tokens of open_clip's own vocabulary.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What a run shows of itself, what its steps cost, and the rates of its parameters."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from dataclasses import replace
@@ -15,11 +13,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-from parallel_decoupling.batch import PADDING_ID
+from parallel_decoupling.batch import PADDING_ID, EncoderInputs, PairBatch
 from parallel_decoupling.lightning_cli import ProgressLines
 from parallel_decoupling.objective.contrastive import info_nce
 from parallel_decoupling.training.callbacks import CollapseAlarm
-from parallel_decoupling.training.compute import LENGTH_GROUPS, Progress, forward_passes, token_passes
+from parallel_decoupling.training.compute import LENGTH_GROUPS, Progress
 from parallel_decoupling.training.optimization import OptimizerConfig, learning_rate_schedule, main_optimizer
 from parallel_decoupling.training.terms import GatheredPairs
 from tests.support.fit import make_trainer, small_data, small_embedder
@@ -161,27 +159,24 @@ def test_schedules_rise_to_the_peak_and_end_at_zero(schedule: Any, expected: lis
     assert rates(config, 8, 9) == pytest.approx(expected)
 
 
-def settings(**changed: Any) -> dict[str, Any]:
-    plain = {"num_paths": 4, "prefix_length": 5, "prefix_layers": 0, "prefix_type": "deep"}
-    return {**plain, "chunk_size": None, **changed}
-
-
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
-        ({}, 400),
-        ({"prefix_layers": 5}, 250),  # half of the layers see an input once
-        ({"prefix_layers": [0, 2]}, 400),  # layers above a range run for every path
-        ({"prefix_type": "shallow"}, 400 + 3 * 4 * 5),  # prompts run once in every forward pass
+        ({}, 1280),
+        ({"prefix_layers": 5}, 800),  # half of the layers see an input once
+        ({"prefix_layers": [0, 2]}, 1280),  # layers above a range run for every path
+        ({"prefix_type": "shallow"}, 1280 + LENGTH_GROUPS * 4 * 5),  # prompts run once in every forward pass
+        ({"prefix_type": "shallow", "chunk_size": 5}, 1280 + 7 * 4 * 5),
     ],
 )
 def test_token_passes(changed: dict[str, Any], expected: float) -> None:
-    assert token_passes(settings(**changed), 10, tokens=100, forward_passes=3) == expected
-
-
-def test_forward_passes_are_chunks_or_length_groups() -> None:
-    assert forward_passes(settings(), 32) == LENGTH_GROUPS
-    assert forward_passes(settings(chunk_size=5), 32) == 7
+    """32 rows of 10 tokens through four paths."""
+    settings = {"num_paths": 4, "prefix_length": 5, "prefix_layers": 0, "prefix_type": "deep"}
+    settings = {**settings, "chunk_size": None, **changed}
+    inputs = EncoderInputs({"attention_mask": torch.ones(32, 10, dtype=torch.long)}, ({},) * 32)
+    progress = Progress()
+    progress.count(PairBatch(inputs, torch.zeros(16), ("a",) * 16), settings, 10)
+    assert progress.token_passes == expected
 
 
 @pytest.mark.parametrize("bar", [True, False])

@@ -4,8 +4,6 @@ The tolerance holds on other processors: rounding differences between one and tw
 largest relative difference over these 50 steps, stay far below it, a changed objective does not.
 """
 
-from __future__ import annotations
-
 import csv
 import os
 from pathlib import Path

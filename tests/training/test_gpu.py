@@ -1,7 +1,5 @@
 """A GPU against the CPU: losses, embeddings, GradCache, checkpoints. ``make gpu`` runs them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

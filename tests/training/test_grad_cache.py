@@ -1,7 +1,5 @@
 """Chunks against one graph, on a toy encoder with dropout."""
 
-from __future__ import annotations
-
 from itertools import combinations
 
 import pytest

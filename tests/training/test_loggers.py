@@ -1,7 +1,5 @@
 """A logger of another package by class path, offline; the shipped config of best checkpoint and early end."""
 
-from __future__ import annotations
-
 import csv
 from importlib import import_module
 from importlib.util import find_spec

@@ -1,7 +1,5 @@
 """The training step against plain references, on a random-weight tiny Qwen2-VL and a tiny benchmark."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from dataclasses import fields
@@ -19,7 +17,8 @@ from parallel_decoupling.batch import EncoderInputs, PairBatch
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.mixture import MixtureSampler
 from parallel_decoupling.training.module import PDFEmbedder
-from parallel_decoupling.training.settings import CONFIGS, SETTINGS
+from parallel_decoupling.training.optimization import MIConfig
+from parallel_decoupling.training.settings import CONFIGS, SHAPES_EMBEDDINGS, SHAPES_WEIGHTS
 from tests.support.fit import (
     ONE_PATH,
     Recorder,
@@ -232,11 +231,18 @@ def test_learned_temperature_moves_and_a_fixed_one_does_not(fit: Any) -> None:
         assert (module.temperature.item() != pytest.approx(0.2, abs=1e-6)) == learn
 
 
-def test_every_setting_of_the_table_is_an_argument() -> None:
+def test_weight_waits_then_ramps_in_a_straight_line() -> None:
+    config = MIConfig(warmup_steps=2, ramp_steps=4)
+    weights = [config.weight_at(step, 0.4) for step in range(9)]
+    assert weights == pytest.approx([0, 0, 0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
+    assert MIConfig(warmup_steps=0, ramp_steps=0).weight_at(0, 0.4) == 0.4
+    assert MIConfig(warmup_steps=3, ramp_steps=0).weight_at(2, 0.4) == 0.0
+
+
+def test_every_setting_that_is_listed_is_an_argument() -> None:
     arguments = inspect.signature(PDFEmbedder).parameters
-    assert {name.partition(".")[0] for name in SETTINGS} <= arguments.keys()
+    listed = {*SHAPES_WEIGHTS, *SHAPES_EMBEDDINGS}
+    assert {name.partition(".")[0] for name in listed} <= arguments.keys()
     assert CONFIGS.keys() <= arguments.keys()
     options = {f"{name}.{each.name}" for name, kind in CONFIGS.items() for each in fields(kind)}
-    assert {name for name in SETTINGS if "." in name} <= options
-    marks = {mark for marks in SETTINGS.values() for mark in marks}
-    assert marks == {"paths", "weights", "embeddings"}
+    assert {name for name in listed if "." in name} <= options

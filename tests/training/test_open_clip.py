@@ -1,7 +1,5 @@
 """OpenCLIP models and every other backbone family under the trainer, from settings alone."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from pathlib import Path

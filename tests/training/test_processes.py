@@ -1,7 +1,5 @@
 """Two gloo processes with different rows against one process with all of them, in every layout."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """Collectives in two processes against what they stand for, what FSDP2 shards, and what is refused."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,7 +25,7 @@ from parallel_decoupling.distributed import (
 )
 from parallel_decoupling.model.backbone import AdapterConfig, load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
-from parallel_decoupling.training.strategies import FSDP2Strategy, shard_backbone
+from parallel_decoupling.training.strategies import FSDP2Strategy, shard_encoder
 from tests.support.families import save_tiny_family
 from tests.support.fit import small_embedder
 from tests.support.processes import run_ranks
@@ -61,7 +59,7 @@ def shard_and_compare(folder: str, kind: Any, attention: Any) -> None:
     inputs = collator.encode_inputs(rows[rank() :])  # the second process has no image
     expected = whole(inputs)
     for _ in range(2):  # the second time changes nothing
-        shard_backbone(sharded.backbone, init_device_mesh("cpu", (2,)))
+        shard_encoder(sharded, init_device_mesh("cpu", (2,)))
     torch.testing.assert_close(sharded(inputs), expected)
     torch.testing.assert_close(sharded(inputs, [1]), expected[:, 1:])
     names = {name for name, p in sharded.named_parameters() if isinstance(p, DTensor)}
@@ -84,10 +82,10 @@ def test_a_sharded_backbone_gives_the_same_embeddings(
 
 
 def test_quantised_weights_are_refused(tiny_backbone_dir: str) -> None:
-    backbone = load_backbone(tiny_backbone_dir)
-    backbone.base.packed = nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False)
+    encoder = ParallelEncoder(load_backbone(tiny_backbone_dir))
+    encoder.backbone.base.packed = nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(ValueError, match=r"packed is quantised: use strategy ddp"):
-        shard_backbone(backbone, mesh=None)  # type: ignore[arg-type]
+        shard_encoder(encoder, mesh=None)  # type: ignore[arg-type]
 
 
 def parameters_with(*gradients: torch.Tensor | None) -> list[nn.Parameter]:

@@ -1,7 +1,5 @@
 """What meets what in the objective, with a second rank that is only imagined."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

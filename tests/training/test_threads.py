@@ -1,7 +1,5 @@
 """Threads that encode while a training runs, or while others encode."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """The generated benchmark is MMEB's layout with one right answer per row, and draws what it says."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import random

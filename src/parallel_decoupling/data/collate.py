@@ -1,7 +1,5 @@
 """From raw rows to tensors. Nothing is added to a text, as in VLM2Vec, unless the backbone has a prompt."""
 
-from __future__ import annotations
-
 import math
 import os
 import reprlib
@@ -23,10 +21,10 @@ from parallel_decoupling.data.images import ImagePolicy, load_image
 from parallel_decoupling.data.prompts import chat_pattern, fill
 from parallel_decoupling.data.unusable import RowError, attempt, one_row
 
-PADDING = RawInput("-")
-"""What is encoded in place of a missing hard negative; as short as a text can be."""
+PADDING = RawInput("-")  # what is encoded in place of a missing hard negative; as short as a text can be
 FRAMES_PER_SECOND = 2.0
 """What frames without times count as, as in qwen-vl-utils; Qwen3-VL and Qwen2.5-VL see the time."""
+ByRow = tuple[Mapping[str, Tensor], ...]  # image tensors
 
 
 class Collator:
@@ -60,7 +58,7 @@ class Collator:
         self.text_parts(PADDING)  # a chat template that cannot be used is an error at once
 
     @classmethod
-    def of(cls, model: Any, **options: Any) -> Collator:
+    def of(cls, model: Any, **options: Any) -> "Collator":
         """Return the collator of an encoder or a backbone."""
         return cls(model.processor, image_token=model.image_token, template=model.template, **options)
 
@@ -100,8 +98,8 @@ class Collator:
             together = None
         if together is not None:
             return together, {}
-        alone, problems = attempt(lambda row: self._process_alone(inputs[row]), range(len(inputs)))
-        return self._join(list(alone.values())) if alone else None, problems
+        alone, problems = attempt(lambda row: self._process([inputs[row]]), range(len(inputs)))
+        return self._join([*filter(None, alone.values())]) if alone else None, problems
 
     def check_text(self, row: RawInput) -> None:
         """Raise ``ValueError`` for a text that cannot be tokenised with the row's images."""
@@ -139,7 +137,7 @@ class Collator:
     def _read(self, row: RawInput) -> tuple[str, list[Image.Image], list[Image.Image]]:
         """Check a row's text, and decode its images and the frames of its video."""
         self.check_text(row)
-        turn = self.images.size is None
+        turn = self.images.image_size is None
         images = [self.images(load_image(image, turn=turn)) for image in row.images]
         return "".join(self.text_parts(row)), images, self.images.video(row.video) if row.video else []
 
@@ -159,7 +157,8 @@ class Collator:
 
     def _process(self, inputs: Sequence[RawInput]) -> EncoderInputs | None:
         """Process all rows in one call; return None if the image tensors cannot be told apart by row."""
-        if any(row.pictures for row in inputs) and not self._splits:
+        is_alone, first = len(inputs) == 1, inputs[0]
+        if any(row.pictures for row in inputs) and not self._splits and not is_alone:
             return None
         texts, images, videos = zip(*map(self._read, inputs), strict=True)
         nested = list(images) if any(images) else None  # by row: a family may treat several of a row apart
@@ -168,21 +167,16 @@ class Collator:
         only_texts = kinds in names and nested is None and not any(videos)
         if only_texts:  # their kinds are 0, for which a processor would look at every token
             options[f"return_{kinds}"] = False
-        data = self.processor(text=list(texts), images=nested, **options)
+        with one_row(f"The processor refuses {reprlib.repr(first.text)} with {_named(first.images)}: "):
+            data = self.processor(text=list(texts), images=nested, **options)
         if only_texts:
             data[kinds] = torch.zeros_like(data["input_ids"])
         tokens, pixels = self._separate(data)
+        if is_alone:
+            return self._limited(EncoderInputs(tokens, (pixels,)), inputs)
         vision = _split(pixels, [len(row) for row in images], [int(bool(row)) for row in videos])
         self._splits = vision is not None
         return None if vision is None else self._limited(EncoderInputs(tokens, vision), inputs)
-
-    def _process_alone(self, row: RawInput) -> EncoderInputs:
-        text, pictures, video = self._read(row)
-        options = {**self._videos([video]), "return_tensors": "pt"}
-        with one_row(f"The processor refuses {reprlib.repr(row.text)} with {_named(row.images)}: "):
-            data = self.processor(text=[text], images=[pictures] if pictures else None, **options)
-        tokens, pixels = self._separate(data)
-        return self._limited(EncoderInputs(tokens, (pixels,)), [row])
 
     def _limited(self, encoded: EncoderInputs, inputs: Sequence[RawInput]) -> EncoderInputs:
         """Cut every row to the most tokens that it may have."""
@@ -242,9 +236,7 @@ def _named(images: Sequence[Image.Image | str]) -> str:
     return ", ".join(names) or "no image"
 
 
-def _split(
-    pixels: Mapping[str, Tensor], images: list[int], videos: list[int]
-) -> tuple[Mapping[str, Tensor], ...] | None:
+def _split(pixels: Mapping[str, Tensor], images: list[int], videos: list[int]) -> ByRow | None:
     """Split the tensors of images and videos by row; None if one cannot be split."""
     of_videos = {key: pixels[key] for key in pixels if "video" in key or key == "second_per_grid_ts"}
     of_images = {key: pixels[key] for key in pixels if key not in of_videos}
@@ -256,7 +248,7 @@ def _split(
 
 def _split_kind(
     pixels: Mapping[str, Tensor], counts: list[int], grid: str = "image_grid_thw"
-) -> tuple[Mapping[str, Tensor], ...] | None:
+) -> ByRow | None:
     """Split tensors of one entry per image or, counted by ``grid``, per patch; None if one may be neither."""
     total = sum(counts)
     by_image = grid in pixels or "image_sizes" in pixels

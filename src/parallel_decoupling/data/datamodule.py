@@ -1,7 +1,5 @@
 """The LightningDataModule; every process takes its own share of the rows here, not in Lightning."""
 
-from __future__ import annotations
-
 import inspect
 import json
 from collections.abc import Iterable
@@ -143,7 +141,7 @@ class MMEBDataModule(LightningDataModule):
         self._model: Any = None
         self._keeper: Keeper | None = None
 
-    def connect(self, model: Any, keeper: Keeper | None = None) -> MMEBDataModule:
+    def connect(self, model: Any, keeper: Keeper | None = None) -> "MMEBDataModule":
         """Take the processor and the prompts of a model, give it the settings of this data, return itself.
 
         Args:

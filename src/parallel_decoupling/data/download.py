@@ -1,7 +1,5 @@
 """MMEB and MMEB-V2 from the Hugging Face hub into a data folder, as far as it is not there already."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import tarfile
@@ -13,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import IO, Any
 
+from huggingface_hub import snapshot_download
 from tqdm import tqdm
 
 from parallel_decoupling.data.layouts import rows_of
@@ -25,12 +24,12 @@ CONVERTED = "refs/convert/parquet"
 FRAMES = {kind: [""] for kind in ("video_cls", "video_ret", "video_mret")}
 FRAMES["video_qa"] = [f"-0{part}" for part in range(5)]
 """Archives of frames, with the ends of their parts."""
-GHOSTS = ("._", "__MACOSX", ".DS_Store")
-"""Beginnings of the names that macOS adds to archives."""
+GHOSTS = ("._", "__MACOSX", ".DS_Store")  # beginnings of the names that macOS adds to archives
 MAX_ENTRIES = 10_000_000
-MAX_GROWTH = 100
-"""Bytes that an archive may hold per byte of its own; pictures hardly shrink."""
+MAX_GROWTH = 100  # bytes that an archive may hold per byte of its own; pictures hardly shrink
 BLOCK = 1 << 20
+DAMAGED = zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, NotImplementedError, RuntimeError
+"""What the readers of archives raise for one that they cannot read."""
 
 
 def download_train(data_dir: Path, subsets: Sequence[str], split: str) -> None:
@@ -71,8 +70,6 @@ def download_eval(data_dir: Path, names: Sequence[str]) -> None:
 
 def _fetch(repo: str, root: Path, patterns: Iterable[str], **options: Any) -> None:
     """Fetch the files of some patterns, unless all that their numbers (``-of-00002``) speak of are there."""
-    from huggingface_hub import snapshot_download
-
     if lacking := [pattern for pattern in patterns if not _is_whole(root, pattern)]:
         snapshot_download(repo, repo_type="dataset", local_dir=root, allow_patterns=lacking, **options)
     for pattern in lacking:
@@ -82,9 +79,8 @@ def _fetch(repo: str, root: Path, patterns: Iterable[str], **options: Any) -> No
 
 def _is_whole(root: Path, pattern: str) -> bool:
     names = [file.name for file in root.glob(pattern)]
-    return len(names) >= max(
-        int(each) for name in ["-of-1", *names] for each in re.findall(r"-of-(\d+)", name)
-    )
+    counts = (re.search(r"-of-(\d+)", name) for name in names)
+    return len(names) >= max([1, *(int(count[1]) for count in counts if count)])
 
 
 def unpack(
@@ -96,11 +92,8 @@ def unpack(
     an archive without the folder ``inside`` holds its contents, and nothing is written outside. Of several
     processes the first to finish moves its folder. An archive that grows beyond all measure is refused.
     """
-    files = (
-        [archive_file]
-        if archive_file.is_file()
-        else sorted(archive_file.parent.glob(f"{archive_file.name}-*"))
-    )
+    numbered = sorted(archive_file.parent.glob(f"{archive_file.name}-*"))
+    files = [archive_file] if archive_file.is_file() else numbered
     packed, entries, size, name = sum(file.stat().st_size for file in files), 0, 0, ""
     with workplace(target_dir) as work_dir:
         try:
@@ -115,23 +108,13 @@ def unpack(
                 parts = parts[parts[:1] == [above] :]
                 if inside and parts[:1] != [inside]:
                     parts = [inside, *parts]
-                if (
-                    len(parts) > 1
-                    and parts[0] in folders
-                    and not any(part.startswith(GHOSTS) for part in parts)
-                ):
+                is_ghost = any(part.startswith(GHOSTS) for part in parts)
+                if len(parts) > 1 and parts[0] in folders and not is_ghost:
                     file = work_dir.joinpath(*parts)
                     file.parent.mkdir(parents=True, exist_ok=True)
                     with file.open("wb") as stream:
                         shutil.copyfileobj(content, stream, BLOCK)
-        except (
-            zipfile.BadZipFile,
-            tarfile.TarError,
-            zlib.error,
-            EOFError,
-            NotImplementedError,
-            RuntimeError,
-        ) as error:
+        except DAMAGED as error:
             raise ValueError(f"{archive_file}: {error}. Delete the file to fetch it again.") from error
         except OSError as error:
             raise ValueError(f"{archive_file}: cannot unpack {name!r}: {error}.") from error

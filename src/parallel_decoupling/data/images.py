@@ -1,13 +1,12 @@
 """Pictures: what is one by its type, finding files, decoding to 8-bit RGB, and giving the wanted size."""
 
-from __future__ import annotations
-
 import base64
 import io
 import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,12 +19,10 @@ from parallel_decoupling.data.unusable import RowError, one_row
 from parallel_decoupling.option_types import PositiveInt, check_memory, check_values
 
 SquareSize = Literal["low", "mid", "high"]
-SQUARES: dict[str, int] = {"low": 128, "mid": 672, "high": 1344}
-"""Side in pixels of VLM2Vec's forced squares."""
+SQUARES: dict[str, int] = {"low": 128, "mid": 672, "high": 1344}  # side in pixels of VLM2Vec's forced squares
 IMAGE_SETTINGS = ("image_size", "min_pixels", "max_pixels", "max_frames", "max_video_pixels")
 """Names of the settings behind an ``ImagePolicy``."""
-FRAMES = (".jpg", ".jpeg", ".png")
-"""How the files of a video's frames end."""
+FRAMES = (".jpg", ".jpeg", ".png")  # how the files of a video's frames end
 DATA_URI = re.compile(r"\s*data:(image/[^,\s]*|[^,\s]*;\s*base64),", re.IGNORECASE)
 """Begins a text that is a picture, whatever media type it names."""
 _ADDRESS = re.compile(r"\s*[a-z][a-z0-9+.-]*://\S+\s*", re.IGNORECASE)
@@ -37,8 +34,8 @@ class ImagePolicy:
     """What happens to a picture before the processor sees it (and perhaps resizes it once more).
 
     Attributes:
-        size: forces a square and ignores the EXIF orientation, as VLM2Vec does in its published rows.
-        min_pixels: width times height at least; needs no ``size``.
+        image_size: forces a square and ignores the EXIF orientation, as VLM2Vec does in its published rows.
+        min_pixels: width times height at least; needs no ``image_size``.
         max_pixels: width times height at most. With either bound, the sides become multiples of ``factor``
             near the aspect ratio, and a picture with a side below it a square of twice that, as in VLM2Vec.
         factor: the processor's patch times merge size; 1 where it has none.
@@ -46,7 +43,7 @@ class ImagePolicy:
         max_video_pixels: width times height times number of frames at most; None leaves it to the processor.
     """
 
-    size: SquareSize | None = None
+    image_size: SquareSize | None = None
     min_pixels: PositiveInt | None = None
     max_pixels: PositiveInt | None = None
     factor: int = 1
@@ -54,32 +51,30 @@ class ImagePolicy:
     max_video_pixels: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the values."""
         check_values(ImagePolicy, vars(self))
         low, high = self.min_pixels or 1, self.max_pixels or math.inf
-        if self.size is not None and (self.min_pixels or self.max_pixels):
+        if self.image_size is not None and (self.min_pixels or self.max_pixels):
             meaning = "forces a square, so min_pixels and max_pixels have no meaning"
-            raise ValueError(f"image_size={self.size!r} {meaning}. Set one or the other to null.")
+            raise ValueError(f"image_size={self.image_size!r} {meaning}. Set one or the other to null.")
         if low > high:
             raise ValueError(f"min_pixels={low} is above max_pixels={high}. Exchange them.")
         check_memory(f"min_pixels={self.min_pixels}", 15.0 * (self.min_pixels or 0))  # 8-bit, and as fp32
 
     @classmethod
-    def from_settings(cls, settings: Mapping[str, Any]) -> ImagePolicy:
+    def from_settings(cls, settings: Mapping[str, Any]) -> "ImagePolicy":
         """Return the policy of a data module's settings; one that is absent counts as not set."""
-        given = {name: settings[name] for name in IMAGE_SETTINGS if settings.get(name) is not None}
-        return cls(given.pop("image_size", None), **given)
+        return cls(**{name: settings[name] for name in IMAGE_SETTINGS if settings.get(name) is not None})
 
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that ``from_settings`` takes."""
-        return {"image_size": self.size} | {name: getattr(self, name) for name in IMAGE_SETTINGS[1:]}
+        return {name: getattr(self, name) for name in IMAGE_SETTINGS}
 
     def __call__(self, image: Image.Image) -> Image.Image:
         """Resize with Pillow's bicubic filter, or return the image itself."""
         size = image.size
-        if self.size is not None:
-            size = (SQUARES[self.size],) * 2
+        if self.image_size is not None:
+            size = (SQUARES[self.image_size],) * 2
         elif self.min_pixels is not None or self.max_pixels is not None:
             if min(size) < self.factor:
                 size = (2 * self.factor,) * 2
@@ -94,14 +89,14 @@ class ImagePolicy:
 
     def video(self, frames: Sequence[Image.Image | str]) -> list[Image.Image]:
         """Decode the ``chosen`` frames, all in the size of the first within the budget."""
-        loaded = [load_image(frame, turn=self.size is None) for frame in self.chosen(frames)]
+        loaded = [load_image(frame, turn=self.image_size is None) for frame in self.chosen(frames)]
         size, kind = self.frame_size(loaded[0].size, len(loaded)), Image.Resampling.BICUBIC
         return [frame if frame.size == size else frame.resize(size, kind) for frame in loaded]
 
     def frame_size(self, size: tuple[int, int], count: int) -> tuple[int, int]:
         """Return width and height of the frames that the processor gets of so many of this size."""
-        if self.size is not None:
-            return (SQUARES[self.size],) * 2
+        if self.image_size is not None:
+            return (SQUARES[self.image_size],) * 2
         if self.max_video_pixels is None:
             return size
         most = self.max_video_pixels / count
@@ -264,11 +259,11 @@ def _eight_bits(values: Any) -> Any:
     return np.rint(values.astype(np.float64) * (255 / top)).astype(np.uint8)
 
 
-def image_size(file: str) -> tuple[int, int] | None:
-    """Return width and height from the header of an image file, or None if it cannot be read."""
+def image_size(image: Image.Image | str) -> tuple[int, int] | None:
+    """Return width and height, of a file from its header, or None if it cannot be read."""
     try:
-        with one_row(), _open_file(file) as image:
-            return image.size
+        with one_row(), _open_file(image) if isinstance(image, str) else nullcontext(image) as found:
+            return found.size
     except RowError:
         return None
 

@@ -1,7 +1,5 @@
 """Evaluation sets that do not come as MMEB's rows: judged corpora, and the videos of MMEB-V2."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -21,11 +19,8 @@ QRELS = ("query-id", "corpus-id", "score")
 IDS = {"queries": ("query-id", "_id", "id"), "corpus": ("corpus-id", "_id", "id")}
 """Names of columns that hold ids; the first one that is there counts."""
 
-LANGUAGE = "language"
-"""A column of queries."""
-
-RIGHT = "right"
-"""A column: how many of a row's candidates, the first ones, are right answers."""
+LANGUAGE = "language"  # a column of queries
+RIGHT = "right"  # a column: how many of a row's candidates, the first ones, are right answers
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +103,6 @@ def _rows_by_id(table: Table, part: str) -> dict[str, int]:
 
 
 def _answers(qrels: Table, queries: list[str], candidate_of: dict[str, int]) -> dict[str, dict[int, float]]:
-    """Return the right answers of every query with their grades."""
     answers: dict[str, dict[int, float]] = {name: {} for name in queries}
     columns = (qrels.rows[name].to_pylist() for name in QRELS)
     for row, (query, candidate, score) in enumerate(zip(*columns, strict=True)):

@@ -1,14 +1,11 @@
 """Names from outside: which of them may become files, file names as ids, and texts that are safe to print."""
 
-from __future__ import annotations
-
 import os
 import re
 from urllib.parse import quote, unquote_to_bytes
 
 MAX_NAME_BYTES = 200
-ENCODED = "bytes:"
-"""Start of an id that stands for a file name by its bytes, as in a URL."""
+ENCODED = "bytes:"  # start of an id that stands for a file name by its bytes, as in a URL
 
 _FILE_NAME = re.compile(r"(?!\.)[\w.-]+")
 _UNPRINTABLE = re.compile(r"[\0-\t\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")

@@ -1,7 +1,5 @@
 """The texts that a model reads: MMEB's written prompts, those of split columns, those of a user's items."""
 
-from __future__ import annotations
-
 import io
 import os
 import re
@@ -168,9 +166,8 @@ def listed(inputs: Any) -> list[Any]:
     if hasattr(inputs, "to_pylist"):  # a column of Arrow
         return list(inputs.to_pylist())
     if not isinstance(inputs, Iterable):
-        raise ValueError(
-            f"an input of type {type(inputs).__name__} cannot be embedded; use a list of texts and pictures"
-        )
+        kind = type(inputs).__name__
+        raise ValueError(f"an input of type {kind} cannot be embedded; use a list of texts and pictures")
     return list(inputs)
 
 

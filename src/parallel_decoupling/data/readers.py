@@ -1,11 +1,10 @@
 """Rows of MMEB's files and of your own: training rows on demand, evaluation tasks whole."""
 
-from __future__ import annotations
-
 import logging
 import math
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -34,8 +33,7 @@ MMEB_TRAIN = ("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text",
 MMEB_EVAL = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path", "qry_inst", "tgt_inst")
 """The last two columns are those of MMEB_Test_Instruct, which splits instructions off."""
 
-MAX_UNUSABLE_ROWS = 100
-"""After so many rows that cannot be embedded the folder is at fault, not a file."""
+MAX_UNUSABLE_ROWS = 100  # after so many rows that cannot be embedded the folder is at fault, not a file
 
 log = logging.getLogger(__name__)
 
@@ -56,12 +54,11 @@ def open_train(data_dir: Path, subset: str, split: str) -> RowReader:
     return RowReader(table, ImageFolder(source.image_dir), source=source)
 
 
-def open_sides(data_dir: Path, task: Task, *, must_exist: bool = True) -> list[RowReader]:
+def open_sides(data_dir: Path, task: Task) -> list[RowReader]:
     """Open what holds the queries and candidates of a task: its rows, or its queries and its corpus."""
     if task.source is None or task.source.eval_dir is None:
-        return [open_eval(data_dir, task, must_exist=must_exist)]
-    queries, corpus, _ = open_judged(task, must_exist=must_exist)
-    return [queries, corpus]
+        return [open_eval(data_dir, task)]
+    return [*open_judged(task)[:2]]
 
 
 def open_eval(data_dir: Path, task: Task, *, must_exist: bool = True) -> RowReader:
@@ -197,36 +194,37 @@ class TrainSubset:
             log.warning("%s: no row has a hard negative, %s", self.table.owner, advice)
 
 
+@dataclass(frozen=True)
 class TrainRows(Dataset[RawPair]):
     """Rows of all subsets by ``(subset, row)``."""
 
-    def __init__(self, subsets: Sequence[TrainSubset]) -> None:
-        self.subsets = subsets
+    subsets: Sequence[TrainSubset]
 
     def __getitem__(self, place: tuple[int, int]) -> RawPair:
         return self.subsets[place[0]][place[1]]
 
 
+@dataclass(frozen=True)
 class TrainCollator:
     """Batches training rows; with ``missing_images="skip"`` usable rows replace those that are not.
 
     Which ones depends on files and model alone.
     """
 
-    def __init__(self, collator: Collator, subsets: Sequence[TrainSubset]) -> None:
-        self.collator, self.subsets = collator, {subset.subset: subset for subset in subsets}
+    collator: Collator
+    subsets: Sequence[TrainSubset]
 
     def __call__(self, pairs: Sequence[RawPair]) -> PairBatch:
         """Batch rows; only where that fails are they looked at one by one."""
         try:
             return self.collator(pairs)
         except RowError:
-            if any(subset.missing_images == "error" for subset in self.subsets.values()):
+            if any(subset.missing_images == "error" for subset in self.subsets):
                 raise
         return self.collator([self._usable(pair) for pair in pairs])
 
     def _usable(self, pair: RawPair) -> RawPair:
-        subset = self.subsets[pair.subset]
+        subset = next(subset for subset in self.subsets if subset.subset == pair.subset)
         return subset.usable(int(np.searchsorted(subset.kept, pair.row)), self.collator)
 
 

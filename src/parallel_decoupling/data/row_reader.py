@@ -1,7 +1,5 @@
 """How the cells of a table's row become a query or a candidate."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What can be encoded by number: one side of an evaluation task, or what ``predict`` is given."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections import Counter, defaultdict
@@ -72,9 +70,8 @@ class RowSource:
         files = sorted(self.path.glob("[!_.]*")) if is_dir else [self.path]
         if is_dir and any(file.suffix != ".parquet" for file in files):
             files = []
-        self._fields, self.left_out = (
-            (_read_table(self.path, files), "") if files else _list_images(self.path)
-        )
+        found = (_read_table(self.path, files), "") if files else _list_images(self.path)
+        self._fields, self.left_out = found
         source = os.path.abspath(self.path)
         self._image_dir = Path(source) if is_dir else Path(source).parent
         names = self._fields.column_names
@@ -127,7 +124,7 @@ def _read_table(path: Path, files: list[Path]) -> pa.Table:
         needed = f"needs a column {TEXT}, {IMAGE} (names of files) or both"
         raise ValueError(f"{path}: {needed}; found {', '.join(names)}.")
     table.check((), texts)
-    if taken := [name for name in names if re.fullmatch(r"aggregate|path_\d+", name)]:
+    if taken := [name for name in names if re.fullmatch(r"aggregate|maxsim|path_\d+", name)]:
         raise ValueError(f"{path}: a column {taken[0]!r} holds embeddings in the result. Rename yours.")
     if ID not in names:
         return table.rows.add_column(0, ID, pa.array(map(str, range(len(table))), pa.string()))

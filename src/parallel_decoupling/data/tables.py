@@ -1,7 +1,5 @@
 """The reader of Parquet, JSONL and CSV files through memory-mapped copies (``docs/decisions/0011``)."""
 
-from __future__ import annotations
-
 import codecs
 import csv
 import io
@@ -28,11 +26,9 @@ from parallel_decoupling.files import atomic_write
 SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
 ROWS_PER_BATCH = 8192
 ROWS_WITH_PICTURES = 64
-FORMAT = "6"
-"""Version of the copies in the cache."""
+FORMAT = "6"  # version of the copies in the cache
 DELIMITERS = ",;\t"
-CSV_BLOCK = 1 << 26
-"""Bytes that a row of a CSV file may have."""
+CSV_BLOCK = 1 << 26  # bytes that a row of a CSV file may have
 MARKS = {"utf-8-sig": (codecs.BOM_UTF8,), "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)}
 MARKS["utf-16"] = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # the former is the start of one before it
 """Byte order marks by encoding; a text without one must be UTF-8."""

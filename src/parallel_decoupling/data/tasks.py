@@ -1,7 +1,5 @@
 """The table of tasks: MMEB's, with VLM2Vec's rules for them, plus those of your own ``tasks.json``."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -56,7 +54,6 @@ class Source:
     published: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        """Check the values."""
         check_values(Source, vars(self))
 
 
@@ -113,8 +110,7 @@ V2_TASKS = {
     for name, task in _published(group, group, metric, one_line=True).items()
 }
 """The 18 video and 24 document tasks of MMEB-V2, each of a group beside ``overall``."""
-NOT_IN_MMEB = "CIFAR-100"
-"""A folder that is published with them and is a task only where it is named."""
+NOT_IN_MMEB = "CIFAR-100"  # a folder that is published with them and is a task only where it is named
 
 _TRAINED = [name for name, task in MMEB_TASKS.items() if task.in_distribution]
 MMEB_TRAIN_SUBSETS = tuple("ImageNet_1K" if name == "ImageNet-1K" else name for name in _TRAINED)
@@ -142,7 +138,7 @@ class EvalTask:
             return {self.candidates_of_row[row][0]: 1.0}
         return self.relevance_of_row[row]
 
-    def without(self, queries: Collection[int], candidates: Collection[int]) -> EvalTask:
+    def without(self, queries: Collection[int], candidates: Collection[int]) -> "EvalTask":
         """Leave out the rows of some queries, and some candidates of all rows.
 
         A row goes if all its right answers go or if no other candidate is left. All indices stay.
@@ -226,9 +222,8 @@ def _listed(tasks_file: Path) -> dict[str, Task]:
 
 def _task(name: str, entry: dict[str, Any], data_dir: Path) -> Task:
     """Return the task of an entry, which is one of MMEB's or has files of its own."""
-    own = {"meta_task": None, "in_distribution": None} | {
-        key: entry[key] for key in TASK_KEYS if key in entry
-    }
+    own: dict[str, Any] = {"meta_task": None, "in_distribution": None}
+    own |= {key: entry[key] for key in TASK_KEYS if key in entry}
     task = Task(name, **own)
     if entry.keys() <= own.keys():
         known = MMEB_TASKS.get(name, task)

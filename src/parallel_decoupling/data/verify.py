@@ -1,7 +1,5 @@
 """What is in a data folder, and what is wrong with it: a problem stops a run or changes a score."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import product

@@ -3,8 +3,6 @@
 Shapes: ``B`` inputs, ``N`` paths, ``Y`` layers, ``L`` tokens, ``T`` of them of the image, ``P`` prefix.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import isqrt
@@ -87,26 +85,24 @@ def token_grid(vision: Any, num_tokens: int) -> tuple[int, int] | None:
     return (height, width) if height * width == num_tokens else None
 
 
-def patch_contributions(
-    embedder: Embedder, pictures: Sequence[Image.Image], *, instruction: str | None = None, grid: int = GRID
-) -> Tensor:
-    """Return ``1 - cosine`` of each path's embedding with and without each patch: ``[B, N, grid, grid]``.
+def patch_contributions(embedder: Embedder, pictures: Sequence[Image.Image], instruction: str) -> Tensor:
+    """Return ``1 - cosine`` of each path's embedding with and without each patch: ``[B, N, GRID, GRID]``.
 
     A patch is painted in the picture's median colour, which in most pictures is close to the background.
     """
-    variants = [picture for whole in pictures for picture in (whole, *occluded(whole, grid))]
+    variants = [picture for whole in pictures for picture in (whole, *occluded(whole))]
     rows = embedder.encode(variants, instruction=instruction, paths="all", batch_size=64)
-    embeddings_BVND = rows.reshape(len(pictures), 1 + grid * grid, *rows.shape[1:])
+    embeddings_BVND = rows.reshape(len(pictures), 1 + GRID**2, *rows.shape[1:])
     change_BVN = 1 - (embeddings_BVND[:, :1] * embeddings_BVND[:, 1:]).sum(dim=-1)
-    return change_BVN.transpose(1, 2).reshape(len(pictures), -1, grid, grid)
+    return change_BVN.transpose(1, 2).reshape(len(pictures), -1, GRID, GRID)
 
 
-def occluded(picture: Image.Image, grid: int) -> list[Image.Image]:
-    """Return copies of a picture, each with one of ``grid * grid`` patches in the median colour."""
+def occluded(picture: Image.Image) -> list[Image.Image]:
+    """Return copies of a picture, each with one of ``GRID * GRID`` patches in the median colour."""
     pixels = np.asarray(picture.convert("RGB"))
     median, copies = np.median(pixels.reshape(-1, 3), axis=0).astype(np.uint8), []
-    for rows in np.array_split(np.arange(picture.height), grid):
-        for columns in np.array_split(np.arange(picture.width), grid):
+    for rows in np.array_split(np.arange(picture.height), GRID):
+        for columns in np.array_split(np.arange(picture.width), GRID):
             hidden = pixels.copy()
             hidden[np.ix_(rows, columns)] = median
             copies.append(Image.fromarray(hidden))

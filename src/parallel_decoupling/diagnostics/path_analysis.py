@@ -1,9 +1,5 @@
 """The whole analysis of one model's paths: numbers, a table, ``paths.json`` and pictures."""
 
-from __future__ import annotations
-
-import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
@@ -16,6 +12,7 @@ from PIL import Image
 from rich.table import Table
 from torch import Tensor
 
+from parallel_decoupling import files
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
 from parallel_decoupling.data.images import load_image
 from parallel_decoupling.data.readers import read_eval_task
@@ -23,9 +20,9 @@ from parallel_decoupling.data.tasks import chosen, find_eval_tasks
 from parallel_decoupling.diagnostics import measures, patch_maps
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.evaluation.plots import new_figure
-from parallel_decoupling.evaluation.report import SCORES_FILE, ScoreReport, percent, text_table
-from parallel_decoupling.files import atomic_write, write_text
+from parallel_decoupling.evaluation.report import ScoreReport, console, find_scores, percent, text_table
 from parallel_decoupling.model.encoder import ParallelEncoder
+from parallel_decoupling.model.run_checkpoint import run_dir_of
 from parallel_decoupling.world.scenes import render
 
 PATHS_FILE = "paths.json"
@@ -60,35 +57,22 @@ def analyse_paths(run: str, output_dir: str | None = None, data_dir: str | None 
         output_dir: folder of the files; by default the folder paths in that of the run.
         data_dir: by default the data that the model was trained on.
     """
-    from rich.console import Console
-
     embedder = Embedder.from_pretrained(run).to("cuda" if torch.cuda.is_available() else "cpu")
-    run_dir = Path(run) if Path(run).is_dir() else Path(run).resolve().parent
-    run_dir = run_dir.parent if run_dir.name == "checkpoints" else run_dir
     data_dir = data_dir or embedder.run.get("data", {}).get("data_dir")
     if data_dir is None:
         raise ValueError(f"{run} does not name the data of its training; give data_dir")
-    report = find_scores(run_dir, embedder.run)
+    report = find_scores(run, embedder.run)
     world = Path(data_dir).name.startswith(EMBEDDED)
     analysis = analyse_world(embedder, report) if world else analyse_data(embedder, data_dir, report)
-    folder = Path(output_dir) if output_dir else run_dir / "paths"
+    folder = Path(output_dir) if output_dir else run_dir_of(run) / "paths"
     write_json(analysis, folder / PATHS_FILE)
     for name, figure in figures(analysis).items():
-        with atomic_write(folder / f"{name}.png") as unfinished:
+        with files.atomic_write(folder / f"{name}.png") as unfinished:
             figure.savefig(unfinished, dpi=150)
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table(analysis))
+    terminal = console()
+    terminal.print(table(analysis))
     for line in (*(f"left out: {note}" for note in analysis.notes), f"written to {folder}"):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def find_scores(run_dir: Path, run: dict[str, Any]) -> ScoreReport | None:
-    """Return the scores of exactly these weights, from the run's folder or one inside it; None without."""
-    for file in (*run_dir.glob(SCORES_FILE), *run_dir.glob(f"*/{SCORES_FILE}")):
-        report = ScoreReport.from_json_file(file)
-        if all(report.run.get(key) == run.get(key) for key in ("global_step", "seed", "token_passes")):
-            return report
-    return None
+        terminal.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def analyse_world(embedder: Embedder, report: ScoreReport | None, *, scenes: int = SCENES) -> PathAnalysis:
@@ -129,7 +113,7 @@ def _analyse(
 ) -> PathAnalysis:
     notes, attention = [], None
     pictures = [load_image(item.images[0]) for item in mapped[: len(mapped) // 4 or 1]]
-    changes_BNHW = patch_maps.patch_contributions(embedder, pictures, instruction=INSTRUCTION)
+    changes_BNHW = patch_maps.patch_contributions(embedder, pictures, INSTRUCTION)
     maps = {"contributions": [*changes_BNHW]}
     if not probes:
         notes.append("probes: the data is not the embedded world, whose factors are known")
@@ -162,7 +146,7 @@ def write_json(analysis: PathAnalysis, json_file: Path) -> None:
     def plain(value: Any) -> Any:
         return vars(value) if is_dataclass(value) else np.asarray(value).tolist()
 
-    write_text(json_file, json.dumps(content, indent=1, default=plain) + "\n")
+    files.write_json(json_file, content, plain)
 
 
 def _map_agreement(analysis: PathAnalysis) -> dict[str, Tensor]:

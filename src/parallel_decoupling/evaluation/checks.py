@@ -1,9 +1,7 @@
 """Signs that scores are misleading: chance, NaN, collapse, other images or prompts than in training."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -35,8 +33,6 @@ ADVICE = {
     "other_images": "images are resized differently than in training. Use the checkpoint's image settings.",
     "other_prompts": "instructions differ from those of training. Use the checkpoint's tasks.json.",
 }
-
-
 Side = tuple[Tensor, Tensor]  # paths [U, N, D] and their aggregate [U, D']
 
 
@@ -48,18 +44,11 @@ class Finding:
     detail: str
     tasks: tuple[str, ...] = ()
 
-    def plain(self) -> dict[str, Any]:
-        """Return plain values for ``scores.json``, with the advice."""
-        return {**asdict(self), "tasks": list(self.tasks), "advice": ADVICE[self.check]}
-
 
 def check_task(
     score: TaskResult, queries: Side, candidates: Side, *, missing: tuple[int, int] = (0, 0)
 ) -> list[Finding]:
-    """Judge one task by its first column.
-
-    ``missing`` are the numbers of inputs that could not be read; their rows are NaN.
-    """
+    """Judge one task by its first column; ``missing`` inputs could not be read, and their rows are NaN."""
     found: dict[str, list[str]] = {}
     hit_at_1, chance = next(iter(score.hit_at_1.values())), score.chance
     error = (chance * (1 - chance) / score.num_queries) ** 0.5
@@ -102,11 +91,10 @@ def check_prompts(train_dir: str | Path, tasks: Sequence[EvalTask]) -> list[Find
             if before != now:
                 detail = f"{task.name} {side}: trained {before!r:.100}, asked {now!r:.100}"
                 found.append(Finding("other_prompts", detail, (task.name,)))
-    return findings(found)
+    return found
 
 
 def _check_embeddings(paths_UND: Tensor, aggregate_UD: Tensor, unread: int) -> list[tuple[str, str]]:
-    """Look at the queries or the candidates of one task."""
     found: list[tuple[str, str]] = []
     finite_U = paths_UND.flatten(1).isfinite().all(dim=1) & aggregate_UD.isfinite().all(dim=1)
     if broken := int((~finite_U).sum()) - unread:

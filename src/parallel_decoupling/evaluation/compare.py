@@ -1,11 +1,7 @@
 """One or several tested runs as tables, a JSON, a picture and one page, with paired bootstrap intervals."""
 
-from __future__ import annotations
-
 import base64
 import io
-import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,8 +15,8 @@ from rich.text import Text
 
 from parallel_decoupling.data.names import printable
 from parallel_decoupling.evaluation.plots import comparison_figure
-from parallel_decoupling.evaluation.report import META_TASKS, SCORES_FILE, ScoreReport, percent, text_table
-from parallel_decoupling.files import atomic_write, write_text
+from parallel_decoupling.evaluation.report import SCORES_FILE, ScoreReport, console, percent, text_table
+from parallel_decoupling.files import atomic_write, write_json, write_text
 
 INTERVAL_NOTE = "95 % by paired bootstrap over queries within tasks, one training seed"
 PAGE_FILE, PAGE_WIDTH = "comparison.html", 140  # columns
@@ -106,14 +102,13 @@ class Comparison:
         for name, report in self.reports.items():
             console.rule(Text(printable(name)))
             console.print(report.mode_table(), *report.warning_panels(), sep="\n")
-            for gap in report.gaps:
+            for gap in report.gaps if self.differences else ():  # else they are below the table
                 console.print(printable(f"{name}: {gap}"), markup=False, highlight=False, soft_wrap=True)
             if report.path_cosine and len(report.path_columns) > 1:
-                rows = [
-                    [path, *(f"{value:.2f}" for value in values)]
-                    for path, values in zip(report.path_columns, report.path_cosine, strict=True)
-                ]
-                console.print(text_table("mean cosine between paths", ("", *report.path_columns), rows))
+                paths = report.path_columns
+                cells = [[f"{value:.2f}" for value in values] for values in report.path_cosine]
+                rows = [[path, *each] for path, each in zip(paths, cells, strict=True)]
+                console.print(text_table("mean cosine between paths", ("", *paths), rows))
         settings = [flattened(report.run) for report in self.reports.values()]
         names = dict.fromkeys(name for values in settings for name in values)
         rows = [[name, *(values.get(name, "") for values in settings)] for name in names]
@@ -131,7 +126,7 @@ class Comparison:
         changes = {name: asdict(difference) for name, difference in self.differences.items()}
         content: dict[str, Any] = {"metric": "hit@1", "baseline": self.baseline, "best": self.best}
         content |= {"interval": INTERVAL_NOTE, "runs": runs, "differences": changes}
-        write_text(json_file, json.dumps(content, indent=1, default=str) + "\n")
+        write_json(json_file, content)
 
     def to_html_file(self, html_file: str | Path, picture: bytes) -> None:
         """Write what ``show`` prints as a page, with the PNG inside it; nothing is loaded from elsewhere."""
@@ -150,7 +145,7 @@ def compare_runs(run_dirs: list[str], output_dir: str | None = None) -> None:
         run_dirs: run folders with a scores.json, or such files; the first is the baseline.
         output_dir: gets the files; by default only the tables are printed.
     """
-    compare(run_dirs, output_dir).show(Console(width=None if sys.stdout.isatty() else 120))
+    compare(run_dirs, output_dir).show(console())
 
 
 def compare(run_dirs: Sequence[str], output_dir: str | None = None) -> Comparison:
@@ -173,13 +168,13 @@ def compare(run_dirs: Sequence[str], output_dir: str | None = None) -> Compariso
     return comparison
 
 
-def differences(baseline: ScoreReport, other: ScoreReport, seed: int = 0) -> RunDifferences:
+def differences(baseline: ScoreReport, other: ScoreReport) -> RunDifferences:
     """Subtract the headline scores of ``baseline`` from those of ``other``, with paired bootstrap intervals.
 
     Rows are resampled within each task and both runs keep their pairing. Rows of equal difference (of hit@1:
     -1, 0 or 1) are alike, so a resample of a task is a draw of multinomial counts.
     """
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     samples: dict[str, NDArray[np.float64]] = {}  # the difference itself, then the resampled ones
     for name in baseline.tasks:
         before, after = (report.tasks[name].row_scores(report.columns[0]) for report in (baseline, other))
@@ -189,11 +184,7 @@ def differences(baseline: ScoreReport, other: ScoreReport, seed: int = 0) -> Run
         counts = generator.multinomial(len(row_difference), share, size=RESAMPLES)
         resampled = counts @ steps / len(row_difference)
         samples[name] = np.append(row_difference.mean(), resampled)
-    groups = baseline.groups.items()
-    means = {group: np.mean([samples[name] for name in names], axis=0) for group, names in groups}
-    meta_tasks = [means[meta_task] for meta_task in META_TASKS if meta_task in means]
-    if meta_tasks:
-        means["mean_of_meta_tasks"] = np.mean(meta_tasks, axis=0)
+    means = baseline.over_groups(baseline.groups, samples, lambda parts: np.mean(parts, axis=0))
 
     def summed_up(part: Mapping[str, NDArray[np.float64]]) -> dict[str, Difference]:
         bounds = {name: np.quantile(each[1:], (0.025, 0.975)).tolist() for name, each in part.items()}

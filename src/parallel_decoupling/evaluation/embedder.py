@@ -1,7 +1,5 @@
 """An encoder with its tokenisation and its default instructions: all that a user of embeddings needs."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +17,7 @@ from parallel_decoupling.data.images import ImagePolicy
 from parallel_decoupling.data.prompts import is_single, to_raw_inputs
 from parallel_decoupling.evaluation.encode import Paths, encode_rows
 from parallel_decoupling.model.encoder import Encoder
+from parallel_decoupling.model.pretrained import load_encoder, save_encoder
 
 
 class Embedder:
@@ -31,6 +30,11 @@ class Embedder:
         images: what happens to a picture before the processor sees it; nothing by default.
         max_tokens: of an input's text and pictures together; None is all positions of the backbone.
         long_text: truncate cuts off the end of a longer text, error refuses it.
+        run: what trained the weights, as plain values; empty if not known.
+
+    Attributes:
+        num_paths: number of paths N.
+        embed_dim: dimension D of one path's embedding.
     """
 
     def __init__(
@@ -41,12 +45,14 @@ class Embedder:
         images: ImagePolicy | None = None,
         max_tokens: int | None = None,
         long_text: LongText = "truncate",
+        run: Mapping[str, Any] | None = None,
     ) -> None:
         self.encoder = encoder
+        self.num_paths, self.embed_dim = encoder.num_paths, encoder.embed_dim
         self.images = images or ImagePolicy()
         self.limit = TokenLimit.of(encoder.backbone, encoder.processor, max_tokens, long_text)
         self.query_instruction, self.candidate_instruction = query_instruction, candidate_instruction
-        self.run: dict[str, Any] = {}  # what trained the weights, as plain values; empty if not known
+        self.run = dict(run or {})
 
     @classmethod
     def from_pretrained(
@@ -56,30 +62,15 @@ class Embedder:
         revision: str | None = None,
         device: torch.device | str = "cpu",
         dtype: Literal["float32", "bfloat16", "float16"] | None = None,
-    ) -> Embedder:
+    ) -> "Embedder":
         """Load a checkpoint, a run folder (its last checkpoint), an exported folder or a hub id's.
 
         ``revision`` is a hub model's branch, tag or commit, ``dtype`` that of the backbone's weights instead
         of the one that it was trained with. The hub is asked for what the local cache lacks.
         """
-        from parallel_decoupling.model.pretrained import load_encoder
-
         encoder, about = load_encoder(path, revision=revision, dtype=dtype)
         about = {**about, "images": ImagePolicy.from_settings(about["images"])}
-        run = about.pop("run")
-        embedder = cls(encoder, **about)
-        embedder.run = run
-        return embedder.to(device)
-
-    @property
-    def num_paths(self) -> int:
-        """Number of paths N."""
-        return self.encoder.num_paths
-
-    @property
-    def embed_dim(self) -> int:
-        """Dimension D of one path's embedding."""
-        return self.encoder.embed_dim
+        return cls(encoder, **about).to(device)
 
     @property
     def device(self) -> torch.device:
@@ -91,7 +82,7 @@ class Embedder:
         """Tokenises for this model."""
         return Collator.of(self.encoder, images=self.images, limit=self.limit)
 
-    def to(self, device: torch.device | str) -> Embedder:
+    def to(self, device: torch.device | str) -> "Embedder":
         """Move the weights; embeddings come back on the CPU."""
         self.encoder.to(device)
         return self
@@ -174,14 +165,11 @@ class Embedder:
             scores: content of a ``scores.json`` for the card.
             card: values for the head of the card by the hub's names, such as license, datasets, language.
         """
-        from parallel_decoupling.model.pretrained import save_encoder
-
         options: dict[str, Any] = {"paths": paths, "merge_adapters": merge_adapters}
         options |= {"include_backbone": include_backbone, "scores": scores, "card": card}
-        options |= {"query_instruction": self.query_instruction, "images": self.images.settings}
-        options |= {"candidate_instruction": self.candidate_instruction, "run": self.run}
-        options |= {"max_tokens": self.limit.max_tokens, "long_text": self.limit.long_text}
-        save_encoder(self.encoder, folder, **options)
+        about: dict[str, Any] = {"images": self.images.settings, "query_instruction": self.query_instruction}
+        about |= {"candidate_instruction": self.candidate_instruction, "run": self.run, **vars(self.limit)}
+        save_encoder(self.encoder, folder, **options, **about)
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, revision: str | None = None, **options: Any

@@ -3,8 +3,6 @@
 ``BatchPlan`` and ``RowBatches`` also make the batches of ``test``, ``validate`` and ``predict``.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -24,8 +22,7 @@ from parallel_decoupling.data.images import image_size, smart_size
 from parallel_decoupling.data.unusable import RowError, attempt, one_row, out_of_memory
 from parallel_decoupling.model.encoder import Encoder, check_dim, check_paths, truncate
 
-TOKENS_PER_PASS = 2**15
-"""Most tokens of a forward pass, padding included, unless a single row has more."""
+TOKENS_PER_PASS = 2**15  # most tokens of a forward pass, padding included, unless a single row has more
 BYTES_PER_TOKEN = 4
 FIXED_IMAGE_TOKENS = 576
 TOKENS_OF_TIME = 8  # of a frame in Qwen3-VL, at most
@@ -52,16 +49,15 @@ class TokenEstimate:
 
     def __init__(self, collator: Collator, bytes_per_token: int = BYTES_PER_TOKEN) -> None:
         self._bytes_per_token, self._parts = bytes_per_token, collator.text_parts
-        images, self.most = collator.images, collator.limit.max_tokens
-        self._images = images
+        self._images, self.most = collator.images, collator.limit.max_tokens
         self._frames: Any = collator.video_token and collator.processor.video_processor
         self.factor = 0  # side in pixels of a token; 0 where all pictures have the same number of tokens
-        if images.size is None and images.factor > 1:
+        if self._images.image_size is None and self._images.factor > 1:
             budget: Mapping[str, int] = cast(Any, collator.processor).image_processor.size
             least, most = budget["shortest_edge"], budget["longest_edge"]
-            least = min(most, max(least, images.min_pixels or 1))
-            most = max(least, min(most, images.max_pixels or most))
-            self.factor, self.limits = images.factor, {"min_pixels": least, "max_pixels": most}
+            least = min(most, max(least, self._images.min_pixels or 1))
+            most = max(least, min(most, self._images.max_pixels or most))
+            self.factor, self.limits = self._images.factor, {"min_pixels": least, "max_pixels": most}
 
     def __call__(self, row: RawInput) -> float:
         """Estimate from the text's length and the pictures' sizes, read from the headers of their files."""
@@ -71,7 +67,7 @@ class TokenEstimate:
 
     def _video_tokens(self, video: Sequence[Any]) -> float:
         frames = self._images.chosen(video) if video and self._frames else []
-        size = _size(frames[0]) if frames else None
+        size = image_size(frames[0]) if frames else None
         if size is None:
             return 0.0
         width, height = self._images.frame_size(size, len(frames))
@@ -81,16 +77,11 @@ class TokenEstimate:
     def _image_tokens(self, image: Any) -> float:
         if not self.factor:
             return FIXED_IMAGE_TOKENS
-        size = _size(image)
+        size = image_size(image)
         if size is None:
             return 0.0
         width, height = smart_size(*size, factor=self.factor, **self.limits)
         return width * height / self.factor**2
-
-
-def _size(image: Any) -> tuple[int, int] | None:
-    """Return a picture's size; None for an unreadable file."""
-    return image_size(image) if isinstance(image, str) else image.size
 
 
 @dataclass(frozen=True)
@@ -163,38 +154,33 @@ class RowBatch:
     bad_rows: dict[int, str] = field(default_factory=dict)  # the others, each with the reason
     paths: tuple[int, ...] | None = None  # which are wanted; None is all
 
-    def to(self, device: torch.device | str) -> RowBatch:
+    def to(self, device: torch.device | str) -> "RowBatch":
         """Move the inputs to ``device``."""
         return replace(self, inputs=self.inputs.to(device))
 
 
+@dataclass(frozen=True)
 class RowBatches(Dataset[RowBatch]):
     """Makes the tensors of a batch; a row that cannot be embedded is an error unless ``keep_going``."""
 
-    def __init__(
-        self,
-        rows: Rows,
-        collator: Collator,
-        where: Callable[[int], str],
-        *,
-        keep_going: bool = False,
-        paths: tuple[int, ...] | None = None,
-    ) -> None:
-        self._rows, self._collator, self._where = rows, collator, where
-        self._keep_going, self._paths = keep_going, paths
+    rows: Rows
+    collator: Collator
+    where: Callable[[int], str]
+    keep_going: bool = False
+    paths: tuple[int, ...] | None = None
 
     def __getitem__(self, place: BatchPlace) -> RowBatch:
-        read, problems = attempt(self._rows.__getitem__, place.rows)
-        inputs, unusable = self._collator.encode_usable(list(read.values()))
+        read, problems = attempt(self.rows.__getitem__, place.rows)
+        inputs, unusable = self.collator.encode_usable(list(read.values()))
         numbers = list(read)
         problems |= {numbers[number]: error for number, error in unusable.items()}
-        for row, problem in problems.items() if not self._keep_going else ():
-            with one_row(f"{self._where(row)}: "):
+        for row, problem in problems.items() if not self.keep_going else ():
+            with one_row(f"{self.where(row)}: "):
                 raise problem
         usable = tuple(row for row in place.rows if row not in problems)
-        inputs = self._collator.encode_inputs([STAND_IN]) if inputs is None else inputs
+        inputs = self.collator.encode_inputs([STAND_IN]) if inputs is None else inputs
         bad_rows = {row: str(problem) for row, problem in problems.items()}
-        return RowBatch(inputs, place, usable, bad_rows, self._paths)
+        return RowBatch(inputs, place, usable, bad_rows, self.paths)
 
 
 def embed(

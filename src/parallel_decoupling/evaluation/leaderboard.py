@@ -1,7 +1,5 @@
 """Score files as VLM2Vec's two versions (``v1``, ``v2``) and the MMEB leaderboard write them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from datetime import date
@@ -11,7 +9,7 @@ from typing import Any
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
 from parallel_decoupling.data.tasks import V2_GROUPS, V2_TASKS, EvalTask, Task
 from parallel_decoupling.evaluation.score import DEPTHS, TaskResult
-from parallel_decoupling.files import write_text
+from parallel_decoupling.files import write_json, write_text
 
 SCORE_FILES_DIR = "score_files"  # in a run's folder; holds v1 and v2
 LEADERBOARD_FILE = "leaderboard.json"
@@ -70,8 +68,8 @@ def write_score_files(tasks: Mapping[str, TaskResult], column: str, folder: Path
     for name, result in tasks.items():
         correct = round(result.hit_at_1[column] * result.num_queries)
         v1 = {"acc": result.hit_at_1[column], "num_correct": correct, "num_pred": result.num_queries}
-        _write(folder / "v1" / f"{name}{SCORE_SUFFIX}", v1)
-        _write(folder / "v2" / f"{name}{SCORE_SUFFIX}", _v2(result, column))
+        write_json(folder / "v1" / f"{name}{SCORE_SUFFIX}", v1)
+        write_json(folder / "v2" / f"{name}{SCORE_SUFFIX}", _v2(result, column))
 
 
 def write_leaderboard(
@@ -84,7 +82,7 @@ def write_leaderboard(
     for name, result in tasks.items():
         kind = result.task.group if name in V2_TASKS else "image"
         metrics[kind][f"{name}-fixed" if name in FIXED else name] = _v2(result, column)
-    _write(json_file, {"metadata": about, "metrics": metrics})
+    write_json(json_file, {"metadata": about, "metrics": metrics})
 
 
 def _v2(result: TaskResult, column: str) -> dict[str, Any]:
@@ -104,7 +102,3 @@ def _v2(result: TaskResult, column: str) -> dict[str, Any]:
             values |= {f"f1@{k}": 2 * hit / (k + 1), f"map@{k}": mrr}
     values["hit@1"] = result.hit_at_1[column]
     return {**values, "num_pred": result.num_queries, "num_data": result.num_queries + result.num_skipped}
-
-
-def _write(file: Path, content: Any) -> None:
-    write_text(file, json.dumps(content, indent=1) + "\n")

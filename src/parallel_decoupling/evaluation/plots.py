@@ -1,7 +1,5 @@
 """Figures of runs, without pyplot and its global state."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """``predict`` on a Ray cluster: shards as the rows of a Ray dataset, written into the package's one store."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, cast
 

@@ -1,15 +1,14 @@
 """The score report of one run: its tasks, MMEB's means, the files of a test, and tables of all of it."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
+from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -18,8 +17,10 @@ from parallel_decoupling.data.names import printable
 from parallel_decoupling.data.tasks import MMEB_TASKS, OVERALL, TASK_KEYS, V2_TASKS, Task
 from parallel_decoupling.evaluation import leaderboard
 from parallel_decoupling.evaluation.score import NOT_KEPT, TaskResult
-from parallel_decoupling.files import write_text
+from parallel_decoupling.files import write_json
+from parallel_decoupling.model.run_checkpoint import run_dir_of
 
+T = TypeVar("T")
 FORMAT = 3
 SCORES_FILE = "scores.json"
 OTHER_PARTS = ("modes", "path_cosine", "warnings", "run")  # of a report, which its file holds as they are
@@ -47,10 +48,9 @@ class ScoreReport:
     run: dict[str, Any] = field(default_factory=dict)  # what produced them, as plain values
     modes: dict[str, dict[str, int]] = field(default_factory=dict)  # score.mode_costs by column
     path_cosine: list[list[float]] | None = None  # [N][N], mean between the paths' queries
-    warnings: list[dict[str, Any]] = field(default_factory=list)  # checks.Finding.plain
+    warnings: list[dict[str, Any]] = field(default_factory=list)  # of checks.Finding, with advice
 
     def __post_init__(self) -> None:
-        """Check that there is a task, and that a mean counts each."""
         if not self.tasks:
             raise ValueError("a score report needs at least one task")
         for name, result in self.tasks.items():
@@ -106,10 +106,16 @@ class ScoreReport:
 
         MMEB's headline is ``overall``; ``mean_of_meta_tasks`` weighs four unequal groups equally.
         """
-        parts = {group: [self.tasks[name].score for name in each] for group, each in self.groups.items()}
-        means = {group: _mean(scores) for group, scores in parts.items()}
+        return self.over_groups(self.groups, {name: each.score for name, each in self.tasks.items()}, _mean)
+
+    @staticmethod
+    def over_groups(
+        groups: Mapping[str, Sequence[str]], of_task: Mapping[str, T], mean: Callable[[Sequence[T]], T]
+    ) -> dict[str, T]:
+        """Average what tasks have over each group, and the means of the meta-tasks."""
+        means = {group: mean([of_task[name] for name in names]) for group, names in groups.items()}
         if meta_tasks := [means[name] for name in META_TASKS if name in means]:
-            means["mean_of_meta_tasks"] = _mean(meta_tasks)
+            means["mean_of_meta_tasks"] = mean(meta_tasks)
         return means
 
     @property
@@ -129,8 +135,9 @@ class ScoreReport:
         skipped = [f"{name} {each.num_skipped}" for name, each in self.tasks.items() if each.num_skipped]
         return found + (["rows that could not be embedded: " + ", ".join(skipped)] if skipped else [])
 
-    def to_json_file(self, json_file: str | Path) -> None:
-        """Write everything, fractions unrounded, the hits of the rows as strings of 0 and 1."""
+    @property
+    def content(self) -> dict[str, Any]:
+        """What ``scores.json`` holds, fractions unrounded, the hits of the rows as strings of 0 and 1."""
         tasks = {name: {**each.task.entry, **vars(each)} for name, each in self.tasks.items()}
         for row, key in product(tasks.values(), ("task", *NOT_KEPT)):
             del row[key]
@@ -138,10 +145,14 @@ class ScoreReport:
         partial = {name: f"of {count} of MMEB's {MMEB_COUNTS[name]} tasks" for name, count in counts}
         content = {"format": FORMAT, "metric": "hit@1", "means": self.means, "partial_means": partial}
         content |= {"metric_means": self.metric_means, **{key: getattr(self, key) for key in OTHER_PARTS}}
-        write_text(json_file, json.dumps({**content, "tasks": tasks}, indent=1, default=str) + "\n")
+        return {**content, "tasks": tasks}
+
+    def to_json_file(self, json_file: str | Path) -> None:
+        """Write ``content``."""
+        write_json(json_file, self.content)
 
     @classmethod
-    def from_json_file(cls, json_file: str | Path) -> ScoreReport:
+    def from_json_file(cls, json_file: str | Path) -> "ScoreReport":
         """Read what ``to_json_file`` wrote; what the rows scored is what counts. Other files are refused."""
         text = Path(json_file).read_text(encoding="utf-8")
         try:
@@ -214,6 +225,16 @@ class ScoreReport:
         return [Panel(text, title=title) for text, title in zip(texts, titles, strict=True)]
 
 
+def find_scores(path: str | Path, run: Mapping[str, Any]) -> ScoreReport | None:
+    """Return the scores of exactly the weights of ``run``, from its folder or one inside it; None without."""
+    folder = run_dir_of(path)
+    for file in (*folder.glob(SCORES_FILE), *folder.glob(f"*/{SCORES_FILE}")):
+        report = ScoreReport.from_json_file(file)
+        if all(report.run.get(key) == run.get(key) for key in ("global_step", "seed", "token_passes")):
+            return report
+    return None
+
+
 def write_report(report: ScoreReport, folder: Path) -> None:
     """Write ``scores.json``, VLM2Vec's score files and the leaderboard's into ``folder``."""
     report.to_json_file(folder / SCORES_FILE)
@@ -223,6 +244,12 @@ def write_report(report: ScoreReport, folder: Path) -> None:
     if column in report.modes:
         metadata["embedding_dimension"] = report.modes[column]["bytes_per_item"] // 4
     leaderboard.write_leaderboard(report.tasks, column, folder / leaderboard.LEADERBOARD_FILE, metadata)
+
+
+def console(columns: int = 120) -> Console:
+    """Return the terminal, or a file of so many columns."""
+    terminal = Console()
+    return terminal if terminal.is_terminal else Console(width=columns)
 
 
 def text_table(
@@ -248,7 +275,6 @@ def _text(text: str) -> Text:
 
 
 def _mean(values: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Average mappings with the same keys."""
     return {key: fmean(each[key] for each in values) for key in values[0]}
 
 

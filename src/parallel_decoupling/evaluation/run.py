@@ -1,10 +1,8 @@
 """The callbacks that take what ``PDFEmbedder`` embeds: ``Scoring`` and ``EmbeddingWriter``."""
 
-from __future__ import annotations
-
 import json
 import subprocess
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +13,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from parallel_decoupling.data.datamodule import MMEBDataModule
-from parallel_decoupling.data.images import IMAGE_SETTINGS
 from parallel_decoupling.data.names import printable
 from parallel_decoupling.data.row_sources import RowSource, TaskSide
 from parallel_decoupling.data.tasks import EvalTask
@@ -23,38 +20,37 @@ from parallel_decoupling.distributed import gather_objects, rank, world_size
 from parallel_decoupling.evaluation import checks
 from parallel_decoupling.evaluation.encode import RowBatch
 from parallel_decoupling.evaluation.leaderboard import SCORE_FILES_DIR, write_predictions
-from parallel_decoupling.evaluation.report import ScoreReport, write_report
-from parallel_decoupling.evaluation.score import Columns, TaskResult, mode_costs, path_columns, score_task
+from parallel_decoupling.evaluation.report import ScoreReport, console, write_report
+from parallel_decoupling.evaluation.score import TaskResult, mode_costs, path_columns, score_task
 from parallel_decoupling.evaluation.store import AGGREGATE, Keeper, Store, path_vectors
 from parallel_decoupling.files import write_text
 from parallel_decoupling.objective.statistics import path_cosine
-from parallel_decoupling.training.callbacks import console
 from parallel_decoupling.training.module import PDFEmbedder
 
 BAD_ROWS_FILE = "bad_rows.jsonl"
 _Side = tuple[Tensor, dict[int, str]]  # embeddings [U, N, D], and why rows could not be embedded
 
 
+@dataclass
 class CollectedEmbeddings:
     """Embeddings of the rows of a task's side or of a shard, batch by batch in any order."""
 
-    def __init__(self) -> None:
-        self.rows: list[int] = []
-        self.bad_rows: dict[int, str] = {}
-        self.num_cut = 0
-        self._vectors: list[Tensor] = []
+    rows: list[int] = field(default_factory=list)
+    bad_rows: dict[int, str] = field(default_factory=dict)
+    num_cut: int = 0
+    parts: list[Tensor] = field(default_factory=list)
 
     def add(self, batch: RowBatch, embeddings_BND: Tensor) -> None:
         """Take the embeddings of one batch."""
         self.rows += batch.rows
-        self._vectors.append(embeddings_BND[: len(batch.rows)].float().cpu())
+        self.parts.append(embeddings_BND[: len(batch.rows)].float().cpu())
         self.bad_rows |= batch.bad_rows
         self.num_cut += batch.inputs.num_cut
 
     @property
     def vectors(self) -> Tensor:
         """The embeddings of ``rows``, ``[len(rows), N, D]``."""
-        return torch.cat(self._vectors)
+        return torch.cat(self.parts)
 
     def complete(self, num_rows: int, trainer: Trainer, module: LightningModule) -> Tensor | None:
         """Join what all processes have: ``[U, N, D]`` of ``num_rows``, NaN where a row could not be embedded.
@@ -94,11 +90,11 @@ class Scoring(Callback):
         self._run_dir = Path(trainer.log_dir or trainer.default_root_dir)  # all processes must ask
         self._index = -1
         self._side: CollectedEmbeddings | None = None
-        self._query: tuple[Tensor | None, dict[int, str]] = None, {}
+        self._query: _Side | None = None
         self._scores: dict[str, TaskResult] = {}
         self._found: list[checks.Finding] = []
         self._cosines: list[Tensor] = []
-        self._columns: Columns = {}
+        self._modes: dict[str, dict[str, int]] = {}
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -132,9 +128,8 @@ class Scoring(Callback):
             return
         write_report(self.report, self._run_dir)  # whatever happens to the checks
         cosine_NN = torch.stack(self._cosines).mean(dim=0).tolist() if self._cosines else None
-        modes = mode_costs(self._columns)
-        found = [finding.plain() for finding in self._doubts(pl_module)]
-        self.report = replace(self.report, modes=modes, warnings=found, path_cosine=cosine_NN)
+        found = [vars(each) | {"advice": checks.ADVICE[each.check]} for each in self._doubts(pl_module)]
+        self.report = replace(self.report, modes=self._modes, warnings=found, path_cosine=cosine_NN)
         write_report(self.report, self._run_dir)
         tables = self.report.task_table(), self.report.mode_table()
         console().print(*tables, *self.report.warning_panels(), sep="\n")
@@ -160,11 +155,12 @@ class Scoring(Callback):
             if writer and rank() == 0 and embeddings_UND is not None:
                 good = [row for row in range(len(rows)) if row not in bad_rows]
                 writer.write(0, good, path_vectors(embeddings_UND[good]), bad_rows)
-        self._side, query, self._query = None, self._query, (None, {})
+        self._side, query, self._query = None, self._query, None
+        found = None if embeddings_UND is None else (embeddings_UND, bad_rows)
         if rows.side == "query":
-            self._query = embeddings_UND, bad_rows
-        elif query[0] is not None and embeddings_UND is not None:
-            self._score(trainer, module, rows.task, [(query[0], query[1]), (embeddings_UND, bad_rows)])
+            self._query = found
+        elif query and found:
+            self._score(trainer, module, rows.task, [query, found])
         elif not trainer.sanity_checking:
             reason = "not all rows were encoded (limited batches), so it has no score"
             rank_zero_warn(f"{rows.task.task.name}: {reason}.")
@@ -185,7 +181,7 @@ class Scoring(Callback):
         columns = path_columns(queries_UND, candidates_UND, partial(_aggregate, module))
         score = replace(score_task(task, columns), num_skipped=num_rows - len(task.query_of_row))
         self._scores[name] = score
-        self._columns = {name: (each[0][:1], each[1][:1]) for name, each in columns.items()}
+        self._modes = mode_costs(columns)
         if trainer.state.fn != "test" or not trainer.is_global_zero:
             return
         queries, candidates = zip((queries_UND, candidates_UND), columns[AGGREGATE], strict=True)
@@ -210,14 +206,14 @@ class Scoring(Callback):
 
     def _doubts(self, module: PDFEmbedder) -> list[checks.Finding]:
         """Say what makes the scores doubtful. A model that never trained has nothing to differ from."""
-        found = checks.findings(self._found)
+        found = list(self._found)
         if module.progress.steps_done:
-            trained, asked = module.trained_data, self.data.settings
-            found += checks.check_images(trained, {name: asked[name] for name in IMAGE_SETTINGS})
+            trained = module.trained_data
+            found += checks.check_images(trained, self.data.settings)
             same = trained.get("data_dir") in (None, self.data.data_dir)
             folder = self.data.folder if same else Path(trained["data_dir"])
             found += checks.check_prompts(folder, self.data.eval_tasks_data)
-        return found
+        return checks.findings(found)
 
 
 class EmbeddingWriter(Callback):
@@ -255,7 +251,7 @@ class EmbeddingWriter(Callback):
         if not trainer.is_global_zero:
             return
         missing, num_rows, bad_rows = self.keeper.written()
-        bad_rows_file = self.keeper.root / BAD_ROWS_FILE
+        bad_rows_file = Path(self.keeper.root, BAD_ROWS_FILE)
         lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in bad_rows)
         write_text(bad_rows_file, lines.encode("utf-8", "backslashreplace").decode())  # as JSON has it
         message = f"{self.keeper.root}: {num_rows - len(bad_rows):,} rows embedded."

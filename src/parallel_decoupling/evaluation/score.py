@@ -3,8 +3,6 @@
 MMEB has one right answer per query, its positive; other tasks have several, each with a grade.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
@@ -28,9 +26,7 @@ ROWS_AT_ONCE = 256
 
 Columns = dict[str, tuple[Tensor, Tensor]]  # embeddings of queries and of candidates by name
 RowMetrics = dict[str, dict[str, Tensor]]  # by column and METRICS: float64 [rows]
-
-
-NOT_KEPT = ("rows", "ranking")
+NOT_KEPT = ("rows", "ranking")  # of a ``TaskResult`` in files
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,7 @@ class TaskResult:
     """int64 [rows, 10]: best candidates of the first column; -1 where a row has fewer."""
 
     @classmethod
-    def of(cls, task: Task, rows: RowMetrics, ranking: Tensor, chance: float, **about: Any) -> TaskResult:
+    def of(cls, task: Task, rows: RowMetrics, ranking: Tensor, chance: float, **about: Any) -> "TaskResult":
         """Keep the means of all metrics, and of the task's own what every row has."""
         hits = {key: "".join("01"[hit] for hit in of["hit@1"].int().tolist()) for key, of in rows.items()}
         metrics = {key: {name: float(row.mean()) for name, row in of.items()} for key, of in rows.items()}

@@ -3,17 +3,17 @@
 A shard holds consecutive rows of one source and is complete or absent, so a killed run resumes.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -36,6 +36,7 @@ COMPARED = (
     *("num_rows", "rows_per_shard", "rows_sha256"),
 )
 """Metadata in which a shard that is kept must agree with the run that keeps it."""
+REPAIR = "If it is damaged, delete it and run predict again."
 
 VectorType = Literal["float32", "float16"]
 Source = RowSource | TaskSide
@@ -76,25 +77,6 @@ class StoreWriter:
         first = shard * self.about["rows_per_shard"]
         return range(first, min(first + self.about["rows_per_shard"], self.about["num_rows"]))
 
-    def find_kept(self, replace: bool, with_bad_rows: bool) -> frozenset[int]:
-        """Find the shards that are done, the same on all processes; see ``Keeper``."""
-        done, problem = set[int](), None
-        if rank() == 0:
-            remove_leftovers(self.folder)
-            for shard, file in shard_files(self.folder).items():
-                found, wanted = read_metadata(file), {**self.about, "rows_sha256": self._hash(shard)}
-                difference = _difference(found, wanted, COMPARED)
-                if difference and not replace:
-                    problem = f"{file} was written with another {difference}"
-                    break
-                if not difference and (with_bad_rows or not found["bad_rows"]):
-                    done.add(shard)
-        done, problem = gather_objects((done, problem))[0]
-        if problem:
-            raise ValueError(f"{problem}. Give another output_dir, or empty this one.")
-        self.kept = frozenset(done)
-        return self.kept
-
     def write(
         self, shard: int, numbers: Sequence[int], vectors: Vectors, bad_rows: Mapping[int, str]
     ) -> None:
@@ -107,13 +89,12 @@ class StoreWriter:
         table = fields = self.rows.columns(sorted(numbers))
         for name in self.about["columns"]:
             cells_BD = vectors[name][order].float().numpy().astype(self.about["dtype"])
-            cells = pa.FixedSizeListArray.from_arrays(pa.array(cells_BD.reshape(-1)), cells_BD.shape[1])
-            table = table.append_column(name, cells)
+            table = table.append_column(name, to_cells(cells_BD))
         reasons = [
             {"row": row, "id": name, "reason": _without_folders(bad_rows[row], self.rows, row)}
             for row, name in zip(bad, self.rows.columns(bad)["id"].to_pylist(), strict=True)
         ]
-        own = {"shard": shard, "first_row": self.rows_of(shard).start, "rows_sha256": self._hash(shard)}
+        own = {"shard": shard, "first_row": self.rows_of(shard).start, "rows_sha256": self.rows_sha256(shard)}
         metadata = {METADATA_KEY: json.dumps(sealed({**self.about, **own, "bad_rows": reasons}))}
         compression = dict.fromkeys(table.column_names, "none") | dict.fromkeys(fields.column_names, "zstd")
         options: dict[str, Any] = {"use_dictionary": fields.column_names, "compression": compression}
@@ -121,7 +102,7 @@ class StoreWriter:
         with atomic_write(self.folder / f"embeddings-{shard:05d}.parquet") as unfinished:
             pq.write_table(table.replace_schema_metadata(metadata), unfinished, **options)
 
-    def _hash(self, shard: int) -> str:
+    def rows_sha256(self, shard: int) -> str:
         """Identify the rows of a shard; one that cannot be used counts by the reason."""
 
         def content(row: int) -> RawInput:
@@ -133,6 +114,7 @@ class StoreWriter:
         return rows_hash(map(content, self.rows_of(shard)))
 
 
+@dataclass
 class Keeper:
     """The stores of one run of ``test`` or ``predict`` below ``root``, one per source of rows.
 
@@ -140,29 +122,40 @@ class Keeper:
     what another model or other rows have left is encoded again; otherwise it is refused.
     """
 
-    def __init__(
-        self,
-        root: str | Path,
-        model: Callable[[], Mapping[str, Any]],
-        *,
-        dtype: VectorType = "float32",
-        replace: bool = False,
-    ) -> None:
-        self.root, self._model, self._dtype, self._replace = Path(root), model, dtype, replace
-        self.writers: dict[str, StoreWriter] = {}
+    root: str | Path
+    model: Callable[[], Mapping[str, Any]]
+    dtype: VectorType = "float32"
+    replace: bool = False
+    writers: dict[str, StoreWriter] = field(default_factory=dict)
 
     def open(self, rows: Source, about: Mapping[str, Any]) -> StoreWriter:
         """Say where the embeddings of some rows go, and what their files tell of them."""
-        writer = StoreWriter(self.root / rows.name, rows, {**self._model(), **about}, self._dtype)
+        writer = StoreWriter(Path(self.root, rows.name), rows, {**self.model(), **about}, self.dtype)
         self.writers[rows.name] = writer
         return writer
 
     def finished(self, rows: Source, about: Mapping[str, Any], with_bad_rows: bool = True) -> frozenset[int]:
-        """Open the store of some rows and return the shards that are done.
+        """Open the store of some rows and return the shards that are done, the same on all processes.
 
         Without ``with_bad_rows`` a shard in which some rows could not be embedded does not count.
         """
-        return self.open(rows, about).find_kept(self._replace, with_bad_rows)
+        writer, done, problem = self.open(rows, about), set[int](), None
+        if rank() == 0:
+            remove_leftovers(writer.folder)
+            for shard, file in shard_files(writer.folder).items():
+                found = read_metadata(file)
+                wanted = {**writer.about, "rows_sha256": writer.rows_sha256(shard)}
+                difference = _difference(found, wanted, COMPARED)
+                if difference and not self.replace:
+                    problem = f"{file} was written with another {difference}"
+                    break
+                if not difference and (with_bad_rows or not found["bad_rows"]):
+                    done.add(shard)
+        done, problem = gather_objects((done, problem))[0]
+        if problem:
+            raise ValueError(f"{problem}. Give another output_dir, or empty this one.")
+        writer.kept = frozenset(done)
+        return writer.kept
 
     def written(self) -> tuple[int, int, list[dict[str, Any]]]:
         """Return how many shards are missing, how many rows are there, and those that were not embedded."""
@@ -214,10 +207,6 @@ class Store:
     def __len__(self) -> int:
         return sum(self.batch_sizes)
 
-    def dim(self, column: str) -> int:
-        """Return the dimension D of a column."""
-        return int(pq.read_schema(self.files[0]).field(column).type.list_size)
-
     def read(self, batch: int, columns: Sequence[str] | None = None) -> pa.Table:
         """Read one row group; ``columns`` are names of any columns, None reads all."""
         file, group = self._groups[batch]
@@ -225,8 +214,7 @@ class Store:
             with pq.ParquetFile(file, page_checksum_verification=True) as content:
                 return content.read_row_group(group, columns=columns)
         except (OSError, pa.ArrowException) as error:
-            advice = "If it is damaged, delete it and run predict again."
-            raise ValueError(f"{file} cannot be read ({error}). {advice}") from error
+            raise ValueError(f"{file} cannot be read ({error}). {REPAIR}") from error
 
     def vectors(self, batch: int, column: str) -> Tensor:
         """Read a column of one row group as float32 ``[rows, D]``."""
@@ -234,8 +222,8 @@ class Store:
 
     def column(self, column: str) -> Tensor:
         """Read a whole column, float32 ``[len(self), D]``."""
-        parts = [self.vectors(batch, column) for batch in range(len(self.batch_sizes))]
-        return torch.cat([torch.empty(0, self.dim(column)), *parts])
+        empty = torch.empty(0, pq.read_schema(self.files[0]).field(column).type.list_size)
+        return torch.cat([empty, *(self.vectors(batch, column) for batch in range(len(self.batch_sizes)))])
 
     def source_rows(self) -> list[int]:
         """Return the row number in the source of every row of the store."""
@@ -258,6 +246,11 @@ class Store:
         return [found[index] for index in indices]
 
 
+def to_cells(vectors_BD: np.ndarray) -> pa.FixedSizeListArray:
+    """Turn vectors ``[rows, D]`` into the cells of a column."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(vectors_BD.reshape(-1)), vectors_BD.shape[1])
+
+
 def to_tensor(column: pa.ChunkedArray) -> Tensor:
     """Turn a column of vectors into float32 ``[rows, D]``."""
     cells = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
@@ -277,8 +270,7 @@ def read_metadata(file: Path) -> dict[str, Any]:
         metadata = (pq.read_schema(file).metadata or {})[METADATA_KEY]
         return check_seal(json.loads(metadata), file)
     except (OSError, pa.ArrowException, KeyError, json.JSONDecodeError) as error:
-        advice = "If it is damaged, delete it and run predict again."
-        raise ValueError(f"{file} is not a complete file of embeddings ({error}). {advice}") from error
+        raise ValueError(f"{file} is not a complete file of embeddings ({error}). {REPAIR}") from error
 
 
 def chosen_columns(names: Collection[str] | None, num_paths: int) -> tuple[str, ...]:

@@ -3,8 +3,6 @@
 peft is imported where it is used, as that takes half a second and ``fit --help`` does not need it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ Rows of a repeated batch are path-major: row ``n * B + b`` is path ``n`` of samp
 Shapes as in ``batch``; ``R = N * B`` rows.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,6 +20,9 @@ from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, flash_attention_mask, flex_attention_mask, sdpa_mask
+
+Attended = tuple[Tensor, Tensor | None]
+"""What an attention function of transformers returns: outputs ``[R, L, heads, H]``, and weights or None."""
 
 
 class PathStates:
@@ -99,7 +100,7 @@ def extend_block_mask(mask: BlockMask, query: Tensor, prefix_length: int, *, cau
 
 
 def _attend(
-    function: Callable[..., tuple[Tensor, Tensor | None]],
+    function: Callable[..., Attended],
     extend: Callable[..., Any],
     module: nn.Module,
     query: Tensor,
@@ -108,7 +109,7 @@ def _attend(
     attention_mask: Any,
     path_states: PathStates | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
+) -> Attended:
     prefix = path_states.layer(cast(Any, module).layer_idx) if path_states else None
     if path_states is None or prefix is None:
         if path_states and isinstance(attention_mask, BlockMask) and len(query) > attention_mask.shape[0]:
@@ -124,9 +125,7 @@ def _attend(
     return function(module, query, prepend(prefix[0], key), prepend(prefix[1], value), mask, **kwargs)
 
 
-def _flash(
-    module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any
-) -> tuple[Tensor, Tensor | None]:
+def _flash(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Attended:
     """Call FlashAttention, whose window would count the prefix: without it where it holds all real tokens."""
     length, window = query.shape[2], kwargs.get("sliding_window")
     if window is not None and key.shape[2] > length:
@@ -138,12 +137,12 @@ def _flash(
     return flash_attention_forward(module, query, key, *args, **kwargs)
 
 
-def _family_eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+def _family_eager(module: nn.Module, *args: Any, **kwargs: Any) -> Attended:
     """Call the eager attention of the model family that a module comes from."""
     for owner in type(module).__mro__:  # a sharded module is a subclass defined in another file
         function = getattr(sys.modules[owner.__module__], "eager_attention_forward", None)
         if function is not None:
-            return cast(tuple[Tensor, Tensor | None], function(module, *args, **kwargs))
+            return cast(Attended, function(module, *args, **kwargs))
     raise ValueError(f"{type(module).__name__} has no eager attention; use attention='sdpa'")
 
 

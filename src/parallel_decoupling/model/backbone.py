@@ -1,9 +1,7 @@
-"""A backbone, with or without vision: loading it, and one forward call to its last hidden state."""
-
-from __future__ import annotations
+"""A backbone, with or without vision: loading it, what makes its tokens, and one call to its last state."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -11,17 +9,14 @@ from typing import Any, Literal, cast
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, DynamicCache
+from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer, BitsAndBytesConfig, DynamicCache
 
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER
-from parallel_decoupling.model.adapters import AdapterConfig, adapted_layers, add_adapters, load_adapter
+from parallel_decoupling.model.adapters import AdapterConfig, add_adapters, load_adapter
 from parallel_decoupling.model.attention import PathStates, prefix_attention
 from parallel_decoupling.model.families import FAMILIES, Family
 from parallel_decoupling.model.paths import calling, deepstack, enter_layer, hand_down, pooled_only, same_call
-from parallel_decoupling.model.processor import load_processor
-from parallel_decoupling.model.turns import enter_evaluation, restore_modes
-
-__all__ = ["TINY_BACKBONE_DIR", "AdapterConfig", "Backbone", "load_backbone"]
+from parallel_decoupling.model.turns import set_training
 
 TINY_BACKBONE_DIR = Path(__file__).parent / "tiny"
 """The trained few-million-parameter Qwen2-VL that the package ships."""
@@ -96,11 +91,6 @@ class Backbone(nn.Module):
         return nn.Module() if name is None else cast(nn.Module, self.base.get_submodule(name))
 
     @property
-    def adapted_modules(self) -> tuple[str, ...]:
-        """Return the names of the layers with an adapter."""
-        return tuple(adapted_layers(self.base))
-
-    @property
     def dtype(self) -> torch.dtype:
         """Return the dtype of the base model's own weights (adapters are fp32)."""
         return cast(torch.dtype, self.base.dtype)
@@ -167,11 +157,11 @@ class Backbone(nn.Module):
         Modules are in evaluation mode meanwhile, as gradient checkpointing drops caches in training mode. The
         cache keeps every position in sliding layers too: a prefix stands in front of their windows.
         """
-        modes, cache = enter_evaluation(self.base), DynamicCache()
+        trained, cache = set_training(self.base.modules(), False), DynamicCache()
         try:
             self.language_model(inputs_embeds=embeddings, use_cache=True, past_key_values=cache)
         finally:
-            restore_modes(modes)
+            set_training(trained, True)
         return torch.stack([torch.stack((each.keys, each.values), 1) for each in cast(Any, cache).layers], 1)
 
 
@@ -222,12 +212,9 @@ def load_backbone(
         if quantization:  # on this process's GPU: a CPU repacks the weights in evaluation, and cannot train
             gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
             kind["device_map"] = {"": gpu if torch.cuda.is_available() else "cpu"}
-            kind["quantization_config"] = cast(Any, BitsAndBytesConfig)(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=getattr(torch, dtype),
-            )
+            bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+            config_of = cast(Any, BitsAndBytesConfig)
+            kind["quantization_config"] = config_of(**bits, bnb_4bit_compute_dtype=kind["dtype"])
         load = cast(Any, AutoModel).from_pretrained
         try:
             base, info = load(source, output_loading_info=True, **kind, **options)
@@ -249,3 +236,34 @@ def load_backbone(
         else:
             backbone.adapter = load_adapter(base, backbone.family, adapter, initial_adapter)
     return backbone.train()
+
+
+class TextProcessor:
+    """The tokenizer of a language model without vision, called like a processor.
+
+    A tokenizer without a padding token, such as Llama 3's, pads with its end token: the mask hides it.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+
+    def __call__(
+        self, text: Sequence[str], images: Sequence[Any] | None = None, **options: Any
+    ) -> Mapping[str, Tensor]:
+        """Tokenise ``B`` rows; a picture is a ``ValueError``."""
+        if images is not None:
+            raise ValueError("the backbone reads text alone. Leave the picture out, or take one with vision.")
+        return cast(Mapping[str, Tensor], self.tokenizer(text, **options))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the tokenizer's files."""
+        self.tokenizer.save_pretrained(folder)
+
+
+def load_processor(source: str | Path, config: Any, **options: Any) -> Any:
+    """Load the processor of a backbone with this config, or its tokenizer if the config is a text model's."""
+    if config.get_text_config() is config:  # whose files may name a processor all the same, as Gemma 3's do
+        return TextProcessor(AutoTokenizer.from_pretrained(source, **options))
+    return cast(Any, AutoProcessor).from_pretrained(source, **options)

@@ -1,7 +1,5 @@
 """ParallelEncoder: tokenised inputs to one embedding per path, and their aggregate."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from inspect import signature

@@ -1,7 +1,5 @@
 """Model families: the names inside a base model, asked of transformers where it knows them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -53,7 +51,7 @@ class Family:
         if isinstance(self.prompt, Mapping):
             object.__setattr__(self, "prompt", Template(**self.prompt))
 
-    def resolved(self, base: Any, processor: Any) -> Family:
+    def resolved(self, base: Any, processor: Any) -> "Family":
         """Return the family with every name filled in, from the stock base model and its processor."""
         names = {id(module): name for name, module in base.named_modules()}
         language = self.language_module or names[id(base.get_decoder())]

@@ -1,9 +1,7 @@
-"""The weights of an encoder that train, and what identifies weights, a backbone, a processor and rows.
+"""The weights of a model that train, and what identifies weights, a backbone, a processor and rows.
 
 This is the only file that hashes for identity.
 """
-
-from __future__ import annotations
 
 import json
 import re
@@ -32,23 +30,22 @@ VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "dtype", "torch_dtyp
 """Config entries that say how or from where a model was loaded, not what it is."""
 SEAL = "content_sha256"
 """Key of the hash by which a file's plain values are known to be those that were written."""
-PACKAGES = ("parallel-decoupling", "torch", "transformers")
-"""Packages whose version may change an embedding."""
+PACKAGES = ("parallel-decoupling", "torch", "transformers")  # packages whose version may change an embedding
 
 
-def trainable_state(encoder: nn.Module) -> dict[str, Tensor]:
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
     """Return CPU copies of exactly the trainable tensors, by parameter name."""
-    trained = _trained(encoder).items()
+    trained = _trained(model).items()
     return {name: whole(parameter.detach()).to("cpu", copy=True) for name, parameter in trained}
 
 
 @torch.no_grad()
-def load_trainable_state(encoder: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy a state from ``trainable_state`` into an encoder that was built with the same settings.
+def load_trainable_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy a state from ``trainable_state`` into a model that was built with the same settings.
 
     When names or shapes differ, it is a ValueError and nothing is changed.
     """
-    wanted = _trained(encoder)
+    wanted = _trained(model)
     missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     shapes = {name: (list(state[name].shape), list(wanted[name].shape)) for name in wanted if name in state}
     reshaped = [f"{name} {old} instead of {new}" for name, (old, new) in shapes.items() if old != new]
@@ -60,8 +57,8 @@ def load_trainable_state(encoder: nn.Module, state: Mapping[str, Tensor]) -> Non
         parameter.copy_(shard_like(state[name], parameter))
 
 
-def _trained(encoder: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in encoder.named_parameters() if parameter.requires_grad}
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def weights_hash(tensors: Mapping[str, Tensor]) -> str:

@@ -4,8 +4,6 @@ They are named from the folder that holds the name, if they are below or beside 
 Others are left out, as an absolute path means nothing elsewhere and gives away user names.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable, Mapping

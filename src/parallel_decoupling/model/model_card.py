@@ -1,51 +1,15 @@
 """The model card of an exported folder. What is not known is left out; nothing is assumed."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from parallel_decoupling.model.locations import HUB_ID
 
-CARD = """---
-{metadata}
----
-
-# {title}
-
-Multimodal embeddings by parallel decoupling (arXiv 2511.01588).
-
-## Use
-
-```python
-from parallel_decoupling import Embedder
-
-model = Embedder.from_pretrained("path/to/this/folder")
-queries = model.encode_query(["a red circle"])
-candidates = model.encode_document([{{"image": "picture.png"}}])
-model.similarity(queries, candidates)
-```
-
-`paths` of these methods is `"aggregate"` (the default), `"all"`, a number (the cost of the plain backbone) or
-a list of numbers.
-
-{sections}
-
-## Intended use
-
-Embeddings of texts, images and both for search, ranking, clustering and classification by nearest neighbour,
-with inputs like those that it was trained on. Not for decisions about people, and not as the only judge of
-what a picture shows.
-
-## Limits
-
-- It knows what its backbone and the training data above hold, with their gaps and biases.
-- Scores are of the tasks above; other data needs an evaluation of its own.
-- Embeddings of different paths, or of another export, are not comparable with each other.
-"""
+TEMPLATE = Path(__file__).with_suffix(".md")
 
 
 def model_card(
@@ -89,7 +53,8 @@ def model_card(
     card = ModelCardData(**{**named, **(head or {})})
     tables = {section: _table(rows) for section, rows in sections.items()}
     shown = "\n\n".join(f"## {section}\n\n{table}" for section, table in tables.items() if table)
-    return CARD.format(metadata=card.to_yaml(), title=_cell(title), sections=shown)
+    template = TEMPLATE.read_text(encoding="utf-8")
+    return template.format(metadata=card.to_yaml(), title=_cell(title), sections=shown)
 
 
 def _results(config: Mapping[str, Any], scores: Mapping[str, Any] | None) -> list[EvalResult] | None:

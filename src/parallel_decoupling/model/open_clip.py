@@ -1,7 +1,5 @@
 """OpenCLIP, the baseline without a multimodal LLM: a text and an image tower that look like one encoder."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -109,7 +107,7 @@ class OpenCLIPEncoder(nn.Module):
         towers = [parameter for parameter in self.backbone.parameters() if parameter.requires_grad]
         return {"adapters": towers, "prefixes": [], "aggregation": []}
 
-    def train(self, mode: bool = True) -> OpenCLIPEncoder:
+    def train(self, mode: bool = True) -> "OpenCLIPEncoder":
         """Set the mode; batch normalisation keeps its statistics, which no checkpoint holds."""
         super().train(mode)
         for module in self.modules():

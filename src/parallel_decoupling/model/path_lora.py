@@ -1,7 +1,5 @@
 """A low-rank adapter for every path: paths that share the frozen weights, and nothing that trains."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, cast
 

@@ -1,7 +1,5 @@
 """From B rows to N * B: the hooks that repeat a batch once per path, path-major."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar

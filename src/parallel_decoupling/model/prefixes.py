@@ -1,7 +1,5 @@
 """Prefixes: the trainable part that makes one backbone see one input in N ways."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, cast
 

@@ -4,8 +4,6 @@ Nothing is unpickled, no code of a folder runs. Of a local folder nothing is dow
 hub must be in the local cache.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -22,17 +20,16 @@ from parallel_decoupling.files import atomic_write
 from parallel_decoupling.model import encoder as encoders
 from parallel_decoupling.model import identity, run_checkpoint
 from parallel_decoupling.model.adapters import AdapterConfig, adapted_layers
-from parallel_decoupling.model.backbone import Backbone, Dtype
+from parallel_decoupling.model.backbone import Backbone, Dtype, load_processor
 from parallel_decoupling.model.encoder import Encoder, ParallelEncoder
 from parallel_decoupling.model.families import FAMILIES, Family
 from parallel_decoupling.model.locations import HUB_ID, located, portable
 from parallel_decoupling.model.model_card import model_card
 from parallel_decoupling.model.open_clip import is_open_clip
 from parallel_decoupling.model.path_lora import PathLoRA
-from parallel_decoupling.model.processor import load_processor
 
 MODEL_TYPE = "parallel_decoupling"
-CONFIG_FILE, WEIGHTS_FILE, SCORES_FILE = "config.json", "model.safetensors", "scores.json"
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 PROCESSOR_DIR, BACKBONE_DIR = "processor", "backbone"
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md")
 ABOUT = ("query_instruction", "candidate_instruction", "images", "max_tokens", "long_text", "run")
@@ -46,18 +43,6 @@ def is_pretrained(folder: str | Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and content.get("model_type") == MODEL_TYPE
-
-
-def scores_of(file: str | Path) -> dict[str, Any] | None:
-    """Return the ``scores.json`` of a checkpoint's run if it is of exactly these weights."""
-    folder = Path(file).parent
-    run_dir = folder.parent if folder.name == run_checkpoint.LAST_CHECKPOINT.parent.name else folder
-    if not (run_dir / SCORES_FILE).is_file():
-        return None
-    scores: dict[str, Any] = json.loads((run_dir / SCORES_FILE).read_text(encoding="utf-8"))
-    run = run_checkpoint.run_info(run_checkpoint.read_checkpoint(file))
-    same = all(scores["run"].get(key) == run[key] for key in ("global_step", "seed", "token_passes"))
-    return scores if same else None
 
 
 def load_encoder(

@@ -1,7 +1,5 @@
 """Where the checkpoint of a run is, and reading it without unpickling."""
 
-from __future__ import annotations
-
 import pickle
 import zlib
 from collections.abc import Mapping
@@ -26,6 +24,12 @@ def checkpoint_file(path: str | Path) -> Path:
             return file
     known = f"a run folder with {LAST_CHECKPOINT}, or a folder that save_pretrained or lightning export wrote"
     raise ValueError(f"no model at {str(path)!r}: name a checkpoint, {known}")
+
+
+def run_dir_of(path: str | Path) -> Path:
+    """Return the folder of the run that a checkpoint is in; a folder is that itself."""
+    folder = Path(path) if Path(path).is_dir() else Path(path).resolve().parent
+    return folder.parent if folder.name == LAST_CHECKPOINT.parent.name else folder
 
 
 def read_checkpoint(file: str | Path) -> dict[str, Any]:

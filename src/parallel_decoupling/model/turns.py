@@ -1,29 +1,19 @@
 """Whose turn it is at a shared encoder: calls of threads encode side by side, a training step runs alone."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from threading import Condition
 from typing import Any
 
 from torch import nn
 
-Modes = list[tuple[nn.Module, bool]]
 
-
-def enter_evaluation(module: nn.Module) -> Modes:
-    """Set evaluation mode, and return what ``restore_modes`` takes back: the modules that were training."""
-    modes = [(each, True) for each in module.modules() if each.training]
-    for each, _ in modes:
-        each.training = False
-    return modes
-
-
-def restore_modes(modes: Modes) -> None:
-    """Give every submodule the mode that it had."""
-    for module, training in modes:
+def set_training(modules: Iterable[nn.Module], training: bool) -> list[nn.Module]:
+    """Set the mode of modules, not of what is inside them, and return those for which it is another one."""
+    changed = [module for module in modules if module.training != training]
+    for module in changed:
         module.training = training
+    return changed
 
 
 class Turns:
@@ -35,7 +25,7 @@ class Turns:
     def __init__(self) -> None:
         self._condition = Condition()
         self._encoding, self._waiting, self._alone = 0, 0, False
-        self._modes: Modes = []
+        self._in_training: list[nn.Module] = []
 
     def __reduce__(self) -> Any:
         return Turns, ()
@@ -46,7 +36,7 @@ class Turns:
         with self._condition:
             self._condition.wait_for(lambda: not self._alone and not self._waiting)
             if not self._encoding:
-                self._modes = enter_evaluation(encoder)
+                self._in_training = set_training(encoder.modules(), False)
             self._encoding += 1
         try:
             yield
@@ -54,7 +44,7 @@ class Turns:
             with self._condition:
                 self._encoding -= 1
                 if not self._encoding:
-                    restore_modes(self._modes)
+                    set_training(self._in_training, True)
                     self._condition.notify_all()
 
     @contextmanager

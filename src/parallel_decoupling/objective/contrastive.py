@@ -4,8 +4,6 @@ Shapes: ``B`` queries, ``G`` candidates (``G >= B`` with gathered or hard negati
 ``D`` embedding dim, ``A`` positives and ``K`` candidates of a query's own row.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -3,8 +3,6 @@
 Shapes: ``B`` batch, ``N`` paths, ``D`` embedding dim.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -5,16 +5,13 @@ x of q and path j its target y. Every estimate is a mean over dimensions, so tha
 not depend on ``D``. The caller detaches the paths for the fit and freezes q in the main step.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from parallel_decoupling.objective.alternatives import WITHOUT_FIT
-from parallel_decoupling.objective.conditional import unexplained
+from parallel_decoupling.objective.alternatives import WITHOUT_FIT, unexplained
 from parallel_decoupling.option_types import check_memory
 
 Unconditional = Literal["vclub", "hsic", "crosscov", "orthogonal", "none"]
@@ -109,8 +106,6 @@ class MutualInformation(nn.Module):
         kind: ``vclub`` fits a network q; ``hsic``, ``crosscov`` and ``orthogonal`` (see ``alternatives``)
             need no fit; ``none`` is zero. ``vclub_given_target`` and ``orthogonal_given_target`` are the same
             functions of what the target leaves ``unexplained``.
-        num_paths: N.
-        embed_dim: D.
         hidden_size: width of q's hidden layer, per pair.
 
     Attributes:
@@ -169,15 +164,3 @@ class MutualInformation(nn.Module):
         path_BND = paths.to(torch.promote_types(paths.dtype, torch.float32)) if angles else standardise(paths)
         path_NBD = path_BND.transpose(0, 1)
         return path_NBD[self.pairs[:, 0]], path_NBD[self.pairs[:, 1]]
-
-
-def mi_weight_schedule(step: int, *, weight: float, warmup_steps: int, ramp_steps: int) -> float:
-    """Return the weight of the mutual-information term after ``step`` main steps (ours).
-
-    0 while only q is fitted, for ``warmup_steps``; then a straight line up to ``weight`` over ``ramp_steps``.
-    """
-    if step < warmup_steps:
-        return 0.0
-    if step >= warmup_steps + ramp_steps:
-        return weight
-    return weight * (step - warmup_steps) / ramp_steps

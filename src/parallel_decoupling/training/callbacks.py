@@ -14,7 +14,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from rich.console import Console
 
 from parallel_decoupling.batch import PADDING_ID, PairBatch
 from parallel_decoupling.distributed import gather_objects, world_size
@@ -28,20 +27,12 @@ from parallel_decoupling.training.terms import mean_over_pairs
 if TYPE_CHECKING:
     from parallel_decoupling.training.module import PDFEmbedder
 
-
-ADVICE = {
+ADVICE = {  # what to do, by kind of collapse
     "candidates": "Use a larger data.batch_size, hard negatives, or subsets with different targets",
     "rank": "Lower learning rates or mi_weight, or warm up longer",
     "loss": "Lower learning rates or mi_weight, and check that rows and images are read as intended",
     "paths": "Raise optimizer.prefix_learning_rate, prefix_length or mi_weight, or use prefix_init=meta",
 }
-"""What to do, by kind of collapse."""
-
-
-def console() -> Console:
-    """Return the terminal, or 120 columns of a file."""
-    terminal = Console()
-    return terminal if terminal.is_terminal else Console(width=120)
 
 
 class RunSummary(Callback):

@@ -4,8 +4,6 @@ A pass without graph gives embeddings as one leaf; after the loss's backward pas
 again with the same seed and now with graph. Rows of similar length share a chunk, so that little is padding.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -16,11 +15,11 @@ from torch import Tensor, nn
 from parallel_decoupling.batch import EncoderInputs, LongText, PairBatch, TokenLimit
 from parallel_decoupling.distributed import rank, world_size
 from parallel_decoupling.model import run_checkpoint
-from parallel_decoupling.model.backbone import AdapterConfig
+from parallel_decoupling.model.adapters import AdapterConfig
 from parallel_decoupling.model.encoder import build_encoder, nested_dims
 from parallel_decoupling.model.families import Family
 from parallel_decoupling.model.identity import about_encoder, backbone_fingerprint, encoder_identity
-from parallel_decoupling.model.turns import enter_evaluation, restore_modes
+from parallel_decoupling.model.turns import set_training
 from parallel_decoupling.objective.vclub import MutualInformation
 from parallel_decoupling.option_types import (
     Dims,
@@ -170,10 +169,12 @@ class PDFEmbedder(LightningModule):
             pairs = terms.gather_pairs(
                 query,
                 candidate,
-                aggregate=self.encoder.aggregate,
-                dims=self.nested_dims,
+                batch.candidate_ids,
+                self.encoder.aggregate,
+                self.nested_dims,
                 nested_paths=given.nested_paths,
-                **batch.labels,
+                num_positives=batch.num_positives,
+                teacher=batch.teacher,
             )
             # 2. The estimator's own steps, on detached embeddings.
             held_out, nll = self._fit_estimator(pairs)
@@ -305,7 +306,7 @@ class PDFEmbedder(LightningModule):
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Load; without ``strict`` only what trains counts as missing."""
         keys = super().load_state_dict(state_dict, strict=strict, assign=assign)
-        trains = checkpoint.trained_state(self).keys()
+        trains = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         keys.missing_keys[:] = [name for name in keys.missing_keys if strict or name in trains]
         return keys
 
@@ -326,12 +327,12 @@ class PDFEmbedder(LightningModule):
     def on_validation_model_eval(self) -> None:
         """Enter evaluation mode when no thread encodes."""
         with self.encoder.turns.alone():
-            self._modes = enter_evaluation(self)
+            self._in_training = set_training(self.modules(), False)
 
     def on_validation_model_train(self) -> None:
         """Go back to the modes of before the validation."""
         with self.encoder.turns.alone():
-            restore_modes(self._modes)
+            set_training(self._in_training, True)
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
@@ -341,7 +342,7 @@ class PDFEmbedder(LightningModule):
     def identity(self) -> dict[str, Any]:
         """Identify what turns inputs into embeddings; see ``model.identity.encoder_identity``."""
         precision = None if self._trainer is None else str(self._trainer.precision)
-        shaping = settings.group(settings.SHAPES_EMBEDDINGS, self.hparams)
+        shaping = {name: self.hparams[name] for name in settings.SHAPES_EMBEDDINGS}
         known = self.fingerprint
         return encoder_identity(self.encoder, fingerprint=known, precision=precision, settings=shaping)
 
@@ -367,10 +368,8 @@ class PDFEmbedder(LightningModule):
         """Return the same weights without Lightning; pictures are treated as in training."""
         from parallel_decoupling.evaluation.embedder import Embedder
 
-        about = self.query_instruction, self.candidate_instruction, self.images
-        embedder = Embedder(self.encoder, *about, self.limit.max_tokens, self.limit.long_text)
-        embedder.run = self.run_info()
-        return embedder
+        instructions = self.query_instruction, self.candidate_instruction
+        return Embedder(self.encoder, *instructions, self.images, **vars(self.limit), run=self.run_info())
 
     def encode(self, inputs: Any, **options: Any) -> Tensor:
         """Embed texts, images and dictionaries of both; see ``Embedder.encode``."""
@@ -389,7 +388,3 @@ class PDFEmbedder(LightningModule):
     def similarity(self, a: Tensor, b: Tensor) -> Tensor:
         """Compare all pairs; see ``Embedder.similarity``."""
         return self.embedder.similarity(a, b)
-
-    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
-        """Write a folder to share; see ``Embedder.save_pretrained``."""
-        self.embedder.save_pretrained(folder, **options)

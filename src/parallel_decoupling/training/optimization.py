@@ -1,7 +1,5 @@
 """Both optimizers: parameter groups, the learning rate schedule, and how long a run is."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +10,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from parallel_decoupling.distributed import average_gradients, clip_gradients
-from parallel_decoupling.objective.vclub import Kind, mi_weight_schedule
+from parallel_decoupling.objective.vclub import Kind
 from parallel_decoupling.option_types import (
     NonNegativeFloat,
     NonNegativeInt,
@@ -79,9 +77,12 @@ class MIConfig:
         check_values(MIConfig, vars(self), "mi.")
 
     def weight_at(self, step: int, weight: float) -> float:
-        """Return the weight of the term at a main step; ``weight`` is the final one."""
-        steps = {"warmup_steps": self.warmup_steps, "ramp_steps": self.ramp_steps}
-        return mi_weight_schedule(step, weight=weight, **steps)
+        """Return the weight of the term after ``step`` main steps; ``weight`` is the final one (ours)."""
+        if step < self.warmup_steps:
+            return 0.0
+        if step >= self.warmup_steps + self.ramp_steps:
+            return weight
+        return weight * (step - self.warmup_steps) / self.ramp_steps
 
 
 def main_optimizer(groups: Mapping[str, Iterable[nn.Parameter]], config: OptimizerConfig) -> AdamW:

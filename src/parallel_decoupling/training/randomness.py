@@ -1,7 +1,5 @@
 """Seeds as a pure function of where a run is: no generator state is saved, chunks replay their dropout."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Where a run has its checkpoints, and whether a folder holds one; ``trainer`` are the Trainer's options."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Mapping
 from itertools import chain
@@ -84,18 +82,14 @@ def _last(folder: Path) -> Path:
     """Return ``last.ckpt``, or the newest of those that Lightning has numbered."""
     file = folder / LAST_CHECKPOINT.name
     files = filter(Path.is_file, (file, *folder.glob(f"{file.stem}-v*{SUFFIX}")))
-    return max(files, key=_time, default=file)
+    return max(files, key=os.path.getmtime, default=file)
 
 
 def _best(folder: Path) -> Path | None:
     """Return the best checkpoint of the ModelCheckpoint that monitors a value, as the newest one knows it."""
-    newest = max(folder.glob(f"*{SUFFIX}"), key=_time, default=None)
+    newest = max(folder.glob(f"*{SUFFIX}"), key=os.path.getmtime, default=None)
     states = {} if newest is None else read_checkpoint(newest).get("callbacks", {})
     for name, state in states.items():
         if name.startswith("ModelCheckpoint") and state["monitor"] is not None and state["best_model_path"]:
             return folder / Path(state["best_model_path"]).name  # the run may have been moved
     return None
-
-
-def _time(file: Path) -> int:
-    return file.stat().st_mtime_ns

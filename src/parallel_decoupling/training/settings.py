@@ -1,18 +1,16 @@
-"""The one table of ``PDFEmbedder``'s settings, their plain values, and the combinations that cannot work.
+"""What ``PDFEmbedder``'s settings shape, their plain values, and the combinations that cannot work.
 
 Plain, because a checkpoint holds them and is read with ``torch.load(weights_only=True)``.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from parallel_decoupling.distributed import world_size
-from parallel_decoupling.model.backbone import AdapterConfig
+from parallel_decoupling.model.adapters import AdapterConfig
 from parallel_decoupling.model.encoder import absolute_name
 from parallel_decoupling.model.families import Family
 from parallel_decoupling.option_types import check_memory
@@ -23,41 +21,11 @@ CONFIGS: dict[str, Any] = dict(adapter=AdapterConfig, mi=MIConfig, optimizer=Opt
 """Settings with options of their own, and the class of these."""
 
 _BATCH = ("batch_size", "hard_negatives", "positives")
-_TABLE = """
-num_paths               paths  weights  embeddings
-prefix_length           paths  weights  embeddings
-prefix_layers           paths  weights  embeddings
-prefix_type             paths  weights  embeddings
-prefix_init             paths
-aggregation             paths  weights  embeddings
-seed                    paths
-adapter                        weights  embeddings
-dtype                                   embeddings
-attention                               embeddings
-quantization                            embeddings
-mi.kind                        weights
-mi.hidden_size                 weights
-learn_temperature              weights
-max_tokens                              embeddings
-long_text                               embeddings
-"""
-SETTINGS = {name: marks for name, *marks in map(str.split, _TABLE.strip().splitlines())}
-"""Whether ParallelEncoder takes a setting (paths); whether it shapes what a checkpoint holds (weights), so
-that all subcommands but fit take it from there; and whether it changes embeddings although no weight tells.
-A name with a dot is an option of a config."""
-
-
-def _marked(mark: str) -> tuple[str, ...]:
-    return tuple(name for name, marks in SETTINGS.items() if mark in marks)
-
-
-PATHS = _marked("paths")
-SHAPES_WEIGHTS, SHAPES_EMBEDDINGS = _marked("weights"), _marked("embeddings")
-
-
-def group(names: Iterable[str], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of these names."""
-    return {name: arguments[name] for name in names}
+_ENCODER = ("num_paths", "prefix_length", "prefix_layers", "prefix_type", "aggregation", "adapter")
+SHAPES_WEIGHTS = (*_ENCODER, "mi.kind", "mi.hidden_size", "learn_temperature")
+"""Settings that shape what a checkpoint holds: all subcommands but fit take them from there."""
+SHAPES_EMBEDDINGS = (*_ENCODER, "dtype", "attention", "quantization", "max_tokens", "long_text")
+"""Settings that change embeddings although no weight tells. A dot stands before an option of a config."""
 
 
 def read_settings(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -112,7 +80,7 @@ def check_fit(settings: Mapping[str, Any], data: Mapping[str, Any], encoder: Any
     check_trained_dtype(settings)
     if not data or strategy.root_device.type != "cpu":  # another data module, or a GPU, which says so itself
         return
-    paths, (queries, *more) = settings["num_paths"], group(_BATCH, data).values()
+    paths, (queries, *more) = settings["num_paths"], (data[name] for name in _BATCH)
     candidates = queries * sum(more)
     width = 0 if settings["chunk_size"] else getattr(encoder.backbone, "num_layers", 0)
     numbers = candidates * ((paths + 1) * (queries + encoder.embed_dim) + paths * width * encoder.embed_dim)

@@ -3,8 +3,6 @@
 Gradients of what is not sharded are averaged by ``distributed.average_gradients``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -22,7 +20,6 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from parallel_decoupling.distributed import broadcast_parameters, rank, shard_like, whole
-from parallel_decoupling.model.backbone import Backbone
 from parallel_decoupling.model.encoder import Encoder, ParallelEncoder
 from parallel_decoupling.model.prefixes import ShallowPrefixes
 
@@ -102,13 +99,16 @@ def own_gradients_only(strategy: Any) -> AbstractContextManager[None]:
     return cast(AbstractContextManager[None], getattr(strategy, "block_backward_sync", nullcontext)())
 
 
-def shard_backbone(backbone: Backbone, mesh: DeviceMesh) -> None:
+def shard_encoder(encoder: Encoder, mesh: DeviceMesh) -> None:
     """Shard the language model's weights over ``mesh``, block by block; doing it again changes nothing.
 
     Everything outside the language model stays whole, as not every process has images, and so do adapters,
     whose gradients are averaged once per step. With ``adapter.kind: full`` the language model trains
-    sharded.
+    sharded. A ``ValueError`` for what FSDP2 cannot train.
     """
+    if not isinstance(encoder, ParallelEncoder) or isinstance(encoder.prefixes, ShallowPrefixes):
+        raise ValueError("fsdp2 trains neither OpenCLIP models nor prefix_type=shallow: use strategy ddp.")
+    backbone = encoder.backbone
     if isinstance(backbone.base, FSDPModule):
         return
     quantised = [name for name, p in backbone.base.named_parameters() if not p.is_floating_point()]
@@ -123,13 +123,6 @@ def shard_backbone(backbone: Backbone, mesh: DeviceMesh) -> None:
     for module in (*backbone.layers, backbone.base):
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=kept_whole)
     backbone.layers[0].register_forward_pre_hook(_same_graph_everywhere, prepend=True)
-
-
-def shard_encoder(encoder: Encoder, mesh: DeviceMesh) -> None:
-    """Shard an encoder's backbone over ``mesh``; raise ``ValueError`` for one that FSDP2 cannot train."""
-    if not isinstance(encoder, ParallelEncoder) or isinstance(encoder.prefixes, ShallowPrefixes):
-        raise ValueError("fsdp2 trains neither OpenCLIP models nor prefix_type=shallow: use strategy ddp.")
-    shard_backbone(encoder.backbone, mesh)
 
 
 def _same_graph_everywhere(first_layer: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -4,11 +4,9 @@ Every rank computes the SAME terms, of all ranks' rows; gradient reaches its own
 used after the gather ``1 / world_size`` of it (``shared``), so that the sum over ranks is one process's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -39,7 +37,7 @@ class GatheredPairs:
     candidate_aggregate: Tensor
     own: Tensor
     candidate_ids: Tensor
-    nested: tuple[GatheredPairs, ...] = ()
+    nested: "tuple[GatheredPairs, ...]" = ()
     num_positives: int = 1
     teacher: Tensor | None = None
 
@@ -53,11 +51,11 @@ class GatheredPairs:
         """Return what ``info_nce`` and ``in_batch_margins`` compare candidates by."""
         return {"positive": self.own[:, : self.num_positives], "candidate_ids": self.candidate_ids}
 
-    def detach(self) -> GatheredPairs:
+    def detach(self) -> "GatheredPairs":
         """The same rows without graph, and without nested ones."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        tensors = {name: value.detach() for name, value in values.items() if isinstance(value, Tensor)}
-        return GatheredPairs(**{**values, "nested": (), **tensors})
+        changed: dict[str, Any] = {"nested": ()}
+        changed |= {name: each.detach() for name, each in vars(self).items() if isinstance(each, Tensor)}
+        return replace(self, **changed)
 
 
 def gather_pairs(

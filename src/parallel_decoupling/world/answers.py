@@ -5,8 +5,6 @@ in the layouts of MMEB-V2, for evaluation alone. Neither is in the default mixtu
 unless it is named.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -19,32 +17,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from parallel_decoupling.world.scenes import (
-    COLORS,
-    HELD_OUT,
-    POSITIONS,
-    SHAPES,
-    SIZES,
-    WORDS,
-    Scene,
-    render,
-    sample_item,
-    sample_scene,
-)
+from parallel_decoupling.world import scenes as world
+from parallel_decoupling.world.scenes import HELD_OUT, SHAPES, Rng, Scene, render, sample_item, sample_scene
 
 GROUP, PAGES = "several_answers", "pages_and_clips"
 MOST_POSITIVES, FRAMES = 4, 10
 FILE = "test-00000-of-00001.parquet"
 
-Rng = np.random.Generator
 Rows = list[dict[str, Any]]
-Grade = Callable[[Scene], int]
-"""Of a picture as an answer to a text, 0 for a wrong one."""
+Grade = Callable[[Scene], int]  # of a picture as an answer to a text, 0 for a wrong one
 
 
 def objects(rng: Rng, scenes: Sequence[Scene], count: int) -> dict[str, Grade]:
     """Ask for an object by color and shape, often by size, too; one of another size is half right."""
-    kinds = [kind for kind in product(SHAPES, COLORS, ("", *SIZES)) if kind[:2] not in HELD_OUT]
+    kinds = [kind for kind in product(SHAPES, world.COLORS, ("", *world.SIZES)) if kind[:2] not in HELD_OUT]
     asked = (kinds[number] for number in rng.permutation(len(kinds)))
     wanted: dict[str, Grade] = {}
     for shape, color, size in asked:
@@ -121,7 +107,7 @@ def write_pages_and_clips(data_dir: Path, rng: Rng, count: int) -> dict[str, dic
 
     Pictures of ``WordPages`` are bytes in the corpus, those of ``FigurePages`` files named by its ids.
     """
-    cells = [tuple(map(str, rng.permutation(WORDS)[:4])) for _ in range(count)]
+    cells = [tuple(map(str, rng.permutation(world.WORDS)[:4])) for _ in range(count)]
     words = [replace(sample_scene(rng), cells=each) for each in cells]
     figures = [sample_scene(rng, num_objects=int(rng.integers(2, 4)), word_share=1) for _ in range(count)]
     entries, about = {}, {"meta_task": "retrieval", "in_distribution": False}
@@ -131,20 +117,15 @@ def write_pages_and_clips(data_dir: Path, rng: Rng, count: int) -> dict[str, dic
         entry["columns"] = {"query_text": "query", "candidate_image": "image"}
         entry["query_instruction"] = "Find a document image that matches the given query:"
         entry["candidate_instruction"] = "Understand the content of the provided document image."
-        entries[name] = {
-            **entry,
-            "language": "english",
-            **dict.fromkeys(("eval_dir", "image_dir"), f"{PAGES}/{name}"),
-        }
+        entry |= dict.fromkeys(("eval_dir", "image_dir"), f"{PAGES}/{name}")
+        entries[name] = entry | {"language": "english"}
     folder = f"{PAGES}/MovingShape"
     _write_clips(data_dir / folder, rng, count // 2)
     clips = {**about, "group": PAGES, "columns": {"query_text": "caption", "candidate_image": "video_id"}}
     clips["query_instruction"] = "Find a video that contains the following visual content:"
     clips["candidate_instruction"] = "Understand the content of the provided video."
-    return {
-        **entries,
-        "MovingShape": {**clips, "eval_file": f"{folder}/{FILE}", "image_dir": f"{folder}/frames"},
-    }
+    clips |= {"eval_file": f"{folder}/{FILE}", "image_dir": f"{folder}/frames"}
+    return {**entries, "MovingShape": clips}
 
 
 def _write_pages(folder: Path, pages: list[Scene], rng: Rng, *, as_bytes: bool) -> None:
@@ -171,7 +152,7 @@ def _write_clips(folder: Path, rng: Rng, count: int) -> None:
     rows: dict[str, str] = {}
     while len(rows) < count:
         item, (start, end) = sample_item(rng), rng.permutation(4)[:2].tolist()
-        caption = f"{item} moves from the {POSITIONS[start]} to the {POSITIONS[end]}"
+        caption = f"{item} moves from the {world.POSITIONS[start]} to the {world.POSITIONS[end]}"
         name = rows.setdefault(caption, f"{len(rows)}")
         cells, clip = tuple(item if place == start else None for place in range(4)), list[Scene]()
         for number in range(FRAMES):

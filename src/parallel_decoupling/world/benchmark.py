@@ -3,8 +3,6 @@
 ``data.readers`` reads it like MMEB; ``tasks.json`` holds meta-task and distribution of every task.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable
@@ -20,6 +18,7 @@ from parallel_decoupling.data.tables import default_cache_dir
 from parallel_decoupling.files import atomic_write
 from parallel_decoupling.world.answers import ANSWER_TASKS, write_answers, write_pages_and_clips
 from parallel_decoupling.world.rows import WORLD_TASKS, Row, Side, WorldTask
+from parallel_decoupling.world.scenes import Rng
 
 TRAIN_ROWS, EVAL_ROWS, CANDIDATES = 1500, 150, 16
 
@@ -98,7 +97,7 @@ def _write_train(train_dir: Path, task: WorldTask, rows: list[Row]) -> None:
     pq.write_table(pa.Table.from_pylist(table), train_dir / task.name / "original-00000-of-00001.parquet")
 
 
-def _write_eval(eval_dir: Path, task: WorldTask, rows: list[Row], rng: np.random.Generator) -> None:
+def _write_eval(eval_dir: Path, task: WorldTask, rows: list[Row], rng: Rng) -> None:
     write = _image_writer(eval_dir, task.name, "image")
     positives = [write(row.positive) for row in rows]
     table: list[dict[str, str | list[str]]] = []

@@ -1,7 +1,5 @@
 """Pictures that are not scenes: rendered characters with their Unicode names, handwritten digits."""
 
-from __future__ import annotations
-
 import unicodedata
 from functools import cache
 
@@ -10,7 +8,7 @@ from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_digits
 
-from parallel_decoupling.world.scenes import IMAGE_SIZE
+from parallel_decoupling.world.scenes import IMAGE_SIZE, Rng
 
 CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZΓΔΘΛΞΠΣΦΨΩαβλμ←↑→↓♠♣♥♦★☎☀☂♩♫"
 """Characters of the glyph family: digits, Latin and Greek letters, symbols."""
@@ -28,9 +26,7 @@ def unicode_name(character: str) -> str:
     return unicodedata.name(character).lower()
 
 
-def render_glyph(
-    character: str, font_name: str, rng: np.random.Generator, *, coarse: bool = False
-) -> Image.Image:
+def render_glyph(character: str, font_name: str, rng: Rng, *, coarse: bool = False) -> Image.Image:
     """Draw one character, dark on light, 64 x 64 RGB; with ``coarse`` as a low-resolution scan."""
     font = _font(font_name, int(rng.integers(48, 58)))
     picture = Image.new("L", (IMAGE_SIZE, IMAGE_SIZE), 0)

@@ -1,13 +1,9 @@
 """Questions with one right answer about a scene, and one-aspect descriptions of it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from parallel_decoupling.world import scenes
-from parallel_decoupling.world.scenes import POSITIONS, SHAPES, Item, Scene
+from parallel_decoupling.world.scenes import POSITIONS, SHAPES, Item, Rng, Scene
 
 COLORS, SIZES = tuple(scenes.COLORS), tuple(scenes.SIZES)
 
@@ -65,7 +61,7 @@ def relation_questions(scene: Scene) -> list[Question]:
     return found
 
 
-def sample_edit(rng: np.random.Generator, scene: Scene) -> tuple[str, Scene]:
+def sample_edit(rng: Rng, scene: Scene) -> tuple[str, Scene]:
     """Draw an instruction that changes one thing, and the scene after it."""
     index, item = scene.objects[rng.integers(len(scene.objects))]
     name = f"{item.color} {item.shape}"

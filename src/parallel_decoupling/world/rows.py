@@ -3,21 +3,16 @@
 Prompts follow MMEB; tasks out of distribution show what no training row has.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-import numpy as np
 from PIL import Image
 
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER
 from parallel_decoupling.world import glyphs, scenes
 from parallel_decoupling.world.questions import Question, questions, relation_questions, sample_edit
-from parallel_decoupling.world.scenes import Item, Scene, change_item, crop, render, sample_scene
-
-Rng = np.random.Generator
+from parallel_decoupling.world.scenes import Item, Rng, Scene, change_item, crop, render, sample_scene
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,6 @@
 The background is lit, redder to the right and bluer to the bottom, so that a patch of it tells its place.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from functools import cache
@@ -39,6 +37,7 @@ HELD_OUT = frozenset(zip(SHAPES, ("purple", "orange", "cyan", "pink", "green", "
 """Shape and color combinations that no training picture or caption shows."""
 
 IMAGE_SIZE, _CELL, _OVERSAMPLE = 64, 32, 8
+Rng = np.random.Generator
 
 
 @dataclass(frozen=True)
@@ -80,12 +79,12 @@ class Scene:
         ]
         return f"{', '.join(parts)}, on a {self.background} background"
 
-    def with_cell(self, index: int, cell: Item | str | None) -> Scene:
+    def with_cell(self, index: int, cell: Item | str | None) -> "Scene":
         """Return the scene with another content of one quadrant."""
         return replace(self, cells=self.cells[:index] + (cell,) + self.cells[index + 1 :])
 
 
-def sample_item(rng: np.random.Generator, *, held_out: bool = False) -> Item:
+def sample_item(rng: Rng, *, held_out: bool = False) -> Item:
     """Draw an object; with ``held_out`` from the unseen combinations, else never from them."""
     pairs = _combinations(held_out)
     shape, color = pairs[rng.integers(len(pairs))]
@@ -93,11 +92,7 @@ def sample_item(rng: np.random.Generator, *, held_out: bool = False) -> Item:
 
 
 def sample_scene(
-    rng: np.random.Generator,
-    *,
-    num_objects: int | None = None,
-    word_share: float = 0.35,
-    held_out: bool = False,
+    rng: Rng, *, num_objects: int | None = None, word_share: float = 0.35, held_out: bool = False
 ) -> Scene:
     """Draw a scene of different objects, and with probability ``word_share`` a word if a quadrant is free."""
     if num_objects is None:
@@ -116,12 +111,12 @@ def sample_scene(
     return Scene(tuple(cells), str(rng.choice(list(BACKGROUNDS))), sample_offsets(rng))
 
 
-def sample_offsets(rng: np.random.Generator) -> tuple[tuple[int, int], ...]:
+def sample_offsets(rng: Rng) -> tuple[tuple[int, int], ...]:
     """Draw a drawing offset of up to 1 pixel for every quadrant."""
     return tuple((int(dx), int(dy)) for dx, dy in rng.integers(-1, 2, size=(4, 2)))
 
 
-def change_item(rng: np.random.Generator, item: Item, *, held_out: bool = False) -> Item:
+def change_item(rng: Rng, item: Item, *, held_out: bool = False) -> Item:
     """Change exactly one attribute of an object; into an unseen combination only if ``held_out``."""
     pairs = _combinations(False) + (_combinations(True) if held_out else ())
     options = [Item(shape, item.color, item.size) for shape in SHAPES if (shape, item.color) in pairs]
@@ -131,7 +126,7 @@ def change_item(rng: np.random.Generator, item: Item, *, held_out: bool = False)
     return options[rng.integers(len(options))]
 
 
-def change_scene(rng: np.random.Generator, scene: Scene, *, held_out: bool = False) -> Scene:
+def change_scene(rng: Rng, scene: Scene, *, held_out: bool = False) -> Scene:
     """Change one attribute of one object, one object's quadrant, the word or the background."""
     kind = rng.choice(["item", "item", "move", "background", "word"])
     objects = scene.objects
