@@ -198,6 +198,8 @@ def test_the_delimiter_is_the_one_that_gives_the_columns(tmp_path: Path, delimit
             "row 2, column 'text': ",
         ),
         ("a.jsonl", b'["text"]\n', "a line is not a JSON object"),
+        ("a.jsonl", b'{"image": {"bytes": "x"}}\n', "nor a column of pictures"),
+        ("a.jsonl", b'{"image": {"bytes": null, "path": 3}}\n', "nor a column of pictures"),
         ("a.parquet", b"PAR1 cut off", "Is it complete"),
         ("a.csv", b"text,more\n", "has no rows"),
         ("a.jsonl", b"\n", "has no rows"),
@@ -213,8 +215,8 @@ def test_what_cannot_be_read_is_named_with_file_and_row(
         (tmp_path / name).write_bytes(content)
     read = "" if message.startswith(("has no", "two", "must")) else "S: cannot read "
     with pytest.raises(ValueError, match=rf"{read}.*{name}.*{message}"):
-        Table("S", [tmp_path / name], COLUMNS)
-    assert not list((default_cache_dir() / "tables").glob("unfinished-*"))
+        Table("S", [tmp_path / name], {**COLUMNS, "image": "image"})
+    assert not list((default_cache_dir() / "tables").glob(".unfinished-*"))
 
 
 def test_texts_of_parquet_that_are_not_utf8_are_refused(tmp_path: Path) -> None:

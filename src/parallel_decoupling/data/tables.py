@@ -186,7 +186,9 @@ def _write(file: Path, texts: Mapping[str, bool], keep_others: bool, copy: Path,
     writer, rows = None, 0
     with pa.OSFile(str(copy), "wb") as stream:
         for part in batches:
-            cells = [_to_copy(name, part.column(name), texts.get(name), pictures) for name in kept]
+            cells = [
+                _to_copy(name, part.column(name), texts.get(name), pictures, copy.parent) for name in kept
+            ]
             batch = pa.RecordBatch.from_arrays(cells, kept, metadata={"columns": json.dumps(found)})
             try:
                 batch.validate(full=True)  # texts that are not UTF-8
@@ -299,11 +301,13 @@ def _entry(kind: pa.DataType) -> pa.DataType:
 def _is_held(kind: pa.DataType) -> bool:
     """Tell whether cells hold pictures: bytes, or structs of ``bytes`` and ``path``, alone or in lists."""
     kind = _entry(kind)
-    is_struct = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-    return bool(is_struct or pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    if not pa.types.is_struct(kind):
+        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    types = {field.name: str(field.type).removeprefix("large_") for field in kind}
+    return types.get("bytes") in ("binary", "null") and types.get("path", "null") in ("string", "null")
 
 
-def _save_pictures(cells: pa.Array, folder: Path) -> pa.Array:
+def _save_pictures(cells: pa.Array, folder: Path, workplace: Path) -> pa.Array:
     """Write pictures to files named by their contents; return the names, or a path that has no bytes."""
 
     def saved(cell: Any) -> Any:
@@ -315,22 +319,22 @@ def _save_pictures(cells: pa.Array, folder: Path) -> pa.Array:
         file = folder / f"{blake2b(data, digest_size=16).hexdigest()}{Path(path or '').suffix}"
         if not file.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            unfinished = file.with_name(f"{file.name}.{os.getpid()}")
-            unfinished.write_bytes(data)
-            unfinished.replace(file)
+            (workplace / file.name).write_bytes(data)
+            (workplace / file.name).replace(file)
         return str(file)
 
     names = [saved(cell) for cell in cells.to_pylist()]
     return pa.array(names, pa.string() if _entry(cells.type) == cells.type else pa.list_(pa.string()))
 
 
-def _to_copy(name: str, cells: pa.Array, is_picture: bool | None, folder: Path) -> pa.Array:
+def _to_copy(name: str, cells: pa.Array, is_picture: bool | None, folder: Path, workplace: Path) -> pa.Array:
     """Cast numbers and all kinds of strings to text, alone or in lists; leave other columns as they are.
 
-    NaN becomes null. ``is_picture`` is None for other columns; pictures become files in ``folder``.
+    NaN becomes null. ``is_picture`` is None for other columns; pictures become files in ``folder``,
+    and until they are whole in ``workplace``.
     """
     if is_picture and _is_held(cells.type):
-        return _save_pictures(cells, folder)
+        return _save_pictures(cells, folder, workplace)
     if is_picture is None:  # an Arrow file holds at most one dictionary per column
         return cells.dictionary_decode() if pa.types.is_dictionary(cells.type) else cells
     kind = cells.type

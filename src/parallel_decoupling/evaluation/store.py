@@ -268,7 +268,7 @@ def to_tensor(column: pa.ChunkedArray) -> Tensor:
 def shard_files(folder: Path) -> dict[int, Path]:
     """Return the shards in a folder by their number, in order."""
     found = ((SHARD_NAME.fullmatch(file.name), file) for file in folder.glob("embeddings-*.parquet"))
-    return dict(sorted((int(match[1]), file) for match, file in found if match))
+    return dict(sorted((int(match[1]), file) for match, file in found if match and file.is_file()))
 
 
 def read_metadata(file: Path) -> dict[str, Any]:

@@ -93,8 +93,8 @@ def check_seal(
 
 def file_hashes(folder: Path) -> dict[str, str]:
     """Return SHA-256s by name: of a folder's own weights, and of all but weights in the folders inside it."""
-    inside = (file for file in folder.glob("*/**/*") if file.is_file() and file.suffix != ".safetensors")
-    files = (*folder.glob("*.safetensors"), *inside)
+    inside = (file for file in folder.glob("*/**/*") if file.suffix != ".safetensors")
+    files = filter(Path.is_file, (*folder.glob("*.safetensors"), *inside))
     return {str(file.relative_to(folder)): sha256(file.read_bytes()).hexdigest() for file in files}
 
 
@@ -274,8 +274,9 @@ def _image_content(image: Any, files: bool) -> list[Any]:
     if not files:
         return [name]
     try:
-        return [name, sha256(Path(image).read_bytes()).hexdigest()]
+        if Path(image).is_file():  # a pipe would be waited for
+            return [name, sha256(Path(image).read_bytes()).hexdigest()]
     except OSError as error:
         if error.errno in MACHINE_ERRORS:
             raise
-        return [name, "unreadable"]
+    return [name, "unreadable"]

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 from parallel_decoupling.files import atomic_write
 from parallel_decoupling.model import encoder as encoders
@@ -41,8 +41,9 @@ ABOUT = ("query_instruction", "candidate_instruction", "images", "max_tokens", "
 
 def is_pretrained(folder: str | Path) -> bool:
     """Tell whether a folder holds what ``save_encoder`` writes."""
+    file = Path(folder) / CONFIG_FILE
     try:
-        content = json.loads((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and content.get("model_type") == MODEL_TYPE
@@ -199,7 +200,7 @@ def _load_folder(folder: Path, download: bool = False) -> tuple[Encoder, dict[st
         encoder.processor = load_processor(source, encoder.backbone.config, local_files_only=True)
         cast(Any, encoder.backbone).processor = encoder.processor
     identity.check_fingerprint(config["backbone"], identity.backbone_fingerprint(encoder.backbone))
-    identity.load_trainable_state(encoder, load_file(folder / WEIGHTS_FILE))
+    identity.load_trainable_state(encoder, load((folder / WEIGHTS_FILE).read_bytes()))
     return encoder, config
 
 

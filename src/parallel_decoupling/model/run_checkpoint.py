@@ -29,12 +29,12 @@ def checkpoint_file(path: str | Path) -> Path:
 
 
 def read_checkpoint(file: str | Path) -> dict[str, Any]:
-    """Read the checkpoint of a run; weights stay in the file until they are used."""
+    """Read the checkpoint of a run; none of it is mapped, as a disk that fails would end the process."""
     try:
         with ZipFile(file) as archive:
             if archive.testzip():  # the hash below is of weights, not of an optimizer's states
                 raise BadZipFile
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, BadZipFile, zlib.error) as error:
         raise ValueError(f"{file} is not a checkpoint, or is damaged") from error
     missing = [key for key in RUN_KEYS if not isinstance(content, Mapping) or key not in content]
