@@ -129,9 +129,10 @@ def test_every_plain_leaf_of_a_checkpoint(checkpoint: Any, tmp_path: Path) -> No
 
 def test_every_tensor_of_a_checkpoint(checkpoint: Any, tmp_path: Path) -> None:
     _, content = checkpoint
-    for name, tensor in content["state_dict"].items():
-        other = tensor.clone()
-        other.view(torch.int32).flatten()[-1] ^= 1
+    others: list[Any] = [(name, tensor.clone()) for name, tensor in content["state_dict"].items()]
+    for _, tensor in others:
+        tensor.view(torch.int32).flatten()[-1] ^= 1
+    for name, other in [*others, *((others[0][0], other) for other in (None, "text", [0.5], {}))]:
         torch.save({**content, "state_dict": {**content["state_dict"], name: other}}, tmp_path / "bit.ckpt")
         with pytest.raises(ValueError, match=DAMAGED):
             PDFEmbedder.load_from_checkpoint(tmp_path / "bit.ckpt")

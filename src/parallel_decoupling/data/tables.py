@@ -36,6 +36,8 @@ CSV_BLOCK = 1 << 26
 MARKS = {"utf-8-sig": (codecs.BOM_UTF8,), "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)}
 MARKS["utf-16"] = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # the former is the start of one before it
 """Byte order marks by encoding; a text without one must be UTF-8."""
+VIEWS = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
+"""Types of which Arrow cannot take single rows, by those that hold the same."""
 
 
 def default_cache_dir() -> Path:
@@ -302,8 +304,8 @@ def _is_held(kind: pa.DataType) -> bool:
     """Tell whether cells hold pictures: bytes, or structs of ``bytes`` and ``path``, alone or in lists."""
     kind = _entry(kind)
     if not pa.types.is_struct(kind):
-        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-    types = {field.name: str(field.type).removeprefix("large_") for field in kind}
+        return kind in (pa.binary(), pa.large_binary(), pa.binary_view())
+    types = {field.name: re.sub("^large_|_view$", "", str(field.type)) for field in kind}
     return types.get("bytes") in ("binary", "null") and types.get("path", "null") in ("string", "null")
 
 
@@ -316,7 +318,7 @@ def _save_pictures(cells: pa.Array, folder: Path, workplace: Path) -> pa.Array:
         data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
         if data is None:
             return path
-        file = folder / f"{blake2b(data, digest_size=16).hexdigest()}{Path(path or '').suffix}"
+        file = folder / f"{blake2b(data, digest_size=16).hexdigest()}{Path(path or '').suffix[:9]}"
         if not file.exists():
             folder.mkdir(parents=True, exist_ok=True)
             (workplace / file.name).write_bytes(data)
@@ -333,6 +335,7 @@ def _to_copy(name: str, cells: pa.Array, is_picture: bool | None, folder: Path, 
     NaN becomes null. ``is_picture`` is None for other columns; pictures become files in ``folder``,
     and until they are whole in ``workplace``.
     """
+    cells = cells.cast(VIEWS.get(cells.type, cells.type))
     if is_picture and _is_held(cells.type):
         return _save_pictures(cells, folder, workplace)
     if is_picture is None:  # an Arrow file holds at most one dictionary per column
