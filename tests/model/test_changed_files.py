@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -155,6 +156,21 @@ def test_every_leaf_of_what_a_store_says_and_every_page_of_vectors(tmp_path: Pat
     for position in (place, place + 1, place + 900):
         file.write_bytes(whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1 :])
         with pytest.raises(ValueError, match="is damaged"):
+            Store(folder).column("path_0")
+    cells = table["path_0"].to_pylist()
+    others = [
+        cells[::-1],
+        [[0.0, *cells[0][1:]], *cells[1:]],
+        [*cells[:-1], None],
+        [each[:-1] for each in cells],
+    ]
+    kind, number = table.schema.field("path_0").type, table.schema.get_field_index("path_0")
+    for other in (
+        *(pa.array(each, kind if len(each[0]) == 24 else None) for each in others),
+        pa.array(cells),
+    ):
+        pq.write_table(table.set_column(number, "path_0", other), file)
+        with pytest.raises(ValueError, match="path_0"):
             Store(folder).column("path_0")
     file.write_bytes(whole)
     assert torch.equal(Store(folder).column("path_0"), before)

@@ -23,14 +23,20 @@ from parallel_decoupling.batch import RawInput
 from parallel_decoupling.data.row_sources import RowSource, TaskSide
 from parallel_decoupling.distributed import gather_objects, rank
 from parallel_decoupling.files import atomic_write, remove_leftovers
-from parallel_decoupling.model.identity import check_seal, rows_hash, sealed
+from parallel_decoupling.model.identity import check_seal, rows_hash, sealed, weights_hash
 from parallel_decoupling.model.locations import located, portable
 
 METADATA_KEY = b"parallel_decoupling"
 SHARD_NAME = re.compile(r"embeddings-(\d{5,})\.parquet")
 AGGREGATE = "aggregate"
 ROW_GROUP_SIZE = 16_384  # rows that a reader holds at once
-OWN_KEYS = ("shard", "first_row", "rows_sha256", "bad_rows")  # differ between the shards of one folder
+OWN_KEYS = (
+    "shard",
+    "first_row",
+    "rows_sha256",
+    "vectors_sha256",
+    "bad_rows",
+)  # differ between the shards of one folder
 COMPARED = (
     *("identity", "columns", "dtype", "instruction", "images"),
     *("num_rows", "rows_per_shard", "rows_sha256"),
@@ -105,16 +111,20 @@ class StoreWriter:
         bad, order = sorted(bad_rows), torch.tensor(numbers, dtype=torch.long).argsort()
         assert len(numbers) + len(bad) == len(self.rows_of(shard)), "a shard accounts for all of its rows"
         table = fields = self.rows.columns(sorted(numbers))
+        dims, hashes = dict[str, int](), dict[str, list[str]]()
         for name in self.about["columns"]:
             cells_BD = vectors[name][order].float().numpy().astype(self.about["dtype"])
             cells = pa.FixedSizeListArray.from_arrays(pa.array(cells_BD.reshape(-1)), cells_BD.shape[1])
             table = table.append_column(name, cells)
+            groups, dims[name] = to_tensor(table[name]).split(ROW_GROUP_SIZE), cells_BD.shape[1]
+            hashes[name] = [weights_hash({name: group}) for group in groups]
         reasons = [
             {"row": row, "id": name, "reason": _without_folders(bad_rows[row], self.rows, row)}
             for row, name in zip(bad, self.rows.columns(bad)["id"].to_pylist(), strict=True)
         ]
         own = {"shard": shard, "first_row": self.rows_of(shard).start, "rows_sha256": self._hash(shard)}
-        metadata = {METADATA_KEY: json.dumps(sealed({**self.about, **own, "bad_rows": reasons}))}
+        own |= {"dims": dims, "vectors_sha256": hashes, "bad_rows": reasons}
+        metadata = {METADATA_KEY: json.dumps(sealed({**self.about, **own}))}
         compression = dict.fromkeys(table.column_names, "none") | dict.fromkeys(fields.column_names, "zstd")
         options: dict[str, Any] = {"use_dictionary": fields.column_names, "compression": compression}
         options |= {"write_page_checksum": True, "row_group_size": ROW_GROUP_SIZE}
@@ -190,7 +200,7 @@ class Store:
         self.metadata: dict[str, Any] = {}
         self.bad_rows: list[dict[str, Any]] = []
         self.batch_sizes: list[int] = []
-        self._groups: list[tuple[Path, int]] = []
+        self._groups: list[tuple[Path, int, dict[str, list[str]]]] = []
         for file in self.files:
             about, content = read_metadata(file), pq.read_metadata(file)
             common = {key: value for key, value in about.items() if key not in OWN_KEYS}
@@ -202,7 +212,7 @@ class Store:
             self.bad_rows += about["bad_rows"]
             for group in range(content.num_row_groups):
                 if size := content.row_group(group).num_rows:
-                    self._groups.append((file, group))
+                    self._groups.append((file, group, about["vectors_sha256"]))
                     self.batch_sizes.append(size)
         missing = -(-self.metadata["num_rows"] // self.metadata["rows_per_shard"]) - len(self.files)
         if missing:
@@ -216,14 +226,18 @@ class Store:
 
     def dim(self, column: str) -> int:
         """Return the dimension D of a column."""
-        return int(pq.read_schema(self.files[0]).field(column).type.list_size)
+        return int(self.metadata["dims"][column])
 
     def read(self, batch: int, columns: Sequence[str] | None = None) -> pa.Table:
         """Read one row group; ``columns`` are names of any columns, None reads all."""
-        file, group = self._groups[batch]
+        file, group, hashes = self._groups[batch]
         try:
             with pq.ParquetFile(file, page_checksum_verification=True) as content:
-                return content.read_row_group(group, columns=columns)
+                table = content.read_row_group(group, columns=columns)
+            for name in {*hashes}.intersection(table.column_names):
+                if weights_hash({name: to_tensor(table[name])}) != hashes[name][group]:
+                    raise OSError(f"the vectors {name} are not those that were written")
+            return table
         except (OSError, pa.ArrowException) as error:
             advice = "If it is damaged, delete it and run predict again."
             raise ValueError(f"{file} cannot be read ({error}). {advice}") from error
@@ -274,8 +288,12 @@ def shard_files(folder: Path) -> dict[int, Path]:
 def read_metadata(file: Path) -> dict[str, Any]:
     """Read what a shard says about itself; ``ValueError`` if it is damaged or another kind of file."""
     try:
-        metadata = (pq.read_schema(file).metadata or {})[METADATA_KEY]
-        return check_seal(json.loads(metadata), file)
+        schema = pq.read_schema(file)
+        about = check_seal(json.loads((schema.metadata or {})[METADATA_KEY]), file)
+        for name, dim in about["dims"].items():
+            if schema.field(name).type != pa.list_(pa.from_numpy_dtype(about["dtype"]), dim):
+                raise pa.ArrowTypeError(f"the column {name} holds {schema.field(name).type}")
+        return about
     except (OSError, pa.ArrowException, KeyError, json.JSONDecodeError) as error:
         advice = "If it is damaged, delete it and run predict again."
         raise ValueError(f"{file} is not a complete file of embeddings ({error}). {advice}") from error
