@@ -138,7 +138,7 @@ def names_picture(text: str) -> bool:
     if not os.path.isfile(text):
         return False
     try:
-        with one_row(), Image.open(text):
+        with one_row(f"{text}: "), Image.open(text):
             return True
     except RowError as error:
         return isinstance(error.__cause__, Image.DecompressionBombError)
@@ -267,7 +267,7 @@ def _eight_bits(values: Any) -> Any:
 def image_size(file: str) -> tuple[int, int] | None:
     """Return width and height from the header of an image file, or None if it cannot be read."""
     try:
-        with one_row(), _open_file(file) as image:
+        with one_row(f"{file}: "), _open_file(file) as image:
             return image.size
     except RowError:
         return None

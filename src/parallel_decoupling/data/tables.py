@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from parallel_decoupling.files import atomic_write
+from parallel_decoupling.files import FullDiskError, atomic_write
 
 SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
 ROWS_PER_BATCH = 8192
@@ -152,7 +152,7 @@ def arrow_copy(file: Path, texts: Mapping[str, bool], owner: str, keep_others: b
                     old.unlink(missing_ok=True)
                     shutil.rmtree(old.with_suffix(".d"), ignore_errors=True)
     except (ValueError, pa.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # not Arrow's, but the disk's
+        if isinstance(error, FullDiskError):
             raise
         lines = ", with one JSON object per line and values of one type" if file.suffix == ".jsonl" else ""
         advice = f" Is it complete{lines}?" if isinstance(error, pa.ArrowException | OSError) else ""

@@ -22,7 +22,7 @@ from torch import Tensor
 from parallel_decoupling.batch import RawInput
 from parallel_decoupling.data.row_sources import RowSource, TaskSide
 from parallel_decoupling.distributed import gather_objects, rank
-from parallel_decoupling.files import atomic_write, remove_leftovers
+from parallel_decoupling.files import atomic_write, reading, remove_leftovers
 from parallel_decoupling.model.identity import check_seal, rows_hash, sealed, weights_hash
 from parallel_decoupling.model.locations import located, portable
 
@@ -202,7 +202,8 @@ class Store:
         self.batch_sizes: list[int] = []
         self._groups: list[tuple[Path, int, dict[str, list[str]]]] = []
         for file in self.files:
-            about, content = read_metadata(file), pq.read_metadata(file)
+            with reading(file):
+                about, content = read_metadata(file), pq.read_metadata(file)
             common = {key: value for key, value in about.items() if key not in OWN_KEYS}
             common = located(common, self.folder)
             self.metadata = self.metadata or common

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from parallel_decoupling.batch import RawInput
 from parallel_decoupling.distributed import shard_like, whole
-from parallel_decoupling.files import MACHINE_ERRORS
+from parallel_decoupling.files import MACHINE_ERRORS, reading
 from parallel_decoupling.model.path_lora import PathLoRA
 
 PER_PATH = re.compile(r"^prefixes\.|^path_(logits|maps)$|\.path_lora_[AB]$")
@@ -275,7 +275,8 @@ def _image_content(image: Any, files: bool) -> list[Any]:
         return [name]
     try:
         if Path(image).is_file():  # a pipe would be waited for
-            return [name, sha256(Path(image).read_bytes()).hexdigest()]
+            with reading(image):
+                return [name, sha256(Path(image).read_bytes()).hexdigest()]
     except OSError as error:
         if error.errno in MACHINE_ERRORS:
             raise

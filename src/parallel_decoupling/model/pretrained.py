@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import load, save_file
 
-from parallel_decoupling.files import atomic_write
+from parallel_decoupling.files import atomic_write, reading
 from parallel_decoupling.model import encoder as encoders
 from parallel_decoupling.model import identity, run_checkpoint
 from parallel_decoupling.model.adapters import AdapterConfig, adapted_layers
@@ -73,7 +73,8 @@ def load_encoder(
     if revision is not None and not of_hub:
         raise ValueError(f"revision={revision!r}, but {str(path)!r} is not a model of the hub")
     path = _of_hub(str(path), revision) if of_hub else path
-    encoder, about = _load_folder(Path(path), of_hub) if is_pretrained(path) else _load_checkpoint(path)
+    with reading(path):
+        encoder, about = _load_folder(Path(path), of_hub) if is_pretrained(path) else _load_checkpoint(path)
     if dtype is not None:
         if not isinstance(encoder, ParallelEncoder) or about["settings"].get("quantization"):
             raise ValueError(f"dtype={dtype!r} does not work for an OpenCLIP model or a quantized backbone")

@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
 
+from parallel_decoupling.files import reading
 from parallel_decoupling.model.identity import SEAL, check_seal, sealed
 
 LAST_CHECKPOINT = Path("checkpoints", "last.ckpt")
@@ -45,10 +46,11 @@ def checkpoint_file(path: str | Path) -> Path:
 def read_checkpoint(file: str | Path) -> dict[str, Any]:
     """Read the checkpoint of a run; none of it is mapped, as a disk that fails would end the process."""
     try:
-        with ZipFile(file) as archive:
+        with reading(file), ZipFile(file) as archive:
             if archive.testzip():  # the hash below is of weights, not of an optimizer's states
                 raise BadZipFile
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        with reading(file):
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, BadZipFile, zlib.error) as error:
         raise ValueError(f"{file} is not a checkpoint, or is damaged") from error
     check_checkpoint(content, file)
