@@ -3,8 +3,8 @@
 ``python -m studies.faults.mutations`` tries names of tasks, every leaf of a checkpoint, of an exported folder
 and of embeddings (taken away, of another type, NaN, zeros, negative, huge, swapped, cut), cells of training
 rows, and zip archives. Verdicts are those of ``studies.faults.inputs``; ``right`` is also what gives the very
-same embeddings. There is one JSON line per try in ``docs/studies/faults/mutations.jsonl``; those of the same
-commit are not tried again.
+same embeddings. A file's name as an argument, such as ``embeddings``, stands for its leaves alone. There is
+one JSON line per try in ``docs/studies/faults/mutations.jsonl``; those of this commit are not tried again.
 """
 
 from __future__ import annotations
@@ -379,7 +379,9 @@ def main() -> int:
     PLACE.mkdir(parents=True, exist_ok=True)
     write_folder(PLACE / "names", [ROW] * 3)
     run_command(["verify", str(PLACE / "names")])  # what it imports need not be imported again
-    return try_all([archives(), names(), cells(), saved_files(embedder)], OUTPUT_DIR / "mutations.jsonl")
+    sources, parts = [archives(), names(), cells(), saved_files(embedder)], sys.argv[1:]
+    chosen = ((each for each in one if not parts or each.given.split()[0] in parts) for one in sources)
+    return try_all(chosen, OUTPUT_DIR / "mutations.jsonl")
 
 
 if __name__ == "__main__":
