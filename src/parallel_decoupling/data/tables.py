@@ -185,12 +185,10 @@ def _write(file: Path, texts: Mapping[str, bool], keep_others: bool, copy: Path,
     kept = [name for name in found if keep_others or name in texts]
     if len(set(kept)) < len(kept):
         raise ValueError(f"two columns have the same name; found {', '.join(found)}. Rename one.")
-    writer, rows = None, 0
+    writer, rows, places = None, 0, (pictures, copy.parent)
     with pa.OSFile(str(copy), "wb") as stream:
         for part in batches:
-            cells = [
-                _to_copy(name, part.column(name), texts.get(name), pictures, copy.parent) for name in kept
-            ]
+            cells = [_to_copy(name, part.column(name), texts.get(name), places) for name in kept]
             batch = pa.RecordBatch.from_arrays(cells, kept, metadata={"columns": json.dumps(found)})
             try:
                 batch.validate(full=True)  # texts that are not UTF-8
@@ -329,15 +327,15 @@ def _save_pictures(cells: pa.Array, folder: Path, workplace: Path) -> pa.Array:
     return pa.array(names, pa.string() if _entry(cells.type) == cells.type else pa.list_(pa.string()))
 
 
-def _to_copy(name: str, cells: pa.Array, is_picture: bool | None, folder: Path, workplace: Path) -> pa.Array:
+def _to_copy(name: str, cells: pa.Array, is_picture: bool | None, places: tuple[Path, Path]) -> pa.Array:
     """Cast numbers and all kinds of strings to text, alone or in lists; leave other columns as they are.
 
-    NaN becomes null. ``is_picture`` is None for other columns; pictures become files in ``folder``,
-    and until they are whole in ``workplace``.
+    NaN becomes null. ``is_picture`` is None for other columns; pictures become files in the first of
+    two ``places``, by way of the second.
     """
     cells = cells.cast(VIEWS.get(cells.type, cells.type))
     if is_picture and _is_held(cells.type):
-        return _save_pictures(cells, folder, workplace)
+        return _save_pictures(cells, *places)
     if is_picture is None:  # an Arrow file holds at most one dictionary per column
         return cells.dictionary_decode() if pa.types.is_dictionary(cells.type) else cells
     kind = cells.type

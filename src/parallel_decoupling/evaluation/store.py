@@ -30,13 +30,7 @@ METADATA_KEY = b"parallel_decoupling"
 SHARD_NAME = re.compile(r"embeddings-(\d{5,})\.parquet")
 AGGREGATE = "aggregate"
 ROW_GROUP_SIZE = 16_384  # rows that a reader holds at once
-OWN_KEYS = (
-    "shard",
-    "first_row",
-    "rows_sha256",
-    "vectors_sha256",
-    "bad_rows",
-)  # differ between the shards of one folder
+OWN_KEYS = ("shard", "first_row", "rows_sha256", "vectors_sha256", "bad_rows")  # differ between shards
 COMPARED = (
     *("identity", "columns", "dtype", "instruction", "images"),
     *("num_rows", "rows_per_shard", "rows_sha256"),
