@@ -200,6 +200,9 @@ def test_a_tilde_means_the_same_folder_for_guard_lock_and_lightning(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "list.yaml").write_text("[1]", encoding="utf-8")
+    assert "home/list.yaml: the options" in mistake(["fit", "--config=~/list.yaml"])
     command, run = ["fit", "--config", str(config_file)], tmp_path / "home" / "run"
     Path("own.yaml").write_text("trainer: {default_root_dir: ~/run}\n", encoding="utf-8")
     command += ["--config", "own.yaml"]
@@ -304,8 +307,9 @@ def test_configuration_files_that_are_no_tables_of_options_are_named(tmp_path: P
         b"a: [",
         b"&a [*a]",
         b"a: &a [*a]",
+        b"a: " + b"[" * 3000,
         grows,
     ):
         file.write_bytes(content)
-        for words in (["--config", str(file)], [f"--config={file}"]):
-            assert str(file) in mistake(["fit", *words])
+        for words in (["--config", str(file)], [f"--config={file}"], [f"--data={file}"]):
+            assert str(file) in mistake(["fit", *words]) or content == b"model: null"

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from parallel_decoupling import cli, files, lightning_cli
-from parallel_decoupling.files import UNFINISHED, atomic_write, expand_paths, locked, write_text
+from parallel_decoupling.files import UNFINISHED, atomic_write, expand_paths, locked, reading, write_text
 from parallel_decoupling.training.module import PDFEmbedder
 from tests.support.fit import small_config
 from tests.support.processes import run_ranks
@@ -307,6 +307,15 @@ def test_a_full_disk_names_file_and_space_and_keeps_the_old_one(error: Exception
         fill(tmp_path / "a", error)
     with pytest.raises(OSError, match=f"{tmp_path} does not fit on its disk"), locked(tmp_path):
         raise error  # of what another package writes there
+
+
+def test_a_file_that_cannot_be_read_on_is_named() -> None:
+    with pytest.raises(OSError, match=r"\[Errno 5\] Input/output error: 'a.ckpt'"), reading("a.ckpt"):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    for other in (OSError(errno.EIO, "x", "b"), OSError(errno.ENOENT, "x"), OSError("x")):
+        with pytest.raises(OSError, match="x") as caught, reading("a.ckpt"):
+            raise other
+        assert caught.value is other
 
 
 def test_another_error_keeps_its_words(tmp_path: Path) -> None:

@@ -49,6 +49,17 @@ def expand_paths(options: Any, name: str = "") -> Any:
     return path
 
 
+@contextmanager
+def reading(file: str | Path) -> Iterator[None]:
+    """Name a file or folder that cannot be read on, as Python does for one that it cannot open."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in MACHINE_ERRORS or error.filename:
+            raise
+        raise OSError(error.errno, error.strerror, str(file)) from error
+
+
 class FullDiskError(OSError):
     """A full disk, with the file that does not fit and the space that is left."""
 

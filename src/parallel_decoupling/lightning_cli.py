@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 import torch
 import yaml
+from jsonargparse import get_loader, set_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
@@ -47,6 +48,8 @@ log = logging.getLogger(__name__)
 SAVE_EVERY = 50  # main steps after which ``last.ckpt`` is renewed inside an epoch
 
 MOST_VALUES = 10_000  # of a configuration file, when what its aliases stand for is written out
+NOT_YAML = (yaml.YAMLError, UnicodeDecodeError, RecursionError)
+_parse_yaml = get_loader("yaml")
 REFUSALS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, ImportError, AssertionError)
 """What Lightning raises while it builds a Trainer from options that do not work, here or together."""
 HARMLESS_WARNINGS = (
@@ -70,7 +73,8 @@ def run(args: Sequence[str]) -> None:
     subcommand, *options = [packaged.get(word, word) for word in args]
     words = list(chain.from_iterable(option.split("=", 1) for option in options))
     for file in (value for name, value in pairwise(words) if name in ("-c", "--config")):
-        _check_config(file)
+        _check_config(os.path.expanduser(file))
+    set_loader("yaml", _load_yaml, NOT_YAML)
     try:
         PlanCLI(["fit", *options]) if subcommand == "plan" else RunCLI([subcommand, *options])
     except MisconfigurationException as error:
@@ -84,27 +88,33 @@ def run(args: Sequence[str]) -> None:
 
 
 def _check_config(file: str) -> None:
-    """Raise ``ValueError`` for a file that is not UTF-8 or not a table of options, or that grows."""
+    """Raise ``ValueError`` for a file that is not UTF-8 or not a table of options."""
     if not Path(file).is_file():
         if Path(file).exists():
             raise ValueError(f"--config: {file} is not a regular file.")
         return  # the parser says so
     try:
-        root = yaml.compose(Path(file).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        text = Path(file).read_text(encoding="utf-8")
+        root, _ = yaml.compose(text, Loader=yaml.SafeLoader), _load_yaml(text)
+    except NOT_YAML as error:
         raise ValueError(f"{file} is not YAML in UTF-8: {error}") from error
     sections = {key.value: value for key, value in root.value} if isinstance(root, yaml.MappingNode) else {}
     keys = ("model", "data", "trainer")
     wrong = [key for key in keys if not isinstance(sections.get(key, root), yaml.MappingNode)]
     if wrong:
         raise ValueError(f"{file}: the options of {' and '.join(wrong)} must be 'name: value' lines.")
-    count, nodes = 0, [root]
+
+
+def _load_yaml(text: str) -> Any:
+    """Read options of a file or of the command line as jsonargparse does, unless aliases make them grow."""
+    count, nodes = 0, [yaml.compose(text, Loader=yaml.SafeLoader)] if "*" in text else []
     while nodes and count <= MOST_VALUES:  # an alias is the node that it stands for, and may be inside itself
         count, node = count + 1, nodes.pop()
         if not isinstance(node, yaml.ScalarNode):
             nodes += chain.from_iterable(each if isinstance(each, tuple) else (each,) for each in node.value)
     if nodes:
-        raise ValueError(f"{file} has more than {MOST_VALUES:,} values, its aliases expanded.")
+        raise yaml.YAMLError(f"more than {MOST_VALUES:,} values, aliases expanded")
+    return _parse_yaml(text)
 
 
 _One = Annotated[int, Rule("1: raise data.batch_size with model.chunk_size (GradCache)", lambda n: n == 1)]

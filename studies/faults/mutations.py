@@ -3,8 +3,8 @@
 ``python -m studies.faults.mutations`` tries names of tasks, every leaf of a checkpoint, of an exported folder
 and of embeddings (taken away, of another type, NaN, zeros, negative, huge, swapped, cut), cells of training
 rows, and zip archives. Verdicts are those of ``studies.faults.inputs``; ``right`` is also what gives the very
-same embeddings. There is one JSON line per try in ``docs/studies/faults/mutations.jsonl``; those of the same
-commit are not tried again.
+same embeddings. A file's name as an argument, such as ``embeddings``, stands for its leaves alone. There is
+one JSON line per try in ``docs/studies/faults/mutations.jsonl``; those of this commit are not tried again.
 """
 
 from __future__ import annotations
@@ -253,6 +253,8 @@ def saved_files(embedder: Embedder) -> Iterator[Try]:
     def tries(name: str, content: Any, load: Callable[[Any], torch.Tensor]) -> Iterator[Try]:
         for place in leaves(content):
             chance = random.Random(f"{name} {place}")
+            if place[0] == "columns" and len(place) == 4 and chance.random() > 0.1:
+                continue  # of the numbers of a vector a tenth will do
             run = lambda place=place, chance=chance: load(with_change(content, place, chance))  # noqa: E731
             yield Try("leaf", f"{name} {place}", run, [str(copies)], same)
 
@@ -270,12 +272,15 @@ def saved_files(embedder: Embedder) -> Iterator[Try]:
         return Embedder.from_pretrained(copies).encode(["a"])
 
     def weights(content: Any) -> torch.Tensor:
-        save_file(content, fresh(export) / "model.safetensors")
+        tensors = {name: each.clone() for name, each in content.items() if isinstance(each, torch.Tensor)}
+        save_file(tensors, fresh(export) / "model.safetensors")  # which can hold nothing else
         return Embedder.from_pretrained(copies).encode(["a"])
 
     def embeddings(content: Any) -> torch.Tensor:
         file = next(fresh(store).glob("*.parquet"))
-        table = pa.table(content["columns"])
+        columns = {name: as_column(cells, kinds.get(name)) for name, cells in content["columns"].items()}
+        shortest = min(map(len, columns.values()))
+        table = pa.table({name: column[:shortest] for name, column in columns.items()})
         metadata = {key: json.dumps(value) for key, value in content["metadata"].items()}
         pq.write_table(table.replace_schema_metadata(metadata), file)
         return Store(copies).column("aggregate")
@@ -293,7 +298,18 @@ def saved_files(embedder: Embedder) -> Iterator[Try]:
     about = {
         key.decode(): json.loads(value) for key, value in table.schema.metadata.items() if value[:1] == b"{"
     }
+    kinds = {field.name: field.type for field in table.schema}
     yield from tries("embeddings", {"metadata": about, "columns": table.to_pydict()}, embeddings)
+
+
+def as_column(cells: Any, kind: pa.DataType | None) -> pa.Array:
+    """Return a column of its own type if the cells fit, else of the type that they have, or of texts."""
+    for each in (kind, None):
+        try:
+            return pa.array(cells, each)
+        except (pa.ArrowException, TypeError):
+            continue
+    return pa.array([str(cell) for cell in cells] if isinstance(cells, list) else [str(cells)])
 
 
 def archives() -> Iterator[Try]:
@@ -363,7 +379,9 @@ def main() -> int:
     PLACE.mkdir(parents=True, exist_ok=True)
     write_folder(PLACE / "names", [ROW] * 3)
     run_command(["verify", str(PLACE / "names")])  # what it imports need not be imported again
-    return try_all([archives(), names(), cells(), saved_files(embedder)], OUTPUT_DIR / "mutations.jsonl")
+    sources, parts = [archives(), names(), cells(), saved_files(embedder)], sys.argv[1:]
+    chosen = ((each for each in one if not parts or each.given.split()[0] in parts) for one in sources)
+    return try_all(chosen, OUTPUT_DIR / "mutations.jsonl")
 
 
 if __name__ == "__main__":

@@ -114,10 +114,11 @@ def test_every_kind_of_text_column_becomes_text(tmp_path: Path) -> None:
         "c": pa.array([1, 2]),
         "d": pa.array([None, None]),
         "e": pa.array([["x"], None], pa.large_list(pa.large_string())),
+        "f": pa.array(["x", "y"], pa.string_view()),
     }
     table = Table("S", [parquet(tmp_path / "a.parquet", columns)], {name: name for name in columns})
-    assert table[0] == {"a": "x", "b": "x", "c": "1", "d": None, "e": ["x"]}
-    assert table[1] == {"a": None, "b": "y", "c": "2", "d": None, "e": None}
+    assert table[0] == {"a": "x", "b": "x", "c": "1", "d": None, "e": ["x"], "f": "x"}
+    assert table[1] == {"a": None, "b": "y", "c": "2", "d": None, "e": None, "f": "y"}
 
 
 def test_jsonl_and_csv_read_like_parquet(tmp_path: Path) -> None:
@@ -198,6 +199,8 @@ def test_the_delimiter_is_the_one_that_gives_the_columns(tmp_path: Path, delimit
             "row 2, column 'text': ",
         ),
         ("a.jsonl", b'["text"]\n', "a line is not a JSON object"),
+        ("a.jsonl", b'{"image": {"bytes": "x"}}\n', "nor a column of pictures"),
+        ("a.jsonl", b'{"image": {"bytes": null, "path": 3}}\n', "nor a column of pictures"),
         ("a.parquet", b"PAR1 cut off", "Is it complete"),
         ("a.csv", b"text,more\n", "has no rows"),
         ("a.jsonl", b"\n", "has no rows"),
@@ -213,8 +216,8 @@ def test_what_cannot_be_read_is_named_with_file_and_row(
         (tmp_path / name).write_bytes(content)
     read = "" if message.startswith(("has no", "two", "must")) else "S: cannot read "
     with pytest.raises(ValueError, match=rf"{read}.*{name}.*{message}"):
-        Table("S", [tmp_path / name], COLUMNS)
-    assert not list((default_cache_dir() / "tables").glob("unfinished-*"))
+        Table("S", [tmp_path / name], {**COLUMNS, "image": "image"})
+    assert not list((default_cache_dir() / "tables").glob(".unfinished-*"))
 
 
 def test_texts_of_parquet_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
@@ -262,13 +265,14 @@ def test_columns_beside_the_texts_keep_their_types(tmp_path: Path) -> None:
         "text": pa.array([1, 2]),
         "year": pa.array([1999, None]),
         "kind": pa.array(["a", "b"]).dictionary_encode(),
+        "view": pa.array(["a", "b"], pa.string_view()),
         "parts": pa.array([{"x": 1}, None]),
     }
     file = parquet(tmp_path / "a.parquet", columns)
     rows = Table("S", [file], {"text": "text"}, keep_others=True).rows
-    kinds = [pa.string(), pa.int64(), pa.string(), pa.struct([("x", pa.int64())])]
+    kinds = [pa.string(), pa.int64(), pa.string(), pa.string(), pa.struct([("x", pa.int64())])]
     assert rows.schema == pa.schema(list(zip(columns, kinds, strict=True)))
-    assert rows.to_pylist()[0] == {"text": "1", "year": 1999, "kind": "a", "parts": {"x": 1}}
+    assert rows.to_pylist()[0] == {"text": "1", "year": 1999, "kind": "a", "view": "a", "parts": {"x": 1}}
 
 
 def test_a_column_of_nulls_in_one_file_takes_the_type_of_the_other(tmp_path: Path) -> None:

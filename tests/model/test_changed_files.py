@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -59,9 +61,13 @@ def test_every_leaf_of_an_exported_config(tiny_backbone_dir: str, tmp_path: Path
         (folder / "config.json").write_text(json.dumps(changed(content, place, number)))
         with pytest.raises(ValueError, match=DAMAGED + "|no model at"):
             load_encoder(folder)
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    with pytest.raises(ValueError, match="no model at"):
+        load_encoder(folder)
 
 
-@pytest.mark.parametrize("how", ["bit", "cut", "empty", "gone"])
+@pytest.mark.parametrize("how", ["bit", "cut", "empty", "gone", "pipe"])
 @pytest.mark.parametrize("name", ["model.safetensors", "backbone/config.json", "backbone/tokenizer.json"])
 def test_files_of_an_exported_folder(tiny_backbone_dir: str, tmp_path: Path, name: str, how: str) -> None:
     tiny_embedder(tiny_backbone_dir).save_pretrained(tmp_path / "model", include_backbone=True)
@@ -69,10 +75,27 @@ def test_files_of_an_exported_folder(tiny_backbone_dir: str, tmp_path: Path, nam
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes({"bit": bytes(content), "cut": bytes(content[:-50])}.get(how, b""))
-    if how == "gone":
+    if how in ("gone", "pipe"):
         file.unlink()
+    if how == "pipe":  # which would be waited for
+        os.mkfifo(file)
     with pytest.raises(ValueError, match=f"{name} are missing, damaged, or were changed"):
         load_encoder(tmp_path / "model")
+
+
+def test_own_weights_are_read_and_not_mapped(
+    checkpoint: Any, tiny_backbone_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mapped file that cannot be read any more ends the process, without a message."""
+    maps = list[str]()
+    monkeypatch.setattr(
+        "parallel_decoupling.model.identity.load_trainable_state",
+        lambda *_: maps.append(Path("/proc/self/maps").read_text()),
+    )
+    tiny_embedder(tiny_backbone_dir).save_pretrained(tmp_path / "model")
+    for place, file in ((checkpoint[0], "last.ckpt"), (tmp_path / "model", "model/model.safetensors")):
+        load_encoder(place)
+        assert file not in maps.pop()
 
 
 def test_damaged_weights_of_a_backbone(tiny_backbone_dir: str, tmp_path: Path) -> None:
@@ -107,9 +130,10 @@ def test_every_plain_leaf_of_a_checkpoint(checkpoint: Any, tmp_path: Path) -> No
 
 def test_every_tensor_of_a_checkpoint(checkpoint: Any, tmp_path: Path) -> None:
     _, content = checkpoint
-    for name, tensor in content["state_dict"].items():
-        other = tensor.clone()
-        other.view(torch.int32).flatten()[-1] ^= 1
+    others: list[Any] = [(name, tensor.clone()) for name, tensor in content["state_dict"].items()]
+    for _, tensor in others:
+        tensor.view(torch.int32).flatten()[-1] ^= 1
+    for name, other in [*others, *((others[0][0], other) for other in (None, "text", [0.5], {}))]:
         torch.save({**content, "state_dict": {**content["state_dict"], name: other}}, tmp_path / "bit.ckpt")
         with pytest.raises(ValueError, match=DAMAGED):
             PDFEmbedder.load_from_checkpoint(tmp_path / "bit.ckpt")
@@ -133,6 +157,24 @@ def test_every_leaf_of_what_a_store_says_and_every_page_of_vectors(tmp_path: Pat
         file.write_bytes(whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1 :])
         with pytest.raises(ValueError, match="is damaged"):
             Store(folder).column("path_0")
+    cells = table["path_0"].to_pylist()
+    others = [
+        cells[::-1],
+        [[0.0, *cells[0][1:]], *cells[1:]],
+        [*cells[:-1], None],
+        [each[:-1] for each in cells],
+    ]
+    kind, number = table.schema.field("path_0").type, table.schema.get_field_index("path_0")
+    for other in (
+        *(pa.array(each, kind if len(each[0]) == 24 else None) for each in others),
+        pa.array(cells),
+    ):
+        pq.write_table(table.set_column(number, "path_0", other), file)
+        with pytest.raises(ValueError, match="path_0"):
+            Store(folder).column("path_0")
     file.write_bytes(whole)
     assert torch.equal(Store(folder).column("path_0"), before)
-    shutil.rmtree(folder)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(ValueError, match="holds no embeddings"):
+        Store(folder)

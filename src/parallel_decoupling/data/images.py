@@ -6,7 +6,6 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -133,7 +132,7 @@ def names_picture(text: str) -> bool:
     if not os.path.isfile(text):
         return False
     try:
-        with one_row(), Image.open(text):
+        with one_row(f"{text}: "), Image.open(text):
             return True
     except RowError as error:
         return isinstance(error.__cause__, Image.DecompressionBombError)
@@ -261,8 +260,10 @@ def _eight_bits(values: Any) -> Any:
 
 def image_size(image: Image.Image | str) -> tuple[int, int] | None:
     """Return width and height, of a file from its header, or None if it cannot be read."""
+    if isinstance(image, Image.Image):
+        return image.size
     try:
-        with one_row(), _open_file(image) if isinstance(image, str) else nullcontext(image) as found:
+        with one_row(f"{image}: "), _open_file(image) as found:
             return found.size
     except RowError:
         return None

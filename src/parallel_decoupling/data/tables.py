@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from parallel_decoupling.files import atomic_write
+from parallel_decoupling.files import FullDiskError, atomic_write
 
 SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
 ROWS_PER_BATCH = 8192
@@ -32,6 +32,8 @@ CSV_BLOCK = 1 << 26  # bytes that a row of a CSV file may have
 MARKS = {"utf-8-sig": (codecs.BOM_UTF8,), "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)}
 MARKS["utf-16"] = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # the former is the start of one before it
 """Byte order marks by encoding; a text without one must be UTF-8."""
+VIEWS = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
+"""Types of which Arrow cannot take single rows, by those that hold the same."""
 
 
 def default_cache_dir() -> Path:
@@ -146,7 +148,7 @@ def arrow_copy(file: Path, texts: Mapping[str, bool], owner: str, keep_others: b
                     old.unlink(missing_ok=True)
                     shutil.rmtree(old.with_suffix(".d"), ignore_errors=True)
     except (ValueError, pa.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # not Arrow's, but the disk's
+        if isinstance(error, FullDiskError):
             raise
         lines = ", with one JSON object per line and values of one type" if file.suffix == ".jsonl" else ""
         advice = f" Is it complete{lines}?" if isinstance(error, pa.ArrowException | OSError) else ""
@@ -179,10 +181,10 @@ def _write(file: Path, texts: Mapping[str, bool], keep_others: bool, copy: Path,
     kept = [name for name in found if keep_others or name in texts]
     if len(set(kept)) < len(kept):
         raise ValueError(f"two columns have the same name; found {', '.join(found)}. Rename one.")
-    writer, rows = None, 0
+    writer, rows, places = None, 0, (pictures, copy.parent)
     with pa.OSFile(str(copy), "wb") as stream:
         for part in batches:
-            cells = [_to_copy(name, part.column(name), texts.get(name), pictures) for name in kept]
+            cells = [_to_copy(name, part.column(name), texts.get(name), places) for name in kept]
             batch = pa.RecordBatch.from_arrays(cells, kept, metadata={"columns": json.dumps(found)})
             try:
                 batch.validate(full=True)  # texts that are not UTF-8
@@ -295,11 +297,13 @@ def _entry(kind: pa.DataType) -> pa.DataType:
 def _is_held(kind: pa.DataType) -> bool:
     """Tell whether cells hold pictures: bytes, or structs of ``bytes`` and ``path``, alone or in lists."""
     kind = _entry(kind)
-    is_struct = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-    return bool(is_struct or pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    if not pa.types.is_struct(kind):
+        return kind in (pa.binary(), pa.large_binary(), pa.binary_view())
+    types = {field.name: re.sub("^large_|_view$", "", str(field.type)) for field in kind}
+    return types.get("bytes") in ("binary", "null") and types.get("path", "null") in ("string", "null")
 
 
-def _save_pictures(cells: pa.Array, folder: Path) -> pa.Array:
+def _save_pictures(cells: pa.Array, folder: Path, workplace: Path) -> pa.Array:
     """Write pictures to files named by their contents; return the names, or a path that has no bytes."""
 
     def saved(cell: Any) -> Any:
@@ -308,25 +312,26 @@ def _save_pictures(cells: pa.Array, folder: Path) -> pa.Array:
         data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
         if data is None:
             return path
-        file = folder / f"{blake2b(data, digest_size=16).hexdigest()}{Path(path or '').suffix}"
+        file = folder / f"{blake2b(data, digest_size=16).hexdigest()}{Path(path or '').suffix[:9]}"
         if not file.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            unfinished = file.with_name(f"{file.name}.{os.getpid()}")
-            unfinished.write_bytes(data)
-            unfinished.replace(file)
+            (workplace / file.name).write_bytes(data)
+            (workplace / file.name).replace(file)
         return str(file)
 
     names = [saved(cell) for cell in cells.to_pylist()]
     return pa.array(names, pa.string() if _entry(cells.type) == cells.type else pa.list_(pa.string()))
 
 
-def _to_copy(name: str, cells: pa.Array, is_picture: bool | None, folder: Path) -> pa.Array:
+def _to_copy(name: str, cells: pa.Array, is_picture: bool | None, places: tuple[Path, Path]) -> pa.Array:
     """Cast numbers and all kinds of strings to text, alone or in lists; leave other columns as they are.
 
-    NaN becomes null. ``is_picture`` is None for other columns; pictures become files in ``folder``.
+    NaN becomes null. ``is_picture`` is None for other columns; pictures become files in the first of
+    two ``places``, by way of the second.
     """
+    cells = cells.cast(VIEWS.get(cells.type, cells.type))
     if is_picture and _is_held(cells.type):
-        return _save_pictures(cells, folder)
+        return _save_pictures(cells, *places)
     if is_picture is None:  # an Arrow file holds at most one dictionary per column
         return cells.dictionary_decode() if pa.types.is_dictionary(cells.type) else cells
     kind = cells.type

@@ -22,15 +22,15 @@ from torch import Tensor
 from parallel_decoupling.batch import RawInput
 from parallel_decoupling.data.row_sources import RowSource, TaskSide
 from parallel_decoupling.distributed import gather_objects, rank
-from parallel_decoupling.files import atomic_write, remove_leftovers
-from parallel_decoupling.model.identity import check_seal, rows_hash, sealed
+from parallel_decoupling.files import atomic_write, reading, remove_leftovers
+from parallel_decoupling.model.identity import check_seal, rows_hash, sealed, weights_hash
 from parallel_decoupling.model.locations import located, portable
 
 METADATA_KEY = b"parallel_decoupling"
 SHARD_NAME = re.compile(r"embeddings-(\d{5,})\.parquet")
 AGGREGATE = "aggregate"
 ROW_GROUP_SIZE = 16_384  # rows that a reader holds at once
-OWN_KEYS = ("shard", "first_row", "rows_sha256", "bad_rows")  # differ between the shards of one folder
+OWN_KEYS = ("shard", "first_row", "rows_sha256", "vectors_sha256", "bad_rows")  # differ between shards
 COMPARED = (
     *("identity", "columns", "dtype", "instruction", "images"),
     *("num_rows", "rows_per_shard", "rows_sha256"),
@@ -87,15 +87,19 @@ class StoreWriter:
         bad, order = sorted(bad_rows), torch.tensor(numbers, dtype=torch.long).argsort()
         assert len(numbers) + len(bad) == len(self.rows_of(shard)), "a shard accounts for all of its rows"
         table = fields = self.rows.columns(sorted(numbers))
+        dims, hashes = dict[str, int](), dict[str, list[str]]()
         for name in self.about["columns"]:
             cells_BD = vectors[name][order].float().numpy().astype(self.about["dtype"])
             table = table.append_column(name, to_cells(cells_BD))
+            groups, dims[name] = to_tensor(table[name]).split(ROW_GROUP_SIZE), cells_BD.shape[1]
+            hashes[name] = [weights_hash({name: group}) for group in groups]
         reasons = [
             {"row": row, "id": name, "reason": _without_folders(bad_rows[row], self.rows, row)}
             for row, name in zip(bad, self.rows.columns(bad)["id"].to_pylist(), strict=True)
         ]
         own = {"shard": shard, "first_row": self.rows_of(shard).start, "rows_sha256": self.rows_sha256(shard)}
-        metadata = {METADATA_KEY: json.dumps(sealed({**self.about, **own, "bad_rows": reasons}))}
+        own |= {"dims": dims, "vectors_sha256": hashes, "bad_rows": reasons}
+        metadata = {METADATA_KEY: json.dumps(sealed({**self.about, **own}))}
         compression = dict.fromkeys(table.column_names, "none") | dict.fromkeys(fields.column_names, "zstd")
         options: dict[str, Any] = {"use_dictionary": fields.column_names, "compression": compression}
         options |= {"write_page_checksum": True, "row_group_size": ROW_GROUP_SIZE}
@@ -183,9 +187,10 @@ class Store:
         self.metadata: dict[str, Any] = {}
         self.bad_rows: list[dict[str, Any]] = []
         self.batch_sizes: list[int] = []
-        self._groups: list[tuple[Path, int]] = []
+        self._groups: list[tuple[Path, int, dict[str, list[str]]]] = []
         for file in self.files:
-            about, content = read_metadata(file), pq.read_metadata(file)
+            with reading(file):
+                about, content = read_metadata(file), pq.read_metadata(file)
             common = {key: value for key, value in about.items() if key not in OWN_KEYS}
             common = located(common, self.folder)
             self.metadata = self.metadata or common
@@ -195,7 +200,7 @@ class Store:
             self.bad_rows += about["bad_rows"]
             for group in range(content.num_row_groups):
                 if size := content.row_group(group).num_rows:
-                    self._groups.append((file, group))
+                    self._groups.append((file, group, about["vectors_sha256"]))
                     self.batch_sizes.append(size)
         missing = -(-self.metadata["num_rows"] // self.metadata["rows_per_shard"]) - len(self.files)
         if missing:
@@ -209,10 +214,14 @@ class Store:
 
     def read(self, batch: int, columns: Sequence[str] | None = None) -> pa.Table:
         """Read one row group; ``columns`` are names of any columns, None reads all."""
-        file, group = self._groups[batch]
+        file, group, hashes = self._groups[batch]
         try:
             with pq.ParquetFile(file, page_checksum_verification=True) as content:
-                return content.read_row_group(group, columns=columns)
+                table = content.read_row_group(group, columns=columns)
+            for name in {*hashes}.intersection(table.column_names):
+                if weights_hash({name: to_tensor(table[name])}) != hashes[name][group]:
+                    raise OSError(f"the vectors {name} are not those that were written")
+            return table
         except (OSError, pa.ArrowException) as error:
             raise ValueError(f"{file} cannot be read ({error}). {REPAIR}") from error
 
@@ -261,14 +270,18 @@ def to_tensor(column: pa.ChunkedArray) -> Tensor:
 def shard_files(folder: Path) -> dict[int, Path]:
     """Return the shards in a folder by their number, in order."""
     found = ((SHARD_NAME.fullmatch(file.name), file) for file in folder.glob("embeddings-*.parquet"))
-    return dict(sorted((int(match[1]), file) for match, file in found if match))
+    return dict(sorted((int(match[1]), file) for match, file in found if match and file.is_file()))
 
 
 def read_metadata(file: Path) -> dict[str, Any]:
     """Read what a shard says about itself; ``ValueError`` if it is damaged or another kind of file."""
     try:
-        metadata = (pq.read_schema(file).metadata or {})[METADATA_KEY]
-        return check_seal(json.loads(metadata), file)
+        schema = pq.read_schema(file)
+        about = check_seal(json.loads((schema.metadata or {})[METADATA_KEY]), file)
+        for name, dim in about["dims"].items():
+            if schema.field(name).type != pa.list_(pa.from_numpy_dtype(about["dtype"]), dim):
+                raise pa.ArrowTypeError(f"the column {name} holds {schema.field(name).type}")
+        return about
     except (OSError, pa.ArrowException, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{file} is not a complete file of embeddings ({error}). {REPAIR}") from error
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from parallel_decoupling.batch import RawInput
 from parallel_decoupling.distributed import shard_like, whole
-from parallel_decoupling.files import MACHINE_ERRORS
+from parallel_decoupling.files import MACHINE_ERRORS, reading
 from parallel_decoupling.model.path_lora import PathLoRA
 
 PER_PATH = re.compile(r"^prefixes\.|^path_(logits|maps)$|\.path_lora_[AB]$")
@@ -90,8 +90,8 @@ def check_seal(
 
 def file_hashes(folder: Path) -> dict[str, str]:
     """Return SHA-256s by name: of a folder's own weights, and of all but weights in the folders inside it."""
-    inside = (file for file in folder.glob("*/**/*") if file.is_file() and file.suffix != ".safetensors")
-    files = (*folder.glob("*.safetensors"), *inside)
+    inside = (file for file in folder.glob("*/**/*") if file.suffix != ".safetensors")
+    files = filter(Path.is_file, (*folder.glob("*.safetensors"), *inside))
     return {str(file.relative_to(folder)): sha256(file.read_bytes()).hexdigest() for file in files}
 
 
@@ -271,8 +271,10 @@ def _image_content(image: Any, files: bool) -> list[Any]:
     if not files:
         return [name]
     try:
-        return [name, sha256(Path(image).read_bytes()).hexdigest()]
+        if Path(image).is_file():  # a pipe would be waited for
+            with reading(image):
+                return [name, sha256(Path(image).read_bytes()).hexdigest()]
     except OSError as error:
         if error.errno in MACHINE_ERRORS:
             raise
-        return [name, "unreadable"]
+    return [name, "unreadable"]

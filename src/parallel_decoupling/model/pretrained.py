@@ -14,9 +14,9 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
-from parallel_decoupling.files import atomic_write
+from parallel_decoupling.files import atomic_write, reading
 from parallel_decoupling.model import encoder as encoders
 from parallel_decoupling.model import identity, run_checkpoint
 from parallel_decoupling.model.adapters import AdapterConfig, adapted_layers
@@ -38,8 +38,9 @@ ABOUT = ("query_instruction", "candidate_instruction", "images", "max_tokens", "
 
 def is_pretrained(folder: str | Path) -> bool:
     """Tell whether a folder holds what ``save_encoder`` writes."""
+    file = Path(folder) / CONFIG_FILE
     try:
-        content = json.loads((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and content.get("model_type") == MODEL_TYPE
@@ -57,7 +58,8 @@ def load_encoder(
     if revision is not None and not of_hub:
         raise ValueError(f"revision={revision!r}, but {str(path)!r} is not a model of the hub")
     path = _of_hub(str(path), revision) if of_hub else path
-    encoder, about = _load_folder(Path(path), of_hub) if is_pretrained(path) else _load_checkpoint(path)
+    with reading(path):
+        encoder, about = _load_folder(Path(path), of_hub) if is_pretrained(path) else _load_checkpoint(path)
     if dtype is not None:
         if not isinstance(encoder, ParallelEncoder) or about["settings"].get("quantization"):
             raise ValueError(f"dtype={dtype!r} does not work for an OpenCLIP model or a quantized backbone")
@@ -184,7 +186,7 @@ def _load_folder(folder: Path, download: bool = False) -> tuple[Encoder, dict[st
         encoder.processor = load_processor(source, encoder.backbone.config, local_files_only=True)
         cast(Any, encoder.backbone).processor = encoder.processor
     identity.check_fingerprint(config["backbone"], identity.backbone_fingerprint(encoder.backbone))
-    identity.load_trainable_state(encoder, load_file(folder / WEIGHTS_FILE))
+    identity.load_trainable_state(encoder, load((folder / WEIGHTS_FILE).read_bytes()))
     return encoder, config
 
 

@@ -8,13 +8,28 @@ from typing import Any
 from zipfile import BadZipFile, ZipFile
 
 import torch
+from pydantic import BaseModel, Field, ValidationError
+from torch import Tensor
 
+from parallel_decoupling.files import reading
 from parallel_decoupling.model.identity import SEAL, check_seal, sealed
 
 LAST_CHECKPOINT = Path("checkpoints", "last.ckpt")
 SETTINGS_HASH = "settings_sha256"
 SEALED_KEYS = ("backbone", "data", "progress", SETTINGS_HASH)
-RUN_KEYS = ("state_dict", "pytorch-lightning_version", "hyper_parameters", *SEALED_KEYS)
+
+
+class Checkpoint(BaseModel, strict=True, arbitrary_types_allowed=True):
+    """The types of what a checkpoint of a run holds beside Lightning's own state."""
+
+    state_dict: dict[str, Tensor]
+    hyper_parameters: dict[str, Any]
+    backbone: dict[str, Any]
+    data: dict[str, Any]
+    progress: dict[str, Any]
+    settings_sha256: str
+    content_sha256: str
+    lightning: str = Field(alias="pytorch-lightning_version")
 
 
 def checkpoint_file(path: str | Path) -> Path:
@@ -33,20 +48,17 @@ def run_dir_of(path: str | Path) -> Path:
 
 
 def read_checkpoint(file: str | Path) -> dict[str, Any]:
-    """Read the checkpoint of a run; weights stay in the file until they are used."""
+    """Read the checkpoint of a run; none of it is mapped, as a disk that fails would end the process."""
     try:
-        with ZipFile(file) as archive:
+        with reading(file), ZipFile(file) as archive:
             if archive.testzip():  # the hash below is of weights, not of an optimizer's states
                 raise BadZipFile
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        with reading(file):
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, BadZipFile, zlib.error) as error:
         raise ValueError(f"{file} is not a checkpoint, or is damaged") from error
-    missing = [key for key in RUN_KEYS if not isinstance(content, Mapping) or key not in content]
-    if missing:
-        raise ValueError(f"{file} is not a checkpoint of a run, it lacks {', '.join(missing)}")
-    settings = content["hyper_parameters"]
-    check_seal({**settings, SEAL: content[SETTINGS_HASH]} if isinstance(settings, Mapping) else {}, file)
     check_checkpoint(content, file)
+    check_seal({**content["hyper_parameters"], SEAL: content[SETTINGS_HASH]}, file)
     return dict(content)
 
 
@@ -71,5 +83,10 @@ def seal_checkpoint(checkpoint: dict[str, Any]) -> None:
 
 def check_checkpoint(checkpoint: Mapping[str, Any], where: str | Path) -> None:
     """Check all but the settings, of which a caller may have replaced some; else a ``ValueError``."""
-    content = {key: checkpoint.get(key) for key in (*SEALED_KEYS, SEAL)}
+    try:
+        Checkpoint.model_validate(checkpoint)
+    except ValidationError as error:
+        wrong = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+        raise ValueError(f"{where} is not a checkpoint of a run; {', '.join(wrong[:9])}") from error
+    content = {key: checkpoint[key] for key in (*SEALED_KEYS, SEAL)}
     check_seal(content, where, checkpoint["state_dict"])

@@ -29,8 +29,6 @@ def save_into(checkpoint: dict[str, Any], module: PDFEmbedder) -> None:
 
 def load_into(module: PDFEmbedder, checkpoint: Mapping[str, Any]) -> None:
     """Check that the checkpoint belongs to this model, to the last key, and take it over."""
-    if not {"backbone", "data", "progress", "state_dict"} <= checkpoint.keys():
-        raise ValueError("This is not a checkpoint of PDFEmbedder.")
     fits = module._trainer is not None and module.trainer.state.fn == "fit"
     if fits and not checkpoint.get("optimizer_states"):
         advice = "resume from a checkpoint that the run itself wrote, such as last.ckpt"
