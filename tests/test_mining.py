@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from parallel_decoupling import cli, mining
 from parallel_decoupling.data.readers import TrainSubset
 from parallel_decoupling.data.tasks import EvalTask, Task
 from parallel_decoupling.evaluation.embedder import Embedder
-from tests.support.mmeb import train_row, write_train
+from tests.support.mmeb import OWN_ENTRY, train_row, write_train
 
 
 @pytest.mark.parametrize(("ranks", "margin"), [(range(2), 0.0), (range(1, 4), 0.1), (range(50), -2.0)])
@@ -88,10 +89,12 @@ def test_rows_with_one_candidate_are_no_neighbours() -> None:
 def test_a_mined_split_is_read_by_training_and_made_once(
     tiny_mmeb_dir: str, embedder: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All pictures of a colour belong to one query; a row without a text is left out."""
+    """All pictures of a colour belong to one query; a row without a text is left out, as is another group."""
     data = shutil.copytree(tiny_mmeb_dir, tmp_path / "data")
     rows = [train_row(pos="a"), train_row(pos="b"), train_row("q", "c"), train_row("")]
     write_train(data, "texts", rows)
+    table = {"shelf": {**OWN_ENTRY, "group": "elsewhere"}}
+    (data / "tasks.json").write_text(json.dumps(json.loads((data / "tasks.json").read_text()) | table))
     embedder.save_pretrained(tmp_path / "model")
     command = ["mine", str(data), str(tmp_path / "model"), str(tmp_path / "kept"), "--negatives", "2"]
     cli.main([*command, "--margin", "-2"])

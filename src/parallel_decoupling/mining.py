@@ -19,7 +19,7 @@ from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.data.readers import MMEB_TRAIN, TrainSubset
 from parallel_decoupling.data.row_reader import CANDIDATE, QUERY, Side, side_of
 from parallel_decoupling.data.row_sources import TaskSide
-from parallel_decoupling.data.tasks import NEIGHBOURS, ROLES, EvalTask, Task, find_train_subsets
+from parallel_decoupling.data.tasks import NEIGHBOURS, ROLES, EvalTask, Task, chosen, find_train_subsets
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.evaluation.encode import encode_rows
 from parallel_decoupling.evaluation.store import AGGREGATE, Keeper, Store
@@ -52,7 +52,7 @@ def mine(
     embedder = Embedder.from_pretrained(model, device="cuda" if torch.cuda.is_available() else "cpu")
     about = about_encoder(embedder.encoder, encoder_identity(embedder.encoder))
     folder, keeper = MMEBDataModule(data_dir=data_dir).folder, Keeper(output_dir, lambda: about, replace=True)
-    for name in find_train_subsets(folder):
+    for name in chosen(None, find_train_subsets(folder), folder):
         subset = TrainSubset(folder, name)
         if subset.reader.source is not None:
             raise ValueError(f"{name} is a table of your own; mine reads and writes MMEB's layout.")
