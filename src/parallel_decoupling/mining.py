@@ -119,9 +119,9 @@ def neighbour_order(near: list[list[int]], own: list[int]) -> Any:
     """Return the rows in an order in which neighbours stand side by side, also where rows are left out of it.
 
     Row i has candidate ``own[i]`` and hard negatives ``near[i]``, best first. It is linked to the rows of its
-    k-th negative with weight 1 / k. All rows, then each half of them, each quarter and so on are put in the
-    order in which a lazy random walk leaves their places (power iteration clustering). B3 (arXiv 2505.11293)
-    has METIS cut a graph without weights into clusters; weights and order are ours.
+    k-th negative with weight 1 / k. All rows, then each half of them, each quarter and so on are sorted by a
+    value that starts as a row's place and becomes like its neighbours' (power iteration clustering). B3 (arXiv
+    2505.11293) has METIS cut a graph without weights into clusters; weights and order are ours.
     """
     size, counts = len(own), [len(row) for row in near]
     row = np.concatenate([np.arange(size), np.repeat(np.arange(size), counts)])
