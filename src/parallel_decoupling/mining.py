@@ -120,8 +120,8 @@ def neighbour_order(near: list[list[int]], own: list[int]) -> Any:
 
     Row i has candidate ``own[i]`` and hard negatives ``near[i]``, best first. It is linked to the rows of its
     k-th negative with weight 1 / k. All rows, then each half of them, each quarter and so on are sorted by a
-    value that starts as a row's place and becomes like its neighbours' (power iteration clustering). B3 (arXiv
-    2505.11293) has METIS cut a graph without weights into clusters; weights and order are ours.
+    value that starts as a row's place and becomes like its neighbours' (power iteration clustering). B3
+    (arXiv 2505.11293) has METIS cut a graph without weights into clusters; weights and order are ours.
     """
     size, counts = len(own), [len(row) for row in near]
     row = np.concatenate([np.arange(size), np.repeat(np.arange(size), counts)])
@@ -131,7 +131,7 @@ def neighbour_order(near: list[list[int]], own: list[int]) -> Any:
     for level in range(max(1, size.bit_length() - 2)):
         part = place * 2**level // size  # no link leaves its part
         keys = part[row] * (1 + candidate.max()) + candidate
-        key = 2 * np.unique(keys, return_inverse=True)[1]  # the rows of a candidate, then those near it
+        key = 2 * np.unique(keys, return_inverse=True)[1]  # and 1 more: its rows, and rows near it
         here = csr_array((weight, (row, key + is_own)), (size, key.max() + 2))
         there = csr_array((weight, (key + ~is_own, row)), here.shape[::-1])
         degree, value = here @ (there @ np.ones(size)) + 1e-9, place.astype(float)
