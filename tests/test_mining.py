@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -12,13 +13,11 @@ from parallel_decoupling import cli, mining
 from parallel_decoupling.data.readers import TrainSubset
 from parallel_decoupling.data.tasks import EvalTask, Task
 from parallel_decoupling.evaluation.embedder import Embedder
-from tests.support.mmeb import train_row, write_train
+from tests.support.mmeb import OWN_ENTRY, train_row, write_train
 
 
-@pytest.mark.parametrize(
-    ("ranks", "margin", "most"), [(range(5), 0.0, 2), (range(1, 4), 0.1, 9), (range(50), -2, 50)]
-)
-def test_negatives_equal_a_loop(ranks: range, margin: float, most: int) -> None:
+@pytest.mark.parametrize(("ranks", "margin"), [(range(2), 0.0), (range(1, 4), 0.1), (range(50), -2.0)])
+def test_negatives_equal_a_loop(ranks: range, margin: float) -> None:
     """Rows 0 and 2 have one query, row 1 has two candidates of its own."""
     query, candidate = torch.randn(2, 4), torch.randn(8, 4)
     task = EvalTask(Task("t", "retrieval", False), [], [], [0, 1, 0], [[3], [1, 2], [4]])
@@ -27,17 +26,75 @@ def test_negatives_equal_a_loop(ranks: range, margin: float, most: int) -> None:
         scores = [float(query[number] @ each) for each in candidate]
         ranking = sorted((c for c in range(8) if c not in own), key=lambda c: -scores[c])
         near = [c for rank, c in enumerate(ranking) if rank in ranks and scores[c] <= scores[own[0]] - margin]
-        expected.append(near[:most])
-    assert mining.hard_negatives(query, candidate, task, ranks, margin, most) == expected
+        expected.append(near)
+    assert mining.hard_negatives(query, candidate, task, ranks, margin) == expected
+
+
+def dense_graph(near: list[list[int]], own: list[int]) -> torch.Tensor:
+    """Weight between every two rows, by the definition."""
+    graph = torch.zeros(len(own), len(own), dtype=torch.float64)
+    for row, candidates in enumerate(near):
+        for number, candidate in enumerate(candidates):
+            for other in range(len(own)):
+                if own[other] == candidate:
+                    graph[row, other] += 1 / (1 + number)
+                    graph[other, row] += 1 / (1 + number)
+    return graph
+
+
+def test_neighbour_order_equals_a_recursion_over_dense_matrices() -> None:
+    """Some candidates belong to several rows, and some rows have no negative."""
+
+    def halved(rows: list[int]) -> list[int]:
+        if len(rows) < 4:
+            return rows
+        part = graph[rows][:, rows]
+        degree, value = part.sum(1) + 1e-9, torch.arange(len(rows), dtype=torch.float64)
+        for _ in range(50):
+            value = value - (degree @ value) / degree.sum()
+            value = value + part @ value / degree
+        rows = [rows[place] for place in sorted(range(len(rows)), key=lambda each: value[each])]
+        return halved(rows[: len(rows) // 2]) + halved(rows[len(rows) // 2 :])
+
+    own = torch.randint(24, (32,)).tolist()
+    near = [[each for each in torch.randperm(24)[:5].tolist() if each != own[row]] for row in range(32)]
+    near[3] = near[17] = []
+    graph = dense_graph(near, own)
+    assert mining.neighbour_order(near, own).tolist() == halved(list(range(32)))
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_neighbours_stand_side_by_side_also_where_rows_are_left_out(step: int) -> None:
+    """Groups of 12 rows are each other's negatives; a random order keeps few of them together."""
+    group = (torch.arange(96) // 12)[torch.randperm(96)].tolist()
+    rows = range(96)
+    near = [[each for each in rows if group[each] == group[row] and each != row] for row in rows]
+    order = mining.neighbour_order(near, list(rows)).tolist()
+    assert sorted(order) == list(rows)
+    kept = [group[row] for row in order if row % step == 0]
+    changes = sum(one != other for one, other in zip(kept, kept[1:], strict=False))
+    assert changes == len(set(kept)) - 1
+
+
+def test_rows_with_one_candidate_are_no_neighbours() -> None:
+    """Of 4 pairs of labels that are mixed up with each other, both are in every cluster, evenly."""
+    own = torch.arange(8).repeat(8)[torch.randperm(64)].tolist()
+    order = mining.neighbour_order([[label ^ 1] for label in own], own).tolist()
+    for start in range(0, 64, 8):
+        labels = [own[row] for row in order[start : start + 8]]
+        assert len(set(labels)) == 2
+        assert 2 <= labels.count(labels[0]) <= 6
 
 
 def test_a_mined_split_is_read_by_training_and_made_once(
     tiny_mmeb_dir: str, embedder: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All pictures of a colour belong to one query; a row without a text is left out."""
+    """All pictures of a colour belong to one query; a row without a text is left out, as is another group."""
     data = shutil.copytree(tiny_mmeb_dir, tmp_path / "data")
     rows = [train_row(pos="a"), train_row(pos="b"), train_row("q", "c"), train_row("")]
     write_train(data, "texts", rows)
+    table = {"shelf": {**OWN_ENTRY, "group": "elsewhere"}}
+    (data / "tasks.json").write_text(json.dumps(json.loads((data / "tasks.json").read_text()) | table))
     embedder.save_pretrained(tmp_path / "model")
     command = ["mine", str(data), str(tmp_path / "model"), str(tmp_path / "kept"), "--negatives", "2"]
     cli.main([*command, "--margin", "-2"])
@@ -49,6 +106,10 @@ def test_a_mined_split_is_read_by_training_and_made_once(
     ranking = (candidates @ embedder.encode(mined[5].query)).argsort(descending=True).tolist()
     best = [read[row].candidate for row in ranking if row % 4 != 5 % 4][:2]
     assert list(mined[5].negatives) == best
+    assert sorted(mined.neighbour_order()) == list(range(24))
+    few = TrainSubset(data, "colours_t2i", "mined", limit=9)
+    kept = [row for row in mined.kept[mined.neighbour_order()] if row in few.kept]
+    assert few.kept[few.neighbour_order()].tolist() == kept
     pairs = [TrainSubset(data, "texts", "mined", hard_negatives=2)[row] for row in range(3)]
     assert [{each.text for each in pair.negatives if each} for pair in pairs] == [{"c"}, {"c"}, {"a", "b"}]
     monkeypatch.setattr(mining, "encode_rows", None)

@@ -1,13 +1,17 @@
-"""Hard negatives of training rows: what a model ranks high for a query, but below the row's own candidate."""
+"""What a model ranks high for a query, but below the row's own candidate: hard negatives and neighbours."""
 
 from __future__ import annotations
 
 import sys
 from collections import defaultdict
+from itertools import chain
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from scipy.sparse import csr_array
 from torch import Tensor
 from tqdm import tqdm
 
@@ -15,7 +19,7 @@ from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.data.readers import MMEB_TRAIN, TrainSubset
 from parallel_decoupling.data.row_reader import CANDIDATE, QUERY, Side, side_of
 from parallel_decoupling.data.row_sources import TaskSide
-from parallel_decoupling.data.tasks import ROLES, EvalTask, Task, find_train_subsets
+from parallel_decoupling.data.tasks import NEIGHBOURS, ROLES, EvalTask, Task, chosen, find_train_subsets
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.evaluation.encode import encode_rows
 from parallel_decoupling.evaluation.store import AGGREGATE, Keeper, Store
@@ -34,7 +38,7 @@ def mine(
     last_rank: PositiveInt = 100,
     margin: float = 0.0,
 ) -> None:
-    """Write the split "mined" of all training subsets in MMEB's layout: their rows with hard negatives.
+    """Write the split "mined" of all training subsets in MMEB's layout, with hard negatives and neighbours.
 
     Args:
         data_dir: holds MMEB-train/; or mini-mmeb.
@@ -48,22 +52,24 @@ def mine(
     embedder = Embedder.from_pretrained(model, device="cuda" if torch.cuda.is_available() else "cpu")
     about = about_encoder(embedder.encoder, encoder_identity(embedder.encoder))
     folder, keeper = MMEBDataModule(data_dir=data_dir).folder, Keeper(output_dir, lambda: about, replace=True)
-    for name in find_train_subsets(folder):
+    for name in chosen(None, find_train_subsets(folder), folder):
         subset = TrainSubset(folder, name)
         if subset.reader.source is not None:
             raise ValueError(f"{name} is a table of your own; mine reads and writes MMEB's layout.")
         task, sides = as_task(subset)
         query, candidate = (TaskSide(task, side, folder) for side in ("query", "candidate"))
         vectors = _embedded(embedder, keeper, query), _embedded(embedder, keeper, candidate)
-        found = hard_negatives(*vectors, task, range(first_rank, last_rank), margin, negatives)
+        near = hard_negatives(*vectors, task, range(first_rank, last_rank), margin)
         columns = dict(zip(MMEB_TRAIN, map(subset.table.column, ROLES), strict=True))
         cells = {key: column.take(subset.kept) for key, column in columns.items() if column is not None}
         for part, key in enumerate(MMEB_TRAIN[4:]):
-            lists = [[sides[each][part] for each in row] for row in found]
+            lists = [[sides[each][part] for each in row[:negatives]] for row in near]
             cells[key] = pa.array(lists, pa.list_(pa.string()))
+        order = neighbour_order(near, [row[0] for row in task.candidates_of_row])
+        cells[NEIGHBOURS] = pa.array(order.argsort())
         with atomic_write(folder / "MMEB-train" / name / "mined-00000-of-00001.parquet") as unfinished:
             pq.write_table(pa.table(cells), unfinished)
-        sys.stdout.write(f"{name}: {sum(map(bool, found))} of {len(found)} rows have a negative\n")
+        sys.stdout.write(f"{name}: {sum(map(bool, near))} of {len(near)} rows have a negative\n")
 
 
 def as_task(subset: TrainSubset) -> tuple[EvalTask, list[Side]]:
@@ -94,7 +100,7 @@ def _embedded(embedder: Embedder, keeper: Keeper, rows: TaskSide) -> Tensor:
 
 
 def hard_negatives(
-    query_QD: Tensor, candidate_CD: Tensor, task: EvalTask, ranks: range, margin: float, most: int
+    query_QD: Tensor, candidate_CD: Tensor, task: EvalTask, ranks: range, margin: float
 ) -> list[list[int]]:
     """Return what has these ranks and scores ``margin`` below each row's own; a query's own have no rank."""
     own, found = defaultdict[int, set[int]](set), list[list[int]]()
@@ -105,5 +111,33 @@ def hard_negatives(
         highest = score_C[task.candidates_of_row[row][0]] - margin
         score_C[list(own[query])] = -torch.inf
         best = score_C.topk(min(ranks.stop, len(score_C) - len(own[query]))).indices[ranks.start :]
-        found.append(best[score_C[best] <= highest][:most].tolist())
+        found.append(best[score_C[best] <= highest].tolist())
     return found
+
+
+def neighbour_order(near: list[list[int]], own: list[int]) -> Any:
+    """Return the rows in an order in which neighbours stand side by side, also where rows are left out of it.
+
+    Row i has candidate ``own[i]`` and hard negatives ``near[i]``, best first. It is linked to the rows of its
+    k-th negative with weight 1 / k. All rows, then each half of them, each quarter and so on are sorted by a
+    value that starts as a row's place and becomes like its neighbours' (power iteration clustering). B3
+    (arXiv 2505.11293) has METIS cut a graph without weights into clusters; weights and order are ours.
+    """
+    size, counts = len(own), [len(row) for row in near]
+    row = np.concatenate([np.arange(size), np.repeat(np.arange(size), counts)])
+    candidate, is_own = np.array([*own, *chain(*near)]), np.arange(len(row)) < size
+    weight = np.concatenate([np.ones(size), *(1 / np.arange(1, 1 + count) for count in counts)])
+    place = np.arange(size)
+    for level in range(max(1, size.bit_length() - 2)):
+        part = place * 2**level // size  # no link leaves its part
+        keys = part[row] * (1 + candidate.max()) + candidate
+        key = 2 * np.unique(keys, return_inverse=True)[1]  # and 1 more: its rows, and rows near it
+        here = csr_array((weight, (row, key + is_own)), (size, key.max() + 2))
+        there = csr_array((weight, (key + ~is_own, row)), here.shape[::-1])
+        degree, value = here @ (there @ np.ones(size)) + 1e-9, place.astype(float)
+        for _ in range(50):
+            value -= (np.bincount(part, degree * value) / np.bincount(part, degree))[part]
+            value += here @ (there @ value) / degree
+        order = np.lexsort((value, part))
+        place = order.argsort()
+    return order

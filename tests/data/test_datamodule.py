@@ -199,6 +199,18 @@ def test_options_are_passed_on(data_dir: Path) -> None:
     assert all(len({row[0] for row in batch}) == 1 for batch in batches)
 
 
+def test_clusters_of_neighbours_are_of_the_rows_that_row_limit_keeps(data_dir: Path) -> None:
+    rows = [train_row(f"c{number}", neighbour_order=7 * number % 24) for number in range(24)]
+    write_train(data_dir, "C", rows, "mined")
+    near = {"policy": "neighbours", "sub_batch_size": 4, "row_limit": 16}
+    batches = queries(module(data_dir, split="mined", **near).train_dataloader())
+    places = [7 * int(query[1:]) % 24 for query in sum(batches, [])]
+    kept = [sorted(places)[start : start + 4] for start in range(0, 16, 4)]
+    assert sorted(places[start : start + 4] for start in range(0, 16, 4)) == kept
+    with pytest.raises(ValueError, match=r"'A': no column neighbour_order .* Run `parallel-decoupling mine`"):
+        module(data_dir, **near).train_dataloader()
+
+
 def test_eval_loaders_give_unique_queries_then_unique_candidates(data_dir: Path, tmp_path: Path) -> None:
     data, toy = module(data_dir, None, eval_batch_size=2), Toy()
     trainer(tmp_path).test(toy, datamodule=data, verbose=False)

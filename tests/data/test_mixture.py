@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
@@ -21,7 +22,7 @@ from parallel_decoupling.data.prompts import to_raw_inputs
 from parallel_decoupling.data.row_sources import RowSource
 
 SIZES = [50, 7, 123]
-POLICIES = [("mixed", None), ("sub_batch", 4), ("homogeneous", None)]
+POLICIES = [("mixed", None), ("sub_batch", 4), ("homogeneous", None), ("neighbours", 4)]
 Pairs = list[tuple[int, int]]
 
 
@@ -42,7 +43,7 @@ def test_batch_depends_on_seed_and_step_only(policy: Any, block: int | None) -> 
     used = sampler(**options)
     assert [used.batch(step) for step in reversed(range(steps))] == forward[::-1]
     assert [sampler(**options, seed=1).batch(step) for step in range(steps)] != forward
-    assert len({tuple(batch) for batch in forward}) == steps
+    assert len({tuple(batch) for batch in forward}) >= steps - (policy == "neighbours")  # few clusters
 
 
 @pytest.mark.parametrize(("policy", "block"), POLICIES)
@@ -77,6 +78,32 @@ def test_a_batch_is_of_blocks_of_one_subset() -> None:
 @pytest.mark.parametrize(("block", "policy"), [(1, "mixed"), (8, "homogeneous")])
 def test_sub_batch_of_extreme_size_equals_the_other_policies(block: int, policy: Any) -> None:
     assert epoch(sampler(policy="sub_batch", sub_batch_size=block)) == epoch(sampler(policy=policy))
+
+
+def test_neighbours_of_size_1_equal_mixed_batches_of_renamed_rows() -> None:
+    orders = [np.random.default_rng(size).permutation(size) for size in SIZES]
+    weights = [2.0, 1.0, 1.0]  # passes meet inside of batches
+    mixture = sampler(policy="neighbours", sub_batch_size=1, orders=orders, weights=weights)
+    mixed = chain(*(epoch(sampler(weights=weights), number) for number in range(3)))
+    renamed = [[(subset, orders[subset][row]) for subset, row in batch] for batch in mixed]
+    assert list(chain(*(epoch(mixture, number) for number in range(3)))) == renamed
+
+
+@pytest.mark.parametrize("size", [48, 50, 3])
+def test_a_batch_of_neighbours_is_of_whole_clusters(size: int) -> None:
+    """Only where two passes over a subset meet, a group has rows of both, or replaced ones."""
+    orders = [np.random.default_rng(rows).permutation(rows) for rows in (size, 40)]
+    mixture = sampler([size, 40], policy="neighbours", sub_batch_size=4, orders=orders)
+    clusters: list[list[list[int]]] = [[], []]
+    for batch in chain(*(epoch(mixture, number) for number in range(20))):
+        for group in (batch[:4], batch[4:]):
+            ((subset, _),) = {(subset, 0) for subset, _ in group}
+            clusters[subset].append(np.argsort(orders[subset])[[row for _, row in group]].tolist())
+    parted = [cluster for cluster in clusters[0] if cluster != [*range(cluster[0], cluster[0] + 4)]]
+    assert len(parted) <= (2 * 4 * len(clusters[0]) / size if size % 4 else 0)
+    assert sorted(map(tuple, {tuple(each) for each in clusters[1]})) == [
+        tuple(range(first, first + 4)) for first in range(0, 40, 4)
+    ]
 
 
 def test_weights_are_shares_per_subset() -> None:
@@ -123,7 +150,8 @@ def test_start_step_gives_the_tail_and_then_whole_epochs(start: int) -> None:
     [
         ({"batch_size": 9, "world_size": 2}, "multiple of the 2 processes"),
         ({"batch_size": 999}, "180 rows do not fill one batch"),
-        ({"policy": "sub_batch"}, "policy='sub_batch' with sub_batch_size=None: sub_batch needs"),
+        ({"policy": "sub_batch"}, "policy='sub_batch' with sub_batch_size=None: sub_batch and"),
+        ({"policy": "neighbours"}, "policy='neighbours' with sub_batch_size=None: .* neighbours need"),
         ({"policy": "sub_batch", "sub_batch_size": 3}, "sub_batch_size=3: .* divides batch_size=8"),
         (
             {"policy": "mixed", "sub_batch_size": 4},

@@ -60,9 +60,9 @@ class MMEBDataModule(LightningDataModule):
         row_limit: Cap of rows per training subset. VLM2Vec's recipes cap at 50000 or 100000, or not.
         row_limit_by: "sample" draws the rows by the seed, "first" takes the first ones (as VLM2Vec does).
         query_limit: Cap of rows per evaluation task, evenly spaced; for quick looks only.
-        policy: "mixed" batches of all subsets, "homogeneous" of one subset each, or "sub_batch" of
-            blocks of sub_batch_size rows of one subset.
-        sub_batch_size: Block size of the policy "sub_batch"; divides batch_size.
+        policy: "mixed" batches of all subsets, "homogeneous" of one subset each, "sub_batch" of blocks of
+            sub_batch_size rows of one subset, or "neighbours" of such blocks that `mine` put together.
+        sub_batch_size: Block size of the policies "sub_batch" and "neighbours"; divides batch_size.
         hard_negatives: Candidates per row from the neg_text and neg_image_path columns; a row with fewer gets
             padding that matches no query. Warns of a subset where no row has any.
         positives: Positives per training row; a row with fewer gets padding, one with more is cut.
@@ -251,6 +251,8 @@ class MMEBDataModule(LightningDataModule):
         sizes = [len(subset) for subset in self.train_data]
         options: dict[str, Any] = {"rank": distributed.rank(), "world_size": distributed.world_size()}
         options |= {"sub_batch_size": self.sub_batch_size, "seed": self.seed, "weights": weights}
+        if self.policy == "neighbours":
+            options["orders"] = [subset.neighbour_order() for subset in self.train_data]
         sampler = MixtureSampler(sizes, batch_size=self.batch_size, policy=self.policy, **options)
         options = {"num_workers": self.num_workers, "generator": torch.Generator(), "batch_sampler": sampler}
         collate = readers.TrainCollator(self.collator, self.train_data)

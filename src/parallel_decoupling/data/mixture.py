@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from torch.utils.data import DataLoader, Sampler
 
-Policy: TypeAlias = Literal["mixed", "homogeneous", "sub_batch"]
+Policy: TypeAlias = Literal["mixed", "homogeneous", "sub_batch", "neighbours"]
 _Array: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
 
 # Streams of random numbers that must not meet: default_rng([seed, stream, ...]).
@@ -19,19 +19,22 @@ class MixtureSampler(Sampler[list[tuple[int, int]]]):
     """Batches of ``(subset, row)`` from several subsets, as a pure function of (seed, step).
 
     In an epoch subset s is drawn c_s times: all its rows, or its share by weight of the rows of all subsets.
-    Draws come in groups of g rows of one subset (g = 1 mixed, ``sub_batch_size`` sub_batch, ``batch_size``
-    homogeneous), so c_s is a multiple of g and at least g. The groups of all subsets are shuffled by
+    Draws come in groups of g rows of one subset (g = 1 mixed, ``sub_batch_size`` sub_batch and neighbours,
+    ``batch_size`` homogeneous), so c_s is a multiple of g and at least g. All subsets' groups are shuffled by
     (seed, epoch) and cut into batches; an incomplete last batch is dropped. Draw k of subset s, counted over
     all epochs, is ``permutation(seed, s, k // n_s)[k mod n_s]``: a subset is used up before any row comes
-    again. Where two permutations meet inside one batch, a row that they share is replaced by another row of
-    the subset, so a batch repeats a row only if it draws more rows than the subset has.
+    again. For neighbours, clusters of g rows that follow each other in ``orders[s]`` are permuted; where two
+    passes meet, a group has rows of both. Where two permutations meet inside one batch, a row that they share
+    is replaced by another row of the subset, so a batch repeats a row only if it draws more rows than the
+    subset has.
 
     ``sizes`` are the rows n_s per subset, ``batch_size`` is GLOBAL, ``weights`` are shares of the epoch per
-    SUBSET (None is by size).
+    SUBSET (None is by size), ``orders`` the rows per subset with neighbours side by side.
 
     Relations:
         ``sub_batch`` with ``sub_batch_size=1`` equals ``mixed``, with ``batch_size`` equals
-        ``homogeneous``. The slices of all ranks, joined, equal the batch at ``world_size=1``.
+        ``homogeneous``; ``neighbours`` with 1 equals ``mixed`` of rows that are numbered by their place in
+        the order. The slices of all ranks, joined, equal the batch at ``world_size=1``.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class MixtureSampler(Sampler[list[tuple[int, int]]]):
         weights: Sequence[float] | None = None,
         policy: Policy = "mixed",
         sub_batch_size: int | None = None,
+        orders: Sequence[_Array] = (),
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -53,10 +57,14 @@ class MixtureSampler(Sampler[list[tuple[int, int]]]):
         self.sizes, self.batch_size = list(sizes), batch_size
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.start_step = 0  # of the next iteration
-        self.group_size = {"mixed": 1, "homogeneous": batch_size, "sub_batch": sub_batch_size or 0}[policy]
-        if (policy == "sub_batch") != (sub_batch_size is not None) or batch_size % max(self.group_size, 1):
-            rule = f"sub_batch needs a sub_batch_size that divides {batch_size=}, and no other policy has one"
+        self.orders = list(orders) or [np.arange(size) for size in sizes]
+        fixed = {"mixed": 1, "homogeneous": batch_size}.get(policy)
+        self.group_size = fixed or sub_batch_size or 0
+        if (fixed is None) == (sub_batch_size is None) or batch_size % max(self.group_size, 1):
+            rule = f"that divides {batch_size=}, and no other policy has one"
+            rule = f"sub_batch and neighbours need a sub_batch_size {rule}"
             raise ValueError(f"{policy=} with sub_batch_size={sub_batch_size}: {rule}.")
+        self.cluster_size = self.group_size if policy == "neighbours" else 1
         counts = [size // self.group_size for size in self.sizes]
         if weights is not None:
             assert len(weights) == len(sizes), "one per subset"
@@ -99,18 +107,16 @@ class MixtureSampler(Sampler[list[tuple[int, int]]]):
         rows = np.empty_like(subsets)
         for subset in range(len(self.sizes)):
             slots = np.flatnonzero(subsets == subset)
-            rows[slots] = self._draws(subset, epoch, slots // self.batch_size)
+            rows[slots] = self.orders[subset][self._draws(subset, epoch, slots // self.batch_size)]
         return subsets, rows
 
     def _draws(self, subset: int, epoch: int, batch_of_draw: _Array) -> _Array:
-        """Return the rows of a subset for one epoch; ``batch_of_draw`` is non-decreasing."""
+        """Return the places of a subset's rows for one epoch; ``batch_of_draw`` is non-decreasing."""
         size, count = self.sizes[subset], len(batch_of_draw)
         first = epoch * count
         passes = range(first // size, (first + count - 1) // size + 1)
-        generators = (np.random.default_rng([self.seed, _ROWS, subset, number]) for number in passes)
-        orders = [each.permutation(size) for each in generators]
         skipped = first - passes[0] * size
-        rows = np.concatenate(orders)[skipped : skipped + count]
+        rows = np.concatenate([self._pass(subset, number) for number in passes])[skipped : skipped + count]
         for seam in range(size - skipped, count, size):
             if batch_of_draw[seam - 1] == batch_of_draw[seam]:
                 start, stop = np.searchsorted(batch_of_draw, batch_of_draw[seam] + np.array([0, 1]))
@@ -120,6 +126,15 @@ class MixtureSampler(Sampler[list[tuple[int, int]]]):
                     free = np.setdiff1d(np.arange(size), rows[start:stop])
                     rows[clash] = rng.permutation(free)[: len(clash)]
         return rows
+
+    def _pass(self, subset: int, number: int) -> _Array:
+        """Return the places of a subset's rows in the order of one pass."""
+        size = self.sizes[subset]
+        first = min(size, -number * size % self.cluster_size)  # for the last group of the pass before
+        head, middle, tail = np.split(np.arange(size), [first, size - (size - first) % self.cluster_size])
+        clusters = middle.reshape(-1, self.cluster_size)
+        rng = np.random.default_rng([self.seed, _ROWS, subset, number])
+        return np.concatenate([head, clusters[rng.permutation(len(clusters))].ravel(), tail])
 
 
 class Batches:

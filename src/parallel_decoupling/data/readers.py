@@ -44,9 +44,8 @@ def open_train(data_dir: Path, subset: str, split: str) -> RowReader:
     source, root = task.source, data_dir / "MMEB-train"
     owner, columns = f"training subset {subset!r}", dict(zip(ROLES, MMEB_TRAIN, strict=True))
     if source is None or source.train_file is None:
-        table = Table(
-            owner, find_tables(owner, root / subset, f"{split}-*.parquet"), columns | {TEACHER: TEACHER}
-        )
+        columns |= {name: name for name in (TEACHER, tasks.NEIGHBOURS)}
+        table = Table(owner, find_tables(owner, root / subset, f"{split}-*.parquet"), columns)
         table.check((*QUERY, *CANDIDATE), QUERY)
         return RowReader(table, ImageFolder(root), task.prompt)
     table = Table(owner, [source.train_file], source.columns)
@@ -147,6 +146,13 @@ class TrainSubset:
         what = f"{step + 1} rows in a row cannot be embedded, {last}."
         advice = "Skipping is for single files; `lightning verify` finds out what is wrong with the folder."
         raise ValueError(f"{self.table.owner}: {what} {advice}")
+
+    def neighbour_order(self) -> Any:
+        """Return the rows in the order that ``mine`` found, with neighbours side by side."""
+        if (places := self.table.column(tasks.NEIGHBOURS)) is None:
+            advice = "Run `parallel-decoupling mine` and set data.split to mined, or take another data.policy"
+            raise ValueError(f"{self.table.owner}: no column {tasks.NEIGHBOURS} for neighbours. {advice}.")
+        return np.argsort(pc.cast(places, pa.int64()).to_numpy()[self.kept])
 
     def _read(self, index: int) -> RawPair:
         row, reader = int(self.kept[index]), self.reader

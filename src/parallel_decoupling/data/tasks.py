@@ -30,6 +30,8 @@ INSTRUCTIONS = ("query_instruction", "candidate_instruction")
 ROLES = tuple(f"{side}_{kind}" for side in ("query", "candidate", "negative") for kind in ("text", "image"))
 TEACHER = "teacher_scores"
 """What a column can be, and the column of a teacher's scores."""
+NEIGHBOURS = "neighbour_order"
+"""The column of a row's place among the rows of ``mine``."""
 _ROLE = Rule(
     f"a mapping of roles to columns; roles are {', '.join((*ROLES, TEACHER))}", (*ROLES, TEACHER).__contains__
 )
