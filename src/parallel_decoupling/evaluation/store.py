@@ -110,7 +110,7 @@ class StoreWriter:
             cells_BD = vectors[name][order].float().numpy().astype(self.about["dtype"])
             cells = pa.FixedSizeListArray.from_arrays(pa.array(cells_BD.reshape(-1)), cells_BD.shape[1])
             table = table.append_column(name, cells)
-            groups, dims[name] = to_tensor(table[name]).split(ROW_GROUP_SIZE), cells_BD.shape[1]
+            groups, dims[name] = torch.split(to_tensor(table[name]), ROW_GROUP_SIZE), cells_BD.shape[1]
             hashes[name] = [weights_hash({name: group}) for group in groups]
         reasons = [
             {"row": row, "id": name, "reason": _without_folders(bad_rows[row], self.rows, row)}
