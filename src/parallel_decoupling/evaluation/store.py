@@ -91,7 +91,7 @@ class StoreWriter:
         for name in self.about["columns"]:
             cells_BD = vectors[name][order].float().numpy().astype(self.about["dtype"])
             table = table.append_column(name, to_cells(cells_BD))
-            groups, dims[name] = to_tensor(table[name]).split(ROW_GROUP_SIZE), cells_BD.shape[1]
+            groups, dims[name] = torch.split(to_tensor(table[name]), ROW_GROUP_SIZE), cells_BD.shape[1]
             hashes[name] = [weights_hash({name: group}) for group in groups]
         reasons = [
             {"row": row, "id": name, "reason": _without_folders(bad_rows[row], self.rows, row)}
