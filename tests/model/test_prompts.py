@@ -143,6 +143,7 @@ def test_a_prompt_is_exported_checked_and_part_of_the_identity(qwen3: str, tmp_p
     options: dict[str, Any] = {"backbone": qwen3, "num_paths": 2, "adapter": {"kind": "frozen"}}
     model = PDFEmbedder(**options, family={"prompt": {"instruction": "none"}})  # type: ignore[arg-type]
     content: dict[str, Any] = {"state_dict": {}, "hyper_parameters": dict(model.hparams)}
+    content["pytorch-lightning_version"] = "2.5"
     model.on_save_checkpoint(content)
     PDFEmbedder(**model.hparams).on_load_checkpoint(content)
     with pytest.raises(ValueError, match=r"trained with the prompt.*set model\.family\.prompt"):
