@@ -22,7 +22,7 @@ class Killed(ShardEmbedder):
 
     def __call__(self, batch: Any) -> Any:
         (shard,) = map(int, batch["shard"])
-        mark = self.keeper.root.parent / f"killed_{shard}"
+        mark = Path(self.keeper.root).parent / f"killed_{shard}"
         if shard in (1, 2) and not mark.exists():
             mark.touch()
             if shard == 2:
