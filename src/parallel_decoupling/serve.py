@@ -62,7 +62,7 @@ class Server:
         paths: dict[str, Output] = {f"path_{number}": number for number in range(embedder.num_paths)}
         self.models: dict[str, Output] = {"default": path, "aggregate": "aggregate", **paths}
         if path not in [*paths.values(), "aggregate"]:
-            raise ValueError(f"there is no path {path}; the model has paths 0 to {embedder.num_paths - 1}")
+            raise ValueError(f"path {path} does not exist; the model has paths 0 to {embedder.num_paths - 1}")
         self._num_requests, self._num_rows, self._seconds = 0, 0, 0.0
         self.statuses: Counter[int] = Counter()  # how many requests were answered with each
         self.num_cut = 0  # texts of which the ends were cut off

@@ -32,7 +32,7 @@ class Backbone(nn.Module):
     """A stock base model (without language-model head), its processor and the names inside it.
 
     ``name`` is what the user asked for, ``revision`` the commit of a hub model, ``image_token`` what stands
-    for an image in its text: the placeholder itself where there is no vision, as its processor refuses it.
+    for an image in its text: the placeholder itself for a model without vision, whose processor refuses it.
     """
 
     def __init__(

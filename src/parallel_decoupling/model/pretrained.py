@@ -179,7 +179,7 @@ def _load_folder(folder: Path, download: bool = False) -> tuple[Encoder, dict[st
         settings["backbone"] = str(folder / BACKBONE_DIR)
     elif not is_open_clip(settings["backbone"]):
         settings["local_files_only"] = not download
-    # any start does, it is replaced; there are no more than eight meta-prompts
+    # any initialisation will do, as it is replaced; of meta-prompts only eight exist
     encoder = _build({**settings, "prefix_init": "random"})
     if "local_files_only" in settings:
         source = folder / PROCESSOR_DIR

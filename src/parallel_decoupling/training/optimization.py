@@ -93,7 +93,7 @@ def main_optimizer(groups: Mapping[str, Iterable[nn.Parameter]], config: Optimiz
         if (members := list(parameters))
     ]
     advice = "Set prefix_length to 1 or more, or adapter.kind to lora, dora or full."
-    require(bool(settings), f"Nothing to train: the backbone is frozen and there is no prefix. {advice}")
+    require(bool(settings), f"Nothing to train: the backbone is frozen and has no prefix. {advice}")
     return AdamW(settings)
 
 
