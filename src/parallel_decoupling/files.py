@@ -51,7 +51,7 @@ def expand_paths(options: Any, name: str = "") -> Any:
 
 @contextmanager
 def reading(file: str | Path) -> Iterator[None]:
-    """Name a file or folder that cannot be read on, as Python does for one that it cannot open."""
+    """Name the file or folder whose reading fails halfway, as Python does for one that it cannot open."""
     try:
         yield
     except OSError as error:

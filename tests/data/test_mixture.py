@@ -155,7 +155,7 @@ def test_start_step_gives_the_tail_and_then_whole_epochs(start: int) -> None:
         ({"policy": "sub_batch", "sub_batch_size": 3}, "sub_batch_size=3: .* divides batch_size=8"),
         (
             {"policy": "mixed", "sub_batch_size": 4},
-            "with sub_batch_size=4: .* no other policy has one",
+            "with sub_batch_size=4: .* other policies have none",
         ),
     ],
 )

@@ -61,8 +61,7 @@ class MixtureSampler(Sampler[list[tuple[int, int]]]):
         fixed = {"mixed": 1, "homogeneous": batch_size}.get(policy)
         self.group_size = fixed or sub_batch_size or 0
         if (fixed is None) == (sub_batch_size is None) or batch_size % max(self.group_size, 1):
-            rule = f"that divides {batch_size=}, and no other policy has one"
-            rule = f"sub_batch and neighbours need a sub_batch_size {rule}"
+            rule = f"sub_batch and neighbours need one that divides {batch_size=}, other policies have none"
             raise ValueError(f"{policy=} with sub_batch_size={sub_batch_size}: {rule}.")
         self.cluster_size = self.group_size if policy == "neighbours" else 1
         counts = [size // self.group_size for size in self.sizes]

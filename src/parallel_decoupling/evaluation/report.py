@@ -226,7 +226,7 @@ class ScoreReport:
 
 
 def find_scores(path: str | Path, run: Mapping[str, Any]) -> ScoreReport | None:
-    """Return the scores of exactly the weights of ``run``, from its folder or one inside it; None without."""
+    """Find the scores of exactly the weights of ``run``, in its folder or one inside it; else None."""
     folder = run_dir_of(path)
     for file in (*folder.glob(SCORES_FILE), *folder.glob(f"*/{SCORES_FILE}")):
         report = ScoreReport.from_json_file(file)

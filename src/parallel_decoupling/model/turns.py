@@ -9,7 +9,7 @@ from torch import nn
 
 
 def set_training(modules: Iterable[nn.Module], training: bool) -> list[nn.Module]:
-    """Set the mode of modules, not of what is inside them, and return those for which it is another one."""
+    """Set the mode of these modules, not of what is inside them; return those whose mode changed."""
     changed = [module for module in modules if module.training != training]
     for module in changed:
         module.training = training
