@@ -105,8 +105,8 @@ bench: $(INSTALLED) ## ratios to peers and floors: the demo's step, N paths, vCL
 gpu: $(INSTALLED) ## check this machine's CUDA device in 8 minutes: kernels, tests, steps and memory of a 2B model (no download)
 	$(BIN)/python -m benchmarks.gpu
 
-studies: $(INSTALLED) ## every study: runs what is missing, then tables and pictures in docs/studies/
-	@failed=0; for study in help full_data paths prefix mutual_information little_data beyond; do \
+studies: $(INSTALLED) ## every study that needs no preparation (docs/studies.md): runs what is missing, then tables and pictures
+	@failed=0; for study in help full_data paths prefix mutual_information little_data beyond own_adapters own_adapters_all_rows; do \
 	  $(BIN)/python -m studies $$study --jobs $(STUDY_JOBS) || failed=1; done; \
 	for study in estimators path_differences prefix_gradients; do $(BIN)/python -m studies $$study || failed=1; done; exit $$failed
 
