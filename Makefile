@@ -56,8 +56,8 @@ app: $(INSTALLED) ## search pictures of the embedded benchmark in a browser, wit
 	  $(BIN)/lightning predict --ckpt_path $(DEMO)/checkpoints/compressed.ckpt --data.predict_source $$pictures --output_dir $(DEMO)/embeddings && \
 	  $(BIN)/lightning app $(DEMO)/embeddings --image_dir $$pictures --instruction 'Find a picture that matches the caption:'
 
-test: $(INSTALLED) ## the test suite without the slow tests
-	$(BIN)/pytest -q
+test: $(INSTALLED) ## the test suite without the slow tests, in two processes of one thread
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile
 
 test-slow: $(INSTALLED) ## the slow tests: processes, notebooks, short trainings
 	$(BIN)/pytest -q -m slow

@@ -38,7 +38,7 @@ STUDY_KEYS = {
 }
 CELL_KEYS = {"config", "overrides", "seeds", "steps", "curve", "label"}
 DIFFERENCE_KEYS = {"name", "of", "over", "of_step", "over_step", "of_column", "over_column", "seeds"}
-COLUMN = re.compile(r"aggregate|mean|concat|maxsim|learned|one_path|path_\d+")
+COLUMN = re.compile(r"aggregate|mean|concat|compressed|maxsim|learned|one_path|path_\d+")
 """What a difference may take of a result."""
 
 
@@ -267,6 +267,7 @@ def _difference(entry: Mapping[str, Any], cells: Mapping[str, Cell], file: Path)
         if not COLUMN.fullmatch(column):
             raise ValueError(
                 f"{where}: {side} {column!r} is not scored; take aggregate, mean, concat, maxsim, learned, "
+                "compressed (of paths that were trained side by side), "
                 "one_path (the mean of single paths), or path_0 and so on"
             )
     seeds = tuple(entry.get("seeds", ()))

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import yaml
 
+from parallel_decoupling.compress import compress
 from parallel_decoupling.evaluation.report import SCORES_FILE, ScoreReport
 from parallel_decoupling.lightning_cli import run as run_lightning
 from studies.results import (
@@ -66,7 +67,8 @@ def execute(run: Run, results_file: Path) -> None:
         fits = _fit(run) if any(missing) else []
         for step in missing:
             started = time.perf_counter()
-            report = _score(run, step)
+            report = _score(run, _checkpoint(run, step) if step else None, _scores_file(run, step))
+            side_by_side = step and run.cell.config["model"].get("aggregation") == "concat"
             result = {
                 **_identity(run, step),
                 "commit": commit,
@@ -74,7 +76,7 @@ def execute(run: Run, results_file: Path) -> None:
                 "torch": torch.__version__,
                 "cpu": torch.backends.cpu.get_cpu_capability(),
                 "fit_commits": [fit["commit"] for fit in fits],
-                **_scores(report),
+                **_scores(report, _score_compressed(run, step) if side_by_side else None),
                 "token_passes": report.run["token_passes"],
                 "fit_seconds": round(sum(fit["seconds"] for fit in fits), 1),
                 "test_seconds": round(time.perf_counter() - started, 1),
@@ -100,7 +102,7 @@ def ensure_scored(run: Run) -> None:
     with _only_process(run):
         _own_folder(run)
         _fit(run)
-        _score(run, step)
+        _score(run, _checkpoint(run, step) if step else None, _scores_file(run, step))
 
 
 @contextmanager
@@ -131,13 +133,17 @@ def _identity(run: Run, step: int) -> Result:
     }
 
 
-def _scores(report: ScoreReport) -> Result:
-    """Return means and tasks by column, as fractions."""
-    return {
-        "columns": report.columns,
-        "means": report.means,
-        "tasks": {name: result.hit_at_1 for name, result in report.tasks.items()},
-    }
+def _scores(report: ScoreReport, compressed: ScoreReport | None) -> Result:
+    """Return means and tasks by column, as fractions; the aggregate of ``compressed`` is one more column."""
+    columns, means = list(report.columns), {name: dict(values) for name, values in report.means.items()}
+    tasks = {name: dict(result.hit_at_1) for name, result in report.tasks.items()}
+    if compressed:
+        columns.append("compressed")
+        for name, values in compressed.means.items():
+            means[name]["compressed"] = values["aggregate"]
+        for name, result in compressed.tasks.items():
+            tasks[name]["compressed"] = result.hit_at_1["aggregate"]
+    return {"columns": columns, "means": means, "tasks": tasks}
 
 
 def _is_own(run: Run) -> bool:
@@ -225,14 +231,23 @@ def _scores_file(run: Run, step: int) -> Path:
     return run.folder / f"step_{step}" / SCORES_FILE
 
 
-def _score(run: Run, step: int) -> ScoreReport:
-    """Score one checkpoint; step 0 is the untrained model."""
-    scores_file = _scores_file(run, step)
+def _score(run: Run, checkpoint: Path | None, scores_file: Path) -> ScoreReport:
+    """Score one checkpoint, or the untrained model."""
     arguments = ["test", "--config", str(run.folder / CONFIG_FILE), "--trainer.logger=false"]
     arguments += ["--trainer.default_root_dir", str(scores_file.parent)]
-    arguments += ["--ckpt_path", str(_checkpoint(run, step))] if step else []
+    arguments += ["--ckpt_path", str(checkpoint)] if checkpoint else []
     _lightning(arguments)
     return ScoreReport.from_json_file(scores_file)
+
+
+def _score_compressed(run: Run, step: int) -> ScoreReport:
+    """Score paths that were trained side by side once more, in the bytes of one path."""
+    folder = run.folder / f"step_{step}_compressed"
+    folder.mkdir(exist_ok=True)
+    checkpoint = folder / "compressed.ckpt"
+    checkpoint.unlink(missing_ok=True)
+    compress(str(_checkpoint(run, step)), str(checkpoint))
+    return _score(run, checkpoint, folder / SCORES_FILE)
 
 
 def _lightning(arguments: list[str]) -> None:

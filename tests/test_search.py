@@ -90,7 +90,8 @@ def test_what_fits_into_the_budget_is_read_once(tmp_path: Path, monkeypatch: pyt
 def test_unusable_arguments(store: Store, tmp_path: Path) -> None:
     index, queries = ExactIndex(store), queries_by_column(QUERIES)
     for arguments, message in (
-        ((queries, 0, "path_0"), "top_k is 0"),
+        ((queries, 0, "path_0"), "top_k must be a whole number of 1 or more, got 0"),
+        ((queries, "3", "path_0"), "top_k must be a whole number of 1 or more, got .3"),
         ((queries, 3, "path_7"), "scoring is 'path_7'; this index has aggregate, path_0"),
         ((queries, 3, "path_0", "group = 1"), "exact search does not take conditions; make a LanceDB index"),
         (({"path_0": QUERIES[:, 0] * torch.nan}, 3, "path_0"), "embedding of a query is zero or not finite"),

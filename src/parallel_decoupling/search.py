@@ -13,6 +13,7 @@ from parallel_decoupling.data.prompts import listed
 from parallel_decoupling.evaluation.score import similarities
 from parallel_decoupling.evaluation.store import AGGREGATE, Store, Vectors, path_column
 from parallel_decoupling.model.identity import path_hashes
+from parallel_decoupling.option_types import NonNegativeInt, PositiveInt, checked
 
 MAXSIM = "maxsim"
 MEMORY_BUDGET = 4 * 2**30
@@ -56,7 +57,8 @@ class ExactIndex:
             beyond it are read again for every search; the hits are the same.
     """
 
-    def __init__(self, store: Store | str | Path, memory_budget: int = MEMORY_BUDGET) -> None:
+    @checked()
+    def __init__(self, store: Store | str | Path, memory_budget: NonNegativeInt = MEMORY_BUDGET) -> None:
         store = store if isinstance(store, Store) else Store(store)
         self.store, self.columns = store, store.columns
         self.metadata: Mapping[str, Any] = store.metadata
@@ -166,10 +168,11 @@ class Searcher:
             advice = "Give that model, or run predict with this one"
             raise ValueError(f"the model has other weights than {maker}, {why}. {advice}")
 
+    @checked()
     def search(
         self,
         inputs: Any,
-        top_k: int = 10,
+        top_k: PositiveInt = 10,
         scoring: str = AGGREGATE,
         *,
         where: str | None = None,
@@ -210,8 +213,8 @@ def compared(scoring: str, columns: Iterable[str]) -> tuple[str, ...]:
 
 def query_vectors(queries: Vectors, top_k: int, scoring: str, index: Index) -> Tensor:
     """Return what ``similarities`` compares, ``[Q, N, D]``; ``ValueError`` for what cannot be used."""
-    if top_k < 1:
-        raise ValueError(f"top_k is {top_k}; it must be at least 1")
+    if not isinstance(top_k, int) or top_k < 1:
+        raise ValueError(f"top_k must be a whole number of 1 or more, got {top_k!r}")
     if scoring not in index.scorings:
         raise ValueError(f"scoring is {scoring!r}; this index has {', '.join(index.scorings)}")
     columns = [queries[name].float() for name in compared(scoring, index.columns)]

@@ -19,6 +19,7 @@ from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.evaluation.encode import STAND_IN, embed
 from parallel_decoupling.files import workplace
 from parallel_decoupling.model.identity import encoder_identity
+from parallel_decoupling.option_types import PositiveInt, checked
 
 try:
     from sentence_transformers import SentenceTransformer
@@ -174,12 +175,13 @@ class PathSentenceTransformer(SentenceTransformer):
         return result
 
 
+@checked()
 def as_sentence_transformer(
     model: Embedder | str | Path,
     paths: Output = "aggregate",
     *,
     prompts: Mapping[str, str] | None = None,
-    truncate_dim: int | None = None,
+    truncate_dim: PositiveInt | None = None,
     device: str | torch.device = "cpu",
     bad_inputs: BadInputs = "error",
 ) -> PathSentenceTransformer:
@@ -206,6 +208,7 @@ def as_sentence_transformer(
     )
 
 
+@checked()
 def mteb_model(
     model: Embedder | str | Path,
     paths: Output = "aggregate",

@@ -267,12 +267,15 @@ def test_columns_beside_the_texts_keep_their_types(tmp_path: Path) -> None:
         "kind": pa.array(["a", "b"]).dictionary_encode(),
         "view": pa.array(["a", "b"], pa.string_view()),
         "parts": pa.array([{"x": 1}, None]),
+        "views": pa.array([{"y": "c"}, None], pa.struct([("y", pa.string_view())])),
     }
     file = parquet(tmp_path / "a.parquet", columns)
     rows = Table("S", [file], {"text": "text"}, keep_others=True).rows
     kinds = [pa.string(), pa.int64(), pa.string(), pa.string(), pa.struct([("x", pa.int64())])]
+    kinds.append(pa.struct([("y", pa.string())]))
     assert rows.schema == pa.schema(list(zip(columns, kinds, strict=True)))
-    assert rows.to_pylist()[0] == {"text": "1", "year": 1999, "kind": "a", "view": "a", "parts": {"x": 1}}
+    first = {"text": "1", "year": 1999, "kind": "a", "view": "a", "parts": {"x": 1}, "views": {"y": "c"}}
+    assert rows.take([0]).to_pylist() == [first]
 
 
 def test_a_column_of_nulls_in_one_file_takes_the_type_of_the_other(tmp_path: Path) -> None:

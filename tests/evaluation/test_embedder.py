@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,40 @@ def test_one_item_is_the_list_of_it_without_the_batch_dimension(embedder: Embedd
             found = embedder.encode(item, paths=paths)  # type: ignore[arg-type]
             assert found.shape == shape
             assert torch.equal(found, embedder.encode([item], paths=paths)[0])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda model: model.encode(["a"], batch_size="3"), "batch_size must be a whole number"),
+        (lambda model: model.encode(["a"], batch_size=True), "batch_size must be a whole number"),
+        (lambda model: model.encode(["a"], truncate_dim=8.0), "truncate_dim=8.0: embeddings have"),
+        (lambda model: model.encode(["a"], paths=None), "paths must name some of 0 to 2"),
+        (lambda model: model.encode(torch.zeros(0, 3, 3)), r"shape \[0, 3, 3\] is not a picture"),
+        (lambda model: model.to("abacus"), "device='abacus' cannot be used"),
+        (lambda model: model.to(None), "device must be"),
+        (lambda model: Embedder("model"), "encoder must be"),
+        (lambda model: Embedder(model.encoder, max_tokens="9"), "max_tokens must be"),
+        (lambda model: Embedder(model.encoder, images={}), "images must be an instance of ImagePolicy"),
+        (lambda model: Embedder.from_pretrained(3), "path must be"),
+        (lambda model: Embedder.from_pretrained("x", dtype="int8"), "dtype must be 'float32'"),
+        (lambda model: model.save_pretrained("x", 0), "paths must be an instance of Sequence"),
+        (lambda model: model.save_pretrained("new", scores={"a": 1}), "scores must be the content of a"),
+        (lambda model: model.save_pretrained("new", card={"license": object()}), "card must be"),
+        (lambda model: model.push_to_hub(3), "repo_id must be a valid string, got 3"),
+    ],
+)
+def test_arguments_of_another_type_are_one_error(
+    embedder: Embedder,
+    call: Callable[[Any], Any],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        call(embedder)
+    assert not list(tmp_path.iterdir())
 
 
 def test_queries_and_documents_have_their_instructions(embedder: Embedder) -> None:
@@ -80,6 +115,7 @@ def test_similarity_equals_loops(shape: tuple[int, ...]) -> None:
         for j in range(5):
             cosine = F.cosine_similarity(a[i], b[j], dim=-1).mean()
             torch.testing.assert_close(result[i, j], cosine)
+    assert torch.equal(Embedder.similarity(a.numpy(), b.tolist()), result)  # type: ignore[arg-type]
 
 
 NUM_ROWS = 20

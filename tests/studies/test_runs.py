@@ -102,6 +102,7 @@ def small_study(tiny_backbone_dir: str, tmp_path: Path) -> Study:
     base = small_config(tiny_backbone_dir, data_dir, max_steps=4, devices=1, log_every_n_steps=1)
     base["model"]["optimizer"] = {"learning_rate": 1e-2, "schedule": "constant"}
     cells = {"curve": {"curve": [2, 4]}, "plain": {"steps": 4}, "untrained": {"steps": 0}}
+    cells["side_by_side"] = {"steps": 2, "overrides": {"model.aggregation": "concat"}}
     return load_study(save_study(tmp_path, {"cells": cells}, base))
 
 
@@ -126,6 +127,21 @@ def test_a_curve_is_one_training_scored_at_its_points(small_study: Study) -> Non
     assert saved_steps(run.folder / "checkpoints") == [2, 4]
     execute(run, small_study.results_file)
     assert read_results(small_study.results_file) == lines
+
+
+def test_paths_that_are_trained_side_by_side_are_scored_in_the_bytes_of_one_as_well(
+    small_study: Study,
+) -> None:
+    run = Run("toy", small_study.cells["side_by_side"], 0)
+    execute(run, small_study.results_file)
+    [line] = read_results(small_study.results_file)
+    file = run.folder / "step_2_compressed" / "compressed.ckpt"
+    assert PDFEmbedder.load_from_checkpoint(file).hparams["aggregation"] == "linear"
+    scores = json.loads((file.parent / "scores.json").read_text())
+    assert line["columns"][-1] == "compressed"
+    assert line["means"]["overall"]["compressed"] == scores["means"]["overall"]["aggregate"]
+    of_task = scores["tasks"]["colours_t2i"]["hit_at_1"]["aggregate"]
+    assert line["tasks"]["colours_t2i"]["compressed"] == of_task
 
 
 @pytest.mark.parametrize("cell", ["plain", "curve"])

@@ -14,6 +14,7 @@ from parallel_decoupling.model.backbone import AdapterConfig
 from parallel_decoupling.objective.vclub import Kind
 from parallel_decoupling.training.module import PDFEmbedder
 from parallel_decoupling.training.optimization import MIConfig, OptimizerConfig
+from parallel_decoupling.world.answers import ANSWER_TASKS, GROUP
 from parallel_decoupling.world.rows import WORLD_TASKS
 from studies import results
 from studies.paired_statistics import holm, interval, p_value, paired_difference
@@ -82,14 +83,14 @@ def test_every_shipped_study_sets_options_that_exist(name: str) -> None:
         "optimizer": set(OptimizerConfig.__dataclass_fields__),
         "adapter": set(AdapterConfig.__dataclass_fields__),
     }
-    study, tasks = load_study(name), {task.name for task in WORLD_TASKS}
+    study, tasks = load_study(name), {*(task.name for task in WORLD_TASKS), *ANSWER_TASKS}
     for cell in study.cells.values():
         parts = {"model": cell.config["model"], "data": cell.config["data"]}
         parts |= {part: cell.config["model"].get(part, {}) for part in ("mi", "optimizer", "adapter")}
         for part, values in parts.items():
             assert set(values) <= options[part], f"{cell.name}: {part}"
         assert parts["mi"].get("kind", "none") in get_args(Kind)
-        assert set(cell.config["data"].get("eval_tasks") or ()) <= tasks
+        assert set(cell.config["data"].get("eval_tasks") or ()) <= tasks | {"overall", GROUP}
         assert set(cell.config["data"].get("train_subsets") or ()) <= tasks
     assert {task for group in study.groups.values() for task in group} <= tasks
 

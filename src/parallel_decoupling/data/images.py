@@ -213,7 +213,7 @@ def _from_array(value: Any) -> Image.Image:
         array = array.transpose(1, 2, 0)
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
-    if array.ndim != 2 and (array.ndim != 3 or array.shape[2] not in _CHANNELS):
+    if not array.size or (array.ndim != 2 and (array.ndim != 3 or array.shape[2] not in _CHANNELS)):
         known = "use [height, width], [height, width, 3] or [3, height, width]"
         raise ValueError(f"an array of shape {list(array.shape)} is not a picture; {known}")
     return Image.fromarray(_eight_bits(array))

@@ -32,8 +32,6 @@ CSV_BLOCK = 1 << 26  # bytes that a row of a CSV file may have
 MARKS = {"utf-8-sig": (codecs.BOM_UTF8,), "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)}
 MARKS["utf-16"] = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # the former is the start of one before it
 """Byte order marks by encoding; a text without one must be UTF-8."""
-VIEWS = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
-"""Types of which Arrow cannot take single rows, by those that hold the same."""
 
 
 def default_cache_dir() -> Path:
@@ -288,6 +286,16 @@ def _json_rows(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
         yield cells
 
 
+def _without_views(kind: pa.DataType) -> pa.DataType:
+    """Return a type that holds the same: Arrow cannot take single rows of views, on their own or inside."""
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_without_views(field.type)) for field in kind])
+    for is_list, make in ((pa.types.is_list, pa.list_), (pa.types.is_large_list, pa.large_list)):
+        if is_list(kind):
+            return make(kind.value_field.with_type(_without_views(kind.value_type)))
+    return {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}.get(kind, kind)
+
+
 def _entry(kind: pa.DataType) -> pa.DataType:
     """Return the type of the entries of lists, or the type itself."""
     lists = pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list
@@ -329,7 +337,7 @@ def _to_copy(name: str, cells: pa.Array, is_picture: bool | None, places: tuple[
     NaN becomes null. ``is_picture`` is None for other columns; pictures become files in the first of
     two ``places``, by way of the second.
     """
-    cells = cells.cast(VIEWS.get(cells.type, cells.type))
+    cells = cells.cast(_without_views(cells.type))
     if is_picture and _is_held(cells.type):
         return _save_pictures(cells, *places)
     if is_picture is None:  # an Arrow file holds at most one dictionary per column

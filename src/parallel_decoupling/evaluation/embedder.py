@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from huggingface_hub import HfApi
+from pydantic import InstanceOf, JsonValue
 from torch import Tensor
 
 from parallel_decoupling.batch import LongText, TokenLimit
@@ -18,6 +19,7 @@ from parallel_decoupling.data.prompts import is_single, to_raw_inputs
 from parallel_decoupling.evaluation.encode import Paths, encode_rows
 from parallel_decoupling.model.encoder import Encoder
 from parallel_decoupling.model.pretrained import load_encoder, save_encoder
+from parallel_decoupling.option_types import PositiveInt, checked
 
 
 class Embedder:
@@ -37,13 +39,14 @@ class Embedder:
         embed_dim: dimension D of one path's embedding.
     """
 
+    @checked()
     def __init__(
         self,
         encoder: Encoder,
         query_instruction: str = "",
         candidate_instruction: str = "",
-        images: ImagePolicy | None = None,
-        max_tokens: int | None = None,
+        images: InstanceOf[ImagePolicy] | None = None,
+        max_tokens: PositiveInt | None = None,
         long_text: LongText = "truncate",
         run: Mapping[str, Any] | None = None,
     ) -> None:
@@ -55,6 +58,7 @@ class Embedder:
         self.run = dict(run or {})
 
     @classmethod
+    @checked()
     def from_pretrained(
         cls,
         path: str | Path,
@@ -82,9 +86,13 @@ class Embedder:
         """Tokenises for this model."""
         return Collator.of(self.encoder, images=self.images, limit=self.limit)
 
+    @checked()
     def to(self, device: torch.device | str) -> "Embedder":
         """Move the weights; embeddings come back on the CPU."""
-        self.encoder.to(device)
+        try:
+            self.encoder.to(torch.device(device))
+        except RuntimeError as error:
+            raise ValueError(f"device={device!r} cannot be used: {error}") from error
         return self
 
     def encode(
@@ -138,12 +146,14 @@ class Embedder:
     @staticmethod
     def similarity(a: Tensor, b: Tensor) -> Tensor:
         """Compute all cosines ``[A, B]`` of ``[rows, D]``, or their means over paths of ``[rows, N, D]``."""
+        a, b = torch.as_tensor(a), torch.as_tensor(b)  # arrays and lists of numbers will do
         if a.ndim != b.ndim or a.ndim not in (2, 3) or a.shape[1:] != b.shape[1:]:
             advice = "pass [A, D] and [B, D], or [A, N, D] and [B, N, D], encoded with the same paths"
             raise ValueError(f"similarity of shapes {tuple(a.shape)} and {tuple(b.shape)}; {advice}")
         unit_a, unit_b = F.normalize(a.float(), dim=-1), F.normalize(b.float(), dim=-1)
         return unit_a.flatten(1) @ unit_b.flatten(1).T / (a.shape[1] if a.ndim == 3 else 1)
 
+    @checked()
     def save_pretrained(
         self,
         folder: str | Path,
@@ -151,8 +161,8 @@ class Embedder:
         merge_adapters: bool = False,
         *,
         include_backbone: bool = False,
-        scores: Mapping[str, Any] | None = None,
-        card: Mapping[str, Any] | None = None,
+        scores: Mapping[str, JsonValue] | None = None,
+        card: Mapping[str, JsonValue] | None = None,
     ) -> None:
         """Write a folder to share: safetensors, processor, ``config.json`` and a model card.
 
@@ -171,6 +181,7 @@ class Embedder:
         about |= {"candidate_instruction": self.candidate_instruction, "run": self.run, **vars(self.limit)}
         save_encoder(self.encoder, folder, **options, **about)
 
+    @checked()
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, revision: str | None = None, **options: Any
     ) -> str:

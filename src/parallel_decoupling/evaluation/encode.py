@@ -236,8 +236,8 @@ def encode_rows(
     Runs in eval mode on the device of the encoder, between the steps of a training; every submodule's mode is
     restored. A caller's default device and dtype, autocast and inference mode make no difference.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1:
+        raise ValueError(f"batch_size must be a whole number of 1 or more, got {batch_size!r}")
     selected = _selected_paths(paths, encoder.num_paths)
     whole = encoder.embed_dim
     dim = whole if truncate_dim is None else check_dim(truncate_dim, whole, "truncate_dim")

@@ -12,6 +12,7 @@ from parallel_decoupling.evaluation.encode import encode_rows
 from parallel_decoupling.evaluation.store import AGGREGATE, Keeper, Store, chosen_columns, path_vectors
 from parallel_decoupling.files import locked
 from parallel_decoupling.model.identity import about_encoder, encoder_identity
+from parallel_decoupling.option_types import PositiveInt, checked
 
 
 class ShardEmbedder:
@@ -44,8 +45,13 @@ class ShardEmbedder:
         return batch
 
 
+@checked()
 def embed_with_ray(
-    model: str, source: str, output_dir: str | Path, workers: int, rows_per_shard: int = 4096
+    model: str,
+    source: str,
+    output_dir: str | Path,
+    workers: PositiveInt,
+    rows_per_shard: PositiveInt = 4096,
 ) -> Store:
     """Embed a folder of Parquet files, or what else ``predict`` takes, with workers of a Ray cluster.
 
