@@ -117,7 +117,7 @@ wheel: $(INSTALLED) ## build the wheel and try it in an empty environment outsid
 	rm -rf dist && $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 	bash recipes/try_wheel.sh "$(PYTHON)" dist/*.whl
 
-faults: $(INSTALLED) ## the long campaigns of faults: kills of fit, export and index, the server under load (hours)
+faults: $(INSTALLED) ## the long campaigns of faults: kills of runs, bad inputs, mutations, the server under load (hours)
 	$(BIN)/python -m studies.faults.kills fit --count 60
 	$(BIN)/python -m studies.faults.kills export --count 30
 	$(BIN)/python -m studies.faults.kills index --count 30

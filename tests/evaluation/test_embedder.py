@@ -34,6 +34,8 @@ def test_one_item_is_the_list_of_it_without_the_batch_dimension(embedder: Embedd
             found = embedder.encode(item, paths=paths)  # type: ignore[arg-type]
             assert found.shape == shape
             assert torch.equal(found, embedder.encode([item], paths=paths)[0])  # type: ignore[arg-type]
+            if not isinstance(paths, str):
+                assert torch.equal(found, embedder.encode(item, paths=torch.tensor(paths)))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ class MMEBDataModule(LightningDataModule):
             In these lists a group of tasks.json stands for its tasks; null leaves groups out, and "overall"
             names the tasks without one.
         validation_tasks: Tasks that are scored during `fit` and `validate`; none by default.
-        batch_size: GLOBAL training batch, divided among all processes.
+        batch_size: GLOBAL training batch, divided among all processes, so a multiple of their number.
         eval_batch_size: Rows per evaluation batch and process.
         num_workers: Loader worker processes per process; has no influence on the batches.
         split: Training split, the file name prefix: "original" or "diverse_instruction" in MMEB.
@@ -77,8 +77,8 @@ class MMEBDataModule(LightningDataModule):
             its text is refused; "skip" takes the next row of the subset in training and leaves the row out
             of the score in evaluation, and counts.
         download: Fetch what is not in data_dir from the Hugging Face hub and unpack it, once.
-        predict_source: What `predict` embeds in place of the evaluation tasks: a folder of images, or a
-            Parquet, JSONL or CSV file with columns text, image or both (`docs/embedding_files.md`).
+        predict_source: What `predict` embeds in place of the evaluation tasks: a folder of images
+            or of Parquet files, or a Parquet, JSONL, CSV or TSV file with columns text, image or both.
         predict_columns: Embeddings to compute: aggregate, path_0, ...; null is the aggregate and all paths.
         predict_instruction: Before every text of predict_source; null is the model's candidate_instruction.
         predict_rows_per_shard: Rows per file of embeddings, which one process batches by length.

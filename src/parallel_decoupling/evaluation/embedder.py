@@ -112,7 +112,7 @@ class Embedder:
                 data URIs, and strings that name an existing file that Pillow opens; other strings are texts.
                 Dictionaries with ``text``, ``image`` or ``images``, ``video`` (frames or their folder), and
                 ``instruction`` leave no doubt.
-            instruction: put before every text or after every image; a dictionary's own one wins.
+            instruction: stands after the pictures and before the text; a dictionary's own one wins.
             paths: ``aggregate`` of all paths for ``[B, D]`` (``[B, N*D]`` if the encoder concatenates);
                 ``all`` or a list of numbers for ``[B, N', D]``; a number for ``[B, D]``.
             truncate_dim: keep the first so many coordinates of every path, renormalised; the aggregate is
@@ -122,6 +122,9 @@ class Embedder:
 
         Returns:
             float32, unit norm. One item gives its embedding without the batch dimension.
+
+        Raises:
+            ValueError: for an input that cannot be embedded, with its index, and for other options.
         """
         rows = to_raw_inputs(inputs, instruction)
         options: dict[str, Any] = {"paths": paths, "truncate_dim": truncate_dim}

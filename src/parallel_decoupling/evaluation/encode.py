@@ -11,6 +11,7 @@ from itertools import chain
 from numbers import Integral
 from typing import Any, Literal, Protocol, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
@@ -238,6 +239,7 @@ def encode_rows(
     """
     if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1:
         raise ValueError(f"batch_size must be a whole number of 1 or more, got {batch_size!r}")
+    paths = paths.tolist() if isinstance(paths, Tensor | np.ndarray) else paths
     selected = _selected_paths(paths, encoder.num_paths)
     whole = encoder.embed_dim
     dim = whole if truncate_dim is None else check_dim(truncate_dim, whole, "truncate_dim")

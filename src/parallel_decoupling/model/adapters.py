@@ -31,7 +31,8 @@ class AdapterConfig:
         scope: where LoRA and DoRA go: the language model, the vision tower or both.
         targets: last names of the linear layers to adapt; None is the family's default.
         per_path: every path has a LoRA of its own in the language model, from the first layer of
-            ``prefix_layers`` on; the layers below, and the vision tower, share one.
+            ``prefix_layers`` on; the layers below share one. Needs ``kind="lora"``, deep prefixes and a scope
+            other than vision.
     """
 
     kind: Literal["frozen", "lora", "dora", "full"] = "lora"

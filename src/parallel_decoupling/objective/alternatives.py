@@ -45,8 +45,8 @@ def _centred_kernel(value_MBD: Tensor) -> Tensor:
 def cross_covariance(x: Tensor, y: Tensor) -> Tensor:
     """Mean squared covariance between the dimensions of x and those of y: linear dependence only.
 
-    Takes ``[M, B, D]`` (standardised, the covariances are correlations), returns ``[M]``, the mean over D * D
-    entries: about 1 / B for independent inputs.
+    Takes ``[M, B, D]``; of standardised inputs the covariances are correlations. Returns ``[M]``, the mean
+    over D * D entries: about 1 / B for independent inputs.
     """
     covariance_MDD = (x - x.mean(dim=1, keepdim=True)).mT @ y / x.shape[1]
     return covariance_MDD.square().mean(dim=(1, 2))
@@ -78,7 +78,7 @@ def unexplained(paths: Tensor, target: Tensor) -> Tensor:
     gives ``(z_b - (H z)_b) / (1 - H_bb)``. Among linear, additive effects of the target, rows of the result
     are exchangeable draws given the target, so any penalty on it is one given the target.
 
-    Cost: O(B^2 N D) and one inverse of ``[B, B]``.
+    Cost: O(B^2 N D) and one inverse of ``[B, B]``. Fewer than 3 rows are a ``ValueError``.
     """
     num_rows = len(paths)
     if num_rows < 3:

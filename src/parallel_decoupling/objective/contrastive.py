@@ -84,7 +84,7 @@ def own_candidates_kl(
     """Compare how path and teacher spread a query over the candidates of its own row.
 
     ``loss_n = mean_b KL(softmax_k(teacher_bk) || softmax_k(s_bk / t))`` with ``s_bk`` as in ``info_nce``. A
-    candidate whose teacher's score is NaN is left out; a query without scores counts as 0.
+    candidate whose teacher's score is not finite is left out; a query without any counts as 0.
 
     ``own`` ``[B, K]`` are the indices of the row's positives and hard negatives among the candidates,
     ``teacher`` ``[B, K]`` logits: a softmax is taken of them as they are. Returns ``[N]``.

@@ -106,6 +106,8 @@ class MutualInformation(nn.Module):
         kind: ``vclub`` fits a network q; ``hsic``, ``crosscov`` and ``orthogonal`` (see ``alternatives``)
             need no fit; ``none`` is zero. ``vclub_given_target`` and ``orthogonal_given_target`` are the same
             functions of what the target leaves ``unexplained``.
+        num_paths: N.
+        embed_dim: D of a path.
         hidden_size: width of q's hidden layer, per pair.
 
     Attributes:

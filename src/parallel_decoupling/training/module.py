@@ -58,9 +58,11 @@ class PDFEmbedder(LightningModule):
     Args:
         backbone: tiny (shipped), a local folder, a hub id such as Qwen/Qwen2-VL-2B-Instruct, or the baseline
             open_clip:<architecture>/<pretrained tag> (docs/openclip.md).
-        num_paths: N, paths per input.
-        prefix_length: P, key/value slots per layer and path; 0 is the plain backbone (num_paths=1 only).
-        prefix_layers: first layer with a prefix; the layers below run once for all paths. Or [start, stop].
+        num_paths: N, paths per input, 1 or more; at most 8 with prefix_init=meta.
+        prefix_length: P, key/value slots per layer and path. 0 is no prefix: the plain backbone with
+            num_paths=1; more paths then need adapter.per_path.
+        prefix_layers: first layer with a prefix; the layers below run once for all paths. Or [start, stop],
+            stop excluded.
         prefix_type: deep (trained keys and values in every layer) or shallow (trained input embeddings).
         prefix_init: meta (states of short meta-prompts) or random (at the scale of real states).
         aggregation: of the paths' embeddings: mean, concat, learned weights, or a linear map of each.
@@ -71,17 +73,18 @@ class PDFEmbedder(LightningModule):
         nested_paths: also contrast the aggregates of the first 2 to N - 1 paths, so that fewer may be kept.
         distillation_weight: teaches every path the scores of the aggregate within the batch; 0 is off.
         distillation_start: main steps before that begins.
-        matryoshka_dims: smaller dimensions at which paths and aggregate are contrasted, too; terms are means.
+        matryoshka_dims: from 1 to D, at which paths and aggregate are contrasted, too; terms are means.
         temperature: divides cosines in InfoNCE, above 0.
         learn_temperature: train the temperature, starting from temperature.
         symmetric: also contrast candidates with queries.
         teacher_weight: of the divergence from a teacher's scores within every InfoNCE (docs/data.md).
-        false_negative_margin: leaves candidates out that score so much above a positive; null is off.
+        false_negative_margin: leaves out, path by path, candidates whose cosine is more than this above the
+            positive's; null is off.
         optimizer: rates, schedule, clipping.
         chunk_size: GradCache, rows (queries and candidates) per forward pass; null encodes the batch in one
             graph.
         query_instruction: put before every input of encode_query.
-        candidate_instruction: put before every input of encode_candidate.
+        candidate_instruction: put before every input of encode_document.
         max_tokens: of an input's text and pictures together; null is all positions of the backbone.
         long_text: truncate cuts off the end of a text with more, error refuses it.
         backbone_revision: hub branch, tag or commit.
@@ -90,8 +93,11 @@ class PDFEmbedder(LightningModule):
         gradient_checkpointing: recompute layers in the backward pass.
         initial_adapter: folder or hub id of a published LoRA or DoRA adapter to continue, with its options.
         quantization: 4bit keeps the frozen weights in four bits (needs bitsandbytes).
-        family: names inside a model whose family has no row in docs/backbones.md.
+        family: names inside a model whose family has no row in docs/backbones.md, and the prompt.
         seed: of everything random in initialisation and training, but not of the data order.
+
+    Raises:
+        ValueError: for values out of range, and for options that cannot work together.
 
     Relations:
         ``num_paths=1, prefix_length=0, mi_weight=0, aggregate_weight=0`` is the single-path VLM2Vec recipe.
@@ -160,7 +166,10 @@ class PDFEmbedder(LightningModule):
         self.train()
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Any]:
-        """Take one step: encode, fit q, one gradient of the objective, one step of the embedder."""
+        """Take one step: encode, fit q, one gradient of the objective, one step of the embedder.
+
+        Returns ``loss``, ``contrastive`` (scalars) and ``pairs``, all detached, for callbacks.
+        """
         given, step = cast(Any, self.hparams), self.progress.steps_done
         with self.encoder.turns.alone(), seeded(self.device, given.seed, step):
             # 1. All paths of all rows, of all ranks. Under GradCache the embeddings are leaves.

@@ -31,11 +31,11 @@ class OptimizerConfig:
     """How the trainables of the embedder are stepped (AdamW).
 
     Args:
-        learning_rate: peak rate of adapters, aggregation and temperature.
+        learning_rate: peak rate of adapters (or the whole backbone), aggregation and temperature.
         prefix_learning_rate: peak rate of the prefixes. Ours: much higher than the adapters', because weak
             prefixes never separate the paths.
         weight_decay: decoupled decay of the adapters; prefixes, aggregation and temperature have none.
-        warmup_steps: main steps over which both rates rise linearly from 0.
+        warmup_steps: main steps of a linear rise of both rates, from 1 / (warmup_steps + 1) of the peak.
         schedule: what follows the warm-up: linear or cosine to 0 at the end of the run, or constant.
         clip_norm: largest norm of the whole gradient; 0 does not clip.
     """
