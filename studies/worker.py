@@ -68,7 +68,8 @@ def execute(run: Run, results_file: Path) -> None:
         for step in missing:
             started = time.perf_counter()
             report = _score(run, _checkpoint(run, step) if step else None, _scores_file(run, step))
-            side_by_side = step and run.cell.config["model"].get("aggregation") == "concat"
+            trained_as = run.cell.config["model"].get("aggregation")
+            side_by_side = step and trained_as == "concat" and "concat" in report.columns
             result = {
                 **_identity(run, step),
                 "commit": commit,

@@ -103,6 +103,8 @@ def small_study(tiny_backbone_dir: str, tmp_path: Path) -> Study:
     base["model"]["optimizer"] = {"learning_rate": 1e-2, "schedule": "constant"}
     cells = {"curve": {"curve": [2, 4]}, "plain": {"steps": 4}, "untrained": {"steps": 0}}
     cells["side_by_side"] = {"steps": 2, "overrides": {"model.aggregation": "concat"}}
+    one_path = {"model.num_paths": 1, "model.aggregate_weight": 0.0, "model.mi.kind": "none"}
+    cells["one_path"] = {"steps": 2, "overrides": {"model.aggregation": "concat", **one_path}}
     return load_study(save_study(tmp_path, {"cells": cells}, base))
 
 
@@ -142,6 +144,8 @@ def test_paths_that_are_trained_side_by_side_are_scored_in_the_bytes_of_one_as_w
     assert line["means"]["overall"]["compressed"] == scores["means"]["overall"]["aggregate"]
     of_task = scores["tasks"]["colours_t2i"]["hit_at_1"]["aggregate"]
     assert line["tasks"]["colours_t2i"]["compressed"] == of_task
+    execute(Run("toy", small_study.cells["one_path"], 0), small_study.results_file)
+    assert read_results(small_study.results_file)[1]["columns"] == ["aggregate", "path_0"]
 
 
 @pytest.mark.parametrize("cell", ["plain", "curve"])
