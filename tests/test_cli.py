@@ -261,6 +261,12 @@ def test_the_demo_s_configuration_comes_with_the_package(
         ("fit", "--trainer.check_val_every_n_epoch=0", "check_val_every_n_epoch must be 1 or more"),
         ("fit", "--trainer.log_every_n_steps=-1", "log_every_n_steps must be 0 or more"),
         ("fit", "--trainer.max_time=x", "max_time"),
+        ("fit", "--trainer.max_time=00:00:00:00", "nothing was trained: the run ended before its first step"),
+        ("fit", "--trainer.val_check_interval=0", "val_check_interval must be above 0, got 0"),
+        ("predict", "--trainer.limit_predict_batches=0", "limit_predict_batches must be above 0, got 0"),
+        ("fit", "--trainer.default_root_dir=null", "default_root_dir must be a valid string, got None"),
+        ("fit", "--model.attention=flash_attention_2", "a package for attention='flash_attention_2'"),
+        ("fit", "--model.quantization=4bit", "a package for attention='sdpa', quantization='4bit'"),
         ("fit", "--seed_everything=-1", "seed_everything must be from 0 to 4294967295"),
         (
             "fit",
@@ -284,6 +290,15 @@ def test_names_that_no_file_can_have_and_samples_of_nothing_are_refused(mistake:
     with pytest.raises(ValueError, match="has no config that can be read"):
         PDFEmbedder(backbone="x" * 5000)
     assert "sample must be 1 or more" in mistake(["verify", "data", "--sample", "0"])
+
+
+def test_a_run_is_not_overwritten_by_one_that_continues_another(
+    run_dir: Path, config_file: Path, tmp_path: Path, mistake: Any
+) -> None:
+    shutil.copytree(run_dir, tmp_path / "other")
+    checkpoint = f"--ckpt_path={run_dir / 'checkpoints' / 'last.ckpt'}"
+    command = ["fit", "--config", str(config_file), f"--trainer.default_root_dir={tmp_path / 'other'}"]
+    assert "is there already, and this fit would overwrite its run" in mistake([*command, checkpoint])
 
 
 def test_a_finished_run_without_validation_resumes_with_a_warning(config_file: Path, tmp_path: Path) -> None:

@@ -120,6 +120,14 @@ def test_a_checked_function_is_itself_for_good_values() -> None:
     assert list(inspect.signature(outer).parameters) == ["size", "rate", "names", "inner"]
 
 
+def test_what_is_returned_may_have_a_type_that_only_type_checkers_know() -> None:
+    @checked()
+    def same(value: PositiveInt) -> "Nowhere":  # type: ignore[name-defined]  # noqa: F821
+        return value
+
+    assert same(3) == 3
+
+
 def test_one_message_names_all_that_is_wrong() -> None:
     said = (
         "outer.size must be 1 or more, in 64 bits, got 0; outer.rate must be 0 or more and finite, got nan; "

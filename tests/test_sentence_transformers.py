@@ -154,8 +154,12 @@ def test_max_seq_length_is_max_tokens(embedder: Embedder, tmp_path: Path) -> Non
     assert model[0].num_cut == 1
     assert embedder.limit.max_tokens == 1024
     model.save_pretrained(str(tmp_path / "short"))
+    model.save_pretrained(str(tmp_path / "short"))  # in place of the one before
     again = SentenceTransformer(str(tmp_path / "short"), trust_remote_code=True, device="cpu")
     assert again.max_seq_length == 8
+    for wrong in (8.0, "8"):
+        with pytest.raises(ValueError, match="max_tokens="):
+            model.max_seq_length = wrong  # type: ignore[assignment]
     model.max_seq_length = None
     assert model.max_seq_length == 1024
 

@@ -117,17 +117,21 @@ def _load_yaml(text: str) -> Any:
     return _parse_yaml(text)
 
 
+_NotZero = Annotated[Any, Rule("above 0", lambda value: value != 0)]
 _One = Annotated[int, Rule("1: raise data.batch_size with model.chunk_size (GradCache)", lambda n: n == 1)]
 
 
 def trainer_options(
     accumulate_grad_batches: _One,
     check_val_every_n_epoch: PositiveInt | None,
+    default_root_dir: str,
+    limit_predict_batches: _NotZero,
     log_every_n_steps: NonNegativeInt | None,
     max_steps: CountOrAll,
     num_nodes: PositiveInt,
     num_sanity_val_steps: CountOrAll | None,
     seed_everything: Seed | bool,
+    val_check_interval: _NotZero,
 ) -> None:
     """Declare the ranges of options that Lightning takes unchecked, or refuses without their name."""
 
@@ -237,9 +241,16 @@ class RunCLI(LightningCLI):
         if int(trainer.num_nodes) > 1 and not {"MASTER_ADDR", "SLURM_JOB_ID"} & os.environ.keys():
             advice = "start it on each of them with torchrun, or by SLURM"
             raise ValueError(f"trainer.num_nodes={trainer.num_nodes} would wait for others: {advice}.")
-        if not trainer.fast_dev_run and self.wanted == "fit" and not self.given.ckpt_path:
+        if not trainer.fast_dev_run and self.wanted == "fit" and not self._resumes_here:
             self._check_that_nothing_is_overwritten(trainer)
         super().instantiate_classes()
+
+    @property
+    def _resumes_here(self) -> bool:
+        """Tell whether the checkpoint is one of the run in this folder."""
+        trainer, file = self.given.trainer, Path(self.given.ckpt_path or "/").resolve()
+        places = trainer.default_root_dir, run_folder.checkpoint_dir(trainer)
+        return any(Path(place).resolve() in file.parents for place in places if place is not None)
 
     def _check_that_nothing_is_overwritten(self, trainer: Any) -> None:
         if files := run_folder.run_files(trainer):
@@ -301,8 +312,7 @@ class RunCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Log where the run did that is resumed."""
-        root, file = self.given.trainer.default_root_dir, self.given.ckpt_path
-        if file is not None and Path(root).resolve() in Path(file).resolve().parents:
+        if self._resumes_here:
             continue_logs(self.trainer.loggers, self._steps_before - 1)
 
     def after_fit(self) -> None:
@@ -313,6 +323,8 @@ class RunCLI(LightningCLI):
         due = any(isinstance(each, Continuity) and each.validation_is_due for each in callbacks)
         if due and self.datamodule.validation_tasks:
             self.trainer.validate(self.model, self.datamodule, verbose=False)
+        elif self._steps_before == 0:
+            raise ValueError("nothing was trained: the run ended before its first step (trainer.max_time?)")
         else:
             steps = f"--ckpt_path has all {self._steps_before} main steps of this run"
             rank_zero_warn(f"Nothing was trained: {steps}. Raise trainer.max_steps or max_epochs.")
@@ -320,7 +332,9 @@ class RunCLI(LightningCLI):
     def before_predict(self) -> None:
         """Warn of a model that nothing has trained."""
         if self.given.ckpt_path is None:
-            log.warning("predict without --ckpt_path: the embeddings are of the model before any training")
+            log.warning(f"{self.wanted} without --ckpt_path: this is the model before any training")
+
+    before_test = before_validate = before_predict
 
     def _parse_ckpt_path(self) -> None:
         """Lock what is written, find the checkpoint, and take over its settings that were not typed."""

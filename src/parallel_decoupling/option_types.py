@@ -3,9 +3,11 @@
 import inspect
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from functools import cache, wraps
+from types import SimpleNamespace
 from typing import Annotated, Any, ParamSpec, TypeVar, get_args, get_type_hints
 
 import psutil
@@ -96,8 +98,9 @@ def checked(start: str = "") -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
 
 @cache
 def _validators(function: Callable[..., Any]) -> dict[str, TypeAdapter[Any]]:
-    hints = get_type_hints(function, include_extras=True)
-    hints.pop("return", None)
+    given = {name: hint for name, hint in function.__annotations__.items() if name != "return"}
+    named = SimpleNamespace(__annotations__=given, __globals__=vars(sys.modules[function.__module__]))
+    hints = get_type_hints(named, include_extras=True)  # what is returned may be for type checkers alone
     config: Any = {"strict": True, "arbitrary_types_allowed": True}
     return {name: TypeAdapter(_outside(hint), config=config) for name, hint in hints.items()}
 

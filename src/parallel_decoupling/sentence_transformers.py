@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import reprlib
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from copy import copy
@@ -125,7 +126,10 @@ class PathEmbedding(InputModule):
         with workplace(output_path) as place:
             self.embedder.save_pretrained(place / "m", [self.paths] if isinstance(self.paths, int) else None)
             for file in (place / "m").iterdir():
-                file.replace(Path(output_path, file.name))
+                target = Path(output_path, file.name)
+                if target.is_dir():  # of a model that was saved here before
+                    shutil.rmtree(target)
+                file.replace(target)
 
     @classmethod
     def load(  # type: ignore[override]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -36,6 +37,7 @@ def test_one_item_is_the_list_of_it_without_the_batch_dimension(embedder: Embedd
             assert torch.equal(found, embedder.encode([item], paths=paths)[0])  # type: ignore[arg-type]
             if not isinstance(paths, str):
                 assert torch.equal(found, embedder.encode(item, paths=torch.tensor(paths)))  # type: ignore[arg-type]
+                assert torch.equal(found, embedder.encode(item, paths=np.uint8(paths)))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -233,8 +233,20 @@ def test_not_a_model(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nowhere.ckpt"):
         with pytest.raises(ValueError, match="no model at .* lightning export"):
             load_encoder(path)
-    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    assert not is_pretrained(tmp_path)
+    for content in ('{"model_type": "bert"}', "[" * 100_000):
+        (tmp_path / "config.json").write_text(content)
+        assert not is_pretrained(tmp_path)
+
+
+def test_a_file_that_was_added_to_the_backbone_is_refused(
+    embedder: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    embedder.save_pretrained("~/model")
+    load_encoder("~/model")
+    (tmp_path / "model" / "backbone" / "special_tokens_map.json").write_text('{"pad_token": "a"}')
+    with pytest.raises(ValueError, match="special_tokens_map.json are missing, .* changed or added after"):
+        load_encoder(tmp_path / "model")
 
 
 def test_another_backbone(tmp_path: Path) -> None:

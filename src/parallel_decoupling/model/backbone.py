@@ -17,6 +17,7 @@ from parallel_decoupling.model.attention import PathStates, prefix_attention
 from parallel_decoupling.model.families import FAMILIES, Family
 from parallel_decoupling.model.paths import calling, deepstack, enter_layer, hand_down, pooled_only, same_call
 from parallel_decoupling.model.turns import set_training
+from parallel_decoupling.option_types import checked
 
 TINY_BACKBONE_DIR = Path(__file__).parent / "tiny"
 """The trained few-million-parameter Qwen2-VL that the package ships."""
@@ -165,6 +166,7 @@ class Backbone(nn.Module):
         return torch.stack([torch.stack((each.keys, each.values), 1) for each in cast(Any, cache).layers], 1)
 
 
+@checked()
 def load_backbone(
     name: str,
     *,
@@ -220,6 +222,9 @@ def load_backbone(
             base, info = load(source, output_loading_info=True, **kind, **options)
         except SafetensorError as error:
             raise ValueError(f"the weights of backbone {name!r} are damaged: {error}") from error
+        except ImportError as error:
+            needed = f"attention={attention!r}, quantization={quantization!r}"
+            raise ValueError(f"a package for {needed} is not installed: {error}") from error
         missing, mismatched = info["missing_keys"], info["mismatched_keys"]
         unexpected = set(info["unexpected_keys"]) - set(family.ignored_weights)
         if missing or unexpected or mismatched:  # missing weights would be random numbers

@@ -160,11 +160,11 @@ def truncate(paths: Tensor, dim: int) -> Tensor:
 
 def check_paths(paths: Sequence[int] | None, num_paths: int) -> list[int]:
     """Return path numbers as they are, all of them for None; a ValueError if one does not exist."""
-    chosen = list(range(num_paths) if paths is None else paths)
+    chosen: list[Any] = list(range(num_paths) if paths is None else paths)
     whole = all(isinstance(path, Integral) and not isinstance(path, bool) for path in chosen)
     if not chosen or not whole or min(chosen) < 0 or max(chosen) >= num_paths:
         raise ValueError(f"paths must name some of 0 to {num_paths - 1}, got {chosen}")
-    return chosen
+    return [int(path) for path in chosen]
 
 
 def check_dim(dim: int, embed_dim: int, name: str) -> int:

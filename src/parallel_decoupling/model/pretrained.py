@@ -41,7 +41,7 @@ def is_pretrained(folder: str | Path) -> bool:
     file = Path(folder) / CONFIG_FILE
     try:
         content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and content.get("model_type") == MODEL_TYPE
 
@@ -54,6 +54,7 @@ def load_encoder(
     It is on the CPU in evaluation mode; the dictionary has the plain values that ``ABOUT`` names. Changed
     weights or another backbone are a ValueError. ``dtype`` replaces that of the backbone's weights.
     """
+    path = Path(path).expanduser() if str(path).startswith("~") else path
     of_hub = not os.path.exists(path) and HUB_ID.fullmatch(str(path)) is not None
     if revision is not None and not of_hub:
         raise ValueError(f"revision={revision!r}, but {str(path)!r} is not a model of the hub")
@@ -94,7 +95,7 @@ def save_encoder(
     The encoder must not be sharded. A base model that was trained itself is always written, and so is one
     from a local folder that is not beside the new one.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if folder.exists() and any(folder.iterdir()):
         what = f"a model ({CONFIG_FILE})" if (folder / CONFIG_FILE).exists() else "files"
         raise ValueError(f"{folder} already holds {what}; name another folder or empty it")
@@ -171,9 +172,12 @@ def _load_folder(folder: Path, download: bool = False) -> tuple[Encoder, dict[st
     sealed = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     config: dict[str, Any] = located(identity.check_seal(sealed, folder / CONFIG_FILE), folder)
     found = identity.file_hashes(folder)
-    if changed := [name for name, digest in config["files"].items() if found.get(name) != digest]:
+    read = {name for name in found if name.split("/")[0] in (PROCESSOR_DIR, BACKBONE_DIR)}
+    if changed := [
+        name for name in sorted({*config["files"], *read}) if found.get(name) != config["files"].get(name)
+    ]:
         files = ", ".join(changed)
-        raise ValueError(f"{folder}: {files} are missing, damaged, or were changed after the export")
+        raise ValueError(f"{folder}: {files} are missing, damaged, or were changed or added after the export")
     settings = dict(config["settings"])
     if config["backbone_included"]:
         settings["backbone"] = str(folder / BACKBONE_DIR)
