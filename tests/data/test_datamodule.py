@@ -187,6 +187,14 @@ def test_positives_and_negatives_come_with_their_query(data_dir: Path) -> None:
         assert [subset.lower() for subset in batch.subsets] == [text[0] for text in texts(batch.query)]
 
 
+def test_no_more_is_padded_than_the_fullest_row_has(data_dir: Path) -> None:
+    rows = [train_row("q", ["p", "o"], pos_image_path=["", ""], neg_text="n") for _ in range(9)]
+    write_train(data_dir, "B", rows)
+    data = module(data_dir, positives=10**12, hard_negatives=10**12)
+    assert [(subset.positives, subset.hard_negatives) for subset in data.train_data] == [(2, 1)] * 2
+    assert {len(batch.candidate_ids) for batch in data.train_dataloader()} == {3 * data.batch_size}
+
+
 def test_options_are_passed_on(data_dir: Path) -> None:
     data = module(data_dir, train_subsets=["B"], row_limit=8, row_limit_by="first", image_size="mid")
     (subset,) = data.train_data
@@ -277,6 +285,7 @@ def test_preparing_makes_the_mapped_tables_of_the_stage(data_dir: Path, tmp_path
         ("fit", {"train_subsets": ["a"]}, "Unknown training subset 'a'.*Found: A, B"),
         ("fit", {"weights": {"C": 1.0}}, "Unknown subset in weights 'C'.*Found: A, B"),
         ("fit", {"split": "diverse_instruction"}, "No training subset .*diverse_instruction"),
+        ("fit", {"split": "*"}, r"The split '\*' becomes a file"),
         ("fit", {"train_subsets": []}, "No training subset .*train_subsets"),
         (
             "fit",
@@ -323,7 +332,7 @@ def gaps_dir(tmp_path: Path) -> Path:
 
 def test_a_missing_image_stops_training_and_says_where(gaps_dir: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"subset 'S', file .*, row (3|4|11|23), column 'qry': no image file"
+        ValueError, match=r"subset 'S', file .*, row (3|4|11|23), column 'qry_image_path': no image file"
     ):
         list(module(gaps_dir).train_dataloader())
     for row in GONE:

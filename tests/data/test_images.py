@@ -14,7 +14,15 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from parallel_decoupling.batch import PADDING_ID, EncoderInputs, RawInput, RawPair
 from parallel_decoupling.data.collate import Collator, identity
-from parallel_decoupling.data.images import ImageFolder, ImagePolicy, SquareSize, load_image, smart_size
+from parallel_decoupling.data.images import (
+    ImageFolder,
+    ImagePolicy,
+    SquareSize,
+    as_picture,
+    load_image,
+    names_picture,
+    smart_size,
+)
 from parallel_decoupling.data.prompts import prompt
 from parallel_decoupling.data.unusable import RowError
 from tests.support.mmeb import write_image
@@ -56,6 +64,30 @@ def test_wide_greys_come_out_like_their_8_bit_original(tmp_path: Path, dtype: st
         Image.fromarray(np.full((2, 2), wrong, np.float32)).save(tmp_path / "y.tif")
         with pytest.raises(RowError, match=r"y\.tif.* values from .*Convert it to 8 bits"):
             load_image(str(tmp_path / "y.tif"))
+
+
+def test_fractions_may_overshoot_as_after_resizing() -> None:
+    pixels = np.linspace(-1e-4, 1.0000001, 256).reshape(16, 16)
+    assert np.array_equal(np.asarray(load_image(as_picture(pixels)))[:, :, 0].ravel(), np.arange(256))
+
+
+def test_eps_is_no_picture_as_pillow_would_start_ghostscript(tmp_path: Path) -> None:
+    noise(8, 8).save(tmp_path / "x.eps")
+    (tmp_path / "x.jpg").write_bytes((tmp_path / "x.eps").read_bytes())
+    with pytest.raises(RowError, match="cannot identify image file"):
+        load_image(str(tmp_path / "x.jpg"))
+    with pytest.raises(ValueError, match="not a picture"):
+        as_picture((tmp_path / "x.eps").read_bytes())
+    assert not names_picture(str(tmp_path / "x.eps"))
+
+
+def test_a_picture_whose_file_was_closed_says_so(tmp_path: Path) -> None:
+    noise(8, 8).save(tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as read, Image.open(tmp_path / "x.png") as unread:
+        read.load()
+    assert load_image(read).size == (8, 8)
+    with pytest.raises(RowError, match="its file was closed unread; embed it inside `with`"):
+        load_image(unread)
 
 
 def test_a_transparent_palette_keeps_its_colours(tmp_path: Path) -> None:
@@ -145,6 +177,8 @@ def test_a_budget_bounds_the_pixels_and_keeps_the_aspect_ratio() -> None:
     [
         ({"image_size": "large"}, "image_size must be 'low', 'mid' or 'high'.* got 'large'"),
         ({"image_size": "low", "max_pixels": 9}, "min_pixels and max_pixels have no meaning"),
+        ({"max_frames": 0}, "max_frames must be 1 or more"),
+        ({"max_video_pixels": -1}, "max_video_pixels must be 1 or more"),
         ({"min_pixels": 0}, "min_pixels must be 1 or more"),
         ({"min_pixels": 10, "max_pixels": 9}, "min_pixels=10 is above max_pixels=9"),
     ],
@@ -185,7 +219,7 @@ def test_images_are_found_with_and_without_their_folder(tmp_path: Path, prefix: 
     folder = ImageFolder(tmp_path / "a", tmp_path / "b")
     for _ in range(2):
         assert folder.find(f"{prefix}X/0.png") == file
-    assert not any(map(folder.find, ("X/1.png", "x" * 10**6, "a\0b", "")))
+    assert not any(map(folder.find, (".", "..", "./", "X/1.png", "x" * 10**6, "a\0b", "")))
     with pytest.raises(ValueError, match="no image file 'X/1.png' under .*a or .*b"):
         folder.get("X/1.png")
     assert ImageFolder(tmp_path, must_exist=False).get("X/1.png") == "X/1.png"

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import scipy.sparse
 import torch
 from PIL import Image
 
@@ -284,6 +285,9 @@ def test_other_strings_are_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (None, "a NoneType cannot be embedded; use a text, or as a picture a file"),
         ({"text": ["a", "b"], "price": [1, 2]}, "a dict is not a list of inputs: pass one column, such as"),
         ({"a"}, "a set is not a list"),
+        ({"images": 5}, "an input of type int cannot be embedded; use a list"),
+        (torch.zeros(2, 2, dtype=torch.complex64), "a Tensor cannot be embedded"),
+        (np.ma.masked_array(np.zeros((2, 2)), np.eye(2)), "masked pixels; replace them by filled"),
     ],
 )
 def test_what_is_neither_says_what_to_pass(item: Any, message: str) -> None:
@@ -321,5 +325,21 @@ def test_tables_have_one_message_and_their_columns_are_lists() -> None:
     for column in (frame["text"], tuple(frame["text"]), iter(frame["text"]), np.array(frame["text"]), arrow):
         assert to_raw_inputs(column) == [RawInput("a"), RawInput("b")]
     assert to_raw_inputs(frame[["text"]].to_dict("records")) == [RawInput("a"), RawInput("b")]
-    with pytest.raises(ValueError, match="an input of type int cannot be embedded; use a list"):
-        to_raw_inputs(3)
+    for row in (frame.astype(str).iloc[0], [frame.astype(str).iloc[0]]):
+        with pytest.raises(ValueError, match=r"a Series with names as its index .*: pass its to_dict\(\)"):
+            to_raw_inputs(row)
+
+
+def test_what_has_no_items_cannot_be_embedded() -> None:
+    nested = torch.nested.nested_tensor([torch.rand(3, 4, 4), torch.rand(3, 5, 5)])
+    for value in (3, np.array("a"), scipy.sparse.eye(3), nested):
+        kind = type(value).__name__
+        with pytest.raises(ValueError, match=f"^an input of type {kind} cannot be embedded; use a list"):
+            to_raw_inputs(value)
+
+
+@pytest.mark.parametrize("instruction", [["x"], 5, b"x", False])
+def test_an_instruction_is_a_string(instruction: Any) -> None:
+    kind = type(instruction).__name__
+    with pytest.raises(ValueError, match=f"^instruction is a {kind}; use a string"):
+        to_raw_inputs("a", instruction)

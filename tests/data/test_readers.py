@@ -194,7 +194,7 @@ def test_one_text_stands_for_a_list_of_images(tmp_path: Path) -> None:
         (eval_row("q", ["a", "b"], tgt_img_path=[""]), "2 texts but 1 image paths"),
         (eval_row("", ["a", "b"]), "column 'qry_text': neither text nor image"),
         (eval_row("q", ["a", "b"], tgt_img_path=["", "GQA/0.jpg"]), "task 'GQA', .*row 1.*no image file"),
-        (eval_row("q", ["a", "b"], qry_img_path="GQA/0.jpg"), "row 1, column 'qry_text': no image file"),
+        (eval_row("q", ["a", "b"], qry_img_path="GQA/0.jpg"), "row 1, column 'qry_img_path': no image file"),
     ],
 )
 def test_bad_eval_row_is_named(tmp_path: Path, row: dict[str, Any], message: str) -> None:
@@ -203,6 +203,12 @@ def test_bad_eval_row_is_named(tmp_path: Path, row: dict[str, Any], message: str
         read_eval_task(tmp_path, "GQA")
     if "no image" in message:  # unless that is left to the loader
         assert len(read_eval_task(tmp_path, "GQA", must_exist=False).query_of_row) == 2
+
+
+def test_a_missing_picture_is_of_its_own_column(tmp_path: Path) -> None:
+    write_train(tmp_path, "S", [train_row("<|image_1|>\nq", qry_image_path="none.jpg")])
+    with pytest.raises(ValueError, match="row 0, column 'qry_image_path': no image file 'none.jpg'"):
+        TrainSubset(tmp_path, "S")[0]
 
 
 def test_query_limit_is_spread_over_the_file(tmp_path: Path) -> None:

@@ -220,9 +220,68 @@ def test_what_cannot_be_read_is_named_with_file_and_row(
     assert not list((default_cache_dir() / "tables").glob(".unfinished-*"))
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ({"n": pa.array([1])}, {"n": ["1"]}, "column 'n' holds int64 in .*a.parquet, but string in .*b.parq"),
+        (
+            {"n": pa.array([0], pa.timestamp("s"))},
+            {"n": pa.array([0], pa.timestamp("s", "UTC"))},
+            "column 'n' holds timestamp",
+        ),
+        ({"text": ["x"]}, {"text": [["x"]]}, "column 'text' holds string in .*a.parquet, but list"),
+    ],
+)
+def test_a_column_of_two_types_is_named_with_both_files(
+    tmp_path: Path, first: dict[str, Any], second: dict[str, Any], message: str
+) -> None:
+    files = [parquet(tmp_path / "a.parquet", first), parquet(tmp_path / "b.parquet", second)]
+    with pytest.raises(ValueError, match=f"^S: {message}"):
+        Table("S", files, {"text": "text"}, keep_others=True)
+
+
+def test_a_column_of_two_types_in_one_file_is_named_with_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("parallel_decoupling.data.tables.ROWS_PER_BATCH", 2)
+    (tmp_path / "a.jsonl").write_text(
+        '{"text": null}\n{"text": 1}\n{"text": 2.5}\n{"text": 2}\n{"text": "x"}'
+    )
+    with pytest.raises(ValueError, match="'text' holds double in rows up to 1, but string in rows up to 4"):
+        Table("S", [tmp_path / "a.jsonl"], COLUMNS)
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        pa.array([b"\xff" * 16], pa.binary(16)),
+        pa.array([b"\xff" * 16]).dictionary_encode(),
+    ],
+)
+def test_cells_that_are_no_texts_are_named(tmp_path: Path, cells: pa.Array) -> None:
+    file = parquet(tmp_path / "a.parquet", {"text": cells})
+    with pytest.raises(ValueError, match="a.parquet: rows 0 to 0, column 'text': Invalid UTF8"):
+        Table("S", [file], COLUMNS)
+
+
+def test_kept_columns_of_csv_lose_nothing(tmp_path: Path) -> None:
+    columns: dict[str, tuple[list[str], list[Any]]] = {
+        "year": (["1999", "2000", ""], [1999, 2000, None]),
+        "price": (["1.50", "2.00", "10"], [1.5, 2.0, 10.0]),
+        "zip": (["00123", "4", ""], ["00123", "4", ""]),
+        "big": (["12345678901234567890", "5", "6"], ["12345678901234567890", "5", "6"]),
+    }
+    rows = [columns, *zip(*(written for written, _ in columns.values()), strict=True)]
+    (tmp_path / "a.csv").write_text(
+        "".join("t," * bool(n) + ("" if n else "text,") + ",".join(row) + "\n" for n, row in enumerate(rows))
+    )
+    table = Table("S", [tmp_path / "a.csv"], {"text": "text"}, keep_others=True)
+    assert table.rows.drop_columns("text").to_pydict() == {name: read for name, (_, read) in columns.items()}
+
+
 def test_texts_of_parquet_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
     file = parquet(tmp_path / "a.parquet", {"text": pa.array([b"ok", b"\xff"]).view(pa.string())})
-    with pytest.raises(ValueError, match="cannot read .*rows 0 to 1: .*Invalid UTF8 sequence"):
+    with pytest.raises(ValueError, match="cannot read .*rows 0 to 1, column 'text': .*Invalid UTF8 sequence"):
         Table("S", [file], {"text": "text"})
 
 
@@ -268,13 +327,16 @@ def test_columns_beside_the_texts_keep_their_types(tmp_path: Path) -> None:
         "view": pa.array(["a", "b"], pa.string_view()),
         "parts": pa.array([{"x": 1}, None]),
         "views": pa.array([{"y": "c"}, None], pa.struct([("y", pa.string_view())])),
+        "map": pa.array([[("k", "v")], None], pa.map_(pa.string(), pa.string_view())),
+        "pair": pa.array([["c", "d"], None], pa.list_(pa.string_view(), 2)),
     }
     file = parquet(tmp_path / "a.parquet", columns)
     rows = Table("S", [file], {"text": "text"}, keep_others=True).rows
     kinds = [pa.string(), pa.int64(), pa.string(), pa.string(), pa.struct([("x", pa.int64())])]
-    kinds.append(pa.struct([("y", pa.string())]))
+    kinds += [pa.struct([("y", pa.string())]), pa.map_(pa.string(), pa.string()), pa.list_(pa.string(), 2)]
     assert rows.schema == pa.schema(list(zip(columns, kinds, strict=True)))
     first = {"text": "1", "year": 1999, "kind": "a", "view": "a", "parts": {"x": 1}, "views": {"y": "c"}}
+    first |= {"map": [("k", "v")], "pair": ["c", "d"]}
     assert rows.take([0]).to_pylist() == [first]
 
 

@@ -20,6 +20,8 @@ from parallel_decoupling.data.tasks import (
 )
 from tests.support.mmeb import OWN_ENTRY, eval_row, write_eval
 
+ENTRY = b'{"meta_task": "vqa", "in_distribution": true}'
+
 
 def test_table_is_mmebs() -> None:
     counts = Counter((task.meta_task, task.in_distribution) for task in MMEB_TASKS.values())
@@ -47,12 +49,28 @@ def test_tasks_that_nobody_listed_are_custom_and_come_last(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b'{"caf\xe9": {}}', "tasks.json: .*Save the file as UTF-8"), (b"[]", "an object of tasks by name")],
+    [
+        (b'{"caf\xe9": {}}', "tasks.json: .*Save the file as UTF-8"),
+        (b"[]", "an object of tasks by name"),
+        (b"[" * 100_000, "tasks.json: maximum recursion depth"),
+        (b'{"A": ' * 3_000 + b"1" + b"}" * 3_000, "tasks.json: maximum recursion depth"),
+        (b'{"A": {}, "A": {}}', "tasks.json: 'A' is there 2 times"),
+        (b'{"overall": %s}' % ENTRY, "'overall' is the name of a task and of a group of tasks. Rename"),
+        (b'{"video": %s}' % ENTRY, "'video' is the name of a task and of a group"),
+    ],
 )
 def test_a_table_of_tasks_that_cannot_be_read_is_named(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "tasks.json").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_tasks(tmp_path)
+
+
+def test_a_link_to_nothing_is_not_an_absent_table(tmp_path: Path) -> None:
+    for target in ("tasks.json", "none"):
+        (tmp_path / "tasks.json").unlink(missing_ok=True)
+        (tmp_path / "tasks.json").symlink_to(tmp_path / target)
+        with pytest.raises(ValueError, match=r"tasks\.json: this is not a regular file"):
+            read_tasks(tmp_path)
 
 
 def test_a_subset_belongs_to_the_task_of_its_name() -> None:

@@ -18,6 +18,7 @@ from parallel_decoupling.data.download import download_eval, download_train
 from parallel_decoupling.data.images import ImagePolicy, SquareSize
 from parallel_decoupling.data.mixture import Batches, MixtureSampler, Policy
 from parallel_decoupling.data.names import printable
+from parallel_decoupling.data.row_reader import CANDIDATE, NEGATIVE
 from parallel_decoupling.data.row_sources import RowSource, TaskSide
 from parallel_decoupling.evaluation.encode import BatchPlan, RowBatches, TokenEstimate
 from parallel_decoupling.evaluation.store import AGGREGATE, Keeper, chosen_columns, path_column
@@ -63,9 +64,11 @@ class MMEBDataModule(LightningDataModule):
         policy: "mixed" batches of all subsets, "homogeneous" of one subset each, "sub_batch" of blocks of
             sub_batch_size rows of one subset, or "neighbours" of such blocks that `mine` put together.
         sub_batch_size: Block size of the policies "sub_batch" and "neighbours"; divides batch_size.
-        hard_negatives: Candidates per row from the neg_text and neg_image_path columns; a row with fewer gets
-            padding that matches no query. Warns of a subset where no row has any.
-        positives: Positives per training row; a row with fewer gets padding, one with more is cut.
+        hard_negatives: Candidates per row from the neg_text and neg_image_path columns, but no more than the
+            row with most has, or 1; a row with fewer gets padding that matches no query. Warns of a subset
+            where no row has any.
+        positives: Positives per training row, but no more than the row with most has; a row with fewer gets
+            padding, one with more is cut.
         seed: Seed of mixture and row_limit, independent of the trainer's seed.
         image_size: Force every image into a square: "low" (128 pixels), "mid" (672) or "high" (1344), as in
             VLM2Vec. Null leaves that to min_pixels and max_pixels.
@@ -233,6 +236,10 @@ class MMEBDataModule(LightningDataModule):
         options |= {"positives": self.positives, "hard_negatives": self.hard_negatives}
         options["missing_images"] = self.missing_images
         subsets = [readers.TrainSubset(self.folder, name, self.split, **options) for name in names]
+        for option, side in (("positives", CANDIDATE), ("hard_negatives", NEGATIVE)):
+            most = max(1, *(subset.most(side) for subset in subsets))  # more would be padding in every row
+            for subset in subsets:
+                setattr(subset, option, min(getattr(self, option), most))
         taught = any(subset.table.column(tasks.TEACHER) is not None for subset in subsets)
         if getattr(self._model, "hparams", {}).get("teacher_weight", 0) > 0 and not taught:
             advice = f"Add a column {tasks.TEACHER} (docs/data.md), or set model.teacher_weight to 0."

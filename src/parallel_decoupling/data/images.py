@@ -26,6 +26,8 @@ DATA_URI = re.compile(r"\s*data:(image/[^,\s]*|[^,\s]*;\s*base64),", re.IGNORECA
 """Begins a text that is a picture, whatever media type it names."""
 _ADDRESS = re.compile(r"\s*[a-z][a-z0-9+.-]*://\S+\s*", re.IGNORECASE)
 _CHANNELS = (1, 3, 4)
+OVERSHOOT = 1e-3
+"""By so much may a picture's numbers leave their range, as after resizing; they are clipped."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,9 @@ class ImagePolicy:
     image_size: SquareSize | None = None
     min_pixels: PositiveInt | None = None
     max_pixels: PositiveInt | None = None
-    factor: int = 1
-    max_frames: int = 8
-    max_video_pixels: int | None = None
+    factor: PositiveInt = 1
+    max_frames: PositiveInt = 8
+    max_video_pixels: PositiveInt | None = None
 
     def __post_init__(self) -> None:
         check_values(ImagePolicy, vars(self))
@@ -121,7 +123,16 @@ def smart_size(
 
 def is_array(value: Any) -> bool:
     """Tell whether a value is an array or a tensor of numbers, of which several make a batch."""
-    return isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "biuf")
+    if isinstance(value, Tensor):
+        return not value.is_complex()
+    return isinstance(value, np.ndarray) and value.dtype.kind in "biuf"
+
+
+def formats() -> list[str]:
+    """Return the formats that are read: those of Pillow without EPS, for which it starts Ghostscript."""
+    Image.preinit()  # its order is that of trying
+    Image.init()
+    return [kind for kind in Image.ID if kind != "EPS"]
 
 
 def names_picture(text: str) -> bool:
@@ -132,7 +143,7 @@ def names_picture(text: str) -> bool:
     if not os.path.isfile(text):
         return False
     try:
-        with one_row(f"{text}: "), Image.open(text):
+        with one_row(f"{text}: "), Image.open(text, formats=formats()):
             return True
     except RowError as error:
         return isinstance(error.__cause__, Image.DecompressionBombError)
@@ -198,12 +209,14 @@ def _uri_bytes(uri: str) -> bytes:
 
 def _opened(data: bytes) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(data))
+        return Image.open(io.BytesIO(data), formats=formats())
     except UnidentifiedImageError as error:
         raise ValueError(f"{len(data)} bytes that are not a picture in a format that Pillow reads") from error
 
 
 def _from_array(value: Any) -> Image.Image:
+    if np.ma.is_masked(value):
+        raise ValueError("a picture with masked pixels; replace them by filled(value)")
     first = isinstance(value, Tensor)  # where the channels are if both ends could be
     if first:
         value = value.detach().cpu()
@@ -224,6 +237,10 @@ def load_image(image: Image.Image | str, *, turn: bool = True) -> Image.Image:
     name = image if isinstance(image, str) else f"of {image.width} x {image.height} pixels"
     with one_row(f"Cannot read image {name}; replace the file or remove its row: "):
         if not isinstance(image, str):
+            if getattr(image, "tile", None) and getattr(image, "fp", image) is None:
+                raise ValueError(
+                    "its file was closed unread; embed it inside `with`, or call its load() there"
+                )
             return _rgb(ImageOps.exif_transpose(image) if turn else image)
         with _open_file(image) as file:
             if turn:
@@ -234,7 +251,7 @@ def load_image(image: Image.Image | str, *, turn: bool = True) -> Image.Image:
 def _open_file(file: str) -> Image.Image:
     if not os.path.isfile(file):  # opening a named pipe would wait for ever
         raise ValueError("it is not a regular file" if os.path.exists(file) else "the file does not exist")
-    return Image.open(file)
+    return Image.open(file, formats=formats())
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -246,16 +263,19 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(values: Any) -> Any:
-    """Scale numbers to 8 bits: from 0 to 1 (fractions), to 255 or to 65535, whichever holds the largest."""
+    """Scale numbers to 8 bits: from 0 to 1 (fractions), to 255 or to 65535, whichever holds the largest.
+
+    Each range is wider by ``OVERSHOOT``.
+    """
     if values.dtype == np.uint8:
         return values
     low, high = float(values.min()), float(values.max())
     tops = (255, 65535) if values.dtype.kind in "iu" else (1, 255, 65535)
-    top = next((top for top in tops if high <= top), None)
-    if top is None or not low >= 0:
+    top = next((top for top in tops if high <= top + OVERSHOOT), None)
+    if top is None or not low >= -OVERSHOOT:
         known = "known are 0 to 1, to 255 and to 65535. Convert it to 8 bits"
         raise ValueError(f"a picture with values from {low:g} to {high:g}; {known}")
-    return np.rint(values.astype(np.float64) * (255 / top)).astype(np.uint8)
+    return np.rint(values.astype(np.float64).clip(0, top) * (255 / top)).astype(np.uint8)
 
 
 def image_size(image: Image.Image | str) -> tuple[int, int] | None:
@@ -280,10 +300,10 @@ class ImageFolder:
         self.roots, self.must_exist = roots, must_exist
 
     def find(self, image: str) -> str | None:
-        """Return the file or the folder of frames, or None if there is neither."""
+        """Return the file or the folder of frames, or None if there is neither; dots alone name neither."""
         names = (image, f"images/{image}", image.removeprefix("images/"))
         files = (os.path.join(root, name) for root in self.roots for name in names)
-        return next(filter(os.path.exists, files), None) if image else None
+        return next(filter(os.path.exists, files), None) if image.strip("./") else None
 
     def get(self, image: str) -> str:
         """Return the file, or raise ``ValueError`` if there is none and there must be."""

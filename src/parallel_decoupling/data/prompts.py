@@ -165,10 +165,14 @@ def listed(inputs: Any) -> list[Any]:
     _refuse_table(inputs)
     if hasattr(inputs, "to_pylist"):  # a column of Arrow
         return list(inputs.to_pylist())
-    if not isinstance(inputs, Iterable):
+    try:
+        return list(inputs)
+    except (TypeError, RuntimeError) as error:  # arrays and tensors of kinds that have no rows
+        if isinstance(inputs, Iterable) and not hasattr(inputs, "ndim"):
+            raise
         kind = type(inputs).__name__
-        raise ValueError(f"an input of type {kind} cannot be embedded; use a list of texts and pictures")
-    return list(inputs)
+        advice = "use a list of texts and pictures"
+        raise ValueError(f"an input of type {kind} cannot be embedded; {advice}") from error
 
 
 def to_raw_inputs(inputs: Any, instruction: str | None = None) -> list[RawInput]:
@@ -177,6 +181,8 @@ def to_raw_inputs(inputs: Any, instruction: str | None = None) -> list[RawInput]
     A string is a picture if ``names_picture`` says so, and else a text; a dictionary's own ``instruction``
     wins; to a finished ``RawInput`` no instruction can be added.
     """
+    if instruction is not None and not isinstance(instruction, str):
+        raise ValueError(f"instruction is a {type(instruction).__name__}; use a string")
     rows = []
     for index, item in enumerate(listed(inputs)):
         with one_row(f"input {index}: "):
@@ -210,7 +216,7 @@ def _raw_input_from_mapping(item: Mapping[str, Any], instruction: str | None) ->
     if images is not None and is_single(images):
         raise ValueError(f"'images' is a single {type(images).__name__}; pass a list or use 'image'")
     image = None if image is None else as_picture(image)
-    images = [as_picture(each) for each in (() if images is None else images)]
+    images = [as_picture(each) for each in (() if images is None else listed(images))]
     frames = () if video is None else as_video(video)
     return prompt(text, image, instruction if own is None else own, images=images, video=frames)
 
@@ -221,6 +227,9 @@ def _refuse_table(value: Any) -> None:
     is_table |= getattr(getattr(value, "dtype", None), "names", None) is not None  # of numpy
     if is_table or isinstance(value, Set | io.IOBase):
         raise ValueError(_no_list(value))
+    if hasattr(value, "to_dict") and isinstance(next(iter(value.index), None), str):  # a Series of pandas
+        advice = "pass its to_dict() if it is a row of a table, or its to_list() if it is a column"
+        raise ValueError(f"a {type(value).__name__} with names as its index is no list of inputs: {advice}")
 
 
 def _no_list(value: Any) -> str:

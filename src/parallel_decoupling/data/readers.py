@@ -19,7 +19,7 @@ from parallel_decoupling.data import tasks
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.images import ImageFolder
 from parallel_decoupling.data.layouts import RIGHT, open_judged, open_video_set, read_judged
-from parallel_decoupling.data.names import printable
+from parallel_decoupling.data.names import check_file_name, printable
 from parallel_decoupling.data.row_reader import CANDIDATE, NEGATIVE, QUERY, RowReader, Side, side_of, target
 from parallel_decoupling.data.tables import Table, find_tables
 from parallel_decoupling.data.tasks import INSTRUCTIONS, ROLES, TEACHER, EvalTask, Task, read_tasks
@@ -44,6 +44,7 @@ def open_train(data_dir: Path, subset: str, split: str) -> RowReader:
     source, root = task.source, data_dir / "MMEB-train"
     owner, columns = f"training subset {subset!r}", dict(zip(ROLES, MMEB_TRAIN, strict=True))
     if source is None or source.train_file is None:
+        check_file_name(split, "split")
         columns |= {name: name for name in (TEACHER, tasks.NEIGHBOURS)}
         table = Table(owner, find_tables(owner, root / subset, f"{split}-*.parquet"), columns)
         table.check((*QUERY, *CANDIDATE), QUERY)
@@ -184,14 +185,17 @@ class TrainSubset:
             raise ValueError(f"{self.table.where(row, TEACHER)}: {rule}; got {cell!r:.200}.")
         return scores
 
+    def most(self, side: Side) -> int:
+        """Return how many positives or negatives the row with most of them has."""
+        found = [column for column in map(self.table.column, side) if column is not None]
+        return max((int(_lengths(column).max()) for column in found), default=0)
+
     def log_gaps(self) -> None:
         """Warn of rows and positives that are left out, and of hard negatives that no row has."""
         if self.blank_rows:
             what = "rows with neither text nor image on a side"
             log.warning("%s: left out %d %s", self.table.owner, self.blank_rows, what)
-        shown = [column for column in map(self.table.column, CANDIDATE) if column is not None]
-        most = max(int(_lengths(column).max()) for column in shown)
-        if most > self.positives:
+        if (most := self.most(CANDIDATE)) > self.positives:
             what = "rows have up to %d positives; data.positives takes the first %d"
             log.warning(f"%s: {what}", self.table.owner, most, self.positives)
         texts = [column for column in map(self.table.column, NEGATIVE) if column is not None]

@@ -36,13 +36,20 @@ class RowReader:
         is_query = columns == QUERY
         try:
             with one_row(f"{self.table.where(row, *columns)}: "):
-                return self._input(side, is_query, instruction)
+                text, fixed = self._text(side, is_query, instruction)
+            with one_row(f"{self.table.where(row, *columns[::-1])}: "):
+                file = self.images.get(side[1]) if side[1] else ""
+                frames = frame_files(file) if os.path.isdir(file) else ()
         except RowError:
             if self.images.must_exist:
                 raise
             return RawInput(side[0], side[1:] if side[1] else ())  # what uses it finds out, as with images
+        if frames:
+            text = text.replace(IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER)  # as long as the other
+        return RawInput(text, (file,) if file and not frames else (), fixed, frames)
 
-    def _input(self, side: Side, is_query: bool, instruction: str | None) -> RawInput:
+    def _text(self, side: Side, is_query: bool, instruction: str | None) -> tuple[str, int]:
+        """Return the text of an input, and how much of it is its instruction."""
         (text, image), fixed = side, 0
         if self.source is not None:
             own = self.source.query_instruction if is_query else self.source.candidate_instruction
@@ -59,11 +66,7 @@ class RowReader:
                 text = join(instruction, text, self.rules, has_image=bool(image))
             drop = is_query and not self.rules.query_image
             text = written_text(text, has_image=bool(image), drop_placeholder=drop)
-        file = self.images.get(image) if image else ""
-        if os.path.isdir(file):
-            text = text.replace(IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER)  # as long as the other
-            return RawInput(text, (), fixed, frame_files(file))
-        return RawInput(text, (file,) if file else (), fixed)
+        return text, fixed
 
     def sides(self, row: int, columns: Side, cells: Mapping[str, Any]) -> list[Side]:
         """Pair two cells that hold lists of one length, or one list and one value for all of its entries."""

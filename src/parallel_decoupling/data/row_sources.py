@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from parallel_decoupling.batch import RawInput
-from parallel_decoupling.data.images import image_size
+from parallel_decoupling.data.images import formats, image_size
 from parallel_decoupling.data.names import file_of_id, id_of_file
 from parallel_decoupling.data.prompts import prompt
 from parallel_decoupling.data.tables import SUFFIXES, Table
@@ -142,7 +142,8 @@ def _list_images(folder: Path) -> tuple[pa.Table, str]:
 
     A picture has a picture's suffix, or Pillow knows its beginning. Links are followed, to each folder once.
     """
-    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    read = {*formats()}
+    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in read}
     names, left, seen = list[str](), defaultdict[str, list[str]](list), set[str]()
 
     def closed(error: OSError) -> None:

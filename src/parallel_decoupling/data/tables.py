@@ -26,7 +26,7 @@ from parallel_decoupling.files import FullDiskError, atomic_write
 SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
 ROWS_PER_BATCH = 8192
 ROWS_WITH_PICTURES = 64
-FORMAT = "6"  # version of the copies in the cache
+FORMAT = "7"  # version of the copies in the cache
 DELIMITERS = ",;\t"
 CSV_BLOCK = 1 << 26  # bytes that a row of a CSV file may have
 MARKS = {"utf-8-sig": (codecs.BOM_UTF8,), "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)}
@@ -60,7 +60,7 @@ class Table:
         parts = [pa.ipc.open_file(pa.memory_map(str(copy))).read_all() for copy in copies]
         self._found = [json.loads(part.schema.metadata[b"columns"]) for part in parts]
         self._first_rows = np.cumsum([0, *(len(part) for part in parts)])[:-1]
-        rows = pa.concat_tables(parts, promote_options="default")
+        rows = _joined(list(zip(self.files, parts, strict=True)), "default", f"{owner}: ")
         cells = {name: rows[theirs] for name, theirs in columns.items() if theirs in rows.column_names}
         for name, column in cells.items():
             cells[name] = column.cast(pa.string()) if pa.types.is_null(column.type) else column
@@ -107,6 +107,21 @@ class Table:
         """Return the file of a row, and its number there."""
         file = int(np.searchsorted(self._first_rows, row, side="right")) - 1
         return self.files[file], row - int(self._first_rows[file])
+
+
+def _joined(parts: Sequence[tuple[str | Path, pa.Table]], promote: str, start: str = "") -> pa.Table:
+    """Put tables, with their places, below each other; a ``ValueError`` names a column of two types."""
+    seen: dict[str, tuple[str | Path, pa.Field]] = {}
+    for place, part in parts:
+        for field in part.schema:
+            before, known = seen.get(field.name, (place, field))
+            try:
+                merged = pa.unify_schemas([pa.schema([known]), pa.schema([field])], promote_options=promote)
+            except pa.ArrowException as error:
+                what = f"column {field.name!r} holds {known.type} in {before}, but {field.type} in {place}"
+                raise ValueError(f"{start}{what}. Give it one type.") from error
+            seen[field.name] = (place if pa.types.is_null(known.type) else before), merged.field(0)
+    return pa.concat_tables([part for _, part in parts], promote_options=promote)
 
 
 def find_tables(owner: str, folder: Path, *patterns: str) -> list[Path]:
@@ -182,12 +197,15 @@ def _write(file: Path, texts: Mapping[str, bool], keep_others: bool, copy: Path,
     writer, rows, places = None, 0, (pictures, copy.parent)
     with pa.OSFile(str(copy), "wb") as stream:
         for part in batches:
-            cells = [_to_copy(name, part.column(name), texts.get(name), places) for name in kept]
+            cells = []
+            for name in kept:
+                try:
+                    cells.append(_to_copy(name, part.column(name), texts.get(name), places))
+                    cells[-1].validate(full=True)  # texts that are not UTF-8
+                except pa.ArrowException as error:
+                    where = f"rows {rows} to {rows + len(part) - 1}, column {name!r}"
+                    raise ValueError(f"{where}: {error}.") from error
             batch = pa.RecordBatch.from_arrays(cells, kept, metadata={"columns": json.dumps(found)})
-            try:
-                batch.validate(full=True)  # texts that are not UTF-8
-            except pa.ArrowException as error:
-                raise ValueError(f"rows {rows} to {rows + len(part) - 1}: {error}.") from error
             writer = writer or pa.ipc.new_file(stream, batch.schema)
             writer.write_batch(batch)
             rows += len(part)  # even where no column is wanted
@@ -215,7 +233,8 @@ def _decoded(file: Path) -> TextIO:
 def _read_csv(file: Path, texts: Sequence[str]) -> pa.Table:
     """Read all columns, with the delimiter that gives most of the wanted ones, or else most columns.
 
-    The rows are first read by Python, which, other than Arrow, says where a row or a quotation is wrong.
+    Columns beside ``texts`` are numbers or dates only where these, written out, are what the file has. The
+    rows are first read by Python, which, other than Arrow, says where a row or a quotation is wrong.
     """
     limit = csv.field_size_limit(sys.maxsize)
     row, stream = -1, _decoded(file)  # the header
@@ -236,9 +255,19 @@ def _read_csv(file: Path, texts: Sequence[str]) -> pa.Table:
         csv.field_size_limit(limit)
     stream.seek(0)
     parse = pa.csv.ParseOptions(newlines_in_values=True, delimiter=delimiter)
-    convert = pa.csv.ConvertOptions(column_types=dict.fromkeys(texts, pa.string()), strings_can_be_null=False)
-    content, read = pa.BufferReader(stream.read().encode()), pa.csv.ReadOptions(block_size=CSV_BLOCK)
-    table = pa.csv.read_csv(content, read, parse, convert)
+    content, read = stream.read().encode(), pa.csv.ReadOptions(block_size=CSV_BLOCK)
+
+    def typed(texts: Iterable[str]) -> pa.Table:
+        types = dict.fromkeys(texts, pa.string())
+        convert = pa.csv.ConvertOptions(column_types=types, strings_can_be_null=False)
+        return pa.csv.read_csv(pa.BufferReader(content), read, parse, convert)
+
+    table = typed(texts)
+    written = typed(table.column_names)
+    for place, (name, column) in enumerate(zip(table.column_names, written.columns, strict=True)):
+        short = pc.replace_substring_regex(column, r"(\.\d*[1-9])0+$|\.0+$", r"\1")  # 1.50 is 1.5
+        if pc.any(pc.not_equal(short, table.column(place).cast(pa.string()))).as_py():
+            table = table.set_column(place, name, column)
     if len(table) != row + 1:
         raise ValueError(f"it has {row + 1} rows for Python and {len(table)} for Arrow. Use one line ending.")
     return table
@@ -249,9 +278,10 @@ def _read_jsonl(file: Path) -> pa.Table:
     parts, first, rows = [], 0, _json_rows(_decoded(file))
     while part := list(islice(rows, ROWS_PER_BATCH)):
         names = dict.fromkeys(name for row in part for name in row)
-        parts.append(pa.table({name: _json_column(name, part, first) for name in names}))
+        cells = {name: _json_column(name, part, first) for name in names}
         first += len(part)
-    return pa.concat_tables(parts or [pa.table({})], promote_options="permissive")
+        parts.append((f"rows up to {first - 1}", pa.table(cells)))
+    return _joined(parts or [("", pa.table({}))], "permissive")
 
 
 def _json_column(name: str, rows: Sequence[Mapping[str, Any]], first: int) -> pa.Array:
@@ -293,6 +323,10 @@ def _without_views(kind: pa.DataType) -> pa.DataType:
     for is_list, make in ((pa.types.is_list, pa.list_), (pa.types.is_large_list, pa.large_list)):
         if is_list(kind):
             return make(kind.value_field.with_type(_without_views(kind.value_type)))
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(kind.value_field.with_type(_without_views(kind.value_type)), kind.list_size)
+    if pa.types.is_map(kind):
+        return pa.map_(_without_views(kind.key_type), _without_views(kind.item_type))
     return {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}.get(kind, kind)
 
 

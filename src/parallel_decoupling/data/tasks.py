@@ -1,7 +1,9 @@
 """The table of tasks: MMEB's, with VLM2Vec's rules for them, plus those of your own ``tasks.json``."""
 
 import json
+import os
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
@@ -180,7 +182,12 @@ def read_tasks(data_dir: str | Path) -> dict[str, Task]:
     v2 = {name: replace(task, source=_v2_source(task, folder)) for name, task in V2_TASKS.items()}
     tasks = MMEB_TASKS | v2 | _listed(folder / "tasks.json")
     others = [name for name in _eval_folders(data_dir) if name not in tasks]
-    return tasks | {name: Task(name, "custom", False) for name in others}
+    tasks |= {name: Task(name, "custom", False) for name in others}
+    for name in tasks.keys() & {task.group for task in tasks.values()}:
+        raise ValueError(
+            f"{folder}: {name!r} is the name of a task and of a group of tasks. Rename the task."
+        )
+    return tasks
 
 
 def _v2_source(task: Task, data_dir: Path) -> Source:
@@ -202,13 +209,13 @@ def _eval_folders(data_dir: str | Path) -> list[str]:
 
 def _listed(tasks_file: Path) -> dict[str, Task]:
     """Read ``tasks.json``, if there is one."""
-    if not tasks_file.exists():
+    if not os.path.lexists(tasks_file):
         return {}
     tasks, where = dict[str, Task](), str(tasks_file)
     try:
         if not tasks_file.is_file():
             raise ValueError("this is not a regular file.")
-        entries = json.loads(tasks_file.read_text(encoding="utf-8-sig"))
+        entries = json.loads(tasks_file.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique)
         if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
             raise ValueError("it must hold an object of tasks by name, each an object itself.")
         known = [*TASK_KEYS, *(each.name for each in fields(Source) if each.name != "published")]
@@ -216,10 +223,18 @@ def _listed(tasks_file: Path) -> dict[str, Task]:
             where = f"{tasks_file}, task {name!r}"
             check_names(entry, known, "key")
             tasks[name] = _task(name, entry, tasks_file.parent)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         advice = " Save the file as UTF-8." if isinstance(error, UnicodeDecodeError) else ""
         raise ValueError(f"{where}: {error}{advice}") from error
     return tasks
+
+
+def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON, in which no name is there twice."""
+    for name, count in Counter(name for name, _ in pairs).items():
+        if count > 1:
+            raise ValueError(f"{name!r} is there {count} times in one object. Keep one.")
+    return dict(pairs)
 
 
 def _task(name: str, entry: dict[str, Any], data_dir: Path) -> Task:

@@ -31,7 +31,8 @@ def one_row(place: str = "") -> Iterator[None]:
         if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
             raise OSError(error.errno, f"{place}{error.strerror}") from error
         plain = isinstance(error, ValueError | OSError)
-        raise RowError(f"{place}{error if plain else f'{type(error).__name__}: {error}'}") from error
+        what = str(error) if plain else ": ".join(filter(None, (type(error).__name__, str(error))))
+        raise RowError(f"{place}{what}") from error
 
 
 def attempt(function: Callable[[int], T], rows: Iterable[int]) -> tuple[dict[int, T], dict[int, RowError]]:
