@@ -137,7 +137,7 @@ def _check_fields(table: pa.Table, store: Store) -> None:
     for name in (name for name in table.column_names if name not in (*store.columns, MAXSIM)):
         try:
             one = table.select([name, column]).slice(0, 1)
-            trial: Any = lancedb.connect("memory://").create_table("trial", one, mode="overwrite")
+            trial: Any = lancedb.connect("memory://").create_table("trial", one)
             trial.search(query_D, vector_column_name=column).select([name, "_distance"]).to_arrow()
         except (ValueError, RuntimeError) as error:
             found = f"{store.folder}, column {name!r} of {table.schema.field(name).type}"

@@ -180,9 +180,10 @@ def test_a_changed_file_is_named_with_what_does_not_fit(
 
 
 def test_a_binary_file_is_no_score_file(tmp_path: Path) -> None:
-    (tmp_path / "last.ckpt").write_bytes(b"PK\xff")
-    with pytest.raises(ValueError, match=r"last\.ckpt is not a score file as a test wrote it"):
+    (tmp_path / "last.ckpt").write_bytes(b"PK\xff" * 10_000)
+    with pytest.raises(ValueError, match=r"last\.ckpt is not a score file as a test wrote it") as error:
         ScoreReport.from_json_file(tmp_path / "last.ckpt")
+    assert len(str(error.value)) < 500
 
 
 def test_means_over_some_of_mmebs_tasks_are_marked(report: ScoreReport, tmp_path: Path) -> None:

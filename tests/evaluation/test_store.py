@@ -71,20 +71,20 @@ def swap(folder: Path) -> None:
     [
         (
             lambda folder: shutil.copy(folder / NAMES[0], folder / NAMES[1]),
-            "but was written with .*00000.parquet",
+            "name is .*00001.parquet instead of .*00000.parquet",
         ),
         (
             lambda folder: shutil.copy(folder / NAMES[0], folder / "embeddings-00003.parquet"),
             "0003.parquet is not",
         ),
-        (swap, "but was written with .*00001.parquet"),
+        (swap, "name is .*00000.parquet instead of .*00001.parquet"),
         (
             rewrite(lambda table: table.slice(0, 0)),
-            r"00000.parquet', 0, .* written with .*00000.parquet', 8,",
+            "its number of rows is 0 instead of 8",
         ),
-        (rewrite(lambda table: table, row_group_size=3), "columns of every row group"),
-        (rewrite(lambda table: table.drop(["id"])), "columns of every row group"),
-        (rewrite(lambda table: table.drop(["text"])), "columns of every row group"),
+        (rewrite(lambda table: table, row_group_size=3), "its columns by row group is"),
+        (rewrite(lambda table: table.drop(["id"])), "its columns by row group is"),
+        (rewrite(lambda table: table.drop(["text"])), "its columns by row group is"),
         (rewrite(lambda table: table.select(table.column_names[::-1])), "is not what was written"),
         (
             rewrite(lambda table: table.rename_columns({"text": "words"})),

@@ -166,7 +166,9 @@ class ScoreReport:
                 tasks[name] = TaskResult(task, **row)
             return cls(tasks, **{key: content[key] for key in OTHER_PARTS})
         except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RecursionError) as error:
-            message = f"{json_file} is not a score file as a test wrote it ({error!r}); run the test again"
+            message = (
+                f"{json_file} is not a score file as a test wrote it ({error!r:.200}); run the test again"
+            )
             raise ValueError(message) from error
 
     def task_table(self) -> Table:

@@ -317,15 +317,17 @@ def read_metadata(file: Path) -> dict[str, Any]:
             if schema.field(name).type != pa.list_(pa.from_numpy_dtype(about["dtype"]), dim):
                 raise OSError(f"the column {name} holds {schema.field(name).type}")
         rows = min(about["rows_per_shard"], about["num_rows"] - about["shard"] * about["rows_per_shard"])
-        written = (
-            shard_name(about["shard"]),
-            rows - len(about["bad_rows"]),
-            [*map(len, about["chunks_sha256"])],
-        )
-        found = (file.name, content.num_rows, [content.num_columns] * content.num_row_groups)
-        if found != written:
-            what = "name, number of rows, and columns of every row group"
-            raise OSError(f"it has {found} as {what}, but was written with {written}")
+        for what, found, written in (
+            ("name", file.name, shard_name(about["shard"])),
+            ("number of rows", content.num_rows, rows - len(about["bad_rows"])),
+            (
+                "columns by row group",
+                [content.num_columns] * content.num_row_groups,
+                [*map(len, about["chunks_sha256"])],
+            ),
+        ):
+            if found != written:
+                raise OSError(f"its {what} is {found} instead of {written}")
         return about
     except (OSError, pa.ArrowException, LookupError, TypeError, RecursionError, ValueError) as error:
         raise ValueError(f"{file} is not a complete file of embeddings ({error}). {REPAIR}") from error
