@@ -113,5 +113,12 @@ def test_a_mined_split_is_read_by_training_and_made_once(
     pairs = [TrainSubset(data, "texts", "mined", hard_negatives=2)[row] for row in range(3)]
     assert [{each.text for each in pair.negatives if each} for pair in pairs] == [{"c"}, {"c"}, {"a", "b"}]
     monkeypatch.setattr(mining, "encode_rows", None)
-    cli.main([*command, "--margin", "2"])
-    assert TrainSubset(data, "colours_t2i", "mined", hard_negatives=1)[5].negatives == (None,)
+    there = {file: file.read_bytes() for file in data.rglob("mined-*.parquet")}
+    with pytest.raises(ValueError, match="no row has a negative in colours_i2t, colours_t2i, texts, where"):
+        mining.mine(str(data), str(tmp_path / "model"), str(tmp_path / "kept"), margin=2.0)
+    assert there == {file: file.read_bytes() for file in data.rglob("mined-*.parquet")}
+
+
+def test_ranks_in_the_wrong_order_are_refused_before_anything_is_read() -> None:
+    with pytest.raises(ValueError, match="first_rank must be below last_rank, got 10 and 5"):
+        mining.mine("nowhere", "no model", "out", first_rank=10, last_rank=5)

@@ -1,9 +1,12 @@
 """Search, exact and in LanceDB, against plain loops, within its memory, only with the model of the items."""
 
+import re
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
+import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
@@ -90,8 +93,13 @@ def test_what_fits_into_the_budget_is_read_once(tmp_path: Path, monkeypatch: pyt
 def test_unusable_arguments(store: Store, tmp_path: Path) -> None:
     index, queries = ExactIndex(store), queries_by_column(QUERIES)
     for arguments, message in (
-        ((queries, 0, "path_0"), "top_k must be a whole number of 1 or more, got 0"),
-        ((queries, "3", "path_0"), "top_k must be a whole number of 1 or more, got .3"),
+        ((queries, 0, "path_0"), "top_k must be 1 or more.*, got 0"),
+        ((queries, "3", "path_0"), "top_k must be a valid integer, got '3'"),
+        ((None, 3, "path_0"), "queries must be .* got None"),
+        (({"path_0": QUERIES[:, 0].tolist()}, 3, "path_0"), "queries must be an instance of Tensor, got"),
+        (({}, 3, "path_0"), r"queries\['path_0'\] must be a tensor \[0, 24\], got None"),
+        (({"path_0": QUERIES[:, 0, :5]}, 3, "path_0"), r"must be a tensor \[5, 24\], got \[5, 5\]"),
+        ((queries | {"path_1": QUERIES[:2, 1]}, 3, "path_0"), r"'path_1'\] must be .* got \[2, 24\]"),
         ((queries, 3, "path_7"), "scoring is 'path_7'; this index has aggregate, path_0"),
         ((queries, 3, "path_0", "group = 1"), "exact search does not take conditions; make a LanceDB index"),
         (({"path_0": QUERIES[:, 0] * torch.nan}, 3, "path_0"), "embedding of a query is zero or not finite"),
@@ -105,6 +113,28 @@ def test_unusable_arguments(store: Store, tmp_path: Path) -> None:
         index.search(queries, 1, "path_0", None)
         with pytest.raises(ValueError, match="path_1 of '17' is zero or not finite"):
             index.search(queries, 1, "maxsim")
+
+
+def test_another_default_device(store: Store) -> None:
+    queries = queries_by_column(QUERIES)
+    expected = ExactIndex(store).search(queries, 3, "path_0")
+    with torch.device("meta"):
+        assert ExactIndex(store).search(queries, 3, "path_0") == expected
+
+
+FAR = {"far": pa.array([2**62], pa.timestamp("us")), "mars": pa.array([1], pa.timestamp("us", "Mars/Base"))}
+
+
+@pytest.mark.parametrize("name", FAR)
+def test_a_cell_that_python_cannot_hold_is_named(name: str, tmp_path: Path) -> None:
+    items = save_store(tmp_path / "items", ITEMS[:1], {name: FAR[name]})
+    indexes: list[Any] = [ExactIndex(items)]
+    if find_spec("lancedb"):
+        write_lance_index(str(items.folder), str(tmp_path / "index"))
+        indexes.append(LanceIndex(tmp_path / "index"))
+    for index in indexes:
+        with pytest.raises(ValueError, match=f"{tmp_path}/.*, column '{name}', of timestamp.*Python cannot"):
+            index.search(queries_by_column(QUERIES), 3, "path_0")
 
 
 class RowEmbedder:
@@ -176,6 +206,8 @@ def test_other_weights_than_those_of_the_items_are_refused(
     columns: list[str], other: RowEmbedder, tmp_path: Path
 ) -> None:
     index = stored(tmp_path, RowEmbedder(0, 1, 2), columns=columns, model="last.ckpt")
+    with pytest.raises(ValueError, match="index must be an instance of Index, got None"):
+        Searcher(other, None)  # type: ignore[arg-type]
     with pytest.raises(
         ValueError, match=r"other weights than .*last\.ckpt.*trained further.*run predict with this one"
     ):
@@ -247,11 +279,32 @@ def test_an_index_that_is_stopped_halfway_stays_the_old_one(
     assert len(list((tmp_path / "index").iterdir())) == 1, "nothing of the old one, nor of the stopped"
 
 
+STRINGS = pa.array(["a"] * 9)
+REFUSED = {name: STRINGS for name in ("a.b", "_rowid", "", "_distance", 'a"`b')}
+REFUSED["list"] = pa.array([["a"]] * 9, pa.list_view(pa.string()))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.usefixtures("lance")
+def test_a_column_that_lancedb_does_not_take_is_named_before_anything_is_written(
+    name: str, tmp_path: Path
+) -> None:
+    items = save_store(tmp_path / "items", ITEMS[:9], {"good": STRINGS, name: REFUSED[name]})
+    with pytest.raises(ValueError, match=f"column {re.escape(repr(name))} of .* LanceDB does not take it"):
+        write_lance_index(str(items.folder), str(tmp_path / "index"))
+    assert not (tmp_path / "index").exists()
+
+
 def test_conditions_are_sql(lance: LanceIndex, tmp_path: Path) -> None:
     (hits,) = lance.search(queries_by_column(QUERIES[:1]), 400, "path_0", "group = 1 AND name LIKE '%7'")
     assert {hit.id for hit in hits} == {str(row) for row in range(7, 400, 10) if row % 3 == 1}
     with pytest.raises(ValueError, match=r"(?s)LanceDB refuses the search \(where='colour = 1'\).*colour"):
         lance.search(queries_by_column(QUERIES), 3, "path_0", "colour = 1")
+    with pytest.raises(ValueError, match=r"LanceDB refuses the search \(where='\"group\" / 0 > 1'\)"):
+        lance.search(queries_by_column(QUERIES), 3, "path_0", '"group" / 0 > 1')
+    with pytest.raises(ValueError, match="where='group = 1; drop': give one condition"):
+        lance.search(queries_by_column(QUERIES), 3, "path_0", "group = 1; drop")
+    assert lance.search(queries_by_column(QUERIES[:1]), 3, "path_0", "name = 'item; 7'") == [[]]
     with pytest.raises(ValueError, match="scoring is 'path_7'; this index has aggregate"):
         lance.search(queries_by_column(QUERIES), 3, "path_7")
     with pytest.raises(ValueError, match="does not hold an index"):

@@ -1,6 +1,7 @@
 """A LanceDB table made of the embeddings that ``predict`` wrote: approximate search, SQL conditions."""
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -13,10 +14,18 @@ import torch.nn.functional as F
 
 from parallel_decoupling import search as searching
 from parallel_decoupling.evaluation.score import similarities
-from parallel_decoupling.evaluation.store import METADATA_KEY, Store, Vectors, to_cells, to_tensor
+from parallel_decoupling.evaluation.store import (
+    METADATA_KEY,
+    Store,
+    Vectors,
+    python_rows,
+    to_cells,
+    to_tensor,
+)
 from parallel_decoupling.files import atomic_write, locked
 from parallel_decoupling.model.identity import check_seal, sealed
 from parallel_decoupling.model.locations import located, portable
+from parallel_decoupling.option_types import PositiveInt, checked
 from parallel_decoupling.search import MAXSIM, Hit
 
 TABLE = "items-{:05d}"  # name of a table by its number, which is higher than that of the table it replaces
@@ -42,6 +51,7 @@ def write_lance_index(embeddings: str, index_dir: str, index_type: IndexType | N
         raise ValueError(f"{index_type} needs at least {ROWS_FOR_TRAINING} items; leave out index_type")
     tables = _tables(store)
     first = next(tables)
+    _check_fields(first, store)
     metadata = {METADATA_KEY: json.dumps(sealed(portable(store.metadata, index_dir)))}
     with locked(index_dir):
         old = table_dirs(index_dir)
@@ -78,6 +88,7 @@ class LanceIndex:
         tables = table_dirs(index_dir)
         if not tables:
             raise ValueError(f"{index_dir} does not hold an index: write one with lightning index")
+        self._folder = Path(index_dir)
         self._table: Any = lancedb.connect(index_dir).open_table(TABLE.format(max(tables)))
         schema = self._table.schema
         content = json.loads(schema.metadata[METADATA_KEY])
@@ -89,27 +100,49 @@ class LanceIndex:
     def __len__(self) -> int:
         return int(self._table.count_rows())
 
-    def search(self, queries: Vectors, top_k: int, scoring: str, where: str | None = None) -> list[list[Hit]]:
+    @checked()
+    def search(
+        self, queries: Vectors, top_k: PositiveInt, scoring: str, where: str | None = None
+    ) -> list[list[Hit]]:
         """Find the best items of every query; see ``search.Index``."""
+        if where is not None and ";" in re.sub("'[^']*'", "", where):  # LanceDB ignores what follows
+            raise ValueError(f"where={where!r}: give one condition, without ;")
         paths = [name for name in searching.path_columns(self.columns) if name in queries]
         scored, hits = searching.compared(scoring, self.columns), []
         names = list(dict.fromkeys([*scored, *paths]))
-        for number, query_ND in enumerate(searching.query_vectors(queries, top_k, scoring, self)):
+        for number, query_ND in enumerate(searching.query_vectors(queries, scoring, self)):
             search = self._table.search(query_ND.squeeze(0).numpy(), vector_column_name=scoring)
             search = search.distance_type("cosine").limit(top_k).refine_factor(REFINED)
             search = search.select([*self._fields, *names, "_distance"])
             try:
                 found = (search if where is None else search.where(where)).to_arrow()
-            except ValueError as error:
+            except (ValueError, RuntimeError) as error:
                 raise ValueError(f"LanceDB refuses the search (where={where!r}): {error}") from error
             vectors = {name: F.normalize(to_tensor(found[name]), dim=-1) for name in names}
             scores_K = similarities(query_ND[None], [vectors[name] for name in scored])[0]
             scores_K, order_K = scores_K.sort(descending=True, stable=True)
-            rows = found.select(self._fields).take(order_K.numpy()).to_pylist()
+            rows = python_rows(found.select(self._fields).take(order_K.numpy()), self._folder)
             query = {name: queries[name][number] for name in paths}
             found_K = {name: vectors[name][order_K] for name in paths}
             hits.append(searching.make_hits(query, found_K, scores_K, rows))
         return hits
+
+
+def _check_fields(table: pa.Table, store: Store) -> None:
+    """Refuse a field whose name or type LanceDB cannot store or find, by a trial with each of them."""
+    import lancedb
+
+    column = store.columns[0]
+    query_D = to_tensor(table[column])[0].numpy()
+    for name in (name for name in table.column_names if name not in (*store.columns, MAXSIM)):
+        try:
+            one = table.select([name, column]).slice(0, 1)
+            trial: Any = lancedb.connect("memory://").create_table("trial", one)
+            trial.search(query_D, vector_column_name=column).select([name, "_distance"]).to_arrow()
+        except (ValueError, RuntimeError) as error:
+            found = f"{store.folder}, column {name!r} of {table.schema.field(name).type}"
+            advice = "Embed the rows again with another name or type"
+            raise ValueError(f"{found}: LanceDB does not take it ({error}). {advice}") from error
 
 
 def _tables(store: Store) -> Iterator[pa.Table]:

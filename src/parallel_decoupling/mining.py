@@ -49,9 +49,12 @@ def mine(
         last_rank: likewise; the first one that is too far.
         margin: how far a negative scores below the row's first own candidate at least.
     """
+    if first_rank >= last_rank:
+        raise ValueError(f"first_rank must be below last_rank, got {first_rank} and {last_rank}")
     embedder = Embedder.from_pretrained(model, device="cuda" if torch.cuda.is_available() else "cpu")
     about = about_encoder(embedder.encoder, encoder_identity(embedder.encoder))
     folder, keeper = MMEBDataModule(data_dir=data_dir).folder, Keeper(output_dir, lambda: about, replace=True)
+    without = []
     for name in chosen(None, find_train_subsets(folder), folder):
         subset = TrainSubset(folder, name)
         if subset.reader.source is not None:
@@ -60,6 +63,10 @@ def mine(
         query, candidate = (TaskSide(task, side, folder) for side in ("query", "candidate"))
         vectors = _embedded(embedder, keeper, query), _embedded(embedder, keeper, candidate)
         near = hard_negatives(*vectors, task, range(first_rank, last_rank), margin)
+        sys.stdout.write(f"{name}: {sum(map(bool, near))} of {len(near)} rows have a negative\n")
+        if not any(near):
+            without.append(name)
+            continue
         columns = dict(zip(MMEB_TRAIN, map(subset.table.column, ROLES), strict=True))
         cells = {key: column.take(subset.kept) for key, column in columns.items() if column is not None}
         for part, key in enumerate(MMEB_TRAIN[4:]):
@@ -69,7 +76,11 @@ def mine(
         cells[NEIGHBOURS] = pa.array(order.argsort())
         with atomic_write(folder / "MMEB-train" / name / "mined-00000-of-00001.parquet") as unfinished:
             pq.write_table(pa.table(cells), unfinished)
-        sys.stdout.write(f"{name}: {sum(map(bool, near))} of {len(near)} rows have a negative\n")
+    if without:
+        advice = "take other ranks or a smaller margin"
+        raise ValueError(
+            f"no row has a negative in {', '.join(without)}, where nothing was written: {advice}"
+        )
 
 
 def as_task(subset: TrainSubset) -> tuple[EvalTask, list[Side]]:

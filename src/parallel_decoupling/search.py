@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from parallel_decoupling.data.prompts import listed
 from parallel_decoupling.evaluation.score import similarities
-from parallel_decoupling.evaluation.store import AGGREGATE, Store, Vectors, path_column
+from parallel_decoupling.evaluation.store import AGGREGATE, Store, Vectors, path_column, python_rows
 from parallel_decoupling.model.identity import path_hashes
 from parallel_decoupling.option_types import NonNegativeInt, PositiveInt, checked
 
@@ -32,6 +32,7 @@ class Hit:
     fields: Mapping[str, Any]  # the item's source fields
 
 
+@runtime_checkable
 class Index(Protocol):
     """Items that can be searched: ``ExactIndex``, or ``lance_index.LanceIndex``."""
 
@@ -69,13 +70,17 @@ class ExactIndex:
     def __len__(self) -> int:
         return len(self.store)
 
-    def search(self, queries: Vectors, top_k: int, scoring: str, where: str | None = None) -> list[list[Hit]]:
+    @checked()
+    def search(
+        self, queries: Vectors, top_k: PositiveInt, scoring: str, where: str | None = None
+    ) -> list[list[Hit]]:
         """Find the best items of every query; see ``Index``. Of equal scores the earlier row comes first."""
         if where is not None:
             advice = f"make a LanceDB index of {self.store.folder} (lightning index) and search that"
             raise ValueError(f"where={where!r}: exact search does not take conditions; {advice}")
-        query_QND = query_vectors(queries, top_k, scoring, self)
-        best_QK, rows_QK = torch.empty(len(query_QND), 0), torch.empty(len(query_QND), 0, dtype=torch.long)
+        query_QND = query_vectors(queries, scoring, self)
+        best_QK = torch.empty(len(query_QND), 0, device="cpu")
+        rows_QK = best_QK.long()
         for batch, first in enumerate(self.store.starts):
             scores_QC = self._scores(batch, query_QND, scoring)
             if best_QK.shape[1] == top_k:
@@ -111,10 +116,11 @@ class ExactIndex:
         """Return fields and vectors of items by their row numbers, which ascend; read each group once."""
         fields: list[dict[str, Any]] = []
         vectors: dict[str, list[Tensor]] = {name: [] for name in names}
-        batch_U = torch.bucketize(rows_U, torch.tensor(self.store.ends), right=True)
+        batch_U = torch.bucketize(rows_U, torch.tensor(self.store.ends, device="cpu"), right=True)
         for batch in sorted({*batch_U.tolist()}):
             rows = rows_U[batch_U == batch] - self.store.starts[batch]
-            fields += self._kept(batch, "", self.store.fields).take(rows.numpy()).to_pylist()
+            found = self._kept(batch, "", self.store.fields).take(rows.numpy())
+            fields += python_rows(found, self.store.folder)
             for name in names:
                 vectors[name].append(self._vectors(batch, name)[rows])
         return fields, {name: torch.cat(parts) for name, parts in vectors.items() if parts}
@@ -152,6 +158,7 @@ class Searcher:
     that the index has and the model can embed. A model with other weights is refused.
     """
 
+    @checked()
     def __init__(self, embedder: Any, index: Index) -> None:
         self.embedder, self.index = embedder, index
         encoder, items = embedder.encoder, index.metadata["identity"]["path_sha256"]
@@ -211,12 +218,15 @@ def compared(scoring: str, columns: Iterable[str]) -> tuple[str, ...]:
     return path_columns(columns) if scoring == MAXSIM else (scoring,)
 
 
-def query_vectors(queries: Vectors, top_k: int, scoring: str, index: Index) -> Tensor:
+def query_vectors(queries: Vectors, scoring: str, index: Index) -> Tensor:
     """Return what ``similarities`` compares, ``[Q, N, D]``; ``ValueError`` for what cannot be used."""
-    if not isinstance(top_k, int) or top_k < 1:
-        raise ValueError(f"top_k must be a whole number of 1 or more, got {top_k!r}")
     if scoring not in index.scorings:
         raise ValueError(f"scoring is {scoring!r}; this index has {', '.join(index.scorings)}")
+    shapes = {name: [*queries[name].shape] for name in index.columns if name in queries}
+    count = max((shape[0] for shape in shapes.values() if shape), default=0)
+    for name in (*compared(scoring, index.columns), *shapes):
+        if shapes.get(name) != (wanted := [count, index.metadata["dims"][name]]):
+            raise ValueError(f"queries[{name!r}] must be a tensor {wanted}, got {shapes.get(name)}")
     columns = [queries[name].float() for name in compared(scoring, index.columns)]
     query_QND = F.normalize(torch.stack(columns, dim=1), dim=-1)
     if not (query_QND.norm(dim=-1) > 0.5).all():

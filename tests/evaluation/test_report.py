@@ -179,6 +179,13 @@ def test_a_changed_file_is_named_with_what_does_not_fit(
         ScoreReport.from_json_file(file)
 
 
+def test_a_binary_file_is_no_score_file(tmp_path: Path) -> None:
+    (tmp_path / "last.ckpt").write_bytes(b"PK\xff" * 10_000)
+    with pytest.raises(ValueError, match=r"last\.ckpt is not a score file as a test wrote it") as error:
+        ScoreReport.from_json_file(tmp_path / "last.ckpt")
+    assert len(str(error.value)) < 500
+
+
 def test_means_over_some_of_mmebs_tasks_are_marked(report: ScoreReport, tmp_path: Path) -> None:
     results = {name: TaskResult(MMEB_TASKS[name], 9, 0.1, {"aggregate": 0.5}) for name in MMEB_TASKS}
     some = ScoreReport({name: results[name] for name in ("GQA", "MSCOCO", "EDIS")})

@@ -154,9 +154,8 @@ class ScoreReport:
     @classmethod
     def from_json_file(cls, json_file: str | Path) -> "ScoreReport":
         """Read what ``to_json_file`` wrote; what the rows scored is what counts. Other files are refused."""
-        text = Path(json_file).read_text(encoding="utf-8")
         try:
-            content, tasks = json.loads(text), {}
+            content, tasks = json.loads(Path(json_file).read_text(encoding="utf-8")), {}
             if content.get("format") != FORMAT:
                 raise ValueError(f"not format {FORMAT}")
             for name, row in content["tasks"].items():
@@ -166,8 +165,10 @@ class ScoreReport:
                     row["metrics"][column][task.metric] = fmean(values)
                 tasks[name] = TaskResult(task, **row)
             return cls(tasks, **{key: content[key] for key in OTHER_PARTS})
-        except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-            message = f"{json_file} is not a score file as a test wrote it ({error!r}); run the test again"
+        except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RecursionError) as error:
+            message = (
+                f"{json_file} is not a score file as a test wrote it ({error!r:.200}); run the test again"
+            )
             raise ValueError(message) from error
 
     def task_table(self) -> Table:

@@ -25,12 +25,13 @@ from parallel_decoupling.distributed import gather_objects, rank
 from parallel_decoupling.files import atomic_write, reading, remove_leftovers
 from parallel_decoupling.model.identity import check_seal, rows_hash, sealed, weights_hash
 from parallel_decoupling.model.locations import located, portable
+from parallel_decoupling.option_types import check_values, checked
 
 METADATA_KEY = b"parallel_decoupling"
 SHARD_NAME = re.compile(r"embeddings-(\d{5,})\.parquet")
 AGGREGATE = "aggregate"
 ROW_GROUP_SIZE = 16_384  # rows that a reader holds at once
-OWN_KEYS = ("shard", "first_row", "rows_sha256", "vectors_sha256", "bad_rows")  # differ between shards
+OWN_KEYS = ("shard", "rows_sha256", "chunks_sha256", "bad_rows")  # differ between shards
 COMPARED = (
     *("identity", "columns", "dtype", "instruction", "images"),
     *("num_rows", "rows_per_shard", "rows_sha256"),
@@ -87,23 +88,22 @@ class StoreWriter:
         bad, order = sorted(bad_rows), torch.tensor(numbers, dtype=torch.long).argsort()
         assert len(numbers) + len(bad) == len(self.rows_of(shard)), "a shard accounts for all of its rows"
         table = fields = self.rows.columns(sorted(numbers))
-        dims, hashes = dict[str, int](), dict[str, list[str]]()
         for name in self.about["columns"]:
             cells_BD = vectors[name][order].float().numpy().astype(self.about["dtype"])
             table = table.append_column(name, to_cells(cells_BD))
-            groups, dims[name] = torch.split(to_tensor(table[name]), ROW_GROUP_SIZE), cells_BD.shape[1]
-            hashes[name] = [weights_hash({name: group}) for group in groups]
         reasons = [
             {"row": row, "id": name, "reason": _without_folders(bad_rows[row], self.rows, row)}
             for row, name in zip(bad, self.rows.columns(bad)["id"].to_pylist(), strict=True)
         ]
-        own = {"shard": shard, "first_row": self.rows_of(shard).start, "rows_sha256": self.rows_sha256(shard)}
-        own |= {"dims": dims, "vectors_sha256": hashes, "bad_rows": reasons}
-        metadata = {METADATA_KEY: json.dumps(sealed({**self.about, **own}))}
+        own = {"shard": shard, "rows_sha256": self.rows_sha256(shard), "bad_rows": reasons}
+        own["dims"] = {name: vectors[name].shape[1] for name in self.about["columns"]}
         compression = dict.fromkeys(table.column_names, "none") | dict.fromkeys(fields.column_names, "zstd")
         options: dict[str, Any] = {"use_dictionary": fields.column_names, "compression": compression}
         options |= {"write_page_checksum": True, "row_group_size": ROW_GROUP_SIZE}
-        with atomic_write(self.folder / f"embeddings-{shard:05d}.parquet") as unfinished:
+        with atomic_write(self.folder / shard_name(shard)) as unfinished:
+            pq.write_table(table, unfinished, **options)
+            own["chunks_sha256"] = _chunk_hashes(unfinished)
+            metadata = {METADATA_KEY: json.dumps(sealed({**self.about, **own}))}  # comes after all chunks
             pq.write_table(table.replace_schema_metadata(metadata), unfinished, **options)
 
     def rows_sha256(self, shard: int) -> str:
@@ -131,6 +131,9 @@ class Keeper:
     dtype: VectorType = "float32"
     replace: bool = False
     writers: dict[str, StoreWriter] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_values(Keeper, vars(self))
 
     def open(self, rows: Source, about: Mapping[str, Any]) -> StoreWriter:
         """Say where the embeddings of some rows go, and what their files tell of them."""
@@ -178,6 +181,7 @@ class Store:
     A folder that lacks shards or mixes those of several runs is refused.
     """
 
+    @checked()
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.files = list(shard_files(self.folder).values())
@@ -187,8 +191,8 @@ class Store:
         self.metadata: dict[str, Any] = {}
         self.bad_rows: list[dict[str, Any]] = []
         self.batch_sizes: list[int] = []
-        self._groups: list[tuple[Path, int, dict[str, list[str]]]] = []
-        self._compared: set[tuple[int, str]] = set()  # vectors that were those of the hash when first read
+        self._groups: list[tuple[Path, int, list[str]]] = []
+        self._compared: set[tuple[int, int]] = set()  # chunks that were those of the hash when first read
         for file in self.files:
             with reading(file):
                 about, content = read_metadata(file), pq.read_metadata(file)
@@ -201,7 +205,7 @@ class Store:
             self.bad_rows += about["bad_rows"]
             for group in range(content.num_row_groups):
                 if size := content.row_group(group).num_rows:
-                    self._groups.append((file, group, about["vectors_sha256"]))
+                    self._groups.append((file, group, about["chunks_sha256"][group]))
                     self.batch_sizes.append(size)
         missing = -(-self.metadata["num_rows"] // self.metadata["rows_per_shard"]) - len(self.files)
         if missing:
@@ -215,17 +219,21 @@ class Store:
 
     def read(self, batch: int, columns: Sequence[str] | None = None) -> pa.Table:
         """Read one row group; ``columns`` are names of any columns, None reads all."""
+        if batch not in range(len(self._groups)):
+            raise ValueError(f"{self.folder} has {len(self._groups)} row groups, got batch {batch!r}")
         file, group, hashes = self._groups[batch]
         try:
             with pq.ParquetFile(file, page_checksum_verification=True) as content:
-                table = content.read_row_group(group, columns=columns)
-            for name in {*hashes}.intersection(table.column_names):
-                if (batch, name) in self._compared:
-                    continue
-                if weights_hash({name: to_tensor(table[name])}) != hashes[name][group]:
-                    raise OSError(f"the vectors {name} are not those that were written")
-                self._compared.add((batch, name))
-            return table
+                for place, wanted in enumerate(hashes):
+                    chunk = content.metadata.row_group(group).column(place)
+                    name = chunk.path_in_schema  # "column", or "column.part"
+                    is_read = columns is None or any(f"{name}.".startswith(f"{each}.") for each in columns)
+                    if not is_read or (batch, place) in self._compared:
+                        continue
+                    if _chunk_hash(file, chunk) != wanted:
+                        raise OSError(f"the column {name} is not what was written")
+                    self._compared.add((batch, place))
+                return content.read_row_group(group, columns=columns)
         except (OSError, pa.ArrowException) as error:
             raise ValueError(f"{file} cannot be read ({error}). {REPAIR}") from error
 
@@ -235,7 +243,9 @@ class Store:
 
     def column(self, column: str) -> Tensor:
         """Read a whole column, float32 ``[len(self), D]``."""
-        empty = torch.empty(0, self.metadata["dims"][column])
+        if column not in self.columns:
+            raise ValueError(f"{self.folder} has the vectors {', '.join(self.columns)}, got {column!r}")
+        empty = torch.empty(0, self.metadata["dims"][column], device="cpu")
         return torch.cat([empty, *(self.vectors(batch, column) for batch in range(len(self.batch_sizes)))])
 
     def source_rows(self) -> list[int]:
@@ -250,13 +260,28 @@ class Store:
 
     def rows(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Read ``id`` and the source's columns of some rows, in the order asked for."""
+        if outside := [index for index in indices if index not in range(len(self))]:
+            raise ValueError(f"{self.folder} has {len(self)} rows, from 0; got {outside[0]}")
         found: dict[int, dict[str, Any]] = {}
         for batch in {bisect_right(self.ends, index) for index in indices}:
             first = self.starts[batch]
             wanted = [index for index in indices if first <= index < self.ends[batch]]
             rows = self.fields(batch).take([index - first for index in wanted])
-            found |= dict(zip(wanted, rows.to_pylist(), strict=True))
+            found |= dict(zip(wanted, python_rows(rows, self.folder), strict=True))
         return [found[index] for index in indices]
+
+
+def python_rows(table: pa.Table, where: str | Path) -> list[dict[str, Any]]:
+    """Turn rows into Python values; ``where`` is named if a cell has none, such as a date after 9999."""
+    cells = {}
+    for name in table.column_names:
+        try:
+            cells[name] = table[name].to_pylist()
+        except (ValueError, ArithmeticError, LookupError) as error:
+            found = f"{where}, column {name!r}, of {table.schema.field(name).type}"
+            advice = "Embed the rows again with this column as text"
+            raise ValueError(f"{found}: Python cannot hold a value ({error}). {advice}") from error
+    return [dict(zip(cells, row, strict=True)) for row in zip(*cells.values(), strict=True)]
 
 
 def to_cells(vectors_BD: np.ndarray) -> pa.FixedSizeListArray:
@@ -271,6 +296,11 @@ def to_tensor(column: pa.ChunkedArray) -> Tensor:
     return torch.from_numpy(numbers.reshape(-1, cells.type.list_size).astype("float32"))
 
 
+def shard_name(shard: int) -> str:
+    """Return the name of a shard's file."""
+    return f"embeddings-{shard:05d}.parquet"
+
+
 def shard_files(folder: Path) -> dict[int, Path]:
     """Return the shards in a folder by their number, in order."""
     found = ((SHARD_NAME.fullmatch(file.name), file) for file in folder.glob("embeddings-*.parquet"))
@@ -278,16 +308,43 @@ def shard_files(folder: Path) -> dict[int, Path]:
 
 
 def read_metadata(file: Path) -> dict[str, Any]:
-    """Read what a shard says about itself; ``ValueError`` if it is damaged or another kind of file."""
+    """Read what a shard says about itself; ``ValueError`` if it is not a shard as it was written."""
     try:
-        schema = pq.read_schema(file)
-        about = check_seal(json.loads((schema.metadata or {})[METADATA_KEY]), file)
+        content = pq.read_metadata(file)
+        schema = content.schema.to_arrow_schema()
+        about = check_seal(dict(json.loads((schema.metadata or {})[METADATA_KEY])), "it")
         for name, dim in about["dims"].items():
             if schema.field(name).type != pa.list_(pa.from_numpy_dtype(about["dtype"]), dim):
-                raise pa.ArrowTypeError(f"the column {name} holds {schema.field(name).type}")
+                raise OSError(f"the column {name} holds {schema.field(name).type}")
+        rows = min(about["rows_per_shard"], about["num_rows"] - about["shard"] * about["rows_per_shard"])
+        for what, found, written in (
+            ("name", file.name, shard_name(about["shard"])),
+            ("number of rows", content.num_rows, rows - len(about["bad_rows"])),
+            (
+                "columns by row group",
+                [content.num_columns] * content.num_row_groups,
+                [*map(len, about["chunks_sha256"])],
+            ),
+        ):
+            if found != written:
+                raise OSError(f"its {what} is {found} instead of {written}")
         return about
-    except (OSError, pa.ArrowException, KeyError, json.JSONDecodeError) as error:
+    except (OSError, pa.ArrowException, LookupError, TypeError, RecursionError, ValueError) as error:
         raise ValueError(f"{file} is not a complete file of embeddings ({error}). {REPAIR}") from error
+
+
+def _chunk_hash(file: Path, chunk: pq.ColumnChunkMetaData) -> str:
+    """Hash the bytes in a file of one column in one row group, and its name."""
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    content = np.fromfile(file, np.uint8, chunk.total_compressed_size, offset=start)
+    return weights_hash({chunk.path_in_schema: torch.from_numpy(content)})
+
+
+def _chunk_hashes(file: Path) -> list[list[str]]:
+    """Hash every column of every row group."""
+    content = pq.read_metadata(file)
+    groups = map(content.row_group, range(content.num_row_groups))
+    return [[_chunk_hash(file, group.column(n)) for n in range(content.num_columns)] for group in groups]
 
 
 def chosen_columns(names: Collection[str] | None, num_paths: int) -> tuple[str, ...]:
