@@ -184,6 +184,4 @@ class TokenLimit:
             raise ValueError(f"max_tokens={max_tokens}, but this OpenCLIP model has {most}: set it to null.")
         if max_tokens is not None and not (isinstance(max_tokens, int) and 2 <= max_tokens <= most):
             raise ValueError(f"max_tokens={max_tokens!r}: this backbone takes from 2 to {most} tokens.")
-        if long_text not in ("truncate", "error"):
-            raise ValueError(f"long_text={long_text!r}: use truncate or error.")
         return cls(max_tokens or most, long_text)

@@ -239,7 +239,7 @@ def test_encode_counts_what_it_cut(embedder: Embedder) -> None:
 def test_limits_that_cannot_be(embedder: Embedder, max_tokens: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Embedder(embedder.encoder, max_tokens=max_tokens)
-    with pytest.raises(ValueError, match="long_text='cut': use truncate or error"):
+    with pytest.raises(ValueError, match="long_text must be 'truncate' or 'error', got 'cut'"):
         Embedder(embedder.encoder, long_text="cut")  # type: ignore[arg-type]
 
 
