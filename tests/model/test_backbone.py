@@ -87,7 +87,7 @@ def test_weights_that_do_not_fit_raise(tiny_backbone_dir: str, tmp_path: Path, c
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"quantization": "8bit"}, "'4bit' or None"),
+        ({"quantization": "8bit"}, "quantization must be '4bit', got '8bit'"),
         ({"quantization": "4bit", "adapter": AdapterConfig(kind="full")}, "lora, dora or frozen"),
     ],
 )

@@ -190,8 +190,8 @@ def load_backbone(
         With ``meta`` names, shapes and dtypes of all parameters and what trains are those without it.
     """
     adapter = adapter or AdapterConfig()
-    if quantization and (quantization != "4bit" or adapter.kind == "full"):
-        raise ValueError("quantization must be '4bit' or None, with adapter.kind lora, dora or frozen")
+    if quantization and adapter.kind == "full":
+        raise ValueError("quantization needs adapter.kind lora, dora or frozen")
     folder = TINY_BACKBONE_DIR if name == "tiny" else Path(name).expanduser()
     source, options = name, {"revision": revision, "local_files_only": local_files_only}
     if os.path.isdir(folder):  # False for names that no folder can have
