@@ -60,7 +60,7 @@ test: $(INSTALLED) ## the test suite without the slow tests, in two processes of
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile
 
 test-slow: $(INSTALLED) ## the slow tests: processes, notebooks, short trainings
-	$(BIN)/pytest -q -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m slow -n 2 --dist loadfile
 
 lint: $(INSTALLED) ## ruff (rules and format) and the import layers
 	$(BIN)/ruff check .

@@ -266,6 +266,9 @@ def test_the_demo_s_configuration_comes_with_the_package(
         ("predict", "--trainer.limit_predict_batches=0", "limit_predict_batches must be above 0, got 0"),
         ("fit", "--trainer.default_root_dir=null", "default_root_dir must be a valid string, got None"),
         ("fit", "--model.attention=flash_attention_2", "a package for attention='flash_attention_2'"),
+        ("fit", "--model.attention=flex_attention", "attention=flex_attention trains on a GPU only"),
+        ("fit", "--trainer.default_root_dir=\udcff", "is not a name in UTF-8"),
+        ("predict", "--output_dir=\udcff", "is not a name in UTF-8"),
         ("fit", "--model.quantization=4bit", "a package for attention='sdpa', quantization='4bit'"),
         ("fit", "--seed_everything=-1", "seed_everything must be from 0 to 4294967295"),
         (

@@ -326,7 +326,7 @@ def test_tables_have_one_message_and_their_columns_are_lists() -> None:
         assert to_raw_inputs(column) == [RawInput("a"), RawInput("b")]
     assert to_raw_inputs(frame[["text"]].to_dict("records")) == [RawInput("a"), RawInput("b")]
     for row in (frame.astype(str).iloc[0], [frame.astype(str).iloc[0]]):
-        with pytest.raises(ValueError, match=r"a Series with names as its index .*: pass its to_dict\(\)"):
+        with pytest.raises(ValueError, match=r"a Series indexed by names .*: pass its to_dict\(\)"):
             to_raw_inputs(row)
 
 

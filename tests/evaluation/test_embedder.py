@@ -50,6 +50,8 @@ def test_one_item_is_the_list_of_it_without_the_batch_dimension(embedder: Embedd
         (lambda model: model.encode(torch.zeros(0, 3, 3)), r"shape \[0, 3, 3\] is not a picture"),
         (lambda model: model.to("abacus"), "device='abacus' cannot be used"),
         (lambda model: model.to(None), "device must be"),
+        (lambda model: model.to("meta"), "device='meta' would lose the weights"),
+        (lambda model: model.save_pretrained("\udcff"), "is not a name in UTF-8"),
         (lambda model: Embedder("model"), "encoder must be"),
         (lambda model: Embedder(model.encoder, max_tokens="9"), "max_tokens must be"),
         (lambda model: Embedder(model.encoder, images={}), "images must be an instance of ImagePolicy"),

@@ -89,6 +89,8 @@ class Embedder:
     @checked()
     def to(self, device: torch.device | str) -> "Embedder":
         """Move the weights; embeddings come back on the CPU."""
+        if str(device).startswith("meta"):
+            raise ValueError("device='meta' would lose the weights")
         try:
             self.encoder.to(torch.device(device))
         except RuntimeError as error:
