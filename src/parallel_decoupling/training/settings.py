@@ -78,10 +78,10 @@ def check_trainer(strategy: Any, precision: str) -> None:
 def check_fit(settings: Mapping[str, Any], data: Mapping[str, Any], encoder: Any, strategy: Any) -> None:
     """Raise ``ValueError`` for weights that would not train, and for a batch that cannot fit on a CPU."""
     check_trained_dtype(settings)
-    on_cpu, attention = strategy.root_device.type == "cpu", settings["attention"]
-    trains = not on_cpu or attention in ("sdpa", "eager")
+    attention = settings["attention"]
+    trains = attention in ("sdpa", "eager") or strategy.root_device.type != "cpu"
     require(trains, f"attention={attention} trains on a GPU only: use model.attention=sdpa.")
-    if not data or not on_cpu:  # another data module, or a GPU, which says so itself
+    if not data or strategy.root_device.type != "cpu":  # another data module, or a GPU, which says so itself
         return
     paths, (queries, *more) = settings["num_paths"], (data[name] for name in _BATCH)
     candidates = queries * sum(more)
