@@ -87,9 +87,7 @@ def check_name(path: str | Path) -> None:
     try:
         str(path).encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{ascii(str(path))} is not a name in UTF-8: choose another"
-        ) from error
+        raise ValueError(f"{ascii(str(path))} is not a name in UTF-8: choose another") from error
 
 
 def write_text(file: str | Path, text: str) -> None:

@@ -229,9 +229,7 @@ def _refuse_table(value: Any) -> None:
         raise ValueError(_no_list(value))
     if hasattr(value, "to_dict") and isinstance(next(iter(value.index), None), str):  # a Series of pandas
         advice = "pass its to_dict() if it is a row of a table, or its to_list() if it is a column"
-        raise ValueError(
-            f"a {type(value).__name__} indexed by names is not a list of inputs: {advice}"
-        )
+        raise ValueError(f"a {type(value).__name__} indexed by names is not a list of inputs: {advice}")
 
 
 def _no_list(value: Any) -> str:
