@@ -313,7 +313,7 @@ def test_a_finished_run_without_validation_resumes_with_a_warning(config_file: P
         cli.main([*command, "--ckpt_path=last"])
 
 
-def test_configuration_files_that_are_no_tables_of_options_are_named(tmp_path: Path, mistake: Any) -> None:
+def test_configuration_files_that_are_not_tables_of_options_are_named(tmp_path: Path, mistake: Any) -> None:
     file, grows = tmp_path / "a.yaml", b"a: &a [1,1,1,1,1,1,1,1]\n"
     for one, two in zip("abcdefgh", "bcdefghi", strict=True):
         grows += f"{two}: &{two} [{','.join([f'*{one}'] * 9)}]\n".encode()

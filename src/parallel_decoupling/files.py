@@ -71,7 +71,7 @@ def atomic_write(target: str | Path) -> Iterator[Path]:
     Otherwise the target stays what it was. The new one has the mode that umask gives. A folder that is there
     and not empty is an ``OSError``, and so is a full disk, with the file and the space that is left.
     """
-    check_name(target)
+    check_utf8(target)
     target = Path(target)
     with workplace(target.parent, target) as place:
         unfinished = place / target.name
@@ -82,7 +82,7 @@ def atomic_write(target: str | Path) -> Iterator[Path]:
             _sync(target.parent)
 
 
-def check_name(path: str | Path) -> None:
+def check_utf8(path: str | Path) -> None:
     """Raise ``ValueError`` for a place to write to whose name is not UTF-8: no text file could hold it."""
     try:
         str(path).encode()
@@ -139,7 +139,7 @@ def locked(folder: str | Path) -> Iterator[None]:
 
     A disk that is full meanwhile is named, also where what is written does not pass through here.
     """
-    check_name(folder)
+    check_utf8(folder)
     folder = Path(folder)
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)

@@ -71,7 +71,7 @@ def test_fractions_may_overshoot_as_after_resizing() -> None:
     assert np.array_equal(np.asarray(load_image(as_picture(pixels)))[:, :, 0].ravel(), np.arange(256))
 
 
-def test_eps_is_no_picture_as_pillow_would_start_ghostscript(tmp_path: Path) -> None:
+def test_eps_is_not_read_as_pillow_would_start_ghostscript(tmp_path: Path) -> None:
     noise(8, 8).save(tmp_path / "x.eps")
     (tmp_path / "x.jpg").write_bytes((tmp_path / "x.eps").read_bytes())
     with pytest.raises(RowError, match="cannot identify image file"):

@@ -258,7 +258,7 @@ def test_a_column_of_two_types_in_one_file_is_named_with_its_rows(
         pa.array([b"\xff" * 16]).dictionary_encode(),
     ],
 )
-def test_cells_that_are_no_texts_are_named(tmp_path: Path, cells: pa.Array) -> None:
+def test_cells_that_are_not_texts_are_named(tmp_path: Path, cells: pa.Array) -> None:
     file = parquet(tmp_path / "a.parquet", {"text": cells})
     with pytest.raises(ValueError, match="a.parquet: rows 0 to 0, column 'text': Invalid UTF8"):
         Table("S", [file], COLUMNS)

@@ -179,7 +179,7 @@ def test_a_changed_file_is_named_with_what_does_not_fit(
         ScoreReport.from_json_file(file)
 
 
-def test_a_binary_file_is_no_score_file(tmp_path: Path) -> None:
+def test_a_binary_file_is_not_a_score_file(tmp_path: Path) -> None:
     (tmp_path / "last.ckpt").write_bytes(b"PK\xff" * 10_000)
     with pytest.raises(ValueError, match=r"last\.ckpt is not a score file as a test wrote it") as error:
         ScoreReport.from_json_file(tmp_path / "last.ckpt")

@@ -126,7 +126,7 @@ class Embedder:
             float32, unit norm. One item gives its embedding without the batch dimension.
 
         Raises:
-            ValueError: for an input that cannot be embedded, with its index, and for other options.
+            ValueError: for an input that cannot be embedded, with its index, and for options out of range.
         """
         rows = to_raw_inputs(inputs, instruction)
         options: dict[str, Any] = {"paths": paths, "truncate_dim": truncate_dim}

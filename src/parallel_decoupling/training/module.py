@@ -59,8 +59,8 @@ class PDFEmbedder(LightningModule):
         backbone: tiny (shipped), a local folder, a hub id such as Qwen/Qwen2-VL-2B-Instruct, or the baseline
             open_clip:<architecture>/<pretrained tag> (docs/openclip.md).
         num_paths: N, paths per input, 1 or more; at most 8 with prefix_init=meta.
-        prefix_length: P, key/value slots per layer and path. 0 is no prefix: the plain backbone with
-            num_paths=1; more paths then need adapter.per_path.
+        prefix_length: P, key/value slots per layer and path. With 0 nothing is prepended: one path is
+            then the plain backbone, and several need adapter.per_path.
         prefix_layers: first layer with a prefix; the layers below run once for all paths. Or [start, stop],
             stop excluded.
         prefix_type: deep (trained keys and values in every layer) or shallow (trained input embeddings).

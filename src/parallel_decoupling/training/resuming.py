@@ -27,7 +27,7 @@ class WholeCheckpoints(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: Any, path: str | Path, storage_options: Any = None) -> None:
         """Write beside ``path``, then rename."""
         if storage_options is not None:
-            raise TypeError("checkpoints are local files: there are no storage_options")
+            raise TypeError("checkpoints are local files: storage_options cannot be used")
         with atomic_write(path) as unfinished, unfinished.open("wb") as stream:
             torch.save(checkpoint, stream)
 
