@@ -185,7 +185,8 @@ def defaults(kind: type) -> dict[str, Any]:
 
 def make_plan(backbone: str, data: dict[str, Any] | None = None, **settings: Any) -> Plan:
     """A plan of settings that differ from the defaults; those of the Trainer are taken out by name."""
-    trainer = {"devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "bf16-mixed", "max_steps": 10}
+    trainer = {"accelerator": "auto", "devices": 1, "num_nodes": 1, "strategy": "auto"}
+    trainer |= {"precision": "bf16-mixed", "max_steps": 10}
     trainer = {name: settings.pop(name, value) for name, value in trainer.items()}
     model = defaults(PDFEmbedder) | {"backbone": backbone, **settings}
     return Plan(model, defaults(MMEBDataModule) | (data or {}), trainer)
@@ -279,7 +280,23 @@ def test_operations_are_those_that_torch_counts(tmp_path: Path, kind: Any, check
 def test_layout_is_read_from_the_trainers_settings(
     devices: Any, nodes: int, strategy: Any, expected: tuple[int, str]
 ) -> None:
-    assert read_layout({"devices": devices, "num_nodes": nodes, "strategy": strategy}) == expected
+    trainer = {"accelerator": "auto", "devices": devices, "num_nodes": nodes, "strategy": strategy}
+    assert read_layout(trainer) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("devices", "x"), ("devices", 0), ("devices", "[]"), ("accelerator", "tpu"), ("strategy", "deepspeed")],
+)
+def test_a_layout_that_cannot_run_is_refused_by_name(name: str, value: Any) -> None:
+    trainer = {"accelerator": "gpu", "devices": 1, "num_nodes": 1, "strategy": "auto", name: value}
+    with pytest.raises(ValueError, match=f"trainer.{name}=.* cannot be planned"):
+        read_layout(trainer)
+
+
+def test_a_run_without_steps_has_no_plan(tiny_backbone_dir: str) -> None:
+    with pytest.raises(ValueError, match="max_steps=0 trains nothing"):
+        make_plan(tiny_backbone_dir, max_steps=0)
 
 
 def test_the_command_prints_a_plan_without_loading_a_weight(

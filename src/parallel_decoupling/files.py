@@ -125,7 +125,7 @@ def workplace(folder: str | Path, target: str | Path | None = None) -> Iterator[
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what killed processes have left unfinished in a folder."""
-    for place in folder.glob(f"{UNFINISHED}*"):
+    for place in folder.glob(UNFINISHED + 32 * "[0-9a-f]"):  # as ``workplace`` names them
         with suppress(OSError):  # no locks here, of another user, or removed by another process
             lock = _lock(place / LOCK_FILE, must_lock=True)
             if lock is not None:

@@ -1,6 +1,7 @@
 """``plan``: an estimate, good to about a third, of the memory of a run, before any weight is loaded."""
 
 import math
+import re
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, NamedTuple, cast
@@ -65,14 +66,18 @@ def plan_tables(
 
 def read_layout(trainer: Mapping[str, Any]) -> tuple[int, str]:
     """Return the number of processes and ``single``, ``ddp`` or ``fsdp2``, as the Trainer would."""
-    devices, strategy = trainer["devices"], trainer["strategy"]
-    if str(devices) in ("auto", "-1"):
-        devices = max(1, torch.cuda.device_count())
-    elif "," in str(devices):
-        devices = str(devices).count(",") + 1
-    processes = int(devices) * int(trainer["num_nodes"])
-    if processes < 1:
+    devices, strategy = str(trainer["devices"]), trainer["strategy"]
+    if devices in ("auto", "-1"):
+        count = max(1, torch.cuda.device_count())
+    elif "," in devices or "[" in devices:
+        count = len({*re.findall(r"\d+", devices)})
+    else:
+        count = int(devices) if devices.isdecimal() else 0
+    if count < 1:
         raise ValueError(f"trainer.devices={devices} cannot be planned: use 1 or more.")
+    if trainer["accelerator"] not in ("auto", "cpu", "cuda", "gpu"):
+        raise ValueError(f"trainer.accelerator={trainer['accelerator']} cannot be planned: use cpu or gpu.")
+    processes = count * int(trainer["num_nodes"])
     name = ("ddp" if processes > 1 else "single") if strategy == "auto" else str(strategy).lower()
     for known in ("fsdp2", "ddp", "single"):
         if known in name:  # of a class, too
@@ -127,6 +132,8 @@ class Plan:
         precision = PRECISIONS.get(str(trainer["precision"]), str(trainer["precision"]))
         check_trainer(None, precision)
         self.processes, self.strategy = read_layout(trainer)
+        if trainer["max_steps"] == 0:
+            raise ValueError("trainer.max_steps=0 trains nothing: use 1 or more.")
         self.queries, self.steps = int(data["batch_size"]), max(0, int(trainer["max_steps"]))
         self.candidates: int = self.queries * (data["positives"] + data["hard_negatives"])
         if self.queries % self.processes:

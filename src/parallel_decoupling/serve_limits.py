@@ -3,7 +3,7 @@
 import asyncio
 import json
 import math
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 from urllib.parse import unquote
@@ -12,6 +12,7 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     FailFast,
+    Field,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -97,26 +98,56 @@ class Input(Known):
     tokens: Annotated[list[int], FailFast()] = []
 
 
-class Body(Known):
-    """The body of a request, as OpenAI's clients send it; a chat becomes its ``input``."""
+class TextPart(Known):
+    """A part of a message that is text."""
 
-    input: Annotated[list[Input], FailFast()]
+    type: Literal["text"]
+    text: str
+
+
+class ImageUrl(Known):
+    """A picture; of every ``detail`` the model's own settings of pictures decide."""
+
+    url: str
+    detail: Literal["auto", "low", "high"] = "auto"
+
+
+class ImagePart(Known):
+    """A part of a message that is a picture."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+class Message(Known):
+    """A message of a chat; a text as ``content`` stands for one part."""
+
+    role: Literal["system", "user"]
+    content: list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _as_parts(cls, value: Any) -> Any:
+        return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+class Body(Known):
+    """The body of a request, as OpenAI's clients send it; a chat is its ``input``."""
+
+    messages: Annotated[list[Message], FailFast()] = []
+    input: Annotated[list[Input], FailFast(), Field(default=None, validate_default=True)]
     model: str = "default"
     dimensions: int | None = None
     encoding_format: Literal["float", "base64"] = "float"
     user: str | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _of_chat(cls, value: Any) -> Any:
-        if isinstance(value, dict) and "messages" in value and "input" not in value:
-            value["input"] = chat_input(value.pop("messages"))
-        return value
-
     @field_validator("input", mode="before")
     @classmethod
     def _as_list(cls, value: Any, info: ValidationInfo[Limits]) -> Any:
         # strings are texts, never names of files
+        if (value is None) != bool(info.data.get("messages")):
+            raise ValueError("give either input or messages, and not an empty list of these")
+        value = chat_input(info.data["messages"]) if value is None else value
         single = not isinstance(value, list) or {*map(type, value)} == {int}
         items, most = [value] if single else value, info.context.inputs
         if not 0 < len(items) <= most:
@@ -125,22 +156,15 @@ class Body(Known):
         return [{kinds[type(item)]: item} if type(item) in kinds else item for item in items]
 
 
-def chat_input(messages: Any) -> dict[str, Any]:
+def chat_input(messages: Sequence[Message]) -> dict[str, Any]:
     """Return a chat as one input: the system gives the instruction, a user texts and at most one image."""
-    said: dict[str, list[Any]] = {"system": [], "user": [], "image_url": []}
-    try:
-        for message in messages:
-            content: Any = message["content"]
-            parts: Any = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            for part in parts:
-                is_text = part["type"] == "text"
-                kind = message["role"] if is_text else part["type"]
-                said[kind].append(part["text"] if is_text else part["image_url"]["url"])
-        (image,) = said["image_url"] or [None]
-        return {"text": " ".join(said["user"]), "instruction": " ".join(said["system"]), "image": image}
-    except (TypeError, KeyError, ValueError) as error:
-        form = "messages are of system or user, with a text or parts as content: text, and one image_url"
-        raise RequestError(f"{form} ({error!r})", param="messages") from error
+    parts = [(message.role, part) for message in messages for part in message.content]
+    texts = [(role, part.text) for role, part in parts if isinstance(part, TextPart)]
+    images = [part.image_url.url for _, part in parts if isinstance(part, ImagePart)]
+    if len(images) > 1:
+        raise RequestError(f"{len(images)} images, of which an input has one at most", param="messages")
+    said = {wanted: " ".join(text for role, text in texts if role == wanted) for wanted in ("user", "system")}
+    return {"text": said["user"], "instruction": said["system"], "image": images[0] if images else None}
 
 
 class RequestError(HTTPException):

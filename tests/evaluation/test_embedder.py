@@ -122,6 +122,8 @@ def test_similarity_equals_loops(shape: tuple[int, ...]) -> None:
             cosine = F.cosine_similarity(a[i], b[j], dim=-1).mean()
             torch.testing.assert_close(result[i, j], cosine)
     assert torch.equal(Embedder.similarity(a.numpy(), b.tolist()), result)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="these are not numbers"):
+        Embedder.similarity(a, "a text")  # type: ignore[arg-type]
 
 
 NUM_ROWS = 20
@@ -287,8 +289,9 @@ def test_a_killed_run_resumes_where_it_stopped(module: PDFEmbedder, table_file: 
     with pytest.raises(RuntimeError, match="-9"):  # two batches per shard: in the middle of the third
         run_ranks(predict, module, table_file, killed, KillAt(4), processes=1)
     assert len(list(killed.glob("*.parquet"))) == 2
-    (killed / ".unfinished-1").mkdir()
-    (killed / ".unfinished-1" / "embeddings-00002.parquet").write_bytes(b"half")
+    leftover = killed / f".unfinished-{'0a' * 16}"
+    leftover.mkdir()
+    (leftover / "embeddings-00002.parquet").write_bytes(b"half")
     counter = Counter()
     predict(module, table_file, killed, counter)
     assert sorted(counter.rows) == [row for row in range(12, NUM_ROWS) if row not in BAD]

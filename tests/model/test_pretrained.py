@@ -233,9 +233,19 @@ def test_not_a_model(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nowhere.ckpt"):
         with pytest.raises(ValueError, match="no model at .* lightning export"):
             load_encoder(path)
-    for content in ('{"model_type": "bert"}', "[" * 100_000):
+    for content, problem in (('{"model_type": "bert"}', "model_type: .*paths: "), ("[" * 100_000, "damaged")):
         (tmp_path / "config.json").write_text(content)
         assert not is_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=problem):
+            load_encoder(tmp_path)
+
+
+def test_a_config_that_was_sealed_with_other_keys_is_refused(embedder: Embedder, tmp_path: Path) -> None:
+    embedder.save_pretrained(tmp_path / "model")
+    for values in ({"more": 1}, {"paths": "0"}, {"files": None}):
+        edit(tmp_path / "model", **values)
+        with pytest.raises(ValueError, match=f"save_pretrained wrote; .*{[*values][0]}: "):
+            load_encoder(tmp_path / "model")
 
 
 def test_a_file_that_was_added_to_the_backbone_is_refused(

@@ -151,7 +151,12 @@ class Embedder:
     @staticmethod
     def similarity(a: Tensor, b: Tensor) -> Tensor:
         """Compute all cosines ``[A, B]`` of ``[rows, D]``, or their means over paths of ``[rows, N, D]``."""
-        a, b = torch.as_tensor(a), torch.as_tensor(b)  # arrays and lists of numbers will do
+        try:
+            a, b = torch.as_tensor(a), torch.as_tensor(b)  # arrays and lists of numbers will do
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"similarity takes embeddings, see encode; these are not numbers: {error}"
+            ) from error
         if a.ndim != b.ndim or a.ndim not in (2, 3) or a.shape[1:] != b.shape[1:]:
             advice = "pass [A, D] and [B, D], or [A, N, D] and [B, N, D], encoded with the same paths"
             raise ValueError(f"similarity of shapes {tuple(a.shape)} and {tuple(b.shape)}; {advice}")

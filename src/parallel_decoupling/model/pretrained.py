@@ -10,12 +10,14 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from huggingface_hub import snapshot_download
+from pydantic import BaseModel
 from safetensors.torch import load, save_file
 
+from parallel_decoupling.batch import LongText
 from parallel_decoupling.files import atomic_write, reading
 from parallel_decoupling.model import encoder as encoders
 from parallel_decoupling.model import identity, run_checkpoint
@@ -34,6 +36,26 @@ PROCESSOR_DIR, BACKBONE_DIR = "processor", "backbone"
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md")
 ABOUT = ("query_instruction", "candidate_instruction", "images", "max_tokens", "long_text", "run")
 """What is kept of an encoder beside itself: instructions, limits of inputs, and what trained it."""
+
+
+class Config(BaseModel, strict=True, extra="forbid"):
+    """The types of what ``config.json`` of an exported folder holds."""
+
+    model_type: Literal["parallel_decoupling"]
+    settings: dict[str, Any]
+    backbone_included: bool
+    backbone: dict[str, Any]
+    paths: list[int]
+    embed_dim: int
+    aggregate_dim: int
+    files: dict[str, str]
+    query_instruction: str
+    candidate_instruction: str
+    images: dict[str, Any]
+    max_tokens: int | None
+    long_text: LongText
+    run: dict[str, Any]
+    content_sha256: str
 
 
 def is_pretrained(folder: str | Path) -> bool:
@@ -60,7 +82,8 @@ def load_encoder(
         raise ValueError(f"revision={revision!r}, but {str(path)!r} is not a model of the hub")
     path = _of_hub(str(path), revision) if of_hub else path
     with reading(path):
-        encoder, about = _load_folder(Path(path), of_hub) if is_pretrained(path) else _load_checkpoint(path)
+        exported = Path(path, CONFIG_FILE).is_file()
+        encoder, about = _load_folder(Path(path), of_hub) if exported else _load_checkpoint(path)
     if dtype is not None:
         if not isinstance(encoder, ParallelEncoder) or about["settings"].get("quantization"):
             raise ValueError(f"dtype={dtype!r} does not work for an OpenCLIP model or a quantized backbone")
@@ -169,8 +192,13 @@ def _load_checkpoint(path: str | Path) -> tuple[Encoder, dict[str, Any]]:
 
 
 def _load_folder(folder: Path, download: bool = False) -> tuple[Encoder, dict[str, Any]]:
-    sealed = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    config: dict[str, Any] = located(identity.check_seal(sealed, folder / CONFIG_FILE), folder)
+    file = folder / CONFIG_FILE
+    try:
+        sealed = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    run_checkpoint.check_schema(Config, sealed, f"{folder} is not a model that save_pretrained wrote")
+    config: dict[str, Any] = located(identity.check_seal(sealed, file), folder)
     found = identity.file_hashes(folder)
     read = {name for name in found if name.split("/")[0] in (PROCESSOR_DIR, BACKBONE_DIR)}
     if changed := [

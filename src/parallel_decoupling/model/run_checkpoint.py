@@ -75,6 +75,15 @@ def run_info(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def check_schema(schema: type[BaseModel], content: Any, problem: str) -> None:
+    """Raise a ``ValueError`` that names the keys of a file's content that are not as declared."""
+    try:
+        schema.model_validate(content)
+    except ValidationError as error:
+        wrong = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+        raise ValueError(f"{problem}; {', '.join(wrong[:9])}") from error
+
+
 def seal_checkpoint(checkpoint: dict[str, Any]) -> None:
     """Add the hashes by which a damaged or changed checkpoint is known."""
     checkpoint[SETTINGS_HASH] = sealed(checkpoint["hyper_parameters"])[SEAL]
@@ -83,10 +92,6 @@ def seal_checkpoint(checkpoint: dict[str, Any]) -> None:
 
 def check_checkpoint(checkpoint: Mapping[str, Any], where: str | Path) -> None:
     """Check all but the settings, of which a caller may have replaced some; else a ``ValueError``."""
-    try:
-        Checkpoint.model_validate(checkpoint)
-    except ValidationError as error:
-        wrong = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
-        raise ValueError(f"{where} is not a checkpoint of a run; {', '.join(wrong[:9])}") from error
+    check_schema(Checkpoint, checkpoint, f"{where} is not a checkpoint of a run")
     content = {key: checkpoint[key] for key in (*SEALED_KEYS, SEAL)}
     check_seal(content, where, checkpoint["state_dict"])
