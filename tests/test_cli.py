@@ -293,6 +293,7 @@ def test_names_that_no_file_can_have_and_samples_of_nothing_are_refused(mistake:
     with pytest.raises(ValueError, match="has no config that can be read"):
         PDFEmbedder(backbone="x" * 5000)
     assert "sample must be 1 or more" in mistake(["verify", "data", "--sample", "0"])
+    assert "or 'mini-mmeb' for the embedded benchmark" in mistake(["verify", "nowhere"])
 
 
 def test_a_run_is_not_overwritten_by_one_that_continues_another(

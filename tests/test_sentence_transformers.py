@@ -164,6 +164,13 @@ def test_max_seq_length_is_max_tokens(embedder: Embedder, tmp_path: Path) -> Non
     assert model.max_seq_length == 1024
 
 
+@pytest.mark.parametrize("option", [{"prompt": 5}, {"batch_size": "3"}, {"truncate_dim": 0}])
+def test_options_of_encode_are_checked(option: dict[str, Any], embedder: Embedder) -> None:
+    (name,) = option
+    with pytest.raises(ValueError, match=f"^{name} must be "):
+        as_sentence_transformer(embedder).encode(["a"], **option)
+
+
 @pytest.mark.parametrize(
     "option",
     [

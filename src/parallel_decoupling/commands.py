@@ -121,15 +121,16 @@ def verify(data_dir: str, sample: PositiveInt | None = 20, model: str = "tiny") 
     """Check a data folder, and exit with 1 if something is wrong.
 
     Args:
-        data_dir: the folder, in MMEB's layout or with a tasks.json.
+        data_dir: the folder, in MMEB's layout or with a tasks.json; or mini-mmeb.
         sample: training rows, queries and candidates per table that are prepared for an embedding; null
             takes all of them.
         model: must accept the rows; checkpoint, run or exported folder, or a backbone.
     """
+    from parallel_decoupling.data.datamodule import MMEBDataModule
     from parallel_decoupling.data.names import printable
     from parallel_decoupling.data.verify import verify as checks_of
 
-    checks = checks_of(data_dir, load_collator(model), sample)
+    checks = checks_of(MMEBDataModule(data_dir=data_dir).folder, load_collator(model), sample)
     for check in checks:
         lines = [", ".join(f"{count} {what}" for what, count in check.counts.items())]
         lines += [f"note: {note}" for note in check.notes]

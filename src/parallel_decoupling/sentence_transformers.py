@@ -20,7 +20,7 @@ from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.evaluation.encode import STAND_IN, embed
 from parallel_decoupling.files import workplace
 from parallel_decoupling.model.identity import encoder_identity
-from parallel_decoupling.option_types import PositiveInt, checked
+from parallel_decoupling.option_types import PositiveInt, check_values, checked
 
 try:
     from sentence_transformers import SentenceTransformer
@@ -155,6 +155,10 @@ class PathEmbedding(InputModule):
         raise ValueError(f"paths is {paths!r}; use 'aggregate' or a path number, 0 to {last}")
 
 
+def encode_options(prompt: str | None, batch_size: PositiveInt, truncate_dim: PositiveInt | None) -> None:
+    """Declare the options of ``encode`` that the library takes unchecked."""
+
+
 class PathSentenceTransformer(SentenceTransformer):
     """A ``SentenceTransformer`` whose errors name the place of an input in the list that was given."""
 
@@ -163,7 +167,8 @@ class PathSentenceTransformer(SentenceTransformer):
 
     def encode(self, *args: Any, **options: Any) -> Any:
         """Encode as the library does."""
-        given = dict(zip(("inputs", "prompt_name", "prompt"), args, strict=False)) | options
+        given = dict(zip(("inputs", "prompt_name", "prompt", "batch_size"), args, strict=False)) | options
+        check_values(encode_options, {"prompt": None, "batch_size": 1, "truncate_dim": None} | given)
         inputs: Any = given.get("inputs", given.get("sentences"))
         items = [inputs] if self.is_singular_input(inputs) else list(inputs)
         try:
