@@ -21,7 +21,9 @@ from typing import Any
 from uuid import uuid4
 
 log = logging.getLogger(__name__)
-PATHS = re.compile(r".*_(dirs?|file|path|source|adapter)|dirpath|backbone|model|embeddings|folder|image|run")
+PATHS = re.compile(
+    r"(.*_)?(dirs?|file|path|source|adapter)|dirpath|backbone|model|embeddings|folder|image|run|root|store"
+)
 """Names of the options that are, or may be, paths."""
 UNFINISHED = ".unfinished-"
 LOCK_FILE = ".lock"
@@ -46,7 +48,7 @@ def expand_paths(options: Any, name: str = "") -> Any:
     path = os.path.expanduser(options)
     if path.startswith("~"):
         raise ValueError(f"{name} {path!r}: no such home folder. A file of this name is './{path}'.")
-    return path
+    return type(options)(path)
 
 
 @contextmanager

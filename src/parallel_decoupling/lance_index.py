@@ -29,6 +29,7 @@ from parallel_decoupling.option_types import PositiveInt, checked
 from parallel_decoupling.search import MAXSIM, Hit
 
 TABLE = "items-{:05d}"  # name of a table by its number, which is higher than that of the table it replaces
+TABLE_NAME = re.compile(r"items-(\d{5,})\.lance")
 REFINED = 10  # items per hit that an approximate index scores again with the vectors themselves
 ROWS_FOR_TRAINING = 256  # fewest items on which LanceDB trains an approximate index
 
@@ -36,6 +37,7 @@ IndexType = Literal["IVF_FLAT", "IVF_SQ", "IVF_PQ", "IVF_RQ"]
 """LanceDB's names: partitions of whole vectors, or of vectors in 8 bits, product codes or 1 bit a number."""
 
 
+@checked()
 def write_lance_index(embeddings: str, index_dir: str, index_type: IndexType | None = None) -> None:
     """Make a LanceDB index of embeddings.
 
@@ -71,9 +73,20 @@ def write_lance_index(embeddings: str, index_dir: str, index_type: IndexType | N
 
 
 def table_dirs(index_dir: str | Path) -> dict[int, Path]:
-    """Return the tables in a folder by number, of which the highest counts."""
-    found = Path(index_dir).glob("items-*.lance")
-    return dict(sorted((int(folder.stem.partition("-")[2]), folder) for folder in found))
+    """Return the tables of ``write_lance_index`` in a folder by number, of which the highest counts."""
+    import lancedb
+
+    named = ((TABLE_NAME.fullmatch(folder.name), folder) for folder in Path(index_dir).glob("items-*"))
+    tables = {int(match[1]): folder for match, folder in named if match}
+    database: Any = lancedb.connect(index_dir) if tables else None
+
+    def is_own(folder: Path) -> bool:
+        try:
+            return METADATA_KEY in (database.open_table(folder.stem).schema.metadata or {})
+        except (ValueError, RuntimeError):
+            return False
+
+    return {number: tables[number] for number in sorted(tables) if is_own(tables[number])}
 
 
 class LanceIndex:
@@ -82,6 +95,7 @@ class LanceIndex:
     LanceDB finds the items, the scores are computed from the vectors as in exact search.
     """
 
+    @checked()
     def __init__(self, index_dir: str | Path) -> None:
         import lancedb
 
@@ -111,13 +125,16 @@ class LanceIndex:
         scored, hits = searching.compared(scoring, self.columns), []
         names = list(dict.fromkeys([*scored, *paths]))
         for number, query_ND in enumerate(searching.query_vectors(queries, scoring, self)):
-            search = self._table.search(query_ND.squeeze(0).numpy(), vector_column_name=scoring)
-            search = search.distance_type("cosine").limit(top_k).refine_factor(REFINED)
+            search = self._table.search(query_ND.squeeze(0).detach().numpy(), vector_column_name=scoring)
+            search = search.distance_type("cosine").limit(min(top_k, len(self))).refine_factor(REFINED)
             search = search.select([*self._fields, *names, "_distance"])
             try:
-                found = (search if where is None else search.where(where)).to_arrow()
+                found = (search if where is None else search.where(f"({where})")).to_arrow()
             except (ValueError, RuntimeError) as error:
-                raise ValueError(f"LanceDB refuses the search (where={where!r}): {error}") from error
+                advice = "Was the index replaced meanwhile? Then open it again"
+                raise ValueError(
+                    f"LanceDB refuses the search (where={where!r}): {error}. {advice}"
+                ) from error
             vectors = {name: F.normalize(to_tensor(found[name]), dim=-1) for name in names}
             scores_K = similarities(query_ND[None], [vectors[name] for name in scored])[0]
             scores_K, order_K = scores_K.sort(descending=True, stable=True)

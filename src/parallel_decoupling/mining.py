@@ -15,6 +15,7 @@ from scipy.sparse import csr_array
 from torch import Tensor
 from tqdm import tqdm
 
+from parallel_decoupling.data.collate import identity
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.data.readers import MMEB_TRAIN, TrainSubset
 from parallel_decoupling.data.row_reader import CANDIDATE, QUERY, Side, side_of
@@ -52,7 +53,7 @@ def mine(
     if first_rank >= last_rank:
         raise ValueError(f"first_rank must be below last_rank, got {first_rank} and {last_rank}")
     embedder = Embedder.from_pretrained(model, device="cuda" if torch.cuda.is_available() else "cpu")
-    about = about_encoder(embedder.encoder, encoder_identity(embedder.encoder))
+    about = about_encoder(embedder.encoder, encoder_identity(embedder.encoder, **vars(embedder.limit)))
     folder, keeper = MMEBDataModule(data_dir=data_dir).folder, Keeper(output_dir, lambda: about, replace=True)
     without = []
     for name in chosen(None, find_train_subsets(folder), folder):
@@ -87,17 +88,25 @@ def as_task(subset: TrainSubset) -> tuple[EvalTask, list[Side]]:
     """Return the unique queries and candidates of a subset, and the cells behind every candidate."""
     task, reader = EvalTask(Task(subset.subset, "retrieval", False), [], [], [], []), subset.reader
     places: dict[tuple[Side, Side], int] = {}
+    distinct: dict[int, int] = {}  # the same picture may have two names
+    sides: list[Side] = []
     for row in subset.kept.tolist():
         cells = reader.table[row]
         own = [(QUERY, side_of(cells, QUERY))]
         own += [(CANDIDATE, side) for side in reader.filled(row, CANDIDATE, cells)]
         for kind, side in (each for each in own if each not in places):
-            inputs = task.queries if kind == QUERY else task.candidates
-            places[kind, side] = len(inputs)
-            inputs.append(reader.input(row, kind, side))
+            read = reader.input(row, kind, side)
+            if kind == QUERY:
+                places[kind, side] = len(task.queries)
+                task.queries.append(read)
+                continue
+            places[kind, side] = distinct.setdefault(identity(read), len(sides))
+            if len(distinct) > len(sides):
+                sides.append(side)
+                task.candidates.append(read)
         task.query_of_row.append(places[own[0]])
         task.candidates_of_row.append([places[each] for each in own[1:]])
-    return task, [side for kind, side in places if kind == CANDIDATE]
+    return task, sides
 
 
 def _embedded(embedder: Embedder, keeper: Keeper, rows: TaskSide) -> Tensor:

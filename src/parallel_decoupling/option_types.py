@@ -7,12 +7,15 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from functools import cache, wraps
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, ParamSpec, TypeVar, get_args, get_type_hints
 
 import psutil
 from pydantic import GetCoreSchemaHandler, InstanceOf, TypeAdapter, ValidationError
 from pydantic_core import CoreSchema, core_schema
+
+from parallel_decoupling.files import expand_paths
 
 
 @dataclass(frozen=True, repr=False)
@@ -79,7 +82,7 @@ def check_values(function: Callable[..., Any], values: Mapping[str, Any], start:
 
 
 def checked(start: str = "") -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    """Make a function check its arguments by ``check_values`` before it runs."""
+    """Make a function expand paths and check its arguments by ``check_values`` before it runs."""
 
     def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
         signature = inspect.signature(function)
@@ -88,8 +91,11 @@ def checked(start: str = "") -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
         def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
+            for name, value in bound.arguments.items():
+                if isinstance(value, str | Path):
+                    bound.arguments[name] = expand_paths(value, name)
             check_values(function, bound.arguments, start)
-            return function(*args, **kwargs)
+            return function(*bound.args, **bound.kwargs)
 
         return run
 

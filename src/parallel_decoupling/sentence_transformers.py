@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 Output = int | str  # a path's number, or ``"aggregate"``
 BadInputs = Literal["error", "stand_in"]
+LIBRARY_FILES = ("modules.json", "config_sentence_transformers.json")
+"""What ``SentenceTransformer`` writes with its own prompts, which may not be the embedder's."""
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +127,7 @@ class PathEmbedding(InputModule):
         """Write the embedder's own files, of a chosen path that path alone; the library writes the others."""
         with workplace(output_path) as place:
             self.embedder.save_pretrained(place / "m", [self.paths] if isinstance(self.paths, int) else None)
-            for file in (place / "m").iterdir():
+            for file in (each for each in (place / "m").iterdir() if each.name not in LIBRARY_FILES):
                 target = Path(output_path, file.name)
                 if target.is_dir():  # of a model that was saved here before
                     shutil.rmtree(target)
@@ -251,6 +253,7 @@ def mteb_model(
     embedding: Any = wrapped.model[0]
     embedder = embedding.embedder
     about = {"paths": paths, "prompts": wrapped.model.prompts, "images": embedder.images.settings}
+    about |= {"bad_inputs": bad_inputs, **vars(embedder.limit)}
     known: dict[str, Any] = {"name": name or f"parallel-decoupling/{paths}", "modalities": ["image", "text"]}
     known["revision"] = encoder_identity(embedder.encoder, **about)["sha256"]  # mteb keeps scores by it
     known["loader"] = lambda *about, device=None, **rest: wrapped

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import json
 import logging
 import re
 import signal
@@ -9,6 +10,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -23,6 +25,7 @@ from starlette.requests import ClientDisconnect
 from torch import Tensor
 
 from parallel_decoupling.batch import RawInput
+from parallel_decoupling.data.names import unique_keys
 from parallel_decoupling.data.prompts import to_raw_inputs
 from parallel_decoupling.data.unusable import doubled
 from parallel_decoupling.evaluation.embedder import Embedder
@@ -170,6 +173,8 @@ class Server:
 
     def check(self, content: bytes) -> tuple[Body, list[Row]]:
         """Parse and check a body, and make rows of its inputs; an error names the key, or the input."""
+        with suppress(json.JSONDecodeError, UnicodeDecodeError, RecursionError):  # which the next line names
+            json.loads(content, object_pairs_hook=unique_keys)
         body = Body.model_validate_json(content, context=self.limits)
         output, dim = self.output(body.model), self.embedder.embed_dim
         inputs = to_raw_inputs(self._checked(*each) for each in enumerate(body.input))

@@ -160,11 +160,11 @@ def chat_input(messages: Sequence[Message]) -> dict[str, Any]:
     """Return a chat as one input: the system gives the instruction, a user texts and at most one image."""
     parts = [(message.role, part) for message in messages for part in message.content]
     texts = [(role, part.text) for role, part in parts if isinstance(part, TextPart)]
-    images = [part.image_url.url for _, part in parts if isinstance(part, ImagePart)]
-    if len(images) > 1:
-        raise RequestError(f"{len(images)} images, of which an input has one at most", param="messages")
+    images = [(role, part.image_url.url) for role, part in parts if isinstance(part, ImagePart)]
+    if len(images) > 1 or any(role != "user" for role, _ in images):
+        raise RequestError("messages may have one image, which is the user's", param="messages")
     said = {wanted: " ".join(text for role, text in texts if role == wanted) for wanted in ("user", "system")}
-    return {"text": said["user"], "instruction": said["system"], "image": images[0] if images else None}
+    return {"text": said["user"], "instruction": said["system"], "image": images[0][1] if images else None}
 
 
 class RequestError(HTTPException):

@@ -129,10 +129,12 @@ def test_positives_that_are_cut_off_are_said(tmp_path: Path, caplog: pytest.LogC
     assert "'S': rows have up to 4 positives; data.positives takes the first 2" in caplog.text
 
 
-@pytest.mark.parametrize("scores", [[1.0] * 4, [1.0] * 6, "5", ["high"] * 5])
+@pytest.mark.parametrize("scores", [[1.0] * 4, [1.0] * 6, "5", ["high"] * 5, [1.0] * 4 + [1e308]])
 def test_scores_that_do_not_fit_are_named(tmp_path: Path, scores: Any) -> None:
     write_train(tmp_path, "S", [train_row(**LISTS, teacher_scores=scores)])
-    with pytest.raises(ValueError, match="row 0, column 'teacher_scores': must be a list of 5 numbers"):
+    with pytest.raises(
+        ValueError, match="row 0, column 'teacher_scores': must be a list of 5 finite numbers"
+    ):
         TrainSubset(tmp_path, "S")[0]
 
 

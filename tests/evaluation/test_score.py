@@ -158,11 +158,15 @@ def test_several_answers_equal_a_slow_walk_with_ties_nan_and_missing_candidates(
     for missing in (set[int](), {5, 6, 20}):
         task = whole.without({2}, missing)
         score = score_task(task, {"aggregate": (query, candidate)})
-        there = [each for each in range(30) if each not in missing]
+        copies: dict[str, list[int]] = {}  # of which the first stands for all
+        for each in (each for each in range(30) if each not in missing):
+            copies.setdefault(whole.candidates[each].text, []).append(each)
+        assert max(map(len, copies.values())) > 1
         for row, of_row in enumerate(task.relevance_of_row or ()):
             vector = query[task.query_of_row[row]]
-            scores = [float(vector @ candidate[each]) for each in there]
-            wanted = slow_metrics(scores, [of_row.get(each, 0.0) for each in there])
+            scores = [float(vector @ candidate[first]) for first, *_ in copies.values()]
+            grades = [max(of_row.get(each, 0.0) for each in equal) for equal in copies.values()]
+            wanted = slow_metrics(scores, grades)
             found = {name: float(values[row]) for name, values in score.rows["aggregate"].items()}
             assert found == pytest.approx(wanted)
         assert task.query_of_row == [

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 
 import numpy as np
@@ -26,6 +27,7 @@ DATA_URI = re.compile(r"\s*data:(image/[^,\s]*|[^,\s]*;\s*base64),", re.IGNORECA
 """Begins a text that is a picture, whatever media type it names."""
 _ADDRESS = re.compile(r"\s*[a-z][a-z0-9+.-]*://\S+\s*", re.IGNORECASE)
 _CHANNELS = (1, 3, 4)
+_DECODING = Lock()  # Pillow reads a picture that was opened and not loaded from one position of its file
 OVERSHOOT = 1e-3
 """By so much may a picture's numbers leave their range, as after resizing; they are clipped."""
 
@@ -241,6 +243,8 @@ def load_image(image: Image.Image | str, *, turn: bool = True) -> Image.Image:
                 raise ValueError(
                     "its file was closed unread; embed it inside `with`, or call its load() there"
                 )
+            with _DECODING:
+                image.load()
             return _rgb(ImageOps.exif_transpose(image) if turn else image)
         with _open_file(image) as file:
             if turn:

@@ -67,8 +67,9 @@ class MixtureSampler(Sampler[list[tuple[int, int]]]):
         counts = [size // self.group_size for size in self.sizes]
         if weights is not None:
             assert len(weights) == len(sizes), "one per subset"
-            total = sum(sizes) / self.group_size / sum(weights)
-            counts = [round(total * weight) for weight in weights]
+            shares = [weight / max(weights) for weight in weights]  # sums of the weights may overflow
+            total = sum(sizes) / self.group_size / sum(shares)
+            counts = [round(total * share) for share in shares]
         self.groups = [max(1, count) for count in counts]
         self.steps_per_epoch = sum(self.groups) * self.group_size // batch_size
         if not self.steps_per_epoch:

@@ -2,6 +2,9 @@
 
 import os
 import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 from urllib.parse import quote, unquote_to_bytes
 
 MAX_NAME_BYTES = 200
@@ -18,6 +21,14 @@ def check_file_name(name: str, what: str) -> None:
         rule = f"letters, digits and ._- only, no dot at the start, at most {MAX_NAME_BYTES} bytes"
         shown = name if len(name) <= MAX_NAME_BYTES else f"{name[:MAX_NAME_BYTES]}…"
         raise ValueError(f"The {what} {shown!r} becomes a file, so its name must have {rule}. Rename it.")
+
+
+def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON; a ``ValueError`` if a name is there twice, of which only one would count."""
+    if len(named := dict(pairs)) < len(pairs):
+        ((name, count),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{name!r} is there {count} times in one object. Keep one.")
+    return named
 
 
 def id_of_file(name: str) -> str:

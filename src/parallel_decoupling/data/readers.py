@@ -33,6 +33,7 @@ MMEB_TRAIN = ("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text",
 MMEB_EVAL = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path", "qry_inst", "tgt_inst")
 """The last two columns are those of MMEB_Test_Instruct, which splits instructions off."""
 
+FP32_MAX = float(np.finfo(np.float32).max)
 MAX_UNUSABLE_ROWS = 100  # after so many rows that cannot be embedded the folder is at fault, not a file
 
 log = logging.getLogger(__name__)
@@ -180,8 +181,8 @@ class TrainSubset:
             scores = [math.nan if each is None else float(each) for each in cell]
         except ValueError:
             scores = []
-        if isinstance(cell, str) or len(scores) != count:
-            rule = f"must be a list of {count} numbers, one for each positive, then for each negative"
+        if isinstance(cell, str) or len(scores) != count or any(abs(each) > FP32_MAX for each in scores):
+            rule = f"must be a list of {count} finite numbers, one for each positive, then for each negative"
             raise ValueError(f"{self.table.where(row, TEACHER)}: {rule}; got {cell!r:.200}.")
         return scores
 

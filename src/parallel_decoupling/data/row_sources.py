@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from PIL import Image
 
 from parallel_decoupling.batch import RawInput
@@ -124,6 +125,10 @@ def _read_table(path: Path, files: list[Path]) -> pa.Table:
         needed = f"needs a column {TEXT}, {IMAGE} (names of files) or both"
         raise ValueError(f"{path}: {needed}; found {', '.join(names)}.")
     table.check((), texts)
+    try:
+        pq.write_table(table.rows.schema.empty_table(), pa.BufferOutputStream())  # as predict will
+    except pa.ArrowException as error:
+        raise ValueError(f"{path}: {error}. Give columns that a Parquet file can hold.") from error
     if taken := [name for name in names if re.fullmatch(r"aggregate|maxsim|path_\d+", name)]:
         raise ValueError(f"{path}: a column {taken[0]!r} holds embeddings in the result. Rename yours.")
     if ID not in names:

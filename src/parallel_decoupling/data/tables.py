@@ -21,12 +21,13 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from parallel_decoupling.data.names import unique_keys
 from parallel_decoupling.files import FullDiskError, atomic_write
 
 SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
 ROWS_PER_BATCH = 8192
 ROWS_WITH_PICTURES = 64
-FORMAT = "7"  # version of the copies in the cache
+FORMAT = "8"  # version of the copies in the cache
 DELIMITERS = ",;\t"
 CSV_BLOCK = 1 << 26  # bytes that a row of a CSV file may have
 MARKS = {"utf-8-sig": (codecs.BOM_UTF8,), "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)}
@@ -259,7 +260,7 @@ def _read_csv(file: Path, texts: Sequence[str]) -> pa.Table:
 
     def typed(texts: Iterable[str]) -> pa.Table:
         types = dict.fromkeys(texts, pa.string())
-        convert = pa.csv.ConvertOptions(column_types=types, strings_can_be_null=False)
+        convert = pa.csv.ConvertOptions(column_types=types, strings_can_be_null=False, null_values=[""])
         return pa.csv.read_csv(pa.BufferReader(content), read, parse, convert)
 
     table = typed(texts)
@@ -306,7 +307,11 @@ def _json_rows(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     """Parse lines that are not blank; NaN is null."""
     for row, line in enumerate(line for line in lines if line.strip()):
         try:
-            cells = json.loads(line, parse_constant=lambda name: None if name == "NaN" else float(name))
+            cells = json.loads(
+                line,
+                parse_constant=lambda name: None if name == "NaN" else float(name),
+                object_pairs_hook=unique_keys,
+            )
             if not isinstance(cells, dict):
                 raise ValueError("a line is not a JSON object")
             if re.search(r"\\u[dD][89a-fA-F]", line):

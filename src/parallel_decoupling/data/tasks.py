@@ -3,7 +3,6 @@
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from parallel_decoupling.batch import RawInput
-from parallel_decoupling.data.names import check_file_name
+from parallel_decoupling.data.names import check_file_name, unique_keys
 from parallel_decoupling.data.prompts import PromptRules
 from parallel_decoupling.option_types import Rule, check_values
 
@@ -215,7 +214,7 @@ def _listed(tasks_file: Path) -> dict[str, Task]:
     try:
         if not tasks_file.is_file():
             raise ValueError("this is not a regular file.")
-        entries = json.loads(tasks_file.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique)
+        entries = json.loads(tasks_file.read_text(encoding="utf-8-sig"), object_pairs_hook=unique_keys)
         if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
             raise ValueError("it must hold an object of tasks by name, each an object itself.")
         known = [*TASK_KEYS, *(each.name for each in fields(Source) if each.name != "published")]
@@ -227,14 +226,6 @@ def _listed(tasks_file: Path) -> dict[str, Task]:
         advice = " Save the file as UTF-8." if isinstance(error, UnicodeDecodeError) else ""
         raise ValueError(f"{where}: {error}{advice}") from error
     return tasks
-
-
-def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object of JSON, in which no name is there twice."""
-    for name, count in Counter(name for name, _ in pairs).items():
-        if count > 1:
-            raise ValueError(f"{name!r} is there {count} times in one object. Keep one.")
-    return dict(pairs)
 
 
 def _task(name: str, entry: dict[str, Any], data_dir: Path) -> Task:

@@ -263,8 +263,9 @@ class EmbeddingWriter(Callback):
             message += f" {missing} files are missing: run the same command again."
         left_out = [rows.left_out for rows in self.data.rows if isinstance(rows, RowSource) and rows.left_out]
         message += "".join(f" Left out: {each}." for each in left_out)
-        if num_rows == len(bad_rows) and not missing:
-            raise ValueError(printable(f"{message} Nothing was embedded."))
+        if num_rows == len(bad_rows):
+            why = " A file waits for its last row: see limit_predict_batches." if missing else ""
+            raise ValueError(printable(f"{message} Nothing was embedded.{why}"))
         rank_zero_info(printable(message))
 
 

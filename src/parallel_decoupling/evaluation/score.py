@@ -4,8 +4,9 @@ MMEB has one right answer per query, its positive; other tasks have several, eac
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -116,8 +117,9 @@ def score_task(task: EvalTask, columns: Columns) -> TaskResult:
     size = len(task.queries), len(task.candidates)
     for query, candidate in columns.values():
         assert (len(query), len(candidate)) == size, f"{task.task.name}: an embedding of every input"
-    query_of_row = torch.tensor(task.query_of_row)
+    query_of_row, rows_sha256 = torch.tensor(task.query_of_row), task_hash(task)
     identities = [identity(candidate) for candidate in task.candidates]
+    task = _without_copies(task, identities)
     sides: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     for name, both in columns.items():
         query, candidate = (F.normalize(each.detach().float().cpu(), dim=-1) for each in both)
@@ -154,7 +156,7 @@ def score_task(task: EvalTask, columns: Columns) -> TaskResult:
         metrics,
         torch.cat(ranking),
         chance,
-        rows_sha256=task_hash(task),
+        rows_sha256=rows_sha256,
         answers=sum(map(len, right)) / len(right),
         margin_correlation=margin_correlation(torch.stack(of_paths)).tolist() if of_paths else [],
     )
@@ -165,6 +167,26 @@ def task_hash(task: EvalTask) -> str:
     of_row = task.candidates_of_row if task.relevance_of_row is None else task.relevance_of_row
     rows = RawInput(f"{task.query_of_row} {of_row}")
     return rows_hash([*task.queries, *task.candidates, rows], files=False)
+
+
+def _without_copies(task: EvalTask, identities: Sequence[int]) -> EvalTask:
+    """Put the first of equal candidates in place of all, with the highest grade, where rows have grades."""
+    if task.relevance_of_row is None:
+        return task
+    lists = {id(row): row for row in task.candidates_of_row}  # which may all be one
+    first: dict[int, int] = {}
+    for candidate in chain.from_iterable(lists.values()):
+        first.setdefault(identities[candidate], candidate)
+    kept = {name: list(dict.fromkeys(first[identities[each]] for each in row)) for name, row in lists.items()}
+    relevance: list[dict[int, float]] = []
+    for row_grades in task.relevance_of_row:
+        grades: dict[int, float] = {}
+        for candidate, grade in row_grades.items():
+            number = first[identities[candidate]]
+            grades[number] = max(grade, grades.get(number, 0.0))
+        relevance.append(grades)
+    rows = [kept[id(row)] for row in task.candidates_of_row]
+    return replace(task, candidates_of_row=rows, relevance_of_row=relevance)
 
 
 def _judged(task: EvalTask, rows: range, identity_U: Tensor) -> tuple[Tensor, Tensor, Tensor]:

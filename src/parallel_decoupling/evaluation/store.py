@@ -22,7 +22,7 @@ from torch import Tensor
 from parallel_decoupling.batch import RawInput
 from parallel_decoupling.data.row_sources import RowSource, TaskSide
 from parallel_decoupling.distributed import gather_objects, rank
-from parallel_decoupling.files import atomic_write, reading, remove_leftovers
+from parallel_decoupling.files import atomic_write, expand_paths, reading, remove_leftovers
 from parallel_decoupling.model.identity import check_seal, rows_hash, sealed, weights_hash
 from parallel_decoupling.model.locations import located, portable
 from parallel_decoupling.option_types import check_values, checked
@@ -107,7 +107,7 @@ class StoreWriter:
             pq.write_table(table.replace_schema_metadata(metadata), unfinished, **options)
 
     def rows_sha256(self, shard: int) -> str:
-        """Identify the rows of a shard; one that cannot be used counts by the reason."""
+        """Identify the rows of a shard with their fields; one that cannot be used counts by the reason."""
 
         def content(row: int) -> RawInput:
             try:
@@ -115,7 +115,10 @@ class StoreWriter:
             except ValueError as error:
                 return RawInput(f"error: {error}")
 
-        return rows_hash(map(content, self.rows_of(shard)))
+        fields, stream = self.rows.columns(self.rows_of(shard)).combine_chunks(), pa.BufferOutputStream()
+        with pa.ipc.new_stream(stream, fields.schema) as writer:
+            writer.write_table(fields)
+        return rows_hash(map(content, self.rows_of(shard)), fields=stream.getvalue())
 
 
 @dataclass
@@ -133,6 +136,7 @@ class Keeper:
     writers: dict[str, StoreWriter] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.root = expand_paths(self.root, "root")
         check_values(Keeper, vars(self))
 
     def open(self, rows: Source, about: Mapping[str, Any]) -> StoreWriter:
@@ -156,7 +160,9 @@ class Keeper:
                 if difference and not self.replace:
                     problem = f"{file} was written with another {difference}"
                     break
-                if not difference and (with_bad_rows or not found["bad_rows"]):
+                if difference:
+                    file.unlink()
+                elif with_bad_rows or not found["bad_rows"]:
                     done.add(shard)
         done, problem = gather_objects((done, problem))[0]
         if problem:
@@ -190,18 +196,23 @@ class Store:
             raise ValueError(f"{self.folder} holds no embeddings-*.parquet: {advice}.")
         self.metadata: dict[str, Any] = {}
         self.bad_rows: list[dict[str, Any]] = []
+        schemas = list[pa.Schema]()
         self.batch_sizes: list[int] = []
         self._groups: list[tuple[Path, int, list[str]]] = []
         self._compared: set[tuple[int, int]] = set()  # chunks that were those of the hash when first read
         for file in self.files:
             with reading(file):
                 about, content = read_metadata(file), pq.read_metadata(file)
+                schema = content.schema.to_arrow_schema().remove_metadata()
             common = {key: value for key, value in about.items() if key not in OWN_KEYS}
             common = located(common, self.folder)
             self.metadata = self.metadata or common
             if difference := _difference(common, self.metadata, common):
                 found = f"{file} differs from {self.files[0].name} in {difference}"
                 raise ValueError(f"{found}. Keep one run's files in a folder.")
+            schemas.append(schema)
+            if not schema.equals(schemas[0]):
+                raise ValueError(f"{file} has other columns than {self.files[0].name}: embed the rows again.")
             self.bad_rows += about["bad_rows"]
             for group in range(content.num_row_groups):
                 if size := content.row_group(group).num_rows:
@@ -210,7 +221,9 @@ class Store:
         missing = -(-self.metadata["num_rows"] // self.metadata["rows_per_shard"]) - len(self.files)
         if missing:
             raise ValueError(f"{self.folder} lacks {missing} files: run the same predict command again.")
-        self.columns: tuple[str, ...] = tuple(self.metadata["columns"])
+        if not self.batch_sizes:
+            raise ValueError(f"{self.folder} has no embeddings: all {len(self.bad_rows)} rows were refused.")
+        self._schema, self.columns = schemas[0], tuple[str, ...](self.metadata["columns"])
         self.ends = list(accumulate(self.batch_sizes))
         self.starts = [0, *self.ends][: len(self.ends)]
 
@@ -255,8 +268,7 @@ class Store:
 
     def fields(self, batch: int) -> pa.Table:
         """Read ``id`` and the source's columns of one row group."""
-        names = [name for name in pq.read_schema(self.files[0]).names if name not in self.columns]
-        return self.read(batch, names)
+        return self.read(batch, [name for name in self._schema.names if name not in self.columns])
 
     def rows(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Read ``id`` and the source's columns of some rows, in the order asked for."""

@@ -193,13 +193,13 @@ def processor_hash(processor: Any) -> str:
     return digest.hexdigest()
 
 
-def rows_hash(rows: Iterable[RawInput], *, files: bool = True) -> str:
-    """Return a SHA-256 of inputs: texts and images, in order.
+def rows_hash(rows: Iterable[RawInput], *, files: bool = True, fields: bytes = b"") -> str:
+    """Return a SHA-256 of inputs, texts and images in order, and of ``fields`` that belong to them.
 
     An image file counts by the last two parts of its path, so that a data set may move, and with ``files``
     by its bytes.
     """
-    digest = sha256()
+    digest = sha256(fields)
     for row in rows:
         images = [_image_content(image, files) for image in row.pictures]
         digest.update(json.dumps([row.text, row.fixed, images]).encode() + b"\n")
