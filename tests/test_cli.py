@@ -1,5 +1,6 @@
 """The ``lightning`` command: runs in one folder, which value wins, and how mistakes are shown."""
 
+import json
 import os
 import re
 import shutil
@@ -303,6 +304,17 @@ def test_a_run_is_not_overwritten_by_one_that_continues_another(
     checkpoint = f"--ckpt_path={run_dir / 'checkpoints' / 'last.ckpt'}"
     command = ["fit", "--config", str(config_file), f"--trainer.default_root_dir={tmp_path / 'other'}"]
     assert "is there already, and this fit would overwrite its run" in mistake([*command, checkpoint])
+    shutil.copytree(run_dir, tmp_path / "other" / "older")
+    checkpoint = f"--ckpt_path={tmp_path / 'other' / 'older' / 'checkpoints' / 'last.ckpt'}"
+    assert "is there already, and this fit would overwrite its run" in mistake([*command, checkpoint])
+
+
+def test_the_table_of_another_run_is_not_emptied(config_file: Path, tmp_path: Path, mistake: Any) -> None:
+    (tmp_path / "metrics.csv").write_text("step\n1\n")
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger"}
+    logger["init_args"] = {"save_dir": str(tmp_path), "name": "", "version": ""}
+    command = ["fit", "--config", str(config_file), f"--trainer.default_root_dir={tmp_path / 'new'}"]
+    assert "metrics.csv is there already" in mistake([*command, f"--trainer.logger={json.dumps(logger)}"])
 
 
 def test_a_finished_run_without_validation_resumes_with_a_warning(config_file: Path, tmp_path: Path) -> None:

@@ -82,6 +82,7 @@ def test_mistakes_of_a_search_are_one_message(
     search = ["search", str(embeddings), "--text", "a"]
     for arguments, message in (
         (["search", str(embeddings)], "nothing to search for"),
+        (["search", str(embeddings), "--text", "null", "--scoring", "best"], "scoring is 'best'"),
         (["search", str(tmp_path), "--text", "a"], "holds no embeddings-*.parquet"),
         ([*search, "--scoring", "best"], "scoring is 'best'; this model and index have aggregate"),
         ([*search, "--where", "part = 1"], "make a LanceDB index"),

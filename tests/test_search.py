@@ -279,6 +279,19 @@ def test_an_index_that_is_stopped_halfway_stays_the_old_one(
     assert len(list((tmp_path / "index").iterdir())) == 1, "nothing of the old one, nor of the stopped"
 
 
+@pytest.mark.usefixtures("lance")
+def test_only_indexes_are_replaced_or_opened(store: Store, tmp_path: Path) -> None:
+    import lancedb
+
+    lancedb.connect(tmp_path).create_table("items-00009", [{"own": 1}])
+    (tmp_path / "items-mine.lance").mkdir()
+    for _ in range(2):
+        write_lance_index(str(store.folder), str(tmp_path))
+    names = ["items-00002.lance", "items-00009.lance", "items-mine.lance"]
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == names
+    assert len(LanceIndex(tmp_path)) == 400
+
+
 STRINGS = pa.array(["a"] * 9)
 REFUSED = {name: STRINGS for name in ("a.b", "_rowid", "", "_distance", 'a"`b')}
 REFUSED["list"] = pa.array([["a"]] * 9, pa.list_view(pa.string()))
@@ -304,7 +317,10 @@ def test_conditions_are_sql(lance: LanceIndex, tmp_path: Path) -> None:
         lance.search(queries_by_column(QUERIES), 3, "path_0", '"group" / 0 > 1')
     with pytest.raises(ValueError, match="where='group = 1; drop': give one condition"):
         lance.search(queries_by_column(QUERIES), 3, "path_0", "group = 1; drop")
+    with pytest.raises(ValueError, match="LanceDB refuses the search .* LIMIT 3"):
+        lance.search(queries_by_column(QUERIES), 9, "path_0", "group = 1 LIMIT 3")
     assert lance.search(queries_by_column(QUERIES[:1]), 3, "path_0", "name = 'item; 7'") == [[]]
+    assert len(lance.search(queries_by_column(QUERIES[:1].requires_grad_()), 2**62, "path_0")[0]) == 400
     with pytest.raises(ValueError, match="scoring is 'path_7'; this index has aggregate"):
         lance.search(queries_by_column(QUERIES), 3, "path_7")
     with pytest.raises(ValueError, match="does not hold an index"):

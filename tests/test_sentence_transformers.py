@@ -164,6 +164,17 @@ def test_max_seq_length_is_max_tokens(embedder: Embedder, tmp_path: Path) -> Non
     assert model.max_seq_length == 1024
 
 
+def test_saving_keeps_the_prompts(embedder: Embedder, tmp_path: Path) -> None:
+    model = as_sentence_transformer(embedder, prompts={"query": "Q:", "passage": "P:"})
+    model.default_prompt_name = "passage"
+    expected = encode(model, ["a"])
+    model.save_pretrained(str(tmp_path / "again"))
+    again = SentenceTransformer(str(tmp_path / "again"), trust_remote_code=True, device="cpu")
+    assert again.prompts == {"query": "Q:", "passage": "P:", "document": ""}
+    assert again.default_prompt_name == "passage"
+    torch.testing.assert_close(encode(again, ["a"]), expected)
+
+
 @pytest.mark.parametrize("option", [{"prompt": 5}, {"batch_size": "3"}, {"truncate_dim": 0}])
 def test_options_of_encode_are_checked(option: dict[str, Any], embedder: Embedder) -> None:
     (name,) = option

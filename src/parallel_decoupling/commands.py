@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @checked()
 def search(
     embeddings: str,
-    text: str | None = None,
+    text: str = "",
     image: str | None = None,
     model: str | None = None,
     instruction: str | None = None,
@@ -47,7 +47,7 @@ def search(
     """
     from parallel_decoupling.evaluation.report import console
 
-    if text is None and image is None:
+    if not text and image is None:
         raise ValueError("there is nothing to search for: give --text, --image or both")
     options = {"where": where, "instruction": instruction}
     searcher = open_searcher(embeddings, model)

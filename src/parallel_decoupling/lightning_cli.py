@@ -25,6 +25,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
@@ -45,6 +46,7 @@ from parallel_decoupling.training.run_folder import FIT_CONFIG, as_list, is_firs
 from parallel_decoupling.training.settings import CONFIGS, SHAPES_WEIGHTS
 
 log = logging.getLogger(__name__)
+CSV_FILE = ExperimentWriter.NAME_METRICS_FILE
 SAVE_EVERY = 50  # main steps after which ``last.ckpt`` is renewed inside an epoch
 
 MOST_VALUES = 10_000  # of a configuration file, when what its aliases stand for is written out
@@ -241,16 +243,22 @@ class RunCLI(LightningCLI):
         if int(trainer.num_nodes) > 1 and not {"MASTER_ADDR", "SLURM_JOB_ID"} & os.environ.keys():
             advice = "start it on each of them with torchrun, or by SLURM"
             raise ValueError(f"trainer.num_nodes={trainer.num_nodes} would wait for others: {advice}.")
-        if not trainer.fast_dev_run and self.wanted == "fit" and not self._resumes_here:
+        is_new = not trainer.fast_dev_run and self.wanted == "fit" and not self._resumes_here
+        if is_new:
             self._check_that_nothing_is_overwritten(trainer)
         super().instantiate_classes()
+        for logger in self.trainer.loggers if is_new else ():
+            if (file := Path(logger.log_dir or "", CSV_FILE)).is_file():  # which CSVLogger would empty
+                raise ValueError(f"{file} is there already: give the logger another folder.")
 
     @property
     def _resumes_here(self) -> bool:
         """Tell whether the checkpoint is one of the run in this folder."""
         trainer, file = self.given.trainer, Path(self.given.ckpt_path or "/").resolve()
-        places = trainer.default_root_dir, run_folder.checkpoint_dir(trainer)
-        return any(Path(place).resolve() in file.parents for place in places if place is not None)
+        root, folder = Path(trainer.default_root_dir).resolve(), run_folder.checkpoint_dir(trainer)
+        if folder is None:  # this logger numbers its runs, which are below
+            return root in file.parents
+        return file.parent in (root, folder.resolve())
 
     def _check_that_nothing_is_overwritten(self, trainer: Any) -> None:
         if files := run_folder.run_files(trainer):

@@ -2,6 +2,7 @@
 
 import math
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,15 @@ def test_a_picture_whose_file_was_closed_says_so(tmp_path: Path) -> None:
     assert load_image(read).size == (8, 8)
     with pytest.raises(RowError, match="its file was closed unread; embed it inside `with`"):
         load_image(unread)
+
+
+def test_threads_share_a_picture_that_was_opened_and_not_loaded(tmp_path: Path) -> None:
+    noise(600, 500).save(tmp_path / "a.png")
+    expected = load_image(str(tmp_path / "a.png"))
+    for _ in range(5):
+        with Image.open(tmp_path / "a.png") as picture, ThreadPoolExecutor(8) as threads:
+            for found in threads.map(load_image, [picture] * 8):
+                assert found.tobytes() == expected.tobytes()
 
 
 def test_a_transparent_palette_keeps_its_colours(tmp_path: Path) -> None:
@@ -366,6 +376,9 @@ def test_identity_is_text_and_image() -> None:
     inputs = [RawInput("a"), RawInput("b"), *(RawInput("a", (picture,)) for picture in pictures)]
     assert len({identity(row) for row in inputs}) == len(inputs)
     assert identity(RawInput("a", (black.copy(),))) == identity(RawInput("a", (black,)))
+    palettes = [black.convert("P"), black.convert("P")]
+    palettes[1].putpalette([255, 0, 0] * 256)
+    assert len({identity(RawInput("a", (each,))) for each in palettes}) == 2
     assert all(-(2**63) <= identity(row) < 2**63 for row in inputs)
     assert identity(RawInput("a")) == 4681665781835383343  # stable over processes and runs
 

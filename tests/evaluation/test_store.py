@@ -9,9 +9,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
-from parallel_decoupling.evaluation.store import METADATA_KEY, Keeper, Store
-from tests.support.stores import save_store, vectors
+from parallel_decoupling.evaluation.store import METADATA_KEY, Keeper, Store, StoreWriter
+from tests.support.stores import TableRows, save_store, vectors
 
 NAMES = [f"embeddings-{shard:05d}.parquet" for shard in range(3)]
 
@@ -115,6 +116,43 @@ def test_another_file_than_was_written(change: Any, message: str, folder: Path) 
     change(folder)
     with pytest.raises(ValueError, match=f"{folder}/embeddings-0.*{message}"):
         read_all(folder)
+
+
+def test_rows_with_other_ids_or_fields_are_other_rows(tmp_path: Path) -> None:
+    before = pa.table({"id": ["a", "b"], "price": [1, 2]})
+    about = {"columns": ["aggregate"], "num_rows": 2, "rows_per_shard": 2}
+
+    def finished(table: pa.Table, **options: Any) -> frozenset[int]:
+        rows: Any = TableRows(table)
+        keeper = Keeper(tmp_path, lambda: {"identity": {}, "num_paths": 1, "aggregation": {}}, **options)
+        done = keeper.finished(rows, about)
+        if not done:
+            keeper.writers[""].write(0, [0, 1], {"aggregate": torch.eye(2)}, {})
+        return done
+
+    assert not finished(before)
+    assert finished(before) == {0}
+    others = [before.set_column(0, "id", pa.array(["b", "a"])), before.rename_columns({"price": "stock"})]
+    for other in others:
+        with pytest.raises(ValueError, match="was written with another rows_sha256"):
+            finished(other)
+    assert not finished(others[0], replace=True)
+    assert [row["id"] for row in Store(tmp_path).rows([0, 1])] == ["b", "a"]
+
+
+def test_what_is_replaced_is_gone_at_once(folder: Path) -> None:
+    rows: Any = TableRows(pa.table({"id": ["0"]}))
+    keeper = Keeper(folder, dict, replace=True)
+    assert not keeper.finished(rows, {"columns": ["aggregate"], "num_rows": 1, "rows_per_shard": 1})
+    assert not list(folder.glob("*.parquet"))
+
+
+def test_a_folder_without_any_embedding_is_refused(tmp_path: Path) -> None:
+    rows: Any = TableRows(pa.table({"id": ["0"]}))
+    about = {"columns": ["aggregate"], "num_rows": 1, "rows_per_shard": 1}
+    StoreWriter(tmp_path, rows, about).write(0, [], {"aggregate": torch.empty(0, 4)}, {0: "too long"})
+    with pytest.raises(ValueError, match="has no embeddings: all 1 rows were refused"):
+        Store(tmp_path)
 
 
 def test_every_column_has_a_hash(folder: Path) -> None:

@@ -62,6 +62,8 @@ def save_store(
 class TableRows:
     """Rows of which only the columns count."""
 
+    name = ""
+
     def __init__(self, table: pa.Table) -> None:
         self._table = table
 

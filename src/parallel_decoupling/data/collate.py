@@ -285,5 +285,5 @@ def identity(row: RawInput) -> int:
             file = Path(image)
             digest.update(file.read_bytes() if file.is_file() else os.fsencode(image))
         else:
-            digest.update(f"{image.mode} {image.size} ".encode() + image.tobytes())
+            digest.update(f"{image.mode} {image.size} {image.getpalette()} ".encode() + image.tobytes())
     return int.from_bytes(digest.digest(), "big", signed=True)

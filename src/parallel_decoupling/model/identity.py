@@ -266,7 +266,7 @@ def _flat(config: Mapping[str, Any], start: str = "") -> dict[str, Any]:
 
 def _image_content(image: Any, files: bool) -> list[Any]:
     if not isinstance(image, str):
-        return [image.mode, *image.size, sha256(image.tobytes()).hexdigest()]
+        return [image.mode, *image.size, image.getpalette(), sha256(image.tobytes()).hexdigest()]
     name = "/".join(Path(image).parts[-2:])
     if not files:
         return [name]

@@ -118,7 +118,9 @@ def save_encoder(
     The encoder must not be sharded. A base model that was trained itself is always written, and so is one
     from a local folder that is not beside the new one.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(folder).expanduser().resolve()
+    if folder == Path.cwd():
+        raise ValueError(f"{folder} is the working folder, which is not replaced; name another folder")
     if folder.exists() and any(folder.iterdir()):
         what = f"a model ({CONFIG_FILE})" if (folder / CONFIG_FILE).exists() else "files"
         raise ValueError(f"{folder} already holds {what}; name another folder or empty it")

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from threading import Condition
+from threading import Condition, get_ident
 from typing import Any
 
 from torch import nn
@@ -24,7 +24,8 @@ class Turns:
 
     def __init__(self) -> None:
         self._condition = Condition()
-        self._encoding, self._waiting, self._alone = 0, 0, False
+        self._encoding, self._waiting = 0, 0
+        self._alone: int | None = None  # the thread that runs alone
         self._in_training: list[nn.Module] = []
 
     def __reduce__(self) -> Any:
@@ -32,9 +33,19 @@ class Turns:
 
     @contextmanager
     def encoding(self, encoder: nn.Module) -> Iterator[None]:
-        """Encode in evaluation mode, beside other calls; the last one gives all modules their mode back."""
+        """Encode in evaluation mode, beside other calls; the last one gives all modules their mode back.
+
+        In a hook of the training step itself, it is at once the thread's turn.
+        """
+        if self._alone == get_ident():
+            in_training = set_training(encoder.modules(), False)
+            try:
+                yield
+            finally:
+                set_training(in_training, True)
+            return
         with self._condition:
-            self._condition.wait_for(lambda: not self._alone and not self._waiting)
+            self._condition.wait_for(lambda: self._alone is None and not self._waiting)
             if not self._encoding:
                 self._in_training = set_training(encoder.modules(), False)
             self._encoding += 1
@@ -52,12 +63,12 @@ class Turns:
         """Wait until nobody encodes, and keep others waiting until the end of the block."""
         with self._condition:
             self._waiting += 1
-            self._condition.wait_for(lambda: not self._alone and not self._encoding)
+            self._condition.wait_for(lambda: self._alone is None and not self._encoding)
             self._waiting -= 1
-            self._alone = True
+            self._alone = get_ident()
         try:
             yield
         finally:
             with self._condition:
-                self._alone = False
+                self._alone = None
                 self._condition.notify_all()
