@@ -34,9 +34,6 @@ def info_nce(
     leaves out all targets of the query but p. That is SupCon's "out" form (arXiv 2004.11362: the mean over
     positives stands outside of the logarithm), except that positives do not push each other away.
 
-    Where gradient reaches only the local rows, a candidate must still meet the queries of the other ranks:
-    pass ALL gathered queries and candidates. The sum over ranks of the gradients is that of one process.
-
     Args:
         query: ``[B, N, D]``, unit norm for a cosine score. Not detached here.
         candidate: ``[G, N, D]``, unit norm. Not detached here.
