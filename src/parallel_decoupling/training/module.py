@@ -36,6 +36,7 @@ from parallel_decoupling.training.optimization import MIConfig, OptimizerConfig
 from parallel_decoupling.training.strategies import own_gradients_only, shard_encoder
 
 if TYPE_CHECKING:
+    from parallel_decoupling.data.images import ImagePolicy
     from parallel_decoupling.evaluation.embedder import Embedder
     from parallel_decoupling.evaluation.encode import RowBatch
 
@@ -360,13 +361,19 @@ class PDFEmbedder(LightningModule):
         return run_checkpoint.run_info(content)
 
     @property
+    def images(self) -> ImagePolicy:
+        """Return what happened to the pictures that the weights were trained on."""
+        from parallel_decoupling.data.images import ImagePolicy
+
+        return ImagePolicy.from_settings(self.trained_data)
+
+    @property
     def embedder(self) -> Embedder:
         """Return the same weights without Lightning; pictures are treated as in training."""
-        from parallel_decoupling.data.images import ImagePolicy
         from parallel_decoupling.evaluation.embedder import Embedder
 
-        how = self.query_instruction, self.candidate_instruction, ImagePolicy.from_settings(self.trained_data)
-        return Embedder(self.encoder, *how, **vars(self.limit), run=self.run_info())
+        instructions = self.query_instruction, self.candidate_instruction
+        return Embedder(self.encoder, *instructions, self.images, **vars(self.limit), run=self.run_info())
 
     def encode(self, inputs: Any, **options: Any) -> Tensor:
         """Embed texts, images and dictionaries of both; see ``Embedder.encode``."""
