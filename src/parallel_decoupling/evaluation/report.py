@@ -102,10 +102,7 @@ class ScoreReport:
 
     @property
     def means(self) -> dict[str, dict[str, float]]:
-        """Means by column: those of ``groups``, every task counting once, and ``mean_of_meta_tasks``.
-
-        MMEB's headline is ``overall``; ``mean_of_meta_tasks`` weighs four unequal groups equally.
-        """
+        """Means by column: those of ``groups``, every task counting once, and ``mean_of_meta_tasks``."""
         return self.over_groups({name: each.score for name, each in self.tasks.items()}, _mean)
 
     def over_groups(self, of_task: Mapping[str, T], mean: Callable[[Sequence[T]], T]) -> dict[str, T]:

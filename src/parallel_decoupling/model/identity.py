@@ -240,10 +240,7 @@ def encoder_identity(
 
 
 def about_encoder(encoder: Any, **conditions: Any) -> dict[str, Any]:
-    """Return what stored embeddings say of the model: identity, paths, and how these are aggregated.
-
-    ``conditions`` are those of ``encoder_identity``.
-    """
+    """Return what stored embeddings say of a model: ``encoder_identity``, and how paths are aggregated."""
     aggregation: dict[str, Any] = {"kind": getattr(encoder, "aggregation", "mean")}
     if (logits := getattr(encoder, "path_logits", None)) is not None:
         aggregation["weights"] = logits.detach().float().softmax(dim=0).tolist()

@@ -22,10 +22,7 @@ LENGTH_GROUPS = 6
 
 @contextmanager
 def seeded(device: torch.device, *parts: int | str) -> Iterator[None]:
-    """Run the block with torch's generators (CPU and ``device``) seeded from ``parts``, then restore them.
-
-    What is drawn is so a function of where a run is, and no generator's state has to be saved.
-    """
+    """Run the block with torch's generators (CPU and ``device``) seeded from ``parts``, then restore them."""
     accelerators = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices=accelerators, device_type=device.type if accelerators else "cuda"):
         digest = hashlib.sha256(repr(parts).encode()).digest()
