@@ -18,10 +18,7 @@ HITS = 12
 def find(
     searcher: Searcher, image_dir: Path, instruction: str, text: str, image: Image.Image | None, scoring: str
 ) -> tuple[list[tuple[Image.Image, str]], list[list[str]]]:
-    """Return pictures with captions, and a table of rank, id, score and cosines by path.
-
-    Without text and image both are empty.
-    """
+    """Return pictures with captions, and rows of rank, id, score and cosines; none without a query."""
     query = {"text": text.strip() or None, "image": image}
     if query == {"text": None, "image": None}:
         return [], []

@@ -8,11 +8,9 @@ import logging
 import os
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from datetime import timedelta
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,12 +19,12 @@ import torch
 import yaml
 from jsonargparse import get_loader, set_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
@@ -39,8 +37,8 @@ from parallel_decoupling.model.encoder import absolute_name
 from parallel_decoupling.model.run_checkpoint import read_checkpoint
 from parallel_decoupling.option_types import CountOrAll, NonNegativeInt, PositiveInt, Rule, Seed, check_values
 from parallel_decoupling.training import run_folder
+from parallel_decoupling.training.callbacks import ProgressLines
 from parallel_decoupling.training.module import PDFEmbedder
-from parallel_decoupling.training.optimization import total_steps
 from parallel_decoupling.training.resuming import Continuity, continue_logs
 from parallel_decoupling.training.run_folder import FIT_CONFIG, as_list, is_first_process
 from parallel_decoupling.training.settings import CONFIGS, SHAPES_WEIGHTS
@@ -136,30 +134,6 @@ def trainer_options(
     val_check_interval: _NotZero,
 ) -> None:
     """Declare the ranges of options that Lightning takes unchecked, or refuses without their name."""
-
-
-class ProgressLines(Callback):
-    """Writes a line every ten seconds where a progress bar cannot be drawn, as in a job's log."""
-
-    SECONDS = 10.0
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
-        self._shown = trainer.progress_bar_callback is not None and not sys.stdout.isatty()
-        self._since = self._last = time.monotonic()
-        self._first = trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Say how far the run is, and how long the rest takes at its speed so far."""
-        now, done, most = time.monotonic(), trainer.global_step, total_steps(trainer)
-        if not self._shown or (now - self._last < self.SECONDS and done < most):
-            return
-        self._last = now
-        left = (now - self._since) / max(1, done - self._first) * (most - done)
-        shown = f", {timedelta(seconds=round(left))} left" if left < timedelta.max.total_seconds() else ""
-        rank_zero_info(f"step {done} of {most:g}, loss {float(outputs['loss']):.3f}{shown}")
 
 
 class _Parser(LightningArgumentParser):

@@ -25,7 +25,7 @@ from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.evaluation.encode import encode_rows
 from parallel_decoupling.evaluation.store import AGGREGATE, Keeper, Store
 from parallel_decoupling.files import atomic_write
-from parallel_decoupling.model.identity import about_encoder, encoder_identity
+from parallel_decoupling.model.identity import about_encoder
 from parallel_decoupling.option_types import NonNegativeInt, PositiveInt, checked
 
 
@@ -53,7 +53,7 @@ def mine(
     if first_rank >= last_rank:
         raise ValueError(f"first_rank must be below last_rank, got {first_rank} and {last_rank}")
     embedder = Embedder.from_pretrained(model, device="cuda" if torch.cuda.is_available() else "cpu")
-    about = about_encoder(embedder.encoder, encoder_identity(embedder.encoder, **vars(embedder.limit)))
+    about = about_encoder(embedder.encoder, **vars(embedder.limit))
     folder, keeper = MMEBDataModule(data_dir=data_dir).folder, Keeper(output_dir, lambda: about, replace=True)
     without = []
     for name in chosen(None, find_train_subsets(folder), folder):

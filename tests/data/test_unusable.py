@@ -269,7 +269,7 @@ def test_the_limit_is_the_models_in_checkpoint_export_and_data(
         RowError, match=r"training subset 'colours_.*, row \d+: \d+ tokens where max_tokens is 9"
     ):
         trainer.fit(module, small_data(tiny_mmeb_dir))
-    assert module.identity()["sha256"] != small_embedder(tiny_backbone_dir).identity()["sha256"]
+    assert module.about()["identity"] != small_embedder(tiny_backbone_dir).about()["identity"]
     trainer.save_checkpoint(tmp_path / "x.ckpt", weights_only=True)
     loaded = Embedder.from_pretrained(tmp_path / "x.ckpt")
     loaded.save_pretrained(tmp_path / "export")

@@ -14,9 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 from parallel_decoupling.batch import PADDING_ID, EncoderInputs, PairBatch
-from parallel_decoupling.lightning_cli import ProgressLines
 from parallel_decoupling.objective.contrastive import info_nce
-from parallel_decoupling.training.callbacks import CollapseAlarm
+from parallel_decoupling.training.callbacks import CollapseAlarm, ProgressLines
 from parallel_decoupling.training.compute import LENGTH_GROUPS, Progress
 from parallel_decoupling.training.optimization import OptimizerConfig, learning_rate_schedule, main_optimizer
 from parallel_decoupling.training.terms import GatheredPairs

@@ -44,6 +44,7 @@ class PathAnalysis:
     attention: Tensor | None  # [N, Y, 3], mean over inputs of the shares of patch_maps.GROUPS
     change: Tensor  # [N], mean of 1 - cosine of an embedding with and without a patch
     maps: dict[str, list[Tensor]]  # by kind, of each picture [N, height, width]
+    map_correlation: dict[str, Tensor]  # by kind [N, N], of paths over patches
     pictures: list[Image.Image]
     notes: list[str] = field(default_factory=list)
     run: dict[str, Any] = field(default_factory=dict)
@@ -123,6 +124,7 @@ def _analyse(
         notes.append("attention maps: this model has no language model, or its image tokens form no grid")
     if report is None:
         notes.append("errors: the run has no scores.json of this checkpoint; test writes it")
+    maps = {kind: of_pictures for kind, of_pictures in maps.items() if of_pictures}
     return PathAnalysis(
         num_paths=embeddings_BND.shape[1],
         num_inputs=len(embeddings_BND),
@@ -131,7 +133,8 @@ def _analyse(
         errors=None if report is None else measures.error_agreement(report),
         attention=attention,
         change=changes_BNHW.mean(dim=(0, 2, 3)),
-        maps={kind: of_pictures for kind, of_pictures in maps.items() if of_pictures},
+        maps=maps,
+        map_correlation={kind: patch_maps.map_agreement(of_pictures) for kind, of_pictures in maps.items()},
         pictures=pictures[:SHOWN],
         notes=notes,
         run=embedder.run,
@@ -141,16 +144,11 @@ def _analyse(
 def write_json(analysis: PathAnalysis, json_file: Path) -> None:
     """Write every number, unrounded, except single maps."""
     content = {key: value for key, value in vars(analysis).items() if key not in ("maps", "pictures")}
-    content["map_correlation"] = _map_agreement(analysis)
 
     def plain(value: Any) -> Any:
         return vars(value) if is_dataclass(value) else np.asarray(value).tolist()
 
     files.write_json(json_file, content, plain)
-
-
-def _map_agreement(analysis: PathAnalysis) -> dict[str, Tensor]:
-    return {kind: patch_maps.map_agreement(of_pictures) for kind, of_pictures in analysis.maps.items()}
 
 
 def table(analysis: PathAnalysis) -> Table:
@@ -168,7 +166,7 @@ def table(analysis: PathAnalysis) -> Table:
     caption = f"Side by side, the paths have effective rank {found.joined_rank:.1f}."
     if num_paths > 1:
         matrices = {name.replace("_", " "): getattr(found, name) for name in MATRICES}
-        matrices |= {f"{kind} maps": matrix_NN for kind, matrix_NN in _map_agreement(analysis).items()}
+        matrices |= {f"{kind} maps": matrix_NN for kind, matrix_NN in analysis.map_correlation.items()}
         if errors is not None:
             matrices["misses, kappa"] = torch.from_numpy(errors.kappa)
             matrices["margins, correlation"] = torch.from_numpy(errors.margins)

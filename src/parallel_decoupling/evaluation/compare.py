@@ -184,7 +184,7 @@ def differences(baseline: ScoreReport, other: ScoreReport) -> RunDifferences:
         counts = generator.multinomial(len(row_difference), share, size=RESAMPLES)
         resampled = counts @ steps / len(row_difference)
         samples[name] = np.append(row_difference.mean(), resampled)
-    means = baseline.over_groups(baseline.groups, samples, lambda parts: np.mean(parts, axis=0))
+    means = baseline.over_groups(samples, lambda parts: np.mean(parts, axis=0))
 
     def summed_up(part: Mapping[str, NDArray[np.float64]]) -> dict[str, Difference]:
         bounds = {name: np.quantile(each[1:], (0.025, 0.975)).tolist() for name, each in part.items()}

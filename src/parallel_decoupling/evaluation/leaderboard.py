@@ -39,10 +39,7 @@ def candidate_name(task: Task, candidate: RawInput) -> str:
 
 
 def write_predictions(folder: Path, task: EvalTask, score: TaskResult) -> None:
-    """Write one task's best candidates by row (v1 one, v2 ten), without copies of the positive.
-
-    Grades stand in ``rel_scores`` in the order of ``label``.
-    """
+    """Write one task's best candidates by row (v1 one, v2 ten), without copies of the positive."""
     assert score.ranking is not None
     names = [candidate_name(task.task, candidate) for candidate in task.candidates]
     best, lines = [], []
@@ -86,18 +83,14 @@ def write_leaderboard(
 
 
 def _v2(result: TaskResult, column: str) -> dict[str, Any]:
-    """Return what the second version keeps of a task, all metrics cut at 1, 5 and 10.
-
-    The others that it has are known where every query has one right answer, which makes them functions of
-    these.
-    """
+    """Return what the second version keeps of a task, all metrics cut at 1, 5 and 10."""
     metrics = result.metrics.get(column, {})
     values: dict[str, float] = {}
     for k in DEPTHS if metrics else ():
         hit, mrr, ndcg = (metrics[f"{name}@{k}"] for name in ("hit", "mrr", "ndcg"))
         values |= {f"hit@{k}": hit, f"mrr@{k}": mrr, f"ndcg_linear@{k}": ndcg}
         values[f"recall@{k}"] = metrics[f"recall@{k}"]
-        if result.answers == 1:
+        if result.answers == 1:  # then these are functions of those
             values |= {f"ndcg_exponential@{k}": ndcg, f"precision@{k}": hit / k}
             values |= {f"f1@{k}": 2 * hit / (k + 1), f"map@{k}": mrr}
     values["hit@1"] = result.hit_at_1[column]

@@ -20,10 +20,7 @@ SPLITS = ("in_distribution", "out_of_distribution", OVERALL)  # whose tasks are 
 
 
 def comparison_figure(reports: Mapping[str, ScoreReport], title: str) -> Figure:
-    """Draw means (left) and tasks (right) of several runs over the same tasks; the baseline comes first.
-
-    Lines go from a run's worst to its best single path.
-    """
+    """Draw means (left) and tasks (right) of several runs over the same tasks; the baseline comes first."""
     baseline, last = next(iter(reports.values())), len(reports) - 1
     groups = baseline.groups
     order = [task for group, tasks in groups.items() if group not in SPLITS for task in tasks]

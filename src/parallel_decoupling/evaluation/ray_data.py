@@ -11,7 +11,7 @@ from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.evaluation.encode import encode_rows
 from parallel_decoupling.evaluation.store import AGGREGATE, Keeper, Store, chosen_columns, path_vectors
 from parallel_decoupling.files import locked
-from parallel_decoupling.model.identity import about_encoder, encoder_identity
+from parallel_decoupling.model.identity import about_encoder
 from parallel_decoupling.option_types import PositiveInt, checked
 
 
@@ -21,9 +21,9 @@ class ShardEmbedder:
     def __init__(self, model: str, source: str, output_dir: str, rows_per_shard: int) -> None:
         self.embedder = Embedder.from_pretrained(model)
         self.rows = RowSource(source, self.embedder.candidate_instruction)
-        limit, encoder = vars(self.embedder.limit), self.embedder.encoder
-        about = about_encoder(encoder, encoder_identity(encoder, **limit)) | {"model": model}
-        self.keeper, columns = Keeper(output_dir, lambda: about), chosen_columns(None, encoder.num_paths)
+        about = about_encoder(self.embedder.encoder, **vars(self.embedder.limit)) | {"model": model}
+        columns = chosen_columns(None, self.embedder.num_paths)
+        self.keeper = Keeper(output_dir, lambda: about)
         self.about = {**self.rows.about, "columns": list(columns), "rows_per_shard": rows_per_shard}
         self.about |= {"num_rows": len(self.rows), "images": self.embedder.images.settings}
         self.writer = self.keeper.open(self.rows, self.about)

@@ -102,18 +102,12 @@ class ScoreReport:
 
     @property
     def means(self) -> dict[str, dict[str, float]]:
-        """Means by column: those of ``groups``, every task counting once, and ``mean_of_meta_tasks``.
+        """Means by column: those of ``groups``, every task counting once, and ``mean_of_meta_tasks``."""
+        return self.over_groups({name: each.score for name, each in self.tasks.items()}, _mean)
 
-        MMEB's headline is ``overall``; ``mean_of_meta_tasks`` weighs four unequal groups equally.
-        """
-        return self.over_groups(self.groups, {name: each.score for name, each in self.tasks.items()}, _mean)
-
-    @staticmethod
-    def over_groups(
-        groups: Mapping[str, Sequence[str]], of_task: Mapping[str, T], mean: Callable[[Sequence[T]], T]
-    ) -> dict[str, T]:
-        """Average what tasks have over each group, and the means of the meta-tasks."""
-        means = {group: mean([of_task[name] for name in names]) for group, names in groups.items()}
+    def over_groups(self, of_task: Mapping[str, T], mean: Callable[[Sequence[T]], T]) -> dict[str, T]:
+        """Average what tasks have over each of ``groups``, and the means of the meta-tasks."""
+        means = {group: mean([of_task[name] for name in names]) for group, names in self.groups.items()}
         if meta_tasks := [means[name] for name in META_TASKS if name in means]:
             means["mean_of_meta_tasks"] = mean(meta_tasks)
         return means
@@ -166,10 +160,8 @@ class ScoreReport:
                 tasks[name] = TaskResult(task, **row)
             return cls(tasks, **{key: content[key] for key in OTHER_PARTS})
         except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RecursionError) as error:
-            message = (
-                f"{json_file} is not a score file as a test wrote it ({error!r:.200}); run the test again"
-            )
-            raise ValueError(message) from error
+            problem = f"{json_file} is not a score file as a test wrote it ({error!r:.200})"
+            raise ValueError(f"{problem}; run the test again") from error
 
     def task_table(self) -> Table:
         """Tabulate tasks by meta-task, then means, of aggregate and paths; tasks at chance are marked."""

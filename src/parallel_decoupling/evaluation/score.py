@@ -222,8 +222,7 @@ def ranked(scores_RC: Tensor, grades_RC: Tensor, counted_RC: Tensor) -> tuple[Te
     """Order the candidates of every row, best first: their columns and the grades found there, ``[R, C]``.
 
     Ties are pessimistic: of equal scores the lower grade comes first, as the columns are in the order of
-    grades. (MMEB keeps the positive at index 0, so that breaking ties by index would call a collapsed model
-    perfect.) A wrong candidate whose score is NaN is ahead of all, and a right one is never found.
+    grades. A wrong candidate whose score is NaN is ahead of all, and a right one is never found.
     """
     lost_RC, wrong_RC = scores_RC.isnan(), grades_RC == 0
     scores_RC = scores_RC.masked_fill(lost_RC & wrong_RC, torch.inf)

@@ -156,9 +156,9 @@ def _copy_weights(model: Any, source: str, config: Any) -> None:
         ignore_mismatched_sizes=True,  # they are reported below
     )
     if info.missing_keys or info.unexpected_keys or info.mismatched_keys:
-        found = f"missing {info.missing_keys}, unexpected {info.unexpected_keys}"
-        found = f"{found}, wrong shape {info.mismatched_keys}"
-        raise ValueError(f"initial adapter {source!r} does not fit this backbone: {found}")
+        problem = f"initial adapter {source!r} does not fit this backbone: missing {info.missing_keys}"
+        others = f"unexpected {info.unexpected_keys}, wrong shape {info.mismatched_keys}"
+        raise ValueError(f"{problem}, {others}")
 
 
 def target_modules(base: nn.Module, family: Family, adapter: AdapterConfig) -> tuple[str, ...]:

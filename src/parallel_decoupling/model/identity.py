@@ -239,12 +239,13 @@ def encoder_identity(
     return {"sha256": total, **parts}
 
 
-def about_encoder(encoder: Any, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what stored embeddings say of the model: identity, paths, and how these are aggregated."""
+def about_encoder(encoder: Any, **conditions: Any) -> dict[str, Any]:
+    """Return what stored embeddings say of a model: ``encoder_identity``, and how paths are aggregated."""
     aggregation: dict[str, Any] = {"kind": getattr(encoder, "aggregation", "mean")}
     if (logits := getattr(encoder, "path_logits", None)) is not None:
         aggregation["weights"] = logits.detach().float().softmax(dim=0).tolist()
-    return {"identity": dict(identity), "num_paths": encoder.num_paths, "aggregation": aggregation}
+    identity = encoder_identity(encoder, **conditions)
+    return {"identity": identity, "num_paths": encoder.num_paths, "aggregation": aggregation}
 
 
 def _sampled(name: str, tensor: Tensor) -> bytes:

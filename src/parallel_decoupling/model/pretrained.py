@@ -203,11 +203,10 @@ def _load_folder(folder: Path, download: bool = False) -> tuple[Encoder, dict[st
     config: dict[str, Any] = located(identity.check_seal(sealed, file), folder)
     found = identity.file_hashes(folder)
     read = {name for name in found if name.split("/")[0] in (PROCESSOR_DIR, BACKBONE_DIR)}
-    if changed := [
-        name for name in sorted({*config["files"], *read}) if found.get(name) != config["files"].get(name)
-    ]:
-        files = ", ".join(changed)
-        raise ValueError(f"{folder}: {files} are missing, damaged, or were changed or added after the export")
+    names = sorted({*config["files"], *read})
+    if changed := ", ".join(name for name in names if found.get(name) != config["files"].get(name)):
+        problem = "are missing, damaged, or were changed or added after the export"
+        raise ValueError(f"{folder}: {changed} {problem}")
     settings = dict(config["settings"])
     if config["backbone_included"]:
         settings["backbone"] = str(folder / BACKBONE_DIR)

@@ -1,8 +1,6 @@
 """Alternatives to vCLUB (ours): functions of the two paths x and y of every pair. None fits a network.
 
-``unexplained`` makes of each penalty, vCLUB included, one on what paths share beyond their target. Two paths
-that both find the target share it, so a penalty on all that they share pulls against InfoNCE; decorrelated
-errors are what an aggregate gains from.
+``unexplained`` makes of each penalty, vCLUB included, one on what paths share beyond their target.
 
 Shapes: ``M`` path pairs, ``B`` batch, ``N`` paths, ``D`` embedding dim.
 """
@@ -16,10 +14,9 @@ _RIDGE = 0.1  # the prediction's penalty on slopes, as a share of the target's t
 def hsic(x: Tensor, y: Tensor) -> Tensor:
     """Normalised unbiased HSIC with Gaussian kernels: any dependence, no fit.
 
-    ``<K, L> / sqrt(<K, K> <L, L>)`` of the U-centred kernel matrices (the unbiased HSIC of Song et
-    al. 2012, normalised to the cosine of both). Kernel ``exp(-|a - b|^2 / (2 D))``: the bandwidth
-    is sqrt(D), the scale of distances between standardised inputs, so nothing is estimated. The
-    biased form is of no use here: for B below D it reports about 1 whatever the inputs.
+    ``<K, L> / sqrt(<K, K> <L, L>)`` of the U-centred kernel matrices (the unbiased HSIC of Song et al. 2012,
+    normalised to the cosine of both; the biased form is about 1 for B below D). Kernel
+    ``exp(-|a - b|^2 / (2 D))``: sqrt(D) is the scale of distances between standardised inputs.
 
     Takes ``[M, B, D]``, standardised, with B at least 4; returns ``[M]`` between -1 and 1: 1 for identical
     inputs, mean 0 for independent ones.

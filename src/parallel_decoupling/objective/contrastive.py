@@ -7,7 +7,7 @@ Shapes: ``B`` queries, ``G`` candidates (``G >= B`` with gathered or hard negati
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from parallel_decoupling.batch import PADDING_ID
 
@@ -33,9 +33,6 @@ def info_nce(
     Several positives: the loss of a query is the mean over its positives of that term, where the sum over j
     leaves out all targets of the query but p. That is SupCon's "out" form (arXiv 2004.11362: the mean over
     positives stands outside of the logarithm), except that positives do not push each other away.
-
-    Where gradient reaches only the local rows, a candidate must still meet the queries of the other ranks:
-    pass ALL gathered queries and candidates. The sum over ranks of the gradients is that of one process.
 
     Args:
         query: ``[B, N, D]``, unit norm for a cosine score. Not detached here.
@@ -91,11 +88,9 @@ def own_candidates_kl(
     """
     known_BK = teacher.isfinite()
     rows = known_BK.any(dim=1)
-    with torch.autocast(device_type=query.device.type, enabled=False):
-        dtype = torch.promote_types(query.dtype, torch.float32)
-        own_BKND = candidate.to(dtype)[own[rows]]
-        score_NBK = torch.einsum("bnd,bknd->nbk", query.to(dtype)[rows], own_BKND) / temperature
-        return _divergence(teacher.to(dtype)[rows], score_NBK, ~known_BK[rows]).sum(dim=1) / len(query)
+    score_NBG = _scores(query[rows], candidate) / temperature
+    score_NBK = score_NBG.gather(2, own[rows].expand(len(score_NBG), -1, -1))
+    return _divergence(teacher[rows], score_NBK, ~known_BK[rows]).sum(dim=1) / len(query)
 
 
 @torch.no_grad()
@@ -167,12 +162,10 @@ def _left_out(positive: Tensor, candidate_ids: Tensor) -> Tensor:
 
 def _cross_entropy(score_NBG: Tensor, left_out_BG: Tensor, positive: Tensor, above: float | Tensor) -> Tensor:
     """Return ``[N, B]``; the positive itself is never left out, what scores more than ``above`` higher is."""
-    num_paths, num_queries, _ = score_NBG.shape
-    own_NB1 = score_NBG.gather(2, positive.view(1, -1, 1).expand(num_paths, -1, -1))
-    out_NBG = left_out_BG.scatter(1, positive.unsqueeze(1), False) | (score_NBG > own_NB1 + above)
-    logit_NBG = score_NBG.masked_fill(out_NBG, -torch.inf)
-    loss = nn.functional.cross_entropy(logit_NBG.flatten(0, 1), positive.repeat(num_paths), reduction="none")
-    return loss.view(num_paths, num_queries)
+    own_NB1 = positive.view(1, -1, 1).expand(len(score_NBG), -1, -1)
+    above_NBG = score_NBG > score_NBG.gather(2, own_NB1) + above
+    out_NBG = left_out_BG.scatter(1, positive.unsqueeze(1), False) | above_NBG
+    return -score_NBG.masked_fill(out_NBG, -torch.inf).log_softmax(dim=2).gather(2, own_NB1).squeeze(2)
 
 
 def _check_shapes(query: Tensor, candidate: Tensor, positive: Tensor, candidate_ids: Tensor) -> None:

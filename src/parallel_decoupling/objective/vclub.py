@@ -20,20 +20,16 @@ Kind = Literal[Unconditional, GivenTarget]
 
 
 def path_pairs(num_paths: int) -> Tensor:
-    """Return the unordered pairs i < j of paths, ``[M, 2]`` int64 with ``M = N (N - 1) / 2``.
-
-    Ours: CLUB is asymmetric, but both directions cost twice as much and gain little.
-    """
+    """Return the unordered pairs i < j of paths (ours), ``[M, 2]`` int64 with ``M = N (N - 1) / 2``."""
     return torch.stack(torch.triu_indices(num_paths, num_paths, offset=1).unbind(), dim=1)
 
 
 def standardise(paths: Tensor) -> Tensor:
     """Shift and scale each path and dimension to the batch's mean 0 and variance 1.
 
-    With gradient through the statistics (ours): the result does not change when embeddings shrink
-    or move, so no estimate built on it can be lowered that way. The variance (over B, not B - 1)
-    has a floor of 1e-12, which only a constant dimension reaches.
-    Returns ``[B, N, D]`` in fp32 (fp64 for fp64 inputs).
+    With gradient through the statistics (ours), so that no estimate is lowered by shrinking or moving the
+    embeddings. The variance (over B, not B - 1) has a floor of 1e-12. Returns ``[B, N, D]`` in fp32 (fp64 for
+    fp64 inputs).
     """
     value_BND = paths.to(torch.promote_types(paths.dtype, torch.float32))
     variance_ND, mean_ND = torch.var_mean(value_BND, dim=0, correction=0)
@@ -70,10 +66,9 @@ def vclub_bound(target: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
 class PairNetwork(nn.Module):
     """Mean and log-variance of q(z_j | z_i) for all M pairs in one batched network.
 
-    One hidden layer (GELU), no parameter shared between pairs, each initialised like ``nn.Linear``
-    from a draw of its own. The log-variance is clamped to -6 .. 6, so identical paths give at most
-    ``exp(6)``, about 403 per dimension. A clamp, not tanh: where tanh saturates, the raw value keeps
-    drifting, and q needs about twice as many steps to follow paths that come apart.
+    One hidden layer (GELU), no parameter shared between pairs, each initialised like ``nn.Linear`` from a
+    draw of its own. The log-variance is clamped to -6 .. 6, so identical paths give at most ``exp(6)``, about
+    403 per dimension.
     """
 
     def __init__(self, num_pairs: int, embed_dim: int, hidden_size: int) -> None:

@@ -1,10 +1,13 @@
-"""What a run shows of itself, and how it ends well: its settings, alarm, saving on a signal."""
+"""What a run shows of itself, and how it ends well: its settings, progress, alarm, saving on a signal."""
 
 from __future__ import annotations
 
 import signal
+import sys
 import threading
+import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
@@ -20,6 +23,7 @@ from parallel_decoupling.distributed import gather_objects, world_size
 from parallel_decoupling.model.run_checkpoint import LAST_CHECKPOINT
 from parallel_decoupling.objective.contrastive import info_nce
 from parallel_decoupling.objective.statistics import effective_rank, path_cosine
+from parallel_decoupling.training.optimization import total_steps
 from parallel_decoupling.training.resuming import Continuity
 from parallel_decoupling.training.run_folder import requeued_checkpoints
 from parallel_decoupling.training.terms import mean_over_pairs
@@ -50,6 +54,30 @@ class RunSummary(Callback):
         if not any(getattr(callback, "scores_tasks", False) for callback in own):
             advice = "add parallel_decoupling.evaluation.run.Scoring to the Trainer's callbacks"
             rank_zero_warn(f"Nothing scores this test: {advice}, or call evaluate(model, data_dir).")
+
+
+class ProgressLines(Callback):
+    """Writes a line every ten seconds where a progress bar cannot be drawn, as in a job's log."""
+
+    SECONDS = 10.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._shown = trainer.progress_bar_callback is not None and not sys.stdout.isatty()
+        self._since = self._last = time.monotonic()
+        self._first = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Say how far the run is, and how long the rest takes at its speed so far."""
+        now, done, most = time.monotonic(), trainer.global_step, total_steps(trainer)
+        if not self._shown or (now - self._last < self.SECONDS and done < most):
+            return
+        self._last = now
+        left = (now - self._since) / max(1, done - self._first) * (most - done)
+        shown = f", {timedelta(seconds=round(left))} left" if left < timedelta.max.total_seconds() else ""
+        rank_zero_info(f"step {done} of {most:g}, loss {float(outputs['loss']):.3f}{shown}")
 
 
 class CollapseAlarm(Callback):

@@ -4,19 +4,30 @@ A pass without graph gives embeddings as one leaf; after the loss's backward pas
 again with the same seed and now with graph. Rows of similar length share a chunk, so that little is padding.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from parallel_decoupling.batch import EncoderInputs
-from parallel_decoupling.training.randomness import seeded
 
 Encoder = Callable[[EncoderInputs], Tensor]
 LENGTH_GROUPS = 6
 """Forward passes of a batch in one graph, the same on every rank: each pads to its own longest row."""
+
+
+@contextmanager
+def seeded(device: torch.device, *parts: int | str) -> Iterator[None]:
+    """Run the block with torch's generators (CPU and ``device``) seeded from ``parts``, then restore them."""
+    accelerators = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices=accelerators, device_type=device.type if accelerators else "cuda"):
+        digest = hashlib.sha256(repr(parts).encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        yield
 
 
 def length_groups(lengths: Tensor, count: int) -> list[list[int]]:

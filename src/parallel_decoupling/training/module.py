@@ -18,7 +18,7 @@ from parallel_decoupling.model import run_checkpoint
 from parallel_decoupling.model.adapters import AdapterConfig
 from parallel_decoupling.model.encoder import build_encoder, nested_dims
 from parallel_decoupling.model.families import Family
-from parallel_decoupling.model.identity import about_encoder, backbone_fingerprint, encoder_identity
+from parallel_decoupling.model.identity import about_encoder, backbone_fingerprint
 from parallel_decoupling.model.turns import set_training
 from parallel_decoupling.objective.vclub import MutualInformation
 from parallel_decoupling.option_types import (
@@ -31,9 +31,8 @@ from parallel_decoupling.option_types import (
 )
 from parallel_decoupling.training import callbacks, checkpoint, optimization, settings, terms
 from parallel_decoupling.training.compute import Progress
-from parallel_decoupling.training.grad_cache import Encoding, encode_in_chunks
+from parallel_decoupling.training.grad_cache import Encoding, encode_in_chunks, seeded
 from parallel_decoupling.training.optimization import MIConfig, OptimizerConfig
-from parallel_decoupling.training.randomness import seeded
 from parallel_decoupling.training.strategies import own_gradients_only, shard_encoder
 
 if TYPE_CHECKING:
@@ -348,16 +347,12 @@ class PDFEmbedder(LightningModule):
         """Identify the frozen weights, once: before they are sharded."""
         return backbone_fingerprint(self.encoder.backbone)
 
-    def identity(self) -> dict[str, Any]:
-        """Identify what turns inputs into embeddings; see ``model.identity.encoder_identity``."""
-        precision = None if self._trainer is None else str(self._trainer.precision)
-        shaping = {name: self.hparams[name] for name in settings.SHAPES_EMBEDDINGS}
-        known = self.fingerprint
-        return encoder_identity(self.encoder, fingerprint=known, precision=precision, settings=shaping)
-
     def about(self) -> dict[str, Any]:
         """Return what stored embeddings say of this model; see ``model.identity.about_encoder``."""
-        return about_encoder(self.encoder, self.identity())
+        precision = None if self._trainer is None else str(self._trainer.precision)
+        shaping = {name: self.hparams[name] for name in settings.SHAPES_EMBEDDINGS}
+        conditions: dict[str, Any] = {"precision": precision, "settings": shaping}
+        return about_encoder(self.encoder, fingerprint=self.fingerprint, **conditions)
 
     def run_info(self) -> dict[str, Any]:
         """Return settings, seed, steps and compute behind the weights, as plain values."""

@@ -8,7 +8,6 @@ unless it is named.
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,43 +24,38 @@ MOST_POSITIVES, FRAMES = 4, 10
 FILE = "test-00000-of-00001.parquet"
 
 Rows = list[dict[str, Any]]
-Grade = Callable[[Scene], int]  # of a picture as an answer to a text, 0 for a wrong one
+Graded = dict[str, list[int]]  # by text the grade of every picture as an answer to it, 0 for a wrong one
 
 
-def objects(rng: Rng, scenes: Sequence[Scene], count: int) -> dict[str, Grade]:
+def objects(rng: Rng, scenes: Sequence[Scene], count: int) -> Graded:
     """Ask for an object by color and shape, often by size, too; one of another size is half right."""
     kinds = [kind for kind in product(SHAPES, world.COLORS, ("", *world.SIZES)) if kind[:2] not in HELD_OUT]
-    asked = (kinds[number] for number in rng.permutation(len(kinds)))
-    wanted: dict[str, Grade] = {}
-    for shape, color, size in asked:
-        grade = partial(_grade, shape, color, size)
-        if len(wanted) < count and any(grade(scene) == 2 for scene in scenes):
-            wanted[" ".join(filter(None, ("a", size, color, shape)))] = grade
+    wanted: Graded = {}
+    for shape, color, size in (kinds[number] for number in rng.permutation(len(kinds))):
+        grades = [_grade(scene, shape, color, size) for scene in scenes]
+        if len(wanted) < count and 2 in grades:
+            wanted[" ".join(filter(None, ("a", size, color, shape)))] = grades
     return wanted
 
 
-def _grade(shape: str, color: str, size: str, scene: Scene) -> int:
+def _grade(scene: Scene, shape: str, color: str, size: str) -> int:
     found = [item for _, item in scene.objects if (item.shape, item.color) == (shape, color)]
     return max((2 if size in ("", item.size) else 1 for item in found), default=0)
 
 
-def fragments(rng: Rng, scenes: Sequence[Scene], count: int) -> dict[str, Grade]:
+def fragments(rng: Rng, scenes: Sequence[Scene], count: int) -> Graded:
     """Ask for one or two parts of a picture's caption."""
-    wanted: dict[str, Grade] = {}
+    captions, wanted = [scene.caption().split(", ") for scene in scenes], Graded()
     for _ in range(20 * count):
-        parts = scenes[int(rng.integers(len(scenes)))].caption().split(", ")
+        parts = captions[int(rng.integers(len(scenes)))]
         kept = sorted(rng.permutation(len(parts))[: int(rng.integers(1, 3))].tolist())
         chosen = [parts[number] for number in kept]
         if len(wanted) < count:
-            wanted[", ".join(chosen)] = partial(_has_all, chosen)
+            wanted[", ".join(chosen)] = [int({*chosen} <= {*caption}) for caption in captions]
     return wanted
 
 
-def _has_all(parts: list[str], scene: Scene) -> int:
-    return int(set(parts) <= set(scene.caption().split(", ")))
-
-
-ANSWER_TASKS: dict[str, tuple[bool, str, Callable[[Rng, Sequence[Scene], int], dict[str, Grade]]]] = {
+ANSWER_TASKS: dict[str, tuple[bool, str, Callable[[Rng, Sequence[Scene], int], Graded]]] = {
     "ObjectPictures": (True, "Find all pictures that show", objects),
     "UnseenFragments": (False, "Find all pictures that match", fragments),
 }
@@ -79,24 +73,22 @@ def write_answers(data_dir: Path, name: str, rng: Rng, train_rows: int, eval_row
     wanted = ask(rng, scenes, eval_rows)
     corpus = [{"corpus-id": number, "picture": file} for number, file in enumerate(files)]
     queries = [{"query-id": number, "query": text} for number, text in enumerate(wanted)]
-    tables = {"corpus": corpus, "queries": queries, "qrels": _judged(wanted, scenes)}
+    tables = {"corpus": corpus, "queries": queries, "qrels": _judged(wanted)}
     if is_trained:
         tables["train"] = _train_rows(folder, ask, rng, train_rows)
         entry["train_file"], columns["negative_image"] = f"{place}/train.parquet", "other"
-    _write_tables(folder, {f"{part}.parquet": rows for part, rows in tables.items()})
+    write_tables(folder, {f"{part}.parquet": rows for part, rows in tables.items()})
     entry["query_instruction"] = instruction
     return entry | {"candidate_instruction": "Represent the given picture"}
 
 
-def _train_rows(folder: Path, ask: Callable[..., dict[str, Grade]], rng: Rng, count: int) -> Rows:
+def _train_rows(folder: Path, ask: Callable[..., Graded], rng: Rng, count: int) -> Rows:
     """Draw rows of up to ``MOST_POSITIVES`` pictures from a small stock, and a wrong one."""
     scenes = [sample_scene(rng) for _ in range(max(32, count // 4))]
     files = np.array(_write_pictures(folder, "pictures/train", scenes))
-    wanted = ask(rng, scenes, count).items()
-    graded = [(text, np.array([grade(scene) for scene in scenes])) for text, grade in wanted]
-    rows = []
-    for number in rng.integers(len(graded), size=count):
-        text, grades = graded[number]
+    rows, wanted = [], [(text, np.array(grades)) for text, grades in ask(rng, scenes, count).items()]
+    for number in rng.integers(len(wanted), size=count):
+        text, grades = wanted[number]
         right, wrong = rng.permutation(files[grades == 2]), rng.choice(files[grades == 0])
         rows.append({"query": text, "picture": right[:MOST_POSITIVES].tolist(), "other": str(wrong)})
     return rows
@@ -143,8 +135,8 @@ def _write_pages(folder: Path, pages: list[Scene], rng: Rng, *, as_bytes: bool) 
         {"query-id": number, "query": text, "language": "english" if number % 4 else "latin"}
         for number, text in enumerate(wanted)
     ]
-    tables = {"corpus": corpus, "queries": queries, "qrels": _judged(wanted, pages)}
-    _write_tables(folder, {f"{part}/{FILE}": rows for part, rows in tables.items()})
+    tables = {"corpus": corpus, "queries": queries, "qrels": _judged(wanted)}
+    write_tables(folder, {f"{part}/{FILE}": rows for part, rows in tables.items()})
 
 
 def _write_clips(folder: Path, rng: Rng, count: int) -> None:
@@ -160,20 +152,21 @@ def _write_clips(folder: Path, rng: Rng, count: int) -> None:
             offset = round(way * (end % 2 - start % 2)), round(way * (end // 2 - start // 2))
             clip.append(Scene(cells, "white", (offset,) * 4))
         _write_pictures(folder, f"frames/{name}/frame", clip, digits=4)
-    _write_tables(folder, {FILE: [{"video_id": name, "caption": text} for text, name in rows.items()]})
+    write_tables(folder, {FILE: [{"video_id": name, "caption": text} for text, name in rows.items()]})
 
 
-def _judged(wanted: Mapping[str, Grade], scenes: Sequence[Scene]) -> Rows:
+def _judged(wanted: Graded) -> Rows:
     """Return the judgement of every right answer."""
     return [
-        {"query-id": query, "corpus-id": number, "score": grade(scene)}
-        for query, grade in enumerate(wanted.values())
-        for number, scene in enumerate(scenes)
-        if grade(scene)
+        {"query-id": query, "corpus-id": number, "score": grade}
+        for query, grades in enumerate(wanted.values())
+        for number, grade in enumerate(grades)
+        if grade
     ]
 
 
-def _write_tables(folder: Path, tables: Mapping[str, Rows]) -> None:
+def write_tables(folder: Path, tables: Mapping[str, Rows]) -> None:
+    """Write Parquet files by name, with the folders that they are in."""
     for name, rows in tables.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.Table.from_pylist(rows), folder / name)

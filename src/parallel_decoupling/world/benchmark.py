@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from parallel_decoupling.data.tables import default_cache_dir
 from parallel_decoupling.files import atomic_write
-from parallel_decoupling.world.answers import ANSWER_TASKS, write_answers, write_pages_and_clips
+from parallel_decoupling.world import answers
 from parallel_decoupling.world.rows import WORLD_TASKS, Row, Side, WorldTask
 from parallel_decoupling.world.scenes import Rng
 
@@ -65,10 +63,10 @@ def generate(data_dir: Path, *, train_rows: int, eval_rows: int, seed: int) -> N
         _write_eval(data_dir / "MMEB-eval", task, [task.draw(rng) for _ in range(eval_rows)], rng)
     keys = ("meta_task", "in_distribution")
     table: dict[str, Any] = {task.name: {key: getattr(task, key) for key in keys} for task in WORLD_TASKS}
-    for name in ANSWER_TASKS:
+    for name in answers.ANSWER_TASKS:
         rng = np.random.default_rng([seed, len(table), 1])
-        table[name] = write_answers(data_dir, name, rng, train_rows, eval_rows)
-    table |= write_pages_and_clips(data_dir, np.random.default_rng([seed, len(table), 1]), eval_rows)
+        table[name] = answers.write_answers(data_dir, name, rng, train_rows, eval_rows)
+    table |= answers.write_pages_and_clips(data_dir, np.random.default_rng([seed, len(table), 1]), eval_rows)
     (data_dir / "tasks.json").write_text(json.dumps(table, indent=2) + "\n")
 
 
@@ -93,14 +91,13 @@ def _write_train(train_dir: Path, task: WorldTask, rows: list[Row]) -> None:
     sides = ((row.query, row.positive, row.negatives[0]) for row in rows)
     cells = ([cell for side in row for cell in (side.text, write(side))] for row in sides)
     table = [dict(zip(columns, row, strict=True)) for row in cells]
-    (train_dir / task.name).mkdir(parents=True)
-    pq.write_table(pa.Table.from_pylist(table), train_dir / task.name / "original-00000-of-00001.parquet")
+    answers.write_tables(train_dir / task.name, {"original-00000-of-00001.parquet": table})
 
 
 def _write_eval(eval_dir: Path, task: WorldTask, rows: list[Row], rng: Rng) -> None:
     write = _image_writer(eval_dir, task.name, "image")
     positives = [write(row.positive) for row in rows]
-    table: list[dict[str, str | list[str]]] = []
+    table: answers.Rows = []
     for index, row in enumerate(rows):
         negatives = [(side.text, write(side)) for side in row.negatives]
         known = {row.positive.meaning, *(side.meaning for side in row.negatives)}
@@ -114,4 +111,4 @@ def _write_eval(eval_dir: Path, task: WorldTask, rows: list[Row], rng: Rng) -> N
         texts, paths = zip((row.positive.text, positives[index]), *negatives, strict=True)
         query = {"qry_text": row.query.text, "qry_img_path": write(row.query)}
         table.append({**query, "tgt_text": list(texts), "tgt_img_path": list(paths)})
-    pq.write_table(pa.Table.from_pylist(table), eval_dir / task.name / "test-00000-of-00001.parquet")
+    answers.write_tables(eval_dir / task.name, {answers.FILE: table})

@@ -4,11 +4,10 @@ import unicodedata
 from functools import cache
 
 import numpy as np
-from matplotlib import get_data_path
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from sklearn.datasets import load_digits
 
-from parallel_decoupling.world.scenes import IMAGE_SIZE, Rng
+from parallel_decoupling.world.scenes import IMAGE_SIZE, Rng, font
 
 CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZΓΔΘΛΞΠΣΦΨΩαβλμ←↑→↓♠♣♥♦★☎☀☂♩♫"
 """Characters of the glyph family: digits, Latin and Greek letters, symbols."""
@@ -28,10 +27,10 @@ def unicode_name(character: str) -> str:
 
 def render_glyph(character: str, font_name: str, rng: Rng, *, coarse: bool = False) -> Image.Image:
     """Draw one character, dark on light, 64 x 64 RGB; with ``coarse`` as a low-resolution scan."""
-    font = _font(font_name, int(rng.integers(48, 58)))
+    face = font(font_name, int(rng.integers(48, 58)))
     picture = Image.new("L", (IMAGE_SIZE, IMAGE_SIZE), 0)
     dx, dy = rng.integers(-2, 3, size=2)
-    ImageDraw.Draw(picture).text((32 + dx, 32 + dy), character, font=font, fill=255, anchor="mm")
+    ImageDraw.Draw(picture).text((32 + dx, 32 + dy), character, font=face, fill=255, anchor="mm")
     picture = picture.rotate(float(rng.uniform(-6, 6)), Image.Resampling.BILINEAR)
     if coarse:
         side = int(rng.integers(8, 13))
@@ -52,8 +51,3 @@ def handwritten_digits() -> tuple[tuple[Image.Image, ...], tuple[int, ...]]:
         small = Image.fromarray((255 - pixels * (255 / 16)).round().astype(np.uint8))
         pictures.append(small.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC).convert("RGB"))
     return tuple(pictures), tuple(int(value) for value in digits.target)
-
-
-@cache
-def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(f"{get_data_path()}/fonts/ttf/{name}.ttf", size)

@@ -109,18 +109,14 @@ def sign(rng: Rng) -> Row:
     return Row(query, positive, _distinct(positive, negatives))
 
 
-def character(rng: Rng) -> Row:
-    """Name a rendered digit, letter or symbol by its Unicode name; half of them as a coarse scan."""
-    seen = [each for each in glyphs.CHARACTERS if each not in glyphs.UNSEEN_CHARACTERS]
-    return _named_glyph(rng, seen, str(rng.choice(glyphs.TRAINING_FONTS)), coarse=bool(rng.random() < 0.5))
+def character(rng: Rng, *, unseen: bool = False) -> Row:
+    """Name a rendered digit, letter or symbol by its Unicode name; half of them are a coarse scan.
 
-
-def unseen_character(rng: Rng) -> Row:
-    """Name a character that no training row shows, in a face never trained on."""
-    return _named_glyph(rng, list(glyphs.UNSEEN_CHARACTERS), glyphs.HELD_OUT_FONT)
-
-
-def _named_glyph(rng: Rng, characters: list[str], font: str, *, coarse: bool = False) -> Row:
+    ``unseen`` is one that no training row shows, in a face never trained on and never coarse.
+    """
+    characters = [each for each in glyphs.CHARACTERS if (each in glyphs.UNSEEN_CHARACTERS) == unseen]
+    font = glyphs.HELD_OUT_FONT if unseen else str(rng.choice(glyphs.TRAINING_FONTS))
+    coarse = not unseen and bool(rng.random() < 0.5)
     chosen, *others = rng.permutation(characters)
     picture = glyphs.render_glyph(chosen, font, rng, coarse=coarse)
     query = _seen("Identify the character in the picture", picture)
@@ -218,11 +214,10 @@ WORLD_TASKS = (
     WorldTask("SceneEdit", "retrieval", True, edited_scene),
     WorldTask("ObjectCrop", "grounding", True, object_crop),
     WorldTask("UnseenObject", "classification", False, partial(object_type, held_out=True)),
-    WorldTask("UnseenCharacter", "classification", False, unseen_character),
+    WorldTask("UnseenCharacter", "classification", False, partial(character, unseen=True)),
     WorldTask("HandwrittenDigit", "classification", False, handwritten_digit),
     WorldTask("RelationQA", "vqa", False, partial(question, asks=relation_questions)),
     WorldTask("UnseenScene_t2i", "retrieval", False, partial(caption_to_scene, held_out=True)),
     WorldTask("Objects_t2i", "retrieval", False, objects_to_scene),
     WorldTask("PositionCrop", "grounding", False, partial(object_crop, by_place=True)),
 )
-"""All tasks; the in-distribution ones have a training subset of the same name."""

@@ -220,7 +220,12 @@ def _mask(shape: str, radius: float) -> Image.Image:
 @cache
 def _word_sprite(word: str) -> Image.Image:
     side = _CELL * 4
-    font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans-Bold.ttf", 72)
-    sprite = Image.new("RGBA", (side, side), (0, 0, 0, 0))
-    ImageDraw.Draw(sprite).text((side / 2, side / 2), word, font=font, fill="black", anchor="mm")
+    sprite, bold = Image.new("RGBA", (side, side), (0, 0, 0, 0)), font("DejaVuSans-Bold", 72)
+    ImageDraw.Draw(sprite).text((side / 2, side / 2), word, font=bold, fill="black", anchor="mm")
     return sprite.resize((_CELL, _CELL), Image.Resampling.BOX)
+
+
+@cache
+def font(name: str, size: int) -> ImageFont.FreeTypeFont:
+    """Return a face that matplotlib ships, so that pictures are the same on every machine."""
+    return ImageFont.truetype(f"{get_data_path()}/fonts/ttf/{name}.ttf", size)
