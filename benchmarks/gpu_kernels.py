@@ -21,7 +21,8 @@ from parallel_decoupling.batch import EncoderInputs
 from parallel_decoupling.model.adapters import AdapterConfig
 from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.training.module import PDFEmbedder
-from tests.support.tiny import noise_image, save_random_model, tiny_config, tiny_inputs, tiny_processor
+from tests.support.families import qwen2_vl
+from tests.support.tiny import noise_image, save_random_model, tiny_inputs
 
 FROZEN = AdapterConfig(kind="frozen")
 LIMITS = {"bfloat16": 5e-3, "float32": 1e-5}
@@ -41,10 +42,10 @@ def products(machine: Machine) -> list[Row]:
     return [Row(f"{side} x {side} x {side}, bf16", rate, "TFLOP/s", beside, "published peak")]
 
 
-def wide_config() -> Qwen2VLConfig:
-    """Return a small config whose heads are as wide as those of real models: kernels refuse narrow ones."""
-    config = tiny_config(tiny_processor().tokenizer)
-    text = config.text_config.to_dict() | {"hidden_size": 256, "intermediate_size": 512}
+def wide_model() -> tuple[Any, Qwen2VLConfig]:
+    """Return a processor and a small config with heads as wide as real ones; kernels refuse narrow ones."""
+    processor, config = qwen2_vl()
+    text = config.text_config.to_dict() | {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
     rope = {**config.text_config.rope_parameters, "mrope_section": [16, 8, 8]}
     sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "rope_parameters": rope}
     text |= {**sizes, "initializer_range": 0.05}
@@ -52,7 +53,7 @@ def wide_config() -> Qwen2VLConfig:
     top = {"image_token_id": config.image_token_id, "video_token_id": config.video_token_id}
     top |= {"vision_start_token_id": config.vision_start_token_id, "tie_word_embeddings": True}
     top["vision_end_token_id"] = config.vision_end_token_id
-    return Qwen2VLConfig(text_config=text, vision_config=vision, **top)
+    return processor, Qwen2VLConfig(text_config=text, vision_config=vision, **top)
 
 
 def encoded(encoder: ParallelEncoder, inputs: EncoderInputs) -> tuple[Tensor, Tensor | None]:
@@ -94,7 +95,7 @@ def attention(machine: Machine, kernel: str, dtypes: tuple[str, ...]) -> list[Ro
     image = [noise_image(64, 48)]
     inputs = [("<|image_pad|>\n" + texts[0], image), (texts[1], []), (texts[2], [])]
     with tempfile.TemporaryDirectory() as folder:
-        save_random_model(tiny_processor(), wide_config(), folder, seed=0)
+        save_random_model(*wide_model(), folder, seed=0)
         for dtype, length in product(dtypes, (0, 8)):
             encoders = pair(folder, machine.device, kernel, dtype, length)
             for padding, chosen in (("padded", inputs), ("unpadded", inputs[:1])):
@@ -121,7 +122,7 @@ def four_bit(machine: Machine) -> list[Row]:
     if importlib.util.find_spec(PACKAGES["four_bit"]) is None:
         return [Row("bitsandbytes is not installed", note="not checked")]
     with tempfile.TemporaryDirectory() as folder:
-        save_random_model(tiny_processor(), wide_config(), folder, seed=0)
+        save_random_model(*wide_model(), folder, seed=0)
         options: dict[str, Any] = {"num_paths": 2, "prefix_length": 4, "prefix_init": "random"}
         options |= {"dtype": "bfloat16", "adapter": AdapterConfig(kind="lora")}
         models = [PDFEmbedder(folder, quantization=kind, **options) for kind in KINDS]

@@ -20,8 +20,8 @@ from parallel_decoupling.model.adapters import AdapterConfig, add_adapters
 from parallel_decoupling.model.backbone import Backbone, load_processor
 from parallel_decoupling.model.families import FAMILIES
 from parallel_decoupling.training.module import PDFEmbedder
+from tests.support.families import save_tiny_backbone
 from tests.support.published_sizes import save_published
-from tests.support.tiny import save_tiny_backbone
 
 PEAKS = {
     "B200": 2250e12,

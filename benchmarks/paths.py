@@ -19,7 +19,8 @@ from torch import nn
 from parallel_decoupling.batch import EncoderInputs
 from parallel_decoupling.model.backbone import TINY_BACKBONE_DIR, Backbone, load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
-from tests.support.tiny import noise_image, save_tiny_backbone, tiny_inputs
+from tests.support.families import save_tiny_backbone
+from tests.support.tiny import noise_image, tiny_inputs
 
 NUM_PATHS = 4
 BATCH_SIZE = 16

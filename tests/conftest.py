@@ -11,8 +11,8 @@ from PIL import Image
 from parallel_decoupling import cli
 from parallel_decoupling.evaluation.embedder import Embedder
 from tests.support.embedders import tiny_embedder
+from tests.support.families import save_tiny_backbone
 from tests.support.mmeb import save_tiny_mmeb
-from tests.support.tiny import save_tiny_backbone
 from tests.support.tiny_clip import save_tiny_clip
 
 
@@ -88,6 +88,28 @@ def checkpoint(tiny_backbone_dir: str, tmp_path_factory: pytest.TempPathFactory)
     trainer.strategy.connect(small_embedder(tiny_backbone_dir))
     trainer.save_checkpoint(folder / "tiny.ckpt", weights_only=True)
     return folder / "tiny.ckpt"
+
+
+@pytest.fixture(scope="session")
+def trained_run(tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two steps, to be read only."""
+    from tests.support.fit import make_trainer, small_data, small_embedder
+
+    folder = tmp_path_factory.mktemp("trained_run")
+    trainer = make_trainer(folder, max_steps=2)
+    options = {"query_instruction": "find", "aggregation": "learned", "learn_temperature": True}
+    trainer.fit(small_embedder(tiny_backbone_dir, **options), small_data(tiny_mmeb_dir, image_size="low"))
+    trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt")
+    return folder
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("this test allows no network")
+
+    for name in ("getaddrinfo", "create_connection", "socket.connect", "socket.connect_ex"):
+        monkeypatch.setattr(f"socket.{name}", refuse)
 
 
 @pytest.fixture

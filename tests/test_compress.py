@@ -35,19 +35,21 @@ def test_cosines_are_kept_where_the_paths_span_no_more_than_d_directions() -> No
     torch.testing.assert_close(small_RD @ small_RD.T, (concat_RE @ concat_RE.T).float())
 
 
-@pytest.fixture(scope="module")
-def run_dir(tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
-    trainer = make_trainer(folder, max_steps=2)
-    module = small_embedder(tiny_backbone_dir, aggregation="concat", num_paths=2)
-    trainer.fit(module, small_data(tiny_mmeb_dir))
+def save_run(backbone: str, data_dir: str, folder: Path, **settings: Any) -> Path:
+    trainer = make_trainer(folder, max_steps=1)
+    trainer.fit(small_embedder(backbone, **settings), small_data(data_dir))
     trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt")
     return folder
 
 
-def test_only_the_aggregate_changes_and_an_export_has_it(
-    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], mistake: Any
+def test_only_the_aggregate_changes_an_export_has_it_and_training_does_not_resume_from_it(
+    tiny_backbone_dir: str,
+    tiny_mmeb_dir: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    mistake: Any,
 ) -> None:
+    run_dir = save_run(tiny_backbone_dir, tiny_mmeb_dir, tmp_path / "run", aggregation="concat")
     file = tmp_path / "small.ckpt"
     cli.main(["compress", str(run_dir), str(file)])
     assert "32 numbers instead of 64" in capsys.readouterr().out
@@ -59,7 +61,12 @@ def test_only_the_aggregate_changes_and_an_export_has_it(
     torch.testing.assert_close(cut_Bd, F.normalize(small_BD[:, :8], dim=-1))
     after.save_pretrained(tmp_path / "shared")
     torch.testing.assert_close(Embedder.from_pretrained(tmp_path / "shared").encode(TEXTS), small_BD)
-    assert PDFEmbedder.load_from_checkpoint(file).hparams["aggregation"] == "linear"
+    module = PDFEmbedder.load_from_checkpoint(file)
+    assert module.hparams["aggregation"] == "linear"
+    with pytest.raises(ValueError, match="compress"):
+        make_trainer(tmp_path, max_steps=3).fit(
+            module, small_data(tiny_mmeb_dir), ckpt_path=file, weights_only=True
+        )
     assert "exists; name another file" in mistake(["compress", str(run_dir), str(file)])
     new = str(tmp_path / "new.ckpt")
     assert "is an exported folder" in mistake(["compress", str(tmp_path / "shared"), new])
@@ -68,18 +75,5 @@ def test_only_the_aggregate_changes_and_an_export_has_it(
 def test_one_path_has_nothing_to_compress(
     tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path, mistake: Any
 ) -> None:
-    trainer = make_trainer(tmp_path, max_steps=1)
-    trainer.fit(
-        small_embedder(tiny_backbone_dir, num_paths=1, aggregate_weight=0.0), small_data(tiny_mmeb_dir)
-    )
-    trainer.save_checkpoint(tmp_path / "one.ckpt")
-    assert "one path" in mistake(["compress", str(tmp_path / "one.ckpt"), str(tmp_path / "small.ckpt")])
-
-
-def test_training_does_not_resume_from_it(run_dir: Path, tmp_path: Path, tiny_mmeb_dir: str) -> None:
-    cli.main(["compress", str(run_dir), str(tmp_path / "small.ckpt")])
-    module = PDFEmbedder.load_from_checkpoint(tmp_path / "small.ckpt")
-    with pytest.raises(ValueError, match="compress"):
-        make_trainer(tmp_path, max_steps=3).fit(
-            module, small_data(tiny_mmeb_dir), ckpt_path=tmp_path / "small.ckpt", weights_only=True
-        )
+    run_dir = save_run(tiny_backbone_dir, tiny_mmeb_dir, tmp_path, num_paths=1, aggregate_weight=0.0)
+    assert "one path" in mistake(["compress", str(run_dir), str(tmp_path / "small.ckpt")])

@@ -20,8 +20,9 @@ from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.plan import Plan, read_layout, saved_bytes
 from parallel_decoupling.training.module import PDFEmbedder
 from recipes.ready_configs import READY, ROWS, ready_config
+from tests.support.families import save_tiny_backbone
 from tests.support.published_sizes import PUBLISHED, save_published
-from tests.support.tiny import noise_image, save_tiny_backbone, tiny_inputs
+from tests.support.tiny import noise_image, tiny_inputs
 
 PROJECT_DIR = Path(__file__).parent.parent
 CONFIG_DIR = PROJECT_DIR / "lightning_configs"
@@ -33,16 +34,6 @@ class BuiltCLI(RunCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         self.built = subcommand
-
-
-class ParsedCLI(RunCLI):
-    """Parses and builds nothing."""
-
-    def instantiate_classes(self) -> None:
-        """Build nothing."""
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Run nothing."""
 
 
 @pytest.fixture
@@ -134,7 +125,7 @@ def test_a_ready_file_equals_its_layers_on_the_command_line() -> None:
     layers = [f"--config={CONFIG_DIR / layer}.yaml" for layer in ROWS[name]]
     options = {"joined": [f"--config={ready_file(name)}"]}
     options["layers"] = [*layers, f"--trainer.default_root_dir=runs/{name}"]
-    parsed = {key: ParsedCLI(["fit", *each]).config["fit"].as_dict() for key, each in options.items()}
+    parsed = {key: PlannedCLI(["fit", *each]).config["fit"].as_dict() for key, each in options.items()}
     for config in parsed.values():
         del config["config"]
     assert parsed["joined"] == parsed["layers"]

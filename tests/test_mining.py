@@ -76,7 +76,7 @@ def test_neighbours_stand_side_by_side_also_where_rows_are_left_out(step: int) -
     assert changes == len(set(kept)) - 1
 
 
-def test_rows_with_one_candidate_are_no_neighbours() -> None:
+def test_rows_with_one_candidate_are_not_neighbours() -> None:
     """Of 4 pairs of labels that are mixed up with each other, both are in every cluster, evenly."""
     own = torch.arange(8).repeat(8)[torch.randperm(64)].tolist()
     order = mining.neighbour_order([[label ^ 1] for label in own], own).tolist()

@@ -26,25 +26,20 @@ pytestmark = pytest.mark.slow
 PROMPTS = {"query": "Find a picture that matches the caption:", "document": "Represent the given picture"}
 
 
-def metadata(name: str, kind: str, category: str, modalities: list[str], main_score: str) -> TaskMetadata:
-    values: dict[str, Any] = {
-        "name": name,
-        "type": kind,
-        "category": category,
-        "modalities": modalities,
-        "main_score": main_score,
-        "description": "Generated pictures.",
-        "dataset": {"path": "generated", "revision": "1"},
-        "eval_splits": ["test"],
-        "eval_langs": ["eng-Latn"],
-    }
-    return TaskMetadata(**values)
-
-
 class WorldPictures(AbsTaskRetrieval):
     """Find the picture of a caption among the pictures of all captions and one near miss of each."""
 
-    metadata = metadata("WorldPictures", "Any2AnyRetrieval", "t2i", ["text", "image"], "ndcg_at_10")
+    metadata = TaskMetadata(
+        name="WorldPictures",
+        type="Any2AnyRetrieval",
+        category="t2i",
+        modalities=["text", "image"],
+        main_score="ndcg_at_10",
+        description="Generated pictures.",
+        dataset={"path": "generated", "revision": "1"},
+        eval_splits=["test"],
+        eval_langs=["eng-Latn"],
+    )
 
     def load_data(self, num_proc: int | None = None, **options: Any) -> None:
         rng = np.random.default_rng(0)
@@ -76,12 +71,7 @@ def embedder() -> Embedder:
 
 
 @pytest.fixture
-def tasks(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    def refuse(*arguments: Any) -> None:
-        raise AssertionError("no network")
-
-    for name in ("connect", "connect_ex"):
-        monkeypatch.setattr(f"socket.socket.{name}", refuse)
+def tasks(no_network: None) -> list[Any]:
     return [WorldPictures()]
 
 

@@ -53,12 +53,6 @@ def command_lines(text: str) -> list[list[str]]:
     return [each[1:] if each[0] == "srun" else each for each in words if each]
 
 
-def named_yaml(text: str) -> dict[str, str]:
-    """YAML blocks that begin with the name of a file, by that name."""
-    found = {block.splitlines()[0].removeprefix("# "): block for block in blocks(text, "yaml")}
-    return {name: block for name, block in found.items() if name.endswith(".yaml")}
-
-
 COMMANDS = {
     shlex.join(words[1:]): words[1:]
     for text in PAGES.values()
@@ -70,7 +64,9 @@ PAGE_OF: dict[str, str] = {}
 for each_page, each_text in PAGES.items():
     for each_words in command_lines(each_text):
         PAGE_OF.setdefault(shlex.join(each_words[1:]), each_page)
-SHOWN_YAML = {name: block for text in PAGES.values() for name, block in named_yaml(text).items()}
+YAML = [block for text in PAGES.values() for block in blocks(text, "yaml")]
+SHOWN_YAML = {name: each for each in YAML if (name := each.splitlines()[0][2:]).endswith(".yaml")}
+"""YAML blocks that begin with the name of a file, by that name."""
 
 
 def options(words: list[str]) -> dict[str, Any]:

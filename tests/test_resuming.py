@@ -93,37 +93,37 @@ def state(folder: Path) -> dict[str, Any]:
     return dict(torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
 
 
+def test_a_run_logs_its_terms_and_the_scores_of_its_validation_tasks_alone(uninterrupted: Any) -> None:
+    terms = "loss contrastive_path_1 mi_pair_0_1 estimator_nll_held_out hit_at_1_aggregate path_cosine"
+    terms += " effective_rank gradient_norm"
+    wanted = {*(f"train/{term}" for term in terms.split()), "lr/estimator", "mix/colours_i2t"}
+    for values in uninterrupted[0]:
+        names = {name for _, name in values}
+        assert names >= {*wanted, "compute/token_passes", "val/overall", "val/colours_i2t/hit_at_1"}
+        assert not any("colours_t2i" in name for name in names if name.startswith("val/"))
+
+
 def stop_at(place: str, steps: int, number: int) -> None:
     """Send this process a signal: in or before a step, in a validation, or when a checkpoint is written."""
-    step, validation, save = PDFEmbedder._main_step, PDFEmbedder.validation_step, Trainer.save_checkpoint
-
-    def in_step(self: PDFEmbedder) -> None:
-        if self.progress.steps_done == steps:
-            os.kill(os.getpid(), number)
-        step(self)
-
-    def in_validation(self: PDFEmbedder, *args: Any) -> Any:
-        if self.progress.steps_done == steps:
-            os.kill(os.getpid(), number)
-        return validation(self, *args)
-
-    def after_save(self: Trainer, *args: Any, **options: Any) -> None:
-        save(self, *args, **options)
-        if self.global_step == steps:
-            os.kill(os.getpid(), number)
-
-    def before_step(self: PDFEmbedder, *args: Any) -> None:
-        if self.progress.steps_done == steps:
-            os.kill(os.getpid(), number)
-
-    if place == "between":
-        PDFEmbedder.on_train_batch_start = before_step  # type: ignore[method-assign]
-    if place == "step":
-        PDFEmbedder._main_step = in_step  # type: ignore[method-assign]
-    if place == "validation":
-        PDFEmbedder.validation_step = in_validation  # type: ignore[method-assign]
     if place == "save":
+        save = Trainer.save_checkpoint
+
+        def after_save(self: Trainer, *args: Any, **options: Any) -> None:
+            save(self, *args, **options)
+            if self.global_step == steps:
+                os.kill(os.getpid(), number)
+
         Trainer.save_checkpoint = after_save  # type: ignore[method-assign]
+        return
+    name = {"between": "on_train_batch_start", "step": "_main_step", "validation": "validation_step"}[place]
+    function = getattr(PDFEmbedder, name)
+
+    def stopping(self: PDFEmbedder, *args: Any) -> Any:
+        if self.progress.steps_done == steps:
+            os.kill(os.getpid(), number)
+        return function(self, *args)
+
+    setattr(PDFEmbedder, name, stopping)
 
 
 def stopped(config_file: Path, folder: Path, place: str, steps: int, number: int) -> None:
@@ -243,7 +243,7 @@ def test_files_and_folders_have_the_mode_that_umask_gives(umask: int, tmp_path: 
     assert mode(tmp_path / "folder") == 0o777 & ~umask
 
 
-def test_what_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+def test_what_fails_leaves_the_old_file_and_nothing_else_and_keeps_its_words(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     write_text(file, "old")
     with suppress(KeyError), atomic_write(file) as unfinished:
@@ -251,6 +251,8 @@ def test_what_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None
         assert file.read_text() == "old"
         assert unfinished.stat().st_dev == file.stat().st_dev
         raise KeyError
+    with pytest.raises(RuntimeError, match="^unexpected pos 704$"):
+        fill(file, KeyError())
     assert file.read_text() == "old"
     write_text(file, "new")
     assert file.read_text() == "new"
@@ -318,11 +320,6 @@ def test_a_file_that_cannot_be_read_on_is_named() -> None:
         with pytest.raises(OSError, match="x") as caught, reading("a.ckpt"):
             raise other
         assert caught.value is other
-
-
-def test_another_error_keeps_its_words(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="^other$"), atomic_write(tmp_path / "a"):
-        raise RuntimeError("other")
 
 
 def try_lock(folder: Path, held: bool) -> None:

@@ -35,6 +35,7 @@ from parallel_decoupling.evaluation.report import (
     TaskResult,
     text_table,
 )
+from parallel_decoupling.model.identity import SEAL
 
 TABLE = Path(__file__).with_name("published_mmeb.csv")
 SPLITS = ("in_distribution", "out_of_distribution")
@@ -201,7 +202,7 @@ def read_scores(path: str | Path) -> TaskScores:
     versions = set()
     for file in files:
         content = json.loads(file.read_text(encoding="utf-8"))
-        if "tasks" in content and "format" in content:
+        if "tasks" in content and SEAL in content:
             return _from_report(ScoreReport.from_json_file(file))
         if isinstance(content.get("metrics"), dict):
             return _from_leaderboard(content["metrics"], file)

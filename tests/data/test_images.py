@@ -343,7 +343,7 @@ def test_pairs_keep_order_and_identity(processor: Any, tmp_path: Path) -> None:
     assert batch.to("cpu").subsets == batch.subsets
 
 
-def test_a_missing_negative_is_a_short_text_that_is_no_target(processor: Any, tmp_path: Path) -> None:
+def test_a_missing_negative_is_a_short_text_and_not_a_target(processor: Any, tmp_path: Path) -> None:
     dash, picture = RawInput("-"), prompt(image=write_image(tmp_path / "x.png"))
     pairs = [
         RawPair(RawInput("q0"), dash, (None, dash), "A", 0),

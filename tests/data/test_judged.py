@@ -12,7 +12,6 @@ from parallel_decoupling.cli import main
 from parallel_decoupling.commands import load_collator
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.data.readers import read_eval_task
-from parallel_decoupling.data.tasks import EvalTask
 from parallel_decoupling.data.verify import verify
 from tests.support.mmeb import eval_row, train_row, write_eval, write_image, write_rows, write_train
 
@@ -85,21 +84,6 @@ def test_both_layouts_give_the_same_rows(
     assert (some.query_of_row, some.relevance_of_row) == ([0, 1], [{0: 2.0, 1: 3.0}, {2: 1.0}])
 
 
-def test_rows_without_readable_answers_go_and_the_rest_keep_theirs(data_dir: Path) -> None:
-    write_hub(data_dir / "pages")
-    task = read_eval_task(data_dir, "Pages").without(set(), {1})
-    assert task.relevance_of_row == [{0: 2.0}, {2: 1.0}, {2: 0.5}]
-    assert task.candidates_of_row == [[0, 2]] * 3
-    task = read_eval_task(data_dir, "Pages").without({0}, {0})
-    assert (task.query_of_row, task.relevance_of_row) == ([1], [{2: 1.0}])
-    assert isinstance(task, EvalTask)
-
-
-def rewritten(folder: Path, part: str, line: str) -> None:
-    file = folder / "qrels/test.tsv" if part == "qrels" else folder / f"{part}.jsonl"
-    file.write_text(file.read_text() + line + "\n")
-
-
 @pytest.mark.parametrize(
     ("part", "line", "message"),
     [
@@ -120,7 +104,8 @@ def rewritten(folder: Path, part: str, line: str) -> None:
 )
 def test_what_does_not_fit_is_named(data_dir: Path, part: str, line: str, message: str | None) -> None:
     write_beir(data_dir / "pages")
-    rewritten(data_dir / "pages", part, line)
+    file = data_dir / "pages" / ("qrels/test.tsv" if part == "qrels" else f"{part}.jsonl")
+    file.write_text(file.read_text() + line + "\n")
     if message is None:  # a blank query that nothing answers is never read
         read_eval_task(data_dir, "Pages")
         return

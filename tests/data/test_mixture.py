@@ -16,21 +16,19 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from parallel_decoupling.batch import RawInput
 from parallel_decoupling.data.mixture import MixtureSampler
 from parallel_decoupling.data.prompts import to_raw_inputs
 from parallel_decoupling.data.row_sources import RowSource
 
 SIZES = [50, 7, 123]
 POLICIES = [("mixed", None), ("sub_batch", 4), ("homogeneous", None), ("neighbours", 4)]
-Pairs = list[tuple[int, int]]
 
 
 def sampler(sizes: list[int] = SIZES, batch_size: int = 8, **options: Any) -> MixtureSampler:
     return MixtureSampler(sizes, batch_size=batch_size, **options)
 
 
-def epoch(mixture: MixtureSampler, number: int = 0) -> list[Pairs]:
+def epoch(mixture: MixtureSampler, number: int = 0) -> list[list[tuple[int, int]]]:
     steps = range(number * mixture.steps_per_epoch, (number + 1) * mixture.steps_per_epoch)
     return [mixture.batch(step) for step in steps]
 
@@ -55,14 +53,6 @@ def test_ranks_join_to_the_same_global_batches(policy: Any, block: int | None, w
         for rank in range(world_size)
     ]
     assert [list(chain(*parts)) for parts in zip(*ranks, strict=True)] == epoch(whole)
-
-
-def test_every_row_once_per_epoch_without_weights() -> None:
-    mixture = sampler(batch_size=10)
-    for number in range(3):
-        rows = list(chain(*epoch(mixture, number)))
-        assert len(rows) == len(set(rows)) == 180 == sum(SIZES)
-    assert epoch(mixture, 0) != epoch(mixture, 1)
 
 
 def test_a_batch_is_of_blocks_of_one_subset() -> None:
@@ -134,17 +124,6 @@ def test_rows_of_a_subset_come_equally_often(policy: Any, block: int | None) -> 
         assert mean - 3 <= min(times) <= max(times) <= mean + 3  # 20 independent draws spread by far more
 
 
-@pytest.mark.parametrize("start", [0, 1, 9, 21, 22, 23, 40])
-def test_start_step_gives_the_tail_and_then_whole_epochs(start: int) -> None:
-    mixture = sampler()
-    mixture.start_step = start
-    assert mixture.steps_per_epoch == len(mixture) == 22
-    epochs = [epoch(sampler(), number) for number in range(3)]
-    number, index = divmod(start, 22)
-    assert list(mixture) == epochs[number][index:]
-    assert list(mixture) == epoch(sampler(), number + 1)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -206,18 +185,6 @@ def test_rows_without_id_are_called_by_their_number(tmp_path: Path) -> None:
     assert RowSource(file).columns([0, 1]).to_pydict() == {"id": ["0", "1"], "text": ["one", "two"]}
 
 
-def test_a_folder_of_images_is_searched_to_the_bottom(tmp_path: Path) -> None:
-    (tmp_path / "b" / "c").mkdir(parents=True)
-    for name in ("b/c/second.JPG", "a.png"):
-        Image.new("RGB", (8, 8)).save(tmp_path / name)
-    (tmp_path / "notes.txt").write_text("no picture")
-    source = RowSource(tmp_path)
-    assert source.columns([0, 1]).to_pydict() == {
-        name: ["a.png", "b/c/second.JPG"] for name in ("id", "image")
-    }
-    assert source[1] == to_raw_inputs([tmp_path / "b/c/second.JPG"])[0]
-
-
 def test_a_folder_of_parquet_files_and_nothing_else_is_a_table(tmp_path: Path) -> None:
     folder = tmp_path / "parts"
     folder.mkdir()
@@ -268,27 +235,15 @@ def test_what_a_folder_has_beside_pictures_is_counted_and_named(
     assert RowSource(save(tmp_path / "rows.csv")).left_out == ""
 
 
-def test_names_that_are_not_utf8_are_rows_like_others(tmp_path: Path) -> None:
-    names = [b"a.png", b"caf\xe9.png"]
-    for name in names:
-        with open(os.fsencode(tmp_path) + b"/" + name, "wb") as file:
-            Image.new("RGB", (8, 8)).save(file, "PNG")
+def test_names_that_are_not_utf8_are_found_again_from_a_table_of_their_ids(tmp_path: Path) -> None:
+    files = [os.fsencode(tmp_path) + b"/" + name for name in (b"a.png", b"caf\xe9.png")]
+    for file in files:
+        with open(file, "wb") as stream:
+            Image.new("RGB", (8, 8)).save(stream, "PNG")
     source = RowSource(tmp_path)
-    columns = source.columns([0, 1])
-    assert columns["id"].to_pylist() == columns["image"].to_pylist() == ["a.png", "bytes:caf%E9.png"]
-    files = [os.fsencode(str(source[row].images[0])) for row in range(2)]
-    assert files == [os.fsencode(tmp_path) + b"/" + name for name in names]
-    pq.write_table(columns, tmp_path / "again.parquet")
-    again = RowSource(tmp_path / "again.parquet")
-    assert [os.fsencode(str(again[row].images[0])) for row in range(2)] == files
-
-
-def test_an_empty_row_has_no_input(tmp_path: Path) -> None:
-    rows = [{"text": "one", "image": ""}, {"text": " ", "image": ""}]
-    source = RowSource(save(tmp_path / "rows.csv", rows))
-    assert source[0] == RawInput("one")
-    with pytest.raises(ValueError, match="text or an image"):
-        source[1]
+    pq.write_table(source.columns([0, 1]), tmp_path / "again.parquet")
+    for each in (source, RowSource(tmp_path / "again.parquet")):
+        assert [os.fsencode(str(each[row].images[0])) for row in range(2)] == files
 
 
 @pytest.mark.parametrize(

@@ -296,8 +296,6 @@ def test_what_is_neither_says_what_to_pass(item: Any, message: str) -> None:
 
 
 def tables() -> list[Any]:
-    import pyarrow as pa
-
     pandas, columns = pytest.importorskip("pandas"), {"text": ["a", "b"], "price": [1, 2]}
     arrow = pa.table(columns)
     frame = pandas.DataFrame(columns)

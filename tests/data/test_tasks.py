@@ -37,16 +37,6 @@ def test_table_is_mmebs() -> None:
     assert MMEB_TASKS["Visual7W-Pointing"].meta_task == "grounding"
 
 
-def test_tasks_that_nobody_listed_are_custom_and_come_last(tmp_path: Path) -> None:
-    for name in ("Mine", "GQA", "VOC2007", "Another"):
-        write_eval(tmp_path, name, [eval_row("q", ["a", "b"])])
-    assert find_eval_tasks(tmp_path) == ["VOC2007", "GQA", "Another", "Mine"]
-    assert read_tasks(tmp_path)["Mine"] == Task("Mine", "custom", False)
-    (tmp_path / "tasks.json").write_text('\ufeff{"Mine": {"meta_task": "vqa", "in_distribution": true}}')
-    assert find_eval_tasks(tmp_path) == ["VOC2007", "GQA", "Mine", "Another"]
-    assert read_tasks(tmp_path)["Mine"] == Task("Mine", "vqa", True)
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [

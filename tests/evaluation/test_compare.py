@@ -79,7 +79,7 @@ def test_interval_equals_resampling_rows_in_a_loop() -> None:
 
 
 @pytest.mark.parametrize("runs", [2, 3])
-def test_compare_writes_all_files_and_a_table(runs: int, tmp_path: Path) -> None:
+def test_compare_writes_all_files_a_page_that_stands_alone_and_a_table(runs: int, tmp_path: Path) -> None:
     folders = [
         save(make_report(number, 0.4 + 0.1 * number, (1, 4, 2)[number]), tmp_path / f"run_{number}")
         for number in range(runs)
@@ -93,8 +93,16 @@ def test_compare_writes_all_files_and_a_table(runs: int, tmp_path: Path) -> None
     assert content["runs"]["run_1"]["means"] == comparison.reports["run_1"].means
     overall = content["differences"]["run_1"]["means"]["overall"]
     assert overall["low"] < overall["difference"] < overall["high"]
-    picture = Image.open(tmp_path / "out" / "comparison.png")
-    assert picture.width == 1600
+    picture = (tmp_path / "out" / "comparison.png").read_bytes()
+    assert Image.open(io.BytesIO(picture)).width == 1600
+    page = (tmp_path / "out" / "comparison.html").read_text(encoding="utf-8")
+    assert not any(part in page for part in ("http", "<script", "<link", "<iframe"))
+    assert base64.b64encode(picture).decode() in page
+    best = comparison.differences[comparison.best]
+    assert str(best.means["overall"]) in comparison.title
+    note = f"difference: {comparison.best} - run_0"
+    for shown in (comparison.title, note, str(best.tasks["find"]), "setting that differs"):
+        assert escape(shown) in page
     stream = io.StringIO()
     Console(file=stream, width=80).print(comparison.table())
     lines = stream.getvalue().splitlines()
@@ -114,21 +122,22 @@ def test_runs_in_folders_of_the_same_name_keep_apart(tmp_path: Path) -> None:
 
 def test_runs_over_different_tasks_are_an_error_that_names_the_difference(tmp_path: Path) -> None:
     whole = make_report(0, 0.5, 1)
-    first = save(whole, tmp_path / "whole")
-    part = ScoreReport({name: result for name, result in whole.tasks.items() if name != "colour"})
-    with pytest.raises(ValueError, match="only one of whole and part scored colour"):
-        compare([first, save(part, tmp_path / "part")])
-    with pytest.raises(ValueError, match="shape: whole scored .*, 60, .* short scored .*, 40, "):
-        compare([first, save(make_report(0, 0.5, 1, queries=40), tmp_path / "short")])
-    moved = ScoreReport(dict(whole.tasks))
-    moved.tasks["find"] = replace(whole.tasks["find"], task=Task("find", "retrieval", True))
-    with pytest.raises(
-        ValueError, match="find: whole scored .*'retrieval', False.* moved scored .*'retrieval', True"
+    first, find = save(whole, tmp_path / "whole"), whole.tasks["find"]
+    moved, rows = replace(find, task=Task("find", "retrieval", True)), replace(find, rows_sha256="other")
+    tasks = {
+        "part": {name: result for name, result in whole.tasks.items() if name != "colour"},
+        "short": make_report(0, 0.5, 1, queries=40).tasks,
+        "moved": {**whole.tasks, "find": moved},
+        "rows": {**whole.tasks, "find": rows},
+    }
+    for name, message in (
+        ("part", "only one of whole and part scored colour"),
+        ("short", "shape: whole scored .*, 60, .* short scored .*, 40, "),
+        ("moved", "find: whole scored .*'retrieval', False.* moved scored .*'retrieval', True"),
+        ("rows", "find: whole scored .* rows scored .*'other'"),
     ):
-        compare([first, save(moved, tmp_path / "moved")])
-    moved.tasks["find"] = replace(whole.tasks["find"], rows_sha256="other")
-    with pytest.raises(ValueError, match="find: whole scored .* rows scored .*'other'"):
-        compare([first, save(moved, tmp_path / "rows")])
+        with pytest.raises(ValueError, match=message):
+            compare([first, save(ScoreReport(tasks[name]), tmp_path / name)])
 
 
 def test_a_single_run_has_a_page_and_a_table_of_its_own(
@@ -161,20 +170,6 @@ def test_a_single_run_has_a_page_and_a_table_of_its_own(
     assert "setting that differs" not in printed
     content = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert (content["best"], content["differences"]) == ("[bold]run", {})
-
-
-def test_the_page_of_two_runs_stands_alone_and_says_what_differs(tmp_path: Path) -> None:
-    folders = [
-        save(make_report(seed, 0.4 + 0.2 * seed, 1 + seed), tmp_path / name) for seed, name in enumerate("ab")
-    ]
-    comparison = compare(folders, str(tmp_path / "out"))
-    page = (tmp_path / "out" / "comparison.html").read_text(encoding="utf-8")
-    assert not any(part in page for part in ("http", "<script", "<link", "<iframe"))
-    assert base64.b64encode((tmp_path / "out" / "comparison.png").read_bytes()).decode() in page
-    assert str(comparison.differences["b"].means["overall"]) in comparison.title
-    difference = str(comparison.differences["b"].tasks["find"])
-    for shown in (comparison.title, "difference: b - a", difference, "setting that differs"):
-        assert escape(shown) in page
 
 
 def aggregate(paths: torch.Tensor) -> torch.Tensor:

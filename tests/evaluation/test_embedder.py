@@ -23,7 +23,7 @@ from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.evaluation.run import EmbeddingWriter
 from parallel_decoupling.evaluation.store import Keeper, Store
 from parallel_decoupling.training.module import PDFEmbedder
-from tests.support.embedders import mixed_inputs, tiny_embedder
+from tests.support.embedders import mixed_inputs
 from tests.support.fit import make_trainer, small_data, small_embedder
 from tests.support.processes import run_ranks
 
@@ -84,33 +84,6 @@ def test_queries_and_documents_have_their_instructions(embedder: Embedder) -> No
     assert torch.equal(embedder.encode_candidate(inputs), documents)
     assert torch.equal(embedder.encode_document(inputs, instruction=None), embedder.encode(inputs))
     assert not torch.equal(documents, embedder.encode(inputs))
-
-
-@pytest.mark.parametrize("prefix_type", ["deep", "shallow"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_models_encode_outside_autocast(
-    tiny_backbone_dir: str, dtype: Any, prefix_type: Any
-) -> None:
-    options: dict[str, Any] = {"kind": "dora", "aggregation": "learned", "prefix_type": prefix_type}
-    half, full = (
-        tiny_embedder(tiny_backbone_dir, **options, loading={"dtype": each}) for each in (dtype, "float32")
-    )
-    outputs: tuple[Any, ...] = ("all", "aggregate")
-    for paths in outputs:
-        found = half.encode(mixed_inputs(), paths=paths)
-        assert found.dtype == torch.float32
-        torch.testing.assert_close(found.norm(dim=-1), torch.ones(found.shape[:-1]))
-        assert F.cosine_similarity(found, full.encode(mixed_inputs(), paths=paths), dim=-1).min() > 0.98
-
-
-def test_real_encoder_gives_the_same_embeddings_at_any_batch_size(embedder: Embedder) -> None:
-    single, together = (embedder.encode(mixed_inputs(), paths="all", batch_size=size) for size in (1, 4))
-    torch.testing.assert_close(together, single, atol=1e-5, rtol=0)
-    torch.testing.assert_close(embedder.encode(mixed_inputs(), paths=1), single[:, 1], atol=1e-5, rtol=0)
-    aggregate = embedder.encode(mixed_inputs())
-    torch.testing.assert_close(aggregate, embedder.encoder.aggregate(single), atol=1e-5, rtol=0)
-    torch.testing.assert_close(single.norm(dim=-1), torch.ones(4, 3))
-    assert (Embedder.similarity(single, single) - torch.eye(4)).tril(-1).max() < 0.9999, "rows must differ"
 
 
 @pytest.mark.parametrize("shape", [(6,), (3, 6)])
@@ -333,12 +306,6 @@ def test_files_of_another_run_are_refused(
         predict(module, table_file, tmp_path)
 
 
-def predict_on_a_rank(module: PDFEmbedder, source: Path, folder: Path, data: dict[str, Any]) -> None:
-    counter = Counter()
-    predict(module, source, folder, counter, trainer={"devices": 2, "strategy": "ddp"}, **data)
-    (folder / f"rows_of_{rank()}.json").write_text(json.dumps(counter.rows))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("rows_per_shard", [6, 100])
 def test_two_processes_write_what_one_writes(
@@ -347,7 +314,13 @@ def test_two_processes_write_what_one_writes(
     one, two, options = tmp_path / "one", tmp_path / "two", {"predict_rows_per_shard": rows_per_shard}
     predict(module, table_file, one, **options)
     two.mkdir()
-    run_ranks(predict_on_a_rank, module, table_file, two, options)
+
+    def on_a_rank() -> None:
+        counter = Counter()
+        predict(module, table_file, two, counter, trainer={"devices": 2, "strategy": "ddp"}, **options)
+        (two / f"rows_of_{rank()}.json").write_text(json.dumps(counter.rows))
+
+    run_ranks(on_a_rank)
     assert read(two).equals(read(one))
     assert (two / "bad_rows.jsonl").read_text() == (one / "bad_rows.jsonl").read_text()
     shares = [json.loads((two / f"rows_of_{process}.json").read_text()) for process in range(2)]

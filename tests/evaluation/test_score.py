@@ -44,6 +44,11 @@ def random_task(rng: random.Random, queries: int = 7, candidates: int = 30, rows
     )
 
 
+def tied_sides(generator: torch.Generator) -> list[torch.Tensor]:
+    """Few directions and exact sums: many ties."""
+    return [torch.randn(rows, 4, generator=generator).sign() / 2 for rows in (7, 30)]
+
+
 def slow_hits(task: EvalTask, query: torch.Tensor, candidate: torch.Tensor) -> str:
     hits = ""
     for row, indices in enumerate(task.candidates_of_row):
@@ -63,13 +68,13 @@ def slow_hits(task: EvalTask, query: torch.Tensor, candidate: torch.Tensor) -> s
 @pytest.mark.parametrize("seed", range(5))
 def test_hits_equal_a_slow_loop_with_ties_and_copies(seed: int) -> None:
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    task = random_task(rng)
-    query = torch.randn(7, 4, generator=generator).sign() / 2  # few directions and exact sums: many ties
-    candidate = torch.randn(30, 4, generator=generator).sign() / 2
+    task, (query, candidate) = random_task(rng), tied_sides(generator)
     smooth_query, smooth_candidate = (F.normalize(torch.randn(n, 9, generator=generator)) for n in (7, 30))
     score = score_task(task, {"aggregate": (query, candidate), "path_0": (smooth_query, smooth_candidate)})
     assert score.hits["aggregate"] == slow_hits(task, query, candidate)
     assert score.hits["path_0"] == slow_hits(task, smooth_query, smooth_candidate)
+    distinct = [len({task.candidates[each].text for each in row}) for row in task.candidates_of_row]
+    assert score.chance == pytest.approx(sum(1 / count for count in distinct) / len(distinct))
 
 
 def test_margins_of_paths_are_correlated_over_rows_that_have_a_rival() -> None:
@@ -150,9 +155,7 @@ def judged_task(rng: random.Random, queries: int = 7, candidates: int = 30, rows
 @pytest.mark.parametrize("seed", range(3))
 def test_several_answers_equal_a_slow_walk_with_ties_nan_and_missing_candidates(seed: int) -> None:
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    task = judged_task(rng)
-    query = torch.randn(7, 4, generator=generator).sign() / 2  # few directions and exact sums: many ties
-    candidate = torch.randn(30, 4, generator=generator).sign() / 2
+    task, (query, candidate) = judged_task(rng), tied_sides(generator)
     candidate[[3, 11]] = torch.nan
     whole = task
     for missing in (set[int](), {5, 6, 20}):
@@ -182,17 +185,6 @@ def test_several_answers_equal_a_slow_walk_with_ties_nan_and_missing_candidates(
     assert score.answers == sum(right) / len(rows)
     other = replace(whole, relevance_of_row=[{**each, 0: 3.0} for each in whole.relevance_of_row or ()])
     assert task_hash(other) != task_hash(whole)
-
-
-def test_copies_of_the_positive_do_not_count_against_it() -> None:
-    task = EvalTask(
-        TASK, [RawInput("q")], [RawInput("yes"), RawInput("no"), RawInput("yes")], [0], [[0, 1, 2]]
-    )
-    candidate = torch.tensor([[0.8, 0.6], [0.6, 0.8], [1.0, 0.0]])  # the copy scores even higher
-    score = score_task(task, {"aggregate": (torch.tensor([[1.0, 0.0]]), candidate)})
-    assert score.hits["aggregate"] == "1"
-    assert score.chance == 0.5, "one of two distinct candidates"
-    assert ranking(score)[0, :3].tolist() == [0, 1, -1]
 
 
 def test_a_collapsed_model_scores_zero_at_any_size() -> None:

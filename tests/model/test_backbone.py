@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoProcessor
 
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.model.adapters import adapted_layers, draw_adapters
 from parallel_decoupling.model.backbone import AdapterConfig, load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
 from tests.model.test_encoder import FROZEN, OTHER_SIZES, ROWS, join
+from tests.model.test_families import ROWS as IMAGES
 from tests.model.test_families import TEXTS, collate, stock_alone
 from tests.support.embedders import tiny_embedder
 from tests.support.families import TEXT_FAMILIES, raw_input, save_tiny_family
@@ -70,30 +71,23 @@ def test_unknown_family_raises(tmp_path: Path) -> None:
         load_backbone(str(tmp_path))
 
 
-@pytest.mark.parametrize("change", ["missing", "unexpected"])
-def test_weights_that_do_not_fit_raise(tiny_backbone_dir: str, tmp_path: Path, change: str) -> None:
-    folder = tmp_path / "broken"
-    shutil.copytree(tiny_backbone_dir, folder)
+def test_weights_that_do_not_fit_raise(tiny_backbone_dir: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_backbone_dir, tmp_path / "broken")
     weights = load_file(folder / "model.safetensors")
     name = next(key for key in weights if key.endswith("layers.1.self_attn.q_proj.weight"))
-    tensor = weights.pop(name) if change == "missing" else weights[name].clone()
-    if change == "unexpected":
-        weights[name.replace("q_proj", "r_proj")] = tensor
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="q_proj" if change == "missing" else "r_proj"):
-        load_backbone(str(folder))
+    more, less = {**weights, name.replace("q_proj", "r_proj"): weights[name].clone()}, {**weights}
+    del less[name]
+    for changed, message in ((less, "q_proj"), (more, "r_proj")):
+        save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=message):
+            load_backbone(str(folder))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"quantization": "8bit"}, "quantization must be '4bit', got '8bit'"),
-        ({"quantization": "4bit", "adapter": AdapterConfig(kind="full")}, "lora, dora or frozen"),
-    ],
-)
-def test_impossible_options_raise(tiny_backbone_dir: str, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        load_backbone(tiny_backbone_dir, **options)
+def test_impossible_options_raise(tiny_backbone_dir: str) -> None:
+    with pytest.raises(ValueError, match="quantization must be '4bit', got '8bit'"):
+        load_backbone(tiny_backbone_dir, quantization="8bit")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="lora, dora or frozen"):
+        load_backbone(tiny_backbone_dir, quantization="4bit", adapter=AdapterConfig(kind="full"))
 
 
 @pytest.mark.parametrize(("attention", "name"), [("flex_attention", "prefix_flex"), ("sdpa", "prefix_sdpa")])
@@ -117,30 +111,28 @@ def test_meta_backbone_has_the_parameters_of_the_loaded_one(tiny_backbone_dir: s
     assert [*adapted_layers(meta.base)] == [*adapted_layers(loaded.base)]
 
 
-WORDS = [row.text for row in TEXTS]
-
-
 @pytest.fixture(params=TEXT_FAMILIES)
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return save_tiny_family(request.param, tmp_path / "backbone")
 
 
+@pytest.mark.parametrize("name", [*TEXT_FAMILIES, "qwen3_vl", "llava_next_mistral"])
 @torch.no_grad()
-def test_a_path_is_exported_as_a_stock_model_and_its_prefix(folder: str, tmp_path: Path) -> None:
+def test_a_path_is_exported_as_a_stock_model_and_its_prefix(name: str, tmp_path: Path) -> None:
+    folder, rows = save_tiny_family(name, tmp_path / "backbone"), TEXTS if name in TEXT_FAMILIES else IMAGES
     embedder = tiny_embedder(folder, per_path=True)
-    before = embedder.encode(WORDS, instruction="", paths="all")
+    before = embedder.encode(rows, paths="all")
     embedder.save_pretrained(tmp_path / "kept", include_backbone=True)
     embedder.save_pretrained(tmp_path / "path_1", paths=[1], merge_adapters=True)
     shutil.rmtree(folder)
-    kept = Embedder.from_pretrained(tmp_path / "kept").encode(WORDS, instruction="", paths="all")
-    assert torch.equal(kept, before)
-    merged = Embedder.from_pretrained(tmp_path / "path_1").encode(WORDS, instruction="")
+    assert torch.equal(Embedder.from_pretrained(tmp_path / "kept").encode(rows, paths="all"), before)
+    merged = Embedder.from_pretrained(tmp_path / "path_1").encode(rows)
     torch.testing.assert_close(merged, before[:, 1], rtol=1e-5, atol=1e-5)
     stock: Any = AutoModel.from_pretrained(tmp_path / "path_1" / "backbone")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "path_1" / "backbone")
-    prefix = embedder.encoder.prefixes.key_values[1]
-    for text, embedding in zip(WORDS, before[:, 1], strict=True):
-        expected = stock_alone(stock, tokenizer, "", raw_input(text), dict(enumerate(prefix)))
+    processor = AutoProcessor.from_pretrained(tmp_path / "path_1" / "backbone")
+    prefix = dict(enumerate(embedder.encoder.prefixes.key_values[1]))
+    for row, embedding in zip(rows, before[:, 1], strict=True):
+        expected = stock_alone(stock, processor, embedder.encoder.image_token, row, prefix)
         torch.testing.assert_close(embedding, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModel, PreTrainedModel, masking_utils
 from parallel_decoupling.batch import EncoderInputs, RawInput
 from parallel_decoupling.model.attention import PathStates, prefix_attention
 from parallel_decoupling.model.backbone import AdapterConfig, load_backbone
-from parallel_decoupling.model.encoder import ParallelEncoder, nested_dims, truncate
+from parallel_decoupling.model.encoder import ParallelEncoder, nested_dims
 from parallel_decoupling.model.paths import CALL
 from parallel_decoupling.model.prefixes import META_PROMPTS
 from tests.model.test_families import TEXTS, collate, stock_alone
@@ -355,21 +355,6 @@ OWN = AdapterConfig(per_path=True)
 def test_what_does_not_go_together(tiny_backbone_dir: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(tiny_backbone_dir, **options)
-
-
-def test_unknown_path_raises(tiny_backbone_dir: str, tmp_path: Path) -> None:
-    encoder = make(tiny_backbone_dir)
-    for paths in ([], [4], [-1], [0.5], [True]):
-        with pytest.raises(ValueError, match="0 to 3"):
-            encoder(rows_of(encoder), paths)
-
-
-def test_truncated_paths_are_first_coordinates_of_unit_norm() -> None:
-    paths = torch.nn.functional.normalize(torch.randn(4, 3, 8), dim=-1)
-    short = truncate(paths, 5)
-    torch.testing.assert_close(short, paths[..., :5] / paths[..., :5].norm(dim=-1, keepdim=True))
-    torch.testing.assert_close(truncate(paths, 8), paths)
-    torch.testing.assert_close(truncate(short, 2), truncate(paths, 2))
 
 
 def test_nested_dims_are_those_below_the_full_one() -> None:

@@ -1,5 +1,6 @@
 """Models on the hub, which is a folder here: the network is never asked."""
 
+import json
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path
@@ -14,6 +15,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.model import pretrained
 from parallel_decoupling.model.identity import encoder_identity, load_trainable_state, trainable_state
+from parallel_decoupling.model.model_card import model_card
 from tests.support.embedders import mixed_inputs, tiny_embedder
 
 
@@ -78,12 +80,22 @@ def test_the_card_has_base_model_data_licence_and_results(embedder: Embedder, tm
     assert (data.license, data.datasets, data.base_model) == ("mit", ["owner/data"], None)
     found = {each.dataset_name: (each.metric_type, each.metric_value) for each in data.eval_results}
     assert found == {"VOC2007": ("hit@1", 0.5), "Documents": ("ndcg@5", 0.75)}
-    config = {
-        **pretrained.json.loads((tmp_path / "config.json").read_text()),
-        "run": {"model": {"num_paths": 3}},
-    }
+    config = json.loads((tmp_path / "config.json").read_text())
     config["backbone"] = {"name": "owner/base", "sha256": ""}
+    bare = model_card(config)
+    run = {"model": {"num_paths": 3, "temperature": 0.05}, "rows_by_subset": {"b": 3}, "global_step": 480}
+    config |= {"run": run, "query_instruction": "find | it"}
+    for title, line in (
+        ("Model", "| query instruction | find \\| it |"),
+        ("Training data", '| rows seen by subset | {"b": 3} |'),
+        ("Hyper-parameters", "| temperature | 0.05 |"),
+        ("Compute", "| main steps | 480 |"),
+        ("Scores", "| overall | aggregate 50.0 |"),
+    ):
+        assert line in model_card(config, scores).split(f"\n## {title}")[1].split("\n## ")[0]
+        assert (f"## {title}" in bare) == (title in ("Model", "Scores"))
+    assert "not evaluated" in bare
     for paths, expected in (([1], [0.25]), ([0, 2], None)):
-        data = ModelCard(pretrained.model_card({**config, "paths": paths}, scores)).data
+        data = ModelCard(model_card({**config, "paths": paths}, scores)).data
         assert data.base_model == "owner/base"
         assert (data.eval_results and [each.metric_value for each in data.eval_results]) == expected

@@ -1,7 +1,6 @@
 """OpenCLIP models: names, loading, tokens and embeddings against open_clip's own calls."""
 
 import shutil
-import socket
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from parallel_decoupling.batch import IMAGE_PLACEHOLDER, EncoderInputs, RawInput
-from parallel_decoupling.data.collate import Collator
+from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
 from parallel_decoupling.data.images import load_image
 from parallel_decoupling.data.prompts import prompt
 from parallel_decoupling.model.backbone import AdapterConfig
@@ -25,6 +23,7 @@ from parallel_decoupling.model.open_clip import (
     load_open_clip,
 )
 from parallel_decoupling.training.grad_cache import encode_in_chunks
+from tests.model.test_families import collate
 from tests.support.tiny import noise_image
 from tests.support.tiny_clip import MODEL, RESNET, save_tiny_clip
 
@@ -37,16 +36,6 @@ ROWS = [
     prompt("which of them is red?", images=IMAGES[1:]),
     prompt("what is to the left?"),
 ]
-
-
-@pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("this test allows no network")
-
-    for name in ("getaddrinfo", "create_connection"):
-        monkeypatch.setattr(socket, name, refuse)
-    monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
 @pytest.fixture
@@ -157,10 +146,6 @@ def encoder_of(folder: str, **options: Any) -> OpenCLIPEncoder:
     return load_open_clip(folder, **options).eval()
 
 
-def inputs_of(encoder: OpenCLIPEncoder, rows: list[RawInput]) -> EncoderInputs:
-    return Collator(encoder.processor, image_token=encoder.image_token).encode_inputs(rows)
-
-
 @cache
 def stock(folder: str) -> Any:
     """Open_clip's own model, transform and tokenizer."""
@@ -188,22 +173,22 @@ def by_hand(folder: str, row: RawInput) -> Tensor:
 
 def test_embeddings_are_open_clips_fused_by_the_rule(tiny_clip_dir: str) -> None:
     encoder = encoder_of(tiny_clip_dir)
-    embeddings = encoder(inputs_of(encoder, ROWS))
+    embeddings = encoder(collate(encoder, ROWS))
     assert embeddings.shape == (len(ROWS), 1, 24)
     expected = torch.stack([by_hand(tiny_clip_dir, row) for row in ROWS])
     torch.testing.assert_close(embeddings[:, 0], expected, rtol=1e-4, atol=1e-5)
-    assert torch.equal(encoder(inputs_of(encoder, ROWS), [0]), embeddings)
+    assert torch.equal(encoder(collate(encoder, ROWS), [0]), embeddings)
     torch.testing.assert_close(encoder.aggregate(embeddings), embeddings[:, 0])
     for paths in ([], [1], [0, 0]):
         with pytest.raises(ValueError, match="path 0 only"):
-            encoder(inputs_of(encoder, ROWS), paths)
+            encoder(collate(encoder, ROWS), paths)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_chunks_and_recomputed_layers_give_the_same_gradient(tiny_clip_dir: str, checkpointing: bool) -> None:
     def gradients(chunk_size: int | None, **options: Any) -> list[Tensor]:
         encoder = encoder_of(tiny_clip_dir, **options).train()
-        encoding = encode_in_chunks(encoder, inputs_of(encoder, ROWS), chunk_size=chunk_size, seed_parts=(0,))
+        encoding = encode_in_chunks(encoder, collate(encoder, ROWS), chunk_size=chunk_size, seed_parts=(0,))
         encoding.embeddings[:, 0].cumsum(0).square().sum().backward()
         encoding.backward()
         return [p.grad for p in encoder.parameter_groups()["adapters"] if p.grad is not None]
@@ -218,10 +203,10 @@ def test_chunks_and_recomputed_layers_give_the_same_gradient(tiny_clip_dir: str,
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_close_to_single(tiny_clip_dir: str, dtype: Any) -> None:
     exact, half = encoder_of(tiny_clip_dir), encoder_of(tiny_clip_dir, dtype=dtype)
-    embeddings = half(inputs_of(half, ROWS))
+    embeddings = half(collate(half, ROWS))
     assert embeddings.dtype == torch.float32
     assert half.backbone.base.transformer.resblocks[0].mlp.c_fc.weight.dtype == getattr(torch, dtype)
-    assert ((embeddings * exact(inputs_of(exact, ROWS))).sum(-1) > 0.99).all()
+    assert ((embeddings * exact(collate(exact, ROWS))).sum(-1) > 0.99).all()
 
 
 def test_batch_normalisation_keeps_its_statistics(tmp_path: Path) -> None:
@@ -229,17 +214,9 @@ def test_batch_normalisation_keeps_its_statistics(tmp_path: Path) -> None:
     encoder = encoder_of(folder)
     before = {name: buffer.clone() for name, buffer in encoder.named_buffers()}
     assert any(name.endswith("running_mean") for name in before)
-    expected = encoder(inputs_of(encoder, ROWS))
-    torch.testing.assert_close(encoder.train()(inputs_of(encoder, ROWS)), expected)
+    expected = encoder(collate(encoder, ROWS))
+    torch.testing.assert_close(encoder.train()(collate(encoder, ROWS)), expected)
     assert all(torch.equal(buffer, before[name]) for name, buffer in encoder.named_buffers())
-
-
-def test_selected_rows_have_the_same_embeddings(tiny_clip_dir: str) -> None:
-    """Also rows without any text, of which no token is left."""
-    encoder = encoder_of(tiny_clip_dir)
-    inputs = inputs_of(encoder, ROWS)
-    for rows in ([1, 3], [0], [5, 4, 1]):
-        torch.testing.assert_close(encoder(inputs.select(rows)), encoder(inputs)[rows], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

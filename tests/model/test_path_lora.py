@@ -3,29 +3,29 @@
 import json
 import re
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModel, AutoModelForImageTextToText
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from parallel_decoupling.batch import EncoderInputs
-from parallel_decoupling.data.collate import Collator
+from parallel_decoupling.data.prompts import to_raw_inputs
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.model.backbone import AdapterConfig, Backbone, load_backbone
-from parallel_decoupling.model.encoder import ParallelEncoder, last_token
-from parallel_decoupling.model.identity import load_trainable_state, path_hashes, trainable_state
+from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.model.path_lora import PathLoRA
 from tests.model.test_encoder import ROWS
+from tests.model.test_families import ROWS as FAMILY_ROWS
+from tests.model.test_families import collate, stock_alone
 from tests.support.embedders import mixed_inputs, tiny_embedder
-from tests.support.families import raw_input, save_tiny_family
-from tests.support.tiny import noise_image, tiny_inputs
+from tests.support.families import save_tiny_family
+from tests.support.tiny import tiny_inputs
 
 OWN = {"rank": 2, "alpha": 4, "per_path": True}
 
@@ -133,21 +133,6 @@ def test_recomputed_layers_know_their_paths(three_layers_dir: str) -> None:
         torch.testing.assert_close(found, gradients(once, once(inputs, paths)), rtol=1e-5, atol=1e-7)
 
 
-def test_calls_of_one_encoder_from_threads_do_not_meet(three_layers_dir: str) -> None:
-    encoder = moved(make(three_layers_dir, num_paths=3)).eval()
-    inputs = tiny_inputs(encoder.processor, ROWS)
-    choices = [[0], [1], [2], [0, 1], [2, 1, 0], None]
-    with torch.no_grad():
-        alone = [encoder(inputs, paths) for paths in choices]
-
-    def call(number: int) -> bool:
-        with torch.no_grad():
-            return torch.equal(encoder(inputs, choices[number % 6]), alone[number % 6])
-
-    with ThreadPoolExecutor(6) as threads:
-        assert all(threads.map(call, range(60)))
-
-
 def test_published_adapter_starts_every_path(tmp_path: Path) -> None:
     folder, source = save_tiny_family("qwen2_vl", tmp_path / "model"), tmp_path / "adapter"
     publish(folder, source, OLDER_PATHS["qwen2_vl"])
@@ -164,33 +149,20 @@ def test_published_adapter_starts_every_path(tmp_path: Path) -> None:
     assert 0.8 < cosine_NN.min() < 0.99999
 
 
+@torch.no_grad()
 def test_one_path_without_prefix_is_exported_as_a_stock_model(three_layers_dir: str, tmp_path: Path) -> None:
     embedder = tiny_embedder(three_layers_dir, per_path=True, prefix_length=0)
     embedder.save_pretrained(tmp_path / "model", [1], merge_adapters=True)
-    stock = AutoModel.from_pretrained(tmp_path / "model" / "backbone").eval()
-    inputs = tiny_inputs(embedder.encoder.processor, ROWS)
-    vision = {key: torch.cat([row[key] for row in inputs.vision if row]) for key in inputs.vision[-1]}
-    with torch.no_grad():
-        states = stock(**inputs.tokens, **vision).last_hidden_state
-        expected = embedder.encoder(inputs, [1])[:, 0]
-    token_B = last_token(inputs.tokens["attention_mask"])
-    pooled = F.normalize(states[torch.arange(len(token_B)), token_B], dim=-1)
-    torch.testing.assert_close(pooled, expected, rtol=1e-4, atol=1e-4)
-    loaded = Embedder.from_pretrained(tmp_path / "model")
-    torch.testing.assert_close(loaded.encode(mixed_inputs()), embedder.encode(mixed_inputs(), paths=1))
+    stock, processor = (
+        kind.from_pretrained(tmp_path / "model" / "backbone") for kind in (AutoModel, AutoProcessor)
+    )
+    expected = embedder.encode(mixed_inputs(), paths=1)
+    for row, embedding in zip(to_raw_inputs(mixed_inputs()), expected, strict=True):
+        alone = stock_alone(stock, processor, embedder.encoder.image_token, row, {})
+        torch.testing.assert_close(alone, embedding, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(Embedder.from_pretrained(tmp_path / "model").encode(mixed_inputs()), expected)
     with pytest.raises(ValueError, match="merge_adapters takes one path"):
         embedder.save_pretrained(tmp_path / "both", [0, 1], merge_adapters=True)
-
-
-def test_an_exported_path_has_its_own_adapter_alone(three_layers_dir: str, tmp_path: Path) -> None:
-    embedder = tiny_embedder(three_layers_dir, per_path=True)
-    embedder.save_pretrained(tmp_path / "model", [2, 0])
-    loaded = Embedder.from_pretrained(tmp_path / "model")
-    sizes = {name: len(value) for name, value in trainable_state(loaded.encoder).items()}
-    assert set(sizes.values()) == {2}
-    hashes = path_hashes(embedder.encoder)
-    assert path_hashes(loaded.encoder) == [hashes[2], hashes[0]]
-    assert torch.equal(loaded.encode(mixed_inputs(), paths=0), embedder.encode(mixed_inputs(), paths=2))
 
 
 @pytest.mark.parametrize("adapter", [{"kind": "dora"}, {"scope": "vision"}])
@@ -227,14 +199,9 @@ def publish(folder: str, target: Path, older_paths: dict[str, str], **options: A
             if "lora_" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     peft_model.save_pretrained(target)
-    rewrite(target, lambda name: replace_first(name, older_paths))
+    for today, older in older_paths.items():
+        rewrite(target, partial(re.sub, rf"^base_model\.{re.escape(today)}", f"base_model.{older}"))
     return peft_model
-
-
-def replace_first(name: str, paths: dict[str, str]) -> str:
-    for today, older in paths.items():
-        name = re.sub(rf"^base_model\.{re.escape(today)}", f"base_model.{older}", name)
-    return name
 
 
 def rewrite(folder: Path, rename: Callable[[str], str | None]) -> None:
@@ -247,11 +214,6 @@ def rewrite(folder: Path, rename: Callable[[str], str | None]) -> None:
 def edit_config(folder: Path, **values: Any) -> None:
     file = folder / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
-
-
-def collate(backbone: Backbone) -> EncoderInputs:
-    rows = [raw_input("read the word"), raw_input("what colour?", noise_image(40, 32))]
-    return Collator(backbone.processor, image_token=backbone.image_token).encode_inputs(rows)
 
 
 def last_hidden(peft_model: Any, inputs: EncoderInputs) -> Tensor:
@@ -283,7 +245,7 @@ def test_every_tensor_of_a_published_adapter_lands(name: str, older: bool, kind:
     assert trainable.keys() == {key for key in wanted if "lora_" in key}
     for key, parameter in trainable.items():
         assert torch.equal(parameter, wanted[key]), key
-    inputs = collate(backbone)
+    inputs = collate(backbone, FAMILY_ROWS[:2])
     actual = backbone.eval()(inputs.tokens, inputs.vision[1]) * inputs.tokens["attention_mask"][..., None]
     # the stock model places left-padded rows elsewhere, so sums differ in order
     torch.testing.assert_close(actual, last_hidden(peft_model, inputs), rtol=1e-4, atol=1e-4)
@@ -300,38 +262,28 @@ def test_rank_alpha_scope_and_targets_come_from_the_file(qwen: str, published: P
     assert adapter.targets == tuple(sorted((*LANGUAGE, "out_proj")))
 
 
-def test_encoder_keeps_the_published_weights_whatever_its_seed(qwen: str, published: Path) -> None:
-    def load(**options: Any) -> Backbone:
-        adapter = AdapterConfig(kind="dora")
-        return load_backbone(qwen, adapter=adapter, initial_adapter=str(published), **options)
+def test_a_published_adapter_is_the_same_however_it_is_loaded(qwen: str, published: Path) -> None:
+    """Frozen, beside a backbone in bfloat16, on the meta device, and whatever the encoder's seed."""
 
-    first, other = ParallelEncoder(load(), num_paths=2), ParallelEncoder(load(), num_paths=2, seed=5)
-    inputs = collate(first.backbone)
-    first.eval(), other.eval()
-    assert torch.equal(first(inputs), other(inputs))
-    load_trainable_state(other, trainable_state(first))
-    half = load(dtype="bfloat16")
-    for own, exact in zip(half.parameters(), load().parameters(), strict=True):
-        if own.requires_grad:
-            assert own.dtype == torch.float32
-            assert torch.equal(own, exact)  # not rounded to the backbone's dtype
+    def load(kind: Any = "dora", **options: Any) -> Backbone:
+        return load_backbone(
+            qwen, adapter=AdapterConfig(kind=kind), initial_adapter=str(published), **options
+        )
 
-
-def test_frozen_keeps_the_adapter_as_it_is(qwen: str, published: Path) -> None:
-    frozen = load_backbone(qwen, adapter=AdapterConfig(kind="frozen"), initial_adapter=str(published))
-    trains = load_backbone(qwen, adapter=AdapterConfig(kind="dora"), initial_adapter=str(published))
-    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    trains, frozen, half, meta = load(), load("frozen"), load(dtype="bfloat16"), load(meta=True)
     assert (frozen.adapter.kind, frozen.adapter.dropout, trains.adapter.dropout) == ("frozen", 0.0, 0.1)
-    for own, other in zip(frozen.parameters(), trains.parameters(), strict=True):
-        assert torch.equal(own, other)
-
-
-def test_meta_backbone_counts_the_published_rank(qwen: str, published: Path) -> None:
-    options: dict[str, Any] = {"adapter": AdapterConfig(kind="dora"), "initial_adapter": str(published)}
-    meta, loaded = load_backbone(qwen, **options, meta=True), load_backbone(qwen, **options)
-    shapes = [(name, p.shape, p.requires_grad) for name, p in meta.named_parameters()]
-    assert shapes == [(name, p.shape, p.requires_grad) for name, p in loaded.named_parameters()]
-    assert meta.adapter == loaded.adapter
+    assert meta.adapter == trains.adapter
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    others = (frozen.parameters(), half.parameters(), meta.named_parameters())
+    for (name, own), kept, low, (same, empty) in zip(trains.named_parameters(), *others, strict=True):
+        assert torch.equal(kept, own)
+        assert (same, empty.shape, empty.requires_grad) == (name, own.shape, own.requires_grad)
+        if own.requires_grad:
+            assert low.dtype == torch.float32
+            assert torch.equal(low, own)  # not rounded to the backbone's dtype
+    first, other = (ParallelEncoder(load(), num_paths=2, seed=seed).eval() for seed in (0, 5))
+    inputs = collate(trains, FAMILY_ROWS[:2])
+    assert torch.equal(first(inputs), other(inputs))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from parallel_decoupling.model.backbone import AdapterConfig, load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.model.prefixes import prefix_range
 from tests.model.test_encoder import OTHER_SIZES, ROWS, make, rows_of
+from tests.support.embedders import tiny_embedder
 
 
 def stock_with_prompt(stock: Any, inputs: EncoderInputs, prompt_PD: Tensor) -> Tensor:
@@ -94,19 +95,25 @@ def test_shallow_and_deep_start_as_one_model_from_meta_prompts(tiny_backbone_dir
 
 
 @pytest.mark.parametrize("kind", ["shallow", "deep"])
-def test_prefixes_in_bfloat16_and_under_autocast(tiny_backbone_dir: str, kind: Any) -> None:
-    encoder, half = (
-        ParallelEncoder(load_backbone(tiny_backbone_dir, dtype=dtype), num_paths=2, prefix_type=kind)
-        for dtype in ("float32", "bfloat16")
+def test_half_precision_and_autocast_give_fp32_near_single(tiny_backbone_dir: str, kind: Any) -> None:
+    options = {"kind": "dora", "aggregation": "learned", "prefix_type": kind}
+    exact, bfloat, half = (
+        tiny_embedder(tiny_backbone_dir, **options, loading={"dtype": dtype}).encoder
+        for dtype in ("float32", "bfloat16", "float16")
     )
-    inputs = rows_of(encoder)
+    inputs = rows_of(exact)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed = encoder(inputs)
-    for other in (mixed, half(inputs)):
-        assert other.dtype == torch.float32
-        assert F.cosine_similarity(other, encoder(inputs), dim=-1).min() > 0.98
-    half(inputs).sum().backward()
-    (parameter,) = half.prefixes.parameters()
+        mixed = exact(inputs)
+    for encoder, other in ((exact, mixed), (bfloat, bfloat(inputs)), (half, half(inputs))):
+        for found, wanted in (
+            (other, exact(inputs)),
+            (encoder.aggregate(other), exact.aggregate(exact(inputs))),
+        ):
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found.norm(dim=-1), torch.ones(found.shape[:-1]))
+            assert F.cosine_similarity(found, wanted, dim=-1).min() > 0.98
+    bfloat(inputs).sum().backward()
+    (parameter,) = bfloat.prefixes.parameters()
     assert parameter.grad.dtype == torch.float32
 
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,16 +17,12 @@ from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.model.backbone import AdapterConfig
 from parallel_decoupling.model.identity import path_hashes, sealed, trainable_state, weights_hash
 from parallel_decoupling.model.open_clip import load_open_clip
-from parallel_decoupling.model.pretrained import (
-    is_pretrained,
-    load_encoder,
-)
+from parallel_decoupling.model.pretrained import is_pretrained, load_encoder
 from parallel_decoupling.model.run_checkpoint import checkpoint_file, read_checkpoint
 from parallel_decoupling.training.module import PDFEmbedder
 from tests.support.embedders import mixed_inputs, tiny_embedder
-from tests.support.families import save_tiny_family
-from tests.support.fit import make_trainer, small_data, small_embedder
-from tests.support.tiny import noise_image, save_tiny_backbone
+from tests.support.families import save_tiny_backbone
+from tests.support.tiny import noise_image
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -118,27 +113,19 @@ def test_merged_adapters_are_close_and_leave_the_model_as_it_was(
     assert not any("lora_" in name for name in loaded.encoder.state_dict())
 
 
-def test_one_path_has_only_its_own_parameters(embedder: Embedder, tmp_path: Path) -> None:
-    embedder.save_pretrained(tmp_path / "one", paths=[2])
-    state, whole = load_file(tmp_path / "one" / "model.safetensors"), trainable_state(embedder.encoder)
-    assert state.keys() == whole.keys()
-    assert torch.equal(state["prefixes.key_values"], whole["prefixes.key_values"][2:3])
-    loaded = Embedder.from_pretrained(tmp_path / "one")
-    assert loaded.encoder.num_paths == 1
-    expected = embedder.encode(mixed_inputs(), paths=2)
-    assert torch.equal(loaded.encode(mixed_inputs(), paths=0), expected)
-    torch.testing.assert_close(loaded.encode(mixed_inputs()), expected)
-
-
+@pytest.mark.parametrize("per_path", [False, True])
 @pytest.mark.parametrize("aggregation", ["mean", "concat", "learned", "linear"])
-def test_some_paths_keep_their_order_and_have_their_own_aggregate(
-    aggregation: str, tiny_backbone_dir: str, tmp_path: Path
+def test_some_paths_keep_their_order_and_have_their_own_parameters_and_aggregate(
+    aggregation: str, per_path: bool, tiny_backbone_dir: str, tmp_path: Path
 ) -> None:
-    embedder = tiny_embedder(tiny_backbone_dir, aggregation=aggregation)
+    embedder = tiny_embedder(tiny_backbone_dir, aggregation=aggregation, per_path=per_path)
     embedder.save_pretrained(tmp_path / "two", paths=[2, 0])
     loaded = Embedder.from_pretrained(tmp_path / "two")
     chosen = embedder.encode(mixed_inputs(), paths=[2, 0])
     assert torch.equal(every_path(loaded), chosen)
+    hashes, state = path_hashes(embedder.encoder), load_file(tmp_path / "two" / "model.safetensors")
+    assert path_hashes(loaded.encoder) == [hashes[2], hashes[0]]
+    assert {len(value) for name, value in state.items() if per_path or "lora" not in name} == {2}
     logits, maps = (
         value if value is None else value.detach()[[2, 0]]
         for value in (embedder.encoder.path_logits, embedder.encoder.path_maps)
@@ -151,18 +138,6 @@ def test_some_paths_keep_their_order_and_have_their_own_aggregate(
     config = config_of(tmp_path / "two")
     assert config["paths"] == [2, 0]
     assert config["aggregate_dim"] == aggregate.shape[1]
-
-
-@pytest.mark.parametrize("name", ["qwen3_vl", "llava_next_mistral"])
-def test_other_families_come_with_their_backbone(name: str, tmp_path: Path) -> None:
-    embedder = tiny_embedder(save_tiny_family(name, tmp_path / "source"), num_paths=2)
-    before = every_path(embedder)
-    embedder.save_pretrained(tmp_path / "kept", include_backbone=True)
-    embedder.save_pretrained(tmp_path / "merged", merge_adapters=True)
-    shutil.rmtree(tmp_path / "source")
-    assert torch.equal(every_path(Embedder.from_pretrained(tmp_path / "kept")), before)
-    merged = every_path(Embedder.from_pretrained(tmp_path / "merged"))
-    torch.testing.assert_close(merged, before, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["frozen", "full"])
@@ -268,10 +243,9 @@ def test_another_backbone(tmp_path: Path) -> None:
 
 
 def test_backbone_of_the_hub_is_not_downloaded(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: None
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(socket, "getaddrinfo", None)
     config = config_of(folder)
     settings = {**config["settings"], "backbone": "owner/model", "revision": "abc"}
     edit(folder, settings=settings, backbone_included=False)
@@ -288,20 +262,9 @@ def test_what_is_not_exported(embedder: Embedder, folder: Path, tmp_path: Path) 
     assert not (tmp_path / "other").exists()
 
 
-@pytest.fixture(scope="module")
-def trained(tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of two steps."""
-    folder = tmp_path_factory.mktemp("run")
-    trainer = make_trainer(folder, max_steps=2)
-    options = {"query_instruction": "find", "aggregation": "learned"}
-    trainer.fit(small_embedder(tiny_backbone_dir, **options), small_data(tiny_mmeb_dir, image_size="low"))
-    trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt")
-    return folder
-
-
 @pytest.fixture
-def run_dir(trained: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(trained, tmp_path / "run"))
+def run_dir(trained_run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained_run, tmp_path / "run"))
 
 
 def test_an_export_of_a_run_knows_the_run(run_dir: Path, tmp_path: Path) -> None:
@@ -324,19 +287,19 @@ def test_other_files_are_not_checkpoints(tmp_path: Path) -> None:
 
 
 def test_what_a_training_writes_is_read_as_by_its_own_class(
-    trained: Path, tiny_mmeb_dir: str, tmp_path: Path
+    trained_run: Path, tiny_mmeb_dir: str, tmp_path: Path
 ) -> None:
     """The module, its checkpoint, the exported folder and what is saved again from it: one picture size."""
     inputs = ["a red circle", noise_image(40, 30)]
-    module = PDFEmbedder.load_from_checkpoint(checkpoint_file(trained)).eval()
+    module = PDFEmbedder.load_from_checkpoint(checkpoint_file(trained_run)).eval()
     expected = module.encode(inputs, paths="all")
-    loaded = Embedder.from_pretrained(trained)
+    loaded = Embedder.from_pretrained(trained_run)
     assert not loaded.encoder.training
     loaded.save_pretrained(tmp_path / "export")
     exported = Embedder.from_pretrained(tmp_path / "export")
     exported.save_pretrained(tmp_path / "again")
     again = Embedder.from_pretrained(tmp_path / "again")
-    for model in (loaded, exported, again, Embedder.from_pretrained(checkpoint_file(trained))):
+    for model in (loaded, exported, again, Embedder.from_pretrained(checkpoint_file(trained_run))):
         assert torch.equal(model.encode(inputs, paths="all"), expected)
         assert torch.equal(model.encode(inputs), module.encode(inputs))
     square = noise_image(40, 30).resize((128, 128), Image.Resampling.BICUBIC)

@@ -9,14 +9,10 @@ from torch.nn.functional import normalize
 
 from parallel_decoupling.objective.alternatives import unexplained
 from parallel_decoupling.objective.vclub import GivenTarget, Kind, MutualInformation
-from tests.support.references import unexplained_loop
+from tests.support.references import random, unexplained_loop
 
 TWINS: dict[Kind, Kind] = {kind: kind.removesuffix("_given_target") for kind in get_args(GivenTarget)}
 T_DIM, U_DIM, DIM = 4, 4, 16
-
-
-def random(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def example() -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ from tests.support.references import (
     hit_at_1_loop,
     info_nce_loop,
     own_candidates_kl_loop,
+    random,
     several_positives_loop,
 )
 
@@ -42,9 +43,7 @@ CASES = {
 
 
 def unit(*shape: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    value = torch.randn(*shape, generator=generator, dtype=torch.float64)
-    return torch.nn.functional.normalize(value, dim=-1)
+    return torch.nn.functional.normalize(random(*shape, seed=seed), dim=-1)
 
 
 def hit_at_1(*sides: Tensor, **labels: Tensor) -> Tensor:
@@ -82,7 +81,9 @@ def test_value_and_gradients_equal_the_loop(case: str, symmetric: bool, margin: 
 @pytest.mark.parametrize("case", CASES)
 def test_hit_at_1_equals_the_loop(case: str) -> None:
     query, candidate, labels = both(case)
-    assert torch.equal(hit_at_1(query, candidate, **labels), hit_at_1_loop(query, candidate, *CASES[case]))
+    positive, ids = CASES[case]
+    expected = hit_at_1_loop(query, candidate, [[p] for p in positive], ids)
+    assert torch.equal(hit_at_1(query, candidate, **labels), expected)
 
 
 def test_identical_embeddings_give_log_of_the_candidates_that_are_left() -> None:
@@ -100,7 +101,7 @@ def test_identical_embeddings_give_log_of_the_candidates_that_are_left() -> None
     torch.testing.assert_close(both_ways, torch.full((2,), expected, dtype=torch.float64))
 
 
-def test_collapsed_embeddings_are_no_hit() -> None:
+def test_collapsed_embeddings_do_not_count_as_hits() -> None:
     one = torch.ones(4, 1, 8) / math.sqrt(8)
     labels: dict[str, Any] = {"positive": torch.arange(4), "candidate_ids": torch.arange(4)}
     assert hit_at_1(one, one, **labels).item() == 0.0
@@ -110,44 +111,18 @@ def test_collapsed_embeddings_are_no_hit() -> None:
 @pytest.mark.parametrize("case", ["some_negatives_are_padding", "all_negatives_are_padding"])
 def test_padding_is_as_if_it_were_not_there(case: str, symmetric: bool) -> None:
     query, candidate, labels = both(case)
-    candidate.requires_grad_()
     there = labels["candidate_ids"] != PADDING_ID
     without = {**labels, "candidate_ids": labels["candidate_ids"][there]}
     options: dict[str, Any] = {"temperature": 0.1, "symmetric": symmetric}
     loss_N = info_nce(query, candidate, **labels, **options)
     torch.testing.assert_close(loss_N, info_nce(query, candidate[there], **without, **options))
-    (gradient,) = torch.autograd.grad(loss_N.sum(), candidate)
-    assert gradient[~there].abs().max() == 0
-    hits_N = hit_at_1(candidate[:4], candidate, **labels)
-    assert torch.equal(hits_N, hit_at_1(candidate[:4], candidate[there], **without))
 
 
 def test_a_path_sees_no_other_path() -> None:
     query, candidate, labels = both("in_batch")
-    query.requires_grad_()
-    loss_N = info_nce(query, candidate, temperature=0.1, **labels)
-    alone = info_nce(query[:, 1:2], candidate[:, 1:2], temperature=0.1, **labels)
-    torch.testing.assert_close(loss_N[1:2], alone)
-    (gradient,) = torch.autograd.grad(loss_N[1], query)
-    assert gradient[:, 1].abs().min() > 0
-    assert gradient[:, [0, 2]].abs().max() == 0
-
-
-def test_shards_that_see_all_queries_sum_to_the_gradient_of_one_process() -> None:
-    """Each rank holds its rows with gradient and the other ranks' rows as constants."""
-    query, candidate = unit(6, 2, 5, seed=1), unit(6, 2, 5, seed=2)
-    labels: dict[str, Any] = {"positive": torch.arange(6), "candidate_ids": torch.tensor([1, 2, 3, 1, 4, 5])}
-
-    def gradients(rows: slice) -> tuple[Tensor, ...]:
-        leaves = [query[rows].clone().requires_grad_(), candidate[rows].clone().requires_grad_()]
-        gathered = []
-        for leaf, constant in zip(leaves, (query, candidate), strict=True):
-            gathered.append(torch.cat([constant[: rows.start], leaf, constant[rows.stop :]]))
-        return torch.autograd.grad(info_nce(*gathered, temperature=0.1, **labels).sum(), leaves)
-
-    whole, shards = gradients(slice(0, 6)), [gradients(slice(0, 2)), gradients(slice(2, 6))]
-    for name in (0, 1):
-        torch.testing.assert_close(whole[name], torch.cat([shard[name] for shard in shards]))
+    one_by_one = zip(query.split(1, dim=1), candidate.split(1, dim=1), strict=True)
+    alone = [info_nce(*sides, temperature=0.1, **labels) for sides in one_by_one]
+    torch.testing.assert_close(info_nce(query, candidate, temperature=0.1, **labels), torch.cat(alone))
 
 
 def test_half_precision_inputs_and_autocast_compute_in_float32() -> None:
@@ -185,18 +160,8 @@ def test_several_positives_equal_the_loop(case: str, symmetric: bool) -> None:
         torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-12)
     padding = torch.tensor(ids) == PADDING_ID
     assert results[0][2][padding].abs().sum() == 0
-    for n in range(2):
-        hits = 0
-        for b, of_query in enumerate(positives):
-            targets = {ids[p] for p in of_query}
-            score = {
-                j: float((query[b, n] @ candidate[j, n]).detach())
-                for j in range(len(ids))
-                if ids[j] != PADDING_ID
-            }
-            others = [value for j, value in score.items() if ids[j] not in targets]
-            hits += max(score[p] for p in of_query if p in score) > max(others)
-        assert hit_at_1(query, candidate, **labels)[n] == hits / 3
+    hits_N = hit_at_1(query, candidate, **labels)
+    assert torch.equal(hits_N, hit_at_1_loop(query, candidate, positives, ids))
 
 
 def test_a_teachers_ranking_equals_the_loop_and_rows_without_one_add_nothing() -> None:
@@ -255,11 +220,6 @@ def test_path_cosine_equals_the_loop() -> None:
             cosines = [p[n].dot(p[m]) / math.sqrt(p[n].dot(p[n]) * p[m].dot(p[m])) for p in paths]
             expected[n, m] = sum(cosines) / len(cosines)
     torch.testing.assert_close(path_cosine(paths), expected, rtol=1e-9, atol=1e-12)
-
-
-def test_path_cosine_of_equal_paths_is_one_at_any_norm() -> None:
-    one = torch.randn(4, 1, 6, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(path_cosine(torch.cat([one, 3 * one], dim=1)), torch.ones(2, 2))
 
 
 def test_margins_without_a_rival_do_not_count_and_a_constant_path_has_no_correlation() -> None:

@@ -21,10 +21,10 @@ from parallel_decoupling.objective.vclub import (
     Unconditional,
     gaussian_nll,
     path_pairs,
-    standardise,
     vclub_bound,
 )
 from tests.support import references
+from tests.support.references import random
 
 KINDS: tuple[Kind, ...] = get_args(Unconditional)
 DEPENDENCE: tuple[Kind, ...] = ("vclub", "hsic", "crosscov")
@@ -42,10 +42,6 @@ BOUNDS |= {
         ("orthogonal", squared_cosine, references.squared_cosine_loop),
     )
 }
-
-
-def random(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def correlated(rho: float, batch_size: int, embed_dim: int, seed: int) -> Tensor:
@@ -98,13 +94,6 @@ def test_value_and_gradients_equal_the_loop(name: str) -> None:
     """Inputs are NOT standardised: the closed form holds for any moments."""
     y = 3 * random(3, 5, 4, seed=1) + 2
     assert_same_value_and_gradients(*BOUNDS[name], [y, random(3, 5, 4, seed=2), random(3, 5, 4, seed=3)], 3)
-
-
-def test_standardise_equals_the_loop() -> None:
-    paths = 3 * random(6, 2, 3, seed=1) + 2
-    assert_same_value_and_gradients(
-        lambda value: standardise(value[0])[None], references.standardise_loop, [paths[None]], 1
-    )
 
 
 @pytest.mark.parametrize("kind", DEPENDENCE)

@@ -7,18 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from parallel_decoupling.batch import PairBatch
 from parallel_decoupling.data.tasks import MMEB_TASKS, Task
 from parallel_decoupling.evaluation.leaderboard import write_leaderboard, write_score_files
 from parallel_decoupling.evaluation.report import ScoreReport
 from parallel_decoupling.evaluation.score import TaskResult
-from parallel_decoupling.training.module import PDFEmbedder
 from studies.estimator_figures import KIND_COLOURS
 from studies.estimators import KINDS, Cell, cells, fitted_network, measure, run
 from studies.prefix_gradients import gradients, with_network_of
 from studies.published.audit import TaskScores, audit_row, audit_scores, read_scores, read_table
 from tests.evaluation.test_report import PUBLISHED
-from tests.support.fit import RecordingEmbedder, make_trainer, small_data, small_embedder
+from tests.support.fit import RecordingEmbedder, first_batch, make_trainer, small_data, small_embedder
 
 
 def cell(**values: object) -> Cell:
@@ -61,24 +59,13 @@ def test_run_writes_results_table_and_pictures(tmp_path: Path) -> None:
     assert len({KIND_COLOURS[kind] for kind in KINDS}) == len(KINDS)
 
 
-NO_CLIP = {"clip_norm": 0.0}
-
-
-def a_batch(module: PDFEmbedder, tiny_mmeb_dir: str) -> PairBatch:
-    data = small_data(tiny_mmeb_dir)
-    data.connect(module)
-    data.setup("fit")
-    return next(iter(data.train_dataloader()))
-
-
 def test_gradients_are_the_parts_of_that_of_a_training_step(
     tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
 ) -> None:
-    options = {"mi_weight": 0.3, "aggregate_weight": 0.7, "optimizer": NO_CLIP}
+    options = {"mi_weight": 0.3, "aggregate_weight": 0.7, "optimizer": {"clip_norm": 0.0}}
     options |= {"mi": {"fit_steps": 1, "learning_rate": 1e-12, "warmup_steps": 0, "ramp_steps": 0}}
     module = small_embedder(tiny_backbone_dir, kind=RecordingEmbedder, **options)
-    batch = a_batch(module, tiny_mmeb_dir)
-    found = gradients(module, batch, with_network_of(module.mutual_information))
+    found = gradients(module, first_batch(module, tiny_mmeb_dir), with_network_of(module.mutual_information))
     prefixes = [name for name, _ in module.named_parameters() if "prefix" in name]
     make_trainer(tmp_path, max_steps=1).fit(module, small_data(tiny_mmeb_dir))
     assert isinstance(module, RecordingEmbedder)

@@ -82,9 +82,10 @@ def qwen(model_type: str, vision: dict[str, Any], text: dict[str, Any], patch_si
     return processor, config
 
 
-def qwen2_vl() -> Any:
+def qwen2_vl(num_layers: int = 2) -> Any:
     vision = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2, "num_heads": 2}
-    return qwen("qwen2_vl", {**vision, "initializer_range": 0.3}, {"rope_parameters": MROPE})
+    text = {"rope_parameters": MROPE, "num_hidden_layers": num_layers}
+    return qwen("qwen2_vl", {**vision, "initializer_range": 0.3}, text)
 
 
 def qwen2_5_vl() -> Any:
@@ -264,6 +265,11 @@ def save_tiny_family(name: str, folder: str | Path, *, seed: int = 0) -> str:
     """Write a tiny backbone of a family as real ones are published; returns ``folder`` as a string."""
     processor, config = {**TINY_FAMILIES, **TEXT_FAMILIES}[name]()
     return save_random_model(processor, config, folder, seed)
+
+
+def save_tiny_backbone(folder: str | Path, *, num_layers: int = 2, seed: int = 0) -> str:
+    """Write the tiny Qwen2-VL that most tests take, with so many layers; returns ``folder`` as a string."""
+    return save_random_model(*qwen2_vl(num_layers), folder, seed)
 
 
 def raw_input(text: str, *images: Image.Image) -> RawInput:

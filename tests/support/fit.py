@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from parallel_decoupling.batch import TokenLimit
+from parallel_decoupling.batch import PairBatch, TokenLimit
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.data.images import ImagePolicy
 from parallel_decoupling.evaluation.run import Scoring
@@ -61,6 +61,14 @@ def small_embedder(backbone: str, *, kind: type[PDFEmbedder] = PDFEmbedder, **se
 def small_data(data_dir: str, **settings: Any) -> MMEBDataModule:
     """Six batches of eight rows per epoch."""
     return MMEBDataModule(data_dir=data_dir, **{"batch_size": 8, "eval_batch_size": 8, **settings})
+
+
+def first_batch(module: PDFEmbedder, data_dir: str) -> PairBatch:
+    """The first training batch of ``small_data``."""
+    data = small_data(data_dir)
+    data.connect(module)
+    data.setup("fit")
+    return next(iter(data.train_dataloader()))
 
 
 def small_config(backbone: str, data_dir: str, **trainer: Any) -> dict[str, Any]:

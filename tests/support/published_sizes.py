@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, LlavaNextImageProcessor, LlavaNextProcessor
+from transformers import AutoConfig, LlavaNextImageProcessor, LlavaNextProcessor, Qwen2Tokenizer
 
-from tests.support.families import QWEN_PROCESSORS, llama_tokenizer, qwen_processor
-from tests.support.tiny import tiny_tokenizer
+from tests.support.families import QWEN_PROCESSORS, byte_level, llama_tokenizer, qwen_processor
+from tests.support.tiny import SPECIAL_TOKENS
 
 QWEN_IDS = {"image_token_id": 151655, "video_token_id": 151656}
 QWEN_IDS |= {"vision_start_token_id": 151652, "vision_end_token_id": 151653}
@@ -77,7 +77,8 @@ def save_published(name: str, folder: Path) -> str:
     vision = config.vision_config
     if config.model_type in QWEN_PROCESSORS:
         size = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 16384}
-        processor = qwen_processor(config.model_type, tiny_tokenizer(), size, patch_size=vision.patch_size)
+        tokenizer = byte_level(Qwen2Tokenizer, SPECIAL_TOKENS)
+        processor = qwen_processor(config.model_type, tokenizer, size, patch_size=vision.patch_size)
     else:
         side = vision.image_size
         image = LlavaNextImageProcessor(

@@ -12,6 +12,10 @@ from torch import Tensor
 from parallel_decoupling.batch import PADDING_ID
 
 
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
 def info_nce_loop(
     query: Tensor,
     candidate: Tensor,
@@ -82,18 +86,20 @@ def own_candidates_kl_loop(
     return torch.stack(losses)
 
 
-def hit_at_1_loop(query: Tensor, candidate: Tensor, positive: list[int], candidate_ids: list[int]) -> Tensor:
-    """``[N]``: share of queries whose positive beats each other target strictly."""
+def hit_at_1_loop(
+    query: Tensor, candidate: Tensor, positives: list[list[int]], candidate_ids: list[int]
+) -> Tensor:
+    """``[N]``: share of queries of which one positive beats each other target strictly."""
     shares = []
     for n in range(query.shape[1]):
         hits = 0
-        for b, p in enumerate(positive):
-            own = (query[b, n] * candidate[p, n]).sum()
-            others = [
-                j for j in range(len(candidate)) if candidate_ids[j] not in (candidate_ids[p], PADDING_ID)
-            ]
-            hits += all(own > (query[b, n] * candidate[j, n]).sum() for j in others)
-        shares.append(hits / len(positive))
+        for b, of_query in enumerate(positives):
+            targets = {candidate_ids[p] for p in of_query} - {PADDING_ID}
+            scores = [(query[b, n] * row).sum() for row in candidate[:, n]]
+            own = [scores[p] for p in of_query if candidate_ids[p] != PADDING_ID]
+            others = [j for j in range(len(candidate)) if candidate_ids[j] not in targets | {PADDING_ID}]
+            hits += all(max(own) > scores[j] for j in others)
+        shares.append(hits / len(positives))
     return torch.tensor(shares, dtype=query.dtype)
 
 

@@ -1,7 +1,6 @@
-"""A random-weight Qwen2-VL of stock classes with a small tokenizer, made from code.
+"""What tiny models are made of: a corpus, special tokens, random weights; and their inputs.
 
-Everything that a real backbone folder holds (config, safetensors, tokenizer, image processor), two
-language layers wide 32, 64x64-pixel images. The shipped ``tiny`` backbone is trained and made elsewhere.
+The shipped ``tiny`` backbone is trained and made elsewhere.
 """
 
 import json
@@ -11,16 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tokenizers import ByteLevelBPETokenizer
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    Qwen2Tokenizer,
-    Qwen2VLConfig,
-    Qwen2VLImageProcessor,
-    Qwen2VLProcessor,
-    Qwen2VLVideoProcessor,
-)
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from parallel_decoupling.batch import EncoderInputs
 
@@ -42,43 +32,11 @@ def wrap(kind: type, trainer: Any, special_tokens: Sequence[str], **options: Any
     return tokenizer
 
 
-def tiny_tokenizer(vocab_size: int = 400) -> Qwen2Tokenizer:
-    """Train a byte-level BPE on ``CORPUS`` and wrap it as the stock Qwen2 tokenizer."""
-    trainer = ByteLevelBPETokenizer(add_prefix_space=False)
-    trainer.train_from_iterator(CORPUS, vocab_size=vocab_size, min_frequency=1, show_progress=False)
-    return wrap(Qwen2Tokenizer, trainer, SPECIAL_TOKENS)
-
-
-def tiny_processor() -> Qwen2VLProcessor:
-    """Return the stock processor for images of at most 64x64 pixels (16 image tokens)."""
-    sizes: dict[str, Any] = {"patch_size": 8, "temporal_patch_size": 2, "merge_size": 2}
-    sizes["size"] = {"shortest_edge": 16 * 16, "longest_edge": 64 * 64}
-    return Qwen2VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**sizes),
-        tokenizer=tiny_tokenizer(),
-        video_processor=Qwen2VLVideoProcessor(**sizes),
-    )
-
-
 def special_ids(tokenizer: Any) -> dict[str, int]:
     """Token ids that the config of a Qwen-VL names."""
     names = {"image_token_id": "image_pad", "video_token_id": "video_pad"}
     names |= {"vision_start_token_id": "vision_start", "vision_end_token_id": "vision_end"}
     return {key: int(tokenizer.convert_tokens_to_ids(f"<|{name}|>")) for key, name in names.items()}
-
-
-def tiny_config(tokenizer: Qwen2Tokenizer, *, num_layers: int = 2) -> Qwen2VLConfig:
-    """Return the stock config: text width 32, 4 heads, 2 key/value heads, one vision block."""
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
-    ends = {"bos_token_id": "<|endoftext|>", "eos_token_id": "<|im_end|>"}
-    text = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "rope_parameters": rope}
-    text |= {"num_hidden_layers": num_layers, "num_attention_heads": 4, "num_key_value_heads": 2}
-    text |= {"max_position_embeddings": 1024, "initializer_range": 0.3}
-    text |= {key: int(tokenizer.convert_tokens_to_ids(name)) for key, name in ends.items()}
-    vision = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2, "num_heads": 2, "patch_size": 8}
-    vision |= {"spatial_merge_size": 2, "temporal_patch_size": 2, "initializer_range": 0.3}
-    ids = special_ids(tokenizer)
-    return Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
 
 
 def save_random_model(processor: Any, config: Any, folder: str | Path, seed: int) -> str:
@@ -94,12 +52,6 @@ def save_random_model(processor: Any, config: Any, folder: str | Path, seed: int
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return str(folder)
-
-
-def save_tiny_backbone(folder: str | Path, *, num_layers: int = 2, seed: int = 0) -> str:
-    """Write a tiny backbone in the form in which real ones are published; returns ``folder`` as a string."""
-    processor = tiny_processor()
-    return save_random_model(processor, tiny_config(processor.tokenizer, num_layers=num_layers), folder, seed)
 
 
 def noise_image(width: int, height: int, seed: int = 0) -> Image.Image:

@@ -1,25 +1,31 @@
-"""What a run shows of itself, what its steps cost, and the rates of its parameters."""
+"""What a run shows of itself, logs and keeps, when it stops, what steps cost, and the rates of parameters."""
 
+import csv
 import math
 import warnings
 from dataclasses import replace
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+import yaml
 from torch import Tensor, nn
 
+from parallel_decoupling import cli
 from parallel_decoupling.batch import PADDING_ID, EncoderInputs, PairBatch
+from parallel_decoupling.model.run_checkpoint import read_checkpoint
 from parallel_decoupling.objective.contrastive import info_nce
 from parallel_decoupling.training.callbacks import CollapseAlarm, ProgressLines
 from parallel_decoupling.training.compute import LENGTH_GROUPS, Progress
 from parallel_decoupling.training.optimization import OptimizerConfig, learning_rate_schedule, main_optimizer
 from parallel_decoupling.training.terms import GatheredPairs
-from tests.support.fit import make_trainer, small_data, small_embedder
+from tests.support.fit import make_trainer, small_config, small_data, small_embedder
+
+CONFIG_DIR = Path(__file__).parents[2] / "lightning_configs"
 
 
 def alarms(
@@ -97,21 +103,6 @@ def test_a_constant_embedding_raises_the_alarm_and_random_ones_do_not(ids: Tenso
     assert not messages(*sides)
 
 
-def test_a_run_logs_its_terms(tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path) -> None:
-    logger = TensorBoardLogger(tmp_path, name="", version="")
-    trainer = make_trainer(tmp_path, max_steps=4, logger=logger)
-    trainer.fit(
-        small_embedder(tiny_backbone_dir), small_data(tiny_mmeb_dir, validation_tasks=["colours_i2t"])
-    )
-    events = EventAccumulator(str(tmp_path))
-    events.Reload()
-    scalars = set(events.Tags()["scalars"])
-    wanted = "loss contrastive_path_1 mi_pair_0_1 estimator_nll_held_out hit_at_1_aggregate path_cosine"
-    wanted += " effective_rank gradient_norm"
-    others = "lr/estimator compute/token_passes"
-    assert scalars >= {f"train/{name}" for name in wanted.split()} | {*others.split(), "mix/colours_i2t"}
-
-
 def parameter() -> nn.Parameter:
     return nn.Parameter(torch.zeros(2))
 
@@ -132,12 +123,7 @@ def test_prefixes_have_their_own_rate_and_only_adapters_decay() -> None:
     names = ("adapters", "prefixes", "aggregation", "temperature")
     groups = main_optimizer({name: [parameter()] for name in names}, config).param_groups
     found = {group["name"]: (group["lr"], group["weight_decay"]) for group in groups}
-    assert found == {
-        "adapters": (0.1, 0.3),
-        "prefixes": (0.7, 0.0),
-        "aggregation": (0.1, 0.0),
-        "temperature": (0.1, 0.0),
-    }
+    assert found == {"adapters": (0.1, 0.3), "prefixes": (0.7, 0.0), **dict.fromkeys(names[2:], (0.1, 0.0))}
 
 
 def test_constant_schedule_needs_no_end_and_the_others_do() -> None:
@@ -195,3 +181,34 @@ def test_progress_is_written_in_lines_where_no_bar_can_be_drawn(
     lines = [record.message for record in caplog.records if record.message.startswith("step ")]
     assert [line.partition(",")[0] for line in lines] == [f"step {step} of 3" for step in (1, 2, 3)] * bar
     assert all(line.endswith("0:00:00 left") for line in lines[2:])
+
+
+def test_the_best_checkpoint_is_kept_the_run_stops_and_mlflow_gets_every_value(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With rates at which no score changes, the first validation stays the best one."""
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    kinds = {"CSVLogger": {"save_dir": str(tmp_path), "version": "csv"}}
+    if has_mlflow := find_spec("mlflow") is not None:
+        kinds["MLFlowLogger"] = {"tracking_uri": f"file:{tmp_path / 'logs'}"}
+    loggers = [
+        {"class_path": f"lightning.pytorch.loggers.{name}", "init_args": kinds[name]} for name in kinds
+    ]
+    settings: dict[str, Any] = {"max_steps": 20, "log_every_n_steps": 1, "logger": loggers}
+    content = small_config(tiny_backbone_dir, tiny_mmeb_dir, **settings)
+    content["data"]["validation_tasks"] = ["colours_i2t"]
+    content["model"]["optimizer"] = {"learning_rate": 1e-12, "prefix_learning_rate": 1e-12}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    options = ["--config", str(CONFIG_DIR / "callbacks" / "best.yaml"), "--trainer.val_check_interval", "1"]
+    options += ["--trainer.default_root_dir", str(tmp_path / "run")]
+    cli.main(["fit", "--config", str(tmp_path / "config.yaml"), *options])
+    files = {name: next(tmp_path.rglob(f"{name}.ckpt")) for name in ("best", "last")}
+    steps = {name: read_checkpoint(file)["progress"]["steps_done"] for name, file in files.items()}
+    assert steps == {"best": 1, "last": 6}
+    with next(tmp_path.rglob("csv/metrics.csv")).open() as stream:
+        losses = [float(row["train/loss"]) for row in csv.DictReader(stream) if row["train/loss"]]
+    assert len(losses) == 6
+    if has_mlflow:
+        client = import_module("mlflow").MlflowClient(f"file:{tmp_path / 'logs'}")
+        (run,) = client.search_runs([each.experiment_id for each in client.search_experiments()])
+        assert [each.value for each in client.get_metric_history(run.info.run_id, "train/loss")] == losses

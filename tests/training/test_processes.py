@@ -1,20 +1,33 @@
-"""Two gloo processes with different rows against one process with all of them, in every layout."""
+"""Two gloo processes or nodes with different rows against one process with all of them, in every layout."""
 
-import json
+import csv
 import os
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed.tensor import DTensor
 
 from parallel_decoupling.distributed import rank, whole
+from parallel_decoupling.evaluation.store import Store
 from parallel_decoupling.training.module import PDFEmbedder
 from tests.support.families import save_tiny_family
-from tests.support.fit import ONE_PATH, Recorder, SaveAll, make_trainer, small_data, small_embedder
+from tests.support.fit import (
+    ONE_PATH,
+    Recorder,
+    SaveAll,
+    make_trainer,
+    small_config,
+    small_data,
+    small_embedder,
+)
 from tests.support.mmeb import add_text_subset, save_tiny_mmeb
 from tests.support.processes import run_ranks
 
@@ -85,14 +98,17 @@ def results(folder: Path) -> list[dict[str, Any]]:
     return [torch.load(file, weights_only=True) for file in sorted(folder.glob("[01].pt"))]
 
 
+def one(folder: Path, *args: Any, **options: Any) -> dict[str, Any]:
+    folder.mkdir(exist_ok=True)
+    train(folder, *args, **options)
+    (result,) = results(folder)
+    return result
+
+
 def two(folder: Path, *args: Any, **options: Any) -> list[dict[str, Any]]:
     folder.mkdir()
-    run_ranks(train_with, folder, args, options)
+    run_ranks(lambda: train(folder, *args, **options))
     return results(folder)
-
-
-def train_with(folder: Path, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-    train(folder, *args, **options)
 
 
 def assert_close(found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -117,9 +133,7 @@ def one_process(
     """Folder with checkpoint, arguments and results of one process with the whole batches."""
     folder = tmp_path_factory.mktemp(request.param)
     args = (tiny_backbone_dir, tiny_mmeb_dir, ADAPTERS[request.param])
-    train(folder, *args)
-    (result,) = results(folder)
-    return folder, args, result
+    return folder, args, one(folder, *args)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 3])
@@ -127,29 +141,26 @@ def one_process(
 def test_two_processes_train_like_one_and_resume_each_others_checkpoints(
     one_process: Any, tmp_path: Path, strategy: str, chunk_size: int | None
 ) -> None:
-    folder, args, one = one_process
+    folder, args, wanted = one_process
     first, second = two(tmp_path / "two", *args, strategy=strategy, chunk_size=chunk_size)
     assert any(a != b for a, b in zip(first["with_image"], second["with_image"], strict=True))
-    trained = one["gradients"][0].keys()
+    trained = wanted["gradients"][0].keys()
     assert {"log_temperature", "encoder.path_logits", "encoder.prefixes.key_values"} <= trained
     assert any("visual" in name for name in trained)
     for rank_result in (first, second):
-        assert_close(rank_result, one)
+        assert_close(rank_result, wanted)
         assert len(rank_result["values"]) == STEPS
         assert bool(rank_result["sharded"]) == (strategy == "fsdp2")
         assert not any("visual" in name or "lora" in name for name in rank_result["sharded"])
     for name, value in first["parameters"].items():
         assert torch.equal(value, second["parameters"][name])
-    (tmp_path / "in_one").mkdir()
-    train(tmp_path / "in_one", *args, resume=tmp_path / "two" / "3.ckpt")
-    for result in results(tmp_path / "in_one"):
-        assert_close(result, one)
-        assert len(result["values"]) == 1
+    resumed = [one(tmp_path / "in_one", *args, resume=tmp_path / "two" / "3.ckpt")]
     other = {"ddp": "fsdp2", "fsdp2": "ddp"}[strategy]
     for resume in (folder / "3.ckpt", tmp_path / "two" / "3.ckpt"):
-        for result in two(tmp_path / f"from_{resume.parent.name}", *args, strategy=other, resume=resume):
-            assert_close(result, one)
-            assert len(result["values"]) == 1
+        resumed += two(tmp_path / f"from_{resume.parent.name}", *args, strategy=other, resume=resume)
+    for result in resumed:
+        assert_close(result, wanted)
+        assert len(result["values"]) == 1
 
 
 @pytest.mark.parametrize("chunk_size", [None, 3])
@@ -161,13 +172,11 @@ def test_a_process_whose_rows_are_texts_adds_nothing_to_vision_adapters(
     args = (tiny_backbone_dir, str(tmp_path / "data"), {"kind": "lora", "scope": "vision"})
     changes = {**ONE_PATH, "aggregation": "mean", "learn_temperature": False}
     options: dict[str, Any] = {"changes": changes, "subsets": ["colours_i2t", "texts"]}
-    (tmp_path / "one").mkdir()
-    train(tmp_path / "one", *args, **options)
-    (one,) = results(tmp_path / "one")
+    wanted = one(tmp_path / "one", *args, **options)
     first, second = two(tmp_path / "two", *args, strategy=strategy, chunk_size=chunk_size, **options)
     assert any(a != b for a, b in zip(first["with_image"], second["with_image"], strict=True))
     for result in (first, second):
-        assert_close(result, one)
+        assert_close(result, wanted)
 
 
 @pytest.mark.parametrize("adapter", ["own", "full"])
@@ -175,26 +184,10 @@ def test_a_model_of_texts_alone_is_sharded_too(tmp_path: Path, adapter: str) -> 
     add_text_subset(save_tiny_mmeb(tmp_path / "data"))
     backbone = save_tiny_family("gemma3_text", tmp_path / "backbone")
     args = (backbone, str(tmp_path / "data"), {**ADAPTERS[adapter], "scope": "language"})
-    (tmp_path / "one").mkdir()
-    train(tmp_path / "one", *args, subsets=["texts"])
-    (one,) = results(tmp_path / "one")
+    wanted = one(tmp_path / "one", *args, subsets=["texts"])
     for result in two(tmp_path / "two", *args, strategy="fsdp2", subsets=["texts"]):
-        assert_close(result, one)
+        assert_close(result, wanted)
         assert result["sharded"]
-
-
-def test_every_layout_scores_alike(tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path) -> None:
-    def test(strategy: str) -> None:
-        module = PDFEmbedder(backbone=tiny_backbone_dir, num_paths=2, prefix_length=3)
-        options = {"devices": 1 if strategy == "auto" else 2, "strategy": strategy}
-        trainer = make_trainer(tmp_path / strategy, **options)
-        trainer.test(module, small_data(tiny_mmeb_dir, eval_batch_size=3))
-
-    test("auto")
-    wanted = json.loads((tmp_path / "auto" / "scores.json").read_text())["tasks"]
-    for strategy in ("ddp", "fsdp2"):
-        run_ranks(test, strategy)
-        assert json.loads((tmp_path / strategy / "scores.json").read_text())["tasks"] == wanted
 
 
 class KillLastRank(Callback):
@@ -216,3 +209,46 @@ def test_losing_a_process_ends_the_others_with_an_error(
 
     with pytest.raises(RuntimeError, match=r"exit codes \[1, -9\]"):
         run_ranks(fit, timeout=120)
+
+
+def run(nodes: int, *arguments: str) -> None:
+    """Run a subcommand by so many nodes and wait for all of them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1", "--nnodes", str(nodes)]
+    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", place, "--rdzv_id", "test", "--local_addr"]
+    command += ["127.0.0.1", "-m", "parallel_decoupling", *arguments, "--trainer.num_nodes", str(nodes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    started = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) for _ in range(nodes)]
+    errors = [process.communicate(timeout=900)[1].decode() for process in started]
+    assert [process.returncode for process in started] == [0] * nodes, errors
+
+
+def test_two_nodes_fit_and_predict_like_one(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    config: dict[str, Any] = small_config(tiny_backbone_dir, tiny_mmeb_dir, max_steps=3, log_every_n_steps=1)
+    config["trainer"]["logger"] = {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path)}}
+    losses, found = [], []
+    for nodes in (1, 2):
+        folder = tmp_path / str(nodes)
+        config["trainer"]["logger"]["init_args"]["name"] = f"log_{nodes}"
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+        root = ["--config", str(tmp_path / "config.yaml"), "--trainer.default_root_dir", str(folder)]
+        run(nodes, "fit", *root)
+        with next(tmp_path.glob(f"log_{nodes}/*/metrics.csv")).open() as file:
+            losses.append([float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]])
+        last = ["--ckpt_path", str(tmp_path / "1" / "checkpoints" / "last.ckpt")]
+        source = [
+            "--data.predict_source",
+            str(Path(tiny_mmeb_dir) / "MMEB-eval"),
+            "--trainer.logger",
+            "false",
+        ]
+        run(nodes, "predict", *root, *source, *last, "--data.predict_rows_per_shard", "4")
+        found.append(Store(folder / "embeddings"))
+    assert len(losses[0]) == 3
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert found[0].rows(range(len(found[0]))) == found[1].rows(range(len(found[1])))
+    torch.testing.assert_close(found[1].column("aggregate"), found[0].column("aggregate"))

@@ -11,7 +11,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from parallel_decoupling.batch import IMAGE_PLACEHOLDER, RawInput
-from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.distributed import (
     average_gradients,
     broadcast_parameters,
@@ -26,6 +25,7 @@ from parallel_decoupling.distributed import (
 from parallel_decoupling.model.backbone import AdapterConfig, load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
 from parallel_decoupling.training.strategies import FSDP2Strategy, shard_encoder
+from tests.model.test_families import collate
 from tests.support.families import save_tiny_family
 from tests.support.fit import small_embedder
 from tests.support.processes import run_ranks
@@ -55,8 +55,7 @@ def shard_and_compare(folder: str, kind: Any, attention: Any) -> None:
     ]
     whole, sharded = encoders
     rows = [RawInput(f"{IMAGE_PLACEHOLDER}\na red circle", (noise_image(32, 32),)), RawInput("a blue square")]
-    collator = Collator(whole.processor, image_token=whole.image_token)
-    inputs = collator.encode_inputs(rows[rank() :])  # the second process has no image
+    inputs = collate(whole, rows[rank() :])  # the second process has no image
     expected = whole(inputs)
     for _ in range(2):  # the second time changes nothing
         shard_encoder(sharded, init_device_mesh("cpu", (2,)))

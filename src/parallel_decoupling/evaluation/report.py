@@ -18,10 +18,10 @@ from parallel_decoupling.data.tasks import MMEB_TASKS, OVERALL, TASK_KEYS, V2_TA
 from parallel_decoupling.evaluation import leaderboard
 from parallel_decoupling.evaluation.score import NOT_KEPT, TaskResult
 from parallel_decoupling.files import write_json
+from parallel_decoupling.model.identity import check_seal, sealed
 from parallel_decoupling.model.run_checkpoint import run_dir_of
 
 T = TypeVar("T")
-FORMAT = 3
 SCORES_FILE = "scores.json"
 OTHER_PARTS = ("modes", "path_cosine", "warnings", "run")  # of a report, which its file holds as they are
 META_TASKS = ("classification", "vqa", "retrieval", "grounding")
@@ -137,21 +137,20 @@ class ScoreReport:
             del row[key]
         counts = self.partial_means.items()
         partial = {name: f"of {count} of MMEB's {MMEB_COUNTS[name]} tasks" for name, count in counts}
-        content = {"format": FORMAT, "metric": "hit@1", "means": self.means, "partial_means": partial}
+        content = {"metric": "hit@1", "means": self.means, "partial_means": partial}
         content |= {"metric_means": self.metric_means, **{key: getattr(self, key) for key in OTHER_PARTS}}
         return {**content, "tasks": tasks}
 
     def to_json_file(self, json_file: str | Path) -> None:
-        """Write ``content``."""
-        write_json(json_file, self.content)
+        """Write ``content`` with a hash of it."""
+        write_json(json_file, sealed(json.loads(json.dumps(self.content, default=str))))
 
     @classmethod
     def from_json_file(cls, json_file: str | Path) -> "ScoreReport":
         """Read what ``to_json_file`` wrote; what the rows scored is what counts. Other files are refused."""
         try:
-            content, tasks = json.loads(Path(json_file).read_text(encoding="utf-8")), {}
-            if content.get("format") != FORMAT:
-                raise ValueError(f"not format {FORMAT}")
+            found, tasks = json.loads(Path(json_file).read_text(encoding="utf-8")), {}
+            content = check_seal(found, "it")
             for name, row in content["tasks"].items():
                 task = Task(name, **{key: row.pop(key) for key in TASK_KEYS if key in row})
                 row["hit_at_1"] = {key: hits.count("1") / len(hits) for key, hits in row["hits"].items()}
