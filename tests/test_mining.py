@@ -13,7 +13,7 @@ from parallel_decoupling import cli, mining
 from parallel_decoupling.data.readers import TrainSubset
 from parallel_decoupling.data.tasks import EvalTask, Task
 from parallel_decoupling.evaluation.embedder import Embedder
-from tests.support.mmeb import OWN_ENTRY, train_row, write_train
+from tests.support.mmeb import OWN_ENTRY, train_row, write_image, write_train
 
 
 @pytest.mark.parametrize(("ranks", "margin"), [(range(2), 0.0), (range(1, 4), 0.1), (range(50), -2.0)])
@@ -117,6 +117,17 @@ def test_a_mined_split_is_read_by_training_and_made_once(
     with pytest.raises(ValueError, match="no row has a negative in colours_i2t, colours_t2i, texts, where"):
         mining.mine(str(data), str(tmp_path / "model"), str(tmp_path / "kept"), margin=2.0)
     assert there == {file: file.read_bytes() for file in data.rglob("mined-*.parquet")}
+
+
+def test_copies_of_a_picture_are_one_candidate(tmp_path: Path) -> None:
+    pictures = [write_image(tmp_path / "MMEB-train" / f"{name}.png", name) for name in ("red", "blue")]
+    shutil.copy(pictures[0], tmp_path / "MMEB-train" / "copy.png")
+    names = ("red.png", "copy.png", "blue.png")
+    rows = [train_row(name, "", pos_image_path=name) for name in names]
+    write_train(tmp_path, "S", rows)
+    task, sides = mining.as_task(TrainSubset(tmp_path, "S"))
+    assert task.candidates_of_row == [[0], [0], [1]]
+    assert [image for _, image in sides] == ["red.png", "blue.png"]
 
 
 def test_ranks_in_the_wrong_order_are_refused_before_anything_is_read() -> None:

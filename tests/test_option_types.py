@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from parallel_decoupling.data.datamodule import MMEBDataModule
+from parallel_decoupling.evaluation.store import Keeper, Store
+from parallel_decoupling.lance_index import LanceIndex, write_lance_index
 from parallel_decoupling.model.backbone import AdapterConfig
 from parallel_decoupling.option_types import (
     Names,
@@ -24,6 +27,7 @@ from parallel_decoupling.option_types import (
     check_values,
     checked,
 )
+from parallel_decoupling.search import ExactIndex
 from parallel_decoupling.training.module import PDFEmbedder
 from parallel_decoupling.training.optimization import MIConfig, OptimizerConfig
 from parallel_decoupling.training.settings import check_fit
@@ -137,6 +141,29 @@ def test_one_message_names_all_that_is_wrong() -> None:
         outer(0, math.nan, names=["a", "a"])
     with pytest.raises(ValueError, match=r"outer\.names must be a list, not one text, got 'ab'"):
         outer(1, names="ab")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        Store,
+        LanceIndex,
+        ExactIndex,
+        lambda path: Keeper(path, dict),
+        lambda path: write_lance_index(path, "x"),
+    ],
+)
+def test_paths_mean_the_same_in_python(
+    function: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for path, message in (
+        ("s3://bucket/a", "must be the path of a file or folder"),
+        ("~no-such-user/a", "no such home"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            function(path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Path(Keeper("~/a", dict).root) == tmp_path / "a"
 
 
 HUGE: dict[str, Any] = {

@@ -99,6 +99,9 @@ def test_a_batch_of_neighbours_is_of_whole_clusters(size: int) -> None:
 def test_weights_are_shares_per_subset() -> None:
     counts = Counter(subset for subset, _ in chain(*epoch(sampler(weights=[2.0, 1.0, 1.0], batch_size=10))))
     assert counts == {0: 90, 1: 45, 2: 45}
+    for scale in (5e-324, 8e307):  # sums of the weights would be 0 or infinite
+        scaled = sampler(weights=[2 * scale, scale, scale], batch_size=10)
+        assert Counter(subset for subset, _ in chain(*epoch(scaled))) == counts
 
 
 @pytest.mark.parametrize(("policy", "block"), POLICIES)
@@ -261,6 +264,9 @@ def test_names_that_are_not_utf8_are_found_again_from_a_table_of_their_ids(tmp_p
 def test_unusable_tables(rows: list[dict[str, Any]], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         RowSource(save(tmp_path / "rows.parquet", rows))
+    (tmp_path / "rows.jsonl").write_text('{"text": "x", "meta": {}}')
+    with pytest.raises(ValueError, match="Give columns that a Parquet file can hold"):
+        RowSource(tmp_path / "rows.jsonl")
 
 
 @pytest.mark.parametrize(

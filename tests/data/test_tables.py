@@ -190,6 +190,7 @@ def test_the_delimiter_is_the_one_that_gives_the_columns(tmp_path: Path, delimit
             "row 2, column 'text': ",
         ),
         ("a.jsonl", b'["text"]\n', "a line is not a JSON object"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "y", "text": "z"}\n', "row 1: 'text' is there 2 times"),
         ("a.jsonl", b'{"image": {"bytes": "x"}}\n', "nor a column of pictures"),
         ("a.jsonl", b'{"image": {"bytes": null, "path": 3}}\n', "nor a column of pictures"),
         ("a.parquet", b"PAR1 cut off", "Is it complete"),
@@ -261,6 +262,8 @@ def test_kept_columns_of_csv_lose_nothing(tmp_path: Path) -> None:
         "year": (["1999", "2000", ""], [1999, 2000, None]),
         "price": (["1.50", "2.00", "10"], [1.5, 2.0, 10.0]),
         "zip": (["00123", "4", ""], ["00123", "4", ""]),
+        "country": (["NA", "NA", ""], ["NA", "NA", ""]),
+        "stock": (["1", "2", "N/A"], ["1", "2", "N/A"]),
         "big": (["12345678901234567890", "5", "6"], ["12345678901234567890", "5", "6"]),
     }
     rows = [columns, *zip(*(written for written, _ in columns.values()), strict=True)]

@@ -214,6 +214,13 @@ def test_a_run_that_embeds_nothing_fails(module: PDFEmbedder, tmp_path: Path) ->
     assert "none.png" in (tmp_path / "o" / "bad_rows.jsonl").read_text()
 
 
+def test_a_run_that_ends_before_its_first_file_fails(
+    module: PDFEmbedder, table_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="0 rows embedded. .* see limit_predict_batches"):
+        predict(module, table_file, tmp_path, trainer={"limit_predict_batches": 1})
+
+
 def test_chosen_columns_in_half_precision(module: PDFEmbedder, table_file: Path, tmp_path: Path) -> None:
     predict(module, table_file, tmp_path, dtype="float16", predict_columns=["path_1"])
     table = read(tmp_path)

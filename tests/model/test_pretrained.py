@@ -215,6 +215,19 @@ def test_not_a_model(tmp_path: Path) -> None:
             load_encoder(tmp_path)
 
 
+def test_an_export_goes_to_what_a_link_means_and_not_into_the_working_folder(
+    embedder: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    embedder.save_pretrained(tmp_path / "link")
+    load_encoder(tmp_path / "there")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(ValueError, match="is the working folder"):
+        embedder.save_pretrained(".")
+
+
 def test_a_config_that_was_sealed_with_other_keys_is_refused(embedder: Embedder, tmp_path: Path) -> None:
     embedder.save_pretrained(tmp_path / "model")
     for values in ({"more": 1}, {"paths": "0"}, {"files": None}):

@@ -8,6 +8,7 @@ from threading import Event
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback
 
 from tests.support.embedders import mixed_inputs
 from tests.support.fit import Recorder, make_trainer, small_data, small_embedder
@@ -40,6 +41,32 @@ def test_a_thread_that_encodes_changes_nothing_of_a_training(
         assert all(each.training for each in module.modules())
     assert values[0] == values[1]
     assert all(finite)
+
+
+class EncodesInTheStep(Callback):
+    """Encodes while the training step has the model for itself."""
+
+    def __init__(self) -> None:
+        self.embeddings: list[torch.Tensor] = []
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+        self.embeddings.append(pl_module.encode(["a red circle"]))
+        assert pl_module.encoder.training
+
+
+def test_a_hook_of_the_training_step_encodes_and_changes_nothing(
+    tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path
+) -> None:
+    values = []
+    for callbacks in ([], [EncodesInTheStep()]):
+        module, recorder = small_embedder(tiny_backbone_dir, **DROPOUT), Recorder()
+        before = module.encode(["a red circle"])
+        trainer = make_trainer(tmp_path / str(len(callbacks)), recorder, *callbacks, max_steps=2)
+        trainer.fit(module, small_data(tiny_mmeb_dir))
+        values.append(recorder.values)
+        for callback in callbacks:
+            assert torch.equal(callback.embeddings[0], before)
+    assert values[0] == values[1]
 
 
 def test_calls_of_all_kinds_side_by_side_are_those_one_after_another(tiny_backbone_dir: str) -> None:
