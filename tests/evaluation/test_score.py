@@ -158,7 +158,7 @@ def test_several_answers_equal_a_slow_walk_with_ties_nan_and_missing_candidates(
     task, (query, candidate) = judged_task(rng), tied_sides(generator)
     candidate[[3, 11]] = torch.nan
     whole = task
-    for missing in (set[int](), {5, 6, 20}):
+    for missing in (set[int](), {5, 6, 20}, {*whole.answers(0)}):
         task = whole.without({2}, missing)
         score = score_task(task, {"aggregate": (query, candidate)})
         copies: dict[str, list[int]] = {}  # of which the first stands for all
