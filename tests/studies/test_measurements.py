@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -137,8 +138,8 @@ def test_own_score_files_are_read_in_all_formats(tmp_path: Path) -> None:
         assert found.problems == (), place
         assert found.report is not None
         assert found.report.means["overall"] == {"hit@1": 0.5}
-    content = json.loads((tmp_path / "scores.json").read_text())
-    content["tasks"]["GQA"]["meta_task"] = "grounding"
-    (tmp_path / "scores.json").write_text(json.dumps(content))
+    task = replace(MMEB_TASKS["GQA"], meta_task="grounding")
+    report.tasks["GQA"] = replace(report.tasks["GQA"], task=task)
+    report.to_json_file(tmp_path / "scores.json")
     (problem,) = audit_scores(read_scores(tmp_path)).problems
     assert problem.startswith("GQA counts as grounding, MMEB has it in vqa")
