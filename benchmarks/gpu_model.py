@@ -69,7 +69,8 @@ def make_plan(machine: Machine, batch_size: int, settings: dict[str, Any]) -> Pl
     model, data = ({n: p.default for n, p in inspect.signature(kind).parameters.items()} for kind in kinds)
     model |= {"backbone": machine.backbone, "dtype": "bfloat16", "prefix_init": "random", **settings}
     data |= {"batch_size": batch_size}
-    trainer = {"devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "bf16-mixed", "max_steps": 1}
+    trainer = {"accelerator": "auto", "devices": 1, "num_nodes": 1, "strategy": "auto"}
+    trainer |= {"precision": "bf16-mixed", "max_steps": 1}
     return Plan(model, data, trainer)
 
 
