@@ -72,6 +72,8 @@ def qwen(model_type: str, vision: dict[str, Any], text: dict[str, Any], patch_si
     size = {"shortest_edge": 16 * 16, "longest_edge": 64 * 64}
     processor = qwen_processor(model_type, tokenizer, size, patch_size)
     sizes = {"patch_size": patch_size, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    ends = {"bos_token_id": "<|endoftext|>", "eos_token_id": "<|im_end|>"}
+    text |= {key: tokenizer.convert_tokens_to_ids(name) for key, name in ends.items()}
     config = hf.AutoConfig.for_model(
         model_type,
         text_config={**TEXT, "vocab_size": len(tokenizer), **text},
