@@ -103,9 +103,10 @@ def test_another_model_is_not_given_the_kept_scores_of_the_first(tasks: list[Any
         mteb_model(first, 0).mteb_model_meta.revision,
         mteb_model(first, prompts=PROMPTS).mteb_model_meta.revision,
         mteb_model(other).mteb_model_meta.revision,
+        mteb_model(Embedder(first.encoder)).mteb_model_meta.revision,
         mteb_model(Embedder(first.encoder, max_tokens=9)).mteb_model_meta.revision,
     ]
-    assert len(set(revisions)) == 5
+    assert len(set(revisions)) == 6
     assert mteb_model(tiny_embedder("tiny")).mteb_model_meta.revision == revisions[0]
     cache = ResultCache(tmp_path)
     alone = [evaluate(mteb_model(model), tasks)["WorldPictures"].get_score() for model in (first, other)]

@@ -285,8 +285,11 @@ def test_only_indexes_are_replaced_or_opened(store: Store, tmp_path: Path) -> No
 
     lancedb.connect(tmp_path).create_table("items-00009", [{"own": 1}])
     (tmp_path / "items-mine.lance").mkdir()
-    for _ in range(2):
-        write_lance_index(str(store.folder), str(tmp_path))
+    write_lance_index(str(store.folder), str(tmp_path))
+    before = LanceIndex(tmp_path)
+    write_lance_index(str(store.folder), str(tmp_path))
+    with pytest.raises(ValueError, match="was replaced meanwhile: open it again"):
+        before.search(queries_by_column(QUERIES), 3, "path_0")
     names = ["items-00002.lance", "items-00009.lance", "items-mine.lance"]
     assert sorted(folder.name for folder in tmp_path.iterdir()) == names
     assert len(LanceIndex(tmp_path)) == 400

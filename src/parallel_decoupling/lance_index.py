@@ -102,8 +102,8 @@ class LanceIndex:
         tables = table_dirs(index_dir)
         if not tables:
             raise ValueError(f"{index_dir} does not hold an index: write one with lightning index")
-        self._folder = Path(index_dir)
-        self._table: Any = lancedb.connect(index_dir).open_table(TABLE.format(max(tables)))
+        self._folder, self._number = Path(index_dir), max(tables)
+        self._table: Any = lancedb.connect(index_dir).open_table(TABLE.format(self._number))
         schema = self._table.schema
         content = json.loads(schema.metadata[METADATA_KEY])
         self.metadata: Mapping[str, Any] = located(check_seal(content, index_dir), index_dir)
@@ -131,10 +131,9 @@ class LanceIndex:
             try:
                 found = (search if where is None else search.where(f"({where})")).to_arrow()
             except (ValueError, RuntimeError) as error:
-                advice = "Was the index replaced meanwhile? Then open it again"
-                raise ValueError(
-                    f"LanceDB refuses the search (where={where!r}): {error}. {advice}"
-                ) from error
+                if not table_dirs(self._folder).get(self._number):
+                    raise ValueError(f"{self._folder} was replaced meanwhile: open it again") from error
+                raise ValueError(f"LanceDB refuses the search (where={where!r}): {error}") from error
             vectors = {name: F.normalize(to_tensor(found[name]), dim=-1) for name in names}
             scores_K = similarities(query_ND[None], [vectors[name] for name in scored])[0]
             scores_K, order_K = scores_K.sort(descending=True, stable=True)
