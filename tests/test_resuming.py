@@ -127,6 +127,7 @@ def stop_at(place: str, steps: int, number: int) -> None:
 
 
 def stopped(config_file: Path, folder: Path, place: str, steps: int, number: int) -> None:
+    lightning_cli.SAVE_EVERY = 2
     stop_at(place, steps, number)
     fit(config_file, folder)
 

@@ -1,4 +1,8 @@
-"""A function in several processes at once, each with its rank: what ``torchrun`` does, by fork and quick."""
+"""A function in several processes at once, each with its rank: what ``torchrun`` does, but quick.
+
+The processes are forks of a server that has imported this package and done nothing else. A fork of the tests
+themselves would share the memory of every native thread that an earlier test has started.
+"""
 
 import os
 import socket
@@ -7,6 +11,7 @@ from collections.abc import Callable
 from multiprocessing import get_context
 from typing import Any
 
+import cloudpickle
 import torch
 import torch.distributed as dist
 
@@ -21,11 +26,11 @@ def run_ranks(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = get_context("fork")
-    children = [
-        context.Process(target=_run, args=(rank, processes, port, gloo, function, args), daemon=True)
-        for rank in range(processes)
-    ]
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["tests.support.fit"])
+    job = cloudpickle.dumps((function, args))
+    ranks = [(rank, processes, port, gloo, dict(os.environ), job) for rank in range(processes)]
+    children = [context.Process(target=_run, args=each, daemon=True) for each in ranks]
     for child in children:
         child.start()
     end = time.monotonic() + timeout
@@ -40,8 +45,10 @@ def run_ranks(
 
 
 def _run(
-    rank: int, processes: int, port: int, gloo: bool, function: Callable[..., None], args: tuple[Any, ...]
+    rank: int, processes: int, port: int, gloo: bool, environment: dict[str, str], job: bytes
 ) -> None:
+    os.environ.clear()
+    os.environ |= environment
     os.environ |= {
         "LOCAL_RANK": str(rank),
         "NODE_RANK": "0",
@@ -50,6 +57,8 @@ def _run(
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
+    torch.manual_seed(0)
+    function, args = cloudpickle.loads(job)
     if gloo:
         dist.init_process_group("gloo", rank=rank, world_size=processes)
     function(*args)
