@@ -44,9 +44,7 @@ def run_ranks(
         raise RuntimeError(f"exit codes {codes} (None: did not end in {timeout} s)")
 
 
-def _run(
-    rank: int, processes: int, port: int, gloo: bool, environment: dict[str, str], job: bytes
-) -> None:
+def _run(rank: int, processes: int, port: int, gloo: bool, environment: dict[str, str], job: bytes) -> None:
     os.environ.clear()
     os.environ |= environment
     os.environ |= {
