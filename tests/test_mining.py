@@ -14,6 +14,7 @@ from parallel_decoupling.data.readers import TrainSubset
 from parallel_decoupling.data.tasks import EvalTask, Task
 from parallel_decoupling.evaluation.embedder import Embedder
 from tests.support.mmeb import OWN_ENTRY, train_row, write_image, write_train
+from tests.support.processes import run_ranks
 
 
 @pytest.mark.parametrize(("ranks", "margin"), [(range(2), 0.0), (range(1, 4), 0.1), (range(50), -2.0)])
@@ -117,6 +118,31 @@ def test_a_mined_split_is_read_by_training_and_made_once(
     with pytest.raises(ValueError, match="no row has a negative in colours_i2t, colours_t2i, texts, where"):
         mining.mine(str(data), str(tmp_path / "model"), str(tmp_path / "kept"), margin=2.0)
     assert there == {file: file.read_bytes() for file in data.rglob("mined-*.parquet")}
+
+
+def test_two_processes_write_what_one_writes_and_resume(
+    tiny_mmeb_dir: str, embedder: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards of 5 rows, of which some are there already; a side of 4 rows is one process's alone."""
+    embedder.save_pretrained(tmp_path / "model")
+    folders = [shutil.copytree(tiny_mmeb_dir, tmp_path / name) for name in ("one", "two")]
+
+    def on_a_rank(folder: Path) -> None:
+        mining.ROWS_PER_SHARD = 5
+        mining.mine(str(folder), str(tmp_path / "model"), str(folder / "kept"), margin=-2.0, last_rank=9)
+
+    run_ranks(on_a_rank, folders[0], processes=1)
+    shutil.copytree(folders[0] / "kept", folders[1] / "kept")
+    for lost in (file for file in (folders[1] / "kept").rglob("*.parquet") if "00001" not in file.name):
+        lost.unlink()
+    run_ranks(on_a_rank, folders[1])
+    contents = [
+        {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*.parquet")}
+        for folder in folders
+    ]
+    assert len([file for file in contents[0] if file.name.startswith("mined")]) == 2
+    assert len([file for file in contents[0] if file.parts[0] == "kept"]) == 2 * (5 + 1)
+    assert contents[0] == contents[1]
 
 
 def test_copies_of_a_picture_are_one_candidate(tmp_path: Path) -> None:

@@ -3,7 +3,10 @@
 Parameters are whole on every process, except those that FSDP2 shards (``DTensor``).
 """
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +25,22 @@ def rank() -> int:
 def world_size() -> int:
     """Return the number of processes; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+@contextmanager
+def torchrun_group() -> Iterator[int]:
+    """Join the processes of ``torchrun``, if there are any, and yield this one's number on its machine.
+
+    For commands without a Trainer: the group exchanges objects, and tensors of the CPU.
+    """
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several:
+        dist.init_process_group("gloo", timeout=timedelta(days=7))  # shares of work differ in length
+    try:
+        yield int(os.environ.get("LOCAL_RANK", "0"))
+    finally:
+        if several:
+            dist.destroy_process_group()
 
 
 def gather_with_grad(local: Tensor) -> Tensor:

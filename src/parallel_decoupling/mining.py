@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from itertools import chain
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import torch
 from scipy.sparse import csr_array
 from torch import Tensor
+from torch.utils.data import Subset
 from tqdm import tqdm
 
 from parallel_decoupling.data.collate import identity
@@ -21,9 +23,10 @@ from parallel_decoupling.data.readers import MMEB_TRAIN, TrainSubset
 from parallel_decoupling.data.row_reader import CANDIDATE, QUERY, Side, side_of
 from parallel_decoupling.data.row_sources import TaskSide
 from parallel_decoupling.data.tasks import NEIGHBOURS, ROLES, EvalTask, Task, chosen, find_train_subsets
+from parallel_decoupling.distributed import gather_objects, rank, torchrun_group, world_size
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.evaluation.encode import encode_rows
-from parallel_decoupling.evaluation.store import AGGREGATE, Keeper, Store
+from parallel_decoupling.evaluation.store import AGGREGATE, ROWS_PER_SHARD, Keeper, Store
 from parallel_decoupling.files import atomic_write
 from parallel_decoupling.model.identity import about_encoder
 from parallel_decoupling.option_types import NonNegativeInt, PositiveInt, checked
@@ -41,6 +44,8 @@ def mine(
 ) -> None:
     """Write the split "mined" of all training subsets in MMEB's layout, with hard negatives and neighbours.
 
+    The processes that ``torchrun`` starts share the work and write what one process writes.
+
     Args:
         data_dir: holds MMEB-train/; or mini-mmeb.
         model: checkpoint, run or exported folder; its aggregate ranks the candidates of a subset.
@@ -52,36 +57,45 @@ def mine(
     """
     if first_rank >= last_rank:
         raise ValueError(f"first_rank must be below last_rank, got {first_rank} and {last_rank}")
-    embedder = Embedder.from_pretrained(model, device="cuda" if torch.cuda.is_available() else "cpu")
-    about = about_encoder(embedder.encoder, **vars(embedder.limit))
-    folder, keeper = MMEBDataModule(data_dir=data_dir).folder, Keeper(output_dir, lambda: about, replace=True)
-    without = []
-    for name in chosen(None, find_train_subsets(folder), folder):
-        subset = TrainSubset(folder, name)
-        if subset.reader.source is not None:
-            raise ValueError(f"{name} is a table of your own; mine reads and writes MMEB's layout.")
-        task, sides = as_task(subset)
-        query, candidate = (TaskSide(task, side, folder) for side in ("query", "candidate"))
-        vectors = _embedded(embedder, keeper, query), _embedded(embedder, keeper, candidate)
-        near = hard_negatives(*vectors, task, range(first_rank, last_rank), margin)
-        sys.stdout.write(f"{name}: {sum(map(bool, near))} of {len(near)} rows have a negative\n")
-        if not any(near):
-            without.append(name)
-            continue
-        columns = dict(zip(MMEB_TRAIN, map(subset.table.column, ROLES), strict=True))
-        cells = {key: column.take(subset.kept) for key, column in columns.items() if column is not None}
-        for part, key in enumerate(MMEB_TRAIN[4:]):
-            lists = [[sides[each][part] for each in row[:negatives]] for row in near]
-            cells[key] = pa.array(lists, pa.list_(pa.string()))
-        order = neighbour_order(near, [row[0] for row in task.candidates_of_row])
-        cells[NEIGHBOURS] = pa.array(order.argsort())
-        with atomic_write(folder / "MMEB-train" / name / "mined-00000-of-00001.parquet") as unfinished:
-            pq.write_table(pa.table(cells), unfinished)
+    with torchrun_group() as number:
+        device = f"cuda:{number}" if torch.cuda.is_available() else "cpu"
+        embedder, without = Embedder.from_pretrained(model, device=device), []
+        about = about_encoder(embedder.encoder, **vars(embedder.limit))
+        keeper = Keeper(output_dir, lambda: about, replace=True)
+        folder = MMEBDataModule(data_dir=data_dir).folder
+        for name in chosen(None, find_train_subsets(folder), folder):
+            subset = TrainSubset(folder, name)
+            if subset.reader.source is not None:
+                raise ValueError(f"{name} is a table of your own; mine reads and writes MMEB's layout.")
+            task, cells = as_task(subset)
+            query, candidate = (TaskSide(task, side, folder) for side in ("query", "candidate"))
+            vectors = _embedded(embedder, keeper, query), _embedded(embedder, keeper, candidate)
+            near = hard_negatives(*vectors, task, range(first_rank, last_rank), margin)
+            if rank() > 0:
+                continue
+            sys.stdout.write(f"{name}: {sum(map(bool, near))} of {len(near)} rows have a negative\n")
+            if any(near):
+                lists = [[cells[each] for each in row[:negatives]] for row in near]
+                order = neighbour_order(near, [row[0] for row in task.candidates_of_row])
+                _write_split(subset, folder, lists, order.argsort())
+            else:
+                without.append(name)
     if without:
         advice = "take other ranks or a smaller margin"
         raise ValueError(
             f"no row has a negative in {', '.join(without)}, where nothing was written: {advice}"
         )
+
+
+def _write_split(subset: TrainSubset, folder: Path, negatives: list[list[Side]], places: Any) -> None:
+    """Write the split "mined" of a subset: its rows with these negatives and places among neighbours."""
+    columns = dict(zip(MMEB_TRAIN, map(subset.table.column, ROLES), strict=True))
+    cells = {key: column.take(subset.kept) for key, column in columns.items() if column is not None}
+    for part, key in enumerate(MMEB_TRAIN[4:]):
+        cells[key] = pa.array([[side[part] for side in row] for row in negatives], pa.list_(pa.string()))
+    cells[NEIGHBOURS] = pa.array(places)
+    with atomic_write(folder / "MMEB-train" / subset.subset / "mined-00000-of-00001.parquet") as unfinished:
+        pq.write_table(pa.table(cells), unfinished)
 
 
 def as_task(subset: TrainSubset) -> tuple[EvalTask, list[Side]]:
@@ -110,29 +124,47 @@ def as_task(subset: TrainSubset) -> tuple[EvalTask, list[Side]]:
 
 
 def _embedded(embedder: Embedder, keeper: Keeper, rows: TaskSide) -> Tensor:
-    """Return the aggregates of one side ``[rows, D]`` from its store, which is written if it lacks them."""
-    size = {"num_rows": len(rows), "rows_per_shard": len(rows)}
-    about = {**rows.about, **size, "columns": [AGGREGATE], "images": embedder.images.settings}
-    if not keeper.finished(rows, about):
-        encoded = encode_rows(embedder.encoder, embedder.collator, rows, where=rows.where)
-        keeper.writers[rows.name].write(0, range(len(rows)), {AGGREGATE: encoded.embeddings}, {})
-    return Store(keeper.writers[rows.name].folder).column(AGGREGATE)
+    """Return the aggregates of one side ``[rows, D]`` from its store; the processes write what it lacks."""
+    about = {**rows.about, "num_rows": len(rows), "rows_per_shard": ROWS_PER_SHARD, "columns": [AGGREGATE]}
+    finished = keeper.finished(rows, {**about, "images": embedder.images.settings})
+    writer, first = keeper.writers[rows.name], rank() == 0
+    missing = [shard for shard in range(writer.num_shards) if shard not in finished]
+    for shard in tqdm(missing[rank() :: world_size()], desc=rows.name, unit="shard", disable=not first):
+        numbers = writer.rows_of(shard)
+
+        def where(place: int, numbers: range = numbers) -> str:
+            return rows.where(numbers[place])
+
+        options: dict[str, Any] = {"where": where, "show_progress": None if first else False}
+        part = cast(Any, Subset)(rows, numbers)
+        encoded = encode_rows(embedder.encoder, embedder.collator, part, **options)
+        writer.write(shard, numbers, {AGGREGATE: encoded.embeddings}, {})
+    gather_objects(None)  # wait until all are written
+    return Store(writer.folder).column(AGGREGATE).to(embedder.device)
 
 
 def hard_negatives(
     query_QD: Tensor, candidate_CD: Tensor, task: EvalTask, ranks: range, margin: float
 ) -> list[list[int]]:
-    """Return what has these ranks and scores ``margin`` below each row's own; a query's own have no rank."""
+    """Return what has these ranks and scores ``margin`` below each row's own; a query's own have no rank.
+
+    Every process has all rows' candidates, and ranks those of its share.
+    """
     own, found = defaultdict[int, set[int]](set), list[list[int]]()
     for query, candidates in zip(task.query_of_row, task.candidates_of_row, strict=True):
         own[query].update(candidates)
-    for row, query in enumerate(tqdm(task.query_of_row, desc=task.task.name, unit="row")):
+    share = range(rank(), len(task.query_of_row), world_size())
+    for row in tqdm(share, desc=task.task.name, unit="row", disable=rank() > 0):
+        query = task.query_of_row[row]
         score_C = candidate_CD @ query_QD[query]
         highest = score_C[task.candidates_of_row[row][0]] - margin
         score_C[list(own[query])] = -torch.inf
         best = score_C.topk(min(ranks.stop, len(score_C) - len(own[query]))).indices[ranks.start :]
         found.append(best[score_C[best] <= highest].tolist())
-    return found
+    near = list[list[int]]([[]]) * len(task.query_of_row)
+    for number, part in enumerate(gather_objects(found)):
+        near[number :: world_size()] = part
+    return near
 
 
 def neighbour_order(near: list[list[int]], own: list[int]) -> Any:

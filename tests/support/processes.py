@@ -48,6 +48,7 @@ def _run(rank: int, processes: int, port: int, gloo: bool, environment: dict[str
     os.environ.clear()
     os.environ |= environment
     os.environ |= {
+        "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "NODE_RANK": "0",
         "WORLD_SIZE": str(processes),

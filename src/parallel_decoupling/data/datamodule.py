@@ -21,7 +21,13 @@ from parallel_decoupling.data.names import printable
 from parallel_decoupling.data.row_reader import CANDIDATE, NEGATIVE
 from parallel_decoupling.data.row_sources import RowSource, TaskSide
 from parallel_decoupling.evaluation.encode import BatchPlan, RowBatches, TokenEstimate
-from parallel_decoupling.evaluation.store import AGGREGATE, Keeper, chosen_columns, path_column
+from parallel_decoupling.evaluation.store import (
+    AGGREGATE,
+    ROWS_PER_SHARD,
+    Keeper,
+    chosen_columns,
+    path_column,
+)
 from parallel_decoupling.option_types import (
     Names,
     NonNegativeInt,
@@ -114,7 +120,7 @@ class MMEBDataModule(LightningDataModule):
         predict_source: str | None = None,
         predict_columns: Names | None = None,
         predict_instruction: str | None = None,
-        predict_rows_per_shard: PositiveInt = 4096,
+        predict_rows_per_shard: PositiveInt = ROWS_PER_SHARD,
         positives: PositiveInt = 1,
         max_frames: PositiveInt = 8,
         max_video_pixels: PositiveInt | None = None,

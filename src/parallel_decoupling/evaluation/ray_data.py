@@ -9,7 +9,14 @@ from torch.utils.data import Subset
 from parallel_decoupling.data.row_sources import RowSource
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.evaluation.encode import encode_rows
-from parallel_decoupling.evaluation.store import AGGREGATE, Keeper, Store, chosen_columns, path_vectors
+from parallel_decoupling.evaluation.store import (
+    AGGREGATE,
+    ROWS_PER_SHARD,
+    Keeper,
+    Store,
+    chosen_columns,
+    path_vectors,
+)
 from parallel_decoupling.files import locked
 from parallel_decoupling.model.identity import about_encoder
 from parallel_decoupling.option_types import PositiveInt, checked
@@ -51,7 +58,7 @@ def embed_with_ray(
     source: str,
     output_dir: str | Path,
     workers: PositiveInt,
-    rows_per_shard: PositiveInt = 4096,
+    rows_per_shard: PositiveInt = ROWS_PER_SHARD,
 ) -> Store:
     """Embed a folder of Parquet files, or what else ``predict`` takes, with workers of a Ray cluster.
 

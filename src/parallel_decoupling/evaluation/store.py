@@ -30,6 +30,7 @@ from parallel_decoupling.option_types import check_values, checked
 METADATA_KEY = b"parallel_decoupling"
 SHARD_NAME = re.compile(r"embeddings-(\d{5,})\.parquet")
 AGGREGATE = "aggregate"
+ROWS_PER_SHARD = 4096  # unless a caller says otherwise
 ROW_GROUP_SIZE = 16_384  # rows that a reader holds at once
 OWN_KEYS = ("shard", "rows_sha256", "chunks_sha256", "bad_rows")  # differ between shards
 COMPARED = (
