@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from parallel_decoupling.evaluation.store import METADATA_KEY, Store
 from parallel_decoupling.model.backbone import load_backbone
@@ -102,6 +103,10 @@ def test_damaged_weights_of_a_backbone(tiny_backbone_dir: str, tmp_path: Path) -
     (file,) = (tmp_path / "backbone").glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match="weights of backbone .* are damaged"):
+        load_backbone(str(tmp_path / "backbone"))
+    torch.save(load_file(Path(tiny_backbone_dir, file.name)), file.with_name("pytorch_model.bin"))
+    file.unlink()
+    with pytest.raises(ValueError, match=r"has no weights in safetensors: .*save it anew"):
         load_backbone(str(tmp_path / "backbone"))
 
 

@@ -4,14 +4,14 @@ import csv
 import math
 import warnings
 from dataclasses import replace
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import mlflow
 import pytest
 import torch
+import wandb
 import yaml
 from torch import Tensor, nn
 
@@ -183,14 +183,17 @@ def test_progress_is_written_in_lines_where_no_bar_can_be_drawn(
     assert all(line.endswith("0:00:00 left") for line in lines[2:])
 
 
-def test_the_best_checkpoint_is_kept_the_run_stops_and_mlflow_gets_every_value(
+def test_the_best_checkpoint_is_kept_the_run_stops_and_loggers_by_class_get_every_value(
     tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With rates at which no score changes, the first validation stays the best one."""
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    kinds = {"CSVLogger": {"save_dir": str(tmp_path), "version": "csv"}}
-    if has_mlflow := find_spec("mlflow") is not None:
-        kinds["MLFlowLogger"] = {"tracking_uri": f"file:{tmp_path / 'logs'}"}
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    kinds: dict[str, dict[str, Any]] = {
+        "CSVLogger": {"save_dir": str(tmp_path), "version": "csv"},
+        "MLFlowLogger": {"tracking_uri": f"file:{tmp_path / 'logs'}"},
+        "WandbLogger": {"save_dir": str(tmp_path), "offline": True},
+    }
     loggers = [
         {"class_path": f"lightning.pytorch.loggers.{name}", "init_args": kinds[name]} for name in kinds
     ]
@@ -208,7 +211,8 @@ def test_the_best_checkpoint_is_kept_the_run_stops_and_mlflow_gets_every_value(
     with next(tmp_path.rglob("csv/metrics.csv")).open() as stream:
         losses = [float(row["train/loss"]) for row in csv.DictReader(stream) if row["train/loss"]]
     assert len(losses) == 6
-    if has_mlflow:
-        client = import_module("mlflow").MlflowClient(f"file:{tmp_path / 'logs'}")
-        (run,) = client.search_runs([each.experiment_id for each in client.search_experiments()])
-        assert [each.value for each in client.get_metric_history(run.info.run_id, "train/loss")] == losses
+    client = mlflow.MlflowClient(f"file:{tmp_path / 'logs'}")
+    (run,) = client.search_runs([each.experiment_id for each in client.search_experiments()])
+    assert [each.value for each in client.get_metric_history(run.info.run_id, "train/loss")] == losses
+    assert (wandb.run.offline, wandb.run.summary["train/loss"]) == (True, losses[-1])
+    wandb.finish()

@@ -210,6 +210,7 @@ def load_backbone(
         with torch.device("meta"):
             base = cast(Any, AutoModel).from_config(config, **kind)
     else:
+        kind["use_safetensors"] = True  # nothing is unpickled
         kind["attn_implementation"] = "sdpa" if attention == "flex_attention" else attention
         if quantization:  # on this process's GPU: a CPU repacks the weights in evaluation, and cannot train
             gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -222,6 +223,11 @@ def load_backbone(
             base, info = load(source, output_loading_info=True, **kind, **options)
         except SafetensorError as error:
             raise ValueError(f"the weights of backbone {name!r} are damaged: {error}") from error
+        except OSError as error:
+            if error.errno is not None:  # of the disk
+                raise
+            advice = "save it anew with save_pretrained of transformers"
+            raise ValueError(f"backbone {name!r} has no weights in safetensors: {error} {advice}") from error
         except ImportError as error:
             needed = f"attention={attention!r}, quantization={quantization!r}"
             raise ValueError(f"a package for {needed} is not installed: {error}") from error

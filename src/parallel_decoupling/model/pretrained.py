@@ -97,9 +97,12 @@ def load_encoder(
 def _of_hub(name: str, revision: str | None) -> Path:
     """Return the local copy of a model on the hub, without pickles and code."""
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES)))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES)))
     except (OSError, ValueError) as error:
         raise ValueError(f"no model at {name!r}, here or on the hub: {error}") from error
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(f"no model at {name!r} of the hub, which has no {CONFIG_FILE}")
+    return folder
 
 
 def save_encoder(
@@ -154,6 +157,8 @@ def save_encoder(
         written: Any = encoder.backbone
         if included:
             _save_base(written, unfinished / BACKBONE_DIR, merged_path=chosen[0] if merge else None)
+            if merge and len(chosen) == 1 and not settings.get("prefix_length"):
+                _write_stock_modules(unfinished / BACKBONE_DIR, encoder.embed_dim)
             written = _build({**settings, "backbone": str(unfinished / BACKBONE_DIR)}).backbone
         elif isinstance(encoder, ParallelEncoder):
             encoder.processor.save_pretrained(unfinished / PROCESSOR_DIR)
@@ -165,6 +170,20 @@ def save_encoder(
         (unfinished / "README.md").write_text(model_card(config, scores, card), encoding="utf-8")
         _write_json(unfinished / CONFIG_FILE, identity.sealed(config))
         _write_for_sentence_transformers(unfinished, about)
+
+
+def _write_stock_modules(folder: Path, embed_dim: int) -> None:
+    """Say in sentence-transformers' files that the last token is pooled and normalised; servers read them."""
+    kinds = ("Transformer", "Pooling", "Normalize")
+    places = enumerate(zip(kinds, ("", "1_Pooling", "2_Normalize"), strict=True))
+    modules = [
+        {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for number, (kind, path) in places
+    ]
+    _write_json(folder / "modules.json", modules)
+    (folder / "1_Pooling").mkdir()
+    pooling = {"word_embedding_dimension": embed_dim, "pooling_mode_lasttoken": True}
+    _write_json(folder / "1_Pooling" / "config.json", pooling)
 
 
 def _write_for_sentence_transformers(folder: Path, about: Mapping[str, Any]) -> None:
