@@ -256,7 +256,7 @@ def test_another_backbone(tmp_path: Path) -> None:
 
 
 def test_backbone_of_the_hub_is_not_downloaded(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: None
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     config = config_of(folder)
