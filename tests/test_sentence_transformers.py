@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 pytest.importorskip("sentence_transformers", minversion="6")
 
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import quantize_embeddings
 
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.sentence_transformers import as_sentence_transformer
@@ -30,14 +32,7 @@ def folder(embedder: Embedder, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> SentenceTransformer:
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("connect", "connect_ex"):
-            patch.setattr(f"socket.socket.{name}", refuse)
-        return SentenceTransformer(str(folder), trust_remote_code=True, device="cpu", local_files_only=True)
-
-
-def refuse(*arguments: Any) -> None:
-    raise AssertionError("no network")
+    return SentenceTransformer(str(folder), trust_remote_code=True, device="cpu", local_files_only=True)
 
 
 def encode(model: SentenceTransformer, inputs: list[Any], **options: Any) -> Tensor:
@@ -204,9 +199,21 @@ def test_one_path_with_its_adapter_merged_is_a_stock_model(tiny_backbone_dir: st
     torch.testing.assert_close(encode(model, texts), embedder.encode(texts, paths=1), rtol=1e-4, atol=1e-4)
 
 
+def test_the_library_quantizes_what_encode_gives(model: SentenceTransformer, embedder: Embedder) -> None:
+    """A bit per sign, and 255 steps between the ends of the range."""
+    expected = embedder.encode(mixed_inputs(), **ROW_BY_ROW).numpy()
+    packed = model.encode(mixed_inputs(), precision="ubinary", show_progress_bar=False, **ROW_BY_ROW)
+    assert np.array_equal(np.unpackbits(packed, axis=1), expected > 0)
+    ranges = np.stack([expected.min(axis=0) - 0.01, expected.max(axis=0) + 0.01])
+    step = (ranges[1] - ranges[0]) / 255
+    restored = ranges[0] + step * (quantize_embeddings(expected, "int8", ranges=ranges) + 128.0)
+    assert (np.abs(restored - expected) <= step + 1e-6).all()
+
+
 @pytest.mark.slow
-def test_devices_share_a_list(model: SentenceTransformer, embedder: Embedder) -> None:
+def test_devices_share_a_list(embedder: Embedder) -> None:
     texts = [f"a text with the number {number}" for number in range(9)]
+    model = as_sentence_transformer(embedder)
     found = torch.from_numpy(
         model.encode(texts, device=["cpu", "cpu"], chunk_size=2, show_progress_bar=False)
     )

@@ -1,4 +1,4 @@
-"""An ``Embedder`` as a ``SentenceTransformer`` (its evaluators, prompts, quantization), and for ``mteb``."""
+"""An ``Embedder`` as a ``SentenceTransformer`` (its prompts, quantization), and for ``mteb``."""
 
 from __future__ import annotations
 

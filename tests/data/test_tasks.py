@@ -92,6 +92,7 @@ def test_an_mmeb_name_in_the_file_keeps_its_rules(tmp_path: Path) -> None:
         ({"columns": None}, "columns must be a valid dictionary"),
         ({"columns": {"query": "q"}}, "columns must be .* roles are query_text, .* got {'query': 'q'}"),
         ({"columns": {"query_text": "q"}}, "columns: candidate_text or candidate_image is needed"),
+        ({"published": "MSRVTT"}, "Unknown published set of videos 'MSRVTT'. Did you mean 'MSR-VTT'"),
         ({"train_file": None, "eval_file": None}, "without a file. Add train_file, eval_file or eval_dir"),
     ],
 )

@@ -43,7 +43,8 @@ class Source:
     """Where a task's rows are when they are not in MMEB's layout (``docs/data.md``).
 
     ``eval_dir`` holds a corpus, queries and judgements in place of the rows of ``eval_file``; queries in
-    another ``language``, if one is given, are left out. ``published`` is the entry of a set of MMEB-V2.
+    another ``language``, if one is given, are left out. ``published`` is the entry of a set of MMEB-V2, which
+    ``tasks.json`` names; then ``eval_file`` is a folder.
     """
 
     train_file: Path | None = None
@@ -217,7 +218,7 @@ def _listed(tasks_file: Path) -> dict[str, Task]:
         entries = json.loads(tasks_file.read_text(encoding="utf-8-sig"), object_pairs_hook=unique_keys)
         if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
             raise ValueError("it must hold an object of tasks by name, each an object itself.")
-        known = [*TASK_KEYS, *(each.name for each in fields(Source) if each.name != "published")]
+        known = [*TASK_KEYS, *(each.name for each in fields(Source))]
         for name, entry in entries.items():
             where = f"{tasks_file}, task {name!r}"
             check_names(entry, known, "key")
@@ -237,11 +238,14 @@ def _task(name: str, entry: dict[str, Any], data_dir: Path) -> Task:
         known = MMEB_TASKS.get(name, task)
         return replace(task, identity=known.identity, prompt=known.prompt)
     about = {"image_dir": "."} | {key: each for key, each in entry.items() if key not in own}
+    if "published" in about:
+        check_names([str(about["published"])], _TABLE["video"], "published set of videos")
+        about["published"] = _TABLE["video"][about["published"]]
     places = {key: data_dir / about[key] for key in PLACES if isinstance(about.get(key), str)}
     source = Source(**about | places)
     if not any((source.train_file, source.eval_file, source.eval_dir)):
         raise ValueError("other keys without a file. Add train_file, eval_file or eval_dir.")
-    for side in ("query", "candidate"):
+    for side in ("query", "candidate") if source.train_file or not source.published else ():
         if not {f"{side}_text", f"{side}_image"} & source.columns.keys():
             raise ValueError(f"columns: {side}_text or {side}_image is needed, or both.")
     return replace(task, source=source)

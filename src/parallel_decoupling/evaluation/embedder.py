@@ -109,6 +109,8 @@ class Embedder:
     ) -> Tensor:
         """Embed texts, images and dictionaries of both, on the CPU in the order given.
 
+        ``as_sentence_transformer(embedder).encode(inputs, device=[...])`` shares a list among devices.
+
         Args:
             inputs: one item or a list. Pictures are PIL images, arrays, tensors, bytes of a file, ``Path``,
                 data URIs, and strings that name an existing file that Pillow opens; other strings are texts.
