@@ -76,12 +76,14 @@ class ProgressLines(Callback):
         self._write("step", trainer.global_step, total_steps(trainer), outputs["loss"])
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Say how many batches of all tasks or shards are done."""
+        """Say how many batches of all tasks are done."""
         self._batches += 1
-        each = trainer.num_test_batches if trainer.testing else trainer.num_predict_batches
-        self._write("batch", self._batches, sum(each))
+        self._write("batch", self._batches, sum(trainer.num_test_batches))
 
-    on_predict_batch_end = on_test_batch_end
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Say how many batches of all shards are done."""
+        self._batches += 1
+        self._write("batch", self._batches, sum(trainer.num_predict_batches))
 
     def _write(self, unit: str, done: int, most: float, loss: Any = None) -> None:
         """Say how far the run is, and how long the rest takes at its speed so far."""
