@@ -1,8 +1,11 @@
 """An exported folder in the real sentence-transformers: the embeddings of ``Embedder.encode``."""
 
+import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -61,6 +64,16 @@ def test_a_call_waits_for_a_training_step_and_leaves_its_modes(tiny_backbone_dir
     assert all(each.training for each in module.encoder.modules())
 
 
+@pytest.mark.parametrize("around", [torch.device("meta"), torch.autocast("cpu", torch.bfloat16)])
+def test_what_is_set_around_a_call_makes_no_difference(around: Any, embedder: Embedder) -> None:
+    model, inputs = as_sentence_transformer(embedder), mixed_inputs()
+    expected = embedder.encode(inputs, **ROW_BY_ROW)
+    with around:
+        found = encode(model, inputs, **ROW_BY_ROW)
+        assert (model.encode(inputs, **ROW_BY_ROW) == expected.numpy()).all()
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("path", [0, 2])
 def test_one_path(path: int, model: SentenceTransformer, embedder: Embedder) -> None:
     expected = embedder.encode(mixed_inputs(), paths=path, **ROW_BY_ROW)
@@ -98,6 +111,36 @@ def test_saving_keeps_the_chosen_path(paths: Any, load: str, embedder: Embedder,
     else:
         again = SentenceTransformer(str(tmp_path / "again"), trust_remote_code=True, device="cpu")
         assert torch.equal(encode(again, mixed_inputs(), **ROW_BY_ROW), expected)
+
+
+def test_a_save_that_is_killed_leaves_one_of_two_models(
+    embedder: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever is the last folder or file that it brings to its place."""
+    before, replace = as_sentence_transformer(embedder, 0), os.replace
+    old, new = (embedder.encode(["a"], paths=paths) for paths in (0, "aggregate"))
+    before.save_pretrained(str(tmp_path / "0" / "model"))
+    (tmp_path / "0" / "model" / "notes.txt").write_text("mine")
+    killed = Mock(side_effect=KeyboardInterrupt)
+    for allowed in range(20):
+        folder = shutil.copytree(tmp_path / "0", tmp_path / str(allowed + 1))
+        left = iter([replace] * allowed)
+        monkeypatch.setattr("os.replace", lambda *names, left=left: next(left, killed)(*names))
+        try:
+            as_sentence_transformer(embedder).save_pretrained(str(folder / "model"))
+        except KeyboardInterrupt:
+            monkeypatch.undo()
+            whole = [file.parent for file in folder.glob("*/config.json")]
+            found = [encode(as_sentence_transformer(each), ["a"]) for each in whole]
+            assert found
+            assert all(torch.allclose(each, old) or torch.allclose(each, new) for each in found)
+        else:
+            break
+    monkeypatch.undo()
+    assert allowed > 3
+    (each,) = folder.iterdir()
+    assert (each / "notes.txt").read_text() == "mine"
+    torch.testing.assert_close(encode(as_sentence_transformer(each), ["a"]), new)
 
 
 def test_bad_input(model: SentenceTransformer, embedder: Embedder) -> None:
@@ -169,7 +212,9 @@ def test_saving_keeps_the_prompts(embedder: Embedder, tmp_path: Path) -> None:
     torch.testing.assert_close(encode(again, ["a"]), expected)
 
 
-@pytest.mark.parametrize("option", [{"prompt": 5}, {"batch_size": "3"}, {"truncate_dim": 0}])
+@pytest.mark.parametrize(
+    "option", [{"prompt": 5}, {"batch_size": "3"}, {"truncate_dim": 0}, {"output_value": "token_embeddings"}]
+)
 def test_options_of_encode_are_checked(option: dict[str, Any], embedder: Embedder) -> None:
     (name,) = option
     with pytest.raises(ValueError, match=f"^{name} must be "):

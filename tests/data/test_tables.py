@@ -347,3 +347,6 @@ def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatc
     assert default_cache_dir() == tmp_path / "parallel_decoupling"
     monkeypatch.setenv("PARALLEL_DECOUPLING_CACHE", "elsewhere")
     assert default_cache_dir() == Path("elsewhere")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PARALLEL_DECOUPLING_CACHE", "~/cache")
+    assert default_cache_dir() == tmp_path / "cache"
