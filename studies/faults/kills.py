@@ -5,7 +5,8 @@ compares weights and logged values. ``test`` and ``predict`` resume, too. A kill
 model or nothing, and an ``index`` that takes the place of an older one is the old one or the new one. A
 moment is a second of the process's own time, so that a busy machine does not move it; every other command but
 fit is killed just after it has begun to write. There is one JSON line per kill in
-``docs/studies/faults/kills.jsonl``; those of the same commit are skipped.
+``docs/studies/faults/kills.jsonl``; those of the same commit are skipped. A command that ended well in
+spite of its signal, or before it, is not counted as killed.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ import subprocess
 import sys
 import time
 from argparse import ArgumentParser
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +86,14 @@ def store_of(num_rows: int) -> Path:
 def start(*arguments: str) -> subprocess.Popen[bytes]:
     """Start a command of this package."""
     command = [sys.executable, "-m", "parallel_decoupling", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=_hear_interrupts
+    )
+
+
+def _hear_interrupts() -> None:
+    """Undo what a shell does to processes in the background: they ignore SIGINT, and so do their children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run(*arguments: str) -> float:
@@ -113,7 +123,7 @@ def whole(kind: str) -> tuple[Path, float]:
 def kill(kind: str, folder: Path, seed: int) -> dict[str, Any]:
     """Start a command and send it a signal at a moment and of a kind that the seed chooses."""
     chance, (_, seconds) = random.Random(seed), whole(kind)
-    number, while_writing = chance.choice(SIGNALS), kind != "fit" and seed % 2 == 1
+    number, while_writing = signal_of(chance), kind != "fit" and seed % 2 == 1
     moment = chance.uniform(0, 0.3) if while_writing else chance.uniform(0.3, 1.0) * seconds
     process, began = start(*arguments_of(kind, folder)), None if while_writing else 0.0
     while process.poll() is None:
@@ -127,6 +137,11 @@ def kill(kind: str, folder: Path, seed: int) -> dict[str, Any]:
     process.communicate()
     about = {"signal": int(number), "seconds": round(moment, 2), "while_writing": while_writing}
     return {**about, "ended_before": ended, "exit_code": process.returncode}
+
+
+def signal_of(chance: random.Random) -> signal.Signals:
+    """Draw a signal, the first that is drawn of a seed."""
+    return chance.choice(SIGNALS)
 
 
 def computed(pid: int) -> float:
@@ -231,6 +246,7 @@ def main(args: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(prog="python -m studies.faults.kills", description=__doc__)
     parser.add_argument("kind", choices=FINISH)
     parser.add_argument("--count", type=int, default=30)
+    parser.add_argument("--signal", choices=[each.name for each in SIGNALS], help="only seeds that draw it")
     options = parser.parse_args(args)
     os.environ |= {"OMP_NUM_THREADS": "1"}
     OUTPUT_DIR.mkdir(parents=True, exist_ok=True)
@@ -240,13 +256,20 @@ def main(args: Sequence[str] | None = None) -> int:
     of_now = {"kind": options.kind, "commit": commit}
     results = [line for line in map(json.loads, lines) if line.items() >= of_now.items()]
     done = {line["seed"] for line in results}
-    for seed in (seed for seed in range(options.count) if seed not in done):
+    seeds = (n for n in count() if options.signal in (None, signal_of(random.Random(n)).name))
+    for seed in (seed for seed in islice(seeds, options.count) if seed not in done):
         results.append({**of_now, "seed": seed, **one_kill(options.kind, seed)})
         with RESULTS.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(results[-1]) + "\n")
-    good = sum(result["ok"] for result in results)
-    sys.stdout.write(f"{options.kind}: {good} of {len(results)} kills left nothing wrong ({RESULTS})\n")
-    return int(good < len(results))
+    counts = Counter(map(verdict_of, results))
+    sys.stdout.write(f"{options.kind}: {dict(counts)} ({RESULTS})\n")
+    return int(counts["wrong"] > 0)
+
+
+def verdict_of(result: dict[str, Any]) -> str:
+    """Return ``right``, ``wrong``, or ``ended`` for a command that ended well in spite of its signal."""
+    ended = result.get("ended_before") or result.get("exit_code") == 0
+    return "wrong" if not result["ok"] else "ended" if ended else "right"
 
 
 if __name__ == "__main__":
