@@ -22,7 +22,6 @@ import subprocess
 import sys
 import time
 from argparse import ArgumentParser
-from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from itertools import count, islice
@@ -35,10 +34,9 @@ from parallel_decoupling import Embedder
 from parallel_decoupling.evaluation.store import Store
 from parallel_decoupling.files import LOCK_FILE, UNFINISHED, remove_leftovers
 from parallel_decoupling.lance_index import LanceIndex
-from studies.results import code_version
+from studies.faults.campaign import run_missing
 
 OUTPUT_DIR, WORK_DIR = Path("docs/studies/faults"), Path("runs/faults")
-RESULTS = OUTPUT_DIR / "kills.jsonl"
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 WHOLE = "whole"  # folder in WORK_DIR of what undisturbed commands made
 QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
@@ -249,27 +247,10 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--signal", choices=[each.name for each in SIGNALS], help="only seeds that draw it")
     options = parser.parse_args(args)
     os.environ |= {"OMP_NUM_THREADS": "1"}
-    OUTPUT_DIR.mkdir(parents=True, exist_ok=True)
     WORK_DIR.mkdir(parents=True, exist_ok=True)
-    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-    commit, _ = code_version()
-    of_now = {"kind": options.kind, "commit": commit}
-    results = [line for line in map(json.loads, lines) if line.items() >= of_now.items()]
-    done = {line["seed"] for line in results}
     seeds = (n for n in count() if options.signal in (None, signal_of(random.Random(n)).name))
-    for seed in (seed for seed in islice(seeds, options.count) if seed not in done):
-        results.append({**of_now, "seed": seed, **one_kill(options.kind, seed)})
-        with RESULTS.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(results[-1]) + "\n")
-    counts = Counter(map(verdict_of, results))
-    sys.stdout.write(f"{options.kind}: {dict(counts)} ({RESULTS})\n")
-    return int(counts["wrong"] > 0)
-
-
-def verdict_of(result: dict[str, Any]) -> str:
-    """Return ``right``, ``wrong``, or ``ended`` for a command that ended well in spite of its signal."""
-    ended = result.get("ended_before") or result.get("exit_code") == 0
-    return "wrong" if not result["ok"] else "ended" if ended else "right"
+    tries = [{"kind": options.kind, "seed": seed} for seed in islice(seeds, options.count)]
+    return run_missing(OUTPUT_DIR / "kills.jsonl", tries, one_kill)
 
 
 if __name__ == "__main__":
