@@ -82,16 +82,10 @@ def store_of(num_rows: int) -> Path:
 
 
 def start(*arguments: str) -> subprocess.Popen[bytes]:
-    """Start a command of this package."""
+    """Start a command of this package, which hears SIGINT even if a shell started this in the background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what is ignored here is ignored there
     command = [sys.executable, "-m", "parallel_decoupling", *arguments]
-    return subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=_hear_interrupts
-    )
-
-
-def _hear_interrupts() -> None:
-    """Undo what a shell does to processes in the background: they ignore SIGINT, and so do their children."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
 def run(*arguments: str) -> float:
