@@ -107,7 +107,7 @@ def differences_of(what: str, folder: Path) -> list[str]:
         return FINISH[what](folder)  # which runs it
     run(*arguments_of(what, folder))
     if what == "cache":
-        found, expected = Store(PLACE / "output"), Store(whole("predict")[0])
+        found, expected = Store(PLACE / "output"), Store(store_of(NUM_ROWS[1]))
         return [name for name in expected.columns if not found.column(name).equal(expected.column(name))]
     is_new = folder.exists() and (what == "export" or len(LanceIndex(folder)) == NUM_ROWS[1])
     return FINISH[what](folder) if is_new else ["not the new one"]
