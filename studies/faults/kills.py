@@ -34,6 +34,7 @@ from parallel_decoupling import Embedder
 from parallel_decoupling.evaluation.store import Store
 from parallel_decoupling.files import LOCK_FILE, UNFINISHED, remove_leftovers
 from parallel_decoupling.lance_index import LanceIndex
+from parallel_decoupling.model.identity import SEAL
 from studies.faults.campaign import run_missing
 
 OUTPUT_DIR, WORK_DIR = Path("docs/studies/faults"), Path("runs/faults")
@@ -204,7 +205,8 @@ def finish_test(folder: Path) -> list[str]:
     """Run test again, and compare its scores."""
     run(*arguments_of("test", folder))
     found, expected = (json.loads((each / "scores.json").read_text()) for each in (folder, whole("test")[0]))
-    return [name for name in expected if name != "run" and found.get(name) != expected[name]]
+    of_the_run = ("run", SEAL)  # when and where, and the hash that covers this as well
+    return [name for name in expected if name not in of_the_run and found.get(name) != expected[name]]
 
 
 FINISH = {
