@@ -117,13 +117,12 @@ wheel: $(INSTALLED) ## build the wheel and try it in an empty environment outsid
 	rm -rf dist && $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 	bash recipes/try_wheel.sh "$(PYTHON)" dist/*.whl
 
-faults: $(INSTALLED) ## the long campaigns of faults: kills of runs, bad inputs, mutations, the server under load (hours)
-	$(BIN)/python -m studies.faults.kills fit --count 60
-	$(BIN)/python -m studies.faults.kills export --count 30
-	$(BIN)/python -m studies.faults.kills index --count 30
-	$(BIN)/python -m studies.faults.inputs
-	$(BIN)/python -m studies.faults.mutations
-	$(BIN)/python -m studies.faults.serve
+faults: $(INSTALLED) ## the long campaigns of faults, and one table: kills, inputs, mutations, disks (root), threads, the server (hours)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check mfusepy
+	@failed=0; for campaign in "kills fit --count 60" "kills export --count 30" "kills index --count 30" \
+	    "kills predict --count 30" "kills test --count 30" inputs mutations reads disks threads serve; do \
+	  OMP_NUM_THREADS=1 $(BIN)/python -m studies.faults.$$campaign || failed=1; done; \
+	$(BIN)/python -m studies.faults; exit $$failed
 
 test-oldest: ## the test suite on the oldest declared dependencies, in .venv-oldest
 	@test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest

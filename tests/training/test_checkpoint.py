@@ -201,6 +201,8 @@ def test_last_does_not_start_anew_in_a_folder_that_holds_a_run(name: str, tmp_pa
 
 
 def test_last_is_the_newest_and_what_slurm_requeues_resumes(tmp_path: Path) -> None:
+    first = touch(tmp_path / "checkpoints" / "step=2.ckpt", 9)
+    assert find_checkpoint("last", options(tmp_path), is_fit=True) == first
     last = touch(tmp_path / "checkpoints" / "last.ckpt", 1)
     for is_fit in (True, False):
         assert find_checkpoint("last", options(tmp_path), is_fit=is_fit) == last

@@ -79,10 +79,13 @@ def find_checkpoint(wanted: str | None, trainer: Mapping[str, Any], *, is_fit: b
 
 
 def _last(folder: Path) -> Path:
-    """Return ``last.ckpt``, or the newest of those that Lightning has numbered."""
+    """Return ``last.ckpt``, or the newest of those that Lightning has numbered.
+
+    A run that ended between its first checkpoint and ``last.ckpt``, as on a full disk, has only the former.
+    """
     file = folder / LAST_CHECKPOINT.name
-    files = filter(Path.is_file, (file, *folder.glob(f"{file.stem}-v*{SUFFIX}")))
-    return max(files, key=os.path.getmtime, default=file)
+    files = [each for each in (file, *folder.glob(f"{file.stem}-v*{SUFFIX}")) if each.is_file()]
+    return max(files or folder.glob(f"step=*{SUFFIX}"), key=os.path.getmtime, default=file)
 
 
 def _best(folder: Path) -> Path | None:
