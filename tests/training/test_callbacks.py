@@ -222,4 +222,4 @@ def test_the_best_checkpoint_is_kept_the_run_stops_and_loggers_by_class_get_ever
     (run,) = client.search_runs([each.experiment_id for each in client.search_experiments()])
     assert [each.value for each in client.get_metric_history(run.info.run_id, "train/loss")] == losses
     assert (wandb.run.offline, wandb.run.summary["train/loss"]) == (True, losses[-1])
-    wandb.finish()
+    wandb.teardown()
