@@ -241,6 +241,7 @@ def test_checkpoints_of_two_runs_do_not_share_a_folder(
 
 
 def interrupted() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
     with cli._stopped_at_once(), suppress(KeyboardInterrupt):  # as an import might
         os.kill(os.getpid(), signal.SIGINT)
 
