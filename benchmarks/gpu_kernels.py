@@ -124,7 +124,7 @@ def four_bit(machine: Machine) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         save_random_model(*wide_model(), folder, seed=0)
         options: dict[str, Any] = {"num_paths": 2, "prefix_length": 4, "prefix_init": "random"}
-        options |= {"dtype": "bfloat16", "adapter": AdapterConfig(kind="lora")}
+        options |= {"dtype": "bfloat16", "adapter": AdapterConfig(kind="lora", per_path=True)}
         models = [PDFEmbedder(folder, quantization=kind, **options) for kind in KINDS]
         quantized, plain = (model.to(machine.device).eval() for model in models)
         texts = ["a red circle", "two yellow crosses above a green star"]

@@ -4,7 +4,8 @@ Settings are those of ``lightning_configs/demo_paper.yaml`` (unchanged since b5f
 and with an adapter for each path. Processor seconds of one thread, the median over steps. The floor is the
 step's multiply-adds without padding (``benchmarks.flops.layer_flops``) at the rate of a large fp32 matrix
 product on the same thread. To compare two commits, run this file with ``PYTHONPATH`` at the other's ``src``,
-in turns.
+in turns; the other must have ``length_groups``, which 0e1b5aa brought, so that older ones need a script of
+their own.
 """
 
 from __future__ import annotations

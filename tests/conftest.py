@@ -1,5 +1,6 @@
 """Fixtures and options that every test folder shares."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,16 @@ from tests.support.tiny_clip import save_tiny_clip
 def _one_thread() -> None:
     """Let CPU results be equal bit for bit."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_network() -> Iterator[None]:
+    """Refuse the network here and, by the path, in every Python process that a test starts."""
+    import tests.support.offline.sitecustomize as offline
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(offline.__file__).parent), prepend=os.pathsep)
+        yield
 
 
 @pytest.fixture
@@ -101,15 +112,6 @@ def trained_run(tiny_backbone_dir: str, tiny_mmeb_dir: str, tmp_path_factory: py
     trainer.fit(small_embedder(tiny_backbone_dir, **options), small_data(tiny_mmeb_dir, image_size="low"))
     trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt")
     return folder
-
-
-@pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("this test allows no network")
-
-    for name in ("getaddrinfo", "create_connection", "socket.connect", "socket.connect_ex"):
-        monkeypatch.setattr(f"socket.{name}", refuse)
 
 
 @pytest.fixture

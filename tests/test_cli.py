@@ -4,8 +4,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from parallel_decoupling.files import locked
 from parallel_decoupling.training.module import PDFEmbedder
 from tests.support.fit import small_config
 from tests.support.mmeb import save_tiny_mmeb
+from tests.support.processes import run_ranks
 
 BLOCKED = (
     "import sys; sys.modules.update(dict.fromkeys(('torch', 'lightning', 'transformers', 'jsonargparse')))\n"
@@ -221,6 +224,34 @@ def test_a_tilde_means_the_same_folder_for_guard_lock_and_lightning(
     with locked(tmp_path / "home" / "emb"):
         assert "emb is in use" in mistake(["predict", "--config", str(config_file), "--output_dir=~/emb"])
     assert not Path("~").exists()
+
+
+def test_checkpoints_of_two_runs_do_not_share_a_folder(
+    config_file: Path, tmp_path: Path, mistake: Any
+) -> None:
+    """Not even while the other run has not written any."""
+    options = {"dirpath": str(tmp_path / "shared"), "save_last": True}
+    kind = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": options}
+    own = tmp_path / "own.yaml"
+    own.write_text(json.dumps({"trainer": {"callbacks": [kind]}}))
+    folder = ["--trainer.default_root_dir", str(tmp_path / "run")]
+    with locked(tmp_path / "shared"):
+        shown = mistake(["fit", "--config", str(config_file), "--config", str(own), *folder])
+    assert f"{tmp_path / 'shared'} is in use by process" in shown
+
+
+def interrupted() -> None:
+    with cli._stopped_at_once(), suppress(KeyboardInterrupt):  # as an import might
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_interrupt_ends_the_process_while_packages_are_loaded() -> None:
+    with pytest.raises(RuntimeError, match=r"exit codes \[-2\]"):
+        run_ranks(interrupted, processes=1)
+    before = signal.getsignal(signal.SIGINT)
+    with cli._stopped_at_once():
+        pass
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_unknown_subcommands_are_named(mistake: Any) -> None:

@@ -1,6 +1,7 @@
 """The subcommands without a Trainer, as they are typed."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -157,6 +158,16 @@ def test_nothing_that_leaves_the_machine_names_its_folders(
     (tmp_path / "photos").mkdir()
     for number in range(2):
         noise_image(32, 32, seed=number).save(tmp_path / "photos" / f"{number}.png")
+    broken = [
+        "back\\slash.png",
+        "tab\t.png",
+        "new\nline.png",
+        "\x1b[1m.png",
+        "'\".png",
+        os.fsdecode(b"caf\xe9.png"),
+    ]
+    for name in broken:
+        (tmp_path / "photos" / name).write_bytes(b"x")
     images = [str(tmp_path / "photos" / "0.png"), str(tmp_path / "photos" / "none.png"), "/elsewhere/x.png"]
     cells = [json.dumps({"id": str(number), "image": image}) for number, image in enumerate(images)]
     (tmp_path / "rows.jsonl").write_text("\n".join(cells))
@@ -175,6 +186,7 @@ def test_nothing_that_leaves_the_machine_names_its_folders(
     assert [file.relative_to(out) for file in files if base in contents(file)] == []
     assert base not in str(LanceIndex(out / "index")._table.schema.metadata).encode()
     assert b"/elsewhere" not in b"".join(map(contents, (out / "table").iterdir()))
+    assert len(Store(out / "folder").bad_rows) == len(broken)
     assert Store(out / "table").rows([0]) == [{"id": "0", "image": "photos/0.png"}]
     bad_rows = [json.loads(line) for line in (out / "table" / "bad_rows.jsonl").read_text().splitlines()]
     assert ["none.png" in bad_rows[0]["reason"], "x.png" in bad_rows[1]["reason"]] == [True, True]

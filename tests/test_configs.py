@@ -243,9 +243,19 @@ def test_activations_are_within_a_third_of_what_autograd_keeps(tmp_path: Path, k
     assert layer * tokens == pytest.approx(found[1] - found[0], rel=1 / 3)
 
 
-@pytest.mark.parametrize(("kind", "checkpointing"), [("lora", False), ("lora", True), ("full", False)])
-def test_operations_are_those_that_torch_counts(tmp_path: Path, kind: Any, checkpointing: bool) -> None:
-    folder, adapter = save_tiny_backbone(tmp_path, num_layers=4), AdapterConfig(kind=kind, rank=1)
+@pytest.mark.parametrize(
+    ("adapter", "checkpointing"),
+    [
+        (AdapterConfig(rank=1), False),
+        (AdapterConfig(rank=1), True),
+        (AdapterConfig(rank=8, per_path=True), False),
+        (AdapterConfig(kind="full"), False),
+    ],
+)
+def test_operations_are_those_that_torch_counts(
+    tmp_path: Path, adapter: AdapterConfig, checkpointing: bool
+) -> None:
+    folder = save_tiny_backbone(tmp_path, num_layers=4)
     settings: dict[str, Any] = {"gradient_checkpointing": checkpointing, "adapter": adapter}
     plan = make_plan(folder, {"batch_size": 100}, num_paths=2, prefix_length=2, **settings)
     backbone = load_backbone(folder, attention="eager", **settings)

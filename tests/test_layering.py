@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -111,3 +112,15 @@ def test_only_identity_hashes_weights_and_rows() -> None:
     """Elsewhere ``hashlib`` makes seeds, ids of targets and of rows, and the key of the generator's cache."""
     files = {file.stem for file in ROOT.rglob("*.py") if "hashlib" in file.read_text(encoding="utf-8")}
     assert files <= {"identity", "grad_cache", "collate", "tables", "benchmark"}
+
+
+CALLS = {"getaddrinfo": ("example.org", 80), "create_connection": (("192.0.2.1", 80), 1)}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_no_test_and_no_process_of_one_reaches_the_network(name: str) -> None:
+    with pytest.raises(AssertionError, match="tests use no network"):
+        getattr(socket, name)(*CALLS[name])
+    command = [sys.executable, "-c", f"import socket; socket.{name}{CALLS[name]}"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "tests use no network" in result.stderr

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -127,8 +129,15 @@ def test_two_processes_write_what_one_writes_and_resume(
     embedder.save_pretrained(tmp_path / "model")
     folders = [shutil.copytree(tiny_mmeb_dir, tmp_path / name) for name in ("one", "two")]
 
+    encode = mining.encode_rows
+
     def on_a_rank(folder: Path) -> None:
-        mining.ROWS_PER_SHARD = 5
+        def noted(encoder: Any, collator: Any, part: Any, **options: Any) -> Any:
+            with (folder / f"rank_{os.environ['RANK']}.txt").open("a") as file:
+                file.write(f"{part.dataset.name} {part.indices}\n")
+            return encode(encoder, collator, part, **options)
+
+        mining.ROWS_PER_SHARD, mining.encode_rows = 5, noted  # type: ignore[assignment]
         mining.mine(str(folder), str(tmp_path / "model"), str(folder / "kept"), margin=-2.0, last_rank=9)
 
     run_ranks(on_a_rank, folders[0], processes=1)
@@ -136,6 +145,8 @@ def test_two_processes_write_what_one_writes_and_resume(
     for lost in (file for file in (folders[1] / "kept").rglob("*.parquet") if "00001" not in file.name):
         lost.unlink()
     run_ranks(on_a_rank, folders[1])
+    did = [{*(folders[1] / f"rank_{rank}.txt").read_text().splitlines()} for rank in range(2)]
+    assert (len(did[0]) > 0, len(did[1]) > 0, did[0] & did[1]) == (True, True, set())
     contents = [
         {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*.parquet")}
         for folder in folders

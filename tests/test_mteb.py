@@ -71,7 +71,7 @@ def embedder() -> Embedder:
 
 
 @pytest.fixture
-def tasks(no_network: None) -> list[Any]:
+def tasks() -> list[Any]:
     return [WorldPictures()]
 
 

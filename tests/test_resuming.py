@@ -115,15 +115,16 @@ def stop_at(place: str, steps: int, number: int) -> None:
 
         Trainer.save_checkpoint = after_save  # type: ignore[method-assign]
         return
-    name = {"between": "on_train_batch_start", "step": "_main_step", "validation": "validation_step"}[place]
-    function = getattr(PDFEmbedder, name)
+    name = {"between": "on_train_batch_start", "step": "_main_step", "validation": "validation_step"}
+    name |= {"loading": "setup"}
+    function = getattr(PDFEmbedder, name[place])
 
-    def stopping(self: PDFEmbedder, *args: Any) -> Any:
+    def stopping(self: PDFEmbedder, *args: Any, **options: Any) -> Any:
         if self.progress.steps_done == steps:
             os.kill(os.getpid(), number)
-        return function(self, *args)
+        return function(self, *args, **options)
 
-    setattr(PDFEmbedder, name, stopping)
+    setattr(PDFEmbedder, name[place], stopping)
 
 
 def stopped(config_file: Path, folder: Path, place: str, steps: int, number: int) -> None:
@@ -162,13 +163,14 @@ def test_a_resumed_run_logs_what_an_uninterrupted_one_does(
 
 
 def warned(config_file: Path, folder: Path, on_slurm: bool) -> None:
-    """Get SIGUSR1 in the fourth step; elsewhere than on SLURM, SIGKILL in the sixth."""
+    """Get SIGUSR1 in the fourth step; elsewhere than on SLURM, one while loading and SIGKILL in the sixth."""
     if on_slurm:
         job = {"NTASKS": "1", "JOB_NAME": "fit", "JOB_ID": "7", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
         os.environ |= {f"SLURM_{name}": value for name, value in job.items()}
     lightning_cli.SAVE_EVERY = 100
     stop_at("step", 3, signal.SIGUSR1)
     if not on_slurm:
+        stop_at("loading", 0, signal.SIGUSR1)
         stop_at("step", 5, signal.SIGKILL)
     fit(config_file, folder)
 

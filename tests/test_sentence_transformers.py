@@ -1,9 +1,13 @@
 """An exported folder in the real sentence-transformers: the embeddings of ``Embedder.encode``."""
 
+import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +15,7 @@ from torch import Tensor
 pytest.importorskip("sentence_transformers", minversion="6")
 
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import quantize_embeddings
 
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.sentence_transformers import as_sentence_transformer
@@ -30,14 +35,7 @@ def folder(embedder: Embedder, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> SentenceTransformer:
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("connect", "connect_ex"):
-            patch.setattr(f"socket.socket.{name}", refuse)
-        return SentenceTransformer(str(folder), trust_remote_code=True, device="cpu", local_files_only=True)
-
-
-def refuse(*arguments: Any) -> None:
-    raise AssertionError("no network")
+    return SentenceTransformer(str(folder), trust_remote_code=True, device="cpu", local_files_only=True)
 
 
 def encode(model: SentenceTransformer, inputs: list[Any], **options: Any) -> Tensor:
@@ -64,6 +62,16 @@ def test_a_call_waits_for_a_training_step_and_leaves_its_modes(tiny_backbone_dir
             assert all(each.training for each in module.encoder.modules())
         torch.testing.assert_close(call.result(), expected)
     assert all(each.training for each in module.encoder.modules())
+
+
+@pytest.mark.parametrize("around", [torch.device("meta"), torch.autocast("cpu", torch.bfloat16)])
+def test_what_is_set_around_a_call_makes_no_difference(around: Any, embedder: Embedder) -> None:
+    model, inputs = as_sentence_transformer(embedder), mixed_inputs()
+    expected = embedder.encode(inputs, **ROW_BY_ROW)
+    with around:
+        found = encode(model, inputs, **ROW_BY_ROW)
+        assert (model.encode(inputs, **ROW_BY_ROW) == expected.numpy()).all()
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("path", [0, 2])
@@ -103,6 +111,36 @@ def test_saving_keeps_the_chosen_path(paths: Any, load: str, embedder: Embedder,
     else:
         again = SentenceTransformer(str(tmp_path / "again"), trust_remote_code=True, device="cpu")
         assert torch.equal(encode(again, mixed_inputs(), **ROW_BY_ROW), expected)
+
+
+def test_a_save_that_is_killed_leaves_one_of_two_models(
+    embedder: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever is the last folder or file that it brings to its place."""
+    before, replace = as_sentence_transformer(embedder, 0), os.replace
+    old, new = (embedder.encode(["a"], paths=paths) for paths in (0, "aggregate"))
+    before.save_pretrained(str(tmp_path / "0" / "model"))
+    (tmp_path / "0" / "model" / "notes.txt").write_text("mine")
+    killed = Mock(side_effect=KeyboardInterrupt)
+    for allowed in range(20):
+        folder = shutil.copytree(tmp_path / "0", tmp_path / str(allowed + 1))
+        left = iter([replace] * allowed)
+        monkeypatch.setattr("os.replace", lambda *names, left=left: next(left, killed)(*names))
+        try:
+            as_sentence_transformer(embedder).save_pretrained(str(folder / "model"))
+        except KeyboardInterrupt:
+            monkeypatch.undo()
+            whole = [file.parent for file in folder.glob("*/config.json")]
+            found = [encode(as_sentence_transformer(each), ["a"]) for each in whole]
+            assert found
+            assert all(torch.allclose(each, old) or torch.allclose(each, new) for each in found)
+        else:
+            break
+    monkeypatch.undo()
+    assert allowed > 3
+    (each,) = folder.iterdir()
+    assert (each / "notes.txt").read_text() == "mine"
+    torch.testing.assert_close(encode(as_sentence_transformer(each), ["a"]), new)
 
 
 def test_bad_input(model: SentenceTransformer, embedder: Embedder) -> None:
@@ -174,7 +212,9 @@ def test_saving_keeps_the_prompts(embedder: Embedder, tmp_path: Path) -> None:
     torch.testing.assert_close(encode(again, ["a"]), expected)
 
 
-@pytest.mark.parametrize("option", [{"prompt": 5}, {"batch_size": "3"}, {"truncate_dim": 0}])
+@pytest.mark.parametrize(
+    "option", [{"prompt": 5}, {"batch_size": "3"}, {"truncate_dim": 0}, {"output_value": "token_embeddings"}]
+)
 def test_options_of_encode_are_checked(option: dict[str, Any], embedder: Embedder) -> None:
     (name,) = option
     with pytest.raises(ValueError, match=f"^{name} must be "):
@@ -204,9 +244,21 @@ def test_one_path_with_its_adapter_merged_is_a_stock_model(tiny_backbone_dir: st
     torch.testing.assert_close(encode(model, texts), embedder.encode(texts, paths=1), rtol=1e-4, atol=1e-4)
 
 
+def test_the_library_quantizes_what_encode_gives(model: SentenceTransformer, embedder: Embedder) -> None:
+    """A bit per sign, and 255 steps between the ends of the range."""
+    expected = embedder.encode(mixed_inputs(), **ROW_BY_ROW).numpy()
+    packed = model.encode(mixed_inputs(), precision="ubinary", show_progress_bar=False, **ROW_BY_ROW)
+    assert np.array_equal(np.unpackbits(packed, axis=1), expected > 0)
+    ranges = np.stack([expected.min(axis=0) - 0.01, expected.max(axis=0) + 0.01])
+    step = (ranges[1] - ranges[0]) / 255
+    restored = ranges[0] + step * (quantize_embeddings(expected, "int8", ranges=ranges) + 128.0)
+    assert (np.abs(restored - expected) <= step + 1e-6).all()
+
+
 @pytest.mark.slow
-def test_devices_share_a_list(model: SentenceTransformer, embedder: Embedder) -> None:
+def test_devices_share_a_list(embedder: Embedder) -> None:
     texts = [f"a text with the number {number}" for number in range(9)]
+    model = as_sentence_transformer(embedder)
     found = torch.from_numpy(
         model.encode(texts, device=["cpu", "cpu"], chunk_size=2, show_progress_bar=False)
     )

@@ -67,13 +67,16 @@ def numbers(answer: Any) -> torch.Tensor:
     return torch.tensor([each["embedding"] for each in answer.json()["data"]])
 
 
+@pytest.mark.parametrize("per_path", [False, True])
 @pytest.mark.parametrize(
     ("model", "paths"), [(None, 1), ("default", 1), ("path_2", 2), ("aggregate", "aggregate")]
 )
 def test_answers_are_what_encode_gives(
-    model: str | None, paths: Any, client: TestClient, embedder: Embedder
+    model: str | None, paths: Any, per_path: bool, tiny_backbone_dir: str
 ) -> None:
     """Texts, pictures and both; a string with a picture's name is a text; both number formats."""
+    embedder = tiny_embedder(tiny_backbone_dir, per_path=per_path)
+    client = client_of(Server(embedder, 1, LIMITS))
     image = noise_image(8, 8)
     inputs = [
         "setup.cfg.png",

@@ -4,12 +4,15 @@ torch and Lightning are imported only for the subcommand that needs them, so tha
 """
 
 import inspect
+import os
 import re
 import signal
 import sys
+import threading
 import traceback
 from argparse import ArgumentError
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -55,13 +58,12 @@ def main(args: Sequence[str] | None = None) -> None:
         return
     if arguments[0] not in SUBCOMMANDS:
         _fail(f"the subcommand {arguments[0]!r} does not exist; choose from {', '.join(SUBCOMMANDS)}")
+    # A scheduler's warning ends nothing that cannot save yet; on SLURM it is Lightning's.
+    on_slurm = "SLURM_NTASKS" in os.environ
+    unheard = nullcontext() if on_slurm else _handling(signal.SIGUSR1, signal.SIG_DFL, signal.SIG_IGN)
     try:
-        if arguments[0] in COMMANDS:
-            _run_command(arguments[0], arguments[1:])
-        else:
-            from parallel_decoupling.lightning_cli import run
-
-            run(arguments)
+        with unheard:
+            _run(arguments)
     except ModuleNotFoundError as error:
         if error.name not in EXTRAS:
             raise
@@ -73,6 +75,33 @@ def main(args: Sequence[str] | None = None) -> None:
         if not _is_the_users(error):
             raise
         _fail(_message(error))
+
+
+def _run(arguments: list[str]) -> None:
+    if arguments[0] in COMMANDS:
+        _run_command(arguments[0], arguments[1:])
+        return
+    with _stopped_at_once():
+        from parallel_decoupling.lightning_cli import run
+    run(arguments)
+
+
+@contextmanager
+def _handling(number: int, usual: Any, handler: Any) -> Iterator[None]:
+    """Let a signal do something else for a while, unless it does not do the usual any more."""
+    change = threading.current_thread() is threading.main_thread() and signal.getsignal(number) == usual
+    if change:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        if change:
+            signal.signal(number, usual)
+
+
+def _stopped_at_once() -> AbstractContextManager[None]:
+    """Let Ctrl+C end the process while packages are imported, which may swallow what Python raises for it."""
+    return _handling(signal.SIGINT, signal.default_int_handler, signal.SIG_DFL)
 
 
 def _help() -> str:
@@ -114,7 +143,8 @@ def _run_command(name: str, arguments: list[str]) -> None:
     from jsonargparse import ArgumentParser
 
     module, _, function = COMMANDS[name][0].rpartition(".")
-    command: Callable[..., None] = getattr(import_module(f"parallel_decoupling.{module}"), function)
+    with _stopped_at_once():
+        command: Callable[..., None] = getattr(import_module(f"parallel_decoupling.{module}"), function)
     about = parse(command.__doc__ or "")
     options: dict[str, Any] = {"description": about.short_description, "exit_on_error": False}
     parser = ArgumentParser(prog=f"lightning {name}", **options)

@@ -252,7 +252,11 @@ class RunCLI(LightningCLI):
         root = Path(self.given.trainer.default_root_dir)
         if self.wanted == "predict":
             return [Path(self.given.output_dir or root / "embeddings")]
-        return [root, *map(Path, filter(None, [self.given.get("embeddings_dir")]))]
+        folders = [root, *map(Path, filter(None, [self.given.get("embeddings_dir")]))]
+        checkpoints = run_folder.checkpoint_dir(self.given.trainer) if self.wanted == "fit" else None
+        if checkpoints is not None and not checkpoints.resolve().is_relative_to(root.resolve()):
+            folders.append(checkpoints)
+        return folders
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Connect model, data and callbacks; without the user's own add TensorBoard and ``last.ckpt``."""

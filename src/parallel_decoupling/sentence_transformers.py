@@ -1,4 +1,4 @@
-"""An ``Embedder`` as a ``SentenceTransformer`` (its evaluators, prompts, quantization), and for ``mteb``."""
+"""An ``Embedder`` as a ``SentenceTransformer`` (its prompts, quantization), and for ``mteb``."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import logging
 import reprlib
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from copy import copy
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -17,9 +18,10 @@ from parallel_decoupling.batch import TokenLimit
 from parallel_decoupling.data.prompts import to_raw_input
 from parallel_decoupling.data.unusable import RowError, attempt, doubled, one_row
 from parallel_decoupling.evaluation.embedder import Embedder
-from parallel_decoupling.evaluation.encode import STAND_IN, embed
+from parallel_decoupling.evaluation.encode import STAND_IN, embed, undisturbed
 from parallel_decoupling.files import workplace
 from parallel_decoupling.model.identity import encoder_identity
+from parallel_decoupling.model.pretrained import BACKBONE_DIR, CONFIG_FILE, PROCESSOR_DIR
 from parallel_decoupling.option_types import PositiveInt, check_values, checked
 
 try:
@@ -33,8 +35,8 @@ if TYPE_CHECKING:
 
 Output = int | str  # a path's number, or ``"aggregate"``
 BadInputs = Literal["error", "stand_in"]
-LIBRARY_FILES = ("modules.json", "config_sentence_transformers.json")
-"""What ``SentenceTransformer`` writes with its own prompts, which may not be the embedder's."""
+PROMPTS_FILE = "config_sentence_transformers.json"
+"""What ``SentenceTransformer`` writes first, with its own prompts, which may not be the embedder's."""
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +75,7 @@ class PathEmbedding(InputModule):
         self.embedder.limit = TokenLimit.of(*about)
         self.collator = self.embedder.collator
 
+    @undisturbed(torch.device("cpu"))
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **options: Any) -> dict[str, Any]:
         """Tokenise what ``Embedder.encode`` takes, with ``prompt`` and a space before every text."""
         if options.get("processing_kwargs"):
@@ -107,7 +110,10 @@ class PathEmbedding(InputModule):
         inputs = features["encoder_inputs"].to(self.embedder.device)
         numbers = [chosen] if isinstance(chosen, int) else None
         trains = self.training and torch.is_grad_enabled()
-        with nullcontext() if trains else self.encoder.turns.encoding(self.encoder):
+        with ExitStack() as stack:
+            if not trains:
+                stack.enter_context(undisturbed(self.embedder.device))
+                stack.enter_context(self.encoder.turns.encoding(self.encoder))
             embedding_BND = embed(self.encoder, inputs, numbers)
             embedding_BD = embedding_BND[:, 0] if numbers else self.encoder.aggregate(embedding_BND)
         return {**features, "sentence_embedding": embedding_BD}
@@ -124,14 +130,29 @@ class PathEmbedding(InputModule):
         return self.encoder.embed_dim if isinstance(self.paths, int) else self.encoder.aggregate_dim
 
     def save(self, output_path: str, *args: Any, **options: Any) -> None:
-        """Write the embedder's own files, of a chosen path that path alone; the library writes the others."""
-        with workplace(output_path) as place:
-            self.embedder.save_pretrained(place / "m", [self.paths] if isinstance(self.paths, int) else None)
-            for file in (each for each in (place / "m").iterdir() if each.name not in LIBRARY_FILES):
-                target = Path(output_path, file.name)
-                if target.is_dir():  # of a model that was saved here before
-                    shutil.rmtree(target)
-                file.replace(target)
+        """Write the embedder's own files, of a chosen path that path alone; the library writes the others.
+
+        A model that was saved here before stays whole, at last beside the folder, until the new one is there.
+        """
+        folder = Path(output_path).resolve()
+        replaces = any((folder / name).exists() for name in (CONFIG_FILE, BACKBONE_DIR, PROCESSOR_DIR))
+        if replaces and folder == Path.cwd():
+            raise ValueError(f"{folder} is the working folder, whose model is not replaced; name another one")
+        with workplace(folder.parent if replaces else folder, folder) as place:
+            new = place / "m"
+            self.embedder.save_pretrained(new, [self.paths] if isinstance(self.paths, int) else None)
+            if (folder / PROMPTS_FILE).exists():
+                shutil.copy(folder / PROMPTS_FILE, new)
+            if not replaces:
+                for file in new.iterdir():
+                    file.replace(folder / file.name)
+                return
+            before = Path(mkdtemp(prefix=f"{folder.name}.before-", dir=folder.parent))
+            folder.replace(before)
+            new.replace(folder)
+            for file in (each for each in before.iterdir() if not (folder / each.name).exists()):
+                file.replace(folder / file.name)
+            shutil.rmtree(before)
 
     @classmethod
     def load(  # type: ignore[override]
@@ -157,7 +178,12 @@ class PathEmbedding(InputModule):
         raise ValueError(f"paths is {paths!r}; use 'aggregate' or a path number, 0 to {last}")
 
 
-def encode_options(prompt: str | None, batch_size: PositiveInt, truncate_dim: PositiveInt | None) -> None:
+def encode_options(
+    prompt: str | None,
+    batch_size: PositiveInt,
+    truncate_dim: PositiveInt | None,
+    output_value: Literal["sentence_embedding"] | None,
+) -> None:
     """Declare the options of ``encode`` that the library takes unchecked."""
 
 
@@ -167,10 +193,13 @@ class PathSentenceTransformer(SentenceTransformer):
     first: int | None = None
     """Place of the next call's first input, where one list comes in several calls."""
 
+    @undisturbed(torch.device("cpu"))
     def encode(self, *args: Any, **options: Any) -> Any:
         """Encode as the library does."""
-        given = dict(zip(("inputs", "prompt_name", "prompt", "batch_size"), args, strict=False)) | options
-        check_values(encode_options, {"prompt": None, "batch_size": 1, "truncate_dim": None} | given)
+        names = ("inputs", "prompt_name", "prompt", "batch_size", "show_progress_bar", "output_value")
+        given = dict(zip(names, args, strict=False)) | options
+        defaults = {"prompt": None, "batch_size": 1, "truncate_dim": None}
+        check_values(encode_options, defaults | {"output_value": "sentence_embedding"} | given)
         inputs: Any = given.get("inputs", given.get("sentences"))
         items = [inputs] if self.is_singular_input(inputs) else list(inputs)
         try:

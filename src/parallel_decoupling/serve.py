@@ -176,7 +176,7 @@ class Server:
     def check(self, content: bytes) -> tuple[Body, list[Row]]:
         """Parse and check a body, and make rows of its inputs; an error names the key, or the input."""
         with suppress(json.JSONDecodeError, UnicodeDecodeError, RecursionError):  # which the next line names
-            json.loads(content, object_pairs_hook=unique_keys)
+            json.loads(content, object_pairs_hook=unique_keys, parse_int=str)
         body = Body.model_validate_json(content, context=self.limits)
         output, dim = self.output(body.model), self.embedder.embed_dim
         inputs = to_raw_inputs(self._checked(*each) for each in enumerate(body.input))

@@ -24,10 +24,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from parallel_decoupling.data.tasks import MMEB_TASKS, Task
-from parallel_decoupling.evaluation.leaderboard import SCORE_SUFFIX
+from parallel_decoupling.data.tasks import MMEB_TASKS, OVERALL, V2_GROUPS, V2_TASKS, Task
+from parallel_decoupling.evaluation.leaderboard import FIXED, SCORE_SUFFIX
 from parallel_decoupling.evaluation.report import (
-    MEAN_TITLES,
     META_TASKS,
     MMEB_COUNTS,
     SCORES_FILE,
@@ -57,6 +56,9 @@ HEADINGS = {
 ROUNDING = 0.1
 """Points: parts and whole printed with one decimal differ by at most this much."""
 SLACK = 1e-6
+V2 = MMEB_TASKS | V2_TASKS
+NAMES = {fixed: name for name, fixed in FIXED.items()}
+SCORE = "score"  # the column of a report
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class TaskScores:
     """Metrics by task as a score file has them.
 
     Attributes:
-        tasks: task name to metric name to value; ``hit@1`` is always there.
+        tasks: task name to metric name to value; ``hit@1`` is always there, nDCG is the linear one.
         known: meta-task and distribution of tasks that are not MMEB's, where the file says them.
         notes: what was passed over.
     """
@@ -195,7 +197,7 @@ def read_scores(path: str | Path) -> TaskScores:
     path = Path(path)
     if (path / SCORES_FILE).is_file():
         path = path / SCORES_FILE
-    files = sorted(path.glob(f"*{SCORE_SUFFIX}")) if path.is_dir() else [path]
+    files = sorted(path.rglob(f"*{SCORE_SUFFIX}")) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"{path} holds neither {SCORES_FILE} nor files *{SCORE_SUFFIX}")
     tasks: dict[str, dict[str, float]] = {}
@@ -213,19 +215,21 @@ def read_scores(path: str | Path) -> TaskScores:
             )
         versions.add("hit@1" in content)
         name = file.name.removesuffix(SCORE_SUFFIX)
+        name = NAMES.get(name, name)
+        if len(versions) > 1 or name in tasks:
+            raise ValueError(f"{path} mixes score files of VLM2Vec v1 and v2, or of two tests; keep one")
         tasks[name] = _numbers({"hit@1": content.get("acc"), **content}, f"{file}, {name}")
-    if len(versions) > 1:
-        raise ValueError(f"{path} mixes score files of VLM2Vec v1 and v2; keep one version")
     return TaskScores(tasks)
 
 
 def audit_scores(scores: TaskScores) -> ScoresAudit:
     """Recompute the means of a score file's tasks, and list what is odd about it.
 
-    Tasks whose meta-task is not known are left out of the means and named. A median of hit@1 above 1 means
-    that all rates are in percent. Tasks of MMEB count as missing only if the file has at least one of them.
+    Tasks whose meta-task or own metric is not known are left out of the means and named. A median of hit@1
+    above 1 means that all rates are in percent. Tasks of MMEB's images, videos or documents count as missing
+    only if the file has at least one of them.
     """
-    known = {**scores.known, **MMEB_TASKS}
+    known = {**scores.known, **V2}
     tasks, problems = scores.tasks, []
     if median(values["hit@1"] for values in tasks.values()) > 1:
         problems.append("hit@1 is in percent; the formats have fractions")
@@ -242,17 +246,21 @@ def audit_scores(scores: TaskScores) -> ScoresAudit:
     ]
     if unknown := [name for name in tasks if name not in known]:
         problems.append(f"not tasks of MMEB, left out of the means: {', '.join(unknown)}")
-    missing = [name for name in MMEB_TASKS if name not in tasks]
-    if 0 < len(missing) < len(MMEB_TASKS):
-        problems.append(
-            f"{len(missing)} of MMEB's {len(MMEB_TASKS)} tasks are missing, so the means are not MMEB's: "
-            f"{', '.join(missing)}"
-        )
-    results = {
-        name: TaskResult(known[name], int(values.get("num_pred", 0)), 0.0, {"hit@1": values["hit@1"]})
-        for name, values in tasks.items()
-        if name in known
-    }
+    if lacking := [name for name in tasks if name in known and known[name].metric not in tasks[name]]:
+        problems.append(f"without their own metric, left out of the means: {', '.join(lacking)}")
+    for group in (OVERALL, *V2_GROUPS):
+        names = [name for name, task in V2.items() if task.group == group]
+        missing = [name for name in names if name not in tasks]
+        if 0 < len(missing) < len(names):
+            problems.append(
+                f"{len(missing)} of MMEB's {len(names)} tasks of {group} are missing, so the means are not "
+                f"MMEB's: {', '.join(missing)}"
+            )
+    results = {}
+    for name in (name for name in tasks if name in known and name not in lacking):
+        count, values = int(tasks[name].get("num_pred", 0)), {SCORE: tasks[name]}
+        hits = {SCORE: tasks[name]["hit@1"]}
+        results[name] = TaskResult(known[name], count, 0.0, hits, metrics=values)
     return ScoresAudit(ScoreReport(results) if results else None, tuple(problems))
 
 
@@ -289,28 +297,28 @@ def _row_table(audits: Sequence[RowAudit]) -> Table:
 
 def _means_table(report: ScoreReport) -> Table:
     rows = [
-        [MEAN_TITLES[name], str(len(report.groups.get(name, ()))), f"{100 * mean[report.columns[0]]:.1f}"]
+        [
+            report.mean_titles[name],
+            str(len(report.groups.get(name, ()))),
+            f"{100 * mean[report.columns[0]]:.1f}",
+        ]
         for name, mean in report.means.items()
     ]
-    return text_table("means recomputed from the tasks, in percent", ("mean", "tasks", "hit@1"), rows)
+    return text_table("means recomputed from the tasks, in percent", ("mean", "tasks", SCORE), rows)
 
 
 def _from_leaderboard(metrics: Mapping[str, Any], file: Path) -> TaskScores:
-    """Read the image tasks; a text in place of values is upstream's FILE_N/A, DIR_N/A or READ_ERROR."""
+    """Read the tasks; a text in place of values is upstream's FILE_N/A, DIR_N/A or READ_ERROR."""
     tasks, notes = {}, []
-    for name, values in (metrics.get("image") or {}).items():
+    kinds = (metrics.get(kind) or {} for kind in ("image", *V2_GROUPS))
+    for name, values in (item for kind in kinds for item in kind.items()):
         if isinstance(values, str):
             notes.append(f"{name} is {values}: it was not run")
             continue
         named = values if isinstance(values, dict) else {"hit@1": values}
-        tasks[name] = _numbers(named, f"{file}, {name}")
+        tasks[NAMES.get(name, name)] = _numbers(named, f"{file}, {name}")
     if not tasks:
-        raise ValueError(f"{file}: metrics.image has no tasks; MMEB's 36 image tasks belong there")
-    notes += [
-        f"{len(metrics[kind])} {kind} tasks are not part of the image means and were not read"
-        for kind in ("video", "visdoc")
-        if metrics.get(kind)
-    ]
+        raise ValueError(f"{file}: metrics has no tasks; they belong in image, video or visdoc")
     return TaskScores(tasks, notes=notes)
 
 
@@ -330,7 +338,7 @@ def _from_report(report: ScoreReport) -> TaskScores:
 def _numbers(values: Mapping[str, Any], where: str) -> dict[str, float]:
     """Return the numbers among the values; what a check needs must be one."""
     numbers = {
-        name: float(value)
+        name.replace("ndcg_linear", "ndcg"): float(value)
         for name, value in values.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     }

@@ -284,6 +284,8 @@ def test_other_strings_are_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (torch.randn(3, 8, 8), "values from -.*Convert it to 8 bits"),
         (None, "a NoneType cannot be embedded; use a text, or as a picture a file"),
         ({"text": ["a", "b"], "price": [1, 2]}, "a dict is not a list of inputs: pass one column, such as"),
+        ({"image": ["a.png", "b.png"]}, "a dict is not a list of inputs: pass one column, such as"),
+        (("a", "b"), r"a tuple is not an input: pass one column.*to_dict\('records'\)"),
         ({"a"}, "a set is not a list"),
         ({"images": 5}, "an input of type int cannot be embedded; use a list"),
         (torch.zeros(2, 2, dtype=torch.complex64), "a Tensor cannot be embedded"),
@@ -323,9 +325,21 @@ def test_tables_have_one_message_and_their_columns_are_lists() -> None:
     for column in (frame["text"], tuple(frame["text"]), iter(frame["text"]), np.array(frame["text"]), arrow):
         assert to_raw_inputs(column) == [RawInput("a"), RawInput("b")]
     assert to_raw_inputs(frame[["text"]].to_dict("records")) == [RawInput("a"), RawInput("b")]
+    for rows in (frame.iterrows(), frame.itertuples()):
+        with pytest.raises(ValueError, match=r"is not an input: pass one column.*to_dict\('records'\)"):
+            to_raw_inputs(rows)
     for row in (frame.astype(str).iloc[0], [frame.astype(str).iloc[0]]):
         with pytest.raises(ValueError, match=r"a Series indexed by names .*: pass its to_dict\(\)"):
             to_raw_inputs(row)
+
+
+def test_an_empty_cell_of_pandas_is_none() -> None:
+    pandas = pytest.importorskip("pandas")
+    for empty in (None, np.nan, np.float32("nan"), pandas.NA, pandas.NaT):
+        records = [{"text": "a", "image": empty, "instruction": empty, "images": empty, "video": empty}]
+        assert to_raw_inputs(records, "find") == to_raw_inputs(["a"], "find")
+        with pytest.raises(ValueError, match="^input 0: An input needs a text or an image"):
+            to_raw_inputs([{"text": empty}])
 
 
 def test_what_has_no_items_cannot_be_embedded() -> None:

@@ -347,6 +347,9 @@ def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatc
     assert default_cache_dir() == tmp_path / "parallel_decoupling"
     monkeypatch.setenv("PARALLEL_DECOUPLING_CACHE", "elsewhere")
     assert default_cache_dir() == Path("elsewhere")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PARALLEL_DECOUPLING_CACHE", "~/cache")
+    assert default_cache_dir() == tmp_path / "cache"
 
 
 def test_a_cache_that_cannot_be_written_is_named_and_not_the_table(

@@ -14,6 +14,7 @@ from parallel_decoupling.data.tasks import (
     MMEB_TASKS,
     MMEB_TRAIN_SUBSETS,
     Task,
+    chosen,
     find_eval_tasks,
     read_tasks,
     task_of_subset,
@@ -92,6 +93,7 @@ def test_an_mmeb_name_in_the_file_keeps_its_rules(tmp_path: Path) -> None:
         ({"columns": None}, "columns must be a valid dictionary"),
         ({"columns": {"query": "q"}}, "columns must be .* roles are query_text, .* got {'query': 'q'}"),
         ({"columns": {"query_text": "q"}}, "columns: candidate_text or candidate_image is needed"),
+        ({"published": "MSRVTT"}, "Unknown published set of videos 'MSRVTT'. Did you mean 'MSR-VTT'"),
         ({"train_file": None, "eval_file": None}, "without a file. Add train_file, eval_file or eval_dir"),
     ],
 )
@@ -125,12 +127,19 @@ def test_other_names_are_kept(name: str) -> None:
     check_file_name(name, "evaluation task")
 
 
-def test_a_folder_of_tasks_obeys_the_rule_unless_it_is_hidden(tmp_path: Path) -> None:
+def test_a_folder_of_tasks_that_breaks_the_rule_is_left_out_unless_it_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write_eval(tmp_path, ".trash", [eval_row("q", ["a", "b"])])
     assert find_eval_tasks(tmp_path) == []
     write_eval(tmp_path, "my task", [eval_row("q", ["a", "b"])])
+    write_eval(tmp_path, "GQA", [eval_row("q", ["a", "b"])])
+    for _ in range(2):
+        found = find_eval_tasks(tmp_path)
+        assert chosen(None, found, tmp_path) == found == ["GQA"]
+    assert [record.message.count("'my task' becomes a file") for record in caplog.records] == [1]
     with pytest.raises(ValueError, match=r"'my task' becomes a file, .* Rename it\."):
-        find_eval_tasks(tmp_path)
+        chosen(["GQA", "my task"], found, tmp_path)
 
 
 @pytest.mark.parametrize(

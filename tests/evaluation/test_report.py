@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from parallel_decoupling.batch import RawInput
-from parallel_decoupling.data.tasks import MMEB_TASKS, EvalTask, Task
+from parallel_decoupling.data.tasks import MMEB_TASKS, V2_TASKS, EvalTask, Task
 from parallel_decoupling.evaluation.compare import compare
 from parallel_decoupling.evaluation.leaderboard import METADATA, write_predictions, write_score_files
 from parallel_decoupling.evaluation.report import ScoreReport, text_table, write_report
@@ -229,7 +229,7 @@ def test_score_files_have_the_keys_and_values_of_two_versions(two_tasks: ScoreRe
     score = two_tasks.tasks["GQA"].hit_at_1["aggregate"]
     v1 = json.loads((tmp_path / "v1" / "GQA_score.json").read_text())
     assert v1 == {"acc": score, "num_correct": round(20 * score), "num_pred": 20}
-    v2 = json.loads((tmp_path / "v2" / "GQA_score.json").read_text())
+    v2 = json.loads((tmp_path / "v2" / "image" / "GQA_score.json").read_text())
     assert v2["precision@5"] == pytest.approx(v2["hit@5"] / 5)
     assert v2["f1@10"] == pytest.approx(
         2 * v2["precision@10"] * v2["recall@10"] / (v2["precision@10"] + v2["recall@10"])
@@ -245,17 +245,28 @@ def test_score_files_have_the_keys_and_values_of_two_versions(two_tasks: ScoreRe
 def test_write_report_leaves_every_file_of_a_test(two_tasks: ScoreReport, tmp_path: Path) -> None:
     run = {"model": {"backbone": "tiny"}}
     modes = {"aggregate": {"bytes_per_item": 128, "paths_per_item": 1}}
-    write_report(replace(two_tasks, run=run, modes=modes), tmp_path / "run")
+    (page,) = report_of([scored("ViDoSeek-page", 2)[1]]).tasks.values()
+    page = replace(page, task=V2_TASKS["ViDoSeek-page"], values={"aggregate": [0.25] * 20})
+    page.metrics["aggregate"]["ndcg@5"] = 0.25
+    write_report(
+        replace(two_tasks, tasks=two_tasks.tasks | {"ViDoSeek-page": page}, run=run, modes=modes),
+        tmp_path / "run",
+    )
+    of_kind = ("image/GQA", "image/DocVQA", "visdoc/ViDoSeek-page")
     assert {file.relative_to(tmp_path / "run").as_posix() for file in (tmp_path / "run").rglob("*.*")} == {
         "scores.json",
         "leaderboard.json",
-        *(f"score_files/{version}/{name}_score.json" for version in ("v1", "v2") for name in two_tasks.tasks),
+        *(f"score_files/v1/{Path(name).name}_score.json" for name in of_kind),
+        *(f"score_files/v2/{name}_score.json" for name in of_kind),
     }
     content = json.loads((tmp_path / "run" / "leaderboard.json").read_text())
     known = {"model_name": "run", "model_backbone": "tiny", "embedding_dimension": 32}
     assert tuple(content["metadata"]) == METADATA
     assert known.items() <= content["metadata"].items()
-    assert content["metrics"]["video"] == content["metrics"]["visdoc"] == {}
+    assert content["metrics"]["video"] == {}
+    assert content["metrics"]["visdoc"]["ViDoSeek-page-fixed"]["ndcg_linear@5"] == 0.25
+    file = tmp_path / "run/score_files/v2/visdoc/ViDoSeek-page_score.json"
+    assert json.loads(file.read_text()) == content["metrics"]["visdoc"]["ViDoSeek-page-fixed"]
     assert {name: values["hit@1"] for name, values in content["metrics"]["image"].items()} == {
         name: result.hit_at_1["aggregate"] for name, result in two_tasks.tasks.items()
     }
@@ -264,7 +275,8 @@ def test_write_report_leaves_every_file_of_a_test(two_tasks: ScoreReport, tmp_pa
 def test_predictions_give_the_scores_back(tmp_path: Path) -> None:
     task, score = scored("GQA", 3)
     write_predictions(tmp_path, task, score)
-    lines = [json.loads(line) for line in (tmp_path / "v2" / "GQA_pred.jsonl").read_text().splitlines()]
+    file = tmp_path / "v2" / "image" / "GQA_pred.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
     hits = [line["prediction"][0] == line["label"][0] for line in lines]
     assert "".join("01"[hit] for hit in hits) == score.hits["aggregate"]
     within_ten = sum(line["label"][0] in line["prediction"] for line in lines)

@@ -66,7 +66,7 @@ def test_a_test_run_writes_and_logs_the_scores_of_its_embeddings(
     assert content["run"]["model"]["num_paths"] == 2
     assert content["run"]["data"]["data_dir"] == tiny_mmeb_dir
     assert content["run"]["global_step"] == 0
-    for name in ("leaderboard.json", f"score_files/v2/{TASKS[0]}_pred.jsonl"):
+    for name in ("leaderboard.json", f"score_files/v2/image/{TASKS[0]}_pred.jsonl"):
         assert (tmp_path / name).is_file()
     assert list(report.modes) == report.columns
     assert all(result.rows_sha256 for result in report.tasks.values())
@@ -296,7 +296,7 @@ def test_a_group_has_a_mean_of_its_own_and_changes_no_other(runs: Path) -> None:
 
 
 def test_score_files_hold_what_is_known_of_several_answers(runs: Path) -> None:
-    folder = runs / "both" / "score_files" / "v2"
+    folder = runs / "both" / "score_files" / "v2" / "image"
     score = json.loads((folder / "shades_score.json").read_text())
     kinds = ("hit", "mrr", "ndcg_linear", "recall")
     assert score.keys() == {f"{kind}@{k}" for kind in kinds for k in (1, 5, 10)} | {"num_pred", "num_data"}

@@ -48,7 +48,6 @@ def own_architecture(monkeypatch: pytest.MonkeyPatch, tiny_clip_dir: str) -> str
     return weights
 
 
-@pytest.mark.usefixtures("no_network")
 def test_a_folder_a_tag_and_a_weights_file_are_loaded(
     tiny_clip_dir: str, own_architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,8 +11,9 @@ from transformers import AutoModel, AutoProcessor
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from parallel_decoupling.batch import RawInput, Template
+from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.data.images import ImagePolicy
-from parallel_decoupling.data.prompts import fill, prompt
+from parallel_decoupling.data.prompts import fill, prompt, to_raw_inputs
 from parallel_decoupling.evaluation.embedder import Embedder
 from parallel_decoupling.model.backbone import AdapterConfig, load_backbone
 from parallel_decoupling.model.encoder import ParallelEncoder
@@ -99,6 +100,23 @@ def test_qwen3_vl_embedding_and_gme_as_bases_give_their_own_embeddings(qwen3: st
     assert (axes - expected).abs().amax(dim=1).gt(1e-2).tolist() == [False, False, True, True, True]
     with pytest.raises(ValueError, match="Give a pattern"):
         our(qwen2, Family(prompt=Template())).encode("a text")
+
+
+def test_training_evaluation_and_a_server_use_the_prompt_of_encode(qwen3: str) -> None:
+    pytest.importorskip("fastapi")
+    from parallel_decoupling.serve import Server
+    from tests.test_serve import ask, client_of, data_uri, numbers
+
+    embedder = our(qwen3, shipped("qwen3_vl_embedding_2b"))
+    rows = to_raw_inputs(ITEMS)
+    collators = embedder.collator, MMEBDataModule("mini-mmeb").connect(embedder).collator
+    expected, found = (collator.encode_inputs(rows).tokens["input_ids"] for collator in collators)
+    assert torch.equal(found, expected)
+    items = [{key: value for key, value in item.items() if key != "images"} for item in ITEMS[:4]]
+    for item, of_item in zip(items[2:], ITEMS[2:], strict=False):
+        item["image"] = data_uri(of_item["images"][0])
+    answer = numbers(ask(client_of(Server(embedder)), input=items))
+    torch.testing.assert_close(answer, embedder.encode(ITEMS[:4]), rtol=1e-5, atol=1e-5)
 
 
 def test_patterns() -> None:

@@ -1,17 +1,17 @@
 """Studies that are not runs: estimators on Gaussians, gradients at the prefixes, published scores."""
 
 import json
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from parallel_decoupling.data.tasks import MMEB_TASKS, Task
+from parallel_decoupling.data.tasks import MMEB_TASKS, V2_TASKS
 from parallel_decoupling.evaluation.leaderboard import write_leaderboard, write_score_files
 from parallel_decoupling.evaluation.report import ScoreReport
-from parallel_decoupling.evaluation.score import TaskResult
+from parallel_decoupling.evaluation.score import METRICS, TaskResult
 from studies.estimator_figures import KIND_COLOURS
 from studies.estimators import KINDS, Cell, cells, fitted_network, measure, run
 from studies.prefix_gradients import gradients, with_network_of
@@ -118,26 +118,30 @@ def test_odd_task_scores_are_named() -> None:
         assert any(words in problem for problem in found.problems), words
 
 
-def own_report(names: Iterable[str]) -> ScoreReport:
-    hits = {"aggregate": "1100"}
-    return ScoreReport(
-        {
-            name: TaskResult(MMEB_TASKS.get(name, Task(name, "vqa", True)), 4, 0.1, {"aggregate": 0.5}, hits)
-            for name in names
-        }
-    )
-
-
 def test_own_score_files_are_read_in_all_formats(tmp_path: Path) -> None:
-    report = own_report(MMEB_TASKS)
+    """Half of the rows of all 78 tasks are right, and nDCG@5 is a quarter; the first version has none."""
+    metrics = {"aggregate": dict.fromkeys(METRICS, 0.5) | {"ndcg@5": 0.25}}
+    about: dict[str, Any] = {"hits": {"aggregate": "1100"}, "metrics": metrics}
+    tasks = MMEB_TASKS | V2_TASKS
+    results = {name: TaskResult(task, 4, 0.1, {"aggregate": 0.5}, **about) for name, task in tasks.items()}
+    report = ScoreReport(results)
     report.to_json_file(tmp_path / "scores.json")
     write_score_files(report.tasks, "aggregate", tmp_path / "files")
     write_leaderboard(report.tasks, "aggregate", tmp_path / "leaderboard.json", {})
     for place in (".", "scores.json", "files/v1", "files/v2", "leaderboard.json"):
         found = audit_scores(read_scores(tmp_path / place))
-        assert found.problems == (), place
         assert found.report is not None
-        assert found.report.means["overall"] == {"hit@1": 0.5}
+        means = {name: found.report.means[name]["score"] for name in ("overall", "video")}
+        assert means == {"overall": 0.5, "video": 0.5}, place
+        if place == "files/v1":
+            (problem,) = found.problems
+            assert problem.startswith("without their own metric, left out of the means: ")
+            assert problem.count(", ") == 24
+            continue
+        assert found.problems == (), place
+        assert found.report.means["visdoc"] == {"score": 0.25}, place
+    with pytest.raises(ValueError, match="mixes score files of VLM2Vec v1 and v2"):
+        read_scores(tmp_path / "files")
     task = replace(MMEB_TASKS["GQA"], meta_task="grounding")
     report.tasks["GQA"] = replace(report.tasks["GQA"], task=task)
     report.to_json_file(tmp_path / "scores.json")

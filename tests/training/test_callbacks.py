@@ -177,10 +177,17 @@ def test_progress_is_written_in_lines_where_no_bar_can_be_drawn(
     trainer = make_trainer(tmp_path, max_steps=3, enable_progress_bar=bar)
     trainer.callbacks.append(ProgressLines())
     with caplog.at_level("INFO"):
-        trainer.fit(small_embedder(tiny_backbone_dir), small_data(tiny_mmeb_dir))
-    lines = [record.message for record in caplog.records if record.message.startswith("step ")]
-    assert [line.partition(",")[0] for line in lines] == [f"step {step} of 3" for step in (1, 2, 3)] * bar
-    assert all(line.endswith("0:00:00 left") for line in lines[2:])
+        data = small_data(tiny_mmeb_dir, eval_tasks=["colours_i2t"])
+        trainer.fit(module := small_embedder(tiny_backbone_dir), data)
+        trainer.test(module, data, verbose=False)
+        trainer.predict(module, data, return_predictions=False)
+    lines = [record.message for record in caplog.records if record.message.startswith(("step ", "batch "))]
+    sides = [len(loader) for loader in data.predict_dataloader()]
+    expected = [f"step {step} of 3" for step in (1, 2, 3)]
+    expected += [f"batch {number + 1} of {sum(sides)}" for number in range(sum(sides))] * 2
+    assert len(sides) == 2
+    assert [line.partition(",")[0] for line in lines] == expected * bar
+    assert all(line.endswith("0:00:00 left") for line in lines[2 :: sum(sides)])
 
 
 def test_the_best_checkpoint_is_kept_the_run_stops_and_loggers_by_class_get_every_value(
@@ -215,4 +222,4 @@ def test_the_best_checkpoint_is_kept_the_run_stops_and_loggers_by_class_get_ever
     (run,) = client.search_runs([each.experiment_id for each in client.search_experiments()])
     assert [each.value for each in client.get_metric_history(run.info.run_id, "train/loss")] == losses
     assert (wandb.run.offline, wandb.run.summary["train/loss"]) == (True, losses[-1])
-    wandb.finish()
+    wandb.teardown()

@@ -1,5 +1,6 @@
 """What is in a checkpoint, where it is found, and that a resumed run equals one that was not stopped."""
 
+import math
 import os
 import signal
 from pathlib import Path
@@ -61,6 +62,10 @@ def changed(checkpoint_file: Path, folder: Path, change: Any) -> Path:
     ("change", "message", "load"),
     [
         *((lambda c: c["state_dict"].pop(PREFIXES), "missing .*prefixes", load) for load in LOADERS),
+        *(
+            (lambda c: c["state_dict"][PREFIXES].fill_(math.nan), "not finite: .*prefixes", load)
+            for load in LOADERS
+        ),
         *((lambda c: c["backbone"].update(BAD_HASHES), "frozen weights differ", load) for load in LOADERS),
         (lambda c: c["hyper_parameters"].update(num_paths=3), "wrong shape", load_encoder),
         (lambda c: c["hyper_parameters"].update(num_paths=3), "do not fit this model.*num_paths", LOADERS[0]),

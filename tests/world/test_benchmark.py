@@ -5,6 +5,7 @@ import json
 import random
 import re
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -35,6 +36,7 @@ from parallel_decoupling.world.scenes import (
     sample_scene,
 )
 from recipes.tiny_backbone import aspects
+from tests.support.fit import make_trainer, small_data, small_embedder
 
 TABLES_SHA256 = "093a57cfd2f3d9b94fcb493a84b5f970197e6cead429c24d5f110a1115a7ae85"
 """Of the tables of the tasks that ``overall`` counts: no later task may change them."""
@@ -302,5 +304,22 @@ def test_pages_and_clips_are_read_in_the_layouts_of_mmeb_v2(data_dir: Path) -> N
         asked = [query.text.partition("given query: ")[2].strip() for query in task.queries]
         assert asked == english != [row["query"] for row in queries]
         assert all(Image.open(page.images[0]).size == (IMAGE_SIZE, IMAGE_SIZE) for page in task.candidates)
+    assert clips.task.source is not None
+    assert (clips.task.source.published or {})["set"] == "VLM2Vec/MSR-VTT"
     assert (len(clips.candidates), clips.candidates_of_row[3][0]) == (10, 3)
     assert all(len({Image.open(frame).tobytes() for frame in clip.video}) > 5 for clip in clips.candidates)
+
+
+def test_pages_and_clips_have_a_mean_of_their_own(
+    data_dir: Path, tiny_backbone_dir: str, tmp_path: Path
+) -> None:
+    trainer = make_trainer(tmp_path)
+    trainer.test(
+        small_embedder(tiny_backbone_dir), small_data(str(data_dir), eval_tasks=["Scene_t2i", PAGES])
+    )
+    report = trainer.scoring.report
+    assert report is not None
+    scores = {name: result.score["aggregate"] for name, result in report.tasks.items()}
+    assert report.means["overall"]["aggregate"] == scores.pop("Scene_t2i")
+    assert len(scores) == 3
+    assert report.means[PAGES]["aggregate"] == pytest.approx(fmean(scores.values()))

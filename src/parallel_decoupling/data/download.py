@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from tqdm import tqdm
 
 from parallel_decoupling.data.layouts import rows_of
-from parallel_decoupling.data.tasks import MMEB_TASKS, read_tasks
+from parallel_decoupling.data.tasks import MMEB_TASKS, V2_TASKS, read_tasks
 from parallel_decoupling.files import workplace
 
 TRAIN_REPO, EVAL_REPO, V2_REPO = "TIGER-Lab/MMEB-train", "TIGER-Lab/MMEB-eval", "TIGER-Lab/MMEB-V2"
@@ -52,7 +52,7 @@ def download_eval(data_dir: Path, names: Sequence[str]) -> None:
     if pictures:
         unpack(root / "images.zip", root / "images", pictures)
     known, frames = read_tasks(data_dir), dict[str, list[str]]()
-    for source in filter(None, (known[name].source for name in names if name in known)):
+    for source in filter(None, (known[name].source for name in names if name in V2_TASKS)):
         entry = source.published or {}
         if source.eval_dir and entry:
             _fetch(entry["set"], source.eval_dir, [f"{p}/*.parquet" for p in ("corpus", "queries", "qrels")])

@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from jinja2 import TemplateError
@@ -201,15 +202,19 @@ def to_raw_input(item: Any, instruction: str | None = None) -> RawInput:
     if isinstance(item, str) and not names_picture(item):
         return prompt(text=item, instruction=instruction)
     _refuse_table(item)
+    if isinstance(item, list | tuple):  # such as a row of iterrows() or itertuples()
+        raise ValueError(_no_list(item, "an input"))
     return prompt(image=as_picture(item), instruction=instruction)
 
 
 def _raw_input_from_mapping(item: Mapping[str, Any], instruction: str | None) -> RawInput:
-    for key in ("text", "instruction"):
+    item = {key: None if _is_missing(value) else value for key, value in item.items()}
+    for key in ("text", "instruction", "image"):
         value = item.get(key)
-        if value is not None and not isinstance(value, str):
-            one = f"{key!r} is a {type(value).__name__}; use a string"
-            raise ValueError(_no_list(item) if isinstance(value, Sized) else one)
+        if isinstance(value, Sized) and not is_single(value):
+            raise ValueError(_no_list(item))
+        if key != "image" and not isinstance(value, str | None):
+            raise ValueError(f"{key!r} is a {type(value).__name__}; use a string")
     if unknown := sorted(str(key) for key in item if key not in INPUT_KEYS):
         raise ValueError(f"unknown keys {unknown}; use {list(INPUT_KEYS)}")
     text, image, images, video, own = (item.get(key) for key in INPUT_KEYS)
@@ -219,6 +224,11 @@ def _raw_input_from_mapping(item: Mapping[str, Any], instruction: str | None) ->
     images = [as_picture(each) for each in (() if images is None else listed(images))]
     frames = () if video is None else as_video(video)
     return prompt(text, image, instruction if own is None else own, images=images, video=frames)
+
+
+def _is_missing(value: Any) -> bool:
+    """Tell whether a value is what pandas has in an empty cell."""
+    return (isinstance(value, Real) and value != value) or type(value).__name__ in ("NAType", "NaTType")
 
 
 def _refuse_table(value: Any) -> None:
@@ -232,7 +242,7 @@ def _refuse_table(value: Any) -> None:
         raise ValueError(f"a {type(value).__name__} indexed by names is not a list of inputs: {advice}")
 
 
-def _no_list(value: Any) -> str:
+def _no_list(value: Any, wanted: str = "a list of inputs") -> str:
     rows = "to_dict('records') of pandas, to_dicts() of polars, to_pylist() of Arrow"
     advice = f"one column, such as list(table['text']), or dictionaries with {', '.join(INPUT_KEYS)} ({rows})"
-    return f"a {type(value).__name__} is not a list of inputs: pass {advice}"
+    return f"a {type(value).__name__} is not {wanted}: pass {advice}"

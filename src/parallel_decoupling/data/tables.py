@@ -22,7 +22,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from parallel_decoupling.data.names import unique_keys
-from parallel_decoupling.files import FullDiskError, atomic_write
+from parallel_decoupling.files import FullDiskError, atomic_write, expand_paths
 
 SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
 ROWS_PER_BATCH = 8192
@@ -38,7 +38,8 @@ MARKS["utf-16"] = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # the former is th
 def default_cache_dir() -> Path:
     """Return ``$PARALLEL_DECOUPLING_CACHE``, or ``parallel_decoupling`` in the user's cache folder."""
     user_cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return Path(os.environ.get("PARALLEL_DECOUPLING_CACHE") or user_cache / "parallel_decoupling")
+    folder = os.environ.get("PARALLEL_DECOUPLING_CACHE") or user_cache / "parallel_decoupling"
+    return Path(expand_paths(folder, "cache_dir"))
 
 
 class Table:

@@ -1,16 +1,18 @@
 """The table of tasks: MMEB's, with VLM2Vec's rules for them, plus those of your own ``tasks.json``."""
 
 import json
+import logging
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from parallel_decoupling.batch import RawInput
-from parallel_decoupling.data.names import check_file_name, unique_keys
+from parallel_decoupling.data.names import check_file_name, printable, unique_keys
 from parallel_decoupling.data.prompts import PromptRules
 from parallel_decoupling.option_types import Rule, check_values
 
@@ -37,13 +39,16 @@ _ROLE = Rule(
     f"a mapping of roles to columns; roles are {', '.join((*ROLES, TEACHER))}", (*ROLES, TEACHER).__contains__
 )
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Source:
     """Where a task's rows are when they are not in MMEB's layout (``docs/data.md``).
 
     ``eval_dir`` holds a corpus, queries and judgements in place of the rows of ``eval_file``; queries in
-    another ``language``, if one is given, are left out. ``published`` is the entry of a set of MMEB-V2.
+    another ``language``, if one is given, are left out. ``published`` is the entry of a set of MMEB-V2, which
+    ``tasks.json`` names; then ``eval_file`` is a folder.
     """
 
     train_file: Path | None = None
@@ -175,13 +180,14 @@ def read_tasks(data_dir: str | Path) -> dict[str, Task]:
 
     An entry has ``meta_task`` and ``in_distribution``, may have ``metric`` and ``group``, and has the
     attributes of ``Source`` if it is your own.
-    A folder of ``MMEB-eval`` that has neither is of meta-task ``custom``.
+    A folder of ``MMEB-eval`` that has neither is of meta-task ``custom``; one whose name cannot be a task's
+    is left out with a warning.
     """
     folder = Path(data_dir)
     v2 = {name: replace(task, source=_v2_source(task, folder)) for name, task in V2_TASKS.items()}
     tasks = MMEB_TASKS | v2 | _listed(folder / "tasks.json")
     others = [name for name in _eval_folders(data_dir) if name not in tasks]
-    tasks |= {name: Task(name, "custom", False) for name in others}
+    tasks |= {name: Task(name, "custom", False) for name in others if _may_be_task(name, folder)}
     for name in tasks.keys() & {task.group for task in tasks.values()}:
         raise ValueError(
             f"{folder}: {name!r} is the name of a task and of a group of tasks. Rename the task."
@@ -206,6 +212,17 @@ def _eval_folders(data_dir: str | Path) -> list[str]:
     return sorted({file.parent.name for file in (Path(data_dir) / "MMEB-eval").glob("[!.]*/test-*.parquet")})
 
 
+@cache
+def _may_be_task(name: str, folder: Path) -> bool:
+    """Check the name of a folder of ``MMEB-eval``; say once if it is left out."""
+    try:
+        check_file_name(name, "evaluation task")
+    except ValueError as error:
+        log.warning("%s", printable(f"{folder / 'MMEB-eval'}: a folder is left out: {error}"))
+        return False
+    return True
+
+
 def _listed(tasks_file: Path) -> dict[str, Task]:
     """Read ``tasks.json``, if there is one."""
     if not os.path.lexists(tasks_file):
@@ -217,7 +234,7 @@ def _listed(tasks_file: Path) -> dict[str, Task]:
         entries = json.loads(tasks_file.read_text(encoding="utf-8-sig"), object_pairs_hook=unique_keys)
         if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
             raise ValueError("it must hold an object of tasks by name, each an object itself.")
-        known = [*TASK_KEYS, *(each.name for each in fields(Source) if each.name != "published")]
+        known = [*TASK_KEYS, *(each.name for each in fields(Source))]
         for name, entry in entries.items():
             where = f"{tasks_file}, task {name!r}"
             check_names(entry, known, "key")
@@ -237,11 +254,14 @@ def _task(name: str, entry: dict[str, Any], data_dir: Path) -> Task:
         known = MMEB_TASKS.get(name, task)
         return replace(task, identity=known.identity, prompt=known.prompt)
     about = {"image_dir": "."} | {key: each for key, each in entry.items() if key not in own}
+    if "published" in about:
+        check_names([str(about["published"])], _TABLE["video"], "published set of videos")
+        about["published"] = _TABLE["video"][about["published"]]
     places = {key: data_dir / about[key] for key in PLACES if isinstance(about.get(key), str)}
     source = Source(**about | places)
     if not any((source.train_file, source.eval_file, source.eval_dir)):
         raise ValueError("other keys without a file. Add train_file, eval_file or eval_dir.")
-    for side in ("query", "candidate"):
+    for side in ("query", "candidate") if source.train_file or not source.published else ():
         if not {f"{side}_text", f"{side}_image"} & source.columns.keys():
             raise ValueError(f"columns: {side}_text or {side}_image is needed, or both.")
     return replace(task, source=source)
@@ -274,6 +294,8 @@ def find_eval_tasks(data_dir: str | Path) -> list[str]:
 
 def chosen(names: Collection[str] | None, found: Sequence[str], data_dir: str | Path) -> list[str]:
     """Put the tasks or subsets of a group in the place of its name; None is the group ``overall``."""
+    for name in {*(names or ())} & {*_eval_folders(data_dir)}:
+        check_file_name(name, "evaluation task")
     known, of_group = read_tasks(data_dir), {OVERALL: list[str]()}
     for name in (name for name in found if name != NOT_IN_MMEB):
         task = task_of_subset(known, name)

@@ -16,7 +16,7 @@ from parallel_decoupling.batch import LongText, TokenLimit
 from parallel_decoupling.data.collate import Collator
 from parallel_decoupling.data.images import ImagePolicy
 from parallel_decoupling.data.prompts import is_single, to_raw_inputs
-from parallel_decoupling.evaluation.encode import Paths, encode_rows
+from parallel_decoupling.evaluation.encode import Paths, encode_rows, undisturbed
 from parallel_decoupling.model.encoder import Encoder
 from parallel_decoupling.model.pretrained import load_encoder, save_encoder
 from parallel_decoupling.option_types import PositiveInt, checked
@@ -109,6 +109,8 @@ class Embedder:
     ) -> Tensor:
         """Embed texts, images and dictionaries of both, on the CPU in the order given.
 
+        ``as_sentence_transformer(embedder).encode(inputs, device=[...])`` shares a list among devices.
+
         Args:
             inputs: one item or a list. Pictures are PIL images, arrays, tensors, bytes of a file, ``Path``,
                 data URIs, and strings that name an existing file that Pillow opens; other strings are texts.
@@ -152,7 +154,8 @@ class Embedder:
     def similarity(a: Tensor, b: Tensor) -> Tensor:
         """Compute all cosines ``[A, B]`` of ``[rows, D]``, or their means over paths of ``[rows, N, D]``."""
         try:
-            a, b = torch.as_tensor(a), torch.as_tensor(b)  # arrays and lists of numbers will do
+            with undisturbed(torch.device("cpu")):  # arrays and lists of numbers will do
+                a, b = torch.as_tensor(a), torch.as_tensor(b)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"similarity takes embeddings, see encode; these are not numbers: {error}"
@@ -160,8 +163,9 @@ class Embedder:
         if a.ndim != b.ndim or a.ndim not in (2, 3) or a.shape[1:] != b.shape[1:]:
             advice = "pass [A, D] and [B, D], or [A, N, D] and [B, N, D], encoded with the same paths"
             raise ValueError(f"similarity of shapes {tuple(a.shape)} and {tuple(b.shape)}; {advice}")
-        unit_a, unit_b = F.normalize(a.float(), dim=-1), F.normalize(b.float(), dim=-1)
-        return unit_a.flatten(1) @ unit_b.flatten(1).T / (a.shape[1] if a.ndim == 3 else 1)
+        with undisturbed(a.device):
+            unit_a, unit_b = F.normalize(a.float(), dim=-1), F.normalize(b.float(), dim=-1)
+            return unit_a.flatten(1) @ unit_b.flatten(1).T / (a.shape[1] if a.ndim == 3 else 1)
 
     @checked()
     def save_pretrained(

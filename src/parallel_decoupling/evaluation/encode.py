@@ -5,7 +5,7 @@
 
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from numbers import Integral
@@ -210,6 +210,14 @@ def embed(
     return torch.cat([embed(encoder, inputs.select(part), paths) for part in rest])
 
 
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Run with the CPU as the default device, and without autocast on ``device``, whatever is set outside."""
+    on_cpu = torch.device("cpu") if torch.get_default_device().type != "cpu" else nullcontext()  # it costs
+    with on_cpu, torch.autocast(device.type, enabled=False):
+        yield
+
+
 @dataclass
 class Encoded:
     """Embeddings of rows, NaN where one could not be embedded, their tokens, and what was left out."""
@@ -268,8 +276,7 @@ def encode_rows(
         shape = wanted(torch.zeros(1, num_selected, whole, device=device)).shape[1:]
     result = torch.full((len(rows), *shape), torch.nan, dtype=torch.float32, device="cpu")
     encoded = Encoded(result, torch.zeros(len(rows), dtype=torch.long, device="cpu"), {}, 0)
-    on_cpu = torch.device("cpu") if torch.get_default_device().type != "cpu" else nullcontext()  # it costs
-    with torch.inference_mode(), on_cpu, torch.autocast(device.type, enabled=False):
+    with torch.inference_mode(), undisturbed(device):
         for place in tqdm(plan, desc="encode", unit="batch", leave=False, disable=not show_progress):
             if not place.rows:
                 continue

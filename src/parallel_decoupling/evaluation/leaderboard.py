@@ -15,7 +15,8 @@ SCORE_FILES_DIR = "score_files"  # in a run's folder; holds v1 and v2
 LEADERBOARD_FILE = "leaderboard.json"
 SCORE_SUFFIX = "_score.json"
 PREDICTIONS = {"v1": "_pred.txt", "v2": "_pred.jsonl"}
-FIXED = ("ViDoSeek-page", "MMLongBench-page")  # get a suffix in VLM2Vec's report
+FIXED = {name: f"{name}-fixed" for name in ("ViDoSeek-page", "MMLongBench-page")}
+"""What VLM2Vec's report calls these two."""
 METADATA = (
     *("model_name", "model_backbone", "model_size", "embedding_dimension", "max_length_tokens"),
     *("model_release_date", "data_source", "url", "report_generated_date"),
@@ -51,22 +52,30 @@ def write_predictions(folder: Path, task: EvalTask, score: TaskResult) -> None:
         line = {"prediction": predicted, "label": [names[each] for each in answers], "rel_scores": grades}
         lines.append(json.dumps(line, ensure_ascii=False))
     for (version, suffix), rows in zip(PREDICTIONS.items(), (best, lines), strict=True):
-        file = folder / version / f"{task.task.name}{suffix}"
-        write_text(file, "\n".join(rows) + "\n")
+        write_text(_file(folder, version, task.task.name, suffix), "\n".join(rows) + "\n")
 
 
 def write_score_files(tasks: Mapping[str, TaskResult], column: str, folder: Path) -> None:
-    """Write ``v1/<task>_score.json`` and ``v2/<task>_score.json``, and remove files of other tasks."""
+    """Write ``v1/<task>_score.json`` and ``v2/<kind>/<task>_score.json``, and remove files of other tasks."""
     for version, predictions in PREDICTIONS.items():
         for suffix in (SCORE_SUFFIX, predictions):
-            for old in (folder / version).glob(f"*{suffix}"):
-                if old.name.removesuffix(suffix) not in tasks:
-                    old.unlink()
+            kept = {_file(folder, version, name, suffix) for name in tasks}
+            for old in {*(folder / version).rglob(f"*{suffix}")} - kept:
+                old.unlink()
     for name, result in tasks.items():
         correct = round(result.hit_at_1[column] * result.num_queries)
         v1 = {"acc": result.hit_at_1[column], "num_correct": correct, "num_pred": result.num_queries}
-        write_json(folder / "v1" / f"{name}{SCORE_SUFFIX}", v1)
-        write_json(folder / "v2" / f"{name}{SCORE_SUFFIX}", _v2(result, column))
+        for version, content in (("v1", v1), ("v2", _v2(result, column))):
+            write_json(_file(folder, version, name, SCORE_SUFFIX), content)
+
+
+def _kind(name: str) -> str:
+    return V2_TASKS[name].group if name in V2_TASKS else "image"
+
+
+def _file(folder: Path, version: str, name: str, suffix: str) -> Path:
+    """Return a task's file; the second version has a folder for each kind of task."""
+    return folder / version / (_kind(name) if version == "v2" else "") / f"{name}{suffix}"
 
 
 def write_leaderboard(
@@ -77,8 +86,7 @@ def write_leaderboard(
     about |= {"report_generated_date": date.today().isoformat(), **metadata}
     metrics: dict[str, dict[str, Any]] = {"image": {}, **{group: {} for group in V2_GROUPS}}
     for name, result in tasks.items():
-        kind = result.task.group if name in V2_TASKS else "image"
-        metrics[kind][f"{name}-fixed" if name in FIXED else name] = _v2(result, column)
+        metrics[_kind(name)][FIXED.get(name, name)] = _v2(result, column)
     write_json(json_file, {"metadata": about, "metrics": metrics})
 
 

@@ -369,13 +369,14 @@ def chosen_columns(names: Collection[str] | None, num_paths: int) -> tuple[str, 
 
 
 def _without_folders(reason: str, rows: Source, row: int) -> str:
-    """Name the pictures of a row by their last part only."""
+    """Name the pictures of a row by their last part only, as they are or as ``repr`` has them."""
     try:
         files = [image for image in rows[row].pictures if isinstance(image, str)]
     except ValueError:
         return reason
     for place in (place for file in files for place in (os.path.realpath(file), file)):
-        reason = reason.replace(place, os.path.basename(place))
+        for written in (str, lambda text: repr(text)[1:-1]):
+            reason = reason.replace(written(place), written(os.path.basename(place)))
     return reason
 
 

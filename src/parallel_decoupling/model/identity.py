@@ -43,7 +43,7 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
 def load_trainable_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy a state from ``trainable_state`` into a model that was built with the same settings.
 
-    When names or shapes differ, it is a ValueError and nothing is changed.
+    When names or shapes differ, or a number is not finite, it is a ValueError and nothing is changed.
     """
     wanted = _trained(model)
     missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
@@ -53,8 +53,15 @@ def load_trainable_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         found = f"missing {missing}, unexpected {unexpected}, wrong shape {reshaped}"
         advice = "build the model with the settings it was trained with"
         raise ValueError(f"the stored weights do not fit this model: {found}; {advice}")
+    check_finite(state)
     for name, parameter in wanted.items():
         parameter.copy_(shard_like(state[name], parameter))
+
+
+def check_finite(state: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError if weights have an infinite number or NaN, which would be all that they give."""
+    if broken := [name for name, value in state.items() if not bool(value.isfinite().all())]:
+        raise ValueError(f"weights are not finite: {', '.join(broken)}; take an earlier checkpoint")
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:

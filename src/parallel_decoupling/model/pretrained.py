@@ -142,6 +142,7 @@ def save_encoder(
         for name, value in identity.trainable_state(encoder).items()
         if not (merge and name.startswith("backbone."))
     }
+    identity.check_finite(state)
     joined = len(chosen) if encoder.aggregate_dim > encoder.embed_dim else 1
     config = {
         "model_type": MODEL_TYPE,

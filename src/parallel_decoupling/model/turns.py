@@ -35,7 +35,8 @@ class Turns:
     def encoding(self, encoder: nn.Module) -> Iterator[None]:
         """Encode in evaluation mode, beside other calls; the last one gives all modules their mode back.
 
-        In a hook of the training step itself, it is at once the thread's turn.
+        In a hook of the training step itself, it is at once the thread's turn; a hook that waits for another
+        thread's call waits for ever.
         """
         if self._alone == get_ident():
             in_training = set_training(encoder.modules(), False)

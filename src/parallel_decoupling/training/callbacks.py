@@ -65,19 +65,36 @@ class ProgressLines(Callback):
         """Start the clock."""
         self._shown = trainer.progress_bar_callback is not None and not sys.stdout.isatty()
         self._since = self._last = time.monotonic()
-        self._first = trainer.global_step
+        self._first, self._batches = trainer.global_step if trainer.training else 0, 0
+
+    on_test_start = on_predict_start = on_train_start
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """Say how far the training is."""
+        self._write("step", trainer.global_step, total_steps(trainer), outputs["loss"])
+
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Say how many batches of all tasks are done."""
+        self._batches += 1
+        self._write("batch", self._batches, sum(trainer.num_test_batches))
+
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Say how many batches of all shards are done."""
+        self._batches += 1
+        self._write("batch", self._batches, sum(trainer.num_predict_batches))
+
+    def _write(self, unit: str, done: int, most: float, loss: Any = None) -> None:
         """Say how far the run is, and how long the rest takes at its speed so far."""
-        now, done, most = time.monotonic(), trainer.global_step, total_steps(trainer)
+        now = time.monotonic()
         if not self._shown or (now - self._last < self.SECONDS and done < most):
             return
         self._last = now
         left = (now - self._since) / max(1, done - self._first) * (most - done)
         shown = f", {timedelta(seconds=round(left))} left" if left < timedelta.max.total_seconds() else ""
-        rank_zero_info(f"step {done} of {most:g}, loss {float(outputs['loss']):.3f}{shown}")
+        shown = shown if loss is None else f", loss {float(loss):.3f}{shown}"
+        rank_zero_info(f"{unit} {done} of {most:g}{shown}")
 
 
 class CollapseAlarm(Callback):

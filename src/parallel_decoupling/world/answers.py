@@ -113,10 +113,10 @@ def write_pages_and_clips(data_dir: Path, rng: Rng, count: int) -> dict[str, dic
         entries[name] = entry | {"language": "english"}
     folder = f"{PAGES}/MovingShape"
     _write_clips(data_dir / folder, rng, count // 2)
-    clips = {**about, "group": PAGES, "columns": {"query_text": "caption", "candidate_image": "video_id"}}
+    clips = {**about, "group": PAGES, "published": "MSR-VTT"}
     clips["query_instruction"] = "Find a video that contains the following visual content:"
     clips["candidate_instruction"] = "Understand the content of the provided video."
-    clips |= {"eval_file": f"{folder}/{FILE}", "image_dir": f"{folder}/frames"}
+    clips |= {"eval_file": folder, "image_dir": f"{folder}/frames"}
     return {**entries, "MovingShape": clips}
 
 
@@ -140,7 +140,7 @@ def _write_pages(folder: Path, pages: list[Scene], rng: Rng, *, as_bytes: bool) 
 
 
 def _write_clips(folder: Path, rng: Rng, count: int) -> None:
-    """Write a row and a folder of frames for each of some moving shapes."""
+    """Write a row and a folder of frames for each of some moving shapes, as MSR-VTT has them."""
     rows: dict[str, str] = {}
     while len(rows) < count:
         item, (start, end) = sample_item(rng), rng.permutation(4)[:2].tolist()
@@ -152,7 +152,8 @@ def _write_clips(folder: Path, rng: Rng, count: int) -> None:
             offset = round(way * (end % 2 - start % 2)), round(way * (end // 2 - start // 2))
             clip.append(Scene(cells, "white", (offset,) * 4))
         _write_pictures(folder, f"frames/{name}/frame", clip, digits=4)
-    write_tables(folder, {FILE: [{"video_id": name, "caption": text} for text, name in rows.items()]})
+    table = [{"video_id": name, "caption": text} for text, name in rows.items()]
+    write_tables(folder, {"test_1k/test/0000.parquet": table})
 
 
 def _judged(wanted: Graded) -> Rows:

@@ -1,0 +1,21 @@
+"""Refuses connections and look-ups outside this machine in every process that has this on its path."""
+
+import socket
+import sys
+from typing import Any
+
+HERE = {None, "", "localhost", "127.0.0.1", "::1", "0.0.0.0", "::", socket.gethostname()}
+
+
+def refuse(event: str, arguments: tuple[Any, ...]) -> None:
+    if event in ("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr"):
+        host = arguments[0]
+    elif event in ("socket.connect", "socket.sendto", "socket.sendmsg") and isinstance(arguments[1], tuple):
+        host = arguments[1][0]
+    else:
+        return
+    if (host.decode() if isinstance(host, bytes) else host) not in HERE:
+        raise AssertionError(f"tests use no network: {host}")
+
+
+sys.addaudithook(refuse)
