@@ -133,7 +133,7 @@ def one_try(kind: str, what: str, seed: int) -> dict[str, Any]:
         except RuntimeError as error:
             wrong.append(str(error))
     verdict = "wrong" if wrong else "right" if kind == "other" else "clear"
-    said = messages.rpartition("error: ")[2].strip()[:300]
+    said = messages.rpartition("error: ")[2].strip().replace(f"{Path.cwd()}/", "")[:300]
     return {"bytes": num_bytes, "verdict": verdict, "wrong": wrong, "message": said}
 
 

@@ -350,3 +350,13 @@ def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("PARALLEL_DECOUPLING_CACHE", "~/cache")
     assert default_cache_dir() == tmp_path / "cache"
+
+
+def test_a_cache_that_cannot_be_written_is_named_and_not_the_table(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = parquet(tmp_path / "rows.parquet", {"text": ["a"]})
+    monkeypatch.setenv("PARALLEL_DECOUPLING_CACHE", str(file / "cache"))
+    with pytest.raises(NotADirectoryError, match=r"rows\.parquet/cache") as raised:
+        arrow_copy(file, {"text": False}, "owner")
+    assert "cannot read" not in str(raised.value)

@@ -163,7 +163,8 @@ def arrow_copy(file: Path, texts: Mapping[str, bool], owner: str, keep_others: b
                     old.unlink(missing_ok=True)
                     shutil.rmtree(old.with_suffix(".d"), ignore_errors=True)
     except (ValueError, pa.ArrowException, OSError) as error:
-        if isinstance(error, FullDiskError):
+        elsewhere = str(getattr(error, "filename", None) or file) != str(file)  # such as a read-only cache
+        if elsewhere or isinstance(error, FullDiskError):
             raise
         lines = ", with one JSON object per line and values of one type" if file.suffix == ".jsonl" else ""
         advice = f" Is it complete{lines}?" if isinstance(error, pa.ArrowException | OSError) else ""
