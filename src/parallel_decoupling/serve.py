@@ -35,7 +35,6 @@ from parallel_decoupling.serve_limits import Body, Input, Limits, RequestError, 
 
 Output = int | Literal["aggregate"]  # what a model name stands for: a path's number, or the aggregate
 GRACE_SECONDS = 30  # accepted requests have so long after SIGTERM to be answered
-CHECKING_THREADS = 2  # that parse requests: with more, each keeps the memory of the largest one it has seen
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 _JSON = ("application/json", "application/x-www-form-urlencoded")  # the latter is what curl -d says
 _LIMITS = Limits()
@@ -72,7 +71,8 @@ class Server:
         self.num_cut = 0  # texts of which the ends were cut off
         self._waiting: list[deque[Row]] = []  # by request; the next in turn comes first
         self._worker: asyncio.Task[None] | None = None
-        self._model_thread, self._threads = ThreadPoolExecutor(1), ThreadPoolExecutor(CHECKING_THREADS)
+        # One thread parses: every thread keeps the memory of the largest request that it has seen.
+        self._model_thread, self._text_thread = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
     async def answer(self, request: Request) -> bytes:
         """Read a request and embed its inputs; raises ``ValueError`` or ``RequestError`` for a bad one."""
@@ -107,7 +107,7 @@ class Server:
     async def embeddings(self, content: bytes) -> bytes:
         """Embed the inputs of a body; returns OpenAI's ``CreateEmbeddingResponse``."""
         run = asyncio.get_running_loop().run_in_executor
-        body, rows = await run(self._threads, self.check, content)
+        body, rows = await run(self._text_thread, self.check, content)
         self._waiting.append(deque(rows))
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._embed_waiting())
@@ -116,7 +116,7 @@ class Server:
         finally:
             for row in rows:  # nobody waits for the others after an error, or when the time is over
                 row.answer.cancel()
-        return await run(self._threads, _response, body, embedded)
+        return await run(self._text_thread, _response, body, embedded)
 
     async def _embed_waiting(self) -> None:
         """Embed what waits until nothing does, in forward passes of a row of every request in turn.
