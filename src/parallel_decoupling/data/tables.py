@@ -37,9 +37,8 @@ MARKS["utf-16"] = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # the former is th
 
 def default_cache_dir() -> Path:
     """Return ``$PARALLEL_DECOUPLING_CACHE``, or ``parallel_decoupling`` in the user's cache folder."""
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    folder = os.environ.get("PARALLEL_DECOUPLING_CACHE") or user_cache / "parallel_decoupling"
-    return Path(expand_paths(folder, "cache_dir"))
+    of_user = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "parallel_decoupling")
+    return Path(expand_paths(os.environ.get("PARALLEL_DECOUPLING_CACHE") or of_user, "cache_dir"))
 
 
 class Table:
