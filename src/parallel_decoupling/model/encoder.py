@@ -104,7 +104,7 @@ class ParallelEncoder(nn.Module):
         key_values = None if self.prefixes is None else self.prefixes.states(chosen, self.backbone)
         states = PathStates(chosen, key_values, self.prefix_range.start)
         states.pooled = last_token(inputs.tokens["attention_mask"])
-        states_RLD = self.backbone(inputs.tokens, _concatenate(inputs.vision), states)
+        states_RLD = self.backbone(inputs.tokens, joined_vision(inputs.vision), states)
         states_NBLD = states_RLD.unflatten(0, (len(chosen), -1))
         pooled_NBD = states_NBLD[:, torch.arange(len(inputs), device=states_RLD.device), states.pooled]
         return F.normalize(pooled_NBD.transpose(0, 1).float(), dim=-1)
@@ -180,7 +180,7 @@ def nested_dims(dims: Sequence[int] | None, embed_dim: int) -> tuple[int, ...]:
     return tuple(sorted(checked - {embed_dim}, reverse=True))
 
 
-def _concatenate(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def joined_vision(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Join the rows' image tensors along dim 0, key by key, with zeros at the end of other dims."""
     joined = {}
     for key in dict.fromkeys(key for row in rows for key in row):
