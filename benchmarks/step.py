@@ -3,16 +3,25 @@
 Settings are those of ``lightning_configs/demo_paper.yaml`` (unchanged since b5f8398), with one shared adapter
 and with an adapter for each path. Processor seconds of one thread, the median over steps. The floor is the
 step's multiply-adds without padding (``benchmarks.flops.layer_flops``) at the rate of a large fp32 matrix
-product on the same thread. To compare two commits, run this file with ``PYTHONPATH`` at the other's ``src``,
-in turns; the other must have ``length_groups``, which 0e1b5aa brought, so that older ones need a script of
-their own.
+product on the same thread.
+
+With ``--other CHECKOUT`` the step of this checkout is compared with that of another commit, such as b5f8398:
+both run ``fit`` on this file's settings in turns, for a few and for more steps, and the difference is the
+steps' time. The ratio is the other's seconds over this one's: more than 1 is in favour of this checkout. It
+uses as many threads as ``OMP_NUM_THREADS`` says.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import resource
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,7 +69,13 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=12)
-    steps = WARM_UP + parser.parse_args().steps
+    parser.add_argument("--other", type=Path, help="another checkout of this repository")
+    parser.add_argument("--rounds", type=int, default=3, help="with --other")
+    args = parser.parse_args()
+    if args.other is not None:
+        against(args.other, args.rounds, args.steps)
+        return
+    steps = WARM_UP + args.steps
     torch.set_num_threads(1)
     rate = matrix_rate()
     print(f"one thread; a {SIDE} x {SIDE} fp32 product: {rate / 1e9:.0f} GFLOP/s; {steps - WARM_UP} steps")
@@ -76,6 +91,48 @@ def main() -> None:
         floor = flops(module, real, patches) / rate
         seconds = statistics.median(timer.seconds[WARM_UP:])
         print(f"{name:<28}{seconds:>9.2f}{floor:>9.2f}{real:>9}{padded:>9}{LENGTH_GROUPS:>9}")
+
+
+def against(other: Path, rounds: int, steps: int) -> None:
+    """Compare a step of both checkouts, by the clock and of the processor."""
+    folders = {"other": other.resolve(), "this": Path.cwd()}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in folders}
+    for _ in range(rounds):
+        for name, folder in folders.items():
+            few, many = (fit_seconds(folder, count) for count in (WARM_UP, WARM_UP + steps))
+            seconds[name].append(((many[0] - few[0]) / steps, (many[1] - few[1]) / steps))
+    for place, kind in enumerate(("by the clock", "of the processor")):
+        own, others = ([each[place] for each in seconds[name]] for name in ("this", "other"))
+        ratios = sorted(theirs / ours for theirs, ours in zip(others, own, strict=True))
+        spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
+        shown = f"this {statistics.median(own):.2f} s, other {statistics.median(others):.2f} s"
+        print(f"step {kind}: {shown}; other / this {statistics.median(ratios):.2f} ({spread}), goal 1.80")
+
+
+def fit_seconds(folder: Path, steps: int) -> tuple[float, float]:
+    """Run ``fit`` of a checkout; return its seconds by the clock and of the processor."""
+    config = str(Path(CONFIG).resolve())
+    with tempfile.TemporaryDirectory() as run_dir:
+        used, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+        subprocess.run(
+            [
+                *(
+                    sys.executable,
+                    "-m",
+                    "parallel_decoupling",
+                    "fit",
+                    "--config",
+                    config,
+                ),
+                *("--trainer.default_root_dir", run_dir, "--trainer.max_steps", str(steps)),
+            ],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(folder / "src")},
+            check=True,
+            capture_output=True,
+        )
+        clock, now = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return clock, now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
 
 
 def measured(changes: dict[str, Any], steps: int) -> tuple[PDFEmbedder, Timer]:
