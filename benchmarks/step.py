@@ -116,14 +116,7 @@ def fit_seconds(folder: Path, steps: int) -> tuple[float, float]:
         used, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
         subprocess.run(
             [
-                *(
-                    sys.executable,
-                    "-m",
-                    "parallel_decoupling",
-                    "fit",
-                    "--config",
-                    config,
-                ),
+                *(sys.executable, "-m", "parallel_decoupling", "fit", "--config", config),
                 *("--trainer.default_root_dir", run_dir, "--trainer.max_steps", str(steps)),
             ],
             cwd=folder,
