@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import nn
+
 
 def rounds_of(
     contenders: Mapping[str, Callable[[], Any]], rounds: int
@@ -38,3 +40,18 @@ def report(seconds: Mapping[str, list[float]], own: str, goals: Mapping[str, flo
         goal = f", goal {goals[name]:.2f}" if name in goals else ""
         spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
         print(f"  {name} / {own}: {statistics.median(ratios):.2f} ({spread}){goal}", flush=True)
+
+
+def forward_seconds(module: nn.Module) -> list[float]:
+    """Return a list that gets the processor time of each forward pass of ``module``: the floor of a run."""
+    seconds: list[float] = []
+
+    def start(*args: Any) -> None:
+        seconds.append(-time.process_time())
+
+    def stop(*args: Any) -> None:
+        seconds[-1] += time.process_time()
+
+    module.register_forward_pre_hook(start)
+    module.register_forward_hook(stop)
+    return seconds
