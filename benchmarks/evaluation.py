@@ -14,17 +14,13 @@ Numbers are medians over the rounds, by the clock and of the processor (steadier
 from __future__ import annotations
 
 import argparse
-import os
-import resource
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 
 import torch
 
+from benchmarks.measure import command_seconds
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.evaluation.encode import BatchPlan, RowBatches, TokenEstimate
 from parallel_decoupling.training.module import PDFEmbedder
@@ -80,21 +76,10 @@ def commands(other: Path, rounds: int, query_limit: int) -> None:
     processor: dict[str, list[float]] = {name: [] for name in places}
     for _ in range(rounds):
         for name, folder in places.items():
-            with tempfile.TemporaryDirectory() as run_dir:
-                used, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-                subprocess.run(
-                    [
-                        *(sys.executable, "-m", "parallel_decoupling", "test", "--config", str(CONFIG)),
-                        *("--trainer.default_root_dir", run_dir, "--data.query_limit", str(query_limit)),
-                    ],
-                    cwd=folder,
-                    env={**os.environ, "PYTHONPATH": str(folder / "src")},
-                    check=True,
-                    capture_output=True,
-                )
-                clock[name].append(time.perf_counter() - start)
-                now = resource.getrusage(resource.RUSAGE_CHILDREN)
-                processor[name].append(now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime)
+            limit = ("--data.query_limit", str(query_limit))
+            by_clock, of_processor = command_seconds(folder, "test", "--config", str(CONFIG), *limit)
+            clock[name].append(by_clock)
+            processor[name].append(of_processor)
     for kind, seconds in (("clock", clock), ("processor time", processor)):
         medians = {name: statistics.median(values) for name, values in seconds.items()}
         shown = ", ".join(f"{name} {value:.1f} s" for name, value in medians.items())

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import resource
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -55,3 +61,24 @@ def forward_seconds(module: nn.Module) -> list[float]:
     module.register_forward_pre_hook(start)
     module.register_forward_hook(stop)
     return seconds
+
+
+def command_seconds(checkout: Path, *arguments: str) -> tuple[float, float]:
+    """Run a command of a checkout in a run folder of its own.
+
+    Returns its seconds by the clock and of the processor.
+    """
+    with tempfile.TemporaryDirectory() as run_dir:
+        used, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+        subprocess.run(
+            [
+                *(sys.executable, "-m", "parallel_decoupling", *arguments),
+                *("--trainer.default_root_dir", run_dir),
+            ],
+            cwd=checkout,
+            env={**os.environ, "PYTHONPATH": str(checkout / "src")},
+            check=True,
+            capture_output=True,
+        )
+        clock, now = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return clock, now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime

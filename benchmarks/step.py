@@ -14,12 +14,7 @@ uses as many threads as ``OMP_NUM_THREADS`` says.
 from __future__ import annotations
 
 import argparse
-import os
-import resource
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +24,7 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
 from benchmarks.flops import layer_flops
+from benchmarks.measure import command_seconds
 from parallel_decoupling.batch import PairBatch
 from parallel_decoupling.data.datamodule import MMEBDataModule
 from parallel_decoupling.training.grad_cache import LENGTH_GROUPS, length_groups
@@ -109,23 +105,10 @@ def against(other: Path, rounds: int, steps: int) -> None:
         print(f"step {kind}: {shown}; other / this {statistics.median(ratios):.2f} ({spread}), goal 1.80")
 
 
-def fit_seconds(folder: Path, steps: int) -> tuple[float, float]:
+def fit_seconds(checkout: Path, steps: int) -> tuple[float, float]:
     """Run ``fit`` of a checkout; return its seconds by the clock and of the processor."""
     config = str(Path(CONFIG).resolve())
-    with tempfile.TemporaryDirectory() as run_dir:
-        used, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-        subprocess.run(
-            [
-                *(sys.executable, "-m", "parallel_decoupling", "fit", "--config", config),
-                *("--trainer.default_root_dir", run_dir, "--trainer.max_steps", str(steps)),
-            ],
-            cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(folder / "src")},
-            check=True,
-            capture_output=True,
-        )
-        clock, now = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
-    return clock, now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
+    return command_seconds(checkout, "fit", "--config", config, "--trainer.max_steps", str(steps))
 
 
 def measured(changes: dict[str, Any], steps: int) -> tuple[PDFEmbedder, Timer]:

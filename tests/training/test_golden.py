@@ -71,9 +71,10 @@ def test_frozen_weights_in_bfloat16_keep_the_golden_losses(tmp_path: Path) -> No
 
 
 def compare_with_golden(measured: list[dict[str, float]]) -> None:
-    """Compare the first steps."""
+    """Compare as many steps as were measured."""
     with GOLDEN_FILE.open(newline="") as file:
         golden = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    for step, (row, expected) in enumerate(zip(measured, golden, strict=False)):
+    assert len(golden) == STEPS
+    for step, (row, expected) in enumerate(zip(measured, golden[: len(measured)], strict=True)):
         for name in COLUMNS:
             assert row[name] == pytest.approx(expected[name], rel=TOLERANCE, abs=TOLERANCE), (step, name)
